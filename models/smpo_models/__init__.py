@@ -1,0 +1,1 @@
+"""What both stages must do alike with a diffusion model."""

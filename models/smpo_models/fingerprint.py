@@ -1,0 +1,23 @@
+"""Hashes of weights, so that shards and models that do not belong together are never used together."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+
+def fingerprint_module(*modules: nn.Module) -> str:
+    """Hex SHA-256 over the names, shapes and float32 values of all parameters and buffers, in name order.
+
+    The same weights stored as float16, bfloat16 or float32, in one file or several, have one fingerprint; hash before
+    casting to a narrower type.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name}{list(tensor.shape)}".encode())
+            values = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            digest.update(values.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The data contract: pairs, scores, shards, manifest, and what scores mean."""

@@ -1,0 +1,96 @@
+"""What both command lines do alike: config files, repeated options, resolved settings, one-line errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import write_bytes
+
+CONFIG_FILE = "config.yaml"
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a YAML file's values the defaults of this command; flags on the command line still win."""
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
+    known = {parameter.name for parameter in context.command.params} - {"config"}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold keys and values, as config.yaml of a finished run does")
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(map(str, known)))}")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file with a key for each flag (dashes as underscores); flags given here override it.",
+        callback=_read_config,
+        is_eager=True,
+    ),
+]
+
+
+def write_resolved_config(context: typer.Context, directory: Path) -> None:
+    """Write every setting of this run, defaults included, as a config file that repeats it."""
+    values = {name: _plain(value) for name, value in context.params.items() if name != "config" and value is not None}
+    write_bytes(directory / CONFIG_FILE, yaml.safe_dump(values, sort_keys=True, allow_unicode=True).encode())
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  (a command line value of any type)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _multiple_options(app: typer.Typer) -> set[str]:
+    """The flags of all commands that may be given more than once."""
+    command: Any = typer.main.get_command(app)
+    commands = getattr(command, "commands", {"": command}).values()
+    return {
+        name
+        for each in commands
+        for parameter in each.params
+        if getattr(parameter, "multiple", False)
+        for name in parameter.opts
+    }
+
+
+def expand_repeated(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
+    """Let ``--pairs a b c`` mean ``--pairs a --pairs b --pairs c``, so that a shell's ``*.parquet`` works."""
+    expanded: list[str] = []
+    option: str | None = None
+    filled = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            option, filled = (argument if argument in repeatable else None), False
+            expanded.append(argument)
+        elif option and filled:
+            expanded += [option, argument]
+        else:
+            expanded.append(argument)
+            filled = True
+    return expanded
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line: a user's mistake prints one line and exits with status 2, a Ctrl-C exits with 130."""
+    try:
+        app(expand_repeated(sys.argv[1:], _multiple_options(app)))
+    except UserError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)

@@ -1,0 +1,168 @@
+"""``manifest.json``: what a directory of shards was made from, with what settings, and what is in it (DESIGN 3.3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from smpo_schemas.errors import UserError, describe_problem
+from smpo_schemas.files import read_json, write_json
+from smpo_schemas.scores import RewardStatistics
+
+MANIFEST_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+REJECTS_FILE = "rejected.parquet"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelInfo(_Frozen):
+    """The diffusion model that made the shards.
+
+    Attributes:
+        id: hub id or folder, as it was given.
+        kind: model family, for example ``sd15``.
+        prediction_type: what its denoiser predicts: ``epsilon``, ``v_prediction`` or ``sample``.
+        reference: fingerprint of the denoiser that ``ref_error`` was measured with.
+        walker: fingerprint of the denoiser that carried the images along.
+        text: fingerprint of the text encoders.
+        vae: fingerprint of the VAE.
+        scheduler: fingerprint of the noise levels and prediction type.
+        num_train_timesteps: T; timesteps are integers in [0, T).
+    """
+
+    id: str
+    kind: str
+    prediction_type: str
+    reference: str
+    walker: str
+    text: str
+    vae: str
+    scheduler: str
+    num_train_timesteps: int
+
+
+class InversionSettings(_Frozen):
+    """Everything that decides what is stored, besides the model, the pairs and the seed (DESIGN 4.2).
+
+    Attributes:
+        source: ``renoise``: walks of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian noise.
+        start: where a walk begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level), or a
+            timestep up to which nodes are reached by forward noising.
+        timesteps: ``jittered`` (one uniform draw in each of ``steps`` equal strata), ``grid`` (the scheduler's own
+            inference grid) or ``published`` (state of the grid's last node below a uniform t, used as if at t).
+        steps: number of steps of a walk.
+        renoise_steps: ReNoise iterations a step; 0 is DDIM inversion.
+        eta: scale of the Gaussian noise added after each step, in DDIM posterior standard deviations
+            (DDIM-InPO, arXiv 2503.18454).
+        guidance_scale: classifier-free guidance of the walker; 1 is none.
+        states: how many of a walk's states are stored, drawn anew for each walk; None is all.
+        walks: how many times each pair is walked, each with its own draws.
+        vae_latent: ``sample`` the VAE's posterior or take its ``mode``.
+        prompt_dropout: probability that a walk is made, and trained, under the empty prompt.
+        hflip: whether half of the walks mirror both images.
+        dtype: of the denoiser's forward passes.
+    """
+
+    source: Literal["renoise", "forward"] = "renoise"
+    start: Literal["clean", "level0"] | int = "clean"
+    timesteps: Literal["jittered", "grid", "published"] = "jittered"
+    steps: int = Field(default=9, ge=1)
+    renoise_steps: int = Field(default=1, ge=0)
+    eta: float = Field(default=0.0, ge=0)
+    guidance_scale: float = Field(default=1.0, ge=0)
+    states: int | None = Field(default=None, ge=1)
+    walks: int = Field(default=1, ge=1)
+    vae_latent: Literal["sample", "mode"] = "sample"
+    prompt_dropout: float = Field(default=0.2, ge=0, le=1)
+    hflip: bool = True
+    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
+
+
+class ShardEntry(_Frozen):
+    """One tar: how many pairs, walks (samples) and states it holds, and its exact bytes."""
+
+    name: str
+    pairs: int
+    samples: int
+    states: int
+    bytes: int
+    sha256: str
+
+
+class BandHealth(_Frozen):
+    """How believable the states of one timestep band are (DESIGN 4.2), measured on a sample of pairs.
+
+    Attributes:
+        start, stop: the band's timesteps, ``stop`` excluded.
+        states: number of images' states in the sample.
+        noise_ratio: rms of the reference's predicted noise at the stored states over its rms at forward-noised states
+            of the same images; exact inversion gives 1.
+        residual: mean distance from the fixed point; None where no inversion step was taken.
+        neighbour_correlation: mean correlation of tau between neighbouring latent positions; 0 for white noise.
+    """
+
+    start: int
+    stop: int
+    states: int
+    noise_ratio: float | None
+    residual: float | None
+    neighbour_correlation: float | None
+
+
+class Totals(_Frozen):
+    """Sums over the directory; ``pairs_in = pairs + rejected``."""
+
+    pairs_in: int
+    pairs: int
+    samples: int
+    states: int
+    rejected: int
+    bytes: int
+
+
+class Manifest(_Frozen):
+    """The whole of ``manifest.json``."""
+
+    schema_version: int
+    model: ModelInfo
+    resolution: int
+    inversion: InversionSettings
+    seed: int
+    rewards: dict[str, RewardStatistics]
+    shards: list[ShardEntry]
+    totals: Totals
+    rejected_reasons: dict[str, int]
+    health: list[BandHealth]
+    versions: dict[str, str]
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``, which finishes the directory."""
+    write_json(directory / MANIFEST_FILE, manifest.model_dump())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and validate ``manifest.json``.
+
+    Raises:
+        UserError: there is none (no shards, or an unfinished run), or it is malformed or of another schema version.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{directory} holds no {MANIFEST_FILE}: not the output of `smpo-pipeline invert`, "
+            "or unfinished (run invert again)"
+        )
+    value: Any = read_json(path)
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if version != MANIFEST_VERSION:
+        raise UserError(f"{path} has schema version {version}, this program reads {MANIFEST_VERSION}; invert again")
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{path} is malformed: {describe_problem(error)}") from error

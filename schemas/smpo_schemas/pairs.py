@@ -1,0 +1,284 @@
+"""Preference pairs: the input of the pipeline, read as they are and normalised row by row (DESIGN 3.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smpo_schemas.errors import UserError
+
+_SUFFIXES = (".parquet", ".jsonl")
+
+
+class PairRejectedError(Exception):
+    """A row that cannot become a pair; the message is the reason that the rejects table records."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images of one prompt, and what an annotator said of them.
+
+    Attributes:
+        pair_id: stable name; all of a pair's randomness comes from it and a run's seed.
+        prompt: the text both images were made for.
+        image_0, image_1: encoded image files, as bytes.
+        label: the annotator's P(image_0 preferred): 1, 0, or 0.5 for a tie; None where nobody labelled.
+        annotator: who labelled it, or None.
+    """
+
+    pair_id: str
+    prompt: str
+    image_0: bytes
+    image_1: bytes
+    label: float | None
+    annotator: str | None
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Which input column holds what; ``pair_id``, ``label`` and ``annotator`` are optional (None: not there).
+
+    Image columns hold bytes, a struct with ``bytes``/``path`` (as the datasets library writes), or a path that is
+    relative to the folder of the file it stands in.
+    """
+
+    prompt: str = "prompt"
+    image_0: str = "image_0"
+    image_1: str = "image_1"
+    label: str | None = None
+    pair_id: str | None = None
+    annotator: str | None = None
+
+
+PICK_A_PIC = PairColumns("caption", "jpg_0", "jpg_1", "label_0", "ranking_id", "user_id")
+"""Pick-a-Pic v2's own column names."""
+
+_KNOWN_OPTIONAL = PairColumns(label="label", pair_id="pair_id", annotator="annotator")
+
+
+def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path: Path) -> PairColumns:
+    """Decide which columns of a file are used: Pick-a-Pic's where they are there, else the normalised names.
+
+    Args:
+        names: the file's column names.
+        given: names chosen by flags, by field of :class:`PairColumns`; None or missing means not chosen.
+        path: the file, for the error.
+
+    Raises:
+        UserError: a column that is needed, or that a flag names, is not in the file.
+    """
+    preset = PICK_A_PIC if {PICK_A_PIC.image_0, PICK_A_PIC.image_1} <= set(names) else _KNOWN_OPTIONAL
+    chosen: dict[str, str | None] = {}
+    for field in fields(PairColumns):
+        flagged = given.get(field.name)
+        name = flagged or getattr(preset, field.name)
+        optional = field.name in ("label", "pair_id", "annotator")
+        if name not in names:
+            if flagged or not optional:
+                flag = "--" + field.name.replace("_", "-") + "-column"
+                raise UserError(f"{path} has no column {name!r} (it has: {', '.join(names)}); name it with {flag}")
+            name = None
+        chosen[field.name] = name
+    return PairColumns(**chosen)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """One input file and how many rows it has."""
+
+    path: Path
+    rows: int
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows ``start`` (included) to ``stop`` (excluded) of one input file."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
+    """Find the Parquet and JSONL files under ``paths`` (files or folders), sorted by path within each.
+
+    Raises:
+        UserError: a path does not exist, holds no such file, or a file cannot be read.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and not p.name.startswith("."))
+            if not found:
+                raise UserError(f"--pairs {path}: no .parquet or .jsonl file in this folder")
+            files.extend(found)
+        elif path.is_file() and path.suffix in _SUFFIXES:
+            files.append(path)
+        elif path.exists():
+            raise UserError(f"--pairs {path}: only .parquet and .jsonl files are read")
+        else:
+            raise UserError(f"--pairs {path} does not exist")
+    if len(set(files)) != len(files):
+        raise UserError("--pairs names the same file twice")
+    return [PairFile(path, _count_rows(path)) for path in files]
+
+
+def _count_rows(path: Path) -> int:
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_metadata(path).num_rows
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of a pair file's columns (JSONL: the keys of its first row)."""
+    if path.suffix == ".parquet":
+        return list(pq.read_schema(path).names)
+    for row in _jsonl_rows(path, 0, 1):
+        return list(row)
+    return []
+
+
+def slice_files(files: Sequence[PairFile], rows_per_slice: int, limit: int | None = None) -> list[list[RowRange]]:
+    """Cut the input, in file order, into slices of ``rows_per_slice`` rows; the last one may be shorter.
+
+    A slice is the unit of work and of commit. It depends on the listing and these two numbers alone.
+    """
+    slices: list[list[RowRange]] = []
+    current: list[RowRange] = []
+    room = rows_per_slice
+    left = sum(file.rows for file in files) if limit is None else limit
+    for file in files:
+        start = 0
+        while start < file.rows and left > 0:
+            stop = min(file.rows, start + room, start + left)
+            current.append(RowRange(file.path, start, stop))
+            room -= stop - start
+            left -= stop - start
+            start = stop
+            if room == 0:
+                slices.append(current)
+                current, room = [], rows_per_slice
+    if current:
+        slices.append(current)
+    return slices
+
+
+def read_rows(rows: RowRange, columns: PairColumns) -> Iterator[tuple[str, Pair | PairRejectedError]]:
+    """Yield ``(source, pair or the reason why it is none)`` for each row, in order; ``source`` is ``path:row``.
+
+    Raises:
+        UserError: the file as a whole cannot be read.
+    """
+    for number, row in enumerate(_raw_rows(rows, columns), start=rows.start):
+        source = f"{rows.path}:{number}"
+        try:
+            yield source, normalise(row, columns, rows.path.parent)
+        except PairRejectedError as reason:
+            yield source, reason
+
+
+def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any]]:
+    if rows.path.suffix == ".jsonl":
+        yield from _jsonl_rows(rows.path, rows.start, rows.stop)
+        return
+    names = [name for name in (getattr(columns, field.name) for field in fields(columns)) if name]
+    try:
+        with pq.ParquetFile(rows.path) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                start, stop = max(rows.start, first), min(rows.stop, first + count)
+                if start < stop:
+                    table = file.read_row_group(group, columns=names).slice(start - first, stop - start)
+                    for batch in table.to_batches(max_chunksize=64):
+                        yield from batch.to_pylist()
+                first += count
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{rows.path} cannot be read: {error}") from error
+
+
+def _jsonl_rows(path: Path, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
+    """Rows of a JSONL file; a line that is not a JSON object yields an empty row, which is then rejected."""
+    number = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            if number >= stop:
+                return
+            if number >= start:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = {}
+                yield row if isinstance(row, dict) else {}
+            number += 1
+
+
+def normalise(row: Mapping[str, Any], columns: PairColumns, folder: Path) -> Pair:
+    """Turn one input row into a :class:`Pair`.
+
+    Raises:
+        PairRejectedError: a field is missing or of the wrong kind.
+    """
+    prompt = row.get(columns.prompt)
+    if not isinstance(prompt, str):
+        raise PairRejectedError(f"no text: prompt column {columns.prompt!r} is empty or of another type")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise PairRejectedError("prompt is not valid Unicode")
+    images = [_image_bytes(row.get(name), name, folder) for name in (columns.image_0, columns.image_1)]
+    pair_id = row.get(columns.pair_id) if columns.pair_id else None
+    annotator = row.get(columns.annotator) if columns.annotator else None
+    return Pair(
+        pair_id=str(pair_id) if pair_id is not None else _content_id(prompt, *images),
+        prompt=prompt,
+        image_0=images[0],
+        image_1=images[1],
+        label=_label(row.get(columns.label)) if columns.label else None,
+        annotator=str(annotator) if annotator is not None else None,
+    )
+
+
+def _image_bytes(value: object, name: str, folder: Path) -> bytes:
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        path = folder / value
+        try:
+            value = path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise PairRejectedError(f"image not readable: {name} {value!r}: {error}") from error
+    if not isinstance(value, bytes) or not value:
+        raise PairRejectedError(f"no image: {name} holds no bytes and no path")
+    return value
+
+
+def _label(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not math.isnan(value) and 0 <= value <= 1:
+        return float(value)
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    raise PairRejectedError(f"bad label: {value!r} is not a number from 0 to 1")
+
+
+def _content_id(prompt: str, image_0: bytes, image_1: bytes) -> str:
+    """Name a pair by what it holds; lengths keep the three parts apart."""
+    digest = hashlib.sha256()
+    for part in (prompt.encode(), image_0, image_1):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:32]

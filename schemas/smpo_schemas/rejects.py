@@ -1,0 +1,45 @@
+"""What became of the pairs that are in no result: one row each, with the reason (DESIGN 3.2)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from smpo_schemas.files import atomic_path
+
+REJECT_SCHEMA = pa.schema(
+    [("pair_id", pa.string()), ("source", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
+)
+
+
+class Reject(BaseModel):
+    """One pair that was left out, where it stood, in which stage, and why in a sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pair_id: str | None
+    source: str
+    stage: str
+    reason: str
+
+
+def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+    """Write ``rejected.parquet``, empty where nothing was rejected."""
+    table = pa.Table.from_pylist([reject.model_dump() for reject in rejects], schema=REJECT_SCHEMA)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_rejects(path: Path) -> list[Reject]:
+    """Read ``rejected.parquet``."""
+    return [Reject(**row) for row in pq.read_table(path, schema=REJECT_SCHEMA).to_pylist()]
+
+
+def count_reasons(rejects: Sequence[Reject]) -> dict[str, int]:
+    """How often each kind of reason occurred, most frequent first; a kind is the text before the first colon."""
+    return dict(Counter(reject.reason.split(":")[0] for reject in rejects).most_common())

@@ -1,0 +1,273 @@
+"""WebDataset shards: one sample is one walk of one pair, as ``KEY.json`` and ``KEY.safetensors`` (DESIGN 3.3).
+
+Shape suffixes: K states, 2 images, C h w a latent.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from webdataset import TarWriter
+
+from smpo_schemas.errors import UserError, describe_problem
+from smpo_schemas.files import atomic_path, sha256_file
+from smpo_schemas.manifest import Manifest, ShardEntry, read_manifest
+
+_META, _TENSORS = "json", "safetensors"
+
+
+class SampleMeta(BaseModel):
+    """``KEY.json``: which pair, which walk of it, and what was drawn for it.
+
+    Attributes:
+        pair_id, prompt, label, annotator: as in the pairs.
+        walk: 0, 1, ...
+        flipped: both images were mirrored.
+        prompt_dropped: inverted, and to be trained, under the empty prompt.
+        scores: per reward the raw scores of image_0 and image_1.
+        size: original height and width of both images, in pixels.
+        crop: top and left of both images' crops, in pixels of the resized image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pair_id: str
+    walk: int
+    flipped: bool
+    prompt: str
+    prompt_dropped: bool
+    label: float | None
+    annotator: str | None
+    scores: dict[str, tuple[float, float]]
+    size: tuple[tuple[int, int], tuple[int, int]]
+    crop: tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One walk.
+
+    Attributes:
+        x0_2Chw: float16, scaled VAE latents of both images: the very sample that the walk began from.
+        noise_K2Chw: float16, tau_t = (x_t - a_t x0) / s_t.
+        timestep_K: int64, increasing.
+        ref_error_K2: float32, the reference's error at exactly this stored state.
+        residual_K2: float32, relative distance from the inversion's fixed point; NaN where no step was taken.
+    """
+
+    meta: SampleMeta
+    x0_2Chw: torch.Tensor
+    noise_K2Chw: torch.Tensor
+    timestep_K: torch.Tensor
+    ref_error_K2: torch.Tensor
+    residual_K2: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by their stored names."""
+        return {
+            "x0": self.x0_2Chw,
+            "noise": self.noise_K2Chw,
+            "timestep": self.timestep_K,
+            "ref_error": self.ref_error_K2,
+            "residual": self.residual_K2,
+        }
+
+
+def encode_sample(sample: Sample) -> dict[str, bytes]:
+    """The two members of a sample, by extension; equal samples give equal bytes."""
+    meta = json.dumps(sample.meta.model_dump(), ensure_ascii=False, sort_keys=True, allow_nan=False)
+    tensors = {name: tensor.contiguous() for name, tensor in sample.tensors().items()}
+    return {_META: meta.encode(), _TENSORS: safetensors.torch.save(tensors)}
+
+
+def decode_sample(meta: bytes, tensors: bytes, source: str) -> Sample:
+    """Rebuild a sample from its two members; checks names, types, shapes and that all latents are finite.
+
+    Raises:
+        UserError: a member is malformed; the message names ``source``.
+    """
+    try:
+        parsed = SampleMeta.model_validate_json(meta)
+        loaded = safetensors.torch.load(tensors)
+        sample = Sample(
+            meta=parsed,
+            x0_2Chw=loaded["x0"],
+            noise_K2Chw=loaded["noise"],
+            timestep_K=loaded["timestep"],
+            ref_error_K2=loaded["ref_error"],
+            residual_K2=loaded["residual"],
+        )
+    except ValidationError as error:
+        raise UserError(f"{source}: malformed {_META} member: {describe_problem(error)}") from error
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{source}: malformed {_TENSORS} member: {error}") from error
+    problem = _tensor_problem(sample)
+    if problem:
+        raise UserError(f"{source} (pair {parsed.pair_id}): {problem}")
+    return sample
+
+
+def _tensor_problem(sample: Sample) -> str | None:
+    latent = tuple(sample.x0_2Chw.shape)
+    count = sample.timestep_K.numel()
+    expected = {
+        "x0": (torch.float16, latent),
+        "noise": (torch.float16, (count, *latent)),
+        "timestep": (torch.int64, (count,)),
+        "ref_error": (torch.float32, (count, 2)),
+        "residual": (torch.float32, (count, 2)),
+    }
+    if len(latent) != 4 or latent[0] != 2 or count == 0:  # noqa: PLR2004  (2 images of C x h x w)
+        return f"x0 has shape {latent} and there are {count} states; expected [2, C, h, w] and at least one"
+    for name, tensor in sample.tensors().items():
+        dtype, shape = expected[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            return f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"
+        if name != "residual" and not torch.isfinite(tensor).all():
+            return f"{name} is not finite"
+    if not (sample.timestep_K.diff() > 0).all():
+        return "timesteps do not increase"
+    return None
+
+
+class ShardWriter:
+    """Writes one tar that appears under its name only when whole; equal samples give equal bytes.
+
+    Use as a context manager; ``entry`` is there after a successful exit. An exception leaves no file.
+    """
+
+    entry: ShardEntry
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._atomic = atomic_path(path)
+        self._pairs: set[str] = set()
+        self._samples = self._states = 0
+
+    def __enter__(self) -> Self:
+        self._temporary = self._atomic.__enter__()
+        # A fixed time and no owner: the bytes then depend on the samples alone.
+        self._stream = self._temporary.open("wb")
+        self._tar = TarWriter(self._stream, mtime=0, user="", group="", mode=0o444)
+        return self
+
+    def write(self, key: str, sample: Sample) -> None:
+        """Append a sample under ``key`` (digits, no dots)."""
+        self._tar.write({"__key__": key, **encode_sample(sample)})
+        self._pairs.add(sample.meta.pair_id)
+        self._samples += 1
+        self._states += sample.timestep_K.numel()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._tar.close()
+        finally:
+            self._stream.close()
+            self._atomic.__exit__(kind, error, trace)
+        if error is None:
+            self.entry = ShardEntry(
+                name=self._path.name,
+                pairs=len(self._pairs),
+                samples=self._samples,
+                states=self._states,
+                bytes=self._path.stat().st_size,
+                sha256=sha256_file(self._path),
+            )
+
+
+@dataclass(frozen=True)
+class SampleLocation:
+    """Where a sample's two members lie in the tars of a directory: byte offsets and lengths."""
+
+    shard: int
+    key: str
+    meta: tuple[int, int]
+    tensors: tuple[int, int]
+
+
+class ShardDirectory:
+    """A finished output of ``invert``: its manifest, and its samples by location or in order.
+
+    Raises:
+        UserError: there is no valid manifest.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory
+        self.manifest: Manifest = read_manifest(directory)
+
+    def verify(self, shard: int) -> None:
+        """Check one tar's size and SHA-256 against the manifest.
+
+        Raises:
+            UserError: it is missing, cut, or differs by a bit.
+        """
+        entry = self.manifest.shards[shard]
+        path = self.path / entry.name
+        if not path.is_file():
+            raise UserError(f"{path} is missing; the manifest lists it")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise UserError(f"{path} has {size} bytes, the manifest says {entry.bytes}: truncated or replaced")
+        if sha256_file(path) != entry.sha256:
+            raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced")
+
+    def locate(self, shard: int) -> list[SampleLocation]:
+        """List the samples of one tar, in order; every sample must have both members.
+
+        Raises:
+            UserError: the tar is malformed, or holds another number of samples than the manifest says.
+        """
+        entry = self.manifest.shards[shard]
+        path = self.path / entry.name
+        members: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    key, _, extension = member.name.partition(".")
+                    members.setdefault(key, {})[extension] = (member.offset_data, member.size)
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        for key, parts in members.items():
+            if set(parts) != {_META, _TENSORS}:
+                raise UserError(f"{path}: sample {key} has the members {sorted(parts)}, expected {[_META, _TENSORS]}")
+        if len(members) != entry.samples:
+            raise UserError(f"{path} holds {len(members)} samples, the manifest says {entry.samples}")
+        return [SampleLocation(shard, key, parts[_META], parts[_TENSORS]) for key, parts in members.items()]
+
+    def read(self, location: SampleLocation) -> Sample:
+        """Read one sample by its location.
+
+        Raises:
+            UserError: its members are malformed.
+        """
+        path = self.path / self.manifest.shards[location.shard].name
+        with path.open("rb") as file:
+            meta, tensors = (self._read_at(file, *part) for part in (location.meta, location.tensors))
+        return decode_sample(meta, tensors, f"{path}: sample {location.key}")
+
+    @staticmethod
+    def _read_at(file: io.BufferedReader, offset: int, length: int) -> bytes:
+        file.seek(offset)
+        return file.read(length)
+
+    def samples(self, shards: Sequence[int] | None = None) -> Iterator[Sample]:
+        """All samples of the given tars (default: all), in order, each tar checked before it is read."""
+        for shard in range(len(self.manifest.shards)) if shards is None else shards:
+            self.verify(shard)
+            for location in self.locate(shard):
+                yield self.read(location)
