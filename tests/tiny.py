@@ -1,0 +1,100 @@
+"""A tiny random Stable Diffusion in the diffusers folder layout, made in a second, without the network.
+
+Latents are 4 x 8 x 8, images 32 x 32. Its text encoder takes any unicode text.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+LATENT_SHAPE = (4, 8, 8)
+IMAGE_SIDE = 32
+
+_TEXT_WIDTH = 32
+_MAX_TOKENS = 24
+_START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+_MERGES = (("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("a", "n"), ("an", "d</w>"))
+
+
+def make_tiny_model(path: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Write the model folder; the same seed gives the same weights. Returns ``path``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = make_tiny_unet()
+        tokenizer = _make_tokenizer()
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=_TEXT_WIDTH,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=_MAX_TOKENS,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=LATENT_SHAPE[0],
+            sample_size=IMAGE_SIDE,
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)
+    return path
+
+
+def make_tiny_unet() -> UNet2DConditionModel:
+    """A random denoiser, from torch's global generator."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SHAPE[-1],
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=_TEXT_WIDTH,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+def _make_tokenizer() -> CLIPTokenizer:
+    """All 256 bytes, within and at the end of a word, and a few merges."""
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(letter + _WORD_END for letter in letters), *("".join(pair) for pair in _MERGES), _START, _END]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in _MERGES)]
+        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n")
+        return CLIPTokenizer.from_pretrained(
+            folder, bos_token=_START, eos_token=_END, unk_token=_END, pad_token=_END, model_max_length=_MAX_TOKENS
+        )
