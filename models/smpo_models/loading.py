@@ -86,3 +86,15 @@ def load_part(loader: Callable[..., Any], source: str, what: str, **options: Any
     """``loader(source, **options)`` (a ``from_pretrained``) with errors in one line; ``what`` names the part."""
     with loading_errors(what):
         return loader(source, **options)
+
+
+def denoiser_folder(path: Path) -> Path:
+    """Where a denoiser's config lies: the folder itself, or its ``unet`` (a training run's output, a pipeline).
+
+    Raises:
+        UserError: in neither.
+    """
+    for folder in (path, path / "unet"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{path} holds no denoiser: neither config.json nor unet/config.json is there")

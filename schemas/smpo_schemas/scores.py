@@ -64,7 +64,6 @@ class ScoresInfo(BaseModel):
     parts: list[ScoresPart]
     scored: int
     rejected: int
-    settings: dict[str, Any]
 
 
 def score_schema(rewards: Sequence[str]) -> pa.Schema:

@@ -152,8 +152,7 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._atomic = atomic_path(path)
-        self._pairs: set[str] = set()
-        self._samples = self._states = 0
+        self._pairs = self._samples = self._states = 0
 
     def __enter__(self) -> Self:
         self._temporary = self._atomic.__enter__()
@@ -165,7 +164,7 @@ class ShardWriter:
     def write(self, key: str, sample: Sample) -> None:
         """Append a sample under ``key`` (digits, no dots)."""
         self._tar.write({"__key__": key, **encode_sample(sample)})
-        self._pairs.add(sample.meta.pair_id)
+        self._pairs += sample.meta.walk == 0
         self._samples += 1
         self._states += sample.timestep_K.numel()
 
@@ -181,7 +180,7 @@ class ShardWriter:
         if error is None:
             self.entry = ShardEntry(
                 name=self._path.name,
-                pairs=len(self._pairs),
+                pairs=self._pairs,
                 samples=self._samples,
                 states=self._states,
                 bytes=self._path.stat().st_size,

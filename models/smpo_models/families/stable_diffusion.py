@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_models.family import Conditioning, Family
-from smpo_models.loading import load_part
+from smpo_models.loading import denoiser_folder, load_part
 from smpo_models.process import VariancePreserving
 
 _OPENCLIP_H_WIDTH = 1024
@@ -47,7 +47,7 @@ class StableDiffusion(Family):
         self._resolution = config["sample_size"] * self._factor
         self._multiple = self._factor * 2 ** (len(config["block_out_channels"]) - 1)
         if "denoiser" in parts:
-            source, described = (str(denoiser), f"--unet {denoiser}") if denoiser else (model, what)
+            source, described = (str(denoiser_folder(denoiser)), f"denoiser {denoiser}") if denoiser else (model, what)
             unet = load_part(
                 UNet2DConditionModel.from_pretrained,
                 source,

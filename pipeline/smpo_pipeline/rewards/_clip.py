@@ -53,7 +53,10 @@ class ClipCosineReward(Reward):
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """See the base class."""
-        pixels = self._processor(images=list(images), return_tensors="pt").pixel_values.to(self._device)
+        # The layout is named because it is guessed otherwise, wrongly for images one or three pixels high.
+        pixels = self._processor(
+            images=[np.asarray(image) for image in images], input_data_format="channels_last", return_tensors="pt"
+        ).pixel_values.to(self._device)
         image_ND = self._clip.get_image_features(pixel_values=pixels).pooler_output.double()
         distinct = list(dict.fromkeys(prompts))
         # Every prompt is padded to the full length, so that a score never depends on its neighbours' lengths.

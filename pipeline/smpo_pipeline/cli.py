@@ -1,0 +1,26 @@
+"""The command line ``smpo-pipeline``."""
+
+from __future__ import annotations
+
+import typer
+
+from smpo_pipeline.commands.evaluate import evaluate
+from smpo_pipeline.commands.inspect import inspect
+from smpo_pipeline.commands.invert import invert
+from smpo_pipeline.commands.score import score
+from smpo_pipeline.commands.toy import toy
+from smpo_schemas.commandline import run_app
+
+app = typer.Typer(
+    help="Stages 1 and 2 of SmPO-Diffusion: score preference pairs, invert them into shards; evaluate and inspect.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (score, invert, evaluate, inspect, toy):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point."""
+    run_app(app)

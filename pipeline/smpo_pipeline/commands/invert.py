@@ -1,0 +1,229 @@
+"""``smpo-pipeline invert``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from smpo_pipeline.commands import options as opt
+from smpo_schemas.commandline import ConfigOption, write_resolved_config
+from smpo_schemas.errors import UserError
+from smpo_schemas.manifest import InversionSettings, Manifest
+
+_MODEL = "Model"
+_WALK = "Walks"
+_DEFAULTS = InversionSettings()
+
+
+class Source(StrEnum):
+    """Where states come from."""
+
+    renoise = "renoise"
+    forward = "forward"
+
+
+class Timesteps(StrEnum):
+    """Which timesteps a walk visits."""
+
+    jittered = "jittered"
+    grid = "grid"
+    published = "published"
+
+
+class VaeLatent(StrEnum):
+    """What is taken of the VAE's posterior."""
+
+    sample = "sample"
+    mode = "mode"
+
+
+class Dtype(StrEnum):
+    """Precision of the denoiser's forwards."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def invert(
+    context: typer.Context,
+    pairs: opt.PairsOption,
+    scores: Annotated[Path, typer.Option("--scores", help="Output of `smpo-pipeline score` for these pairs.")],
+    model: Annotated[str, typer.Option("--model", help="Text-to-image model to align: hub id or diffusers folder.")],
+    out: opt.OutOption,
+    unet: Annotated[
+        Path | None,
+        typer.Option(help="The reference, where it is not the model's own denoiser.", rich_help_panel=_MODEL),
+    ] = None,
+    walker: Annotated[
+        Path | None,
+        typer.Option(
+            help="Denoiser that carries the images along, for a second round; default: the reference.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="VAE in place of the model's own: hub id or folder.", rich_help_panel=_MODEL)
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=8, help="Side of the square images in pixels; default: the model's.", rich_help_panel=_MODEL),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of the denoiser's forwards; default: bf16 on cuda, fp32 on cpu.", rich_help_panel=_MODEL),
+    ] = None,
+    source: Annotated[
+        Source,
+        typer.Option(
+            help="renoise: the model's own trajectory; forward: Gaussian noise (Diffusion-DPO's estimate, no walk).",
+            rich_help_panel=_WALK,
+        ),
+    ] = Source.renoise,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps of a walk, and so its states.", rich_help_panel=_WALK)
+    ] = _DEFAULTS.steps,
+    renoise_steps: Annotated[
+        int,
+        typer.Option(
+            min=0, help="ReNoise iterations a step, one forward each; 0: DDIM inversion.", rich_help_panel=_WALK
+        ),
+    ] = _DEFAULTS.renoise_steps,
+    start: Annotated[
+        str,
+        typer.Option(
+            help="clean: from x0; level0: from x0 noised to the first level; a timestep T: nodes up to T by noising.",
+            rich_help_panel=_WALK,
+        ),
+    ] = str(_DEFAULTS.start),
+    timesteps: Annotated[
+        Timesteps,
+        typer.Option(
+            help="jittered: one uniform draw a stratum; grid: the scheduler's; published: the published code's.",
+            rich_help_panel=_WALK,
+        ),
+    ] = Timesteps.jittered,
+    eta: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Noise after each step, in DDIM posterior std (DDIM-InPO: 0.1).", rich_help_panel=_WALK
+        ),
+    ] = _DEFAULTS.eta,
+    guidance_scale: Annotated[
+        float, typer.Option(min=0, help="Guidance of the walker; 1: none.", rich_help_panel=_WALK)
+    ] = _DEFAULTS.guidance_scale,
+    states: Annotated[
+        str, typer.Option(help="States stored a walk: all, or a number drawn from them.", rich_help_panel=_WALK)
+    ] = "all",
+    walks: Annotated[
+        int, typer.Option(min=1, help="Walks a pair, each with draws of its own.", rich_help_panel=_WALK)
+    ] = _DEFAULTS.walks,
+    vae_latent: Annotated[
+        VaeLatent, typer.Option(help="sample or mode of the VAE's posterior.", rich_help_panel=_WALK)
+    ] = VaeLatent.sample,
+    prompt_dropout: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of walks under the empty prompt.", rich_help_panel=_WALK)
+    ] = _DEFAULTS.prompt_dropout,
+    hflip: Annotated[
+        bool, typer.Option("--hflip/--no-hflip", help="Mirror half of the walks.", rich_help_panel=_WALK)
+    ] = _DEFAULTS.hflip,
+    seed: Annotated[int, typer.Option(min=0, help="With the pair's id, the source of all randomness.")] = 0,
+    pairs_per_shard: Annotated[int, typer.Option(min=1, help="Pairs a tar, and a unit of work.")] = 128,
+    prompt_column: opt.PromptColumn = None,
+    image_0_column: opt.Image0Column = None,
+    image_1_column: opt.Image1Column = None,
+    label_column: opt.LabelColumn = None,
+    pair_id_column: opt.PairIdColumn = None,
+    annotator_column: opt.AnnotatorColumn = None,
+    batch_size: opt.BatchSizeOption = 16,
+    device: opt.DeviceOption = None,
+    concurrency: opt.ConcurrencyOption = 1,
+    ray_address: opt.RayAddressOption = None,
+    limit: opt.LimitOption = None,
+    overwrite: opt.OverwriteOption = False,
+    config: ConfigOption = None,  # noqa: ARG001  (read by its callback)
+) -> None:
+    """Carry every image along the model's own sampling trajectory and store the states as WebDataset shards.
+
+    Writes OUT/shard-*.tar, OUT/rejected.parquet and OUT/manifest.json (written last). `smpo-train --shards OUT` trains
+    from them, as often as you like.
+    """
+    from smpo_pipeline.jobs.cluster import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
+    from smpo_pipeline.jobs.invert import InvertOptions, invert  # noqa: PLC0415
+
+    checked = check_device(device)
+    settings = InversionSettings(
+        source=source.value,
+        start=_start(start),
+        timesteps=timesteps.value,
+        steps=steps,
+        renoise_steps=renoise_steps,
+        eta=eta,
+        guidance_scale=guidance_scale,
+        states=_states(states),
+        walks=walks,
+        vae_latent=vae_latent.value,
+        prompt_dropout=prompt_dropout,
+        hflip=hflip,
+        dtype=dtype.value if dtype else ("bf16" if checked == "cuda" else "fp32"),
+    )
+    columns = opt.columns_by_field(
+        prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column
+    )
+    manifest = invert(
+        InvertOptions(
+            pairs=pairs,
+            scores=scores,
+            model=model,
+            out=out,
+            unet=unet,
+            walker=walker,
+            vae=vae,
+            resolution=resolution,
+            settings=settings,
+            columns=columns,
+            seed=seed,
+            pairs_per_shard=pairs_per_shard,
+            batch_size=batch_size,
+            device=checked,
+            concurrency=concurrency,
+            ray_address=ray_address,
+            limit=limit,
+            overwrite=overwrite,
+        )
+    )
+    write_resolved_config(context, out)
+    _show(Console(), manifest, out)
+
+
+def _start(value: str) -> str | int:
+    if value in ("clean", "level0"):
+        return value
+    if value.isdigit():
+        return int(value)
+    raise UserError(f"--start {value}: clean, level0, or a timestep")
+
+
+def _states(value: str) -> int | None:
+    if value == "all":
+        return None
+    if value.isdigit() and int(value) > 0:
+        return int(value)
+    raise UserError(f"--states {value}: all, or a number from 1")
+
+
+def _show(console: Console, manifest: Manifest, out: Path) -> None:
+    from smpo_pipeline.inversion.advice import health_warnings  # noqa: PLC0415
+
+    totals = manifest.totals
+    ratios = [f"{band.noise_ratio:.2f}" for band in manifest.health if band.noise_ratio is not None]
+    console.print(f"noise ratio by timestep band (exact inversion: 1): {' '.join(ratios)}")
+    for warning in health_warnings(manifest.health):
+        console.print(f"[yellow]warning:[/] {warning}")
+    rejected = f", {totals.rejected} rejected (reasons: {out / 'rejected.parquet'})" if totals.rejected else ""
+    size = f"{totals.bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
+    console.print(f"{totals.pairs} pairs, {totals.states} states, {size}{rejected}: {out}")

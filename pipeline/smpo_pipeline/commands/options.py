@@ -1,0 +1,85 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PairsOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--pairs",
+        help="Parquet or JSONL files, or folders of them, one row a pair. Pick-a-Pic v2's columns are known.",
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Output directory; made where it is missing.")]
+RewardsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--reward",
+        help="NAME or NAME=MODEL (hub id or folder), repeatable, for example pickscore or pickscore=./my-pickscore.",
+    ),
+]
+
+_COLUMNS = "Input columns (where they are not Pick-a-Pic's or the normalised names)"
+
+
+def _column(name: str, help_text: str) -> Any:  # noqa: ANN401  (an annotation object has no public type)
+    return Annotated[str | None, typer.Option(f"--{name}-column", help=help_text, rich_help_panel=_COLUMNS)]
+
+
+PromptColumn = _column("prompt", "Text of the prompt.")
+Image0Column = _column("image-0", "First image: file bytes, or a path relative to the input file.")
+Image1Column = _column("image-1", "Second image.")
+LabelColumn = _column("label", "P(image_0 preferred): 1, 0, or 0.5 for a tie.")
+PairIdColumn = _column("pair-id", "Stable name of the pair; without one, a hash of prompt and images.")
+AnnotatorColumn = _column("annotator", "Who labelled the pair.")
+
+_RUNNING = "Running"
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Images or walks a model call.", rich_help_panel=_RUNNING)
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu or cuda; default: cuda where there is one.", rich_help_panel=_RUNNING),
+]
+ConcurrencyOption = Annotated[
+    int,
+    typer.Option("--concurrency", min=1, help="Model actors at once, one GPU each.", rich_help_panel=_RUNNING),
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", help="Ray cluster to run on; default: one of its own.", rich_help_panel=_RUNNING),
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Only the first N pairs.", rich_help_panel=_RUNNING)
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Begin anew. Without it an unfinished run is continued and a finished one left alone.",
+        rich_help_panel=_RUNNING,
+    ),
+]
+
+
+def columns_by_field(
+    prompt: str | None,
+    image_0: str | None,
+    image_1: str | None,
+    label: str | None,
+    pair_id: str | None,
+    annotator: str | None,
+) -> dict[str, str | None]:
+    """The column flags by the fields of :class:`smpo_schemas.pairs.PairColumns`."""
+    return {
+        "prompt": prompt,
+        "image_0": image_0,
+        "image_1": image_1,
+        "label": label,
+        "pair_id": pair_id,
+        "annotator": annotator,
+    }

@@ -1,0 +1,69 @@
+"""``smpo-pipeline score``."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from smpo_pipeline.commands import options as opt
+from smpo_schemas.commandline import ConfigOption, write_resolved_config
+from smpo_schemas.scores import REJECTS_FILE, ScoresInfo
+
+
+def score(
+    context: typer.Context,
+    pairs: opt.PairsOption,
+    reward: opt.RewardsOption,
+    out: opt.OutOption,
+    prompt_column: opt.PromptColumn = None,
+    image_0_column: opt.Image0Column = None,
+    image_1_column: opt.Image1Column = None,
+    label_column: opt.LabelColumn = None,
+    pair_id_column: opt.PairIdColumn = None,
+    annotator_column: opt.AnnotatorColumn = None,
+    batch_size: opt.BatchSizeOption = 32,
+    device: opt.DeviceOption = None,
+    concurrency: opt.ConcurrencyOption = 1,
+    ray_address: opt.RayAddressOption = None,
+    limit: opt.LimitOption = None,
+    overwrite: opt.OverwriteOption = False,
+    config: ConfigOption = None,  # noqa: ARG001  (read by its callback)
+) -> None:
+    """Score both images of every pair with one or more reward models.
+
+    Writes OUT/scores-*.parquet (one row a pair, raw scores), OUT/rejected.parquet (pairs left out, with the reason)
+    and OUT/scores.json (statistics; written last).
+    """
+    from smpo_pipeline.jobs.cluster import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
+    from smpo_pipeline.jobs.score import ScoreOptions, score  # noqa: PLC0415
+
+    columns = opt.columns_by_field(
+        prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column
+    )
+    info = score(
+        ScoreOptions(
+            pairs=pairs,
+            out=out,
+            reward=reward,
+            columns=columns,
+            batch_size=batch_size,
+            device=check_device(device),
+            concurrency=concurrency,
+            ray_address=ray_address,
+            limit=limit,
+            overwrite=overwrite,
+        )
+    )
+    write_resolved_config(context, out)
+    _show(Console(), info, out)
+
+
+def _show(console: Console, info: ScoresInfo, out: opt.OutOption) -> None:
+    table = Table("reward", "unit", "min", "mean", "max", "agrees with labels")
+    for name, each in info.rewards.items():
+        agreement = "no labels" if each.agreement is None else f"{each.agreement:.1%} of {each.num_labelled}"
+        table.add_row(name, each.unit, f"{each.min:.4f}", f"{each.mean:.4f}", f"{each.max:.4f}", agreement)
+    console.print(table)
+    rejected = f", {info.rejected} rejected (reasons: {out / REJECTS_FILE})" if info.rejected else ""
+    console.print(f"{info.scored} pairs scored{rejected}: {out}")

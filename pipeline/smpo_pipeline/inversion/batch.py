@@ -1,0 +1,167 @@
+"""A batch of walks under way: what was drawn for each, and what both sources of states need of the models.
+
+Shape suffixes: B walks, R = 2B rows (both images of a walk, one after the other), S some of these rows, C h w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from smpo_models.family import Conditioning, Family
+from smpo_pipeline.inversion.draws import gaussian, generator
+from smpo_pipeline.inversion.timesteps import WalkPlan, plan_walk
+from smpo_schemas.manifest import InversionSettings
+
+
+@dataclass(frozen=True)
+class PreparedPair:
+    """A pair whose images are decoded, resized and cropped.
+
+    Attributes:
+        pixels_2HW3: uint8, both images.
+        size: both images' original (height, width).
+        crop: both crops' (top, left) in the resized images.
+        measured: whether this pair is in the sample that walk health is measured on.
+    """
+
+    pair_id: str
+    prompt: str
+    label: float | None
+    annotator: str | None
+    scores: dict[str, tuple[float, float]]
+    pixels_2HW3: np.ndarray
+    size: tuple[tuple[int, int], tuple[int, int]]
+    crop: tuple[tuple[int, int], tuple[int, int]]
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk to make, and what was drawn for it.
+
+    Attributes:
+        pair: the pair.
+        number: 0, 1, ...: which of the pair's walks.
+        plan: timesteps.
+        flipped: both images are mirrored.
+        dropped: made under the empty prompt.
+        stream: source of this walk's further randomness, by purpose.
+    """
+
+    pair: PreparedPair
+    number: int
+    plan: WalkPlan
+    flipped: bool
+    dropped: bool
+    stream: Callable[[str], np.random.Generator]
+
+
+def draw_walk(pair: PreparedPair, number: int, family: Family, settings: InversionSettings, seed: int) -> Walk:
+    """Draw all that is random about one walk, from (seed, pair_id, number) alone."""
+
+    def stream(purpose: str) -> np.random.Generator:
+        return generator(seed, pair.pair_id, number, purpose)
+
+    return Walk(
+        pair=pair,
+        number=number,
+        plan=plan_walk(settings, family.process, seed, pair.pair_id, number),
+        flipped=settings.hflip and bool(stream("flip").random() < 0.5),  # noqa: PLR2004  (an even coin)
+        dropped=bool(stream("dropout").random() < settings.prompt_dropout),
+        stream=stream,
+    )
+
+
+@dataclass(frozen=True)
+class Visit:
+    """The walks that reach their ``index``-th node, there.
+
+    Attributes:
+        index: into the walks' ``plan.nodes``; -1 is the start, before any step.
+        rows_S: which of the batch's R rows.
+        t_S: their nodes' timesteps (``START`` at the start).
+        x_SChw: their states, float32.
+        origin: x_s and s that the step came from, and which rows took a step at all; None where none did.
+    """
+
+    index: int
+    rows_S: torch.Tensor
+    t_S: torch.Tensor
+    x_SChw: torch.Tensor
+    origin: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+
+
+class Batch:
+    """The rows of B walks: latents, conditioning, and the walker's predictions."""
+
+    def __init__(self, walks: Sequence[Walk], family: Family, walker: nn.Module, settings: InversionSettings) -> None:
+        self.walks, self.family, self.settings = walks, family, settings
+        self.process = family.process
+        self._walker = walker
+        self.device = next(walker.parameters()).device
+        self.x0_RChw = self._latents()
+        self.conditioning = self._condition(["" if walk.dropped else walk.pair.prompt for walk in walks])
+        guided = settings.source == "renoise" and settings.guidance_scale != 1
+        self._unconditional = self._condition([""] * len(walks)) if guided else None
+
+    def _latents(self) -> torch.Tensor:
+        """x0 of both images, rounded to the float16 that is stored, so that the walk begins from the very sample."""
+        images = [walk.pair.pixels_2HW3[:, :, ::-1] if walk.flipped else walk.pair.pixels_2HW3 for walk in self.walks]
+        pixels_R3HW = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+        mean, std = self.family.posterior(pixels_R3HW)
+        if self.settings.vae_latent == "sample":
+            shape = (2, *mean.shape[1:])
+            noise = torch.cat([gaussian(walk.stream("vae"), shape) for walk in self.walks])
+            mean = mean + std * noise.to(self.device)
+        return mean.half().float()
+
+    def _condition(self, prompts: Sequence[str]) -> Conditioning:
+        return self.family.condition(
+            [prompt for prompt in prompts for _ in range(2)],
+            [size for walk in self.walks for size in walk.pair.size],
+            [crop for walk in self.walks for crop in walk.pair.crop],
+        )
+
+    def rows_at(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the walks that have an ``index``-th node, and its timestep for each: both int64 [S]."""
+        active = [(row, walk.plan.nodes[index]) for row, walk in self._rows() if index < len(walk.plan.nodes)]
+        return self._indices([row for row, _ in active]), self._indices([t for _, t in active])
+
+    def stored_at(self, index: int, rows_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions in ``rows_S`` whose walks store their ``index``-th node, and the timestep each is used at."""
+        by_row = dict(self._rows())
+        kept = [
+            (position, walk.plan.used_at[walk.plan.stored.index(index)])
+            for position, walk in enumerate(by_row[row] for row in rows_S.tolist())
+            if index in walk.plan.stored
+        ]
+        return self._indices([position for position, _ in kept]), self._indices([t for _, t in kept])
+
+    def _rows(self) -> list[tuple[int, Walk]]:
+        return [(2 * number + image, walk) for number, walk in enumerate(self.walks) for image in range(2)]
+
+    def _indices(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def predicted_noise(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
+        """The noise that the walker sees in ``x`` at ``t``, with classifier-free guidance (arXiv 2207.12598)."""
+        conditional = self._noise(x_SChw, t_S, self.conditioning[rows_S])
+        if self._unconditional is None:
+            return conditional
+        unconditional = self._noise(x_SChw, t_S, self._unconditional[rows_S])
+        return unconditional + self.settings.guidance_scale * (conditional - unconditional)
+
+    def _noise(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        output = self.family.denoise(self._walker, x_SChw, t_S, conditioning)
+        return self.process.noise_in(output, x_SChw, t_S)
+
+    def noise_a_pair(self, purpose: str) -> torch.Tensor:
+        """One Gaussian noise a walk, the same for both images: [R, C, h, w]."""
+        shape = (1, *self.x0_RChw.shape[1:])
+        noise = [gaussian(walk.stream(purpose), shape).repeat(2, 1, 1, 1) for walk in self.walks]
+        return torch.cat(noise).to(self.device)

@@ -1,0 +1,177 @@
+"""Shard samples from prepared pairs: walks, reference errors, residuals, health (DESIGN 4.2, 4.3).
+
+Shape suffixes: S rows (images) that store a state at one visit, K stored states of a walk, C h w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from smpo_models.family import Family
+from smpo_pipeline.inversion.batch import Batch, PreparedPair, Visit, Walk, draw_walk
+from smpo_pipeline.inversion.draws import gaussian
+from smpo_pipeline.inversion.health import HealthSums
+from smpo_pipeline.inversion.solver import carry
+from smpo_pipeline.inversion.sources import SOURCES
+from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.shards import Sample, SampleMeta
+
+_State = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of one image at one stored state: timestep, tau [C, h, w] float16, reference error and residual (scalars)."""
+
+
+class Inverter:
+    """Makes samples. Each depends on its pair, the walk's number, the settings and the seed, and on nothing else."""
+
+    def __init__(self, family: Family, walker: nn.Module, settings: InversionSettings, seed: int) -> None:
+        """Take a loaded model, all parts.
+
+        Args:
+            family: the model; its denoiser is the reference that ``ref_error`` is measured with.
+            walker: the denoiser that carries the images along; usually the reference itself.
+            settings: of the inversion.
+            seed: with the pair's id, the source of all randomness.
+        """
+        if family.denoiser is None:
+            raise RuntimeError("the model was loaded without its denoiser")
+        self._family, self._reference, self._walker = family, family.denoiser, walker
+        self._settings, self._seed = settings, seed
+
+    @torch.inference_mode()
+    def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | str], HealthSums]:
+        """Make the given walks (pair, number of the walk) at once.
+
+        Returns:
+            For each its sample, or the reason why there is none; and the health sums of the measured pairs.
+        """
+        walks = [draw_walk(pair, number, self._family, self._settings, self._seed) for pair, number in requests]
+        batch = Batch(walks, self._family, self._walker, self._settings)
+        health = HealthSums()
+        states: list[list[_State]] = [[] for _ in range(2 * len(walks))]
+        for visit in SOURCES[self._settings.source](batch):
+            self._store(batch, visit, states, health)
+        samples = [
+            _sample(walk, batch.x0_RChw[2 * i : 2 * i + 2], states[2 * i], states[2 * i + 1])
+            for i, walk in enumerate(walks)
+        ]
+        return samples, health
+
+    def _store(self, batch: Batch, visit: Visit, states: list[list[_State]], health: HealthSums) -> None:
+        """Keep the states that the walks' plans store at this visit, with what is measured at them."""
+        positions_S, t_S = batch.stored_at(visit.index, visit.rows_S)
+        if len(positions_S) == 0:
+            return
+        process, rows_S = batch.process, visit.rows_S[positions_S]
+        x0 = batch.x0_RChw[rows_S]
+        a, s = process.levels(t_S, x0)
+        tau = ((visit.x_SChw[positions_S] - a * x0) / s).half()
+        # From here on the stored, rounded state: the very one that the trainer rebuilds.
+        x_t = process.noised(x0, tau.float(), t_S)
+        output = self._family.denoise(self._reference, x_t, t_S, batch.conditioning[rows_S])
+        ref_error = (output - process.target(x0, tau.float(), t_S)).square().mean((1, 2, 3))
+        predicted = process.noise_in(output, x_t, t_S)
+        residual = self._residual(batch, visit, positions_S, t_S, predicted)
+        self._measure(batch, rows_S, t_S, predicted, tau, residual, health)
+        for row, t, *state in zip(
+            rows_S.tolist(), t_S.tolist(), tau.cpu(), ref_error.cpu(), residual.cpu(), strict=True
+        ):
+            states[row].append((t, *state))
+
+    def _residual(
+        self,
+        batch: Batch,
+        visit: Visit,
+        positions_S: torch.Tensor,
+        used_at_S: torch.Tensor,
+        predicted: torch.Tensor,
+    ) -> torch.Tensor:
+        """||x_t - F(x_s, eps(x_t, t))|| / ||x_t|| of each state, NaN where no step was taken: float32 [S].
+
+        eps is the walker's. Where the walker is the reference, unguided, and the state is used at its own node, the
+        forward that measured ``ref_error`` is this one (its input is rounded to float16 storage) and is not repeated.
+        """
+        residual = torch.full((len(positions_S),), torch.nan, device=batch.device)
+        if visit.origin is None:
+            return residual
+        x_s, s, stepped = (value[positions_S] for value in visit.origin)
+        rows, node, x_t = (value[positions_S] for value in (visit.rows_S, visit.t_S, visit.x_SChw))
+        own = self._walker is self._reference and self._settings.guidance_scale == 1 and torch.equal(node, used_at_S)
+        eps = predicted if own else batch.predicted_noise(x_t, node, rows)
+        distance = (x_t - carry(batch.process, x_s, eps, s, node)).flatten(1).norm(dim=1)
+        return torch.where(stepped, distance / x_t.flatten(1).norm(dim=1), residual)
+
+    def _measure(
+        self,
+        batch: Batch,
+        rows_S: torch.Tensor,
+        t_S: torch.Tensor,
+        predicted: torch.Tensor,
+        tau: torch.Tensor,
+        residual: torch.Tensor,
+        health: HealthSums,
+    ) -> None:
+        """Compare the measured pairs' states with forward-noised states of the same images at the same timesteps."""
+        measured = [position for position, row in enumerate(rows_S.tolist()) if batch.walks[row // 2].pair.measured]
+        if not measured:
+            return
+        rows, t, predicted = rows_S[measured], t_S[measured], predicted[measured]
+        if self._settings.source == "forward":
+            forward = predicted
+        else:
+            x0 = batch.x0_RChw[rows]
+            noise = torch.stack(
+                [_health_noise(batch, row, t) for row, t in zip(rows.tolist(), t.tolist(), strict=True)]
+            )
+            x_t = batch.process.noised(x0, noise.to(batch.device), t)
+            output = self._family.denoise(self._reference, x_t, t, batch.conditioning[rows])
+            forward = batch.process.noise_in(output, x_t, t)
+        health.add(
+            t,
+            batch.process.num_train_timesteps,
+            predicted_SChw=predicted,
+            forward_SChw=forward,
+            tau_SChw=tau[measured],
+            residual_S=residual[measured],
+        )
+
+
+def _health_noise(batch: Batch, row: int, t: int) -> torch.Tensor:
+    """Fresh noise [C, h, w] for one image at one timestep, whatever else is in the batch."""
+    stream = batch.walks[row // 2].stream(f"health/{row % 2}/{t}")
+    return gaussian(stream, tuple(batch.x0_RChw.shape[1:]))
+
+
+def _sample(walk: Walk, x0_2Chw: torch.Tensor, *images: list[_State]) -> Sample | str:
+    """Put both images' states together, or say why they cannot be stored."""
+    pair = walk.pair
+    stored = [torch.stack([torch.stack(each) for each in column]) for column in _columns(images)]
+    noise_2KChw, ref_error_2K, residual_2K = stored
+    if not all(torch.isfinite(tensor).all() for tensor in (x0_2Chw, noise_2KChw, ref_error_2K)):
+        return "not finite: latents, noise or reference error of this pair overflow"
+    return Sample(
+        meta=SampleMeta(
+            pair_id=pair.pair_id,
+            walk=walk.number,
+            flipped=walk.flipped,
+            prompt=pair.prompt,
+            prompt_dropped=walk.dropped,
+            label=pair.label,
+            annotator=pair.annotator,
+            scores=pair.scores,
+            size=pair.size,
+            crop=pair.crop,
+        ),
+        x0_2Chw=x0_2Chw.half().cpu(),
+        noise_K2Chw=noise_2KChw.transpose(0, 1),
+        timestep_K=torch.tensor([t for t, *_ in images[0]], dtype=torch.int64),
+        ref_error_K2=ref_error_2K.T.float(),
+        residual_K2=residual_2K.T.float(),
+    )
+
+
+def _columns(images: Sequence[list[_State]]) -> list[list[list[torch.Tensor]]]:
+    """Per stored tensor, per image, the list over its K states."""
+    return [[[state[column] for state in states] for states in images] for column in (1, 2, 3)]
