@@ -1,0 +1,69 @@
+"""The prompts that models are compared on: a text file, JSONL or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smpo_schemas.errors import UserError
+
+_COLUMNS = ("prompt", "caption")
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[str]:
+    """Read the distinct prompts of a file, in the order of their first appearance.
+
+    ``.txt`` holds one a line; ``.jsonl`` and ``.parquet`` a column ``prompt`` or ``caption`` (so a file of pairs
+    will do). Blank ones are left out. A prompt that is there twice would be given the same noise, hence the same
+    images, twice: it is taken once.
+
+    Args:
+        path: the file.
+        limit: take only the first so many.
+
+    Raises:
+        UserError: the file is missing, of another kind, malformed, or holds no prompt.
+    """
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if not path.is_file():
+        raise UserError(f"--prompts {path} is no file")
+    if path.suffix not in readers:
+        raise UserError(f"--prompts {path}: only {', '.join(readers)} files are read")
+    try:
+        found = [str(prompt).strip() for prompt in readers[path.suffix](path) if prompt is not None]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"--prompts {path} cannot be read: {error}") from error
+    prompts = [prompt for prompt in dict.fromkeys(found) if prompt]
+    if not prompts:
+        raise UserError(f"--prompts {path} holds no prompt")
+    return prompts[:limit]
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    yield from path.read_text(encoding="utf-8-sig").splitlines()
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise UserError(f"--prompts {path}: line {number} is no JSON object")
+            yield row[_column(list(row), path)]
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    name = _column(pq.read_schema(path).names, path)
+    yield from pq.read_table(path, columns=[name])[name].to_pylist()
+
+
+def _column(names: list[str], path: Path) -> str:
+    for name in _COLUMNS:
+        if name in names:
+            return name
+    raise UserError(f"--prompts {path} has no column {' or '.join(_COLUMNS)} (it has: {', '.join(names) or 'none'})")

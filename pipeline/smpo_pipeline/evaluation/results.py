@@ -1,0 +1,173 @@
+"""``results.json`` and ``scores.parquet``: what an evaluation found, and everything it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from smpo_pipeline.evaluation.comparison import Comparison
+from smpo_schemas.errors import UserError, describe_problem
+from smpo_schemas.files import atomic_path, read_json, sha256_json, write_json
+
+RESULTS_VERSION = 1
+RESULTS_FILE = "results.json"
+SCORES_FILE = "scores.parquet"
+REPORT_FILE = "report.html"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Settings(_Frozen):
+    """Everything that decides the numbers; two evaluations with equal settings are the same evaluation.
+
+    Attributes:
+        models: per name, the identity of the files that it was loaded from (a hub id: the id); the first is the
+            baseline.
+        rewards: per specification, as given, the identity of its model folder (none: the specification itself).
+        prompts: the prompts.
+        images_per_prompt: each from its own noise.
+        steps: DDIM steps.
+        guidance_scale: classifier-free guidance; 1 is none.
+        seed: of all noise.
+        dtype: of the models, a key of :data:`smpo_models.loading.DTYPES`.
+    """
+
+    models: dict[str, str]
+    rewards: dict[str, str]
+    prompts: list[str]
+    images_per_prompt: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    dtype: str
+
+    def digest(self) -> str:
+        """Identity of these settings; the order of the models counts, since the first is the baseline."""
+        return sha256_json({**self.model_dump(), "models": list(self.models.items())})
+
+    def difference(self, other: Settings) -> str:
+        """The first setting in which two evaluations differ, in words."""
+        for name in type(self).model_fields:
+            old, new = getattr(self, name), getattr(other, name)
+            if name == "models":
+                old, new = list(old.items()), list(new.items())
+            if old != new:
+                return f"{name} {old} there, {new} now" if isinstance(old, (int, float, str)) else f"other {name}"
+        return "nothing"
+
+
+class ModelEntry(_Frozen):
+    """One model: where it came from, the model that completed it, and its denoiser's fingerprint."""
+
+    name: str
+    source: str
+    base: str | None
+    denoiser: str
+
+
+class RewardEntry(_Frozen):
+    """One reward: its unit, the model behind it, and that model's fingerprint."""
+
+    name: str
+    unit: str
+    model: str
+    fingerprint: str
+
+
+class Finding(_Frozen):
+    """One model under one reward, over all images, in the reward's unit; the baseline has no ``versus``."""
+
+    model: str
+    reward: str
+    median: float
+    mean: float
+    std: float
+    versus_baseline: Comparison | None
+
+
+class Results(_Frozen):
+    """The whole of ``results.json``; written last, so that its absence marks an unfinished evaluation.
+
+    Attributes:
+        digest: of ``settings``.
+        num_prompts, num_images: of each model.
+        baseline: the model that the others are compared with.
+    """
+
+    schema_version: int
+    digest: str
+    settings: Settings
+    num_prompts: int
+    num_images: int
+    baseline: str
+    models: list[ModelEntry]
+    rewards: list[RewardEntry]
+    findings: list[Finding]
+    versions: dict[str, str]
+
+    def finding(self, model: str, reward: str) -> Finding:
+        """What was found of ``model`` under ``reward``."""
+        return next(each for each in self.findings if (each.model, each.reward) == (model, reward))
+
+
+def read_results(directory: Path) -> Results | None:
+    """Read ``results.json``; None where there is none.
+
+    Raises:
+        UserError: it is malformed or of another schema version.
+    """
+    path = directory / RESULTS_FILE
+    if not path.is_file():
+        return None
+    value: Any = read_json(path)
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if version != RESULTS_VERSION:
+        raise UserError(f"{path} has schema version {version}, this program reads {RESULTS_VERSION}; use --overwrite")
+    try:
+        return Results.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{path} is malformed: {describe_problem(error)}") from error
+
+
+def write_results(directory: Path, results: Results) -> None:
+    """Write ``results.json``, which finishes the evaluation."""
+    write_json(directory / RESULTS_FILE, results.model_dump())
+
+
+def write_scores(
+    directory: Path,
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    prompts: Sequence[str],
+    files: Mapping[str, list[str]],
+) -> None:
+    """Write ``scores.parquet``: a row an image.
+
+    Args:
+        directory: of the evaluation.
+        scores: per reward and model, float [P, I].
+        prompts: P texts.
+        files: per model, the images' paths below ``directory``, P * I of them in order.
+    """
+    first = next(iter(scores.values()))
+    tables = []
+    for model, scores_PI in first.items():
+        prompt_index, image_index = np.indices(scores_PI.shape).reshape(2, -1)
+        columns: dict[str, Any] = {
+            "model": [model] * scores_PI.size,
+            "prompt_index": prompt_index,
+            "prompt": [prompts[number] for number in prompt_index],
+            "image_index": image_index,
+            "file": files[model],
+        }
+        columns |= {reward: by_model[model].ravel() for reward, by_model in scores.items()}
+        tables.append(pa.table(columns))
+    with atomic_path(directory / SCORES_FILE) as temporary:
+        pq.write_table(pa.concat_tables(tables), temporary)

@@ -1,0 +1,195 @@
+"""Making an evaluation: images of every model, scores of every reward, comparison, report."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+from collections.abc import Callable, Sequence
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from smpo_pipeline.evaluation.comparison import compare
+from smpo_pipeline.evaluation.generate import Picture, denoiser_fingerprint, generate, latent_shape, load_generator
+from smpo_pipeline.evaluation.plan import ORIGIN_FILE, Plan
+from smpo_pipeline.evaluation.report import write_report
+from smpo_pipeline.evaluation.results import (
+    REPORT_FILE,
+    RESULTS_FILE,
+    RESULTS_VERSION,
+    Finding,
+    ModelEntry,
+    Results,
+    RewardEntry,
+    write_results,
+    write_scores,
+)
+from smpo_pipeline.rewards import Reward, load_reward
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import read_json, write_json
+
+Scores = dict[str, dict[str, np.ndarray]]
+"""Per reward and model, float64 [P, I]: P prompts, I images a prompt."""
+
+
+def run(plan: Plan, console: Console) -> Results:
+    """Make the evaluation; images that are there from the very same settings are kept.
+
+    Raises:
+        UserError: a model or a reward cannot be loaded, or a folder not written.
+    """
+    if plan.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {plan.device}: torch {torch.__version__} sees no GPU here")
+    # Before the hours of sampling: a reward that cannot be loaded is found out first.
+    rewards = [load_reward(spec, plan.device) for spec in plan.settings.rewards]
+    names = [reward.name for reward in rewards]
+    if len(set(names)) != len(names):
+        raise UserError(f"--reward: two of {', '.join(names)} share a name; evaluate them one at a time")
+    for stale in (RESULTS_FILE, REPORT_FILE):
+        (plan.out / stale).unlink(missing_ok=True)
+    _quiet_libraries()
+    with _progress(console) as progress:
+        entries = _generate_all(plan, progress)
+        scores = {reward.name: _score_all(plan, reward, progress) for reward in rewards}
+    results = _results(plan, entries, rewards, scores)
+    write_scores(
+        plan.out, scores, plan.settings.prompts, {model.name: _files(plan, model.name) for model in plan.models}
+    )
+    write_report(plan, results, scores)
+    write_results(plan.out, results)
+    return results
+
+
+def _quiet_libraries() -> None:
+    """Stop what diffusers and transformers print for every model and every long prompt from tearing up the display."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def _pictures(plan: Plan, model: str) -> list[Picture]:
+    """All images of a model, prompt by prompt."""
+    return [
+        Picture(prompt, index, plan.file(model, number, index))
+        for number, prompt in enumerate(plan.settings.prompts)
+        for index in range(plan.settings.images_per_prompt)
+    ]
+
+
+def _files(plan: Plan, model: str) -> list[str]:
+    return [str(picture.path.relative_to(plan.out)) for picture in _pictures(plan, model)]
+
+
+def _generate_all(plan: Plan, progress: Progress) -> list[ModelEntry]:
+    """Make what is missing of every model's images, one model in memory at a time."""
+    entries: list[ModelEntry] = []
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for model in plan.models:
+        _claim_folder(plan, model.name)
+        pictures = _pictures(plan, model.name)
+        task = progress.add_task(f"sample {model.name}", total=len(pictures))
+        pipeline = load_generator(model, plan.base, plan.device, plan.settings.dtype)
+        shapes[model.name] = latent_shape(pipeline)
+        if len(set(shapes.values())) > 1:
+            raise UserError(
+                f"--model: latents differ in shape ({shapes}), so the models cannot begin from the same noise; "
+                "compare models of one resolution and family"
+            )
+        missing = [picture for picture in pictures if not picture.path.is_file()]
+        progress.update(task, completed=len(pictures) - len(missing))
+        generate(pipeline, missing, plan.settings, plan.batch_size, _advancing(progress, task))
+        base = plan.base if model.kind != "pipeline" else None
+        entries.append(
+            ModelEntry(name=model.name, source=model.source, base=base, denoiser=denoiser_fingerprint(pipeline))
+        )
+        del pipeline
+        gc.collect()
+    return entries
+
+
+def _advancing(progress: Progress, task: object) -> Callable[[int], None]:
+    return lambda count: progress.advance(task, count)  # type: ignore[arg-type]
+
+
+def _claim_folder(plan: Plan, model: str) -> None:
+    """Mark a model's image folder with what its images are made from; images from anything else are removed."""
+    folder = plan.folder(model)
+    origin = folder / ORIGIN_FILE
+    if origin.is_file() and read_json(origin).get("origin") != plan.origin(model):
+        for stale in folder.glob("*.png"):
+            stale.unlink()
+    write_json(origin, {"origin": plan.origin(model)})
+
+
+def _score_all(plan: Plan, reward: Reward, progress: Progress) -> dict[str, np.ndarray]:
+    """Scores of all images of all models under one reward: per model float64 [P, I]."""
+    scores: dict[str, np.ndarray] = {}
+    shape = (len(plan.settings.prompts), plan.settings.images_per_prompt)
+    for model in plan.models:
+        pictures = _pictures(plan, model.name)
+        task = progress.add_task(f"score {model.name} with {reward.name}", total=len(pictures))
+        parts = []
+        for start in range(0, len(pictures), plan.batch_size):
+            batch = pictures[start : start + plan.batch_size]
+            parts.append(_score_batch(reward, batch))
+            progress.advance(task, len(batch))
+        scores[model.name] = np.concatenate(parts).reshape(shape)
+    return scores
+
+
+def _score_batch(reward: Reward, batch: Sequence[Picture]) -> np.ndarray:
+    images = []
+    for picture in batch:
+        try:
+            with Image.open(picture.path) as image:
+                images.append(image.convert("RGB"))
+        except OSError as error:
+            raise UserError(f"{picture.path} cannot be read ({error}); delete it and evaluate again") from error
+    values = np.asarray(reward.score(images, [picture.prompt for picture in batch]), dtype=np.float64)
+    if not np.isfinite(values).all():
+        worst = batch[int(np.flatnonzero(~np.isfinite(values))[0])]
+        raise UserError(f"--reward {reward.name} has no finite score for {worst.path} ({worst.prompt!r})")
+    return values
+
+
+def _results(plan: Plan, entries: list[ModelEntry], rewards: Sequence[Reward], scores: Scores) -> Results:
+    baseline = plan.models[0].name
+    findings = []
+    for reward, by_model in scores.items():
+        for model, scores_PI in by_model.items():
+            versus = None if model == baseline else compare(scores_PI, by_model[baseline])
+            findings.append(
+                Finding(
+                    model=model,
+                    reward=reward,
+                    median=float(np.median(scores_PI)),
+                    mean=float(scores_PI.mean()),
+                    std=float(scores_PI.std()),
+                    versus_baseline=versus,
+                )
+            )
+    return Results(
+        schema_version=RESULTS_VERSION,
+        digest=plan.settings.digest(),
+        settings=plan.settings,
+        num_prompts=len(plan.settings.prompts),
+        num_images=len(plan.settings.prompts) * plan.settings.images_per_prompt,
+        baseline=baseline,
+        models=entries,
+        rewards=[
+            RewardEntry(name=each.name, unit=each.unit, model=each.model, fingerprint=each.fingerprint)
+            for each in rewards
+        ],
+        findings=findings,
+        versions={name: importlib.metadata.version(name) for name in ("smpo-diffusion", "diffusers", "torch", "numpy")},
+    )

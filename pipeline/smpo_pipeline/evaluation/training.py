@@ -1,0 +1,45 @@
+"""Curves of a training run, from the ``metrics.jsonl`` beside its model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from smpo_schemas.errors import UserError
+
+_NOT_DRAWN = ("step", "epoch", "time")
+_FEWEST_POINTS = 2
+
+
+def read_curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Read every number that changes over a run: per name, the optimizer steps and the values.
+
+    Of a step that was logged twice (a resumed run) the later line counts. Values that are not finite are left out.
+
+    Raises:
+        UserError: a line is not a JSON object.
+    """
+    by_step: dict[float, dict[str, float]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            by_step[row.get("step", number)] = row
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: line {number} is not a JSON object: {error}") from error
+    names = dict.fromkeys(name for row in by_step.values() for name in row if name not in _NOT_DRAWN)
+    curves = {}
+    for name in names:
+        points = [(step, row[name]) for step, row in sorted(by_step.items()) if _is_number(row.get(name))]
+        points_N2 = np.array(points, dtype=np.float64).reshape(-1, 2)
+        if len(points_N2) >= _FEWEST_POINTS and np.ptp(points_N2[:, 1]) > 0:
+            curves[name] = (points_N2[:, 0], points_N2[:, 1])
+    return curves
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
