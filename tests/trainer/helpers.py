@@ -1,0 +1,205 @@
+"""Shard sets of random latents for a tiny model, and the command line in this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from smpo_models.fingerprint import fingerprint_module
+from smpo_models.loading import load_family
+from smpo_schemas.manifest import (
+    MANIFEST_VERSION,
+    InversionSettings,
+    Manifest,
+    ModelInfo,
+    Totals,
+    write_manifest,
+)
+from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.shards import Sample, SampleMeta, ShardWriter
+from smpo_trainer.cli import main
+from tests.tiny import LATENT_SHAPE
+
+PROMPTS = ("a cat", "a dog and a cat", "", "ünïcödé 猫", "a very long prompt " * 20)
+
+
+class PlainReference:
+    """Errors computed directly with diffusers and transformers, sharing no code with the trainer."""
+
+    def __init__(self, model: Path, unet: Path | None = None) -> None:
+        self.unet = UNet2DConditionModel.from_pretrained(unet or model / "unet").eval()
+        self.text = CLIPTextModel.from_pretrained(model / "text_encoder").eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+        self.scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
+
+    @torch.no_grad()
+    def error(self, x0: torch.Tensor, noise: torch.Tensor, t: int, prompt: str) -> float:
+        """Mean squared error at one state of one image (float16 [C, h, w] latents), target in float64."""
+        tokens = self.tokenizer(
+            prompt,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        text = self.text(tokens.input_ids)[0]
+        product = self.scheduler.alphas_cumprod[t].double()
+        a, s = product.sqrt(), (1 - product).sqrt()
+        x = a * x0.double() + s * noise.double()
+        output = self.unet(x.float()[None], t, encoder_hidden_states=text).sample[0].double()
+        is_v = self.scheduler.config["prediction_type"] == "v_prediction"
+        target = a * noise.double() - s * x0.double() if is_v else noise.double()
+        return float((output - target).square().mean())
+
+
+def make_shards(
+    directory: Path,
+    model: Path,
+    *,
+    num_pairs: int = 6,
+    num_states: int = 3,
+    seed: int = 0,
+    rewards: Sequence[str] = ("taste",),
+    labels: Sequence[float | None] = (1.0, 0.0),
+    scores: Sequence[tuple[float, float]] | None = None,
+    swapped: bool = False,
+    prefix: str = "pair",
+) -> Path:
+    """Write shards of up to four pairs with random latents and a true ref_error.
+
+    Args:
+        labels: repeated over the pairs.
+        scores: of all rewards, repeated over the pairs; None draws them.
+        swapped: with image_0 and image_1, their scores and label exchanged.
+    """
+    directory.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    reference = PlainReference(model)
+    samples = []
+    for number in range(num_pairs):
+        drawn = {name: tuple(generator.uniform(size=2).tolist()) for name in rewards}
+        x0 = torch.from_numpy(generator.standard_normal((2, *LATENT_SHAPE))).half()
+        noise = torch.from_numpy(generator.standard_normal((num_states, 2, *LATENT_SHAPE))).half()
+        timesteps = np.sort(generator.choice(1000, num_states, replace=False))
+        prompt, dropped = PROMPTS[number % len(PROMPTS)], number % 4 == 3
+        seen = "" if dropped else prompt
+        errors = [[reference.error(x0[i], noise[k, i], int(t), seen) for i in (0, 1)] for k, t in enumerate(timesteps)]
+        label = labels[number % len(labels)]
+        pair_scores = drawn if scores is None else dict.fromkeys(rewards, scores[number % len(scores)])
+        ref_error = torch.tensor(errors, dtype=torch.float32)
+        if swapped:
+            x0, noise, ref_error = x0.flip(0), noise.flip(1), ref_error.flip(1)
+            pair_scores = {name: (second, first) for name, (first, second) in pair_scores.items()}
+            label = None if label is None else 1 - label
+        meta = SampleMeta(
+            pair_id=f"{prefix}-{number}",
+            walk=0,
+            flipped=False,
+            prompt=prompt,
+            prompt_dropped=dropped,
+            label=label,
+            annotator=None,
+            scores=pair_scores,
+            size=((32, 32), (32, 32)),
+            crop=((0, 0), (0, 0)),
+        )
+        residual = torch.zeros(num_states, 2)
+        samples.append(Sample(meta, x0, noise, torch.from_numpy(timesteps), ref_error, residual))
+    _write(directory, model, samples, rewards)
+    return directory
+
+
+def _write(directory: Path, model: Path, samples: list[Sample], rewards: Sequence[str]) -> None:
+    entries = []
+    for shard, start in enumerate(range(0, len(samples), 4)):
+        with ShardWriter(directory / f"shard-{shard:06d}.tar") as writer:
+            for number, sample in enumerate(samples[start : start + 4], start=start):
+                writer.write(f"{number:08d}", sample)
+        entries.append(writer.entry)
+    family = load_family(str(model))
+    statistics = {
+        name: RewardStatistics(
+            model=f"tiny-{name}", fingerprint=name, unit="cosine", min=0, max=1, mean=0.5, std=0.3,
+            agreement=None, num_labelled=0,
+        )
+        for name in rewards
+    }  # fmt: skip
+    reference = fingerprint_module(family.denoiser)
+    write_manifest(
+        directory,
+        Manifest(
+            schema_version=MANIFEST_VERSION,
+            model=ModelInfo(
+                id=str(model),
+                kind=family.kind,
+                prediction_type=family.process.prediction_type,
+                reference=reference,
+                walker=reference,
+                text=fingerprint_module(*family.text_modules),
+                vae=fingerprint_module(family.vae),
+                scheduler=family.process.fingerprint(),
+                num_train_timesteps=family.process.num_train_timesteps,
+            ),
+            resolution=32,
+            inversion=InversionSettings(),
+            seed=0,
+            rewards=statistics,
+            shards=entries,
+            totals=Totals(
+                pairs_in=len(samples),
+                pairs=len(samples),
+                samples=len(samples),
+                states=sum(entry.states for entry in entries),
+                rejected=0,
+                bytes=sum(entry.bytes for entry in entries),
+            ),
+            rejected_reasons={},
+            health=[],
+            versions={},
+        ),
+    )
+
+
+def arguments(shards: Path | Sequence[Path], model: Path, out: Path, **options: Any) -> list[str]:
+    """Command line of a short run; an option of None is left out, of True is a bare flag."""
+    folders = [shards] if isinstance(shards, Path) else list(shards)
+    settings = {"max_steps": 4, "batch_size": 2, "warmup_steps": 0, "lr": 1e-4, "workers": 0, **options}
+    found = ["--shards", *map(str, folders), "--model", str(model), "--out", str(out)]
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            found.append(flag)
+        elif isinstance(value, (list, tuple)):
+            found += [flag, *map(str, value)]
+        elif value is not None:
+            found += [flag, str(value)]
+    return found
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, args: Sequence[str]) -> int:
+    """Exit status of ``smpo-train`` with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["smpo-train", *args])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(out: Path, name: str) -> list[float]:
+    """One metric of all steps."""
+    return [line[name] for line in metrics(out)]

@@ -1,0 +1,162 @@
+"""``smpo-train``: the command line. Parses, and hands over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smpo_schemas.commandline import ConfigOption, run_app, write_resolved_config
+from smpo_trainer.settings import LrSchedule, MixedPrecision, ReferenceSource, TrainSettings, parse_rewards
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_Shards = Annotated[
+    list[Path], typer.Option(help="Directories written by `smpo-pipeline invert`; several are joined to one data set.")
+]
+_Model = Annotated[str, typer.Option(help="Base model that the shards were made with: hub id or diffusers folder.")]
+_Out = Annotated[Path, typer.Option(help="Output folder: the trained model, metrics, checkpoints until it is done.")]
+_Objective = Annotated[str, typer.Option(help="Loss: smpo (smoothed preferences of rewards) or dpo (labels).")]
+_Reward = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[:WEIGHT]",
+        help="Reward to prefer by, weight 1 where none is given; several are mixed. "
+        "May be left out where there is only one.",
+    ),
+]
+_Scores = Annotated[
+    Path | None,
+    typer.Option(help="Output of `smpo-pipeline score` to use in place of the shards' scores, joined by pair_id."),
+]
+_Beta = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Scale of the implicit reward (times half the mean squared error). Larger stays closer to the reference. "
+        "Default: as published, 2000 for SD 1.x and 2.x, 5000 for SDXL.",
+    ),
+]
+_Gamma = Annotated[float, typer.Option(min=0, help="Scale of the smoothed preference: p counts as gamma (2p - 1).")]
+_MaxSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+_BatchSize = Annotated[
+    int, typer.Option(min=1, help="Pairs (states) that one device takes at once; a forward has twice as many rows.")
+]
+_GradAccum = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Such batches that make one optimizer step. The published runs take 1024 pairs a step over all devices.",
+    ),
+]
+_Lr = Annotated[
+    float | None, typer.Option(min=0, help="Peak learning rate of AdamW. Default: 1e-5, with --lora-rank 1e-4.")
+]
+_Warmup = Annotated[int, typer.Option(min=0, help="Optimizer steps over which the learning rate rises from 0.")]
+_Schedule = Annotated[LrSchedule, typer.Option(help="Course of the learning rate after the warm-up.")]
+_WeightDecay = Annotated[float, typer.Option(min=0, help="AdamW's weight decay, per unit of learning rate.")]
+_MaxGradNorm = Annotated[float, typer.Option(min=0, help="Scale the gradient down to this norm; 0: never.")]
+_LoraRank = Annotated[
+    int | None,
+    typer.Option(min=1, help="Train an adapter of this rank on the attention projections; default: all weights."),
+]
+_Unet = Annotated[
+    Path | None,
+    typer.Option(help="Start from this denoiser folder; needed where the model's own is not the shards' reference."),
+]
+_Seed = Annotated[int, typer.Option(min=0, help="Of the order of the states and of a new adapter.")]
+_Precision = Annotated[
+    MixedPrecision, typer.Option(help="Dtype of forward and backward; weights and optimizer stay float32.")
+]
+_Reference = Annotated[
+    ReferenceSource,
+    typer.Option(
+        help="Errors of the reference: as stored in the shards, or recomputed by a second, frozen denoiser in memory."
+    ),
+]
+_MinTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at smaller timesteps.")]
+_MaxTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at larger timesteps.")]
+_SaveEvery = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints; the last two are kept.")]
+_Workers = Annotated[int, typer.Option(min=0, help="Processes that read ahead; 0: the training process reads.")]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Begin anew. Without it an unfinished run goes on from its checkpoint.")
+]
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    shards: _Shards,
+    model: _Model,
+    out: _Out,
+    objective: _Objective = "smpo",
+    reward: _Reward = None,
+    scores: _Scores = None,
+    beta: _Beta = None,
+    gamma: _Gamma = 10.0,
+    max_steps: _MaxSteps = 200,
+    batch_size: _BatchSize = 8,
+    grad_accum: _GradAccum = 1,
+    lr: _Lr = None,
+    warmup_steps: _Warmup = 20,
+    lr_schedule: _Schedule = "constant",
+    weight_decay: _WeightDecay = 0.01,
+    max_grad_norm: _MaxGradNorm = 1.0,
+    lora_rank: _LoraRank = None,
+    unet: _Unet = None,
+    seed: _Seed = 0,
+    mixed_precision: _Precision = "no",
+    reference: _Reference = "stored",
+    min_timestep: _MinTimestep = None,
+    max_timestep: _MaxTimestep = None,
+    save_every: _SaveEvery = 50,
+    workers: _Workers = 2,
+    overwrite: _Overwrite = False,
+    config: ConfigOption = None,  # noqa: ARG001  (its callback has read it)
+) -> None:
+    """Align a diffusion model with preference, from shards.
+
+    Run it under `torchrun` or `accelerate launch` for several devices: `torchrun -m smpo_trainer ...`.
+    The same command continues a run that was stopped or killed.
+    """
+    settings = TrainSettings(
+        shards=tuple(shards),
+        model=model,
+        out=out,
+        objective=objective,
+        rewards=parse_rewards(reward or []),
+        scores=scores,
+        beta=beta,
+        gamma=gamma,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        lr=lr,
+        warmup_steps=warmup_steps,
+        lr_schedule=lr_schedule,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        lora_rank=lora_rank,
+        unet=unet,
+        seed=seed,
+        mixed_precision=mixed_precision,
+        reference=reference,
+        min_timestep=min_timestep,
+        max_timestep=max_timestep,
+        save_every=save_every,
+        workers=workers,
+        overwrite=overwrite,
+    )
+    from smpo_trainer.run import run_training  # noqa: PLC0415  (seconds of torch and diffusers, which --help saves)
+
+    run_training(settings, lambda directory: write_resolved_config(context, directory))
+
+
+def main() -> None:
+    """Entry point of the ``smpo-train`` script."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

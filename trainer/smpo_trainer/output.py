@@ -1,0 +1,91 @@
+"""The output folder of a run: whether it is new, unfinished or finished, and what finishes it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from smpo_schemas.commandline import CONFIG_FILE
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import read_json, write_json
+from smpo_trainer.checkpoints import Checkpoints, read_identity
+from smpo_trainer.experiment import differing
+from smpo_trainer.metrics import METRICS_FILE, TENSORBOARD_FOLDER
+from smpo_trainer.policy import LORA_FILE, UNET_FOLDER
+
+TRAINING_FILE = "training.json"
+TRAINING_VERSION = 1
+
+_PACKAGES = ("smpo-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+class OutputFolder:
+    """``OUT``: the trained model, ``training.json`` (written last), metrics, and checkpoints until it is finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = Checkpoints(path)
+
+    def is_finished(self, identity: Mapping[str, Any]) -> bool:
+        """Whether there is a finished run of exactly these settings.
+
+        Raises:
+            UserError: the folder holds a run of other settings.
+        """
+        marker = self.path / TRAINING_FILE
+        if marker.is_file():
+            self._require_same(read_json(marker)["settings"], identity, "a finished")
+            return True
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is not None:
+            self._require_same(read_identity(checkpoint), identity, "an unfinished")
+        return False
+
+    def _require_same(self, old: Mapping[str, Any], new: Mapping[str, Any], state: str) -> None:
+        changed = differing(old, new)
+        if changed:
+            raise UserError(
+                f"--out {self.path} holds {state} run with other settings: {', '.join(changed)}; "
+                "choose another --out, or begin anew with --overwrite"
+            )
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: it cannot be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--out {self.path} cannot be written: {error.strerror}") from error
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        # The marker first: a kill in between must not leave a folder that looks finished.
+        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        for name in (UNET_FOLDER, TENSORBOARD_FOLDER):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self.checkpoints.remove()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write ``training.json``, which finishes the run, and drop the checkpoints."""
+        write_json(self.path / TRAINING_FILE, {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()})
+        self.checkpoints.remove()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            found[package] = "unknown"
+    return found

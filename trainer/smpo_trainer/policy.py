@@ -1,0 +1,153 @@
+"""The model in training: where it starts from, what of it is trained, and how it is saved."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import nn
+
+from smpo_models.family import Family
+from smpo_models.fingerprint import fingerprint_module
+from smpo_models.loading import load_family
+from smpo_schemas.errors import UserError
+from smpo_schemas.manifest import ModelInfo
+from smpo_trainer.settings import TrainSettings
+
+UNET_FOLDER = "unet"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+_ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a run holds of the model.
+
+    Attributes:
+        family: text encoders and process; its ``denoiser`` is the one in training.
+        denoiser: float32, in evaluation mode (no dropout: the reference had none); the trained weights, and only
+            they, require gradients.
+        reference: frozen, for ``--reference live``; else None.
+        starts_from_reference: the margin at step 0 is 0 up to arithmetic noise.
+        lora_rank: rank of the adapter in ``denoiser``, or None.
+    """
+
+    family: Family
+    denoiser: nn.Module
+    reference: nn.Module | None
+    starts_from_reference: bool
+    lora_rank: int | None
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained weights by name, in a fixed order."""
+        return {name: parameter for name, parameter in self.denoiser.named_parameters() if parameter.requires_grad}
+
+    def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put saved weights in place.
+
+        Raises:
+            UserError: names or shapes are not those of this model.
+        """
+        trained = self.trained()
+        if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in tensors.items()}:
+            raise UserError("the checkpoint's weights are not those of this model; begin anew with --overwrite")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(tensors[name])
+
+    def save(self, out: Path) -> str:
+        """Write the result into ``out`` and return its name there: a denoiser folder, or a LoRA file.
+
+        The LoRA file is relative to the weights that training started from.
+        """
+        if self.lora_rank is None:
+            return _save_folder(self.denoiser, out / UNET_FOLDER)
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser))
+        layers = {name: tensor.detach().cpu() for name, tensor in layers.items()}
+        pipeline = getattr(diffusers, self.family.pipelines[0])
+        staging = out / f".{LORA_FILE}.tmp"
+        pipeline.save_lora_weights(staging, unet_lora_layers=layers, weight_name=LORA_FILE)
+        (staging / LORA_FILE).replace(out / LORA_FILE)
+        shutil.rmtree(staging)
+        return LORA_FILE
+
+
+def _save_folder(denoiser: nn.Module, target: Path) -> str:
+    staging = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    denoiser.save_pretrained(staging)  # type: ignore[operator]
+    shutil.rmtree(target, ignore_errors=True)
+    staging.replace(target)
+    return target.name
+
+
+def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, say: Callable[[str], None]) -> Policy:
+    """Load the denoiser and the text encoders, check that they belong to the shards, and make ready what is trained.
+
+    Args:
+        settings: names the model and the weights to start from.
+        info: what the shards were made with.
+        device: for everything.
+        say: takes a line where training starts from other weights than the reference.
+
+    Raises:
+        UserError: the model is not the one that the shards were made with.
+    """
+    family = load_family(settings.model, ("denoiser", "text"), denoiser=settings.unet, device=device)
+    denoiser = family.denoiser
+    if denoiser is None:
+        raise UserError(f"--model {settings.model} has no denoiser")
+    if family.process.fingerprint() != info.scheduler:
+        raise UserError(_mismatch(settings, info, "its scheduler config has other noise levels or prediction type"))
+    if fingerprint_module(*family.text_modules) != info.text:
+        raise UserError(_mismatch(settings, info, "its text encoder has other weights"))
+    is_reference = fingerprint_module(denoiser) == info.reference
+    if not is_reference and settings.unet is None:
+        raise UserError(
+            _mismatch(settings, info, "its denoiser is not the reference that their ref_error was measured with")
+            + ", or start from other weights on purpose with --unet DIR"
+        )
+    if not is_reference:
+        say(f"starting from --unet {settings.unet}, which is not the shards' reference: the first margins are not 0")
+    reference = None
+    if settings.reference == "live":
+        reference = copy.deepcopy(denoiser) if is_reference else _load_reference(settings, info, device)
+    if settings.lora_rank is None:
+        denoiser.requires_grad_(True)
+    else:
+        _add_lora(denoiser, settings.lora_rank)
+    return Policy(family, denoiser, reference, is_reference, settings.lora_rank)
+
+
+def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
+    return (
+        f"--model {settings.model} and --shards {settings.shards[0]} do not belong together: {reason}; "
+        f"the shards were made with {info.id}: name that as --model"
+    )
+
+
+def _load_reference(settings: TrainSettings, info: ModelInfo, device: torch.device) -> nn.Module:
+    """The model's own denoiser, if it is the reference."""
+    reference = load_family(settings.model, ("denoiser",), device=device).denoiser
+    if reference is None or fingerprint_module(reference) != info.reference:
+        raise UserError(
+            f"--reference live needs the reference's weights, and neither --unet {settings.unet} nor the denoiser of "
+            f"--model {settings.model} are those; use --reference stored"
+        )
+    return reference
+
+
+def _add_lora(denoiser: nn.Module, rank: int) -> None:
+    """An adapter on the attention projections, which changes nothing until it is trained (its B matrices are 0)."""
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_ATTENTION_PROJECTIONS, lora_dropout=0.0
+    )
+    denoiser.add_adapter(config)  # type: ignore[operator]

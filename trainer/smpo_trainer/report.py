@@ -1,0 +1,66 @@
+"""What a run says while it goes: lines, and a progress bar with the numbers that matter."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from smpo_trainer.metrics import Record
+
+_LINES_WITHOUT_TERMINAL = 20
+"""How many progress lines a run writes into a file or a pipe."""
+
+
+class Report:
+    """Speaks for the main process only. Between ``start`` and ``stop`` there is a progress bar."""
+
+    def __init__(self, *, is_main: bool) -> None:
+        self._is_main = is_main
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            disable=not (is_main and self._console.is_terminal),
+        )
+
+    def say(self, text: str) -> None:
+        """Print one line, above the progress bar where there is one."""
+        self._console.print(text, markup=False)
+
+    def start(self, finished_steps: int, max_steps: int) -> None:
+        """Show the bar."""
+        self._max_steps = max_steps
+        self._task = self._progress.add_task("training", total=max_steps, completed=finished_steps, numbers="")
+        self._progress.start()
+
+    def step(self, record: Record) -> None:
+        """Show a finished step."""
+        step = int(record["step"] or 0)
+        numbers = _numbers(record)
+        self._progress.update(self._task, completed=step, numbers=numbers)
+        interval = max(1, self._max_steps // _LINES_WITHOUT_TERMINAL)
+        if self._progress.disable and (step % interval == 0 or step in (1, self._max_steps)):
+            self.say(f"step {step}/{self._max_steps}: {numbers}")
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        self._progress.stop()
+
+
+def _numbers(record: Record) -> str:
+    parts = [
+        ("loss", "loss", "{:.4f}", 1),
+        ("accuracy", "rewards/accuracies", "{:.0%}", 1),
+        ("margin", "rewards/margins", "{:+.3f}", 1),
+        ("pairs/s", "pairs_per_second", "{:.1f}", 1),
+        ("data wait", "data_wait_percent", "{:.1%}", 100),
+    ]
+    shown = []
+    for label, name, form, unit in parts:
+        value = record.get(name)
+        shown.append(f"{label} {'-' if value is None else form.format(value / unit)}")
+    return ", ".join(shown)

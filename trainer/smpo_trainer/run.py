@@ -1,0 +1,193 @@
+"""A whole training run: check everything, then train, then write the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from smpo_schemas.errors import UserError
+from smpo_trainer.batches import StateDataset, make_loader
+from smpo_trainer.checkpoints import load_checkpoint
+from smpo_trainer.experiment import Experiment, resolve_experiment
+from smpo_trainer.loop import Trainer
+from smpo_trainer.metrics import MetricsLog, Record
+from smpo_trainer.output import OutputFolder
+from smpo_trainer.plan import Plan
+from smpo_trainer.policy import Policy, load_policy
+from smpo_trainer.report import Report
+from smpo_trainer.settings import TrainSettings
+from smpo_trainer.states import StateTable, index_states
+from smpo_trainer.stopping import StopRequest
+
+
+def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) -> None:
+    """Train as ``settings`` say, go on with an unfinished run, or leave a finished one alone.
+
+    Args:
+        settings: the experiment.
+        write_config: writes the resolved configuration into the folder that it is given.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    accelerator = _make_accelerator(settings)
+    report = Report(is_main=accelerator.is_main_process)
+    experiment = resolve_experiment(settings, report.say)
+    states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
+    identity = experiment.identity(states_per_step)
+    output = OutputFolder(settings.out)
+    if not settings.overwrite and output.is_finished(identity):
+        report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
+        return
+    output.make()
+    set_seed(settings.seed)
+    policy = load_policy(settings, experiment.shards.model, accelerator.device, report.say)
+    table = _index(experiment, accelerator, report)
+    if accelerator.is_main_process:
+        if settings.overwrite:
+            output.clear()
+        write_config(settings.out)
+    accelerator.wait_for_everyone()
+    plan = Plan(len(table), settings.seed, settings.batch_size, settings.grad_accum, accelerator.num_processes)
+    run = _Run(experiment, policy, table, plan, accelerator, output, report, identity)
+    last = run.train()
+    if last is not None and accelerator.is_main_process:
+        report.say(f"saved {settings.out / policy.save(settings.out)}")
+        output.finish(_summary(experiment, policy, plan, identity, last))
+    accelerator.end_training()
+
+
+class _Run:
+    """What the steps of one run share."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        policy: Policy,
+        table: StateTable,
+        plan: Plan,
+        accelerator: Accelerator,
+        output: OutputFolder,
+        report: Report,
+        identity: dict[str, Any],
+    ) -> None:
+        self._settings = experiment.settings
+        self._dataset = StateDataset(experiment.shards, table)
+        self._trainer = Trainer(experiment, policy, plan, accelerator)
+        self._plan, self._accelerator, self._output = plan, accelerator, output
+        self._report, self._identity = report, identity
+
+    def train(self) -> Record | None:
+        """Train to the end and return the last step's record; None where the user stopped the run before."""
+        first, last = self._resume(), self._settings.max_steps
+        rank = self._accelerator.process_index
+        loader = make_loader(self._dataset, self._plan.micro_batches(first, last, rank), self._settings.workers)
+        batches = iter(loader)
+        record: Record = {}
+        log = MetricsLog(self._output.path, first) if self._accelerator.is_main_process else None
+        self._report.start(first, last)
+        try:
+            with StopRequest() as stop:
+                for step in range(first, last):
+                    record = self._trainer.train_step(step, batches)
+                    self._note_reference_noise(step, record)
+                    if log:
+                        log.write(record)
+                    self._report.step(record)
+                    stopping = self._anyone(stop.requested) and step + 1 < last
+                    if stopping or ((step + 1) % self._settings.save_every == 0 and step + 1 < last):
+                        self._save(step + 1)
+                    if stopping:
+                        self._report.say(f"stopped after step {step + 1} of {last}; the same command goes on from here")
+                        return None
+        finally:
+            self._report.stop()
+            if log:
+                log.close()
+        return record
+
+    def _resume(self) -> int:
+        """Go back to the last checkpoint, where there is one; returns the number of finished steps."""
+        path = self._output.checkpoints.latest()
+        if path is None:
+            return 0
+        checkpoint = load_checkpoint(path)
+        self._trainer.restore(checkpoint)
+        self._report.say(f"going on after step {checkpoint.step} of {self._settings.max_steps}")
+        return checkpoint.step
+
+    def _save(self, step: int) -> None:
+        if self._accelerator.is_main_process:
+            self._output.checkpoints.save(self._trainer.checkpoint(step, self._identity))
+        self._accelerator.wait_for_everyone()
+
+    def _anyone(self, requested: bool) -> bool:
+        """Whether a stop was asked of any process: all must end after the same step."""
+        flag = torch.tensor(float(requested), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(flag, "sum").item())
+
+    def _note_reference_noise(self, step: int, record: Record) -> None:
+        noise = self._trainer.reference_noise
+        if step == 0 and noise is not None:
+            record["reference_noise/std"], record["reference_noise/max"] = noise.std, noise.max
+            self._report.say(noise.describe())
+
+
+def _make_accelerator(settings: TrainSettings) -> Accelerator:
+    try:
+        return Accelerator(mixed_precision=settings.mixed_precision)
+    except ValueError as error:  # for example fp16 without a GPU
+        raise UserError(f"--mixed-precision {settings.mixed_precision}: {error}") from error
+
+
+def _index(experiment: Experiment, accelerator: Accelerator, report: Report) -> StateTable:
+    shards, settings = experiment.shards, experiment.settings
+    report.say(f"checking {shards.num_bytes() / 2**20:.0f} MiB of shards")
+    return index_states(
+        shards,
+        experiment.objective,
+        experiment.mix,
+        (settings.min_timestep, settings.max_timestep),
+        verify=accelerator.is_local_main_process,
+        say=report.say,
+    )
+
+
+def _summary(
+    experiment: Experiment, policy: Policy, plan: Plan, identity: dict[str, Any], last: Record
+) -> dict[str, Any]:
+    """What ``training.json`` says besides versions."""
+    settings, mix = experiment.settings, experiment.mix
+    return {
+        "settings": identity,
+        "model": settings.model,
+        "kind": experiment.shards.model.kind,
+        "objective": experiment.objective.name,
+        "rewards": {
+            name: {"weight": weight, **mix.statistics[name].model_dump(include={"model", "unit", "min", "max"})}
+            for name, weight in (mix.weights if mix else {}).items()
+        }
+        if mix
+        else {},
+        "shards": [
+            {"path": str(directory.path), "manifest_sha256": digest}
+            for directory, digest in zip(
+                experiment.shards.directories, experiment.shards.manifest_hashes(), strict=True
+            )
+        ],
+        "starts_from_reference": policy.starts_from_reference,
+        "states": plan.num_states,
+        "states_per_step": plan.states_per_step,
+        "steps": settings.max_steps,
+        "epochs": settings.max_steps * plan.states_per_step / plan.num_states,
+        "metrics": last,
+    }

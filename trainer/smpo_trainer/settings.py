@@ -1,0 +1,129 @@
+"""What a user sets for one training run. Imports nothing heavy, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from smpo_schemas.errors import UserError
+
+
+MixedPrecision = Literal["no", "fp16", "bf16"]
+"""Dtype of the denoiser's forward and backward; weights and optimizer stay float32."""
+
+ReferenceSource = Literal["stored", "live"]
+"""Where the reference's errors come from: the shards, or a second, frozen denoiser in memory."""
+
+LrSchedule = Literal["constant", "linear", "cosine"]
+"""Course of the learning rate after its linear warm-up."""
+
+DEFAULT_LR = 1e-5
+DEFAULT_LORA_LR = 1e-4
+
+BETA_OF_KIND = {"sd15": 2000.0, "sd2": 2000.0, "sdxl": 5000.0}
+"""The published values (arXiv 2506.02698); SD 2 takes SD 1.5's."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One experiment, as it was asked for.
+
+    Attributes:
+        shards: directories written by ``smpo-pipeline invert``; several are joined.
+        model: hub id or folder of the base model.
+        out: output folder.
+        objective: name of the loss.
+        rewards: weight of each reward in the mix; empty: the only one that there is.
+        scores: output of ``smpo-pipeline score`` whose scores replace those in the shards, joined by pair_id.
+        beta: scale of the implicit reward; None: the published one for the model's kind.
+        gamma: scale of the smoothed preference.
+        max_steps: optimizer steps.
+        batch_size: pairs (states) a process takes at once.
+        grad_accum: micro-batches of an optimizer step.
+        lr: peak learning rate; None: :data:`DEFAULT_LR`, with LoRA :data:`DEFAULT_LORA_LR`.
+        warmup_steps: optimizer steps of linear warm-up.
+        lr_schedule: course after the warm-up.
+        weight_decay: AdamW's.
+        max_grad_norm: the gradient is scaled down to this norm; 0: never.
+        lora_rank: rank of the adapter; None trains all weights.
+        unet: folder of the denoiser to start from; None: the model's own.
+        seed: of the order of the states and the adapter's first weights.
+        mixed_precision: dtype of forward and backward.
+        reference: where the reference's errors come from.
+        min_timestep: states at smaller timesteps are left out; None: no limit.
+        max_timestep: states at larger timesteps are left out; None: no limit.
+        save_every: optimizer steps from checkpoint to checkpoint.
+        workers: loader processes; 0 reads in the training process.
+        overwrite: begin anew where the output folder holds a run.
+    """
+
+    shards: tuple[Path, ...]
+    model: str
+    out: Path
+    objective: str
+    rewards: dict[str, float]
+    scores: Path | None
+    beta: float | None
+    gamma: float
+    max_steps: int
+    batch_size: int
+    grad_accum: int
+    lr: float | None
+    warmup_steps: int
+    lr_schedule: LrSchedule
+    weight_decay: float
+    max_grad_norm: float
+    lora_rank: int | None
+    unet: Path | None
+    seed: int
+    mixed_precision: MixedPrecision
+    reference: ReferenceSource
+    min_timestep: int | None
+    max_timestep: int | None
+    save_every: int
+    workers: int
+    overwrite: bool
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up."""
+        if self.lr is not None:
+            return self.lr
+        return DEFAULT_LR if self.lora_rank is None else DEFAULT_LORA_LR
+
+
+def parse_rewards(texts: Sequence[str]) -> dict[str, float]:
+    """Weights by name from ``NAME`` (weight 1) or ``NAME:WEIGHT``.
+
+    Raises:
+        UserError: a weight is no finite number, or a name comes twice.
+    """
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, colon, number = text.partition(":")
+        try:
+            weight = float(number) if colon else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise UserError(f"--reward {text}: expected NAME or NAME:WEIGHT with a number as weight")
+        if name in weights:
+            raise UserError(f"--reward {name} is given twice; its weight is one number")
+        weights[name] = weight
+    return weights
+
+
+def resolve_beta(beta: float | None, kind: str) -> float:
+    """The given beta, or the published one for the model's kind.
+
+    Raises:
+        UserError: none is given and none is published for this kind.
+    """
+    if beta is not None:
+        return beta
+    if kind not in BETA_OF_KIND:
+        raise UserError(f"no beta is published for {kind} models; choose one with --beta")
+    return BETA_OF_KIND[kind]
