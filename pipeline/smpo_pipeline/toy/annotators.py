@@ -1,0 +1,104 @@
+"""Simulated annotators: people with different tastes, who are less sure the closer two pictures are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smpo_pipeline.toy.fit import fit_captions
+from smpo_pipeline.toy.world import IMAGE_SIZE
+
+TIE = 0.5
+"""The label of a pair whose pictures are equally good."""
+
+TIE_MARGIN = 0.06
+"""An annotator whose P(first preferred) is this close to one half says "tie"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Annotator:
+    """How much each quality of a picture weighs for one person, in units of log-odds for each unit of quality."""
+
+    name: str
+    match: float
+    """The caption's shape and size are there."""
+    colour: float
+    """The caption's colours are there."""
+    sharpness: float
+    """Edges are crisp."""
+    placement: float
+    """The shape stands in the middle."""
+
+
+ANNOTATORS: tuple[Annotator, ...] = (
+    Annotator("reader", match=8.0, colour=5.0, sharpness=0.3, placement=0.0),
+    Annotator("painter", match=3.0, colour=9.0, sharpness=0.3, placement=0.3),
+    Annotator("engraver", match=4.0, colour=3.0, sharpness=8.0, placement=0.3),
+    Annotator("curator", match=4.0, colour=3.0, sharpness=0.5, placement=4.0),
+    Annotator("passer-by", match=2.0, colour=2.0, sharpness=0.5, placement=0.5),
+)
+"""Each row of a data set names one by its index. The last one hardly looks: all weights are small."""
+
+
+@dataclass(frozen=True, slots=True)
+class Qualities:
+    """What annotators see in N pictures with their captions; every array is float64 [N]."""
+
+    match: np.ndarray
+    """0 (no such shape) to 1."""
+    colour: np.ndarray
+    """0 (perfect) downwards: minus the root mean squared RGB error."""
+    sharpness: np.ndarray
+    """Strongest edges against the picture's own contrast: about 0.3 (blurred) to 1 (crisp)."""
+    placement: np.ndarray
+    """1 in the middle, 0 at the edge of the picture."""
+
+
+def qualities(images: Sequence[np.ndarray], captions: Sequence[str]) -> Qualities:
+    """What annotators look at.
+
+    Args:
+        images: N pictures, uint8 [32, 32, 3], RGB.
+        captions: N captions of the world.
+
+    Raises:
+        ValueError: as `fit_captions`.
+    """
+    fit = fit_captions(images, captions)
+    grey = np.stack(images).astype(np.float64).mean(axis=-1)
+    steepness = np.maximum(abs(np.diff(grey, axis=1))[:, :, 1:], abs(np.diff(grey, axis=2))[:, 1:, :])
+    contrast = np.quantile(grey, 0.99, axis=(1, 2)) - np.quantile(grey, 0.01, axis=(1, 2))
+    return Qualities(
+        match=fit.dice,
+        colour=-np.sqrt(fit.colour_error),
+        sharpness=np.clip(np.quantile(steepness, 0.98, axis=(1, 2)) / np.maximum(contrast, 16.0), 0, 1),
+        placement=1 - np.linalg.norm(fit.offset, axis=1) / (IMAGE_SIZE / 2),
+    )
+
+
+def utility(annotator: Annotator, seen: Qualities) -> np.ndarray:
+    """How much an annotator likes each picture, in log-odds: float64 [N]."""
+    return (
+        annotator.match * seen.match
+        + annotator.colour * seen.colour
+        + annotator.sharpness * seen.sharpness
+        + annotator.placement * seen.placement
+    )
+
+
+def choose(utility_0: np.ndarray, utility_1: np.ndarray, mood: np.ndarray) -> np.ndarray:
+    """Bradley-Terry choices between two pictures: noisy where they are close, ties where they are nearly equal.
+
+    Args:
+        utility_0: float64 [N], of the first picture of each pair, in log-odds.
+        utility_1: the same of the second.
+        mood: float64 [N], uniform in [0, 1): the chance in each choice.
+
+    Returns:
+        float64 [N]: 1 (the first is preferred), 0 (the second) or TIE.
+    """
+    probability = 1 / (1 + np.exp(utility_1 - utility_0))
+    choice = (mood < probability).astype(np.float64)
+    return np.where(abs(probability - TIE) < TIE_MARGIN, TIE, choice)
