@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from smpo_pipeline.commands.options import DeviceOption, OutOption, RewardsOption
 from smpo_pipeline.evaluation.plan import finished_results, make_plan
 from smpo_pipeline.evaluation.results import REPORT_FILE
 from smpo_pipeline.evaluation.summary import print_results
@@ -30,18 +31,13 @@ def evaluate(
             metavar="FILE", help="Prompts: .txt with one a line, or .jsonl or .parquet with a column prompt or caption."
         ),
     ],
-    reward: Annotated[
-        list[str],
-        typer.Option(metavar="NAME[=MODEL]", help="A reward to score with; MODEL is a folder or hub id. Repeatable."),
-    ],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for report.html, results.json, scores.parquet and images/.")
-    ],
+    reward: RewardsOption,
+    out: OutOption,
     base: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The whole model that completes outputs of smpo-train. [default: the first --model that is whole]",
+            help="The whole model that completes outputs of smpo-train. Default: the first --model that is whole.",
         ),
     ] = None,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt, each from its own noise.")] = 8,
@@ -50,8 +46,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the initial noise, which is the same for all models.")] = 0,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Number type of the models.")] = "fp32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images made, and scored, at once.")] = 8,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many prompts.")] = None,
+    device: DeviceOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
     overwrite: Annotated[
         bool,
         typer.Option(

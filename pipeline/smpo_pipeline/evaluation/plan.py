@@ -26,7 +26,7 @@ class Plan:
         base: folder or hub id of the whole model that completes outputs of smpo-train, where there are any.
         settings: all that decides the numbers.
         batch_size: images at once.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``; None is ``cuda`` where there is one.
     """
 
     out: Path
@@ -34,7 +34,7 @@ class Plan:
     base: str | None
     settings: Settings
     batch_size: int
-    device: str
+    device: str | None
 
     def folder(self, model: str) -> Path:
         """Where a model's images lie."""
@@ -64,7 +64,7 @@ def make_plan(
     seed: int,
     dtype: str,
     batch_size: int,
-    device: str,
+    device: str | None,
 ) -> Plan:
     """Check the command line's values and find out which files they stand for.
 

@@ -43,18 +43,17 @@ def run(plan: Plan, console: Console) -> Results:
     Raises:
         UserError: a model or a reward cannot be loaded, or a folder not written.
     """
-    if plan.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {plan.device}: torch {torch.__version__} sees no GPU here")
+    device = _device(plan.device)
+    _quiet_libraries()
     # Before the hours of sampling: a reward that cannot be loaded is found out first.
-    rewards = [load_reward(spec, plan.device) for spec in plan.settings.rewards]
+    rewards = [load_reward(spec, device) for spec in plan.settings.rewards]
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
         raise UserError(f"--reward: two of {', '.join(names)} share a name; evaluate them one at a time")
     for stale in (RESULTS_FILE, REPORT_FILE):
         (plan.out / stale).unlink(missing_ok=True)
-    _quiet_libraries()
     with _progress(console) as progress:
-        entries = _generate_all(plan, progress)
+        entries = _generate_all(plan, device, progress)
         scores = {reward.name: _score_all(plan, reward, progress) for reward in rewards}
     results = _results(plan, entries, rewards, scores)
     write_scores(
@@ -63,6 +62,15 @@ def run(plan: Plan, console: Console) -> Results:
     write_report(plan, results, scores)
     write_results(plan.out, results)
     return results
+
+
+def _device(given: str | None) -> str:
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if given not in (None, "cpu", here):
+        raise UserError(
+            f"--device {given}: torch {torch.__version__} sees no such device here; leave it out for {here}"
+        )
+    return given or here
 
 
 def _quiet_libraries() -> None:
@@ -90,7 +98,7 @@ def _files(plan: Plan, model: str) -> list[str]:
     return [str(picture.path.relative_to(plan.out)) for picture in _pictures(plan, model)]
 
 
-def _generate_all(plan: Plan, progress: Progress) -> list[ModelEntry]:
+def _generate_all(plan: Plan, device: str, progress: Progress) -> list[ModelEntry]:
     """Make what is missing of every model's images, one model in memory at a time."""
     entries: list[ModelEntry] = []
     shapes: dict[str, tuple[int, int, int]] = {}
@@ -98,7 +106,7 @@ def _generate_all(plan: Plan, progress: Progress) -> list[ModelEntry]:
         _claim_folder(plan, model.name)
         pictures = _pictures(plan, model.name)
         task = progress.add_task(f"sample {model.name}", total=len(pictures))
-        pipeline = load_generator(model, plan.base, plan.device, plan.settings.dtype)
+        pipeline = load_generator(model, plan.base, device, plan.settings.dtype)
         shapes[model.name] = latent_shape(pipeline)
         if len(set(shapes.values())) > 1:
             raise UserError(

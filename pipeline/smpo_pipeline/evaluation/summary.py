@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +53,12 @@ def headlines(results: Results) -> list[str]:
 
 def print_results(results: Results, console: Console) -> None:
     """Print a table of all findings and the headlines."""
-    table = Table(title=f"{results.num_images} images of {results.num_prompts} prompts a model")
+    table = Table(
+        title=f"{results.num_images} images of {results.num_prompts} prompts a model",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     for column in ("reward", "model"):
         table.add_column(column, overflow="fold")
     for column in ("median", "mean", "win rate", "95 % interval", "mean gain"):

@@ -1,0 +1,1 @@
+"""``smpo-pipeline inspect``: what is in pairs, scores or shards, in words and as a contact sheet."""

@@ -1,0 +1,43 @@
+"""What a path holds, told from its content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from smpo_schemas.errors import UserError
+from smpo_schemas.manifest import MANIFEST_FILE
+from smpo_schemas.scores import SCORES_FILE
+
+Kind = Literal["pairs", "scores", "shards"]
+
+_PAIR_SUFFIXES = (".parquet", ".jsonl")
+
+
+def recognise(path: Path) -> tuple[Kind, Path]:
+    """Tell pairs, scores and shards apart; also the folder that a manifest, ``scores.json`` or tar lies in.
+
+    An unfinished output of invert or score is recognised too, so that its reader can say what is missing.
+
+    Raises:
+        UserError: the path does not exist or holds none of them.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if path.name in (MANIFEST_FILE, SCORES_FILE) or path.suffix == ".tar":
+        path = path.parent
+    if path.is_file():
+        if path.suffix in _PAIR_SUFFIXES:
+            return "pairs", path
+        raise UserError(f"{path} is neither pairs ({', '.join(_PAIR_SUFFIXES)}) nor a folder")
+    if (path / MANIFEST_FILE).is_file():
+        return "shards", path
+    if (path / SCORES_FILE).is_file():
+        return "scores", path
+    if any(path.glob("shard-*.tar")):
+        return "shards", path
+    if any(path.glob("scores-*.parquet")):
+        return "scores", path
+    if any(file for suffix in _PAIR_SUFFIXES for file in path.rglob(f"*{suffix}")):
+        return "pairs", path
+    raise UserError(f"{path} holds neither pairs, nor scores ({SCORES_FILE}), nor shards ({MANIFEST_FILE})")

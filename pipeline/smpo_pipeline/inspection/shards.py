@@ -1,0 +1,182 @@
+"""What is in a directory of shards.
+
+Shape suffixes: W walks, S states of one image each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from smpo_pipeline.inspection.scores import print_sharpness
+from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
+from smpo_pipeline.inversion.advice import believable, health_warnings
+from smpo_schemas.manifest import BandHealth, InversionSettings, Manifest
+from smpo_schemas.preference import preference
+from smpo_schemas.shards import Sample, ShardDirectory
+
+_TIMESTEP_BINS = 10
+
+
+@dataclass
+class ShardsSummary:
+    """Sums over the walks that were read; filled walk by walk.
+
+    Attributes:
+        manifest: of the directory.
+        walks: number of walks read.
+        flipped, dropped: how many of them.
+        timesteps: of every stored state, once a pair.
+        residual_timesteps, residuals: of every stored state, once an image.
+        ref_errors: likewise.
+        scores: per reward, [score of image_0, score of image_1] of every walk.
+        chosen: walks for the contact sheet.
+    """
+
+    manifest: Manifest
+    walks: int = 0
+    flipped: int = 0
+    dropped: int = 0
+    timesteps: list[np.ndarray] = field(default_factory=list)
+    residuals: list[np.ndarray] = field(default_factory=list)
+    ref_errors: list[np.ndarray] = field(default_factory=list)
+    scores: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    chosen: list[Sample] = field(default_factory=list)
+
+
+def summarise_shards(
+    directory: Path, *, limit: int | None, samples: int, advance: Callable[[int, int], None]
+) -> ShardsSummary:
+    """Check and read the shards, and keep some walks for the sheet, spread evenly over those read.
+
+    Args:
+        directory: output of invert.
+        limit: read only the first so many walks (tars after them are not checked).
+        samples: walks to keep.
+        advance: told the number of walks read so far and of walks to read.
+
+    Raises:
+        UserError: unfinished, or a tar is missing or damaged.
+    """
+    shards = ShardDirectory(directory)
+    total = shards.manifest.totals.samples
+    total = min(total, limit) if limit else total
+    wanted = set(np.linspace(0, max(0, total - 1), min(samples, total)).round().astype(int).tolist())
+    summary = ShardsSummary(shards.manifest, scores={name: [] for name in shards.manifest.rewards})
+    for sample in _first(shards.samples(), total):
+        if summary.walks in wanted:
+            summary.chosen.append(sample)
+        summary.walks += 1
+        summary.flipped += sample.meta.flipped
+        summary.dropped += sample.meta.prompt_dropped
+        summary.timesteps.append(sample.timestep_K.numpy())
+        summary.residuals.append(sample.residual_K2.numpy())
+        summary.ref_errors.append(sample.ref_error_K2.numpy())
+        for name, scores in sample.meta.scores.items():
+            summary.scores[name].append(scores)
+        advance(summary.walks, total)
+    return summary
+
+
+def _first(samples: Iterator[Sample], count: int) -> Iterator[Sample]:
+    """The first ``count``; unlike islice it does not touch what comes after them, where a tar would be checked."""
+    for _, sample in zip(range(count), samples, strict=False):
+        yield sample
+
+
+def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
+    """Print what was found, warnings last."""
+    manifest = summary.manifest
+    totals = manifest.totals
+    read = "all" if summary.walks == totals.samples else f"the first {summary.walks}"
+    console.print(
+        facts(
+            f"shards: {path}",
+            {
+                "pairs": f"{totals.pairs_in} in = {totals.pairs} inverted + {totals.rejected} rejected",
+                "rejected": counted(manifest.rejected_reasons),
+                "walks": f"{totals.samples}, {totals.states} states of a pair; read {read} of them",
+                "files": f"{len(manifest.shards)} tars, {totals.bytes / 1e6:.1f} MB",
+                "model": f"{manifest.model.id} ({manifest.model.kind}, {manifest.model.prediction_type}), "
+                f"{manifest.resolution} pixels",
+                "reference": f"{manifest.model.reference[:16]}{_walker_words(manifest)}",
+                "states": settings_in_words(manifest.inversion),
+                "seed": f"{manifest.seed}",
+                "flipped": percent(summary.flipped, summary.walks),
+                "empty prompt": percent(summary.dropped, summary.walks),
+                "rewards": ", ".join(manifest.rewards) or "none",
+            },
+        )
+    )
+    if not summary.walks:
+        return
+    timesteps = np.concatenate(summary.timesteps)
+    edges = np.linspace(0, manifest.model.num_train_timesteps, _TIMESTEP_BINS + 1)
+    console.print(histogram("timesteps of the states", timesteps, edges.tolist()))
+    _print_bands(summary, timesteps, console)
+    _print_health(manifest.health, console)
+    rewards = {name: reward for name, reward in manifest.rewards.items() if reward.max > reward.min}
+    scores = {name: np.array(summary.scores[name], dtype=np.float64).reshape(-1, 2) for name in rewards}
+    print_sharpness({name: preference(scores, rewards, {name: 1.0}) for name in rewards}, console)
+    for warning in health_warnings(manifest.health):
+        console.print(f"warning: {warning}", style="bold red", highlight=False, soft_wrap=True)
+
+
+def _walker_words(manifest: Manifest) -> str:
+    same = manifest.model.walker == manifest.model.reference
+    return ", which walked itself" if same else f"; walked by {manifest.model.walker[:16]}"
+
+
+def settings_in_words(settings: InversionSettings) -> str:
+    """The inversion settings as a sentence."""
+    if settings.source == "forward":
+        how = f"forward noise at {settings.steps} {settings.timesteps} timesteps"
+    else:
+        start = {"clean": "x0", "level0": "x0 at the first noise level"}.get(
+            str(settings.start), f"forward noise up to t = {settings.start}"
+        )
+        how = (
+            f"walks of {settings.steps} {settings.timesteps} steps from {start}, "
+            f"{settings.renoise_steps} ReNoise steps each"
+            + (f", eta {settings.eta:g}" if settings.eta else "")
+            + (f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
+        )
+    kept = "all states" if settings.states is None else f"{settings.states} states a walk"
+    return (
+        f"{how}; {kept} stored, {settings.walks} walk{'s' if settings.walks > 1 else ''} a pair; "
+        f"VAE {settings.vae_latent}; prompt dropped with probability {settings.prompt_dropout:g}; "
+        f"{'flips' if settings.hflip else 'no flips'}; {settings.dtype}"
+    )
+
+
+def _print_bands(summary: ShardsSummary, timesteps: np.ndarray, console: Console) -> None:
+    """Quantiles of residual and reference error by timestep band."""
+    for title, values, note in (
+        ("residual", summary.residuals, "distance from the exact inversion, relative to the state"),
+        ("ref_error", summary.ref_errors, "the reference's mean squared error at the stored state"),
+    ):
+        values_S2 = np.concatenate(values)
+        table = make_table(f"{title}: {note}", ("timesteps", "states", *QUANTILE_NAMES))
+        for band in summary.manifest.health:
+            inside = values_S2[(timesteps >= band.start) & (timesteps < band.stop)].ravel()
+            known = inside[~np.isnan(inside)]
+            table.add_row(f"{band.start} .. {band.stop - 1}", f"{len(known)}", *quantile_cells(known))
+        if np.isfinite(values_S2).any():
+            console.print(table)
+
+
+def _print_health(health: list[BandHealth], console: Console) -> None:
+    columns = ("timesteps", "states", "noise ratio", "residual", "neighbour correlation")
+    table = make_table("are the states believable (on a sample; an exact inversion has noise ratio 1)", columns)
+    for band in health:
+        numbers = [
+            "-" if value is None else f"{value:.3f}"
+            for value in (band.noise_ratio, band.residual, band.neighbour_correlation)
+        ]
+        style = None if believable(band) else "bold red"
+        table.add_row(f"{band.start} .. {band.stop - 1}", f"{band.states}", *numbers, style=style)
+    console.print(table)
