@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Self
 
+import numpy as np
 import torch
 
 from smpo_schemas.manifest import BandHealth
@@ -32,7 +33,7 @@ class HealthSums:
 
     def __init__(self, bands: Iterable[Iterable[float]] | None = None) -> None:
         values = [list(band) for band in bands] if bands else [[0.0] * len(_FIELDS) for _ in range(NUM_BANDS)]
-        self._sums_BF = torch.tensor(values, dtype=torch.float64)
+        self._sums_BF = np.array(values, dtype=np.float64)
 
     def __iadd__(self, other: HealthSums) -> Self:
         self._sums_BF += other._sums_BF
@@ -80,7 +81,7 @@ class HealthSums:
             ],
             dim=1,
         )
-        self._sums_BF.index_add_(0, t_S.cpu() * NUM_BANDS // num_train_timesteps, rows_SF)
+        np.add.at(self._sums_BF, (t_S.cpu() * NUM_BANDS // num_train_timesteps).numpy(), rows_SF.numpy())
 
     def bands(self, num_train_timesteps: int) -> list[BandHealth]:
         """The measures, by band; None where a band holds no state."""

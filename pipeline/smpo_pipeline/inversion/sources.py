@@ -31,8 +31,9 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
         x_s, s = x_RChw[rows], s_R[rows]
         stepped = t > inverted_from
         x_t = process.noised(batch.x0_RChw[rows], start_noise[rows], t)
-        predict = partial(batch.predicted_noise, t_S=t[stepped], rows_S=rows[stepped])
-        x_t[stepped] = renoise_step(predict, process, x_s[stepped], s[stepped], t[stepped], settings.renoise_steps)
+        if stepped.any():
+            predict = partial(batch.predicted_noise, t_S=t[stepped], rows_S=rows[stepped])
+            x_t[stepped] = renoise_step(predict, process, x_s[stepped], s[stepped], t[stepped], settings.renoise_steps)
         if settings.eta:
             # DDIM-InPO (arXiv 2503.18454): fresh noise after each step, of the DDIM posterior's size.
             fresh = torch.cat([gaussian(stream, (2, *x_t.shape[1:])) for stream in eta_streams]).to(batch.device)

@@ -1,0 +1,10 @@
+"""Settings for all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Tiny models run fastest on one thread; several busy test processes on two cores would otherwise stall each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,0 +1,87 @@
+"""Pairs for the inverter, and an independent float64 version of the walk."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from smpo_pipeline.inversion.batch import PreparedPair
+
+PROMPTS = ("a cat and a dog", "dog", "", "ein Bär über Zürich", "a " * 60)
+
+
+def make_pair(number: int, *, side: int = 32, measured: bool = True) -> PreparedPair:
+    """A pair of smooth random images."""
+    stream = np.random.default_rng(number)
+    coarse = stream.random((2, 4, 4, 3))
+    pixels = np.clip(np.kron(coarse, np.ones((1, side // 4, side // 4, 1))) * 255, 0, 255).astype(np.uint8)
+    return PreparedPair(
+        pair_id=f"pair-{number}",
+        prompt=PROMPTS[number % len(PROMPTS)],
+        label=None if number % 3 == 0 else float(number % 2),
+        annotator=None,
+        scores={"clipscore": (0.1 * number, 0.2)},
+        pixels_2HW3=pixels,
+        size=((side, side), (side + 4, side)),
+        crop=((0, 0), (2, 0)),
+        measured=measured,
+    )
+
+
+class Oracle:
+    """The model in float64, one image at a time, by the formulas of the papers and nothing of ours."""
+
+    def __init__(self, folder, prediction_type: str) -> None:
+        self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").double()
+        self.text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        self.prediction_type = prediction_type
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
+        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0).double()
+
+    def a(self, t: int) -> float:
+        return float(self.alphas_cumprod[max(t, 0)]) ** 0.5
+
+    def s(self, t: int) -> float:
+        return (1 - float(self.alphas_cumprod[max(t, 0)])) ** 0.5
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> torch.Tensor:
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return self.text(tokens.input_ids)[0].double()
+
+    @torch.no_grad()
+    def output(self, x: torch.Tensor, t: int, text: torch.Tensor) -> torch.Tensor:
+        return self.unet(x[None], t, encoder_hidden_states=text).sample[0]
+
+    def noise(self, x: torch.Tensor, t: int, text: torch.Tensor) -> torch.Tensor:
+        output = self.output(x, t, text)
+        if self.prediction_type == "epsilon":
+            return output
+        return self.a(t) * output + self.s(t) * x
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
+        return noise if self.prediction_type == "epsilon" else self.a(t) * noise - self.s(t) * x0
+
+    def carry(self, x_s: torch.Tensor, eps: torch.Tensor, s: int, t: int) -> torch.Tensor:
+        return self.a(t) * (x_s - self.s(s) * eps) / self.a(s) + self.s(t) * eps
+
+    def step(self, x_s: torch.Tensor, s: int, t: int, text: torch.Tensor, renoise_steps: int) -> torch.Tensor:
+        """ReNoise, arXiv 2403.14602: iterate, then step with the mean of the last two estimates."""
+        estimates = [self.noise(x_s, t, text)]
+        for _ in range(renoise_steps):
+            estimates.append(self.noise(self.carry(x_s, estimates[-1], s, t), t, text))
+        eps = estimates[-1] if renoise_steps == 0 else (estimates[-1] + estimates[-2]) / 2
+        return self.carry(x_s, eps, s, t)
+
+    def walk(self, x0: torch.Tensor, nodes: list[int], text: torch.Tensor, renoise_steps: int = 1):
+        """Yield (t, x_s, s, x_t) for each node, from the first level (t = 0's noise) on."""
+        x, s = x0, -1
+        for t in nodes:
+            x_t = self.step(x, s, t, text, renoise_steps)
+            yield t, x, s, x_t
+            x, s = x_t, t

@@ -1,0 +1,288 @@
+"""Every stored tensor, recomputed independently in float64; and what results must not depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler
+
+from smpo_models.loading import load_family
+from smpo_pipeline.inversion.draws import gaussian, generator
+from smpo_pipeline.inversion.inverter import Inverter
+from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.shards import Sample
+from tests.inversion.helpers import Oracle, make_pair
+from tests.tiny import make_tiny_model
+
+SEED = 5
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def world(request, tmp_path_factory):
+    folder = make_tiny_model(tmp_path_factory.mktemp("model"), request.param, seed=3)
+    return load_family(str(folder)), Oracle(folder, request.param)
+
+
+@pytest.fixture(scope="module")
+def epsilon_world(tmp_path_factory):
+    folder = make_tiny_model(tmp_path_factory.mktemp("model"), "epsilon", seed=3)
+    return load_family(str(folder)), Oracle(folder, "epsilon")
+
+
+def invert(family, settings: InversionSettings, pairs, batch_size: int = 4, seed: int = SEED, walker=None):
+    inverter = Inverter(family, walker or family.denoiser, settings, seed)
+    requests = [(pair, walk) for pair in pairs for walk in range(settings.walks)]
+    samples: list[Sample] = []
+    health = None
+    for start in range(0, len(requests), batch_size):
+        made, sums = inverter.invert(requests[start : start + batch_size])
+        samples += made
+        if health is None:
+            health = sums
+        else:
+            health += sums
+    assert all(isinstance(sample, Sample) for sample in samples)
+    return samples, health
+
+
+def expected_x0(oracle: Oracle, sample: Sample, pair, mode: bool) -> torch.Tensor:
+    """The VAE's posterior sample, by diffusers alone and the pair's own draw."""
+    pixels = torch.from_numpy(pair.pixels_2HW3.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if sample.meta.flipped:
+        pixels = pixels.flip(-1)
+    with torch.no_grad():
+        posterior = oracle.vae.encode(pixels).latent_dist
+    noise = gaussian(generator(SEED, pair.pair_id, sample.meta.walk, "vae"), tuple(posterior.mean.shape))
+    latents = posterior.mean if mode else posterior.mean + posterior.std * noise
+    return latents * oracle.vae.config.scaling_factor
+
+
+def check_state(oracle: Oracle, sample: Sample, k: int, image: int, text: torch.Tensor, x_t: torch.Tensor) -> None:
+    """tau to float16 rounding of the float64 state, ref_error at exactly the stored state."""
+    t = int(sample.timestep_K[k])
+    x0 = sample.x0_2Chw[image].double()
+    tau = (x_t - oracle.a(t) * x0) / oracle.s(t)
+    stored = sample.noise_K2Chw[k, image].double()
+    torch.testing.assert_close(stored, tau, rtol=2**-10, atol=3e-4)
+    rebuilt = oracle.a(t) * x0 + oracle.s(t) * stored
+    error = (oracle.output(rebuilt, t, text) - oracle.target(x0, stored, t)).square().mean()
+    assert float(sample.ref_error_K2[k, image]) == pytest.approx(float(error), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        InversionSettings(),
+        InversionSettings(renoise_steps=0, vae_latent="mode", timesteps="grid", steps=5),
+        InversionSettings(renoise_steps=3, steps=4, walks=2, prompt_dropout=0.5),
+        InversionSettings(states=3),
+    ],
+    ids=["default", "ddim-grid-mode", "renoise3-walks2", "some-states"],
+)
+def test_every_stored_tensor_equals_an_independent_float64_walk(world, settings):
+    family, oracle = world
+    pairs = [make_pair(number) for number in range(3)]
+    samples, _ = invert(family, settings, pairs)
+    assert len(samples) == 3 * settings.walks
+    for index, sample in enumerate(samples):
+        pair = pairs[index // settings.walks]
+        assert sample.meta.pair_id == pair.pair_id
+        mode = settings.vae_latent == "mode"
+        x0 = expected_x0(oracle, sample, pair, mode)
+        torch.testing.assert_close(sample.x0_2Chw.float(), x0, rtol=2**-10, atol=1e-5)
+        text = oracle.embed("" if sample.meta.prompt_dropped else pair.prompt)
+        everything = dataclasses.replace(settings_nodes(settings), states=None)
+        nodes = everything.nodes(family.process, pair.pair_id, sample.meta.walk)
+        for image in range(2):
+            kept = 0
+            start = sample.x0_2Chw[image].double()
+            for t, x_s, s, x_t in oracle.walk(start, nodes, text, settings.renoise_steps):
+                if t not in sample.timestep_K.tolist():
+                    continue
+                assert int(sample.timestep_K[kept]) == t
+                check_state(oracle, sample, kept, image, text, x_t)
+                eps = oracle.noise(x_t, t, text)
+                residual = float((x_t - oracle.carry(x_s, eps, s, t)).norm() / x_t.norm())
+                assert float(sample.residual_K2[kept, image]) == pytest.approx(residual, rel=0.02, abs=2e-5)
+                kept += 1
+            assert kept == (settings.states or settings.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class settings_nodes:  # noqa: N801  (reads as a function where it is used)
+    """All nodes of a walk, whatever is stored of it."""
+
+    settings: InversionSettings
+    states: int | None = None
+
+    def nodes(self, process, pair_id: str, walk: int) -> list[int]:
+        from smpo_pipeline.inversion.timesteps import plan_walk
+
+        return list(plan_walk(self.settings, process, SEED, pair_id, walk).nodes)
+
+
+def test_published_equals_diffusers_inverse_scheduler_stepping_the_published_way(epsilon_world):
+    family, oracle = epsilon_world
+    settings = InversionSettings(timesteps="published", steps=5, prompt_dropout=0, walks=6)
+    pairs = [make_pair(1), make_pair(3)]
+    samples, _ = invert(family, settings, pairs)
+    moved = 0
+    for sample in samples:
+        scheduler = DDIMInverseScheduler.from_config(family.process.scheduler.config, clip_sample=False)
+        scheduler.set_timesteps(settings.steps)
+        t_used = int(sample.timestep_K[0])
+        text = oracle.embed(sample.meta.prompt)
+        for image in range(2):
+            x = sample.x0_2Chw[image].double()
+            for node in [int(t) for t in scheduler.timesteps if int(t) < t_used]:
+                e_0 = oracle.noise(x, node, text)
+                y = scheduler.step(e_0, node, x).prev_sample
+                e_1 = oracle.noise(y, node, text)
+                x = scheduler.step((e_0 + e_1) / 2, node, x).prev_sample
+                moved += 1
+            check_state(oracle, sample, 0, image, text, x)
+    assert moved > 10
+
+
+@pytest.mark.parametrize("start", ["level0", 300])
+def test_other_starts(epsilon_world, start):
+    family, oracle = epsilon_world
+    settings = InversionSettings(start=start, steps=6, prompt_dropout=0)
+    (sample,), _ = invert(family, settings, [make_pair(1)])
+    text = oracle.embed(sample.meta.prompt)
+    shared = gaussian(generator(SEED, "pair-1", 0, "start"), (1, 4, 8, 8))[0].double()
+    first = -1 if start == "level0" else start
+    for image in range(2):
+        x0 = sample.x0_2Chw[image].double()
+        x, s = oracle.a(first) * x0 + oracle.s(first) * shared, first
+        for k, t in enumerate(sample.timestep_K.tolist()):
+            noised = start != "level0" and t <= start
+            x_t = oracle.a(t) * x0 + oracle.s(t) * shared if noised else oracle.step(x, s, t, text, 1)
+            check_state(oracle, sample, k, image, text, x_t)
+            assert bool(sample.residual_K2[k, image].isnan()) == noised
+            x, s = x_t, t
+
+
+def test_inpo_adds_noise_of_the_ddim_posterior(epsilon_world):
+    family, oracle = epsilon_world
+    settings = InversionSettings(renoise_steps=0, eta=0.1, steps=4, prompt_dropout=0)
+    (sample,), _ = invert(family, settings, [make_pair(1)])
+    text = oracle.embed(sample.meta.prompt)
+    stream = generator(SEED, "pair-1", 0, "eta")
+    drawn = [gaussian(stream, (2, 4, 8, 8)).double() for _ in range(4)]
+    for image in range(2):
+        x, s = sample.x0_2Chw[image].double(), -1
+        for k, t in enumerate(sample.timestep_K.tolist()):
+            alpha_s, alpha_t = oracle.a(s) ** 2, oracle.a(t) ** 2
+            sigma = ((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s)) ** 0.5
+            x = oracle.step(x, s, t, text, 0) + 0.1 * sigma * drawn[k][image]
+            check_state(oracle, sample, k, image, text, x)
+            s = t
+
+
+def test_guidance_moves_the_walk_but_not_what_the_reference_is_asked(epsilon_world):
+    family, oracle = epsilon_world
+    settings = InversionSettings(guidance_scale=3.0, steps=3, renoise_steps=0, prompt_dropout=0)
+    (sample,), _ = invert(family, settings, [make_pair(1)])
+    text, empty = oracle.embed(sample.meta.prompt), oracle.embed("")
+    for image in range(2):
+        x, s = sample.x0_2Chw[image].double(), -1
+        for k, t in enumerate(sample.timestep_K.tolist()):
+            unconditional = oracle.noise(x, t, empty)
+            x = oracle.carry(x, unconditional + 3.0 * (oracle.noise(x, t, text) - unconditional), s, t)
+            check_state(oracle, sample, k, image, text, x)
+            s = t
+
+
+def test_forward_source_gives_both_images_the_same_noise_at_the_same_timesteps(epsilon_world):
+    family, oracle = epsilon_world
+    pairs = [make_pair(number) for number in range(3)]
+    samples, health = invert(family, InversionSettings(source="forward"), pairs)
+    walked, _ = invert(family, InversionSettings(), pairs)
+    for sample, other in zip(samples, walked, strict=True):
+        assert torch.equal(sample.timestep_K, other.timestep_K)
+        assert torch.equal(sample.x0_2Chw, other.x0_2Chw)
+        torch.testing.assert_close(sample.noise_K2Chw[:, 0], sample.noise_K2Chw[:, 1], rtol=0, atol=2e-3)
+        assert sample.residual_K2.isnan().all()
+        text = oracle.embed("" if sample.meta.prompt_dropped else sample.meta.prompt)
+        for k, t in enumerate(sample.timestep_K.tolist()):
+            stored = sample.noise_K2Chw[k, 0].double()
+            check_state(oracle, sample, k, 0, text, oracle.a(t) * sample.x0_2Chw[0].double() + oracle.s(t) * stored)
+    everything = torch.cat([sample.noise_K2Chw.float().flatten() for sample in samples])
+    assert abs(float(everything.mean())) < 0.03
+    assert float(everything.std()) == pytest.approx(1, abs=0.03)
+    assert all(band.noise_ratio == 1 for band in health.bands(1000) if band.states)
+
+
+@pytest.mark.parametrize("timesteps", ["jittered", "published"])
+def test_results_do_not_depend_on_batch_size_or_order(world, timesteps):
+    family, _ = world
+    settings = InversionSettings(timesteps=timesteps, steps=5, walks=2, states=3, prompt_dropout=0.3)
+    pairs = [make_pair(number) for number in range(5)]
+    one, _ = invert(family, settings, pairs, batch_size=1)
+    for size, order in ((3, pairs), (8, pairs), (8, pairs[::-1])):
+        other, _ = invert(family, settings, order, batch_size=size)
+        by_name = {(sample.meta.pair_id, sample.meta.walk): sample for sample in other}
+        for sample in one:
+            twin = by_name[sample.meta.pair_id, sample.meta.walk]
+            assert twin.meta == sample.meta
+            for name, tensor in sample.tensors().items():
+                torch.testing.assert_close(
+                    twin.tensors()[name].double(), tensor.double(), rtol=2e-3, atol=5e-4, equal_nan=True
+                )
+
+
+def test_walks_differ_and_are_reproducible(epsilon_world):
+    family, _ = epsilon_world
+    settings = InversionSettings(walks=2)
+    first, _ = invert(family, settings, [make_pair(1)])
+    again, _ = invert(family, settings, [make_pair(1)])
+    assert not torch.equal(first[0].timestep_K, first[1].timestep_K)
+    assert not torch.equal(first[0].x0_2Chw, first[1].x0_2Chw)
+    for one, other in zip(first, again, strict=True):
+        assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
+
+
+def test_a_walker_carries_the_images_and_the_reference_is_what_is_measured(epsilon_world, tmp_path):
+    family, oracle = epsilon_world
+    folder = make_tiny_model(tmp_path / "walker", "epsilon", seed=9)
+    walker, walking = load_family(str(folder)).denoiser, Oracle(folder, "epsilon")
+    settings = InversionSettings(steps=3, prompt_dropout=0)
+    (sample,), _ = invert(family, settings, [make_pair(1)], walker=walker)
+    text = oracle.embed(sample.meta.prompt)
+    x0 = sample.x0_2Chw[0].double()
+    for k, (t, x_s, s, x_t) in enumerate(walking.walk(x0, sample.timestep_K.tolist(), text)):
+        check_state(oracle, sample, k, 0, text, x_t)
+        residual = (x_t - walking.carry(x_s, walking.noise(x_t, t, text), s, t)).norm() / x_t.norm()
+        assert float(sample.residual_K2[k, 0]) == pytest.approx(float(residual), rel=0.02, abs=2e-5)
+
+
+def test_latents_that_overflow_are_rejected_with_a_reason(epsilon_world, tmp_path):
+    folder = make_tiny_model(tmp_path / "model", "epsilon", seed=3)
+    family = load_family(str(folder))
+    with torch.no_grad():
+        family.vae.quant_conv.bias.fill_(torch.nan)
+    (sample,), _ = Inverter(family, family.denoiser, InversionSettings(), 0).invert([(make_pair(0), 0)])
+    assert sample.startswith("not finite")
+
+
+def test_health_is_the_ratio_of_rms_predicted_noise(epsilon_world):
+    family, oracle = epsilon_world
+    settings = InversionSettings(prompt_dropout=0, steps=5)
+    pairs = [make_pair(1), make_pair(3, measured=False)]
+    samples, health = invert(family, settings, pairs)
+    bands = health.bands(1000)
+    sample = samples[0]
+    text = oracle.embed(sample.meta.prompt)
+    assert [band.states for band in bands] == [2] * 5
+    for k, t in enumerate(sample.timestep_K.tolist()):
+        at_states = at_noised = 0.0
+        for image in range(2):
+            x0 = sample.x0_2Chw[image].double()
+            x_t = oracle.a(t) * x0 + oracle.s(t) * sample.noise_K2Chw[k, image].double()
+            drawn = gaussian(generator(SEED, "pair-1", 0, f"health/{image}/{t}"), (4, 8, 8)).double()
+            at_states += float(oracle.noise(x_t, t, text).square().sum())
+            at_noised += float(oracle.noise(oracle.a(t) * x0 + oracle.s(t) * drawn, t, text).square().sum())
+        assert bands[t * 5 // 1000].noise_ratio == pytest.approx((at_states / at_noised) ** 0.5, rel=1e-3)
