@@ -73,6 +73,7 @@ def make_shards(
     scores: Sequence[tuple[float, float]] | None = None,
     swapped: bool = False,
     prefix: str = "pair",
+    latent: Sequence[int] = LATENT_SHAPE,
 ) -> Path:
     """Write shards of up to four pairs with random latents and a true ref_error.
 
@@ -87,8 +88,8 @@ def make_shards(
     samples = []
     for number in range(num_pairs):
         drawn = {name: tuple(generator.uniform(size=2).tolist()) for name in rewards}
-        x0 = torch.from_numpy(generator.standard_normal((2, *LATENT_SHAPE))).half()
-        noise = torch.from_numpy(generator.standard_normal((num_states, 2, *LATENT_SHAPE))).half()
+        x0 = torch.from_numpy(generator.standard_normal((2, *latent))).half()
+        noise = torch.from_numpy(generator.standard_normal((num_states, 2, *latent))).half()
         timesteps = np.sort(generator.choice(1000, num_states, replace=False))
         prompt, dropped = PROMPTS[number % len(PROMPTS)], number % 4 == 3
         seen = "" if dropped else prompt

@@ -83,7 +83,7 @@ class Policy:
 def _save_folder(denoiser: nn.Module, target: Path) -> str:
     staging = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
-    denoiser.save_pretrained(staging)  # type: ignore[operator]
+    denoiser.save_pretrained(staging)
     shutil.rmtree(target, ignore_errors=True)
     staging.replace(target)
     return target.name
@@ -150,4 +150,4 @@ def _add_lora(denoiser: nn.Module, rank: int) -> None:
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_ATTENTION_PROJECTIONS, lora_dropout=0.0
     )
-    denoiser.add_adapter(config)  # type: ignore[operator]
+    denoiser.add_adapter(config)

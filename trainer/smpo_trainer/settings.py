@@ -10,7 +10,6 @@ from typing import Literal
 
 from smpo_schemas.errors import UserError
 
-
 MixedPrecision = Literal["no", "fp16", "bf16"]
 """Dtype of the denoiser's forward and backward; weights and optimizer stay float32."""
 

@@ -1,0 +1,134 @@
+"""What a step computes, through the command line."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from smpo_schemas.shards import ShardDirectory
+from tests.tiny import make_tiny_model, make_tiny_unet
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import PlainReference, column, make_shards, metrics
+
+LN2 = math.log(2)
+
+
+@pytest.fixture(scope="module")
+def other_unet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The reference, slightly moved."""
+    folder = tmp_path_factory.mktemp("other") / "unet"
+    unet = PlainReference(model).unet
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.002 * torch.randn(parameter.shape, generator=generator))
+    unet.save_pretrained(folder)
+    return folder
+
+
+def hand_computed_loss(shards: Path, model: Path, unet: Path, beta: float, gamma: float) -> float:
+    """Mean SmPO loss over a shard set, in float64 around plain forwards."""
+    policy = PlainReference(model, unet)
+    losses = []
+    for sample in ShardDirectory(shards).samples():
+        prompt = "" if sample.meta.prompt_dropped else sample.meta.prompt
+        first, second = sample.meta.scores["taste"]
+        p = 1 / (1 + math.exp(second - first))  # the set's scores have min 0 and max 1
+        for k, t in enumerate(sample.timestep_K.tolist()):
+            e = [policy.error(sample.x0_2Chw[i], sample.noise_K2Chw[k, i], t, prompt) for i in (0, 1)]
+            r = sample.ref_error_K2[k].double().tolist()
+            h = -(beta / 2) * ((e[0] - e[1]) - (r[0] - r[1]))
+            losses.append(math.log1p(math.exp(-gamma * (2 * p - 1) * h)))
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("objective", ["smpo", "dpo"])
+def test_first_loss_from_the_reference_is_ln_2(
+    train: Train, tmp_path: Path, model: Path, v_model: Path, prediction_type: str, objective: str
+) -> None:
+    base = model if prediction_type == "epsilon" else v_model
+    shards = make_shards(tmp_path / "shards", base, num_pairs=4)
+    out = train(on=shards, base=base, objective=objective, max_steps=1, batch_size=12)
+    first = metrics(out)[0]
+    assert first["loss"] == pytest.approx(LN2, abs=1e-4)
+    assert first["reference_noise/std"] < 1e-3
+
+
+def test_bf16_is_exact_with_a_live_reference_and_warned_of_without(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = metrics(train("live", mixed_precision="bf16", reference="live", max_steps=1))[0]
+    assert live["loss"] == pytest.approx(LN2, abs=5e-3)
+    assert "WARNING: margins grow" in capsys.readouterr().out
+    # The smaller beta's noise is within the bound without it.
+    stored = metrics(train("stored", mixed_precision="bf16", beta=20, max_steps=1))[0]
+    assert stored["loss"] == pytest.approx(LN2, abs=5e-3)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_first_loss_from_other_weights_is_the_hand_computed_mean(
+    train: Train, shards: Path, model: Path, other_unet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(unet=other_unet, max_steps=1, batch_size=6, grad_accum=3, beta=100)
+    assert "is not the shards' reference" in capsys.readouterr().out
+    wanted = hand_computed_loss(shards, model, other_unet, beta=100, gamma=10)
+    assert abs(wanted - LN2) > 1e-3
+    assert column(out, "loss")[0] == pytest.approx(wanted, abs=1e-5)
+    assert "reference_noise/std" not in metrics(out)[0]
+
+
+def test_live_and_stored_reference_agree(train: Train, other_unet: Path) -> None:
+    stored = train("stored", unet=other_unet, beta=100)
+    live = train("live", unet=other_unet, beta=100, reference="live")
+    np.testing.assert_allclose(column(stored, "loss"), column(live, "loss"), atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["smpo", "dpo"])
+def test_accumulation_equals_a_large_batch(train: Train, objective: str) -> None:
+    # The set has ties and unlabelled pairs, which dpo leaves out.
+    large = train("large", objective=objective, batch_size=8, max_steps=3)
+    small = train("small", objective=objective, batch_size=1, grad_accum=8, max_steps=3)
+    for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies"):
+        np.testing.assert_allclose(column(small, name), column(large, name), rtol=2e-3, atol=1e-4)
+
+
+def test_loader_workers_change_nothing(train: Train) -> None:
+    assert column(train("none", workers=0), "loss") == column(train("two", workers=2), "loss")
+
+
+def test_swapping_all_images_changes_nothing(train: Train, tmp_path: Path, model: Path) -> None:
+    plain = train("plain", on=make_shards(tmp_path / "a", model))
+    swapped = train("swapped", on=make_shards(tmp_path / "b", model, swapped=True))
+    for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins"):
+        np.testing.assert_allclose(column(swapped, name), column(plain, name), rtol=2e-3, atol=1e-3)
+
+
+def test_even_scores_train_nothing(train: Train, tmp_path: Path, model: Path) -> None:
+    out = train(on=make_shards(tmp_path / "even", model, scores=[(0.5, 0.5)]), max_steps=2)
+    np.testing.assert_allclose(column(out, "loss"), LN2, rtol=1e-7)
+    assert column(out, "grad_norm") == [0, 0]
+    assert metrics(out)[0]["rewards/margins"] is None
+
+
+def test_not_finite_stops_with_the_pair(
+    train: Train, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet = make_tiny_unet()
+    with torch.no_grad():
+        unet.conv_in.weight.fill_(float("nan"))
+    unet.save_pretrained(tmp_path / "nan")
+    with pytest.raises(AssertionError):
+        train(unet=tmp_path / "nan")
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0
+    assert "step 1: the loss is not finite for pair pair-" in error
+
+
+def test_two_tiny_models_differ(tmp_path: Path) -> None:
+    unets = [PlainReference(make_tiny_model(tmp_path / str(seed), seed=seed)).unet for seed in (0, 1)]
+    assert not torch.equal(unets[0].conv_in.weight, unets[1].conv_in.weight)
