@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.progress import Progress
 
 from smpo_pipeline.commands import options as opt
 
@@ -20,4 +21,12 @@ def toy(
     """
     from smpo_pipeline.toy.create import create_world  # noqa: PLC0415  (keeps --help free of torch)
 
-    create_world(out, num_pairs=pairs, seed=seed)
+    with Progress() as progress:
+        task = progress.add_task("sampling pairs", total=None)
+        create_world(
+            out,
+            num_pairs=pairs,
+            seed=seed,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    typer.echo(f"world of {pairs} pairs: {out}")

@@ -39,16 +39,18 @@ def connected(address: str | None) -> Iterator[None]:
     Raises:
         UserError: no cluster answers at ``address``.
     """
+    # The driver's progress bar says what users need; Ray's own log lines would tear it apart.
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # The driver's progress bar says what users need; Ray's own log lines would tear it apart.
-    options = {"logging_level": logging.ERROR, "log_to_driver": False}
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        options["address"] = address
+    else:
+        options |= {"num_cpus": max(_LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
     try:
-        if address:
-            ray.init(address=address, **options)
-        else:
-            cpus = max(_LOGICAL_CPUS, os.cpu_count() or 1)
-            ray.init(num_cpus=cpus, include_dashboard=False, **options)
+        with _native_stderr_silenced():
+            ray.init(**options)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"--ray-address {address}: {error}") from error
     context = ray.data.DataContext.get_current()
@@ -60,12 +62,28 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def _native_stderr_silenced() -> Iterator[None]:
+    """Ray's native library announces its log level on the process's stderr whatever that level is."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
 def actor_options(device: str, concurrency: int) -> dict[str, Any]:
-    """How many model actors there are, and what each holds: a whole GPU, or one CPU slot."""
+    """How many model actors there are, and what each holds: a whole GPU, and half a CPU slot.
+
+    Half, because Ray Data fuses neighbouring stages of equal demands: decoding would then wait for the model.
+    """
     return {
         "compute": ray.data.ActorPoolStrategy(size=concurrency),
         "num_gpus": 1 if device == "cuda" else 0,
-        "num_cpus": 1,
+        "num_cpus": 0.5,
     }
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_part, loading_errors
@@ -36,7 +36,7 @@ class ClipCosineReward(Reward):
         if kind != "clip":
             raise UserError(f"{what} is a {kind!r} model; {self.name} needs a transformers CLIPModel")
         source = self.processor_model if model is None and self.processor_model else self.model
-        self._processor = load_part(CLIPImageProcessor.from_pretrained, source, what)
+        self._processor = load_part(CLIPImageProcessorPil.from_pretrained, source, what)
         self._tokenizer = load_part(CLIPTokenizer.from_pretrained, source, what)
         loaded, report = load_part(
             CLIPModel.from_pretrained, self.model, what, dtype=torch.float32, output_loading_info=True
