@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smpo_pipeline.evaluation import run as run_module
+from smpo_pipeline.evaluation.plan import Plan, make_plan
+from tests.evaluation.stubs import STUBS, PlanMaker
+from tests.tiny import make_tiny_model, make_tiny_unet
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A whole model, and an output of smpo-train: another denoiser for it, with metrics."""
+    folder = tmp_path_factory.mktemp("models")
+    base = make_tiny_model(folder / "base")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        make_tiny_unet().save_pretrained(folder / "tuned" / "unet")
+    lines = [f'{{"step": {step}, "loss": {0.7 - step / 100}, "lr": 0.1}}\n' for step in range(1, 9)]
+    (folder / "tuned" / "metrics.jsonl").write_text("".join(lines))
+    return {"base": base, "tuned": folder / "tuned"}
+
+
+@pytest.fixture
+def stub_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "load_reward", lambda spec, device: STUBS[spec](None, device))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\na dog\n\ncat and dog <b>\n")
+    return path
+
+
+@pytest.fixture
+def plan_of(models: dict[str, Path], prompts: Path, tmp_path: Path) -> PlanMaker:
+    """Make a plan of base against tuned, with some settings replaced."""
+
+    def make(**changes: Any) -> Plan:
+        arguments = {
+            "out": tmp_path / "out",
+            "models": [f"base={models['base']}", f"tuned={models['tuned']}"],
+            "base": None,
+            "prompts": prompts,
+            "rewards": ["brightness"],
+            "limit": None,
+            "images_per_prompt": 3,
+            "steps": 2,
+            "guidance_scale": 1.0,
+            "seed": 0,
+            "dtype": "fp32",
+            "batch_size": 4,
+            "device": "cpu",
+        }
+        return make_plan(**{**arguments, **changes})
+
+    return make

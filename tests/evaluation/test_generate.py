@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smpo_pipeline.evaluation import generate as generate_module
+from smpo_pipeline.evaluation.generate import Picture, generate, initial_noise, latent_shape, load_generator
+from smpo_pipeline.evaluation.sources import parse_models
+from tests.evaluation.stubs import PlanMaker
+
+
+def test_noise_depends_on_seed_prompt_and_index_alone() -> None:
+    noise = initial_noise(0, "a cat", 1, (4, 8, 8))
+    assert np.array_equal(noise, initial_noise(0, "a cat", 1, (4, 8, 8)))
+    for other in ((1, "a cat", 1), (0, "a dog", 1), (0, "a cat", 2)):
+        assert abs(np.corrcoef(noise.ravel(), initial_noise(*other, (4, 8, 8)).ravel())[0, 1]) < 0.2
+    many = initial_noise(3, "Über 猫", 0, (4, 128, 128))
+    assert many.dtype == np.float32
+    assert abs(many.mean()) < 0.01
+    assert many.std() == pytest.approx(1, abs=0.01)
+
+
+def test_models_begin_from_the_same_noise(plan_of: PlanMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    seen: dict[str, list[np.ndarray]] = {}
+    for model in plan.models:
+        pipeline = load_generator(model, plan.base, "cpu", "fp32")
+        inner = pipeline.unet.forward
+        noises = seen.setdefault(model.name, [])
+        monkeypatch.setattr(pipeline.unet, "forward", _recording(inner, noises))
+        pictures = [Picture("a cat", index, tmp_path / f"{model.name}{index}.png") for index in range(3)]
+        generate(pipeline, pictures, plan.settings, 3, lambda _: None)
+        assert latent_shape(pipeline) == (4, 8, 8)
+    assert np.array_equal(seen["base"][0], seen["tuned"][0])
+    assert np.array_equal(seen["base"][0][1], initial_noise(0, "a cat", 1, (4, 8, 8)))
+    assert not np.array_equal(seen["base"][1], seen["tuned"][1])
+
+
+def _recording(inner: Callable[..., Any], noises: list[np.ndarray]) -> Callable[..., Any]:
+    def forward(sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        noises.append(sample.numpy().copy())
+        return inner(sample, *arguments, **options)
+
+    return forward
+
+
+def test_images_do_not_depend_on_batch_size_or_order(plan_of: PlanMaker, tmp_path: Path) -> None:
+    plan = plan_of()
+    pipeline = load_generator(plan.models[0], plan.base, "cpu", "fp32")
+    keys = [(prompt, index) for prompt in ("a cat", "a dog and a cat") for index in range(3)]
+    made = {}
+    for batch_size, order in ((1, keys), (4, keys), (6, keys[::-1])):
+        folder = tmp_path / f"{batch_size}"
+        pictures = [Picture(prompt, index, folder / f"{prompt}-{index}.png") for prompt, index in order]
+        counted: list[int] = []
+        generate(pipeline, pictures, plan.settings, batch_size, counted.append)
+        assert sum(counted) == 6
+        made[batch_size] = [np.asarray(Image.open(folder / f"{prompt}-{index}.png"), int) for prompt, index in keys]
+    for batch_size in (4, 6):
+        # float32 sums in another order may move a value over a rounding step of the PNG
+        assert max(np.abs(a - b).max() for a, b in zip(made[1], made[batch_size], strict=True)) <= 1
+
+
+def test_ddim_without_clipping_whatever_the_scheduler(models: dict[str, Path]) -> None:
+    (model,) = parse_models([f"base={models['base']}"])
+    pipeline = load_generator(model, None, "cpu", "fp32")
+    assert type(pipeline.scheduler) is generate_module.DDIMScheduler
+    assert pipeline.scheduler.config["clip_sample"] is False
+    assert pipeline.safety_checker is None

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from smpo_models.fingerprint import fingerprint_module
+from smpo_models.loading import load_family
+from smpo_pipeline.evaluation.plan import finished_results
+from smpo_pipeline.evaluation.results import read_results
+from smpo_pipeline.evaluation.run import run
+from smpo_pipeline.evaluation.summary import headline, print_results
+from smpo_schemas.errors import UserError
+from tests.evaluation.stubs import PlanMaker
+
+pytestmark = pytest.mark.usefixtures("stub_rewards")
+
+
+@pytest.fixture
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def test_the_whole_evaluation(plan_of: PlanMaker, quiet: Console, models: dict[str, Path]) -> None:
+    plan = plan_of(rewards=["brightness", "redness"])
+    assert finished_results(plan, overwrite=False) is None
+    results = run(plan, quiet)
+    assert read_results(plan.out) == results
+    assert finished_results(plan, overwrite=False) == results
+    assert (results.num_prompts, results.num_images, results.baseline) == (3, 9, "base")
+
+    table = pq.read_table(plan.out / "scores.parquet").to_pydict()
+    assert len(table["model"]) == 18
+    assert all((plan.out / file).is_file() for file in table["file"])
+    scores = {
+        model: np.array([value for name, value in zip(table["model"], table["redness"], strict=True) if name == model])
+        for model in ("base", "tuned")
+    }
+    finding = results.finding("tuned", "redness")
+    assert finding.median == pytest.approx(np.median(scores["tuned"]))
+    assert finding.mean == pytest.approx(scores["tuned"].mean())
+    versus = finding.versus_baseline
+    assert versus is not None
+    assert versus.wins == (scores["tuned"] > scores["base"]).sum()
+    assert versus.mean_difference.value == pytest.approx((scores["tuned"] - scores["base"]).mean())
+    assert versus.win_rate.low <= versus.win_rate.value <= versus.win_rate.high
+    assert results.finding("base", "redness").versus_baseline is None
+
+    denoiser = load_family(str(models["base"]), ("denoiser",)).denoiser
+    assert denoiser is not None
+    assert results.models[0].denoiser == fingerprint_module(denoiser)
+    assert (results.models[0].base, results.models[1].base) == (None, str(models["base"]))
+
+
+def test_report_is_self_contained(plan_of: PlanMaker, quiet: Console) -> None:
+    plan = plan_of(rewards=["brightness", "redness"])
+    run(plan, quiet)
+    page = (plan.out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[^\"]*", "", page))
+    assert set(re.findall(r'src="(\w+:\w+/\w+)', page)) == {"data:image/png"}
+    assert "cat and dog &lt;b&gt;" in page
+    assert "<b>" in page
+    assert "cat and dog <b>" not in page
+    assert "Training of tuned" in page
+    assert "loss" in page
+
+
+def test_same_model_twice_ties(plan_of: PlanMaker, quiet: Console, models: dict[str, Path]) -> None:
+    plan = plan_of(models=[f"one={models['base']}", f"two={models['base']}"])
+    versus = run(plan, quiet).finding("two", "brightness").versus_baseline
+    assert versus is not None
+    assert (versus.win_rate.value, versus.ties) == (0.5, 9)
+
+
+def test_an_unfinished_run_is_continued(plan_of: PlanMaker, quiet: Console) -> None:
+    plan = plan_of()
+    first = run(plan, quiet)
+    (plan.out / "results.json").unlink()
+    plan.file("tuned", 1, 2).unlink()
+    kept = plan.file("tuned", 1, 1)
+    before = kept.stat().st_mtime_ns
+    assert finished_results(plan, overwrite=False) is None
+    assert run(plan, quiet) == first
+    assert plan.file("tuned", 1, 2).is_file()
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_other_settings_need_overwrite(plan_of: PlanMaker, quiet: Console) -> None:
+    run(plan_of(), quiet)
+    other = plan_of(steps=3)
+    with pytest.raises(UserError, match="steps 2 there, 3 now"):
+        finished_results(other, overwrite=False)
+    assert finished_results(other, overwrite=True) is None
+    old = other.file("base", 0, 0).read_bytes()
+    assert run(other, quiet).settings.steps == 3
+    assert other.file("base", 0, 0).read_bytes() != old
+
+
+def test_another_reward_keeps_the_images(plan_of: PlanMaker, quiet: Console) -> None:
+    run(plan_of(), quiet)
+    other = plan_of(rewards=["brightness", "redness"])
+    before = other.file("base", 0, 0).stat().st_mtime_ns
+    assert finished_results(other, overwrite=True) is None
+    run(other, quiet)
+    assert other.file("base", 0, 0).stat().st_mtime_ns == before
+
+
+def test_swapped_models_are_another_evaluation(plan_of: PlanMaker, models: dict[str, Path]) -> None:
+    specs = [f"base={models['base']}", f"tuned={models['tuned']}"]
+    assert plan_of(models=specs).settings.digest() != plan_of(models=specs[::-1]).settings.digest()
+
+
+def test_foreign_files_are_not_touched(plan_of: PlanMaker) -> None:
+    plan = plan_of()
+    plan.folder("base").mkdir(parents=True)
+    (plan.folder("base") / "holiday.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="not written by evaluate"):
+        finished_results(plan, overwrite=True)
+
+
+def test_a_score_that_is_no_number_is_named(plan_of: PlanMaker, quiet: Console) -> None:
+    with pytest.raises(UserError, match="no finite score"):
+        run(plan_of(rewards=["broken"]), quiet)
+
+
+def test_headline_and_table(plan_of: PlanMaker) -> None:
+    console = Console(record=True, width=100)
+    results = run(plan_of(), Console(quiet=True))
+    print_results(results, console)
+    text = console.export_text()
+    assert headline(results, "tuned", "brightness") in text
+    assert re.search(
+        r"tuned beats base in [\d.]+ % of 9 images of 3 prompts under brightness "
+        r"\(95 % interval [\d.]+ \.\. [\d.]+ %, clustered by prompt",
+        text,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "a={nothing}"], "is no folder"),
+        (["--model", "a={base}", "b={base}", "a={tuned}"], "two models are called 'a'"),
+        (["--model", "a={base}", "--reward", "nosuch"], "no reward is called 'nosuch'"),
+        (["--model", "a={base}", "--prompts", "{empty}"], "holds no prompt"),
+        (["--model", "a={tuned}"], "--base"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    models: dict[str, Path], prompts: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    names = {**models, "nothing": tmp_path / "nothing", "empty": tmp_path / "empty.txt"}
+    given = [argument.format(**names) for argument in arguments]
+    for flag, value in (("--prompts", str(prompts)), ("--reward", "toy-truth"), ("--out", str(tmp_path / "out"))):
+        given += [] if flag in given else [flag, value]
+    code = "from smpo_pipeline.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "evaluate", *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "Traceback" not in done.stderr

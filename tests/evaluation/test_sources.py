@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smpo_pipeline.evaluation.prompts import read_prompts
+from smpo_pipeline.evaluation.sources import choose_base, identity, parse_models
+from smpo_schemas.errors import UserError
+
+
+def test_prompts_of_every_kind_of_file(tmp_path: Path) -> None:
+    wanted = ["a cat", "ein Bär"]
+    (tmp_path / "a.txt").write_text("a cat\n\n  ein Bär \na cat\n", encoding="utf-8")
+    rows = [{"prompt": prompt} for prompt in ("a cat", "", None, "ein Bär")]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    pq.write_table(pa.table({"caption": ["a cat", "a cat", None, "ein Bär"]}), tmp_path / "a.parquet")
+    for kind in ("txt", "jsonl", "parquet"):
+        assert read_prompts(tmp_path / f"a.{kind}") == wanted
+    assert read_prompts(tmp_path / "a.txt", limit=1) == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.txt", None, "no file"),
+        ("empty.txt", "\n \n", "holds no prompt"),
+        ("odd.csv", "a", "only .txt"),
+        ("bad.jsonl", '{"prompt": ', "cannot be read"),
+        ("list.jsonl", "[1]", "line 1"),
+        ("other.jsonl", '{"text": "a"}', "no column prompt or caption"),
+        ("bad.parquet", "no parquet", "cannot be read"),
+    ],
+)
+def test_unusable_prompt_files(tmp_path: Path, name: str, content: str | None, words: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=words) as caught:
+        read_prompts(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_kinds_and_base(models: dict[str, Path], tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+    found = parse_models([f"base={models['base']}", f"tuned={models['tuned']}", f"lora={lora}", "hub=owner/some-model"])
+    assert [model.kind for model in found] == ["pipeline", "unet", "lora", "pipeline"]
+    assert choose_base(found, None) == str(models["base"])
+    assert choose_base(found, "other") == "other"
+    assert choose_base(found[:1], None) is None
+    assert found[1].metrics == models["tuned"] / "metrics.jsonl"
+    assert found[0].metrics is None
+    with pytest.raises(UserError, match="--base"):
+        choose_base(found[1:3], None)
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        (["base"], "write NAME=DIR"),
+        (["=x"], "write NAME=DIR"),
+        (["a/b=x"], "write NAME=DIR"),
+        (["a=/nowhere/at/all"], "/nowhere/at/all is no folder"),
+        (["a=owner/m", "a=owner/n"], "two models are called 'a'"),
+        (["a={empty}"], "holds neither"),
+    ],
+)
+def test_unusable_models(tmp_path: Path, specs: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_models([spec.format(empty=tmp_path) for spec in specs])
+
+
+def test_identity_follows_content_and_not_place(models: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(models["base"], copy)
+    (here, there) = parse_models([f"a={models['base']}", f"b={copy}"])
+    assert identity(here, None) == identity(there, None)
+    config = copy / "vae" / "config.json"
+    config.write_text(config.read_text().replace("}", " }"))
+    assert identity(here, None) != identity(there, None)
+
+
+def test_identity_of_a_tuned_model_covers_its_base(models: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(models["base"], copy)
+    (tuned,) = parse_models([f"tuned={models['tuned']}"])
+    before = identity(tuned, str(copy))
+    unet = copy / "unet" / "config.json"
+    unet.write_text(unet.read_text() + "\n")
+    assert identity(tuned, str(copy)) == before  # the base's own denoiser is replaced
+    text = copy / "text_encoder" / "config.json"
+    text.write_text(text.read_text() + "\n")
+    assert identity(tuned, str(copy)) != before
