@@ -91,10 +91,12 @@ def test_live_and_stored_reference_agree(train: Train, other_unet: Path) -> None
 @pytest.mark.parametrize("objective", ["smpo", "dpo"])
 def test_accumulation_equals_a_large_batch(train: Train, objective: str) -> None:
     # The set has ties and unlabelled pairs, which dpo leaves out.
-    large = train("large", objective=objective, batch_size=8, max_steps=3)
-    small = train("small", objective=objective, batch_size=1, grad_accum=8, max_steps=3)
-    for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies"):
-        np.testing.assert_allclose(column(small, name), column(large, name), rtol=2e-3, atol=1e-4)
+    # Gentle steps: Adam's first ones magnify rounding, and a wild run magnifies it further.
+    gentle = {"objective": objective, "beta": 200, "lr": 1e-5, "max_steps": 3}
+    large = train("large", batch_size=8, **gentle)
+    small = train("small", batch_size=1, grad_accum=8, **gentle)
+    for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins"):
+        np.testing.assert_allclose(column(small, name), column(large, name), rtol=1e-3, atol=1e-5)
 
 
 def test_loader_workers_change_nothing(train: Train) -> None:
@@ -102,10 +104,10 @@ def test_loader_workers_change_nothing(train: Train) -> None:
 
 
 def test_swapping_all_images_changes_nothing(train: Train, tmp_path: Path, model: Path) -> None:
-    plain = train("plain", on=make_shards(tmp_path / "a", model))
-    swapped = train("swapped", on=make_shards(tmp_path / "b", model, swapped=True))
+    plain = train("plain", on=make_shards(tmp_path / "a", model), beta=200, lr=1e-5)
+    swapped = train("swapped", on=make_shards(tmp_path / "b", model, swapped=True), beta=200, lr=1e-5)
     for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins"):
-        np.testing.assert_allclose(column(swapped, name), column(plain, name), rtol=2e-3, atol=1e-3)
+        np.testing.assert_allclose(column(swapped, name), column(plain, name), rtol=1e-3, atol=1e-4)
 
 
 def test_even_scores_train_nothing(train: Train, tmp_path: Path, model: Path) -> None:
@@ -115,9 +117,7 @@ def test_even_scores_train_nothing(train: Train, tmp_path: Path, model: Path) ->
     assert metrics(out)[0]["rewards/margins"] is None
 
 
-def test_not_finite_stops_with_the_pair(
-    train: Train, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_not_finite_stops_with_the_pair(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unet = make_tiny_unet()
     with torch.no_grad():
         unet.conv_in.weight.fill_(float("nan"))

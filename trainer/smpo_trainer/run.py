@@ -144,9 +144,13 @@ class _Run:
 
 def _make_accelerator(settings: TrainSettings) -> Accelerator:
     try:
-        return Accelerator(mixed_precision=settings.mixed_precision)
-    except ValueError as error:  # for example fp16 without a GPU
+        accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    except ValueError as error:  # a device that lacks this dtype
         raise UserError(f"--mixed-precision {settings.mixed_precision}: {error}") from error
+    # Accelerate would train in float32 without a word.
+    if settings.mixed_precision == "fp16" and accelerator.device.type != "cuda":
+        raise UserError(f"--mixed-precision fp16 needs a GPU, the device is {accelerator.device}; use bf16 or no")
+    return accelerator
 
 
 def _index(experiment: Experiment, accelerator: Accelerator, report: Report) -> StateTable:

@@ -1,0 +1,163 @@
+"""Wrong use: one clear line, status 2, no traceback. And config files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from smpo_schemas.files import sha256_file
+from smpo_schemas.scores import ScoresInfo, ScoresPart, write_scores_info
+from smpo_schemas.shards import ShardDirectory
+from tests.tiny import make_tiny_model
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, make_shards, run_cli
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Run ``smpo-train``, which must fail with status 2 and one line; returns the line."""
+
+    def run(
+        *, on: Path | list[Path] = shards, base: Path = model, out: Path = tmp_path / "run", **options: object
+    ) -> str:
+        capsys.readouterr()
+        assert run_cli(monkeypatch, arguments(on, base, out, **options)) == 2
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error
+        assert error.startswith("error: ")
+        return error
+
+    return run
+
+
+def test_no_manifest(refused: Refused, tmp_path: Path) -> None:
+    assert "holds no manifest.json" in refused(on=tmp_path)
+
+
+def test_missing_model(refused: Refused, tmp_path: Path) -> None:
+    assert f"--model {tmp_path / 'none'}" in refused(base=tmp_path / "none")
+
+
+def test_model_that_is_not_the_reference(refused: Refused, tmp_path: Path, model: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=7)
+    assert "its text encoder has other weights" in refused(base=other)
+    # The same text encoder, other denoiser.
+    for file in (model / "text_encoder").iterdir():
+        (other / "text_encoder" / file.name).write_bytes(file.read_bytes())
+    error = refused(base=other)
+    assert "its denoiser is not the reference" in error
+    assert "--unet" in error
+
+
+def test_other_prediction_type(refused: Refused, v_model: Path) -> None:
+    assert "other noise levels or prediction type" in refused(base=v_model)
+
+
+def test_unet_that_is_the_reference_is_taken_without_a_word(
+    train: Train, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(unet=model / "unet", max_steps=1)
+    assert "--unet" not in capsys.readouterr().out
+
+
+def test_rewards(refused: Refused, tmp_path: Path, model: Path, train: Train) -> None:
+    assert "--reward nothing: --shards holds no such reward; it holds: taste" in refused(reward=["nothing"])
+    several = make_shards(tmp_path / "several", model, num_pairs=2, rewards=("taste", "sharpness"))
+    assert "holds 2 rewards (taste, sharpness); choose with --reward" in refused(on=several)
+    assert "expected NAME or NAME:WEIGHT" in refused(reward=["taste:much"])
+    assert "given twice" in refused(reward=["taste:1", "taste:2"])
+    out = train("mix", on=several, reward=["taste:2", "sharpness:-0.5"], max_steps=1)
+    weights = {k: v["weight"] for k, v in json.loads((out / "training.json").read_text())["rewards"].items()}
+    assert weights == {"taste": 2.0, "sharpness": -0.5}
+    train("labels", on=several, objective="dpo", max_steps=1)
+
+
+def test_unknown_objective(refused: Refused) -> None:
+    assert "--objective nonsense is not known; known: dpo, smpo" in refused(objective="nonsense")
+
+
+def test_unwritable_output(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(out=tmp_path / "file" / "run")
+
+
+def test_no_pairs_left(refused: Refused, tmp_path: Path, model: Path) -> None:
+    unlabelled = make_shards(tmp_path / "unlabelled", model, num_pairs=2, labels=(None, 0.5))
+    assert "no pair is left to train on: of 2 walks 0 have a label that is no tie" in refused(
+        on=unlabelled, objective="dpo"
+    )
+    assert "none is within timesteps 999 to 999" in refused(min_timestep=999, max_timestep=999)
+
+
+def test_timesteps_are_filtered(train: Train, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timesteps = [t for sample in ShardDirectory(shards).samples() for t in sample.timestep_K.tolist()]
+    low, high = sorted(timesteps)[4], sorted(timesteps)[11]
+    train(min_timestep=low, max_timestep=high, max_steps=1)
+    assert "8 of 18 states of 6 walks are trained on" in capsys.readouterr().out
+
+
+def test_damaged_shard(refused: Refused, tmp_path: Path, model: Path) -> None:
+    damaged = make_shards(tmp_path / "damaged", model, num_pairs=2)
+    tar = damaged / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[1000] ^= 1
+    tar.write_bytes(bytes(content))
+    assert "shard-000000.tar differs from the SHA-256" in refused(on=damaged)
+
+
+def test_shards_that_do_not_belong_together(refused: Refused, tmp_path: Path, shards: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=7)
+    foreign = make_shards(tmp_path / "foreign", other, num_pairs=1)
+    assert "do not belong together: the reference denoiser differs" in refused(on=[shards, foreign])
+    assert "twice" in refused(on=[shards, shards])
+
+
+def test_several_directories_are_joined(
+    train: Train, tmp_path: Path, model: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = make_shards(tmp_path / "more", model, num_pairs=2, seed=3, prefix="more")
+    train(on=[shards, more], max_steps=1)
+    assert "24 of 24 states of 8 walks are trained on" in capsys.readouterr().out
+
+
+def test_scores_from_a_table(train: Train, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores of four of the six pairs, another reward than the shards hold."""
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    ids = [f"pair-{number}" for number in range(4)]
+    table = pa.table({"pair_id": ids, "style_0": [1.0, 0.0, 0.5, 1.0], "style_1": [0.0, 1.0, 0.5, 0.0]})
+    pq.write_table(table, folder / "part-0.parquet")
+    statistics = ShardDirectory(shards).manifest.rewards["taste"]
+    part = ScoresPart(name="part-0.parquet", pairs=4, sha256=sha256_file(folder / "part-0.parquet"))
+    info = ScoresInfo(schema_version=1, rewards={"style": statistics}, parts=[part], scored=4, rejected=2)
+    write_scores_info(folder, info)
+    train(scores=folder, max_steps=1)
+    said = capsys.readouterr().out
+    assert "2 of 6 walks lack scores and are left out" in said
+    assert "12 of 18 states" in said
+
+
+def test_config_file_repeats_a_run_and_flags_override_it(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = train(max_steps=2, beta=300)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["beta"] == 300
+    args = ["--config", str(out / "config.yaml"), "--out", str(tmp_path / "again"), "--beta", "400"]
+    assert run_cli(monkeypatch, args) == 0
+    again = json.loads((tmp_path / "again" / "training.json").read_text())["settings"]
+    assert (again["beta"], again["max_steps"]) == (400, 2)
+
+
+def test_fp16_needs_a_gpu(refused: Refused) -> None:
+    assert "--mixed-precision fp16" in refused(mixed_precision="fp16")

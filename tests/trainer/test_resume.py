@@ -1,0 +1,149 @@
+"""A run that is killed, stopped or started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from smpo_schemas.errors import UserError
+from smpo_trainer.checkpoints import Checkpoint, Checkpoints, load_checkpoint
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, column, run_cli
+
+OPTIONS = {"max_steps": 5, "save_every": 1, "lora_rank": 2}
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+
+
+def start(args: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "smpo_trainer", *args],
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_steps(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    path = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not path.is_file() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_killed_and_continued_equals_uninterrupted(shards: Path, model: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 12, "save_every": 2, "lr_schedule": "cosine", "warmup_steps": 3, "workers": 2}
+    whole = start(arguments(shards, model, tmp_path / "whole", **options))
+    assert whole.wait() == 0
+    for steps in (3, 7):
+        killed = start(arguments(shards, model, tmp_path / "killed", **options))
+        wait_for_steps(tmp_path / "killed", steps, killed)
+        killed.kill()
+        killed.communicate()
+    # What a kill leaves while a line is written, and while a checkpoint is.
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    (tmp_path / "killed" / ".checkpoint-000099.tmp").mkdir()
+    last = start(arguments(shards, model, tmp_path / "killed", **options))
+    said, _ = last.communicate()
+    assert last.returncode == 0
+    assert "going on after step" in said
+    assert column(tmp_path / "killed", "step") == list(range(1, 13))
+    for name in ("loss", "grad_norm", "lr", "rewards/margins"):
+        assert column(tmp_path / "killed", name) == column(tmp_path / "whole", name)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert not list((tmp_path / "killed").glob("*checkpoint*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_and_saves(shards: Path, model: Path, tmp_path: Path, number: int) -> None:
+    args = arguments(shards, model, tmp_path / "run", max_steps=500, save_every=1000, workers=1)
+    process = start(args)
+    wait_for_steps(tmp_path / "run", 2, process)
+    process.send_signal(number)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "the same command goes on from here" in said
+    last = column(tmp_path / "run", "step")[-1]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{last:06d}"]
+    assert not (tmp_path / "run" / "training.json").exists()
+
+
+@pytest.fixture
+def interrupted(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A LoRA run of 5 steps that died right after the checkpoint of step 3."""
+    save = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
+        path = save(self, checkpoint)
+        if checkpoint.step == 3:
+            raise UserError("power cut")
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(AssertionError):
+            train("run", **OPTIONS)
+    return tmp_path / "run"
+
+
+def test_continued_run_equals_uninterrupted(train: Train, interrupted: Path) -> None:
+    assert sorted(path.name for path in interrupted.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]
+    # How the data are read does not matter.
+    assert train("run", **OPTIONS, workers=1) == interrupted
+    whole = train("whole", **OPTIONS)
+    assert column(interrupted, "step") == [1, 2, 3, 4, 5]
+    assert column(interrupted, "loss") == column(whole, "loss")
+
+
+def test_changed_settings_are_refused_by_name(
+    interrupted: Path,
+    shards: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    train: Train,
+) -> None:
+    changed = arguments(shards, model, interrupted, **{**OPTIONS, "beta": 500, "lr": 1e-3})
+    assert run_cli(monkeypatch, changed) == 2
+    error = capsys.readouterr().err
+    assert "an unfinished run with other settings: beta (2000.0 -> 500.0), lr (0.0001 -> 0.001);" in error
+    train("run", **OPTIONS, overwrite=True, beta=500)
+    assert column(interrupted, "step") == [1, 2, 3, 4, 5]
+
+
+def test_finished_run_is_left_alone(
+    train: Train,
+    shards: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = train(max_steps=1)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    train(max_steps=1)
+    assert "finished; nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=2)) == 2
+    assert "max_steps (1 -> 2)" in capsys.readouterr().err
+
+
+def test_checkpoint_holds_no_pickle_and_damage_is_named(interrupted: Path) -> None:
+    path = interrupted / "checkpoint-000003"
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint.step, checkpoint.position) == (3, 6)
+    (path / "optimizer.pt").write_bytes(b"\x80\x02nonsense")
+    with pytest.raises(UserError, match="checkpoint-000003 cannot be read"):
+        load_checkpoint(path)
