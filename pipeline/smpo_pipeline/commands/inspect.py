@@ -35,7 +35,7 @@ def inspect(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="For shards: the model to decode states with. Default: the one in the manifest."),
+        typer.Option(metavar="DIR", help="For shards: the model to decode with. Default: the manifest's."),
     ] = None,
     vae: Annotated[str | None, typer.Option(metavar="DIR", help="For shards made with --vae: that VAE.")] = None,
     scores: Annotated[

@@ -34,7 +34,7 @@ def headline(results: Results, model: str, reward: str) -> str:
     if versus is None:
         raise ValueError(f"{model} is the baseline")
     rate = versus.win_rate
-    ties = f", {versus.ties} ties counted half" if versus.ties else ""
+    ties = f", {versus.ties} {'tie' if versus.ties == 1 else 'ties'} counted half" if versus.ties else ""
     return (
         f"{model} beats {results.baseline} in {100 * rate.value:.1f} % of {results.num_images} images of "
         f"{results.num_prompts} prompts under {reward} "

@@ -117,7 +117,7 @@ def _print_preferences(summary: ScoresSummary, console: Console) -> None:
 
 def print_sharpness(p: dict[str, np.ndarray], console: Console) -> None:
     """Print the quantiles of P(preferred image preferred), per reward, from P(image_0 preferred) [P]."""
-    title = "P(the image that the reward prefers), weight 1; 0.5 is no preference"
+    title = "P(the image that a reward prefers); 0.5 is none"
     table = make_table(title, ("reward", *QUANTILE_NAMES))
     for name, p_P in p.items():
         table.add_row(name, *quantile_cells(np.maximum(p_P, 1 - p_P)))

@@ -20,6 +20,7 @@ from smpo_schemas.manifest import Manifest
 from smpo_schemas.shards import Sample
 
 _TILE = 104
+_MOST_STATES = 9  # of a walk, in a row; of longer walks, so many spread evenly
 _NOISE_SPAN = 2.5
 """Noise is drawn from minus to plus this many rms values."""
 
@@ -62,13 +63,14 @@ def draw_shards(samples: list[Sample], manifest: Manifest, family: Family, path:
 
 
 def _card(sample: Sample, family: Family) -> Image.Image:
-    x0_2Chw, noise_K2Chw = sample.x0_2Chw.float(), sample.noise_K2Chw.float()
-    titles = ["x0", *(f"t = {int(t)}" for t in sample.timestep_K)]
+    kept = np.unique(np.linspace(0, len(sample.timestep_K) - 1, _MOST_STATES).round().astype(int))
+    x0_2Chw, noise_K2Chw, t_K = sample.x0_2Chw.float(), sample.noise_K2Chw[kept].float(), sample.timestep_K[kept]
+    titles = ["x0", *(f"t = {int(t)}" for t in t_K)]
     rows = [sheet.row([sheet.text_block(title, _TILE, size=12, bold=True, lines=1) for title in titles])]
     for number in (0, 1):
         noise_KChw = noise_K2Chw[:, number]
         x0_KChw = x0_2Chw[number].expand_as(noise_KChw)
-        states_KChw = family.process.noised(x0_KChw, noise_KChw, sample.timestep_K)
+        states_KChw = family.process.noised(x0_KChw, noise_KChw, t_K)
         decoded = _decode(family, torch.cat([x0_2Chw[number : number + 1], states_KChw]))
         rows.append(sheet.row([sheet.tile(image, _TILE) for image in decoded]))
         scores = [f"{name} {values[number]:.3g}" for name, values in sample.meta.scores.items()]
