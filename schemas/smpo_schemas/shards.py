@@ -172,11 +172,12 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None:
-                self._tar.close()
-        finally:
+            self._tar.close()
             self._stream.close()
-            self._atomic.__exit__(kind, error, trace)
+        except OSError as closing:
+            # A full disk may show only here; the file must then not be renamed into place.
+            kind, error, trace = (kind, error, trace) if error else (type(closing), closing, closing.__traceback__)
+        self._atomic.__exit__(kind, error, trace)
         if error is None:
             self.entry = ShardEntry(
                 name=self._path.name,

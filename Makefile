@@ -1,0 +1,71 @@
+# Everything runs in .venv, which each target makes where it is missing or older than what it is made from.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := demo
+
+# One thread a process in tests; the demo's stages run one after the other and take all cores.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo test test-fast lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show this help
+	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(READY) ## Make .venv with everything, at the pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; name yours: make PYTHON=python3 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## The whole way on the embedded world: score, invert, train, evaluate (minutes on 2 cores)
+	@$(MAKE) --no-print-directory $(DEMO)/report/results.json
+	@$(BIN)/python -m smpo_pipeline.evaluation.summary $(DEMO)/report
+	@echo "report with pictures: $(DEMO)/report/report.html"
+
+$(DEMO)/world/world.json: | $(READY)
+	$(BIN)/smpo-pipeline toy --out $(DEMO)/world --pairs 600
+
+$(DEMO)/scores/scores.json: $(DEMO)/world/world.json
+	$(BIN)/smpo-pipeline score --pairs $(DEMO)/world/pairs --out $(DEMO)/scores \
+	  --reward pickscore=$(DEMO)/world/rewards/pickscore clipscore=$(DEMO)/world/rewards/clipscore
+
+$(DEMO)/shards/manifest.json: $(DEMO)/scores/scores.json
+	$(BIN)/smpo-pipeline invert --pairs $(DEMO)/world/pairs --scores $(DEMO)/scores \
+	  --model $(DEMO)/world/model --out $(DEMO)/shards
+
+$(DEMO)/tuned/training.json: $(DEMO)/shards/manifest.json
+	$(BIN)/smpo-train --shards $(DEMO)/shards --model $(DEMO)/world/model --out $(DEMO)/tuned \
+	  --reward pickscore clipscore --beta 1000 --lr 5e-5 --batch-size 24 --max-steps 100 --warmup-steps 10
+
+$(DEMO)/report/results.json: $(DEMO)/tuned/training.json
+	$(BIN)/smpo-pipeline evaluate --model base=$(DEMO)/world/model tuned=$(DEMO)/tuned \
+	  --prompts $(DEMO)/world/prompts/test.txt --images-per-prompt 8 --steps 16 \
+	  --reward toy-truth pickscore=$(DEMO)/world/rewards/pickscore clipscore=$(DEMO)/world/rewards/clipscore \
+	  --out $(DEMO)/report
+
+test: $(READY) ## All tests
+	$(BIN)/python -m pytest -q
+
+test-fast: $(READY) ## The everyday tests: no Ray, no long training
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+lint: $(READY) ## ruff, mypy, import-linter
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(READY) ## Format and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## The experiments and timings behind the numbers in docs/ (about an hour on 2 cores)
+	$(BIN)/python benchmarks/objectives.py
+
+clean: ## Remove .venv and the demo's output
+	rm -rf $(VENV) $(DEMO)

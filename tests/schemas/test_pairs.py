@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smpo_schemas.errors import UserError
+from smpo_schemas.pairs import (
+    PICK_A_PIC,
+    Pair,
+    PairColumns,
+    PairFile,
+    PairRejectedError,
+    RowRange,
+    column_names,
+    list_pair_files,
+    read_rows,
+    resolve_columns,
+    slice_files,
+)
+
+
+def write_pick_a_pic(path, rows: int, row_group_size: int = 3):
+    table = pa.table(
+        {
+            "caption": [f"prompt {row}" for row in range(rows)],
+            "jpg_0": [b"first %d" % row for row in range(rows)],
+            "jpg_1": [b"second %d" % row for row in range(rows)],
+            "label_0": [(1.0, 0.0, 0.5)[row % 3] for row in range(rows)],
+            "ranking_id": list(range(100, 100 + rows)),
+            "user_id": [7] * rows,
+            "unused": [b"x" * 1000] * rows,
+        }
+    )
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def test_pick_a_pic_columns_are_known(tmp_path):
+    path = write_pick_a_pic(tmp_path / "a.parquet", 5)
+    columns = resolve_columns(column_names(path), {}, path)
+    assert columns == PICK_A_PIC
+    rows = list(read_rows(RowRange(path, 2, 5), columns))
+    assert [source for source, _ in rows] == [f"{path}:{row}" for row in (2, 3, 4)]
+    assert rows[0][1] == Pair("102", "prompt 2", b"first 2", b"second 2", 0.5, "7")
+
+
+@pytest.mark.parametrize("start", range(5))
+@pytest.mark.parametrize("stop", range(5, 8))
+def test_any_row_range_of_a_file_with_row_groups(tmp_path, start, stop):
+    path = write_pick_a_pic(tmp_path / "a.parquet", 7)
+    rows = [pair.pair_id for _, pair in read_rows(RowRange(path, start, stop), PICK_A_PIC)]
+    assert rows == [str(100 + row) for row in range(start, min(stop, 7))]
+
+
+def test_slices_cover_the_input_once_and_in_order(tmp_path):
+    files = [PairFile(tmp_path / name, rows) for name, rows in (("a", 5), ("b", 0), ("c", 9))]
+    for size in range(1, 16):
+        for limit in (None, 1, 6, 14, 99):
+            slices = slice_files(files, size, limit)
+            rows = [(part.path.name, row) for unit in slices for part in unit for row in range(part.start, part.stop)]
+            everything = [(file.path.name, row) for file in files for row in range(file.rows)]
+            assert rows == everything[:limit]
+            assert all(sum(part.stop - part.start for part in unit) == size for unit in slices[:-1])
+
+
+def test_jsonl_with_paths_named_columns_and_bad_rows(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"one")
+    (tmp_path / "two.png").write_bytes(b"two")
+    good = {"text": "größer", "a": "one.png", "b": "two.png", "who": 3, "won": None}
+    lines = [
+        json.dumps(good),
+        "not json",
+        "",
+        json.dumps({**good, "a": "missing.png"}),
+        json.dumps({**good, "won": 2}),
+        json.dumps({**good, "text": 5}),
+        json.dumps({**good, "text": "\ud800"}),
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    given = {"prompt": "text", "image_0": "a", "image_1": "b", "annotator": "who", "label": "won"}
+    columns = resolve_columns(column_names(path), given, path)
+    assert list_pair_files([path])[0].rows == 6
+    rows = [pair for _, pair in read_rows(RowRange(path, 0, 6), columns)]
+    assert rows[0].prompt == "größer"
+    assert (rows[0].image_0, rows[0].label, rows[0].annotator) == (b"one", None, "3")
+    reasons = [str(row).split(":")[0] for row in rows[1:]]
+    assert all(isinstance(row, PairRejectedError) for row in rows[1:])
+    assert reasons == ["no text", "image not readable", "bad label", "no text", "prompt is not valid Unicode"]
+
+
+def test_without_an_id_the_content_names_the_pair(tmp_path):
+    path = tmp_path / "p.parquet"
+    rows = [("a", b"x", b"y"), ("a", b"x", b"y"), ("a", b"y", b"x"), ("ax", b"", b"y"), ("a", b"xy", b"z")]
+    columns = dict(zip(("prompt", "image_0", "image_1"), zip(*rows, strict=True), strict=True))
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), path)
+    pairs = [pair for _, pair in read_rows(RowRange(path, 0, 5), PairColumns())]
+    assert pairs[0].pair_id == pairs[1].pair_id
+    assert isinstance(pairs[3], PairRejectedError)
+    assert len({pairs[0].pair_id, pairs[2].pair_id, pairs[4].pair_id}) == 3
+
+
+def test_images_of_the_datasets_library(tmp_path):
+    path = tmp_path / "p.parquet"
+    image = {"bytes": b"abc", "path": None}
+    pq.write_table(pa.table({"prompt": ["a"], "image_0": [image], "image_1": [image]}), path)
+    ((_, pair),) = read_rows(RowRange(path, 0, 1), PairColumns())
+    assert pair.image_0 == b"abc"
+
+
+def test_wrong_use_is_one_line(tmp_path):
+    path = write_pick_a_pic(tmp_path / "a.parquet", 1)
+    with pytest.raises(UserError, match=r"no column 'text'.*--prompt-column"):
+        resolve_columns(column_names(path), {"prompt": "text"}, path)
+    with pytest.raises(UserError, match="no column 'label'"):
+        resolve_columns(["prompt", "image_0", "image_1"], {"label": "label"}, path)
+    with pytest.raises(UserError, match="does not exist"):
+        list_pair_files([tmp_path / "nothing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \.parquet"):
+        list_pair_files([tmp_path / "empty"])
+    with pytest.raises(UserError, match="twice"):
+        list_pair_files([path, tmp_path])
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="cannot be read"):
+        list_pair_files([tmp_path / "bad.parquet"])
