@@ -5,7 +5,6 @@ Every function returns an RGB image; a sheet is images stacked on images. Sizes 
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -41,8 +40,7 @@ def text_block(
 ) -> Image.Image:
     """Text wrapped to ``width``, cut with an ellipsis after ``lines`` lines; as high as its lines need."""
     font = _font(size, bold)
-    # Wrapped by characters of mean width first, then shortened until each line really fits.
-    wrapped = textwrap.wrap(text, max(8, int(width / font.getlength("n")))) or [""]
+    wrapped = _wrapped(text, font, width)
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], wrapped[lines - 1] + " …"]
     height = round(size * _LINE_SPACING)
@@ -51,6 +49,18 @@ def text_block(
     for number, line in enumerate(wrapped):
         draw.text((0, number * height), _fitted(line, font, width), font=font, fill=colour)
     return block
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Words filled into lines by their real width; a word that is wider than a line stands alone."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _fitted(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+
+from smpo_pipeline.evaluation.generate import denoiser_fingerprint, load_generator
+from smpo_pipeline.evaluation.sources import parse_models
+
+
+@pytest.fixture
+def lora(models: dict[str, Path], tmp_path: Path) -> Path:
+    """LoRA weights that change the denoiser, saved as smpo-train saves them."""
+    unet = UNet2DConditionModel.from_pretrained(models["base"], subfolder="unet")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    return tmp_path / "lora"
+
+
+def test_lora_weights_are_fused_into_the_base(models: dict[str, Path], lora: Path) -> None:
+    base, tuned = parse_models([f"base={models['base']}", f"lora={lora}"])
+    assert tuned.kind == "lora"
+    plain = load_generator(base, None, "cpu", "fp32")
+    fused = load_generator(tuned, str(models["base"]), "cpu", "fp32")
+    assert set(plain.unet.state_dict()) == set(fused.unet.state_dict())
+    assert denoiser_fingerprint(plain) != denoiser_fingerprint(fused)
+    noise, text, t = torch.randn(1, 4, 8, 8), torch.randn(1, 24, 32), torch.tensor([500])
+    with torch.no_grad():
+        outputs = [each.unet(noise, t, encoder_hidden_states=text).sample for each in (plain, fused)]
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-4
