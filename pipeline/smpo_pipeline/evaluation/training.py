@@ -10,28 +10,30 @@ import numpy as np
 
 from smpo_schemas.errors import UserError
 
-_NOT_DRAWN = ("step", "epoch", "time")
+_NOT_DRAWN = "step"
+_DRAWN_FIRST = ("loss", "rewards/accuracies", "rewards/margins")
 _FEWEST_POINTS = 2
 
 
 def read_curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Read every number that changes over a run: per name, the optimizer steps and the values.
 
-    Of a step that was logged twice (a resumed run) the later line counts. Values that are not finite are left out.
+    The ones that matter most come first. Of a step that was logged twice (a resumed run) the later line counts.
+    Values that are not finite are left out.
 
     Raises:
         UserError: a line is not a JSON object.
     """
     by_step: dict[float, dict[str, float]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+    # What follows the last line break is empty, or the half line of a run that was killed.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             by_step[row.get("step", number)] = row
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path}: line {number} is not a JSON object: {error}") from error
-    names = dict.fromkeys(name for row in by_step.values() for name in row if name not in _NOT_DRAWN)
+    found = dict.fromkeys(name for row in by_step.values() for name in row if name != _NOT_DRAWN)
+    names = [name for name in _DRAWN_FIRST if name in found] + [name for name in found if name not in _DRAWN_FIRST]
     curves = {}
     for name in names:
         points = [(step, row[name]) for step, row in sorted(by_step.items()) if _is_number(row.get(name))]
