@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from smpo_schemas.errors import UserError
@@ -64,6 +65,18 @@ def test_killed_and_continued_equals_uninterrupted(shards: Path, model: Path, tm
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     assert not list((tmp_path / "killed").glob("*checkpoint*"))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(shards: Path, model: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 3, "beta": 200, "lr": 1e-5, "save_every": 2}
+    one = start(arguments(shards, model, tmp_path / "one", batch_size=4, **options))
+    assert one.wait() == 0
+    args = arguments(shards, model, tmp_path / "two", batch_size=2, **options)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "smpo_trainer", *args]
+    subprocess.run(launch, env=ENVIRONMENT, check=True, capture_output=True)
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        np.testing.assert_allclose(column(tmp_path / "two", name), column(tmp_path / "one", name), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -7,8 +7,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from smpo_trainer.metrics import Record
 
+_BAR_WIDTH = 8
+"""Leaves room for the numbers in 80 columns."""
+
 _LINES_WITHOUT_TERMINAL = 20
 """How many progress lines a run writes into a file or a pipe."""
+
+_SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("acc", "rewards/accuracies", "{:.2f}"),
+    ("margin", "rewards/margins", "{:+.2f}"),
+    ("pairs/s", "pairs_per_second", "{:.1f}"),
+    ("wait", "data_wait_percent", "{:.1f}%"),
+)
+"""Label, name in the record and format of the numbers beside the bar; acc is the implicit accuracy, wait the time
+without data."""
 
 
 class Report:
@@ -18,8 +31,7 @@ class Report:
         self._is_main = is_main
         self._console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
         self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=_BAR_WIDTH),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
@@ -52,15 +64,6 @@ class Report:
 
 
 def _numbers(record: Record) -> str:
-    parts = [
-        ("loss", "loss", "{:.4f}", 1),
-        ("accuracy", "rewards/accuracies", "{:.0%}", 1),
-        ("margin", "rewards/margins", "{:+.3f}", 1),
-        ("pairs/s", "pairs_per_second", "{:.1f}", 1),
-        ("data wait", "data_wait_percent", "{:.1%}", 100),
-    ]
-    shown = []
-    for label, name, form, unit in parts:
-        value = record.get(name)
-        shown.append(f"{label} {'-' if value is None else form.format(value / unit)}")
-    return ", ".join(shown)
+    return ", ".join(
+        f"{label} {'-' if (value := record.get(name)) is None else form.format(value)}" for label, name, form in _SHOWN
+    )

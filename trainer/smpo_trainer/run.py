@@ -22,6 +22,7 @@ from smpo_trainer.output import OutputFolder
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy, load_policy
 from smpo_trainer.report import Report
+from smpo_trainer.reward_mix import RewardMix
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.states import StateTable, index_states
 from smpo_trainer.stopping import StopRequest
@@ -170,23 +171,16 @@ def _summary(
     experiment: Experiment, policy: Policy, plan: Plan, identity: dict[str, Any], last: Record
 ) -> dict[str, Any]:
     """What ``training.json`` says besides versions."""
-    settings, mix = experiment.settings, experiment.mix
+    settings, shards = experiment.settings, experiment.shards
     return {
         "settings": identity,
         "model": settings.model,
-        "kind": experiment.shards.model.kind,
+        "kind": shards.model.kind,
         "objective": experiment.objective.name,
-        "rewards": {
-            name: {"weight": weight, **mix.statistics[name].model_dump(include={"model", "unit", "min", "max"})}
-            for name, weight in (mix.weights if mix else {}).items()
-        }
-        if mix
-        else {},
+        "rewards": _described(experiment.mix) if experiment.mix else {},
         "shards": [
             {"path": str(directory.path), "manifest_sha256": digest}
-            for directory, digest in zip(
-                experiment.shards.directories, experiment.shards.manifest_hashes(), strict=True
-            )
+            for directory, digest in zip(shards.directories, shards.manifest_hashes(), strict=True)
         ],
         "starts_from_reference": policy.starts_from_reference,
         "states": plan.num_states,
@@ -194,4 +188,12 @@ def _summary(
         "steps": settings.max_steps,
         "epochs": settings.max_steps * plan.states_per_step / plan.num_states,
         "metrics": last,
+    }
+
+
+def _described(mix: RewardMix) -> dict[str, Any]:
+    """Of each reward its weight, its model and the scale that brought its scores into the mix."""
+    return {
+        name: {"weight": weight, **mix.statistics[name].model_dump(include={"model", "unit", "min", "max"})}
+        for name, weight in mix.weights.items()
     }
