@@ -34,9 +34,9 @@ AUTOENCODER_STEPS = 1500
 BASE_ROUNDS = ((2000, 1e-3), (1200, 6e-4))
 """Steps and learning rates. Short on purpose: a base that is right nearly always leaves nothing to align."""
 
-MATCHER_STEPS = 500
-TASTE_STEPS = 300
-REWARD_PAIRS = 1500
+MATCHER_STEPS = 300
+TASTE_STEPS = 200
+REWARD_PAIRS = 1200
 
 
 def build(out: Path, report: Report = print) -> None:
