@@ -71,7 +71,8 @@ class Trainer:
         """
         started, waited = time.perf_counter(), 0.0
         meter = StepMeter()
-        done: list[tuple[StateBatch, _Forward]] = []
+        losses: list[tuple[list[str], torch.Tensor]] = []
+        noise: list[torch.Tensor] = []
         for accumulation in range(self._plan.grad_accum):
             asked = time.perf_counter()
             batch = next(batches)
@@ -84,12 +85,15 @@ class Trainer:
                 share = self._accelerator.num_processes / self._plan.states_per_step
                 self._accelerator.backward(result.loss_B.sum() * share)
             meter.add({"loss": result.loss_B.detach(), **result.metrics})
-            done.append((batch, result))
-        self._require_finite_loss(step, done)
+            # Only what the end of the step needs: the latents and the graph of a micro-batch are freed here.
+            losses.append((batch.pair_ids, result.loss_B.detach()))
+            if result.noise_margin_B is not None:
+                noise.append(result.noise_margin_B)
+        _require_finite(step, losses)
         lr = self._schedule.get_last_lr()[0]
         grad_norm = self._update(step)
-        if step == 0:
-            self._measure_noise(done)
+        if step == 0 and noise:
+            self.reference_noise = measure(self._accelerator.gather(torch.cat(noise)))
         record: Record = {"step": step + 1, **meter.means(self._accelerator), "grad_norm": grad_norm, "lr": lr}
         elapsed = time.perf_counter() - started
         record["pairs_per_second"] = self._plan.states_per_step / elapsed
@@ -120,20 +124,6 @@ class Trainer:
             noise_B = implicit_margin(noise_source_B2, batch.ref_error_B2, self._objective.options.beta)
         return _Forward(loss_B, metrics, noise_B)
 
-    def _require_finite_loss(self, step: int, done: list[tuple[StateBatch, _Forward]]) -> None:
-        bad = [
-            pair_id
-            for batch, result in done
-            for pair_id, is_finite in zip(batch.pair_ids, result.loss_B.isfinite().tolist(), strict=True)
-            if not is_finite
-        ]
-        if bad:
-            named = ", ".join(bad[:_NAMED_PAIRS]) + (f" and {len(bad) - _NAMED_PAIRS} more" * (len(bad) > _NAMED_PAIRS))
-            raise UserError(
-                f"step {step + 1}: the loss is not finite for pair {named}; training has diverged: lower --lr, raise "
-                "--warmup-steps, or use a wider --mixed-precision (the last checkpoint is kept)"
-            )
-
     def _update(self, step: int) -> float:
         """Clip, and step the optimizer and the schedule; returns the gradient's norm before clipping."""
         limit = self._settings.max_grad_norm or float("inf")
@@ -146,11 +136,6 @@ class Trainer:
             self._schedule.step()
         self._optimizer.zero_grad()
         return grad_norm
-
-    def _measure_noise(self, done: list[tuple[StateBatch, _Forward]]) -> None:
-        margins = [result.noise_margin_B for _, result in done if result.noise_margin_B is not None]
-        if margins:
-            self.reference_noise = measure(self._accelerator.gather(torch.cat(margins)))
 
     def checkpoint(self, step: int, identity: dict[str, object]) -> Checkpoint:
         """Everything that is needed to go on after ``step`` finished steps."""
@@ -174,3 +159,17 @@ class Trainer:
         self._schedule.load_state_dict(checkpoint.optimizer["schedule"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+
+
+def _require_finite(step: int, losses: list[tuple[list[str], torch.Tensor]]) -> None:
+    """Refuse to go on with a loss that is no number; ``losses`` are pair ids and their losses, by micro-batch."""
+    finite = [
+        (pair_id, ok) for ids, loss_B in losses for pair_id, ok in zip(ids, loss_B.isfinite().tolist(), strict=True)
+    ]
+    bad = [pair_id for pair_id, ok in finite if not ok]
+    if bad:
+        more = f" and {len(bad) - _NAMED_PAIRS} more" if len(bad) > _NAMED_PAIRS else ""
+        raise UserError(
+            f"step {step + 1}: the loss is not finite for pair {', '.join(bad[:_NAMED_PAIRS])}{more}; training has "
+            "diverged: lower --lr, raise --warmup-steps, or use a wider --mixed-precision (the last checkpoint is kept)"
+        )

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
+from smpo_schemas.errors import UserError
 from smpo_schemas.files import write_bytes
 
 METRICS_FILE = "metrics.jsonl"
@@ -55,10 +56,17 @@ class MetricsLog:
         self._board = SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=finished_steps + 1)
 
     def write(self, record: Record) -> None:
-        """Append one step; it is on disk, as far as this process can see to it, on return."""
+        """Append one step; it has left this process on return.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         plain = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._file.name}: {error.strerror}") from error
         for name, value in plain.items():
             if value is not None and name != "step":
                 self._board.add_scalar(name if "/" in name else f"train/{name}", value, plain["step"])

@@ -12,6 +12,7 @@ import diffusers
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 
 from smpo_models.family import Family
@@ -67,9 +68,16 @@ class Policy:
         """Write the result into ``out`` and return its name there: a denoiser folder, or a LoRA file.
 
         The LoRA file is relative to the weights that training started from.
+
+        Raises:
+            UserError: it cannot be written.
         """
-        if self.lora_rank is None:
-            return _save_folder(self.denoiser, out / UNET_FOLDER)
+        try:
+            return self._save_lora(out) if self.lora_rank else _save_folder(self.denoiser, out / UNET_FOLDER)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write the trained weights into {out}: {error}") from error
+
+    def _save_lora(self, out: Path) -> str:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser))
         layers = {name: tensor.detach().cpu() for name, tensor in layers.items()}
         pipeline = getattr(diffusers, self.family.pipelines[0])
