@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 LATENT_SHAPE = (4, 8, 8)
@@ -98,3 +98,22 @@ def _make_tokenizer() -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(
             folder, bos_token=_START, eos_token=_END, unk_token=_END, pad_token=_END, model_max_length=_MAX_TOKENS
         )
+
+
+def make_tiny_clip(path: Path, seed: int = 0, image_size: int = 32) -> Path:
+    """Write a tiny random reward model in the PickScore layout (CLIPModel, image processor, tokenizer)."""
+    tokenizer = _make_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config={"vocab_size": len(tokenizer), "max_position_embeddings": _MAX_TOKENS, **sizes, **ids},
+        vision_config={"image_size": image_size, "patch_size": 8, **sizes},
+        projection_dim=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        CLIPModel(config).save_pretrained(path)
+    side = {"height": image_size, "width": image_size}
+    CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=side).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -18,7 +18,7 @@ def ignore(done: int, total: int) -> None:
     assert done <= total
 
 
-def printed(show, summary, path: Path) -> str:  # noqa: ANN001
+def printed(show, summary, path: Path) -> str:
     console = Console(record=True, width=120, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     show(summary, path, console)
     return console.export_text()

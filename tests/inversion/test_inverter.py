@@ -111,7 +111,7 @@ def test_every_stored_tensor_equals_an_independent_float64_walk(world, settings)
 
 
 @dataclasses.dataclass(frozen=True)
-class settings_nodes:  # noqa: N801  (reads as a function where it is used)
+class settings_nodes:
     """All nodes of a walk, whatever is stored of it."""
 
     settings: InversionSettings

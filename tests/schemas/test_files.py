@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Annotated
+
 import pytest
 import typer
 
@@ -38,7 +40,10 @@ def app(tmp_path):
 
     @app.command()
     def work(
-        context: typer.Context, pairs: list[str] = typer.Option(...), number: int = 3, config: ConfigOption = None
+        context: typer.Context,
+        pairs: Annotated[list[str], typer.Option()],
+        number: int = 3,
+        config: ConfigOption = None,
     ) -> None:
         if number == 13:
             raise UserError("two\n  lines")

@@ -150,7 +150,7 @@ def rewrite(path, change) -> None:
     with tarfile.open(path) as tar:
         members = [(member.name, tar.extractfile(member).read()) for member in tar]
     with tarfile.open(path, "w") as tar:
-        for name, data in [new for name, data in members for new in change(name, data)]:
+        for name, data in [changed for member in members for changed in change(*member)]:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -153,7 +153,8 @@ def invert(
     from them, as often as you like.
     """
     from smpo_pipeline.jobs.cluster import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
-    from smpo_pipeline.jobs.invert import InvertOptions, invert  # noqa: PLC0415
+    from smpo_pipeline.jobs.invert import invert  # noqa: PLC0415
+    from smpo_pipeline.jobs.invert_unit import InvertOptions  # noqa: PLC0415
 
     checked = check_device(device)
     settings = InversionSettings(
@@ -200,9 +201,11 @@ def invert(
     _show(Console(), manifest, out)
 
 
-def _start(value: str) -> str | int:
-    if value in ("clean", "level0"):
-        return value
+def _start(value: str) -> Literal["clean", "level0"] | int:
+    if value == "clean":
+        return "clean"
+    if value == "level0":
+        return "level0"
     if value.isdigit():
         return int(value)
     raise UserError(f"--start {value}: clean, level0, or a timestep")

@@ -1,0 +1,190 @@
+"""Stages 1 and 2 through the command line, on Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from smpo_pipeline.images import decode_image
+from smpo_pipeline.jobs.run import UnitRecord, write_record
+from smpo_pipeline.rewards import load_reward
+from smpo_schemas.rejects import read_rejects
+from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.shards import ShardDirectory
+from tests.command import assert_one_line, run_command, run_here
+from tests.jobs.conftest import REJECTED_IDS, pair_rows
+
+pytestmark = pytest.mark.slow
+
+
+def score(inputs, out, *more, run=run_command):
+    rewards = [f"{name}={inputs / name}" for name in ("pickscore", "clipscore")]
+    common = ("--pairs", inputs / "pairs", "--reward", *rewards, "--out", out, "--device", "cpu")
+    return run("smpo-pipeline", "score", *common, *more)
+
+
+def invert(inputs, scores, out, *more, run=run_command):
+    common = ("--pairs", inputs / "pairs", "--scores", scores, "--model", inputs / "model", "--out", out)
+    return run("smpo-pipeline", "invert", *common, "--device", "cpu", "--pairs-per-shard", 6, "--steps", 3, *more)
+
+
+@pytest.fixture(scope="module")
+def scores(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("scores") / "out"
+    done = score(inputs, out, "--batch-size", 5)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(inputs, scores, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "out"
+    done = invert(inputs, scores, out, "--batch-size", 4)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return out
+
+
+def test_every_row_is_scored_or_rejected_with_a_reason(inputs, scores):
+    info = read_scores_info(scores)
+    rows = pair_rows()
+    rejects = read_rejects(scores / "rejected.parquet")
+    assert (info.scored, info.rejected) == (len(rows) - 3, 3)
+    assert {reject.pair_id for reject in rejects} == {*REJECTED_IDS, None}
+    assert [reject.reason.split(":")[0] for reject in rejects] == [*["image not readable"] * 2, "no image"]
+    assert rejects[2].source.endswith("part-1.parquet:6")
+    table = read_scores(scores, info).to_pylist()
+    kept = [row for row in rows if str(row["ranking_id"]) not in REJECTED_IDS and row["jpg_1"]]
+    assert [row["pair_id"] for row in table] == [str(row["ranking_id"]) for row in kept]
+    for name in ("pickscore", "clipscore"):
+        reward = load_reward(f"{name}={inputs / name}", "cpu")
+        for stored, row in zip(table, kept, strict=True):
+            pictures = [decode_image(row[f"jpg_{index}"]) for index in range(2)]
+            expected = reward.score(pictures, [row["caption"]] * 2)
+            np.testing.assert_allclose([stored[f"{name}_0"], stored[f"{name}_1"]], expected, atol=1e-5)
+            assert (stored["label"], stored["annotator"]) == (row["label_0"], str(row["user_id"]))
+        images = np.array([[row[f"{name}_0"], row[f"{name}_1"]] for row in table])
+        found = info.rewards[name]
+        assert (found.min, found.max) == (images.min(), images.max())
+        assert found.mean == pytest.approx(images.mean(), rel=1e-6)
+        assert found.fingerprint == reward.fingerprint
+
+
+def test_every_scored_pair_is_in_a_shard(inputs, scores, shards):
+    directory = ShardDirectory(shards)
+    manifest, samples = directory.manifest, list(directory.samples())
+    rows = {str(row["ranking_id"]): row for row in pair_rows()}
+    assert manifest.totals.pairs_in == len(rows) == manifest.totals.pairs + manifest.totals.rejected
+    assert [sample.meta.pair_id for sample in samples] == sorted(set(rows) - REJECTED_IDS - {"1015"})
+    table = {row["pair_id"]: row for row in read_scores(scores, read_scores_info(scores)).to_pylist()}
+    for sample in samples:
+        row, score_row = rows[sample.meta.pair_id], table[sample.meta.pair_id]
+        assert sample.meta.prompt == row["caption"]
+        assert sample.meta.scores["pickscore"] == (score_row["pickscore_0"], score_row["pickscore_1"])
+        sizes = [decode_image(row[f"jpg_{index}"]).size for index in range(2)]
+        assert sample.meta.size == tuple((height, width) for width, height in sizes)
+        assert sample.noise_K2Chw.shape == (3, 2, 4, 8, 8)
+    assert manifest.rewards == read_scores_info(scores).rewards
+    assert sum(entry.pairs for entry in manifest.shards) == manifest.totals.pairs
+    assert len(manifest.shards) == 3
+    assert json.loads((shards / "run.json").read_text())["seed"] == 0
+
+
+def test_two_workers_other_batches_and_another_order_give_the_same(inputs, scores, shards, tmp_path):
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for name, source in (("a", "part-1"), ("b", "part-0")):
+        shutil.copy(inputs / "pairs" / f"{source}.parquet", pairs / f"{name}.parquet")
+    other = tmp_path / "out"
+    common = ("--scores", scores, "--model", inputs / "model", "--out", other, "--device", "cpu", "--steps", 3)
+    changed = ("--batch-size", 1, "--concurrency", 2, "--pairs-per-shard", 5)
+    done = run_command("smpo-pipeline", "invert", "--pairs", pairs, *common, *changed)
+    assert done.returncode == 0, done.stderr
+    mine = {sample.meta.pair_id: sample for sample in ShardDirectory(shards).samples()}
+    theirs = {sample.meta.pair_id: sample for sample in ShardDirectory(other).samples()}
+    assert mine.keys() == theirs.keys()
+    for name, sample in mine.items():
+        assert theirs[name].meta == sample.meta
+        for tensor_name, tensor in sample.tensors().items():
+            twin = theirs[name].tensors()[tensor_name]
+            torch.testing.assert_close(twin.double(), tensor.double(), rtol=2e-3, atol=5e-4, equal_nan=True)
+
+
+def test_a_finished_run_is_left_alone(inputs, scores, shards, capfd):
+    run = partial(run_here, capfd)
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    time = (shards / "shard-000000.tar").stat().st_mtime_ns
+    done = invert(inputs, scores, shards, "--batch-size", 4, run=run)
+    assert done.returncode == 0
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    assert (shards / "shard-000000.tar").stat().st_mtime_ns == time
+    assert_one_line(invert(inputs, scores, shards, "--seed", 1, run=run), "finished run", "seed: 0 there, 1 here")
+    done = invert(inputs, scores, shards, "--eta", 0.1, "--renoise-steps", 0, run=run)
+    assert_one_line(done, "inversion.eta: 0.0 there, 0.1 here", "inversion.renoise_steps", "--overwrite")
+
+
+def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tmp_path):
+    """The records are all that a continued run goes by: one unit is committed, one is half written, one is missing."""
+    out = tmp_path / "out"
+    shutil.copytree(shards, out)
+    (out / "manifest.json").unlink()
+    entry = ShardDirectory(shards).manifest.shards[1]
+    record = UnitRecord(unit=1, pairs_in=6, pairs=entry.pairs, rejects=[], entry=entry.model_dump())
+    rejected = [each for each in read_rejects(shards / "rejected.parquet") if ":" in each.source]
+    inside = [each for each in rejected if each.pair_id == "1007"]
+    record = record.model_copy(update={"rejects": inside, "health": [[0.0] * 9] * 5})
+    write_record(out / ".units" / "000001.json", record)
+    (out / "shard-000000.tar").write_bytes(b"half")
+    (out / "shard-000002.tar").unlink()
+    kept = (out / "shard-000001.tar").stat().st_mtime_ns
+    done = invert(inputs, scores, out, "--batch-size", 4)
+    assert done.returncode == 0, done.stderr
+    assert (out / "shard-000001.tar").stat().st_mtime_ns == kept
+    for unit in range(3):
+        name = f"shard-{unit:06d}.tar"
+        assert (out / name).read_bytes() == (shards / name).read_bytes()
+    assert not (out / ".units").exists()
+
+
+def test_the_forward_source_through_the_command_line(inputs, scores, tmp_path):
+    done = invert(inputs, scores, tmp_path / "out", "--limit", 4, "--source", "forward", "--walks", 2)
+    assert done.returncode == 0, done.stderr
+    totals = ShardDirectory(tmp_path / "out").manifest.totals
+    assert (totals.pairs_in, totals.pairs, totals.rejected, totals.samples, totals.states) == (4, 3, 1, 6, 18)
+
+
+def test_wrong_use_is_one_line(inputs, scores, tmp_path, capfd):
+    run = partial(run_here, capfd)
+    out = tmp_path / "out"
+    assert_one_line(score(inputs, out, "--pairs", tmp_path / "no", run=run), "does not exist")
+    assert_one_line(score(inputs, out, "--reward", "nothing", run=run), "no reward is called 'nothing'")
+    assert_one_line(score(inputs, out, "--prompt-column", "text", run=run), "no column 'text'")
+    assert_one_line(score(inputs, out, "--reward", f"pickscore={inputs / 'model'}", run=run), "twice")
+    assert_one_line(invert(inputs, tmp_path, out, run=run), "holds no scores.json")
+    assert_one_line(invert(inputs, scores, out, "--model", inputs, run=run), "--model", "cannot be loaded")
+    assert_one_line(invert(inputs, scores, out, "--resolution", 33, run=run), "multiple of 8")
+    assert_one_line(invert(inputs, scores, out, "--start", "sideways", run=run), "--start sideways")
+    assert_one_line(invert(inputs, scores, out, "--steps", 1000, run=run), "only 1000 timesteps")
+    (tmp_path / "file").write_text("")
+    assert_one_line(invert(inputs, scores, tmp_path / "file" / "out", run=run), "cannot write")
+    assert not out.exists()
+
+
+def test_no_pair_left_is_one_line_and_says_why(inputs, tmp_path):
+    path = tmp_path / "bad.parquet"
+    row = pair_rows()[0] | {"jpg_0": b"nonsense"}
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    done = run_command(
+        *("smpo-pipeline", "score", "--pairs", path, "--reward", f"pickscore={inputs / 'pickscore'}"),
+        *("--out", tmp_path / "out", "--device", "cpu"),
+    )
+    assert_one_line(done, "no pair could be scored", "image not readable")
+    assert len(read_rejects(tmp_path / "out" / "rejected.parquet")) == 1

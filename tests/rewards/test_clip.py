@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, CLIPConfig, CLIPModel
+
+from smpo_pipeline.images import decode_image
+from smpo_pipeline.rewards import load_reward
+from smpo_schemas.errors import UserError
+from tests.pictures import all_kinds
+from tests.tiny import make_tiny_clip, make_tiny_model
+
+PROMPTS = ["a cat and a dog", "", "dog " * 500, "Ünïcode 東京 🐈", "cat"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def batch():
+    pictures = [decode_image(data) for data in all_kinds().values()]
+    return pictures, [PROMPTS[index % len(PROMPTS)] for index in range(len(pictures))]
+
+
+def test_equals_the_model_cards_recipe_one_image_at_a_time(folder):
+    """The PickScore model card's steps, less its logit scale, in float64 where it counts."""
+    pictures, prompts = batch()
+    processor, model = AutoProcessor.from_pretrained(folder), CLIPModel.from_pretrained(folder).eval()
+    expected = []
+    for image, prompt in zip(pictures, prompts, strict=True):
+        # The card hands the processor PIL images, whose layout it then guesses; here it is told.
+        pixels = processor.image_processor(np.asarray(image), input_data_format="channels_last", return_tensors="pt")
+        tokens = processor.tokenizer(prompt, padding=True, truncation=True, max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            image_D = model.get_image_features(**pixels).pooler_output[0].double()
+            text_D = model.get_text_features(**tokens).pooler_output[0].double()
+        expected.append(float(image_D @ text_D / image_D.norm() / text_D.norm()))
+    scores = load_reward(f"pickscore={folder}", "cpu").score(pictures, prompts)
+    assert scores.dtype == np.float64
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert np.ptp(scores) > 0.05
+
+
+def test_does_not_depend_on_neighbours_or_order(folder):
+    reward = load_reward(f"clipscore={folder}", "cpu")
+    pictures, prompts = batch()
+    whole = reward.score(pictures, prompts)
+    single = [reward.score([image], [prompt])[0] for image, prompt in zip(pictures, prompts, strict=True)]
+    np.testing.assert_allclose(whole, single, atol=1e-5)
+    np.testing.assert_allclose(whole[::-1], reward.score(pictures[::-1], prompts[::-1]), atol=1e-5)
+
+
+def test_the_fingerprint_is_of_the_weights(folder, tmp_path):
+    same = load_reward(f"pickscore={make_tiny_clip(tmp_path / 'same')}", "cpu")
+    other = load_reward(f"pickscore={make_tiny_clip(tmp_path / 'other', seed=1)}", "cpu")
+    reward = load_reward(f"pickscore={folder}", "cpu")
+    assert reward.fingerprint == same.fingerprint != other.fingerprint
+    assert (reward.name, reward.unit, reward.model) == ("pickscore", "cosine", str(folder))
+
+
+def test_wrong_use_is_one_line(folder, tmp_path):
+    with pytest.raises(UserError, match=r"no reward is called 'pikscore'; known: .*pickscore"):
+        load_reward("pikscore", "cpu")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_reward(f"pickscore={tmp_path / 'nothing'}", "cpu")
+    model = make_tiny_model(tmp_path / "sd")
+    with pytest.raises(UserError, match=r"is a 'clip_text_model' model|cannot be loaded"):
+        load_reward(f"pickscore={model / 'text_encoder'}", "cpu")
+    with pytest.raises(UserError, match="takes no model"):
+        load_reward("toy-truth=x", "cpu")
+    # A checkpoint of another depth: what it lacks would silently be random.
+    bad = make_tiny_clip(tmp_path / "bad")
+    config = CLIPConfig.from_pretrained(bad)
+    config.vision_config.num_hidden_layers = 3
+    config.save_pretrained(bad)
+    with pytest.raises(UserError, match=r"lacks \d+ weights"):
+        load_reward(f"pickscore={bad}", "cpu")
+    assert folder.is_dir()
