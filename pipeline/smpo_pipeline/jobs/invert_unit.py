@@ -80,6 +80,7 @@ class InvertActor:
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        """Invert and commit one unit; returns its record as JSON."""
         rejects = [Reject(**each) for each in json.loads(row["rejects"])]
         health = HealthSums()
         unit = int(row["unit"])
@@ -141,10 +142,9 @@ class InvertActor:
             made += samples
             health += sums
         for start in range(0, len(made), walks):
-            problems = [each for each in made[start : start + walks] if isinstance(each, str)]
-            yield (
-                problems[0] if problems else [each for each in made[start : start + walks] if isinstance(each, Sample)]
-            )
+            of_pair = made[start : start + walks]
+            problems = [each for each in of_pair if isinstance(each, str)]
+            yield problems[0] if problems else [each for each in of_pair if isinstance(each, Sample)]
 
 
 def _two_pairs(values: list[list[int]]) -> tuple[tuple[int, int], tuple[int, int]]:
