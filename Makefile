@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-# One thread a process in tests; the demo's stages run one after the other and take all cores.
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help setup demo test test-fast lint format bench clean
@@ -22,10 +21,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## The whole way on the embedded world: score, invert, train, evaluate (minutes on 2 cores)
-	@$(MAKE) --no-print-directory $(DEMO)/report/results.json
-	@$(BIN)/python -m smpo_pipeline.evaluation.summary $(DEMO)/report
-	@echo "report with pictures: $(DEMO)/report/report.html"
+demo: $(DEMO)/tuned/training.json ## The whole way on the embedded world: score, invert, train, evaluate (minutes)
+	$(BIN)/smpo-pipeline evaluate --model base=$(DEMO)/world/model tuned=$(DEMO)/tuned \
+	  --prompts $(DEMO)/world/prompts/test.txt --images-per-prompt 8 --steps 16 --guidance-scale 1 --batch-size 64 \
+	  --reward toy-truth pickscore=$(DEMO)/world/rewards/pickscore clipscore=$(DEMO)/world/rewards/clipscore \
+	  --out $(DEMO)/report
 
 $(DEMO)/world/world.json: | $(READY)
 	$(BIN)/smpo-pipeline toy --out $(DEMO)/world --pairs 600
@@ -41,12 +41,6 @@ $(DEMO)/shards/manifest.json: $(DEMO)/scores/scores.json
 $(DEMO)/tuned/training.json: $(DEMO)/shards/manifest.json
 	$(BIN)/smpo-train --shards $(DEMO)/shards --model $(DEMO)/world/model --out $(DEMO)/tuned \
 	  --reward pickscore clipscore --beta 1000 --lr 5e-5 --batch-size 24 --max-steps 100 --warmup-steps 10
-
-$(DEMO)/report/results.json: $(DEMO)/tuned/training.json
-	$(BIN)/smpo-pipeline evaluate --model base=$(DEMO)/world/model tuned=$(DEMO)/tuned \
-	  --prompts $(DEMO)/world/prompts/test.txt --images-per-prompt 8 --steps 16 \
-	  --reward toy-truth pickscore=$(DEMO)/world/rewards/pickscore clipscore=$(DEMO)/world/rewards/clipscore \
-	  --out $(DEMO)/report
 
 test: $(READY) ## All tests
 	$(BIN)/python -m pytest -q

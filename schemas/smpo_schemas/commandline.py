@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +54,6 @@ def write_resolved_config(context: typer.Context, directory: Path) -> None:
 def _plain(value: Any) -> Any:  # noqa: ANN401  (a command line value of any type)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
     return str(value) if isinstance(value, Path) else value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,36 +16,6 @@ from smpo_schemas.manifest import InversionSettings, Manifest
 _MODEL = "Model"
 _WALK = "Walks"
 _DEFAULTS = InversionSettings()
-
-
-class Source(StrEnum):
-    """Where states come from."""
-
-    renoise = "renoise"
-    forward = "forward"
-
-
-class Timesteps(StrEnum):
-    """Which timesteps a walk visits."""
-
-    jittered = "jittered"
-    grid = "grid"
-    published = "published"
-
-
-class VaeLatent(StrEnum):
-    """What is taken of the VAE's posterior."""
-
-    sample = "sample"
-    mode = "mode"
-
-
-class Dtype(StrEnum):
-    """Precision of the denoiser's forwards."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 def invert(
@@ -74,16 +43,16 @@ def invert(
         typer.Option(min=8, help="Side of the square images in pixels; default: the model's.", rich_help_panel=_MODEL),
     ] = None,
     dtype: Annotated[
-        Dtype | None,
+        Literal["bf16", "fp16", "fp32"] | None,
         typer.Option(help="Of the denoiser's forwards; default: bf16 on cuda, fp32 on cpu.", rich_help_panel=_MODEL),
     ] = None,
     source: Annotated[
-        Source,
+        Literal["renoise", "forward"],
         typer.Option(
             help="renoise: the model's own trajectory; forward: Gaussian noise (Diffusion-DPO's estimate, no walk).",
             rich_help_panel=_WALK,
         ),
-    ] = Source.renoise,
+    ] = "renoise",
     steps: Annotated[
         int, typer.Option(min=1, help="Steps of a walk, and so its states.", rich_help_panel=_WALK)
     ] = _DEFAULTS.steps,
@@ -101,12 +70,12 @@ def invert(
         ),
     ] = str(_DEFAULTS.start),
     timesteps: Annotated[
-        Timesteps,
+        Literal["jittered", "grid", "published"],
         typer.Option(
             help="jittered: one uniform draw a stratum; grid: the scheduler's; published: the published code's.",
             rich_help_panel=_WALK,
         ),
-    ] = Timesteps.jittered,
+    ] = "jittered",
     eta: Annotated[
         float,
         typer.Option(
@@ -123,8 +92,8 @@ def invert(
         int, typer.Option(min=1, help="Walks a pair, each with draws of its own.", rich_help_panel=_WALK)
     ] = _DEFAULTS.walks,
     vae_latent: Annotated[
-        VaeLatent, typer.Option(help="sample or mode of the VAE's posterior.", rich_help_panel=_WALK)
-    ] = VaeLatent.sample,
+        Literal["sample", "mode"], typer.Option(help="sample or mode of the VAE's posterior.", rich_help_panel=_WALK)
+    ] = "sample",
     prompt_dropout: Annotated[
         float, typer.Option(min=0, max=1, help="Share of walks under the empty prompt.", rich_help_panel=_WALK)
     ] = _DEFAULTS.prompt_dropout,
@@ -158,19 +127,19 @@ def invert(
 
     checked = check_device(device)
     settings = InversionSettings(
-        source=source.value,
+        source=source,
         start=_start(start),
-        timesteps=timesteps.value,
+        timesteps=timesteps,
         steps=steps,
         renoise_steps=renoise_steps,
         eta=eta,
         guidance_scale=guidance_scale,
         states=_states(states),
         walks=walks,
-        vae_latent=vae_latent.value,
+        vae_latent=vae_latent,
         prompt_dropout=prompt_dropout,
         hflip=hflip,
-        dtype=dtype.value if dtype else ("bf16" if checked == "cuda" else "fp32"),
+        dtype=dtype or ("bf16" if checked == "cuda" else "fp32"),
     )
     columns = opt.columns_by_field(
         prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column
