@@ -1,9 +1,11 @@
 """Trains the world's checkpoints: ``python -m smpo_pipeline.toy.build --out DIR`` (about 25 minutes on two cores).
 
 The package ships such a result: the same code and settings, but run stage by stage with other seeds for the base's
-rounds, so that a build gives a world of the same kind and not the shipped bytes. Every stage draws from its own seed and from what the stages before it wrote, so a build
-that was interrupted continues where it stopped. On one machine, with one number of threads and one set of library
-versions, two builds are meant to be equal bit for bit; elsewhere sums round differently and training drifts apart.
+rounds, so that a build gives a world of the same kind and not the shipped bytes.
+
+Every stage draws from its own seed and from what the stages before it wrote, so a build that was interrupted continues
+where it stopped. On one machine, with one number of threads and one set of library versions, two builds are meant to
+be equal bit for bit; elsewhere sums round differently and training drifts apart.
 """
 
 from __future__ import annotations
