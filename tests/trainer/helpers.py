@@ -44,6 +44,10 @@ class PlainReference:
     @torch.no_grad()
     def error(self, x0: torch.Tensor, noise: torch.Tensor, t: int, prompt: str) -> float:
         """Mean squared error at one state of one image (float16 [C, h, w] latents), target in float64."""
+        return float(self.error_with_gradient(x0, noise, t, prompt))
+
+    def error_with_gradient(self, x0: torch.Tensor, noise: torch.Tensor, t: int, prompt: str) -> torch.Tensor:
+        """As ``error``, float64 [], with the gradient of the denoiser's weights."""
         tokens = self.tokenizer(
             prompt,
             padding="max_length",
@@ -51,14 +55,14 @@ class PlainReference:
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         )
-        text = self.text(tokens.input_ids)[0]
+        text = self.text(tokens.input_ids)[0].detach()
         product = self.scheduler.alphas_cumprod[t].double()
         a, s = product.sqrt(), (1 - product).sqrt()
         x = a * x0.double() + s * noise.double()
         output = self.unet(x.float()[None], t, encoder_hidden_states=text).sample[0].double()
         is_v = self.scheduler.config["prediction_type"] == "v_prediction"
         target = a * noise.double() - s * x0.double() if is_v else noise.double()
-        return float((output - target).square().mean())
+        return (output - target).square().mean()
 
 
 def make_shards(

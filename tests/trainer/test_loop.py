@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from smpo_schemas.shards import ShardDirectory
+from smpo_trainer.plan import state_at
 from tests.tiny import make_tiny_model, make_tiny_unet
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PlainReference, column, make_shards, metrics
@@ -132,3 +134,40 @@ def test_not_finite_stops_with_the_pair(train: Train, tmp_path: Path, capsys: py
 def test_two_tiny_models_differ(tmp_path: Path) -> None:
     unets = [PlainReference(make_tiny_model(tmp_path / str(seed), seed=seed)).unet for seed in (0, 1)]
     assert not torch.equal(unets[0].conv_in.weight, unets[1].conv_in.weight)
+
+
+def plain_training(shards: Path, model: Path, steps: int, batch: int, beta: float, lr: float) -> list[torch.Tensor]:
+    """The weights after a training loop that shares only the order of the states with the trainer."""
+    plain = PlainReference(model)
+    states = [
+        (sample, k, 1 / (1 + math.exp(sample.meta.scores["taste"][1] - sample.meta.scores["taste"][0])))
+        for sample in ShardDirectory(shards).samples()
+        for k in range(len(sample.timestep_K))
+    ]
+    plain.unet.requires_grad_(True)
+    optimizer = torch.optim.AdamW(plain.unet.parameters(), lr=lr, weight_decay=0.01)
+    for step in range(steps):
+        losses = []
+        for position in range(step * batch, (step + 1) * batch):
+            sample, k, p = states[state_at(position, len(states), seed=0)]
+            prompt = "" if sample.meta.prompt_dropped else sample.meta.prompt
+            t = int(sample.timestep_K[k])
+            errors = [plain.error_with_gradient(sample.x0_2Chw[i], sample.noise_K2Chw[k, i], t, prompt) for i in (0, 1)]
+            reference = sample.ref_error_K2[k].double()
+            margin = -(beta / 2) * ((errors[0] - errors[1]) - (reference[0] - reference[1]))
+            losses.append(-torch.nn.functional.logsigmoid(10 * (2 * p - 1) * margin))
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(plain.unet.parameters(), 1.0)
+        optimizer.step()
+    return [parameter.detach() for parameter in plain.unet.parameters()]
+
+
+def test_weights_equal_those_of_a_plain_loop(train: Train, shards: Path, model: Path) -> None:
+    out = train(max_steps=6, batch_size=2, grad_accum=2, beta=200, lr=1e-5)
+    ours = [parameter.detach() for parameter in UNet2DConditionModel.from_pretrained(out / "unet").parameters()]
+    plain = plain_training(shards, model, steps=6, batch=4, beta=200, lr=1e-5)
+    before = [parameter.detach() for parameter in PlainReference(model).unet.parameters()]
+    moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(plain, before, strict=True)))
+    apart = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(plain, ours, strict=True)))
+    assert apart < 0.02 * moved, (apart, moved)
