@@ -19,6 +19,7 @@ def toy(
 
     Everything that `score`, `invert`, `smpo-train` and `evaluate` need to be tried out in minutes on two CPU cores.
     """
+    import smpo_models  # noqa: F401, PLC0415  (quiets transformers before it is used)
     from smpo_pipeline.toy.create import create_world  # noqa: PLC0415  (keeps --help free of torch)
 
     with Progress() as progress:
