@@ -34,7 +34,7 @@ TRUTH = "toy-truth"
 BETAS = (100, 300, 1000)
 SELECTION_SEED = 100
 SEEDS = (0, 1, 2)
-STEPS, LR, BATCH, WARMUP, SCHEDULE = 100, "5e-5", 24, 10, "cosine"
+STEPS, LR, BATCH, WARMUP, SCHEDULE = 150, "5e-5", 24, 10, "cosine"
 TRAINING = (
     "--max-steps",
     STEPS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from functools import partial
 
@@ -188,3 +189,16 @@ def test_no_pair_left_is_one_line_and_says_why(inputs, tmp_path):
     )
     assert_one_line(done, "no pair could be scored", "image not readable")
     assert len(read_rejects(tmp_path / "out" / "rejected.parquet")) == 1
+
+
+def test_training_from_these_shards_starts_at_ln_2(inputs, shards, tmp_path):
+    """What invert stored of the reference is what the trainer's own forward finds: the first margins are 0."""
+    out = tmp_path / "run"
+    done = run_command(
+        *("smpo-train", "--shards", shards, "--model", inputs / "model", "--out", out, "--reward", "pickscore"),
+        *("--batch-size", 13, "--max-steps", 2, "--lr", 1e-4),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert (out / "unet" / "config.json").is_file()
