@@ -8,11 +8,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from smpo_schemas.errors import UserError
+from pydantic import BaseModel, ValidationError
+
+from smpo_schemas.errors import UserError, describe_problem
 
 _READ_BYTES = 1 << 20
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 @contextmanager
@@ -68,6 +72,28 @@ def read_json(path: Path) -> Any:  # noqa: ANN401  (any JSON value)
         raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable JSON file: {error}") from error
+
+
+def read_versioned(path: Path, kind: type[Model], version: int, mend: str) -> Model:
+    """Read a JSON file that a pydantic model describes and that carries a ``schema_version``.
+
+    Args:
+        path: the file.
+        kind: the model.
+        version: the schema version that this program reads.
+        mend: what to do about another one, in two or three words.
+
+    Raises:
+        UserError: it is missing, malformed or of another schema version.
+    """
+    value = read_json(path)
+    found = value.get("schema_version") if isinstance(value, dict) else None
+    if found != version:
+        raise UserError(f"{path} has schema version {found}, this program reads {version}; {mend}")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{path} is malformed: {describe_problem(error)}") from error
 
 
 def sha256_file(path: Path) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from smpo_schemas.errors import UserError, describe_problem
-from smpo_schemas.files import read_json, write_json
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import read_versioned, write_json
 from smpo_schemas.scores import RewardStatistics
 
 MANIFEST_VERSION = 1
@@ -158,11 +158,4 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} holds no {MANIFEST_FILE}: not the output of `smpo-pipeline invert`, "
             "or unfinished (run invert again)"
         )
-    value: Any = read_json(path)
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if version != MANIFEST_VERSION:
-        raise UserError(f"{path} has schema version {version}, this program reads {MANIFEST_VERSION}; invert again")
-    try:
-        return Manifest.model_validate(value)
-    except ValidationError as error:
-        raise UserError(f"{path} is malformed: {describe_problem(error)}") from error
+    return read_versioned(path, Manifest, MANIFEST_VERSION, "invert again")

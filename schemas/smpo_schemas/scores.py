@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from smpo_schemas.errors import UserError, describe_problem
-from smpo_schemas.files import atomic_path, read_json, sha256_file, write_json
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import atomic_path, read_versioned, sha256_file, write_json
 
 SCORES_VERSION = 1
 SCORES_FILE = "scores.json"
@@ -103,14 +103,7 @@ def read_scores_info(directory: Path) -> ScoresInfo:
         raise UserError(
             f"{directory} holds no {SCORES_FILE}: not the output of `smpo-pipeline score`, or unfinished (run it again)"
         )
-    value = read_json(path)
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if version != SCORES_VERSION:
-        raise UserError(f"{path} has schema version {version}, this program reads {SCORES_VERSION}; score again")
-    try:
-        return ScoresInfo.model_validate(value)
-    except ValidationError as error:
-        raise UserError(f"{path} is malformed: {describe_problem(error)}") from error
+    return read_versioned(path, ScoresInfo, SCORES_VERSION, "score again")
 
 
 def read_scores(directory: Path, info: ScoresInfo, columns: Sequence[str] | None = None) -> pa.Table:

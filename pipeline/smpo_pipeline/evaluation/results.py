@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from smpo_pipeline.evaluation.comparison import Comparison
-from smpo_schemas.errors import UserError, describe_problem
-from smpo_schemas.files import atomic_path, read_json, sha256_json, write_json
+from smpo_schemas.files import atomic_path, read_versioned, sha256_json, write_json
 
 RESULTS_VERSION = 1
 RESULTS_FILE = "results.json"
@@ -127,14 +126,7 @@ def read_results(directory: Path) -> Results | None:
     path = directory / RESULTS_FILE
     if not path.is_file():
         return None
-    value: Any = read_json(path)
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if version != RESULTS_VERSION:
-        raise UserError(f"{path} has schema version {version}, this program reads {RESULTS_VERSION}; use --overwrite")
-    try:
-        return Results.model_validate(value)
-    except ValidationError as error:
-        raise UserError(f"{path} is malformed: {describe_problem(error)}") from error
+    return read_versioned(path, Results, RESULTS_VERSION, "use --overwrite")
 
 
 def write_results(directory: Path, results: Results) -> None:
