@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 import smpo_models.families
 from smpo_models.family import Family
@@ -77,7 +78,7 @@ def loading_errors(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0][:300]
         raise UserError(f"{what} cannot be loaded: {first}") from error
 

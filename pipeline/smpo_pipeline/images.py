@@ -15,6 +15,9 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 100_000_000
 """Larger images are rejected: at 300 MB decoded, a few at once would fill a worker."""
 
+MAX_ASPECT = 100
+"""Thinner images are rejected: with the shorter side scaled up to a model's resolution, they would fill a worker."""
+
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _FULL_SCALE_16 = 65535
 
@@ -30,7 +33,7 @@ def decode_image(data: bytes) -> Image.Image:
     conversion would clip it to white); CMYK, palette and grey images are converted. Of an animation, the first frame.
 
     Raises:
-        ImageRejectedError: no image, cut short, or above :data:`MAX_PIXELS`.
+        ImageRejectedError: no image, cut short, above :data:`MAX_PIXELS`, or thinner than :data:`MAX_ASPECT`.
     """
     try:
         with warnings.catch_warnings():
@@ -40,6 +43,8 @@ def decode_image(data: bytes) -> Image.Image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageRejectedError(f"image too large: {width} x {height} pixels, above {MAX_PIXELS}")
+                if max(width, height) > MAX_ASPECT * min(width, height):
+                    raise ImageRejectedError(f"image too thin: {width} x {height} pixels, above {MAX_ASPECT} to 1")
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     except ImageRejectedError:

@@ -22,7 +22,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         return None
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     known = {parameter.name for parameter in context.command.params} - {"config"}
     if not isinstance(values, dict):
@@ -47,7 +47,11 @@ ConfigOption = Annotated[
 
 def write_resolved_config(context: typer.Context, directory: Path) -> None:
     """Write every setting of this run, defaults included, as a config file that repeats it."""
-    values = {name: _plain(value) for name, value in context.params.items() if name != "config" and value is not None}
+    # Not --overwrite: repeating a run from its config must not wipe it.
+    left_out = ("config", "overwrite")
+    values = {
+        name: _plain(value) for name, value in context.params.items() if name not in left_out and value is not None
+    }
     write_bytes(directory / CONFIG_FILE, yaml.safe_dump(values, sort_keys=True, allow_unicode=True).encode())
 
 
@@ -57,17 +61,11 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  (a command line value of any typ
     return str(value) if isinstance(value, Path) else value
 
 
-def _multiple_options(app: typer.Typer) -> set[str]:
-    """The flags of all commands that may be given more than once."""
+def _multiple_options(app: typer.Typer, arguments: Sequence[str]) -> set[str]:
+    """The flags that may be given more than once of the command that ``arguments`` begin with."""
     command: Any = typer.main.get_command(app)
-    commands = getattr(command, "commands", {"": command}).values()
-    return {
-        name
-        for each in commands
-        for parameter in each.params
-        if getattr(parameter, "multiple", False)
-        for name in parameter.opts
-    }
+    chosen = getattr(command, "commands", {}).get(arguments[0] if arguments else "", command)
+    return {name for parameter in chosen.params if getattr(parameter, "multiple", False) for name in parameter.opts}
 
 
 def expand_repeated(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
@@ -90,7 +88,13 @@ def expand_repeated(arguments: Sequence[str], repeatable: set[str]) -> list[str]
 def run_app(app: typer.Typer) -> None:
     """Run a command line: a user's mistake prints one line and exits with status 2, a Ctrl-C exits with 130."""
     try:
-        app(expand_repeated(sys.argv[1:], _multiple_options(app)))
+        app(expand_repeated(sys.argv[1:], _multiple_options(app, sys.argv[1:])))
     except UserError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+        _fail(str(error))
+    except PermissionError as error:
+        _fail(f"no permission for {error.filename}: {error.strerror}")
+
+
+def _fail(message: str) -> None:
+    typer.secho(f"error: {message}", fg="red", err=True)
+    sys.exit(2)

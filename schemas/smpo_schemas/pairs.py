@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -128,7 +129,11 @@ def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
             raise UserError(f"--pairs {path} does not exist")
     if len(set(files)) != len(files):
         raise UserError("--pairs names the same file twice")
-    return [PairFile(path, _count_rows(path)) for path in files]
+    counted = [PairFile(path, _count_rows(path)) for path in files]
+    filled = [file for file in counted if file.rows]
+    if not filled:
+        raise UserError(f"--pairs {paths[0]}: no rows in any file")
+    return filled
 
 
 def _count_rows(path: Path) -> int:
@@ -142,12 +147,10 @@ def _count_rows(path: Path) -> int:
 
 
 def column_names(path: Path) -> list[str]:
-    """Names of a pair file's columns (JSONL: the keys of its first row)."""
+    """Names of a pair file's columns (JSONL: the keys of any of its rows, which need not all have the same)."""
     if path.suffix == ".parquet":
         return list(pq.read_schema(path).names)
-    for row in _jsonl_rows(path, 0, 1):
-        return list(row)
-    return []
+    return list(dict.fromkeys(key for row in _jsonl_rows(path, 0, sys.maxsize) for key in row))
 
 
 def slice_files(files: Sequence[PairFile], rows_per_slice: int, limit: int | None = None) -> list[list[RowRange]]:

@@ -128,13 +128,16 @@ class Inverter:
             x_t = batch.process.noised(x0, noise.to(batch.device), t)
             output = self._family.denoise(self._reference, x_t, t, batch.conditioning[rows])
             forward = batch.process.noise_in(output, x_t, t)
+        # A pair whose numbers overflow is rejected in the end; it must not make the sums of the others NaN before.
+        finite = [torch.isfinite(each).flatten(1).all(1) for each in (predicted, forward, tau[measured])]
+        kept = torch.stack(finite).all(0)
         health.add(
-            t,
+            t[kept],
             batch.process.num_train_timesteps,
-            predicted_SChw=predicted,
-            forward_SChw=forward,
-            tau_SChw=tau[measured],
-            residual_S=residual[measured],
+            predicted_SChw=predicted[kept],
+            forward_SChw=forward[kept],
+            tau_SChw=tau[measured][kept],
+            residual_S=residual[measured][kept],
         )
 
 

@@ -28,6 +28,7 @@ from smpo_schemas.errors import UserError
 Build = Callable[[ray.data.Dataset], ray.data.Dataset]
 """Adds a job's stages to a dataset of rows {"unit": number}; the last one yields rows {"record": JSON}."""
 
+_ACTOR_CPUS = 0.01
 _LOGICAL_CPUS = 4
 """At least this many on a local Ray: CPU stages must not wait for a slot that the actors hold."""
 
@@ -75,15 +76,17 @@ def _native_stderr_silenced() -> Iterator[None]:
         os.close(nothing)
 
 
-def actor_options(device: str, concurrency: int) -> dict[str, Any]:
-    """How many model actors there are, and what each holds: a whole GPU, and half a CPU slot.
+def actor_options(device: str, concurrency: int, pools: int = 1) -> dict[str, Any]:
+    """What the model actors of one of a job's ``pools`` stages ask of Ray.
 
-    Half, because Ray Data fuses neighbouring stages of equal demands: decoding would then wait for the model.
+    A GPU is shared between the stages: one that waited for another to end would wait forever. CPU slots are a tiny
+    part: threads are shared out by :func:`use_threads`, actors must leave slots for decoding, and Ray Data fuses
+    neighbouring stages of equal demands, after which decoding would wait for the model.
     """
     return {
         "compute": ray.data.ActorPoolStrategy(size=concurrency),
-        "num_gpus": 1 if device == "cuda" else 0,
-        "num_cpus": 0.5,
+        "num_gpus": 1 / pools if device == "cuda" else 0,
+        "num_cpus": _ACTOR_CPUS,
     }
 
 
@@ -97,7 +100,7 @@ def check_device(device: str | None) -> str:
     """The device to use: the given one, else a GPU where there is one.
 
     Raises:
-        UserError: ``cuda`` was asked for, and this machine has none.
+        UserError: neither ``cpu`` nor ``cuda``. Whether there are GPUs, only the cluster knows.
     """
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +109,20 @@ def check_device(device: str | None) -> str:
     return device
 
 
-def run_units(run: Run, sizes: Sequence[int], build: Build, title: str, address: str | None) -> list[UnitRecord]:
+def _require_gpus(device: str, concurrency: int) -> None:
+    """Refuse what Ray would wait for in silence.
+
+    Raises:
+        UserError: fewer GPUs than model actors.
+    """
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if device == "cuda" and there < concurrency:
+        raise UserError(f"--device cuda --concurrency {concurrency}: Ray sees {there} GPUs; use --device cpu or fewer")
+
+
+def run_units(
+    run: Run, sizes: Sequence[int], build: Build, *, title: str, address: str | None, device: str, concurrency: int
+) -> list[UnitRecord]:
     """Run the units that are not committed yet.
 
     Args:
@@ -115,6 +131,8 @@ def run_units(run: Run, sizes: Sequence[int], build: Build, title: str, address:
         build: the job's stages.
         title: for the progress bar.
         address: of a Ray cluster, or None.
+        device: of the model actors.
+        concurrency: number of model actors a stage.
 
     Returns:
         The records of all units, in order.
@@ -128,10 +146,17 @@ def run_units(run: Run, sizes: Sequence[int], build: Build, title: str, address:
         task = progress.add_task(title, total=sum(sizes), completed=sum(sizes[unit] for unit in records), note="")
         if todo:
             with connected(address):
+                _require_gpus(device, concurrency)
                 source = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
                 try:
                     for row in build(source).iter_rows():
                         record = UnitRecord.model_validate(json.loads(row["record"]))
+                        if record.pairs_in != sizes[record.unit]:
+                            run.record_path(record.unit).unlink()
+                            raise UserError(
+                                f"an input file changed while it was read: unit {record.unit} has {record.pairs_in} "
+                                f"rows, expected {sizes[record.unit]}; run again with --overwrite"
+                            )
                         records[record.unit] = record
                         rejected = sum(len(each.rejects) for each in records.values())
                         progress.update(task, advance=record.pairs_in, note=f"{rejected} rejected" if rejected else "")

@@ -73,7 +73,15 @@ def invert(options: InvertOptions) -> Manifest:
             InvertActor, fn_constructor_kwargs=kwargs, **actor_options(options.device, options.concurrency)
         )
 
-    records = run_units(run, sizes, build, "invert", options.ray_address)
+    records = run_units(
+        run,
+        sizes,
+        build,
+        title="invert",
+        address=options.ray_address,
+        device=options.device,
+        concurrency=options.concurrency,
+    )
     manifest = _finish(options, records, info, model, resolution)
     run.finish()
     return manifest
@@ -87,14 +95,18 @@ def _score_table(directory: Path, info: ScoresInfo) -> pa.Table:
     """
     names = [f"{name}_{index}" for name in info.rewards for index in range(2)]
     table = read_scores(directory, info, ["pair_id", *names]).combine_chunks()
-    # A pair that several annotators labelled is there several times, with the same images and so the same scores.
-    distinct = table.group_by(["pair_id", *names]).aggregate([]).group_by("pair_id").aggregate([([], "count_all")])
-    clash = distinct.filter(pc.greater(distinct["count_all"], 1))
-    if clash.num_rows:
-        raise UserError(
-            f"{directory}: pair_id {clash['pair_id'][0].as_py()!r} stands for pairs with different scores; "
-            "score with another --pair-id-column, or with none"
-        )
+    # A pair that several annotators labelled is there several times, with the same images and so the same scores, but
+    # for the rounding of batches of other sizes.
+    found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
+    for name in names:
+        reward = info.rewards[name[:-2]]
+        apart = pc.greater(pc.subtract(found[f"{name}_max"], found[f"{name}_min"]), 1e-4 * (reward.max - reward.min))
+        clash = found.filter(apart)
+        if clash.num_rows:
+            raise UserError(
+                f"{directory}: pair_id {clash['pair_id'][0].as_py()!r} stands for pairs with different scores; "
+                "score with another --pair-id-column, or with none"
+            )
     return table
 
 
@@ -109,6 +121,8 @@ def _check_model(options: InvertOptions) -> tuple[ModelInfo, int]:
     start, last = options.settings.start, family.process.num_train_timesteps
     if isinstance(start, int) and not 0 <= start < last:
         raise UserError(f"--start {start}: {options.model} has timesteps 0 to {last - 1}")
+    if isinstance(start, int) and options.settings.timesteps == "published":
+        raise UserError(f"--start {start}: the published timesteps begin at x0; use --start clean")
     if options.settings.steps >= last:
         raise UserError(f"--steps {options.settings.steps}: {options.model} has only {last} timesteps")
     reference = fingerprint_module(family.denoiser)

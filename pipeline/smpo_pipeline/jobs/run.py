@@ -83,10 +83,12 @@ class Run:
         return not self._marker.is_file()
 
     def _remove(self, patterns: Sequence[str]) -> None:
-        # The marker goes first: a directory that is half removed must not look finished.
-        for path in [self._marker, *(p for pattern in patterns for p in self.out.glob(pattern)), self.out / _IDENTITY]:
-            path.unlink(missing_ok=True)
+        # The marker and the records go first: a directory that is half removed must not look finished, nor its missing
+        # files committed.
+        self._marker.unlink(missing_ok=True)
         self._remove_records()
+        for path in [*(p for pattern in patterns for p in self.out.glob(pattern)), self.out / _IDENTITY]:
+            path.unlink(missing_ok=True)
 
     def record_path(self, unit: int) -> Path:
         """Where a unit's record is written by whoever committed its output."""

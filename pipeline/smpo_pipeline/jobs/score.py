@@ -90,12 +90,20 @@ def score(options: ScoreOptions) -> ScoresInfo:
                     "batch_size": options.batch_size,
                     "concurrency": options.concurrency,
                 },
-                **actor_options(options.device, options.concurrency),
+                **actor_options(options.device, options.concurrency, pools=len(options.reward)),
             )
         return dataset.map(partial(_write, run=run, rewards=list(models)), num_cpus=1)
 
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
-    records = run_units(run, sizes, build, "score", options.ray_address)
+    records = run_units(
+        run,
+        sizes,
+        build,
+        title="score",
+        address=options.ray_address,
+        device=options.device,
+        concurrency=options.concurrency,
+    )
     info = _finish(options.out, records, models)
     run.finish()
     return info
