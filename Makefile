@@ -40,7 +40,8 @@ $(DEMO)/shards/manifest.json: $(DEMO)/scores/scores.json
 
 $(DEMO)/tuned/training.json: $(DEMO)/shards/manifest.json
 	$(BIN)/smpo-train --shards $(DEMO)/shards --model $(DEMO)/world/model --out $(DEMO)/tuned \
-	  --reward pickscore clipscore --beta 1000 --lr 5e-5 --batch-size 24 --max-steps 100 --warmup-steps 10
+	  --reward pickscore clipscore --beta 300 --lr 5e-5 --lr-schedule cosine --warmup-steps 10 \
+	  --batch-size 24 --max-steps 150
 
 test: $(READY) ## All tests
 	$(BIN)/python -m pytest -q

@@ -56,3 +56,8 @@ def test_shorter_side_to_the_resolution_then_centre_crop(width, height):
     resized = image.resize((max(32, round(width * scale)), max(32, round(height * scale))), Image.Resampling.BILINEAR)
     assert (top, left) == ((resized.height - 32) // 2, (resized.width - 32) // 2)
     np.testing.assert_array_equal(crop, np.asarray(resized)[top : top + 32, left : left + 32])
+
+
+def test_a_line_of_pixels_is_rejected():
+    with pytest.raises(ImageRejectedError, match="too thin: 1 x 101"):
+        decode_image(encode(picture(1, 101), "PNG"))

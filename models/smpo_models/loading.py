@@ -89,6 +89,22 @@ def load_part(loader: Callable[..., Any], source: str, what: str, **options: Any
         return loader(source, **options)
 
 
+def load_weights(loader: Callable[..., Any], source: str, what: str, **options: Any) -> Any:  # noqa: ANN401
+    """Like :func:`load_part`, for parts with weights: none of them may be missing from the checkpoint.
+
+    The libraries fill what is missing with random values, and go on.
+
+    Raises:
+        UserError: the part cannot be loaded, or its checkpoint is incomplete or of other shapes.
+    """
+    module, report = load_part(loader, source, what, output_loading_info=True, **options)
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        kind = type(module).__name__
+        raise UserError(f"{what}: the checkpoint of its {kind} lacks {len(lacking)} weights, first {lacking[0]}")
+    return module
+
+
 def denoiser_folder(path: Path) -> Path:
     """Where a denoiser's config lies: the folder itself, or its ``unet`` (a training run's output, a pipeline).
 

@@ -264,8 +264,9 @@ def test_latents_that_overflow_are_rejected_with_a_reason(epsilon_world, tmp_pat
     family = load_family(str(folder))
     with torch.no_grad():
         family.vae.quant_conv.bias.fill_(torch.nan)
-    (sample,), _ = Inverter(family, family.denoiser, InversionSettings(), 0).invert([(make_pair(0), 0)])
+    (sample,), health = Inverter(family, family.denoiser, InversionSettings(), 0).invert([(make_pair(0), 0)])
     assert sample.startswith("not finite")
+    assert all(value == 0 for band in health.to_lists() for value in band)
 
 
 def test_health_is_the_ratio_of_rms_predicted_noise(epsilon_world):

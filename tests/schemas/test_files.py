@@ -76,3 +76,19 @@ def test_mistakes_are_one_line_and_status_2(app, tmp_path, monkeypatch, capsys):
     bad.write_text("nummer: 3")
     assert run(app, monkeypatch, "--config", str(bad)) == 2
     assert "unknown key 'nummer'" in capsys.readouterr().err
+
+
+def test_a_flag_repeats_only_in_the_command_where_it_may(monkeypatch, capsys):
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    def many(model: Annotated[list[str], typer.Option()]) -> None:
+        typer.echo(f"many {model}")
+
+    @app.command()
+    def one(path: str, model: Annotated[str, typer.Option()]) -> None:
+        typer.echo(f"one {path} {model}")
+
+    assert run(app, monkeypatch, "many", "--model", "a", "b") == 0
+    assert run(app, monkeypatch, "one", "--model", "a", "b") == 0
+    assert capsys.readouterr().out.splitlines() == ["many ['a', 'b']", "one b a"]

@@ -127,3 +127,14 @@ def test_wrong_use_is_one_line(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(UserError, match="cannot be read"):
         list_pair_files([tmp_path / "bad.parquet"])
+
+
+def test_a_jsonl_file_has_the_columns_of_all_its_rows(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "a", "image_0": "x", "image_1": "y"}, {"prompt": "a", "label": 1, "pair_id": "p"}]
+    path.write_text("broken\n" + "\n".join(map(json.dumps, rows)))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert column_names(path) == ["prompt", "image_0", "image_1", "label", "pair_id"]
+    assert [file.path for file in list_pair_files([tmp_path])] == [path]
+    with pytest.raises(UserError, match="no rows"):
+        list_pair_files([tmp_path / "empty.jsonl"])

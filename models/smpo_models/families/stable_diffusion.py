@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_models.family import Conditioning, Family
-from smpo_models.loading import denoiser_folder, load_part
+from smpo_models.loading import denoiser_folder, load_part, load_weights
 from smpo_models.process import VariancePreserving
 
 _OPENCLIP_H_WIDTH = 1024
@@ -48,7 +48,7 @@ class StableDiffusion(Family):
         self._multiple = self._factor * 2 ** (len(config["block_out_channels"]) - 1)
         if "denoiser" in parts:
             source, described = (str(denoiser_folder(denoiser)), f"denoiser {denoiser}") if denoiser else (model, what)
-            unet = load_part(
+            unet = load_weights(
                 UNet2DConditionModel.from_pretrained,
                 source,
                 described,
@@ -58,10 +58,12 @@ class StableDiffusion(Family):
             self.denoiser = unet.requires_grad_(False).eval().to(device)
         if "text" in parts:
             self._tokenizer = load_part(CLIPTokenizer.from_pretrained, model, what, subfolder="tokenizer")
-            text = load_part(CLIPTextModel.from_pretrained, model, what, subfolder="text_encoder", dtype=torch.float32)
+            text = load_weights(
+                CLIPTextModel.from_pretrained, model, what, subfolder="text_encoder", dtype=torch.float32
+            )
             self.text_modules = (text.requires_grad_(False).eval().to(device),)
         if "vae" in parts:
-            autoencoder = load_part(
+            autoencoder = load_weights(
                 AutoencoderKL.from_pretrained,
                 vae or model,
                 f"--vae {vae}" if vae else what,

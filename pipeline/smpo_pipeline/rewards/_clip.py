@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import load_part, loading_errors
+from smpo_models.loading import load_part, load_weights, loading_errors
 from smpo_pipeline.rewards.base import Reward
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_json
@@ -38,12 +38,7 @@ class ClipCosineReward(Reward):
         source = self.processor_model if model is None and self.processor_model else self.model
         self._processor = load_part(CLIPImageProcessorPil.from_pretrained, source, what)
         self._tokenizer = load_part(CLIPTokenizer.from_pretrained, source, what)
-        loaded, report = load_part(
-            CLIPModel.from_pretrained, self.model, what, dtype=torch.float32, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise UserError(f"{what}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
+        loaded = load_weights(CLIPModel.from_pretrained, self.model, what, dtype=torch.float32)
         self._clip = loaded.requires_grad_(False).eval().to(device)
         self._device = device
         self.fingerprint = sha256_json(
