@@ -32,6 +32,13 @@ def start(args: Sequence[str]) -> subprocess.Popen[str]:
     )
 
 
+def launch_two(args: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*launch, "-m", "smpo_trainer", *args], env=ENVIRONMENT, text=True, capture_output=True, timeout=120
+    )
+
+
 def wait_for_steps(out: Path, count: int, process: subprocess.Popen[str]) -> None:
     path = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -72,11 +79,18 @@ def test_two_processes_equal_one(shards: Path, model: Path, tmp_path: Path) -> N
     options = {"max_steps": 3, "beta": 200, "lr": 1e-5, "save_every": 2}
     one = start(arguments(shards, model, tmp_path / "one", batch_size=4, **options))
     assert one.wait() == 0
-    args = arguments(shards, model, tmp_path / "two", batch_size=2, **options)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "smpo_trainer", *args]
-    subprocess.run(launch, env=ENVIRONMENT, check=True, capture_output=True)
+    two = launch_two(arguments(shards, model, tmp_path / "two", batch_size=2, **options))
+    assert two.returncode == 0, two.stderr
     for name in ("loss", "grad_norm", "rewards/margins"):
         np.testing.assert_allclose(column(tmp_path / "two", name), column(tmp_path / "one", name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_say_a_mistake_once_and_end(shards: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    two = launch_two(arguments(shards, model, tmp_path / "file"))
+    assert two.returncode != 0
+    assert two.stderr.count("error: --out") == 1
 
 
 @pytest.mark.slow

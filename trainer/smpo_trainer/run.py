@@ -21,6 +21,7 @@ from smpo_trainer.metrics import MetricsLog, Record
 from smpo_trainer.output import OutputFolder
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy, load_policy
+from smpo_trainer.processes import leave, on_main, together
 from smpo_trainer.report import Report
 from smpo_trainer.reward_mix import RewardMix
 from smpo_trainer.settings import TrainSettings
@@ -42,29 +43,33 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     diffusers.utils.logging.disable_progress_bar()
     accelerator = _make_accelerator(settings)
     report = Report(is_main=accelerator.is_main_process)
-    experiment = resolve_experiment(settings, report.say)
+    experiment = together(accelerator, lambda: resolve_experiment(settings, report.say))
     states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
     identity = experiment.identity(states_per_step)
     output = OutputFolder(settings.out)
-    if not settings.overwrite and output.is_finished(identity):
+    if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
         report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
-        return
-    output.make()
-    set_seed(settings.seed)
-    policy = load_policy(settings, experiment.shards.model, accelerator.device, report.say)
-    table = _index(experiment, accelerator, report)
-    if accelerator.is_main_process:
-        if settings.overwrite:
-            output.clear()
-        write_config(settings.out)
-    accelerator.wait_for_everyone()
-    plan = Plan(len(table), settings.seed, settings.batch_size, settings.grad_accum, accelerator.num_processes)
-    run = _Run(experiment, policy, table, plan, accelerator, output, report, identity)
-    last = run.train()
-    if last is not None and accelerator.is_main_process:
-        report.say(f"saved {settings.out / policy.save(settings.out)}")
-        output.finish(_summary(experiment, policy, plan, identity, last))
-    accelerator.end_training()
+    else:
+        on_main(accelerator, output.make)
+        set_seed(settings.seed)
+        policy = together(
+            accelerator, lambda: load_policy(settings, experiment.shards.model, accelerator.device, report.say)
+        )
+        table = together(accelerator, lambda: _index(experiment, accelerator, report))
+        on_main(accelerator, lambda: _begin(settings, output, write_config))
+        plan = Plan(len(table), settings.seed, settings.batch_size, settings.grad_accum, accelerator.num_processes)
+        run = _Run(experiment, policy, table, plan, accelerator, output, report, identity)
+        last = run.train()
+        if last is not None and accelerator.is_main_process:
+            report.say(f"saved {settings.out / policy.save(settings.out)}")
+            output.finish(_summary(experiment, policy, plan, identity, last))
+    leave(accelerator)
+
+
+def _begin(settings: TrainSettings, output: OutputFolder, write_config: Callable[[Path], None]) -> None:
+    if settings.overwrite:
+        output.clear()
+    write_config(settings.out)
 
 
 class _Run:
