@@ -61,16 +61,30 @@ def test_first_loss_from_the_reference_is_ln_2(
     assert first["reference_noise/std"] < 1e-3
 
 
-def test_bf16_is_exact_with_a_live_reference_and_warned_of_without(
-    train: Train, capsys: pytest.CaptureFixture[str]
-) -> None:
-    live = metrics(train("live", mixed_precision="bf16", reference="live", max_steps=1))[0]
-    assert live["loss"] == pytest.approx(LN2, abs=5e-3)
+@pytest.mark.parametrize("beta", [20, 2000, 50_000])
+def test_bf16_begins_at_ln_2(train: Train, beta: float) -> None:
+    out = train(mixed_precision="bf16", beta=beta, max_steps=1)
+    first = metrics(out)[0]
+    assert first["loss"] == pytest.approx(LN2, abs=5e-3)
+    assert (abs(first["reference_noise/loss"]) > 5e-3) == (beta > 20)
+    assert not list(out.glob("reference*"))
+
+
+def test_a_loud_stored_reference_is_warned_of(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    loud = metrics(train("loud", mixed_precision="bf16", reference="stored", max_steps=1))[0]
     assert "WARNING: margins grow" in capsys.readouterr().out
-    # The smaller beta's noise is within the bound without it.
-    stored = metrics(train("stored", mixed_precision="bf16", beta=20, max_steps=1))[0]
-    assert stored["loss"] == pytest.approx(LN2, abs=5e-3)
+    assert loud["loss"] - LN2 == pytest.approx(loud["reference_noise/loss"], abs=1e-6)
+    train("quiet", mixed_precision="bf16", reference="stored", beta=20, max_steps=1)
     assert "WARNING" not in capsys.readouterr().out
+
+
+def test_recomputed_equals_live_while_the_model_moves(train: Train, other_unet: Path) -> None:
+    # 18 states, 7 steps of 4: the second epoch begins within a step, and its batches are cut otherwise.
+    options = {"beta": 200, "lr": 1e-5, "max_steps": 7, "batch_size": 4}
+    for unet in (None, other_unet):
+        live = train(f"live-{unet is None}", reference="live", unet=unet, **options)
+        anew = train(f"anew-{unet is None}", reference="recomputed", unet=unet, **options)
+        np.testing.assert_allclose(column(anew, "loss"), column(live, "loss"), atol=1e-5)
 
 
 def test_first_loss_from_other_weights_is_the_hand_computed_mean(

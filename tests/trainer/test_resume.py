@@ -35,7 +35,12 @@ def start(args: Sequence[str]) -> subprocess.Popen[str]:
 def launch_two(args: Sequence[str]) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launch, "-m", "smpo_trainer", *args], env=ENVIRONMENT, text=True, capture_output=True, timeout=120
+        [*launch, "-m", "smpo_trainer", *args],
+        check=False,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=120,
     )
 
 
@@ -49,8 +54,12 @@ def wait_for_steps(out: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.slow
-def test_killed_and_continued_equals_uninterrupted(shards: Path, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])  # in bf16 the reference is computed anew, once
+def test_killed_and_continued_equals_uninterrupted(
+    shards: Path, model: Path, tmp_path: Path, mixed_precision: str
+) -> None:
     options = {"max_steps": 12, "save_every": 2, "lr_schedule": "cosine", "warmup_steps": 3, "workers": 2}
+    options["mixed_precision"] = mixed_precision
     whole = start(arguments(shards, model, tmp_path / "whole", **options))
     assert whole.wait() == 0
     for steps in (3, 7):
@@ -71,6 +80,7 @@ def test_killed_and_continued_equals_uninterrupted(shards: Path, model: Path, tm
         assert column(tmp_path / "killed", name) == column(tmp_path / "whole", name)
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert ("computing the reference anew" in whole.communicate()[0]) == (mixed_precision == "bf16")
     assert not list((tmp_path / "killed").glob("*checkpoint*"))
 
 

@@ -63,11 +63,16 @@ class StateBatch:
 
 
 class StateDataset(Dataset[State]):
-    """The states of a table by their number."""
+    """The states of a table by their number.
+
+    Attributes:
+        ref_error_S2: float32 [S, 2] to give instead of the stored reference errors; None: those.
+    """
 
     def __init__(self, shards: ShardSet, table: StateTable) -> None:
         self._shards = shards
         self._table = table
+        self.ref_error_S2: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._table)
@@ -84,7 +89,7 @@ class StateDataset(Dataset[State]):
             x0_2Chw=sample.x0_2Chw,
             # Copied: a view would carry the walk's other states along, out of the loader process too.
             noise_2Chw=sample.noise_K2Chw[k].clone(),
-            ref_error_2=sample.ref_error_K2[k].clone(),
+            ref_error_2=(sample.ref_error_K2[k] if self.ref_error_S2 is None else self.ref_error_S2[index]).clone(),
             timestep=int(sample.timestep_K[k]),
             preference=float(self._table.preference_P[walk]),
             label=float(self._table.label_P[walk]),

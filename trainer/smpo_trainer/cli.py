@@ -72,7 +72,9 @@ _Precision = Annotated[
 _Reference = Annotated[
     ReferenceSource,
     typer.Option(
-        help="Errors of the reference: as stored in the shards, or recomputed by a second, frozen denoiser in memory."
+        help="Errors of the reference: stored in the shards; recomputed once, before the first step, in this run's "
+        "precision; live, by a second, frozen denoiser in memory; or auto: stored, and recomputed where the "
+        "arithmetic noise of the stored ones is loud."
     ),
 ]
 _MinTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at smaller timesteps.")]
@@ -107,7 +109,7 @@ def train(
     unet: _Unet = None,
     seed: _Seed = 0,
     mixed_precision: _Precision = "no",
-    reference: _Reference = "stored",
+    reference: _Reference = "auto",
     min_timestep: _MinTimestep = None,
     max_timestep: _MaxTimestep = None,
     save_every: _SaveEvery = 50,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -20,25 +19,15 @@ from smpo_trainer.checkpoints import Checkpoint
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.metrics import Record, StepMeter
-from smpo_trainer.objectives.base import PairBatch, implicit_margin
+from smpo_trainer.objectives.base import Metrics, PairBatch
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy
-from smpo_trainer.reference_noise import ReferenceNoise, measure
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """Our names to diffusers'; all of them begin with the warm-up."""
 
 _NAMED_PAIRS = 8
 """How many pair ids an error lists."""
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """One micro-batch's results; ``noise_margin_B`` is None where the reference's noise is not known."""
-
-    loss_B: torch.Tensor
-    metrics: dict[str, torch.Tensor]
-    noise_margin_B: torch.Tensor | None
 
 
 class Trainer:
@@ -58,7 +47,6 @@ class Trainer:
             num_training_steps=settings.max_steps,
         )
         self._denoiser, self._optimizer = accelerator.prepare(policy.denoiser, optimizer)
-        self.reference_noise: ReferenceNoise | None = None
 
     def train_step(self, step: int, batches: Iterator[StateBatch]) -> Record:
         """Make optimizer step ``step`` (from 0) and return what is logged of it.
@@ -72,7 +60,6 @@ class Trainer:
         started, waited = time.perf_counter(), 0.0
         meter = StepMeter()
         losses: list[tuple[list[str], torch.Tensor]] = []
-        noise: list[torch.Tensor] = []
         for accumulation in range(self._plan.grad_accum):
             asked = time.perf_counter()
             batch = next(batches)
@@ -80,20 +67,16 @@ class Trainer:
             batch = batch.to(self._accelerator.device)
             is_last = accumulation == self._plan.grad_accum - 1
             with nullcontext() if is_last else self._accelerator.no_sync(self._denoiser):
-                result = self._forward(batch)
+                loss_B, metrics = self._forward(batch)
                 # Processes' gradients are averaged: each gives its share of the sum times their number.
                 share = self._accelerator.num_processes / self._plan.states_per_step
-                self._accelerator.backward(result.loss_B.sum() * share)
-            meter.add({"loss": result.loss_B.detach(), **result.metrics})
+                self._accelerator.backward(loss_B.sum() * share)
+            meter.add({"loss": loss_B.detach(), **metrics})
             # Only what the end of the step needs: the latents and the graph of a micro-batch are freed here.
-            losses.append((batch.pair_ids, result.loss_B.detach()))
-            if result.noise_margin_B is not None:
-                noise.append(result.noise_margin_B)
+            losses.append((batch.pair_ids, loss_B.detach()))
         _require_finite(step, losses)
         lr = self._schedule.get_last_lr()[0]
         grad_norm = self._update(step)
-        if step == 0 and noise:
-            self.reference_noise = measure(self._accelerator.gather(torch.cat(noise)))
         record: Record = {"step": step + 1, **meter.means(self._accelerator), "grad_norm": grad_norm, "lr": lr}
         elapsed = time.perf_counter() - started
         record["pairs_per_second"] = self._plan.states_per_step / elapsed
@@ -102,27 +85,23 @@ class Trainer:
             record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return record
 
-    def _forward(self, batch: StateBatch) -> _Forward:
+    def _forward(self, batch: StateBatch) -> tuple[torch.Tensor, Metrics]:
+        """Loss of each pair of a micro-batch, [B], and metrics."""
         family = self._policy.family
         conditioning = condition(family, batch)
         with self._accelerator.autocast():
             error_B2 = pair_errors(family, self._denoiser, batch, conditioning)
-        ref_error_B2, noise_source_B2 = batch.ref_error_B2, None
+        ref_error_B2 = batch.ref_error_B2
         if self._policy.reference is not None:
             with torch.no_grad(), self._accelerator.autocast():
-                ref_error_B2 = noise_source_B2 = pair_errors(family, self._policy.reference, batch, conditioning)
-        elif self._policy.starts_from_reference:
-            noise_source_B2 = error_B2.detach()
+                ref_error_B2 = pair_errors(family, self._policy.reference, batch, conditioning)
         pairs = PairBatch(error_B2, ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
         loss_B, metrics = self._objective(pairs)
         moved_B2 = error_B2.detach() - ref_error_B2
         for image in (0, 1):
             metrics[f"error/image_{image}"] = error_B2.detach()[:, image]
             metrics[f"error_minus_reference/image_{image}"] = moved_B2[:, image]
-        noise_B = None
-        if noise_source_B2 is not None:
-            noise_B = implicit_margin(noise_source_B2, batch.ref_error_B2, self._objective.options.beta)
-        return _Forward(loss_B, metrics, noise_B)
+        return loss_B, metrics
 
     def _update(self, step: int) -> float:
         """Clip, and step the optimizer and the schedule; returns the gradient's norm before clipping."""

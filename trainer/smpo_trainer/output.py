@@ -18,16 +18,21 @@ from smpo_trainer.policy import LORA_FILE, UNET_FOLDER
 
 TRAINING_FILE = "training.json"
 TRAINING_VERSION = 1
+REFERENCE_FILE = "reference.safetensors"
 
 _PACKAGES = ("smpo-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 class OutputFolder:
-    """``OUT``: the trained model, ``training.json`` (written last), metrics, and checkpoints until it is finished."""
+    """``OUT``: the trained model, ``training.json`` (written last), metrics; while unfinished, what to go on from.
+
+    That is checkpoints and, where the reference's errors were computed anew, these.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path)
+        self.reference = path / REFERENCE_FILE
 
     def is_finished(self, identity: Mapping[str, Any]) -> bool:
         """Whether there is a finished run of exactly these settings.
@@ -69,7 +74,7 @@ class OutputFolder:
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         # The marker first: a kill in between must not leave a folder that looks finished.
-        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE):
+        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE, REFERENCE_FILE):
             (self.path / name).unlink(missing_ok=True)
         for name in (UNET_FOLDER, TENSORBOARD_FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -79,6 +84,7 @@ class OutputFolder:
         """Write ``training.json``, which finishes the run, and drop the checkpoints."""
         write_json(self.path / TRAINING_FILE, {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()})
         self.checkpoints.remove()
+        self.reference.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

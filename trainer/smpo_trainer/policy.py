@@ -36,7 +36,7 @@ class Policy:
         family: text encoders and process; its ``denoiser`` is the one in training.
         denoiser: float32, in evaluation mode (no dropout: the reference had none); the trained weights, and only
             they, require gradients.
-        reference: frozen, for ``--reference live``; else None.
+        reference: frozen, where it is not ``denoiser`` as it starts, or is needed beside it for ``--reference live``.
         starts_from_reference: the margin at step 0 is 0 up to arithmetic noise.
         lora_rank: rank of the adapter in ``denoiser``, or None.
     """
@@ -126,8 +126,10 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
     if not is_reference:
         say(f"starting from --unet {settings.unet}, which is not the shards' reference: the first margins are not 0")
     reference = None
-    if settings.reference == "live":
-        reference = copy.deepcopy(denoiser) if is_reference else _load_reference(settings, info, device)
+    if settings.reference == "live" and is_reference:
+        reference = copy.deepcopy(denoiser)
+    elif settings.reference in {"live", "recomputed"} and not is_reference:
+        reference = _load_reference(settings, info, device)
     if settings.lora_rank is None:
         denoiser.requires_grad_(True)
     else:
@@ -147,8 +149,8 @@ def _load_reference(settings: TrainSettings, info: ModelInfo, device: torch.devi
     reference = load_family(settings.model, ("denoiser",), device=device).denoiser
     if reference is None or fingerprint_module(reference) != info.reference:
         raise UserError(
-            f"--reference live needs the reference's weights, and neither --unet {settings.unet} nor the denoiser of "
-            f"--model {settings.model} are those; use --reference stored"
+            f"--reference {settings.reference} needs the reference's weights, and neither --unet {settings.unet} nor "
+            f"the denoiser of --model {settings.model} are those; use --reference stored"
         )
     return reference
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -42,6 +45,15 @@ class Report:
     def say(self, text: str) -> None:
         """Print one line, above the progress bar where there is one."""
         self._console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[], None]]:
+        """A line and a bar for work before the first step; yields what is called once for each of ``total``."""
+        self.say(title)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, disable=self._progress.disable, transient=True) as progress:
+            task = progress.add_task("", total=total)
+            yield lambda: progress.advance(task)
 
     def start(self, finished_steps: int, max_steps: int) -> None:
         """Show the bar."""

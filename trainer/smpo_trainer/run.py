@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from smpo_trainer.output import OutputFolder
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy, load_policy
 from smpo_trainer.processes import leave, on_main, together
+from smpo_trainer.reference import settle_reference
 from smpo_trainer.report import Report
 from smpo_trainer.reward_mix import RewardMix
 from smpo_trainer.settings import TrainSettings
@@ -58,8 +60,11 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
         table = together(accelerator, lambda: _index(experiment, accelerator, report))
         on_main(accelerator, lambda: _begin(settings, output, write_config))
         plan = Plan(len(table), settings.seed, settings.batch_size, settings.grad_accum, accelerator.num_processes)
-        run = _Run(experiment, policy, table, plan, accelerator, output, report, identity)
-        last = run.train()
+        dataset = StateDataset(experiment.shards, table)
+        noise = settle_reference(experiment, policy, dataset, plan, accelerator, output, report)
+        if settings.reference != "live":
+            policy = replace(policy, reference=None)  # what it was for is done
+        last = _Run(experiment, policy, dataset, plan, accelerator, output, report, identity).train(noise)
         if last is not None and accelerator.is_main_process:
             report.say(f"saved {settings.out / policy.save(settings.out)}")
             output.finish(_summary(experiment, policy, plan, identity, last))
@@ -79,7 +84,7 @@ class _Run:
         self,
         experiment: Experiment,
         policy: Policy,
-        table: StateTable,
+        dataset: StateDataset,
         plan: Plan,
         accelerator: Accelerator,
         output: OutputFolder,
@@ -87,13 +92,17 @@ class _Run:
         identity: dict[str, Any],
     ) -> None:
         self._settings = experiment.settings
-        self._dataset = StateDataset(experiment.shards, table)
+        self._dataset = dataset
         self._trainer = Trainer(experiment, policy, plan, accelerator)
         self._plan, self._accelerator, self._output = plan, accelerator, output
         self._report, self._identity = report, identity
 
-    def train(self) -> Record | None:
-        """Train to the end and return the last step's record; None where the user stopped the run before."""
+    def train(self, noise: Record) -> Record | None:
+        """Train to the end and return the last step's record; None where the user stopped the run before.
+
+        Args:
+            noise: what was measured before the first step, logged with it.
+        """
         first, last = self._resume(), self._settings.max_steps
         rank = self._accelerator.process_index
         loader = make_loader(self._dataset, self._plan.micro_batches(first, last, rank), self._settings.workers)
@@ -105,7 +114,8 @@ class _Run:
             with StopRequest() as stop:
                 for step in range(first, last):
                     record = self._trainer.train_step(step, batches)
-                    self._note_reference_noise(step, record)
+                    if step == 0:
+                        record |= noise
                     if log:
                         log.write(record)
                     self._report.step(record)
@@ -140,12 +150,6 @@ class _Run:
         """Whether a stop was asked of any process: all must end after the same step."""
         flag = torch.tensor(float(requested), device=self._accelerator.device)
         return bool(self._accelerator.reduce(flag, "sum").item())
-
-    def _note_reference_noise(self, step: int, record: Record) -> None:
-        noise = self._trainer.reference_noise
-        if step == 0 and noise is not None:
-            record["reference_noise/std"], record["reference_noise/max"] = noise.std, noise.max
-            self._report.say(noise.describe())
 
 
 def _make_accelerator(settings: TrainSettings) -> Accelerator:

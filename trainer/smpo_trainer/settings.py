@@ -13,8 +13,9 @@ from smpo_schemas.errors import UserError
 MixedPrecision = Literal["no", "fp16", "bf16"]
 """Dtype of the denoiser's forward and backward; weights and optimizer stay float32."""
 
-ReferenceSource = Literal["stored", "live"]
-"""Where the reference's errors come from: the shards, or a second, frozen denoiser in memory."""
+ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
+"""Where the reference's errors come from: the shards; one pass of this run's own arithmetic before it starts; a second,
+frozen denoiser in memory; or (auto) the shards, unless their arithmetic noise is loud: then such a pass."""
 
 LrSchedule = Literal["constant", "linear", "cosine"]
 """Course of the learning rate after its linear warm-up."""

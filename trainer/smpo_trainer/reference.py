@@ -1,0 +1,197 @@
+"""Whose reference errors a run trains against: the shards', or the same computed anew in the run's own arithmetic.
+
+At step 0 the model is the reference, so every margin should be 0. With the stored errors it is not quite: they were
+computed on other hardware, in another dtype or batch, and beta multiplies the difference. This is measured before the
+first step. Where it is loud, one pass without gradients over the states that the run will visit computes the errors
+again, in the run's precision and in its own batches, with no second denoiser in memory.
+
+Shape suffixes: B a micro-batch of states, S all states of a run, 2 images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import atomic_path
+from smpo_trainer.batches import StateBatch, StateDataset, make_loader
+from smpo_trainer.errors import condition, pair_errors
+from smpo_trainer.experiment import Experiment
+from smpo_trainer.metrics import Record
+from smpo_trainer.objectives import Objective
+from smpo_trainer.objectives.base import PairBatch, implicit_margin
+from smpo_trainer.output import OutputFolder
+from smpo_trainer.plan import Plan
+from smpo_trainer.policy import Policy
+from smpo_trainer.processes import on_main, together
+from smpo_trainer.report import Report
+
+LOUD_MARGIN = 0.1
+"""Standard deviation of a margin that is too much noise: in the course of a run margins grow to about 1, and this is a
+tenth of that, on every state, for the whole run."""
+
+LOUD_LOSS = 5e-3
+"""The same for the mean loss of the first step, against what it is where all margins are 0 (ln 2 for most)."""
+
+_TENSOR = "ref_error"
+_TITLE = "computing the reference anew, once, in this run's own arithmetic"
+
+
+@dataclass(frozen=True)
+class ReferenceNoise:
+    """How far the stored reference is from this run's arithmetic, over the states of the first step.
+
+    Attributes:
+        std: root mean square of the margin h that the noise alone makes (its true mean is 0).
+        max: largest absolute value.
+        loss: what the noise adds to the step's mean loss.
+    """
+
+    std: float
+    max: float
+    loss: float
+
+    @property
+    def is_loud(self) -> bool:
+        """Whether it is worth a warning, or a pass that mends it."""
+        return self.std > LOUD_MARGIN or abs(self.loss) > LOUD_LOSS
+
+    def describe(self) -> str:
+        """One line for the user."""
+        return (
+            f"arithmetic noise of the stored reference: margin std {self.std:.2g}, max {self.max:.2g}, "
+            f"loss {self.loss:+.1g} (true values 0)"
+        )
+
+
+def settle_reference(
+    experiment: Experiment,
+    policy: Policy,
+    dataset: StateDataset,
+    plan: Plan,
+    accelerator: Accelerator,
+    output: OutputFolder,
+    report: Report,
+) -> Record:
+    """Decide before training whose reference errors ``dataset`` gives, and make them where they are not there.
+
+    Returns:
+        What is logged with the first step: the noise of the stored errors; nothing where it cannot be known, because
+        training starts from other weights and the reference is not in memory, or in a run that goes on.
+
+    Raises:
+        UserError: recomputed errors cannot be written or read.
+    """
+    settings = experiment.settings
+    if output.checkpoints.latest() is not None:
+        # The denoiser is the reference no more; what was decided before the first step holds.
+        if output.reference.is_file():
+            dataset.ref_error_S2 = together(accelerator, lambda: read_reference(output.reference))
+        return {}
+    if not (policy.starts_from_reference or policy.reference):
+        return {}
+    reference = _Pass(policy, dataset, plan, accelerator)
+    noise = reference.measure(experiment.objective)
+    report.say(noise.describe())
+    if settings.reference == "recomputed" or (settings.reference == "auto" and noise.is_loud):
+        with report.bar(_TITLE, reference.steps(settings.max_steps)) as step_done:
+            error_S2 = reference.recompute(settings.max_steps, settings.workers, step_done)
+        on_main(accelerator, lambda: write_reference(output.reference, error_S2))
+        dataset.ref_error_S2 = error_S2
+    elif settings.reference == "stored" and noise.is_loud:
+        report.say(
+            "WARNING: margins grow to about 1 in training, so this drowns a part of the signal; use --reference auto, "
+            "a wider dtype in --mixed-precision, or a smaller --beta"
+        )
+    return {"reference_noise/std": noise.std, "reference_noise/max": noise.max, "reference_noise/loss": noise.loss}
+
+
+class _Pass:
+    """Forwards of the reference alone, in the batches that training will take."""
+
+    def __init__(self, policy: Policy, dataset: StateDataset, plan: Plan, accelerator: Accelerator) -> None:
+        self._policy, self._dataset, self._plan, self._accelerator = policy, dataset, plan, accelerator
+
+    def measure(self, objective: Objective) -> ReferenceNoise:
+        """Compare the stored errors of the first step's states with errors computed now."""
+        margins: list[torch.Tensor] = []
+        losses: list[torch.Tensor] = []
+        for batch, error_B2 in self._batches(1, workers=0):
+            noisy = PairBatch(error_B2, batch.ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
+            loss_B = objective(noisy)[0] - objective(replace(noisy, ref_error_B2=error_B2))[0]
+            margin_B = implicit_margin(error_B2, batch.ref_error_B2, objective.options.beta)
+            margins.append(margin_B)
+            losses.append(loss_B)
+        gathered = self._accelerator.gather(torch.stack([torch.cat(margins), torch.cat(losses)], dim=1))
+        margin_B, loss_B = gathered.double().unbind(1)
+        return ReferenceNoise(
+            std=float(margin_B.square().mean().sqrt()), max=float(margin_B.abs().max()), loss=float(loss_B.mean())
+        )
+
+    def steps(self, max_steps: int) -> int:
+        """How many of a run's first steps visit every state that it ever visits."""
+        return min(max_steps, -(-self._plan.num_states // self._plan.states_per_step))
+
+    def recompute(self, max_steps: int, workers: int, step_done: Callable[[], None]) -> torch.Tensor:
+        """The reference's errors at every state that a run of ``max_steps`` visits.
+
+        Returns:
+            float32 [S, 2] on the CPU, the same in all processes; NaN at states that are not visited.
+        """
+        error_S2 = torch.full((self._plan.num_states, 2), torch.nan)
+        for number, (_, error_B2) in enumerate(self._batches(self.steps(max_steps), workers)):
+            step, accumulation = divmod(number, self._plan.grad_accum)
+            gathered_G2 = self._accelerator.gather(error_B2).cpu()
+            positions = [
+                position
+                for rank in range(self._plan.world_size)
+                for position in self._plan.positions(step, accumulation, rank)
+            ]
+            error_S2[self._plan.states(positions)] = gathered_G2
+            if accumulation == self._plan.grad_accum - 1:
+                step_done()
+        return error_S2
+
+    @torch.no_grad()
+    def _batches(self, steps: int, workers: int) -> Iterator[tuple[StateBatch, torch.Tensor]]:
+        """This process's micro-batches of the first steps, each with the reference's errors [B, 2]."""
+        rank, family = self._accelerator.process_index, self._policy.family
+        reference = self._policy.reference or self._policy.denoiser
+        for batch in make_loader(self._dataset, self._plan.micro_batches(0, steps, rank), workers):
+            moved = batch.to(self._accelerator.device)
+            conditioning = condition(family, moved)  # as in training: the text encoders keep their own dtype
+            with self._accelerator.autocast():
+                error_B2 = pair_errors(family, reference, moved, conditioning)
+            yield moved, error_B2
+
+
+def write_reference(path: Path, error_S2: torch.Tensor) -> None:
+    """Keep recomputed errors for a run that goes on, when the model is no longer the reference.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            safetensors.torch.save_file({_TENSOR: error_S2}, temporary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def read_reference(path: Path) -> torch.Tensor:
+    """Read them back: float32 [S, 2].
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)[_TENSOR]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}); begin the run anew with --overwrite") from error
