@@ -94,6 +94,14 @@ class ShardEntry(_Frozen):
     sha256: str
 
 
+class IndexEntry(_Frozen):
+    """The index of all walks (:mod:`smpo_schemas.shard_index`) and its exact bytes."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
 class BandHealth(_Frozen):
     """How believable the states of one timestep band are (DESIGN 4.2), measured on a sample of pairs.
 
@@ -126,7 +134,7 @@ class Totals(_Frozen):
 
 
 class Manifest(_Frozen):
-    """The whole of ``manifest.json``."""
+    """The whole of ``manifest.json``; ``index`` is None in directories that have none."""
 
     schema_version: int
     model: ModelInfo
@@ -139,6 +147,7 @@ class Manifest(_Frozen):
     rejected_reasons: dict[str, int]
     health: list[BandHealth]
     versions: dict[str, str]
+    index: IndexEntry | None = None
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -200,15 +200,20 @@ class SampleLocation:
 
 
 class ShardDirectory:
-    """A finished output of ``invert``: its manifest, and its samples by location or in order.
+    """A finished output of ``invert``: its manifest, and its samples by location or in order."""
 
-    Raises:
-        UserError: there is no valid manifest.
-    """
+    def __init__(self, directory: Path, manifest: Manifest | None = None) -> None:
+        """Open a directory.
 
-    def __init__(self, directory: Path) -> None:
+        Args:
+            directory: where the tars lie.
+            manifest: what is about to be written there; None: read it from there.
+
+        Raises:
+            UserError: there is no valid manifest.
+        """
         self.path = directory
-        self.manifest: Manifest = read_manifest(directory)
+        self.manifest = manifest or read_manifest(directory)
 
     def verify(self, shard: int) -> None:
         """Check one tar's size and SHA-256 against the manifest.

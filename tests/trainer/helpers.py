@@ -25,7 +25,8 @@ from smpo_schemas.manifest import (
     write_manifest,
 )
 from smpo_schemas.scores import RewardStatistics
-from smpo_schemas.shards import Sample, SampleMeta, ShardWriter
+from smpo_schemas.shard_index import write_index
+from smpo_schemas.shards import Sample, SampleMeta, ShardDirectory, ShardWriter
 from smpo_trainer.cli import main
 from tests.tiny import LATENT_SHAPE
 
@@ -139,44 +140,43 @@ def _write(directory: Path, model: Path, samples: list[Sample], rewards: Sequenc
         for name in rewards
     }  # fmt: skip
     reference = fingerprint_module(family.denoiser)
-    write_manifest(
-        directory,
-        Manifest(
-            schema_version=MANIFEST_VERSION,
-            model=ModelInfo(
-                id=str(model),
-                kind=family.kind,
-                prediction_type=family.process.prediction_type,
-                reference=reference,
-                walker=reference,
-                text=fingerprint_module(*family.text_modules),
-                vae=fingerprint_module(family.vae),
-                scheduler=family.process.fingerprint(),
-                num_train_timesteps=family.process.num_train_timesteps,
-            ),
-            resolution=32,
-            inversion=InversionSettings(),
-            seed=0,
-            rewards=statistics,
-            shards=entries,
-            totals=Totals(
-                pairs_in=len(samples),
-                pairs=len(samples),
-                samples=len(samples),
-                states=sum(entry.states for entry in entries),
-                rejected=0,
-                bytes=sum(entry.bytes for entry in entries),
-            ),
-            rejected_reasons={},
-            health=[],
-            versions={},
+    manifest = Manifest(
+        schema_version=MANIFEST_VERSION,
+        model=ModelInfo(
+            id=str(model),
+            kind=family.kind,
+            prediction_type=family.process.prediction_type,
+            reference=reference,
+            walker=reference,
+            text=fingerprint_module(*family.text_modules),
+            vae=fingerprint_module(family.vae),
+            scheduler=family.process.fingerprint(),
+            num_train_timesteps=family.process.num_train_timesteps,
         ),
+        resolution=32,
+        inversion=InversionSettings(),
+        seed=0,
+        rewards=statistics,
+        shards=entries,
+        totals=Totals(
+            pairs_in=len(samples),
+            pairs=len(samples),
+            samples=len(samples),
+            states=sum(entry.states for entry in entries),
+            rejected=0,
+            bytes=sum(entry.bytes for entry in entries),
+        ),
+        rejected_reasons={},
+        health=[],
+        versions={},
     )
+    index = write_index(ShardDirectory(directory, manifest))
+    write_manifest(directory, manifest.model_copy(update={"index": index}))
 
 
-def arguments(shards: Path | Sequence[Path], model: Path, out: Path, **options: Any) -> list[str]:
+def arguments(shards: Path | str | Sequence[Path], model: Path, out: Path, **options: Any) -> list[str]:
     """Command line of a short run; an option of None is left out, of True is a bare flag."""
-    folders = [shards] if isinstance(shards, Path) else list(shards)
+    folders = [shards] if isinstance(shards, (Path, str)) else list(shards)
     settings = {"max_steps": 4, "batch_size": 2, "warmup_steps": 0, "lr": 1e-4, "workers": 0, **options}
     found = ["--shards", *map(str, folders), "--model", str(model), "--out", str(out)]
     for name, value in settings.items():

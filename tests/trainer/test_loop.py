@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from smpo_schemas.manifest import read_manifest
 from smpo_schemas.shards import ShardDirectory
-from smpo_trainer.plan import state_at
+from smpo_trainer.plan import Order
 from tests.tiny import make_tiny_model, make_tiny_unet
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PlainReference, column, make_shards, metrics
@@ -160,10 +161,12 @@ def plain_training(shards: Path, model: Path, steps: int, batch: int, beta: floa
     ]
     plain.unet.requires_grad_(True)
     optimizer = torch.optim.AdamW(plain.unet.parameters(), lr=lr, weight_decay=0.01)
+    per_shard = [entry.states for entry in read_manifest(shards).shards]
+    order = Order(per_shard, seed=0, window=65536)
     for step in range(steps):
         losses = []
         for position in range(step * batch, (step + 1) * batch):
-            sample, k, p = states[state_at(position, len(states), seed=0)]
+            sample, k, p = states[order.state_at(position)]
             prompt = "" if sample.meta.prompt_dropped else sample.meta.prompt
             t = int(sample.timestep_K[k])
             errors = [plain.error_with_gradient(sample.x0_2Chw[i], sample.noise_K2Chw[k, i], t, prompt) for i in (0, 1)]

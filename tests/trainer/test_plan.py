@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from smpo_trainer.plan import Plan, epoch_order, state_at
+from smpo_trainer.plan import Order, Plan
 
-WORLDS = (1, 2, 3, 4, 5, 7, 8, 16, 64)
+WORLDS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 1000)
+SHARDS = (13, 0, 7, 21, 1, 30, 9, 20)  # 101 states
 
 
 def consumed(plan: Plan, steps: int) -> list[int]:
@@ -22,9 +24,10 @@ def consumed(plan: Plan, steps: int) -> list[int]:
     return [state for _, state in places]
 
 
+@pytest.mark.parametrize("window", [1, 25, 1000])
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_every_state_once_an_epoch(world_size: int) -> None:
-    plan = Plan(num_states=101, seed=3, batch_size=3, grad_accum=2, world_size=world_size)
+def test_every_state_once_an_epoch(world_size: int, window: int) -> None:
+    plan = Plan(Order(SHARDS, 3, window), batch_size=3, grad_accum=2, world_size=world_size)
     steps = -(-3 * 101 // plan.states_per_step)
     order = consumed(plan, steps)
     for epoch in range(3):
@@ -33,21 +36,62 @@ def test_every_state_once_an_epoch(world_size: int) -> None:
 
 
 def test_order_depends_on_the_effective_batch_alone() -> None:
-    wanted = consumed(Plan(50, 1, 24, 1, 1), 5)
-    for batch_size, grad_accum, world_size in ((1, 24, 1), (1, 1, 24), (3, 4, 2), (2, 3, 4), (24, 1, 1)):
-        assert consumed(Plan(50, 1, batch_size, grad_accum, world_size), 5) == wanted
+    def of(*cut: int) -> list[int]:
+        return consumed(Plan(Order((20, 30), 1, 20), *cut), 5)
+
+    wanted = of(24, 1, 1)
+    for cut in ((1, 24, 1), (1, 1, 24), (3, 4, 2), (2, 3, 4)):
+        assert of(*cut) == wanted
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world_size", WORLDS[:8])
 def test_resuming_gives_the_same_order_element_by_element(world_size: int) -> None:
-    plan = Plan(num_states=29, seed=0, batch_size=2, grad_accum=3, world_size=world_size)
+    def taken(first: int, rank: int) -> list[list[int]]:
+        plan = Plan(Order((9, 9, 11), 0, 10), batch_size=2, grad_accum=3, world_size=world_size)
+        return [plan.states(positions) for positions in plan.micro_batches(first, 6, rank)]
+
     for rank in range(world_size):
-        whole = list(plan.micro_batches(0, 6, rank))
+        whole = taken(0, rank)
         for first in range(6):
-            assert list(plan.micro_batches(first, 6, rank)) == whole[first * 3 :]
+            assert taken(first, rank) == whole[first * 3 :]
+
+
+@pytest.mark.parametrize("window", [1, 10, 25, 60, 1000])
+def test_windows_hold_whole_shards_and_their_states_only(window: int) -> None:
+    order = Order(SHARDS, 5, window)
+    position = 0
+    while position < 2 * 101:
+        here = order.window_at(position)
+        assert here.first == position
+        assert here.stop - here.first == sum(SHARDS[shard] for shard in here.shards)
+        assert here.stop - here.first >= window or here.stop % 101 == 0
+        # No more than the window asks for: without its last shard it would be too small.
+        assert here.stop - here.first - SHARDS[here.shards[-1]] < window
+        assert {order.shard_of(order.state_at(p)) for p in range(here.first, here.stop)} == {
+            shard for shard in here.shards if SHARDS[shard]
+        }
+        position = here.stop
+
+
+def test_a_window_is_mixed() -> None:
+    order = Order((1000, 1000, 1000), 0, 3000)
+    shards = np.array([order.shard_of(order.state_at(p)) for p in range(300)])
+    assert np.bincount(shards).min() > 60
+
+
+def test_a_resumed_run_needs_no_shard_of_a_window_that_is_done() -> None:
+    order = Order(SHARDS, 5, 25)
+    position = 60
+    remaining = {order.shard_of(order.state_at(p)) for p in range(position, 101)}
+    done = {shard for p in range(101) if (w := order.window_at(p)).stop <= position for shard in w.shards}
+    assert done
+    assert not remaining & done
 
 
 def test_seed_decides_the_order() -> None:
-    assert epoch_order(20, 0, 0).tolist() == epoch_order(20, 0, 0).tolist()
-    assert epoch_order(20, 0, 0).tolist() != epoch_order(20, 1, 0).tolist()
-    assert state_at(23, 20, 0) == epoch_order(20, 0, 1)[3]
+    def of(seed: int) -> list[int]:
+        order = Order((10, 10), seed, 5)
+        return [order.state_at(p) for p in range(40)]
+
+    assert of(0) == of(0)
+    assert of(0) != of(1)

@@ -6,13 +6,16 @@ Shape suffixes: B batch, 2 images, C h w a latent.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from smpo_schemas.errors import UserError
+from smpo_trainer.plan import Plan, Window
 from smpo_trainer.shard_set import ShardSet
+from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable
 
 
@@ -62,25 +65,32 @@ class StateBatch:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-class StateDataset(Dataset[State]):
-    """The states of a table by their number.
+class StateDataset(Dataset[State | str]):
+    """The states of a table by their number; one that cannot be read is the reason why, in words.
+
+    An exception would come out of a loader process with that process's traceback in its message.
 
     Attributes:
         ref_error_S2: float32 [S, 2] to give instead of the stored reference errors; None: those.
     """
 
     def __init__(self, shards: ShardSet, table: StateTable) -> None:
-        self._shards = shards
+        self._directories = [source.directory for source, _ in shards.places]
         self._table = table
         self.ref_error_S2: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int) -> State:
+    def __getitem__(self, index: int) -> State | str:
+        try:
+            return self._read(index)
+        except UserError as error:
+            return str(error)
+
+    def _read(self, index: int) -> State:
         walk, k = int(self._table.walk_S[index]), int(self._table.k_S[index])
-        directory, location = self._table.locations[walk]
-        sample = self._shards.directories[directory].read(location)
+        sample = self._directories[self._table.locations.shard_P[walk]].read(self._table.locations[walk])
         return State(
             pair_id=sample.meta.pair_id,
             prompt="" if sample.meta.prompt_dropped else sample.meta.prompt,
@@ -96,8 +106,13 @@ class StateDataset(Dataset[State]):
         )
 
 
-def collate(states: Sequence[State]) -> StateBatch:
-    """Stack states into a batch, in order."""
+def collate(states: Sequence[State | str]) -> StateBatch | str:
+    """Stack states into a batch, in order; where one cannot be read, why not."""
+    problem = next((state for state in states if isinstance(state, str)), None)
+    return problem or _stack([state for state in states if isinstance(state, State)])
+
+
+def _stack(states: Sequence[State]) -> StateBatch:
     return StateBatch(
         pair_ids=[state.pair_id for state in states],
         prompts=[state.prompt for state in states],
@@ -112,15 +127,49 @@ def collate(states: Sequence[State]) -> StateBatch:
     )
 
 
-def make_loader(dataset: StateDataset, micro_batches: Iterable[list[int]], workers: int) -> DataLoader[StateBatch]:
-    """Batches in exactly the given order, read ahead by ``workers`` processes (0: by this one, when asked)."""
-    return DataLoader(
-        dataset,
-        batch_sampler=micro_batches,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_leave_signals_to_the_trainer if workers else None,
-    )
+class Feed:
+    """A process's batches, in exactly the order of the plan, from shards that are here and found whole."""
+
+    def __init__(self, dataset: StateDataset, plan: Plan, store: ShardStore, rank: int, workers: int) -> None:
+        """Serve process ``rank``; ``workers`` processes read ahead (0: this one reads, when it is asked)."""
+        self.dataset, self.plan = dataset, plan
+        self._store, self._rank, self._workers = store, rank, workers
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[StateBatch]:
+        """The micro-batches of the steps ``first_step`` to ``last_step`` (excluded).
+
+        Raises:
+            UserError: a shard or a sample is missing or damaged.
+        """
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self._brought(first_step, last_step),
+            num_workers=self._workers,
+            collate_fn=collate,
+            worker_init_fn=_leave_signals_to_the_trainer if self._workers else None,
+        )
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
+
+    def _brought(self, first_step: int, last_step: int) -> Iterator[list[int]]:
+        """The states of each micro-batch, given out when their shards are here.
+
+        One window of shards is fetched ahead of the one in use, and the one before is kept for batches under way.
+        """
+        order, end = self.plan.order, last_step * self.plan.states_per_step
+        kept: list[Window] = []
+        for positions in self.plan.micro_batches(first_step, last_step, self._rank):
+            window = order.window_at(positions[-1])
+            if not kept or kept[-1].first != window.first:
+                ahead = [order.window_at(window.stop)] if window.stop < end else []
+                kept = [*kept[-1:], window]
+                self._store.release(shard for each in (*kept, *ahead) for shard in each.shards)
+                self._store.expect(shard for each in (window, *ahead) for shard in each.shards)
+            states = self.plan.states(positions)
+            self._store.require(sorted({order.shard_of(state) for state in states}))
+            yield states
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:

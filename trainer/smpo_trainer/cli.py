@@ -13,7 +13,12 @@ from smpo_trainer.settings import LrSchedule, MixedPrecision, ReferenceSource, T
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _Shards = Annotated[
-    list[Path], typer.Option(help="Directories written by `smpo-pipeline invert`; several are joined to one data set.")
+    list[str],
+    typer.Option(
+        metavar="DIR",
+        help="Directories written by `smpo-pipeline invert`, folders or URLs (s3://, gs://, hf://: what fsspec knows); "
+        "several are joined to one data set.",
+    ),
 ]
 _Model = Annotated[str, typer.Option(help="Base model that the shards were made with: hub id or diffusers folder.")]
 _Out = Annotated[Path, typer.Option(help="Output folder: the trained model, metrics, checkpoints until it is done.")]
@@ -80,6 +85,14 @@ _Reference = Annotated[
 _MinTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at smaller timesteps.")]
 _MaxTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at larger timesteps.")]
 _SaveEvery = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints; the last two are kept.")]
+_ShuffleWindow = Annotated[
+    int,
+    typer.Option(min=1, help="States that are shuffled together, at least: the shards of two such windows are in use."),
+]
+_Cache = Annotated[Path, typer.Option(help="Folder for shards that are fetched from URLs; runs share it.")]
+_CacheGib = Annotated[
+    float, typer.Option(min=0, help="What fetched shards may take there, in GiB; those in use are kept whatever it is.")
+]
 _Workers = Annotated[int, typer.Option(min=0, help="Processes that read ahead; 0: the training process reads.")]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Begin anew. Without it an unfinished run goes on from its checkpoint.")
@@ -113,6 +126,9 @@ def train(
     min_timestep: _MinTimestep = None,
     max_timestep: _MaxTimestep = None,
     save_every: _SaveEvery = 50,
+    shuffle_window: _ShuffleWindow = 65536,
+    cache: _Cache = Path("~/.cache/smpo-diffusion"),
+    cache_gib: _CacheGib = 100.0,
     workers: _Workers = 2,
     overwrite: _Overwrite = False,
     config: ConfigOption = None,  # noqa: ARG001  (its callback has read it)
@@ -147,6 +163,9 @@ def train(
         min_timestep=min_timestep,
         max_timestep=max_timestep,
         save_every=save_every,
+        shuffle_window=shuffle_window,
+        cache=cache.expanduser(),
+        cache_gib=cache_gib,
         workers=workers,
         overwrite=overwrite,
     )

@@ -52,6 +52,7 @@ class Experiment:
             "lora_rank": settings.lora_rank,
             "unet": str(settings.unet) if settings.unet else None,
             "seed": settings.seed,
+            "shuffle_window": settings.shuffle_window,
             "mixed_precision": settings.mixed_precision,
             "reference": settings.reference,
             "min_timestep": settings.min_timestep,
@@ -66,7 +67,7 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
         UserError: one of them is not there, or they do not belong together.
     """
     objective = find_objective(settings.objective)
-    shards = open_shards(settings.shards)
+    shards = open_shards(settings.shards, settings.cache)
     mix = resolve_mix(settings.rewards, shards, settings.scores) if objective.uses_rewards else None
     if mix is None and (settings.rewards or settings.scores):
         say(f"--objective {objective.name} learns from labels: --reward and --scores are not used")

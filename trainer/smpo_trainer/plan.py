@@ -1,29 +1,95 @@
 """Which state is trained on when, and where: pure functions of counts and a seed.
 
-A run consumes global positions 0, 1, 2, ... in order. Position n is the (n mod N)-th entry of the seeded permutation
-of epoch n // N, so every one of the N states comes exactly once an epoch, whatever the batch size, the number of
-processes or the number of loader workers; and the whole of a run's progress is one count of consumed positions.
+A run consumes global positions 0, 1, 2, ... in order. In each epoch the shards are put in a seeded order and cut into
+windows of at least ``window`` states; within a window all states are shuffled together. So every state comes exactly
+once an epoch, whatever the batch size, the number of processes or of loader workers; a run needs the shards of one
+window at a time; and the whole of its progress is one count of consumed positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-
-@lru_cache(maxsize=2)  # a batch may reach over the end of an epoch
-def epoch_order(num_states: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of 0 .. ``num_states`` - 1 in which an epoch goes through the states, int64."""
-    return np.random.default_rng([seed, epoch]).permutation(num_states)
+_SHARDS, _STATES = 0, 1
+"""Streams of random numbers: of an epoch's order of shards, and of a window's order of states."""
 
 
-def state_at(position: int, num_states: int, seed: int) -> int:
-    """The state at a global position."""
-    epoch, place = divmod(position, num_states)
-    return int(epoch_order(num_states, seed, epoch)[place])
+@dataclass(frozen=True)
+class Window:
+    """Shards whose states are shuffled together.
+
+    Attributes:
+        first: global position of its first state.
+        stop: global position after its last.
+        shards: in the order in which they are read.
+    """
+
+    first: int
+    stop: int
+    shards: tuple[int, ...]
+
+
+class Order:
+    """The endless order of all states; the states are numbered shard after shard.
+
+    Attributes:
+        num_states: N, states of one epoch.
+    """
+
+    def __init__(self, states_per_shard: Sequence[int], seed: int, window: int) -> None:
+        """Describe an order.
+
+        Args:
+            states_per_shard: how many states of each shard are trained on; may be 0.
+            seed: decides the order.
+            window: the fewest states that are shuffled together; an epoch's last window may have fewer.
+        """
+        self._seed, self._window = seed, window
+        # The first state of each shard, and after the last shard N.
+        self._first_states = np.concatenate([[0], np.cumsum(states_per_shard, dtype=np.int64)])
+        self.num_states = int(self._first_states[-1])
+        # A batch may reach over the end of a window, or of an epoch.
+        self._windows = lru_cache(maxsize=2)(self._cut)
+        self._states = lru_cache(maxsize=2)(self._shuffle)
+
+    def state_at(self, position: int) -> int:
+        """The state at a global position."""
+        window = self.window_at(position)
+        return int(self._states(window)[position - window.first])
+
+    def window_at(self, position: int) -> Window:
+        """The window that a global position falls into."""
+        windows, stops = self._windows(position // self.num_states)
+        return windows[int(np.searchsorted(stops, position, side="right"))]
+
+    def shard_of(self, state: int) -> int:
+        """The shard that a state lies in."""
+        return int(np.searchsorted(self._first_states, state, side="right")) - 1
+
+    def _cut(self, epoch: int) -> tuple[list[Window], np.ndarray]:
+        """An epoch's windows, and the positions after the last state of each."""
+        windows: list[Window] = []
+        shards: list[int] = []
+        first = stop = epoch * self.num_states
+        order = np.random.default_rng([self._seed, epoch, _SHARDS]).permutation(len(self._first_states) - 1)
+        for shard in order.tolist():
+            stop += int(self._first_states[shard + 1] - self._first_states[shard])
+            shards.append(shard)
+            if stop - first >= self._window or stop == (epoch + 1) * self.num_states:
+                windows.append(Window(first, stop, tuple(shards)))
+                shards, first = [], stop
+                if stop == (epoch + 1) * self.num_states:
+                    break  # what is left are shards without states
+        return windows, np.array([window.stop for window in windows])
+
+    def _shuffle(self, window: Window) -> np.ndarray:
+        """The states of a window in their order, int64."""
+        ranges = [np.arange(*self._first_states[shard : shard + 2]) for shard in window.shards]
+        return np.random.default_rng([self._seed, window.first, _STATES]).permutation(np.concatenate(ranges))
 
 
 @dataclass(frozen=True)
@@ -31,18 +97,21 @@ class Plan:
     """How a run's positions fall to its steps and processes.
 
     Attributes:
-        num_states: N, states that there are to train on.
-        seed: of the order.
+        order: of the states.
         batch_size: states that one process takes at once.
         grad_accum: such micro-batches that make one optimizer step.
         world_size: number of processes.
     """
 
-    num_states: int
-    seed: int
+    order: Order
     batch_size: int
     grad_accum: int
     world_size: int
+
+    @property
+    def num_states(self) -> int:
+        """States of one epoch."""
+        return self.order.num_states
 
     @property
     def states_per_step(self) -> int:
@@ -62,10 +131,10 @@ class Plan:
 
     def states(self, positions: Iterable[int]) -> list[int]:
         """The states at global positions."""
-        return [state_at(position, self.num_states, self.seed) for position in positions]
+        return [self.order.state_at(position) for position in positions]
 
-    def micro_batches(self, first_step: int, last_step: int, rank: int) -> Iterator[list[int]]:
-        """What a process takes, in order, in the steps from ``first_step`` up to, not including, ``last_step``."""
+    def micro_batches(self, first_step: int, last_step: int, rank: int) -> Iterator[range]:
+        """The positions that a process takes, in order, in the steps ``first_step`` to ``last_step`` (excluded)."""
         for step in range(first_step, last_step):
             for accumulation in range(self.grad_accum):
-                yield self.states(self.positions(step, accumulation, rank))
+                yield self.positions(step, accumulation, rank)

@@ -21,14 +21,13 @@ from safetensors import SafetensorError
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import atomic_path
-from smpo_trainer.batches import StateBatch, StateDataset, make_loader
+from smpo_trainer.batches import Feed, StateBatch
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.metrics import Record
 from smpo_trainer.objectives import Objective
 from smpo_trainer.objectives.base import PairBatch, implicit_margin
 from smpo_trainer.output import OutputFolder
-from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy
 from smpo_trainer.processes import on_main, together
 from smpo_trainer.report import Report
@@ -74,13 +73,12 @@ class ReferenceNoise:
 def settle_reference(
     experiment: Experiment,
     policy: Policy,
-    dataset: StateDataset,
-    plan: Plan,
+    feed: Feed,
     accelerator: Accelerator,
     output: OutputFolder,
     report: Report,
 ) -> Record:
-    """Decide before training whose reference errors ``dataset`` gives, and make them where they are not there.
+    """Decide before training whose reference errors ``feed`` gives, and make them where they are not there.
 
     Returns:
         What is logged with the first step: the noise of the stored errors; nothing where it cannot be known, because
@@ -93,18 +91,18 @@ def settle_reference(
     if output.checkpoints.latest() is not None:
         # The denoiser is the reference no more; what was decided before the first step holds.
         if output.reference.is_file():
-            dataset.ref_error_S2 = together(accelerator, lambda: read_reference(output.reference))
+            feed.dataset.ref_error_S2 = together(accelerator, lambda: read_reference(output.reference))
         return {}
     if not (policy.starts_from_reference or policy.reference):
         return {}
-    reference = _Pass(policy, dataset, plan, accelerator)
+    reference = _Pass(policy, feed, accelerator)
     noise = reference.measure(experiment.objective)
     report.say(noise.describe())
     if settings.reference == "recomputed" or (settings.reference == "auto" and noise.is_loud):
         with report.bar(_TITLE, reference.steps(settings.max_steps)) as step_done:
-            error_S2 = reference.recompute(settings.max_steps, settings.workers, step_done)
+            error_S2 = reference.recompute(settings.max_steps, step_done)
         on_main(accelerator, lambda: write_reference(output.reference, error_S2))
-        dataset.ref_error_S2 = error_S2
+        feed.dataset.ref_error_S2 = error_S2
     elif settings.reference == "stored" and noise.is_loud:
         report.say(
             "WARNING: margins grow to about 1 in training, so this drowns a part of the signal; use --reference auto, "
@@ -116,14 +114,14 @@ def settle_reference(
 class _Pass:
     """Forwards of the reference alone, in the batches that training will take."""
 
-    def __init__(self, policy: Policy, dataset: StateDataset, plan: Plan, accelerator: Accelerator) -> None:
-        self._policy, self._dataset, self._plan, self._accelerator = policy, dataset, plan, accelerator
+    def __init__(self, policy: Policy, feed: Feed, accelerator: Accelerator) -> None:
+        self._policy, self._feed, self._plan, self._accelerator = policy, feed, feed.plan, accelerator
 
     def measure(self, objective: Objective) -> ReferenceNoise:
         """Compare the stored errors of the first step's states with errors computed now."""
         margins: list[torch.Tensor] = []
         losses: list[torch.Tensor] = []
-        for batch, error_B2 in self._batches(1, workers=0):
+        for batch, error_B2 in self._batches(1):
             noisy = PairBatch(error_B2, batch.ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
             loss_B = objective(noisy)[0] - objective(replace(noisy, ref_error_B2=error_B2))[0]
             margin_B = implicit_margin(error_B2, batch.ref_error_B2, objective.options.beta)
@@ -139,14 +137,14 @@ class _Pass:
         """How many of a run's first steps visit every state that it ever visits."""
         return min(max_steps, -(-self._plan.num_states // self._plan.states_per_step))
 
-    def recompute(self, max_steps: int, workers: int, step_done: Callable[[], None]) -> torch.Tensor:
+    def recompute(self, max_steps: int, step_done: Callable[[], None]) -> torch.Tensor:
         """The reference's errors at every state that a run of ``max_steps`` visits.
 
         Returns:
             float32 [S, 2] on the CPU, the same in all processes; NaN at states that are not visited.
         """
         error_S2 = torch.full((self._plan.num_states, 2), torch.nan)
-        for number, (_, error_B2) in enumerate(self._batches(self.steps(max_steps), workers)):
+        for number, (_, error_B2) in enumerate(self._batches(self.steps(max_steps))):
             step, accumulation = divmod(number, self._plan.grad_accum)
             gathered_G2 = self._accelerator.gather(error_B2).cpu()
             positions = [
@@ -160,11 +158,11 @@ class _Pass:
         return error_S2
 
     @torch.no_grad()
-    def _batches(self, steps: int, workers: int) -> Iterator[tuple[StateBatch, torch.Tensor]]:
+    def _batches(self, steps: int) -> Iterator[tuple[StateBatch, torch.Tensor]]:
         """This process's micro-batches of the first steps, each with the reference's errors [B, 2]."""
-        rank, family = self._accelerator.process_index, self._policy.family
+        family = self._policy.family
         reference = self._policy.reference or self._policy.denoiser
-        for batch in make_loader(self._dataset, self._plan.micro_batches(0, steps, rank), workers):
+        for batch in self._feed.batches(0, steps):
             moved = batch.to(self._accelerator.device)
             conditioning = condition(family, moved)  # as in training: the text encoders keep their own dtype
             with self._accelerator.autocast():

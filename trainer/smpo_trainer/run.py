@@ -14,19 +14,20 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from smpo_schemas.errors import UserError
-from smpo_trainer.batches import StateDataset, make_loader
+from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.loop import Trainer
 from smpo_trainer.metrics import MetricsLog, Record
 from smpo_trainer.output import OutputFolder
-from smpo_trainer.plan import Plan
+from smpo_trainer.plan import Order, Plan
 from smpo_trainer.policy import Policy, load_policy
 from smpo_trainer.processes import leave, on_main, together
 from smpo_trainer.reference import settle_reference
 from smpo_trainer.report import Report
 from smpo_trainer.reward_mix import RewardMix
 from smpo_trainer.settings import TrainSettings
+from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable, index_states
 from smpo_trainer.stopping import StopRequest
 
@@ -57,14 +58,18 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
         policy = together(
             accelerator, lambda: load_policy(settings, experiment.shards.model, accelerator.device, report.say)
         )
-        table = together(accelerator, lambda: _index(experiment, accelerator, report))
+        table = together(accelerator, lambda: _index(experiment, report))
         on_main(accelerator, lambda: _begin(settings, output, write_config))
-        plan = Plan(len(table), settings.seed, settings.batch_size, settings.grad_accum, accelerator.num_processes)
+        order = Order(table.states_per_shard, settings.seed, settings.shuffle_window)
+        plan = Plan(order, settings.batch_size, settings.grad_accum, accelerator.num_processes)
+        store = ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))
         dataset = StateDataset(experiment.shards, table)
-        noise = settle_reference(experiment, policy, dataset, plan, accelerator, output, report)
+        feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers)
+        noise = settle_reference(experiment, policy, feed, accelerator, output, report)
         if settings.reference != "live":
             policy = replace(policy, reference=None)  # what it was for is done
-        last = _Run(experiment, policy, dataset, plan, accelerator, output, report, identity).train(noise)
+        last = _Run(experiment, policy, feed, accelerator, output, report, identity).train(noise)
+        store.close()
         if last is not None and accelerator.is_main_process:
             report.say(f"saved {settings.out / policy.save(settings.out)}")
             output.finish(_summary(experiment, policy, plan, identity, last))
@@ -84,17 +89,15 @@ class _Run:
         self,
         experiment: Experiment,
         policy: Policy,
-        dataset: StateDataset,
-        plan: Plan,
+        feed: Feed,
         accelerator: Accelerator,
         output: OutputFolder,
         report: Report,
         identity: dict[str, Any],
     ) -> None:
         self._settings = experiment.settings
-        self._dataset = dataset
-        self._trainer = Trainer(experiment, policy, plan, accelerator)
-        self._plan, self._accelerator, self._output = plan, accelerator, output
+        self._trainer = Trainer(experiment, policy, feed.plan, accelerator)
+        self._feed, self._accelerator, self._output = feed, accelerator, output
         self._report, self._identity = report, identity
 
     def train(self, noise: Record) -> Record | None:
@@ -104,9 +107,7 @@ class _Run:
             noise: what was measured before the first step, logged with it.
         """
         first, last = self._resume(), self._settings.max_steps
-        rank = self._accelerator.process_index
-        loader = make_loader(self._dataset, self._plan.micro_batches(first, last, rank), self._settings.workers)
-        batches = iter(loader)
+        batches = self._feed.batches(first, last)
         record: Record = {}
         log = MetricsLog(self._output.path, first) if self._accelerator.is_main_process else None
         self._report.start(first, last)
@@ -163,15 +164,13 @@ def _make_accelerator(settings: TrainSettings) -> Accelerator:
     return accelerator
 
 
-def _index(experiment: Experiment, accelerator: Accelerator, report: Report) -> StateTable:
+def _index(experiment: Experiment, report: Report) -> StateTable:
     shards, settings = experiment.shards, experiment.settings
-    report.say(f"checking {shards.num_bytes() / 2**20:.0f} MiB of shards")
     return index_states(
         shards,
         experiment.objective,
         experiment.mix,
         (settings.min_timestep, settings.max_timestep),
-        verify=accelerator.is_local_main_process,
         say=report.say,
     )
 
@@ -188,8 +187,8 @@ def _summary(
         "objective": experiment.objective.name,
         "rewards": _described(experiment.mix) if experiment.mix else {},
         "shards": [
-            {"path": str(directory.path), "manifest_sha256": digest}
-            for directory, digest in zip(shards.directories, shards.manifest_hashes(), strict=True)
+            {"path": source.name, "manifest_sha256": digest}
+            for source, digest in zip(shards.sources, shards.manifest_hashes(), strict=True)
         ],
         "starts_from_reference": policy.starts_from_reference,
         "states": plan.num_states,

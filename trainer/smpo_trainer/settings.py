@@ -32,7 +32,7 @@ class TrainSettings:
     """One experiment, as it was asked for.
 
     Attributes:
-        shards: directories written by ``smpo-pipeline invert``; several are joined.
+        shards: directories written by ``smpo-pipeline invert``, folders or URLs; several are joined.
         model: hub id or folder of the base model.
         out: output folder.
         objective: name of the loss.
@@ -56,11 +56,14 @@ class TrainSettings:
         min_timestep: states at smaller timesteps are left out; None: no limit.
         max_timestep: states at larger timesteps are left out; None: no limit.
         save_every: optimizer steps from checkpoint to checkpoint.
+        shuffle_window: states that are shuffled together, at least.
+        cache: folder for shards that are fetched from URLs.
+        cache_gib: what fetched shards may take there.
         workers: loader processes; 0 reads in the training process.
         overwrite: begin anew where the output folder holds a run.
     """
 
-    shards: tuple[Path, ...]
+    shards: tuple[str, ...]
     model: str
     out: Path
     objective: str
@@ -84,6 +87,9 @@ class TrainSettings:
     min_timestep: int | None
     max_timestep: int | None
     save_every: int
+    shuffle_window: int
+    cache: Path
+    cache_gib: float
     workers: int
     overwrite: bool
 

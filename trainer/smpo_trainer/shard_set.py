@@ -10,7 +10,9 @@ from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_file
 from smpo_schemas.manifest import MANIFEST_FILE, ModelInfo
 from smpo_schemas.scores import RewardStatistics
-from smpo_schemas.shards import Sample, SampleLocation, ShardDirectory
+from smpo_schemas.shard_index import IndexedWalk, indexed_walks
+from smpo_schemas.shards import ShardDirectory
+from smpo_trainer.shard_store import ShardSource, open_source
 
 _SAME = {
     "reference": "the reference denoiser",
@@ -24,7 +26,19 @@ _SAME = {
 class ShardSet:
     """Directories with the same reference, noise levels and text encoders; their walkers may differ."""
 
-    directories: tuple[ShardDirectory, ...]
+    sources: tuple[ShardSource, ...]
+
+    @property
+    def directories(self) -> tuple[ShardDirectory, ...]:
+        """Where the files lie."""
+        return tuple(source.directory for source in self.sources)
+
+    @property
+    def places(self) -> tuple[tuple[ShardSource, int], ...]:
+        """Of each shard of the set its source and its number there; a shard of the set is an index into this."""
+        return tuple(
+            (source, number) for source in self.sources for number in range(len(source.directory.manifest.shards))
+        )
 
     @property
     def model(self) -> ModelInfo:
@@ -35,22 +49,19 @@ class ShardSet:
         """SHA-256 of each manifest: what the data are, wherever they lie."""
         return [sha256_file(directory.path / MANIFEST_FILE) for directory in self.directories]
 
-    def num_bytes(self) -> int:
-        """Bytes of all tars."""
-        return sum(directory.manifest.totals.bytes for directory in self.directories)
+    def walks(self) -> Iterator[tuple[int, IndexedWalk]]:
+        """All walks in order, each with its shard.
 
-    def samples(self, *, verify: bool) -> Iterator[tuple[int, SampleLocation, Sample]]:
-        """All samples in order, each with its directory's index and its location; every member is validated.
-
-        Args:
-            verify: also check every tar's SHA-256, before its first sample.
+        Raises:
+            UserError: an index or a tar is damaged.
         """
-        for index, directory in enumerate(self.directories):
-            for shard in range(len(directory.manifest.shards)):
-                if verify:
-                    directory.verify(shard)
-                for location in directory.locate(shard):
-                    yield index, location, directory.read(location)
+        first = 0
+        for source in self.sources:
+            if source.remote and source.directory.manifest.index is None:
+                raise UserError(f"--shards {source.name} has no index.parquet; invert again, or copy it to a disk")
+            for walk in indexed_walks(source.directory):
+                yield first + walk.location.shard, walk
+            first += len(source.directory.manifest.shards)
 
     def reward_statistics(self) -> dict[str, RewardStatistics]:
         """Statistics of the rewards that all directories hold, over all of them.
@@ -75,23 +86,23 @@ class ShardSet:
         return parts[0].model_copy(update=extremes)
 
 
-def open_shards(paths: Sequence[Path]) -> ShardSet:
-    """Read the manifests.
+def open_shards(names: Sequence[str], cache: Path) -> ShardSet:
+    """Read the manifests of folders or URLs; the latter are read through ``cache``.
 
     Raises:
         UserError: a directory has no valid manifest, is named twice, or does not belong to the first one.
     """
-    resolved = [path.resolve() for path in paths]
+    sources = tuple(open_source(name, cache) for name in names)
+    resolved = [source.directory.path.resolve() for source in sources]
     for index, path in enumerate(resolved):
         if path in resolved[:index]:
-            raise UserError(f"--shards names {paths[index]} twice")
-    directories = tuple(ShardDirectory(path) for path in paths)
-    first = directories[0]
-    for other in directories[1:]:
+            raise UserError(f"--shards names {names[index]} twice")
+    first = sources[0]
+    for other in sources[1:]:
         for field, words in _SAME.items():
-            if getattr(other.manifest.model, field) != getattr(first.manifest.model, field):
+            if getattr(other.directory.manifest.model, field) != getattr(first.directory.manifest.model, field):
                 raise UserError(
-                    f"--shards {first.path} and {other.path} do not belong together: {words} differs; "
+                    f"--shards {first.name} and {other.name} do not belong together: {words} differs; "
                     "invert both with the same --model and --unet"
                 )
-    return ShardSet(directories)
+    return ShardSet(sources)

@@ -5,7 +5,7 @@ Shape suffixes: P walks, S states.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,23 +17,41 @@ from smpo_trainer.reward_mix import RewardMix
 from smpo_trainer.shard_set import ShardSet
 
 
+class WalkLocations:
+    """Where walks lie, in arrays: some fifty bytes each."""
+
+    def __init__(self, walks: Sequence[tuple[int, SampleLocation]]) -> None:
+        """Take of each walk its shard of the set, and its location in its directory."""
+        self.shard_P = np.array([shard for shard, _ in walks], dtype=np.int32)
+        self._number_P = np.array([place.shard for _, place in walks], dtype=np.int32)
+        self._key_P = np.array([place.key for _, place in walks], dtype=np.bytes_)
+        self._parts_P4 = np.array([[*place.meta, *place.tensors] for _, place in walks], dtype=np.int64)
+
+    def __getitem__(self, walk: int) -> SampleLocation:
+        meta_offset, meta_bytes, offset, length = self._parts_P4[walk].tolist()
+        key = self._key_P[walk].decode()
+        return SampleLocation(int(self._number_P[walk]), key, (meta_offset, meta_bytes), (offset, length))
+
+
 @dataclass(frozen=True)
 class StateTable:
     """Every state that an experiment uses, in shard order.
 
     Attributes:
-        locations: of each walk its directory's index and its place there.
+        locations: of each walk.
         preference_P: P(image_0 preferred), NaN where there is none.
         label_P: the annotator's, NaN where nobody labelled.
         walk_S: which walk a state is of.
         k_S: which of the walk's states it is.
+        states_per_shard: how many states lie in each shard of the set.
     """
 
-    locations: tuple[tuple[int, SampleLocation], ...]
+    locations: WalkLocations
     preference_P: np.ndarray
     label_P: np.ndarray
     walk_S: np.ndarray
     k_S: np.ndarray
+    states_per_shard: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.walk_S)
@@ -45,35 +63,33 @@ def index_states(
     mix: RewardMix | None,
     timesteps: tuple[int | None, int | None],
     *,
-    verify: bool,
     say: Callable[[str], None],
 ) -> StateTable:
-    """Read through all shards once, and list the states that the objective can learn from.
+    """List the states that the objective can learn from.
 
     Args:
         shards: the data set.
         objective: decides which pairs are usable.
         mix: gives the preferences; None where the objective needs none.
         timesteps: smallest and largest timestep to use, both included; None: no limit.
-        verify: check the tars' SHA-256 on the way.
         say: takes a line about what is left out.
 
     Raises:
-        UserError: a shard is damaged, latents have several shapes, or nothing is left.
+        UserError: an index is damaged, latents have several shapes, or nothing is left.
     """
     metas: list[SampleMeta] = []
     locations: list[tuple[int, SampleLocation]] = []
     timesteps_P: list[np.ndarray] = []
     shape: tuple[int, ...] | None = None
-    for directory, location, sample in shards.samples(verify=verify):
-        shape = shape or tuple(sample.x0_2Chw.shape)
-        if tuple(sample.x0_2Chw.shape) != shape:
-            path = shards.directories[directory].path
-            found = tuple(sample.x0_2Chw.shape[1:])
-            raise UserError(f"{path}: pair {sample.meta.pair_id} has latents of shape {found}, others of {shape[1:]}")
-        metas.append(sample.meta)
-        locations.append((directory, location))
-        timesteps_P.append(sample.timestep_K.numpy())
+    places = shards.places
+    for shard, walk in shards.walks():
+        shape = shape or walk.latent
+        if walk.latent != shape:
+            name = places[shard][0].name
+            raise UserError(f"{name}: pair {walk.meta.pair_id} has latents of shape {walk.latent}, others of {shape}")
+        metas.append(walk.meta)
+        locations.append((shard, walk.location))
+        timesteps_P.append(np.array(walk.timesteps))
     label_P = np.array([np.nan if meta.label is None else meta.label for meta in metas], dtype=np.float64)
     preference_P = mix.preferences(metas) if mix else np.full(len(metas), np.nan)
     usable_P = objective.usable(preference_P, label_P)
@@ -88,7 +104,9 @@ def index_states(
     if not usable_P.all():
         say(f"{int((~usable_P).sum())} of {len(metas)} walks lack {objective.needs} and are left out")
     say(f"{len(walk_S)} of {total} states of {len(metas)} walks are trained on")
-    return StateTable(tuple(locations), preference_P, label_P, walk_S, k_S)
+    placed = WalkLocations(locations)
+    per_shard = np.bincount(placed.shard_P[walk_S], minlength=len(places))
+    return StateTable(placed, preference_P, label_P, walk_S, k_S, tuple(per_shard.tolist()))
 
 
 def _select(
@@ -104,7 +122,7 @@ def _select(
         keep &= t_S >= low
     if high is not None:
         keep &= t_S <= high
-    return walk_S[keep], k_S[keep]
+    return walk_S[keep].astype(np.int32), k_S[keep].astype(np.int16)
 
 
 def _range(low: int | None, high: int | None) -> str:

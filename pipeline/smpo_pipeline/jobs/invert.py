@@ -35,6 +35,8 @@ from smpo_schemas.manifest import (
 from smpo_schemas.pairs import PairColumns, RowRange, column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.rejects import count_reasons, write_rejects
 from smpo_schemas.scores import ScoresInfo, read_scores, read_scores_info
+from smpo_schemas.shard_index import INDEX_FILE, write_index
+from smpo_schemas.shards import ShardDirectory
 
 
 def invert(options: InvertOptions) -> Manifest:
@@ -62,7 +64,7 @@ def invert(options: InvertOptions) -> Manifest:
         "pairs_per_shard": options.pairs_per_shard,
     }
     run = Run(options.out, MANIFEST_FILE, identity)
-    if not run.open(overwrite=options.overwrite, patterns=("shard-*.tar", REJECTS_FILE)):
+    if not run.open(overwrite=options.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
         return read_manifest(options.out)
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
 
@@ -191,5 +193,6 @@ def _finish(
         health=health.bands(model.num_train_timesteps),
         versions={name: version(name) for name in ("smpo-diffusion", "torch", "diffusers", "transformers", "numpy")},
     )
+    manifest = manifest.model_copy(update={"index": write_index(ShardDirectory(options.out, manifest))})
     write_manifest(options.out, manifest)
     return manifest

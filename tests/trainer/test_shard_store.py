@@ -1,0 +1,119 @@
+"""Shards from an object store, with fsspec's own in-memory one in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from smpo_schemas.errors import UserError
+from smpo_trainer import shard_store
+from smpo_trainer.shard_set import ShardSet, open_shards
+from smpo_trainer.shard_store import ShardStore
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import column
+
+URL = "memory://bucket/shards"
+
+
+class Flaky(MemoryFileSystem):
+    """Fails every other time."""
+
+    protocol = "flaky"
+    cachable = False
+    failures = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def get_file(self, *args: object, **kwargs: object) -> None:
+        Flaky.failures += 1
+        if Flaky.failures % 2:
+            raise ConnectionResetError("reset by peer")
+        super().get_file(*args, **kwargs)
+
+
+@pytest.fixture
+def bucket(shards: Path) -> Iterator[MemoryFileSystem]:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(shards), "/bucket/shards", recursive=True)
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+def opened(cache: Path, url: str = URL) -> ShardSet:
+    return open_shards([url], cache)
+
+
+def tars(cache: Path) -> set[str]:
+    return {path.name for path in cache.rglob("shard-*.tar")}
+
+
+def test_training_from_a_url_equals_training_from_a_folder(train: Train, tmp_path: Path, bucket: object) -> None:
+    local = train("local", max_steps=9, beta=200, lr=1e-5)
+    options = {"cache": tmp_path / "cache", "workers": 2, "shuffle_window": 1, "max_steps": 9, "beta": 200, "lr": 1e-5}
+    remote = train("remote", on=URL, **options)
+    there = train("there", **options)
+    assert column(remote, "loss") == column(there, "loss")
+    assert column(local, "loss") != column(there, "loss")  # another window is another order
+    assert tars(tmp_path / "cache") == {"shard-000000.tar", "shard-000001.tar"}
+
+
+def test_only_what_is_asked_for_is_fetched(tmp_path: Path, bucket: object) -> None:
+    found = opened(tmp_path)
+    assert sum(1 for _ in found.walks()) == 6
+    assert tars(tmp_path) == set()
+    store = ShardStore(found.places, cache_bytes=1 << 30)
+    store.require([1])
+    assert tars(tmp_path) == {"shard-000001.tar"}
+
+
+def test_the_cache_keeps_its_bound_and_what_is_in_use(tmp_path: Path, bucket: object) -> None:
+    store = ShardStore(opened(tmp_path).places, cache_bytes=1)
+    store.require([0, 1])
+    store.release([1])
+    assert tars(tmp_path) == {"shard-000001.tar"}
+    store.require([0])
+    assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
+
+
+def test_failures_that_pass_are_tried_again(
+    tmp_path: Path, bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(shard_store, "_FIRST_PAUSE_SECONDS", 0.0)
+    found = opened(tmp_path, "flaky://bucket/shards")
+    ShardStore(found.places, cache_bytes=1 << 30).require([0, 1])
+    assert len(tars(tmp_path)) == 2
+
+
+def test_a_damaged_copy_is_named_and_not_kept(tmp_path: Path, bucket: MemoryFileSystem) -> None:
+    name = "/bucket/shards/shard-000000.tar"
+    whole = bucket.cat_file(name)
+    bucket.pipe_file(name, whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="differs from the SHA-256"):
+        ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).require([0])
+    bucket.pipe_file(name, whole)
+    ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).require([0])
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, bucket: MemoryFileSystem) -> None:
+    bucket.rm_file("/bucket/shards/shard-000001.tar")
+    with pytest.raises(UserError, match="shard-000001.tar does not exist"):
+        ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).require([1])
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://bucket/nothing", "manifest.json does not exist"),
+        ("nosuch://bucket/x", "--shards nosuch://bucket/x: Protocol not known"),
+    ],
+)
+def test_a_wrong_url_is_one_line(tmp_path: Path, bucket: object, url: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, url)

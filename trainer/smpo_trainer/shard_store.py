@@ -1,0 +1,180 @@
+"""Where shards come from: a folder, or an object store whose shards are fetched ahead of their use.
+
+A remote directory is a local folder that fills itself: manifest and index at once, tars when they are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from filelock import FileLock
+
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import atomic_path
+from smpo_schemas.manifest import MANIFEST_FILE
+from smpo_schemas.shards import ShardDirectory
+
+_THREADS = 4
+_ATTEMPTS = 5
+_FIRST_PAUSE_SECONDS = 0.5
+"""Doubled after each failed attempt."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A directory on an object store.
+
+    Attributes:
+        url: as the user gave it.
+        filesystem: of fsspec.
+        root: the directory's path there.
+    """
+
+    url: str
+    filesystem: Any
+    root: str
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file of the directory to ``target``, which is then whole; other processes may ask for the same.
+
+        Raises:
+            UserError: it is not there, or the store still fails after several attempts.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if target.is_file():
+                return
+            with atomic_path(target) as temporary:
+                self._copy(name, temporary)
+
+    def _copy(self, name: str, temporary: Path) -> None:
+        pause = _FIRST_PAUSE_SECONDS
+        for attempt in range(_ATTEMPTS):
+            try:
+                self.filesystem.get_file(f"{self.root}/{name}", str(temporary))
+            except FileNotFoundError as error:
+                raise UserError(f"{self.url}/{name} does not exist") from error
+            except Exception as error:  # each store has errors of its own
+                if attempt == _ATTEMPTS - 1:
+                    raise UserError(f"{self.url}/{name} cannot be fetched ({_ATTEMPTS} attempts): {error}") from error
+                time.sleep(pause)
+                pause *= 2
+            else:
+                return
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """A directory of shards as this machine sees it.
+
+    Attributes:
+        name: path or URL, as the user gave it.
+        directory: where its files lie, or will lie.
+        remote: where they come from; None: they are there.
+    """
+
+    name: str
+    directory: ShardDirectory
+    remote: Remote | None
+
+
+def open_source(name: str, cache: Path) -> ShardSource:
+    """Open a folder, or a URL of any file system that fsspec knows, read through ``cache``.
+
+    Raises:
+        UserError: it holds no finished shards, or the store cannot be reached.
+    """
+    if "://" not in name:
+        return ShardSource(name, ShardDirectory(Path(name)), None)
+    url = name.rstrip("/")
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"--shards {name}: {error}") from error
+    remote = Remote(url, filesystem, root)
+    # A directory that was made anew has another manifest: its tars must not be taken from what was fetched before.
+    manifest = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.json"
+    manifest.unlink(missing_ok=True)
+    remote.fetch(MANIFEST_FILE, manifest)
+    folder = cache / hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+    remote.fetch(MANIFEST_FILE, folder / MANIFEST_FILE)
+    directory = ShardDirectory(folder)
+    if directory.manifest.index:
+        remote.fetch(directory.manifest.index.name, folder / directory.manifest.index.name)
+    return ShardSource(name, directory, remote)
+
+
+class ShardStore:
+    """Brings shards to this machine, checks every byte of them, and keeps the cache within its bound."""
+
+    def __init__(self, places: Sequence[tuple[ShardSource, int]], cache_bytes: int) -> None:
+        """Serve shards.
+
+        Args:
+            places: of each shard its source and its number there.
+            cache_bytes: what fetched shards may take, besides those of the windows in use.
+        """
+        self._places, self._cache_bytes = places, cache_bytes
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
+        self._ready: OrderedDict[int, Future[None]] = OrderedDict()
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Begin to fetch and to check shards that will be needed."""
+        for shard in shards:
+            if shard not in self._ready:
+                self._ready[shard] = self._pool.submit(self._bring, shard)
+
+    def require(self, shards: Iterable[int]) -> None:
+        """Wait until shards are here and found whole.
+
+        Raises:
+            UserError: one is missing or damaged.
+        """
+        wanted = list(shards)
+        self.expect(wanted)
+        for shard in wanted:
+            self._ready[shard].result()
+
+    def release(self, in_use: Iterable[int]) -> None:
+        """Remove fetched shards, the oldest first, until the bound is kept; those in use stay."""
+        kept = set(in_use)
+        held = [shard for shard in self._ready if self._places[shard][0].remote]
+        total = sum(self._entry_bytes(shard) for shard in held)
+        for shard in held:
+            if total <= self._cache_bytes:
+                return
+            if shard not in kept and self._ready[shard].done():
+                source, number = self._places[shard]
+                (source.directory.path / source.directory.manifest.shards[number].name).unlink(missing_ok=True)
+                del self._ready[shard]
+                total -= self._entry_bytes(shard)
+
+    def close(self) -> None:
+        """Stop fetching."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _bring(self, shard: int) -> None:
+        source, number = self._places[shard]
+        entry = source.directory.manifest.shards[number]
+        if source.remote:
+            path = source.directory.path / entry.name
+            source.remote.fetch(entry.name, path)
+            try:
+                source.directory.verify(number)
+            except UserError:
+                path.unlink(missing_ok=True)  # perhaps the copy alone is damaged: the next run fetches it anew
+                raise
+        else:
+            source.directory.verify(number)
+
+    def _entry_bytes(self, shard: int) -> int:
+        source, number = self._places[shard]
+        return source.directory.manifest.shards[number].bytes
