@@ -88,6 +88,13 @@ def test_a_resumed_run_needs_no_shard_of_a_window_that_is_done() -> None:
     assert not remaining & done
 
 
+def test_a_set_within_one_window_is_permuted_as_a_whole() -> None:
+    order = Order(SHARDS, 7, 65536)
+    for epoch in range(2):
+        wanted = np.random.default_rng([7, epoch]).permutation(101)
+        assert [order.state_at(epoch * 101 + place) for place in range(101)] == wanted.tolist()
+
+
 def test_seed_decides_the_order() -> None:
     def of(seed: int) -> list[int]:
         order = Order((10, 10), seed, 5)

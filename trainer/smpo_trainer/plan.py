@@ -14,8 +14,8 @@ from functools import lru_cache
 
 import numpy as np
 
-_SHARDS, _STATES = 0, 1
-"""Streams of random numbers: of an epoch's order of shards, and of a window's order of states."""
+_STATES, _SHARDS = 0, 1
+"""Streams of random numbers: of a window's order of states, and of an epoch's order of shards."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,14 @@ class Window:
     """Shards whose states are shuffled together.
 
     Attributes:
+        epoch, index: which pass over the data, and which window of it.
         first: global position of its first state.
         stop: global position after its last.
         shards: in the order in which they are read.
     """
 
+    epoch: int
+    index: int
     first: int
     stop: int
     shards: tuple[int, ...]
@@ -75,12 +78,12 @@ class Order:
         windows: list[Window] = []
         shards: list[int] = []
         first = stop = epoch * self.num_states
-        order = np.random.default_rng([self._seed, epoch, _SHARDS]).permutation(len(self._first_states) - 1)
+        order = np.random.default_rng([self._seed, epoch, 0, _SHARDS]).permutation(len(self._first_states) - 1)
         for shard in order.tolist():
             stop += int(self._first_states[shard + 1] - self._first_states[shard])
             shards.append(shard)
             if stop - first >= self._window or stop == (epoch + 1) * self.num_states:
-                windows.append(Window(first, stop, tuple(shards)))
+                windows.append(Window(epoch, len(windows), first, stop, tuple(shards)))
                 shards, first = [], stop
                 if stop == (epoch + 1) * self.num_states:
                     break  # what is left are shards without states
@@ -88,8 +91,9 @@ class Order:
 
     def _shuffle(self, window: Window) -> np.ndarray:
         """The states of a window in their order, int64."""
-        ranges = [np.arange(*self._first_states[shard : shard + 2]) for shard in window.shards]
-        return np.random.default_rng([self._seed, window.first, _STATES]).permutation(np.concatenate(ranges))
+        ranges = [np.arange(*self._first_states[shard : shard + 2]) for shard in sorted(window.shards)]
+        stream = np.random.default_rng([self._seed, window.epoch, window.index, _STATES])
+        return stream.permutation(np.concatenate(ranges))
 
 
 @dataclass(frozen=True)
