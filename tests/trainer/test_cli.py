@@ -83,7 +83,9 @@ def test_rewards(refused: Refused, tmp_path: Path, model: Path, train: Train) ->
 
 
 def test_unknown_objective(refused: Refused) -> None:
-    assert "--objective nonsense is not known; known: dpo, smpo" in refused(objective="nonsense")
+    assert "--objective nonsense is not known; known: capo, dmpo, dpo, ipo, mapo, npo, sft, smpo" in refused(
+        objective="nonsense"
+    )
 
 
 def test_unwritable_output(refused: Refused, tmp_path: Path) -> None:

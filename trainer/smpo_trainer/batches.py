@@ -33,6 +33,7 @@ class State:
     timestep: int
     preference: float
     label: float
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class StateBatch:
         ref_error_B2: float32.
         timestep_B: int64.
         preference_B, label_B: float32, NaN where there is none.
+        weight_B: float32, the pair's own weight in the loss.
     """
 
     pair_ids: list[str]
@@ -58,6 +60,7 @@ class StateBatch:
     timestep_B: torch.Tensor
     preference_B: torch.Tensor
     label_B: torch.Tensor
+    weight_B: torch.Tensor
 
     def to(self, device: torch.device) -> StateBatch:
         """The same with all tensors on ``device``."""
@@ -103,6 +106,7 @@ class StateDataset(Dataset[State | str]):
             timestep=int(sample.timestep_K[k]),
             preference=float(self._table.preference_P[walk]),
             label=float(self._table.label_P[walk]),
+            weight=float(self._table.weight_P[walk]),
         )
 
 
@@ -124,6 +128,7 @@ def _stack(states: Sequence[State]) -> StateBatch:
         timestep_B=torch.tensor([state.timestep for state in states], dtype=torch.int64),
         preference_B=torch.tensor([state.preference for state in states], dtype=torch.float32),
         label_B=torch.tensor([state.label for state in states], dtype=torch.float32),
+        weight_B=torch.tensor([state.weight for state in states], dtype=torch.float32),
     )
 
 

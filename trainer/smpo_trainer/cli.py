@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from smpo_schemas.commandline import ConfigOption, run_app, write_resolved_config
-from smpo_trainer.settings import LrSchedule, MixedPrecision, ReferenceSource, TrainSettings, parse_rewards
+from smpo_trainer import flags
+from smpo_trainer.settings import (
+    LrSchedule,
+    MixedPrecision,
+    ReferenceSource,
+    TrainSettings,
+    parse_options,
+    parse_rewards,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,7 +30,6 @@ _Shards = Annotated[
 ]
 _Model = Annotated[str, typer.Option(help="Base model that the shards were made with: hub id or diffusers folder.")]
 _Out = Annotated[Path, typer.Option(help="Output folder: the trained model, metrics, checkpoints until it is done.")]
-_Objective = Annotated[str, typer.Option(help="Loss: smpo (smoothed preferences of rewards) or dpo (labels).")]
 _Reward = Annotated[
     list[str] | None,
     typer.Option(
@@ -105,11 +112,18 @@ def train(
     shards: _Shards,
     model: _Model,
     out: _Out,
-    objective: _Objective = "smpo",
+    objective: flags.Objective = "smpo",
     reward: _Reward = None,
     scores: _Scores = None,
     beta: _Beta = None,
     gamma: _Gamma = 10.0,
+    objective_option: flags.ObjectiveOption = None,
+    timestep_weighting: flags.TimestepWeighting = None,
+    snr_gamma: flags.SnrGamma = 5.0,
+    sigmoid_bias: flags.SigmoidBias = 0.0,
+    budget: flags.Budget = None,
+    budget_weight: flags.BudgetWeight = 1.0,
+    weight_column: flags.WeightColumn = None,
     max_steps: _MaxSteps = 200,
     batch_size: _BatchSize = 8,
     grad_accum: _GradAccum = 1,
@@ -131,6 +145,7 @@ def train(
     cache_gib: _CacheGib = 100.0,
     workers: _Workers = 2,
     overwrite: _Overwrite = False,
+    list_objectives: flags.ListObjectives = False,  # noqa: ARG001  (its callback has printed them)
     config: ConfigOption = None,  # noqa: ARG001  (its callback has read it)
 ) -> None:
     """Align a diffusion model with preference, from shards.
@@ -147,6 +162,13 @@ def train(
         scores=scores,
         beta=beta,
         gamma=gamma,
+        objective_options=parse_options(objective_option or []),
+        timestep_weighting=timestep_weighting,
+        snr_gamma=snr_gamma,
+        sigmoid_bias=sigmoid_bias,
+        budget=budget,
+        budget_weight=budget_weight,
+        weight_column=weight_column,
         max_steps=max_steps,
         batch_size=batch_size,
         grad_accum=grad_accum,

@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smpo_trainer.objectives import Objective, ObjectiveOptions, find_objective
+from smpo_models.process import Process
+from smpo_trainer.objectives import Objective, find_objective
+from smpo_trainer.pair_loss import PairLoss
+from smpo_trainer.pair_weights import PairWeights, read_pair_weights
 from smpo_trainer.reward_mix import RewardMix, resolve_mix
 from smpo_trainer.settings import TrainSettings, resolve_beta
 from smpo_trainer.shard_set import ShardSet, open_shards
+from smpo_trainer.timestep_weighting import TimestepWeighting
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,21 @@ class Experiment:
         shards: the data set.
         objective: the loss, with its options resolved.
         mix: the rewards; None where the objective uses none.
+        weights: of the pairs; None where all count alike.
+        weighting: of the timesteps.
     """
 
     settings: TrainSettings
     shards: ShardSet
     objective: Objective
     mix: RewardMix | None
+    weights: PairWeights | None
+    weighting: TimestepWeighting
+
+    def pair_loss(self, process: Process) -> PairLoss:
+        """The objective with everything that the settings combine with it."""
+        settings = self.settings
+        return PairLoss(self.objective, process, self.weighting, settings.budget, settings.budget_weight)
 
     def identity(self, states_per_step: int) -> dict[str, Any]:
         """Everything that decides the numbers of a run, by the names that users know (JSON values).
@@ -42,6 +55,11 @@ class Experiment:
             "scores": self.mix.identity if self.mix else None,
             "beta": self.objective.options.beta,
             "gamma": self.objective.options.gamma,
+            **{name: getattr(self.objective.options, name) for name in self.objective.options.own()},
+            **self.weighting.identity(),
+            "budget": settings.budget,
+            "budget_weight": settings.budget_weight if settings.budget is not None else None,
+            "weight_column": self.weights.identity() if self.weights else None,
             "max_steps": settings.max_steps,
             "batch_size x grad_accum x processes": states_per_step,
             "lr": settings.peak_lr,
@@ -66,13 +84,25 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     Raises:
         UserError: one of them is not there, or they do not belong together.
     """
-    objective = find_objective(settings.objective)
+    kind = find_objective(settings.objective)
     shards = open_shards(settings.shards, settings.cache)
-    mix = resolve_mix(settings.rewards, shards, settings.scores) if objective.uses_rewards else None
-    if mix is None and (settings.rewards or settings.scores):
-        say(f"--objective {objective.name} learns from labels: --reward and --scores are not used")
-    beta = resolve_beta(settings.beta, shards.model.kind)
-    return Experiment(settings, shards, objective(ObjectiveOptions(beta=beta, gamma=settings.gamma)), mix)
+    mix = resolve_mix(settings.rewards, shards, settings.scores) if kind.uses_rewards else None
+    if mix is None and (settings.rewards or (settings.scores and not settings.weight_column)):
+        say(f"--objective {kind.name} learns from labels: --reward and --scores are not used")
+    if not kind.uses_reference and settings.reference == "live":
+        say(f"--objective {kind.name} needs no reference: --reference live only serves what is logged")
+    weights = read_pair_weights(settings.scores, settings.weight_column) if settings.weight_column else None
+    options = kind.Options.parse(
+        kind.name,
+        settings.objective_options,
+        beta=resolve_beta(settings.beta, shards.model.kind),
+        gamma=settings.gamma,
+        num_train_timesteps=shards.model.num_train_timesteps,
+    )
+    weighting = TimestepWeighting(
+        settings.timestep_weighting or kind.timestep_weighting, settings.snr_gamma, settings.sigmoid_bias
+    )
+    return Experiment(settings, shards, kind(options), mix, weights, weighting)
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -35,7 +35,7 @@ class Trainer:
 
     def __init__(self, experiment: Experiment, policy: Policy, plan: Plan, accelerator: Accelerator) -> None:
         settings = experiment.settings
-        self._settings, self._objective = settings, experiment.objective
+        self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.process)
         self._policy, self._plan, self._accelerator = policy, plan, accelerator
         self._parameters = list(policy.trained().values())
         optimizer = torch.optim.AdamW(self._parameters, lr=settings.peak_lr, weight_decay=settings.weight_decay)
@@ -96,7 +96,7 @@ class Trainer:
             with torch.no_grad(), self._accelerator.autocast():
                 ref_error_B2 = pair_errors(family, self._policy.reference, batch, conditioning)
         pairs = PairBatch(error_B2, ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
-        loss_B, metrics = self._objective(pairs)
+        loss_B, metrics = self._pair_loss(pairs, batch.weight_B)
         moved_B2 = error_B2.detach() - ref_error_B2
         for image in (0, 1):
             metrics[f"error/image_{image}"] = error_B2.detach()[:, image]

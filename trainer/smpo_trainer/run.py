@@ -170,6 +170,7 @@ def _index(experiment: Experiment, report: Report) -> StateTable:
         shards,
         experiment.objective,
         experiment.mix,
+        experiment.weights,
         (settings.min_timestep, settings.max_timestep),
         say=report.say,
     )

@@ -17,6 +17,9 @@ ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
 """Where the reference's errors come from: the shards; one pass of this run's own arithmetic before it starts; a second,
 frozen denoiser in memory; or (auto) the shards, unless their arithmetic noise is loud: then such a pass."""
 
+TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
+"""How much a state counts by its timestep."""
+
 LrSchedule = Literal["constant", "linear", "cosine"]
 """Course of the learning rate after its linear warm-up."""
 
@@ -40,6 +43,13 @@ class TrainSettings:
         scores: output of ``smpo-pipeline score`` whose scores replace those in the shards, joined by pair_id.
         beta: scale of the implicit reward; None: the published one for the model's kind.
         gamma: scale of the smoothed preference.
+        objective_options: of the objective's own options, as they were typed.
+        timestep_weighting: how much a state counts by its timestep; None: the objective's published weighting.
+        snr_gamma: of the weighting ``min-snr``.
+        sigmoid_bias: of the weighting ``sigmoid``.
+        budget: how far the preferred image's error may rise above the reference's, in margin units; None: unlimited.
+        budget_weight: what the excess over the budget is multiplied with.
+        weight_column: column of the scores table with a weight for each pair; None: all count alike.
         max_steps: optimizer steps.
         batch_size: pairs (states) a process takes at once.
         grad_accum: micro-batches of an optimizer step.
@@ -71,6 +81,13 @@ class TrainSettings:
     scores: Path | None
     beta: float | None
     gamma: float
+    objective_options: dict[str, str]
+    timestep_weighting: TimestepWeightingKind | None
+    snr_gamma: float
+    sigmoid_bias: float
+    budget: float | None
+    budget_weight: float
+    weight_column: str | None
     max_steps: int
     batch_size: int
     grad_accum: int
@@ -120,6 +137,23 @@ def parse_rewards(texts: Sequence[str]) -> dict[str, float]:
             raise UserError(f"--reward {name} is given twice; its weight is one number")
         weights[name] = weight
     return weights
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, str]:
+    """Values by name from ``NAME=VALUE``.
+
+    Raises:
+        UserError: one is not of that form, or a name comes twice.
+    """
+    values: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"--objective-option {text}: expected NAME=VALUE")
+        if name in values:
+            raise UserError(f"--objective-option {name} is given twice")
+        values[name] = value
+    return values
 
 
 def resolve_beta(beta: float | None, kind: str) -> float:

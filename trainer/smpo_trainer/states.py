@@ -13,6 +13,7 @@ import numpy as np
 from smpo_schemas.errors import UserError
 from smpo_schemas.shards import SampleLocation, SampleMeta
 from smpo_trainer.objectives import Objective
+from smpo_trainer.pair_weights import PairWeights
 from smpo_trainer.reward_mix import RewardMix
 from smpo_trainer.shard_set import ShardSet
 
@@ -41,6 +42,7 @@ class StateTable:
         locations: of each walk.
         preference_P: P(image_0 preferred), NaN where there is none.
         label_P: the annotator's, NaN where nobody labelled.
+        weight_P: the pair's own weight in the loss.
         walk_S: which walk a state is of.
         k_S: which of the walk's states it is.
         states_per_shard: how many states lie in each shard of the set.
@@ -49,6 +51,7 @@ class StateTable:
     locations: WalkLocations
     preference_P: np.ndarray
     label_P: np.ndarray
+    weight_P: np.ndarray
     walk_S: np.ndarray
     k_S: np.ndarray
     states_per_shard: tuple[int, ...]
@@ -61,6 +64,7 @@ def index_states(
     shards: ShardSet,
     objective: Objective,
     mix: RewardMix | None,
+    weights: PairWeights | None,
     timesteps: tuple[int | None, int | None],
     *,
     say: Callable[[str], None],
@@ -71,6 +75,7 @@ def index_states(
         shards: the data set.
         objective: decides which pairs are usable.
         mix: gives the preferences; None where the objective needs none.
+        weights: of the pairs; None: all 1. A pair of weight 0 is left out.
         timesteps: smallest and largest timestep to use, both included; None: no limit.
         say: takes a line about what is left out.
 
@@ -92,21 +97,26 @@ def index_states(
         timesteps_P.append(np.array(walk.timesteps))
     label_P = np.array([np.nan if meta.label is None else meta.label for meta in metas], dtype=np.float64)
     preference_P = mix.preferences(metas) if mix else np.full(len(metas), np.nan)
+    weight_P = weights.of(metas) if weights else np.ones(len(metas))
     usable_P = objective.usable(preference_P, label_P)
+    if not usable_P.all():
+        say(f"{int((~usable_P).sum())} of {len(metas)} walks lack {objective.needs} and are left out")
+    if weights and not weight_P.all():
+        say(f"{int((weight_P == 0).sum())} of {len(metas)} walks have no weight in {weights.column} and are left out")
+        usable_P &= weight_P > 0
     low, high = timesteps
     walk_S, k_S = _select(timesteps_P, usable_P, low, high)
     total = sum(map(len, timesteps_P))
     if len(walk_S) == 0:
         raise UserError(
-            f"no pair is left to train on: of {len(metas)} walks {int(usable_P.sum())} have {objective.needs}, as "
+            f"no pair is left to train on: of {len(metas)} walks {int(usable_P.sum())} have {objective.needs}"
+            f"{' and a weight' if weights else ''}, as "
             f"--objective {objective.name} needs, and of their states none is within {_range(low, high)}"
         )
-    if not usable_P.all():
-        say(f"{int((~usable_P).sum())} of {len(metas)} walks lack {objective.needs} and are left out")
     say(f"{len(walk_S)} of {total} states of {len(metas)} walks are trained on")
     placed = WalkLocations(locations)
     per_shard = np.bincount(placed.shard_P[walk_S], minlength=len(places))
-    return StateTable(placed, preference_P, label_P, walk_S, k_S, tuple(per_shard.tolist()))
+    return StateTable(placed, preference_P, label_P, weight_P, walk_S, k_S, tuple(per_shard.tolist()))
 
 
 def _select(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+from collections.abc import Iterator
 
 from smpo_schemas.errors import UserError
 from smpo_trainer.objectives.base import Objective, ObjectiveOptions
@@ -13,7 +15,8 @@ def objectives() -> dict[str, type[Objective]]:
     """Every objective by its name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {objective.name: objective for objective in Objective.__subclasses__()}
+    found = _below(Objective)  # type: ignore[type-abstract]
+    return {objective.name: objective for objective in found if not inspect.isabstract(objective)}
 
 
 def find_objective(name: str) -> type[Objective]:
@@ -26,6 +29,12 @@ def find_objective(name: str) -> type[Objective]:
     if name not in known:
         raise UserError(f"--objective {name} is not known; known: {', '.join(sorted(known))}")
     return known[name]
+
+
+def _below(base: type[Objective]) -> Iterator[type[Objective]]:
+    for subclass in base.__subclasses__():
+        yield subclass
+        yield from _below(subclass)
 
 
 __all__ = ["Objective", "ObjectiveOptions", "find_objective", "objectives"]

@@ -6,27 +6,62 @@ Shape suffixes: B a batch of states, P pairs, 2 images.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from smpo_schemas.errors import UserError
+from smpo_trainer.settings import TimestepWeightingKind
 
 Metrics = dict[str, torch.Tensor]
 """Per-pair values by name, each [B], detached; NaN where the pair has no such value. Their mean is what is logged."""
 
+TIE = 0.5
+"""The label of a pair whose images its annotator could not tell apart."""
 
-@dataclass(frozen=True)
-class ObjectiveOptions:
-    """What a user sets of an objective.
+
+class ObjectiveOptions(BaseModel):
+    """What a user sets of an objective. One with options of its own adds them as fields, with a description.
 
     Attributes:
         beta: scale of the implicit reward: error times beta/2. The larger, the closer the model stays to the reference.
         gamma: scale of the smoothed preference: how sure a pair with p = 1 is.
+        num_train_timesteps: T of the model's noise levels.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
     beta: float
-    gamma: float
+    gamma: float = 10.0
+    num_train_timesteps: int = 1000
+
+    @classmethod
+    def own(cls) -> tuple[str, ...]:
+        """The names of the options that only this objective has."""
+        return tuple(name for name in cls.model_fields if name not in ObjectiveOptions.model_fields)
+
+    @classmethod
+    def parse(cls, objective: str, texts: Mapping[str, str], **common: float) -> Self:
+        """Options from the values of ``--objective-option``.
+
+        Raises:
+            UserError: the objective has no such option, or the value does not suit it.
+        """
+        for name in texts:
+            if name not in cls.own():
+                described = "; ".join(f"{n} ({cls.model_fields[n].description})" for n in cls.own())
+                has = f"it has: {described}" if described else "it has none"
+                raise UserError(f"--objective-option {name}: --objective {objective} has no such option; {has}")
+        try:
+            return cls.model_validate({**common, **texts})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise UserError(f"--objective-option {name}={texts.get(name)}: {first['msg']}") from error
 
 
 @dataclass(frozen=True)
@@ -53,20 +88,27 @@ class Objective(ABC):
 
     Attributes:
         name: as in ``--objective``.
+        summary: one line for the list of objectives.
         uses_rewards: whether it needs the preference of a reward mix.
+        uses_reference: whether its loss depends on the reference; without, the reference only serves what is logged.
         needs: what a pair must have to be used, for the message about those that are left out.
+        timestep_weighting: the published one.
+        Options: its options; a subclass of :class:`ObjectiveOptions` where it has some of its own.
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str]
     uses_rewards: ClassVar[bool]
+    uses_reference: ClassVar[bool] = True
     needs: ClassVar[str]
+    timestep_weighting: ClassVar[TimestepWeightingKind] = "uniform"
+    Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
 
     def __init__(self, options: ObjectiveOptions) -> None:
         self.options = options
 
-    @staticmethod
     @abstractmethod
-    def usable(preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:
+    def usable(self, preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:
         """Which pairs there is something to learn from: bool [P].
 
         The others are left out before any batch is made, so that a batch's mean is always over pairs that count.
@@ -77,8 +119,51 @@ class Objective(ABC):
         """
 
     @abstractmethod
+    def preferred(self, batch: PairBatch) -> torch.Tensor:
+        """Positive where the model shall come to prefer image_0, negative where image_1, 0 where neither: [B]."""
+
+    @abstractmethod
+    def loss(self, batch: PairBatch) -> torch.Tensor:
+        """The loss of each pair, [B], whose mean over the effective batch is minimised."""
+
     def __call__(self, batch: PairBatch) -> tuple[torch.Tensor, Metrics]:
-        """The loss of each pair, [B], whose mean over the effective batch is minimised, and metrics."""
+        """The loss of each pair and its metrics."""
+        return self.loss(batch), reward_metrics(batch, self.options.beta, self.preferred(batch))
+
+    def margin(self, batch: PairBatch) -> torch.Tensor:
+        """h, the implicit reward margin of image_0, [B]."""
+        return implicit_margin(batch.error_B2, batch.ref_error_B2, self.options.beta)
+
+
+class LabelObjective(Objective):
+    """An objective that learns from the annotators' decided labels."""
+
+    uses_rewards: ClassVar[bool] = False
+    needs: ClassVar[str] = "a label that is no tie"
+
+    def usable(self, preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:  # noqa: ARG002
+        """See the base class: ties and pairs that nobody labelled are left out."""
+        return ~np.isnan(label_P) & (label_P != TIE)
+
+    def preferred(self, batch: PairBatch) -> torch.Tensor:
+        """See the base class."""
+        return batch.label_B - TIE
+
+
+class RewardObjective(Objective):
+    """An objective that learns from P(image_0 preferred) under the reward mix."""
+
+    uses_rewards: ClassVar[bool] = True
+    needs: ClassVar[str] = "scores"
+
+    def usable(self, preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:  # noqa: ARG002
+        """See the base class: every scored pair."""
+        return ~np.isnan(preference_P)
+
+    def preferred(self, batch: PairBatch) -> torch.Tensor:
+        """See the base class."""
+        # 2p - 1 rather than p - 1/2: the sign of exactly what the losses use.
+        return 2 * batch.preference_B - 1
 
 
 def implicit_rewards(error_B2: torch.Tensor, ref_error_B2: torch.Tensor, beta: float) -> torch.Tensor:
@@ -96,6 +181,18 @@ def implicit_margin(error_B2: torch.Tensor, ref_error_B2: torch.Tensor, beta: fl
     return -(beta / 2) * (d_theta_B - d_ref_B)
 
 
+def of_preferred(value_B2: torch.Tensor, preferred_B: torch.Tensor) -> torch.Tensor:
+    """The preferred image's value, [B]; NaN where neither is preferred."""
+    nothing_B = torch.full_like(value_B2[:, 0], float("nan"))
+    return torch.where(preferred_B > 0, value_B2[:, 0], torch.where(preferred_B < 0, value_B2[:, 1], nothing_B))
+
+
+def smoothed_label(label_B: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """P(image_0 preferred) if a share ``smoothing`` of the decided labels is wrong: 1 - s, s, or 1/2 for a tie."""
+    certain_B = (1 + (label_B - TIE).sign()) / 2
+    return smoothing + (1 - 2 * smoothing) * certain_B
+
+
 def reward_metrics(batch: PairBatch, beta: float, preferred_B: torch.Tensor) -> Metrics:
     """Implicit rewards under the names that TRL made common.
 
@@ -106,14 +203,11 @@ def reward_metrics(batch: PairBatch, beta: float, preferred_B: torch.Tensor) -> 
             pairs have none of these values.
     """
     reward_B2 = implicit_rewards(batch.error_B2.detach(), batch.ref_error_B2, beta)
-    nothing = torch.full_like(reward_B2[:, 0], float("nan"))
-    first, second = reward_B2.unbind(1)
-    chosen = torch.where(preferred_B > 0, first, torch.where(preferred_B < 0, second, nothing))
-    rejected = torch.where(preferred_B > 0, second, torch.where(preferred_B < 0, first, nothing))
-    margin = implicit_margin(batch.error_B2.detach(), batch.ref_error_B2, beta) * preferred_B.sign()
+    margin_B = implicit_margin(batch.error_B2.detach(), batch.ref_error_B2, beta) * preferred_B.sign()
+    nothing_B = torch.full_like(margin_B, float("nan"))
     return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": torch.where(preferred_B == 0, nothing, margin),
-        "rewards/accuracies": torch.where(preferred_B == 0, nothing, (margin > 0).to(margin.dtype)),
+        "rewards/chosen": of_preferred(reward_B2, preferred_B),
+        "rewards/rejected": of_preferred(reward_B2, -preferred_B),
+        "rewards/margins": torch.where(preferred_B == 0, nothing_B, margin_B),
+        "rewards/accuracies": torch.where(preferred_B == 0, nothing_B, (margin_B > 0).to(margin_B.dtype)),
     }

@@ -1,41 +1,56 @@
-"""Diffusion-DPO (arXiv 2311.12908, equation 14): the annotators' labels, each taken as certain."""
+"""Diffusion-DPO (arXiv 2311.12908, equation 14): the annotators' labels.
+
+Label smoothing is that of conservative DPO (E. Mitchell's note on DPO with noisy preferences, 2023; TRL's
+``label_smoothing``): the cross entropy with a label that is wrong with that probability. A kept tie is a label of 1/2.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch.nn import functional
 
-from smpo_trainer.objectives.base import Metrics, Objective, PairBatch, implicit_margin, reward_metrics
-
-_TIE = 0.5
+from smpo_trainer.objectives.base import LabelObjective, ObjectiveOptions, PairBatch, smoothed_label
 
 
-def dpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid(sign(label - 1/2) h), [B].
+def dpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """-q log sigmoid(h) - (1 - q) log sigmoid(-h), [B]; with q = 1 or 0: -log sigmoid(sign(label - 1/2) h).
 
     Args:
         margin_B: h, the implicit reward margin of image_0.
-        label_B: the annotator's P(image_0 preferred); decided, since a tie would be a constant ln 2.
+        label_B: the annotator's P(image_0 preferred); only its side of 1/2 counts.
+        label_smoothing: s; q is 1 - s, s, or 1/2 for a tie.
     """
-    return -functional.logsigmoid((label_B - _TIE).sign() * margin_B)
+    target_B = smoothed_label(label_B, label_smoothing)
+    return -target_B * functional.logsigmoid(margin_B) - (1 - target_B) * functional.logsigmoid(-margin_B)
 
 
-class DPO(Objective):
+class DPOOptions(ObjectiveOptions):
+    """See the fields."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken to be wrong; default 0")
+    ties: Literal["drop", "keep"] = Field(
+        "drop", description="drop: leave ties out, as published; keep: pull their margin to 0; default drop"
+    )
+
+
+class DPO(LabelObjective):
     """See :func:`dpo_loss`. On shards made with ``--eta`` this is DDIM-InPO (arXiv 2503.18454)."""
 
     name: ClassVar[str] = "dpo"
-    uses_rewards: ClassVar[bool] = False
-    needs: ClassVar[str] = "a label that is no tie"
+    summary: ClassVar[str] = "annotators' labels (Diffusion-DPO, arXiv 2311.12908); on shards made with --eta: InPO"
+    Options: ClassVar[type[ObjectiveOptions]] = DPOOptions
+    options: DPOOptions
 
-    @staticmethod
-    def usable(preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:  # noqa: ARG004
-        """See the base class: ties and pairs that nobody labelled are left out."""
-        return ~np.isnan(label_P) & (label_P != _TIE)
+    def usable(self, preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:
+        """See the base class; ties are usable where they are kept."""
+        if self.options.ties == "keep":
+            return ~np.isnan(label_P)
+        return super().usable(preference_P, label_P)
 
-    def __call__(self, batch: PairBatch) -> tuple[torch.Tensor, Metrics]:
+    def loss(self, batch: PairBatch) -> torch.Tensor:
         """See the base class."""
-        margin_B = implicit_margin(batch.error_B2, batch.ref_error_B2, self.options.beta)
-        return dpo_loss(margin_B, batch.label_B), reward_metrics(batch, self.options.beta, batch.label_B - _TIE)
+        return dpo_loss(self.margin(batch), batch.label_B, self.options.label_smoothing)

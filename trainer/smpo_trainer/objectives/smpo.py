@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch.nn import functional
 
-from smpo_trainer.objectives.base import Metrics, Objective, PairBatch, implicit_margin, reward_metrics
+from smpo_trainer.objectives.base import PairBatch, RewardObjective
 
 
 def smpo_loss(margin_B: torch.Tensor, preference_B: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -25,21 +24,12 @@ def smpo_loss(margin_B: torch.Tensor, preference_B: torch.Tensor, gamma: float) 
     return -functional.logsigmoid(gamma * (2 * preference_B - 1) * margin_B)
 
 
-class SmPO(Objective):
+class SmPO(RewardObjective):
     """See :func:`smpo_loss`."""
 
     name: ClassVar[str] = "smpo"
-    uses_rewards: ClassVar[bool] = True
-    needs: ClassVar[str] = "scores"
+    summary: ClassVar[str] = "smoothed preferences of rewards (SmPO-Diffusion, arXiv 2506.02698)"
 
-    @staticmethod
-    def usable(preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:  # noqa: ARG004
-        """See the base class: every scored pair."""
-        return ~np.isnan(preference_P)
-
-    def __call__(self, batch: PairBatch) -> tuple[torch.Tensor, Metrics]:
+    def loss(self, batch: PairBatch) -> torch.Tensor:
         """See the base class."""
-        margin_B = implicit_margin(batch.error_B2, batch.ref_error_B2, self.options.beta)
-        loss_B = smpo_loss(margin_B, batch.preference_B, self.options.gamma)
-        # 2p - 1 rather than p - 1/2: the sign of exactly what the loss multiplies with.
-        return loss_B, reward_metrics(batch, self.options.beta, 2 * batch.preference_B - 1)
+        return smpo_loss(self.margin(batch), batch.preference_B, self.options.gamma)

@@ -1,0 +1,38 @@
+"""Calibrated preference optimization (CaPO, arXiv 2502.02588): regression to the calibrated reward difference.
+
+An image's calibrated reward is its expected win rate, sigmoid(R - R'), averaged over the other images of its prompt. Of
+a pair alone that is p for image_0 and 1 - p for image_1, so their difference is 2p - 1. The paper weighs the implicit
+reward by sigmoid(-lambda_t + b), lambda the log signal-to-noise ratio: ``--timestep-weighting sigmoid``, this
+objective's default.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from smpo_trainer.objectives.base import PairBatch, RewardObjective
+from smpo_trainer.settings import TimestepWeightingKind
+
+
+def capo_loss(margin_B: torch.Tensor, preference_B: torch.Tensor) -> torch.Tensor:
+    """((2p - 1) - h)^2, [B].
+
+    Args:
+        margin_B: h, the implicit reward margin of image_0, of errors that are weighted by timestep.
+        preference_B: p, P(image_0 preferred).
+    """
+    return (2 * preference_B - 1 - margin_B).square()
+
+
+class CaPO(RewardObjective):
+    """See :func:`capo_loss`."""
+
+    name: ClassVar[str] = "capo"
+    summary: ClassVar[str] = "the margin regressed to the calibrated reward difference (CaPO, arXiv 2502.02588)"
+    timestep_weighting: ClassVar[TimestepWeightingKind] = "sigmoid"
+
+    def loss(self, batch: PairBatch) -> torch.Tensor:
+        """See the base class."""
+        return capo_loss(self.margin(batch), batch.preference_B)

@@ -1,0 +1,50 @@
+"""Divergence minimization preference optimization (DMPO, arXiv 2507.07510): the reverse KL divergence.
+
+DPO minimises the divergence from the labels to the model's pairwise preference, which covers all of what was labelled;
+this minimises the one from the model to the labels, which seeks its mode. Pairwise it is the loss of EXO (arXiv
+2402.00856) with Diffusion-DPO's margin. A label must be smoothed for it to be finite; 0.001 is what TRL's ``exo_pair``
+takes at least.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch.nn import functional
+
+from smpo_trainer.objectives.base import LabelObjective, ObjectiveOptions, PairBatch, smoothed_label
+
+
+def dmpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """KL(model || label) = P log(P / q) + (1 - P) log((1 - P) / (1 - q)), P = sigmoid(h), [B].
+
+    Args:
+        margin_B: h, the implicit reward margin of image_0.
+        label_B: the annotator's P(image_0 preferred), decided.
+        label_smoothing: s > 0; q is 1 - s or s.
+    """
+    target_B = smoothed_label(label_B, label_smoothing)
+    first_B = margin_B.sigmoid() * (functional.logsigmoid(margin_B) - target_B.log())
+    second_B = (-margin_B).sigmoid() * (functional.logsigmoid(-margin_B) - (1 - target_B).log())
+    return first_B + second_B
+
+
+class DMPOOptions(ObjectiveOptions):
+    """See the fields."""
+
+    label_smoothing: float = Field(1e-3, gt=0, lt=0.5, description="share of labels taken to be wrong; default 0.001")
+
+
+class DMPO(LabelObjective):
+    """See :func:`dmpo_loss`."""
+
+    name: ClassVar[str] = "dmpo"
+    summary: ClassVar[str] = "labels, by the reverse KL divergence (DMPO, arXiv 2507.07510)"
+    Options: ClassVar[type[ObjectiveOptions]] = DMPOOptions
+    options: DMPOOptions
+
+    def loss(self, batch: PairBatch) -> torch.Tensor:
+        """See the base class."""
+        return dmpo_loss(self.margin(batch), batch.label_B, self.options.label_smoothing)
