@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from tests.tiny import make_tiny_model
-from tests.trainer.helpers import arguments, make_shards, run_cli
+from tests.trainer.helpers import PlainReference, arguments, make_shards, run_cli
 
 Train = Callable[..., Path]
 
@@ -39,6 +39,19 @@ def v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """18 states of 6 pairs, one reward; labels: 1, 0, a tie, none, 1, 0."""
     return make_shards(tmp_path_factory.mktemp("shards") / "plain", model, labels=(1.0, 0.0, 0.5, None))
+
+
+@pytest.fixture(scope="session")
+def other_unet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The reference, slightly moved."""
+    folder = tmp_path_factory.mktemp("other") / "unet"
+    unet = PlainReference(model).unet
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.002 * torch.randn(parameter.shape, generator=generator))
+    unet.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -20,19 +20,6 @@ from tests.trainer.helpers import PlainReference, column, make_shards, metrics
 LN2 = math.log(2)
 
 
-@pytest.fixture(scope="module")
-def other_unet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """The reference, slightly moved."""
-    folder = tmp_path_factory.mktemp("other") / "unet"
-    unet = PlainReference(model).unet
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            parameter.add_(0.002 * torch.randn(parameter.shape, generator=generator))
-    unet.save_pretrained(folder)
-    return folder
-
-
 def hand_computed_loss(shards: Path, model: Path, unet: Path, beta: float, gamma: float) -> float:
     """Mean SmPO loss over a shard set, in float64 around plain forwards."""
     policy = PlainReference(model, unet)
