@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -14,8 +12,8 @@ from torch import nn
 class WeightAverage:
     """Exponential moving average over optimizer steps, in the weights' own dtype.
 
-    After step n the decay is the smaller of ``decay`` and n / (9 + n), so that the start weighs little in short runs
-    (diffusers' EMAModel).
+    It begins with the weights after the first step; at step n > 1 the decay is the smaller of ``decay`` and
+    n / (9 + n), so that the start weighs little in short runs (diffusers' EMAModel).
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -26,17 +24,9 @@ class WeightAverage:
         """Take in the weights after an optimizer step."""
         self._average.step(self._parameters)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """While entered, the model has the averaged weights."""
-        kept = [parameter.detach().clone() for parameter in self._parameters]
+    def apply(self) -> None:
+        """Give the model the averaged weights."""
         self._average.copy_to(self._parameters)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(self._parameters, kept, strict=True):
-                    parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -34,7 +34,7 @@ class Checkpoint:
         position: global positions of the plan that they consumed.
         identity: the settings that a run which goes on from here must share.
         weights: the trained weights by name.
-        optimizer: state dicts of optimizer, schedule and gradient scaler, by these names.
+        optimizer: state dicts of what changes beside the weights (optimizer, schedule, gradient scaler, ...), by name.
     """
 
     step: int

@@ -62,12 +62,10 @@ _GradAccum = Annotated[
         help="Such batches that make one optimizer step. The published runs take 1024 pairs a step over all devices.",
     ),
 ]
-_Lr = Annotated[
-    float | None, typer.Option(min=0, help="Peak learning rate of AdamW. Default: 1e-5, with --lora-rank 1e-4.")
-]
+_Lr = Annotated[float | None, typer.Option(min=0, help="Peak learning rate. Default: 1e-5, with --lora-rank 1e-4.")]
 _Warmup = Annotated[int, typer.Option(min=0, help="Optimizer steps over which the learning rate rises from 0.")]
 _Schedule = Annotated[LrSchedule, typer.Option(help="Course of the learning rate after the warm-up.")]
-_WeightDecay = Annotated[float, typer.Option(min=0, help="AdamW's weight decay, per unit of learning rate.")]
+_WeightDecay = Annotated[float, typer.Option(min=0, help="Weight decay, per unit of learning rate.")]
 _MaxGradNorm = Annotated[float, typer.Option(min=0, help="Scale the gradient down to this norm; 0: never.")]
 _LoraRank = Annotated[
     int | None,
@@ -127,11 +125,16 @@ def train(
     max_steps: _MaxSteps = 200,
     batch_size: _BatchSize = 8,
     grad_accum: _GradAccum = 1,
+    optimizer: flags.Optimizer = "adamw",
     lr: _Lr = None,
+    scale_lr: flags.ScaleLr = False,
     warmup_steps: _Warmup = 20,
     lr_schedule: _Schedule = "constant",
     weight_decay: _WeightDecay = 0.01,
     max_grad_norm: _MaxGradNorm = 1.0,
+    ema_decay: flags.EmaDecay = None,
+    gradient_checkpointing: flags.GradientCheckpointing = False,
+    max_skipped: flags.MaxSkipped = 5,
     lora_rank: _LoraRank = None,
     unet: _Unet = None,
     seed: _Seed = 0,
@@ -145,6 +148,8 @@ def train(
     cache_gib: _CacheGib = 100.0,
     workers: _Workers = 2,
     overwrite: _Overwrite = False,
+    preset: flags.Preset = None,
+    wandb_project: flags.WandbProject = None,
     list_objectives: flags.ListObjectives = False,  # noqa: ARG001  (its callback has printed them)
     config: ConfigOption = None,  # noqa: ARG001  (its callback has read it)
 ) -> None:
@@ -172,11 +177,16 @@ def train(
         max_steps=max_steps,
         batch_size=batch_size,
         grad_accum=grad_accum,
+        optimizer=optimizer,
         lr=lr,
+        scale_lr=scale_lr,
         warmup_steps=warmup_steps,
         lr_schedule=lr_schedule,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
+        ema_decay=ema_decay,
+        gradient_checkpointing=gradient_checkpointing,
+        max_skipped=max_skipped,
         lora_rank=lora_rank,
         unet=unet,
         seed=seed,
@@ -190,6 +200,8 @@ def train(
         cache_gib=cache_gib,
         workers=workers,
         overwrite=overwrite,
+        preset=preset,
+        wandb_project=wandb_project,
     )
     from smpo_trainer.run import run_training  # noqa: PLC0415  (seconds of torch and diffusers, which --help saves)
 

@@ -14,6 +14,7 @@ from smpo_trainer.reward_mix import RewardMix, resolve_mix
 from smpo_trainer.settings import TrainSettings, resolve_beta
 from smpo_trainer.shard_set import ShardSet, open_shards
 from smpo_trainer.timestep_weighting import TimestepWeighting
+from smpo_trainer.wandb_log import import_wandb
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,13 @@ class Experiment:
             "weight_column": self.weights.identity() if self.weights else None,
             "max_steps": settings.max_steps,
             "batch_size x grad_accum x processes": states_per_step,
-            "lr": settings.peak_lr,
+            "optimizer": settings.optimizer,
+            "lr": settings.peak_lr(states_per_step),
             "warmup_steps": settings.warmup_steps,
             "lr_schedule": settings.lr_schedule,
             "weight_decay": settings.weight_decay,
             "max_grad_norm": settings.max_grad_norm,
+            "ema_decay": settings.ema_decay,
             "lora_rank": settings.lora_rank,
             "unet": str(settings.unet) if settings.unet else None,
             "seed": settings.seed,
@@ -84,6 +87,8 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     Raises:
         UserError: one of them is not there, or they do not belong together.
     """
+    if settings.wandb_project:
+        import_wandb(settings.wandb_project)  # hours before its first use
     kind = find_objective(settings.objective)
     shards = open_shards(settings.shards, settings.cache)
     mix = resolve_mix(settings.rewards, shards, settings.scores) if kind.uses_rewards else None

@@ -6,9 +6,13 @@ from typing import Annotated
 
 import typer
 
+from smpo_schemas.errors import UserError
+from smpo_trainer.presets import PRESETS
+from smpo_trainer.settings import Optimizer as OptimizerName
 from smpo_trainer.settings import TimestepWeightingKind
 
 _OBJECTIVE = "Objective"
+_OPTIMIZER = "Optimizer"
 
 
 def _list_objectives(wanted: bool) -> None:
@@ -21,6 +25,16 @@ def _list_objectives(wanted: bool) -> None:
         for option in objective.Options.own():
             typer.echo(f"       {option}: {objective.Options.model_fields[option].description}")
     raise typer.Exit
+
+
+def _take_preset(context: typer.Context, name: str | None) -> str | None:
+    """Make a preset's values the defaults of this command; a config file's and the command line's still win."""
+    if name is None:
+        return None
+    if name not in PRESETS:
+        raise UserError(f"--preset {name} is not known; known: {', '.join(PRESETS)}")
+    context.default_map = {**PRESETS[name].flags, **(context.default_map or {})}
+    return name
 
 
 Objective = Annotated[
@@ -90,4 +104,58 @@ WeightColumn = Annotated[
         "without one is left out.",
         rich_help_panel=_OBJECTIVE,
     ),
+]
+
+Optimizer = Annotated[
+    OptimizerName,
+    typer.Option(
+        help="adamw (fused); adafactor, which needs half its memory or less; adamw8bit, with bitsandbytes installed.",
+        rich_help_panel=_OPTIMIZER,
+    ),
+]
+ScaleLr = Annotated[
+    bool,
+    typer.Option(
+        help="Multiply --lr by the pairs of an optimizer step: devices x --batch-size x --grad-accum.",
+        rich_help_panel=_OPTIMIZER,
+    ),
+]
+EmaDecay = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Keep a moving average of the weights with this decay, such as 0.999, and save it as the result. "
+        "Default: none.",
+        rich_help_panel=_OPTIMIZER,
+    ),
+]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        help="Compute activations again in the backward pass rather than keep them: less memory, about a third more "
+        "time, the same numbers.",
+        rich_help_panel=_OPTIMIZER,
+    ),
+]
+MaxSkipped = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="A step whose loss or gradient is not finite is skipped and counted; so many in a row end the run.",
+        rich_help_panel=_OPTIMIZER,
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        callback=_take_preset,
+        is_eager=True,
+        help=f"Published settings as defaults of the other flags: {', '.join(PRESETS)}.",
+    ),
+]
+WandbProject = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Log to this Weights & Biases project too; needs wandb installed."),
 ]

@@ -5,29 +5,30 @@ Shape suffixes: B a micro-batch of states, 2 images.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
+from accelerate.utils import gather_object
 
-from smpo_schemas.errors import UserError
+from smpo_trainer.averaging import WeightAverage
 from smpo_trainer.batches import StateBatch
 from smpo_trainer.checkpoints import Checkpoint
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.metrics import Record, StepMeter
 from smpo_trainer.objectives.base import Metrics, PairBatch
+from smpo_trainer.optimizers import make_optimizer, make_schedule
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy
+from smpo_trainer.processes import on_main
+from smpo_trainer.skipped import SkippedStep, SkippedSteps
 
-_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-"""Our names to diffusers'; all of them begin with the warm-up."""
-
-_NAMED_PAIRS = 8
-"""How many pair ids an error lists."""
+Losses = list[tuple[str, float]]
+"""Pair id and loss of every state that a process has taken in a step."""
 
 
 class Trainer:
@@ -38,28 +39,27 @@ class Trainer:
         self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.process)
         self._policy, self._plan, self._accelerator = policy, plan, accelerator
         self._parameters = list(policy.trained().values())
-        optimizer = torch.optim.AdamW(self._parameters, lr=settings.peak_lr, weight_decay=settings.weight_decay)
+        if settings.gradient_checkpointing:
+            policy.denoiser.enable_gradient_checkpointing()
+        optimizer = make_optimizer(settings, self._parameters, settings.peak_lr(plan.states_per_step))
         # Not prepared by accelerate, which would step it once a process.
-        self._schedule = get_scheduler(
-            _SCHEDULES[settings.lr_schedule],
-            optimizer,
-            num_warmup_steps=settings.warmup_steps,
-            num_training_steps=settings.max_steps,
-        )
+        self._schedule = make_schedule(settings, optimizer)
+        self._average = WeightAverage(self._parameters, settings.ema_decay) if settings.ema_decay else None
+        self._skipped = SkippedSteps(settings.out, min(settings.max_skipped, settings.max_steps))
         self._denoiser, self._optimizer = accelerator.prepare(policy.denoiser, optimizer)
 
     def train_step(self, step: int, batches: Iterator[StateBatch]) -> Record:
         """Make optimizer step ``step`` (from 0) and return what is logged of it.
 
         The gradient is that of the mean loss over all states of the step, however they are cut into micro-batches and
-        processes.
+        processes. If it or a loss is not finite, the weights and the learning rate's course stay as they were.
 
         Raises:
-            UserError: loss or gradient is not finite; the weights are then as before the step.
+            UserError: too many steps in a row were skipped so.
         """
         started, waited = time.perf_counter(), 0.0
         meter = StepMeter()
-        losses: list[tuple[list[str], torch.Tensor]] = []
+        losses: Losses = []
         for accumulation in range(self._plan.grad_accum):
             asked = time.perf_counter()
             batch = next(batches)
@@ -71,13 +71,15 @@ class Trainer:
                 # Processes' gradients are averaged: each gives its share of the sum times their number.
                 share = self._accelerator.num_processes / self._plan.states_per_step
                 self._accelerator.backward(loss_B.sum() * share)
-            meter.add({"loss": loss_B.detach(), **metrics})
+            # A loss that is no number is not one that is missing.
+            loss_B = loss_B.detach()
+            meter.add({"loss": loss_B.where(loss_B.isfinite(), math.inf), **metrics})
             # Only what the end of the step needs: the latents and the graph of a micro-batch are freed here.
-            losses.append((batch.pair_ids, loss_B.detach()))
-        _require_finite(step, losses)
+            losses += zip(batch.pair_ids, loss_B.tolist(), strict=True)
         lr = self._schedule.get_last_lr()[0]
-        grad_norm = self._update(step)
+        grad_norm = self._update(step, losses)
         record: Record = {"step": step + 1, **meter.means(self._accelerator), "grad_norm": grad_norm, "lr": lr}
+        record["skipped_steps"] = self._skipped.total
         elapsed = time.perf_counter() - started
         record["pairs_per_second"] = self._plan.states_per_step / elapsed
         record["data_wait_percent"] = 100 * waited / elapsed
@@ -103,18 +105,41 @@ class Trainer:
             metrics[f"error_minus_reference/image_{image}"] = moved_B2[:, image]
         return loss_B, metrics
 
-    def _update(self, step: int) -> float:
-        """Clip, and step the optimizer and the schedule; returns the gradient's norm before clipping."""
+    def _update(self, step: int, losses: Losses) -> float:
+        """Clip, and make the step if all is finite; returns the gradient's norm before clipping."""
         limit = self._settings.max_grad_norm or float("inf")
         grad_norm = float(self._accelerator.clip_grad_norm_(self._parameters, limit))
-        # A gradient scaler (fp16) meets infinities in its normal course: it skips the step and lowers its scale.
-        if self._accelerator.scaler is None and not torch.isfinite(torch.tensor(grad_norm)):
-            raise UserError(f"step {step + 1}: the gradient is not finite; lower --lr (the last checkpoint is kept)")
-        self._optimizer.step()
-        if not self._optimizer.step_was_skipped:
+        bad = [pair_id for pair_id, value in losses if not math.isfinite(value)]
+        count = torch.tensor(float(len(bad)), device=self._accelerator.device)
+        any_bad = bool(self._accelerator.reduce(count, "sum").item())
+        if math.isfinite(grad_norm) and not any_bad:
+            self._optimizer.step()
             self._schedule.step()
+            if self._average:
+                self._average.step()
+            self._skipped.took()
+        else:
+            self._skip(step, [pair_id for pair_id, _ in losses], bad)
         self._optimizer.zero_grad()
         return grad_norm
+
+    def _skip(self, step: int, pairs: list[str], bad: list[str]) -> None:
+        """Leave a step out; ``pairs`` are this process's, and ``bad`` those of them whose loss is not finite."""
+        bad_everywhere = gather_object(bad)
+        scaler = self._accelerator.scaler
+        if scaler is not None:
+            scaler.update()
+            if not bad_everywhere and scaler.get_scale() >= 1:
+                self._skipped.overflowed()
+                return
+        self._skipped.skip(SkippedStep(step + 1, bad_everywhere, gather_object(pairs)))
+        on_main(self._accelerator, self._skipped.write)
+        on_main(self._accelerator, self._skipped.require_few)
+
+    def finish(self) -> None:
+        """Put the averaged weights in place, where there are any: they are the result."""
+        if self._average:
+            self._average.apply()
 
     def checkpoint(self, step: int, identity: dict[str, object]) -> Checkpoint:
         """Everything that is needed to go on after ``step`` finished steps."""
@@ -123,6 +148,8 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
+            "average": self._average.state_dict() if self._average else None,
+            "skipped": self._skipped.state_dict(),
         }
         position = step * self._plan.states_per_step
         return Checkpoint(step, position, identity, dict(self._policy.trained()), states)
@@ -138,17 +165,7 @@ class Trainer:
         self._schedule.load_state_dict(checkpoint.optimizer["schedule"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-
-
-def _require_finite(step: int, losses: list[tuple[list[str], torch.Tensor]]) -> None:
-    """Refuse to go on with a loss that is no number; ``losses`` are pair ids and their losses, by micro-batch."""
-    finite = [
-        (pair_id, ok) for ids, loss_B in losses for pair_id, ok in zip(ids, loss_B.isfinite().tolist(), strict=True)
-    ]
-    bad = [pair_id for pair_id, ok in finite if not ok]
-    if bad:
-        more = f" and {len(bad) - _NAMED_PAIRS} more" if len(bad) > _NAMED_PAIRS else ""
-        raise UserError(
-            f"step {step + 1}: the loss is not finite for pair {', '.join(bad[:_NAMED_PAIRS])}{more}; training has "
-            "diverged: lower --lr, raise --warmup-steps, or use a wider --mixed-precision (the last checkpoint is kept)"
-        )
+        if self._average:
+            self._average.load_state_dict(checkpoint.optimizer["average"])
+        self._skipped.load_state_dict(checkpoint.optimizer["skipped"])
+        on_main(self._accelerator, self._skipped.write)

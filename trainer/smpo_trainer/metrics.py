@@ -13,12 +13,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import write_bytes
+from smpo_trainer.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 Record = dict[str, float | int | None]
-"""One step's values by name; None where no pair of the step had such a value."""
+"""One step's values by name; None where no pair of the step had such a value, or it is not finite."""
+
+
+def plain(record: Record) -> Record:
+    """The same with None for what is not finite, which JSON cannot hold."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
 
 
 class StepMeter:
@@ -32,7 +38,7 @@ class StepMeter:
         for name, value_B in values.items():
             have_B = ~value_B.isnan()
             # float64: the mean must not depend on how the effective batch was cut.
-            pair = torch.stack([value_B.nan_to_num(nan=0.0).double().sum(), have_B.double().sum()])
+            pair = torch.stack([value_B.double().where(have_B, 0).sum(), have_B.double().sum()])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def means(self, accelerator: Accelerator) -> Record:
@@ -45,10 +51,11 @@ class StepMeter:
 
 
 class MetricsLog:
-    """``metrics.jsonl`` (one object a step) and TensorBoard files of one run."""
+    """``metrics.jsonl`` (one object a step) and TensorBoard files of one run, and its log elsewhere."""
 
-    def __init__(self, out: Path, finished_steps: int) -> None:
+    def __init__(self, out: Path, finished_steps: int, elsewhere: WandbLog | None = None) -> None:
         """Open for appending, after dropping what was logged beyond ``finished_steps`` by a run that was killed."""
+        self._elsewhere = elsewhere
         path = out / METRICS_FILE
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= finished_steps]
         write_bytes(path, b"".join(kept))
@@ -61,20 +68,23 @@ class MetricsLog:
         Raises:
             UserError: the file cannot be written.
         """
-        plain = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
         try:
-            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._file.name}: {error.strerror}") from error
-        for name, value in plain.items():
+        for name, value in record.items():
             if value is not None and name != "step":
-                self._board.add_scalar(name if "/" in name else f"train/{name}", value, plain["step"])
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+        if self._elsewhere:
+            self._elsewhere.write(record)
 
     def close(self) -> None:
-        """Close both."""
+        """Close all of them."""
         self._file.close()
         self._board.close()
+        if self._elsewhere:
+            self._elsewhere.close()
 
 
 def _whole_lines(path: Path) -> list[bytes]:

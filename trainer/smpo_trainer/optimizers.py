@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -21,7 +22,9 @@ _FUSED = ("cpu", "cuda")
 """Devices on which torch has the whole AdamW step in one kernel."""
 
 
-def make_optimizer(settings: TrainSettings, parameters: Sequence[nn.Parameter], peak_lr: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    settings: TrainSettings, parameters: Sequence[nn.Parameter], peak_lr: float
+) -> torch.optim.Optimizer:
     """The optimizer that ``--optimizer`` names, over the trained weights.
 
     Raises:
@@ -46,7 +49,7 @@ def make_schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> 
     )
 
 
-def _bitsandbytes():  # noqa: ANN202  (an optional module)
+def _bitsandbytes() -> ModuleType:
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:

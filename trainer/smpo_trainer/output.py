@@ -15,6 +15,7 @@ from smpo_trainer.checkpoints import Checkpoints, read_identity
 from smpo_trainer.experiment import differing
 from smpo_trainer.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 from smpo_trainer.policy import LORA_FILE, UNET_FOLDER
+from smpo_trainer.skipped import NONFINITE_FILE
 
 TRAINING_FILE = "training.json"
 TRAINING_VERSION = 1
@@ -74,7 +75,7 @@ class OutputFolder:
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         # The marker first: a kill in between must not leave a folder that looks finished.
-        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE, REFERENCE_FILE):
+        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE, REFERENCE_FILE, NONFINITE_FILE):
             (self.path / name).unlink(missing_ok=True)
         for name in (UNET_FOLDER, TENSORBOARD_FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -43,21 +43,21 @@ _BOTH: dict[str, object] = {
 
 PRESETS = {
     "smpo-sd15": Preset("sd15", {**_BOTH, "beta": 2000.0, "optimizer": "adamw"}),
-    "smpo-sdxl": Preset(
-        "sdxl", {**_BOTH, "beta": 5000.0, "optimizer": "adafactor", "gradient_checkpointing": True}
-    ),
+    "smpo-sdxl": Preset("sdxl", {**_BOTH, "beta": 5000.0, "optimizer": "adafactor", "gradient_checkpointing": True}),
 }
 
 
-def remarks(name: str, kind: str, states_per_step: int) -> list[str]:
+def remarks(name: str | None, kind: str, states_per_step: int) -> list[str]:
     """What a user should know where a run departs from the preset that it names.
 
     Args:
-        name: of the preset.
+        name: of the preset; None: none.
         kind: of the shards' model.
         states_per_step: pairs of an optimizer step, over all devices.
     """
-    lines = []
+    lines: list[str] = []
+    if name is None:
+        return lines
     if PRESETS[name].kind != kind:
         lines.append(f"--preset {name} holds the settings published for {PRESETS[name].kind}, the shards are of {kind}")
     if states_per_step != PUBLISHED_PAIRS:

@@ -25,9 +25,9 @@ from smpo_trainer.batches import Feed, StateBatch
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.metrics import Record
-from smpo_trainer.objectives import Objective
 from smpo_trainer.objectives.base import PairBatch, implicit_margin
 from smpo_trainer.output import OutputFolder
+from smpo_trainer.pair_loss import PairLoss
 from smpo_trainer.policy import Policy
 from smpo_trainer.processes import on_main, together
 from smpo_trainer.report import Report
@@ -95,8 +95,11 @@ def settle_reference(
         return {}
     if not (policy.starts_from_reference or policy.reference):
         return {}
+    pair_loss = experiment.pair_loss(policy.family.process)
+    if not pair_loss.objective.uses_reference and settings.reference != "recomputed":
+        return {}  # no noise of it reaches the loss
     reference = _Pass(policy, feed, accelerator)
-    noise = reference.measure(experiment.objective)
+    noise = reference.measure(pair_loss)
     report.say(noise.describe())
     if settings.reference == "recomputed" or (settings.reference == "auto" and noise.is_loud):
         with report.bar(_TITLE, reference.steps(settings.max_steps)) as step_done:
@@ -117,15 +120,16 @@ class _Pass:
     def __init__(self, policy: Policy, feed: Feed, accelerator: Accelerator) -> None:
         self._policy, self._feed, self._plan, self._accelerator = policy, feed, feed.plan, accelerator
 
-    def measure(self, objective: Objective) -> ReferenceNoise:
+    def measure(self, pair_loss: PairLoss) -> ReferenceNoise:
         """Compare the stored errors of the first step's states with errors computed now."""
         margins: list[torch.Tensor] = []
         losses: list[torch.Tensor] = []
         for batch, error_B2 in self._batches(1):
             noisy = PairBatch(error_B2, batch.ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
-            loss_B = objective(noisy)[0] - objective(replace(noisy, ref_error_B2=error_B2))[0]
-            margin_B = implicit_margin(error_B2, batch.ref_error_B2, objective.options.beta)
-            margins.append(margin_B)
+            exact = replace(noisy, ref_error_B2=error_B2)
+            loss_B = pair_loss(noisy, batch.weight_B)[0] - pair_loss(exact, batch.weight_B)[0]
+            margin_B = implicit_margin(error_B2, batch.ref_error_B2, pair_loss.objective.options.beta)
+            margins.append(margin_B * pair_loss.timestep_weight(batch.timestep_B, margin_B))
             losses.append(loss_B)
         gathered = self._accelerator.gather(torch.stack([torch.cat(margins), torch.cat(losses)], dim=1))
         margin_B, loss_B = gathered.double().unbind(1)

@@ -18,10 +18,11 @@ from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.loop import Trainer
-from smpo_trainer.metrics import MetricsLog, Record
+from smpo_trainer.metrics import MetricsLog, Record, plain
 from smpo_trainer.output import OutputFolder
 from smpo_trainer.plan import Order, Plan
 from smpo_trainer.policy import Policy, load_policy
+from smpo_trainer.presets import remarks
 from smpo_trainer.processes import leave, on_main, together
 from smpo_trainer.reference import settle_reference
 from smpo_trainer.report import Report
@@ -30,6 +31,7 @@ from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable, index_states
 from smpo_trainer.stopping import StopRequest
+from smpo_trainer.wandb_log import WandbLog
 
 
 def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) -> None:
@@ -48,7 +50,9 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     report = Report(is_main=accelerator.is_main_process)
     experiment = together(accelerator, lambda: resolve_experiment(settings, report.say))
     states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
-    identity = experiment.identity(states_per_step)
+    identity = together(accelerator, lambda: experiment.identity(states_per_step))
+    for line in remarks(settings.preset, experiment.shards.model.kind, states_per_step):
+        report.say(line)
     output = OutputFolder(settings.out)
     if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
         report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
@@ -109,14 +113,13 @@ class _Run:
         first, last = self._resume(), self._settings.max_steps
         batches = self._feed.batches(first, last)
         record: Record = {}
-        log = MetricsLog(self._output.path, first) if self._accelerator.is_main_process else None
+        is_main = self._accelerator.is_main_process
+        log = together(self._accelerator, lambda: self._open_log(first) if is_main else None)
         self._report.start(first, last)
         try:
             with StopRequest() as stop:
                 for step in range(first, last):
-                    record = self._trainer.train_step(step, batches)
-                    if step == 0:
-                        record |= noise
+                    record = plain(self._trainer.train_step(step, batches) | (noise if step == 0 else {}))
                     if log:
                         log.write(record)
                     self._report.step(record)
@@ -130,7 +133,12 @@ class _Run:
             self._report.stop()
             if log:
                 log.close()
+        self._trainer.finish()
         return record
+
+    def _open_log(self, finished_steps: int) -> MetricsLog:
+        project, out = self._settings.wandb_project, self._output.path
+        return MetricsLog(out, finished_steps, WandbLog(project, out, self._identity) if project else None)
 
     def _resume(self) -> int:
         """Go back to the last checkpoint, where there is one; returns the number of finished steps."""

@@ -23,6 +23,9 @@ TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 """Course of the learning rate after its linear warm-up."""
 
+Optimizer = Literal["adamw", "adafactor", "adamw8bit"]
+"""What makes a step of a gradient."""
+
 DEFAULT_LR = 1e-5
 DEFAULT_LORA_LR = 1e-4
 
@@ -53,11 +56,16 @@ class TrainSettings:
         max_steps: optimizer steps.
         batch_size: pairs (states) a process takes at once.
         grad_accum: micro-batches of an optimizer step.
+        optimizer: what makes a step of a gradient.
         lr: peak learning rate; None: :data:`DEFAULT_LR`, with LoRA :data:`DEFAULT_LORA_LR`.
+        scale_lr: multiply ``lr`` by the pairs of an optimizer step.
         warmup_steps: optimizer steps of linear warm-up.
         lr_schedule: course after the warm-up.
-        weight_decay: AdamW's.
+        weight_decay: the optimizer's.
         max_grad_norm: the gradient is scaled down to this norm; 0: never.
+        ema_decay: of the moving average of the weights, which is then what is saved; None: none is kept.
+        gradient_checkpointing: compute activations again in the backward pass rather than keep them.
+        max_skipped: steps in a row with a loss or gradient that is not finite which end the run.
         lora_rank: rank of the adapter; None trains all weights.
         unet: folder of the denoiser to start from; None: the model's own.
         seed: of the order of the states and the adapter's first weights.
@@ -71,6 +79,8 @@ class TrainSettings:
         cache_gib: what fetched shards may take there.
         workers: loader processes; 0 reads in the training process.
         overwrite: begin anew where the output folder holds a run.
+        preset: name of the published settings that the flags' defaults come from, or None.
+        wandb_project: project to log to besides the output folder, or None.
     """
 
     shards: tuple[str, ...]
@@ -91,11 +101,16 @@ class TrainSettings:
     max_steps: int
     batch_size: int
     grad_accum: int
+    optimizer: Optimizer
     lr: float | None
+    scale_lr: bool
     warmup_steps: int
     lr_schedule: LrSchedule
     weight_decay: float
     max_grad_norm: float
+    ema_decay: float | None
+    gradient_checkpointing: bool
+    max_skipped: int
     lora_rank: int | None
     unet: Path | None
     seed: int
@@ -109,12 +124,22 @@ class TrainSettings:
     cache_gib: float
     workers: int
     overwrite: bool
+    preset: str | None
+    wandb_project: str | None
 
-    @property
-    def peak_lr(self) -> float:
-        """The learning rate after warm-up."""
+    def peak_lr(self, states_per_step: int) -> float:
+        """The learning rate after warm-up.
+
+        Args:
+            states_per_step: pairs of an optimizer step, over all devices.
+
+        Raises:
+            UserError: a learning rate that is to be scaled is not given.
+        """
         if self.lr is not None:
-            return self.lr
+            return self.lr * states_per_step if self.scale_lr else self.lr
+        if self.scale_lr:
+            raise UserError("--scale-lr multiplies --lr by the pairs of a step; name it, the published one is 1e-8")
         return DEFAULT_LR if self.lora_rank is None else DEFAULT_LORA_LR
 
 

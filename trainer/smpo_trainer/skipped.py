@@ -49,15 +49,9 @@ class SkippedSteps:
         total: how many there were, the overflows of a gradient scaler included.
     """
 
-    def __init__(self, out: Path, limit: int, *, is_main: bool) -> None:
-        """None so far.
-
-        Args:
-            out: output folder of the run.
-            limit: so many in a row end the run.
-            is_main: whether this process writes.
-        """
-        self._path, self._limit, self._is_main = out / NONFINITE_FILE, limit, is_main
+    def __init__(self, out: Path, limit: int) -> None:
+        """None so far; ``limit`` in a row end the run whose output folder is ``out``."""
+        self._path, self._limit = out / NONFINITE_FILE, limit
         self.total = 0
         self._in_a_row = 0
         self._steps: list[SkippedStep] = []
@@ -71,33 +65,35 @@ class SkippedSteps:
         self.total += 1
 
     def skip(self, skipped: SkippedStep) -> None:
-        """A step was left out.
-
-        Raises:
-            UserError: it was one too many in a row.
-        """
+        """A step was left out."""
         self.total += 1
         self._in_a_row += 1
         self._steps.append(skipped)
-        self._write()
+
+    def write(self) -> None:
+        """Keep the samples; for the main process alone."""
+        if self._steps or self._path.is_file():
+            write_bytes(self._path, b"".join(json.dumps(asdict(step)).encode() + b"\n" for step in self._steps))
+
+    def require_few(self) -> None:
+        """Refuse to go on with too many in a row.
+
+        Raises:
+            UserError: the last step was one too many.
+        """
         if self._in_a_row >= self._limit:
+            last = self._steps[-1]
             raise UserError(
-                f"step {skipped.step}: {skipped.describe()}, and {self._in_a_row} steps in a row were skipped so; their "
-                f"pairs are in {self._path}. Training has diverged, or these pairs are broken: lower --lr, raise "
+                f"step {last.step}: {last.describe()}, and {self._in_a_row} steps in a row were skipped so; "
+                f"their pairs are in {self._path}. Training has diverged, or these pairs are broken: lower --lr, raise "
                 "--warmup-steps, or use a wider --mixed-precision (the last checkpoint is kept)"
             )
-
-    def _write(self) -> None:
-        if self._is_main:
-            write_bytes(self._path, b"".join(json.dumps(asdict(step)).encode() + b"\n" for step in self._steps))
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"total": self.total, "in_a_row": self._in_a_row, "steps": [asdict(step) for step in self._steps]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a checkpoint, and drop what was written after it."""
+        """Go back to a checkpoint."""
         self.total, self._in_a_row = state["total"], state["in_a_row"]
         self._steps = [SkippedStep(**step) for step in state["steps"]]
-        if self._steps or self._path.is_file():
-            self._write()

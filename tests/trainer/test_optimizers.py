@@ -1,0 +1,243 @@
+"""Optimizers, the learning rate, the moving average and what saves memory, through the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils import checkpoint as torch_checkpoint
+
+from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.presets import PRESETS, remarks
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import PlainReference, arguments, column, metrics, run_cli
+from tests.trainer.test_resume import OPTIONS
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: value.detach() for name, value in UNet2DConditionModel.from_pretrained(out / "unet").named_parameters()
+    }
+
+
+@pytest.fixture
+def collected(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """The weights at every checkpoint of the runs of a test, which are not written."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def collect(_: Checkpoints, checkpoint: Checkpoint) -> None:
+        seen.append({name: tensor.detach().clone() for name, tensor in checkpoint.weights.items()})
+
+    monkeypatch.setattr(Checkpoints, "save", collect)
+    return seen
+
+
+def test_adafactors_first_step_has_adams_signs_and_the_learning_rate_as_its_size(
+    train: Train, model: Path, collected: list[dict[str, torch.Tensor]]
+) -> None:
+    train("adam", max_steps=2, save_every=1, lr=1e-4, weight_decay=0)
+    train("ada", max_steps=2, save_every=1, lr=1e-4, weight_decay=0, optimizer="adafactor", max_grad_norm=0)
+    before = dict(PlainReference(model).unet.named_parameters())
+    name = "time_embedding.linear_1.weight"
+    moved = (collected[1][name] - before[name]).double()
+    # The first update is g / sqrt(row mean x column mean / mean) of g^2, clipped to an rms of 1, times lr
+    # (arXiv 1804.04235): its sign is the gradient's, as in Adam's first step, and its rms at most lr.
+    adam = (collected[0][name] - before[name]).double()
+    assert moved.square().mean().sqrt() <= 1e-4 * (1 + 1e-3)
+    clear = moved.abs() > 1e-6
+    assert clear.double().mean() > 0.9
+    assert torch.equal(moved.sign()[clear], adam.sign()[clear])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_run_that_goes_on_equals_the_uninterrupted_one(
+    train: Train, optimizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path, model: Path
+) -> None:
+    run = {**OPTIONS, "lora_rank": None, "optimizer": optimizer, "ema_decay": 0.8}
+    save = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
+        path = save(self, checkpoint)
+        if checkpoint.step == 3:
+            raise KeyboardInterrupt
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        run_cli(patch, arguments(shards, model, tmp_path / "cut", **run))
+    cut, whole = train("cut", **run), train("whole", **run)
+    assert column(cut, "loss") == column(whole, "loss")
+    ours, theirs = weights(cut), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_average_is_what_is_saved(train: Train, collected: list[dict[str, torch.Tensor]]) -> None:
+    averaged = train("averaged", max_steps=5, save_every=1, ema_decay=0.3)
+    plain = train("plain", max_steps=5)
+    steps = [*collected, weights(plain)]
+    average = steps[0]
+    for n, step in enumerate(steps[1:], start=2):
+        decay = min(0.3, n / (9 + n))
+        average = {name: decay * average[name].double() + (1 - decay) * step[name].double() for name in step}
+    ours = weights(averaged)
+    for name, wanted in average.items():
+        torch.testing.assert_close(ours[name].double(), wanted, rtol=1e-5, atol=1e-7)
+    assert column(averaged, "loss") == column(plain, "loss")
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    compute = torch_checkpoint.checkpoint
+
+    def count(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(torch_checkpoint, "checkpoint", count)
+    kept = train("kept")
+    assert calls == 0
+    anew = train("anew", gradient_checkpointing=True)
+    assert calls >= 4  # at least one block a step
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(column(anew, name), column(kept, name), rtol=1e-5)
+    lora = train("lora", lora_rank=2, gradient_checkpointing=True)
+    np.testing.assert_allclose(column(lora, "loss"), column(train("lora-kept", lora_rank=2), "loss"), rtol=1e-5)
+
+
+def test_the_learning_rate_is_scaled_as_published(train: Train, tmp_path: Path) -> None:
+    out = train(lr=1e-8, scale_lr=True, batch_size=2, grad_accum=3, max_steps=2)
+    assert column(out, "lr") == pytest.approx([6e-8, 6e-8])
+    same = train("same", lr=6e-8, batch_size=2, grad_accum=3, max_steps=2)
+    assert column(out, "loss") == column(same, "loss")
+    assert json.loads((out / "training.json").read_text())["settings"]["lr"] == pytest.approx(6e-8)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, *(0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(4))]),
+    ],
+)
+def test_schedules(train: Train, schedule: str, wanted: list[float]) -> None:
+    out = train(max_steps=6, warmup_steps=2, lr=1e-5, lr_schedule=schedule)
+    np.testing.assert_allclose(column(out, "lr"), 1e-5 * np.array(wanted), rtol=1e-9, atol=1e-20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale_lr": True, "lr": None}, "--scale-lr multiplies --lr"),
+        ({"preset": "smpo"}, "--preset smpo is not known; known: smpo-sd15, smpo-sdxl"),
+        ({"ema_decay": 1.5}, "--ema-decay"),
+        ({"wandb_project": "p"}, "--wandb-project p needs wandb, which is not installed"),
+        ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit needs bitsandbytes, which is not installed"),
+    ],
+)
+def test_wrong_flags(
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, object],
+    message: str,
+) -> None:
+    for package in ("wandb", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **options)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_each_setting_is_part_of_the_runs_identity(
+    train: Train, shards: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(max_steps=1)
+    for name, value, message in (
+        ("optimizer", "adafactor", "optimizer (adamw -> adafactor)"),
+        ("ema_decay", 0.9, "ema_decay (None -> 0.9)"),
+        ("scale_lr", True, "lr (0.0001 -> 0.0002)"),
+    ):
+        assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1, **{name: value})) == 2
+        assert message in capsys.readouterr().err
+    # What changes no number may change.
+    train(max_steps=1, gradient_checkpointing=True, max_skipped=9)
+    assert "finished; nothing to do" in capsys.readouterr().out
+
+
+def test_a_preset_is_overridden_by_flags_and_config_files(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"lr": None, "warmup_steps": None, "batch_size": None, "max_steps": 1, "grad_accum": 2}
+    out = train("flags", preset="smpo-sdxl", mixed_precision="no", beta=100, **small)
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    assert (settings["optimizer"], settings["beta"], settings["warmup_steps"]) == ("adafactor", 100, 100)
+    assert settings["lr"] == pytest.approx(2e-8)
+    said = capsys.readouterr().out
+    assert "settings published for sdxl, the shards are of sd15" in said
+    assert "published are 1024 pairs a step, here are 2" in said
+    config = tmp_path / "config.yaml"
+    config.write_text("beta: 300\nmixed_precision: 'no'\n")
+    for order in (
+        ["--config", str(config), "--preset", "smpo-sd15"],
+        ["--preset", "smpo-sd15", "--config", str(config)],
+    ):
+        name = f"config-{order[0]}"
+        out = train(name, **small, **dict(zip((order[0][2:], order[2][2:]), (order[1], order[3]), strict=True)))
+        settings = json.loads((out / "training.json").read_text())["settings"]
+        assert (settings["optimizer"], settings["beta"], settings["gamma"]) == ("adamw", 300, 10)
+
+
+def test_presets_hold_the_published_settings() -> None:
+    """SmPO-Diffusion's scripts: 8 devices x batch 1 x accumulation 128, 1e-8 times these."""
+    for preset, beta, optimizer in ((PRESETS["smpo-sd15"], 2000, "adamw"), (PRESETS["smpo-sdxl"], 5000, "adafactor")):
+        flags = preset.flags
+        assert (flags["beta"], flags["optimizer"], flags["gamma"], flags["max_steps"]) == (beta, optimizer, 10, 200)
+        assert flags["batch_size"] * flags["grad_accum"] * 8 == 1024
+        assert flags["scale_lr"]
+        assert flags["lr"] * 1024 == pytest.approx(1.024e-5)
+        assert (flags["lr_schedule"], flags["warmup_steps"], flags["weight_decay"]) == ("constant", 100, 0.01)
+        assert (flags["max_grad_norm"], flags["mixed_precision"]) == (1.0, "fp16")
+        assert remarks(f"smpo-{preset.kind}", preset.kind, 1024) == []
+
+
+class _Run:
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.finished = False
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_wandb_gets_what_the_file_gets(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb itself needs an account: in its place a module that records how it is called."""
+    runs: list[tuple[dict[str, object], _Run]] = []
+
+    def init(**options: object) -> _Run:
+        runs.append((options, _Run()))
+        return runs[-1][1]
+
+    fake = types.ModuleType("wandb")
+    fake.init, fake.Error = init, RuntimeError
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = train(wandb_project="aligned", max_steps=2)
+    ((options, run),) = runs
+    assert (options["project"], options["name"], options["resume"]) == ("aligned", "run", "allow")
+    assert options["config"]["beta"] == 2000
+    assert run.finished
+    lines = metrics(out)
+    assert [step for step, _ in run.logged] == [1, 2]
+    for (_, values), line in zip(run.logged, lines, strict=True):
+        assert values == {name: value for name, value in line.items() if value is not None and name != "step"}

@@ -1,0 +1,63 @@
+"""What is logged of a step, in a Weights & Biases project (``--wandb-project``)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import sha256_json
+
+
+class WandbLog:
+    """One run there; a run that goes on here goes on there."""
+
+    def __init__(self, project: str, out: Path, identity: Mapping[str, Any]) -> None:
+        """Begin it, or go on with it.
+
+        Args:
+            project: its name.
+            out: output folder of the run; its name is the run's.
+            identity: the settings that decide the run's numbers, shown as its configuration.
+
+        Raises:
+            UserError: wandb is not installed, or takes no run.
+        """
+        wandb = import_wandb(project)
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=out.name,
+                id=sha256_json([str(out.resolve()), dict(identity)])[:16],
+                resume="allow",
+                dir=str(out),
+                config=dict(identity),
+            )
+        except wandb.Error as error:
+            raise UserError(f"--wandb-project {project}: {error}") from error
+
+    def write(self, values: Mapping[str, float | None]) -> None:
+        """Log one step."""
+        have = {name: value for name, value in values.items() if value is not None and name != "step"}
+        self._run.log(have, step=values["step"])
+
+    def close(self) -> None:
+        """End it."""
+        self._run.finish()
+
+
+def import_wandb(project: str) -> Any:  # noqa: ANN401  (an optional module)
+    """The module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError(
+            f"--wandb-project {project} needs wandb, which is not installed: pip install wandb, or leave the flag out "
+            "(TensorBoard files and metrics.jsonl are written anyway)"
+        ) from error
