@@ -233,7 +233,7 @@ def test_wandb_gets_what_the_file_gets(train: Train, monkeypatch: pytest.MonkeyP
     fake.init, fake.Error = init, RuntimeError
     monkeypatch.setitem(sys.modules, "wandb", fake)
     out = train(wandb_project="aligned", max_steps=2)
-    ((options, run),) = runs
+    (options, run), *_ = runs
     assert (options["project"], options["name"], options["resume"]) == ("aligned", "run", "allow")
     assert options["config"]["beta"] == 2000
     assert run.finished
@@ -241,3 +241,9 @@ def test_wandb_gets_what_the_file_gets(train: Train, monkeypatch: pytest.MonkeyP
     assert [step for step, _ in run.logged] == [1, 2]
     for (_, values), line in zip(run.logged, lines, strict=True):
         assert values == {name: value for name, value in line.items() if value is not None and name != "step"}
+    # A run that goes on goes on there; one that begins anew is another.
+    (out / "training.json").unlink()
+    train(wandb_project="aligned", max_steps=2)
+    train(wandb_project="aligned", max_steps=2, overwrite=True)
+    first, second, third = (options["id"] for options, _ in runs)
+    assert first == second != third

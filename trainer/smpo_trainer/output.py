@@ -16,6 +16,7 @@ from smpo_trainer.experiment import differing
 from smpo_trainer.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 from smpo_trainer.policy import LORA_FILE, UNET_FOLDER
 from smpo_trainer.skipped import NONFINITE_FILE
+from smpo_trainer.wandb_log import WANDB_FOLDER
 
 TRAINING_FILE = "training.json"
 TRAINING_VERSION = 1
@@ -77,7 +78,7 @@ class OutputFolder:
         # The marker first: a kill in between must not leave a folder that looks finished.
         for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE, REFERENCE_FILE, NONFINITE_FILE):
             (self.path / name).unlink(missing_ok=True)
-        for name in (UNET_FOLDER, TENSORBOARD_FOLDER):
+        for name in (UNET_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.checkpoints.remove()
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_json
+from smpo_schemas.files import write_bytes
+
+WANDB_FOLDER = "wandb"
 
 
 class WandbLog:
@@ -30,7 +33,7 @@ class WandbLog:
             self._run = wandb.init(
                 project=project,
                 name=out.name,
-                id=sha256_json([str(out.resolve()), dict(identity)])[:16],
+                id=_run_id(out),
                 resume="allow",
                 dir=str(out),
                 config=dict(identity),
@@ -46,6 +49,14 @@ class WandbLog:
     def close(self) -> None:
         """End it."""
         self._run.finish()
+
+
+def _run_id(out: Path) -> str:
+    """Of the run that this folder holds: kept, so that a run that goes on finds it, until the folder is cleared."""
+    path = out / WANDB_FOLDER / "run_id"
+    if not path.is_file():
+        write_bytes(path, uuid.uuid4().hex.encode())
+    return path.read_text()
 
 
 def import_wandb(project: str) -> Any:  # noqa: ANN401  (an optional module)
