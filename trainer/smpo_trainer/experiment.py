@@ -78,6 +78,7 @@ class Experiment:
             "reference": settings.reference,
             "min_timestep": settings.min_timestep,
             "max_timestep": settings.max_timestep,
+            "val_fraction": settings.val_fraction,
         }
 
 

@@ -13,6 +13,7 @@ from smpo_trainer.settings import TimestepWeightingKind
 
 _OBJECTIVE = "Objective"
 _OPTIMIZER = "Optimizer"
+_HELD_OUT = "Held-out pairs"
 
 
 def _list_objectives(wanted: bool) -> None:
@@ -158,4 +159,23 @@ Preset = Annotated[
 WandbProject = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Log to this Weights & Biases project too; needs wandb installed."),
+]
+ValFraction = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=0.9,
+        help="Hold out the pairs of about this share of the prompts, the same ones in every run; loss and accuracy on "
+        "them are logged as val/...",
+        rich_help_panel=_HELD_OUT,
+    ),
+]
+ValEvery = Annotated[
+    int, typer.Option(min=1, help="Optimizer steps between two looks at them.", rich_help_panel=_HELD_OUT)
+]
+ValStates = Annotated[
+    int,
+    typer.Option(
+        min=1, help="How many of their states are looked at, of as many pairs as possible.", rich_help_panel=_HELD_OUT
+    ),
 ]

@@ -19,6 +19,7 @@ from smpo_trainer.batches import StateBatch
 from smpo_trainer.checkpoints import Checkpoint
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.experiment import Experiment
+from smpo_trainer.held_out import HeldOut
 from smpo_trainer.metrics import Record, StepMeter
 from smpo_trainer.objectives.base import Metrics, PairBatch
 from smpo_trainer.optimizers import make_optimizer, make_schedule
@@ -86,6 +87,18 @@ class Trainer:
         if self._accelerator.device.type == "cuda":
             record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return record
+
+    @torch.no_grad()
+    def validate(self, held_out: HeldOut) -> Record:
+        """Loss and metrics on held-out pairs, by names that begin with ``val/``."""
+        meter = StepMeter()
+        for number in range(held_out.forwards):
+            # A process that has fewer batches repeats one, since wrappers may need all processes for a forward.
+            batch = held_out.batches[min(number, len(held_out.batches) - 1)]
+            loss_B, metrics = self._forward(batch.to(self._accelerator.device))
+            if number < len(held_out.batches):
+                meter.add({"loss": loss_B, **metrics})
+        return {f"val/{name}": value for name, value in meter.means(self._accelerator).items()}
 
     def _forward(self, batch: StateBatch) -> tuple[torch.Tensor, Metrics]:
         """Loss of each pair of a micro-batch, [B], and metrics."""

@@ -21,6 +21,7 @@ from smpo_trainer.wandb_log import WANDB_FOLDER
 TRAINING_FILE = "training.json"
 TRAINING_VERSION = 1
 REFERENCE_FILE = "reference.safetensors"
+HELD_OUT_REFERENCE_FILE = "reference-held-out.safetensors"
 
 _PACKAGES = ("smpo-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft")
 
@@ -35,6 +36,7 @@ class OutputFolder:
         self.path = path
         self.checkpoints = Checkpoints(path)
         self.reference = path / REFERENCE_FILE
+        self.held_out_reference = path / HELD_OUT_REFERENCE_FILE
 
     def is_finished(self, identity: Mapping[str, Any]) -> bool:
         """Whether there is a finished run of exactly these settings.
@@ -76,7 +78,15 @@ class OutputFolder:
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         # The marker first: a kill in between must not leave a folder that looks finished.
-        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE, REFERENCE_FILE, NONFINITE_FILE):
+        for name in (
+            TRAINING_FILE,
+            CONFIG_FILE,
+            METRICS_FILE,
+            LORA_FILE,
+            REFERENCE_FILE,
+            HELD_OUT_REFERENCE_FILE,
+            NONFINITE_FILE,
+        ):
             (self.path / name).unlink(missing_ok=True)
         for name in (UNET_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -87,6 +97,7 @@ class OutputFolder:
         write_json(self.path / TRAINING_FILE, {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()})
         self.checkpoints.remove()
         self.reference.unlink(missing_ok=True)
+        self.held_out_reference.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

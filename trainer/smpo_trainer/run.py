@@ -17,6 +17,7 @@ from smpo_schemas.errors import UserError
 from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
+from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
 from smpo_trainer.loop import Trainer
 from smpo_trainer.metrics import MetricsLog, Record, plain
 from smpo_trainer.output import OutputFolder
@@ -63,16 +64,24 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             accelerator, lambda: load_policy(settings, experiment.shards.model, accelerator.device, report.say)
         )
         table = together(accelerator, lambda: _index(experiment, report))
+        store = ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))
+        held_out = None
+        if settings.val_fraction:
+            table, held_out_table = together(accelerator, lambda: split_by_prompt(table, settings.val_fraction))
+            held_out = together(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, report))
         on_main(accelerator, lambda: _begin(settings, output, write_config))
         order = Order(table.states_per_shard, settings.seed, settings.shuffle_window)
         plan = Plan(order, settings.batch_size, settings.grad_accum, accelerator.num_processes)
-        store = ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))
         dataset = StateDataset(experiment.shards, table)
         feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers)
         noise = settle_reference(experiment, policy, feed, accelerator, output, report)
+        if held_out and output.held_out_reference.is_file():
+            held_out.read_reference(output.held_out_reference)
+        elif held_out and dataset.ref_error_S2 is not None:
+            held_out.recompute_reference(policy, output.held_out_reference)
         if settings.reference != "live":
             policy = replace(policy, reference=None)  # what it was for is done
-        last = _Run(experiment, policy, feed, accelerator, output, report, identity).train(noise)
+        last = _Run(experiment, policy, feed, held_out, accelerator, output, report, identity).train(noise)
         store.close()
         if last is not None and accelerator.is_main_process:
             report.say(f"saved {settings.out / policy.save(settings.out)}")
@@ -94,6 +103,7 @@ class _Run:
         experiment: Experiment,
         policy: Policy,
         feed: Feed,
+        held_out: HeldOut | None,
         accelerator: Accelerator,
         output: OutputFolder,
         report: Report,
@@ -101,7 +111,8 @@ class _Run:
     ) -> None:
         self._settings = experiment.settings
         self._trainer = Trainer(experiment, policy, feed.plan, accelerator)
-        self._feed, self._accelerator, self._output = feed, accelerator, output
+        self._feed, self._held_out = feed, held_out
+        self._accelerator, self._output = accelerator, output
         self._report, self._identity = report, identity
 
     def train(self, noise: Record) -> Record | None:
@@ -119,7 +130,11 @@ class _Run:
         try:
             with StopRequest() as stop:
                 for step in range(first, last):
-                    record = plain(self._trainer.train_step(step, batches) | (noise if step == 0 else {}))
+                    record = plain(
+                        self._trainer.train_step(step, batches)
+                        | (noise if step == 0 else {})
+                        | self._look_at_held_out(step + 1)
+                    )
                     if log:
                         log.write(record)
                     self._report.step(record)
@@ -134,6 +149,17 @@ class _Run:
             if log:
                 log.close()
         self._trainer.finish()
+        return record
+
+    def _look_at_held_out(self, step: int) -> Record:
+        """After ``step`` steps: what is logged of the held-out pairs, where it is time for it."""
+        if self._held_out is None or (step % self._settings.val_every and step != self._settings.max_steps):
+            return {}
+        record = self._trainer.validate(self._held_out)
+        self._report.say(
+            f"step {step}: held-out loss {_number(record['val/loss'])}, "
+            f"accuracy {_number(record['val/rewards/accuracies'])}"
+        )
         return record
 
     def _open_log(self, finished_steps: int) -> MetricsLog:
@@ -182,6 +208,19 @@ def _index(experiment: Experiment, report: Report) -> StateTable:
         (settings.min_timestep, settings.max_timestep),
         say=report.say,
     )
+
+
+def _hold_out(
+    experiment: Experiment, table: StateTable, store: ShardStore, accelerator: Accelerator, report: Report
+) -> HeldOut:
+    settings = experiment.settings
+    chosen = spread(table, settings.val_states).tolist()
+    report.say(f"{len(table)} states are held out by their prompts; {len(chosen)} of them are looked at")
+    return HeldOut(experiment.shards, table, chosen, store, settings.batch_size, accelerator)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _summary(

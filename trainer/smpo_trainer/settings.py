@@ -73,6 +73,9 @@ class TrainSettings:
         reference: where the reference's errors come from.
         min_timestep: states at smaller timesteps are left out; None: no limit.
         max_timestep: states at larger timesteps are left out; None: no limit.
+        val_fraction: of the prompts, about, whose pairs are held out; 0: none.
+        val_every: optimizer steps from one look at the held-out pairs to the next.
+        val_states: how many of their states are looked at.
         save_every: optimizer steps from checkpoint to checkpoint.
         shuffle_window: states that are shuffled together, at least.
         cache: folder for shards that are fetched from URLs.
@@ -118,6 +121,9 @@ class TrainSettings:
     reference: ReferenceSource
     min_timestep: int | None
     max_timestep: int | None
+    val_fraction: float
+    val_every: int
+    val_states: int
     save_every: int
     shuffle_window: int
     cache: Path

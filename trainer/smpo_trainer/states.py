@@ -5,8 +5,9 @@ Shape suffixes: P walks, S states.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,6 +44,7 @@ class StateTable:
         preference_P: P(image_0 preferred), NaN where there is none.
         label_P: the annotator's, NaN where nobody labelled.
         weight_P: the pair's own weight in the loss.
+        prompt_draw_P: of :func:`prompt_draw`.
         walk_S: which walk a state is of.
         k_S: which of the walk's states it is.
         states_per_shard: how many states lie in each shard of the set.
@@ -52,12 +54,24 @@ class StateTable:
     preference_P: np.ndarray
     label_P: np.ndarray
     weight_P: np.ndarray
+    prompt_draw_P: np.ndarray
     walk_S: np.ndarray
     k_S: np.ndarray
     states_per_shard: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.walk_S)
+
+    def only(self, keep_S: np.ndarray) -> StateTable:
+        """The table with those states alone."""
+        walk_S, k_S = self.walk_S[keep_S], self.k_S[keep_S]
+        per_shard = _per_shard(self.locations, walk_S, len(self.states_per_shard))
+        return replace(self, walk_S=walk_S, k_S=k_S, states_per_shard=per_shard)
+
+
+def prompt_draw(prompt: str) -> float:
+    """A number in [0, 1) that depends on the prompt alone; prompts below a fraction are held out at that fraction."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6]) / 2**48
 
 
 def index_states(
@@ -98,6 +112,7 @@ def index_states(
     label_P = np.array([np.nan if meta.label is None else meta.label for meta in metas], dtype=np.float64)
     preference_P = mix.preferences(metas) if mix else np.full(len(metas), np.nan)
     weight_P = weights.of(metas) if weights else np.ones(len(metas))
+    draw_P = np.array([prompt_draw(meta.prompt) for meta in metas], dtype=np.float64)
     usable_P = objective.usable(preference_P, label_P)
     if not usable_P.all():
         say(f"{int((~usable_P).sum())} of {len(metas)} walks lack {objective.needs} and are left out")
@@ -115,8 +130,9 @@ def index_states(
         )
     say(f"{len(walk_S)} of {total} states of {len(metas)} walks are trained on")
     placed = WalkLocations(locations)
-    per_shard = np.bincount(placed.shard_P[walk_S], minlength=len(places))
-    return StateTable(placed, preference_P, label_P, weight_P, walk_S, k_S, tuple(per_shard.tolist()))
+    return StateTable(
+        placed, preference_P, label_P, weight_P, draw_P, walk_S, k_S, _per_shard(placed, walk_S, len(places))
+    )
 
 
 def _select(
@@ -133,6 +149,11 @@ def _select(
     if high is not None:
         keep &= t_S <= high
     return walk_S[keep].astype(np.int32), k_S[keep].astype(np.int16)
+
+
+def _per_shard(locations: WalkLocations, walk_S: np.ndarray, num_shards: int) -> tuple[int, ...]:
+    """How many of the states lie in each shard."""
+    return tuple(np.bincount(locations.shard_P[walk_S], minlength=num_shards).tolist())
 
 
 def _range(low: int | None, high: int | None) -> str:

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from smpo_schemas.errors import UserError
+from smpo_schemas.shards import ShardDirectory
+from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.held_out import spread
+from smpo_trainer.states import StateTable, prompt_draw
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, make_shards, metrics, run_cli
+from tests.trainer.objectives.plain import BETA, PLAIN
+
+FRACTION = 0.5
+
+
+def held_prompts(fraction: float = FRACTION) -> set[str]:
+    return {p for p in PROMPTS if int(hashlib.sha256(p.encode()).hexdigest()[:12], 16) / 16**12 < fraction}
+
+
+@pytest.fixture(scope="module")
+def many(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 pairs of the five prompts, with decided labels."""
+    return make_shards(tmp_path_factory.mktemp("many") / "shards", model, num_pairs=20)
+
+
+def test_draws_are_even_and_of_the_prompt_alone() -> None:
+    draws = np.array([prompt_draw(f"prompt {number}") for number in range(20_000)])
+    counts, _ = np.histogram(draws, bins=10, range=(0, 1))
+    assert counts.sum() == 20_000
+    assert (abs(counts - 2000) < 5 * np.sqrt(2000 * 0.9)).all()
+    assert prompt_draw("a cat") == int(hashlib.sha256(b"a cat").hexdigest()[:12], 16) / 16**12
+
+
+def table(states_of_walks: list[int]) -> StateTable:
+    walk_S = np.repeat(np.arange(len(states_of_walks)), states_of_walks)
+    k_S = np.concatenate([np.arange(count) for count in states_of_walks])
+    nothing = np.zeros(len(states_of_walks))
+    fields = StateTable.__dataclass_fields__
+    known = {"walk_S": walk_S, "k_S": k_S, "weight_P": nothing, "prompt_draw_P": nothing}
+    return StateTable(**{name: known.get(name, nothing) for name in fields})
+
+
+def test_spread_takes_as_many_walks_as_possible() -> None:
+    of = table([3, 1, 5, 2])
+    for number, wanted in ((3, [0, 1, 2]), (4, [0, 1, 2, 3]), (6, [0, 0, 1, 2, 2, 3])):
+        chosen = spread(of, number)
+        assert of.walk_S[chosen].tolist() == wanted
+        assert len(set(chosen.tolist())) == number
+    assert spread(of, 99).tolist() == list(range(11))
+    assert spread(of, 4).tolist() == spread(of, 4).tolist()
+
+
+def test_no_held_out_prompt_is_trained_on(
+    train: Train, many: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smpo_trainer.loop import Trainer
+
+    seen: dict[bool, set[str]] = {True: set(), False: set()}
+    forward = Trainer._forward
+
+    def note(self: Trainer, batch):
+        seen[torch.is_grad_enabled()] |= set(batch.pair_ids)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Trainer, "_forward", note)
+    held = held_prompts()
+    assert 0 < len(held) < len(PROMPTS)
+    train(on=many, val_fraction=FRACTION, max_steps=30, batch_size=2, val_every=30)
+    prompts = {sample.meta.pair_id: sample.meta.prompt for sample in ShardDirectory(many).samples()}
+    assert {prompts[pair] for pair in seen[False]} == held
+    assert {prompts[pair] for pair in seen[True]} == set(PROMPTS) - held
+    number = 3 * sum(prompt in held for prompt in prompts.values())
+    assert f"{number} states are held out by their prompts; {number} of them are looked at" in capsys.readouterr().out
+
+
+def test_values_are_those_of_the_plain_version(train: Train, many: Path, model: Path, other_unet: Path) -> None:
+    # A learning rate of 0 leaves the model where it starts.
+    out = train(on=many, objective="dpo", unet=other_unet, val_fraction=FRACTION, beta=BETA, lr=0, max_steps=1)
+    plain = PlainReference(model, other_unet)
+    losses, right = [], []
+    for sample in ShardDirectory(many).samples():
+        if sample.meta.prompt not in held_prompts():
+            continue
+        prompt = "" if sample.meta.prompt_dropped else sample.meta.prompt
+        w = 0 if sample.meta.label == 1 else 1
+        for k, t in enumerate(sample.timestep_K.tolist()):
+            e = [torch.tensor(plain.error(sample.x0_2Chw[i], sample.noise_K2Chw[k, i], t, prompt)) for i in (w, 1 - w)]
+            r = sample.ref_error_K2[k].double()[[w, 1 - w]]
+            losses.append(float(PLAIN["dpo"](e[0].double(), e[1].double(), r[0], r[1], 1.0)))
+            right.append(e[0] - r[0] < e[1] - r[1])
+    record = metrics(out)[0]
+    assert record["val/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert record["val/rewards/accuracies"] == pytest.approx(np.mean(right))
+
+
+def test_looking_changes_no_training(train: Train, many: Path) -> None:
+    often = train("often", on=many, val_fraction=FRACTION, val_every=1)
+    never = train("never", on=many, val_fraction=FRACTION, val_every=99)
+    assert column(often, "loss") == column(never, "loss")
+    assert [("val/loss" in line) for line in metrics(often)] == [True] * 4
+    assert [("val/loss" in line) for line in metrics(never)] == [False, False, False, True]
+    one = train("one", on=many, val_fraction=FRACTION, val_every=1, batch_size=1, grad_accum=2)
+    assert column(one, "val/loss")[0] == pytest.approx(column(often, "val/loss")[0], rel=1e-3)
+
+
+def test_the_reference_of_held_out_pairs_is_recomputed_too(
+    train: Train, many: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {"val_fraction": FRACTION, "val_every": 1, "beta": 200, "lr": 1e-5, "save_every": 1}
+    live = train("live", on=many, reference="live", **run)
+    save = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
+        path = save(self, checkpoint)
+        if checkpoint.step == 2:
+            raise UserError("power cut")
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        cut = arguments(many, model, tmp_path / "anew", reference="recomputed", **run)
+        assert run_cli(patch, cut) == 2
+    assert (tmp_path / "anew" / "reference-held-out.safetensors").is_file()
+    anew = train("anew", on=many, reference="recomputed", **run)
+    np.testing.assert_allclose(column(anew, "val/loss"), column(live, "val/loss"), atol=1e-5)
+    assert not list(anew.glob("reference*"))
+
+
+def test_held_out_pairs_are_part_of_the_runs_identity(
+    train: Train, many: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(on=many, max_steps=1)
+    assert json.loads((out / "training.json").read_text())["states"] == 60
+    assert run_cli(monkeypatch, arguments(many, model, out, max_steps=1, val_fraction=FRACTION)) == 2
+    assert "val_fraction (0.0 -> 0.5)" in capsys.readouterr().err
+
+
+def test_too_few_prompts(
+    many: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert held_prompts(0.001) == set()
+    assert run_cli(monkeypatch, arguments(many, model, tmp_path / "run", val_fraction=0.001)) == 2
+    assert "--val-fraction 0.001 holds out none of the prompts" in capsys.readouterr().err

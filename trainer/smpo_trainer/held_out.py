@@ -1,0 +1,140 @@
+"""Pairs that are not trained on, to see whether what is learned holds for others (``--val-fraction``).
+
+The split is by prompt, so that no image of a held-out prompt is trained on, and by nothing else: every run over the
+same data holds out the same prompts, whatever its seed or objective.
+
+Shape suffixes: P walks, S states, B a batch, 2 images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from smpo_schemas.errors import UserError
+from smpo_trainer.batches import StateBatch, StateDataset, collate
+from smpo_trainer.errors import condition, pair_errors
+from smpo_trainer.policy import Policy
+from smpo_trainer.processes import on_main, together
+from smpo_trainer.reference import read_reference, write_reference
+from smpo_trainer.shard_set import ShardSet
+from smpo_trainer.shard_store import ShardStore
+from smpo_trainer.states import StateTable
+
+
+def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, StateTable]:
+    """The states that are trained on, and those that are held out.
+
+    Args:
+        table: all states.
+        fraction: of the prompts that are held out, about.
+
+    Raises:
+        UserError: one of the two is empty.
+    """
+    held_S = table.prompt_draw_P[table.walk_S] < fraction
+    if not held_S.any() or held_S.all():
+        raise UserError(
+            f"--val-fraction {fraction} holds out {'all' if held_S.any() else 'none'} of the prompts: there are too few"
+        )
+    return table.only(~held_S), table.only(held_S)
+
+
+def spread(table: StateTable, number: int) -> np.ndarray:
+    """At most ``number`` states of a table, of as many walks as possible: increasing indices, int64.
+
+    A walk's states are drawn in a fixed random order. Of walks the first are taken, so that few shards are read.
+    """
+    keys_S = np.random.default_rng(0).random(len(table))
+    order = np.lexsort([keys_S, table.walk_S])
+    first_of_walk = np.flatnonzero(np.diff(table.walk_S[order], prepend=-1))
+    rounds = np.arange(len(table)) - np.repeat(first_of_walk, np.diff(first_of_walk, append=len(table)))
+    return np.sort(order[np.argsort(rounds, kind="stable")[:number]])
+
+
+class HeldOut:
+    """This process's share of the held-out states, in memory.
+
+    Attributes:
+        batches: on the CPU.
+        forwards: how many batches the process with the most has.
+        num_states: in all processes.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        table: StateTable,
+        chosen: Sequence[int],
+        store: ShardStore,
+        batch_size: int,
+        accelerator: Accelerator,
+    ) -> None:
+        """Read the ``chosen`` states of ``table``, whose shards ``store`` brings.
+
+        Raises:
+            UserError: there are fewer than processes, or a shard or a sample is missing or damaged.
+        """
+        world, rank = accelerator.num_processes, accelerator.process_index
+        if len(chosen) < world:
+            raise UserError(f"{len(chosen)} held-out states are too few for {world} processes; raise --val-fraction")
+        shares = np.array_split(np.asarray(chosen), world)
+        own = shares[rank].tolist()
+        store.require(sorted(set(table.locations.shard_P[table.walk_S[own]].tolist())))
+        dataset = StateDataset(shards, table)
+        self.batches: list[StateBatch] = []
+        for start in range(0, len(own), batch_size):
+            batch = collate([dataset[index] for index in own[start : start + batch_size]])
+            if isinstance(batch, str):
+                raise UserError(batch)
+            self.batches.append(batch)
+        self.forwards = -(-max(map(len, shares)) // batch_size)
+        self.num_states = len(chosen)
+        self._accelerator = accelerator
+        self._first = sum(map(len, shares[:rank]))
+
+    def recompute_reference(self, policy: Policy, path: Path) -> None:
+        """Take the reference's errors from this run's own arithmetic; for a model that is still as it starts.
+
+        Args:
+            policy: its ``reference``, or else its ``denoiser``, is the reference.
+            path: where they are kept for a run that goes on.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        errors: list[list[float]] = []
+        for batch in self.batches:
+            errors += _reference_errors(policy, batch.to(self._accelerator.device), self._accelerator).tolist()
+        gathered = torch.tensor(gather_object(errors), dtype=torch.float32)
+        on_main(self._accelerator, lambda: write_reference(path, gathered))
+        self._take(gathered)
+
+    def read_reference(self, path: Path) -> None:
+        """Take the reference's errors that the run was begun with.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        self._take(together(self._accelerator, lambda: read_reference(path)))
+
+    def _take(self, error_S2: torch.Tensor) -> None:
+        first = self._first
+        for number, batch in enumerate(self.batches):
+            size = len(batch.pair_ids)
+            self.batches[number] = replace(batch, ref_error_B2=error_S2[first : first + size])
+            first += size
+
+
+@torch.no_grad()
+def _reference_errors(policy: Policy, batch: StateBatch, accelerator: Accelerator) -> torch.Tensor:
+    """[B, 2]."""
+    conditioning = condition(policy.family, batch)
+    with accelerator.autocast():
+        return pair_errors(policy.family, policy.reference or policy.denoiser, batch, conditioning)
