@@ -16,8 +16,10 @@ from smpo_trainer.states import StateTable, prompt_draw
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, make_shards, metrics, run_cli
 from tests.trainer.objectives.plain import BETA, PLAIN
+from tests.trainer.test_objective_flags import write_scores
+from tests.trainer.test_resume import launch_two
 
-FRACTION = 0.5
+FRACTION = 0.4
 
 
 def held_prompts(fraction: float = FRACTION) -> set[str]:
@@ -26,8 +28,8 @@ def held_prompts(fraction: float = FRACTION) -> set[str]:
 
 @pytest.fixture(scope="module")
 def many(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 pairs of the five prompts, with decided labels."""
-    return make_shards(tmp_path_factory.mktemp("many") / "shards", model, num_pairs=20)
+    """10 pairs of the five prompts, with decided labels."""
+    return make_shards(tmp_path_factory.mktemp("many") / "shards", model, num_pairs=10)
 
 
 def test_draws_are_even_and_of_the_prompt_alone() -> None:
@@ -72,7 +74,7 @@ def test_no_held_out_prompt_is_trained_on(
     monkeypatch.setattr(Trainer, "_forward", note)
     held = held_prompts()
     assert 0 < len(held) < len(PROMPTS)
-    train(on=many, val_fraction=FRACTION, max_steps=30, batch_size=2, val_every=30)
+    train(on=many, val_fraction=FRACTION, max_steps=10, batch_size=4, val_every=30)
     prompts = {sample.meta.pair_id: sample.meta.prompt for sample in ShardDirectory(many).samples()}
     assert {prompts[pair] for pair in seen[False]} == held
     assert {prompts[pair] for pair in seen[True]} == set(PROMPTS) - held
@@ -101,19 +103,20 @@ def test_values_are_those_of_the_plain_version(train: Train, many: Path, model: 
 
 
 def test_looking_changes_no_training(train: Train, many: Path) -> None:
-    often = train("often", on=many, val_fraction=FRACTION, val_every=1)
-    never = train("never", on=many, val_fraction=FRACTION, val_every=99)
+    few = {"on": many, "val_fraction": FRACTION, "val_states": 6}
+    often = train("often", **few, val_every=1)
+    never = train("never", **few, val_every=99)
     assert column(often, "loss") == column(never, "loss")
     assert [("val/loss" in line) for line in metrics(often)] == [True] * 4
     assert [("val/loss" in line) for line in metrics(never)] == [False, False, False, True]
-    one = train("one", on=many, val_fraction=FRACTION, val_every=1, batch_size=1, grad_accum=2)
+    one = train("one", **few, val_every=1, batch_size=1, grad_accum=2)
     assert column(one, "val/loss")[0] == pytest.approx(column(often, "val/loss")[0], rel=1e-3)
 
 
 def test_the_reference_of_held_out_pairs_is_recomputed_too(
     train: Train, many: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = {"val_fraction": FRACTION, "val_every": 1, "beta": 200, "lr": 1e-5, "save_every": 1}
+    run = {"val_fraction": FRACTION, "val_every": 1, "val_states": 6, "beta": 200, "lr": 1e-5, "save_every": 1}
     live = train("live", on=many, reference="live", **run)
     save = Checkpoints.save
 
@@ -133,13 +136,38 @@ def test_the_reference_of_held_out_pairs_is_recomputed_too(
     assert not list(anew.glob("reference*"))
 
 
+@pytest.mark.slow
+def test_two_processes_equal_one(train: Train, many: Path, model: Path, tmp_path: Path) -> None:
+    """Held-out pairs, in shares of different sizes; the average of the weights; a step that both must skip."""
+    pairs = len(list(ShardDirectory(many).samples()))
+    broken = next(s.meta.pair_id for s in ShardDirectory(many).samples() if s.meta.prompt not in held_prompts())
+    trust = [1e300 if f"pair-{number}" == broken else 1.0 for number in range(pairs)]
+    scores = write_scores(tmp_path / "scores", pairs=pairs, trust=trust)
+    run = {"objective": "dpo", "beta": 200, "lr": 1e-5, "val_fraction": FRACTION, "val_states": 5, "val_every": 2,
+           "ema_decay": 0.9, "scores": scores, "weight_column": "trust", "max_steps": 5}  # fmt: skip
+    one = train("one", on=many, batch_size=4, **run)
+    done = launch_two(arguments(many, model, tmp_path / "two", batch_size=2, **run))
+    assert done.returncode == 0, done.stderr
+    two = tmp_path / "two"
+    assert column(two, "skipped_steps") == column(one, "skipped_steps")
+    assert 0 < column(one, "skipped_steps")[-1] < 5
+    for name in ("loss", "val/loss", "val/rewards/accuracies"):
+        ours, theirs = ([line.get(name) for line in metrics(out)] for out in (two, one))
+        np.testing.assert_allclose(np.array(ours, dtype=float), np.array(theirs, dtype=float), rtol=1e-3, atol=1e-5)
+    lines = [[json.loads(line) for line in (out / "nonfinite.jsonl").read_text().splitlines()] for out in (two, one)]
+    assert [(x["step"], sorted(x["pairs"])) for x in lines[0]] == [(x["step"], sorted(x["pairs"])) for x in lines[1]]
+    ours, theirs = (dict(PlainReference(model, out / "unet").unet.named_parameters()) for out in (two, one))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=5e-6)
+
+
 def test_held_out_pairs_are_part_of_the_runs_identity(
     train: Train, many: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = train(on=many, max_steps=1)
-    assert json.loads((out / "training.json").read_text())["states"] == 60
+    assert json.loads((out / "training.json").read_text())["states"] == 30
     assert run_cli(monkeypatch, arguments(many, model, out, max_steps=1, val_fraction=FRACTION)) == 2
-    assert "val_fraction (0.0 -> 0.5)" in capsys.readouterr().err
+    assert "val_fraction (0.0 -> 0.4)" in capsys.readouterr().err
 
 
 def test_too_few_prompts(

@@ -51,14 +51,14 @@ def states(shards: Path, model: Path, other_unet: Path) -> list[State]:
     return found
 
 
-def write_scores(folder: Path, **columns: list[object]) -> Path:
-    """A scores table of all six pairs, with these columns besides a reward's."""
+def write_scores(folder: Path, pairs: int = PAIRS, **columns: list[object]) -> Path:
+    """A scores table of the first pairs, with these columns besides a reward's."""
     folder.mkdir()
-    ids = [f"pair-{number}" for number in range(PAIRS)]
-    table = pa.table({"pair_id": ids, "taste_0": [1.0] * PAIRS, "taste_1": [0.0] * PAIRS, **columns})
+    ids = [f"pair-{number}" for number in range(pairs)]
+    table = pa.table({"pair_id": ids, "taste_0": [1.0] * pairs, "taste_1": [0.0] * pairs, **columns})
     pq.write_table(table, folder / "part-0.parquet")
-    part = ScoresPart(name="part-0.parquet", pairs=PAIRS, sha256=sha256_file(folder / "part-0.parquet"))
-    write_scores_info(folder, ScoresInfo(schema_version=1, rewards={}, parts=[part], scored=PAIRS, rejected=0))
+    part = ScoresPart(name="part-0.parquet", pairs=pairs, sha256=sha256_file(folder / "part-0.parquet"))
+    write_scores_info(folder, ScoresInfo(schema_version=1, rewards={}, parts=[part], scored=pairs, rejected=0))
     return folder
 
 
