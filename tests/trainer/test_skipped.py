@@ -13,14 +13,14 @@ import torch
 from smpo_models.fingerprint import fingerprint_module
 from smpo_schemas.errors import UserError
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
-from smpo_trainer.plan import state_at
+from smpo_trainer.plan import Order
 from tests.tiny import make_tiny_unet
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PlainReference, arguments, column, metrics, run_cli
 from tests.trainer.test_objective_flags import write_scores
 
 STEPS = 6
-NUM_STATES = 12  # of the four pairs with decided labels, three each
+ORDER = Order((6, 6), seed=0, window=65536)  # two shards with two decided pairs each, three states a pair
 BROKEN = "pair-0"
 
 
@@ -28,7 +28,7 @@ def steps_with(pair: str) -> list[int]:
     """The steps, from 1, of two states each that take a state of this pair (the pairs are 0, 1, 4, 5)."""
     first = 3 * ["pair-0", "pair-1", "pair-4", "pair-5"].index(pair)
     own = range(first, first + 3)
-    return [step + 1 for step in range(STEPS) if any(state_at(2 * step + i, NUM_STATES, seed=0) in own for i in (0, 1))]
+    return [step + 1 for step in range(STEPS) if any(ORDER.state_at(2 * step + i) in own for i in (0, 1))]
 
 
 def options(scores: Path) -> dict[str, object]:
