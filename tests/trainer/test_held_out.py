@@ -144,8 +144,8 @@ def test_two_processes_equal_one(train: Train, many: Path, model: Path, other_un
     trust = [1e300 if f"pair-{number}" == broken else 1.0 for number in range(pairs)]
     scores = write_scores(tmp_path / "scores", pairs=pairs, trust=trust)
     # From other weights than the reference, where no margin's sign is a matter of rounding.
-    run = {"objective": "dpo", "unet": other_unet, "beta": 200, "lr": 1e-5, "val_fraction": FRACTION, "val_states": 5, "val_every": 2,
-           "ema_decay": 0.9, "scores": scores, "weight_column": "trust", "max_steps": 5}  # fmt: skip
+    run = {"objective": "dpo", "unet": other_unet, "beta": 200, "lr": 1e-5, "ema_decay": 0.9, "max_steps": 5}
+    run |= {"val_fraction": FRACTION, "val_states": 5, "val_every": 2, "scores": scores, "weight_column": "trust"}
     one = train("one", on=many, batch_size=4, **run)
     done = launch_two(arguments(many, model, tmp_path / "two", batch_size=2, **run))
     assert done.returncode == 0, done.stderr
@@ -157,9 +157,12 @@ def test_two_processes_equal_one(train: Train, many: Path, model: Path, other_un
         np.testing.assert_allclose(np.array(ours, dtype=float), np.array(theirs, dtype=float), rtol=1e-3, atol=1e-5)
     lines = [[json.loads(line) for line in (out / "nonfinite.jsonl").read_text().splitlines()] for out in (two, one)]
     assert [(x["step"], sorted(x["pairs"])) for x in lines[0]] == [(x["step"], sorted(x["pairs"])) for x in lines[1]]
-    ours, theirs = (dict(PlainReference(model, out / "unet").unet.named_parameters()) for out in (two, one))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=5e-6)
+    # Adam's first step turns the rounding of a gradient near 0 into a whole step of that one weight: compare norms.
+    before, ours, theirs = (
+        torch.cat([p.detach().flatten() for p in PlainReference(model, unet).unet.parameters()])
+        for unet in (other_unet, two / "unet", one / "unet")
+    )
+    assert (ours - theirs).norm() < 0.02 * (theirs - before).norm()
 
 
 def test_held_out_pairs_are_part_of_the_runs_identity(
