@@ -16,7 +16,7 @@ from rich.console import Console
 
 from smpo_pipeline.inspection.pairs import print_rejects
 from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
-from smpo_schemas.preference import preference
+from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.rejects import Reject, read_rejects
 from smpo_schemas.scores import REJECTS_FILE, ScoresInfo, read_scores, read_scores_info, reward_scores, table_labels
 
@@ -105,7 +105,7 @@ def print_scores(summary: ScoresSummary, path: Path, console: Console) -> None:
 def _print_preferences(summary: ScoresSummary, console: Console) -> None:
     """How sharp a preference each reward makes: p of the image that it prefers, from 0.5 (none) to 0.73."""
     rewards = {name: reward for name, reward in summary.info.rewards.items() if reward.max > reward.min}
-    rows = {name: preference(summary.scores, rewards, {name: 1.0}) for name in rewards}
+    rows = {name: minmax(summary.scores, rewards, {name: 1.0}) for name in rewards}
     print_sharpness(rows, console)
 
 
