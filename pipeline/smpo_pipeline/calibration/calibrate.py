@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from smpo_pipeline.calibration.annotators import AnnotatorAgreement, between_annotators, by_annotator
-from smpo_pipeline.calibration.held_out import COIN, FITTED, SHARP_MINMAX, HeldOut, cross_validate
+from smpo_pipeline.calibration.held_out import (
+    COIN,
+    EQUAL_MIXTURE,
+    FITTED,
+    MIXTURE,
+    SHARP_MINMAX,
+    HeldOut,
+    cross_validate,
+)
 from smpo_pipeline.calibration.labels import LabelledPairs, read_labelled
 from smpo_pipeline.calibration.measures import measure
 from smpo_schemas.calibration import CALIBRATION_VERSION, CalibratedReward, Calibration
@@ -27,8 +35,9 @@ class Report:
         calibration: what is written.
         data: the labels.
         held_out: predictions and fits behind it.
-        annotators: by name of a reward or mix, per annotator the labels ordered alike and the decided labels; without
-            those that differ from another one in their temperature only, which changes nobody's order.
+        annotators: by name of a reward or mix, per annotator the labels ordered alike and the decided labels; of the
+            two mixtures the chosen one, and none that differs from another only in its temperature, which changes
+            nobody's order.
         people: how people agree with each other.
     """
 
@@ -81,8 +90,9 @@ def calibrate(
         seed=seed,
         scores_sha256=sha256_file(scores / SCORES_FILE),
     )
-    same_order = (COIN, SHARP_MINMAX, *(name + FITTED for name in data.statistics))
+    left_out = {COIN, SHARP_MINMAX, MIXTURE, EQUAL_MIXTURE, *(name + FITTED for name in data.statistics)}
+    left_out.remove(held_out.chosen)
     annotators = {
-        name: by_annotator(data, p_P, _MOST_ANNOTATORS) for name, p_P in held_out.p.items() if name not in same_order
+        name: by_annotator(data, p_P, _MOST_ANNOTATORS) for name, p_P in held_out.p.items() if name not in left_out
     }
     return Report(calibration, data, held_out, annotators, between_annotators(data))

@@ -60,6 +60,11 @@ class HeldOut:
     equal_weights: bool
 
     @property
+    def chosen(self) -> str:
+        """The better of the two mixtures, by its name in ``p``."""
+        return EQUAL_MIXTURE if self.equal_weights else MIXTURE
+
+    @property
     def mixture(self) -> MixtureFit:
         """The mixture to use: fitted to all labels, with the weights that did better on held-out prompts."""
         return self.final.equal if self.equal_weights else self.final.fitted

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smpo_pipeline.calibration.calibrate import Report
-from smpo_pipeline.calibration.held_out import COIN, MIXTURE
+from smpo_pipeline.calibration.held_out import COIN
 from smpo_schemas.calibration import Fit
 from smpo_schemas.files import write_bytes
 
@@ -37,7 +37,7 @@ def save_plot(report: Report, target: Path) -> None:
     above.supxlabel("p of the preferred image")
     above.supylabel("share that chose it")
     left, right = below.subplots(1, 2)
-    _losses(left, {name: fit.log_loss for name, fit in report.calibration.held_out.items()})
+    _losses(left, {name: fit.log_loss for name, fit in report.calibration.held_out.items()}, report.held_out.chosen)
     _annotators(right, report)
     picture = io.BytesIO()
     # No software name and date in the file: equal calibrations give equal bytes.
@@ -60,9 +60,9 @@ def _reliability(axis: Axes, name: str, fit: Fit) -> None:
     axis.set_title(f"{name}\n{agrees}log-loss {fit.log_loss:.3f}, ECE {fit.calibration_error:.3f}", fontsize=8)
 
 
-def _losses(axis: Axes, losses: dict[str, float]) -> None:
+def _losses(axis: Axes, losses: dict[str, float], chosen: str) -> None:
     places = np.arange(len(losses))[::-1]
-    colours = [_BLUE if name == MIXTURE else _GREY for name in losses]
+    colours = [_BLUE if name == chosen else _GREY for name in losses]
     axis.barh(places, list(losses.values()), color=colours)
     axis.set_yticks(places, list(losses), fontsize=8)
     axis.set_xlim(min(losses.values()) * 0.9, max(losses.values()) * 1.02)
@@ -70,17 +70,18 @@ def _losses(axis: Axes, losses: dict[str, float]) -> None:
 
 
 def _annotators(axis: Axes, report: Report) -> None:
-    people = list(report.annotators[MIXTURE])
+    mixture = report.annotators[report.held_out.chosen]
+    people = list(mixture)
     if not people:
         axis.set_axis_off()
         return
     places = np.arange(len(people))[::-1]
     for name, found in report.annotators.items():
         shares = [alike / max(decided, 1) for alike, decided in (found[person] for person in people)]
-        axis.plot(shares, places, marker="o", linewidth=0.8, alpha=0.8, label=name)
+        axis.plot(shares, places, marker="o", linestyle="none", alpha=0.8, label=name)
     between = report.people.others
     if between.decided:
         axis.axvline(between.alike / between.decided, color="black", linestyle=":", label="people with each other")
-    axis.set_yticks(places, [f"{name} ({report.annotators[MIXTURE][name][1]})" for name in people], fontsize=8)
+    axis.set_yticks(places, [f"{name} ({mixture[name][1]})" for name in people], fontsize=8)
     axis.set_title("agreement by annotator (decided labels)", fontsize=9)
     axis.legend(fontsize=7)

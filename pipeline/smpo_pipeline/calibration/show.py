@@ -6,7 +6,7 @@ from rich.console import Console
 
 from smpo_pipeline.calibration.annotators import Repeats
 from smpo_pipeline.calibration.calibrate import Report
-from smpo_pipeline.calibration.held_out import COIN, EQUAL_MIXTURE, MIXTURE
+from smpo_pipeline.calibration.held_out import COIN, MIXTURE
 from smpo_pipeline.inspection.text import facts, make_table, percent
 
 
@@ -40,7 +40,7 @@ def verdict(report: Report) -> str:
     fits = report.calibration.held_out
     name = best(report)
     sentence = f"lowest held-out log-loss: {name} ({fits[name].log_loss:.4f})"
-    written = EQUAL_MIXTURE if report.calibration.weights == "equal" else MIXTURE
+    written = report.held_out.chosen
     return sentence if name == written else f"{sentence}; the calibrated mixture has {fits[written].log_loss:.4f}"
 
 
@@ -73,12 +73,16 @@ def _print_rewards(report: Report, console: Console) -> None:
 
 def _print_annotators(report: Report, console: Console) -> None:
     names = list(report.annotators)
-    people = list(report.annotators[MIXTURE])
+    mixture = report.annotators[report.held_out.chosen]
+    people = list(mixture)
     if not people:
         return
-    table = make_table("agreement by annotator, held out", ("annotator", "decided labels", *names))
+    table = make_table(
+        "agreement by annotator, held out, of decided labels",
+        ("annotator", "labels", *(MIXTURE if name == report.held_out.chosen else name for name in names)),
+    )
     for person in people:
-        decided = report.annotators[MIXTURE][person][1]
+        decided = mixture[person][1]
         table.add_row(person, f"{decided}", *(percent(*report.annotators[name][person]) for name in names))
     console.print(table)
 
