@@ -21,6 +21,9 @@ IMAGE_IDS = ("image_0_id", "image_1_id")
 """Columns that name both images by their content (:func:`smpo_schemas.pairs.image_id`), null or missing where unknown:
 tables of before they were there have schema version 1 too."""
 
+SAME_SCORE = 1e-4
+"""Share of a reward's range by which two scores of one image may differ: batches of other sizes round otherwise."""
+
 
 class RewardStatistics(BaseModel):
     """One reward over a data set.

@@ -11,12 +11,8 @@ import numpy as np
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_file
 from smpo_schemas.preference import Preference, ScoredPairs
-from smpo_schemas.scores import SCORES_FILE, ScoresInfo, image_ids, read_scores, reward_scores
+from smpo_schemas.scores import SAME_SCORE, SCORES_FILE, ScoresInfo, image_ids, read_scores, reward_scores
 from smpo_schemas.shards import SampleMeta
-
-_SAME_SCORE = 0.01
-"""Two scores of one image differ by less than this share of the reward's range, whatever the batch and precision."""
-
 
 _LONGEST = 60
 """Characters of a prompt in an error."""
@@ -71,7 +67,7 @@ def preference_table(
     ids, prompts = table["pair_id"].to_pylist(), table["prompt"].to_pylist()
     scores = {name: reward_scores(table, name) for name in preference.weights}
     p_P = preference.probability(ScoredPairs(scores, prompts, image_ids(table) if preference.needs_images else None))
-    allowed = {name: _SAME_SCORE * (info.rewards[name].max - info.rewards[name].min) for name in scores}
+    allowed = {name: SAME_SCORE * (info.rewards[name].max - info.rewards[name].min) for name in scores}
     first: dict[str, int] = {}
     for row, pair_id in enumerate(ids):
         other = first.setdefault(pair_id, row)
@@ -82,7 +78,7 @@ def preference_table(
             what = f"scores of {apart[0]}" if apart else "prompts"
             raise UserError(
                 f"--scores {folder}: pair_id {pair_id} stands for different pairs (rows {other} and {row} have "
-                f"different {what}); give every pair a pair_id of its own and score again"
+                f"different {what}); score with another --pair-id-column, or with none"
             )
     if len(first) < len(ids):
         say(f"{len(ids) - len(first)} of {len(ids)} rows of {folder} repeat a pair; the first of each counts")
