@@ -76,9 +76,11 @@ def _annotators(axis: Axes, report: Report) -> None:
         axis.set_axis_off()
         return
     places = np.arange(len(people))[::-1]
-    for name, found in report.annotators.items():
+    for number, (name, found) in enumerate(report.annotators.items()):
         shares = [alike / max(decided, 1) for alike, decided in (found[person] for person in people)]
-        axis.plot(shares, places, marker="o", linestyle="none", alpha=0.8, label=name)
+        # Equal shares would hide each other.
+        shifted = places + 0.1 * ((len(report.annotators) - 1) / 2 - number)
+        axis.plot(shares, shifted, marker="o", linestyle="none", alpha=0.8, label=name)
     between = report.people.others
     if between.decided:
         axis.axvline(between.alike / between.decided, color="black", linestyle=":", label="people with each other")
