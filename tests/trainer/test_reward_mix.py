@@ -54,7 +54,9 @@ def mix(two: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with monkeypatch.context() as patch:
             patch.setattr("smpo_trainer.run.run_training", lambda each, _write: settings.append(each))
             assert run_cli(monkeypatch, arguments(on, model, tmp_path / "out", **options)) == 0
-        return resolve_mix(settings[0], open_shards([str(on)], tmp_path / "cache"), (said if said is not None else []).append)
+        return resolve_mix(
+            settings[0], open_shards([str(on)], tmp_path / "cache"), (said if said is not None else []).append
+        )
 
     return resolve
 
