@@ -38,8 +38,7 @@ class Experiment:
         return {
             "shards": self.shards.manifest_hashes(),
             "objective": settings.objective,
-            "reward": dict(self.mix.weights) if self.mix else None,
-            "scores": self.mix.identity if self.mix else None,
+            **(self.mix.identity() if self.mix else {}),
             "beta": self.objective.options.beta,
             "gamma": self.objective.options.gamma,
             "max_steps": settings.max_steps,
@@ -68,9 +67,9 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     """
     objective = find_objective(settings.objective)
     shards = open_shards(settings.shards, settings.cache)
-    mix = resolve_mix(settings.rewards, shards, settings.scores) if objective.uses_rewards else None
-    if mix is None and (settings.rewards or settings.scores):
-        say(f"--objective {objective.name} learns from labels: --reward and --scores are not used")
+    mix = resolve_mix(settings, shards, say) if objective.uses_rewards else None
+    if mix is None and (settings.rewards or settings.scores or settings.calibration or settings.reward_ranges):
+        say(f"--objective {objective.name} learns from labels: flags about rewards and scores are not used")
     beta = resolve_beta(settings.beta, shards.model.kind)
     return Experiment(settings, shards, objective(ObjectiveOptions(beta=beta, gamma=settings.gamma)), mix)
 
