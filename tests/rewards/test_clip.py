@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from smpo_pipeline.images import decode_image
 from smpo_pipeline.rewards import load_reward
@@ -27,7 +27,9 @@ def batch():
 def test_equals_the_model_cards_recipe_one_image_at_a_time(folder):
     """The PickScore model card's steps, less its logit scale, in float64 where it counts."""
     pictures, prompts = batch()
-    processor, model = AutoProcessor.from_pretrained(folder), CLIPModel.from_pretrained(folder).eval()
+    # Not AutoProcessor: where torchvision is installed, it now takes another implementation than the card's authors had.
+    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
+    model = CLIPModel.from_pretrained(folder).eval()
     expected = []
     for image, prompt in zip(pictures, prompts, strict=True):
         # The card hands the processor PIL images, whose layout it then guesses; here it is told.
