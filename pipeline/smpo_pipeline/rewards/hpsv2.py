@@ -10,6 +10,7 @@ import html
 import math
 import re
 from collections.abc import Sequence
+from threading import Lock
 from typing import ClassVar
 
 import ftfy
@@ -72,6 +73,8 @@ class HpsV2(Reward):
         checkpoint = find_checkpoint(self.model, what)
         own = any((checkpoint.parent / file).is_file() for file in ("tokenizer.json", "vocab.json"))
         self._tokenizer = load_part(CLIPTokenizer.from_pretrained, str(checkpoint.parent) if own else _TOKENIZER, what)
+        # A tokenizer keeps its padding as state, which two threads may not set at once.
+        self._tokenizing = Lock()
         state = read_checkpoint(checkpoint, what)
         config = _config(state, what)
         loaded = load_weights(
@@ -92,14 +95,15 @@ class HpsV2(Reward):
         pixels = torch.stack([fit_into_square(image, self._side) for image in images]).to(self._device)
         image_ND = self._clip.get_image_features(pixel_values=pixels).pooler_output.double()
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        tokens = self._tokenizer(
-            [clean(prompt) for prompt in rows],
-            padding="max_length",
-            truncation=True,
-            max_length=self._max_tokens,
-            split_special_tokens=True,
-            return_tensors="pt",
-        ).input_ids.to(self._device)
+        with self._tokenizing:
+            tokens = self._tokenizer(
+                [clean(prompt) for prompt in rows],
+                padding="max_length",
+                truncation=True,
+                max_length=self._max_tokens,
+                split_special_tokens=True,
+                return_tensors="pt",
+            ).input_ids.to(self._device)
         text_MD = self._clip.get_text_features(input_ids=tokens).pooler_output.double()
         text_ND = text_MD[[rows[prompt] for prompt in prompts]]
         return torch.nn.functional.cosine_similarity(image_ND, text_ND).cpu().numpy()

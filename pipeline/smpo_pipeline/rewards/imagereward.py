@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import ClassVar
 
 import numpy as np
@@ -52,6 +53,8 @@ class ImageReward(Reward):
         loaded = build_image_reward(read_checkpoint(checkpoint, what), config, tokenizer, what, device)
         self._model = loaded
         self._tokenizer = tokenizer
+        # A tokenizer keeps its padding as state, which two threads may not set at once.
+        self._tokenizing = Lock()
         self._device = device
         self.fingerprint = sha256_json([fingerprint_module(loaded), tokenizer.get_vocab()])
 
@@ -60,9 +63,10 @@ class ImageReward(Reward):
         """See the base class. The text is encoded under each image, by design: only its tokens are shared."""
         pixels = torch.stack([self._model.preprocess(image) for image in images]).to(self._device)
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        tokens = self._tokenizer(
-            list(rows), padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
-        ).to(self._device)
+        with self._tokenizing:
+            tokens = self._tokenizer(
+                list(rows), padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
+            ).to(self._device)
         chosen = [rows[prompt] for prompt in prompts]
         scores_N1 = self._model.score_gard(tokens.input_ids[chosen], tokens.attention_mask[chosen], pixels)
         return scores_N1.squeeze(1).double().cpu().numpy()
