@@ -66,11 +66,20 @@ def random_open_clip_state(seed: int = 0, depth: int = 2, image_size: int = 32, 
         for number in range(depth):
             block = f"{tower}transformer.resblocks.{number}"
             norms |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
-            shapes[f"{block}.attn.in_proj_weight"], shapes[f"{block}.attn.in_proj_bias"] = (3 * width, width), (3 * width,)
+            shapes[f"{block}.attn.in_proj_weight"], shapes[f"{block}.attn.in_proj_bias"] = (
+                (3 * width, width),
+                (3 * width,),
+            )
             for name, out, into in (("attn.out_proj", 1, 1), ("mlp.c_fc", 4, 1), ("mlp.c_proj", 1, 4)):
-                shapes[f"{block}.{name}.weight"], shapes[f"{block}.{name}.bias"] = (out * width, into * width), (out * width,)
+                shapes[f"{block}.{name}.weight"], shapes[f"{block}.{name}.bias"] = (
+                    (out * width, into * width),
+                    (out * width,),
+                )
     random = torch.Generator().manual_seed(seed)
-    state = {name: torch.randn(shape, generator=random) * (0.5 if "embedding" in name else 0.15) for name, shape in shapes.items()}
+    state = {
+        name: torch.randn(shape, generator=random) * (0.5 if "embedding" in name else 0.15)
+        for name, shape in shapes.items()
+    }
     for name, width in norms.items():
         state[f"{name}.weight"] = 1 + 0.2 * torch.randn(width, generator=random)
         state[f"{name}.bias"] = 0.2 * torch.randn(width, generator=random)
@@ -80,7 +89,9 @@ def random_open_clip_state(seed: int = 0, depth: int = 2, image_size: int = 32, 
 def make_tiny_hpsv2(folder: Path, seed: int = 0) -> Path:
     """A folder with a checkpoint as the authors store theirs, and CLIP's tokenizer."""
     save_clip_tokenizer(folder)
-    torch.save({"epoch": 0, "name": "tiny", "state_dict": random_open_clip_state(seed)}, folder / "HPS_v2_compressed.pt")
+    torch.save(
+        {"epoch": 0, "name": "tiny", "state_dict": random_open_clip_state(seed)}, folder / "HPS_v2_compressed.pt"
+    )
     return folder
 
 

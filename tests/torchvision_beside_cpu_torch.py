@@ -1,11 +1,11 @@
 """Lets a CUDA build of torchvision be imported beside a CPU build of torch. For development only.
 
-The package registry has torchvision for CUDA alone. Beside a CPU torch its compiled operators cannot be loaded, and the
-import fails where their Python side refers to ``nms``; then diffusers fails too. Declaring the two operators, without an
-implementation, is enough for transforms. Where torchvision's own were loaded, this does nothing.
+The package registry has torchvision for CUDA alone. Beside a CPU torch its compiled operators cannot be loaded, and
+its import fails where their Python side refers to ``nms``; then that of diffusers fails too. Declaring the two
+operators, without an implementation, is enough for transforms. Where torchvision's own were loaded, this does nothing.
 
-``make setup`` copies this file into .venv with a .pth file that imports it at every start of Python there, so that Ray's
-workers have it as well.
+``make setup`` copies this file into .venv with a .pth file that imports it at every start of Python there, so that
+Ray's workers have it as well.
 """
 
 from __future__ import annotations

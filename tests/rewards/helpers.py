@@ -14,7 +14,7 @@ PROMPTS = [
     "cat",
     "dog " * 500,
     "Ünïcode 東京 🐈 e\u0301",
-    "A CAT &amp;amp; “dogs” don't\n\tun-do  3000 things ﬁ １２",
+    "A CAT &amp;amp; “dogs” don't\n\tun-do  3000 things ﬁ \uff11\uff12",
     "<|endoftext|> a [SEP] [ENC] cat",
     "x" * 10_000,
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ class PublishedHead(nn.Module):
 
     def __init__(self, sizes=(16, 24, 12, 8, 4, 1)):
         super().__init__()
-        linear = [nn.Linear(into, out) for into, out in zip(sizes, sizes[1:], strict=False)]
+        linear = [nn.Linear(into, out) for into, out in pairwise(sizes)]
         first, second, third, fourth, last = linear
         self.layers = nn.Sequential(
             first, nn.Dropout(0.2), second, nn.Dropout(0.2), third, nn.Dropout(0.1), fourth, last
@@ -108,5 +110,7 @@ def test_other_weights_are_one_line(tmp_path):
     refused(lambda state: state.update({"layers.0.weight": torch.zeros(24, 20)}), "has 16 numbers, the head takes 20")
     refused(lambda state: state.pop("layers.2.bias"), "no aesthetic head .* difference: layers.2.bias")
     refused(lambda state: state.update({"visual.proj": torch.zeros(1)}), "no aesthetic head .* difference: visual.proj")
-    refused(lambda state: state.update({"layers.4.weight": torch.zeros(8, 11)}), "its layers go 16 to 24 24 to 12 11 to 8")
+    refused(
+        lambda state: state.update({"layers.4.weight": torch.zeros(8, 11)}), "its layers go 16 to 24 24 to 12 11 to 8"
+    )
     refused(lambda state: state.update({"layers.7.bias": torch.zeros(3)}), "layers.7 is no linear layer")

@@ -27,7 +27,7 @@ def batch():
 def test_equals_the_model_cards_recipe_one_image_at_a_time(folder):
     """The PickScore model card's steps, less its logit scale, in float64 where it counts."""
     pictures, prompts = batch()
-    # Not AutoProcessor: where torchvision is installed, it now takes another implementation than the card's authors had.
+    # Not AutoProcessor: beside torchvision it now takes another implementation than the one the card was written for.
     processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
     model = CLIPModel.from_pretrained(folder).eval()
     expected = []

@@ -59,7 +59,9 @@ def their_model(authors, tmp_path_factory):
 
 def theirs_works(image, side) -> bool:
     """Not where the longer side needs no scaling (it forgets the borders), nor where the shorter rounds to nothing."""
-    return (max(image.size) != side or image.size == (side, side)) and round(min(image.size) * side / max(image.size)) > 0
+    return (max(image.size) != side or image.size == (side, side)) and round(
+        min(image.size) * side / max(image.size)
+    ) > 0
 
 
 def test_equals_the_authors_package(folders, authors, their_model):
@@ -144,7 +146,9 @@ def test_other_weights_are_one_line(folders, tmp_path):
 
     save_clip_tokenizer(tmp_path)
     refused(lambda state: state.pop("visual.proj"), "no OpenCLIP state dict: it has no visual.proj")
-    refused(lambda state: state.update({"visual.proj": torch.zeros(96, 64)}), "no ViT-H-14: widths .* are 96, 64 and 64")
+    refused(
+        lambda state: state.update({"visual.proj": torch.zeros(96, 64)}), "no ViT-H-14: widths .* are 96, 64 and 64"
+    )
     refused(lambda state: state.update({"visual.attnpool": torch.zeros(1)}), "no ViT-H-14: .* called visual.attnpool")
     refused(lambda state: state.pop("visual.transformer.resblocks.0.mlp.c_fc.bias"), r"lacks 1 weights, first .*fc1")
     refused(

@@ -12,7 +12,6 @@ from PIL import Image
 
 from smpo_pipeline.rewards import load_reward, parse_reward, reward_classes
 from smpo_schemas.errors import UserError
-from tests.command import assert_one_line, run_here
 
 GUIDE = Path(__file__).parents[2] / "docs" / "rewards.md"
 
@@ -53,7 +52,9 @@ def test_the_guides_example_scores(here):
 
 
 def test_a_model_may_be_given(here):
-    (here / "own_model.py").write_text(guide_code().replace("self.model = ", "self.given = model\n        self.model = "))
+    (here / "own_model.py").write_text(
+        guide_code().replace("self.model = ", "self.given = model\n        self.model = ")
+    )
     assert load_reward("own_model:Sharpness=some/where:1=2", "cpu").given == "some/where:1=2"
     assert parse_reward("own_model:Sharpness=")[1] is None
 

@@ -58,7 +58,7 @@ def build_image_reward(
         UserError: the package cannot be imported, or the weights are not those of an ImageReward.
     """
     package = _import()
-    blip = sys.modules[f"{_PACKAGE}.models.BLIP.blip_pretrain"]
+    blip: Any = sys.modules[f"{_PACKAGE}.models.BLIP.blip_pretrain"]
     # BLIP's; a prompt that holds their names is cut up as the authors' tokenizer does.
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     vocabulary = json.loads(med_config.read_text(encoding="utf-8")).get("vocab_size")
@@ -101,7 +101,9 @@ def _import() -> Any:  # noqa: ANN401  (the package has no types)
     """The package's module ``ImageReward``, with the process's warnings, log and other modules left as they were."""
     found = importlib.util.find_spec("ImageReward")
     if not found or not found.submodule_search_locations:
-        raise UserError("--reward imagereward needs the package image-reward: pip install 'smpo-diffusion[imagereward]'")
+        raise UserError(
+            "--reward imagereward needs the package image-reward: pip install 'smpo-diffusion[imagereward]'"
+        )
     root = Path(found.submodule_search_locations[0])
     for folder in ("", ".models", ".models.BLIP"):
         # Packages without the __init__ files, which import what scoring does not need.

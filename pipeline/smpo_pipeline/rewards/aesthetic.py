@@ -45,7 +45,9 @@ class Aesthetic(Reward):
         checkpoint = find_checkpoint(self.model, what, ignore=_CLIP_FILES)
         head = _head(read_checkpoint(checkpoint, what), what)
         source = str(checkpoint.parent) if (checkpoint.parent / "config.json").is_file() else _CLIP
-        clip = load_weights(CLIPModel.from_pretrained, source, f"{what}: {source}", dtype=torch.float32, ignore_mismatched_sizes=True)
+        clip = load_weights(
+            CLIPModel.from_pretrained, source, f"{what}: {source}", dtype=torch.float32, ignore_mismatched_sizes=True
+        )
         if clip.config.projection_dim != head[0].in_features:
             sizes = f"{clip.config.projection_dim} numbers, the head takes {head[0].in_features}"
             raise UserError(f"{what}: the image embedding of {source} has {sizes}")

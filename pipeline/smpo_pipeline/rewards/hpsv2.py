@@ -78,7 +78,13 @@ class HpsV2(Reward):
         state = read_checkpoint(checkpoint, what)
         config = _config(state, what)
         loaded = load_weights(
-            CLIPModel.from_pretrained, None, what, config=config, state_dict=_renamed(state, what), dtype=torch.float32, ignore_mismatched_sizes=True
+            CLIPModel.from_pretrained,
+            None,
+            what,
+            config=config,
+            state_dict=_renamed(state, what),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
         )
         if len(self._tokenizer) != config.text_config.vocab_size:
             known, needed = len(self._tokenizer), config.text_config.vocab_size

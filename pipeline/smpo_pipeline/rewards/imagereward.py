@@ -31,8 +31,8 @@ _MAX_TOKENS = 35
 class ImageReward(Reward):
     """The package's ``score``: the head's output less its mean over the authors' data, by its standard deviation.
 
-    The model is a folder that holds the checkpoint, ``med_config.json`` and BERT's tokenizer, or the checkpoint's file in
-    such a folder, or OWNER/REPO/FILE on the hub. Without a tokenizer there, BERT's own from the hub is used.
+    The model is a folder that holds the checkpoint, ``med_config.json`` and BERT's tokenizer, or the checkpoint's file
+    in such a folder, or OWNER/REPO/FILE on the hub. Without a tokenizer there, BERT's own from the hub is used.
     """
 
     name: ClassVar[str] = "imagereward"
