@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from PIL import Image
 
@@ -44,3 +46,9 @@ def assert_independent(reward) -> None:
     np.testing.assert_allclose(whole, single, atol=1e-5)
     np.testing.assert_allclose(whole[::-1], reward.score(pictures[::-1], prompts[::-1]), atol=1e-5)
     np.testing.assert_allclose(whole[3:8], reward.score(pictures[3:8], prompts[3:8]), atol=1e-5)
+    # Several threads of a worker share a reward.
+    with ThreadPoolExecutor(4) as threads:
+        parts = threads.map(
+            lambda at: reward.score(pictures[at : at + 4], prompts[at : at + 4]), range(0, len(whole), 4)
+        )
+        np.testing.assert_allclose(whole, np.concatenate(list(parts)), atol=1e-5)

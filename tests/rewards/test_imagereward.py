@@ -45,8 +45,8 @@ _MEASURED = {
 }
 """What ``ImageReward.load(...).score(prompt, image)`` gave for these weights, each kind of image under the next prompt.
 
-image-reward 1.5, transformers 4.55.4, timm 0.6.13, torchvision 0.28.0, torch 2.13.0 on CPU, none of them patched, except
-that the tokenizer came from the folder, the image tower was as small as the weights, and ``clip`` was an empty module.
+image-reward 1.5, transformers 4.55.4, timm 0.6.13, torchvision 0.28.0, torch 2.13.0 on CPU, none of them patched,
+except that the tokenizer came from the folder, the image tower was as small as the weights, and ``clip`` was empty.
 """
 
 
