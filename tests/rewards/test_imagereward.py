@@ -72,16 +72,22 @@ def test_does_not_depend_on_neighbours_or_order(reward):
     assert_independent(reward)
 
 
-def test_the_process_is_left_as_it_was(folders):
-    """Warnings, transformers' log, its modules, and the package's own name."""
+def test_only_this_reward_needs_torchvision_and_the_process_is_left_as_it_was(folders):
+    """The others load where torchvision cannot be imported. Then: warnings, transformers' log, modules, names."""
+    others = [f"{name}={folder}" for name, folder in folders.items() if name != "imagereward"]
     code = f"""
-import sys, warnings, transformers
+import sys
+sys.modules["torchvision"] = sys.modules["timm"] = None
+import warnings, transformers
 from transformers import modeling_utils
 from smpo_pipeline.rewards import load_reward
-load_reward("pickscore={folders["pickscore"]}", "cpu")  # what every reward imports is not this one's doing
+for spec in {others}:
+    load_reward(spec, "cpu")
+del sys.modules["torchvision"], sys.modules["timm"]
 transformers.logging.set_verbosity_info()
 filters, names = list(warnings.filters), set(vars(modeling_utils))
 load_reward("imagereward={folders["imagereward"]}", "cpu")
+assert "torchvision" in sys.modules
 assert warnings.filters == filters, warnings.filters
 assert transformers.logging.get_verbosity() == transformers.logging.INFO
 assert set(vars(modeling_utils)) == names

@@ -2,8 +2,8 @@
 
 Why it is needed (upstream: ImageReward's issue 122, open, no release since):
 
-- Importing the package imports its training code too, hence ``datasets`` and ``clip``, which it does not declare. Only
-  the files that score are imported here, as a package of our own name, so that the real one stays untouched.
+- Importing the package imports its training code and other scorers too, and with them ``datasets`` and an undeclared
+  ``clip``. Only the files that score are imported here, as a package of our own name: the real one stays untouched.
 - They ask ``transformers.modeling_utils`` for functions that moved or are gone, and their BERT inherits methods that
   are gone from ``PreTrainedModel``.
 - Importing them silences all warnings and transformers' log for the whole process. Both are put back.
