@@ -15,10 +15,14 @@ help: ## Show this help
 
 setup: $(READY) ## Make .venv with everything, at the pinned versions
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt tests/authors.txt tests/torchvision_beside_cpu_torch.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; name yours: make PYTHON=python3 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  cp tests/torchvision_beside_cpu_torch.py "$$site" && \
+	  echo 'import torchvision_beside_cpu_torch' > "$$site/torchvision_beside_cpu_torch.pth"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/authors.txt
 	@touch $@
 
 demo: $(DEMO)/tuned/training.json ## The whole way on the embedded world: score, invert, train, evaluate (minutes)
@@ -61,6 +65,7 @@ format: $(READY) ## Format and mend what ruff can
 
 bench: $(READY) ## The experiments and timings behind the numbers in docs/ (about an hour on 2 cores)
 	$(BIN)/python benchmarks/objectives.py
+	$(BIN)/python benchmarks/calibration.py
 
 clean: ## Remove .venv and the demo's output
 	rm -rf $(VENV) $(DEMO)

@@ -83,25 +83,29 @@ def loading_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {first}") from error
 
 
-def load_part(loader: Callable[..., Any], source: str, what: str, **options: Any) -> Any:  # noqa: ANN401
+def load_part(loader: Callable[..., Any], source: str | None, what: str, **options: Any) -> Any:  # noqa: ANN401
     """``loader(source, **options)`` (a ``from_pretrained``) with errors in one line; ``what`` names the part."""
     with loading_errors(what):
         return loader(source, **options)
 
 
-def load_weights(loader: Callable[..., Any], source: str, what: str, **options: Any) -> Any:  # noqa: ANN401
+def load_weights(loader: Callable[..., Any], source: str | None, what: str, **options: Any) -> Any:  # noqa: ANN401
     """Like :func:`load_part`, for parts with weights: none of them may be missing from the checkpoint.
 
-    The libraries fill what is missing with random values, and go on.
+    The libraries fill what is missing with random values, and go on. transformers refuses weights of another shape
+    without naming one; with ``ignore_mismatched_sizes`` they are refused here, by name.
 
     Raises:
         UserError: the part cannot be loaded, or its checkpoint is incomplete or of other shapes.
     """
     module, report = load_part(loader, source, what, output_loading_info=True, **options)
     lacking = sorted(report["missing_keys"])
+    others = sorted(each[0] for each in report["mismatched_keys"])
+    subject = f"{what}: the checkpoint of its {type(module).__name__}"
     if lacking:
-        kind = type(module).__name__
-        raise UserError(f"{what}: the checkpoint of its {kind} lacks {len(lacking)} weights, first {lacking[0]}")
+        raise UserError(f"{subject} lacks {len(lacking)} weights, first {lacking[0]}")
+    if others:
+        raise UserError(f"{subject} has {len(others)} weights of another shape, first {others[0]}")
     return module
 
 

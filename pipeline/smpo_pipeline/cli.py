@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from smpo_pipeline.commands.calibrate import calibrate
 from smpo_pipeline.commands.evaluate import evaluate
 from smpo_pipeline.commands.inspect import inspect
 from smpo_pipeline.commands.invert import invert
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (score, invert, evaluate, inspect, toy):
+for command in (score, calibrate, invert, evaluate, inspect, toy):
     app.command()(command)
 
 

@@ -16,6 +16,7 @@ import torch
 from smpo_pipeline.images import decode_image
 from smpo_pipeline.jobs.run import UnitRecord, write_record
 from smpo_pipeline.rewards import load_reward
+from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
 from smpo_schemas.shards import ShardDirectory
@@ -72,6 +73,7 @@ def test_every_row_is_scored_or_rejected_with_a_reason(inputs, scores):
             expected = reward.score(pictures, [row["caption"]] * 2)
             np.testing.assert_allclose([stored[f"{name}_0"], stored[f"{name}_1"]], expected, atol=1e-5)
             assert (stored["label"], stored["annotator"]) == (row["label_0"], str(row["user_id"]))
+            assert [stored[f"image_{i}_id"] for i in (0, 1)] == [image_id(row[f"jpg_{i}"]) for i in (0, 1)]
         images = np.array([[row[f"{name}_0"], row[f"{name}_1"]] for row in table])
         found = info.rewards[name]
         assert (found.min, found.max) == (images.min(), images.max())
@@ -97,6 +99,20 @@ def test_every_scored_pair_is_in_a_shard(inputs, scores, shards):
     assert sum(entry.pairs for entry in manifest.shards) == manifest.totals.pairs
     assert len(manifest.shards) == 3
     assert json.loads((shards / "run.json").read_text())["seed"] == 0
+
+
+def test_scores_of_another_prompt_are_of_another_pair(inputs, scores, tmp_path):
+    changed = tmp_path / "scores"
+    shutil.copytree(scores, changed)
+    path = changed / read_scores_info(scores).parts[0].name
+    rows = pq.read_table(path).to_pylist()
+    rows[1]["prompt"] = "another"
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
+    done = invert(inputs, changed, tmp_path / "out", "--limit", 2)
+    assert done.returncode == 0, done.stderr
+    (reject,) = read_rejects(tmp_path / "out" / "rejected.parquet")
+    assert reject.pair_id == rows[1]["pair_id"]
+    assert reject.reason.startswith("other pair: ")
 
 
 def test_two_workers_other_batches_and_another_order_give_the_same(inputs, scores, shards, tmp_path):

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from smpo_pipeline.toy.annotators import ANNOTATORS, choose, qualities, utility
+from smpo_pipeline.toy.annotators import ANNOTATORS, choose, expected_label, qualities, utility
 from smpo_pipeline.toy.world import Scene, render
 
 SCENE = Scene("large", "red", "circle", "white")
@@ -54,3 +54,14 @@ def test_swapping_the_pictures_swaps_the_odds() -> None:
     mood = np.random.default_rng(1).random(100_000)
     one, two = np.full(len(mood), 0.8), np.full(len(mood), 0.0)
     assert abs(choose(one, two, mood).mean() + choose(two, one, mood).mean() - 1) < 0.01
+
+
+def test_the_expected_label_is_the_mean_over_annotators_and_moods() -> None:
+    paler = (render(SCENE).astype(np.float64) * 0.95).astype(np.uint8)
+    others = [paler, render(SCENE), render(SCENE, (12.0, 12.0))]
+    expected = expected_label([render(SCENE, (12.0, 16.0))] * 3, others, [SCENE.caption] * 3)
+    said = [choices(render(SCENE, (12.0, 16.0)), other).mean() for other in others]
+    # Standard error of a mean of 10,000 choices: at most 0.005.
+    np.testing.assert_allclose(expected, said, atol=0.02)
+    swapped = expected_label(others, [render(SCENE, (12.0, 16.0))] * 3, [SCENE.caption] * 3)
+    np.testing.assert_allclose(expected + swapped, 1, rtol=1e-12)

@@ -16,7 +16,7 @@ from smpo_schemas.scores import ScoresInfo, ScoresPart, write_scores_info
 from smpo_schemas.shards import ShardDirectory
 from tests.tiny import make_tiny_model
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, make_shards, run_cli
+from tests.trainer.helpers import PROMPTS, arguments, make_shards, run_cli
 
 Refused = Callable[..., str]
 
@@ -137,7 +137,10 @@ def test_scores_from_a_table(train: Train, tmp_path: Path, shards: Path, capsys:
     folder = tmp_path / "scores"
     folder.mkdir()
     ids = [f"pair-{number}" for number in range(4)]
-    table = pa.table({"pair_id": ids, "style_0": [1.0, 0.0, 0.5, 1.0], "style_1": [0.0, 1.0, 0.5, 0.0]})
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(4)]
+    table = pa.table(
+        {"pair_id": ids, "prompt": prompts, "style_0": [1.0, 0.0, 0.5, 1.0], "style_1": [0.0, 1.0, 0.5, 0.0]}
+    )
     pq.write_table(table, folder / "part-0.parquet")
     statistics = ShardDirectory(shards).manifest.rewards["taste"]
     part = ScoresPart(name="part-0.parquet", pairs=4, sha256=sha256_file(folder / "part-0.parquet"))

@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_file
 from smpo_schemas.scores import ScoresInfo, ScoresPart, write_scores_info
 from smpo_schemas.shards import ShardDirectory
+from smpo_trainer.pair_weights import read_pair_weights
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PlainReference, arguments, column, metrics, run_cli
 from tests.trainer.objectives.plain import BETA, PLAIN
@@ -112,6 +114,19 @@ def test_pair_weights_come_from_the_scores_table(
     weights = {"pair-0": 2.0, "pair-1": 0.5}
     wanted = [weights[s.pair_id] * s.plain_loss("dpo", s.label) for s in states if s.pair_id in weights]
     assert column(out, "loss")[0] == pytest.approx(np.mean(wanted), rel=1e-5)
+
+
+def test_rows_that_repeat_a_pair_must_agree(tmp_path: Path) -> None:
+    scores = write_scores(tmp_path / "scores", trust=[1.0] * PAIRS)
+    rows = pq.read_table(scores / "part-0.parquet").to_pylist()
+    for trust, message in ((1.0, None), (2.0, "pair pair-0 has several weights")):
+        repeated = [*rows[:-1], {**rows[0], "trust": trust}]
+        pq.write_table(pa.Table.from_pylist(repeated), scores / "part-0.parquet")
+        if message is None:
+            assert read_pair_weights(scores, "trust").table["pair-0"] == 1
+        else:
+            with pytest.raises(UserError, match=message):
+                read_pair_weights(scores, "trust")
 
 
 def test_equal_weights_change_nothing(train: Train, tmp_path: Path) -> None:

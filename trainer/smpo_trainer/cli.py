@@ -15,6 +15,7 @@ from smpo_trainer.settings import (
     ReferenceSource,
     TrainSettings,
     parse_options,
+    parse_ranges,
     parse_rewards,
 )
 
@@ -38,9 +39,35 @@ _Reward = Annotated[
         "May be left out where there is only one.",
     ),
 ]
+_Preference = Annotated[
+    str,
+    typer.Option(
+        help="From rewards to P(image_0 preferred). minmax: sigmoid of the weighted sum of their differences, each "
+        "scaled by max - min over the data set. mixture: weighted mean of their sigmoids, scaled by a --calibration. "
+        "winrate: difference of how often each image beats the other images of its prompt (CaPO); needs --scores."
+    ),
+]
+_Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Output of `smpo-pipeline calibrate`, for mixture and winrate: each reward's temperature, and its weight "
+        "where no --reward is given.",
+    ),
+]
+_RewardRange = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=MIN:MAX",
+        help="Scale of a reward for minmax and winrate, in units of its raw score, in place of the data set's minimum "
+        "and maximum. Published for PickScore: pickscore=0.11543526500463486:0.28201571106910706.",
+    ),
+]
 _Scores = Annotated[
     Path | None,
-    typer.Option(help="Output of `smpo-pipeline score` to use in place of the shards' scores, joined by pair_id."),
+    typer.Option(
+        help="Output of `smpo-pipeline score` to use in place of the shards' scores, joined by pair_id and prompt."
+    ),
 ]
 _Beta = Annotated[
     float | None,
@@ -112,6 +139,9 @@ def train(
     out: _Out,
     objective: flags.Objective = "smpo",
     reward: _Reward = None,
+    preference: _Preference = "minmax",
+    calibration: _Calibration = None,
+    reward_range: _RewardRange = None,
     scores: _Scores = None,
     beta: _Beta = None,
     gamma: _Gamma = 10.0,
@@ -167,6 +197,9 @@ def train(
         out=out,
         objective=objective,
         rewards=parse_rewards(reward or []),
+        preference=preference,
+        calibration=calibration,
+        reward_ranges=parse_ranges(reward_range or []),
         scores=scores,
         beta=beta,
         gamma=gamma,

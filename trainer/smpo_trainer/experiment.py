@@ -52,8 +52,7 @@ class Experiment:
         return {
             "shards": self.shards.manifest_hashes(),
             "objective": settings.objective,
-            "reward": dict(self.mix.weights) if self.mix else None,
-            "scores": self.mix.identity if self.mix else None,
+            **(self.mix.identity() if self.mix else {}),
             "beta": self.objective.options.beta,
             "gamma": self.objective.options.gamma,
             **{name: getattr(self.objective.options, name) for name in self.objective.options.own()},
@@ -92,9 +91,10 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
         import_wandb(settings.wandb_project)  # hours before its first use
     kind = find_objective(settings.objective)
     shards = open_shards(settings.shards, settings.cache)
-    mix = resolve_mix(settings.rewards, shards, settings.scores) if kind.uses_rewards else None
-    if mix is None and (settings.rewards or (settings.scores and not settings.weight_column)):
-        say(f"--objective {kind.name} learns from labels: --reward and --scores are not used")
+    mix = resolve_mix(settings, shards, say) if kind.uses_rewards else None
+    scores_unused = settings.scores and not settings.weight_column
+    if mix is None and (settings.rewards or scores_unused or settings.calibration or settings.reward_ranges):
+        say(f"--objective {kind.name} learns from labels: flags about rewards and scores are not used")
     if not kind.uses_reference and settings.reference == "live":
         say(f"--objective {kind.name} needs no reference: --reference live only serves what is logged")
     weights = read_pair_weights(settings.scores, settings.weight_column) if settings.weight_column else None

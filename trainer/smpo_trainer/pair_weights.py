@@ -72,5 +72,9 @@ def read_pair_weights(scores: Path | None, column: str) -> PairWeights:
                 f"--weight-column {column}: pair {row['pair_id']} in {scores} has the weight {value!r}; "
                 "a weight is a number from 0"
             )
-        table[row["pair_id"]] = float(value)
+        if table.setdefault(row["pair_id"], float(value)) != value:
+            raise UserError(
+                f"--weight-column {column}: pair {row['pair_id']} has several weights in {scores}; each row of a pair "
+                "must have the same"
+            )
     return PairWeights(column, table)

@@ -1,86 +1,159 @@
-"""The rewards of an experiment: which ones, their weights, and P(image_0 preferred) of every pair."""
+"""The rewards of an experiment: which ones, how they are mixed, and P(image_0 preferred) of every pair."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from smpo_schemas.calibration import Calibration, read_calibration
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_file
-from smpo_schemas.preference import preference
-from smpo_schemas.scores import SCORES_FILE, RewardStatistics, read_scores, read_scores_info
+from smpo_schemas.preference import Preference, ScoredPairs, find_preference
+from smpo_schemas.scores import RewardStatistics, read_scores_info
 from smpo_schemas.shards import SampleMeta
+from smpo_trainer.preference_table import PreferenceTable, preference_table
+from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shard_set import ShardSet
-
-ScoreTable = Mapping[str, Mapping[str, tuple[float, float]]]
-"""Raw scores of image_0 and image_1 by pair_id and reward name."""
 
 
 @dataclass(frozen=True)
 class RewardMix:
-    """A weighted mix of rewards.
+    """Rewards, mixed.
 
     Attributes:
-        weights: by reward name, at least one.
-        statistics: by reward name, the extremes that bring its scores to one scale.
-        table: scores by pair_id that replace those in the shards; None: the shards' own.
-        identity: hash of ``table``'s ``scores.json``, or None.
+        preference: how they are mixed, with their weights and scales.
+        statistics: by reward name.
+        ranges: by reward name, minimum and maximum that were given in place of the data set's.
+        temperatures: by reward name, tau where a calibration gave one.
+        table: the preferences that replace those of the shards' own scores; None: the shards' own.
     """
 
-    weights: Mapping[str, float]
+    preference: Preference
     statistics: Mapping[str, RewardStatistics]
-    table: ScoreTable | None
-    identity: str | None
+    ranges: Mapping[str, tuple[float, float]]
+    temperatures: Mapping[str, float] | None
+    table: PreferenceTable | None
 
     def preferences(self, metas: Sequence[SampleMeta]) -> np.ndarray:
         """P(image_0 preferred) of each walk's pair: float64 [P], NaN where ``table`` lacks the pair.
 
         Raises:
-            UserError: a walk in the shards lacks a reward that its manifest promises.
+            UserError: a walk in the shards lacks a reward that its manifest promises, or belongs to another pair.
         """
-        scores_P = [meta.scores if self.table is None else self.table.get(meta.pair_id) for meta in metas]
-        known = np.array([scores is not None for scores in scores_P], dtype=bool)
-        p_P = np.full(len(metas), np.nan)
-        if known.any():
-            columns = {name: np.array([_of(name, s, m) for s, m in zip(scores_P, metas, strict=True) if s is not None])
-                       for name in self.weights}  # fmt: skip
-            p_P[known] = preference(columns, self.statistics, self.weights)
-        return p_P
+        if self.table is not None:
+            return np.array([self.table.preference(meta) for meta in metas], dtype=np.float64)
+        if not metas:
+            return np.zeros(0)
+        columns = {name: np.array([_of(name, meta) for meta in metas]) for name in self.preference.weights}
+        return self.preference.probability(ScoredPairs(columns))
+
+    def identity(self) -> dict[str, Any]:
+        """What of the mix decides the numbers of a run, by the names that users know (JSON values)."""
+        return {
+            "preference": self.preference.name,
+            "reward": dict(self.preference.weights),
+            "reward_range": {name: list(limits) for name, limits in self.ranges.items()},
+            # A calibration counts by the temperatures that it gave, besides the weights above.
+            "calibration": None if self.temperatures is None else dict(self.temperatures),
+            "scores": self.table.sha256 if self.table else None,
+        }
 
 
-def _of(name: str, scores: Mapping[str, tuple[float, float]], meta: SampleMeta) -> tuple[float, float]:
-    if name not in scores:
+def _of(name: str, meta: SampleMeta) -> tuple[float, float]:
+    if name not in meta.scores:
         raise UserError(f"pair {meta.pair_id} in the shards has no score of reward {name!r}")
-    return scores[name]
+    return meta.scores[name]
 
 
-def resolve_mix(wanted: Mapping[str, float], shards: ShardSet, scores: Path | None) -> RewardMix:
-    """Find the rewards in the shards, or in ``scores``.
+def resolve_mix(settings: TrainSettings, shards: ShardSet, say: Callable[[str], None]) -> RewardMix:
+    """Find the rewards in the shards, or in ``--scores``, and fix how they are mixed.
 
     Args:
-        wanted: weights by name; empty: the only reward that there is.
-        shards: where the scores come from if ``scores`` is None.
-        scores: output of ``smpo-pipeline score``.
+        settings: rewards, their ranges, the way of mixing, its calibration, the scores.
+        shards: where the scores come from if no others are named.
+        say: takes a line about rows that repeat a pair.
 
     Raises:
-        UserError: a reward is not there, or none is named and there are several.
+        UserError: a reward is not there, or none is named and there are several, or the flags do not fit.
     """
-    info = read_scores_info(scores) if scores else None
+    info = read_scores_info(settings.scores) if settings.scores else None
     statistics = info.rewards if info else shards.reward_statistics()
-    source = f"--scores {scores}" if scores else "--shards"
+    source = f"--scores {settings.scores}" if info else "--shards"
+    calibration = _read_calibration(settings)
+    weights = _weights(settings, calibration, statistics, source)
+    temperatures = _temperatures(calibration, weights, statistics, settings.calibration) if calibration else None
+    preference = find_preference(settings.preference)(
+        weights, _with_ranges(statistics, settings.reward_ranges, weights), temperatures
+    )
+    if preference.needs_images and info is None:
+        raise UserError(
+            f"--preference {preference.name} compares all images of a prompt, which the shards may not hold; "
+            "name the output of `smpo-pipeline score` with --scores"
+        )
+    table = preference_table(settings.scores, info, preference, say) if settings.scores and info else None
+    return RewardMix(preference, statistics, settings.reward_ranges, temperatures, table)
+
+
+def _read_calibration(settings: TrainSettings) -> Calibration | None:
+    """The calibration, if the way of mixing takes one."""
+    way = find_preference(settings.preference)
+    if settings.calibration is None:
+        if way.calibration == "required":
+            raise UserError(f"--preference {way.name} needs --calibration FILE; make it with `smpo-pipeline calibrate`")
+        return None
+    if way.calibration == "refused":
+        raise UserError(f"--preference {way.name} takes no --calibration; use it with --preference mixture or winrate")
+    if settings.reward_ranges:
+        raise UserError(f"--reward-range does nothing beside --calibration {settings.calibration}, whose tau scales")
+    return read_calibration(settings.calibration)
+
+
+def _weights(
+    settings: TrainSettings, calibration: Calibration | None, statistics: Mapping[str, RewardStatistics], source: str
+) -> dict[str, float]:
+    """Weights by name: as given, else the calibration's, else of the only reward."""
+    weights = dict(settings.rewards)
+    if not weights and calibration:
+        weights = {name: reward.weight for name, reward in calibration.rewards.items()}
     listed = ", ".join(statistics) or "none"
-    if not wanted and len(statistics) != 1:
+    if not weights and len(statistics) != 1:
         raise UserError(f"{source} holds {len(statistics)} rewards ({listed}); choose with --reward NAME[:WEIGHT]")
-    weights = dict(wanted) or dict.fromkeys(statistics, 1.0)
+    weights = weights or dict.fromkeys(statistics, 1.0)
     for name in weights:
         if name not in statistics:
-            raise UserError(f"--reward {name}: {source} holds no such reward; it holds: {listed}")
-    if scores is None or info is None:
-        return RewardMix(weights, statistics, None, None)
-    columns = ["pair_id", *(f"{name}_{image}" for name in weights for image in (0, 1))]
-    rows = read_scores(scores, info, columns).to_pylist()
-    table = {row["pair_id"]: {name: (row[f"{name}_0"], row[f"{name}_1"]) for name in weights} for row in rows}
-    return RewardMix(weights, statistics, table, sha256_file(scores / SCORES_FILE))
+            flag = f"--reward {name}" if name in settings.rewards else f"--calibration has the reward {name}"
+            raise UserError(f"{flag}: {source} holds no such reward; it holds: {listed}")
+    return weights
+
+
+def _temperatures(
+    calibration: Calibration,
+    weights: Mapping[str, float],
+    statistics: Mapping[str, RewardStatistics],
+    path: Path | None,
+) -> dict[str, float]:
+    """Tau by name, of the very models that were calibrated."""
+    for name in weights:
+        if name not in calibration.rewards:
+            raise UserError(f"--reward {name}: not in --calibration {path} ({', '.join(calibration.rewards)})")
+        if calibration.rewards[name].fingerprint != statistics[name].fingerprint:
+            raise UserError(
+                f"--calibration {path}: its reward {name!r} is of another model ({calibration.rewards[name].model}, "
+                f"here {statistics[name].model}); calibrate again with these scores"
+            )
+    return {name: calibration.rewards[name].tau for name in weights}
+
+
+def _with_ranges(
+    statistics: Mapping[str, RewardStatistics], ranges: Mapping[str, tuple[float, float]], weights: Mapping[str, float]
+) -> dict[str, RewardStatistics]:
+    for name in ranges:
+        if name not in weights:
+            raise UserError(f"--reward-range {name}: no such reward is used; used: {', '.join(weights)}")
+    return {
+        name: found.model_copy(update=dict(zip(("min", "max"), ranges[name], strict=True))) if name in ranges else found
+        for name, found in statistics.items()
+    }

@@ -248,8 +248,12 @@ def _summary(
 
 
 def _described(mix: RewardMix) -> dict[str, Any]:
-    """Of each reward its weight, its model and the scale that brought its scores into the mix."""
+    """Of each reward its weight, its model, and what its score differences were divided by in the mix."""
     return {
-        name: {"weight": weight, **mix.statistics[name].model_dump(include={"model", "unit", "min", "max"})}
-        for name, weight in mix.weights.items()
+        name: {
+            "weight": weight,
+            "scale": mix.preference.scales[name],
+            **mix.statistics[name].model_dump(include={"model", "unit", "min", "max"}),
+        }
+        for name, weight in mix.preference.weights.items()
     }

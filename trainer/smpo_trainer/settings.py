@@ -43,7 +43,10 @@ class TrainSettings:
         out: output folder.
         objective: name of the loss.
         rewards: weight of each reward in the mix; empty: the only one that there is.
-        scores: output of ``smpo-pipeline score`` whose scores replace those in the shards, joined by pair_id.
+        preference: name of the way from several rewards to P(image_0 preferred).
+        calibration: ``calibration.json`` with each reward's temperature and share; None: none.
+        reward_ranges: by reward name, the minimum and maximum that replace those of the data set.
+        scores: output of ``smpo-pipeline score`` whose scores replace the shards', joined by pair_id and prompt.
         beta: scale of the implicit reward; None: the published one for the model's kind.
         gamma: scale of the smoothed preference.
         objective_options: of the objective's own options, as they were typed.
@@ -91,6 +94,9 @@ class TrainSettings:
     out: Path
     objective: str
     rewards: dict[str, float]
+    preference: str
+    calibration: Path | None
+    reward_ranges: dict[str, tuple[float, float]]
     scores: Path | None
     beta: float | None
     gamma: float
@@ -185,6 +191,27 @@ def parse_options(texts: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--objective-option {name} is given twice")
         values[name] = value
     return values
+
+
+def parse_ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Minimum and maximum by reward name from ``NAME=MIN:MAX``, in units of the raw score.
+
+    Raises:
+        UserError: they are no finite numbers in rising order, or a name comes twice.
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+    for text in texts:
+        name, _, numbers = text.partition("=")
+        try:
+            low, high = (float(number) for number in numbers.split(":"))
+        except ValueError:
+            low = high = math.nan
+        if not name or not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise UserError(f"--reward-range {text}: expected NAME=MIN:MAX with two numbers, the smaller one first")
+        if name in ranges:
+            raise UserError(f"--reward-range {name} is given twice")
+        ranges[name] = (low, high)
+    return ranges
 
 
 def resolve_beta(beta: float | None, kind: str) -> float:

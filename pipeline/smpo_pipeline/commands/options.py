@@ -19,7 +19,8 @@ RewardsOption = Annotated[
     list[str],
     typer.Option(
         "--reward",
-        help="NAME or NAME=MODEL (hub id or folder), repeatable, for example pickscore or pickscore=./my-pickscore.",
+        help="NAME, NAME=MODEL (hub id, folder or file) or your own MODULE:CLASS, repeatable, for example pickscore or "
+        "pickscore=./my-pickscore. Which there are and what each says: docs/rewards.md.",
     ),
 ]
 

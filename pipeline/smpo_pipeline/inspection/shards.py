@@ -16,7 +16,7 @@ from smpo_pipeline.inspection.scores import print_sharpness
 from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
 from smpo_pipeline.inversion.advice import believable, health_warnings
 from smpo_schemas.manifest import BandHealth, InversionSettings, Manifest
-from smpo_schemas.preference import preference
+from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.shards import Sample, ShardDirectory
 
 _TIMESTEP_BINS = 10
@@ -121,7 +121,7 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     _print_health(manifest.health, console)
     rewards = {name: reward for name, reward in manifest.rewards.items() if reward.max > reward.min}
     scores = {name: np.array(summary.scores[name], dtype=np.float64).reshape(-1, 2) for name in rewards}
-    print_sharpness({name: preference(scores, rewards, {name: 1.0}) for name in rewards}, console)
+    print_sharpness({name: minmax(scores, rewards, {name: 1.0}) for name in rewards}, console)
     for warning in health_warnings(manifest.health):
         console.print(f"warning: {warning}", style="bold red", highlight=False, soft_wrap=True)
 

@@ -34,7 +34,7 @@ from smpo_schemas.manifest import (
 )
 from smpo_schemas.pairs import PairColumns, RowRange, column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.rejects import count_reasons, write_rejects
-from smpo_schemas.scores import ScoresInfo, read_scores, read_scores_info
+from smpo_schemas.scores import SAME_SCORE, ScoresInfo, read_scores, read_scores_info
 from smpo_schemas.shard_index import INDEX_FILE, write_index
 from smpo_schemas.shards import ShardDirectory
 
@@ -90,19 +90,21 @@ def invert(options: InvertOptions) -> Manifest:
 
 
 def _score_table(directory: Path, info: ScoresInfo) -> pa.Table:
-    """``pair_id`` and the score columns.
+    """``pair_id``, ``prompt`` and the score columns.
 
     Raises:
         UserError: one id stands for pairs with different scores.
     """
     names = [f"{name}_{index}" for name in info.rewards for index in range(2)]
-    table = read_scores(directory, info, ["pair_id", *names]).combine_chunks()
+    table = read_scores(directory, info, ["pair_id", "prompt", *names]).combine_chunks()
     # A pair that several annotators labelled is there several times, with the same images and so the same scores, but
     # for the rounding of batches of other sizes.
     found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
     for name in names:
         reward = info.rewards[name[:-2]]
-        apart = pc.greater(pc.subtract(found[f"{name}_max"], found[f"{name}_min"]), 1e-4 * (reward.max - reward.min))
+        apart = pc.greater(
+            pc.subtract(found[f"{name}_max"], found[f"{name}_min"]), SAME_SCORE * (reward.max - reward.min)
+        )
         clash = found.filter(apart)
         if clash.num_rows:
             raise UserError(

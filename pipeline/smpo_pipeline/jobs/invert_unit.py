@@ -116,6 +116,10 @@ class InvertActor:
                 rejects.append(Reject(pair_id=row["pair_id"], source=row["source"], stage=STAGE, reason=reason))
                 continue
             scores = self._scores.slice(position, 1).to_pylist()[0]
+            if scores["prompt"] != row["prompt"]:
+                reason = f"other pair: {self._options.scores} has another prompt for this pair_id"
+                rejects.append(Reject(pair_id=row["pair_id"], source=row["source"], stage=STAGE, reason=reason))
+                continue
             names = [name[:-2] for name in scores if name.endswith("_0")]
             pair = PreparedPair(
                 pair_id=row["pair_id"],

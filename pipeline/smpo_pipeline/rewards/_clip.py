@@ -38,7 +38,9 @@ class ClipCosineReward(Reward):
         source = self.processor_model if model is None and self.processor_model else self.model
         self._processor = load_part(CLIPImageProcessorPil.from_pretrained, source, what)
         self._tokenizer = load_part(CLIPTokenizer.from_pretrained, source, what)
-        loaded = load_weights(CLIPModel.from_pretrained, self.model, what, dtype=torch.float32)
+        loaded = load_weights(
+            CLIPModel.from_pretrained, self.model, what, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
         self._clip = loaded.requires_grad_(False).eval().to(device)
         self._device = device
         self.fingerprint = sha256_json(

@@ -88,6 +88,35 @@ def utility(annotator: Annotator, seen: Qualities) -> np.ndarray:
     )
 
 
+def expected_label(
+    images_0: Sequence[np.ndarray], images_1: Sequence[np.ndarray], captions: Sequence[str]
+) -> np.ndarray:
+    """The true mix of annotators: the mean label of each pair over all annotators and all their moods.
+
+    Args:
+        images_0: N pictures, uint8 [32, 32, 3], RGB.
+        images_1: the other N.
+        captions: N captions of the world.
+
+    Returns:
+        float64 [N], in (0, 1): P(the first is preferred), a tie counting half.
+
+    Raises:
+        ValueError: as `fit_captions`.
+    """
+    seen_0, seen_1 = qualities(images_0, captions), qualities(images_1, captions)
+    probabilities = [_prefers_first(utility(person, seen_0), utility(person, seen_1)) for person in ANNOTATORS]
+    return np.mean([np.where(_is_tie(each), TIE, each) for each in probabilities], axis=0)
+
+
+def _prefers_first(utility_0: np.ndarray, utility_1: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(utility_1 - utility_0))
+
+
+def _is_tie(probability: np.ndarray) -> np.ndarray:
+    return abs(probability - TIE) < TIE_MARGIN
+
+
 def choose(utility_0: np.ndarray, utility_1: np.ndarray, mood: np.ndarray) -> np.ndarray:
     """Bradley-Terry choices between two pictures: noisy where they are close, ties where they are nearly equal.
 
@@ -99,6 +128,5 @@ def choose(utility_0: np.ndarray, utility_1: np.ndarray, mood: np.ndarray) -> np
     Returns:
         float64 [N]: 1 (the first is preferred), 0 (the second) or TIE.
     """
-    probability = 1 / (1 + np.exp(utility_1 - utility_0))
-    choice = (mood < probability).astype(np.float64)
-    return np.where(abs(probability - TIE) < TIE_MARGIN, TIE, choice)
+    probability = _prefers_first(utility_0, utility_1)
+    return np.where(_is_tie(probability), TIE, (mood < probability).astype(np.float64))

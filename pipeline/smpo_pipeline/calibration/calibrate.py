@@ -1,0 +1,98 @@
+"""What ``smpo-pipeline calibrate`` does: read, cross-validate, measure; the rest shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from smpo_pipeline.calibration.annotators import AnnotatorAgreement, between_annotators, by_annotator
+from smpo_pipeline.calibration.held_out import (
+    COIN,
+    EQUAL_MIXTURE,
+    FITTED,
+    MIXTURE,
+    SHARP_MINMAX,
+    HeldOut,
+    cross_validate,
+)
+from smpo_pipeline.calibration.labels import LabelledPairs, read_labelled
+from smpo_pipeline.calibration.measures import measure
+from smpo_schemas.calibration import CALIBRATION_VERSION, CalibratedReward, Calibration
+from smpo_schemas.files import sha256_file
+from smpo_schemas.scores import SCORES_FILE
+
+_MOST_ANNOTATORS = 10
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is shown.
+
+    Attributes:
+        calibration: what is written.
+        data: the labels.
+        held_out: predictions and fits behind it.
+        annotators: by name of a reward or mix, per annotator the labels ordered alike and the decided labels; of the
+            two mixtures the chosen one, and none that differs from another only in its temperature, which changes
+            nobody's order.
+        people: how people agree with each other.
+    """
+
+    calibration: Calibration
+    data: LabelledPairs
+    held_out: HeldOut
+    annotators: dict[str, dict[str, tuple[int, int]]]
+    people: AnnotatorAgreement
+
+
+def calibrate(
+    scores: Path, rewards: Sequence[str], *, folds: int, seed: int, done: Callable[[int], None] = lambda _: None
+) -> Report:
+    """Calibrate rewards to the labels of an output of ``score``.
+
+    Args:
+        scores: the output.
+        rewards: names; empty: all that it holds.
+        folds: parts of the prompts, each held out once.
+        seed: deals the prompts to the folds.
+        done: told how many of ``folds`` + 1 fits are done.
+
+    Raises:
+        UserError: the scores or labels cannot be used.
+    """
+    data = read_labelled(scores, rewards)
+    held_out = cross_validate(data, folds, seed, done)
+    rows = data.labelled
+    labels = data.labels_P[rows]
+    mixture = held_out.mixture
+    calibration = Calibration(
+        schema_version=CALIBRATION_VERSION,
+        rewards={
+            name: CalibratedReward(
+                model=statistics.model,
+                fingerprint=statistics.fingerprint,
+                unit=statistics.unit,
+                tau=float(mixture.tau_K[k]),
+                weight=float(mixture.weight_K[k]),
+                tau_alone=held_out.final.alone[name],
+            )
+            for k, (name, statistics) in enumerate(data.statistics.items())
+        },
+        weights="equal" if held_out.equal_weights else "fitted",
+        held_out={name: measure(p_P[rows], labels) for name, p_P in held_out.p.items()},
+        labels=len(labels),
+        ties=int(rows.sum() - data.decided.sum()),
+        prompts=len({data.prompts[row] for row in np.flatnonzero(rows).tolist()}),
+        folds=folds,
+        seed=seed,
+        scores_sha256=sha256_file(scores / SCORES_FILE),
+    )
+    left_out = {COIN, SHARP_MINMAX, MIXTURE, EQUAL_MIXTURE, *(name + FITTED for name in data.statistics)}
+    left_out.remove(held_out.chosen)
+    annotators = {
+        name: by_annotator(data, p_P, _MOST_ANNOTATORS) for name, p_P in held_out.p.items() if name not in left_out
+    }
+    return Report(calibration, data, held_out, annotators, between_annotators(data))

@@ -1,0 +1,35 @@
+"""Which prompts are held out together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from smpo_schemas.errors import UserError
+
+
+def split_by_prompt(prompts: Sequence[str], folds: int, seed: int) -> np.ndarray:
+    """The fold of each row: int [P], 0 to ``folds`` - 1. All rows of a prompt are in one fold.
+
+    Prompts are taken in an order that (seed, prompt) decides, each into the fold with the fewest rows so far: the
+    folds do not depend on the order of the rows, and no fold is empty.
+
+    Raises:
+        UserError: there are fewer prompts than folds.
+    """
+    counts = Counter(prompts)
+    if len(counts) < folds:
+        raise UserError(
+            f"the labels are of {len(counts)} prompts, too few for --folds {folds}: a prompt is never on both sides, "
+            "so that each fold needs one of its own"
+        )
+    sizes = [0] * folds
+    fold_of: dict[str, int] = {}
+    for prompt in sorted(counts, key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest()):
+        fold = sizes.index(min(sizes))
+        fold_of[prompt] = fold
+        sizes[fold] += counts[prompt]
+    return np.array([fold_of[prompt] for prompt in prompts], dtype=np.int64)

@@ -1,0 +1,68 @@
+"""How well probabilities fit labels. All are the same whichever image of a pair comes first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from smpo_schemas.calibration import Bin, Fit
+
+NUM_BINS = 10
+"""Equal bins of P(the preferred image), from one half to 1."""
+
+_TIE = 0.5
+_SMALLEST = 1e-12
+
+
+def log_loss(p_P: np.ndarray, label_P: np.ndarray) -> float:
+    """Mean cross-entropy in nats; a label is the probability that image_0 is preferred, 0.5 for a tie.
+
+    p is kept 1e-12 away from 0 and 1, so that one label cannot make it infinite.
+    """
+    p = np.clip(p_P, _SMALLEST, 1 - _SMALLEST)
+    return float(np.mean(-label_P * np.log(p) - (1 - label_P) * np.log1p(-p)))
+
+
+def agreement(p_P: np.ndarray, label_P: np.ndarray) -> tuple[int, int]:
+    """How many decided labels are ordered alike, and how many decided labels there are; p = 0.5 orders none."""
+    decided = label_P != _TIE
+    alike = np.sign(p_P - 0.5) == np.sign(label_P - _TIE)
+    return int((alike & decided).sum()), int(decided.sum())
+
+
+def reliability(p_P: np.ndarray, label_P: np.ndarray) -> list[Bin]:
+    """How often people choose the image that p prefers, by how sure p is; bins without labels are left out."""
+    sure_P = np.maximum(p_P, 1 - p_P)
+    chosen_P = np.where(p_P > 0.5, label_P, np.where(p_P < 0.5, 1 - label_P, 0.5))  # noqa: PLR2004  (one half)
+    edges = np.linspace(0.5, 1, NUM_BINS + 1)
+    number_P = np.clip(np.searchsorted(edges, sure_P, side="right") - 1, 0, NUM_BINS - 1)
+    bins = []
+    for number in np.unique(number_P):
+        inside = number_P == number
+        bins.append(
+            Bin(
+                start=float(edges[number]),
+                stop=float(edges[number + 1]),
+                labels=int(inside.sum()),
+                mean_p=float(sure_P[inside].mean()),
+                share_chosen=float(chosen_P[inside].mean()),
+            )
+        )
+    return bins
+
+
+def calibration_error(bins: list[Bin]) -> float:
+    """Expected calibration error: mean of abs(mean p - share chosen) over bins, weighted by their labels."""
+    total = sum(each.labels for each in bins)
+    return sum(each.labels * abs(each.mean_p - each.share_chosen) for each in bins) / total
+
+
+def measure(p_P: np.ndarray, label_P: np.ndarray) -> Fit:
+    """All of it."""
+    bins = reliability(p_P, label_P)
+    alike, decided = agreement(p_P, label_P)
+    return Fit(
+        agreement=alike / decided if decided else None,
+        log_loss=log_loss(p_P, label_P),
+        calibration_error=calibration_error(bins),
+        bins=bins,
+    )

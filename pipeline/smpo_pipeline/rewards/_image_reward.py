@@ -1,0 +1,150 @@
+"""The bridge to the package ``image-reward`` 1.5, its newest release, which was written for transformers 4.
+
+Why it is needed (upstream: ImageReward's issue 122, open, no release since):
+
+- Importing the package imports its training code and other scorers too, and with them ``datasets`` and an undeclared
+  ``clip``. Only the files that score are imported here, as a package of our own name: the real one stays untouched.
+- They ask ``transformers.modeling_utils`` for functions that moved or are gone, and their BERT inherits methods that
+  are gone from ``PreTrainedModel``.
+- Importing them silences all warnings and transformers' log for the whole process. Both are put back.
+- Their tokenizer is fetched by a fixed hub id and prepared by a method that is gone.
+- Their image tower comes in two sizes only; here its sizes are those of the weights.
+- Their loader ignores weights that are missing or do not fit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import BertTokenizer, modeling_utils, pytorch_utils
+
+from smpo_schemas.errors import UserError
+
+_PACKAGE = "smpo_image_reward"
+_MOVED = ("apply_chunking_to_forward", "prune_linear_layer")
+_GONE = ("find_pruneable_heads_and_indices",)
+_HEAD_WIDTH = 64
+_IMAGE_SIDE = 224
+_BLOCK = re.compile(r"blip\.visual_encoder\.blocks\.(\d+)\..*")
+
+
+def build_image_reward(
+    state: dict[str, torch.Tensor], med_config: Path, tokenizer: BertTokenizer, what: str, device: str
+) -> nn.Module:
+    """The package's own model with these weights, all of them and no others, ready to score on ``device``.
+
+    Args:
+        state: weights, by the package's names, in float32.
+        med_config: configuration of its BERT.
+        tokenizer: BERT's; the two tokens that BLIP adds are added to it.
+        what: starts the error.
+        device: where it scores.
+
+    Raises:
+        UserError: the package cannot be imported, or the weights are not those of an ImageReward.
+    """
+    package = _import()
+    blip: Any = sys.modules[f"{_PACKAGE}.models.BLIP.blip_pretrain"]
+    # BLIP's; a prompt that holds their names is cut up as the authors' tokenizer does.
+    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+    vocabulary = json.loads(med_config.read_text(encoding="utf-8")).get("vocab_size")
+    if len(tokenizer) != vocabulary:
+        raise UserError(f"{what}: the tokenizer knows {len(tokenizer)} tokens, {med_config} says {vocabulary}")
+    pixels = state.get("blip.visual_encoder.patch_embed.proj.weight")
+    if pixels is None:
+        raise UserError(f"{what} is no ImageReward: it has no image tower (blip.visual_encoder)")
+    width, patch = pixels.shape[0], pixels.shape[-1]
+    depth = 1 + max((int(match[1]) for name in state if (match := _BLOCK.fullmatch(name))), default=-1)
+
+    def create_vit(_size: str, image_size: int, *_: object) -> tuple[nn.Module, int]:
+        tower = sys.modules[f"{_PACKAGE}.models.BLIP.vit"].VisionTransformer
+        heads = max(1, width // _HEAD_WIDTH)
+        return tower(image_size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads), width
+
+    blip.create_vit, blip.init_tokenizer = create_vit, lambda: tokenizer
+    model = package.ImageReward(str(med_config), device=device)
+    _load_all(model, state, what)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _load_all(model: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
+    expected = model.state_dict()
+    lacking = sorted(set(expected) - set(state))
+    if lacking:
+        raise UserError(f"{what} is no ImageReward: it lacks {len(lacking)} weights, first {lacking[0]}")
+    unknown = sorted(set(state) - set(expected))
+    if unknown:
+        raise UserError(f"{what} is no ImageReward: it has {len(unknown)} weights too many, first {unknown[0]}")
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            shapes = f"{list(state[name].shape)} instead of {list(value.shape)}"
+            raise UserError(f"{what} is no ImageReward: {name} is {shapes}")
+    model.load_state_dict(state)
+
+
+@cache
+def _import() -> Any:  # noqa: ANN401  (the package has no types)
+    """The package's module ``ImageReward``, with the process's warnings, log and other modules left as they were."""
+    found = importlib.util.find_spec("ImageReward")
+    if not found or not found.submodule_search_locations:
+        raise UserError(
+            "--reward imagereward needs the package image-reward: pip install 'smpo-diffusion[imagereward]'"
+        )
+    root = Path(found.submodule_search_locations[0])
+    for folder in ("", ".models", ".models.BLIP"):
+        # Packages without the __init__ files, which import what scoring does not need.
+        module = types.ModuleType(_PACKAGE + folder)
+        module.__path__ = [str(root.joinpath(*folder.split(".")))]
+        sys.modules[module.__name__] = module
+    verbosity = transformers.logging.get_verbosity()
+    try:
+        with warnings.catch_warnings(), _old_transformers():
+            module = importlib.import_module(f"{_PACKAGE}.ImageReward")
+    except (ImportError, RuntimeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"--reward imagereward: the package or what it needs cannot be imported: {first}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    bert = sys.modules[f"{_PACKAGE}.models.BLIP.med"].BertModel
+    bert.all_tied_weights_keys = {}
+    bert.get_head_mask = _get_head_mask
+    bert.invert_attention_mask = _invert_attention_mask
+    return module
+
+
+@contextmanager
+def _old_transformers() -> Iterator[None]:
+    """``transformers.modeling_utils`` with the names of old, for as long as an import takes."""
+    added = [name for name in (*_MOVED, *_GONE) if not hasattr(modeling_utils, name)]
+    for name in added:
+        # What is gone served pruning only, which scoring never does: nothing calls it.
+        setattr(modeling_utils, name, getattr(pytorch_utils, name, None))
+    try:
+        yield
+    finally:
+        for name in added:
+            delattr(modeling_utils, name)
+
+
+def _get_head_mask(_model: nn.Module, head_mask: None, num_hidden_layers: int) -> list[None]:
+    """No head is ever masked in scoring."""
+    return [head_mask] * num_hidden_layers
+
+
+def _invert_attention_mask(model: Any, mask_NL: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    """0 where attention goes, the smallest number where not, to be added to attention's logits: [N, 1, 1, L]."""
+    return (1 - mask_NL[:, None, None, :].to(model.dtype)) * torch.finfo(model.dtype).min

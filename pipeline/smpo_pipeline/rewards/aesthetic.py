@@ -1,0 +1,92 @@
+"""LAION's improved aesthetic predictor v2: a small head on the image embedding of OpenAI's CLIP ViT-L/14."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import CLIPModel
+
+from smpo_models.fingerprint import fingerprint_module
+from smpo_models.loading import load_weights
+from smpo_pipeline.rewards._pixels import clip_pixels
+from smpo_pipeline.rewards._weights import find_checkpoint, read_checkpoint
+from smpo_pipeline.rewards.base import Reward
+from smpo_schemas.errors import UserError
+
+_CLIP = "openai/clip-vit-large-patch14"
+_CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
+_LAYER = re.compile(r"layers\.(\d+)\.(?:weight|bias)")
+
+
+class Aesthetic(Reward):
+    """How pleasing an image is, from about 1 to 10; the prompt plays no part.
+
+    The model is the head: a file, a folder that holds it, or OWNER/REPO/FILE on the hub. Where its folder also holds a
+    CLIP (config.json), that one is used, otherwise OpenAI's ViT-L/14 from the hub.
+    """
+
+    name: ClassVar[str] = "aesthetic"
+    unit: ClassVar[str] = "rating from 1 to 10"
+    default_model: ClassVar[str | None] = None
+
+    def __init__(self, model: str | None, device: str) -> None:
+        if model is None:
+            mend = "aesthetic=PATH of sac+logos+ava1-l14-linearMSE.pth from its authors' repository"
+            raise UserError(f"--reward {self.name}: the head is on no hub by its authors; give {mend}")
+        self.model = model
+        what = f"--reward {self.name}={self.model}"
+        checkpoint = find_checkpoint(self.model, what, ignore=_CLIP_FILES)
+        head = _head(read_checkpoint(checkpoint, what), what)
+        source = str(checkpoint.parent) if (checkpoint.parent / "config.json").is_file() else _CLIP
+        clip = load_weights(
+            CLIPModel.from_pretrained, source, f"{what}: {source}", dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+        if clip.config.projection_dim != head[0].in_features:
+            sizes = f"{clip.config.projection_dim} numbers, the head takes {head[0].in_features}"
+            raise UserError(f"{what}: the image embedding of {source} has {sizes}")
+        # The text tower is not kept: no score depends on it.
+        self._tower = clip.vision_model.requires_grad_(False).eval().to(device)
+        self._projection = clip.visual_projection.requires_grad_(False).to(device)
+        self._head = head.requires_grad_(False).eval().to(device)
+        self._side = clip.config.vision_config.image_size
+        self._device = device
+        self.fingerprint = fingerprint_module(self._tower, self._projection, self._head)
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:  # noqa: ARG002
+        """See the base class."""
+        pixels = torch.stack([clip_pixels(image, self._side) for image in images]).to(self._device)
+        embedding_ND = self._projection(self._tower(pixel_values=pixels).pooler_output)
+        return self._head(nn.functional.normalize(embedding_ND)).squeeze(1).double().cpu().numpy()
+
+
+def _head(state: dict[str, torch.Tensor], what: str) -> nn.Sequential:
+    """Linear layers one after another, with nothing between them but dropout, which scoring leaves out.
+
+    Raises:
+        UserError: the file is no such head.
+    """
+    numbers = sorted({int(match[1]) for name in state if (match := _LAYER.fullmatch(name))})
+    names = [f"layers.{number}.{kind}" for number in numbers for kind in ("weight", "bias")]
+    if not names or set(names) != set(state):
+        other = min(set(state) ^ set(names), default="nothing")
+        raise UserError(f"{what} is no aesthetic head (layers.N.weight, layers.N.bias); the first difference: {other}")
+    head = nn.Sequential()
+    for number in numbers:
+        weight, bias = state[f"layers.{number}.weight"], state[f"layers.{number}.bias"]
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:  # noqa: PLR2004  (a matrix)
+            raise UserError(f"{what} is no aesthetic head: layers.{number} is no linear layer")
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.weight.data, layer.bias.data = weight, bias
+        head.append(layer)
+    sizes = [(layer.in_features, layer.out_features) for layer in head]
+    if any(before[1] != after[0] for before, after in pairwise(sizes)) or sizes[-1][1] != 1:
+        raise UserError(f"{what} is no aesthetic head: its layers go {' '.join(f'{i} to {o}' for i, o in sizes)}")
+    return head

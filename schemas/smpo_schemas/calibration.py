@@ -1,0 +1,118 @@
+"""``calibration.json``: how sharply each reward speaks for people, fitted to labels, and how well mixes do by them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import read_versioned, write_json
+
+CALIBRATION_VERSION = 1
+CALIBRATION_FILE = "calibration.json"
+
+_ROUNDING = 1e-6
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibratedReward(_Frozen):
+    """One reward of the mixture.
+
+    Attributes:
+        model, fingerprint, unit: of the reward, as in ``scores.json``; another model's scores need another calibration.
+        tau: temperature in the mixture, in units of the raw score.
+        weight: share of the annotators that the mixture gives it; the shares sum to 1.
+        tau_alone: temperature of this reward if it were the only one.
+    """
+
+    model: str
+    fingerprint: str
+    unit: str
+    tau: float = Field(gt=0, allow_inf_nan=False)
+    weight: float = Field(ge=0, le=1)
+    tau_alone: float = Field(gt=0, allow_inf_nan=False)
+
+
+class Bin(_Frozen):
+    """Labels of pairs of which p prefers one image with ``start`` to ``stop``.
+
+    Attributes:
+        labels: how many.
+        mean_p: of the preferred image.
+        share_chosen: how often people chose that image; a tie counts half.
+    """
+
+    start: float
+    stop: float
+    labels: int
+    mean_p: float
+    share_chosen: float
+
+
+class Fit(_Frozen):
+    """How well a p does by labels that it was not fitted to.
+
+    Attributes:
+        agreement: share of the decided labels that it orders alike; p = 0.5 orders none.
+        log_loss: mean cross-entropy of the labels, ties as 0.5, in nats; p = 0.5 everywhere has ln 2.
+        calibration_error: expected calibration error over ``bins``.
+        bins: the reliability diagram, without empty bins.
+    """
+
+    agreement: float | None
+    log_loss: float
+    calibration_error: float
+    bins: list[Bin]
+
+
+class Calibration(_Frozen):
+    """The whole of ``calibration.json``.
+
+    Attributes:
+        rewards: the mixture, by reward name.
+        weights: whether ``weight`` was fitted, or equal weights did better on held-out prompts.
+        held_out: by name of a reward or mix, over all labels, each predicted from the folds that it is not in.
+        labels: number of labels, ties included; ``ties`` of them are ties.
+        prompts, folds, seed: the prompts were dealt to ``folds`` folds by ``seed``.
+        scores_sha256: of the ``scores.json`` of the scores.
+    """
+
+    schema_version: int
+    rewards: dict[str, CalibratedReward] = Field(min_length=1)
+    weights: Literal["fitted", "equal"]
+    held_out: dict[str, Fit]
+    labels: int
+    ties: int
+    prompts: int
+    folds: int
+    seed: int
+    scores_sha256: str
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        total = math.fsum(reward.weight for reward in self.rewards.values())
+        if abs(total - 1) > _ROUNDING:
+            raise ValueError(f"the weights sum to {total}, not to 1")
+        return self
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write the file."""
+    write_json(path, calibration.model_dump())
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read and validate the file.
+
+    Raises:
+        UserError: it is missing, malformed or of another schema version.
+    """
+    if path.is_dir():
+        raise UserError(f"--calibration {path} is a folder; name the {CALIBRATION_FILE} in it")
+    return read_versioned(path, Calibration, CALIBRATION_VERSION, "calibrate again")

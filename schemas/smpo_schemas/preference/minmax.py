@@ -1,0 +1,37 @@
+"""The weighted min-max mix (DESIGN 4.4; arXiv 2506.02698, section 4.1).
+
+With r' = (r - min) / (max - min) over the data set, p = sigmoid(sum_k w_k (r'_k0 - r'_k1)). The weights are used as
+given, not normalised: twice the weight is twice as sharp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from smpo_schemas.preference.base import Preference, ScoredPairs, sigmoid
+from smpo_schemas.scores import RewardStatistics
+
+
+def minmax(
+    scores: Mapping[str, np.ndarray], statistics: Mapping[str, RewardStatistics], weights: Mapping[str, float]
+) -> np.ndarray:
+    """P(image_0 preferred) of scores, per reward float [P, 2]: float64 [P], in (0, 1).
+
+    Raises:
+        UserError: a weighted reward was not scored, or is constant over the data set.
+    """
+    return MinMax(weights, statistics).probability(ScoredPairs(scores))
+
+
+class MinMax(Preference):
+    """One scale for all rewards, then a weighted sum."""
+
+    name: ClassVar[str] = "minmax"
+    calibration: ClassVar[Literal["refused", "optional", "required"]] = "refused"
+
+    def probability(self, pairs: ScoredPairs) -> np.ndarray:
+        """See the base class."""
+        return sigmoid(self.margins(pairs) @ np.array(list(self.weights.values())))

@@ -1,0 +1,90 @@
+"""CaPO's calibrated reward (arXiv 2502.02588): how often an image beats the other images of its prompt.
+
+For the N images of a prompt, R_i = mean over j != i of sigmoid((r_i - r_j) / scale): the expected win rate against
+samples for the same prompt. CaPO regresses the difference of a pair's implicit rewards on R_0 - R_1, so this
+difference takes the place of SmPO's 2p - 1 (DESIGN 4.4):
+
+    p = (1 + R_0 - R_1) / 2,    of several rewards the mean of their p, by weights that are scaled to sum to 1.
+
+With two images R_1 = 1 - R_0, and p is plainly sigmoid((r_0 - r_1) / scale): a prompt with only one pair has the p of
+``minmax`` of that reward, or with a calibration that of ``mixture``. The scale is max - min over the data set, or a
+calibration's tau. (CaPO takes raw scores, of rewards that are log-odds already; and for several rewards it chooses its
+pairs on the Pareto front, where ours are given.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from smpo_schemas.errors import UserError
+from smpo_schemas.preference.base import Preference, ScoredPairs, shares, sigmoid
+from smpo_schemas.scores import RewardStatistics
+
+_COMPARISONS_AT_ONCE = 1 << 20
+"""Memory for a prompt with very many images stays bounded."""
+
+
+class WinRate(Preference):
+    """An image that stands in several pairs of a prompt counts once."""
+
+    name: ClassVar[str] = "winrate"
+    calibration: ClassVar[Literal["refused", "optional", "required"]] = "optional"
+    needs_images: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        statistics: Mapping[str, RewardStatistics],
+        temperatures: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(shares(weights), statistics, temperatures)
+
+    def probability(self, pairs: ScoredPairs) -> np.ndarray:
+        """See the base class; ``pairs`` must hold all pairs of a prompt.
+
+        Raises:
+            UserError: the images have no names.
+        """
+        if pairs.prompts is None or pairs.images_P2 is None:
+            raise UserError(
+                "--preference winrate compares all images of a prompt, and these scores do not name their images; "
+                "score the pairs again"
+            )
+        # An image is one of a prompt: the same file under another prompt has other scores.
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(pairs.prompts))}
+        prompt_P = np.array([numbers[prompt] for prompt in pairs.prompts], dtype=np.int64)
+        _, name_P2 = np.unique(pairs.images_P2, return_inverse=True)
+        keys = np.stack([np.repeat(prompt_P, 2), name_P2.reshape(-1)], axis=1)
+        images, first, image_of = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        image_P2 = image_of.reshape(-1, 2)
+        difference_P = np.zeros(len(prompt_P))
+        for name, weight in self.weights.items():
+            scores = np.asarray(pairs.scores[name], dtype=np.float64).reshape(-1)[first] / self.scales[name]
+            rates = _win_rates(scores, images[:, 0])
+            difference_P += weight * (rates[image_P2[:, 0]] - rates[image_P2[:, 1]])
+        return (1 + difference_P) / 2
+
+
+def _win_rates(scores: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Mean of sigmoid(score - other's) over the other images of the same prompt; one half where there is none.
+
+    Args:
+        scores: float64 [I], in units of the scale, one an image.
+        prompts: int [I], sorted.
+    """
+    rates = np.full(len(scores), 0.5)
+    starts = np.flatnonzero(np.diff(prompts, prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(scores)], strict=True):
+        group = scores[start:stop]
+        if len(group) == 1:
+            continue
+        rows = max(1, _COMPARISONS_AT_ONCE // len(group))
+        for begin in range(0, len(group), rows):
+            part = group[begin : begin + rows]
+            # An image against itself gives one half, which is taken out again.
+            wins = sigmoid(part[:, None] - group[None, :]).sum(axis=1) - 0.5
+            rates[start + begin : start + begin + len(part)] = wins / (len(group) - 1)
+    return rates

@@ -1,0 +1,95 @@
+"""``smpo-pipeline calibrate`` as users run it, and ``smpo-train`` on what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smpo_schemas.calibration import Calibration, read_calibration
+from smpo_schemas.errors import UserError
+from tests.calibration.helpers import populations, write_scores
+from tests.command import assert_one_line, run_here
+
+
+@pytest.fixture
+def scores(tmp_path):
+    found, _, labels, prompts = populations(240)
+    people = [None if row % 7 == 0 else f"person {row % 3}" for row in range(240)]
+    return write_scores(tmp_path / "scores", found, labels, prompts, people)
+
+
+def calibrate(capfd, *arguments):
+    return run_here(capfd, "smpo-pipeline", "calibrate", *arguments)
+
+
+def test_it_writes_and_says_what_it_found(capfd, scores, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    done = calibrate(capfd, "--scores", scores)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = read_calibration(scores / "calibration.json")
+    for name, fit in found.held_out.items():
+        assert f"{fit.log_loss:.4f}" in done.stdout, name
+    assert "228 decided, 12 ties" in done.stdout
+    assert "person 1" in done.stdout
+    assert "no pair was labelled more than once" in done.stdout
+    assert f"{found.rewards['one'].tau:.4g}" in done.stdout
+    with Image.open(scores / "calibration.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_out_and_the_same_bytes_again(capfd, scores, tmp_path):
+    for name in ("a", "b"):
+        calibrate(capfd, "--scores", scores, "--out", tmp_path / name / "c.json", "--folds", 3, "--seed", 5)
+    for suffix in (".json", ".png"):
+        one, other = ((tmp_path / name / f"c{suffix}").read_bytes() for name in ("a", "b"))
+        assert one == other
+    assert read_calibration(tmp_path / "a" / "c.json").folds == 3
+
+
+def test_people_who_agree_are_shown(capfd, tmp_path):
+    found, _, labels, prompts = populations(60)
+    twice = {name: np.concatenate([each, each]) for name, each in found.items()}
+    ids = [f"p{row}" for row in range(60)] * 2
+    people = ["ann"] * 60 + ["bob"] * 60
+    folder = write_scores(tmp_path / "scores", twice, labels * 2, prompts * 2, people, pair_ids=ids)
+    done = calibrate(capfd, "--scores", folder)
+    assert "60 pairs were labelled more than once" in done.stdout
+    assert "100.0 % of 57 decided twos of labels agree, and 3 with a tie" in done.stdout
+
+
+def test_mistakes_are_one_line(capfd, scores, tmp_path):
+    found, _, labels, prompts = populations(20)
+    none = write_scores(tmp_path / "none", found, [None] * 20, prompts)
+    ties = write_scores(tmp_path / "ties", found, [0.5] * 20, prompts)
+    one = write_scores(tmp_path / "one", found, labels, ["the same"] * 20)
+    same = write_scores(tmp_path / "same", {"flat": np.tile(np.arange(20.0)[:, None], 2)}, labels, prompts)
+    constant = write_scores(tmp_path / "constant", {"flat": np.ones((20, 2))}, labels, prompts)
+    lone = [0.5] * 19 + [1.0]
+    lonely = write_scores(tmp_path / "lonely", found, lone, [f"p{row}" for row in range(20)])
+    assert_one_line(calibrate(capfd, "--scores", tmp_path / "nothing"), "holds no scores.json")
+    assert_one_line(calibrate(capfd, "--scores", none), "none of the 20 pairs has a label")
+    assert_one_line(calibrate(capfd, "--scores", ties), "all 20 labels are ties")
+    assert_one_line(calibrate(capfd, "--scores", one), "labels are of 1 prompts, too few for --folds 5")
+    assert_one_line(calibrate(capfd, "--scores", same), "reward flat: it gives both images the same score in all 20")
+    assert_one_line(calibrate(capfd, "--scores", constant), "all images have the score 1.0")
+    assert_one_line(calibrate(capfd, "--scores", lonely), "all labels are ties: too few decided labels for --folds 5")
+    assert_one_line(calibrate(capfd, "--scores", scores, "--reward", "three"), "--reward three", "it holds: one, two")
+
+
+def test_a_damaged_file_is_one_line(capfd, scores):
+    calibrate(capfd, "--scores", scores)
+    path = scores / "calibration.json"
+    value = json.loads(path.read_text())
+    value["rewards"]["one"]["weight"] += 0.1
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match="malformed: .*the weights sum to 1.1"):
+        read_calibration(path)
+    path.write_text(json.dumps({**value, "schema_version": 9}))
+    with pytest.raises(UserError, match="schema version 9, this program reads 1; calibrate again"):
+        read_calibration(path)
+    with pytest.raises(UserError, match="is a folder; name the calibration.json in it"):
+        read_calibration(scores)
+    assert Calibration.model_fields.keys() == value.keys()

@@ -1,0 +1,70 @@
+"""Models by their hub names, out of a hub cache as downloads leave it: parts in repositories of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+from smpo_pipeline.rewards import load_reward
+
+CODE = """
+import json
+from smpo_pipeline.rewards import load_reward
+specs = ["pickscore", "clipscore", "hpsv2", "hpsv2=xswu/HPSv2/HPS_v2.1_compressed.pt", "imagereward",
+         "aesthetic=someone/copy/head.pth"]
+print(json.dumps([(reward.model, reward.fingerprint) for reward in (load_reward(spec, "cpu") for spec in specs)]))
+"""
+
+
+def put(cache, repository, *files) -> None:
+    """Place files in the cache as one commit of a repository: pairs of the name there and where it is now."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    commit = "0" * 40
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+    for name, path in files:
+        shutil.copy(path, folder / "snapshots" / commit / name)
+
+
+def test_each_reward_is_found_by_its_hub_name(folders, tmp_path):
+    clip, hps, image, head = (folders[name] for name in ("pickscore", "hpsv2", "imagereward", "aesthetic"))
+    weights = [(name, clip / name) for name in ("config.json", "model.safetensors")]
+    tokens = [(file.name, file) for file in clip.iterdir() if "token" in file.name]
+    pixels = [("preprocessor_config.json", clip / "preprocessor_config.json")]
+    put(tmp_path, "yuvalkirstain/PickScore_v1", *weights)
+    put(tmp_path, "openai/clip-vit-large-patch14", *weights, *tokens, *pixels)
+    words = [(name, hps / name) for name in ("vocab.json", "merges.txt")]
+    put(tmp_path, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", *words, *pixels)
+    checkpoint = hps / "HPS_v2_compressed.pt"
+    put(tmp_path, "xswu/HPSv2", (checkpoint.name, checkpoint), ("HPS_v2.1_compressed.pt", checkpoint))
+    put(tmp_path, "THUDM/ImageReward", *((name, image / name) for name in ("ImageReward.pt", "med_config.json")))
+    put(tmp_path, "google-bert/bert-base-uncased", ("vocab.txt", image / "vocab.txt"))
+    put(tmp_path, "someone/copy", ("head.pth", head / "sac+logos+ava1-l14-linearMSE.pth"))
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    # PickScore's tokenizer comes from another repository than its weights, here as there.
+    both = tmp_path / "both"
+    both.mkdir()
+    for name, path in (*weights, *words, *pixels):
+        shutil.copy(path, both / name)
+    folders = {**folders, "pickscore": both}
+    local = {name: load_reward(f"{name}={folder}", "cpu").fingerprint for name, folder in folders.items()}
+    names = ["pickscore", "clipscore", "hpsv2", "hpsv2", "imagereward", "aesthetic"]
+    assert [fingerprint for _, fingerprint in found] == [local[name] for name in names]
+    assert [model for model, _ in found][:4] == [
+        "yuvalkirstain/PickScore_v1",
+        "openai/clip-vit-large-patch14",
+        "xswu/HPSv2/HPS_v2_compressed.pt",
+        "xswu/HPSv2/HPS_v2.1_compressed.pt",
+    ]

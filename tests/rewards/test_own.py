@@ -1,0 +1,111 @@
+"""A user's own reward: named as MODULE:CLASS, or offered by a package."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smpo_pipeline.rewards import load_reward, parse_reward, reward_classes
+from smpo_schemas.errors import UserError
+
+GUIDE = Path(__file__).parents[2] / "docs" / "rewards.md"
+
+
+def guide_code() -> str:
+    """The example of the guide: its first block of Python."""
+    return re.search(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to start commands in, from which modules are imported; both forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+def test_the_guides_example_scores(here):
+    assert len(guide_code().strip().splitlines()) <= 22
+    (here / "my_rewards.py").write_text(guide_code())
+    reward = load_reward("my_rewards:Sharpness", "cpu")
+    sharp = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    plain = Image.new("RGB", (40, 40), "white")
+    scores = reward.score([plain, sharp], ["a", "b"])
+    assert scores[0] == 0
+    assert scores[1] > 1
+    assert (reward.name, reward.unit) == ("sharpness", "grey levels")
+    # Laplacian by hand: a single bright pixel.
+    dot = Image.new("RGB", (5, 5))
+    dot.putpixel((2, 2), (90, 90, 90))
+    values = np.zeros((3, 3))
+    values[1, 1], values[0, 1], values[2, 1], values[1, 0], values[1, 2] = -360, 90, 90, 90, 90
+    np.testing.assert_allclose(reward.score([dot], [""]), [values.std()])
+
+
+def test_a_model_may_be_given(here):
+    (here / "own_model.py").write_text(
+        guide_code().replace("self.model = ", "self.given = model\n        self.model = ")
+    )
+    assert load_reward("own_model:Sharpness=some/where:1=2", "cpu").given == "some/where:1=2"
+    assert parse_reward("own_model:Sharpness=")[1] is None
+
+
+def test_an_installed_package_may_offer_one(here, monkeypatch):
+    """As pip leaves it: metadata with an entry point."""
+    (here / "offered.py").write_text(guide_code())
+    info = here / "offered-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offered\nVersion: 1.0\n")
+    points = "sharpness = offered:Sharpness\nother = offered:Sharpness\nbroken = offered:Nothing\n"
+    (info / "entry_points.txt").write_text(f"[smpo.rewards]\n{points}")
+    monkeypatch.syspath_prepend(here)
+    assert load_reward("sharpness", "cpu").unit == "grey levels"
+    with pytest.raises(UserError, match="calls itself 'sharpness'; both names must agree"):
+        load_reward("other", "cpu")
+    with pytest.raises(UserError, match="has no 'Nothing'"):
+        load_reward("broken", "cpu")
+    with pytest.raises(UserError, match=r"known: aesthetic, broken, .*sharpness.*or your own as MODULE:CLASS"):
+        load_reward("shrapness", "cpu")
+
+
+def test_a_class_that_is_no_reward_is_one_line(here):
+    base = guide_code()
+    (here / "bad.py").write_text(
+        base
+        + "\n\nclass Named(Sharpness):\n    name = 'a:b'\n"
+        + "\n\nclass Taken(Sharpness):\n    name = 'pickscore'\n"
+        + "\n\nclass Half(Reward):\n    name = 'half'\n"
+    )
+    (here / "syntax.py").write_text("def (")
+    for spec, message in {
+        "nowhere:Sharpness": "nowhere cannot be imported: No module named 'nowhere'",
+        "syntax:Sharpness": "syntax cannot be imported: invalid syntax",
+        ":Sharpness": "cannot be imported",
+        "bad:Missing": "bad.py has no 'Missing'",
+        "bad:np": "is no subclass of smpo_pipeline.rewards.Reward",
+        "bad:Named": "the name 'a:b' cannot be a column",
+        "bad:Taken": "the name 'pickscore' is that of a reward of this program",
+        "bad:Half": "does not define unit, __init__, score",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_reward(spec, "cpu")
+
+
+def test_a_subclass_elsewhere_does_not_hide_the_original(here):
+    before = dict(reward_classes())
+    (here / "finer.py").write_text(
+        "from smpo_pipeline.rewards.pickscore import PickScore\n\n\nclass Finer(PickScore):\n    name = 'finer'\n"
+    )
+    assert parse_reward("finer:Finer")[0].__name__ == "Finer"
+    reward_classes.cache_clear()
+    assert reward_classes() == before
+    assert {"pickscore", "clipscore", "hpsv2", "imagereward", "aesthetic", "toy-truth"} <= set(before)

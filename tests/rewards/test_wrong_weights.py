@@ -1,0 +1,108 @@
+"""Weights that are missing, damaged or another model's: one line, before any work starts."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from transformers import CLIPConfig
+
+from tests.command import assert_one_line, run_here
+from tests.rewards.conftest import MAKERS
+from tests.tiny import make_tiny_clip, make_tiny_model
+
+CHECKPOINTS = {
+    "pickscore": "model.safetensors",
+    "clipscore": "model.safetensors",
+    "hpsv2": "HPS_v2_compressed.pt",
+    "aesthetic": "sac+logos+ava1-l14-linearMSE.pth",
+    "imagereward": "ImageReward.pt",
+}
+
+
+@pytest.fixture
+def refused(tmp_path, capfd):
+    """Asserts that ``score`` says one line that holds these parts, and leaves nothing behind."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "x", "image_0": "a.png", "image_1": "b.png"}\n')
+
+    def check(spec, *parts):
+        out = tmp_path / "out"
+        command = ("score", "--pairs", tmp_path / "pairs.jsonl", "--out", out, "--device", "cpu", "--reward", spec)
+        assert_one_line(run_here(capfd, "smpo-pipeline", *command), *parts)
+        assert not out.exists()
+
+    return check
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_nothing_there(name, refused, tmp_path):
+    refused(f"{name}={tmp_path / 'nothing'}", f"--reward {name}=", "nothing")
+    (tmp_path / "empty").mkdir()
+    refused(f"{name}={tmp_path / 'empty'}", f"--reward {name}=", "empty")
+    refused(f"{name}=owner/repository/file.pt", f"--reward {name}=owner/repository/file.pt")
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_damaged_file(name, refused, folders, tmp_path):
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    file = folder / CHECKPOINTS[name]
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no weights at all"):
+        file.write_bytes(content)
+        refused(f"{name}={folder}", f"--reward {name}=")
+
+
+OTHERS = {
+    "pickscore": ("hpsv2", "HPS_v2_compressed.pt"),
+    "clipscore": ("hpsv2", "HPS_v2_compressed.pt"),
+    "hpsv2": ("imagereward", "ImageReward.pt"),
+    "aesthetic": ("hpsv2", "HPS_v2_compressed.pt"),
+    "imagereward": ("aesthetic", "sac+logos+ava1-l14-linearMSE.pth"),
+}
+"""Whose checkpoint a reward is given in place of its own."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_weights_of_another_reward(name, refused, folders, tmp_path):
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    (folder / CHECKPOINTS[name]).unlink()
+    other, file = OTHERS[name]
+    shutil.copy(folders[other] / file, folder / file)
+    refused(f"{name}={folder}", f"--reward {name}=")
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "aesthetic", "imagereward"])
+def test_a_file_that_would_run_code(name, refused, folders, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    torch.save({"state_dict": Harm()}, folder / CHECKPOINTS[name], pickle_module=pickle)
+    refused(f"{name}={folder}", "is damaged, or is no plain file of weights")
+    assert not (tmp_path / "harm").exists()
+    torch.save({"state_dict": {"weight": "text"}}, folder / CHECKPOINTS[name])
+    refused(f"{name}={folder}", "holds no weights by name")
+    shutil.copy(folder / CHECKPOINTS[name], folder / "second.pt")
+    refused(f"{name}={folder}", "must hold one checkpoint", "second.pt")
+
+
+def test_clip_of_another_depth_width_or_kind(refused, tmp_path):
+    deeper = make_tiny_clip(tmp_path / "deeper")
+    config = CLIPConfig.from_pretrained(deeper)
+    config.vision_config.num_hidden_layers = 3
+    config.save_pretrained(deeper)
+    refused(f"pickscore={deeper}", "lacks 16 weights", "layers.2")
+    wider = make_tiny_clip(tmp_path / "wider")
+    config = CLIPConfig.from_pretrained(wider)
+    config.projection_dim = 24
+    config.save_pretrained(wider)
+    refused(f"clipscore={wider}", "2 weights of another shape", "text_projection.weight")
+    model = make_tiny_model(tmp_path / "sd")
+    refused(f"pickscore={model / 'text_encoder'}", "is a 'clip_text_model' model")
+
+
+def test_the_list_of_makers_is_whole():
+    assert set(MAKERS) == set(CHECKPOINTS)
