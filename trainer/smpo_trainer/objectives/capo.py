@@ -3,7 +3,8 @@
 An image's calibrated reward is its expected win rate over the other images of its prompt. ``--preference winrate``
 makes p of it such that the difference between a pair's images is 2p - 1; of a pair alone the two win rates are p and
 1 - p, and any other ``--preference`` gives the same difference of them. The paper weighs the implicit reward by
-sigmoid(-lambda_t + b), lambda the log signal-to-noise ratio: ``--timestep-weighting sigmoid``, this objective's default.
+sigmoid(-lambda_t + b), lambda the log signal-to-noise ratio: ``--timestep-weighting sigmoid``, which is this
+objective's default.
 """
 
 from __future__ import annotations
