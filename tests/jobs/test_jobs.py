@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from smpo_pipeline.images import decode_image
+from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.run import UnitRecord, write_record
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import image_id
@@ -157,7 +158,7 @@ def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tm
     record = UnitRecord(unit=1, pairs_in=6, pairs=entry.pairs, rejects=[], entry=entry.model_dump())
     rejected = [each for each in read_rejects(shards / "rejected.parquet") if ":" in each.source]
     inside = [each for each in rejected if each.pair_id == "1007"]
-    record = record.model_copy(update={"rejects": inside, "health": [[0.0] * 9] * 5})
+    record = record.model_copy(update={"rejects": inside, "health": HealthSums().to_lists()})
     write_record(out / ".units" / "000001.json", record)
     (out / "shard-000000.tar").write_bytes(b"half")
     (out / "shard-000002.tar").unlink()

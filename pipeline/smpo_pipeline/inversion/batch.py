@@ -87,6 +87,8 @@ class Visit:
         t_S: their nodes' timesteps (``START`` at the start).
         x_SChw: their states, float32.
         origin: x_s and s that the step came from, and which rows took a step at all; None where none did.
+        solved_S: the residuals at which the solver stopped, before noise of eta, NaN where no step was taken; None
+            where the solver does not know them.
     """
 
     index: int
@@ -94,6 +96,7 @@ class Visit:
     t_S: torch.Tensor
     x_SChw: torch.Tensor
     origin: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    solved_S: torch.Tensor | None
 
 
 class Batch:
