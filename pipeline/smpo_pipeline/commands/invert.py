@@ -70,7 +70,7 @@ def invert(
     solver: Annotated[
         Literal["ddim", "renoise", "adaptive", "anderson"],
         typer.Option(
-            help="Of a step: ddim: none; renoise: so many iterations; adaptive: until converged; anderson: so, in fewer.",
+            help="Of a step: none (ddim), iterations by number (renoise), or until converged (adaptive, anderson).",
             rich_help_panel=_WALK,
         ),
     ] = "renoise",
