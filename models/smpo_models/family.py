@@ -22,7 +22,7 @@ class Conditioning:
 
     Attributes:
         text_BLD: text embeddings for cross attention.
-        added: further tensors by the denoiser's own names, each [B, ...].
+        added: further tensors by names of the family, each [B, ...].
     """
 
     text_BLD: torch.Tensor

@@ -72,6 +72,8 @@ class InversionSettings(_Frozen):
         vae_latent: ``sample`` the VAE's posterior or take its ``mode``.
         prompt_dropout: probability that a walk is made, and trained, under the empty prompt.
         hflip: whether half of the walks mirror both images.
+        size_conditioning: of models that are conditioned on sizes (SDXL): ``image``: each image's own original size and
+            crop; ``constant``: the resolution and no crop for all, as the published code.
         dtype: of the denoiser's forward passes.
     """
 
@@ -92,6 +94,7 @@ class InversionSettings(_Frozen):
     vae_latent: Literal["sample", "mode"] = "sample"
     prompt_dropout: float = Field(default=0.2, ge=0, le=1)
     hflip: bool = True
+    size_conditioning: Literal["image", "constant"] = "image"
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
 
 

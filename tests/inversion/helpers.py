@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_pipeline.inversion.batch import PreparedPair
@@ -49,7 +49,7 @@ class Oracle:
         return (1 - float(self.alphas_cumprod[max(t, 0)])) ** 0.5
 
     @torch.no_grad()
-    def embed(self, prompt: str) -> torch.Tensor:
+    def embed(self, prompt: str, *_size_and_crop) -> torch.Tensor:
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text(tokens.input_ids)[0].double()
@@ -60,12 +60,15 @@ class Oracle:
 
     def noise(self, x: torch.Tensor, t: int, text: torch.Tensor) -> torch.Tensor:
         output = self.output(x, t, text)
-        if self.prediction_type == "epsilon":
-            return output
-        return self.a(t) * output + self.s(t) * x
+        return {
+            "epsilon": output,
+            "v_prediction": self.a(t) * output + self.s(t) * x,
+            "sample": (x - self.a(t) * output) / self.s(t),
+        }[self.prediction_type]
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
-        return noise if self.prediction_type == "epsilon" else self.a(t) * noise - self.s(t) * x0
+        v = self.a(t) * noise - self.s(t) * x0
+        return {"epsilon": noise, "v_prediction": v, "sample": x0}[self.prediction_type]
 
     def carry(self, x_s: torch.Tensor, eps: torch.Tensor, s: int, t: int) -> torch.Tensor:
         return self.a(t) * (x_s - self.s(s) * eps) / self.a(s) + self.s(t) * eps
@@ -85,3 +88,24 @@ class Oracle:
             x_t = self.step(x, s, t, text, renoise_steps)
             yield t, x, s, x_t
             x, s = x_t, t
+
+
+class OracleXL(Oracle):
+    """The same for Stable Diffusion XL: its pipeline encodes, and says what stands for the empty prompt."""
+
+    def __init__(self, folder, prediction_type: str) -> None:
+        super().__init__(folder, prediction_type)
+        self.pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+
+    @torch.no_grad()
+    def embed(self, prompt: str, size=(32, 32), crop=(0, 0)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        text, negative, pooled, negative_pooled = self.pipeline.encode_prompt(prompt or "anything", device="cpu")
+        if not prompt:
+            text, pooled = negative, negative_pooled
+        return text.double(), pooled.double(), torch.tensor([[*size, *crop, 32, 32]]).double()
+
+    @torch.no_grad()
+    def output(self, x: torch.Tensor, t: int, text) -> torch.Tensor:
+        states, pooled, time_ids = text
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(x[None], t, encoder_hidden_states=states, added_cond_kwargs=added).sample[0]

@@ -13,16 +13,31 @@ from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards import Sample
-from tests.inversion.helpers import Oracle, make_pair
-from tests.tiny import make_tiny_model
+from tests.inversion.helpers import Oracle, OracleXL, make_pair
+from tests.tiny import make_tiny_model, make_tiny_xl
 
 SEED = 5
 
 
-@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+FAMILIES = {"sd": (make_tiny_model, Oracle), "sdxl": (make_tiny_xl, OracleXL)}
+
+
+def make_world(tmp_path_factory, name: str, prediction_type: str):
+    make, oracle = FAMILIES[name]
+    folder = make(tmp_path_factory.mktemp("model"), prediction_type, seed=3)
+    return load_family(str(folder)), oracle(folder, prediction_type)
+
+
+@pytest.fixture(
+    scope="module", params=[(f, p) for f in FAMILIES for p in ("epsilon", "v_prediction", "sample")], ids="-".join
+)
 def world(request, tmp_path_factory):
-    folder = make_tiny_model(tmp_path_factory.mktemp("model"), request.param, seed=3)
-    return load_family(str(folder)), Oracle(folder, request.param)
+    return make_world(tmp_path_factory, *request.param)
+
+
+@pytest.fixture(scope="module", params=[("sd", "epsilon"), ("sdxl", "v_prediction")], ids="-".join)
+def some_world(request, tmp_path_factory):
+    return make_world(tmp_path_factory, *request.param)
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +86,25 @@ def check_state(oracle: Oracle, sample: Sample, k: int, image: int, text: torch.
     assert float(sample.ref_error_K2[k, image]) == pytest.approx(float(error), rel=1e-4)
 
 
+def test_every_stored_tensor_equals_an_independent_float64_walk(world):
+    """For every family and every prediction type."""
+    check_walks(*world, InversionSettings())
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        InversionSettings(),
         InversionSettings(renoise_steps=0, vae_latent="mode", timesteps="grid", steps=5),
         InversionSettings(renoise_steps=3, steps=4, walks=2, prompt_dropout=0.5),
         InversionSettings(states=3),
     ],
-    ids=["default", "ddim-grid-mode", "renoise3-walks2", "some-states"],
+    ids=["ddim-grid-mode", "renoise3-walks2", "some-states"],
 )
-def test_every_stored_tensor_equals_an_independent_float64_walk(world, settings):
-    family, oracle = world
+def test_other_settings_too(some_world, settings):
+    check_walks(*some_world, settings)
+
+
+def check_walks(family, oracle: Oracle, settings: InversionSettings) -> None:
     pairs = [make_pair(number) for number in range(3)]
     samples, _ = invert(family, settings, pairs)
     assert len(samples) == 3 * settings.walks
@@ -92,12 +114,13 @@ def test_every_stored_tensor_equals_an_independent_float64_walk(world, settings)
         mode = settings.vae_latent == "mode"
         x0 = expected_x0(oracle, sample, pair, mode)
         torch.testing.assert_close(sample.x0_2Chw.float(), x0, rtol=2**-10, atol=1e-5)
-        text = oracle.embed("" if sample.meta.prompt_dropped else pair.prompt)
+        prompt = "" if sample.meta.prompt_dropped else pair.prompt
         everything = dataclasses.replace(settings_nodes(settings), states=None)
         nodes = everything.nodes(family.process, pair.pair_id, sample.meta.walk)
         for image in range(2):
             kept = 0
             start = sample.x0_2Chw[image].double()
+            text = oracle.embed(prompt, pair.size[image], pair.crop[image])
             for t, x_s, s, x_t in oracle.walk(start, nodes, text, settings.renoise_steps):
                 if t not in sample.timestep_K.tolist():
                     continue
@@ -217,8 +240,8 @@ def test_forward_source_gives_both_images_the_same_noise_at_the_same_timesteps(e
 
 
 @pytest.mark.parametrize("timesteps", ["jittered", "published"])
-def test_results_do_not_depend_on_batch_size_or_order(world, timesteps):
-    family, _ = world
+def test_results_do_not_depend_on_batch_size_or_order(some_world, timesteps):
+    family, _ = some_world
     settings = InversionSettings(timesteps=timesteps, steps=5, walks=2, states=3, prompt_dropout=0.3)
     pairs = [make_pair(number) for number in range(5)]
     one, _ = invert(family, settings, pairs, batch_size=1)

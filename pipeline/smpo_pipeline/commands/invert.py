@@ -42,7 +42,8 @@ def invert(
     walker: Annotated[
         Path | None,
         typer.Option(
-            help="Denoiser that carries the images along, for a second round; default: the reference.",
+            help="Denoiser that carries the images along, for a second round: a folder, or a LoRA of smpo-train on top "
+            "of the reference; default: the reference.",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -143,6 +144,13 @@ def invert(
     hflip: Annotated[
         bool, typer.Option("--hflip/--no-hflip", help="Mirror half of the walks.", rich_help_panel=_WALK)
     ] = _DEFAULTS.hflip,
+    size_conditioning: Annotated[
+        Literal["image", "constant"],
+        typer.Option(
+            help="What SDXL is told: each image's own size and crop, or the resolution and no crop (published code).",
+            rich_help_panel=_WALK,
+        ),
+    ] = "image",
     seed: Annotated[int, typer.Option(min=0, help="With the pair's id, the source of all randomness.")] = 0,
     pairs_per_shard: Annotated[int, typer.Option(min=1, help="Pairs a tar, and a unit of work.")] = 128,
     prompt_column: opt.PromptColumn = None,
@@ -190,6 +198,7 @@ def invert(
         vae_latent=vae_latent,
         prompt_dropout=prompt_dropout,
         hflip=hflip,
+        size_conditioning=size_conditioning,
         dtype=precision,
     )
     columns = opt.columns_by_field(

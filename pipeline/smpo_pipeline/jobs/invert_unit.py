@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from smpo_models.family import Family
-from smpo_models.loading import DTYPES, load_family
+from smpo_models.loading import DTYPES, load_family, load_walker
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
@@ -61,8 +61,7 @@ def load_models(options: InvertOptions, device: str) -> tuple[Family, nn.Module]
     family = load_family(options.model, denoiser=options.unet, vae=options.vae, device=device)
     if options.walker is None:
         return family, family.denoiser
-    walker = load_family(options.model, ("denoiser",), denoiser=options.walker, device=device).denoiser
-    return family, walker
+    return family, load_walker(family, options.model, options.walker, device)
 
 
 class InvertActor:
