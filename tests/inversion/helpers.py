@@ -35,7 +35,7 @@ class Oracle:
 
     def __init__(self, folder, prediction_type: str) -> None:
         self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").double()
-        self.text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        self.text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
         self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
         self.prediction_type = prediction_type
