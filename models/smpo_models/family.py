@@ -73,6 +73,10 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def cuts(self, prompt: str) -> bool:
+        """Whether a prompt is longer than the encoders take, so that :meth:`condition` cuts it."""
+
+    @abstractmethod
     def denoise(
         self, denoiser: nn.Module, x_BChw: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:

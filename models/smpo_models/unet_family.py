@@ -30,6 +30,7 @@ class UNetFamily(Family):
     """
 
     latent_factor: int
+    _tokenizers: Sequence[CLIPTokenizer]
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class UNetFamily(Family):
         raise NotImplementedError
 
     def _load_text(self) -> Sequence[nn.Module]:
-        """Load tokenizers and text encoders; returns the encoders."""
+        """Load ``_tokenizers`` and text encoders; returns the encoders."""
         raise NotImplementedError
 
     def _vae_config(self, vae: str | None, unet_config: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +133,14 @@ class UNetFamily(Family):
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise UserError(f"{self._what} cannot be loaded: its {name} is missing or has no vocabulary")
         return tokenizer
+
+    def cuts(self, prompt: str) -> bool:
+        """See the base class."""
+        return any(
+            len(tokenizer.encode(prompt, truncation=True, max_length=limit + 1)) > limit
+            for tokenizer in self._tokenizers
+            for limit in (tokenizer.model_max_length,)
+        )
 
     def _tokens(self, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
         """Token ids [N, L], cut and padded to the encoder's length, as the pipelines do."""

@@ -165,7 +165,10 @@ class BandHealth(_Frozen):
 
 
 class Totals(_Frozen):
-    """Sums over the directory; ``pairs_in = pairs + rejected``."""
+    """Sums over the directory; ``pairs_in = pairs + rejected``.
+
+    ``prompts_cut`` pairs have prompts longer than the text encoders take; they are cut, as the model's pipeline does.
+    """
 
     pairs_in: int
     pairs: int
@@ -173,6 +176,7 @@ class Totals(_Frozen):
     states: int
     rejected: int
     bytes: int
+    prompts_cut: int = 0
 
 
 class Manifest(_Frozen):

@@ -74,6 +74,14 @@ def test_the_process_by_hand(prediction_type):
     assert process.fingerprint() != VariancePreserving(DDIMScheduler(beta_start=0.001)).fingerprint()
 
 
+def test_prompts_that_are_too_long_are_known(folder):
+    family = load_family(str(folder), ("text",))
+    longest = 24 - 2  # of the tiny tokenizer's tokens two are the start and the end
+    assert not family.cuts("")
+    assert not family.cuts("cat " * longest)
+    assert family.cuts("cat " * (longest + 1))
+
+
 def test_every_family_is_found():
     assert families().keys() == {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
 

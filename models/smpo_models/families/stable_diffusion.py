@@ -26,7 +26,7 @@ class StableDiffusion(UNetFamily):
         return "sd2" if unet_config["cross_attention_dim"] == _OPENCLIP_H_WIDTH else "sd15"
 
     def _load_text(self) -> Sequence[nn.Module]:
-        self._tokenizer = self._load_tokenizer("tokenizer")
+        self._tokenizers = [self._load_tokenizer("tokenizer")]
         return [
             load_weights(
                 CLIPTextModel.from_pretrained, self._model, self._what, subfolder="text_encoder", dtype=torch.float32
@@ -42,5 +42,5 @@ class StableDiffusion(UNetFamily):
     ) -> Conditioning:
         """See the base class; this family takes no size and no crop."""
         distinct = list(dict.fromkeys(prompts))
-        text = self.text_modules[0](self._tokens(self._tokenizer, distinct))[0]
+        text = self.text_modules[0](self._tokens(self._tokenizers[0], distinct))[0]
         return Conditioning(text[[distinct.index(prompt) for prompt in prompts]])

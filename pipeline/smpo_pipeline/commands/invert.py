@@ -266,6 +266,11 @@ def _show(console: Console, manifest: Manifest, out: Path) -> None:
     console.print(f"noise ratio by timestep band (exact inversion: 1): {' '.join(ratios)}")
     for warning in health_warnings(manifest.health):
         console.print(f"[yellow]warning:[/] {warning}")
+    if totals.prompts_cut:
+        console.print(
+            f"{totals.prompts_cut} prompts are longer than the text encoder takes: their ends were cut, as the model's "
+            "own pipeline does"
+        )
     rejected = f", {totals.rejected} rejected (reasons: {out / 'rejected.parquet'})" if totals.rejected else ""
     size = f"{totals.bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
     console.print(f"{totals.pairs} pairs, {totals.states} states, {size}{rejected}: {out}")

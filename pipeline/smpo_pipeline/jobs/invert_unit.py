@@ -74,7 +74,7 @@ class InvertActor:
         for module in {family.denoiser, walker}:
             module.to(dtype)
         self._inverter = Inverter(family, walker, options.settings, options.seed)
-        self._options, self._run = options, run
+        self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
 
@@ -84,13 +84,14 @@ class InvertActor:
         health = HealthSums()
         unit = int(row["unit"])
         pairs = list(self._pairs(from_bytes(row["table"]), rejects))
-        kept = 0
+        kept = prompts_cut = 0
         with ShardWriter(self._run.out / f"shard-{unit:06d}.tar") as shard:
             for (number, source, pair), samples in zip(pairs, self._walks(pairs, health), strict=True):
                 if isinstance(samples, str):
                     rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=samples))
                     continue
                 kept += 1
+                prompts_cut += self._family.cuts(pair.prompt)
                 for sample in samples:
                     shard.write(f"{number * self._options.settings.walks + sample.meta.walk:010d}", sample)
         record = UnitRecord(
@@ -100,6 +101,7 @@ class InvertActor:
             rejects=rejects,
             entry=shard.entry.model_dump() if kept else None,
             health=health.to_lists(),
+            prompts_cut=prompts_cut,
         )
         if not kept:
             (self._run.out / shard.entry.name).unlink()
