@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_pipeline.inversion.batch import PreparedPair
+from smpo_pipeline.toy.world import all_scenes, random_centre, render
 
 PROMPTS = ("a cat and a dog", "dog", "", "ein Bär über Zürich", "a " * 60)
 
@@ -28,6 +31,14 @@ def make_pair(number: int, *, side: int = 32, measured: bool = True) -> Prepared
         crop=((0, 0), (2, 0)),
         measured=measured,
     )
+
+
+def embedded_pair():
+    """Images of the embedded world, whose model is smooth: its steps have solutions (a random network's need not)."""
+    scenes = [all_scenes()[0], all_scenes()[70]]
+    stream = np.random.default_rng(0)
+    pixels = np.stack([render(scene, random_centre(scene, stream)) for scene in scenes])
+    return dataclasses.replace(make_pair(0), prompt=scenes[0].caption, pixels_2HW3=pixels)
 
 
 class Oracle:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler
@@ -15,10 +14,9 @@ from smpo_pipeline.inversion.advice import health_warnings
 from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.toy.create import ASSETS
-from smpo_pipeline.toy.world import all_scenes, random_centre, render
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards import Sample
-from tests.inversion.helpers import Oracle, OracleXL, make_pair
+from tests.inversion.helpers import Oracle, OracleXL, embedded_pair, make_pair
 from tests.tiny import make_tiny_model, make_tiny_xl
 
 SEED = 5
@@ -315,14 +313,6 @@ def test_health_is_the_ratio_of_rms_predicted_noise(epsilon_world):
             at_states += float(oracle.noise(x_t, t, text).square().sum())
             at_noised += float(oracle.noise(oracle.a(t) * x0 + oracle.s(t) * drawn, t, text).square().sum())
         assert bands[t * 5 // 1000].noise_ratio == pytest.approx((at_states / at_noised) ** 0.5, rel=1e-3)
-
-
-def embedded_pair():
-    """Images of the embedded world, whose model is smooth: its steps have solutions (a random network's need not)."""
-    scenes = [all_scenes()[0], all_scenes()[70]]
-    stream = np.random.default_rng(0)
-    pixels = np.stack([render(scene, random_centre(scene, stream)) for scene in scenes])
-    return dataclasses.replace(make_pair(0), prompt=scenes[0].caption, pixels_2HW3=pixels)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from smpo_models.loading import load_family
 from smpo_models.process import VariancePreserving
+from smpo_pipeline.inversion.batch import Batch, draw_walk
 from smpo_pipeline.inversion.solvers import SOLVERS
+from smpo_pipeline.inversion.sources import renoise_visits
 from smpo_pipeline.inversion.step import Step, carry
+from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings, averaged_estimates
+from tests.inversion.helpers import embedded_pair
 
 PROCESS = VariancePreserving(DDIMScheduler(set_alpha_to_one=False))
 SHAPE = (1, 2, 3)
@@ -146,3 +151,23 @@ def test_carry_there_and_back_is_the_identity():
     s, t = torch.tensor([-1, 20, 500]), torch.tensor([20, 500, 999])
     there = carry(PROCESS, x, eps, s, t)
     torch.testing.assert_close(carry(PROCESS, there, eps, t, s), x)
+
+
+@pytest.mark.parametrize(("solver", "exact"), [("ddim", False), ("adaptive", True), ("anderson", True)])
+@torch.inference_mode()
+def test_sampling_back_returns_to_x0_from_solved_states_only(solver, exact):
+    """On the embedded world's model, float32, over the same nodes, with diffusers' own DDIM formula."""
+    family = load_family(str(ASSETS / "model"))
+    settings = InversionSettings(solver=solver, prompt_dropout=0, hflip=False)
+    batch = Batch([draw_walk(embedded_pair(), 0, family, settings, 0)], family, family.denoiser, settings)
+    x0, *visits = renoise_visits(batch)
+    if exact:
+        assert max(float(visit.solved_S.max()) for visit in visits) < 1e-4
+    x, alphas = visits[-1].x_SChw, family.process.scheduler.alphas_cumprod
+    for visit in reversed(visits):
+        eps = batch.predicted_noise(x, visit.t_S, visit.rows_S)
+        now, before = (alphas[t.clamp_min(0)].reshape(-1, 1, 1, 1) for t in (visit.t_S, visit.origin[1]))
+        predicted_x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
+        x = before.sqrt() * predicted_x0 + (1 - before).sqrt() * eps
+    error = float((x - x0.x_SChw).norm() / x0.x_SChw.norm())
+    assert error < 1e-3 if exact else error > 0.1
