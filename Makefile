@@ -66,6 +66,7 @@ format: $(READY) ## Format and mend what ruff can
 bench: $(READY) ## The experiments and timings behind the numbers in docs/ (about an hour on 2 cores)
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/solvers.py
 
 clean: ## Remove .venv and the demo's output
 	rm -rf $(VENV) $(DEMO)

@@ -1,4 +1,4 @@
-"""A tiny random Stable Diffusion in the diffusers folder layout, made in a second, without the network.
+"""Tiny random Stable Diffusions (1.x, XL) in the diffusers folder layout, made in a second, without the network.
 
 Latents are 4 x 8 x 8, images 32 x 32. Its text encoder takes any unicode text.
 """
@@ -10,15 +10,32 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 LATENT_SHAPE = (4, 8, 8)
 IMAGE_SIDE = 32
 
 _TEXT_WIDTH = 32
+_POOLED_WIDTH = 16
 _MAX_TOKENS = 24
+_LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _MERGES = (("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("a", "n"), ("an", "d</w>"))
 
@@ -29,35 +46,12 @@ def make_tiny_model(path: Path, prediction_type: str = "epsilon", seed: int = 0)
         torch.manual_seed(seed)
         unet = make_tiny_unet()
         tokenizer = _make_tokenizer()
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=_TEXT_WIDTH,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=_MAX_TOKENS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=LATENT_SHAPE[0],
-            sample_size=IMAGE_SIDE,
-        )
+        text_encoder = CLIPTextModel(_text_config(tokenizer))
+        vae = make_tiny_vae()
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        **_LEVELS,
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=1,
         prediction_type=prediction_type,
     )
     StableDiffusionPipeline(
@@ -73,21 +67,81 @@ def make_tiny_model(path: Path, prediction_type: str = "epsilon", seed: int = 0)
     return path
 
 
-def make_tiny_unet() -> UNet2DConditionModel:
+def make_tiny_xl(path: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """The same for Stable Diffusion XL, with the kind of scheduler that the published model comes with."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = make_tiny_unet(
+            cross_attention_dim=2 * _TEXT_WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + _POOLED_WIDTH,
+        )
+        tokenizer = _make_tokenizer()
+        text_encoder = CLIPTextModel(_text_config(tokenizer))
+        text_encoder_2 = CLIPTextModelWithProjection(_text_config(tokenizer, hidden_act="gelu"))
+        vae = make_tiny_vae(scaling_factor=0.13025)
+    scheduler = EulerDiscreteScheduler(**_LEVELS, timestep_spacing="leading", prediction_type=prediction_type)
+    # The published config holds what other schedulers need, too.
+    scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True)
+    StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=_make_tokenizer(padded_with="!"),
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    ).save_pretrained(path)
+    return path
+
+
+def _text_config(tokenizer: CLIPTokenizer, **more) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=_TEXT_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=_POOLED_WIDTH,
+        max_position_embeddings=_MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **more,
+    )
+
+
+def make_tiny_vae(**more) -> AutoencoderKL:
+    """A random autoencoder, from torch's global generator."""
+    config = {"latent_channels": LATENT_SHAPE[0], "norm_num_groups": 4, **more}
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        sample_size=IMAGE_SIDE,
+        **config,
+    )
+
+
+def make_tiny_unet(**more) -> UNet2DConditionModel:
     """A random denoiser, from torch's global generator."""
+    config = {"cross_attention_dim": _TEXT_WIDTH, **more}
     return UNet2DConditionModel(
         sample_size=LATENT_SHAPE[-1],
         block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=_TEXT_WIDTH,
         attention_head_dim=8,
         norm_num_groups=8,
+        **config,
     )
 
 
-def _make_tokenizer() -> CLIPTokenizer:
+def _make_tokenizer(padded_with: str = _END) -> CLIPTokenizer:
     """All 256 bytes, within and at the end of a word, and a few merges."""
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + _WORD_END for letter in letters), *("".join(pair) for pair in _MERGES), _START, _END]
@@ -95,9 +149,8 @@ def _make_tokenizer() -> CLIPTokenizer:
         Path(folder, "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
         lines = ["#version: 0.2", *(" ".join(pair) for pair in _MERGES)]
         Path(folder, "merges.txt").write_text("\n".join(lines) + "\n")
-        return CLIPTokenizer.from_pretrained(
-            folder, bos_token=_START, eos_token=_END, unk_token=_END, pad_token=_END, model_max_length=_MAX_TOKENS
-        )
+        special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": padded_with}
+        return CLIPTokenizer.from_pretrained(folder, **special, model_max_length=_MAX_TOKENS)
 
 
 def make_tiny_clip(path: Path, seed: int = 0, image_size: int = 32) -> Path:

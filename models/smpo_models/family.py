@@ -22,7 +22,7 @@ class Conditioning:
 
     Attributes:
         text_BLD: text embeddings for cross attention.
-        added: further tensors by the denoiser's own names, each [B, ...].
+        added: further tensors by names of the family, each [B, ...].
     """
 
     text_BLD: torch.Tensor
@@ -71,6 +71,10 @@ class Family(ABC):
             sizes: B original (height, width) in pixels, before resizing.
             crops: B (top, left) in pixels of the resized image.
         """
+
+    @abstractmethod
+    def cuts(self, prompt: str) -> bool:
+        """Whether a prompt is longer than the encoders take, so that :meth:`condition` cuts it."""
 
     @abstractmethod
     def denoise(

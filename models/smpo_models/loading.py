@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import logging
 import pkgutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
+from torch import nn
 
 import smpo_models.families
 from smpo_models.family import Family
 from smpo_schemas.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What a LoRA training run leaves behind, under the name that diffusers knows."""
+
+_LORA_PREFIX = "unet"
 
 
 class _Loader(Protocol):
@@ -38,7 +49,13 @@ def families() -> dict[str, type[Family]]:
     """Every family by the pipeline class names it is for; a new file in ``smpo_models/families`` is found by itself."""
     for module in pkgutil.iter_modules(smpo_models.families.__path__):
         importlib.import_module(f"{smpo_models.families.__name__}.{module.name}")
-    return {name: family for family in Family.__subclasses__() for name in family.pipelines}
+    return {name: family for family in _subclasses(Family) for name in getattr(family, "pipelines", ())}
+
+
+def _subclasses(of: type[Any]) -> Iterator[type[Any]]:
+    for family in of.__subclasses__():
+        yield family
+        yield from _subclasses(family)
 
 
 def load_family(
@@ -107,6 +124,47 @@ def load_weights(loader: Callable[..., Any], source: str | None, what: str, **op
     if others:
         raise UserError(f"{subject} has {len(others)} weights of another shape, first {others[0]}")
     return module
+
+
+def load_walker(family: Family, model: str, path: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The denoiser that a training run left behind: a folder of one, or a LoRA file on top of ``family``'s own.
+
+    Args:
+        family: the model, with the denoiser that training started from.
+        model: its hub id or folder.
+        path: a denoiser folder, a training run's output folder, or a LoRA file.
+        device: for the denoiser.
+
+    Raises:
+        UserError: there is neither, or it does not fit the model.
+    """
+    lora = path if path.is_file() else path / LORA_FILE
+    if not lora.is_file():
+        return _own(load_family(model, ("denoiser",), denoiser=path, device=device))
+    what = f"--walker {path}"
+    with loading_errors(what):
+        layers = safetensors.torch.load_file(lora)
+        walker = copy.deepcopy(_own(family))
+        # diffusers logs what does not fit over many lines, and goes on without any of it.
+        logger = logging.getLogger("diffusers.loaders.peft")
+        logger.disabled = True
+        try:
+            walker.load_lora_adapter(layers, prefix=_LORA_PREFIX, adapter_name=_LORA_PREFIX)
+        finally:
+            logger.disabled = False
+        known = _LORA_PREFIX in getattr(walker, "peft_config", {})
+        fitting = get_peft_model_state_dict(walker, adapter_name=_LORA_PREFIX) if known else {}
+    if len(fitting) != len(layers):
+        raise UserError(f"{what}: of its {len(layers)} layers only {len(fitting)} fit the denoiser of --model {model}")
+    walker.fuse_lora()
+    walker.unload_lora()
+    return walker.requires_grad_(False).eval()
+
+
+def _own(family: Family) -> nn.Module:
+    if family.denoiser is None:
+        raise RuntimeError("the model was loaded without its denoiser")
+    return family.denoiser
 
 
 def denoiser_folder(path: Path) -> Path:

@@ -56,7 +56,14 @@ class InversionSettings(_Frozen):
         timesteps: ``jittered`` (one uniform draw in each of ``steps`` equal strata), ``grid`` (the scheduler's own
             inference grid) or ``published`` (state of the grid's last node below a uniform t, used as if at t).
         steps: number of steps of a walk.
-        renoise_steps: ReNoise iterations a step; 0 is DDIM inversion.
+        solver: how a walk's step is solved: ``ddim`` (not at all), ``renoise`` (a fixed number of iterations),
+            ``adaptive`` (iterated until it has converged) or ``anderson`` (the same, accelerated).
+        renoise_steps: ``renoise``: iterations a step, one evaluation each after the first; 0 is DDIM inversion.
+        renoise_average: ``renoise``: which of the step's ``renoise_steps`` + 1 estimates are averaged; see
+            :func:`averaged_estimates`.
+        tolerance: ``adaptive``, ``anderson``: residual at which an image's step is done.
+        max_evaluations: ``adaptive``, ``anderson``: evaluations after which an image's step ends as it is.
+        anderson_depth: ``anderson``: differences that the acceleration looks back on.
         eta: scale of the Gaussian noise added after each step, in DDIM posterior standard deviations
             (DDIM-InPO, arXiv 2503.18454).
         guidance_scale: classifier-free guidance of the walker; 1 is none.
@@ -65,6 +72,8 @@ class InversionSettings(_Frozen):
         vae_latent: ``sample`` the VAE's posterior or take its ``mode``.
         prompt_dropout: probability that a walk is made, and trained, under the empty prompt.
         hflip: whether half of the walks mirror both images.
+        size_conditioning: of models that are conditioned on sizes (SDXL): ``image``: each image's own original size and
+            crop; ``constant``: the resolution and no crop for all, as the published code.
         dtype: of the denoiser's forward passes.
     """
 
@@ -72,7 +81,12 @@ class InversionSettings(_Frozen):
     start: Literal["clean", "level0"] | int = "clean"
     timesteps: Literal["jittered", "grid", "published"] = "jittered"
     steps: int = Field(default=9, ge=1)
+    solver: Literal["ddim", "renoise", "adaptive", "anderson"] = "renoise"
     renoise_steps: int = Field(default=1, ge=0)
+    renoise_average: str = "last2"
+    tolerance: float = Field(default=1e-4, gt=0)
+    max_evaluations: int = Field(default=30, ge=1)
+    anderson_depth: int = Field(default=3, ge=1)
     eta: float = Field(default=0.0, ge=0)
     guidance_scale: float = Field(default=1.0, ge=0)
     states: int | None = Field(default=None, ge=1)
@@ -80,7 +94,31 @@ class InversionSettings(_Frozen):
     vae_latent: Literal["sample", "mode"] = "sample"
     prompt_dropout: float = Field(default=0.2, ge=0, le=1)
     hflip: bool = True
+    size_conditioning: Literal["image", "constant"] = "image"
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
+
+
+def averaged_estimates(text: str, renoise_steps: int) -> frozenset[int]:
+    """Which of ReNoise's estimates e_0 .. e_renoise_steps are averaged.
+
+    Args:
+        text: ``all``, ``lastN`` (of fewer than N estimates all) or their numbers, as in ``0,1``.
+        renoise_steps: iterations.
+
+    Raises:
+        UserError: none of these, or a number that is not there.
+    """
+    if text == "all":
+        return frozenset(range(renoise_steps + 1))
+    if text.startswith("last") and text[4:].isdecimal() and int(text[4:]) > 0:
+        return frozenset(range(max(0, renoise_steps + 1 - int(text[4:])), renoise_steps + 1))
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) <= renoise_steps for part in parts):
+        raise UserError(
+            f"--renoise-average {text}: all, lastN (last2), or numbers from 0 to {renoise_steps} (0,1); "
+            f"--renoise-steps {renoise_steps} makes {renoise_steps + 1} estimates"
+        )
+    return frozenset(int(part) for part in parts)
 
 
 class ShardEntry(_Frozen):
@@ -103,7 +141,7 @@ class IndexEntry(_Frozen):
 
 
 class BandHealth(_Frozen):
-    """How believable the states of one timestep band are (DESIGN 4.2), measured on a sample of pairs.
+    """How believable the states of one timestep band are (DESIGN 4.2): all but the last two on a sample of pairs.
 
     Attributes:
         start, stop: the band's timesteps, ``stop`` excluded.
@@ -112,6 +150,8 @@ class BandHealth(_Frozen):
             of the same images; exact inversion gives 1.
         residual: mean distance from the fixed point; None where no inversion step was taken.
         neighbour_correlation: mean correlation of tau between neighbouring latent positions; 0 for white noise.
+        solved: of all stored images' states of the band, those that a solver with a tolerance made.
+        unconverged: of these, those whose solver did not reach it; their ``residual`` is above the tolerance.
     """
 
     start: int
@@ -120,10 +160,15 @@ class BandHealth(_Frozen):
     noise_ratio: float | None
     residual: float | None
     neighbour_correlation: float | None
+    solved: int = 0
+    unconverged: int = 0
 
 
 class Totals(_Frozen):
-    """Sums over the directory; ``pairs_in = pairs + rejected``."""
+    """Sums over the directory; ``pairs_in = pairs + rejected``.
+
+    ``prompts_cut`` pairs have prompts longer than the text encoders take; they are cut, as the model's pipeline does.
+    """
 
     pairs_in: int
     pairs: int
@@ -131,6 +176,7 @@ class Totals(_Frozen):
     states: int
     rejected: int
     bytes: int
+    prompts_cut: int = 0
 
 
 class Manifest(_Frozen):

@@ -36,8 +36,9 @@ class SampleMeta(BaseModel):
         flipped: both images were mirrored.
         prompt_dropped: inverted, and to be trained, under the empty prompt.
         scores: per reward the raw scores of image_0 and image_1.
-        size: original height and width of both images, in pixels.
-        crop: top and left of both images' crops, in pixels of the resized image.
+        size: original height and width of both images, in pixels; under ``--size-conditioning constant`` those of the
+            crop. It is what a denoiser that takes sizes was and is to be told.
+        crop: top and left of both images' crops, in pixels of the resized image; likewise 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from smpo_pipeline.inspection.shards import settings_in_words
 from smpo_pipeline.inversion.advice import health_warnings
-from smpo_schemas.manifest import BandHealth
+from smpo_schemas.manifest import BandHealth, InversionSettings
 
 
 def band(ratio: float | None, start: int = 0) -> BandHealth:
@@ -28,3 +29,24 @@ def test_bad_bands_are_named_and_remedies_follow_in_order(ratio: float) -> None:
 
 def test_remedies_are_named_once() -> None:
     assert len(health_warnings([band(0.5), band(0.5, 200), band(2.0, 400)])) == 4
+
+
+@pytest.mark.parametrize(("unconverged", "warned"), [(0, False), (5, False), (6, True)])
+def test_solvers_that_failed_often_are_named(unconverged: int, warned: bool) -> None:
+    warnings = health_warnings([band(1.0).model_copy(update={"solved": 100, "unconverged": unconverged})])
+    assert len(warnings) == warned
+    assert all(f"0 to 199: {unconverged} of 100" in line and "--solver anderson" in line for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "1 ReNoise steps each"),
+        ({"renoise_steps": 5, "renoise_average": "3,5"}, "5 ReNoise steps each, the mean of 3,5 taken"),
+        ({"solver": "ddim"}, "DDIM inversion without correction"),
+        ({"solver": "adaptive"}, "each solved by adaptive iteration to 0.0001 or 30 evaluations"),
+        ({"solver": "anderson", "tolerance": 1e-5}, "each solved by anderson iteration of depth 3 to 1e-05 or 30 eval"),
+    ],
+)
+def test_solvers_in_words(settings: dict[str, object], words: str) -> None:
+    assert words in settings_in_words(InversionSettings(**settings))

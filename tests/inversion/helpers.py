@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_pipeline.inversion.batch import PreparedPair
+from smpo_pipeline.toy.world import all_scenes, random_centre, render
 
 PROMPTS = ("a cat and a dog", "dog", "", "ein Bär über Zürich", "a " * 60)
 
@@ -30,12 +33,20 @@ def make_pair(number: int, *, side: int = 32, measured: bool = True) -> Prepared
     )
 
 
+def embedded_pair():
+    """Images of the embedded world, whose model is smooth: its steps have solutions (a random network's need not)."""
+    scenes = [all_scenes()[0], all_scenes()[70]]
+    stream = np.random.default_rng(0)
+    pixels = np.stack([render(scene, random_centre(scene, stream)) for scene in scenes])
+    return dataclasses.replace(make_pair(0), prompt=scenes[0].caption, pixels_2HW3=pixels)
+
+
 class Oracle:
     """The model in float64, one image at a time, by the formulas of the papers and nothing of ours."""
 
     def __init__(self, folder, prediction_type: str) -> None:
         self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").double()
-        self.text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        self.text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
         self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
         self.prediction_type = prediction_type
@@ -49,7 +60,7 @@ class Oracle:
         return (1 - float(self.alphas_cumprod[max(t, 0)])) ** 0.5
 
     @torch.no_grad()
-    def embed(self, prompt: str) -> torch.Tensor:
+    def embed(self, prompt: str, *_size_and_crop) -> torch.Tensor:
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text(tokens.input_ids)[0].double()
@@ -60,12 +71,15 @@ class Oracle:
 
     def noise(self, x: torch.Tensor, t: int, text: torch.Tensor) -> torch.Tensor:
         output = self.output(x, t, text)
-        if self.prediction_type == "epsilon":
-            return output
-        return self.a(t) * output + self.s(t) * x
+        return {
+            "epsilon": output,
+            "v_prediction": self.a(t) * output + self.s(t) * x,
+            "sample": (x - self.a(t) * output) / self.s(t),
+        }[self.prediction_type]
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
-        return noise if self.prediction_type == "epsilon" else self.a(t) * noise - self.s(t) * x0
+        v = self.a(t) * noise - self.s(t) * x0
+        return {"epsilon": noise, "v_prediction": v, "sample": x0}[self.prediction_type]
 
     def carry(self, x_s: torch.Tensor, eps: torch.Tensor, s: int, t: int) -> torch.Tensor:
         return self.a(t) * (x_s - self.s(s) * eps) / self.a(s) + self.s(t) * eps
@@ -85,3 +99,24 @@ class Oracle:
             x_t = self.step(x, s, t, text, renoise_steps)
             yield t, x, s, x_t
             x, s = x_t, t
+
+
+class OracleXL(Oracle):
+    """The same for Stable Diffusion XL: its pipeline encodes, and says what stands for the empty prompt."""
+
+    def __init__(self, folder, prediction_type: str) -> None:
+        super().__init__(folder, prediction_type)
+        self.pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+
+    @torch.no_grad()
+    def embed(self, prompt: str, size=(32, 32), crop=(0, 0)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        text, negative, pooled, negative_pooled = self.pipeline.encode_prompt(prompt or "anything", device="cpu")
+        if not prompt:
+            text, pooled = negative, negative_pooled
+        return text.double(), pooled.double(), torch.tensor([[*size, *crop, 32, 32]]).double()
+
+    @torch.no_grad()
+    def output(self, x: torch.Tensor, t: int, text) -> torch.Tensor:
+        states, pooled, time_ids = text
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(x[None], t, encoder_hidden_states=states, added_cond_kwargs=added).sample[0]

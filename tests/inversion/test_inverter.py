@@ -9,20 +9,38 @@ import torch
 from diffusers import DDIMInverseScheduler
 
 from smpo_models.loading import load_family
+from smpo_pipeline.inversion import inverter as inverter_module
+from smpo_pipeline.inversion.advice import health_warnings
 from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards import Sample
-from tests.inversion.helpers import Oracle, make_pair
-from tests.tiny import make_tiny_model
+from tests.inversion.helpers import Oracle, OracleXL, embedded_pair, make_pair
+from tests.tiny import make_tiny_model, make_tiny_xl
 
 SEED = 5
 
 
-@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+FAMILIES = {"sd": (make_tiny_model, Oracle), "sdxl": (make_tiny_xl, OracleXL)}
+
+
+def make_world(tmp_path_factory, name: str, prediction_type: str):
+    make, oracle = FAMILIES[name]
+    folder = make(tmp_path_factory.mktemp("model"), prediction_type, seed=3)
+    return load_family(str(folder)), oracle(folder, prediction_type)
+
+
+@pytest.fixture(
+    scope="module", params=[(f, p) for f in FAMILIES for p in ("epsilon", "v_prediction", "sample")], ids="-".join
+)
 def world(request, tmp_path_factory):
-    folder = make_tiny_model(tmp_path_factory.mktemp("model"), request.param, seed=3)
-    return load_family(str(folder)), Oracle(folder, request.param)
+    return make_world(tmp_path_factory, *request.param)
+
+
+@pytest.fixture(scope="module", params=[("sd", "epsilon"), ("sdxl", "v_prediction")], ids="-".join)
+def some_world(request, tmp_path_factory):
+    return make_world(tmp_path_factory, *request.param)
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +89,25 @@ def check_state(oracle: Oracle, sample: Sample, k: int, image: int, text: torch.
     assert float(sample.ref_error_K2[k, image]) == pytest.approx(float(error), rel=1e-4)
 
 
+def test_every_stored_tensor_equals_an_independent_float64_walk(world):
+    """For every family and every prediction type."""
+    check_walks(*world, InversionSettings())
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        InversionSettings(),
         InversionSettings(renoise_steps=0, vae_latent="mode", timesteps="grid", steps=5),
         InversionSettings(renoise_steps=3, steps=4, walks=2, prompt_dropout=0.5),
         InversionSettings(states=3),
     ],
-    ids=["default", "ddim-grid-mode", "renoise3-walks2", "some-states"],
+    ids=["ddim-grid-mode", "renoise3-walks2", "some-states"],
 )
-def test_every_stored_tensor_equals_an_independent_float64_walk(world, settings):
-    family, oracle = world
+def test_other_settings_too(some_world, settings):
+    check_walks(*some_world, settings)
+
+
+def check_walks(family, oracle: Oracle, settings: InversionSettings) -> None:
     pairs = [make_pair(number) for number in range(3)]
     samples, _ = invert(family, settings, pairs)
     assert len(samples) == 3 * settings.walks
@@ -92,12 +117,13 @@ def test_every_stored_tensor_equals_an_independent_float64_walk(world, settings)
         mode = settings.vae_latent == "mode"
         x0 = expected_x0(oracle, sample, pair, mode)
         torch.testing.assert_close(sample.x0_2Chw.float(), x0, rtol=2**-10, atol=1e-5)
-        text = oracle.embed("" if sample.meta.prompt_dropped else pair.prompt)
+        prompt = "" if sample.meta.prompt_dropped else pair.prompt
         everything = dataclasses.replace(settings_nodes(settings), states=None)
         nodes = everything.nodes(family.process, pair.pair_id, sample.meta.walk)
         for image in range(2):
             kept = 0
             start = sample.x0_2Chw[image].double()
+            text = oracle.embed(prompt, pair.size[image], pair.crop[image])
             for t, x_s, s, x_t in oracle.walk(start, nodes, text, settings.renoise_steps):
                 if t not in sample.timestep_K.tolist():
                     continue
@@ -217,8 +243,8 @@ def test_forward_source_gives_both_images_the_same_noise_at_the_same_timesteps(e
 
 
 @pytest.mark.parametrize("timesteps", ["jittered", "published"])
-def test_results_do_not_depend_on_batch_size_or_order(world, timesteps):
-    family, _ = world
+def test_results_do_not_depend_on_batch_size_or_order(some_world, timesteps):
+    family, _ = some_world
     settings = InversionSettings(timesteps=timesteps, steps=5, walks=2, states=3, prompt_dropout=0.3)
     pairs = [make_pair(number) for number in range(5)]
     one, _ = invert(family, settings, pairs, batch_size=1)
@@ -287,3 +313,111 @@ def test_health_is_the_ratio_of_rms_predicted_noise(epsilon_world):
             at_states += float(oracle.noise(x_t, t, text).square().sum())
             at_noised += float(oracle.noise(oracle.a(t) * x0 + oracle.s(t) * drawn, t, text).square().sum())
         assert bands[t * 5 // 1000].noise_ratio == pytest.approx((at_states / at_noised) ** 0.5, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded world's model, and the float64 fixed points of a pair's walk by plain iteration."""
+    folder = str(ASSETS / "model")
+    family, oracle = load_family(folder), Oracle(folder, "epsilon")
+    pair = embedded_pair()
+    (sample,), _ = invert(family, InversionSettings(prompt_dropout=0, hflip=False), [pair])
+    text, walks = oracle.embed(pair.prompt), []
+    for image in range(2):
+        x, s, walk = sample.x0_2Chw[image].double(), -1, []
+        for t in sample.timestep_K.tolist():
+            x_s = x
+            for _ in range(60):
+                before, x = x, oracle.carry(x_s, oracle.noise(x, t, text), s, t)
+                if (x - before).norm() < 1e-8 * x.norm():
+                    break
+            assert (x - before).norm() < 1e-8 * x.norm()
+            walk.append(x)
+            s = t
+        walks.append(walk)
+    return family, oracle, pair, text, walks
+
+
+@pytest.mark.parametrize("solver", ["adaptive", "anderson"])
+def test_solvers_with_a_tolerance_store_the_exact_inversion(embedded, solver):
+    family, oracle, pair, text, walks = embedded
+    settings = InversionSettings(solver=solver, tolerance=1e-5, prompt_dropout=0, hflip=False)
+    (sample,), health = invert(family, settings, [pair])
+    assert float(sample.residual_K2.max()) <= 1e-5
+    for image in range(2):
+        for k, x_t in enumerate(walks[image]):
+            check_state(oracle, sample, k, image, text, x_t)
+    assert [band.unconverged for band in health.bands(1000)] == [0] * 5
+    assert sum(band.solved for band in health.bands(1000)) == 2 * settings.steps
+
+
+def test_states_that_did_not_converge_are_counted_and_their_residual_tells(embedded):
+    family, _, pair, _, _ = embedded
+    settings = InversionSettings(solver="adaptive", max_evaluations=3, prompt_dropout=0, hflip=False)
+    (sample,), health = invert(family, settings, [dataclasses.replace(pair, measured=False)])
+    unconverged = int((sample.residual_K2 > settings.tolerance).sum())
+    assert unconverged > 5
+    assert sum(band.unconverged for band in health.bands(1000)) == unconverged
+    assert any("did not reach --tolerance" in line for line in health_warnings(health.bands(1000)))
+
+
+@pytest.mark.parametrize("solver", ["adaptive", "anderson"])
+def test_solvers_with_a_tolerance_do_not_depend_on_neighbours_or_order(embedded, solver):
+    family, _, pair, _, _ = embedded
+    settings = InversionSettings(solver=solver, steps=4)
+    pairs = [dataclasses.replace(pair, pair_id=f"{number}") for number in range(3)]
+    one, _ = invert(family, settings, pairs, batch_size=1)
+    other, _ = invert(family, settings, pairs[::-1], batch_size=3)
+    for sample, twin in zip(one, other[::-1], strict=True):
+        assert twin.meta == sample.meta
+        for name in ("noise", "ref_error"):
+            torch.testing.assert_close(
+                twin.tensors()[name].double(), sample.tensors()[name].double(), rtol=2e-3, atol=1e-3
+            )
+
+
+def test_the_residual_costs_no_evaluation_where_the_solver_has_it(epsilon_world, monkeypatch):
+    """With guidance the forward that measures ref_error cannot serve, but the solver's own can."""
+    family, _ = epsilon_world
+    settings = InversionSettings(solver="anderson", guidance_scale=1.5, steps=3, prompt_dropout=0, tolerance=1e-3)
+    inverter = Inverter(family, family.denoiser, settings, SEED)
+    monkeypatch.setattr(inverter_module, "carry", None)
+    (sample,), health = inverter.invert([(make_pair(1), 0)])
+    assert sample.residual_K2.isfinite().all()
+    unconverged = int((sample.residual_K2 > settings.tolerance).sum())
+    assert sum(band.unconverged for band in health.bands(1000)) == unconverged
+
+
+@pytest.mark.parametrize("solver", ["renoise", "adaptive", "anderson"])
+def test_a_pair_that_is_no_number_is_rejected_and_changes_no_other(solver, tmp_path, monkeypatch):
+    family = load_family(str(make_tiny_model(tmp_path / "model", "epsilon", seed=3)))
+    settings = InversionSettings(solver=solver, steps=3, tolerance=1e-4)
+    posterior = family.posterior
+    (expected,), _ = invert_all(family, settings, [make_pair(1)])
+
+    def broken(pixels):
+        mean, std = posterior(pixels)
+        mean[:2] = torch.nan  # both images of the first pair
+        return mean, std
+
+    monkeypatch.setattr(family, "posterior", broken)
+    (rejected, kept), health = invert_all(family, settings, [make_pair(0), make_pair(1)])
+    assert rejected.startswith("not finite")
+    torch.testing.assert_close(kept.noise_K2Chw, expected.noise_K2Chw, rtol=2e-3, atol=1e-3)
+    assert sum(band.states for band in health.bands(1000)) == 2 * 3
+    assert sum(band.solved for band in health.bands(1000)) == (0 if solver == "renoise" else 2 * 3)
+
+
+def invert_all(family, settings: InversionSettings, pairs):
+    return Inverter(family, family.denoiser, settings, SEED).invert([(pair, 0) for pair in pairs])
+
+
+def test_constant_size_conditioning_is_stored_as_what_the_denoiser_was_told(some_world):
+    family, _ = some_world
+    pair = dataclasses.replace(make_pair(1), size=((4000, 32), (1, 1)), crop=((900, 0), (0, 0)))
+    (sample,), _ = invert(family, InversionSettings(size_conditioning="constant"), [pair])
+    assert sample.meta.size == ((32, 32), (32, 32))
+    assert sample.meta.crop == ((0, 0), (0, 0))
+    (own,), _ = invert(family, InversionSettings(), [pair])
+    assert (own.meta.size, own.meta.crop) == (pair.size, pair.crop)
+    assert torch.equal(own.noise_K2Chw, sample.noise_K2Chw) == (family.kind != "sdxl")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from smpo_pipeline.images import decode_image
+from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.run import UnitRecord, write_record
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import image_id
@@ -22,6 +23,7 @@ from smpo_schemas.scores import read_scores, read_scores_info
 from smpo_schemas.shards import ShardDirectory
 from tests.command import assert_one_line, run_command, run_here
 from tests.jobs.conftest import REJECTED_IDS, pair_rows
+from tests.tiny import make_tiny_xl
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +97,8 @@ def test_every_scored_pair_is_in_a_shard(inputs, scores, shards):
         sizes = [decode_image(row[f"jpg_{index}"]).size for index in range(2)]
         assert sample.meta.size == tuple((height, width) for width, height in sizes)
         assert sample.noise_K2Chw.shape == (3, 2, 4, 8, 8)
+    long = [sample for sample in samples if len(sample.meta.prompt) > 100]
+    assert manifest.totals.prompts_cut == len(long) > 0
     assert manifest.rewards == read_scores_info(scores).rewards
     assert sum(entry.pairs for entry in manifest.shards) == manifest.totals.pairs
     assert len(manifest.shards) == 3
@@ -157,7 +161,7 @@ def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tm
     record = UnitRecord(unit=1, pairs_in=6, pairs=entry.pairs, rejects=[], entry=entry.model_dump())
     rejected = [each for each in read_rejects(shards / "rejected.parquet") if ":" in each.source]
     inside = [each for each in rejected if each.pair_id == "1007"]
-    record = record.model_copy(update={"rejects": inside, "health": [[0.0] * 9] * 5})
+    record = record.model_copy(update={"rejects": inside, "health": HealthSums().to_lists()})
     write_record(out / ".units" / "000001.json", record)
     (out / "shard-000000.tar").write_bytes(b"half")
     (out / "shard-000002.tar").unlink()
@@ -218,3 +222,38 @@ def test_training_from_these_shards_starts_at_ln_2(inputs, shards, tmp_path):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert (out / "unet" / "config.json").is_file()
+
+
+def test_sdxl_solved_by_anderson_and_walked_by_a_lora(inputs, scores, tmp_path, capfd):
+    """The second round: shards, a LoRA trained on them, and new shards that it walks; the reference stays."""
+    model = make_tiny_xl(tmp_path / "xl")
+    few = ("--model", model, "--limit", 4)
+    first, lora, second = (tmp_path / name for name in ("first", "lora", "second"))
+    done = invert(inputs, scores, first, *few, "--solver", "anderson", "--max-evaluations", 4, "--tolerance", 1e-3)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    manifest = ShardDirectory(first).manifest
+    assert (manifest.model.kind, manifest.inversion.solver) == ("sdxl", "anderson")
+    assert sum(band.solved for band in manifest.health) == 2 * manifest.totals.states
+    done = run_command(
+        *("smpo-train", "--shards", first, "--model", model, "--out", lora, "--reward", "pickscore"),
+        *("--batch-size", 4, "--max-steps", 2, "--lr", 1e-2, "--lora-rank", 4, "--warmup-steps", 0),
+    )
+    assert done.returncode == 0, done.stderr
+    done = invert(inputs, scores, second, *few, "--walker", lora)
+    assert done.returncode == 0, done.stderr
+    again = ShardDirectory(second).manifest
+    assert again.model.reference == manifest.model.reference == manifest.model.walker != again.model.walker
+
+
+def test_flags_that_a_solver_does_not_use_are_one_line(inputs, scores, tmp_path, capfd):
+    run = partial(run_here, capfd)
+    out = tmp_path / "out"
+    assert_one_line(invert(inputs, scores, out, "--tolerance", 1e-3, run=run), "--tolerance", "renoise does not use it")
+    done = invert(inputs, scores, out, "--solver", "anderson", "--renoise-steps", 3, run=run)
+    assert_one_line(done, "--renoise-steps", "--solver anderson does not use it")
+    done = invert(inputs, scores, out, "--source", "forward", "--solver", "ddim", run=run)
+    assert_one_line(done, "--solver: --source forward makes no walk")
+    assert_one_line(invert(inputs, scores, out, "--renoise-average", "3", run=run), "--renoise-average 3: all, lastN")
+    assert_one_line(invert(inputs, scores, out, "--walker", tmp_path, run=run), "holds no denoiser")
+    assert not out.exists()

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import load_family
+from smpo_models.loading import families, load_family, load_walker
 from smpo_models.process import START, VariancePreserving
 from smpo_schemas.errors import UserError
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, make_tiny_vae, make_tiny_xl
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def test_missing_parts_and_foreign_models_are_one_line(folder, tmp_path):
     with pytest.raises(UserError, match="holds no denoiser"):
         load_family(str(folder), ("denoiser",), denoiser=tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UserError, match="is a FluxPipeline; known: StableDiffusionPipeline"):
+    with pytest.raises(UserError, match="is a FluxPipeline; known: StableDiffusion"):
         load_family(str(tmp_path))
 
 
@@ -68,3 +72,97 @@ def test_the_process_by_hand(prediction_type):
     one, zero = VariancePreserving(DDIMScheduler(set_alpha_to_one=True)).levels(torch.tensor([START]), x0)
     assert (float(one), float(zero)) == (1, 0)
     assert process.fingerprint() != VariancePreserving(DDIMScheduler(beta_start=0.001)).fingerprint()
+
+
+def test_prompts_that_are_too_long_are_known(folder):
+    family = load_family(str(folder), ("text",))
+    longest = 24 - 2  # of the tiny tokenizer's tokens two are the start and the end
+    assert not family.cuts("")
+    assert not family.cuts("cat " * longest)
+    assert family.cuts("cat " * (longest + 1))
+
+
+def test_every_family_is_found():
+    assert families().keys() == {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
+
+
+@pytest.mark.parametrize("make", [make_tiny_model, make_tiny_xl])
+def test_a_folder_with_a_missing_part_is_one_line(tmp_path, make):
+    whole = make(tmp_path / "whole")
+    parts = [path.name for path in whole.iterdir() if path.is_dir()]
+    assert len(parts) in {5, 7}
+    for part in parts:
+        folder = shutil.copytree(whole, tmp_path / part)
+        shutil.rmtree(folder / part)
+        with pytest.raises(UserError, match=f"--model {folder} cannot be loaded"):
+            load_family(str(folder))
+
+
+def test_a_vae_that_does_not_fit_is_one_line(folder, tmp_path):
+    make_tiny_vae(scaling_factor=0.13025).save_pretrained(tmp_path / "scaled")
+    make_tiny_vae(latent_channels=8).save_pretrained(tmp_path / "wide")
+    make_tiny_vae().save_pretrained(tmp_path / "good")
+    with pytest.raises(UserError, match="scaled has scaling_factor 0.13025, the VAE of --model .* 0.18215"):
+        load_family(str(folder), vae=str(tmp_path / "scaled"))
+    with pytest.raises(UserError, match="wide has 8 latent channels, the denoiser of .* takes 4"):
+        load_family(str(folder), vae=str(tmp_path / "wide"))
+    with pytest.raises(UserError, match="--vae .* cannot be loaded"):
+        load_family(str(folder), vae=str(tmp_path / "nothing"))
+    assert load_family(str(folder), ("vae",), vae=str(tmp_path / "good")).vae is not None
+
+
+def test_an_older_vae_config_without_scaling_factor_fits(folder, tmp_path):
+    make_tiny_vae().save_pretrained(tmp_path / "vae")
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": 0.18215,', ""))
+    assert load_family(str(folder), ("vae",), vae=str(tmp_path / "vae")).vae.config["scaling_factor"] == 0.18215
+
+
+def test_a_denoiser_of_another_family_is_one_line(folder, tmp_path):
+    other = make_tiny_xl(tmp_path / "xl")
+    with pytest.raises(UserError, match="denoiser .* has cross_attention_dim 64"):
+        load_family(str(folder), denoiser=other)
+
+
+def save_lora(unet, path) -> None:
+    kinds = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=kinds))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(path, {name: layer.detach() for name, layer in layers.items()})
+
+
+def test_a_walker_is_a_folder_or_a_lora_on_top(folder, tmp_path):
+    family = load_family(str(folder))
+    tuned = load_family(str(folder), ("denoiser",)).denoiser
+    save_lora(tuned, tmp_path / "run")
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    conditioning = family.condition(["a cat", ""], [(1, 1)] * 2, [(0, 0)] * 2)
+    with torch.no_grad():
+        expected = family.denoise(tuned, x, t, conditioning)
+        assert not torch.allclose(family.denoise(family.denoiser, x, t, conditioning), expected, atol=1e-3)
+        for path in (tmp_path / "run", tmp_path / "run" / "pytorch_lora_weights.safetensors"):
+            walker = load_walker(family, str(folder), path)
+            torch.testing.assert_close(family.denoise(walker, x, t, conditioning), expected, rtol=1e-4, atol=1e-5)
+            assert not any(parameter.requires_grad for parameter in walker.parameters())
+            assert fingerprint_module(walker) != fingerprint_module(family.denoiser)
+        assert fingerprint_module(walker) != fingerprint_module(load_family(str(folder)).denoiser)
+        other = make_tiny_model(tmp_path / "other", seed=8)
+        walker = load_walker(family, str(folder), other)
+        assert fingerprint_module(walker) == fingerprint_module(load_family(str(other)).denoiser)
+
+
+def test_a_walker_that_does_not_fit_is_one_line(folder, tmp_path):
+    family = load_family(str(folder), ("denoiser",))
+    other = make_tiny_xl(tmp_path / "xl")
+    save_lora(load_family(str(other), ("denoiser",)).denoiser, tmp_path / "run")
+    file = tmp_path / "run" / "pytorch_lora_weights.safetensors"
+    with pytest.raises(UserError, match="--walker .*run"):
+        load_walker(family, str(folder), tmp_path / "run")
+    safetensors.torch.save_file({"text_encoder.a.lora.down.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(UserError, match="--walker .*run"):
+        load_walker(family, str(folder), tmp_path / "run")
+    file.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="--walker .*run.* cannot be loaded"):
+        load_walker(family, str(folder), tmp_path / "run")
+    with pytest.raises(UserError, match="holds no denoiser"):
+        load_walker(family, str(folder), tmp_path)

@@ -120,11 +120,12 @@ def make_shards(
         )
         residual = torch.zeros(num_states, 2)
         samples.append(Sample(meta, x0, noise, torch.from_numpy(timesteps), ref_error, residual))
-    _write(directory, model, samples, rewards)
+    write_shards(directory, model, samples, rewards)
     return directory
 
 
-def _write(directory: Path, model: Path, samples: list[Sample], rewards: Sequence[str]) -> None:
+def write_shards(directory: Path, model: Path, samples: list[Sample], rewards: Sequence[str]) -> None:
+    """Write samples, four a tar, and a manifest that says they are of ``model``."""
     entries = []
     for shard, start in enumerate(range(0, len(samples), 4)):
         with ShardWriter(directory / f"shard-{shard:06d}.tar") as writer:

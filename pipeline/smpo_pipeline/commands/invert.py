@@ -11,11 +11,22 @@ from rich.console import Console
 from smpo_pipeline.commands import options as opt
 from smpo_schemas.commandline import ConfigOption, write_resolved_config
 from smpo_schemas.errors import UserError
-from smpo_schemas.manifest import InversionSettings, Manifest
+from smpo_schemas.manifest import InversionSettings, Manifest, averaged_estimates
 
 _MODEL = "Model"
 _WALK = "Walks"
 _DEFAULTS = InversionSettings()
+_TOLERANCE = {"fp32": _DEFAULTS.tolerance, "fp16": 3e-4, "bf16": 2e-3}
+"""A few times the rounding of the denoiser's output, below which no residual falls (docs/inversion.md)."""
+
+_SOLVERS_OF_FLAG = {
+    "solver": ("ddim", "renoise", "adaptive", "anderson"),
+    "renoise_steps": ("renoise",),
+    "renoise_average": ("renoise",),
+    "tolerance": ("adaptive", "anderson"),
+    "max_evaluations": ("adaptive", "anderson"),
+    "anderson_depth": ("anderson",),
+}
 
 
 def invert(
@@ -31,7 +42,8 @@ def invert(
     walker: Annotated[
         Path | None,
         typer.Option(
-            help="Denoiser that carries the images along, for a second round; default: the reference.",
+            help="Denoiser that carries the images along, for a second round: a folder, or a LoRA of smpo-train on top "
+            "of the reference; default: the reference.",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -56,12 +68,44 @@ def invert(
     steps: Annotated[
         int, typer.Option(min=1, help="Steps of a walk, and so its states.", rich_help_panel=_WALK)
     ] = _DEFAULTS.steps,
+    solver: Annotated[
+        Literal["ddim", "renoise", "adaptive", "anderson"],
+        typer.Option(
+            help="Of a step: none (ddim), iterations by number (renoise), or until converged (adaptive, anderson).",
+            rich_help_panel=_WALK,
+        ),
+    ] = "renoise",
     renoise_steps: Annotated[
         int,
         typer.Option(
             min=0, help="ReNoise iterations a step, one forward each; 0: DDIM inversion.", rich_help_panel=_WALK
         ),
     ] = _DEFAULTS.renoise_steps,
+    renoise_average: Annotated[
+        str,
+        typer.Option(
+            help="ReNoise estimates that are averaged: lastN, all, or their numbers (0,1).", rich_help_panel=_WALK
+        ),
+    ] = _DEFAULTS.renoise_average,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-9,
+            help="Of adaptive and anderson: the residual (relative) at which an image's step is done; "
+            "default: 1e-4 in fp32, 3e-4 in fp16, 2e-3 in bf16.",
+            rich_help_panel=_WALK,
+        ),
+    ] = None,
+    max_evaluations: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Of adaptive and anderson: forwards after which a step ends as it is.", rich_help_panel=_WALK
+        ),
+    ] = _DEFAULTS.max_evaluations,
+    anderson_depth: Annotated[
+        int,
+        typer.Option(min=1, max=8, help="Of anderson: differences that it looks back on.", rich_help_panel=_WALK),
+    ] = _DEFAULTS.anderson_depth,
     start: Annotated[
         str,
         typer.Option(
@@ -100,6 +144,13 @@ def invert(
     hflip: Annotated[
         bool, typer.Option("--hflip/--no-hflip", help="Mirror half of the walks.", rich_help_panel=_WALK)
     ] = _DEFAULTS.hflip,
+    size_conditioning: Annotated[
+        Literal["image", "constant"],
+        typer.Option(
+            help="What SDXL is told: each image's own size and crop, or the resolution and no crop (published code).",
+            rich_help_panel=_WALK,
+        ),
+    ] = "image",
     seed: Annotated[int, typer.Option(min=0, help="With the pair's id, the source of all randomness.")] = 0,
     pairs_per_shard: Annotated[int, typer.Option(min=1, help="Pairs a tar, and a unit of work.")] = 128,
     prompt_column: opt.PromptColumn = None,
@@ -126,12 +177,20 @@ def invert(
     from smpo_pipeline.jobs.invert_unit import InvertOptions  # noqa: PLC0415
 
     checked = check_device(device)
+    _check_solver_flags(context, solver if source == "renoise" else None)
+    averaged_estimates(renoise_average, renoise_steps)
+    precision = dtype or ("bf16" if checked == "cuda" else "fp32")
     settings = InversionSettings(
         source=source,
         start=_start(start),
         timesteps=timesteps,
         steps=steps,
+        solver=solver,
         renoise_steps=renoise_steps,
+        renoise_average=renoise_average,
+        tolerance=tolerance or _TOLERANCE[precision],
+        max_evaluations=max_evaluations,
+        anderson_depth=anderson_depth,
         eta=eta,
         guidance_scale=guidance_scale,
         states=_states(states),
@@ -139,7 +198,8 @@ def invert(
         vae_latent=vae_latent,
         prompt_dropout=prompt_dropout,
         hflip=hflip,
-        dtype=dtype or ("bf16" if checked == "cuda" else "fp32"),
+        size_conditioning=size_conditioning,
+        dtype=precision,
     )
     columns = opt.columns_by_field(
         prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column
@@ -170,6 +230,16 @@ def invert(
     _show(Console(), manifest, out)
 
 
+def _check_solver_flags(context: typer.Context, solver: str | None) -> None:
+    """Refuse flags on the command line that the solver (None: no walk at all) does not look at."""
+    for name, solvers in _SOLVERS_OF_FLAG.items():
+        given = context.get_parameter_source(name)
+        if given is not None and given.name == "COMMANDLINE" and solver not in solvers:
+            flag = "--" + name.replace("_", "-")
+            used = "--source forward makes no walk" if solver is None else f"--solver {solver} does not use it"
+            raise UserError(f"{flag}: {used}; it is for --solver {' and '.join(solvers)}")
+
+
 def _start(value: str) -> Literal["clean", "level0"] | int:
     if value == "clean":
         return "clean"
@@ -196,6 +266,11 @@ def _show(console: Console, manifest: Manifest, out: Path) -> None:
     console.print(f"noise ratio by timestep band (exact inversion: 1): {' '.join(ratios)}")
     for warning in health_warnings(manifest.health):
         console.print(f"[yellow]warning:[/] {warning}")
+    if totals.prompts_cut:
+        console.print(
+            f"{totals.prompts_cut} prompts are longer than the text encoder takes: their ends were cut, as the model's "
+            "own pipeline does"
+        )
     rejected = f", {totals.rejected} rejected (reasons: {out / 'rejected.parquet'})" if totals.rejected else ""
     size = f"{totals.bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
     console.print(f"{totals.pairs} pairs, {totals.states} states, {size}{rejected}: {out}")

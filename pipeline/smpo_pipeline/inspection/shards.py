@@ -141,7 +141,7 @@ def settings_in_words(settings: InversionSettings) -> str:
         )
         how = (
             f"walks of {settings.steps} {settings.timesteps} steps from {start}, "
-            f"{settings.renoise_steps} ReNoise steps each"
+            f"{solver_in_words(settings)}"
             + (f", eta {settings.eta:g}" if settings.eta else "")
             + (f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
         )
@@ -150,6 +150,20 @@ def settings_in_words(settings: InversionSettings) -> str:
         f"{how}; {kept} stored, {settings.walks} walk{'s' if settings.walks > 1 else ''} a pair; "
         f"VAE {settings.vae_latent}; prompt dropped with probability {settings.prompt_dropout:g}; "
         f"{'flips' if settings.hflip else 'no flips'}; {settings.dtype}"
+    )
+
+
+def solver_in_words(settings: InversionSettings) -> str:
+    """How the steps of a walk were solved."""
+    if settings.solver == "ddim":
+        return "DDIM inversion without correction"
+    if settings.solver == "renoise":
+        average = "" if settings.renoise_average == "last2" else f", the mean of {settings.renoise_average} taken"
+        return f"{settings.renoise_steps} ReNoise steps each{average}"
+    depth = f" of depth {settings.anderson_depth}" if settings.solver == "anderson" else ""
+    return (
+        f"each solved by {settings.solver} iteration{depth} to {settings.tolerance:g} "
+        f"or {settings.max_evaluations} evaluations"
     )
 
 
@@ -170,13 +184,18 @@ def _print_bands(summary: ShardsSummary, timesteps: np.ndarray, console: Console
 
 
 def _print_health(health: list[BandHealth], console: Console) -> None:
-    columns = ("timesteps", "states", "noise ratio", "residual", "neighbour correlation")
+    columns = ["timesteps", "states", "noise ratio", "residual", "neighbour correlation"]
+    with_tolerance = any(band.solved for band in health)
+    if with_tolerance:
+        columns.append("not converged, of all")
     table = make_table("are the states believable (on a sample; an exact inversion has noise ratio 1)", columns)
     for band in health:
         numbers = [
             "-" if value is None else f"{value:.3f}"
             for value in (band.noise_ratio, band.residual, band.neighbour_correlation)
         ]
+        if with_tolerance:
+            numbers.append(f"{band.unconverged} of {band.solved}")
         style = None if believable(band) else "bold red"
         table.add_row(f"{band.start} .. {band.stop - 1}", f"{band.states}", *numbers, style=style)
     console.print(table)

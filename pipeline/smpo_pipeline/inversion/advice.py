@@ -13,6 +13,8 @@ _REMEDIES = (
     "Remedies, the cheapest first: more ReNoise steps (--renoise-steps 5), then --start level0, "
     "then --start T (a timestep up to which images are noised forward)."
 )
+_MOST_UNCONVERGED = 0.05
+"""Share of a band's states above which their solver's failure is worth a warning."""
 
 
 def believable(band: BandHealth) -> bool:
@@ -35,4 +37,12 @@ def health_warnings(health: Sequence[BandHealth]) -> list[str]:
         for band in health
         if not believable(band)
     ]
-    return [*warnings, _REMEDIES] if warnings else []
+    if warnings:
+        warnings.append(_REMEDIES)
+    warnings += [
+        f"timesteps {band.start} to {band.stop - 1}: {band.unconverged} of {band.solved} images' states did not reach "
+        "--tolerance; their residual says how far they are. Remedies: --solver anderson, more --steps, a wider --dtype."
+        for band in health
+        if band.unconverged > _MOST_UNCONVERGED * band.solved
+    ]
+    return warnings

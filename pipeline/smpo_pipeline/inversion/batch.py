@@ -50,6 +50,7 @@ class Walk:
         plan: timesteps.
         flipped: both images are mirrored.
         dropped: made under the empty prompt.
+        size, crop: what a denoiser that takes them is told of both images.
         stream: source of this walk's further randomness, by purpose.
     """
 
@@ -58,6 +59,8 @@ class Walk:
     plan: WalkPlan
     flipped: bool
     dropped: bool
+    size: tuple[tuple[int, int], tuple[int, int]]
+    crop: tuple[tuple[int, int], tuple[int, int]]
     stream: Callable[[str], np.random.Generator]
 
 
@@ -67,12 +70,16 @@ def draw_walk(pair: PreparedPair, number: int, family: Family, settings: Inversi
     def stream(purpose: str) -> np.random.Generator:
         return generator(seed, pair.pair_id, number, purpose)
 
+    constant = settings.size_conditioning == "constant"
+    height, width = pair.pixels_2HW3.shape[1:3]
     return Walk(
         pair=pair,
         number=number,
         plan=plan_walk(settings, family.process, seed, pair.pair_id, number),
         flipped=settings.hflip and bool(stream("flip").random() < 0.5),  # noqa: PLR2004  (an even coin)
         dropped=bool(stream("dropout").random() < settings.prompt_dropout),
+        size=((height, width), (height, width)) if constant else pair.size,
+        crop=((0, 0), (0, 0)) if constant else pair.crop,
         stream=stream,
     )
 
@@ -87,6 +94,8 @@ class Visit:
         t_S: their nodes' timesteps (``START`` at the start).
         x_SChw: their states, float32.
         origin: x_s and s that the step came from, and which rows took a step at all; None where none did.
+        solved_S: the residuals at which the solver stopped, before noise of eta, NaN where no step was taken; None
+            where the solver does not know them.
     """
 
     index: int
@@ -94,6 +103,7 @@ class Visit:
     t_S: torch.Tensor
     x_SChw: torch.Tensor
     origin: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    solved_S: torch.Tensor | None
 
 
 class Batch:
@@ -123,8 +133,8 @@ class Batch:
     def _condition(self, prompts: Sequence[str]) -> Conditioning:
         return self.family.condition(
             [prompt for prompt in prompts for _ in range(2)],
-            [size for walk in self.walks for size in walk.pair.size],
-            [crop for walk in self.walks for crop in walk.pair.crop],
+            [size for walk in self.walks for size in walk.size],
+            [crop for walk in self.walks for crop in walk.crop],
         )
 
     def rows_at(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

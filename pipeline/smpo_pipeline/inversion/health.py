@@ -1,4 +1,4 @@
-"""Is a walk believable: sums over a sample of pairs, by timestep band (DESIGN 4.2).
+"""Is a walk believable: sums over a sample of pairs, by timestep band (DESIGN 4.2); and how many of all converged.
 
 Shape suffixes: S states of one image each, C h w a latent.
 """
@@ -25,6 +25,8 @@ _FIELDS = (
     "neighbours",
     "tau_sq",
     "elements",
+    "solved",
+    "unconverged",
 )
 
 
@@ -78,9 +80,30 @@ class HealthSums:
                 torch.full_like(residual, channels * ((height - 1) * width + height * (width - 1))),
                 tau.square().sum((1, 2, 3)),
                 torch.full_like(residual, channels * height * width),
+                *[torch.zeros_like(residual)] * 2,
             ],
             dim=1,
         )
+        self._add(t_S, num_train_timesteps, rows_SF)
+
+    def count_solved(
+        self, t_S: torch.Tensor, num_train_timesteps: int, solved_S: torch.Tensor, tolerance: float
+    ) -> None:
+        """Count S states whose solver had a tolerance to reach, and those that did not reach it.
+
+        Args:
+            t_S: their timesteps.
+            num_train_timesteps: T.
+            solved_S: the residuals at which the solver stopped, NaN where no step was taken.
+            tolerance: the settings'.
+        """
+        solved = solved_S.cpu()[~solved_S.cpu().isnan()]
+        rows_SF = torch.zeros(len(solved), len(_FIELDS), dtype=torch.float64)
+        rows_SF[:, _FIELDS.index("solved")] = 1
+        rows_SF[:, _FIELDS.index("unconverged")] = (solved > tolerance).double()
+        self._add(t_S.cpu()[~solved_S.cpu().isnan()], num_train_timesteps, rows_SF)
+
+    def _add(self, t_S: torch.Tensor, num_train_timesteps: int, rows_SF: torch.Tensor) -> None:
         np.add.at(self._sums_BF, (t_S.cpu() * NUM_BANDS // num_train_timesteps).numpy(), rows_SF.numpy())
 
     def bands(self, num_train_timesteps: int) -> list[BandHealth]:
@@ -100,6 +123,8 @@ class HealthSums:
                     noise_ratio=math.sqrt(band["predicted_sq"] / band["forward_sq"]) if band["forward_sq"] else None,
                     residual=band["residual"] / band["residuals"] if band["residuals"] else None,
                     neighbour_correlation=correlation,
+                    solved=int(band["solved"]),
+                    unconverged=int(band["unconverged"]),
                 )
             )
         return health

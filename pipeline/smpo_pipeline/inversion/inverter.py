@@ -14,8 +14,8 @@ from smpo_models.family import Family
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Visit, Walk, draw_walk
 from smpo_pipeline.inversion.draws import gaussian
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.inversion.solver import carry
 from smpo_pipeline.inversion.sources import SOURCES
+from smpo_pipeline.inversion.step import carry, distance
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards import Sample, SampleMeta
 
@@ -75,6 +75,9 @@ class Inverter:
         predicted = process.noise_in(output, x_t, t_S)
         residual = self._residual(batch, visit, positions_S, t_S, predicted)
         self._measure(batch, rows_S, t_S, predicted, tau, residual, health)
+        if visit.solved_S is not None:
+            last = process.num_train_timesteps
+            health.count_solved(t_S, last, visit.solved_S[positions_S], self._settings.tolerance)
         for row, t, *state in zip(
             rows_S.tolist(), t_S.tolist(), tau.cpu(), ref_error.cpu(), residual.cpu(), strict=True
         ):
@@ -90,18 +93,20 @@ class Inverter:
     ) -> torch.Tensor:
         """||x_t - F(x_s, eps(x_t, t))|| / ||x_t|| of each state, NaN where no step was taken: float32 [S].
 
-        eps is the walker's. Where the walker is the reference, unguided, and the state is used at its own node, the
-        forward that measured ``ref_error`` is this one (its input is rounded to float16 storage) and is not repeated.
+        eps is the walker's. No evaluation is spent on it where the solver found it on the way; nor where the walker is
+        the reference, unguided, and the state is used at its own node: the forward that measured ``ref_error`` is then
+        this one (its input is rounded to float16 storage).
         """
         residual = torch.full((len(positions_S),), torch.nan, device=batch.device)
         if visit.origin is None:
             return residual
+        if visit.solved_S is not None and not self._settings.eta:
+            return visit.solved_S[positions_S]
         x_s, s, stepped = (value[positions_S] for value in visit.origin)
         rows, node, x_t = (value[positions_S] for value in (visit.rows_S, visit.t_S, visit.x_SChw))
         own = self._walker is self._reference and self._settings.guidance_scale == 1 and torch.equal(node, used_at_S)
         eps = predicted if own else batch.predicted_noise(x_t, node, rows)
-        distance = (x_t - carry(batch.process, x_s, eps, s, node)).flatten(1).norm(dim=1)
-        return torch.where(stepped, distance / x_t.flatten(1).norm(dim=1), residual)
+        return torch.where(stepped, distance(x_t, carry(batch.process, x_s, eps, s, node)), residual)
 
     def _measure(
         self,
@@ -164,8 +169,8 @@ def _sample(walk: Walk, x0_2Chw: torch.Tensor, *images: list[_State]) -> Sample 
             label=pair.label,
             annotator=pair.annotator,
             scores=pair.scores,
-            size=pair.size,
-            crop=pair.crop,
+            size=walk.size,
+            crop=walk.crop,
         ),
         x0_2Chw=x0_2Chw.half().cpu(),
         noise_K2Chw=noise_2KChw.transpose(0, 1),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 
 from smpo_models.process import START
 from smpo_pipeline.inversion.batch import Batch, Visit
 from smpo_pipeline.inversion.draws import gaussian
-from smpo_pipeline.inversion.solver import posterior_std, renoise_step
+from smpo_pipeline.inversion.solvers import SOLVERS
+from smpo_pipeline.inversion.step import Predict, Step, posterior_std
 
 
 def renoise_visits(batch: Batch) -> Iterator[Visit]:
-    """Carry x0 along the walker's sampling trajectory, node by node (arXiv 2403.14602).
+    """Carry x0 along the walker's sampling trajectory, node by node, with the solver that the settings name.
 
     With ``--start T`` nodes up to T are reached by forward noising with one Gaussian noise a pair, and inverted from
     there on.
@@ -25,22 +25,33 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
     s_R = torch.full((len(batch.x0_RChw),), inverted_from, dtype=torch.int64, device=batch.device)
     x_RChw = batch.x0_RChw.clone() if settings.start == "clean" else process.noised(batch.x0_RChw, start_noise, s_R)
     eta_streams = [walk.stream("eta") for walk in batch.walks]
-    yield Visit(-1, torch.arange(len(x_RChw), device=batch.device), s_R.clone(), x_RChw.clone(), None)
+    yield Visit(-1, torch.arange(len(x_RChw), device=batch.device), s_R.clone(), x_RChw.clone(), None, None)
     for index in range(max(len(walk.plan.nodes) for walk in batch.walks)):
         rows, t = batch.rows_at(index)
         x_s, s = x_RChw[rows], s_R[rows]
         stepped = t > inverted_from
         x_t = process.noised(batch.x0_RChw[rows], start_noise[rows], t)
+        solved = None
         if stepped.any():
-            predict = partial(batch.predicted_noise, t_S=t[stepped], rows_S=rows[stepped])
-            x_t[stepped] = renoise_step(predict, process, x_s[stepped], s[stepped], t[stepped], settings.renoise_steps)
+            predict = _predict_at(batch, t[stepped], rows[stepped])
+            step = Step(predict, process, x_s[stepped], s[stepped], t[stepped])
+            solution = SOLVERS[settings.solver](step, settings)
+            x_t[stepped] = solution.x_RChw
+            if solution.residual_R is not None:
+                solved = torch.full((len(rows),), torch.nan, device=batch.device)
+                solved[stepped] = solution.residual_R
         if settings.eta:
             # DDIM-InPO (arXiv 2503.18454): fresh noise after each step, of the DDIM posterior's size.
             fresh = torch.cat([gaussian(stream, (2, *x_t.shape[1:])) for stream in eta_streams]).to(batch.device)
             sigma = posterior_std(process, s, t, x_t) * stepped[:, None, None, None]
             x_t = x_t + settings.eta * sigma * fresh[rows]
         x_RChw[rows], s_R[rows] = x_t, t
-        yield Visit(index, rows, t, x_t, (x_s, s, stepped))
+        yield Visit(index, rows, t, x_t, (x_s, s, stepped), solved)
+
+
+def _predict_at(batch: Batch, t_R: torch.Tensor, rows_R: torch.Tensor) -> Predict:
+    """The walker's predictions for a step of the given rows of the batch to the given timesteps."""
+    return lambda x_NChw, rows_N: batch.predicted_noise(x_NChw, t_R[rows_N], rows_R[rows_N])
 
 
 def forward_visits(batch: Batch) -> Iterator[Visit]:
@@ -53,7 +64,7 @@ def forward_visits(batch: Batch) -> Iterator[Visit]:
         positions, used_at = batch.stored_at(index, rows)
         stored = rows[positions]
         x_t = batch.process.noised(batch.x0_RChw[stored], noise[stored], used_at)
-        yield Visit(index, stored, used_at, x_t, None)
+        yield Visit(index, stored, used_at, x_t, None, None)
 
 
 SOURCES: dict[str, Callable[[Batch], Iterator[Visit]]] = {"renoise": renoise_visits, "forward": forward_visits}

@@ -190,6 +190,7 @@ def _finish(
             states=sum(shard.states for shard in shards),
             rejected=len(rejects),
             bytes=sum(shard.bytes for shard in shards),
+            prompts_cut=sum(record.prompts_cut for record in records),
         ),
         rejected_reasons=count_reasons(rejects),
         health=health.bands(model.num_train_timesteps),

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from smpo_models.family import Family
-from smpo_models.loading import DTYPES, load_family
+from smpo_models.loading import DTYPES, load_family, load_walker
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
@@ -61,8 +61,7 @@ def load_models(options: InvertOptions, device: str) -> tuple[Family, nn.Module]
     family = load_family(options.model, denoiser=options.unet, vae=options.vae, device=device)
     if options.walker is None:
         return family, family.denoiser
-    walker = load_family(options.model, ("denoiser",), denoiser=options.walker, device=device).denoiser
-    return family, walker
+    return family, load_walker(family, options.model, options.walker, device)
 
 
 class InvertActor:
@@ -75,7 +74,7 @@ class InvertActor:
         for module in {family.denoiser, walker}:
             module.to(dtype)
         self._inverter = Inverter(family, walker, options.settings, options.seed)
-        self._options, self._run = options, run
+        self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
 
@@ -85,13 +84,14 @@ class InvertActor:
         health = HealthSums()
         unit = int(row["unit"])
         pairs = list(self._pairs(from_bytes(row["table"]), rejects))
-        kept = 0
+        kept = prompts_cut = 0
         with ShardWriter(self._run.out / f"shard-{unit:06d}.tar") as shard:
             for (number, source, pair), samples in zip(pairs, self._walks(pairs, health), strict=True):
                 if isinstance(samples, str):
                     rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=samples))
                     continue
                 kept += 1
+                prompts_cut += self._family.cuts(pair.prompt)
                 for sample in samples:
                     shard.write(f"{number * self._options.settings.walks + sample.meta.walk:010d}", sample)
         record = UnitRecord(
@@ -101,6 +101,7 @@ class InvertActor:
             rejects=rejects,
             entry=shard.entry.model_dump() if kept else None,
             health=health.to_lists(),
+            prompts_cut=prompts_cut,
         )
         if not kept:
             (self._run.out / shard.entry.name).unlink()

@@ -31,6 +31,7 @@ class UnitRecord(BaseModel):
         rejects: the others, with reasons.
         entry: what the finished directory says of its file, or None where nothing was left to write.
         health: sums of walk health (``invert`` only).
+        prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +42,7 @@ class UnitRecord(BaseModel):
     rejects: list[Reject]
     entry: dict[str, Any] | None
     health: list[list[float]] | None = None
+    prompts_cut: int = 0
 
 
 class Run:

@@ -1,0 +1,301 @@
+"""What each solver of an inversion step costs and reaches on the embedded world: writes a part of docs/inversion.md.
+
+Walks of a few pairs of the embedded world, no prompt dropped, nothing flipped. Reported are evaluations of the denoiser
+a state (an image at a timestep), the residual of every state, measured by a further float32 evaluation that is not
+counted, and the round trip: DDIM sampling (float32) from the last state back over the same nodes, how far it ends from
+the latents that the walk began with. A second table is about the published timesteps.
+
+    python benchmarks/solvers.py [--pairs 6]
+
+About four minutes on one CPU core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime as dt
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+
+from smpo_models.family import Family
+from smpo_models.loading import DTYPES, load_family
+from smpo_pipeline.inversion.batch import Batch, PreparedPair, Visit, Walk, draw_walk
+from smpo_pipeline.inversion.health import NUM_BANDS
+from smpo_pipeline.inversion.sources import renoise_visits
+from smpo_pipeline.inversion.step import carry, distance
+from smpo_pipeline.inversion.timesteps import WalkPlan
+from smpo_pipeline.toy.create import ASSETS
+from smpo_pipeline.toy.world import captions_of, random_centre, render, scene_of
+from smpo_schemas.files import write_bytes
+from smpo_schemas.manifest import InversionSettings
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+PAGE, PLOT = ROOT / "docs/inversion.md", ROOT / "docs/images/solvers.png"
+BEGIN, END = "<!-- benchmarks/solvers.py: begin -->", "<!-- benchmarks/solvers.py: end -->"
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    "ddim": {"solver": "ddim"},
+    "renoise 1 (published)": {"renoise_steps": 1},
+    "renoise 3": {"renoise_steps": 3},
+    "renoise 5": {"renoise_steps": 5},
+    "adaptive 1e-4": {"solver": "adaptive"},
+    "adaptive 1e-5": {"solver": "adaptive", "tolerance": 1e-5},
+    "anderson 1e-4": {"solver": "anderson"},
+    "anderson 1e-4, depth 2": {"solver": "anderson", "anderson_depth": 2},
+    "anderson 1e-5": {"solver": "anderson", "tolerance": 1e-5},
+}
+STEPS = (5, 9, 20)
+NARROW: dict[str, dict[str, Any]] = {
+    "renoise 1": {"renoise_steps": 1},
+    "renoise 5": {"renoise_steps": 5},
+    "anderson 1e-4": {"solver": "anderson", "tolerance": 1e-4},
+    "anderson 3e-4": {"solver": "anderson", "tolerance": 3e-4},
+    "anderson 2e-3": {"solver": "anderson", "tolerance": 2e-3},
+}
+GUIDED = ("renoise 1 (published)", "renoise 5", "adaptive 1e-4", "anderson 1e-4")
+
+
+@dataclasses.dataclass
+class Measured:
+    """Of some walks: evaluations a state, residuals and timesteps of all states, round-trip errors of all images."""
+
+    evaluations: float
+    residuals: np.ndarray
+    timesteps: np.ndarray
+    round_trip: np.ndarray
+
+    def cells(self, tolerance: float | None) -> list[str]:
+        """Cells of a table row."""
+        missed = "" if tolerance is None else f"{100 * (self.residuals > 1.05 * tolerance).mean():.1f} %"
+        return [
+            f"{self.evaluations:.1f}",
+            f"{np.median(self.residuals):.1e}",
+            f"{self.residuals.max():.1e}",
+            f"{np.median(self.round_trip):.1e}",
+            f"{self.round_trip.max():.1e}",
+            missed,
+        ]
+
+
+class CountingBatch(Batch):
+    """A batch that counts the rows it was asked to predict (with guidance each costs two evaluations)."""
+
+    rows = 0
+
+    def predicted_noise(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        self.rows += len(x_SChw)
+        return super().predicted_noise(x_SChw, t_S, rows_S)
+
+
+def make_pairs(count: int) -> list[PreparedPair]:
+    """Pairs of two pictures of one held-out caption, at two places."""
+    stream = np.random.default_rng(0)
+    captions = captions_of("test")
+    pairs = []
+    for number in range(count):
+        caption = captions[number % len(captions)]
+        scene = scene_of(caption)
+        pixels = np.stack([render(scene, random_centre(scene, stream)) for _ in range(2)])
+        nowhere = ((0, 0), (0, 0))
+        pairs.append(PreparedPair(f"{number}", caption, None, None, {}, pixels, nowhere, nowhere, measured=False))
+    return pairs
+
+
+def walked(family: Family, walks: Sequence[Walk], settings: InversionSettings) -> tuple[CountingBatch, list[Visit]]:
+    """All visits of some walks in the settings' dtype; the denoiser is left in float32."""
+    family.denoiser.to(DTYPES[settings.dtype])
+    batch = CountingBatch(walks, family, family.denoiser, settings)
+    visits = list(renoise_visits(batch))
+    family.denoiser.float()
+    return batch, visits
+
+
+@torch.inference_mode()
+def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings) -> Measured:
+    """Walk, measure every state's residual, and sample back."""
+    batch, (start, *visits) = walked(family, [draw_walk(pair, 0, family, settings, 0) for pair in pairs], settings)
+    rows = batch.rows
+    residuals, timesteps = [], []
+    for visit in visits:
+        x_s, s, _ = visit.origin
+        image = carry(batch.process, x_s, batch.predicted_noise(visit.x_SChw, visit.t_S, visit.rows_S), s, visit.t_S)
+        residuals.append(distance(visit.x_SChw, image).numpy())
+        timesteps.append(visit.t_S.numpy())
+    x = visits[-1].x_SChw
+    for visit in reversed(visits):
+        eps = batch.predicted_noise(x, visit.t_S, visit.rows_S)
+        x = carry(batch.process, x, eps, visit.t_S, visit.origin[1])
+    trip = (x - start.x_SChw).flatten(1).norm(dim=1) / start.x_SChw.flatten(1).norm(dim=1)
+    found = np.concatenate(residuals)
+    evaluations = rows * (2 if settings.guidance_scale != 1 else 1) / len(found)
+    return Measured(evaluations, found, np.concatenate(timesteps), trip.numpy())
+
+
+@torch.inference_mode()
+def measure_published(family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings) -> list[str]:
+    """Published states against those that belong to their timestep: the same walk, solved, with t as its last node."""
+    walks = [draw_walk(pair, number, family, settings, 0) for pair in pairs for number in range(3)]
+    walks = [walk for walk in walks if walk.plan.used_at[0] > 0]
+    batch, visits = walked(family, walks, settings)
+    exact_settings = settings.model_copy(update={"solver": "anderson", "tolerance": 1e-5})
+    own = [dataclasses.replace(walk, plan=_ending_at_its_t(walk.plan)) for walk in walks]
+    _, exact_visits = walked(family, own, exact_settings)
+    used, exact = (_last_states(found, batch) for found in (visits, exact_visits))
+    t_R = torch.tensor([walk.plan.used_at[0] for walk in walks for _ in range(2)])
+    gap = np.array([walk.plan.used_at[0] - max(walk.plan.nodes, default=0) for walk in walks])
+    outputs = [family.denoise(family.denoiser, x, t_R, batch.conditioning) for x in (used, exact)]
+    a, s = batch.process.levels(t_R, used)
+    errors = [
+        (output - (x - a * batch.x0_RChw) / s).square().mean((1, 2, 3))
+        for output, x in zip(outputs, (used, exact), strict=True)
+    ]
+    distance_R = ((used - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).numpy()
+    ratio = float(outputs[0].square().mean().sqrt() / outputs[1].square().mean().sqrt())
+    return [
+        f"{gap.mean():.0f}",
+        f"{np.median(distance_R):.2f}",
+        f"{distance_R.max():.2f}",
+        f"{errors[1].mean():.3f}",
+        f"{errors[0].mean():.3f}",
+        f"{ratio:.2f}",
+    ]
+
+
+def _ending_at_its_t(plan: WalkPlan) -> WalkPlan:
+    nodes = (*plan.nodes, plan.used_at[0])
+    return WalkPlan(nodes, (len(nodes) - 1,), plan.used_at)
+
+
+def _last_states(visits: Sequence[Visit], batch: Batch) -> torch.Tensor:
+    x_RChw = torch.empty_like(batch.x0_RChw)
+    for visit in visits:
+        x_RChw[visit.rows_S] = visit.x_SChw
+    return x_RChw
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw(found: dict[int, dict[str, Measured]]) -> None:
+    """Cost against round trip, and the residual along the walk."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for steps, marker in zip(STEPS, "^os", strict=True):
+        for index, (name, measured) in enumerate(found[steps].items()):
+            label = name if steps == STEPS[1] else None
+            trip = np.median(measured.round_trip)
+            left.scatter(measured.evaluations, trip, marker=marker, color=f"C{index}", label=label)
+    left.axhline(1e-3, color="0.6", linestyle=":")
+    left.set(xscale="log", yscale="log", xlabel="evaluations a state", ylabel="round-trip error (median, relative)")
+    left.set_title(f"triangle {STEPS[0]}, circle {STEPS[1]}, square {STEPS[2]} steps", fontsize=10)
+    left.legend(fontsize=7)
+    edges = np.linspace(0, 1000, NUM_BANDS * 2 + 1)
+    for index, (name, measured) in enumerate(found[STEPS[1]].items()):
+        band = np.digitize(measured.timesteps, edges) - 1
+        values = [np.median(measured.residuals[band == b]) for b in range(len(edges) - 1)]
+        right.plot((edges[:-1] + edges[1:]) / 2, values, color=f"C{index}", marker=".", label=name)
+    right.set(yscale="log", xlabel="timestep", ylabel="residual (median)")
+    right.set_title(f"{STEPS[1]} steps", fontsize=10)
+    PLOT.parent.mkdir(exist_ok=True)
+    figure.savefig(PLOT, dpi=110)
+
+
+def main() -> None:
+    """Measure, draw, and replace the generated part of the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=6)
+    pairs = make_pairs(parser.parse_args().pairs)
+    torch.set_num_threads(1)
+    family = load_family(str(ASSETS / "model"))
+    plain = InversionSettings(prompt_dropout=0, hflip=False)
+
+    def run(title: str, **changes: Any) -> Measured:  # noqa: ANN401
+        measured = measure(family, pairs, plain.model_copy(update=changes))
+        print(title, changes, measured.cells(None), flush=True)
+        return measured
+
+    def tolerance(options: dict[str, Any]) -> float | None:
+        return options.get("tolerance", plain.tolerance) if options.get("solver", "ddim") != "ddim" else None
+
+    found = {steps: {name: run(name, steps=steps, **options) for name, options in SOLVERS.items()} for steps in STEPS}
+    draw(found)
+    columns = ("evaluations a state", "residual, median", "max", "round trip, median", "max", "not converged")
+    rows = [
+        [name, f"{steps}", *found[steps][name].cells(tolerance(SOLVERS[name]))] for steps in STEPS for name in SOLVERS
+    ]
+    narrow = [
+        [dtype, name, *run(name, dtype=dtype, **options).cells(tolerance(options))]
+        for dtype in ("fp16", "bf16")
+        for name, options in NARROW.items()
+    ]
+    guided = [
+        [name, *run(name, guidance_scale=3.0, **SOLVERS[name]).cells(tolerance(SOLVERS[name]))] for name in GUIDED
+    ]
+    published = [
+        [f"{steps}", name, *measure_published(family, pairs, plain.model_copy(update={
+            "timesteps": "published", "steps": steps, **SOLVERS[name]}))]
+        for steps in (5, 9, 10) for name in ("renoise 1 (published)", "anderson 1e-5")
+    ]  # fmt: skip
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+    text = f"""{BEGIN}
+Made by `python benchmarks/solvers.py` on {dt.datetime.now(dt.UTC).date()}: {len(pairs)} pairs, one CPU core
+({platform.machine()}), Python {platform.python_version()}, {libraries}. Do not edit by hand.
+
+![cost and accuracy of the solvers](images/solvers.png)
+
+float32, jittered timesteps, guidance 1. "Not converged" is the share of states above their solver's tolerance (by the
+re-measured residual, with 5 % leeway for its rounding).
+
+{table(("solver", "steps", *columns), rows)}
+
+The same, {plain.steps} steps, with the denoiser in a narrow type (residual and round trip measured in float32):
+
+{table(("dtype", "solver", *columns), narrow)}
+
+The same, float32, with classifier-free guidance of scale 3 in the walk (an evaluation is then two forwards, both
+counted):
+
+{table(("solver", *columns), guided)}
+
+### What the published timesteps cost
+
+`--timesteps published`: the state of the last grid node below t is used as if it were at t. It is compared with the
+state that belongs to t: the same walk with t as a last node, solved to 1e-5. `ref_error` is the mean over states; the
+last column is the rms of the predicted noise at the used state over that at the state that belongs to t.
+
+{
+        table(
+            (
+                "grid steps",
+                "solver",
+                "mean gap in t",
+                "state error, median",
+                "max",
+                "ref_error, own t",
+                "as used",
+                "noise ratio",
+            ),
+            published,
+        )
+    }
+{END}"""
+    page = PAGE.read_text()
+    write_bytes(PAGE, (page[: page.index(BEGIN)] + text + page[page.index(END) + len(END) :]).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, size and crop conditioning (arXiv 2307.01952).
+
+Shape suffixes: N distinct prompts, B batch, L D a text embedding, C h w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from smpo_models.family import Conditioning
+from smpo_models.loading import load_part, load_weights
+from smpo_models.unet_family import UNetFamily
+
+
+class StableDiffusionXL(UNetFamily):
+    """See :class:`smpo_models.family.Family`."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+
+    def _kind(self, unet_config: dict[str, Any]) -> str:  # noqa: ARG002
+        return "sdxl"
+
+    def _load_text(self) -> Sequence[nn.Module]:
+        index = load_part(DiffusionPipeline.load_config, self._model, self._what)
+        self._zeros_for_empty = bool(index.get("force_zeros_for_empty_prompt", True))
+        self._tokenizers = [self._load_tokenizer(name) for name in ("tokenizer", "tokenizer_2")]
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        return [
+            load_weights(kind.from_pretrained, self._model, self._what, subfolder=name, dtype=torch.float32)
+            for name, kind in kinds.items()
+        ]
+
+    @torch.no_grad()
+    def condition(
+        self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
+    ) -> Conditioning:
+        """See the base class.
+
+        The empty prompt stands for the unconditional embedding that the model's pipeline guides with: zeros, where its
+        ``force_zeros_for_empty_prompt`` says so, as the published model does.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        states = [
+            encoder(self._tokens(tokenizer, distinct), output_hidden_states=True)
+            for encoder, tokenizer in zip(self.text_modules, self._tokenizers, strict=True)
+        ]
+        text_NLD = torch.cat([state.hidden_states[-2] for state in states], dim=-1)
+        pooled_ND = states[1].text_embeds
+        if self._zeros_for_empty and "" in distinct:
+            text_NLD[distinct.index("")] = 0.0
+            pooled_ND[distinct.index("")] = 0.0
+        rows = [distinct.index(prompt) for prompt in prompts]
+        origin = [[*size, *crop] for size, crop in zip(sizes, crops, strict=True)]
+        origin_B4 = torch.tensor(origin, dtype=torch.float32, device=self._device)
+        return Conditioning(text_NLD[rows], {"text_embeds": pooled_ND[rows], "time_ids": origin_B4})
+
+    def _added(self, x_BChw: torch.Tensor, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+        """The pooled embedding, and original size, crop and target size, which is what the latents decode to."""
+        origin_B4 = conditioning.added["time_ids"]
+        target = [side * self.latent_factor for side in x_BChw.shape[-2:]]
+        target_B2 = origin_B4.new_tensor(target).expand(len(origin_B4), 2)
+        return {
+            "text_embeds": conditioning.added["text_embeds"],
+            "time_ids": torch.cat([origin_B4, target_B2], dim=1),
+        }

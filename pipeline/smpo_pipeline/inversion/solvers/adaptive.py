@@ -1,0 +1,46 @@
+"""Fixed-point iteration with per-row stopping: ReNoise without averaging, until it has converged.
+
+Shape suffixes: R rows of the step, N those still searched, C h w a latent.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from smpo_pipeline.inversion.solvers.best import GROWTH, Best
+from smpo_pipeline.inversion.step import Solution, Step
+from smpo_schemas.manifest import InversionSettings
+
+_SMALLEST_WEIGHT = 0.125
+_QUICK = 0.5
+"""A row whose residual shrinks at least to this share is left to go on as it does."""
+
+
+def adaptive(step: Step, settings: InversionSettings) -> Solution:
+    """Iterate x <- x + w f, f = F(x_s, eps(x, t)) - x, from x_s on, w = 1, until the residual is within the tolerance.
+
+    A row that is there leaves the batch. A row whose f turns against the one before without having become much smaller
+    swings about its solution: the derivative of F has eigenvalues near or below -1. It is damped: w is halved, down to
+    1/8, and where the residual has doubled it goes back to its best point. Against eigenvalues above 1 no weight helps:
+    a row that comes no nearer is given up. It keeps its best point, whose residual is above the tolerance.
+    """
+    best, rows, x = Best(step, settings.tolerance), step.all_rows(), step.x_s_RChw
+    weight_R, last_R = torch.ones_like(best.residual_R), best.residual_R.clone()
+    last_f_RChw = torch.zeros_like(x)
+    for _ in range(settings.max_evaluations):
+        before = best.residual_R[rows]
+        f = step.image(x, rows) - x
+        residual = best.update(rows, x, x + f)
+        turned = (f * last_f_RChw[rows]).sum((1, 2, 3)) < 0
+        swings = turned & (residual > _QUICK * last_R[rows])
+        weight_R[rows] = torch.where(swings, (weight_R[rows] / 2).clamp_min(_SMALLEST_WEIGHT), weight_R[rows])
+        last_R[rows], last_f_RChw[rows] = residual, f
+        lost = ~(residual <= GROWTH * before)
+        going = best.searchable(rows)
+        rows, x, f, lost = rows[going], x[going], f[going], lost[going]
+        if len(rows) == 0:
+            break
+        back = rows[lost]
+        x[lost], f[lost] = best.x_RChw[back], best.image_RChw[back] - best.x_RChw[back]
+        x = x + weight_R[rows][:, None, None, None] * f
+    return best.solution()

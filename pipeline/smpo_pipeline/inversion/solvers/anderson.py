@@ -1,0 +1,76 @@
+"""Anderson acceleration of the fixed-point iteration (Walker and Ni, SIAM J. Numer. Anal. 49, 2011, algorithm AA).
+
+Shape suffixes: R rows of the step, N those still searched, D differences that are kept, C h w a latent.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from smpo_pipeline.inversion.solvers.best import GROWTH, Best
+from smpo_pipeline.inversion.step import Solution, Step
+from smpo_schemas.manifest import InversionSettings
+
+_RIDGE = 1e-10
+"""Of the least-squares problem, relative to its trace. Float32 differences carry no more than that."""
+
+
+def anderson(step: Step, settings: InversionSettings) -> Solution:
+    """Take the step that a secant model of the last ``anderson_depth`` differences says is the solution.
+
+    With g = F(x_s, eps(x, t)) and f = g - x: x <- g - dG c, where c minimises ||f - dF c||. The columns of dF and dG
+    are the differences between successive f and g of the same row; without any it is the plain iteration. Unlike
+    damping it converges for eigenvalues above 1 too. A row whose residual has doubled goes back to its best point,
+    forgets its differences and takes half a plain step. A row that comes no nearer is given up and keeps its best.
+    """
+    best, rows, x = Best(step, settings.tolerance), step.all_rows(), step.x_s_RChw
+    history = _History(step.x_s_RChw, settings.anderson_depth)
+    for _ in range(settings.max_evaluations):
+        before = best.residual_R[rows]
+        image = step.image(x, rows)
+        lost = ~(best.update(rows, x, image) <= GROWTH * before)
+        going = best.searchable(rows)
+        rows, x, image, lost = rows[going], x[going], image[going], lost[going]
+        if len(rows) == 0:
+            break
+        x = history.proposal(rows, x, image)
+        history.forget(rows[lost])
+        x[lost] = (best.x_RChw[rows[lost]] + best.image_RChw[rows[lost]]) / 2
+    return best.solution()
+
+
+class _History:
+    """The last differences of f and of g, row by row; zeros where there are none yet, which a ridge leaves out."""
+
+    def __init__(self, like_RChw: torch.Tensor, depth: int) -> None:
+        shape = (len(like_RChw), depth, like_RChw[0].numel())
+        self._df_RDn, self._dg_RDn = like_RChw.new_zeros(shape), like_RChw.new_zeros(shape)
+        self._f_Rn = like_RChw.new_full((shape[0], shape[2]), torch.nan)
+        self._g_Rn = self._f_Rn.clone()
+
+    def proposal(self, rows_N: torch.Tensor, x_NChw: torch.Tensor, image_NChw: torch.Tensor) -> torch.Tensor:
+        """Take a point and its image in; returns the next point [N, C, h, w]."""
+        g = image_NChw.flatten(1)
+        f = g - x_NChw.flatten(1)
+        for kept, last, value in ((self._df_RDn, self._f_Rn, f), (self._dg_RDn, self._g_Rn, g)):
+            # The first point of a row has none before it: NaN, and no difference.
+            difference = (value - last[rows_N]).nan_to_num(0.0)
+            kept[rows_N] = torch.cat([difference[:, None], kept[rows_N, :-1]], dim=1)
+            last[rows_N] = value
+        c = _least_squares(self._df_RDn[rows_N].double(), f.double())
+        mixed = g - (self._dg_RDn[rows_N] * c[..., None].to(g.dtype)).sum(1)
+        return mixed.reshape_as(x_NChw)
+
+    def forget(self, rows_N: torch.Tensor) -> None:
+        """Begin anew with these rows."""
+        self._df_RDn[rows_N], self._dg_RDn[rows_N] = 0.0, 0.0
+        self._f_Rn[rows_N], self._g_Rn[rows_N] = torch.nan, torch.nan
+
+
+def _least_squares(df_NDn: torch.Tensor, f_Nn: torch.Tensor) -> torch.Tensor:
+    """C that minimises ||f - dF c||, row by row, float64 [N, D], by ridged normal equations."""
+    gram = df_NDn @ df_NDn.mT
+    scale = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(gram.dtype).tiny)
+    ridge = torch.diag_embed((_RIDGE * scale)[:, None].expand(-1, gram.shape[1]))
+    right = (df_NDn @ f_Nn[..., None])[..., 0]
+    return torch.linalg.solve_ex(gram + ridge, right)[0].nan_to_num(0.0)

@@ -1,0 +1,80 @@
+"""Training Stable Diffusion XL on shards that the inverter made, to what stock diffusers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+from smpo_models.fingerprint import fingerprint_module
+from smpo_models.loading import load_family, load_walker
+from smpo_pipeline.inversion.inverter import Inverter
+from smpo_schemas.manifest import InversionSettings
+from tests.inversion.helpers import make_pair
+from tests.tiny import make_tiny_xl
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import column, write_shards
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_xl(tmp_path_factory.mktemp("models") / "xl")
+
+
+@pytest.fixture(scope="module", params=["image", "constant"])
+def xl_shards(request: pytest.FixtureRequest, xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pairs whose images have sizes and crops of their own."""
+    family = load_family(str(xl))
+    settings = InversionSettings(steps=3, size_conditioning=request.param, prompt_dropout=0.4)
+    inverter = Inverter(family, family.denoiser, settings, seed=0)
+    pairs = [
+        dataclasses.replace(
+            make_pair(number),
+            scores={"taste": (0.1 * number, 0.3)},
+            size=((32 + 700 * number, 32), (9, 300)),
+            crop=((5 * number, 0), (0, 500)),
+        )
+        for number in range(6)
+    ]
+    samples, _ = inverter.invert([(pair, 0) for pair in pairs])
+    assert {sample.meta.prompt_dropped for sample in samples} == {True, False}
+    directory = tmp_path_factory.mktemp("shards") / "xl"
+    directory.mkdir()
+    write_shards(directory, xl, samples, ["taste"])
+    return directory
+
+
+def test_the_first_loss_is_ln_2_and_the_unet_loads(train: Train, xl: Path, xl_shards: Path) -> None:
+    """The stored reference errors are what the trainer's own forward finds: sizes, crops and prompts are the same."""
+    out = train(on=xl_shards, base=xl, max_steps=3, batch_size=6, lr=1e-3)
+    assert column(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-4)
+    unet = UNet2DConditionModel.from_pretrained(out / "unet")
+    picture = generate(StableDiffusionXLPipeline.from_pretrained(xl, unet=unet))
+    assert not np.array_equal(picture, generate(StableDiffusionXLPipeline.from_pretrained(xl)))
+
+
+def test_a_lora_loads_and_walks(train: Train, xl: Path, xl_shards: Path) -> None:
+    out = train(on=xl_shards, base=xl, max_steps=3, batch_size=6, lr=1e-2, lora_rank=4)
+    assert column(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-4)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(xl)
+    base = generate(pipeline)
+    pipeline.load_lora_weights(out)
+    assert not np.array_equal(generate(pipeline), base)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    family = load_family(str(xl))
+    walker = load_walker(family, str(xl), out)
+    assert fingerprint_module(walker) != fingerprint_module(family.denoiser)
+    for name, expected in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(walker.state_dict()[name], expected)
+
+
+def generate(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a cat", num_inference_steps=2, output_type="np", generator=generator).images
