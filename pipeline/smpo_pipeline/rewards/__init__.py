@@ -7,10 +7,10 @@ import pkgutil
 from collections.abc import Iterator
 from functools import cache
 
-from smpo_pipeline.rewards.base import Reward
+from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_schemas.errors import UserError
 
-__all__ = ["Reward", "load_reward", "parse_reward", "reward_classes"]
+__all__ = ["Needs", "Reward", "load_reward", "parse_reward", "reward_classes"]
 
 
 @cache

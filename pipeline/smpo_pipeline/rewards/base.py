@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one actor of a reward takes of a machine.
+
+    Attributes:
+        num_cpus: cores beside a GPU, and so the batches that it works on at once: images of one are scaled while the
+            model runs on another. On cpu an actor takes its share of the machine's cores instead.
+        num_gpus: the least share of a GPU that holds its weights and these batches; more where there is more. On cuda
+            only.
+        batch_size: images a model call, where ``--batch-size`` says nothing.
+    """
+
+    num_cpus: int = 2
+    num_gpus: float = 0.25
+    batch_size: int = 32
 
 
 class Reward(ABC):
@@ -19,6 +37,7 @@ class Reward(ABC):
         name: what ``--reward`` calls it, and the scores table its columns.
         unit: what one unit of the raw score is.
         default_model: hub id used where ``--reward NAME`` names no model; None where it needs none.
+        needs: what one actor of it takes of a machine.
         model: the hub id or folder that was loaded.
         fingerprint: hash of the weights, and of everything else in the files that the score depends on.
     """
@@ -26,6 +45,7 @@ class Reward(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]
     default_model: ClassVar[str | None]
+    needs: ClassVar[Needs] = Needs()
     model: str
     fingerprint: str
 
@@ -39,4 +59,7 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        """Raw scores of N RGB images under N prompts: float64 [N], independent of what else is in the batch."""
+        """Raw scores of N RGB images under N prompts: float64 [N], independent of what else is in the batch.
+
+        Several threads call it at once.
+        """
