@@ -123,8 +123,8 @@ def write_record(path: Path, record: UnitRecord) -> None:
 
 
 def describe_input(files: Sequence[PairFile], limit: int | None) -> dict[str, Any]:
-    """The input listing as part of a run's identity."""
-    listing = [[str(file.path), file.rows, file.path.stat().st_size] for file in files]
+    """The input listing as part of a run's identity: paths, sizes, and what the files hold."""
+    listing = [[str(file.path), file.rows, file.path.stat().st_size, file.digest] for file in files]
     return {"files": listing, "limit": limit}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_part, load_weights, loading_errors
-from smpo_pipeline.rewards.base import Reward
+from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_json
 
@@ -25,6 +26,7 @@ class ClipCosineReward(Reward):
     """
 
     unit: ClassVar[str] = "cosine"
+    needs: ClassVar[Needs] = Needs(num_cpus=2)
     processor_model: ClassVar[str | None] = None
     """Hub id of the processor where the weights' repository holds none."""
 
@@ -40,6 +42,8 @@ class ClipCosineReward(Reward):
         self._tokenizer = load_part(CLIPTokenizer.from_pretrained, source, what)
         loaded = load_weights(CLIPModel.from_pretrained, self.model, what, dtype=torch.float32)
         self._clip = loaded.requires_grad_(False).eval().to(device)
+        # A tokenizer keeps its padding as state, which two threads may not set at once.
+        self._tokenizing = Lock()
         self._device = device
         self.fingerprint = sha256_json(
             [fingerprint_module(loaded), self._processor.to_dict(), self._tokenizer.get_vocab()]
@@ -55,13 +59,14 @@ class ClipCosineReward(Reward):
         image_ND = self._clip.get_image_features(pixel_values=pixels).pooler_output.double()
         distinct = list(dict.fromkeys(prompts))
         # Every prompt is padded to the full length, so that a score never depends on its neighbours' lengths.
-        tokens = self._tokenizer(
-            distinct,
-            padding="max_length",
-            truncation=True,
-            max_length=self._clip.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self._device)
+        with self._tokenizing:
+            tokens = self._tokenizer(
+                distinct,
+                padding="max_length",
+                truncation=True,
+                max_length=self._clip.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            ).to(self._device)
         text_MD = self._clip.get_text_features(**tokens).pooler_output.double()
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=text_MD.device)
         return torch.nn.functional.cosine_similarity(image_ND, text_MD[rows]).cpu().numpy()

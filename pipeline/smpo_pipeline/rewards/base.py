@@ -16,14 +16,14 @@ class Needs:
     """What one actor of a reward takes of a machine.
 
     Attributes:
-        num_cpus: cores beside a GPU, and so the batches that it works on at once: images of one are scaled while the
-            model runs on another. On cpu an actor takes its share of the machine's cores instead.
-        num_gpus: the least share of a GPU that holds its weights and these batches; more where there is more. On cuda
-            only.
+        num_cpus: how many threads may call ``score`` at once, so that the images of one batch are scaled while the model
+            runs on another. 1 for a reward that is not safe to call so. On cpu, more than 1 means: one for each core.
+        num_gpus: the least share of a GPU that holds the weights and these batches. On cuda only; what the rewards of a
+            job leave over is shared out between them.
         batch_size: images a model call, where ``--batch-size`` says nothing.
     """
 
-    num_cpus: int = 2
+    num_cpus: int = 1
     num_gpus: float = 0.25
     batch_size: int = 32
 
@@ -59,7 +59,4 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        """Raw scores of N RGB images under N prompts: float64 [N], independent of what else is in the batch.
-
-        Several threads call it at once.
-        """
+        """Raw scores of N RGB images under N prompts: float64 [N], independent of what else is in the batch."""

@@ -1,0 +1,127 @@
+"""Decoded pairs on their way through the rewards.
+
+A unit of work is read and decoded as a stream of chunks, which are small enough that many are in memory at once. A chunk
+is one row of Ray's: Ray cuts blocks where it likes, but never a row. Its cells are lists with an entry for each of its
+input rows, and for the images of those that are scored, so that neither a reward nor Ray copies pixels into Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from smpo_pipeline.images import ImageRejectedError, decode_image
+from smpo_schemas.pairs import Pair, PairRejectedError, content_id
+
+CHUNK_BYTES = 64 << 20
+"""Decoded images of a chunk: about 80 of 512 pixels, 20 of 1024; and never less than one pair."""
+
+CHUNK_IMAGES = 128
+
+ROWS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("prompt", pa.string()),
+        ("label", pa.float32()),
+        ("annotator", pa.string()),
+        ("source", pa.string()),
+        ("content", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+"""One entry an input row. ``content`` hashes prompt and image files; ``reason`` is why it is not scored, or null."""
+
+_IMAGES = pa.schema(
+    [("pixels", pa.large_binary()), ("height", pa.int64()), ("width", pa.int64()), ("image_prompt", pa.string())]
+)
+"""One entry an image: raw uint8 RGB, and the prompt that it is scored under."""
+
+
+def cut_chunks(unit: int, rows: Iterable[tuple[str, Pair | PairRejectedError]]) -> Iterator[pa.Table]:
+    """Decode a unit's rows and cut them into chunks.
+
+    Where the cuts are depends on the rows alone. There is at least one chunk, and the last one says that it is the
+    last.
+    """
+    number, entries, images, size = 0, [], [], 0
+    for source, pair in rows:
+        entry, decoded = _decode(source, pair)
+        added = sum(image.width * image.height * 3 for image in decoded)
+        if images and (size + added > CHUNK_BYTES or len(images) + len(decoded) > CHUNK_IMAGES):
+            yield _chunk(unit, number, entries, images, last=False)
+            number, entries, images, size = number + 1, [], [], 0
+        entries.append(entry)
+        images += [_image_entry(image, entry["prompt"]) for image in decoded]
+        size += added
+    yield _chunk(unit, number, entries, images, last=True)
+
+
+def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any], list[Image.Image]]:
+    if isinstance(pair, PairRejectedError):
+        return {"source": source, "pair_id": pair.pair_id, "reason": str(pair)}, []
+    entry = {
+        "source": source,
+        "pair_id": pair.pair_id,
+        "prompt": pair.prompt,
+        "label": pair.label,
+        "annotator": pair.annotator,
+        "content": content_id(pair.prompt, pair.image_0, pair.image_1),
+    }
+    try:
+        return entry, [decode_image(pair.image_0), decode_image(pair.image_1)]
+    except ImageRejectedError as reason:
+        return entry | {"reason": str(reason)}, []
+
+
+def _image_entry(image: Image.Image, prompt: str) -> dict[str, Any]:
+    return {"pixels": image.tobytes(), "height": image.height, "width": image.width, "image_prompt": prompt}
+
+
+def _chunk(
+    unit: int, number: int, entries: list[dict[str, Any]], images: list[dict[str, Any]], *, last: bool
+) -> pa.Table:
+    cells = {"unit": pa.array([unit]), "chunk": pa.array([number]), "last": pa.array([last])}
+    for schema, values in ((ROWS, entries), (_IMAGES, images)):
+        for name, column in zip(schema.names, pa.Table.from_pylist(values, schema=schema).columns, strict=True):
+            cells[name] = _cell(column.combine_chunks())
+    return pa.table(cells)
+
+
+def _cell(values: pa.Array) -> pa.Array:
+    """A column of one row that holds all ``values``."""
+    return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
+
+
+def values_of(chunk: pa.Table, name: str) -> pa.Array:
+    """The list that one cell of a chunk holds, without a copy."""
+    return chunk[name].combine_chunks().flatten()
+
+
+def images_of(chunk: pa.Table) -> Iterator[tuple[Image.Image, str]]:
+    """The images of a chunk, in order (image_0 and image_1 of its first pair, ...), each with its prompt."""
+    pixels = values_of(chunk, "pixels")
+    others = (values_of(chunk, name).to_pylist() for name in ("height", "width", "image_prompt"))
+    for index, (height, width, prompt) in enumerate(zip(*others, strict=True)):
+        values = np.frombuffer(pixels[index].as_buffer(), np.uint8).reshape(height, width, 3)
+        yield Image.fromarray(values), prompt
+
+
+def with_scores(chunk: pa.Table, scores: Mapping[str, np.ndarray]) -> pa.Table:
+    """The chunk with a column a reward: the score of each image."""
+    for name, values in scores.items():
+        chunk = chunk.append_column(f"score {name}", _cell(pa.array(values, pa.float64())))
+    return chunk
+
+
+def without_images(chunk: pa.Table) -> pa.Table:
+    """What is left to say of a chunk once every reward has seen it."""
+    return chunk.drop_columns(_IMAGES.names)
+
+
+def scores_of(chunk: pa.Table, name: str) -> np.ndarray:
+    """float64 [P, 2]: what a reward said of the P pairs that have images."""
+    return values_of(chunk, f"score {name}").to_numpy().reshape(-1, 2)
