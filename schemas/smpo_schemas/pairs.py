@@ -326,6 +326,11 @@ def _image_bytes(value: object, name: str, folder: Path) -> bytes:
     return value
 
 
+def image_id(data: bytes) -> str:
+    """Name an image by its encoded file: equal bytes, equal name, whatever pair it stands in."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
 def _label(value: object) -> float | None:
     if value is None:
         return None

@@ -17,6 +17,9 @@ from smpo_schemas.files import atomic_path, read_versioned, sha256_file, write_j
 SCORES_VERSION = 1
 SCORES_FILE = "scores.json"
 REJECTS_FILE = "rejected.parquet"
+IMAGE_IDS = ("image_0_id", "image_1_id")
+"""Columns that name both images by their content (:func:`smpo_schemas.pairs.image_id`), null or missing where unknown:
+tables of before they were there have schema version 1 too."""
 
 
 class RewardStatistics(BaseModel):
@@ -73,6 +76,7 @@ def score_schema(rewards: Sequence[str]) -> pa.Schema:
         ("prompt", pa.string()),
         ("label", pa.float32()),
         ("annotator", pa.string()),
+        *((name, pa.string()) for name in IMAGE_IDS),
     ]
     for name in rewards:
         columns += [(f"{name}_0", pa.float32()), (f"{name}_1", pa.float32())]
@@ -124,7 +128,25 @@ def read_scores(directory: Path, info: ScoresInfo, columns: Sequence[str] | None
         tables.append(table)
     if not tables:
         return score_schema(list(info.rewards)).empty_table()
-    return pa.concat_tables(tables)
+    # Older parts lack columns that came later; they are null there.
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def image_ids(table: pa.Table) -> np.ndarray | None:
+    """The names of all images, str [P, 2]; None where the table does not hold all of them."""
+    if not set(IMAGE_IDS) <= set(table.column_names) or any(table[name].null_count for name in IMAGE_IDS):
+        return None
+    return np.stack([np.array(table[name].to_pylist(), dtype=np.str_) for name in IMAGE_IDS], axis=1)
+
+
+def reward_scores(table: pa.Table, name: str) -> np.ndarray:
+    """Raw scores of one reward: float64 [P, 2]."""
+    return np.stack([table[f"{name}_{index}"].to_numpy().astype(np.float64) for index in (0, 1)], axis=1)
+
+
+def table_labels(table: pa.Table) -> np.ndarray:
+    """P(image_0 preferred) of each row: float64 [P], NaN where nobody labelled."""
+    return np.array([np.nan if label is None else label for label in table["label"].to_pylist()], dtype=np.float64)
 
 
 def reward_statistics(

@@ -18,7 +18,7 @@ from smpo_pipeline.inspection.pairs import print_rejects
 from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
 from smpo_schemas.preference import preference
 from smpo_schemas.rejects import Reject, read_rejects
-from smpo_schemas.scores import REJECTS_FILE, ScoresInfo, read_scores, read_scores_info
+from smpo_schemas.scores import REJECTS_FILE, ScoresInfo, read_scores, read_scores_info, reward_scores, table_labels
 
 _TIE = 0.5
 _MOST_ANNOTATORS = 10
@@ -51,17 +51,11 @@ def summarise_scores(directory: Path) -> ScoresSummary:
     """
     info = read_scores_info(directory)
     table = read_scores(directory, info)
-    columns = {
-        name: np.stack([table[f"{name}_{side}"].to_numpy().astype(np.float64) for side in (0, 1)], axis=1)
-        for name in info.rewards
-    }
     rejects = read_rejects(directory / REJECTS_FILE) if (directory / REJECTS_FILE).is_file() else []
     return ScoresSummary(
         info=info,
-        scores=columns,
-        labels_P=np.array(
-            [np.nan if label is None else label for label in table["label"].to_pylist()], dtype=np.float64
-        ),
+        scores={name: reward_scores(table, name) for name in info.rewards},
+        labels_P=table_labels(table),
         annotators=[name or "" for name in table["annotator"].to_pylist()],
         rejects=rejects,
     )

@@ -22,6 +22,7 @@ from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import PairColumns, RowRange, column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.rejects import Reject, write_rejects
 from smpo_schemas.scores import (
+    IMAGE_IDS,
     REJECTS_FILE,
     SCORES_FILE,
     SCORES_VERSION,
@@ -161,7 +162,8 @@ class _RewardActor:
 
 def _write(row: dict[str, Any], run: Run, rewards: Sequence[str]) -> dict[str, str]:
     """Commit a unit: its part of the table, then its record."""
-    pairs = from_bytes(row["table"]).select(["pair_id", "prompt", "label", "annotator", "source"]).to_pylist()
+    columns = ["pair_id", "prompt", "label", "annotator", *IMAGE_IDS, "source"]
+    pairs = from_bytes(row["table"]).select(columns).to_pylist()
     rejects = [Reject(**each) for each in json.loads(row["rejects"])]
     scores = json.loads(row["scores"])
     kept = []
