@@ -131,7 +131,9 @@ def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.absolute().rglob("*") if p.suffix in _SUFFIXES and not p.name.startswith("."))
+            found = sorted(
+                p for p in path.absolute().rglob("*") if p.suffix in _SUFFIXES and not p.name.startswith(".")
+            )
             if not found:
                 raise UserError(f"--pairs {path}: no .parquet or .jsonl file in this folder")
             files.extend(found)
@@ -165,8 +167,8 @@ def _digest(path: Path) -> str:
 
     A JSONL file is small (its images are paths) and read whole anyway. A Parquet file holds its images; its footer has
     the offset, compressed size and statistics of every column of every row group, so that hardly any other content has
-    the same one, and costs one read of some kilobytes. Bytes that change under an unchanged footer are noticed by
-    whoever hashes the pairs themselves (:func:`content_id`).
+    the same one, and costs one read of some kilobytes. Bytes that change under an unchanged footer are noticed where
+    images are compared by name (:func:`image_id`).
     """
     if path.suffix != ".parquet":
         return sha256_file(path)
@@ -292,7 +294,7 @@ def _pair(row: Mapping[str, Any], columns: PairColumns, folder: Path, pair_id: s
     prompt = _text(row, columns.prompt, "prompt") or ""
     images = [_image_bytes(row.get(name), name, folder) for name in (columns.image_0, columns.image_1)]
     return Pair(
-        pair_id=content_id(prompt, *images) if pair_id is None else pair_id,
+        pair_id=_content_id(prompt, *images) if pair_id is None else pair_id,
         prompt=prompt,
         image_0=images[0],
         image_1=images[1],
@@ -341,7 +343,7 @@ def _label(value: object) -> float | None:
     raise PairRejectedError(f"bad label: {value!r} is not a number from 0 to 1")
 
 
-def content_id(prompt: str, image_0: bytes, image_1: bytes) -> str:
+def _content_id(prompt: str, image_0: bytes, image_1: bytes) -> str:
     """Name a pair by what it holds; lengths keep the three parts apart."""
     digest = hashlib.sha256()
     for part in (prompt.encode(), image_0, image_1):

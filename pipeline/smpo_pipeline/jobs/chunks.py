@@ -1,8 +1,8 @@
 """Decoded pairs on their way through the rewards.
 
-A unit of work is read and decoded as a stream of chunks, which are small enough that many are in memory at once. A chunk
-is one row of Ray's: Ray cuts blocks where it likes, but never a row. Its cells are lists with an entry for each of its
-input rows, and for the images of those that are scored, so that neither a reward nor Ray copies pixels into Python.
+A unit of work is read and decoded as a stream of chunks, which are small enough that many are in memory at once. A
+chunk is one row of Ray's: Ray cuts blocks where it likes, but never a row. Its cells are lists with an entry for each
+of its input rows, and for the images of those that are scored, so that nobody copies pixels into Python objects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import pyarrow as pa
 from PIL import Image
 
 from smpo_pipeline.images import ImageRejectedError, decode_image
-from smpo_schemas.pairs import Pair, PairRejectedError, content_id
+from smpo_schemas.pairs import Pair, PairRejectedError, image_id
+from smpo_schemas.scores import IMAGE_IDS
 
 CHUNK_BYTES = 64 << 20
 """Decoded images of a chunk: about 80 of 512 pixels, 20 of 1024; and never less than one pair."""
@@ -28,12 +29,12 @@ ROWS = pa.schema(
         ("prompt", pa.string()),
         ("label", pa.float32()),
         ("annotator", pa.string()),
+        *((name, pa.string()) for name in IMAGE_IDS),
         ("source", pa.string()),
-        ("content", pa.string()),
         ("reason", pa.string()),
     ]
 )
-"""One entry an input row. ``content`` hashes prompt and image files; ``reason`` is why it is not scored, or null."""
+"""One entry an input row; ``reason`` is why it is not scored, or null."""
 
 _IMAGES = pa.schema(
     [("pixels", pa.large_binary()), ("height", pa.int64()), ("width", pa.int64()), ("image_prompt", pa.string())]
@@ -47,7 +48,9 @@ def cut_chunks(unit: int, rows: Iterable[tuple[str, Pair | PairRejectedError]]) 
     Where the cuts are depends on the rows alone. There is at least one chunk, and the last one says that it is the
     last.
     """
-    number, entries, images, size = 0, [], [], 0
+    number, size = 0, 0
+    entries: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     for source, pair in rows:
         entry, decoded = _decode(source, pair)
         added = sum(image.width * image.height * 3 for image in decoded)
@@ -69,7 +72,7 @@ def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any]
         "prompt": pair.prompt,
         "label": pair.label,
         "annotator": pair.annotator,
-        "content": content_id(pair.prompt, pair.image_0, pair.image_1),
+        **dict(zip(IMAGE_IDS, map(image_id, (pair.image_0, pair.image_1)), strict=True)),
     }
     try:
         return entry, [decode_image(pair.image_0), decode_image(pair.image_1)]
