@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -122,7 +123,7 @@ class _PartsBefore:
     def __init__(self, out: Path, base: ScoresInfo) -> None:
         self._out, self._base = out, base
         self._rejects = {reject.source: reject.reason for reject in read_rejects(out / REJECTS_FILE)}
-        self._parts = iter(base.parts)
+        self._parts, self._next = base.parts, 0
 
     def join(self, rows: pa.Table) -> pa.Table:
         """``rows``, all of one part, with the columns that are there already.
@@ -130,27 +131,47 @@ class _PartsBefore:
         Raises:
             UserError: they are not the pairs that the part holds.
         """
-        before = [self._rejects.get(source) for source in rows["source"].to_pylist()]
-        scored = np.flatnonzero([reason is None for reason in before])
-        if not len(scored):
-            return _with_reasons(rows, before)
-        part = next(self._parts, None)
+        part = self._parts[self._next] if self._next < len(self._parts) else None
         old = read_scores(self._out, self._base.model_copy(update={"parts": [part] if part else []}))
-        new = rows.take(pa.array(scored))
-        same = ["pair_id", "prompt", *IMAGE_IDS]
-        if old.select(same).to_pylist() != new.select(same).to_pylist():
-            raise UserError(
-                f"--pairs: rows from {new['source'][0]} on are not those that {self._out} holds scores of: a file was "
-                "changed in place; take another --out, or --overwrite to begin anew"
-            )
+        scored, reasons = self._match(rows, _keys(old))
+        if scored:
+            self._next += 1
         for name in (f"{reward}_{index}" for reward in self._base.rewards for index in range(2)):
             column = np.full(rows.num_rows, np.nan, dtype=np.float32)
-            column[scored] = old[name].to_numpy()
+            column[scored] = old[name].to_numpy() if scored else ()
             rows = rows.append_column(name, pa.array(column))
-        return _with_reasons(rows, before)
+        return rows.set_column(rows.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
+
+    def _match(self, rows: pa.Table, old: Sequence[tuple[object, ...]]) -> tuple[list[int], list[str | None]]:
+        """Where in ``rows`` the old ones are, in order, and why each row is not in the new table.
+
+        Whoever is among the old ones was scored, whatever ``rejected.parquet`` says: a kill may have left one that
+        already has the rows that the added reward rejects.
+        """
+        scored: list[int] = []
+        reasons: list[str | None] = []
+        sources, news = (rows[name].to_pylist() for name in ("source", "reason"))
+        for position, (key, source, new) in enumerate(zip(_keys(rows), sources, news, strict=True)):
+            if len(scored) < len(old) and old[len(scored)] == key:
+                scored.append(position)
+                reasons.append(new)
+            elif source in self._rejects:
+                # What was rejected before stays so, for the reason that was given.
+                reasons.append(self._rejects[source])
+            else:
+                self._refuse(source)
+        if scored and len(scored) < len(old):
+            self._refuse(sources[scored[-1]])
+        return scored, reasons
+
+    def _refuse(self, source: str) -> NoReturn:
+        raise UserError(
+            f"--pairs: rows from {source} on are not those that {self._out} holds scores of: a file was changed in "
+            "place; take another --out, or --overwrite to begin anew"
+        )
 
 
-def _with_reasons(rows: pa.Table, before: Sequence[str | None]) -> pa.Table:
-    """What was rejected before stays so, for the reason that was given."""
-    reasons = [old or new for old, new in zip(before, rows["reason"].to_pylist(), strict=True)]
-    return rows.set_column(rows.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
+def _keys(table: pa.Table) -> list[tuple[object, ...]]:
+    """What tells one row from another, but for those that have the same scores."""
+    columns = ("pair_id", "prompt", "label", "annotator", *IMAGE_IDS)
+    return list(zip(*(table[name].to_pylist() for name in columns), strict=True))
