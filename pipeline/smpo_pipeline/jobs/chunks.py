@@ -3,11 +3,14 @@
 A unit of work is read and decoded as a stream of chunks, which are small enough that many are in memory at once. A
 chunk is one row of Ray's: Ray cuts blocks where it likes, but never a row. Its cells are lists with an entry for each
 of its input rows, and for the images of those that are scored, so that nobody copies pixels into Python objects.
+
+Nothing here imports torch: decoding workers stay small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,8 @@ import pyarrow as pa
 from PIL import Image
 
 from smpo_pipeline.images import ImageRejectedError, decode_image
-from smpo_schemas.pairs import Pair, PairRejectedError, image_id
+from smpo_pipeline.jobs.prepare import read_ranges
+from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id
 from smpo_schemas.scores import IMAGE_IDS
 
 CHUNK_BYTES = 64 << 20
@@ -40,6 +44,14 @@ _IMAGES = pa.schema(
     [("pixels", pa.large_binary()), ("height", pa.int64()), ("width", pa.int64()), ("image_prompt", pa.string())]
 )
 """One entry an image: raw uint8 RGB, and the prompt that it is scored under."""
+
+
+def prepare_chunks(
+    table: pa.Table, units: Sequence[Sequence[RowRange]], columns: Mapping[Path, PairColumns]
+) -> Iterator[pa.Table]:
+    """Read, decode and cut the unit that a one-row ``table`` names; ``columns`` are those of each file."""
+    unit = table["unit"][0].as_py()
+    yield from cut_chunks(unit, read_ranges(units[unit], [columns[part.path] for part in units[unit]]))
 
 
 def cut_chunks(unit: int, rows: Iterable[tuple[str, Pair | PairRejectedError]]) -> Iterator[pa.Table]:

@@ -149,6 +149,11 @@ def share_gpus(wanted: Mapping[str, tuple[int, float]], there: int) -> dict[str,
     return {name: math.floor(least * scale * 1e4 + _ROUNDING) / 1e4 for name, (_, least) in largest_first}
 
 
+def limit_memory(dataset: ray.data.Dataset, limit: int) -> None:
+    """Let a job keep at most ``limit`` bytes in Ray's object store: stages wait rather than run ahead of a slow one."""
+    dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=limit)
+
+
 def use_threads(device: str, workers: int) -> None:
     """Inside an actor on CPU: share the machine's cores between so many ``workers`` (threads or actors)."""
     if device == "cpu":

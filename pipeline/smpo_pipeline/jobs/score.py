@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 from pydantic import BaseModel, ConfigDict
 
-from smpo_pipeline.jobs.chunks import cut_chunks
-from smpo_pipeline.jobs.cluster import Pool, gpus_there, run_units, share_gpus
-from smpo_pipeline.jobs.prepare import read_ranges
+from smpo_pipeline.jobs.chunks import CHUNK_BYTES, prepare_chunks
+from smpo_pipeline.jobs.cluster import Pool, gpus_there, limit_memory, run_units, share_gpus
 from smpo_pipeline.jobs.run import Run, describe_input
 from smpo_pipeline.jobs.score_table import PART_FILES, UNIT_ROWS, RewardModel, remove_leftovers, write_table
 from smpo_pipeline.jobs.score_units import RewardActor, UnitCollector
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.errors import UserError
-from smpo_schemas.pairs import PairColumns, RowRange, column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
 
 _STEP = ".scoring"
@@ -74,7 +72,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
 
     def build(source: ray.data.Dataset) -> ray.data.Dataset:
         dataset = source.map_batches(
-            partial(_prepare, units=units, columns=columns), batch_size=1, batch_format="pyarrow", num_cpus=1
+            partial(prepare_chunks, units=units, columns=columns), batch_size=1, batch_format="pyarrow", num_cpus=1
         )
         pools = _pools(options, {name: specs[name] for name in new}, sizes)
         for place, (name, pool) in enumerate(pools.items(), start=1):
@@ -91,6 +89,9 @@ def score(options: ScoreOptions) -> ScoresInfo:
                 },
                 **pool.options(),
             )
+        # A chunk that each worker is at, one that waits for it, both once more on their way out, and some to come.
+        workers = sum(pool.size * pool.threads for pool in pools.values())
+        limit_memory(dataset, CHUNK_BYTES * (4 * workers + 8))
         return dataset
 
     rows = [sum(part.stop - part.start for part in unit) for unit in units]
@@ -186,10 +187,3 @@ def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, 
         name: Pool(sizes[name], 0, max(1, cores // sizes[name]) if need.num_cpus > 1 else 1)
         for name, need in needs.items()
     }
-
-
-def _prepare(
-    table: pa.Table, units: Sequence[list[RowRange]], columns: Mapping[Path, PairColumns]
-) -> Iterator[pa.Table]:
-    unit = table["unit"][0].as_py()
-    yield from cut_chunks(unit, read_ranges(units[unit], [columns[part.path] for part in units[unit]]))
