@@ -40,9 +40,7 @@ ROWS = pa.schema(
 )
 """One entry an input row; ``reason`` is why it is not scored, or null."""
 
-_IMAGES = pa.schema(
-    [("pixels", pa.large_binary()), ("height", pa.int64()), ("width", pa.int64()), ("image_prompt", pa.string())]
-)
+_IMAGES = ("pixels", "height", "width", "image_prompt")
 """One entry an image: raw uint8 RGB, and the prompt that it is scored under."""
 
 
@@ -60,19 +58,46 @@ def cut_chunks(unit: int, rows: Iterable[tuple[str, Pair | PairRejectedError]]) 
     Where the cuts are depends on the rows alone. There is at least one chunk, and the last one says that it is the
     last.
     """
-    number, size = 0, 0
-    entries: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
+    number, chunk = 0, _Building()
     for source, pair in rows:
-        entry, decoded = _decode(source, pair)
-        added = sum(image.width * image.height * 3 for image in decoded)
-        if images and (size + added > CHUNK_BYTES or len(images) + len(decoded) > CHUNK_IMAGES):
-            yield _chunk(unit, number, entries, images, last=False)
-            number, entries, images, size = number + 1, [], [], 0
-        entries.append(entry)
-        images += [_image_entry(image, entry["prompt"]) for image in decoded]
-        size += added
-    yield _chunk(unit, number, entries, images, last=True)
+        entry, images = _decode(source, pair)
+        if not chunk.has_room(images):
+            yield chunk.finish(unit, number, last=False)
+            number, chunk = number + 1, _Building()
+        chunk.add(entry, images)
+    yield chunk.finish(unit, number, last=True)
+
+
+class _Building:
+    """A chunk that is being filled; its pixels are copied once, into what becomes the cell."""
+
+    def __init__(self) -> None:
+        self._entries: list[dict[str, Any]] = []
+        self._images: list[tuple[int, int, str]] = []
+        self._pixels, self._ends = bytearray(), [0]
+
+    def has_room(self, images: Sequence[Image.Image]) -> bool:
+        size = len(self._pixels) + sum(image.width * image.height * 3 for image in images)
+        fits = size <= CHUNK_BYTES and len(self._images) + len(images) <= CHUNK_IMAGES
+        return fits or not self._images
+
+    def add(self, entry: dict[str, Any], images: Sequence[Image.Image]) -> None:
+        self._entries.append(entry)
+        for image in images:
+            self._images.append((image.height, image.width, entry["prompt"]))
+            self._pixels += image.tobytes()
+            self._ends.append(len(self._pixels))
+
+    def finish(self, unit: int, number: int, *, last: bool) -> pa.Table:
+        cells = {"unit": pa.array([unit]), "chunk": pa.array([number]), "last": pa.array([last])}
+        table = pa.Table.from_pylist(self._entries, schema=ROWS)
+        cells |= {name: _cell(table[name].combine_chunks()) for name in ROWS.names}
+        buffers = [None, pa.py_buffer(np.array(self._ends, np.int64)), pa.py_buffer(self._pixels)]
+        pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self._images), buffers)
+        heights, widths, prompts = zip(*self._images, strict=True) if self._images else ((), (), ())
+        sizes = (pa.array(heights, pa.int64()), pa.array(widths, pa.int64()))
+        columns = (pixels, *sizes, pa.array(prompts, pa.string()))
+        return pa.table(cells | {name: _cell(column) for name, column in zip(_IMAGES, columns, strict=True)})
 
 
 def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any], list[Image.Image]]:
@@ -90,20 +115,6 @@ def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any]
         return entry, [decode_image(pair.image_0), decode_image(pair.image_1)]
     except ImageRejectedError as reason:
         return entry | {"reason": str(reason)}, []
-
-
-def _image_entry(image: Image.Image, prompt: str) -> dict[str, Any]:
-    return {"pixels": image.tobytes(), "height": image.height, "width": image.width, "image_prompt": prompt}
-
-
-def _chunk(
-    unit: int, number: int, entries: list[dict[str, Any]], images: list[dict[str, Any]], *, last: bool
-) -> pa.Table:
-    cells = {"unit": pa.array([unit]), "chunk": pa.array([number]), "last": pa.array([last])}
-    for schema, values in ((ROWS, entries), (_IMAGES, images)):
-        for name, column in zip(schema.names, pa.Table.from_pylist(values, schema=schema).columns, strict=True):
-            cells[name] = _cell(column.combine_chunks())
-    return pa.table(cells)
 
 
 def _cell(values: pa.Array) -> pa.Array:
@@ -134,7 +145,7 @@ def with_scores(chunk: pa.Table, scores: Mapping[str, np.ndarray]) -> pa.Table:
 
 def without_images(chunk: pa.Table) -> pa.Table:
     """What is left to say of a chunk once every reward has seen it."""
-    return chunk.drop_columns(_IMAGES.names)
+    return chunk.drop_columns(list(_IMAGES))
 
 
 def scores_of(chunk: pa.Table, name: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from smpo_pipeline.jobs.chunks import CHUNK_BYTES, prepare_chunks
 from smpo_pipeline.jobs.cluster import Pool, gpus_there, limit_memory, run_units, share_gpus
+from smpo_pipeline.jobs.paths import AbsolutePath, absolute_model
 from smpo_pipeline.jobs.run import Run, describe_input
 from smpo_pipeline.jobs.score_table import PART_FILES, UNIT_ROWS, RewardModel, remove_leftovers, write_table
 from smpo_pipeline.jobs.score_units import RewardActor, UnitCollector
@@ -30,8 +31,8 @@ class ScoreOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    pairs: list[Path]
-    out: Path
+    pairs: list[AbsolutePath]
+    out: AbsolutePath
     reward: list[str]
     columns: dict[str, str | None]
     batch_size: int | None
@@ -89,9 +90,9 @@ def score(options: ScoreOptions) -> ScoresInfo:
                 },
                 **pool.options(),
             )
-        # A chunk that each worker is at, one that waits for it, both once more on their way out, and some to come.
+        # For each worker the chunk that it is at and the next one, and some on their way.
         workers = sum(pool.size * pool.threads for pool in pools.values())
-        limit_memory(dataset, CHUNK_BYTES * (4 * workers + 8))
+        limit_memory(dataset, CHUNK_BYTES * (2 * workers + 8))
         return dataset
 
     rows = [sum(part.stop - part.start for part in unit) for unit in units]
@@ -109,9 +110,7 @@ def _specs(given: Sequence[str]) -> dict[str, str]:
         reward, model = parse_reward(spec)
         if reward.name in specs:
             raise UserError(f"--reward names {reward.name} twice; a scores table has one column a name")
-        if model and Path(model).exists():
-            spec = f"{spec.partition('=')[0]}={Path(model).absolute()}"  # noqa: PLW2901
-        specs[reward.name] = spec
+        specs[reward.name] = f"{spec.partition('=')[0]}={absolute_model(model)}" if model else spec
     return specs
 
 
