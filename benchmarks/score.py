@@ -4,23 +4,27 @@ Images a second of the job, of the published one-at-a-time loops over the same m
 scorer on decoded batches (what Ray costs); what a second reward costs; and peak memory at ten times the data behind an
 artificially slow reward. Everything is measured in turns, each in a process of its own; ratios are medians over turns.
 
-    python benchmarks/score.py [--turns N] [--skip-memory]
+    python benchmarks/score.py [--turns N]
 
-About twenty minutes on two cores.
+About fifteen minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -36,6 +40,7 @@ import smpo_pipeline.jobs.score as job
 from smpo_pipeline.images import decode_image
 from smpo_pipeline.jobs.score_units import RewardActor
 from smpo_pipeline.rewards import load_reward
+from smpo_schemas.files import write_bytes
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "pipeline/smpo_pipeline/toy/assets/rewards/pickscore"
@@ -43,6 +48,8 @@ CORES = os.cpu_count() or 1
 BATCH = 32
 SLEEP = 0.02
 """Seconds an image that the slow reward takes."""
+MEMORY_PAIRS, MEMORY_SIDE = 300, 1024
+HEADING = "## Scoring"
 
 
 # The measured programs
@@ -128,14 +135,20 @@ def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, *, slow: bo
 # Measuring
 
 
-def measure(kind: str, *arguments: object) -> float:
-    """Run one of the programs in a process of its own, on all cores; returns its seconds."""
+def measure(kind: str, *arguments: object, threads: int = CORES) -> float:
+    """Run one of the programs in a process of its own; returns its seconds."""
     command = [sys.executable, __file__, "--measure", kind, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(CORES), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
+    print(kind, *arguments[1:], f"on {threads} threads:", done.stdout.strip().splitlines()[-1], flush=True)
     return float(done.stdout.strip().splitlines()[-1])
+
+
+def measure_loop(kind: str, *arguments: object) -> float:
+    """Seconds of a loop on all cores, or on one where that is faster: on a shared machine, threads wait for others."""
+    return min(measure(kind, *arguments, threads=threads) for threads in {CORES, 1})
 
 
 def peak_memory(*arguments: object) -> tuple[float, float]:
@@ -221,39 +234,104 @@ def make_vit_b(path: Path, seed: int) -> Path:
 # The page
 
 
-def throughput(name: str, pairs: Path, models: Sequence[Path], count: int, few: int, turns: int) -> list[str]:
-    """Rows of the table for one model size: medians of images a second, and of the ratios within a turn."""
-    first, second = f"pickscore={models[0]}", f"clipscore={models[1]}"
-    results: list[dict[str, float]] = []
-    for turn in range(turns):
-        start = measure("job", pairs, 1, first)
-        one = measure("job", pairs, count, first)
-        both = measure("job", pairs, count, first, second)
-        seconds = {
-            "start": start,
-            "published, one image at a time": measure("published", pairs, models[0], few, 1) / few,
-            "published, a pair at a time": measure("published", pairs, models[0], few, 2) / few,
-            "bare loop": measure("bare", pairs, first, count) / count,
-            "job": (one - start) / (count - 1),
-            "second reward": (both - one) / count,
-        }
-        results.append(seconds)
-        print(name, turn, json.dumps({key: round(value, 4) for key, value in seconds.items()}), flush=True)
+@dataclass(frozen=True)
+class Size:
+    """A model size: two reward models, the pairs of the job and the bare loop, and those of the published loops."""
 
-    def rate(key: str) -> str:
-        return f"{2 / median(each[key] for each in results):.1f}"
+    name: str
+    models: tuple[Path, Path]
+    pairs: int
+    few: int
 
-    def ratio(above: str, below: str) -> str:
-        values = sorted(each[above] / each[below] for each in results)
-        return f"{median(values):.2f} ({values[0]:.2f} .. {values[-1]:.2f})"
 
-    single, pair, bare = "published, one image at a time", "published, a pair at a time", "bare loop"
-    return [
-        f"| {name} | {rate(single)} | {rate(pair)} | {rate(bare)} | {rate('job')} | "
-        f"{median(each['start'] for each in results):.1f} s |",
-        f"| {name} | {ratio(single, 'job')} | {ratio(pair, 'job')} | {ratio(bare, 'job')} | "
-        f"{ratio('second reward', bare)} |",
+SINGLE, PAIR, BARE, JOB, SECOND = "one image", "a pair", "bare loop", "job", "second reward"
+
+
+def turn(pairs: Path, size: Size) -> dict[str, float]:
+    """Measure everything once: seconds a pair; and Ray's start (with all imports and one pair) in seconds."""
+    first, second = f"pickscore={size.models[0]}", f"clipscore={size.models[1]}"
+    start = measure("job", pairs, 1, first)
+    one = measure("job", pairs, size.pairs, first)
+    both = measure("job", pairs, size.pairs, first, second)
+    return {
+        "start": start,
+        SINGLE: measure_loop("published", pairs, size.models[0], size.few, 1) / size.few,
+        PAIR: measure_loop("published", pairs, size.models[0], size.few, 2) / size.few,
+        BARE: measure_loop("bare", pairs, first, size.pairs) / size.pairs,
+        JOB: (one - start) / (size.pairs - 1),
+        SECOND: (both - one) / size.pairs,
+    }
+
+
+def rates(size: Size, turns: Sequence[dict[str, float]]) -> str:
+    """A line of the first table: images a second."""
+    cells = [f"{2 / median(each[key] for each in turns):.1f}" for key in (SINGLE, PAIR, BARE, JOB)]
+    return f"| {size.name} | {' | '.join(cells)} | {median(each['start'] for each in turns):.1f} |"
+
+
+def ratios(size: Size, turns: Sequence[dict[str, float]]) -> str:
+    """A line of the second table: medians, and the smallest and largest of the turns."""
+    cells = []
+    for above, below in ((SINGLE, JOB), (PAIR, JOB), (BARE, JOB), (SECOND, BARE)):
+        values = sorted(each[above] / each[below] for each in turns)
+        cells.append(f"{median(values):.2f} ({values[0]:.2f} .. {values[-1]:.2f})")
+    return f"| {size.name} | {' | '.join(cells)} |"
+
+
+def page(results: dict[Size, list[dict[str, float]]], memory: dict[int, tuple[float, float]]) -> str:
+    """The section of docs/benchmarks.md."""
+    names = ("torch", "transformers", "ray", "pyarrow", "pillow")
+    libraries = ", ".join(f"{name} {version(name)}" for name in names)
+    counts = "; ".join(f"{size.name} {size.pairs} and {size.few}" for size in results)
+    lines = [
+        f"| {count} | {count * 2 * MEMORY_SIDE**2 * 3 / 1e9:.1f} | {peak / 1e3:.2f} | {seconds:.0f} |"
+        for count, (peak, seconds) in memory.items()
     ]
+    growth = max(peak for peak, _ in memory.values()) / min(peak for peak, _ in memory.values()) - 1
+    return f"""{HEADING}
+
+Made by `python benchmarks/score.py` on {dt.datetime.now(dt.UTC).date()}: {CORES} CPU cores ({platform.machine()}),
+Python {platform.python_version()}, {libraries}. Do not edit by hand. The machine was shared with other work, so that
+ratios within a turn say more than rates: medians of {len(next(iter(results.values())))} turns, smallest and largest in
+brackets. Loops ran on all cores and on one; the faster counts.
+
+Float32, batches of {BATCH}, pairs of 512 x 512 JPEGs. The toy is the embedded world's PickScore; ViT-B/32 is a random
+CLIP of that shape, 224 pixels. Pairs a turn, for the job and the bare loop, and for the published ones: {counts}.
+
+Images a second, without start-up; the last column is the seconds that the same command takes for one pair (imports,
+Ray's start, loading the weights twice):
+
+| model | published loop, one image at a time | a pair at a time | bare loop | our job | start-up, s |
+|---|---|---|---|---|---|
+{chr(10).join(rates(size, turns) for size, turns in results.items())}
+
+The published loop decodes, preprocesses, encodes text and image, one after another. The bare loop calls our scorer on
+images that are decoded already; the job also reads, decodes, hashes, and writes the table.
+
+| model | job / loop, one image (3 wanted) | job / loop, a pair | job / bare loop (0.9 wanted) | second reward's cost / its bare loop (at most 1.1 wanted) |
+|---|---|---|---|---|
+{chr(10).join(ratios(size, turns) for size, turns in results.items())}
+
+### Memory behind a slow reward
+
+Two toy rewards, the second of which sleeps {SLEEP * 1e3:.0f} ms an image; {MEMORY_SIDE} x {MEMORY_SIDE} JPEGs. Peak of
+the proportional resident memory of all processes (Ray's own, workers, actors, object store), sampled twice a second:
+
+| pairs | decoded, GB | peak, GB | seconds |
+|---|---|---|---|
+{chr(10).join(lines)}
+
+Ten times the data takes {100 * growth:.0f} % more memory.
+"""
+
+
+def write_section(target: Path, section: str) -> None:
+    """Put the section in its place in the page, or at its end."""
+    text = target.read_text() if target.is_file() else "# Benchmarks\n"
+    before, found, after = text.partition(HEADING)
+    rest = after.partition("\n## ")
+    tail = f"\n## {rest[2]}" if found and rest[1] else ""
+    write_bytes(target, f"{before.rstrip()}\n\n{section}{tail}".encode())
 
 
 def main() -> None:
@@ -261,17 +339,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks.md", help="page to write")
     arguments = parser.parse_args()
     if arguments.measure:
-        kind, pairs, *rest = arguments.measure
-        if kind == "published":
-            seconds = published_loop(Path(pairs), rest[0], int(rest[1]), int(rest[2]))
-        elif kind == "bare":
-            seconds = bare_loop(Path(pairs), rest[0], int(rest[1]))
-        else:
-            seconds = run_job([Path(each) for each in pairs.split(",")], rest[1:], int(rest[0]), slow=kind == "slow")
-        print(seconds)
+        print(run_program(*arguments.measure))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        pairs = make_pairs(work / "pairs.parquet", 400, 512)
+        sizes = [
+            Size("toy", (TOY, TOY.parent / "clipscore"), 400, 32),
+            Size("ViT-B/32", (make_vit_b(work / "a", 0), make_vit_b(work / "b", 1)), 64, 6),
+        ]
+        results: dict[Size, list[dict[str, float]]] = {size: [] for size in sizes}
+        for _ in range(arguments.turns):
+            for size in sizes:
+                results[size].append(turn(pairs, size))
+                print(size.name, json.dumps(results[size][-1]), flush=True)
+        large = [make_pairs(work / "large-00.parquet", MEMORY_PAIRS // 2, MEMORY_SIDE)]
+        for number in range(1, 20):
+            large.append(work / f"large-{number:02d}.parquet")
+            large[-1].hardlink_to(large[0])
+        memory = {}
+        for files in (2, 20):
+            count = files * MEMORY_PAIRS // 2
+            rewards = (f"pickscore={TOY}", f"clipscore={TOY.parent / 'clipscore'}")
+            memory[count] = peak_memory("slow", ",".join(map(str, large[:files])), count, *rewards)
+            print(count, memory[count], flush=True)
+        section = page(results, memory)
+        write_section(arguments.out, section)
+        print(section)
+
+
+def run_program(kind: str, pairs: str, *rest: str) -> float:
+    """One of the measured programs, in this process."""
+    if kind == "published":
+        return published_loop(Path(pairs), rest[0], int(rest[1]), int(rest[2]))
+    if kind == "bare":
+        return bare_loop(Path(pairs), rest[0], int(rest[1]))
+    return run_job([Path(each) for each in pairs.split(",")], rest[1:], int(rest[0]), slow=kind == "slow")
 
 
 if __name__ == "__main__":

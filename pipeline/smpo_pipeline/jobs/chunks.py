@@ -23,9 +23,9 @@ from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, i
 from smpo_schemas.scores import IMAGE_IDS
 
 CHUNK_BYTES = 64 << 20
-"""Decoded images of a chunk: about 80 of 512 pixels, 20 of 1024; and never less than one pair."""
+"""Of decoded images in a chunk: 21 of 1024 pixels; but never less than one pair."""
 
-CHUNK_IMAGES = 128
+CHUNK_IMAGES = 64
 
 ROWS = pa.schema(
     [
