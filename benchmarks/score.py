@@ -23,10 +23,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple, Self
 
 import numpy as np
 import psutil
@@ -55,13 +57,55 @@ HEADING = "## Scoring"
 # The measured programs
 
 
+class Cost(NamedTuple):
+    """Seconds by the clock, and of the CPU in this process and all it starts."""
+
+    clock: float
+    cpu: float
+
+    def each(self, count: int) -> Cost:
+        """For one of ``count``."""
+        return Cost(self.clock / count, self.cpu / count)
+
+    def less(self, other: Cost) -> Cost:
+        """What it costs more than ``other``."""
+        return Cost(self.clock - other.clock, self.cpu - other.cpu)
+
+
+class Stopwatch:
+    """Measures what happens inside; processes are looked at five times a second, since some are gone at the end."""
+
+    cost: Cost
+
+    def __enter__(self) -> Self:
+        self._cpu: dict[int, float] = {}
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._start, self._start_cpu = time.perf_counter(), time.process_time()
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.2):
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    used = child.cpu_times()
+                    self._cpu[child.pid] = used.user + used.system
+
+    def __exit__(self, *_error: object) -> None:
+        own, clock = time.process_time() - self._start_cpu, time.perf_counter() - self._start
+        self._done.set()
+        self._watcher.join()
+        self.cost = Cost(clock, own + sum(self._cpu.values()))
+
+
 def rows_of(path: Path, count: int) -> list[dict[str, object]]:
     """The first pairs of the input."""
     return pq.read_table(path).slice(0, count).to_pylist()
 
 
-def published_loop(pairs: Path, model: str, count: int, images_at_once: int) -> float:
-    """Seconds for the loop of the published scripts: decode, processor, text tower, image tower, cosine."""
+def published_loop(pairs: Path, model: str, count: int, images_at_once: int) -> Cost:
+    """Cost of the loop of the published scripts: decode, processor, text tower, image tower, cosine."""
     processor, clip = CLIPProcessor.from_pretrained(model), CLIPModel.from_pretrained(model).eval()
     limit = clip.config.text_config.max_position_embeddings
     rows = rows_of(pairs, count)
@@ -80,23 +124,23 @@ def published_loop(pairs: Path, model: str, count: int, images_at_once: int) -> 
     names = ("jpg_0", "jpg_1")
     calls = [names] if images_at_once == 2 else [names[:1], names[1:]]
     score(rows[0], names)
-    start = time.perf_counter()
-    for row in rows:
-        for call in calls:
-            score(row, call)
-    return time.perf_counter() - start
+    with Stopwatch() as watch:
+        for row in rows:
+            for call in calls:
+                score(row, call)
+    return watch.cost
 
 
-def bare_loop(pairs: Path, spec: str, count: int) -> float:
-    """Seconds for our scorer on decoded images, batch by batch."""
+def bare_loop(pairs: Path, spec: str, count: int) -> Cost:
+    """Cost of our scorer on decoded images, batch by batch."""
     reward = load_reward(spec, "cpu")
     items = [(decode_image(row[name]), row["caption"]) for row in rows_of(pairs, count) for name in ("jpg_0", "jpg_1")]
     batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
     reward.score(*zip(*batches[0], strict=True))
-    start = time.perf_counter()
-    for batch in batches:
-        reward.score(*zip(*batch, strict=True))
-    return time.perf_counter() - start
+    with Stopwatch() as watch:
+        for batch in batches:
+            reward.score(*zip(*batch, strict=True))
+    return watch.cost
 
 
 class SlowActor(RewardActor):
@@ -110,8 +154,8 @@ class SlowActor(RewardActor):
         return scored
 
 
-def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, *, slow: bool = False) -> float:
-    """Seconds for the whole job, Ray's start included."""
+def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, *, slow: bool = False) -> Cost:
+    """Cost of the whole job, Ray's start included."""
     if slow:
         job.RewardActor = SlowActor
     with tempfile.TemporaryDirectory() as out:
@@ -127,29 +171,31 @@ def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, *, slow: bo
             limit=count,
             overwrite=False,
         )
-        start = time.perf_counter()
-        job.score(options)
-        return time.perf_counter() - start
+        with Stopwatch() as watch:
+            job.score(options)
+        return watch.cost
 
 
 # Measuring
 
 
-def measure(kind: str, *arguments: object, threads: int = CORES) -> float:
-    """Run one of the programs in a process of its own; returns its seconds."""
+def measure(kind: str, *arguments: object, threads: int = CORES) -> Cost:
+    """Run one of the programs in a process of its own."""
     command = [sys.executable, __file__, "--measure", kind, *map(str, arguments)]
     # Ray makes its workers nice; beside other work, they would then be compared to loops that are not.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
-    print(kind, *arguments[1:], f"on {threads} threads:", done.stdout.strip().splitlines()[-1], flush=True)
-    return float(done.stdout.strip().splitlines()[-1])
+    cost = Cost(*json.loads(done.stdout.strip().splitlines()[-1]))
+    print(kind, *arguments[1:], f"on {threads} threads: {cost}", flush=True)
+    return cost
 
 
-def measure_loop(kind: str, *arguments: object) -> float:
-    """Seconds of a loop on all cores, or on one where that is faster: on a shared machine, threads wait for others."""
-    return min(measure(kind, *arguments, threads=threads) for threads in {CORES, 1})
+def measure_loop(kind: str, *arguments: object) -> Cost:
+    """Cost of a loop on all cores or on one, the smaller: on a shared machine, threads wait for each other."""
+    costs = [measure(kind, *arguments, threads=threads) for threads in sorted({CORES, 1})]
+    return Cost(min(cost.clock for cost in costs), min(cost.cpu for cost in costs))
 
 
 def peak_memory(*arguments: object) -> tuple[float, float]:
@@ -171,7 +217,7 @@ def peak_memory(*arguments: object) -> tuple[float, float]:
         watcher.join()
         if process.returncode:
             raise SystemExit(f"{command} failed")
-    return peak / 1e6, float(printed.strip().splitlines()[-1])
+    return peak / 1e6, json.loads(printed.strip().splitlines()[-1])[0]
 
 
 def tree_memory(pid: int) -> int:
@@ -248,38 +294,42 @@ class Size:
 SINGLE, PAIR, BARE, JOB, SECOND = "one image", "a pair", "bare loop", "job", "second reward"
 
 
-def turn(pairs: Path, size: Size) -> dict[str, float]:
-    """Measure everything once: seconds a pair; and Ray's start (with all imports and one pair) in seconds."""
+def turn(pairs: Path, size: Size) -> dict[str, Cost]:
+    """Measure everything once: cost of a pair; and of Ray's start with all imports and one pair."""
     first, second = f"pickscore={size.models[0]}", f"clipscore={size.models[1]}"
     start = measure("job", pairs, 1, first)
     one = measure("job", pairs, size.pairs, first)
     both = measure("job", pairs, size.pairs, first, second)
     return {
         "start": start,
-        SINGLE: measure_loop("published", pairs, size.models[0], size.few, 1) / size.few,
-        PAIR: measure_loop("published", pairs, size.models[0], size.few, 2) / size.few,
-        BARE: measure_loop("bare", pairs, first, size.pairs) / size.pairs,
-        JOB: (one - start) / (size.pairs - 1),
-        SECOND: (both - one) / size.pairs,
+        SINGLE: measure_loop("published", pairs, size.models[0], size.few, 1).each(size.few),
+        PAIR: measure_loop("published", pairs, size.models[0], size.few, 2).each(size.few),
+        BARE: measure_loop("bare", pairs, first, size.pairs).each(size.pairs),
+        JOB: one.less(start).each(size.pairs - 1),
+        SECOND: both.less(one).each(size.pairs),
     }
 
 
-def rates(size: Size, turns: Sequence[dict[str, float]]) -> str:
+def rates(size: Size, turns: Sequence[dict[str, Cost]]) -> str:
     """A line of the first table: images a second."""
-    cells = [f"{2 / median(each[key] for each in turns):.1f}" for key in (SINGLE, PAIR, BARE, JOB)]
-    return f"| {size.name} | {' | '.join(cells)} | {median(each['start'] for each in turns):.1f} |"
+    cells = [f"{2 / median(each[key].clock for each in turns):.1f}" for key in (SINGLE, PAIR, BARE, JOB)]
+    return f"| {size.name} | {' | '.join(cells)} | {median(each['start'].clock for each in turns):.1f} |"
 
 
-def ratios(size: Size, turns: Sequence[dict[str, float]]) -> str:
-    """A line of the second table: medians, and the smallest and largest of the turns."""
-    cells = []
-    for above, below in ((SINGLE, JOB), (PAIR, JOB), (BARE, JOB), (SECOND, BARE)):
-        values = sorted(each[above] / each[below] for each in turns)
-        cells.append(f"{median(values):.2f} ({values[0]:.2f} .. {values[-1]:.2f})")
-    return f"| {size.name} | {' | '.join(cells)} |"
+def ratios(size: Size, turns: Sequence[dict[str, Cost]]) -> str:
+    """Two lines of the second table: medians, and the smallest and largest where there are several turns."""
+    lines = []
+    for place, kind in enumerate(("clock", "CPU")):
+        cells = []
+        for above, below in ((SINGLE, JOB), (PAIR, JOB), (BARE, JOB), (SECOND, BARE)):
+            values = sorted(each[above][place] / each[below][place] for each in turns)
+            spread = f" ({values[0]:.2f} .. {values[-1]:.2f})" if len(values) > 1 else ""
+            cells.append(f"{median(values):.2f}{spread}")
+        lines.append(f"| {size.name} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def page(results: dict[Size, list[dict[str, float]]], memory: dict[int, tuple[float, float]]) -> str:
+def page(results: dict[Size, list[dict[str, Cost]]], memory: dict[int, tuple[float, float]]) -> str:
     """The section of docs/benchmarks.md."""
     names = ("torch", "transformers", "ray", "pyarrow", "pillow")
     libraries = ", ".join(f"{name} {version(name)}" for name in names)
@@ -293,8 +343,9 @@ def page(results: dict[Size, list[dict[str, float]]], memory: dict[int, tuple[fl
 
 Made by `python benchmarks/score.py` on {dt.datetime.now(dt.UTC).date()}: {CORES} CPU cores ({platform.machine()}),
 Python {platform.python_version()}, {libraries}. Do not edit by hand. The machine was shared with other work, so that
-ratios within a turn say more than rates: medians of {len(next(iter(results.values())))} turns, smallest and largest in
-brackets. Loops ran on all cores and on one; the faster counts. Ray's workers had the loops' priority.
+rates say little, ratios by the clock more, and ratios of CPU seconds (of all processes) most. Medians of
+{len(next(iter(results.values())))} turns, smallest and largest in brackets. Loops ran on all cores and on one; the
+better counts. Ray's workers had the loops' priority.
 
 Float32, batches of {BATCH}, pairs of 512 x 512 JPEGs. The toy is the embedded world's PickScore; ViT-B/32 is a random
 CLIP of that shape, 224 pixels. Pairs a turn, for the job and the bare loop, and for the published ones: {counts}.
@@ -312,8 +363,8 @@ images that are decoded already; the job also reads, decodes, hashes, and writes
 Speed of the job over that of the loops (3 times the published one, 0.9 of the bare one are wanted), and what a second
 reward of the same size adds to the job over its own bare loop (at most 1.1 is wanted):
 
-| model | over one image at a time | over a pair at a time | over the bare loop | second reward |
-|---|---|---|---|---|
+| model | by | over one image at a time | over a pair at a time | over the bare loop | second reward |
+|---|---|---|---|---|---|
 {chr(10).join(ratios(size, turns) for size, turns in results.items())}
 
 ### Memory behind a slow reward
@@ -346,16 +397,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks.md", help="page to write")
     arguments = parser.parse_args()
     if arguments.measure:
-        print(run_program(*arguments.measure))
+        print(json.dumps(run_program(*arguments.measure)))
         return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         pairs = make_pairs(work / "pairs.parquet", 400, 512)
         sizes = [
-            Size("toy", (TOY, TOY.parent / "clipscore"), 400, 32),
-            Size("ViT-B/32", (make_vit_b(work / "a", 0), make_vit_b(work / "b", 1)), 64, 6),
+            Size("toy", (TOY, TOY.parent / "clipscore"), 200, 16),
+            Size("ViT-B/32", (make_vit_b(work / "a", 0), make_vit_b(work / "b", 1)), 64, 4),
         ]
-        results: dict[Size, list[dict[str, float]]] = {size: [] for size in sizes}
+        results: dict[Size, list[dict[str, Cost]]] = {size: [] for size in sizes}
         for _ in range(arguments.turns):
             for size in sizes:
                 results[size].append(turn(pairs, size))
@@ -375,7 +426,7 @@ def main() -> None:
         print(section)
 
 
-def run_program(kind: str, pairs: str, *rest: str) -> float:
+def run_program(kind: str, pairs: str, *rest: str) -> Cost:
     """One of the measured programs, in this process."""
     if kind == "published":
         return published_loop(Path(pairs), rest[0], int(rest[1]), int(rest[2]))
