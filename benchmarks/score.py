@@ -6,7 +6,7 @@ artificially slow reward. Everything is measured in turns, each in a process of 
 
     python benchmarks/score.py [--turns N]
 
-About fifteen minutes on two cores.
+About fifteen minutes on two cores. What was stopped goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -36,10 +36,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from pydantic import BaseModel
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import smpo_pipeline.jobs.score as job
 from smpo_pipeline.images import decode_image
+from smpo_pipeline.jobs.chunks import values_of, with_scores, without_images
 from smpo_pipeline.jobs.score_units import RewardActor
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.files import write_bytes
@@ -144,14 +146,15 @@ def bare_loop(pairs: Path, spec: str, count: int) -> Cost:
 
 
 class SlowActor(RewardActor):
-    """Takes its time over the last reward of the chain."""
+    """In place of rewards: the first one costs nothing, the last one takes its time."""
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
-        """Score, then sleep."""
-        scored = super().__call__(chunk)
+        """Score all images alike."""
+        num_images = len(values_of(chunk, "height"))
         if self._last:
-            time.sleep(SLEEP * len(scored["score pickscore"].combine_chunks().flatten()))
-        return scored
+            time.sleep(SLEEP * num_images)
+        scored = with_scores(chunk, {self._reward.name: np.zeros(num_images)})
+        return without_images(scored) if self._last else scored
 
 
 def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, *, slow: bool = False) -> Cost:
@@ -294,6 +297,14 @@ class Size:
 SINGLE, PAIR, BARE, JOB, SECOND = "one image", "a pair", "bare loop", "job", "second reward"
 
 
+class Results(BaseModel):
+    """What was measured: by model size its turns and pairs; by number of pairs, peak memory in MB and seconds."""
+
+    turns: dict[str, list[dict[str, Cost]]] = {}
+    counts: dict[str, tuple[int, int]] = {}
+    memory: dict[int, tuple[float, float]] = {}
+
+
 def turn(pairs: Path, size: Size) -> dict[str, Cost]:
     """Measure everything once: cost of a pair; and of Ray's start with all imports and one pair."""
     first, second = f"pickscore={size.models[0]}", f"clipscore={size.models[1]}"
@@ -310,13 +321,13 @@ def turn(pairs: Path, size: Size) -> dict[str, Cost]:
     }
 
 
-def rates(size: Size, turns: Sequence[dict[str, Cost]]) -> str:
+def rates(name: str, turns: Sequence[dict[str, Cost]]) -> str:
     """A line of the first table: images a second."""
     cells = [f"{2 / median(each[key].clock for each in turns):.1f}" for key in (SINGLE, PAIR, BARE, JOB)]
-    return f"| {size.name} | {' | '.join(cells)} | {median(each['start'].clock for each in turns):.1f} |"
+    return f"| {name} | {' | '.join(cells)} | {median(each['start'].clock for each in turns):.1f} |"
 
 
-def ratios(size: Size, turns: Sequence[dict[str, Cost]]) -> str:
+def ratios(name: str, turns: Sequence[dict[str, Cost]]) -> str:
     """Two lines of the second table: medians, and the smallest and largest where there are several turns."""
     lines = []
     for place, kind in enumerate(("clock", "CPU")):
@@ -325,15 +336,16 @@ def ratios(size: Size, turns: Sequence[dict[str, Cost]]) -> str:
             values = sorted(each[above][place] / each[below][place] for each in turns)
             spread = f" ({values[0]:.2f} .. {values[-1]:.2f})" if len(values) > 1 else ""
             cells.append(f"{median(values):.2f}{spread}")
-        lines.append(f"| {size.name} | {kind} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def page(results: dict[Size, list[dict[str, Cost]]], memory: dict[int, tuple[float, float]]) -> str:
+def page(results: Results) -> str:
     """The section of docs/benchmarks.md."""
     names = ("torch", "transformers", "ray", "pyarrow", "pillow")
     libraries = ", ".join(f"{name} {version(name)}" for name in names)
-    counts = "; ".join(f"{size.name} {size.pairs} and {size.few}" for size in results)
+    counts = "; ".join(f"{name} {pairs} and {few}" for name, (pairs, few) in results.counts.items())
+    memory = results.memory
     lines = [
         f"| {count} | {count * 2 * MEMORY_SIDE**2 * 3 / 1e9:.1f} | {peak / 1e3:.2f} | {seconds:.0f} |"
         for count, (peak, seconds) in memory.items()
@@ -344,7 +356,7 @@ def page(results: dict[Size, list[dict[str, Cost]]], memory: dict[int, tuple[flo
 Made by `python benchmarks/score.py` on {dt.datetime.now(dt.UTC).date()}: {CORES} CPU cores ({platform.machine()}),
 Python {platform.python_version()}, {libraries}. Do not edit by hand. The machine was shared with other work, so that
 rates say little, ratios by the clock more, and ratios of CPU seconds (of all processes) most. Medians of
-{len(next(iter(results.values())))} turns, smallest and largest in brackets. Loops ran on all cores and on one; the
+{min(map(len, results.turns.values()))} or more turns, smallest and largest in brackets. Loops ran on all cores and on one; the
 better counts. Ray's workers had the loops' priority.
 
 Float32, batches of {BATCH}, pairs of 512 x 512 JPEGs. The toy is the embedded world's PickScore; ViT-B/32 is a random
@@ -355,7 +367,7 @@ Ray's start, loading the weights twice):
 
 | model | published loop, one image at a time | a pair at a time | bare loop | our job | start-up, s |
 |---|---|---|---|---|---|
-{chr(10).join(rates(size, turns) for size, turns in results.items())}
+{chr(10).join(rates(name, turns) for name, turns in results.turns.items())}
 
 The published loop decodes, preprocesses, encodes text and image, one after another. The bare loop calls our scorer on
 images that are decoded already; the job also reads, decodes, hashes, and writes the table.
@@ -365,12 +377,13 @@ reward of the same size adds to the job over its own bare loop (at most 1.1 is w
 
 | model | by | over one image at a time | over a pair at a time | over the bare loop | second reward |
 |---|---|---|---|---|---|
-{chr(10).join(ratios(size, turns) for size, turns in results.items())}
+{chr(10).join(ratios(name, turns) for name, turns in results.turns.items())}
 
 ### Memory behind a slow reward
 
-Two toy rewards, the second of which sleeps {SLEEP * 1e3:.0f} ms an image; {MEMORY_SIDE} x {MEMORY_SIDE} JPEGs. Peak of
-the proportional resident memory of all processes (Ray's own, workers, actors, object store), sampled twice a second:
+Two actors in place of rewards, the first of which costs nothing, the second sleeps {SLEEP * 1e3:.0f} ms an image;
+{MEMORY_SIDE} x {MEMORY_SIDE} JPEGs. Peak of the proportional resident memory of all processes (Ray's own, workers,
+actors, object store), sampled twice a second:
 
 | pairs | decoded, GB | peak, GB | seconds |
 |---|---|---|---|
@@ -394,36 +407,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("demo/benchmark-score"), help="folder for inputs and results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks.md", help="page to write")
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(run_program(*arguments.measure)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        pairs = make_pairs(work / "pairs.parquet", 400, 512)
-        sizes = [
-            Size("toy", (TOY, TOY.parent / "clipscore"), 200, 16),
-            Size("ViT-B/32", (make_vit_b(work / "a", 0), make_vit_b(work / "b", 1)), 64, 4),
-        ]
-        results: dict[Size, list[dict[str, Cost]]] = {size: [] for size in sizes}
-        for _ in range(arguments.turns):
-            for size in sizes:
-                results[size].append(turn(pairs, size))
-                print(size.name, json.dumps(results[size][-1]), flush=True)
-        large = [make_pairs(work / "large-00.parquet", MEMORY_PAIRS // 2, MEMORY_SIDE)]
-        for number in range(1, 20):
-            large.append(work / f"large-{number:02d}.parquet")
-            large[-1].hardlink_to(large[0])
-        memory = {}
-        for files in (2, 20):
-            count = files * MEMORY_PAIRS // 2
+    results = collect(arguments.work, arguments.turns)
+    section = page(results)
+    write_section(arguments.out, section)
+    print(section)
+
+
+def collect(work: Path, turns: int) -> Results:
+    """Measure what is not yet in ``results.json``."""
+    work.mkdir(parents=True, exist_ok=True)
+    pairs = made(work / "pairs.parquet", lambda path: make_pairs(path, 200, 512))
+    vit = [made(work / f"vit-b-{seed}", lambda path, seed=seed: make_vit_b(path, seed)) for seed in (0, 1)]
+    sizes = [Size("toy", (TOY, TOY.parent / "clipscore"), 200, 16), Size("ViT-B/32", (vit[0], vit[1]), 64, 4)]
+    file = work / "results.json"
+    found = Results.model_validate_json(file.read_bytes()) if file.is_file() else Results()
+    for number in range(turns):
+        for size in sizes:
+            if len(found.turns.setdefault(size.name, [])) <= number:
+                found.counts[size.name] = (size.pairs, size.few)
+                found.turns[size.name].append(turn(pairs, size))
+                write_bytes(file, found.model_dump_json().encode())
+    first = made(work / "large-00.parquet", lambda path: make_pairs(path, MEMORY_PAIRS // 2, MEMORY_SIDE))
+    large = [first]
+    for number in range(1, 20):
+        large.append(made(work / f"large-{number:02d}.parquet", lambda path: path.hardlink_to(first)))
+    for files in (2, 20):
+        count = files * MEMORY_PAIRS // 2
+        if count not in found.memory:
             rewards = (f"pickscore={TOY}", f"clipscore={TOY.parent / 'clipscore'}")
-            memory[count] = peak_memory("slow", ",".join(map(str, large[:files])), count, *rewards)
-            print(count, memory[count], flush=True)
-        section = page(results, memory)
-        write_section(arguments.out, section)
-        print(section)
+            found.memory[count] = peak_memory("slow", ",".join(map(str, large[:files])), count, *rewards)
+            write_bytes(file, found.model_dump_json().encode())
+    return found
+
+
+def made(path: Path, make: Callable[[Path], object]) -> Path:
+    """The path, made where it is missing."""
+    if not path.exists():
+        make(path)
+    return path
 
 
 def run_program(kind: str, pairs: str, *rest: str) -> Cost:
