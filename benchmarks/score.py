@@ -323,7 +323,8 @@ def turn(pairs: Path, size: Size) -> dict[str, Cost]:
 
 def rates(name: str, turns: Sequence[dict[str, Cost]]) -> str:
     """A line of the first table: images a second."""
-    cells = [f"{2 / median(each[key].clock for each in turns):.1f}" for key in (SINGLE, PAIR, BARE, JOB)]
+    costs = [median(each[key].clock for each in turns) for key in (SINGLE, PAIR, BARE, JOB)]
+    cells = [f"{2 / cost:.1f}" if cost > 0 else "lost in noise" for cost in costs]
     return f"| {name} | {' | '.join(cells)} | {median(each['start'].clock for each in turns):.1f} |"
 
 
@@ -333,9 +334,10 @@ def ratios(name: str, turns: Sequence[dict[str, Cost]]) -> str:
     for place, kind in enumerate(("clock", "CPU")):
         cells = []
         for above, below in ((SINGLE, JOB), (PAIR, JOB), (BARE, JOB), (SECOND, BARE)):
-            values = sorted(each[above][place] / each[below][place] for each in turns)
+            # A job that took no longer than its start: on a busy machine, the clock of short runs is noise.
+            values = sorted(each[above][place] / each[below][place] for each in turns if each[below][place] > 0)
             spread = f" ({values[0]:.2f} .. {values[-1]:.2f})" if len(values) > 1 else ""
-            cells.append(f"{median(values):.2f}{spread}")
+            cells.append(f"{median(values):.2f}{spread}" if values else "lost in noise")
         lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -355,9 +357,9 @@ def page(results: Results) -> str:
 
 Made by `python benchmarks/score.py` on {dt.datetime.now(dt.UTC).date()}: {CORES} CPU cores ({platform.machine()}),
 Python {platform.python_version()}, {libraries}. Do not edit by hand. The machine was shared with other work, so that
-rates say little, ratios by the clock more, and ratios of CPU seconds (of all processes) most. Medians of
-{min(map(len, results.turns.values()))} or more turns, smallest and largest in brackets. Loops ran on all cores and on one; the
-better counts. Ray's workers had the loops' priority.
+rates and ratios by the clock say little, ratios of CPU seconds (of all processes, Ray's own included) more. Medians of
+{min(map(len, results.turns.values()))} or more turns, smallest and largest in brackets. Loops ran on all cores and on
+one; the better counts. Ray's workers had the loops' priority.
 
 Float32, batches of {BATCH}, pairs of 512 x 512 JPEGs. The toy is the embedded world's PickScore; ViT-B/32 is a random
 CLIP of that shape, 224 pixels. Pairs a turn, for the job and the bare loop, and for the published ones: {counts}.
