@@ -436,9 +436,8 @@ def collect(work: Path, turns: int) -> Results:
                 found.turns[size.name].append(turn(pairs, size))
                 write_bytes(file, found.model_dump_json().encode())
     first = made(work / "large-00.parquet", lambda path: make_pairs(path, MEMORY_PAIRS // 2, MEMORY_SIDE))
-    large = [first]
-    for number in range(1, 20):
-        large.append(made(work / f"large-{number:02d}.parquet", lambda path: path.hardlink_to(first)))
+    links = [work / f"large-{number:02d}.parquet" for number in range(1, 20)]
+    large = [first, *(made(link, lambda path: path.hardlink_to(first)) for link in links)]
     for files in (2, 20):
         count = files * MEMORY_PAIRS // 2
         if count not in found.memory:
