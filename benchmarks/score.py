@@ -205,7 +205,7 @@ def peak_memory(*arguments: object) -> tuple[float, float]:
     """Peak of proportional resident memory (MB) of a job's process tree, and its seconds."""
     command = [sys.executable, __file__, "--measure", *map(str, arguments)]
     peak = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         done = threading.Event()
 
         def watch() -> None:
@@ -310,6 +310,7 @@ def turn(pairs: Path, size: Size) -> dict[str, Cost]:
     first, second = f"pickscore={size.models[0]}", f"clipscore={size.models[1]}"
     start = measure("job", pairs, 1, first)
     one = measure("job", pairs, size.pairs, first)
+    start_both = measure("job", pairs, 1, first, second)
     both = measure("job", pairs, size.pairs, first, second)
     return {
         "start": start,
@@ -317,7 +318,7 @@ def turn(pairs: Path, size: Size) -> dict[str, Cost]:
         PAIR: measure_loop("published", pairs, size.models[0], size.few, 2).each(size.few),
         BARE: measure_loop("bare", pairs, first, size.pairs).each(size.pairs),
         JOB: one.less(start).each(size.pairs - 1),
-        SECOND: both.less(one).each(size.pairs),
+        SECOND: both.less(start_both).less(one.less(start)).each(size.pairs - 1),
     }
 
 
