@@ -427,7 +427,7 @@ def collect(work: Path, turns: int) -> Results:
     work.mkdir(parents=True, exist_ok=True)
     pairs = made(work / "pairs.parquet", lambda path: make_pairs(path, 200, 512))
     vit = [made(work / f"vit-b-{seed}", lambda path, seed=seed: make_vit_b(path, seed)) for seed in (0, 1)]
-    sizes = [Size("toy", (TOY, TOY.parent / "clipscore"), 200, 16), Size("ViT-B/32", (vit[0], vit[1]), 64, 4)]
+    sizes = [Size("toy", (TOY, TOY.parent / "clipscore"), 200, 32), Size("ViT-B/32", (vit[0], vit[1]), 128, 8)]
     file = work / "results.json"
     found = Results.model_validate_json(file.read_bytes()) if file.is_file() else Results()
     for number in range(turns):
