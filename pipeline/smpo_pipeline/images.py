@@ -10,7 +10,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
 """Larger images are rejected: at 300 MB decoded, a few at once would fill a worker."""
@@ -49,6 +49,8 @@ def decode_image(data: bytes) -> Image.Image:
                 return _to_rgb(ImageOps.exif_transpose(image))
     except ImageRejectedError:
         raise
+    except UnidentifiedImageError as error:  # its own message names an address in memory
+        raise ImageRejectedError("image not readable: of no known format") from error
     except Exception as error:  # PIL's plugins raise anything from struct.error to SyntaxError on damaged files
         raise ImageRejectedError(f"image not readable: {type(error).__name__}: {error}") from error
 

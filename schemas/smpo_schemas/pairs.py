@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,12 +16,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_schemas.errors import UserError
+from smpo_schemas.files import sha256_file
 
 _SUFFIXES = (".parquet", ".jsonl")
+_ROWS_READ = 16
 
 
 class PairRejectedError(Exception):
-    """A row that cannot become a pair; the message is the reason that the rejects table records."""
+    """A row that cannot become a pair; the message is the reason that the rejects table records.
+
+    Attributes:
+        pair_id: what its id column says, or None where there is none or it is no text.
+    """
+
+    def __init__(self, reason: str, pair_id: str | None = None) -> None:
+        super().__init__(reason)
+        self.pair_id = pair_id
 
 
 @dataclass(frozen=True)
@@ -93,10 +104,11 @@ def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path:
 
 @dataclass(frozen=True)
 class PairFile:
-    """One input file and how many rows it has."""
+    """One input file, how many rows it has, and a digest of what it holds (:func:`_digest`)."""
 
     path: Path
     rows: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -111,39 +123,59 @@ class RowRange:
 def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
     """Find the Parquet and JSONL files under ``paths`` (files or folders), sorted by path within each.
 
+    The paths found are absolute: workers on other machines stand in other folders.
+
     Raises:
         UserError: a path does not exist, holds no such file, or a file cannot be read.
     """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and not p.name.startswith("."))
+            found = sorted(
+                p for p in path.absolute().rglob("*") if p.suffix in _SUFFIXES and not p.name.startswith(".")
+            )
             if not found:
                 raise UserError(f"--pairs {path}: no .parquet or .jsonl file in this folder")
             files.extend(found)
         elif path.is_file() and path.suffix in _SUFFIXES:
-            files.append(path)
+            files.append(path.absolute())
         elif path.exists():
             raise UserError(f"--pairs {path}: only .parquet and .jsonl files are read")
         else:
             raise UserError(f"--pairs {path} does not exist")
     if len(set(files)) != len(files):
         raise UserError("--pairs names the same file twice")
-    counted = [PairFile(path, _count_rows(path)) for path in files]
+    counted = [_describe(path) for path in files]
     filled = [file for file in counted if file.rows]
     if not filled:
         raise UserError(f"--pairs {paths[0]}: no rows in any file")
     return filled
 
 
-def _count_rows(path: Path) -> int:
+def _describe(path: Path) -> PairFile:
     try:
         if path.suffix == ".parquet":
-            return pq.read_metadata(path).num_rows
+            return PairFile(path, pq.read_metadata(path).num_rows, _digest(path))
         with path.open("rb") as file:
-            return sum(1 for line in file if line.strip())
+            return PairFile(path, sum(1 for line in file if line.strip()), _digest(path))
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _digest(path: Path) -> str:
+    """Hex SHA-256 of a JSONL file, or of a Parquet file's footer.
+
+    A JSONL file is small (its images are paths) and read whole anyway. A Parquet file holds its images; its footer has
+    the offset, compressed size and statistics of every column of every row group, so that hardly any other content has
+    the same one, and costs one read of some kilobytes. Bytes that change under an unchanged footer are noticed where
+    images are compared by name (:func:`image_id`).
+    """
+    if path.suffix != ".parquet":
+        return sha256_file(path)
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)  # the footer's length in 4 bytes, then the magic number
+        file.seek(-8 - int.from_bytes(file.read(4), "little"), os.SEEK_END)
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def column_names(path: Path) -> list[str]:
@@ -204,12 +236,25 @@ def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any
                 count = file.metadata.row_group(group).num_rows
                 start, stop = max(rows.start, first), min(rows.stop, first + count)
                 if start < stop:
-                    table = file.read_row_group(group, columns=names).slice(start - first, stop - start)
-                    for batch in table.to_batches(max_chunksize=64):
-                        yield from batch.to_pylist()
+                    yield from _group_rows(file, group, names, start - first, stop - first)
                 first += count
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{rows.path} cannot be read: {error}") from error
+
+
+def _group_rows(
+    file: pq.ParquetFile, group: int, names: list[str], start: int, stop: int
+) -> Iterator[Mapping[str, Any]]:
+    """Rows of one row group, a few at a time: a group of images may be larger than a worker's memory."""
+    number = 0
+    for batch in file.iter_batches(batch_size=_ROWS_READ, row_groups=[group], columns=names):
+        for index in range(batch.num_rows):
+            if start <= number < stop:
+                (row,) = batch.slice(index, 1).to_pylist()
+                yield row
+            number += 1
+        if number >= stop:
+            return
 
 
 def _jsonl_rows(path: Path, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
@@ -236,22 +281,37 @@ def normalise(row: Mapping[str, Any], columns: PairColumns, folder: Path) -> Pai
     Raises:
         PairRejectedError: a field is missing or of the wrong kind.
     """
-    prompt = row.get(columns.prompt)
-    if not isinstance(prompt, str):
+    pair_id = _text(row, columns.pair_id, "pair_id")
+    try:
+        return _pair(row, columns, folder, pair_id)
+    except PairRejectedError as error:
+        raise PairRejectedError(str(error), pair_id) from error
+
+
+def _pair(row: Mapping[str, Any], columns: PairColumns, folder: Path, pair_id: str | None) -> Pair:
+    if not isinstance(row.get(columns.prompt), str):
         raise PairRejectedError(f"no text: prompt column {columns.prompt!r} is empty or of another type")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise PairRejectedError("prompt is not valid Unicode")
+    prompt = _text(row, columns.prompt, "prompt") or ""
     images = [_image_bytes(row.get(name), name, folder) for name in (columns.image_0, columns.image_1)]
-    pair_id = row.get(columns.pair_id) if columns.pair_id else None
-    annotator = row.get(columns.annotator) if columns.annotator else None
     return Pair(
-        pair_id=str(pair_id) if pair_id is not None else _content_id(prompt, *images),
+        pair_id=_content_id(prompt, *images) if pair_id is None else pair_id,
         prompt=prompt,
         image_0=images[0],
         image_1=images[1],
         label=_label(row.get(columns.label)) if columns.label else None,
-        annotator=str(annotator) if annotator is not None else None,
+        annotator=_text(row, columns.annotator, "annotator"),
     )
+
+
+def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
+    """A value as text; None where there is none. JSON can hold half a surrogate pair, which no file can."""
+    value = row.get(column) if column else None
+    if value is None:
+        return None
+    text = str(value)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PairRejectedError(f"{what} is not valid Unicode")
+    return text
 
 
 def _image_bytes(value: object, name: str, folder: Path) -> bytes:

@@ -86,12 +86,14 @@ def score_schema(rewards: Sequence[str]) -> pa.Schema:
     return pa.schema(columns)
 
 
-def write_part(path: Path, rows: Sequence[dict[str, Any]], rewards: Sequence[str]) -> ScoresPart:
+def write_part(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, rewards: Sequence[str]) -> ScoresPart:
     """Write one part of the table atomically and return its entry."""
-    table = pa.Table.from_pylist(list(rows), schema=score_schema(rewards))
+    schema = score_schema(rewards)
+    table = rows.select(schema.names).cast(schema) if isinstance(rows, pa.Table) else None
+    table = pa.Table.from_pylist(list(rows), schema=schema) if table is None else table
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
-    return ScoresPart(name=path.name, pairs=len(rows), sha256=sha256_file(path))
+    return ScoresPart(name=path.name, pairs=table.num_rows, sha256=sha256_file(path))
 
 
 def write_scores_info(directory: Path, info: ScoresInfo) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -23,7 +26,7 @@ from smpo_schemas.scores import read_scores, read_scores_info
 from smpo_schemas.shards import ShardDirectory
 from tests.command import assert_one_line, run_command, run_here
 from tests.jobs.conftest import REJECTED_IDS, pair_rows
-from tests.tiny import make_tiny_xl
+from tests.tiny import make_tiny_clip, make_tiny_xl
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +65,7 @@ def test_every_row_is_scored_or_rejected_with_a_reason(inputs, scores):
     rows = pair_rows()
     rejects = read_rejects(scores / "rejected.parquet")
     assert (info.scored, info.rejected) == (len(rows) - 3, 3)
-    assert {reject.pair_id for reject in rejects} == {*REJECTED_IDS, None}
+    assert {reject.pair_id for reject in rejects} == {*REJECTED_IDS, "1015"}
     assert [reject.reason.split(":")[0] for reject in rejects] == [*["image not readable"] * 2, "no image"]
     assert rejects[2].source.endswith("part-1.parquet:6")
     table = read_scores(scores, info).to_pylist()
@@ -81,6 +84,58 @@ def test_every_row_is_scored_or_rejected_with_a_reason(inputs, scores):
         assert (found.min, found.max) == (images.min(), images.max())
         assert found.mean == pytest.approx(images.mean(), rel=1e-6)
         assert found.fingerprint == reward.fingerprint
+
+
+def test_a_reward_added_to_a_finished_table_gives_what_both_give_together(inputs, scores, tmp_path, capfd):
+    """Byte by byte, with another number of workers; what does not belong to the table is refused."""
+    out = tmp_path / "out"
+    common = ("--pairs", inputs / "pairs", "--device", "cpu", "--batch-size", 5, "--out", out)
+    pickscore, clipscore = (f"{name}={inputs / name}" for name in ("pickscore", "clipscore"))
+    assert run_command("smpo-pipeline", "score", *common, "--reward", pickscore).returncode == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    run = partial(run_here, capfd, "smpo-pipeline", "score", *common)
+    other = make_tiny_clip(tmp_path / "other", seed=7)
+    assert_one_line(run("--reward", f"pickscore={other}"), "scores of pickscore with other weights", str(other))
+    assert_one_line(run("--reward", clipscore, "--limit", 3), "finished run with other settings", "input.limit")
+    assert_one_line(run("--reward", clipscore, "--concurrency", "x=2"), "--concurrency x=2", "NAME=N")
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    done = run_command("smpo-pipeline", "score", *common, "--reward", clipscore, "--concurrency", "clipscore=2")
+    assert done.returncode == 0, done.stderr
+    assert read_scores_info(out) == read_scores_info(scores)
+    names = [part.name for part in read_scores_info(out).parts]
+    for name in (*names, "rejected.parquet"):
+        assert (out / name).read_bytes() == (scores / name).read_bytes()
+    left = {*names, "rejected.parquet", "scores.json", "run.json", "config.yaml"}
+    assert {path.name for path in out.iterdir()} == left
+    # All that is asked for is there.
+    assert run("--reward", pickscore).returncode == 0
+    assert {path.name for path in out.iterdir()} == left
+
+
+def test_a_killed_score_is_continued_and_ends_the_same(inputs, tmp_path):
+    """Really killed, in the middle of units, with small chunks; then the same command with another concurrency."""
+    rows = [row | {"ranking_id": 10_000 * copy + row["ranking_id"]} for copy in range(30) for row in pair_rows()[:12]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet", row_group_size=50)
+    outs = [tmp_path / name for name in ("killed", "whole")]
+    common = ("--pairs", tmp_path / "pairs.parquet", "--reward", f"pickscore={inputs / 'pickscore'}", "--device", "cpu")
+    code = "import sys; sys.argv[0] = 'smpo-pipeline'; from smpo_pipeline.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "score", *map(str, common), "--out", outs[0]], stdout=subprocess.DEVNULL
+    ) as process:
+        records = outs[0] / ".scoring" / ".units"
+        while process.poll() is None and not list(records.glob("*.json")):
+            time.sleep(0.01)
+        process.kill()
+    committed = {path.name: path.stat().st_mtime_ns for path in records.glob("*.json")}
+    assert committed
+    assert not (outs[0] / "scores.json").exists()
+    for out in outs:
+        done = run_command("smpo-pipeline", "score", *common, "--out", out, "--concurrency", 2)
+        assert done.returncode == 0, done.stderr
+    first, second = map(read_scores_info, outs)
+    assert first == second
+    assert (first.scored, first.rejected) == (300, 60)
+    assert sorted(path.name for path in outs[0].iterdir()) == sorted(path.name for path in outs[1].iterdir())
 
 
 def test_every_scored_pair_is_in_a_shard(inputs, scores, shards):

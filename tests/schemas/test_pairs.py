@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,7 +57,7 @@ def test_any_row_range_of_a_file_with_row_groups(tmp_path, start, stop):
 
 
 def test_slices_cover_the_input_once_and_in_order(tmp_path):
-    files = [PairFile(tmp_path / name, rows) for name, rows in (("a", 5), ("b", 0), ("c", 9))]
+    files = [PairFile(tmp_path / name, rows, "") for name, rows in (("a", 5), ("b", 0), ("c", 9))]
     for size in range(1, 16):
         for limit in (None, 1, 6, 14, 99):
             slices = slice_files(files, size, limit)
@@ -138,3 +139,41 @@ def test_a_jsonl_file_has_the_columns_of_all_its_rows(tmp_path):
     assert [file.path for file in list_pair_files([tmp_path])] == [path]
     with pytest.raises(UserError, match="no rows"):
         list_pair_files([tmp_path / "empty.jsonl"])
+
+
+def test_what_json_allows_and_no_file_can_hold_is_rejected(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = {"prompt": "x", "image_0": "i", "image_1": "i", "pair_id": "p", "annotator": "a"}
+    rows = [good, *(good | {name: "half \ud83d"} for name in ("prompt", "annotator", "pair_id", "image_0"))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "i").write_bytes(b"image")
+    columns = resolve_columns(column_names(path), {}, path)
+    first, *others = [pair for _, pair in read_rows(RowRange(path, 0, 5), columns)]
+    assert isinstance(first, Pair)
+    problems = ["prompt is not valid Unicode", "annotator is not valid Unicode", "pair_id is not valid Unicode"]
+    assert [str(each) for each in others[:3]] == problems
+    assert str(others[3]).startswith("image not readable: image_0")
+    assert [each.pair_id for each in others] == ["p", "p", None, "p"]
+    for each in others:
+        str(each).encode()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_file_edited_in_place_to_the_same_size_has_another_digest(tmp_path, suffix):
+    path, digests = tmp_path / f"a.{suffix}", []
+    for word in ("prompt", "pronto", "prompt"):
+        rows = [{"prompt": f"{word} {row}", "image_0": "i", "image_1": "i"} for row in range(50)]
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path, compression="none", use_dictionary=False)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        digests.append((path.stat().st_size, list_pair_files([path])[0].digest))
+    assert digests[0] == digests[2] != digests[1]
+    assert digests[0][0] == digests[1][0]
+
+
+def test_paths_are_absolute(tmp_path, monkeypatch):
+    write_pick_a_pic(tmp_path / "a.parquet", 2)
+    monkeypatch.chdir(tmp_path)
+    for given in (Path("a.parquet"), Path()):
+        assert [file.path for file in list_pair_files([given])] == [tmp_path / "a.parquet"]

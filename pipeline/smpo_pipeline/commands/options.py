@@ -38,31 +38,31 @@ LabelColumn = _column("label", "P(image_0 preferred): 1, 0, or 0.5 for a tie.")
 PairIdColumn = _column("pair-id", "Stable name of the pair; without one, a hash of prompt and images.")
 AnnotatorColumn = _column("annotator", "Who labelled the pair.")
 
-_RUNNING = "Running"
+RUNNING = "Running"
 BatchSizeOption = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images or walks a model call.", rich_help_panel=_RUNNING)
+    int, typer.Option("--batch-size", min=1, help="Images or walks a model call.", rich_help_panel=RUNNING)
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", help="cpu or cuda; default: cuda where there is one.", rich_help_panel=_RUNNING),
+    typer.Option("--device", help="cpu or cuda; default: cuda where there is one.", rich_help_panel=RUNNING),
 ]
 ConcurrencyOption = Annotated[
     int,
-    typer.Option("--concurrency", min=1, help="Model actors at once, one GPU each.", rich_help_panel=_RUNNING),
+    typer.Option("--concurrency", min=1, help="Model actors at once, one GPU each.", rich_help_panel=RUNNING),
 ]
 RayAddressOption = Annotated[
     str | None,
-    typer.Option("--ray-address", help="Ray cluster to run on; default: one of its own.", rich_help_panel=_RUNNING),
+    typer.Option("--ray-address", help="Ray cluster to run on; default: one of its own.", rich_help_panel=RUNNING),
 ]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Only the first N pairs.", rich_help_panel=_RUNNING)
+    int | None, typer.Option("--limit", min=1, help="Only the first N pairs.", rich_help_panel=RUNNING)
 ]
 OverwriteOption = Annotated[
     bool,
     typer.Option(
         "--overwrite",
         help="Begin anew. Without it an unfinished run is continued and a finished one left alone.",
-        rich_help_panel=_RUNNING,
+        rich_help_panel=RUNNING,
     ),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -22,15 +24,26 @@ def score(
     label_column: opt.LabelColumn = None,
     pair_id_column: opt.PairIdColumn = None,
     annotator_column: opt.AnnotatorColumn = None,
-    batch_size: opt.BatchSizeOption = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images a model call; default: each reward's own.", rich_help_panel=opt.RUNNING),
+    ] = None,
     device: opt.DeviceOption = None,
-    concurrency: opt.ConcurrencyOption = 1,
+    concurrency: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Actors of each reward: N, or NAME=N for one of them, repeatable. Default: one a GPU, or one on cpu.",
+            rich_help_panel=opt.RUNNING,
+        ),
+    ] = None,
     ray_address: opt.RayAddressOption = None,
     limit: opt.LimitOption = None,
     overwrite: opt.OverwriteOption = False,
     config: ConfigOption = None,  # noqa: ARG001  (read by its callback)
 ) -> None:
     """Score both images of every pair with one or more reward models.
+
+    Into a finished OUT of the same pairs, rewards that it lacks are added: what is there is not scored again.
 
     Writes OUT/scores-*.parquet (one row a pair, raw scores), OUT/rejected.parquet (pairs left out, with the reason)
     and OUT/scores.json (statistics; written last).
@@ -49,7 +62,7 @@ def score(
             columns=columns,
             batch_size=batch_size,
             device=check_device(device),
-            concurrency=concurrency,
+            concurrency=concurrency or [],
             ray_address=ray_address,
             limit=limit,
             overwrite=overwrite,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray
 import torch
 from ray.exceptions import RayTaskError
@@ -26,9 +28,13 @@ from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.errors import UserError
 
 Build = Callable[[ray.data.Dataset], ray.data.Dataset]
-"""Adds a job's stages to a dataset of rows {"unit": number}; the last one yields rows {"record": JSON}."""
+"""Adds a job's stages to a dataset of rows {"unit": number}."""
+
+Collect = Callable[[pa.Table], Iterable[UnitRecord]]
+"""Takes what the last stage yields, on the driver; returns the records of the units that are committed with it."""
 
 _ACTOR_CPUS = 0.01
+_ROUNDING = 1e-6
 _LOGICAL_CPUS = 4
 """At least this many on a local Ray: CPU stages must not wait for a slot that the actors hold."""
 
@@ -57,6 +63,8 @@ def connected(address: str | None) -> Iterator[None]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # A row is a piece of work that we cut ourselves: each one travels on as soon as it is there.
+    context.target_max_block_size = 1
     try:
         yield
     finally:
@@ -76,24 +84,80 @@ def _native_stderr_silenced() -> Iterator[None]:
         os.close(nothing)
 
 
-def actor_options(device: str, concurrency: int, pools: int = 1) -> dict[str, Any]:
-    """What the model actors of one of a job's ``pools`` stages ask of Ray.
+@dataclass(frozen=True)
+class Pool:
+    """The model actors of one stage.
 
-    A GPU is shared between the stages: one that waited for another to end would wait forever. CPU slots are a tiny
-    part: threads are shared out by :func:`use_threads`, actors must leave slots for decoding, and Ray Data fuses
-    neighbouring stages of equal demands, after which decoding would wait for the model.
+    Attributes:
+        size: how many.
+        num_gpus: share of a GPU that each asks for; 0 on cpu.
+        threads: calls that each works on at once.
     """
-    return {
-        "compute": ray.data.ActorPoolStrategy(size=concurrency),
-        "num_gpus": 1 / pools if device == "cuda" else 0,
-        "num_cpus": _ACTOR_CPUS,
-    }
+
+    size: int
+    num_gpus: float
+    threads: int = 1
+
+    def options(self) -> dict[str, Any]:
+        """What Ray Data is told.
+
+        CPU slots are a tiny part: cores are shared out by :func:`use_threads`, actors must leave slots for decoding,
+        and Ray Data fuses neighbouring stages of equal demands, after which decoding would wait for the model.
+        """
+        compute = ray.data.ActorPoolStrategy(
+            size=self.size,
+            enable_true_multi_threading=self.threads > 1,
+            max_concurrent_calls_per_actor=self.threads if self.threads > 1 else None,
+        )
+        return {"compute": compute, "num_gpus": self.num_gpus, "num_cpus": _ACTOR_CPUS}
 
 
-def use_threads(device: str, concurrency: int) -> None:
-    """Inside an actor on CPU: share the machine's cores between the actors (Ray's default is one thread each)."""
+def gpus_there() -> int:
+    """GPUs of the cluster that is connected to."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def share_gpus(wanted: Mapping[str, tuple[int, float]], there: int) -> dict[str, float]:
+    """Share GPUs out between the stages of a job, which all run at once: one that waited would wait forever.
+
+    Args:
+        wanted: for each stage its number of actors and the least share of a GPU that one needs.
+        there: GPUs of the cluster.
+
+    Returns:
+        For each stage the share that each of its actors asks for, largest first: what it needs, and its part of what
+        is left over, so that actors do not crowd on one GPU while another is idle.
+
+    Raises:
+        UserError: not even the least shares fit.
+    """
+    largest_first = sorted(wanted.items(), key=lambda item: -item[1][1])
+    free = [1.0] * there
+    for _, (size, least) in largest_first:
+        for _ in range(size):
+            found = next((gpu for gpu, room in enumerate(free) if room >= least - _ROUNDING), None)
+            if found is None:
+                parts = ", ".join(f"{name} {size} x {least:g}" for name, (size, least) in wanted.items())
+                raise UserError(
+                    f"--device cuda: Ray sees {there} GPUs, too few for the actors ({parts}); use fewer "
+                    "(--concurrency), or score one reward after another into the same --out"
+                )
+            free[found] -= least
+    on_one = sum(math.ceil(size / there) * least for size, least in wanted.values())
+    scale = max(1.0, 1 / on_one)
+    # Ray counts in ten-thousandths; rounding up could ask for more than there is.
+    return {name: math.floor(least * scale * 1e4 + _ROUNDING) / 1e4 for name, (_, least) in largest_first}
+
+
+def limit_memory(dataset: ray.data.Dataset, limit: int) -> None:
+    """Let a job keep at most ``limit`` bytes in Ray's object store: stages wait rather than run ahead of a slow one."""
+    dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=limit)
+
+
+def use_threads(device: str, workers: int) -> None:
+    """Inside an actor on CPU: share the machine's cores between so many ``workers`` (threads or actors)."""
     if device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // concurrency))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def check_device(device: str | None) -> str:
@@ -109,30 +173,29 @@ def check_device(device: str | None) -> str:
     return device
 
 
-def _require_gpus(device: str, concurrency: int) -> None:
+def require_gpus(device: str, concurrency: int) -> None:
     """Refuse what Ray would wait for in silence.
 
     Raises:
-        UserError: fewer GPUs than model actors.
+        UserError: fewer GPUs than model actors of one GPU each.
     """
-    there = int(ray.cluster_resources().get("GPU", 0))
+    there = gpus_there()
     if device == "cuda" and there < concurrency:
         raise UserError(f"--device cuda --concurrency {concurrency}: Ray sees {there} GPUs; use --device cpu or fewer")
 
 
 def run_units(
-    run: Run, sizes: Sequence[int], build: Build, *, title: str, address: str | None, device: str, concurrency: int
+    run: Run, sizes: Sequence[int], build: Build, collect: Collect, *, title: str, address: str | None
 ) -> list[UnitRecord]:
     """Run the units that are not committed yet.
 
     Args:
-        run: the output directory, opened.
+        run: where units are committed, opened.
         sizes: number of input rows of each unit.
         build: the job's stages.
+        collect: from what they yield to records.
         title: for the progress bar.
         address: of a Ray cluster, or None.
-        device: of the model actors.
-        concurrency: number of model actors a stage.
 
     Returns:
         The records of all units, in order.
@@ -145,12 +208,10 @@ def run_units(
     with _progress() as progress:
         task = progress.add_task(title, total=sum(sizes), completed=sum(sizes[unit] for unit in records), note="")
         if todo:
-            with connected(address):
-                _require_gpus(device, concurrency)
+            with connected(address), _plain_errors():
                 source = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
-                try:
-                    for row in build(source).iter_rows():
-                        record = UnitRecord.model_validate(json.loads(row["record"]))
+                for table in build(source).iter_batches(batch_size=None, batch_format="pyarrow"):
+                    for record in collect(table):
                         if record.pairs_in != sizes[record.unit]:
                             run.record_path(record.unit).unlink()
                             raise UserError(
@@ -160,12 +221,19 @@ def run_units(
                         records[record.unit] = record
                         rejected = sum(len(each.rejects) for each in records.values())
                         progress.update(task, advance=record.pairs_in, note=f"{rejected} rejected" if rejected else "")
-                except RayTaskError as error:
-                    cause = _user_error(error)
-                    if cause is None:
-                        raise
-                    raise cause from None
     return [records[unit] for unit in range(len(sizes))]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A user's mistake that a stage found, without what Ray wraps around it."""
+    try:
+        yield
+    except RayTaskError as error:
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def _user_error(error: BaseException) -> UserError | None:

@@ -16,7 +16,7 @@ import ray
 from smpo_models.fingerprint import fingerprint_module
 from smpo_pipeline.images import resize_and_crop
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.cluster import actor_options, run_units
+from smpo_pipeline.jobs.cluster import Pool, require_gpus, run_units
 from smpo_pipeline.jobs.invert_unit import STAGE, InvertActor, InvertOptions, load_models
 from smpo_pipeline.jobs.prepare import prepare_unit, to_bytes
 from smpo_pipeline.jobs.run import Run, UnitRecord, describe_input
@@ -69,24 +69,21 @@ def invert(options: InvertOptions) -> Manifest:
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
 
     def build(source: ray.data.Dataset) -> ray.data.Dataset:
+        require_gpus(options.device, options.concurrency)
+        pool = Pool(options.concurrency, num_gpus=1 if options.device == "cuda" else 0)
         prepare = partial(_prepare, units=units, columns=columns, options=options, resolution=resolution)
         kwargs = {"options": options, "run": run, "scores": ray.put(scores), "rows": sum(sizes)}
-        return source.map(prepare, num_cpus=1).map(
-            InvertActor, fn_constructor_kwargs=kwargs, **actor_options(options.device, options.concurrency)
-        )
+        return source.map(prepare, num_cpus=1).map(InvertActor, fn_constructor_kwargs=kwargs, **pool.options())
 
-    records = run_units(
-        run,
-        sizes,
-        build,
-        title="invert",
-        address=options.ray_address,
-        device=options.device,
-        concurrency=options.concurrency,
-    )
+    records = run_units(run, sizes, build, _records, title="invert", address=options.ray_address)
     manifest = _finish(options, records, info, model, resolution)
     run.finish()
     return manifest
+
+
+def _records(table: pa.Table) -> list[UnitRecord]:
+    """Of the shards that actors have committed."""
+    return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]
 
 
 def _score_table(directory: Path, info: ScoresInfo) -> pa.Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.jobs.cluster import use_threads
+from smpo_pipeline.jobs.paths import AbsolutePath, HubIdOrFolder
 from smpo_pipeline.jobs.prepare import from_bytes, pixels_of
 from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
 from smpo_schemas.manifest import InversionSettings
@@ -36,13 +36,13 @@ class InvertOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    pairs: list[Path]
-    scores: Path
-    model: str
-    out: Path
-    unet: Path | None
-    walker: Path | None
-    vae: str | None
+    pairs: list[AbsolutePath]
+    scores: AbsolutePath
+    model: HubIdOrFolder
+    out: AbsolutePath
+    unet: AbsolutePath | None
+    walker: AbsolutePath | None
+    vae: HubIdOrFolder | None
     resolution: int | None
     settings: InversionSettings
     columns: dict[str, str | None]

@@ -70,18 +70,22 @@ def prepare_unit(
         A table of :data:`UNIT_SCHEMA`, in input order, and the rows that are not in it.
     """
     rows, rejects = [], []
-    for number, (source, pair) in enumerate(_read(ranges, columns), start=first_row):
-        if isinstance(pair, PairRejectedError):
-            rejects.append(Reject(pair_id=None, source=source, stage=stage, reason=str(pair)))
-            continue
+    for number, (source, pair) in enumerate(read_ranges(ranges, columns), start=first_row):
         try:
+            if isinstance(pair, PairRejectedError):
+                raise pair
             rows.append(_decode(pair, transform) | {"source": source, "row": number})
+        except PairRejectedError as reason:
+            rejects.append(Reject(pair_id=reason.pair_id, source=source, stage=stage, reason=str(reason)))
         except ImageRejectedError as reason:
             rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=stage, reason=str(reason)))
     return pa.Table.from_pylist(rows, schema=UNIT_SCHEMA), rejects
 
 
-def _read(ranges: Sequence[RowRange], columns: Sequence[PairColumns]) -> Iterator[tuple[str, Pair | PairRejectedError]]:
+def read_ranges(
+    ranges: Sequence[RowRange], columns: Sequence[PairColumns]
+) -> Iterator[tuple[str, Pair | PairRejectedError]]:
+    """The rows of a unit, in order: where each stands, and the pair or the reason why it is none."""
     for rows, names in zip(ranges, columns, strict=True):
         yield from read_rows(rows, names)
 

@@ -7,6 +7,7 @@ is it recorded. The same command continues an unfinished run with the units that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ class Run:
         for path in [*(p for pattern in patterns for p in self.out.glob(pattern)), self.out / _IDENTITY]:
             path.unlink(missing_ok=True)
 
+    def began_with(self) -> dict[str, Any] | None:
+        """The identity of the run that is there, or None."""
+        path = self.out / _IDENTITY
+        return dict(read_json(path)) if path.is_file() else None
+
+    def remove(self) -> None:
+        """Remove what is there, the folder included; a part of it that is left by a kill is never taken for a run's."""
+        self._remove(())
+        with suppress(OSError):
+            self.out.rmdir()
+
     def record_path(self, unit: int) -> Path:
         """Where a unit's record is written by whoever committed its output."""
         return self.out / _UNITS / f"{unit:06d}.json"
@@ -125,8 +137,8 @@ def write_record(path: Path, record: UnitRecord) -> None:
 
 
 def describe_input(files: Sequence[PairFile], limit: int | None) -> dict[str, Any]:
-    """The input listing as part of a run's identity."""
-    listing = [[str(file.path), file.rows, file.path.stat().st_size] for file in files]
+    """The input listing as part of a run's identity: paths, sizes, and what the files hold."""
+    listing = [[str(file.path), file.rows, file.path.stat().st_size, file.digest] for file in files]
     return {"files": listing, "limit": limit}
 
 

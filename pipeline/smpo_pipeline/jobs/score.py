@@ -1,45 +1,29 @@
-"""``smpo-pipeline score`` on Ray Data: read and decode -> one actor pool a reward -> write a part."""
+"""``smpo-pipeline score`` on Ray Data: read and decode -> one actor pool a reward -> the driver commits."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
-from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from smpo_pipeline.jobs.cluster import actor_options, run_units, use_threads
-from smpo_pipeline.jobs.prepare import from_bytes, pixels_of, prepare_unit, to_bytes
-from smpo_pipeline.jobs.run import Run, UnitRecord, describe_input, write_record
+from smpo_pipeline.jobs.chunks import CHUNK_BYTES, prepare_chunks
+from smpo_pipeline.jobs.cluster import Pool, gpus_there, limit_memory, run_units, share_gpus
+from smpo_pipeline.jobs.paths import AbsolutePath, absolute_model
+from smpo_pipeline.jobs.run import Run, describe_input
+from smpo_pipeline.jobs.score_table import PART_FILES, UNIT_ROWS, RewardModel, remove_leftovers, write_table
+from smpo_pipeline.jobs.score_units import RewardActor, UnitCollector
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.errors import UserError
-from smpo_schemas.pairs import PairColumns, RowRange, column_names, list_pair_files, resolve_columns, slice_files
-from smpo_schemas.rejects import Reject, write_rejects
-from smpo_schemas.scores import (
-    IMAGE_IDS,
-    REJECTS_FILE,
-    SCORES_FILE,
-    SCORES_VERSION,
-    RewardStatistics,
-    ScoresInfo,
-    ScoresPart,
-    read_scores,
-    read_scores_info,
-    reward_statistics,
-    write_part,
-    write_scores_info,
-)
+from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
 
-_PAIRS_PER_PART = 64
-"""Rows of one unit; decoded, 64 pairs of 1024-pixel images are 400 MB, which a worker must hold."""
-
-_STAGE = "score"
+_STEP = ".scoring"
+"""Folder of what is not yet in the table: units scored with the rewards that are being added."""
 
 
 class ScoreOptions(BaseModel):
@@ -47,169 +31,158 @@ class ScoreOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    pairs: list[Path]
-    out: Path
+    pairs: list[AbsolutePath]
+    out: AbsolutePath
     reward: list[str]
     columns: dict[str, str | None]
-    batch_size: int
+    batch_size: int | None
     device: str
-    concurrency: int
+    concurrency: list[str]
     ray_address: str | None
     limit: int | None
     overwrite: bool
 
 
 def score(options: ScoreOptions) -> ScoresInfo:
-    """Score all pairs with all rewards, or finish what an earlier run of the same command began.
+    """Score all pairs with all rewards, or with those that a finished table lacks, or finish what was begun.
 
     Raises:
         UserError: an input, a reward or the output directory cannot be used, or no pair could be scored.
     """
     files = list_pair_files(options.pairs)
     columns = {file.path: resolve_columns(column_names(file.path), options.columns, file.path) for file in files}
-    units = slice_files(files, _PAIRS_PER_PART, options.limit)
-    models = _check_rewards(options)
+    units = slice_files(files, UNIT_ROWS, options.limit)
+    specs = _specs(options.reward)
+    sizes = _pool_sizes(options.concurrency, specs)
+    models = {name: _describe(load_reward(spec, "cpu")) for name, spec in specs.items()}
     identity = {
         "job": "score",
         "schema_version": SCORES_VERSION,
         "input": describe_input(files, options.limit),
         "columns": {key: value for key, value in options.columns.items() if value},
-        "rewards": {name: {"model": info[0], "fingerprint": info[1]} for name, info in models.items()},
     }
     run = Run(options.out, SCORES_FILE, identity)
-    if not run.open(overwrite=options.overwrite, patterns=("scores-*.parquet", REJECTS_FILE)):
-        return read_scores_info(options.out)
+    left = run.open(overwrite=options.overwrite, patterns=(PART_FILES, REJECTS_FILE))
+    base = None if left else read_scores_info(options.out)
+    if base:
+        _refuse_other_weights(options.out, base, models)
+    new = {name: model for name, model in models.items() if not base or name not in base.rewards}
+    step = _open_step(options, identity, new, base)
+    if base and not new:
+        return base
 
     def build(source: ray.data.Dataset) -> ray.data.Dataset:
-        dataset = source.map(partial(_prepare, units=units, columns=columns), num_cpus=1)
-        for spec in options.reward:
-            dataset = dataset.map(
-                _RewardActor,
+        dataset = source.map_batches(
+            partial(prepare_chunks, units=units, columns=columns), batch_size=1, batch_format="pyarrow", num_cpus=1
+        )
+        pools = _pools(options, {name: specs[name] for name in new}, sizes)
+        for place, (name, pool) in enumerate(pools.items(), start=1):
+            dataset = dataset.map_batches(
+                RewardActor,
+                batch_size=1,
+                batch_format="pyarrow",
                 fn_constructor_kwargs={
-                    "spec": spec,
+                    "spec": specs[name],
                     "device": options.device,
-                    "batch_size": options.batch_size,
-                    "concurrency": options.concurrency,
+                    "batch_size": options.batch_size or parse_reward(specs[name])[0].needs.batch_size,
+                    "workers": pool.size * pool.threads,
+                    "last": place == len(pools),
                 },
-                **actor_options(options.device, options.concurrency, pools=len(options.reward)),
+                **pool.options(),
             )
-        return dataset.map(partial(_write, run=run, rewards=list(models)), num_cpus=1)
+        # For each worker the chunk that it is at and the next one, and some on their way.
+        workers = sum(pool.size * pool.threads for pool in pools.values())
+        limit_memory(dataset, CHUNK_BYTES * (2 * workers + 8))
+        return dataset
 
-    sizes = [sum(part.stop - part.start for part in unit) for unit in units]
-    records = run_units(
-        run,
-        sizes,
-        build,
-        title="score",
-        address=options.ray_address,
-        device=options.device,
-        concurrency=options.concurrency,
-    )
-    info = _finish(options.out, records, models)
-    run.finish()
+    rows = [sum(part.stop - part.start for part in unit) for unit in units]
+    collect = UnitCollector(step, list(new))
+    run_units(step, rows, build, collect, title="score", address=options.ray_address)
+    info = write_table(options.out, step, len(units), new, base)
+    step.remove()
     return info
 
 
-def _check_rewards(options: ScoreOptions) -> dict[str, tuple[str, str, str]]:
-    """Load each reward once, before any work starts: name -> (model, fingerprint, unit)."""
-    names = [parse_reward(spec)[0].name for spec in options.reward]
-    if len(set(names)) != len(names):
-        raise UserError(f"--reward names {max(names, key=names.count)} twice; a scores table has one column a name")
-    models = {}
-    for spec in options.reward:
-        reward = load_reward(spec, "cpu")
-        models[reward.name] = (reward.model, reward.fingerprint, reward.unit)
-    return models
+def _specs(given: Sequence[str]) -> dict[str, str]:
+    """What ``--reward`` gives, by name; folders as absolute paths, since workers may stand elsewhere."""
+    specs: dict[str, str] = {}
+    for spec in given:
+        reward, model = parse_reward(spec)
+        if reward.name in specs:
+            raise UserError(f"--reward names {reward.name} twice; a scores table has one column a name")
+        specs[reward.name] = f"{spec.partition('=')[0]}={absolute_model(model)}" if model else spec
+    return specs
 
 
-def _prepare(row: dict[str, Any], units: Sequence[list[RowRange]], columns: dict[Path, PairColumns]) -> dict[str, Any]:
-    unit = row["unit"]
-    ranges = units[unit]
-    names = [columns[part.path] for part in ranges]
-    table, rejects = prepare_unit(ranges, names, unit * _PAIRS_PER_PART, _whole, _STAGE)
-    return {
-        "unit": unit,
-        "table": to_bytes(table),
-        "rejects": json.dumps([reject.model_dump() for reject in rejects]),
-        "scores": json.dumps({}),
-    }
+def _describe(reward: Reward) -> RewardModel:
+    return RewardModel(reward.model, reward.fingerprint, reward.unit)
 
 
-def _whole(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-    """Rewards see the image as it is; each scales it in its own model's way."""
-    return np.asarray(image), (0, 0)
+def _refuse_other_weights(out: Path, base: ScoresInfo, models: Mapping[str, RewardModel]) -> None:
+    for name, model in models.items():
+        there = base.rewards.get(name)
+        if there and there.fingerprint != model.fingerprint:
+            raise UserError(
+                f"{out} holds scores of {name} with other weights ({there.model}, fingerprint "
+                f"{there.fingerprint[:12]}; --reward: {model.model}, {model.fingerprint[:12]}); take another --out, or "
+                "--overwrite to begin anew"
+            )
 
 
-class _RewardActor:
-    """Holds one reward and adds its scores to units."""
+def _open_step(
+    options: ScoreOptions, identity: dict[str, Any], rewards: Mapping[str, RewardModel], base: ScoresInfo | None
+) -> Run:
+    """Begin or continue to score with these rewards, after tidying what a kill may have left.
 
-    def __init__(self, spec: str, device: str, batch_size: int, concurrency: int) -> None:
-        use_threads(device, concurrency)
-        self._reward: Reward = load_reward(spec, device)
-        self._batch_size = batch_size
+    Raises:
+        UserError: other rewards were begun with and are not finished.
+    """
+    wanted = {name: model.fingerprint for name, model in rewards.items()}
+    onto = [part.sha256 for part in base.parts] if base else []
+    step = Run(options.out / _STEP, SCORES_FILE, identity | {"rewards": wanted, "onto": onto})
+    begun = (step.began_with() or {}).get("rewards", {})
+    if base:
+        remove_leftovers(options.out, base)
+        if begun.keys() <= base.rewards.keys():
+            step.remove()
+            begun = {}
+    if not rewards:
+        return step
+    if begun and begun != wanted and not options.overwrite:
+        mend = f"or remove {step.out}" if base else "take another --out, or --overwrite to begin anew"
+        raise UserError(
+            f"{options.out} holds an unfinished run of other rewards ({', '.join(begun)}; other weights, if the names "
+            f"are the same); finish it with its own command, {mend}"
+        )
+    step.open(overwrite=options.overwrite, patterns=())
+    return step
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        pairs = from_bytes(row["table"]).to_pylist()
-        images = [(pair, index) for pair in pairs for index in range(2)]
-        values: list[float] = []
-        for start in range(0, len(images), self._batch_size):
-            part = images[start : start + self._batch_size]
-            pictures = [Image.fromarray(pixels_of(pair, index)) for pair, index in part]
-            values += self._reward.score(pictures, [pair["prompt"] for pair, _ in part]).tolist()
-        scores = json.loads(row["scores"]) | {self._reward.name: list(zip(values[::2], values[1::2], strict=True))}
-        return {**row, "scores": json.dumps(scores)}
 
-
-def _write(row: dict[str, Any], run: Run, rewards: Sequence[str]) -> dict[str, str]:
-    """Commit a unit: its part of the table, then its record."""
-    columns = ["pair_id", "prompt", "label", "annotator", *IMAGE_IDS, "source"]
-    pairs = from_bytes(row["table"]).select(columns).to_pylist()
-    rejects = [Reject(**each) for each in json.loads(row["rejects"])]
-    scores = json.loads(row["scores"])
-    kept = []
-    for number, pair in enumerate(pairs):
-        source = pair.pop("source")
-        both = {name: scores[name][number] for name in rewards}
-        bad = next((name for name, values in both.items() if not all(map(math.isfinite, values))), None)
-        if bad:
-            reason = f"not finite: {bad} gave no number for an image of this pair"
-            rejects.append(Reject(pair_id=pair["pair_id"], source=source, stage=_STAGE, reason=reason))
+def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int]:
+    """Actors of each reward as ``--concurrency N`` and ``NAME=N`` say; a name that is left out is not in it."""
+    sizes: dict[str, int] = {}
+    named: dict[str, int] = {}
+    for text in given:
+        name, separator, number = text.rpartition("=")
+        if not number.isdecimal() or int(number) < 1 or (separator and name not in specs):
+            raise UserError(f"--concurrency {text}: a number from 1, or NAME=N with a --reward ({', '.join(specs)})")
+        if separator:
+            named[name] = int(number)
         else:
-            kept.append(pair | {f"{name}_{i}": values[i] for name, values in both.items() for i in range(2)})
-    unit = int(row["unit"])
-    part = write_part(run.out / f"scores-{unit:06d}.parquet", kept, rewards) if kept else None
-    record = UnitRecord(
-        unit=unit,
-        pairs_in=len(kept) + len(rejects),
-        pairs=len(kept),
-        rejects=rejects,
-        entry=part.model_dump() if part else None,
-    )
-    write_record(run.record_path(unit), record)
-    return {"record": record.model_dump_json()}
+            sizes = dict.fromkeys(specs, int(number))
+    return {**sizes, **named}
 
 
-def _finish(out: Path, records: Sequence[UnitRecord], models: dict[str, tuple[str, str, str]]) -> ScoresInfo:
-    """Write the rejects, then ``scores.json``, which marks the run as finished."""
-    rejects = [reject for record in records for reject in record.rejects]
-    write_rejects(out / REJECTS_FILE, rejects)
-    parts = [ScoresPart.model_validate(record.entry) for record in records if record.entry]
-    if not parts:
-        first = f"; the first: {rejects[0].source}: {rejects[0].reason}" if rejects else ""
-        raise UserError(f"no pair could be scored, {len(rejects)} were rejected (see {out / REJECTS_FILE}){first}")
-    info = ScoresInfo(
-        schema_version=SCORES_VERSION,
-        rewards={},
-        parts=parts,
-        scored=sum(part.pairs for part in parts),
-        rejected=len(rejects),
-    )
-    table = read_scores(out, info)
-    labels = table["label"].to_numpy().astype(np.float64)
-    statistics: dict[str, RewardStatistics] = {}
-    for name, (model, fingerprint, unit) in models.items():
-        scores_P2 = np.stack([table[f"{name}_{index}"].to_numpy() for index in range(2)], axis=1)
-        statistics[name] = reward_statistics(scores_P2, labels, model=model, fingerprint=fingerprint, unit=unit)
-    info = info.model_copy(update={"rewards": statistics})
-    write_scores_info(out, info)
-    return info
+def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, int]) -> dict[str, Pool]:
+    """The actor pool of each reward; where nothing is said, one actor a GPU, or one on cpu."""
+    needs = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
+    there = gpus_there() if options.device == "cuda" else 0
+    sizes = {name: given.get(name, max(1, there)) for name in specs}
+    if options.device == "cuda":
+        shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, there)
+        return {name: Pool(sizes[name], share, needs[name].num_cpus) for name, share in shares.items()}
+    cores = os.cpu_count() or 1
+    return {
+        name: Pool(sizes[name], 0, max(1, cores // sizes[name]) if need.num_cpus > 1 else 1)
+        for name, need in needs.items()
+    }

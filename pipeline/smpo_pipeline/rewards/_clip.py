@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import ClassVar
 
 import numpy as np
@@ -12,9 +13,11 @@ from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_part, load_weights, loading_errors
-from smpo_pipeline.rewards.base import Reward
+from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_json
+
+_TEXT_STEP = 16
 
 
 class ClipCosineReward(Reward):
@@ -25,6 +28,7 @@ class ClipCosineReward(Reward):
     """
 
     unit: ClassVar[str] = "cosine"
+    needs: ClassVar[Needs] = Needs(num_cpus=2)
     processor_model: ClassVar[str | None] = None
     """Hub id of the processor where the weights' repository holds none."""
 
@@ -42,6 +46,9 @@ class ClipCosineReward(Reward):
             CLIPModel.from_pretrained, self.model, what, dtype=torch.float32, ignore_mismatched_sizes=True
         )
         self._clip = loaded.requires_grad_(False).eval().to(device)
+        # A tokenizer keeps its padding as state, which two threads may not set at once.
+        self._tokenizing = Lock()
+        self._max_tokens = self._clip.config.text_config.max_position_embeddings
         self._device = device
         self.fingerprint = sha256_json(
             [fingerprint_module(loaded), self._processor.to_dict(), self._tokenizer.get_vocab()]
@@ -55,15 +62,27 @@ class ClipCosineReward(Reward):
             images=[np.asarray(image) for image in images], input_data_format="channels_last", return_tensors="pt"
         ).pixel_values.to(self._device)
         image_ND = self._clip.get_image_features(pixel_values=pixels).pooler_output.double()
-        distinct = list(dict.fromkeys(prompts))
-        # Every prompt is padded to the full length, so that a score never depends on its neighbours' lengths.
-        tokens = self._tokenizer(
-            distinct,
-            padding="max_length",
-            truncation=True,
-            max_length=self._clip.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self._device)
-        text_MD = self._clip.get_text_features(**tokens).pooler_output.double()
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=text_MD.device)
-        return torch.nn.functional.cosine_similarity(image_ND, text_MD[rows]).cpu().numpy()
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        text_MD = self._text_features(list(rows))
+        text_ND = text_MD[[rows[prompt] for prompt in prompts]]
+        return torch.nn.functional.cosine_similarity(image_ND, text_ND).cpu().numpy()
+
+    def _text_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Float64 [M, D] of M distinct prompts.
+
+        A prompt is padded to the next multiple of :data:`_TEXT_STEP`, whatever its neighbours' lengths, so that its
+        score never depends on them; what follows a prompt's end changes nothing, since attention is causal. Padding all
+        to the tokenizer's full length would make short prompts cost as much as long ones.
+        """
+        with self._tokenizing:
+            ids = self._tokenizer(prompts, truncation=True, max_length=self._max_tokens).input_ids
+        lengths = [min(self._max_tokens, -(-len(each) // _TEXT_STEP) * _TEXT_STEP) for each in ids]
+        features: list[torch.Tensor] = [torch.empty(0)] * len(ids)
+        for length in sorted(set(lengths)):
+            rows = [row for row, padded in enumerate(lengths) if padded == length]
+            padding = [[self._tokenizer.pad_token_id] * (length - len(ids[row])) for row in rows]
+            tokens = torch.tensor([ids[row] + more for row, more in zip(rows, padding, strict=True)])
+            found_MD = self._clip.get_text_features(input_ids=tokens.to(self._device)).pooler_output.double()
+            for row, feature in zip(rows, found_MD, strict=True):
+                features[row] = feature
+        return torch.stack(features)

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one actor of a reward takes of a machine.
+
+    Attributes:
+        num_cpus: how many threads may call ``score`` at once, so that the images of one batch are scaled while the
+            model runs on another. 1 for a reward that is not safe to call so. On cpu, more than 1 means: one for each
+            core.
+        num_gpus: the least share of a GPU that holds the weights and these batches. On cuda only; what the rewards of
+            a job leave over is shared out between them.
+        batch_size: images a model call, where ``--batch-size`` says nothing.
+    """
+
+    num_cpus: int = 1
+    num_gpus: float = 0.25
+    batch_size: int = 32
 
 
 class Reward(ABC):
@@ -19,6 +38,7 @@ class Reward(ABC):
         name: what ``--reward`` calls it, and the scores table its columns.
         unit: what one unit of the raw score is.
         default_model: hub id used where ``--reward NAME`` names no model; None where it needs none.
+        needs: what one actor of it takes of a machine.
         model: the hub id or folder that was loaded.
         fingerprint: hash of the weights, and of everything else in the files that the score depends on.
     """
@@ -26,6 +46,7 @@ class Reward(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]
     default_model: ClassVar[str | None]
+    needs: ClassVar[Needs] = Needs()
     model: str
     fingerprint: str
 

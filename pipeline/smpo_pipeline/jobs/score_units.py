@@ -1,0 +1,117 @@
+"""What happens to a unit of ``score``: rewards look at its chunks, the driver puts them together and commits it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from smpo_pipeline.jobs.chunks import ROWS, images_of, scores_of, values_of, with_scores, without_images
+from smpo_pipeline.jobs.cluster import use_threads
+from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
+from smpo_pipeline.rewards import Reward, load_reward
+from smpo_schemas.files import atomic_path
+from smpo_schemas.rejects import Reject
+
+STAGE = "score"
+
+
+class RewardActor:
+    """Holds one reward and adds its scores to chunks."""
+
+    def __init__(self, spec: str, device: str, batch_size: int, workers: int, *, last: bool) -> None:
+        """Load the reward.
+
+        Args:
+            spec: as ``--reward`` names it.
+            device: cpu or cuda.
+            batch_size: images a model call, at most.
+            workers: threads of all actors of this reward, which share the cores on cpu.
+            last: no other reward needs the images.
+        """
+        use_threads(device, workers)
+        self._reward: Reward = load_reward(spec, device)
+        self._batch_size, self._last = batch_size, last
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        """Score all images of a chunk, ``batch_size`` at a time."""
+        images = images_of(chunk)
+        values: list[np.ndarray] = [np.empty(0)]
+        while batch := list(islice(images, self._batch_size)):
+            values.append(self._reward.score([image for image, _ in batch], [prompt for _, prompt in batch]))
+        scored = with_scores(chunk, {self._reward.name: np.concatenate(values)})
+        return without_images(scored) if self._last else scored
+
+
+class UnitCollector:
+    """Puts the chunks of units together and commits each unit that is complete.
+
+    It lives on the driver and nobody else commits: Ray may run a task twice, but hands its result over once.
+    """
+
+    def __init__(self, run: Run, rewards: Sequence[str]) -> None:
+        self._run, self._rewards = run, rewards
+        self._chunks: dict[int, dict[int, pa.Table]] = defaultdict(dict)
+        self._counts: dict[int, int] = {}
+
+    def __call__(self, table: pa.Table) -> Iterator[UnitRecord]:
+        """Take some chunks; yield the records of the units that they complete."""
+        for row in range(table.num_rows):
+            chunk = table.slice(row, 1)
+            unit, number, last = (chunk[name][0].as_py() for name in ("unit", "chunk", "last"))
+            self._chunks[unit][number] = chunk
+            if last:
+                self._counts[unit] = number + 1
+            if len(self._chunks[unit]) == self._counts.get(unit):
+                chunks = self._chunks.pop(unit)
+                yield self._commit(unit, [chunks[index] for index in range(self._counts.pop(unit))])
+
+    def _commit(self, unit: int, chunks: Sequence[pa.Table]) -> UnitRecord:
+        rows = pa.table({name: pa.concat_arrays([values_of(chunk, name) for chunk in chunks]) for name in ROWS.names})
+        scores = {name: np.concatenate([scores_of(chunk, name) for chunk in chunks]) for name in self._rewards}
+        table = _with_columns(rows, scores)
+        with atomic_path(unit_path(self._run, unit)) as temporary:
+            pq.write_table(table, temporary)
+        rejects = rejects_of(table)
+        record = UnitRecord(
+            unit=unit,
+            pairs_in=table.num_rows,
+            pairs=table.num_rows - len(rejects),
+            rejects=rejects,
+            entry=None,
+        )
+        write_record(self._run.record_path(unit), record)
+        return record
+
+
+def unit_path(run: Run, unit: int) -> Path:
+    """Where a unit's rows wait until the whole table is written."""
+    return run.record_path(unit).with_suffix(".parquet")
+
+
+def rejects_of(table: pa.Table) -> list[Reject]:
+    """The rows of a unit that have a reason why they are not scored."""
+    rows = table.filter(pc.is_valid(table["reason"])).select(["pair_id", "source", "reason"]).to_pylist()
+    return [Reject(stage=STAGE, **row) for row in rows]
+
+
+def _with_columns(rows: pa.Table, scores: dict[str, np.ndarray]) -> pa.Table:
+    """All rows of a unit, with two float32 columns a reward; a pair with a score that is no number is rejected."""
+    scored = np.flatnonzero(pc.is_null(rows["reason"]).to_numpy())
+    reasons = np.array(rows["reason"].to_pylist(), dtype=object)
+    for name, values_P2 in scores.items():
+        with np.errstate(over="ignore"):
+            columns_P2 = values_P2.astype(np.float32)
+        for position in scored[~np.isfinite(columns_P2).all(axis=1)]:
+            reasons[position] = reasons[position] or f"not finite: {name} gave no number for an image of this pair"
+        for index in range(2):
+            column = np.full(rows.num_rows, np.nan, dtype=np.float32)
+            column[scored] = columns_P2[:, index]
+            rows = rows.append_column(f"{name}_{index}", pa.array(column))
+    return rows.set_column(rows.column_names.index("reason"), "reason", pa.array(reasons.tolist(), pa.string()))
