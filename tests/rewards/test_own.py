@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smpo_pipeline.rewards import load_reward, parse_reward, reward_classes
+from smpo_pipeline.rewards import checked_scores, load_reward, parse_reward, reward_classes
 from smpo_schemas.errors import UserError
 
 GUIDE = Path(__file__).parents[2] / "docs" / "rewards.md"
@@ -98,6 +98,20 @@ def test_a_class_that_is_no_reward_is_one_line(here):
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             load_reward(spec, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("[1.0]", r"shape \(1,\) for 2 images; expected \(2,\)"), ("['good', 'bad']", "score failed: could not convert")],
+)
+def test_what_is_not_one_number_an_image_is_one_line(here, given, message):
+    (here / "odd.py").write_text(
+        "from smpo_pipeline.rewards import Reward\n\n\nclass Odd(Reward):\n    name, unit = 'odd', 'none'\n"
+        "    def __init__(self, model, device):\n        self.model = self.fingerprint = 'odd'\n"
+        f"    def score(self, images, prompts):\n        return {given}\n"
+    )
+    with pytest.raises(UserError, match=f"--reward odd: .*{message}"):
+        checked_scores(load_reward("odd:Odd", "cpu"), [Image.new("RGB", (4, 4))] * 2, ["a", "b"])
 
 
 def test_a_subclass_elsewhere_does_not_hide_the_original(here):

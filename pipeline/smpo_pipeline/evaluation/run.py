@@ -29,7 +29,7 @@ from smpo_pipeline.evaluation.results import (
     write_results,
     write_scores,
 )
-from smpo_pipeline.rewards import Reward, load_reward
+from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import read_json, write_json
 
@@ -163,7 +163,7 @@ def _score_batch(reward: Reward, batch: Sequence[Picture]) -> np.ndarray:
                 images.append(image.convert("RGB"))
         except OSError as error:
             raise UserError(f"{picture.path} cannot be read ({error}); delete it and evaluate again") from error
-    values = np.asarray(reward.score(images, [picture.prompt for picture in batch]), dtype=np.float64)
+    values = checked_scores(reward, images, [picture.prompt for picture in batch])
     if not np.isfinite(values).all():
         worst = batch[int(np.flatnonzero(~np.isfinite(values))[0])]
         raise UserError(f"--reward {reward.name} has no finite score for {worst.path} ({worst.prompt!r})")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from smpo_pipeline.jobs.chunks import ROWS, images_of, scores_of, values_of, with_scores, without_images
 from smpo_pipeline.jobs.cluster import use_threads
 from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
-from smpo_pipeline.rewards import Reward, load_reward
+from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 from smpo_schemas.files import atomic_path
 from smpo_schemas.rejects import Reject
 
@@ -44,7 +44,7 @@ class RewardActor:
         images = images_of(chunk)
         values: list[np.ndarray] = [np.empty(0)]
         while batch := list(islice(images, self._batch_size)):
-            values.append(self._reward.score([image for image, _ in batch], [prompt for _, prompt in batch]))
+            values.append(checked_scores(self._reward, [image for image, _ in batch], [prompt for _, prompt in batch]))
         scored = with_scores(chunk, {self._reward.name: np.concatenate(values)})
         return without_images(scored) if self._last else scored
 

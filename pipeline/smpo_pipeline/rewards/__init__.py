@@ -11,10 +11,10 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-from smpo_pipeline.rewards.base import Needs, Reward
+from smpo_pipeline.rewards.base import Needs, Reward, checked_scores
 from smpo_schemas.errors import UserError
 
-__all__ = ["Needs", "Reward", "load_reward", "parse_reward", "reward_classes"]
+__all__ = ["Needs", "Reward", "checked_scores", "load_reward", "parse_reward", "reward_classes"]
 
 _GROUP = "smpo.rewards"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -10,6 +10,8 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from smpo_schemas.errors import UserError
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -61,3 +63,21 @@ class Reward(ABC):
     @abstractmethod
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """Raw scores of N RGB images under N prompts: float64 [N], independent of what else is in the batch."""
+
+
+def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+    """What ``reward`` says of a batch: float64 [N], NaN where it has no score.
+
+    Raises:
+        UserError: it gave something else than one number an image; the reward may be anybody's code.
+    """
+    try:
+        scores_N = np.asarray(reward.score(images, prompts), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--reward {reward.name}: score failed: {error}") from error
+    if scores_N.shape != (len(images),):
+        raise UserError(
+            f"--reward {reward.name}: score gave an array of shape {scores_N.shape} for {len(images)} images; "
+            f"expected ({len(images)},)"
+        )
+    return scores_N
