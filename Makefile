@@ -67,6 +67,7 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (abou
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/score.py
 
 clean: ## Remove .venv and the demo's output
 	rm -rf $(VENV) $(DEMO)

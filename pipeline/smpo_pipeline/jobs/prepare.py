@@ -14,7 +14,7 @@ import pyarrow as pa
 from PIL import Image
 
 from smpo_pipeline.images import ImageRejectedError, decode_image
-from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id, read_rows
+from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, read_rows
 from smpo_schemas.rejects import Reject
 
 UNIT_SCHEMA = pa.schema(
@@ -23,8 +23,6 @@ UNIT_SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("label", pa.float32()),
         ("annotator", pa.string()),
-        ("image_0_id", pa.string()),
-        ("image_1_id", pa.string()),
         ("source", pa.string()),
         ("row", pa.int64()),
         ("pixels_0", pa.large_binary()),
@@ -103,7 +101,6 @@ def _decode(pair: Pair, transform: Transform) -> dict[str, Any]:
         image = decode_image(data)
         pixels, crop = transform(image)
         row |= {f"pixels_{index}": pixels.tobytes(), f"shape_{index}": list(pixels.shape)}
-        row[f"image_{index}_id"] = image_id(data)
         row["size"].append([image.height, image.width])
         row["crop"].append(list(crop))
     return row
