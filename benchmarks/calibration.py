@@ -11,16 +11,13 @@ About five minutes on two cores, most of them to sample the world. Every stage c
 from __future__ import annotations
 
 import argparse
-import datetime as dt
-import os
-import platform
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from page import stamp
 
 from smpo_pipeline.calibration.calibrate import Report, calibrate
 from smpo_pipeline.calibration.held_out import COIN
@@ -140,14 +137,12 @@ def main() -> None:
     true_P = true_mix(work, report)
     found = report.calibration
     mixed = ", ".join(f"{name} {each.weight:.2f} (tau {each.tau:.3f})" for name, each in found.rewards.items())
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "transformers"))
     columns = ("held out", "log-loss, true mix", "less the mixture's (95 %)", "ECE, true mix", "orders as true mix %")
     floor = log_loss(true_P, true_P), log_loss(true_P, report.data.labels_P)
     labels = ("log-loss, labels", "ECE, labels", "agrees with labels %")
     text = f"""# Calibrated rewards on the embedded world
 
-Made by `python benchmarks/calibration.py` on {dt.datetime.now(dt.UTC).date()}: {os.cpu_count()} CPU cores
-({platform.machine()}), Python {platform.python_version()}, {libraries}. Do not edit by hand.
+{stamp("python benchmarks/calibration.py", ("torch", "numpy", "transformers"))}
 
 {NUM_PAIRS} pairs of {found.prompts} prompts, each labelled once by one of {len(ANNOTATORS)} annotators with tastes of
 their own ({found.labels - found.ties} decided labels, {found.ties} ties). `{COMMAND}` fits on four fifths of the

@@ -13,17 +13,14 @@ used (`make demo` makes them) where --work is left alone.
 from __future__ import annotations
 
 import argparse
-import datetime as dt
-import os
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from page import stamp
 
 from smpo_pipeline.evaluation.comparison import Comparison, compare
 from smpo_pipeline.evaluation.results import Results, read_results
@@ -209,11 +206,9 @@ def write_report(work: Path, chosen: dict[str, int], selection: Results, target:
         selected.append(f"| {c.source}, {c.name} | {' | '.join(gains)} |")
     base = results.finding("base", TRUTH).mean
     base_guided = guided.finding("base", TRUTH).mean
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "numpy"))
     text = f"""# Objectives and state sources on the embedded world
 
-Made by `python benchmarks/objectives.py` on {dt.datetime.now(dt.UTC).date()}: {os.cpu_count()} CPU cores
-({platform.machine()}), Python {platform.python_version()}, {libraries}. Do not edit by hand.
+{stamp("python benchmarks/objectives.py", ("torch", "diffusers", "transformers", "numpy"))}
 
 600 pairs; {STEPS} steps of {BATCH} pairs, AdamW, lr {LR} ({SCHEDULE}, {WARMUP} warm-up steps), gamma 10, all weights
 trained. `dpo` learns from the annotators' labels, `smpo-1` from pickscore, `smpo-2` from pickscore and clipscore with

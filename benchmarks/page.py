@@ -1,43 +1,35 @@
-"""docs/benchmarks.md: one section a benchmark, each rewritten by its own command and stamped with where it was run."""
+"""How measured pages say what made them; and docs/benchmarks.md, where every timing has a section of its own."""
 
 from __future__ import annotations
 
 import datetime as dt
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from smpo_schemas.files import write_bytes
 
-PAGE = Path(__file__).parents[1] / "docs/benchmarks.md"
-_TITLE = """# Benchmarks
-
-Every section is written by the command that it names. These machines are noisy: the ratios, taken within one run, are
-what counts.
-"""
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "ray", "numpy")
+BENCHMARKS = Path(__file__).parents[1] / "docs/benchmarks.md"
+_TITLE = "# Benchmarks\n\nRatios are taken within one run; rates of one run say little of another machine.\n"
 
 
-def machine() -> str:
-    """When, on what and with which versions something was measured."""
-    versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
-    today = dt.datetime.now(tz=dt.UTC).date()
-    cores = f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"
-    return f"{today}, {cores}, Python {platform.python_version()}, {versions}"
+def stamp(command: str, libraries: Sequence[str], cores: int = os.cpu_count() or 1) -> str:
+    """The command, the date, the machine and the versions, as two lines of a page that this program writes."""
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    today = dt.datetime.now(dt.UTC).date()
+    machine = f"{cores} CPU core{'s' if cores > 1 else ''} ({platform.machine()})"
+    return (
+        f"Made by `{command}` on {today}: {machine},\n"
+        f"Python {platform.python_version()}, {versions}. Do not edit by hand."
+    )
 
 
-def write_section(title: str, command: str, lines: Iterable[str]) -> None:
-    """Put a section in the place of the one of this title, or at the end."""
-    text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else _TITLE
-    head, *sections = text.split("\n## ")
-    body = "\n".join(lines)
-    new = f"{title}\n\n    {command}\n\n{machine()}.\n\n{body}\n"
-    kept = [section if section.endswith("\n") else f"{section}\n" for section in sections]
-    titles = [section.partition("\n")[0] for section in kept]
-    if title in titles:
-        kept[titles.index(title)] = new
-    else:
-        kept.append(new)
-    write_bytes(PAGE, "\n## ".join([head, *kept]).encode())
+def write_section(title: str, text: str) -> None:
+    """Put a section of docs/benchmarks.md in the place of the one of this title, or at the end."""
+    page = BENCHMARKS.read_text(encoding="utf-8") if BENCHMARKS.is_file() else _TITLE
+    head, *sections = page.rstrip().split("\n\n## ")
+    by_title = {section.partition("\n")[0]: section for section in sections}
+    by_title[title] = f"{title}\n\n{text.strip()}"
+    write_bytes(BENCHMARKS, ("\n\n## ".join([head.rstrip(), *by_title.values()]) + "\n").encode())

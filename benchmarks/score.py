@@ -12,11 +12,9 @@ About fifteen minutes on two cores. What was stopped goes on with what is missin
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple, Self
@@ -35,6 +32,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from page import stamp, write_section
 from PIL import Image
 from pydantic import BaseModel
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -53,7 +51,6 @@ BATCH = 32
 SLEEP = 0.02
 """Seconds an image that the slow reward takes."""
 MEMORY_PAIRS, MEMORY_SIDE = 300, 1024
-HEADING = "## Scoring"
 
 
 # The measured programs
@@ -345,8 +342,6 @@ def ratios(name: str, turns: Sequence[dict[str, Cost]]) -> str:
 
 def page(results: Results) -> str:
     """The section of docs/benchmarks.md."""
-    names = ("torch", "transformers", "ray", "pyarrow", "pillow")
-    libraries = ", ".join(f"{name} {version(name)}" for name in names)
     counts = "; ".join(f"{name} {pairs} and {few}" for name, (pairs, few) in results.counts.items())
     memory = results.memory
     lines = [
@@ -354,11 +349,10 @@ def page(results: Results) -> str:
         for count, (peak, seconds) in memory.items()
     ]
     growth = max(peak for peak, _ in memory.values()) / min(peak for peak, _ in memory.values()) - 1
-    return f"""{HEADING}
+    return f"""{stamp("python benchmarks/score.py", ("torch", "transformers", "ray", "pyarrow", "pillow"))}
 
-Made by `python benchmarks/score.py` on {dt.datetime.now(dt.UTC).date()}: {CORES} CPU cores ({platform.machine()}),
-Python {platform.python_version()}, {libraries}. Do not edit by hand. The machine was shared with other work, so that
-rates and ratios by the clock say little, ratios of CPU seconds (of all processes, Ray's own included) more. Medians of
+The machine was shared with other work, so that rates and ratios by the clock say little, ratios of CPU seconds (of all
+processes, Ray's own included) more. Medians of
 {min(map(len, results.turns.values()))} turns, smallest and largest in brackets. Loops ran on all cores and on
 one; the better counts. Ray's workers had the loops' priority.
 
@@ -402,30 +396,18 @@ Ten times the data takes {100 * growth:.0f} % more memory.
 """
 
 
-def write_section(target: Path, section: str) -> None:
-    """Put the section in its place in the page, or at its end."""
-    text = target.read_text() if target.is_file() else "# Benchmarks\n"
-    before, found, after = text.partition(HEADING)
-    rest = after.partition("\n## ")
-    tail = f"\n## {rest[2]}" if found and rest[1] else ""
-    write_bytes(target, f"{before.rstrip()}\n\n{section}{tail}".encode())
-
-
 def main() -> None:
     """Run everything, or one program where --measure names it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("demo/benchmark-score"), help="folder for inputs and results")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks.md", help="page to write")
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(run_program(*arguments.measure)))
         return
     results = collect(arguments.work, arguments.turns)
-    section = page(results)
-    write_section(arguments.out, section)
-    print(section)
+    write_section("Scoring", page(results))
 
 
 def collect(work: Path, turns: int) -> Results:

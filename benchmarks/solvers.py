@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime as dt
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import torch
+from page import stamp
 
 from smpo_models.family import Family
 from smpo_models.loading import DTYPES, load_family
@@ -250,10 +248,8 @@ def main() -> None:
             "timesteps": "published", "steps": steps, **SOLVERS[name]}))]
         for steps in (5, 9, 10) for name in ("renoise 1 (published)", "anderson 1e-5")
     ]  # fmt: skip
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     text = f"""{BEGIN}
-Made by `python benchmarks/solvers.py` on {dt.datetime.now(dt.UTC).date()}: {len(pairs)} pairs, one CPU core
-({platform.machine()}), Python {platform.python_version()}, {libraries}. Do not edit by hand.
+{stamp("python benchmarks/solvers.py", ("torch", "diffusers"), cores=1)}
 
 ![cost and accuracy of the solvers](images/solvers.png)
 

@@ -36,7 +36,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from page import write_section
+from page import stamp, write_section
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -315,7 +315,8 @@ def main() -> None:
             turns.append({program: measure(program, work) for program in ("published", "ours", "bare", "forwards")})
             print(turn, json.dumps(turns[-1]), flush=True)
     command = f"python benchmarks/train.py --divide {arguments.divide} --turns {arguments.turns}"
-    write_section("Training step", command, [*lines_of(turns, arguments.divide)])
+    text = stamp(command, ("torch", "diffusers", "transformers", "accelerate"))
+    write_section("Training step", "\n".join([text, "", *lines_of(turns, arguments.divide)]))
 
 
 if __name__ == "__main__":
