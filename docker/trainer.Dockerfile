@@ -1,0 +1,31 @@
+# The trainer alone: no Ray, no reward models. Build from the repository's root:
+#   docker build -f docker/trainer.Dockerfile -t smpo-train .
+#   docker run --gpus all --ipc=host -v DATA:/data smpo-train --shards /data/shards --model MODEL --out /data/run
+#
+# torch's wheels carry the CUDA runtime themselves; a CUDA base image would hold a second one. The container toolkit
+# mounts the driver, which is what the two NVIDIA variables ask for.
+FROM python:3.11-slim-bookworm
+
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1
+
+# What changes rarely comes first: gigabytes of torch stay one layer, however often the code below changes.
+WORKDIR /opt/smpo
+COPY constraints.txt ./
+RUN pip install -c constraints.txt torch
+COPY pyproject.toml README.md LICENSE ./
+COPY schemas schemas
+COPY models models
+COPY pipeline pipeline
+COPY trainer trainer
+RUN pip install -c constraints.txt .
+
+RUN useradd --create-home --uid 1000 smpo
+USER smpo
+WORKDIR /home/smpo
+
+ENTRYPOINT ["smpo-train"]
+CMD ["--help"]
