@@ -9,7 +9,7 @@ start. What is reported is what `invert` writes into its manifest, with all pair
     python benchmarks/walks.py measure "its thin copy" thin.json --model DIR
     python benchmarks/walks.py page good.json thin.json
 
-About four CPU minutes a world.
+Three to four CPU minutes a world.
 """
 
 from __future__ import annotations
@@ -196,8 +196,9 @@ Made by `python benchmarks/walks.py` on {dt.datetime.now(dt.UTC).date()} in {min
 ![noise ratio of the worst band](images/walks.png)
 
 The last columns but one hold the five timestep bands, 0 to 199 first. float32, jittered timesteps, no prompt dropped,
-nothing mirrored; pairs: {used}. "warns": a band's noise ratio is outside {LOWEST_RATIO} to {HIGHEST_RATIO}. "-": no
-step was taken there, so there is no residual.
+nothing mirrored. Pairs: {used}.
+"warns": a band's noise ratio is outside {LOWEST_RATIO} to {HIGHEST_RATIO}. "-": no step was taken there, so there is no
+residual.
 
 {tables}
 {END}"""

@@ -92,10 +92,10 @@ plan.__annotations__ = {name: each.annotation for name, each in plan.__signature
 
 
 def _show(console: Console, found: Plan) -> None:
-    hours = "GPU hours" if found.peak_memory is not None else "CPU hours (this machine)"
+    hours = "GPU hours" if found.peak_memory is not None else "CPU hours"
     table = Table(title=f"invert on {found.device}, batches of {found.batch_size} walks")
-    for column in ("pairs", hours, f"wall hours on {found.gpus}", "size", "shards", "states", "dollars"):
-        table.add_column(column, justify="right")
+    for column in ("pairs", hours, f"wall hours on {found.gpus}", "size", "shards", "dollars"):
+        table.add_column(column, justify="right", overflow="fold")
     for each in found.projections:
         table.add_row(
             f"{each.pairs:,}",
@@ -103,7 +103,6 @@ def _show(console: Console, found: Plan) -> None:
             _number(each.wall_hours),
             _bytes(each.bytes),
             f"{each.shards:,}",
-            f"{each.states:,}",
             "-" if each.dollars is None else f"{each.dollars:,.2f}",
         )
     console.print(table)
