@@ -33,5 +33,3 @@ def test_the_warning_is_silent_on_the_world_and_fires_on_latents_thinner_than_it
     # All five bands, and a line with the remedies.
     assert len(health_warnings(thin)) == 6
     assert all(band.noise_ratio < 0.7 for band in thin)
-    # The residual does not see it: the equation is solved about as well.
-    assert all(band.residual < 3 * other.residual for band, other in zip(thin, good, strict=True))
