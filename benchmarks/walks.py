@@ -15,11 +15,8 @@ Three to four CPU minutes a world.
 from __future__ import annotations
 
 import argparse
-import datetime as dt
-import platform
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from page import stamp
 
 from smpo_models.family import Family
 from smpo_models.loading import load_family
@@ -186,12 +184,11 @@ def write_page(files: Sequence[Path]) -> None:
         f"the latents' means.\n\n{table(columns, [row(*each) for each in of_cell.items()])}"
         for world, (name, of_cell) in zip(worlds, found.items(), strict=True)
     )
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     used = ", ".join(f"{count} for {steps} steps" for steps, count in PAIRS_OF_STEPS.items())
     minutes = sum(world["seconds"] for world in worlds) / 60
     text = f"""{BEGIN}
-Made by `python benchmarks/walks.py` on {dt.datetime.now(dt.UTC).date()} in {minutes:.0f} CPU minutes
-({platform.machine()}), Python {platform.python_version()}, {libraries}. Do not edit by hand.
+{stamp("python benchmarks/walks.py", ("torch", "diffusers"), cores=1)}
+Measured in {minutes:.0f} CPU minutes.
 
 ![noise ratio of the worst band](images/walks.png)
 

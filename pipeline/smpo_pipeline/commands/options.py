@@ -50,7 +50,7 @@ AutoBatchSizeOption = Annotated[
         "--batch-size",
         help="Walks a model call, or auto: the largest that fits on the GPU; on CPU the one from which on doubling "
         "gains less than 5 %.",
-        rich_help_panel=_RUNNING,
+        rich_help_panel=RUNNING,
     ),
 ]
 DeviceOption = Annotated[

@@ -51,7 +51,7 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
 
     device = check_device(flags["device"])
     check_gpu(device)
-    use_threads(device, concurrency=1)
+    use_threads(device, workers=1)
     settings = inversion_settings(context, device, **{name: flags[name] for name in SETTINGS_FLAGS})
     same = ("pairs", "scores", "model", "unet", "walker", "vae", "resolution", "seed", "pairs_per_shard", "limit")
     columns = opt.columns_by_field(*(flags[f"{name}_column"] for name in opt.COLUMN_FIELDS))

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ from smpo_schemas.shards import Sample, ShardWriter
 STAGE = "invert"
 _MEASURED_PAIRS = 128
 """About how many pairs walk health is measured on; one more forward for each of their states."""
-
 
 _BATCH_SIZES = ".batch-size-*.json"
 
