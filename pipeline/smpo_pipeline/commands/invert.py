@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -159,7 +159,7 @@ def invert(
     label_column: opt.LabelColumn = None,
     pair_id_column: opt.PairIdColumn = None,
     annotator_column: opt.AnnotatorColumn = None,
-    batch_size: opt.BatchSizeOption = 16,
+    batch_size: opt.AutoBatchSizeOption = "16",
     device: opt.DeviceOption = None,
     concurrency: opt.ConcurrencyOption = 1,
     ray_address: opt.RayAddressOption = None,
@@ -174,32 +174,31 @@ def invert(
     """
     from smpo_pipeline.jobs.cluster import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
     from smpo_pipeline.jobs.invert import invert  # noqa: PLC0415
-    from smpo_pipeline.jobs.invert_unit import InvertOptions  # noqa: PLC0415
+    from smpo_pipeline.jobs.invert_unit import InvertOptions, take_batch_sizes  # noqa: PLC0415
 
     checked = check_device(device)
-    _check_solver_flags(context, solver if source == "renoise" else None)
-    averaged_estimates(renoise_average, renoise_steps)
-    precision = dtype or ("bf16" if checked == "cuda" else "fp32")
-    settings = InversionSettings(
+    settings = inversion_settings(
+        context,
+        checked,
         source=source,
-        start=_start(start),
+        start=start,
         timesteps=timesteps,
         steps=steps,
         solver=solver,
         renoise_steps=renoise_steps,
         renoise_average=renoise_average,
-        tolerance=tolerance or _TOLERANCE[precision],
+        tolerance=tolerance,
         max_evaluations=max_evaluations,
         anderson_depth=anderson_depth,
         eta=eta,
         guidance_scale=guidance_scale,
-        states=_states(states),
+        states=states,
         walks=walks,
         vae_latent=vae_latent,
         prompt_dropout=prompt_dropout,
         hflip=hflip,
         size_conditioning=size_conditioning,
-        dtype=precision,
+        dtype=dtype,
     )
     columns = opt.columns_by_field(
         prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column
@@ -218,7 +217,7 @@ def invert(
             columns=columns,
             seed=seed,
             pairs_per_shard=pairs_per_shard,
-            batch_size=batch_size,
+            batch_size=opt.parse_batch_size(batch_size),
             device=checked,
             concurrency=concurrency,
             ray_address=ray_address,
@@ -227,7 +226,32 @@ def invert(
         )
     )
     write_resolved_config(context, out)
-    _show(Console(), manifest, out)
+    console = Console()
+    for size in take_batch_sizes(out):
+        console.print(f"--batch-size auto: batches of {size} walks")
+    _show(console, manifest, out)
+
+
+SETTINGS_FLAGS = tuple(InversionSettings.model_fields)
+"""The flags of which :class:`InversionSettings` are made have its fields' names."""
+
+
+def inversion_settings(context: typer.Context, device: str, **flags: Any) -> InversionSettings:  # noqa: ANN401
+    """Check the flags named in :data:`SETTINGS_FLAGS`, and fill in the defaults that depend on others.
+
+    Raises:
+        UserError: a flag has no meaning, or none beside the others.
+    """
+    _check_solver_flags(context, flags["solver"] if flags["source"] == "renoise" else None)
+    averaged_estimates(flags["renoise_average"], flags["renoise_steps"])
+    precision = flags["dtype"] or ("bf16" if device == "cuda" else "fp32")
+    derived = {
+        "start": _start(flags["start"]),
+        "states": _states(flags["states"]),
+        "tolerance": flags["tolerance"] or _TOLERANCE[precision],
+        "dtype": precision,
+    }
+    return InversionSettings(**{**flags, **derived})
 
 
 def _check_solver_flags(context: typer.Context, solver: str | None) -> None:

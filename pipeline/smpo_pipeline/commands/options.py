@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from smpo_schemas.errors import UserError
+
 PairsOption = Annotated[
     list[Path],
     typer.Option(
@@ -42,6 +44,15 @@ RUNNING = "Running"
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="Images or walks a model call.", rich_help_panel=RUNNING)
 ]
+AutoBatchSizeOption = Annotated[
+    str,
+    typer.Option(
+        "--batch-size",
+        help="Walks a model call, or auto: the largest that fits on the GPU; on CPU the one from which on doubling "
+        "gains less than 5 %.",
+        rich_help_panel=RUNNING,
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="cpu or cuda; default: cuda where there is one.", rich_help_panel=RUNNING),
@@ -65,6 +76,23 @@ OverwriteOption = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+
+
+def parse_batch_size(value: str) -> int | None:
+    """A number from 1, or None for ``auto``.
+
+    Raises:
+        UserError: neither.
+    """
+    if value == "auto":
+        return None
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise UserError(f"--batch-size {value}: a number from 1, or auto")
+
+
+COLUMN_FIELDS = ("prompt", "image_0", "image_1", "label", "pair_id", "annotator")
+"""The parameters of :func:`columns_by_field`, in order."""
 
 
 def columns_by_field(

@@ -15,6 +15,7 @@ import ray
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_pipeline.images import resize_and_crop
+from smpo_pipeline.inversion.checks import check_settings
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.cluster import Pool, require_gpus, run_units
 from smpo_pipeline.jobs.invert_unit import STAGE, InvertActor, InvertOptions, load_models
@@ -114,18 +115,7 @@ def _score_table(directory: Path, info: ScoresInfo) -> pa.Table:
 def _check_model(options: InvertOptions) -> tuple[ModelInfo, int]:
     """Load the model once, before any work starts: its fingerprints, and the resolution to use."""
     family, walker = load_models(options, "cpu")
-    resolution = options.resolution or family.resolution()
-    if resolution % family.resolution_multiple():
-        raise UserError(
-            f"--resolution {resolution}: {options.model} needs a multiple of {family.resolution_multiple()}"
-        )
-    start, last = options.settings.start, family.process.num_train_timesteps
-    if isinstance(start, int) and not 0 <= start < last:
-        raise UserError(f"--start {start}: {options.model} has timesteps 0 to {last - 1}")
-    if isinstance(start, int) and options.settings.timesteps == "published":
-        raise UserError(f"--start {start}: the published timesteps begin at x0; use --start clean")
-    if options.settings.steps >= last:
-        raise UserError(f"--steps {options.settings.steps}: {options.model} has only {last} timesteps")
+    resolution = check_settings(family, options.model, options.resolution, options.settings)
     reference = fingerprint_module(family.denoiser)
     info = ModelInfo(
         id=options.model,
@@ -136,7 +126,7 @@ def _check_model(options: InvertOptions) -> tuple[ModelInfo, int]:
         text=fingerprint_module(*family.text_modules),
         vae=fingerprint_module(family.vae),
         scheduler=family.process.fingerprint(),
-        num_train_timesteps=last,
+        num_train_timesteps=family.process.num_train_timesteps,
     )
     return info, resolution
 

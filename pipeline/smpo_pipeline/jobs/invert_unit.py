@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +19,14 @@ from torch import nn
 from smpo_models.family import Family
 from smpo_models.loading import DTYPES, load_family, load_walker
 from smpo_pipeline.inversion.batch import PreparedPair
+from smpo_pipeline.inversion.batch_size import choose_batch_size, walk_requests
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.jobs.cluster import use_threads
 from smpo_pipeline.jobs.paths import AbsolutePath, HubIdOrFolder
 from smpo_pipeline.jobs.prepare import from_bytes, pixels_of
 from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
+from smpo_schemas.files import read_json, write_json
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.rejects import Reject
 from smpo_schemas.shards import Sample, ShardWriter
@@ -29,6 +34,8 @@ from smpo_schemas.shards import Sample, ShardWriter
 STAGE = "invert"
 _MEASURED_PAIRS = 128
 """About how many pairs walk health is measured on; one more forward for each of their states."""
+
+_BATCH_SIZES = ".batch-size-*.json"
 
 
 class InvertOptions(BaseModel):
@@ -48,7 +55,7 @@ class InvertOptions(BaseModel):
     columns: dict[str, str | None]
     seed: int
     pairs_per_shard: int
-    batch_size: int
+    batch_size: int | None
     device: str
     concurrency: int
     ray_address: str | None
@@ -77,6 +84,7 @@ class InvertActor:
         self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
+        self._batch_size = options.batch_size
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """Invert and commit one unit; returns its record as JSON."""
@@ -142,14 +150,36 @@ class InvertActor:
         walks = self._options.settings.walks
         requests = [(pair, walk) for _, _, pair in pairs for walk in range(walks)]
         made: list[Sample | str] = []
-        for start in range(0, len(requests), self._options.batch_size):
-            samples, sums = self._inverter.invert(requests[start : start + self._options.batch_size])
+        if requests and self._batch_size is None:
+            self._batch_size = self._find_batch_size([pair for _, _, pair in pairs])
+        for start in range(0, len(requests), self._batch_size or 1):
+            samples, sums = self._inverter.invert(requests[start : start + (self._batch_size or 1)])
             made += samples
             health += sums
         for start in range(0, len(made), walks):
             of_pair = made[start : start + walks]
             problems = [each for each in of_pair if isinstance(each, str)]
             yield problems[0] if problems else [each for each in of_pair if isinstance(each, Sample)]
+
+    def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> int:
+        """``--batch-size auto``, for the device that this actor is on; leaves a file that says what was found."""
+        trials = walk_requests(pairs)
+        size = choose_batch_size(
+            lambda count: self._inverter.invert([next(trials) for _ in range(count)]),
+            self._options.pairs_per_shard * self._options.settings.walks,
+            self._options.device,
+        )
+        write_json(self._run.out / _BATCH_SIZES.replace("*", f"{socket.gethostname()}-{os.getpid()}"), size)
+        return size
+
+
+def take_batch_sizes(out: Path) -> list[int]:
+    """What the actors of a run that has ended found with ``--batch-size auto``; the files that said so are removed."""
+    files = sorted(out.glob(_BATCH_SIZES))
+    found = sorted({read_json(file) for file in files})
+    for file in files:
+        file.unlink()
+    return found
 
 
 def _two_pairs(values: list[list[int]]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -1,0 +1,137 @@
+"""``smpo-pipeline plan``."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from smpo_pipeline.commands import options as opt
+from smpo_pipeline.commands.invert import SETTINGS_FLAGS, inversion_settings, invert
+from smpo_schemas.files import write_json
+
+if TYPE_CHECKING:
+    from smpo_pipeline.planning.plan import Plan
+
+_PLAN = "Plan"
+_NOT_HERE = ("scores", "out", "concurrency", "ray_address", "overwrite")
+"""Flags of `invert` that cost nothing, or that this command has in another form."""
+
+ScoresOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--scores", help="Output of `score`: which rewards the shards will carry; default: one.", rich_help_panel=_PLAN
+    ),
+]
+GpusOption = Annotated[int, typer.Option("--gpus", min=1, help="Devices at work at once.", rich_help_panel=_PLAN)]
+PriceOption = Annotated[
+    float | None, typer.Option("--price", min=0, help="Dollars for one device hour.", rich_help_panel=_PLAN)
+]
+SecondsOption = Annotated[
+    float,
+    typer.Option("--seconds", min=0.1, help="How long to measure, warm-up included.", rich_help_panel=_PLAN),
+]
+FileOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the plan as JSON, too.", rich_help_panel=_PLAN)
+]
+
+
+def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each flag's type is in the signature below)
+    """Measure what `invert` with the same flags would cost: device hours, bytes, shards, dollars.
+
+    Inverts some of the pairs on this machine's device for a minute and projects: for these pairs, for 1 and for 100
+    million. Nothing is stored.
+    """
+    from smpo_pipeline.jobs.cluster import check_device, use_threads  # noqa: PLC0415  (keeps --help free of torch and Ray)
+    from smpo_pipeline.planning.plan import PlanOptions, check_gpu, make_plan  # noqa: PLC0415
+
+    device = check_device(flags["device"])
+    check_gpu(device)
+    use_threads(device, workers=1)
+    settings = inversion_settings(context, device, **{name: flags[name] for name in SETTINGS_FLAGS})
+    same = ("pairs", "scores", "model", "unet", "walker", "vae", "resolution", "seed", "pairs_per_shard", "limit")
+    columns = opt.columns_by_field(*(flags[f"{name}_column"] for name in opt.COLUMN_FIELDS))
+    found = make_plan(
+        PlanOptions(
+            **{name: flags[name] for name in (*same, "gpus", "price", "seconds")},
+            settings=settings,
+            columns=columns,
+            batch_size=opt.parse_batch_size(flags["batch_size"]),
+            device=device,
+        )
+    )
+    _show(Console(), found)
+    if flags["out"]:
+        write_json(flags["out"], found.model_dump())
+
+
+def _flags() -> inspect.Signature:
+    """The flags of `invert` that change what it costs, whatever they come to be, and those of this command."""
+    own = {
+        "scores": (ScoresOption, None),
+        "gpus": (GpusOption, 1),
+        "price": (PriceOption, None),
+        "seconds": (SecondsOption, 60.0),
+        "out": (FileOption, None),
+    }
+    parameters = inspect.signature(invert, eval_str=True).parameters
+    kept = [each for name, each in parameters.items() if name not in _NOT_HERE]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind, default=default)
+        for name, (kind, default) in own.items()
+    ]
+    return inspect.Signature([*kept, *added])
+
+
+plan.__signature__ = _flags()  # type: ignore[attr-defined]
+plan.__annotations__ = {name: each.annotation for name, each in plan.__signature__.parameters.items()}  # type: ignore[attr-defined]
+
+
+def _show(console: Console, found: Plan) -> None:
+    hours = "GPU hours" if found.peak_memory is not None else "CPU hours"
+    table = Table(title=f"invert on {found.device}, batches of {found.batch_size} walks")
+    for column in ("pairs", hours, f"wall hours on {found.gpus}", "size", "shards", "dollars"):
+        table.add_column(column, justify="right", overflow="fold")
+    for each in found.projections:
+        table.add_row(
+            f"{each.pairs:,}",
+            _number(each.device_hours),
+            _number(each.wall_hours),
+            _bytes(each.bytes),
+            f"{each.shards:,}",
+            "-" if each.dollars is None else f"{each.dollars:,.2f}",
+        )
+    console.print(table)
+    counted = "measured" if found.forwards_measured else "exactly"
+    rate = f"{found.pairs_a_second:.3g} pairs/s on one device, measured over {found.measured_walks} walks"
+    walk = f"{found.states_a_walk:.3g} states, {found.forwards_a_walk:.4g} forwards of the denoiser ({counted})"
+    lines = [
+        f"{rate} in {found.measured_seconds:.1f} s (VAE and text encoders included)",
+        f"a walk: {walk}, {_bytes(found.bytes_a_walk)}; rewards: {', '.join(found.rewards)}",
+        f"decoding keeps {found.decoding_cores:.2g} CPU cores busy for each device",
+    ]
+    if found.peak_memory is not None:
+        lines.append(f"GPU memory: {_bytes(found.peak_memory)} at the most")
+    if not found.warm:
+        lines.append("one batch took longer than --seconds: its start-up is part of the rate; give it more")
+    if found.usable < 1:
+        lines.append(f"{1 - found.usable:.1%} of {found.sampled} pairs looked at are of no use: counted as rejected")
+    lines.append("Left out: starting up, writing to storage, and devices that wait for each other or for data.")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _number(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"  # noqa: PLR2004
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:  # noqa: PLR2004
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} PB"

@@ -1,0 +1,88 @@
+"""``--batch-size auto``: the largest batch of walks that is worth having on this device.
+
+A walk does not depend on the batch it is made in (but for the rounding of matrix products), so the size is a matter of
+speed alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from smpo_pipeline.inversion.batch import PreparedPair
+from smpo_schemas.errors import UserError
+
+Request = tuple[PreparedPair, int]
+"""A pair, and the number of the walk of it to make."""
+
+WORTHWHILE_GAIN = 1.05
+"""On CPU: a doubling that speeds walks up by less is the last one tried."""
+
+
+def walk_requests(pairs: Sequence[PreparedPair], first_walk: int = 0) -> Iterator[Request]:
+    """Endless walks of a few pairs: where these are used up, further walks of them, which have draws of their own."""
+    number = first_walk
+    while True:
+        yield from ((pair, number) for pair in pairs)
+        number += 1
+
+
+def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
+    """On a GPU: double until memory runs out.
+
+    Args:
+        try_batch: makes a batch of so many walks, or raises ``torch.OutOfMemoryError``.
+        most: no larger batch can be filled.
+
+    Raises:
+        UserError: not even one walk fits.
+    """
+    fitting, size = 0, 1
+    while fitting < most:
+        try:
+            try_batch(size)
+        except torch.OutOfMemoryError:
+            break
+        fitting, size = size, min(2 * size, most)
+    # What the failed attempt reserved, and the smaller ones in other sizes, is of no use to the batches to come.
+    torch.cuda.empty_cache()
+    if not fitting:
+        raise UserError(
+            "--batch-size auto: the device's memory does not hold a single walk; a narrower --dtype, "
+            "a smaller --resolution, or another device"
+        )
+    return fitting
+
+
+def fastest_by_doubling(
+    try_batch: Callable[[int], object], most: int, clock: Callable[[], float] = time.perf_counter
+) -> int:
+    """On a CPU, where memory is not the limit: double while that makes walks faster by :data:`WORTHWHILE_GAIN`.
+
+    Args:
+        try_batch: makes a batch of so many walks.
+        most: no larger batch can be filled.
+        clock: in seconds.
+    """
+    try_batch(1)  # the first call pays for what is set up once
+
+    def walks_a_second(size: int) -> float:
+        start = clock()
+        try_batch(size)
+        return size / (clock() - start)
+
+    size, rate = 1, walks_a_second(1)
+    while size < most:
+        doubled = min(2 * size, most)
+        faster = walks_a_second(doubled)
+        if faster < WORTHWHILE_GAIN * rate:
+            break
+        size, rate = doubled, faster
+    return size
+
+
+def choose_batch_size(try_batch: Callable[[int], object], most: int, device: str) -> int:
+    """The batch size for a device, ``cpu`` or ``cuda``."""
+    return largest_that_fits(try_batch, most) if device == "cuda" else fastest_by_doubling(try_batch, most)

@@ -1,0 +1,26 @@
+"""Settings against the model they are for, before any work starts."""
+
+from __future__ import annotations
+
+from smpo_models.family import Family
+from smpo_schemas.errors import UserError
+from smpo_schemas.manifest import InversionSettings
+
+
+def check_settings(family: Family, model: str, resolution: int | None, settings: InversionSettings) -> int:
+    """The resolution to use, in pixels.
+
+    Raises:
+        UserError: the model cannot be inverted with these settings.
+    """
+    chosen = resolution or family.resolution()
+    if chosen % family.resolution_multiple():
+        raise UserError(f"--resolution {chosen}: {model} needs a multiple of {family.resolution_multiple()}")
+    start, last = settings.start, family.process.num_train_timesteps
+    if isinstance(start, int) and not 0 <= start < last:
+        raise UserError(f"--start {start}: {model} has timesteps 0 to {last - 1}")
+    if isinstance(start, int) and settings.timesteps == "published":
+        raise UserError(f"--start {start}: the published timesteps begin at x0; use --start clean")
+    if settings.steps >= last:
+        raise UserError(f"--steps {settings.steps}: {model} has only {last} timesteps")
+    return chosen

@@ -1,0 +1,211 @@
+"""From a measured rate and exact sizes to hours, bytes and dollars."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from smpo_models.loading import DTYPES, load_family, load_walker
+from smpo_pipeline.inversion.batch import draw_walk
+from smpo_pipeline.inversion.batch_size import choose_batch_size, walk_requests
+from smpo_pipeline.inversion.checks import check_settings
+from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.planning.rate import measure_rate
+from smpo_pipeline.planning.sample import sample_pairs
+from smpo_pipeline.planning.size import forwards, num_shards, total_bytes, walk_bytes
+from smpo_schemas.errors import UserError
+from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.pairs import list_pair_files
+from smpo_schemas.scores import read_scores_info
+
+_SAMPLED = 256
+"""Pairs whose texts are measured and whose images are inverted, at the most."""
+
+_PROJECTED = (1_000_000, 100_000_000)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+def check_gpu(device: str) -> None:
+    """Raise UserError where ``device`` is ``cuda`` and this machine has none: a plan is measured here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU on this machine; plan on a machine like those of the job")
+
+
+class PlanOptions(_Frozen):
+    """Everything ``plan`` is told; fields as the command line's flags."""
+
+    pairs: list[Path]
+    scores: Path | None
+    model: str
+    unet: Path | None
+    walker: Path | None
+    vae: str | None
+    resolution: int | None
+    settings: InversionSettings
+    columns: dict[str, str | None]
+    seed: int
+    pairs_per_shard: int
+    batch_size: int | None
+    device: str
+    limit: int | None
+    gpus: int
+    price: float | None
+    seconds: float
+
+
+class Projection(_Frozen):
+    """What one number of input pairs comes to.
+
+    Attributes:
+        pairs: input pairs.
+        states: stored states (of both images each).
+        device_hours: of one device.
+        wall_hours: of ``gpus`` devices that are never idle.
+        bytes, shards: of the tars.
+        dollars: device hours times the price; None where no price was given.
+    """
+
+    pairs: int
+    states: int
+    device_hours: float
+    wall_hours: float
+    bytes: int
+    shards: int
+    dollars: float | None
+
+
+class Plan(_Frozen):
+    """What was measured, and what follows.
+
+    Attributes:
+        device: its name.
+        model, resolution, settings, gpus, price: as asked for.
+        batch_size: walks a batch.
+        pairs_a_second: measured on one device.
+        measured_walks, measured_seconds, warm: see :class:`smpo_pipeline.planning.rate.Rate`.
+        usable: share of the sampled pairs that can be inverted; the rest is rejected.
+        sampled: pairs looked at.
+        rewards: names of the scores that each sample carries.
+        states_a_walk: mean.
+        forwards_a_walk: of a denoiser, both images; by formula, or measured where the solver decides.
+        forwards_measured: which of the two.
+        bytes_a_walk: mean.
+        peak_memory: bytes of GPU memory that were taken at the most; None on CPU.
+        decoding_cores: CPU cores that decoding for one device keeps busy.
+        projections: for this data set, and for larger ones of its kind.
+    """
+
+    device: str
+    model: str
+    resolution: int
+    settings: InversionSettings
+    gpus: int
+    price: float | None
+    batch_size: int
+    pairs_a_second: float
+    measured_walks: int
+    measured_seconds: float
+    warm: bool
+    usable: float
+    sampled: int
+    rewards: list[str]
+    states_a_walk: float
+    forwards_a_walk: float
+    forwards_measured: bool
+    bytes_a_walk: float
+    peak_memory: int | None
+    decoding_cores: float
+    projections: list[Projection]
+
+
+def make_plan(options: PlanOptions) -> Plan:
+    """Measure the model on the device, and project.
+
+    Raises:
+        UserError: an input, the model or the device cannot be used.
+    """
+    files = list_pair_files(options.pairs)
+    rewards = list(read_scores_info(options.scores).rewards) if options.scores else ["pickscore"]
+    family = load_family(options.model, denoiser=options.unet, vae=options.vae, device=options.device)
+    resolution = check_settings(family, options.model, options.resolution, options.settings)
+    walker = family.denoiser
+    if options.walker is not None:
+        walker = load_walker(family, options.model, options.walker, options.device)
+    if family.denoiser is None or walker is None:
+        raise RuntimeError("the model was loaded without its denoiser")
+    denoisers = {family.denoiser, walker}
+    for module in denoisers:
+        # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
+        torch.nn.Module.to(module, DTYPES[options.settings.dtype])
+    sampled = sample_pairs(files, options.columns, resolution, count=_SAMPLED, limit=options.limit, rewards=rewards)
+    settings, pairs = options.settings, sampled.pairs
+    inverter = Inverter(family, walker, settings, options.seed)
+    trials = walk_requests(pairs, first_walk=settings.walks)
+    batch_size = options.batch_size or choose_batch_size(
+        lambda size: inverter.invert([next(trials) for _ in range(size)]),
+        options.pairs_per_shard * settings.walks,
+        options.device,
+    )
+    rate = measure_rate(inverter, denoisers, walk_requests(pairs), batch_size, options.seconds)
+    walks = [
+        draw_walk(pair, number, family, settings, options.seed) for pair in pairs for number in range(settings.walks)
+    ]
+    mean, _ = family.posterior(torch.zeros(1, 3, resolution, resolution))
+    channels, height, width = mean.shape[1:]
+    formula = [forwards(walk.plan, settings, own_walker=walker is family.denoiser) for walk in walks]
+    by_formula = [each for each in formula if each is not None]
+    usable = len(pairs) / sampled.rows
+    states = _mean([len(walk.plan.stored) for walk in walks])
+    size = _mean([walk_bytes(walk, (channels, height, width)) for walk in walks])
+    pairs_a_second = rate.walks / rate.seconds / settings.walks
+
+    def project(count: int) -> Projection:
+        hours = count * usable / pairs_a_second / 3600
+        return Projection(
+            pairs=count,
+            states=round(count * usable * settings.walks * states),
+            device_hours=hours,
+            wall_hours=hours / options.gpus,
+            bytes=total_bytes(count, options.pairs_per_shard, usable * settings.walks * size),
+            shards=num_shards(count, options.pairs_per_shard),
+            dollars=None if options.price is None else hours * options.price,
+        )
+
+    on_gpu = options.device == "cuda"
+    cpu = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    return Plan(
+        device=torch.cuda.get_device_name() if on_gpu else cpu,
+        model=options.model,
+        resolution=resolution,
+        settings=settings,
+        gpus=options.gpus,
+        price=options.price,
+        batch_size=batch_size,
+        pairs_a_second=pairs_a_second,
+        measured_walks=rate.walks,
+        measured_seconds=rate.seconds,
+        warm=rate.warm,
+        usable=usable,
+        sampled=sampled.rows,
+        rewards=rewards,
+        states_a_walk=states,
+        forwards_a_walk=2 * _mean([each for each in formula if each is not None])
+        if by_formula
+        else rate.forwards / rate.walks,
+        forwards_measured=not by_formula,
+        bytes_a_walk=size,
+        peak_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
+        decoding_cores=sampled.decode_seconds * pairs_a_second,
+        projections=[project(count) for count in (sampled.total, *_PROJECTED)],
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,111 @@
+"""Some pairs of a data set, prepared as the job does: to be measured with, and for the lengths of their texts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smpo_pipeline.images import ImageRejectedError, decode_image, resize_and_crop
+from smpo_pipeline.inversion.batch import PreparedPair
+from smpo_schemas.errors import UserError
+from smpo_schemas.pairs import (
+    Pair,
+    PairFile,
+    PairRejectedError,
+    RowRange,
+    column_names,
+    read_rows,
+    resolve_columns,
+    slice_files,
+)
+
+_PLACES = 8
+
+
+@dataclass(frozen=True)
+class SampledPairs:
+    """Pairs from all over a data set.
+
+    Attributes:
+        pairs: those that can be used.
+        rows: how many were looked at.
+        total: rows of the data set.
+        decode_seconds: time that reading, decoding and cropping took, a row, on one core.
+    """
+
+    pairs: list[PreparedPair]
+    rows: int
+    total: int
+    decode_seconds: float
+
+
+def sample_pairs(
+    files: Sequence[PairFile],
+    columns: dict[str, str | None],
+    resolution: int,
+    *,
+    count: int,
+    limit: int | None,
+    rewards: Sequence[str],
+) -> SampledPairs:
+    """Read and decode up to ``count`` pairs from evenly spaced places.
+
+    Args:
+        files: of the data set.
+        columns: chosen by flags.
+        resolution: of the model.
+        count: rows to look at, at the most.
+        limit: only the data set's first rows count, None: all.
+        rewards: names of the scores that samples will carry; their values are made up.
+
+    Raises:
+        UserError: a file cannot be read, or none of the pairs can be used.
+    """
+    total = sum(file.rows for file in files)
+    total = min(total, limit or total)
+    begin = time.perf_counter()
+    pairs: list[PreparedPair] = []
+    rows = 0
+    problem = ""
+    for part in _parts(files, total, count, limit):
+        names = resolve_columns(column_names(part.path), columns, part.path)
+        for source, pair in read_rows(part, names):
+            rows += 1
+            try:
+                if isinstance(pair, PairRejectedError):
+                    raise pair
+                pairs.append(_prepared(pair, resolution, rewards))
+            except (PairRejectedError, ImageRejectedError) as reason:
+                problem = problem or f"{source}: {reason}"
+    if not pairs:
+        raise UserError(f"none of {rows} pairs looked at can be used; the first: {problem}")
+    return SampledPairs(pairs, rows, total, (time.perf_counter() - begin) / rows)
+
+
+def _parts(files: Sequence[PairFile], total: int, count: int, limit: int | None) -> list[RowRange]:
+    if total <= count:
+        return [part for unit in slice_files(files, total, limit) for part in unit]
+    places = slice_files(files, total // _PLACES, limit)[:_PLACES]
+    room = count // _PLACES
+    return [RowRange(unit[0].path, unit[0].start, min(unit[0].stop, unit[0].start + room)) for unit in places]
+
+
+def _prepared(pair: Pair, resolution: int, rewards: Sequence[str]) -> PreparedPair:
+    images = [decode_image(data) for data in (pair.image_0, pair.image_1)]
+    cropped = [resize_and_crop(image, resolution) for image in images]
+    # As many digits as a float32 has in JSON.
+    score = float(np.float32(0.2123456))
+    return PreparedPair(
+        pair_id=pair.pair_id,
+        prompt=pair.prompt,
+        label=pair.label,
+        annotator=pair.annotator,
+        scores=dict.fromkeys(rewards, (score, score)),
+        pixels_2HW3=np.stack([pixels for pixels, _ in cropped]),
+        size=((images[0].height, images[0].width), (images[1].height, images[1].width)),
+        crop=(cropped[0][1], cropped[1][1]),
+        measured=False,
+    )

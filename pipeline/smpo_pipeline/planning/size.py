@@ -1,0 +1,126 @@
+"""What walks hold and cost, by formula: states, forwards of the denoiser, bytes, shards.
+
+Shape suffixes: K states, 2 images, C h w a latent.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+
+from smpo_models.process import START
+from smpo_pipeline.inversion.batch import Walk
+from smpo_pipeline.inversion.timesteps import WalkPlan
+from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.shards import Sample, SampleMeta, encode_sample
+
+_BLOCK = 512
+_RECORD = 10240
+"""Of the tar format: members are padded to blocks, an archive (with two empty blocks at its end) to records."""
+
+
+def forwards(plan: WalkPlan, settings: InversionSettings, *, own_walker: bool) -> int | None:
+    """Forwards of a denoiser that one image of a walk takes, those that measure health left out.
+
+    One for each step's evaluation (two with guidance), one for each stored state's ``ref_error``, and one (or two) for
+    its residual where no other forward gives it: see ``Inverter._residual``.
+
+    Args:
+        plan: the walk's path.
+        settings: of the inversion.
+        own_walker: whether the reference is also the walker.
+
+    Returns:
+        The number, or None for the solvers that iterate until they have converged: it has to be measured.
+    """
+    stored = len(plan.stored)
+    if settings.source == "forward":
+        return stored
+    if settings.solver not in ("ddim", "renoise"):
+        return None
+    inverted_from = settings.start if isinstance(settings.start, int) else START
+    steps = sum(t > inverted_from for t in plan.nodes)
+    evaluations = steps * (1 if settings.solver == "ddim" else settings.renoise_steps + 1)
+    if not own_walker or settings.guidance_scale != 1 or settings.timesteps == "published":
+        evaluations += sum(index >= 0 for index in plan.stored)
+    return evaluations * (1 if settings.guidance_scale == 1 else 2) + stored
+
+
+def walk_bytes(walk: Walk, latent: tuple[int, int, int]) -> int:
+    """Bytes of a walk in its tar: both members with their headers and padding.
+
+    Args:
+        walk: as drawn; of its pair's scores only the number of digits counts.
+        latent: C, h, w.
+    """
+    pair = walk.pair
+    meta = SampleMeta(
+        pair_id=pair.pair_id,
+        walk=walk.number,
+        flipped=walk.flipped,
+        prompt=pair.prompt,
+        prompt_dropped=walk.dropped,
+        label=pair.label,
+        annotator=pair.annotator,
+        scores=pair.scores,
+        size=walk.size,
+        crop=walk.crop,
+    )
+    text = encode_sample(_blank(meta, 1, (1, 1, 1)))["json"]
+    return _member(len(text)) + _member(_tensor_bytes(len(walk.plan.stored), latent))
+
+
+@cache
+def _tensor_bytes(states: int, latent: tuple[int, int, int]) -> int:
+    nowhere = ((0, 0), (0, 0))
+    meta = SampleMeta(
+        pair_id="",
+        walk=0,
+        flipped=False,
+        prompt="",
+        prompt_dropped=False,
+        label=None,
+        annotator=None,
+        scores={},
+        size=nowhere,
+        crop=nowhere,
+    )
+    return len(encode_sample(_blank(meta, states, latent))["safetensors"])
+
+
+def _blank(meta: SampleMeta, states: int, latent: tuple[int, int, int]) -> Sample:
+    return Sample(
+        meta=meta,
+        x0_2Chw=torch.zeros(2, *latent, dtype=torch.float16),
+        noise_K2Chw=torch.zeros(states, 2, *latent, dtype=torch.float16),
+        timestep_K=torch.zeros(states, dtype=torch.int64),
+        ref_error_K2=torch.zeros(states, 2),
+        residual_K2=torch.zeros(states, 2),
+    )
+
+
+def _member(content: int) -> int:
+    return _BLOCK + math.ceil(content / _BLOCK) * _BLOCK
+
+
+def num_shards(pairs: int, pairs_per_shard: int) -> int:
+    """A tar for each unit of input pairs."""
+    return math.ceil(pairs / pairs_per_shard)
+
+
+def total_bytes(pairs: int, pairs_per_shard: int, bytes_a_pair: float) -> int:
+    """Bytes of all tars.
+
+    Args:
+        pairs: input pairs.
+        pairs_per_shard: of all shards but the last.
+        bytes_a_pair: mean over the input, :func:`walk_bytes` of all walks of a pair.
+    """
+    full, rest = divmod(pairs, pairs_per_shard)
+    return full * _tar(pairs_per_shard * bytes_a_pair) + (_tar(rest * bytes_a_pair) if rest else 0)
+
+
+def _tar(content: float) -> int:
+    return math.ceil((content + 2 * _BLOCK) / _RECORD) * _RECORD

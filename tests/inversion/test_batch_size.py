@@ -1,0 +1,74 @@
+"""--batch-size auto, with a memory and a clock that are played."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smpo_pipeline.inversion.batch_size import fastest_by_doubling, largest_that_fits, walk_requests
+from smpo_schemas.errors import UserError
+from tests.inversion.helpers import make_pair
+
+
+class Device:
+    """Holds so many walks; a batch takes the time that is set down for its size."""
+
+    def __init__(self, room: int = 10**9, seconds=lambda size: size) -> None:
+        self.room, self.seconds, self.tried, self.now = room, seconds, [], 0.0
+
+    def __call__(self, size: int) -> None:
+        self.tried.append(size)
+        if size > self.room:
+            raise torch.OutOfMemoryError
+        self.now += self.seconds(size)
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "size", "tried"),
+    [
+        (1, 100, 1, [1, 2]),
+        (12, 100, 8, [1, 2, 4, 8, 16]),
+        (16, 100, 16, [1, 2, 4, 8, 16, 32]),
+        (1000, 24, 24, [1, 2, 4, 8, 16, 24]),
+        (20, 24, 16, [1, 2, 4, 8, 16, 24]),
+        (1000, 1, 1, [1]),
+    ],
+)
+def test_the_last_doubling_that_fits_is_taken(room, most, size, tried):
+    device = Device(room)
+    assert largest_that_fits(device, most) == size
+    assert device.tried == tried
+
+
+def test_a_device_that_holds_not_one_walk_is_said_so():
+    with pytest.raises(UserError, match="not hold a single walk.*--dtype"):
+        largest_that_fits(Device(0), 8)
+
+
+def test_other_errors_are_not_taken_for_full_memory():
+    def broken(size: int) -> None:
+        raise RuntimeError("shape")
+
+    with pytest.raises(RuntimeError, match="shape"):
+        largest_that_fits(broken, 8)
+
+
+@pytest.mark.parametrize(
+    ("overhead", "most", "size"),
+    # A batch of n takes overhead + n: doubling n gains 2 (overhead + n) / (overhead + 2n), at least 1.05 up to
+    # n = 0.95 / 0.1 x overhead = 9.5 x overhead; from 8 to 12 it gains (12 / 13) / (8 / 9) = 1.04.
+    [(0.0, 64, 1), (0.2, 64, 2), (1.0, 64, 16), (1.0, 8, 8), (1.0, 12, 8)],
+)
+def test_on_cpu_doubling_ends_where_it_gains_less_than_a_twentieth(overhead, most, size):
+    device = Device(seconds=lambda count: overhead + count)
+    assert fastest_by_doubling(device, most, clock=lambda: device.now) == size
+    assert device.tried[0] == 1
+    assert max(device.tried) <= most
+
+
+def test_few_pairs_are_walked_again_with_other_draws():
+    pairs = [make_pair(0), make_pair(1)]
+    requests = walk_requests(pairs, first_walk=3)
+    assert [(pair.pair_id, number) for pair, number in (next(requests) for _ in range(5))] == [
+        ("pair-0", 3), ("pair-1", 3), ("pair-0", 4), ("pair-1", 4), ("pair-0", 5)
+    ]  # fmt: skip

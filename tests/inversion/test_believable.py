@@ -1,0 +1,35 @@
+"""The warning of walk health on trained models: the embedded world's own, and one with a VAE that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from smpo_models.loading import load_family
+from smpo_pipeline.inversion.advice import health_warnings
+from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.toy.create import ASSETS
+from smpo_schemas.manifest import InversionSettings
+from tests.inversion.helpers import embedded_pair
+
+
+def test_the_warning_is_silent_on_the_world_and_fires_on_latents_thinner_than_its_denoiser_knows():
+    family = load_family(str(ASSETS / "model"))
+    settings = InversionSettings(prompt_dropout=0, hflip=False)
+    requests = [(dataclasses.replace(embedded_pair(), pair_id=name), 0) for name in ("a", "b")]
+
+    def bands():
+        samples, health = Inverter(family, family.denoiser, settings, 0).invert(requests)
+        assert not any(isinstance(sample, str) for sample in samples)
+        return health.bands(1000)
+
+    good = bands()
+    assert health_warnings(good) == []
+    with torch.no_grad():
+        family.vae.quant_conv.bias[4:] = 2 * math.log(0.05)
+    thin = bands()
+    # All five bands, and a line with the remedies.
+    assert len(health_warnings(thin)) == 6
+    assert all(band.noise_ratio < 0.7 for band in thin)

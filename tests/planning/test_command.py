@@ -1,0 +1,129 @@
+"""The command, and its numbers against what `invert` then writes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smpo_pipeline.commands.invert import invert
+from smpo_pipeline.commands.plan import plan
+from smpo_schemas.manifest import read_manifest
+from tests.command import assert_one_line, run_command, run_here
+from tests.pictures import encode, picture
+from tests.tiny import make_tiny_clip, make_tiny_model
+
+
+def test_every_flag_of_invert_that_has_a_cost_is_there():
+    mine, theirs = (set(inspect.signature(command).parameters) for command in (plan, invert))
+    assert theirs - mine == {"concurrency", "ray_address", "overwrite"}
+    assert mine - theirs == {"gpus", "price", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "pairs").mkdir()
+    rows = [
+        {
+            "jpg_0": encode(picture(seed=number)),
+            "jpg_1": encode(picture(64, 48, seed=number + 50)),
+            "caption": ("a cat", "dog " * 300, "Größe 東京")[number % 3],
+            "label_0": (1.0, 0.0, 0.5)[number % 3],
+            "ranking_id": number,
+            "user_id": number % 4,
+        }
+        for number in range(10)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "pairs" / "part.parquet", row_group_size=4)
+    make_tiny_model(folder / "model")
+    return folder
+
+
+def run_plan(inputs, capfd, *more):
+    common = ("--pairs", inputs / "pairs", "--model", inputs / "model", "--device", "cpu", "--seconds", 0.1)
+    return run_here(capfd, "smpo-pipeline", "plan", *common, *more)
+
+
+def test_a_plan_in_words_and_as_json(inputs, tmp_path, capfd):
+    out = tmp_path / "plan.json"
+    flags = ("--steps", 3, "--batch-size", 4, "--walks", 2, "--pairs-per-shard", 4, "--gpus", 4, "--price", 2.5)
+    done = run_plan(inputs, capfd, *flags, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(out.read_text())
+    assert (found["batch_size"], found["settings"]["steps"], found["usable"], found["sampled"]) == (4, 3, 1.0, 10)
+    # Two images, two evaluations a step and one forward for each state's reference error.
+    assert (found["forwards_a_walk"], found["forwards_measured"]) == (2 * 3 * 3, False)
+    own, million, more = found["projections"]
+    assert (own["pairs"], own["shards"], own["states"]) == (10, 3, 10 * 2 * 3)
+    assert (million["pairs"], million["shards"], more["pairs"]) == (10**6, 250_000, 10**8)
+    for each in (own, million, more):
+        hours = each["pairs"] / found["pairs_a_second"] / 3600
+        assert each["device_hours"] == pytest.approx(hours)
+        assert each["wall_hours"] == pytest.approx(hours / 4)
+        assert each["dollars"] == pytest.approx(hours * 2.5)
+    rate = found["measured_walks"] / found["measured_seconds"] / 2
+    assert found["pairs_a_second"] == pytest.approx(rate)
+    for words in ("100,000,000", "250,000", "CPU hours", "dollars", "18 forwards of the denoiser (exactly)"):
+        assert words in done.stdout
+
+
+def test_what_the_solver_decides_is_measured(inputs, tmp_path, capfd):
+    flags = ("--steps", 2, "--solver", "adaptive", "--max-evaluations", 3, "--tolerance", "1e-9", "--batch-size", 2)
+    done = run_plan(inputs, capfd, *flags, "--out", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    # No image reaches this tolerance: all use their three evaluations.
+    assert (found["forwards_a_walk"], found["forwards_measured"]) == (2 * 2 * (3 + 1), True)
+    assert "(measured)" in done.stdout
+
+
+def test_auto_batch_size_is_found_before_the_rate(inputs, tmp_path, capfd):
+    flags = ("--steps", 2, "--batch-size", "auto", "--pairs-per-shard", 3, "--out", tmp_path / "plan.json")
+    done = run_plan(inputs, capfd, *flags)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "plan.json").read_text())["batch_size"] in (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (("--batch-size", "many"), ("--batch-size many", "auto")),
+        (("--batch-size", "0"), ("--batch-size 0", "from 1")),
+        (("--start", "1000"), ("--start 1000", "0 to 999")),
+        (("--resolution", "36"), ("--resolution 36", "multiple")),
+        (("--pairs", "nowhere.parquet"), ("nowhere.parquet", "does not exist")),
+        (("--scores", "nowhere"), ("nowhere",)),
+        (("--solver", "ddim", "--renoise-steps", "2"), ("--renoise-steps", "ddim")),
+    ],
+)
+def test_mistakes_are_one_line(inputs, capfd, flags, parts):
+    assert_one_line(run_plan(inputs, capfd, *flags), *parts)
+
+
+def test_a_missing_gpu_is_said_so(inputs, capfd, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_one_line(run_plan(inputs, capfd, "--device", "cuda"), "--device cuda", "no GPU")
+
+
+@pytest.mark.slow
+def test_bytes_shards_and_states_are_those_of_the_shards(inputs, tmp_path, capfd):
+    reward = f"clipscore={make_tiny_clip(tmp_path / 'clip')}"
+    common = ("--pairs", inputs / "pairs", "--device", "cpu")
+    scored = run_command("smpo-pipeline", "score", *common, "--reward", reward, "--out", tmp_path / "scores")
+    assert scored.returncode == 0, scored.stderr
+    flags = ("--scores", tmp_path / "scores", "--model", inputs / "model", "--steps", 3, "--pairs-per-shard", 4)
+    out = tmp_path / "shards"
+    made = run_command("smpo-pipeline", "invert", *common, *flags, "--batch-size", "auto", "--out", out)
+    assert made.returncode == 0, made.stderr
+    assert "--batch-size auto: batches of" in made.stdout
+    assert not list(out.glob(".batch-size*"))
+    assert run_plan(inputs, capfd, *flags[:2], *flags[4:], "--out", tmp_path / "plan.json").returncode == 0
+    own = json.loads((tmp_path / "plan.json").read_text())["projections"][0]
+    manifest = read_manifest(out)
+    assert (own["shards"], own["states"]) == (len(manifest.shards), manifest.totals.states)
+    assert own["bytes"] == pytest.approx(manifest.totals.bytes, rel=0.01)

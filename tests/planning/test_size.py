@@ -1,0 +1,105 @@
+"""The formulas, against what the inverter does and what the shard writer writes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from smpo_models.loading import load_family
+from smpo_pipeline.inversion.batch import draw_walk
+from smpo_pipeline.inversion.batch_size import walk_requests
+from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.planning.rate import measure_rate
+from smpo_pipeline.planning.size import forwards, num_shards, total_bytes, walk_bytes
+from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.shards import ShardWriter
+from tests.inversion.helpers import make_pair
+from tests.tiny import LATENT_SHAPE, make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return load_family(str(make_tiny_model(tmp_path_factory.mktemp("model"))))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return load_family(str(make_tiny_model(tmp_path_factory.mktemp("model"), seed=1))).denoiser
+
+
+PAIRS = [make_pair(number, measured=False) for number in range(5)]
+
+SETTINGS = [
+    {},
+    {"solver": "ddim"},
+    {"renoise_steps": 3},
+    {"renoise_steps": 0, "states": 2},
+    {"guidance_scale": 2.0},
+    {"start": 500},
+    {"start": "level0", "eta": 0.1},
+    {"source": "forward", "states": 1},
+    {"timesteps": "grid"},
+    {"timesteps": "published", "steps": 6},
+    {"timesteps": "published", "steps": 6, "guidance_scale": 2.0},
+]
+
+
+def count(family, walker, settings) -> int:
+    """Images that the denoisers were given in one batch of all pairs."""
+    inverter = Inverter(family, walker, settings, 0)
+    requests = iter([(pair, 0) for pair in PAIRS])
+    return measure_rate(inverter, {family.denoiser, walker}, requests, len(PAIRS), seconds=0).forwards
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
+def test_forwards_are_those_that_the_inverter_makes(family, other, changes, own):
+    settings = InversionSettings(**{"steps": 4, **changes})
+    walks = [draw_walk(pair, 0, family, settings, 0) for pair in PAIRS]
+    expected = sum(2 * forwards(walk.plan, settings, own_walker=own) for walk in walks)
+    assert count(family, family.denoiser if own else other, settings) == expected
+
+
+def test_by_hand(family):
+    walk = draw_walk(PAIRS[0], 0, family, InversionSettings(), 0)
+    assert forwards(walk.plan, InversionSettings(), own_walker=True) == 9 * 2 + 9
+    assert forwards(walk.plan, InversionSettings(renoise_steps=5), own_walker=False) == 9 * 6 + 9 + 9
+    assert forwards(walk.plan, InversionSettings(solver="anderson"), own_walker=True) is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"states": 2, "walks": 2}, {"timesteps": "published"}], ids=str)
+def test_bytes_are_those_that_are_written(family, tmp_path, changes):
+    settings = InversionSettings(**{"steps": 4, "source": "forward", **changes})
+    long = dataclasses.replace(PAIRS[1], pair_id="long", prompt="Zürich " * 200, scores={})
+    pairs = [*PAIRS, long]
+    requests = [(pair, number) for pair in pairs for number in range(settings.walks)]
+    samples, _ = Inverter(family, family.denoiser, settings, 3).invert(requests)
+    with ShardWriter(tmp_path / "shard.tar") as shard:
+        for number, sample in enumerate(samples):
+            shard.write(f"{number:010d}", sample)
+    found = sum(walk_bytes(draw_walk(*request, family, settings, 3), LATENT_SHAPE) for request in requests)
+    assert total_bytes(len(pairs), len(pairs), found / len(pairs)) == shard.entry.bytes
+
+
+def test_shards_and_their_padding_by_hand():
+    assert [num_shards(pairs, 128) for pairs in (1, 128, 129, 1_000_000)] == [1, 1, 2, 7813]
+    # 3 pairs of 5000 bytes and 1024 at the end: two records of 10240; the last pair alone: one.
+    assert total_bytes(7, 3, 5000.0) == 2 * 20480 + 10240
+
+
+def test_a_batch_that_is_longer_than_the_time_is_what_is_measured(family):
+    now = iter(range(100))
+    inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
+    rate = measure_rate(inverter, [family.denoiser], walk_requests(PAIRS), 2, seconds=1, clock=lambda: next(now))
+    assert (rate.walks, rate.seconds, rate.warm) == (2, 1, False)
+    assert rate.forwards == 2 * 2 * 2
+
+
+def test_the_warm_up_is_left_out(family):
+    # Seconds at: start, after the warm-up, begin, then after each batch the check, and the end.
+    times = iter([0, 10, 10, 13, 16, 21, 21])
+    inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
+    rate = measure_rate(inverter, [family.denoiser], walk_requests(PAIRS), 3, seconds=20, clock=lambda: next(times))
+    assert (rate.walks, rate.seconds, rate.warm) == (9, 11, True)
+    assert rate.forwards == 9 * 2 * 2
