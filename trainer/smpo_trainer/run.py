@@ -11,9 +11,10 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
 from smpo_schemas.errors import UserError
+from smpo_trainer.bad_states import BadStates
 from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
@@ -60,6 +61,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     else:
         on_main(accelerator, output.make)
         set_seed(settings.seed)
+        bad = BadStates(report.say)
         policy = together(
             accelerator, lambda: load_policy(settings, experiment.shards.model, accelerator.device, report.say)
         )
@@ -69,11 +71,12 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
         if settings.val_fraction:
             table, held_out_table = together(accelerator, lambda: split_by_prompt(table, settings.val_fraction))
             held_out = together(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, report))
+            bad.note(gather_object(held_out.problems))
         on_main(accelerator, lambda: _begin(settings, output, write_config))
         order = Order(table.states_per_shard, settings.seed, settings.shuffle_window)
         plan = Plan(order, settings.batch_size, settings.grad_accum, accelerator.num_processes)
         dataset = StateDataset(experiment.shards, table)
-        feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers)
+        feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers, skip_bad=settings.skip_bad)
         noise = settle_reference(experiment, policy, feed, accelerator, output, report)
         if held_out and output.held_out_reference.is_file():
             held_out.read_reference(output.held_out_reference)
@@ -81,11 +84,11 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             held_out.recompute_reference(policy, output.held_out_reference)
         if settings.reference != "live":
             policy = replace(policy, reference=None)  # what it was for is done
-        last = _Run(experiment, policy, feed, held_out, accelerator, output, report, identity).train(noise)
+        last = _Run(experiment, policy, feed, held_out, bad, accelerator, output, report, identity).train(noise)
         store.close()
         if last is not None and accelerator.is_main_process:
             report.say(f"saved {settings.out / policy.save(settings.out)}")
-            output.finish(_summary(experiment, policy, plan, identity, last))
+            output.finish(_summary(experiment, policy, plan, bad, identity, last))
     leave(accelerator)
 
 
@@ -104,13 +107,14 @@ class _Run:
         policy: Policy,
         feed: Feed,
         held_out: HeldOut | None,
+        bad: BadStates,
         accelerator: Accelerator,
         output: OutputFolder,
         report: Report,
         identity: dict[str, Any],
     ) -> None:
         self._settings = experiment.settings
-        self._trainer = Trainer(experiment, policy, feed.plan, accelerator)
+        self._trainer = Trainer(experiment, policy, feed.plan, accelerator, bad)
         self._feed, self._held_out = feed, held_out
         self._accelerator, self._output = accelerator, output
         self._report, self._identity = report, identity
@@ -216,7 +220,9 @@ def _hold_out(
     settings = experiment.settings
     chosen = spread(table, settings.val_states).tolist()
     report.say(f"{len(table)} states are held out by their prompts; {len(chosen)} of them are looked at")
-    return HeldOut(experiment.shards, table, chosen, store, settings.batch_size, accelerator)
+    return HeldOut(
+        experiment.shards, table, chosen, store, settings.batch_size, accelerator, skip_bad=settings.skip_bad
+    )
 
 
 def _number(value: float | None) -> str:
@@ -224,7 +230,7 @@ def _number(value: float | None) -> str:
 
 
 def _summary(
-    experiment: Experiment, policy: Policy, plan: Plan, identity: dict[str, Any], last: Record
+    experiment: Experiment, policy: Policy, plan: Plan, bad: BadStates, identity: dict[str, Any], last: Record
 ) -> dict[str, Any]:
     """What ``training.json`` says besides versions."""
     settings, shards = experiment.settings, experiment.shards
@@ -243,6 +249,7 @@ def _summary(
         "states_per_step": plan.states_per_step,
         "steps": settings.max_steps,
         "epochs": settings.max_steps * plan.states_per_step / plan.num_states,
+        "bad_states": {"total": bad.total, "problems": bad.problems},
         "metrics": last,
     }
 
