@@ -18,6 +18,7 @@ from smpo_trainer.bad_states import BadStates
 from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
+from smpo_trainer.health import Health
 from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
 from smpo_trainer.loop import Trainer
 from smpo_trainer.metrics import MetricsLog, Record, plain
@@ -84,11 +85,17 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             held_out.recompute_reference(policy, output.held_out_reference)
         if settings.reference != "live":
             policy = replace(policy, reference=None)  # what it was for is done
-        last = _Run(experiment, policy, feed, held_out, bad, accelerator, output, report, identity).train(noise)
+        run = _Run(experiment, policy, feed, held_out, bad, accelerator, output, report, identity)
+        last = run.train(noise)
         store.close()
         if last is not None and accelerator.is_main_process:
             report.say(f"saved {settings.out / policy.save(settings.out)}")
-            output.finish(_summary(experiment, policy, plan, bad, identity, last))
+            found = {
+                "bad_states": {"total": bad.total, "problems": bad.problems},
+                "warnings": run.health.warnings,
+                "metrics": last,
+            }
+            output.finish({**_summary(experiment, policy, plan, identity), **found})
     leave(accelerator)
 
 
@@ -118,6 +125,13 @@ class _Run:
         self._feed, self._held_out = feed, held_out
         self._accelerator, self._output = accelerator, output
         self._report, self._identity = report, identity
+        self.health = Health(
+            warmup_steps=self._settings.warmup_steps,
+            states_per_step=feed.plan.states_per_step,
+            num_held_out=held_out.num_states if held_out else 0,
+            num_train_timesteps=policy.family.process.num_train_timesteps,
+            uses_reference=experiment.objective.uses_reference,
+        )
 
     def train(self, noise: Record) -> Record | None:
         """Train to the end and return the last step's record; None where the user stopped the run before.
@@ -130,6 +144,8 @@ class _Run:
         record: Record = {}
         is_main = self._accelerator.is_main_process
         log = together(self._accelerator, lambda: self._open_log(first) if is_main else None)
+        for earlier in log.earlier if log else []:
+            self.health.look(earlier)
         self._report.start(first, last)
         try:
             with StopRequest() as stop:
@@ -142,6 +158,8 @@ class _Run:
                     if log:
                         log.write(record)
                     self._report.step(record)
+                    for warning in self.health.look(record):
+                        self._report.say(f"WARNING: {warning}")
                     stopping = self._anyone(stop.requested) and step + 1 < last
                     if stopping or ((step + 1) % self._settings.save_every == 0 and step + 1 < last):
                         self._save(step + 1)
@@ -229,10 +247,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _summary(
-    experiment: Experiment, policy: Policy, plan: Plan, bad: BadStates, identity: dict[str, Any], last: Record
-) -> dict[str, Any]:
-    """What ``training.json`` says besides versions."""
+def _summary(experiment: Experiment, policy: Policy, plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+    """What ``training.json`` says of how the run was made, besides versions."""
     settings, shards = experiment.settings, experiment.shards
     return {
         "settings": identity,
@@ -249,8 +265,6 @@ def _summary(
         "states_per_step": plan.states_per_step,
         "steps": settings.max_steps,
         "epochs": settings.max_steps * plan.states_per_step / plan.num_states,
-        "bad_states": {"total": bad.total, "problems": bad.problems},
-        "metrics": last,
     }
 
 
