@@ -259,11 +259,14 @@ class ShardDirectory:
         """Read one sample by its location.
 
         Raises:
-            UserError: its members are malformed.
+            UserError: its members are malformed, or the tar is not there any more.
         """
         path = self.path / self.manifest.shards[location.shard].name
-        with path.open("rb") as file:
-            meta, tensors = (self._read_at(file, *part) for part in (location.meta, location.tensors))
+        try:
+            with path.open("rb") as file:
+                meta, tensors = (self._read_at(file, *part) for part in (location.meta, location.tensors))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         return decode_sample(meta, tensors, f"{path}: sample {location.key}")
 
     @staticmethod

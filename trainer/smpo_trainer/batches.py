@@ -21,7 +21,10 @@ from smpo_trainer.states import StateTable
 
 @dataclass(frozen=True)
 class State:
-    """One state; the tensors as they are stored."""
+    """One state; the tensors as they are stored.
+
+    ``problem`` says why it cannot be used, where it cannot; everything else is then made up, see :func:`stand_in`.
+    """
 
     pair_id: str
     prompt: str
@@ -34,6 +37,7 @@ class State:
     preference: float
     label: float
     weight: float
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class StateBatch:
         timestep_B: int64.
         preference_B, label_B: float32, NaN where there is none.
         weight_B: float32, the pair's own weight in the loss.
+        counts_B: bool, whether the state can be used: the others take part in the forward, and in nothing else.
+        problems: why they cannot be used.
     """
 
     pair_ids: list[str]
@@ -61,6 +67,8 @@ class StateBatch:
     preference_B: torch.Tensor
     label_B: torch.Tensor
     weight_B: torch.Tensor
+    counts_B: torch.Tensor
+    problems: list[str]
 
     def to(self, device: torch.device) -> StateBatch:
         """The same with all tensors on ``device``."""
@@ -68,10 +76,38 @@ class StateBatch:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-class StateDataset(Dataset[State | str]):
-    """The states of a table by their number; one that cannot be read is the reason why, in words.
+def stand_in(problem: str, latent: tuple[int, ...]) -> State:
+    """What takes the place of a state that cannot be used: it keeps batches, and the processes' forwards, alike.
 
-    An exception would come out of a loader process with that process's traceback in its message.
+    Its weight is 0 and everything in it is finite, so that it adds exactly 0 to a loss and its gradient.
+
+    Args:
+        problem: why.
+        latent: the shape (C, h, w) of the data set's latents.
+    """
+    nothing_2Chw = torch.zeros(2, *latent, dtype=torch.float16)
+    return State(
+        pair_id="",
+        prompt="",
+        size=((1, 1), (1, 1)),
+        crop=((0, 0), (0, 0)),
+        x0_2Chw=nothing_2Chw,
+        noise_2Chw=nothing_2Chw,
+        ref_error_2=torch.zeros(2),
+        timestep=0,
+        preference=1.0,  # a tie would have no preferred image, and NaN for its error
+        label=1.0,
+        weight=0.0,
+        problem=problem,
+    )
+
+
+class StateDataset(Dataset[State]):
+    """The states of a table by their number.
+
+    In place of a number there may be the reason why a state cannot be used. That, and what is found when one is read,
+    becomes the ``problem`` of a :func:`stand_in`: an exception would come out of a loader process with that process's
+    traceback in its message.
 
     Attributes:
         ref_error_S2: float32 [S, 2] to give instead of the stored reference errors; None: those.
@@ -85,11 +121,13 @@ class StateDataset(Dataset[State | str]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int) -> State | str:
+    def __getitem__(self, index: int | str) -> State:
+        if isinstance(index, str):
+            return stand_in(index, self._table.latent)
         try:
             return self._read(index)
         except UserError as error:
-            return str(error)
+            return stand_in(str(error), self._table.latent)
 
     def _read(self, index: int) -> State:
         walk, k = int(self._table.walk_S[index]), int(self._table.k_S[index])
@@ -110,13 +148,8 @@ class StateDataset(Dataset[State | str]):
         )
 
 
-def collate(states: Sequence[State | str]) -> StateBatch | str:
-    """Stack states into a batch, in order; where one cannot be read, why not."""
-    problem = next((state for state in states if isinstance(state, str)), None)
-    return problem or _stack([state for state in states if isinstance(state, State)])
-
-
-def _stack(states: Sequence[State]) -> StateBatch:
+def collate(states: Sequence[State]) -> StateBatch:
+    """Stack states into a batch, in order."""
     return StateBatch(
         pair_ids=[state.pair_id for state in states],
         prompts=[state.prompt for state in states],
@@ -129,22 +162,45 @@ def _stack(states: Sequence[State]) -> StateBatch:
         preference_B=torch.tensor([state.preference for state in states], dtype=torch.float32),
         label_B=torch.tensor([state.label for state in states], dtype=torch.float32),
         weight_B=torch.tensor([state.weight for state in states], dtype=torch.float32),
+        counts_B=torch.tensor([state.problem is None for state in states]),
+        problems=[state.problem for state in states if state.problem is not None],
     )
+
+
+def require_usable(batch: StateBatch, *, skip_bad: bool) -> None:
+    """Refuse a batch with a state that cannot be used, unless such states are to be skipped.
+
+    Raises:
+        UserError: there is one.
+    """
+    if batch.problems and not skip_bad:
+        raise UserError(f"{batch.problems[0]} (--skip-bad goes on without what is damaged)")
 
 
 class Feed:
     """A process's batches, in exactly the order of the plan, from shards that are here and found whole."""
 
-    def __init__(self, dataset: StateDataset, plan: Plan, store: ShardStore, rank: int, workers: int) -> None:
-        """Serve process ``rank``; ``workers`` processes read ahead (0: this one reads, when it is asked)."""
+    def __init__(
+        self, dataset: StateDataset, plan: Plan, store: ShardStore, rank: int, workers: int, *, skip_bad: bool
+    ) -> None:
+        """Serve process ``rank``.
+
+        Args:
+            dataset: what is read.
+            plan: in which order.
+            store: brings the shards.
+            rank: process.
+            workers: processes that read ahead; 0: this one reads, when it is asked.
+            skip_bad: whether states that cannot be used are given as such, rather than end the run.
+        """
         self.dataset, self.plan = dataset, plan
-        self._store, self._rank, self._workers = store, rank, workers
+        self._store, self._rank, self._workers, self._skip_bad = store, rank, workers, skip_bad
 
     def batches(self, first_step: int, last_step: int) -> Iterator[StateBatch]:
         """The micro-batches of the steps ``first_step`` to ``last_step`` (excluded).
 
         Raises:
-            UserError: a shard or a sample is missing or damaged.
+            UserError: a shard or a sample is missing or damaged, and is not to be skipped.
         """
         loader = DataLoader(
             self.dataset,
@@ -154,12 +210,11 @@ class Feed:
             worker_init_fn=_leave_signals_to_the_trainer if self._workers else None,
         )
         for batch in loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
+            require_usable(batch, skip_bad=self._skip_bad)
             yield batch
 
-    def _brought(self, first_step: int, last_step: int) -> Iterator[list[int]]:
-        """The states of each micro-batch, given out when their shards are here.
+    def _brought(self, first_step: int, last_step: int) -> Iterator[list[int | str]]:
+        """The states of each micro-batch, given out when their shards are here; of one of a bad shard what is wrong.
 
         One window of shards is fetched ahead of the one in use, and the one before is kept for batches under way.
         """
@@ -173,8 +228,8 @@ class Feed:
                 self._store.release(shard for each in (*kept, *ahead) for shard in each.shards)
                 self._store.expect(shard for each in (window, *ahead) for shard in each.shards)
             states = self.plan.states(positions)
-            self._store.require(sorted({order.shard_of(state) for state in states}))
-            yield states
+            problems = self._store.problems(sorted({order.shard_of(state) for state in states}))
+            yield [problems.get(order.shard_of(state), state) for state in states]
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from smpo_schemas.errors import UserError
-from smpo_trainer.batches import StateBatch, StateDataset, collate
+from smpo_trainer.batches import StateBatch, StateDataset, collate, require_usable
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.policy import Policy
 from smpo_trainer.processes import on_main, together
@@ -65,6 +65,7 @@ class HeldOut:
         batches: on the CPU.
         forwards: how many batches the process with the most has.
         num_states: in all processes.
+        problems: what is wrong with those of this process's states that cannot be used, one each.
     """
 
     def __init__(
@@ -75,25 +76,31 @@ class HeldOut:
         store: ShardStore,
         batch_size: int,
         accelerator: Accelerator,
+        *,
+        skip_bad: bool,
     ) -> None:
         """Read the ``chosen`` states of ``table``, whose shards ``store`` brings.
 
         Raises:
-            UserError: there are fewer than processes, or a shard or a sample is missing or damaged.
+            UserError: there are fewer than processes, or a shard or a sample is missing or damaged, unless ``skip_bad``
+                leaves such states out of what is measured.
         """
         world, rank = accelerator.num_processes, accelerator.process_index
         if len(chosen) < world:
             raise UserError(f"{len(chosen)} held-out states are too few for {world} processes; raise --val-fraction")
         shares = np.array_split(np.asarray(chosen), world)
         own = shares[rank].tolist()
-        store.require(sorted(set(table.locations.shard_P[table.walk_S[own]].tolist())))
+        shard_of = table.locations.shard_P[table.walk_S]
+        problems = store.problems(sorted(set(shard_of[own].tolist())))
+        keys = [problems.get(int(shard_of[index]), index) for index in own]
         dataset = StateDataset(shards, table)
         self.batches: list[StateBatch] = []
+        self.problems: list[str] = []
         for start in range(0, len(own), batch_size):
-            batch = collate([dataset[index] for index in own[start : start + batch_size]])
-            if isinstance(batch, str):
-                raise UserError(batch)
+            batch = collate([dataset[key] for key in keys[start : start + batch_size]])
+            require_usable(batch, skip_bad=skip_bad)
             self.batches.append(batch)
+            self.problems += batch.problems
         self.forwards = -(-max(map(len, shares)) // batch_size)
         self.num_states = len(chosen)
         self._accelerator = accelerator

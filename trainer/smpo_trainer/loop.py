@@ -15,13 +15,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from smpo_trainer.averaging import WeightAverage
+from smpo_trainer.bad_states import BadStates
+from smpo_trainer.bands import by_band
 from smpo_trainer.batches import StateBatch
 from smpo_trainer.checkpoints import Checkpoint
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.held_out import HeldOut
 from smpo_trainer.metrics import Record, StepMeter
-from smpo_trainer.objectives.base import Metrics, PairBatch
+from smpo_trainer.objectives.base import Metrics, PairBatch, of_preferred
 from smpo_trainer.optimizers import make_optimizer, make_schedule
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy
@@ -32,10 +34,18 @@ Losses = list[tuple[str, float]]
 """Pair id and loss of every state that a process has taken in a step."""
 
 
+def _of_usable(values: Metrics, batch: StateBatch) -> Metrics:
+    """The same with NaN for the states that cannot be used, which a mean leaves out."""
+    return {name: value_B.where(batch.counts_B, math.nan) for name, value_B in values.items()}
+
+
 class Trainer:
     """Denoiser, optimizer and schedule of a run; ``train_step`` is one optimizer step."""
 
-    def __init__(self, experiment: Experiment, policy: Policy, plan: Plan, accelerator: Accelerator) -> None:
+    def __init__(
+        self, experiment: Experiment, policy: Policy, plan: Plan, accelerator: Accelerator, bad: BadStates
+    ) -> None:
+        """Prepare the first step; ``bad`` counts the states that cannot be used."""
         settings = experiment.settings
         self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.process)
         self._policy, self._plan, self._accelerator = policy, plan, accelerator
@@ -47,13 +57,15 @@ class Trainer:
         self._schedule = make_schedule(settings, optimizer)
         self._average = WeightAverage(self._parameters, settings.ema_decay) if settings.ema_decay else None
         self._skipped = SkippedSteps(settings.out, min(settings.max_skipped, settings.max_steps))
+        self._bad = bad
         self._denoiser, self._optimizer = accelerator.prepare(policy.denoiser, optimizer)
 
     def train_step(self, step: int, batches: Iterator[StateBatch]) -> Record:
         """Make optimizer step ``step`` (from 0) and return what is logged of it.
 
-        The gradient is that of the mean loss over all states of the step, however they are cut into micro-batches and
-        processes. If it or a loss is not finite, the weights and the learning rate's course stay as they were.
+        The gradient is that of the mean loss over all states of the step that can be used, however they are cut into
+        micro-batches and processes. If there is none, or if it or a loss is not finite, the weights and the learning
+        rate's course stay as they were.
 
         Raises:
             UserError: too many steps in a row were skipped so.
@@ -61,6 +73,7 @@ class Trainer:
         started, waited = time.perf_counter(), 0.0
         meter = StepMeter()
         losses: Losses = []
+        problems: list[str] = []
         for accumulation in range(self._plan.grad_accum):
             asked = time.perf_counter()
             batch = next(batches)
@@ -69,20 +82,24 @@ class Trainer:
             is_last = accumulation == self._plan.grad_accum - 1
             with nullcontext() if is_last else self._accelerator.no_sync(self._denoiser):
                 loss_B, metrics = self._forward(batch)
-                # Processes' gradients are averaged: each gives its share of the sum times their number.
+                # Processes' gradients are averaged: each gives its share of the sum times their number. States that
+                # cannot be used add 0, and are not yet known of other processes: see _leave_out.
                 share = self._accelerator.num_processes / self._plan.states_per_step
                 self._accelerator.backward(loss_B.sum() * share)
             # A loss that is no number is not one that is missing.
             loss_B = loss_B.detach()
-            meter.add({"loss": loss_B.where(loss_B.isfinite(), math.inf), **metrics})
+            meter.add(_of_usable({"loss": loss_B.where(loss_B.isfinite(), math.inf), **metrics}, batch))
             # Only what the end of the step needs: the latents and the graph of a micro-batch are freed here.
-            losses += zip(batch.pair_ids, loss_B.tolist(), strict=True)
+            of_states = zip(batch.pair_ids, loss_B.tolist(), batch.counts_B.tolist(), strict=True)
+            losses += [(pair_id, loss) for pair_id, loss, counts in of_states if counts]
+            problems += batch.problems
         lr = self._schedule.get_last_lr()[0]
-        grad_norm = self._update(step, losses)
+        num_bad = self._leave_out(problems)
+        grad_norm = self._update(step, losses, num_bad)
         record: Record = {"step": step + 1, **meter.means(self._accelerator), "grad_norm": grad_norm, "lr": lr}
-        record["skipped_steps"] = self._skipped.total
+        record["skipped_steps"], record["bad_states"] = self._skipped.total, self._bad.total
         elapsed = time.perf_counter() - started
-        record["pairs_per_second"] = self._plan.states_per_step / elapsed
+        record["pairs_per_second"] = (self._plan.states_per_step - num_bad) / elapsed
         record["data_wait_percent"] = 100 * waited / elapsed
         if self._accelerator.device.type == "cuda":
             record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -94,10 +111,10 @@ class Trainer:
         meter = StepMeter()
         for number in range(held_out.forwards):
             # A process that has fewer batches repeats one, since wrappers may need all processes for a forward.
-            batch = held_out.batches[min(number, len(held_out.batches) - 1)]
-            loss_B, metrics = self._forward(batch.to(self._accelerator.device))
+            batch = held_out.batches[min(number, len(held_out.batches) - 1)].to(self._accelerator.device)
+            loss_B, metrics = self._forward(batch)
             if number < len(held_out.batches):
-                meter.add({"loss": loss_B, **metrics})
+                meter.add(_of_usable({"loss": loss_B, **metrics}, batch))
         return {f"val/{name}": value for name, value in meter.means(self._accelerator).items()}
 
     def _forward(self, batch: StateBatch) -> tuple[torch.Tensor, Metrics]:
@@ -116,16 +133,38 @@ class Trainer:
         for image in (0, 1):
             metrics[f"error/image_{image}"] = error_B2.detach()[:, image]
             metrics[f"error_minus_reference/image_{image}"] = moved_B2[:, image]
-        return loss_B, metrics
+        preferred_B = self._pair_loss.objective.preferred(pairs)
+        metrics["error_minus_reference/chosen"] = of_preferred(moved_B2, preferred_B)
+        metrics["error_minus_reference/rejected"] = of_preferred(moved_B2, -preferred_B)
+        return loss_B, metrics | by_band(metrics, batch.timestep_B, family.process.num_train_timesteps)
 
-    def _update(self, step: int, losses: Losses) -> float:
+    def _leave_out(self, problems: list[str]) -> int:
+        """Count the step's states that cannot be used, over all processes, and make the gradient a mean of the rest.
+
+        Args:
+            problems: one for each of them in this process.
+
+        Returns:
+            Their number.
+        """
+        count = torch.tensor(float(len(problems)), device=self._accelerator.device)
+        num_bad = int(self._accelerator.reduce(count, "sum").item())
+        if num_bad:
+            self._bad.skip(gather_object(problems))
+            total = self._plan.states_per_step
+            for parameter in self._parameters if num_bad < total else ():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(total / (total - num_bad))
+        return num_bad
+
+    def _update(self, step: int, losses: Losses, num_bad: int) -> float:
         """Clip, and make the step if all is finite; returns the gradient's norm before clipping."""
         limit = self._settings.max_grad_norm or float("inf")
         grad_norm = float(self._accelerator.clip_grad_norm_(self._parameters, limit))
         bad = [pair_id for pair_id, value in losses if not math.isfinite(value)]
         count = torch.tensor(float(len(bad)), device=self._accelerator.device)
         any_bad = bool(self._accelerator.reduce(count, "sum").item())
-        if math.isfinite(grad_norm) and not any_bad:
+        if math.isfinite(grad_norm) and not any_bad and num_bad < self._plan.states_per_step:
             self._optimizer.step()
             self._schedule.step()
             if self._average:
@@ -163,6 +202,7 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler else None,
             "average": self._average.state_dict() if self._average else None,
             "skipped": self._skipped.state_dict(),
+            "bad": self._bad.state_dict(),
         }
         position = step * self._plan.states_per_step
         return Checkpoint(step, position, identity, dict(self._policy.trained()), states)
@@ -181,4 +221,5 @@ class Trainer:
         if self._average:
             self._average.load_state_dict(checkpoint.optimizer["average"])
         self._skipped.load_state_dict(checkpoint.optimizer["skipped"])
+        self._bad.load_state_dict(checkpoint.optimizer["bad"])
         on_main(self._accelerator, self._skipped.write)

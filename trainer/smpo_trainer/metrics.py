@@ -51,13 +51,18 @@ class StepMeter:
 
 
 class MetricsLog:
-    """``metrics.jsonl`` (one object a step) and TensorBoard files of one run, and its log elsewhere."""
+    """``metrics.jsonl`` (one object a step) and TensorBoard files of one run, and its log elsewhere.
+
+    Attributes:
+        earlier: the records of the steps that were finished before.
+    """
 
     def __init__(self, out: Path, finished_steps: int, elsewhere: WandbLog | None = None) -> None:
         """Open for appending, after dropping what was logged beyond ``finished_steps`` by a run that was killed."""
         self._elsewhere = elsewhere
         path = out / METRICS_FILE
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= finished_steps]
+        kept = {line: record for line in _whole_lines(path) if (record := json.loads(line))["step"] <= finished_steps}
+        self.earlier: list[Record] = list(kept.values())
         write_bytes(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=finished_steps + 1)

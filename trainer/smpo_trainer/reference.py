@@ -10,6 +10,7 @@ Shape suffixes: B a micro-batch of states, S all states of a run, 2 images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,9 +122,10 @@ class _Pass:
         self._policy, self._feed, self._plan, self._accelerator = policy, feed, feed.plan, accelerator
 
     def measure(self, pair_loss: PairLoss) -> ReferenceNoise:
-        """Compare the stored errors of the first step's states with errors computed now."""
+        """Compare the stored errors of the first step's states with errors computed now; NaN if none can be used."""
         margins: list[torch.Tensor] = []
         losses: list[torch.Tensor] = []
+        counts: list[torch.Tensor] = []
         for batch, error_B2 in self._batches(1):
             noisy = PairBatch(error_B2, batch.ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
             exact = replace(noisy, ref_error_B2=error_B2)
@@ -131,8 +133,11 @@ class _Pass:
             margin_B = implicit_margin(error_B2, batch.ref_error_B2, pair_loss.objective.options.beta)
             margins.append(margin_B * pair_loss.timestep_weight(batch.timestep_B, margin_B))
             losses.append(loss_B)
-        gathered = self._accelerator.gather(torch.stack([torch.cat(margins), torch.cat(losses)], dim=1))
-        margin_B, loss_B = gathered.double().unbind(1)
+            counts.append(batch.counts_B)
+        noise_B2 = self._accelerator.gather(torch.stack([torch.cat(margins), torch.cat(losses)], dim=1))
+        margin_B, loss_B = noise_B2[self._accelerator.gather(torch.cat(counts))].double().unbind(1)
+        if not len(margin_B):
+            return ReferenceNoise(math.nan, math.nan, math.nan)
         return ReferenceNoise(
             std=float(margin_B.square().mean().sqrt()), max=float(margin_B.abs().max()), loss=float(loss_B.mean())
         )
@@ -145,12 +150,12 @@ class _Pass:
         """The reference's errors at every state that a run of ``max_steps`` visits.
 
         Returns:
-            float32 [S, 2] on the CPU, the same in all processes; NaN at states that are not visited.
+            float32 [S, 2] on the CPU, the same in all processes; NaN at states that are not visited or not usable.
         """
         error_S2 = torch.full((self._plan.num_states, 2), torch.nan)
-        for number, (_, error_B2) in enumerate(self._batches(self.steps(max_steps))):
+        for number, (batch, error_B2) in enumerate(self._batches(self.steps(max_steps))):
             step, accumulation = divmod(number, self._plan.grad_accum)
-            gathered_G2 = self._accelerator.gather(error_B2).cpu()
+            gathered_G2 = self._accelerator.gather(error_B2.where(batch.counts_B[:, None], torch.nan)).cpu()
             positions = [
                 position
                 for rank in range(self._plan.world_size)

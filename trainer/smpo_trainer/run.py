@@ -11,12 +11,14 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
 from smpo_schemas.errors import UserError
+from smpo_trainer.bad_states import BadStates
 from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
+from smpo_trainer.health import Health
 from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
 from smpo_trainer.loop import Trainer
 from smpo_trainer.metrics import MetricsLog, Record, plain
@@ -60,6 +62,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     else:
         on_main(accelerator, output.make)
         set_seed(settings.seed)
+        bad = BadStates(report.say)
         policy = together(
             accelerator, lambda: load_policy(settings, experiment.shards.model, accelerator.device, report.say)
         )
@@ -69,11 +72,12 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
         if settings.val_fraction:
             table, held_out_table = together(accelerator, lambda: split_by_prompt(table, settings.val_fraction))
             held_out = together(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, report))
+            bad.note(gather_object(held_out.problems))
         on_main(accelerator, lambda: _begin(settings, output, write_config))
         order = Order(table.states_per_shard, settings.seed, settings.shuffle_window)
         plan = Plan(order, settings.batch_size, settings.grad_accum, accelerator.num_processes)
         dataset = StateDataset(experiment.shards, table)
-        feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers)
+        feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers, skip_bad=settings.skip_bad)
         noise = settle_reference(experiment, policy, feed, accelerator, output, report)
         if held_out and output.held_out_reference.is_file():
             held_out.read_reference(output.held_out_reference)
@@ -81,11 +85,17 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             held_out.recompute_reference(policy, output.held_out_reference)
         if settings.reference != "live":
             policy = replace(policy, reference=None)  # what it was for is done
-        last = _Run(experiment, policy, feed, held_out, accelerator, output, report, identity).train(noise)
+        run = _Run(experiment, policy, feed, held_out, bad, accelerator, output, report, identity)
+        last = run.train(noise)
         store.close()
         if last is not None and accelerator.is_main_process:
             report.say(f"saved {settings.out / policy.save(settings.out)}")
-            output.finish(_summary(experiment, policy, plan, identity, last))
+            found = {
+                "bad_states": {"total": bad.total, "problems": bad.problems},
+                "warnings": run.health.warnings,
+                "metrics": last,
+            }
+            output.finish({**_summary(experiment, policy, plan, identity), **found})
     leave(accelerator)
 
 
@@ -104,16 +114,24 @@ class _Run:
         policy: Policy,
         feed: Feed,
         held_out: HeldOut | None,
+        bad: BadStates,
         accelerator: Accelerator,
         output: OutputFolder,
         report: Report,
         identity: dict[str, Any],
     ) -> None:
         self._settings = experiment.settings
-        self._trainer = Trainer(experiment, policy, feed.plan, accelerator)
+        self._trainer = Trainer(experiment, policy, feed.plan, accelerator, bad)
         self._feed, self._held_out = feed, held_out
         self._accelerator, self._output = accelerator, output
         self._report, self._identity = report, identity
+        self.health = Health(
+            warmup_steps=self._settings.warmup_steps,
+            states_per_step=feed.plan.states_per_step,
+            num_held_out=held_out.num_states if held_out else 0,
+            num_train_timesteps=policy.family.process.num_train_timesteps,
+            uses_reference=experiment.objective.uses_reference,
+        )
 
     def train(self, noise: Record) -> Record | None:
         """Train to the end and return the last step's record; None where the user stopped the run before.
@@ -126,6 +144,8 @@ class _Run:
         record: Record = {}
         is_main = self._accelerator.is_main_process
         log = together(self._accelerator, lambda: self._open_log(first) if is_main else None)
+        for earlier in log.earlier if log else []:
+            self.health.look(earlier)
         self._report.start(first, last)
         try:
             with StopRequest() as stop:
@@ -138,6 +158,8 @@ class _Run:
                     if log:
                         log.write(record)
                     self._report.step(record)
+                    for warning in self.health.look(record):
+                        self._report.say(f"WARNING: {warning}")
                     stopping = self._anyone(stop.requested) and step + 1 < last
                     if stopping or ((step + 1) % self._settings.save_every == 0 and step + 1 < last):
                         self._save(step + 1)
@@ -216,17 +238,17 @@ def _hold_out(
     settings = experiment.settings
     chosen = spread(table, settings.val_states).tolist()
     report.say(f"{len(table)} states are held out by their prompts; {len(chosen)} of them are looked at")
-    return HeldOut(experiment.shards, table, chosen, store, settings.batch_size, accelerator)
+    return HeldOut(
+        experiment.shards, table, chosen, store, settings.batch_size, accelerator, skip_bad=settings.skip_bad
+    )
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _summary(
-    experiment: Experiment, policy: Policy, plan: Plan, identity: dict[str, Any], last: Record
-) -> dict[str, Any]:
-    """What ``training.json`` says besides versions."""
+def _summary(experiment: Experiment, policy: Policy, plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+    """What ``training.json`` says of how the run was made, besides versions."""
     settings, shards = experiment.settings, experiment.shards
     return {
         "settings": identity,
@@ -243,7 +265,6 @@ def _summary(
         "states_per_step": plan.states_per_step,
         "steps": settings.max_steps,
         "epochs": settings.max_steps * plan.states_per_step / plan.num_states,
-        "metrics": last,
     }
 
 

@@ -132,16 +132,17 @@ class ShardStore:
             if shard not in self._ready:
                 self._ready[shard] = self._pool.submit(self._bring, shard)
 
-    def require(self, shards: Iterable[int]) -> None:
-        """Wait until shards are here and found whole.
-
-        Raises:
-            UserError: one is missing or damaged.
-        """
+    def problems(self, shards: Iterable[int]) -> dict[int, str]:
+        """Wait until shards are here and checked; what is wrong, in words, with those that are missing or damaged."""
         wanted = list(shards)
         self.expect(wanted)
+        found: dict[int, str] = {}
         for shard in wanted:
-            self._ready[shard].result()
+            try:
+                self._ready[shard].result()
+            except UserError as error:
+                found[shard] = str(error)
+        return found
 
     def release(self, in_use: Iterable[int]) -> None:
         """Remove fetched shards, the oldest first, until the bound is kept; those in use stay."""

@@ -48,6 +48,7 @@ class StateTable:
         walk_S: which walk a state is of.
         k_S: which of the walk's states it is.
         states_per_shard: how many states lie in each shard of the set.
+        latent: the shape (C, h, w) of all latents.
     """
 
     locations: WalkLocations
@@ -58,6 +59,7 @@ class StateTable:
     walk_S: np.ndarray
     k_S: np.ndarray
     states_per_shard: tuple[int, ...]
+    latent: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.walk_S)
@@ -130,9 +132,8 @@ def index_states(
         )
     say(f"{len(walk_S)} of {total} states of {len(metas)} walks are trained on")
     placed = WalkLocations(locations)
-    return StateTable(
-        placed, preference_P, label_P, weight_P, draw_P, walk_S, k_S, _per_shard(placed, walk_S, len(places))
-    )
+    per_shard = _per_shard(placed, walk_S, len(places))
+    return StateTable(placed, preference_P, label_P, weight_P, draw_P, walk_S, k_S, per_shard, shape or ())
 
 
 def _select(

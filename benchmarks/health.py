@@ -1,0 +1,149 @@
+"""What the trainer says of runs that are made to go wrong, and of a good one: writes docs/health.md.
+
+    python benchmarks/health.py [--demo DIR] [--work DIR]
+
+About ten minutes on two cores. The demo's world, scores and shards are read (`make demo` makes them). Finished runs are
+not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from page import machine
+
+from smpo_schemas.files import write_bytes
+from smpo_schemas.scores import read_scores, read_scores_info, write_part, write_scores_info
+from smpo_trainer.metrics import METRICS_FILE
+from smpo_trainer.output import TRAINING_FILE
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "docs/health.md"
+COMMON = ("--batch-size", 24, "--warmup-steps", 10, "--val-every", 20, "--val-states", 256)
+GOOD = ("--beta", 300, "--lr", "5e-5", "--lr-schedule", "cosine", "--max-steps", 150, "--val-fraction", 0.1)
+NOISIEST = ("--timestep-weighting", "sigmoid", "--sigmoid-bias", -8)
+LAST = 20
+"""Steps at the end whose mean is shown."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A run.
+
+    Attributes:
+        name: of its folder.
+        wrong: what is wrong with it, for the page.
+        flags: besides :data:`COMMON`.
+        shuffled: whether each pair's scores are exchanged at random.
+    """
+
+    name: str
+    wrong: str
+    flags: tuple[object, ...]
+    shuffled: bool = False
+
+
+CONDITIONS = (
+    Condition("good", "nothing: the demo's settings", GOOD),
+    Condition(
+        "large-lr", "learning rate 60 times too large", ("--beta", 300, "--lr", "3e-3", "--max-steps", 50, *GOOD[-2:])
+    ),
+    Condition("small-beta", "beta 1 in place of 300", ("--beta", 1, *GOOD[2:-4], "--max-steps", 60, *GOOD[-2:])),
+    Condition(
+        "shuffled",
+        "scores exchanged at random between a pair's images",
+        (*GOOD[:-4], "--max-steps", 100, *GOOD[-2:]),
+        shuffled=True,
+    ),
+    Condition(
+        "few-prompts",
+        "a tenth of the pairs and many epochs, by their labels alone",
+        ("--objective", "dpo", "--beta", 300, "--lr", "3e-4", "--max-steps", 110, "--val-fraction", 0.9),
+    ),
+    Condition(
+        "one-band",
+        "a timestep weighting that leaves only the noisiest states",
+        ("--beta", 3000, *GOOD[2:-4], "--max-steps", 70, *GOOD[-2:], *NOISIEST),
+    ),
+)
+
+
+def shuffle_scores(source: Path, target: Path) -> None:
+    """A scores table in which half of the pairs, drawn at random, have the scores of their images exchanged."""
+    info = read_scores_info(source)
+    rows = read_scores(source, info).to_pylist()
+    for row, swapped in zip(rows, np.random.default_rng(0).random(len(rows)) < 1 / 2, strict=True):
+        for name in info.rewards if swapped else ():
+            row[f"{name}_0"], row[f"{name}_1"] = row[f"{name}_1"], row[f"{name}_0"]
+    target.mkdir(parents=True, exist_ok=True)
+    part = write_part(target / "scores-000000.parquet", rows, list(info.rewards))
+    write_scores_info(target, info.model_copy(update={"parts": [part]}))
+
+
+def train(demo: Path, work: Path, condition: Condition) -> Path:
+    """Make a run, where it is not there yet; returns its folder."""
+    out = work / condition.name
+    scores = work / "shuffled-scores"
+    if condition.shuffled:
+        shuffle_scores(demo / "scores", scores)
+    flags: Sequence[object] = (
+        *("--shards", demo / "shards", "--model", demo / "world/model", "--out", out),
+        *(() if "dpo" in condition.flags else ("--reward", "pickscore", "clipscore")),
+        *(("--scores", scores) if condition.shuffled else ()),
+        *(*COMMON, *condition.flags),
+    )
+    command = [sys.executable, "-m", "smpo_trainer", *map(str, flags)]
+    print("$ smpo-train", " ".join(command[3:]), flush=True)
+    subprocess.run(command, check=True)
+    return out
+
+
+def row(condition: Condition, out: Path) -> str:
+    """Its line of the table."""
+    records = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
+    warnings = json.loads((out / TRAINING_FILE).read_text())["warnings"]
+    values = [
+        np.mean([record[name] for record in records[-LAST:] if record.get(name) is not None])
+        for name in ("loss", "rewards/accuracies", "val/rewards/accuracies", "rewards/margins")
+    ]
+    numbers = " | ".join(f"{value:.3g}" for value in values)
+    return f"| {condition.wrong} | {numbers} | {'<br>'.join(warnings) or 'nothing'} |"
+
+
+def main() -> None:
+    """Make all runs, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="folder of world, scores and shards")
+    parser.add_argument("--work", type=Path, default=ROOT / "demo/health", help="folder for the runs")
+    parser.add_argument("--only", nargs="*", help="names of the conditions to run; then no page is written")
+    arguments = parser.parse_args()
+    chosen = [each for each in CONDITIONS if not arguments.only or each.name in arguments.only]
+    rows = [row(each, train(arguments.demo, arguments.work, each)) for each in chosen]
+    if arguments.only:
+        print("\n".join(rows))
+        return
+    lines = "\n".join(rows)
+    text = f"""# What the trainer says of a run's health
+
+Made by `python benchmarks/health.py`: {machine()}. Do not edit by hand.
+
+The embedded world's 600 pairs, {COMMON[1]} pairs a step, {COMMON[3]} warm-up steps. Each run but the first is made to
+go wrong in one way. Numbers are means over the last {LAST} steps (held-out accuracy: over the looks within them).
+
+| what is wrong | loss | accuracy | held-out accuracy | margin | what the trainer said |
+|---|---|---|---|---|---|
+{lines}
+"""
+    write_bytes(TARGET, text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
