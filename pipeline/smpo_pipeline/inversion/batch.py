@@ -16,6 +16,7 @@ from smpo_models.family import Conditioning, Family
 from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.timesteps import WalkPlan, plan_walk
 from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.shards import SampleMeta
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,21 @@ class Walk:
     size: tuple[tuple[int, int], tuple[int, int]]
     crop: tuple[tuple[int, int], tuple[int, int]]
     stream: Callable[[str], np.random.Generator]
+
+    def meta(self) -> SampleMeta:
+        """What a shard says of it."""
+        return SampleMeta(
+            pair_id=self.pair.pair_id,
+            walk=self.number,
+            flipped=self.flipped,
+            prompt=self.pair.prompt,
+            prompt_dropped=self.dropped,
+            label=self.pair.label,
+            annotator=self.pair.annotator,
+            scores=self.pair.scores,
+            size=self.size,
+            crop=self.crop,
+        )
 
 
 def draw_walk(pair: PreparedPair, number: int, family: Family, settings: InversionSettings, seed: int) -> Walk:

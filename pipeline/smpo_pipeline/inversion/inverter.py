@@ -17,7 +17,7 @@ from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.sources import SOURCES
 from smpo_pipeline.inversion.step import carry, distance
 from smpo_schemas.manifest import InversionSettings
-from smpo_schemas.shards import Sample, SampleMeta
+from smpo_schemas.shards import Sample
 
 _State = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
 """Of one image at one stored state: timestep, tau [C, h, w] float16, reference error and residual (scalars)."""
@@ -154,24 +154,12 @@ def _health_noise(batch: Batch, row: int, t: int) -> torch.Tensor:
 
 def _sample(walk: Walk, x0_2Chw: torch.Tensor, *images: list[_State]) -> Sample | str:
     """Put both images' states together, or say why they cannot be stored."""
-    pair = walk.pair
     stored = [torch.stack([torch.stack(each) for each in column]) for column in _columns(images)]
     noise_2KChw, ref_error_2K, residual_2K = stored
     if not all(torch.isfinite(tensor).all() for tensor in (x0_2Chw, noise_2KChw, ref_error_2K)):
         return "not finite: latents, noise or reference error of this pair overflow"
     return Sample(
-        meta=SampleMeta(
-            pair_id=pair.pair_id,
-            walk=walk.number,
-            flipped=walk.flipped,
-            prompt=pair.prompt,
-            prompt_dropped=walk.dropped,
-            label=pair.label,
-            annotator=pair.annotator,
-            scores=pair.scores,
-            size=walk.size,
-            crop=walk.crop,
-        ),
+        meta=walk.meta(),
         x0_2Chw=x0_2Chw.half().cpu(),
         noise_K2Chw=noise_2KChw.transpose(0, 1),
         timestep_K=torch.tensor([t for t, *_ in images[0]], dtype=torch.int64),

@@ -55,20 +55,7 @@ def walk_bytes(walk: Walk, latent: tuple[int, int, int]) -> int:
         walk: as drawn; of its pair's scores only the number of digits counts.
         latent: C, h, w.
     """
-    pair = walk.pair
-    meta = SampleMeta(
-        pair_id=pair.pair_id,
-        walk=walk.number,
-        flipped=walk.flipped,
-        prompt=pair.prompt,
-        prompt_dropped=walk.dropped,
-        label=pair.label,
-        annotator=pair.annotator,
-        scores=pair.scores,
-        size=walk.size,
-        crop=walk.crop,
-    )
-    text = encode_sample(_blank(meta, 1, (1, 1, 1)))["json"]
+    text = encode_sample(_blank(walk.meta(), 1, (1, 1, 1)))["json"]
     return _member(len(text)) + _member(_tensor_bytes(len(walk.plan.stored), latent))
 
 
