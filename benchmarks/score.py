@@ -166,6 +166,7 @@ def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, *, slow: bo
             columns={},
             batch_size=BATCH,
             device="cpu",
+            dtype="fp32",
             concurrency=[],
             ray_address=None,
             limit=count,

@@ -35,6 +35,7 @@ class RewardStatistics(BaseModel):
         min, max, mean, std: over all images, in ``unit``.
         agreement: share of the pairs with a decided label that the reward orders as the label does, or None.
         num_labelled: how many pairs that share is over.
+        dtype: arithmetic of the model's matrix products: ``fp32``, or the half precision of ``score --dtype``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +49,7 @@ class RewardStatistics(BaseModel):
     std: float
     agreement: float | None
     num_labelled: int
+    dtype: str = "fp32"
 
 
 class ScoresPart(BaseModel):
@@ -155,7 +157,7 @@ def table_labels(table: pa.Table) -> np.ndarray:
 
 
 def reward_statistics(
-    scores_P2: np.ndarray, labels_P: np.ndarray, *, model: str, fingerprint: str, unit: str
+    scores_P2: np.ndarray, labels_P: np.ndarray, *, model: str, fingerprint: str, unit: str, dtype: str = "fp32"
 ) -> RewardStatistics:
     """Describe one reward over a data set.
 
@@ -165,6 +167,7 @@ def reward_statistics(
         model: hub id or folder.
         fingerprint: hash of the weights.
         unit: of one unit of the raw score.
+        dtype: that the model computed in.
     """
     scores_P2 = np.asarray(scores_P2, dtype=np.float64)
     decided = ~np.isnan(labels_P) & (labels_P != 0.5)  # noqa: PLR2004  (0.5 is a tie)
@@ -181,4 +184,5 @@ def reward_statistics(
         std=float(scores_P2.std()),
         agreement=agreement,
         num_labelled=int(decided.sum()),
+        dtype=dtype,
     )

@@ -19,7 +19,7 @@ from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
 from tests.pictures import encode, picture
 
-MODELS = {name: RewardModel(f"hub/{name}", f"weights of {name}", "cosine") for name in "ab"}
+MODELS = {name: RewardModel(f"hub/{name}", f"weights of {name}", "cosine", "fp32") for name in "ab"}
 UNITS = 5
 
 

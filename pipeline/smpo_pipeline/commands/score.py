@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -29,6 +29,13 @@ def score(
         typer.Option(min=1, help="Images a model call; default: each reward's own.", rich_help_panel=opt.RUNNING),
     ] = None,
     device: opt.DeviceOption = None,
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"],
+        typer.Option(
+            help="Of the reward models' matrix products. Half precision is faster on a GPU and rounds scores.",
+            rich_help_panel=opt.RUNNING,
+        ),
+    ] = "fp32",
     concurrency: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,6 +69,7 @@ def score(
             columns=columns,
             batch_size=batch_size,
             device=check_device(device),
+            dtype=dtype,
             concurrency=concurrency or [],
             ray_address=ray_address,
             limit=limit,

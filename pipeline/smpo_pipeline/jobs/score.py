@@ -37,6 +37,7 @@ class ScoreOptions(BaseModel):
     columns: dict[str, str | None]
     batch_size: int | None
     device: str
+    dtype: str
     concurrency: list[str]
     ray_address: str | None
     limit: int | None
@@ -54,7 +55,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
     units = slice_files(files, UNIT_ROWS, options.limit)
     specs = _specs(options.reward)
     sizes = _pool_sizes(options.concurrency, specs)
-    models = {name: _describe(load_reward(spec, "cpu")) for name, spec in specs.items()}
+    models = {name: _describe(load_reward(spec, "cpu"), options.dtype) for name, spec in specs.items()}
     identity = {
         "job": "score",
         "schema_version": SCORES_VERSION,
@@ -84,6 +85,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
                 fn_constructor_kwargs={
                     "spec": specs[name],
                     "device": options.device,
+                    "dtype": options.dtype,
                     "batch_size": options.batch_size or parse_reward(specs[name])[0].needs.batch_size,
                     "workers": pool.size * pool.threads,
                     "last": place == len(pools),
@@ -114,8 +116,8 @@ def _specs(given: Sequence[str]) -> dict[str, str]:
     return specs
 
 
-def _describe(reward: Reward) -> RewardModel:
-    return RewardModel(reward.model, reward.fingerprint, reward.unit)
+def _describe(reward: Reward, dtype: str) -> RewardModel:
+    return RewardModel(reward.model, reward.fingerprint, reward.unit, dtype)
 
 
 def _refuse_other_weights(out: Path, base: ScoresInfo, models: Mapping[str, RewardModel]) -> None:
@@ -127,6 +129,11 @@ def _refuse_other_weights(out: Path, base: ScoresInfo, models: Mapping[str, Rewa
                 f"{there.fingerprint[:12]}; --reward: {model.model}, {model.fingerprint[:12]}); take another --out, or "
                 "--overwrite to begin anew"
             )
+        if there and there.dtype != model.dtype:
+            raise UserError(
+                f"{out} holds scores of {name} made in {there.dtype}, this is --dtype {model.dtype}; take another "
+                "--out, or --overwrite to begin anew"
+            )
 
 
 def _open_step(
@@ -137,7 +144,7 @@ def _open_step(
     Raises:
         UserError: other rewards were begun with and are not finished.
     """
-    wanted = {name: model.fingerprint for name, model in rewards.items()}
+    wanted = {name: [model.fingerprint, model.dtype] for name, model in rewards.items()}
     onto = [part.sha256 for part in base.parts] if base else []
     step = Run(options.out / _STEP, SCORES_FILE, identity | {"rewards": wanted, "onto": onto})
     begun = (step.began_with() or {}).get("rewards", {})
@@ -151,8 +158,8 @@ def _open_step(
     if begun and begun != wanted and not options.overwrite:
         mend = f"or remove {step.out}" if base else "take another --out, or --overwrite to begin anew"
         raise UserError(
-            f"{options.out} holds an unfinished run of other rewards ({', '.join(begun)}; other weights, if the names "
-            f"are the same); finish it with its own command, {mend}"
+            f"{options.out} holds an unfinished run of other rewards ({', '.join(begun)}; other weights or "
+            f"another --dtype, if the names are the same); finish it with its own command, {mend}"
         )
     step.open(overwrite=options.overwrite, patterns=())
     return step

@@ -6,6 +6,7 @@ more columns is written beside the old one and takes its place at once, when ``s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,12 @@ PART_FILES = "scores-*.parquet"
 
 @dataclass(frozen=True)
 class RewardModel:
-    """What the table says of a reward's model: id, fingerprint of its weights, unit of its scores."""
+    """What the table says of a reward's model: id, fingerprint of its weights, unit of its scores, its arithmetic."""
 
     model: str
     fingerprint: str
     unit: str
+    dtype: str
 
 
 def write_table(
@@ -83,7 +85,9 @@ def write_table(
     if not parts:
         first = f"; the first: {rejects[0].source}: {rejects[0].reason}"
         raise UserError(f"no pair could be scored, {len(rejects)} were rejected (see {out / REJECTS_FILE}){first}")
-    before = {name: RewardModel(s.model, s.fingerprint, s.unit) for name, s in base.rewards.items()} if base else {}
+    before = (
+        {name: RewardModel(s.model, s.fingerprint, s.unit, s.dtype) for name, s in base.rewards.items()} if base else {}
+    )
     info = _describe(out, parts, {**before, **rewards}, len(rejects))
     write_scores_info(out, info)
     remove_leftovers(out, info)
@@ -109,9 +113,7 @@ def _describe(out: Path, parts: Sequence[ScoresPart], rewards: Mapping[str, Rewa
     table = read_scores(out, info, ["label", *(f"{name}_{index}" for name in rewards for index in range(2))])
     labels = table_labels(table)
     statistics = {
-        name: reward_statistics(
-            reward_scores(table, name), labels, model=each.model, fingerprint=each.fingerprint, unit=each.unit
-        )
+        name: reward_statistics(reward_scores(table, name), labels, **dataclasses.asdict(each))
         for name, each in rewards.items()
     }
     return info.model_copy(update={"rewards": statistics})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
+from smpo_models.loading import DTYPES
 from smpo_pipeline.jobs.chunks import ROWS, images_of, scores_of, values_of, with_scores, without_images
 from smpo_pipeline.jobs.cluster import use_threads
 from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
@@ -25,26 +29,30 @@ STAGE = "score"
 class RewardActor:
     """Holds one reward and adds its scores to chunks."""
 
-    def __init__(self, spec: str, device: str, batch_size: int, workers: int, *, last: bool) -> None:
+    def __init__(self, spec: str, device: str, dtype: str, batch_size: int, workers: int, *, last: bool) -> None:
         """Load the reward.
 
         Args:
             spec: as ``--reward`` names it.
             device: cpu or cuda.
+            dtype: of matrix products; autocast leaves the weights, and what half precision would spoil, in float32.
             batch_size: images a model call, at most.
             workers: threads of all actors of this reward, which share the cores on cpu.
             last: no other reward needs the images.
         """
         use_threads(device, workers)
         self._reward: Reward = load_reward(spec, device)
+        self._autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, DTYPES[dtype])
         self._batch_size, self._last = batch_size, last
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Score all images of a chunk, ``batch_size`` at a time."""
         images = images_of(chunk)
         values: list[np.ndarray] = [np.empty(0)]
-        while batch := list(islice(images, self._batch_size)):
-            values.append(checked_scores(self._reward, [image for image, _ in batch], [prompt for _, prompt in batch]))
+        with self._autocast():
+            while batch := list(islice(images, self._batch_size)):
+                pictures, prompts = zip(*batch, strict=True)
+                values.append(checked_scores(self._reward, pictures, prompts))
         scored = with_scores(chunk, {self._reward.name: np.concatenate(values)})
         return without_images(scored) if self._last else scored
 

@@ -1,0 +1,65 @@
+"""Scores in half precision: near those in float32, from the same weights, and never beside them under one name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from smpo_pipeline.jobs.chunks import cut_chunks, images_of, scores_of
+from smpo_pipeline.jobs.score import _refuse_other_weights
+from smpo_pipeline.jobs.score_table import RewardModel
+from smpo_pipeline.jobs.score_units import RewardActor
+from smpo_pipeline.rewards import load_reward
+from smpo_schemas.errors import UserError
+from smpo_schemas.pairs import Pair
+from smpo_schemas.scores import ScoresInfo, reward_statistics
+from tests.pictures import encode, picture
+from tests.rewards.conftest import MAKERS
+
+ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11}
+
+
+def chunk():
+    """Twelve images under six prompts, one of them empty."""
+    rows = []
+    for number in range(6):
+        images = [encode(picture(40 + number, 30, seed=2 * number + index)) for index in range(2)]
+        rows.append((f"file:{number}", Pair(str(number), "cat " * number, *images, label=None, annotator=None)))
+    return next(iter(cut_chunks(0, rows)))
+
+
+@pytest.fixture
+def threads():
+    """Actors share the cores out in their own process, which here is that of all tests."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_scores_differ_by_rounding_alone(folders, name, dtype):
+    spec, images = f"{name}={folders[name]}", chunk()
+    scored = RewardActor(spec, "cpu", dtype, batch_size=5, workers=2, last=False)(images)
+    found = scores_of(scored, name).reshape(-1)
+    pictures, prompts = zip(*images_of(images), strict=True)
+    exact = load_reward(spec, "cpu").score(pictures, prompts)
+    if dtype == "fp32":
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
+        return
+    apart = np.abs(found - exact)
+    assert apart.max() > 0
+    # Some dozens of matrix products one after another, each rounded once.
+    assert apart.max() < 16 * ROUNDING[dtype] * max(1.0, np.abs(exact).max())
+
+
+def test_two_precisions_of_one_reward_are_refused(tmp_path):
+    scores = reward_statistics(
+        np.array([[0.1, 0.2]]), np.array([1.0]), model="hub/a", fingerprint="f", unit="cosine", dtype="bf16"
+    )
+    base = ScoresInfo(schema_version=1, rewards={"a": scores}, parts=[], scored=1, rejected=0)
+    _refuse_other_weights(tmp_path, base, {"a": RewardModel("hub/a", "f", "cosine", "bf16")})
+    with pytest.raises(UserError, match="holds scores of a made in bf16, this is --dtype fp32"):
+        _refuse_other_weights(tmp_path, base, {"a": RewardModel("hub/a", "f", "cosine", "fp32")})
