@@ -68,6 +68,7 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (abou
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/half_precision.py
 	$(BIN)/python benchmarks/train.py --shape sd15
 	$(BIN)/python benchmarks/train.py --shape sdxl
 	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin --steps 800
