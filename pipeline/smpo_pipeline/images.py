@@ -12,11 +12,16 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from smpo_schemas.errors import one_line
+
 MAX_PIXELS = 100_000_000
 """Larger images are rejected: at 300 MB decoded, a few at once would fill a worker."""
 
 MAX_ASPECT = 100
 """Thinner images are rejected: with the shorter side scaled up to a model's resolution, they would fill a worker."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+"""What is read. Pillow knows dozens more: decoders that hardly anybody tests, and one that starts Ghostscript."""
 
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _FULL_SCALE_16 = 65535
@@ -24,6 +29,9 @@ _FULL_SCALE_16 = 65535
 
 class ImageRejectedError(Exception):
     """An image that cannot be used; the message is the reason that the rejects table records."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(one_line(reason))
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -39,7 +47,7 @@ def decode_image(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             # Our own limit, checked from the header before any pixel is decoded, replaces PIL's warning.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageRejectedError(f"image too large: {width} x {height} pixels, above {MAX_PIXELS}")
@@ -50,15 +58,16 @@ def decode_image(data: bytes) -> Image.Image:
     except ImageRejectedError:
         raise
     except UnidentifiedImageError as error:  # its own message names an address in memory
-        raise ImageRejectedError("image not readable: of no known format") from error
+        raise ImageRejectedError(f"image not readable: none of {', '.join(_FORMATS)}") from error
     except Exception as error:  # PIL's plugins raise anything from struct.error to SyntaxError on damaged files
         raise ImageRejectedError(f"image not readable: {type(error).__name__}: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
-        values = np.asarray(image).astype(np.float64) * (255 / _FULL_SCALE_16)
-        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8), mode="L")
+        # A table, since arithmetic on a large image would take several times its memory.
+        scaled = np.rint(np.arange(_FULL_SCALE_16 + 1) / _FULL_SCALE_16 * 255).astype(np.uint8)
+        image = Image.fromarray(scaled[np.clip(np.asarray(image), 0, _FULL_SCALE_16)], mode="L")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

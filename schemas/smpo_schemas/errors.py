@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+_LONGEST = 1500
+"""Characters of a line that people read."""
+
+
+def one_line(text: str) -> str:
+    """Text as one printable line: untrusted files may put control characters, or megabytes, into a message."""
+    words = " ".join(text.split())
+    shown = words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."
+    return shown if shown.isprintable() else "".join(_printable(character) for character in shown)
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
 
 class UserError(Exception):
     """A user's mistake or a condition of their machine: one line that names the file, the value and the mend.
@@ -13,7 +27,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 def describe_problem(error: ValidationError) -> str:

@@ -8,13 +8,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+import pyarrow as pa
+from pydantic import BaseModel, Field, ValidationError
 
 from smpo_schemas.errors import UserError, describe_problem
 
 _READ_BYTES = 1 << 20
+
+MAX_JSON_BYTES = 256 << 20
+"""Larger JSON files are refused: the manifest of a million shards has 200 MB."""
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)]
+"""A plain file name, as records name the files beside them: no folder, so that nothing outside is read or written."""
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""How many there are of something, or bytes."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -65,13 +75,16 @@ def read_json(path: Path) -> Any:  # noqa: ANN401  (any JSON value)
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: the file is missing, above :data:`MAX_JSON_BYTES`, or not JSON.
     """
     try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise UserError(f"{path} has {size} bytes; no JSON file above {MAX_JSON_BYTES} is read")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested deeper than any of our files
         raise UserError(f"{path} is not a readable JSON file: {error}") from error
 
 
@@ -95,6 +108,21 @@ def read_versioned(path: Path, kind: type[Model], version: int, mend: str) -> Mo
         return kind.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{path} is malformed: {describe_problem(error)}") from error
+
+
+@contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged or hostile Parquet file makes pyarrow (or a check of its values) raise into one line.
+
+    Raises:
+        UserError: anything of that happened.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError(f"{path} is malformed: {describe_problem(error)}") from error
+    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def sha256_file(path: Path) -> str:

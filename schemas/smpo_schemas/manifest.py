@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import read_versioned, write_json
+from smpo_schemas.files import Count, FileName, read_versioned, write_json
 from smpo_schemas.scores import RewardStatistics
 
 MANIFEST_VERSION = 1
@@ -17,7 +17,7 @@ REJECTS_FILE = "rejected.parquet"
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelInfo(_Frozen):
@@ -43,7 +43,7 @@ class ModelInfo(_Frozen):
     text: str
     vae: str
     scheduler: str
-    num_train_timesteps: int
+    num_train_timesteps: int = Field(ge=1, le=2**31)
 
 
 class InversionSettings(_Frozen):
@@ -124,19 +124,19 @@ def averaged_estimates(text: str, renoise_steps: int) -> frozenset[int]:
 class ShardEntry(_Frozen):
     """One tar: how many pairs, walks (samples) and states it holds, and its exact bytes."""
 
-    name: str
-    pairs: int
-    samples: int
-    states: int
-    bytes: int
+    name: FileName
+    pairs: Count
+    samples: Count
+    states: Count
+    bytes: Count
     sha256: str
 
 
 class IndexEntry(_Frozen):
     """The index of all walks (:mod:`smpo_schemas.shard_index`) and its exact bytes."""
 
-    name: str
-    bytes: int
+    name: FileName
+    bytes: Count
     sha256: str
 
 
@@ -154,14 +154,14 @@ class BandHealth(_Frozen):
         unconverged: of these, those whose solver did not reach it; their ``residual`` is above the tolerance.
     """
 
-    start: int
-    stop: int
-    states: int
+    start: Count
+    stop: Count
+    states: Count
     noise_ratio: float | None
     residual: float | None
     neighbour_correlation: float | None
-    solved: int = 0
-    unconverged: int = 0
+    solved: Count = 0
+    unconverged: Count = 0
 
 
 class Totals(_Frozen):
@@ -170,13 +170,13 @@ class Totals(_Frozen):
     ``prompts_cut`` pairs have prompts longer than the text encoders take; they are cut, as the model's pipeline does.
     """
 
-    pairs_in: int
-    pairs: int
-    samples: int
-    states: int
-    rejected: int
-    bytes: int
-    prompts_cut: int = 0
+    pairs_in: Count
+    pairs: Count
+    samples: Count
+    states: Count
+    rejected: Count
+    bytes: Count
+    prompts_cut: Count = 0
 
 
 class Manifest(_Frozen):
@@ -184,13 +184,13 @@ class Manifest(_Frozen):
 
     schema_version: int
     model: ModelInfo
-    resolution: int
+    resolution: int = Field(ge=1, le=2**31)
     inversion: InversionSettings
     seed: int
     rewards: dict[str, RewardStatistics]
     shards: list[ShardEntry]
     totals: Totals
-    rejected_reasons: dict[str, int]
+    rejected_reasons: dict[str, Count]
     health: list[BandHealth]
     versions: dict[str, str]
     index: IndexEntry | None = None

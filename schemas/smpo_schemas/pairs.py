@@ -10,16 +10,29 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_file
+from smpo_schemas.errors import UserError, one_line
+from smpo_schemas.files import reading_parquet, sha256_file
 
 _SUFFIXES = (".parquet", ".jsonl")
 _ROWS_READ = 16
+
+MAX_TEXT = 100_000
+"""Characters of a longer prompt, id or annotator's name are nobody's text: the row is rejected."""
+
+MAX_IMAGE_BYTES = 256 << 20
+"""Larger image files are rejected, before they are read where a path names them."""
+
+MAX_LINE_BYTES = 64 << 20
+"""A longer line of a JSONL file is not read; its row is rejected."""
+
+_ROWS_PER_BYTE = 1000
+"""A Parquet file whose footer claims more rows than this for each of its bytes is refused: cutting the claimed rows into
+units would fill the memory. A file of equal rows comes to some hundreds."""
 
 
 class PairRejectedError(Exception):
@@ -30,7 +43,7 @@ class PairRejectedError(Exception):
     """
 
     def __init__(self, reason: str, pair_id: str | None = None) -> None:
-        super().__init__(reason)
+        super().__init__(one_line(reason))
         self.pair_id = pair_id
 
 
@@ -98,6 +111,8 @@ def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path:
                 flag = "--" + field.name.replace("_", "-") + "-column"
                 raise UserError(f"{path} has no column {name!r} (it has: {', '.join(names)}); name it with {flag}")
             name = None
+        if list(names).count(str(name)) > 1:
+            raise UserError(f"{path} has several columns {name!r}: which one is meant?")
         chosen[field.name] = name
     return PairColumns(**chosen)  # type: ignore[arg-type]
 
@@ -145,6 +160,9 @@ def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
             raise UserError(f"--pairs {path} does not exist")
     if len(set(files)) != len(files):
         raise UserError("--pairs names the same file twice")
+    for path in files:
+        if not str(path).isprintable():
+            raise UserError(f"--pairs {path}: this name cannot stand in a table; rename the file")
     counted = [_describe(path) for path in files]
     filled = [file for file in counted if file.rows]
     if not filled:
@@ -153,12 +171,19 @@ def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
 
 
 def _describe(path: Path) -> PairFile:
+    if path.suffix == ".parquet":
+        with reading_parquet(path):
+            footer = pq.read_metadata(path)
+            groups = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+            if sum(groups) != footer.num_rows or min(groups, default=0) < 0:
+                raise UserError(f"{path} is damaged: its row groups do not have the {footer.num_rows} rows of its footer")
+            if footer.num_rows > _ROWS_PER_BYTE * path.stat().st_size:
+                raise UserError(f"{path} is damaged: it cannot hold the {footer.num_rows} rows that its footer claims")
+            return PairFile(path, footer.num_rows, _digest(path))
     try:
-        if path.suffix == ".parquet":
-            return PairFile(path, pq.read_metadata(path).num_rows, _digest(path))
         with path.open("rb") as file:
-            return PairFile(path, sum(1 for line in file if line.strip()), _digest(path))
-    except (OSError, pa.ArrowInvalid) as error:
+            return PairFile(path, sum(1 for _ in _lines(file)), _digest(path))
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -181,7 +206,8 @@ def _digest(path: Path) -> str:
 def column_names(path: Path) -> list[str]:
     """Names of a pair file's columns (JSONL: the keys of any of its rows, which need not all have the same)."""
     if path.suffix == ".parquet":
-        return list(pq.read_schema(path).names)
+        with reading_parquet(path):
+            return list(pq.read_schema(path).names)
     return list(dict.fromkeys(key for row in _jsonl_rows(path, 0, sys.maxsize) for key in row))
 
 
@@ -219,17 +245,17 @@ def read_rows(rows: RowRange, columns: PairColumns) -> Iterator[tuple[str, Pair 
     for number, row in enumerate(_raw_rows(rows, columns), start=rows.start):
         source = f"{rows.path}:{number}"
         try:
-            yield source, normalise(row, columns, rows.path.parent)
+            yield source, row if isinstance(row, PairRejectedError) else normalise(row, columns, rows.path.parent)
         except PairRejectedError as reason:
             yield source, reason
 
 
-def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any]]:
+def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any] | PairRejectedError]:
     if rows.path.suffix == ".jsonl":
         yield from _jsonl_rows(rows.path, rows.start, rows.stop)
         return
     names = [name for name in (getattr(columns, field.name) for field in fields(columns)) if name]
-    try:
+    with reading_parquet(rows.path):
         with pq.ParquetFile(rows.path) as file:
             first = 0
             for group in range(file.num_row_groups):
@@ -238,41 +264,59 @@ def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any
                 if start < stop:
                     yield from _group_rows(file, group, names, start - first, stop - first)
                 first += count
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{rows.path} cannot be read: {error}") from error
 
 
 def _group_rows(
     file: pq.ParquetFile, group: int, names: list[str], start: int, stop: int
-) -> Iterator[Mapping[str, Any]]:
+) -> Iterator[Mapping[str, Any] | PairRejectedError]:
     """Rows of one row group, a few at a time: a group of images may be larger than a worker's memory."""
     number = 0
     for batch in file.iter_batches(batch_size=_ROWS_READ, row_groups=[group], columns=names):
         for index in range(batch.num_rows):
             if start <= number < stop:
-                (row,) = batch.slice(index, 1).to_pylist()
-                yield row
+                yield _row(batch, index)
             number += 1
         if number >= stop:
             return
+    raise ValueError(f"row group {group} ends after {number} rows, before row {stop} of its footer")
+
+
+def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any] | PairRejectedError:
+    """One row; some values that a file can hold are none in Python (text that is not UTF-8, the year 300,000)."""
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except (ValueError, OverflowError) as error:
+            return PairRejectedError(f"value not readable: {name}: {error}")
+    return row
 
 
 def _jsonl_rows(path: Path, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
     """Rows of a JSONL file; a line that is not a JSON object yields an empty row, which is then rejected."""
     number = 0
     with path.open("rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
+        for line in _lines(file):
             if number >= stop:
                 return
             if number >= start:
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):  # RecursionError: nested deeper than any row
                     row = {}
                 yield row if isinstance(row, dict) else {}
             number += 1
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines that are not blank; of one above :data:`MAX_LINE_BYTES` nothing but a word that is no JSON."""
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            line = b"overlong"
+        if line.strip():
+            yield line
 
 
 def normalise(row: Mapping[str, Any], columns: PairColumns, folder: Path) -> Pair:
@@ -308,7 +352,11 @@ def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
     value = row.get(column) if column else None
     if value is None:
         return None
+    if isinstance(value, (list, dict)):
+        raise PairRejectedError(f"{what} is no text: {type(value).__name__}")
     text = str(value)
+    if len(text) > MAX_TEXT:
+        raise PairRejectedError(f"{what} too long: {len(text)} characters, above {MAX_TEXT}")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise PairRejectedError(f"{what} is not valid Unicode")
     return text
@@ -318,14 +366,28 @@ def _image_bytes(value: object, name: str, folder: Path) -> bytes:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        path = folder / value
-        try:
-            value = path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise PairRejectedError(f"image not readable: {name} {value!r}: {error}") from error
+        value = _file_bytes(folder / value, name)
     if not isinstance(value, bytes) or not value:
         raise PairRejectedError(f"no image: {name} holds no bytes and no path")
+    if len(value) > MAX_IMAGE_BYTES:
+        raise PairRejectedError(f"image too large: {name} has {len(value)} bytes, above {MAX_IMAGE_BYTES}")
     return value
+
+
+def _file_bytes(path: Path, name: str) -> bytes:
+    """The content of a plain file; a device or a pipe may have no end, or wait for ever, and is not opened."""
+    shown = repr(str(path)[-200:])
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or not size:
+            raise PairRejectedError(f"image not readable: {name} {shown}: no plain file, or empty")
+        if size > MAX_IMAGE_BYTES:
+            raise PairRejectedError(f"image too large: {name} {shown} has {size} bytes, above {MAX_IMAGE_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise PairRejectedError(f"image not readable: {name} {shown}: {error.strerror}") from error
+    except ValueError as error:  # a name that no file can have
+        raise PairRejectedError(f"image not readable: {name} {shown}: {error}") from error
 
 
 def image_id(data: bytes) -> str:
@@ -334,12 +396,10 @@ def image_id(data: bytes) -> str:
 
 
 def _label(value: object) -> float | None:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, (int, float)) and not math.isnan(value) and 0 <= value <= 1:
+    if isinstance(value, (int, float)) and 0 <= value <= 1:
         return float(value)
-    if isinstance(value, float) and math.isnan(value):
-        return None
     raise PairRejectedError(f"bad label: {value!r} is not a number from 0 to 1")
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from smpo_schemas.files import atomic_path
+from smpo_schemas.files import atomic_path, reading_parquet
 
 REJECT_SCHEMA = pa.schema(
     [("pair_id", pa.string()), ("source", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
@@ -36,8 +36,15 @@ def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
 
 
 def read_rejects(path: Path) -> list[Reject]:
-    """Read ``rejected.parquet``."""
-    return [Reject(**row) for row in pq.read_table(path, schema=REJECT_SCHEMA).to_pylist()]
+    """Read ``rejected.parquet``.
+
+    Raises:
+        UserError: it is missing or damaged, or its columns are others.
+    """
+    with reading_parquet(path):
+        table = pq.ParquetFile(path).read().select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)
+        table.validate(full=True)
+        return [Reject(**row) for row in table.to_pylist()]
 
 
 def count_reasons(rejects: Sequence[Reject]) -> dict[str, int]:

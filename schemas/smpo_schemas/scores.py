@@ -12,7 +12,15 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import atomic_path, read_versioned, sha256_file, write_json
+from smpo_schemas.files import (
+    Count,
+    FileName,
+    atomic_path,
+    read_versioned,
+    reading_parquet,
+    sha256_file,
+    write_json,
+)
 
 SCORES_VERSION = 1
 SCORES_FILE = "scores.json"
@@ -38,7 +46,7 @@ class RewardStatistics(BaseModel):
         dtype: arithmetic of the model's matrix products: ``fp32``, or the half precision of ``score --dtype``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str
     fingerprint: str
@@ -48,7 +56,7 @@ class RewardStatistics(BaseModel):
     mean: float
     std: float
     agreement: float | None
-    num_labelled: int
+    num_labelled: Count
     dtype: str = "fp32"
 
 
@@ -57,8 +65,8 @@ class ScoresPart(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    pairs: int
+    name: FileName
+    pairs: Count
     sha256: str
 
 
@@ -70,8 +78,8 @@ class ScoresInfo(BaseModel):
     schema_version: int
     rewards: dict[str, RewardStatistics]
     parts: list[ScoresPart]
-    scored: int
-    rejected: int
+    scored: Count
+    rejected: Count
 
 
 def score_schema(rewards: Sequence[str]) -> pa.Schema:
@@ -121,15 +129,15 @@ def read_scores(directory: Path, info: ScoresInfo, columns: Sequence[str] | None
     """Read the whole table, in input order; ``columns`` limits what is read.
 
     Raises:
-        UserError: a part is missing or has another number of rows than ``scores.json`` says.
+        UserError: a part is missing or damaged, has other columns than it should, or another number of rows than
+            ``scores.json`` says.
     """
     tables = []
     for part in info.parts:
         path = directory / part.name
-        try:
-            table = pq.read_table(path, columns=list(columns) if columns is not None else None)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+        with reading_parquet(path):
+            table = pq.ParquetFile(path).read(columns=list(columns) if columns is not None else None)
+            table = _as_written(table, list(info.rewards), columns)
         if table.num_rows != part.pairs:
             raise UserError(f"{path} has {table.num_rows} rows, {SCORES_FILE} says {part.pairs}; score again")
         tables.append(table)
@@ -137,6 +145,25 @@ def read_scores(directory: Path, info: ScoresInfo, columns: Sequence[str] | None
         return score_schema(list(info.rewards)).empty_table()
     # Older parts lack columns that came later; they are null there.
     return pa.concat_tables(tables, promote_options="default")
+
+
+def _as_written(table: pa.Table, rewards: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
+    """The table with the types of :func:`score_schema`, its values checked (text is UTF-8).
+
+    Raises:
+        KeyError: it lacks a column that was asked for.
+        pyarrow.ArrowException: a column is of another type, or damaged.
+    """
+    for field in score_schema(rewards):
+        asked = field.name in columns if columns is not None else field.name not in IMAGE_IDS
+        if field.name not in table.column_names:
+            if asked:
+                raise KeyError(f"no column {field.name}")
+        elif table.schema.field(field.name).type != field.type:
+            position = table.column_names.index(field.name)
+            table = table.set_column(position, field, table.column(position).cast(field.type))
+    table.validate(full=True)
+    return table
 
 
 def image_ids(table: pa.Table) -> np.ndarray | None:

@@ -9,13 +9,14 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from smpo_schemas.errors import UserError, describe_problem
-from smpo_schemas.files import atomic_path, sha256_file
+from smpo_schemas.files import atomic_path, reading_parquet, sha256_file
 from smpo_schemas.manifest import IndexEntry
 from smpo_schemas.shards import SampleLocation, SampleMeta, ShardDirectory
 
@@ -102,21 +103,40 @@ def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedWalk]
         raise UserError(f"{path} is missing; the manifest lists it")
     if sha256_file(path) != entry.sha256:
         raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced")
-    try:
+    with reading_parquet(path):
         for batch in pq.ParquetFile(path).iter_batches(_ROWS):
-            for row in batch.to_pylist():
-                location = SampleLocation(
-                    row["shard"],
-                    row["key"],
-                    (row["meta_offset"], row["meta_bytes"]),
-                    (row["tensors_offset"], row["tensors_bytes"]),
-                )
-                meta = SampleMeta.model_validate_json(row["meta"])
-                yield IndexedWalk(location, meta, tuple(row["timesteps"]), tuple(row["latent"]))
-    except ValidationError as error:
-        raise UserError(f"{path} is malformed: {describe_problem(error)}") from error
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise UserError(f"{path} is malformed: {error}") from error
+            table = pa.Table.from_batches([batch]).select(_SCHEMA.names).cast(_SCHEMA)
+            table.validate(full=True)
+            for row in table.to_pylist():
+                yield _walk(row, len(directory.manifest.shards))
+
+
+def _walk(row: dict[str, Any], num_shards: int) -> IndexedWalk:
+    """A row of the index; its values are checked, since a wrong one would be found in the middle of a training run.
+
+    Raises:
+        ValueError: a value is missing or cannot be.
+    """
+    places = [row[name] for name in ("shard", "meta_offset", "meta_bytes", "tensors_offset", "tensors_bytes")]
+    if any(place is None or place < 0 for place in places) or places[0] >= num_shards:
+        raise ValueError(f"a walk lies at {places}; there are {num_shards} shards")
+    if not (row["key"] and row["key"].isascii() and row["key"].isdecimal()) or row["meta"] is None:
+        raise ValueError(f"a walk has the key {row['key']!r}, or no meta")
+    shard, meta_offset, meta_bytes, tensors_offset, tensors_bytes = places
+    location = SampleLocation(shard, row["key"], (meta_offset, meta_bytes), (tensors_offset, tensors_bytes))
+    timesteps, latent = _naturals(row["timesteps"]), _naturals(row["latent"])
+    return IndexedWalk(location, SampleMeta.model_validate_json(row["meta"]), timesteps, latent)
+
+
+def _naturals(values: object) -> tuple[int, ...]:
+    """A list of numbers from 0.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(values, list) or not all(isinstance(value, int) and value >= 0 for value in values):
+        raise ValueError(f"{values!r} is no list of numbers from 0")
+    return tuple(values)
 
 
 def _scan(directory: ShardDirectory) -> Iterator[IndexedWalk]:
@@ -132,13 +152,15 @@ def _scan(directory: ShardDirectory) -> Iterator[IndexedWalk]:
                 try:
                     (length,) = struct.unpack("<Q", file.read(8))
                     header = json.loads(file.read(min(length, location.tensors[1])))
-                    begin, end = header["timestep"]["data_offsets"]
+                    begin, end = _naturals(header["timestep"]["data_offsets"])
+                    if end > location.tensors[1]:
+                        raise ValueError(f"timesteps end at {end}, the member at {location.tensors[1]}")
                     file.seek(begin, 1)
                     timesteps = struct.unpack(f"<{(end - begin) // 8}q", file.read(end - begin))
-                    latent = tuple(header["x0"]["shape"][1:])
+                    latent = _naturals(header["x0"]["shape"])[1:]
                     yield IndexedWalk(location, SampleMeta.model_validate_json(meta), timesteps, latent)
                 except ValidationError as error:
                     problem = describe_problem(error)
                     raise UserError(f"{path}: sample {location.key}: malformed json member: {problem}") from error
-                except (struct.error, ValueError, KeyError, TypeError) as error:
+                except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                     raise UserError(f"{path}: sample {location.key}: malformed safetensors member: {error}") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from smpo_schemas.manifest import Manifest, ShardEntry, read_manifest
 
 _META, _TENSORS = "json", "safetensors"
 
+_MOST_BYTES = 1 << 40
+"""Of a member: offsets beyond any file make seeking fail in ways of its own."""
+
 
 class SampleMeta(BaseModel):
     """``KEY.json``: which pair, which walk of it, and what was drawn for it.
@@ -41,7 +45,7 @@ class SampleMeta(BaseModel):
         crop: top and left of both images' crops, in pixels of the resized image; likewise 0.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     pair_id: str
     walk: int
@@ -111,7 +115,7 @@ def decode_sample(meta: bytes, tensors: bytes, source: str) -> Sample:
         )
     except ValidationError as error:
         raise UserError(f"{source}: malformed {_META} member: {describe_problem(error)}") from error
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{source}: malformed {_TENSORS} member: {error}") from error
     problem = _tensor_problem(sample)
     if problem:
@@ -200,6 +204,25 @@ class SampleLocation:
     tensors: tuple[int, int]
 
 
+class _PlainMember(tarfile.TarInfo):
+    """A member that is a plain file, as all of a shard are.
+
+    Links, devices, folders, sparse files and extended headers are refused before tarfile acts on them.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Parse a member's header.
+
+        Raises:
+            tarfile.ReadError: it is of another kind, or of a size that no member has.
+        """
+        member = super().frombuf(buf, encoding, errors)
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 <= member.size <= _MOST_BYTES:
+            raise tarfile.ReadError(f"member {member.name[:100]!r} is no plain file of at most {_MOST_BYTES} bytes")
+        return member
+
+
 class ShardDirectory:
     """A finished output of ``invert``: its manifest, and its samples by location or in order."""
 
@@ -242,11 +265,13 @@ class ShardDirectory:
         path = self.path / entry.name
         members: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            with tarfile.open(path) as tar:
+            with tarfile.open(path, "r:", tarinfo=_PlainMember) as tar:
                 for member in tar:
                     key, _, extension = member.name.partition(".")
-                    members.setdefault(key, {})[extension] = (member.offset_data, member.size)
-        except (OSError, tarfile.TarError) as error:
+                    if not (key.isascii() and key.isdecimal()) or extension in members.setdefault(key, {}):
+                        raise UserError(f"{path}: member {member.name[:100]!r} is no member of a shard, or there twice")
+                    members[key][extension] = (member.offset_data, member.size)
+        except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         for key, parts in members.items():
             if set(parts) != {_META, _TENSORS}:
@@ -266,11 +291,15 @@ class ShardDirectory:
             with path.open("rb") as file:
                 meta, tensors = (self._read_at(file, *part) for part in (location.meta, location.tensors))
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         return decode_sample(meta, tensors, f"{path}: sample {location.key}")
 
     @staticmethod
     def _read_at(file: io.BufferedReader, offset: int, length: int) -> bytes:
+        """The bytes of a member; those that lie outside the file are not asked for, since memory would be taken."""
+        size = os.fstat(file.fileno()).st_size
+        if not (0 <= offset <= size and 0 <= length <= size - offset):
+            raise OSError(f"it has no {length} bytes at {offset}")
         file.seek(offset)
         return file.read(length)
 

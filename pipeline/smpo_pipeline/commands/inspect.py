@@ -51,7 +51,7 @@ def inspect(
     annotator_column: AnnotatorColumn = None,
 ) -> None:
     """Say what is in pairs, scores or shards, in words and as a contact sheet."""
-    console = Console()
+    console = Console(markup=False)  # what is printed comes from the files
     kind, folder = recognise(path)
     target = out or Path(f"inspect-{folder.resolve().stem}.png")
     if kind == "pairs":

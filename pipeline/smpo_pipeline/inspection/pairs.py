@@ -16,6 +16,7 @@ from smpo_pipeline.images import ImageRejectedError, decode_image
 from smpo_pipeline.inspection import sheet
 from smpo_pipeline.inspection.headers import ImageHeader, read_header
 from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
+from smpo_schemas.errors import one_line
 from smpo_schemas.pairs import (
     Pair,
     PairColumns,
@@ -166,7 +167,7 @@ def print_rejects(rejects: list[Reject], console: Console) -> None:
     table = make_table("rejected", ("reason", "example", "rows"), text_columns=2)
     for reason, count in count_reasons(rejects).items():
         example = next(each for each in rejects if each.reason.split(":")[0] == reason)
-        table.add_row(reason, f"{example.source}: {example.reason}", f"{count}")
+        table.add_row(one_line(reason), one_line(f"{example.source}: {example.reason}"), f"{count}")
     console.print(table)
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from smpo_pipeline.inspection.pairs import print_rejects
 from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
+from smpo_schemas.errors import one_line
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.rejects import Reject, read_rejects
 from smpo_schemas.scores import REJECTS_FILE, ScoresInfo, read_scores, read_scores_info, reward_scores, table_labels
@@ -142,7 +143,7 @@ def _print_annotators(summary: ScoresSummary, console: Console) -> None:
         own = names == name
         found = [label_agreement(summary.scores[reward][own], summary.labels_P[own]) for reward in rewards]
         decided = found[0][1] if found else 0
-        table.add_row(name, f"{decided}", *(percent(alike, total) for alike, total in found))
+        table.add_row(one_line(name), f"{decided}", *(percent(alike, total) for alike, total in found))
     console.print(table)
     if len(counts) > _MOST_ANNOTATORS:
         console.print(f"and {len(counts) - _MOST_ANNOTATORS} more: {counted(counts)}", highlight=False)

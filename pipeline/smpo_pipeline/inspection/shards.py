@@ -15,6 +15,7 @@ from rich.console import Console
 from smpo_pipeline.inspection.scores import print_sharpness
 from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
 from smpo_pipeline.inversion.advice import believable, health_warnings
+from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import BandHealth, InversionSettings, Manifest
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.shards import Sample, ShardDirectory
@@ -76,6 +77,11 @@ def summarise_shards(
         summary.timesteps.append(sample.timestep_K.numpy())
         summary.residuals.append(sample.residual_K2.numpy())
         summary.ref_errors.append(sample.ref_error_K2.numpy())
+        if set(sample.meta.scores) != set(summary.scores):
+            raise UserError(
+                f"{directory}: pair {sample.meta.pair_id} has scores of {sorted(sample.meta.scores)}, "
+                f"the manifest names {sorted(summary.scores)}"
+            )
         for name, scores in sample.meta.scores.items():
             summary.scores[name].append(scores)
         advance(summary.walks, total)

@@ -40,7 +40,8 @@ def text_block(
 ) -> Image.Image:
     """Text wrapped to ``width``, cut with an ellipsis after ``lines`` lines; as high as its lines need."""
     font = _font(size, bold)
-    wrapped = _wrapped(text, font, width)
+    # A visible character is at least a pixel wide: what cannot be seen need not be measured.
+    wrapped = _wrapped(text[: lines * width], font, width)
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], wrapped[lines - 1] + " …"]
     height = round(size * _LINE_SPACING)

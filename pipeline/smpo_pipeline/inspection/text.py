@@ -8,6 +8,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from smpo_schemas.errors import one_line
+
 _BAR_WIDTH = 28
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -31,7 +33,7 @@ def facts(title: str, rows: Mapping[str, str]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, one_line(value))
     table.add_row()
     return table
 

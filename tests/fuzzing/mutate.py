@@ -1,0 +1,150 @@
+"""Damage to bytes and to JSON values, drawn from a seeded generator."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+_NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+_NONSENSE: tuple[Callable[[], Any], ...] = (
+    lambda: None,
+    lambda: True,
+    lambda: 0,
+    lambda: -1,
+    lambda: 2**31,
+    lambda: 2**63,
+    lambda: -(2**70),
+    lambda: 10**400,
+    lambda: 1e308,
+    lambda: float("nan"),
+    lambda: float("-inf"),
+    lambda: "",
+    lambda: "x" * 100_000,
+    lambda: "\x00\x1b[31m\x07",
+    lambda: "half \ud83d",
+    lambda: "../../outside",
+    lambda: "/etc/passwd",
+    lambda: "[/red]",
+    lambda: [],
+    lambda: {},
+    lambda: [[]],
+    lambda: [1, "a", None],
+    lambda: {"bytes": "x", "path": 3},
+)
+
+
+def damage(data: bytes, draw: random.Random, others: list[bytes]) -> bytes:
+    """One to eight changes that know nothing of the format."""
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 3, 8))):
+        changed = draw.choice(_CHANGES)(changed, draw, others) or bytearray(b"\0")
+    return bytes(changed)
+
+
+def _flip(data: bytearray, draw: random.Random, _: list[bytes]) -> bytearray:
+    for _ in range(draw.choice((1, 1, 4, 32))):
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    return data
+
+
+def _flip_head(data: bytearray, draw: random.Random, _: list[bytes]) -> bytearray:
+    """Headers are where decoders decide how much to allocate."""
+    for _ in range(draw.choice((1, 2, 4))):
+        data[draw.randrange(min(64, len(data)))] = draw.randrange(256)
+    return data
+
+
+def _number(data: bytearray, draw: random.Random, _: list[bytes]) -> bytearray:
+    width = draw.choice((1, 2, 4, 8))
+    at = draw.randrange(len(data)) if draw.random() < 0.5 else draw.randrange(min(256, len(data)))
+    value = draw.choice(_NUMBERS) & (256**width - 1)
+    data[at : at + width] = value.to_bytes(width, draw.choice(("little", "big")))
+    return data
+
+
+def _cut(data: bytearray, draw: random.Random, _: list[bytes]) -> bytearray:
+    return data[: draw.randrange(len(data) + 1)]
+
+
+def _remove(data: bytearray, draw: random.Random, _: list[bytes]) -> bytearray:
+    at = draw.randrange(len(data))
+    del data[at : at + draw.choice((1, 4, 64, 1024))]
+    return data
+
+
+def _repeat(data: bytearray, draw: random.Random, _: list[bytes]) -> bytearray:
+    at = draw.randrange(len(data))
+    part = data[at : at + draw.choice((4, 64, 1024))]
+    data[at:at] = part * draw.choice((1, 2, 50))
+    return data
+
+
+def _splice(data: bytearray, draw: random.Random, others: list[bytes]) -> bytearray:
+    other = draw.choice(others)
+    return data[: draw.randrange(len(data) + 1)] + other[draw.randrange(len(other) + 1) :]
+
+
+def _append(data: bytearray, draw: random.Random, others: list[bytes]) -> bytearray:
+    return data + draw.choice((draw.randbytes(100), bytes(5000), draw.choice(others)))
+
+
+def _fill(data: bytearray, draw: random.Random, _: list[bytes]) -> bytearray:
+    at, length = draw.randrange(len(data)), draw.choice((8, 100, 1000))
+    data[at : at + length] = bytes([draw.choice((0, 0x20, 0xFF))]) * length
+    return data
+
+
+_CHANGES = (_flip, _flip, _flip_head, _number, _number, _cut, _remove, _repeat, _splice, _append, _fill)
+
+
+def distort(value: Any, draw: random.Random) -> Any:  # noqa: ANN401  (any JSON value)
+    """A copy of a JSON value with one to three places changed."""
+    changed = [copy.deepcopy(value)]
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        holder, key = draw.choice(list(_places(changed)))
+        what = draw.random()
+        if what < 0.6:  # noqa: PLR2004  (mostly a value of another kind)
+            holder[key] = draw.choice(_NONSENSE)()
+        elif what < 0.7 and isinstance(holder, dict):  # noqa: PLR2004
+            del holder[key]
+        elif what < 0.8 and isinstance(holder, dict):  # noqa: PLR2004
+            holder[draw.choice(("", "extra", "a\x00b", "../x", "x" * 1000))] = holder[key]
+        elif isinstance(holder[key], (int, float)):
+            holder[key] = holder[key] * draw.choice((-1, 2, 1000, 10**12)) + draw.choice((0, 1))
+        elif isinstance(holder[key], (list, str)):
+            holder[key] = holder[key] * draw.choice((0, 2, 1000))
+        else:
+            holder[key] = [holder[key]]
+    return changed[0]
+
+
+def _places(value: Any) -> Any:  # noqa: ANN401
+    """Every (container, key) of a value within a list."""
+    keys = range(len(value)) if isinstance(value, list) else list(value)
+    for key in keys:
+        yield value, key
+        if isinstance(value[key], (list, dict)):
+            yield from _places(value[key])
+
+
+def hostile_text(draw: random.Random) -> str:
+    """A prompt that nobody would type."""
+    return draw.choice(
+        (
+            "",
+            "\x00",
+            "a\x00b",
+            "\x1b[2J\x1b]0;title\x07",
+            "\r\n\t\v\f\b",
+            "[bold]unclosed [/red] [link=file:///etc/passwd]",
+            "\u202eright to left\u2066",
+            "\ufeff\ufffe\uffff",
+            "e" + "\u0301" * 2000,
+            "word " * 20_000,
+            "x" * 300_000,
+            "\U0001f469\u200d" * 1000,
+            "".join(chr(draw.choice((draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)))) for _ in range(50)),
+        )
+    )
