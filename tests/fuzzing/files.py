@@ -66,7 +66,7 @@ def prepare(seed: int, folder: Path) -> Run:
 def _pair_rows(draw: random.Random, images: bool) -> list[dict[str, Any]]:
     image = encode(picture(), "PNG") if images else "picture.png"
     rows = [
-        {"prompt": f"prompt {row}", "image_0": image, "image_1": image, "label": 1.0, "pair_id": f"p{row}"}
+        {"prompt": f"prompt {row}", "image_0": image, "image_1": image, "label": 1.0, "pair_id": f"p{row}", "annotator": "me"}
         for row in range(4)
     ]
     for row in draw.sample(rows, 2):
@@ -113,7 +113,7 @@ def _odd_column(draw: random.Random, rows: int) -> pa.Array:
         (
             lambda: pa.nulls(rows),
             lambda: pa.array([10**30] * rows, pa.decimal128(38)),
-            lambda: pa.array([2**63 - 1] * rows, pa.timestamp("s")),
+            lambda: pa.array([2**60] * rows, pa.timestamp("ms")),
             lambda: pa.array([2**62] * rows, pa.duration("s")),
             lambda: pa.array([-(2**31)] * rows, pa.date32()),
             lambda: pa.array([float("nan")] * rows, pa.float16()),
