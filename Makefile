@@ -7,7 +7,7 @@ DEMO := demo
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-fast lint format bench clean
+.PHONY: help setup demo test test-fast fuzz lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -52,6 +52,9 @@ test: $(READY) ## All tests
 
 test-fast: $(READY) ## The everyday tests: no Ray, no long training
 	$(BIN)/python -m pytest -q -m 'not slow'
+
+fuzz: $(READY) ## 10,000 hostile images and 1,000 hostile files (about ten minutes)
+	$(BIN)/python -m tests.fuzz
 
 lint: $(READY) ## ruff, mypy, import-linter
 	$(BIN)/ruff format --check .

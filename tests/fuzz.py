@@ -74,7 +74,7 @@ def campaign(kind: str, first: int, stop: int) -> Findings:
         if first < stop:
             if running is None:
                 raise RuntimeError(f"the reading process ended with status {status} before seed {first}")
-            died = f"no answer after {SECONDS:g} s" if status == -9 else f"the process died with status {status}"  # noqa: PLR2004
+            died = f"no answer after {SECONDS:g} s" if status == -9 else f"the process died with status {status}"
             findings.outcomes["died"] += 1
             findings.problems[running] = died
             print(f"  {kind} seed {running}: {died}", flush=True)
@@ -102,7 +102,7 @@ def _reports(child: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _serve(kind: str, first: int, stop: int) -> None:
-    from tests.fuzzing import worker  # noqa: PLC0415  (the parent needs none of the readers)
+    from tests.fuzzing import worker
 
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # readers may print

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from smpo_pipeline import images
 from smpo_pipeline.images import ImageRejectedError, decode_image, resize_and_crop
@@ -61,3 +64,51 @@ def test_shorter_side_to_the_resolution_then_centre_crop(width, height):
 def test_a_line_of_pixels_is_rejected():
     with pytest.raises(ImageRejectedError, match="too thin: 1 x 101"):
         decode_image(encode(picture(1, 101), "PNG"))
+
+
+def test_a_postscript_file_does_not_start_ghostscript(monkeypatch):
+    """Pillow would, to draw it: a finding of ``python -m tests.fuzz``."""
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    for kind in ("EPS", "PPM", "TGA", "ICO", "PDF"):
+        with pytest.raises(ImageRejectedError, match="none of JPEG, PNG, WEBP, GIF, TIFF, BMP"):
+            decode_image(encode(picture(), kind))
+
+
+def test_thirty_two_bits_of_grey_are_read_as_sixteen():
+    values = np.array([[-5, 0, 257, 65535, 70_000]], dtype=np.int32)
+    decoded = decode_image(encode(Image.fromarray(values), "TIFF"))
+    np.testing.assert_array_equal(np.asarray(decoded)[0, :, 0], [0, 0, 1, 255, 255])
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A grey PNG with these chunks after its header, and pixels that are zero."""
+    rows = zlib.compress(bytes((width + 1) * height))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", rows), (b"IEND", b"")]
+    encoded = (
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part)) for kind, part in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(encoded)
+
+
+def test_text_and_profiles_that_unpack_to_gigabytes_are_rejected():
+    bomb = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 1))
+    for chunk in ((b"zTXt", b"key\0\0" + bomb), (b"iTXt", b"key\0\1\0en\0key\0" + bomb)):
+        with pytest.raises(ImageRejectedError, match="image not readable"):
+            decode_image(png(40, 40, chunk))
+    assert decode_image(png(40, 40)).size == (40, 40)
+
+
+def test_pixels_are_counted_before_any_is_decoded():
+    for width, height in ((10_001, 10_000), (2**31 - 1, 2**31 - 1), (65_535, 65_535)):
+        data = bytearray(png(40, 40))
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+        with pytest.raises(ImageRejectedError, match="too large|DecompressionBomb"):
+            decode_image(bytes(data))
+
+
+def test_a_reason_is_one_printable_line():
+    reason = str(ImageRejectedError("a\x1b[2J\nb" + "x" * 10_000))
+    assert reason.isprintable()
+    assert len(reason) < 2000

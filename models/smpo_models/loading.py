@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import pickle
 import pkgutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -95,7 +96,10 @@ def loading_errors(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (pickle.UnpicklingError, EOFError) as error:
+        # The library's own message is a page that offers to run whatever code the file holds.
+        raise UserError(f"{what} is damaged, or is no plain file of weights") from error
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0][:300]
         raise UserError(f"{what} cannot be loaded: {first}") from error
 

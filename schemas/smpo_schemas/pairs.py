@@ -31,8 +31,8 @@ MAX_LINE_BYTES = 64 << 20
 """A longer line of a JSONL file is not read; its row is rejected."""
 
 _ROWS_PER_BYTE = 1000
-"""A Parquet file whose footer claims more rows than this for each of its bytes is refused: cutting the claimed rows into
-units would fill the memory. A file of equal rows comes to some hundreds."""
+"""A Parquet file whose footer claims more rows than this for each of its bytes is refused: cutting the claimed rows
+into units would fill the memory. A file of equal rows comes to some hundreds."""
 
 
 class PairRejectedError(Exception):
@@ -176,7 +176,9 @@ def _describe(path: Path) -> PairFile:
             footer = pq.read_metadata(path)
             groups = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
             if sum(groups) != footer.num_rows or min(groups, default=0) < 0:
-                raise UserError(f"{path} is damaged: its row groups do not have the {footer.num_rows} rows of its footer")
+                raise UserError(
+                    f"{path} is damaged: its row groups do not have the {footer.num_rows} rows of its footer"
+                )
             if footer.num_rows > _ROWS_PER_BYTE * path.stat().st_size:
                 raise UserError(f"{path} is damaged: it cannot hold the {footer.num_rows} rows that its footer claims")
             return PairFile(path, footer.num_rows, _digest(path))
@@ -255,15 +257,14 @@ def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any
         yield from _jsonl_rows(rows.path, rows.start, rows.stop)
         return
     names = [name for name in (getattr(columns, field.name) for field in fields(columns)) if name]
-    with reading_parquet(rows.path):
-        with pq.ParquetFile(rows.path) as file:
-            first = 0
-            for group in range(file.num_row_groups):
-                count = file.metadata.row_group(group).num_rows
-                start, stop = max(rows.start, first), min(rows.stop, first + count)
-                if start < stop:
-                    yield from _group_rows(file, group, names, start - first, stop - first)
-                first += count
+    with reading_parquet(rows.path), pq.ParquetFile(rows.path) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            start, stop = max(rows.start, first), min(rows.stop, first + count)
+            if start < stop:
+                yield from _group_rows(file, group, names, start - first, stop - first)
+            first += count
 
 
 def _group_rows(

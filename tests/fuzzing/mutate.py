@@ -27,8 +27,8 @@ _NONSENSE: tuple[Callable[[], Any], ...] = (
     lambda: "../../outside",
     lambda: "/etc/passwd",
     lambda: "[/red]",
-    lambda: [],
-    lambda: {},
+    list,
+    dict,
     lambda: [[]],
     lambda: [1, "a", None],
     lambda: {"bytes": "x", "path": 3},
@@ -99,17 +99,17 @@ def _fill(data: bytearray, draw: random.Random, _: list[bytes]) -> bytearray:
 _CHANGES = (_flip, _flip, _flip_head, _number, _number, _cut, _remove, _repeat, _splice, _append, _fill)
 
 
-def distort(value: Any, draw: random.Random) -> Any:  # noqa: ANN401  (any JSON value)
+def distort(value: Any, draw: random.Random) -> Any:
     """A copy of a JSON value with one to three places changed."""
     changed = [copy.deepcopy(value)]
     for _ in range(draw.choice((1, 1, 2, 3))):
         holder, key = draw.choice(list(_places(changed)))
         what = draw.random()
-        if what < 0.6:  # noqa: PLR2004  (mostly a value of another kind)
+        if what < 0.6:
             holder[key] = draw.choice(_NONSENSE)()
-        elif what < 0.7 and isinstance(holder, dict):  # noqa: PLR2004
+        elif what < 0.7 and isinstance(holder, dict):
             del holder[key]
-        elif what < 0.8 and isinstance(holder, dict):  # noqa: PLR2004
+        elif what < 0.8 and isinstance(holder, dict):
             holder[draw.choice(("", "extra", "a\x00b", "../x", "x" * 1000))] = holder[key]
         elif isinstance(holder[key], (int, float)):
             holder[key] = holder[key] * draw.choice((-1, 2, 1000, 10**12)) + draw.choice((0, 1))
@@ -120,7 +120,7 @@ def distort(value: Any, draw: random.Random) -> Any:  # noqa: ANN401  (any JSON 
     return changed[0]
 
 
-def _places(value: Any) -> Any:  # noqa: ANN401
+def _places(value: Any) -> Any:
     """Every (container, key) of a value within a list."""
     keys = range(len(value)) if isinstance(value, list) else list(value)
     for key in keys:
@@ -129,22 +129,24 @@ def _places(value: Any) -> Any:  # noqa: ANN401
             yield from _places(value[key])
 
 
+HOSTILE_TEXTS = (
+    "",
+    "\x00",
+    "a\x00b",
+    "\x1b[2J\x1b]0;title\x07",
+    "\r\n\t\v\f\b",
+    "[bold]unclosed [/red] [link=file:///etc/passwd]",
+    "\u202eright to left\u2066",
+    "\ufeff\ufffe\uffff",
+    "e" + "\u0301" * 2000,
+    "word " * 20_000,
+    "x" * 300_000,
+    "\U0001f469\u200d" * 1000,
+    "<|endoftext|><|startoftext|>" * 50,
+)
+
+
 def hostile_text(draw: random.Random) -> str:
     """A prompt that nobody would type."""
-    return draw.choice(
-        (
-            "",
-            "\x00",
-            "a\x00b",
-            "\x1b[2J\x1b]0;title\x07",
-            "\r\n\t\v\f\b",
-            "[bold]unclosed [/red] [link=file:///etc/passwd]",
-            "\u202eright to left\u2066",
-            "\ufeff\ufffe\uffff",
-            "e" + "\u0301" * 2000,
-            "word " * 20_000,
-            "x" * 300_000,
-            "\U0001f469\u200d" * 1000,
-            "".join(chr(draw.choice((draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)))) for _ in range(50)),
-        )
-    )
+    anything = (draw.choice((draw.randrange(0xD800), draw.randrange(0xE000, 0x110000))) for _ in range(50))
+    return draw.choice((*HOSTILE_TEXTS, "".join(map(chr, anything))))

@@ -79,7 +79,7 @@ def serve(module: ModuleType, seeds: Iterable[int], out: TextIO) -> None:
             print(json.dumps({"seed": seed, **_one(run, own, watch)}), file=out, flush=True)
 
 
-def _one(run: Any, folder: Path, watch: Watch) -> dict[str, Any]:  # noqa: ANN401  (a callable)
+def _one(run: Any, folder: Path, watch: Watch) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, start = _status("VmRSS"), time.perf_counter()
     watch.seen, watch.folder = [], folder
@@ -88,11 +88,13 @@ def _one(run: Any, folder: Path, watch: Watch) -> dict[str, Any]:  # noqa: ANN40
         outcome = run()
     except UserError as error:
         outcome = "refused"
-        if not str(error).isprintable() or len(str(error)) > 2000:  # noqa: PLR2004  (one line that people read)
+        if not str(error).isprintable() or len(str(error)) > 2000:
             problem = f"an error that is no line: {str(error)[:300]!r}"
     except BaseException as error:  # noqa: BLE001  (that is what is looked for)
         outcome, problem = "raised", f"{type(error).__name__}: {error}"[:300]
-        problem += " at " + " < ".join(f"{f.name}:{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)))
+        problem += " at " + " < ".join(
+            f"{f.name}:{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__))
+        )
     finally:
         watch.folder = None
     strangers = [str(path) for path in folder.parent.iterdir() if path != folder]

@@ -89,6 +89,19 @@ def test_a_file_that_would_run_code(name, refused, folders, tmp_path):
     refused(f"{name}={folder}", "must hold one checkpoint", "second.pt")
 
 
+@pytest.mark.parametrize("name", ["pickscore", "clipscore"])
+def test_a_folder_whose_bin_file_would_run_code(name, refused, folders, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"logit_scale": Harm()}, folder / "pytorch_model.bin", pickle_module=pickle)
+    refused(f"{name}={folder}", f"--reward {name}=", "is damaged, or is no plain file of weights")
+    assert not (tmp_path / "harm").exists()
+
+
 def test_clip_of_another_depth_width_or_kind(refused, tmp_path):
     deeper = make_tiny_clip(tmp_path / "deeper")
     config = CLIPConfig.from_pretrained(deeper)

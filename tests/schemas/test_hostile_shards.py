@@ -63,7 +63,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
 
 @pytest.mark.parametrize(
     "name",
-    ["../000000000.json", "/tmp/000000000.json", "a/000000000.json", "key.json", "\u0661.json", ".json", "x" * 150],
+    ["../000000000.json", "/000000000.json", "a/000000000.json", "key.json", "\u0661.json", ".json", "x" * 150],
 )
 def test_names_that_no_shard_has(tmp_path, name):
     refused(tmp_path, tar_of(member(name), member("000000000.safetensors")), "no member of a shard|no plain file")

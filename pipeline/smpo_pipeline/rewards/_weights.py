@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Collection
 from pathlib import Path
 
@@ -61,12 +60,8 @@ def read_checkpoint(path: Path, what: str) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file is damaged, or holds anything but weights.
     """
-    with loading_errors(what):
-        try:
-            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError) as error:
-            # The library's own message is a page that offers to run whatever code the file holds.
-            raise UserError(f"{what}: {path} is damaged, or is no plain file of weights") from error
+    with loading_errors(f"{what}: {path}"):
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{what}: {path} holds no weights by name (a state dict)")

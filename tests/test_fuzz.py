@@ -1,0 +1,21 @@
+"""A short piece of ``python -m tests.fuzz``: seeds that a whole campaign reads too."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz import campaign
+
+
+@pytest.mark.parametrize(("kind", "count"), [("images", 150), ("files", 100)])
+def test_hostile_inputs_are_read_rejected_or_refused(kind, count):
+    findings = campaign(kind, 0, count)
+    assert findings.problems == {}
+    assert sum(findings.outcomes.values()) == count
+    assert findings.outcomes["read"]
+    assert findings.outcomes["rejected"] + findings.outcomes["refused"]
+
+
+def test_a_seed_makes_the_same_input_in_any_process():
+    first, again = campaign("images", 40, 60), campaign("images", 40, 60)
+    assert first.outcomes == again.outcomes
