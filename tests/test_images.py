@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 
@@ -37,6 +38,18 @@ def test_transparency_is_composed_over_white():
     decoded = decode_image(encode(image, "PNG"))
     assert decoded.getpixel((0, 0)) == (200, 0, 0)
     assert decoded.getpixel((1, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_composition_by_rows_equals_that_of_the_whole(mode):
+    image = picture(30, 700).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    options = {"transparency": 7} if mode == "P" else {"transparency": (255, 255, 255)} if mode == "RGB" else {}
+    data = encode(image.convert(mode), "PNG", **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        whole = opened.convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(expected))
 
 
 def test_what_cannot_be_read_has_a_reason(monkeypatch):
@@ -106,6 +119,47 @@ def test_pixels_are_counted_before_any_is_decoded():
         data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
         with pytest.raises(ImageRejectedError, match="too large|DecompressionBomb"):
             decode_image(bytes(data))
+
+
+def test_files_of_too_many_parts_are_rejected_before_pillow_reads_them(monkeypatch):
+    """A megabyte of empty chunks, segments or scans takes a second of Pillow's time, or of a large image's decoder's."""
+    jpeg = encode(picture())
+    many = [
+        (png(40, 40, *[(b"prVt", b"")] * images.MAX_CHUNKS), "chunks"),
+        (jpeg[:2] + b"\xff\xef\0\2" * 500 + jpeg[2:], "500 segments"),
+        (jpeg[:2] + b"\xff\xd0" * 2_000_000 + jpeg[2:], "500 segments"),
+        (jpeg[:2] + b"\xff\xd0\xff\xd0" * 1_000_000 + jpeg[2:], "500 segments"),
+        (jpeg[:2] + b"\xff" * 2_000_000 + jpeg[2:], "bytes between"),
+        (jpeg[:2] + b"junk" * 500_000 + jpeg[2:], "bytes between"),
+        (jpeg[:2] + b"j" * 2_000_000, "bytes between"),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda *_, **__: pytest.fail("Pillow was asked"))
+        for data, reason in many:
+            with pytest.raises(ImageRejectedError, match=f"too slow.*{reason}"):
+                decode_image(data)
+    profile = jpeg[:2] + b"\xff\xe2\xff\xff".ljust(65_537, b"\0") * 255 + b"\xff" * 1000 + jpeg[2:]
+    assert decode_image(profile).size == (40, 30)
+
+
+def test_scans_count_by_the_pixels_that_each_goes_over(monkeypatch):
+    data = encode(picture(), progressive=True)
+    assert data.count(b"\xff\xda") == 10
+    scan, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    monkeypatch.setattr(images, "MAX_SCANNED", 10 * 40 * 30)
+    assert decode_image(data).size == (40, 30)
+    with pytest.raises(ImageRejectedError, match="too slow: 11 scans of 40 x 30"):
+        decode_image(data[:end] + data[scan:end] + data[end:])
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_tags_do_not_fill_the_log(recwarn):
+    entries = b"".join(struct.pack("<HHII", tag, 1, 60_000, 8) for tag in range(1000, 1100))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 100) + entries
+    jpeg = encode(picture())
+    data = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    assert decode_image(data).size == (40, 30)
+    assert not recwarn.list
 
 
 def test_a_reason_is_one_printable_line():

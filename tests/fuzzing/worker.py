@@ -82,8 +82,11 @@ def serve(module: ModuleType, seeds: Iterable[int], out: TextIO) -> None:
 def _one(run: Any, folder: Path, watch: Watch) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, start = _status("VmRSS"), time.perf_counter()
-    watch.seen, watch.folder = [], folder
     problem = None
+    shown = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # libtiff prints what it thinks of a file
+    watch.seen, watch.folder = [], folder
     try:
         outcome = run()
     except UserError as error:
@@ -97,6 +100,8 @@ def _one(run: Any, folder: Path, watch: Watch) -> dict[str, Any]:
         )
     finally:
         watch.folder = None
+        os.dup2(shown, 2)
+        os.close(shown)
     strangers = [str(path) for path in folder.parent.iterdir() if path != folder]
     if watch.seen or strangers:
         problem = "; ".join([*watch.seen, *strangers])
