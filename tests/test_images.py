@@ -122,7 +122,7 @@ def test_pixels_are_counted_before_any_is_decoded():
 
 
 def test_files_of_too_many_parts_are_rejected_before_pillow_reads_them(monkeypatch):
-    """A megabyte of empty chunks, segments or scans takes a second of Pillow's time, or of a large image's decoder's."""
+    """A megabyte of empty chunks or segments takes a second of Pillow's time."""
     jpeg = encode(picture())
     many = [
         (png(40, 40, *[(b"prVt", b"")] * images.MAX_CHUNKS), "chunks"),

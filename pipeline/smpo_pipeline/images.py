@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import MARKER
 from smpo_schemas.errors import one_line
 
 MAX_PIXELS = 100_000_000
-"""Larger images are rejected: at 300 MB decoded, a few at once would fill a worker."""
+"""Larger images are rejected: at up to 1 GB while they are decoded, a few at once would fill a worker."""
 
 MAX_ASPECT = 100
 """Thinner images are rejected: with the shorter side scaled up to a model's resolution, they would fill a worker."""
@@ -35,7 +35,7 @@ MAX_JUNK = 1_000_000
 """JPEGs with more bytes between their segments are rejected."""
 
 MAX_SCANNED = 2_000_000_000
-"""Progressive JPEGs whose scans times their pixels are more are rejected: each scan, of some bytes, goes over all of the
+"""Progressive JPEGs whose scans times their pixels are more are rejected: each scan, of some bytes, goes over the whole
 image. 10 scans are usual."""
 
 _JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
@@ -65,8 +65,8 @@ def decode_image(data: bytes) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            # PIL warns of every odd tag, of which a file can have 60,000. Its warning of large images is replaced by our
-            # own limit, checked from the header before any pixel is decoded.
+            # PIL warns of every odd tag, of which a file can have 60,000. Its warning of large images is replaced by
+            # our own limit, checked from the header before any pixel is decoded.
             warnings.simplefilter("ignore")
             _check_parts(data)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:

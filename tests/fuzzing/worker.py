@@ -84,7 +84,7 @@ def _one(run: Any, folder: Path, watch: Watch) -> dict[str, Any]:
     before, start = _status("VmRSS"), time.perf_counter()
     problem = None
     shown = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # libtiff prints what it thinks of a file
     watch.seen, watch.folder = [], folder
     try:
