@@ -53,7 +53,7 @@ test: $(READY) ## All tests
 test-fast: $(READY) ## The everyday tests: no Ray, no long training
 	$(BIN)/python -m pytest -q -m 'not slow'
 
-fuzz: $(READY) ## 10,000 hostile images and 1,000 hostile files (about ten minutes)
+fuzz: $(READY) ## 10,000 hostile images and 1,000 hostile files (minutes)
 	$(BIN)/python -m tests.fuzz
 
 lint: $(READY) ## ruff, mypy, import-linter

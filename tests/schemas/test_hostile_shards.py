@@ -85,7 +85,7 @@ def test_a_member_that_is_there_twice(tmp_path):
 @pytest.mark.parametrize(
     "size",
     [
-        b"\xff" * 12,  # minus one, in base 256: older tarfile modules read the same header for ever
+        b"\xff" * 12,  # minus one, in base 256
         b"\xff" * 10 + b"\xfe\x00",
         b"\x80" + bytes(3) + struct.pack(">Q", 2**63 - 1),
         b"\x80" + bytes(3) + struct.pack(">Q", 2**39),
