@@ -81,7 +81,7 @@ def serve(module: ModuleType, seeds: Iterable[int], out: TextIO) -> None:
 
 def _one(run: Any, folder: Path, watch: Watch) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, start = _status("VmRSS"), time.perf_counter()
+    before, start = _status("VmRSS"), time.process_time()
     problem = None
     shown = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:
@@ -106,7 +106,7 @@ def _one(run: Any, folder: Path, watch: Watch) -> dict[str, Any]:
     if watch.seen or strangers:
         problem = "; ".join([*watch.seen, *strangers])
     peak = _status("VmHWM") - before
-    return {"outcome": outcome, "problem": problem, "seconds": time.perf_counter() - start, "peak": peak}
+    return {"outcome": outcome, "problem": problem, "seconds": time.process_time() - start, "peak": peak}
 
 
 def _status(name: str) -> int:
