@@ -32,7 +32,7 @@ MAX_LINE_BYTES = 64 << 20
 
 _ROWS_PER_BYTE = 1000
 """A Parquet file whose footer claims more rows than this for each of its bytes is refused: cutting the claimed rows
-into units would fill the memory. A file of equal rows comes to some hundreds."""
+into units would fill the memory. A file of equal rows comes to 120."""
 
 
 class PairRejectedError(Exception):
@@ -161,7 +161,7 @@ def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
     if len(set(files)) != len(files):
         raise UserError("--pairs names the same file twice")
     for path in files:
-        if not str(path).isprintable():
+        if not _is_unicode(str(path)):
             raise UserError(f"--pairs {path}: this name cannot stand in a table; rename the file")
     counted = [_describe(path) for path in files]
     filled = [file for file in counted if file.rows]
@@ -349,7 +349,7 @@ def _pair(row: Mapping[str, Any], columns: PairColumns, folder: Path, pair_id: s
 
 
 def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
-    """A value as text; None where there is none. JSON can hold half a surrogate pair, which no file can."""
+    """A value as text; None where there is none."""
     value = row.get(column) if column else None
     if value is None:
         return None
@@ -358,9 +358,14 @@ def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
     text = str(value)
     if len(text) > MAX_TEXT:
         raise PairRejectedError(f"{what} too long: {len(text)} characters, above {MAX_TEXT}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not _is_unicode(text):
         raise PairRejectedError(f"{what} is not valid Unicode")
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a file can hold a text: half surrogate pairs, which Python and JSON can, are none of UTF-8's."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _image_bytes(value: object, name: str, folder: Path) -> bytes:

@@ -33,8 +33,10 @@ def odd_rows() -> list[dict]:
         "60 megapixels": (buffer.getvalue(), "a cat"),
         "long prompt": (encode(picture(50, 50)), "cat " * 2_500),
         "empty prompt": (encode(picture(50, 50)), ""),
+        "control characters": (encode(picture(50, 50)), "a\x00b\x1b[2J\r\x07 [/red] \u202e"),
+        "10 MB prompt": (encode(picture(50, 50)), "cat " * 2_500_000),
     }
-    plain = [(encode(picture(40 + number, 30, seed=number)), f"a dog and {number}") for number in range(6)]
+    plain = [(encode(picture(40 + number, 30, seed=number)), f"a dog and {number}") for number in range(len(odd))]
     both = [each for pair in zip(odd.values(), plain, strict=True) for each in pair]
     names = [name for number, odd_name in enumerate(odd) for name in (odd_name, f"plain {number}")]
     return [
@@ -58,7 +60,8 @@ def test_odd_rows_are_scored_rightly_or_rejected_and_change_nothing_else(folders
     info = read_scores_info(tmp_path / "out")
     table = {row["pair_id"]: row for row in read_scores(tmp_path / "out", info).to_pylist()}
     rejects = {reject.pair_id: reject.reason for reject in read_rejects(tmp_path / "out" / "rejected.parquet")}
-    assert set(rejects) == {"corrupted", "one pixel"}
+    assert set(rejects) == {"corrupted", "one pixel", "10 MB prompt"}
+    assert rejects["10 MB prompt"] == "prompt too long: 10000000 characters, above 100000"
     assert rejects["corrupted"].startswith("image not readable")
     # One pixel has no Laplacian: the user's reward gave NaN, and the pair is left out rather than scored by the others.
     assert rejects["one pixel"] == "not finite: sharpness gave no number for an image of this pair"
