@@ -22,9 +22,12 @@ OPTIONS = {"max_steps": 5, "save_every": 1, "lora_rank": 2}
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start(args: Sequence[str]) -> subprocess.Popen[str]:
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(args: Sequence[str], launch: Sequence[str] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "smpo_trainer", *args],
+        [sys.executable, *launch, "-m", "smpo_trainer", *args],
         env=ENVIRONMENT,
         text=True,
         stdout=subprocess.PIPE,
@@ -33,9 +36,8 @@ def start(args: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def launch_two(args: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launch, "-m", "smpo_trainer", *args],
+        [sys.executable, *TWO_PROCESSES, "-m", "smpo_trainer", *args],
         check=False,
         env=ENVIRONMENT,
         text=True,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -21,6 +21,7 @@ from smpo_models.loading import load_family
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import ModelInfo
 from smpo_trainer.settings import TrainSettings
+from smpo_trainer.text import CachedText
 
 UNET_FOLDER = "unet"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -39,6 +40,7 @@ class Policy:
         reference: frozen, where it is not ``denoiser`` as it starts, or is needed beside it for ``--reference live``.
         starts_from_reference: the margin at step 0 is 0 up to arithmetic noise.
         lora_rank: rank of the adapter in ``denoiser``, or None.
+        encode_text: from B prompts to what the family's text encoders make of them.
     """
 
     family: Family
@@ -46,10 +48,22 @@ class Policy:
     reference: nn.Module | None
     starts_from_reference: bool
     lora_rank: int | None
+    encode_text: Callable[[Sequence[str]], dict[str, torch.Tensor]]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained weights by name, in a fixed order."""
         return {name: parameter for name, parameter in self.denoiser.named_parameters() if parameter.requires_grad}
+
+    def compile(self) -> None:
+        """Have torch compile the denoiser's forward and backward, at its first call; weights and names stay."""
+        for module in (self.denoiser, self.reference):
+            if module is not None:
+                module.compile()
+
+    def with_cached_text(self, encoded: CachedText) -> Policy:
+        """The same without its text encoders, which are freed."""
+        self.family.text_modules = ()
+        return replace(self, encode_text=encoded)
 
     def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put saved weights in place.
@@ -133,8 +147,8 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
     if settings.lora_rank is None:
         denoiser.requires_grad_(True)
     else:
-        _add_lora(denoiser, settings.lora_rank)
-    return Policy(family, denoiser, reference, is_reference, settings.lora_rank)
+        add_lora(denoiser, settings.lora_rank)
+    return Policy(family, denoiser, reference, is_reference, settings.lora_rank, family.encode_text)
 
 
 def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
@@ -155,7 +169,7 @@ def _load_reference(settings: TrainSettings, info: ModelInfo, device: torch.devi
     return reference
 
 
-def _add_lora(denoiser: nn.Module, rank: int) -> None:
+def add_lora(denoiser: nn.Module, rank: int) -> None:
     """An adapter on the attention projections, which changes nothing until it is trained (its B matrices are 0)."""
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_ATTENTION_PROJECTIONS, lora_dropout=0.0

@@ -34,6 +34,8 @@ from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable, index_states
 from smpo_trainer.stopping import StopRequest
+from smpo_trainer.text import CachedText, cache_text
+from smpo_trainer.validation_images import ValidationImages
 from smpo_trainer.wandb_log import WandbLog
 
 
@@ -63,9 +65,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
         on_main(accelerator, output.make)
         set_seed(settings.seed)
         bad = BadStates(report.say)
-        policy = together(
-            accelerator, lambda: load_policy(settings, experiment.shards.model, accelerator.device, report.say)
-        )
+        policy = together(accelerator, lambda: _load(experiment, accelerator, report))
         table = together(accelerator, lambda: _index(experiment, report))
         store = ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))
         held_out = None
@@ -85,7 +85,8 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             held_out.recompute_reference(policy, output.held_out_reference)
         if settings.reference != "live":
             policy = replace(policy, reference=None)  # what it was for is done
-        run = _Run(experiment, policy, feed, held_out, bad, accelerator, output, report, identity)
+        images = ValidationImages(experiment, policy, accelerator) if experiment.validation_prompts else None
+        run = _Run(experiment, policy, feed, held_out, images, bad, accelerator, output, report, identity)
         last = run.train(noise)
         store.close()
         if last is not None and accelerator.is_main_process:
@@ -114,6 +115,7 @@ class _Run:
         policy: Policy,
         feed: Feed,
         held_out: HeldOut | None,
+        images: ValidationImages | None,
         bad: BadStates,
         accelerator: Accelerator,
         output: OutputFolder,
@@ -122,7 +124,7 @@ class _Run:
     ) -> None:
         self._settings = experiment.settings
         self._trainer = Trainer(experiment, policy, feed.plan, accelerator, bad)
-        self._feed, self._held_out = feed, held_out
+        self._feed, self._held_out, self._images = feed, held_out, images
         self._accelerator, self._output = accelerator, output
         self._report, self._identity = report, identity
         self.health = Health(
@@ -146,6 +148,8 @@ class _Run:
         log = together(self._accelerator, lambda: self._open_log(first) if is_main else None)
         for earlier in log.earlier if log else []:
             self.health.look(earlier)
+        if first == 0:
+            self._draw(0, log)
         self._report.start(first, last)
         try:
             with StopRequest() as stop:
@@ -160,6 +164,7 @@ class _Run:
                     self._report.step(record)
                     for warning in self.health.look(record):
                         self._report.say(f"WARNING: {warning}")
+                    self._draw(step + 1, log)
                     stopping = self._anyone(stop.requested) and step + 1 < last
                     if stopping or ((step + 1) % self._settings.save_every == 0 and step + 1 < last):
                         self._save(step + 1)
@@ -183,6 +188,16 @@ class _Run:
             f"accuracy {_number(record['val/rewards/accuracies'])}"
         )
         return record
+
+    def _draw(self, step: int, log: MetricsLog | None) -> None:
+        """After ``step`` steps: images, where it is time for them."""
+        images = self._images
+        if images is None or not images.due(step):
+            return
+        with self._trainer.as_saved():
+            image_HW3 = on_main(self._accelerator, lambda: images.draw(step))
+        if log:
+            log.draw(step, image_HW3)
 
     def _open_log(self, finished_steps: int) -> MetricsLog:
         project, out = self._settings.wandb_project, self._output.path
@@ -217,7 +232,22 @@ def _make_accelerator(settings: TrainSettings) -> Accelerator:
     # Accelerate would train in float32 without a word.
     if settings.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         raise UserError(f"--mixed-precision fp16 needs a GPU, the device is {accelerator.device}; use bf16 or no")
+    if settings.tf32:
+        if accelerator.device.type != "cuda":
+            raise UserError(f"--tf32 needs an NVIDIA GPU, the device is {accelerator.device}; leave it out")
+        torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def _load(experiment: Experiment, accelerator: Accelerator, report: Report) -> Policy:
+    settings = experiment.settings
+    policy = load_policy(settings, experiment.shards.model, accelerator.device, report.say)
+    if settings.compile:
+        policy.compile()
+    if settings.text == "cache":
+        path = cache_text(settings, experiment.shards, policy.family, report)
+        policy = policy.with_cached_text(CachedText(path, accelerator.device))
+    return policy
 
 
 def _index(experiment: Experiment, report: Report) -> StateTable:
