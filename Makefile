@@ -7,7 +7,7 @@ DEMO := demo
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-fast lint format bench clean
+.PHONY: help setup demo test test-fast chaos lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -53,6 +53,9 @@ test: $(READY) ## All tests
 test-fast: $(READY) ## The everyday tests: no Ray, no long training
 	$(BIN)/python -m pytest -q -m 'not slow'
 
+chaos: $(READY) ## A training run killed at twenty random moments, and compared (minutes)
+	SMPO_KILLS=20 $(BIN)/python -m pytest -q tests/trainer/test_kills.py
+
 lint: $(READY) ## ruff, mypy, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,6 +74,7 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (abou
 	$(BIN)/python benchmarks/half_precision.py
 	$(BIN)/python benchmarks/train.py --shape sd15
 	$(BIN)/python benchmarks/train.py --shape sdxl
+	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin --steps 800
 	$(BIN)/python benchmarks/walks.py measure "the world" $(DEMO)/thin/good.json
 	$(BIN)/python benchmarks/walks.py measure "its thin copy" $(DEMO)/thin/thin.json --model $(DEMO)/thin

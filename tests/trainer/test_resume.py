@@ -186,3 +186,18 @@ def test_checkpoint_holds_no_pickle_and_damage_is_named(interrupted: Path) -> No
     (path / "optimizer.pt").write_bytes(b"\x80\x02nonsense")
     with pytest.raises(UserError, match="checkpoint-000003 cannot be read"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_as_many_checkpoints_are_kept_as_asked_for(train: Train, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    kept: list[list[str]] = []
+    save = Checkpoints.save
+
+    def look(self: Checkpoints, checkpoint: Checkpoint) -> Path:
+        path = save(self, checkpoint)
+        kept.append(sorted(each.name for each in path.parent.glob("checkpoint-*")))
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", look)
+    train(**OPTIONS, checkpoints_total_limit=limit)
+    assert kept[-1] == [f"checkpoint-{step:06d}" for step in range(5 - limit, 5)]

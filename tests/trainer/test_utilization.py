@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -105,7 +104,6 @@ def test_where_no_peak_is_known_none_is_made_up(train: Train) -> None:
 def test_tf32_needs_a_gpu(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not Accelerator().device.type == "cuda"
     assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", tf32=True)) == 2
     assert "--tf32 needs an NVIDIA GPU, the device is cpu" in capsys.readouterr().err
 

@@ -116,7 +116,8 @@ _Reference = Annotated[
 ]
 _MinTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at smaller timesteps.")]
 _MaxTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at larger timesteps.")]
-_SaveEvery = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints; the last two are kept.")]
+_SaveEvery = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")]
+_TotalLimit = Annotated[int, typer.Option(min=1, help="How many checkpoints are kept, the last ones.")]
 _ShuffleWindow = Annotated[
     int,
     typer.Option(min=1, help="States that are shuffled together, at least: the shards of two such windows are in use."),
@@ -193,6 +194,7 @@ def train(
     validation_sampling_steps: flags.ValidationSamplingSteps = 20,
     validation_guidance_scale: flags.ValidationGuidanceScale = 7.5,
     save_every: _SaveEvery = 50,
+    checkpoints_total_limit: _TotalLimit = 2,
     shuffle_window: _ShuffleWindow = 65536,
     cache: _Cache = Path("~/.cache/smpo-diffusion"),
     cache_gib: _CacheGib = 100.0,
@@ -259,6 +261,7 @@ def train(
         validation_sampling_steps=validation_sampling_steps,
         validation_guidance_scale=validation_guidance_scale,
         save_every=save_every,
+        checkpoints_total_limit=checkpoints_total_limit,
         shuffle_window=shuffle_window,
         cache=cache.expanduser(),
         cache_gib=cache_gib,

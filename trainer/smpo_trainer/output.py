@@ -33,9 +33,9 @@ class OutputFolder:
     That is checkpoints and, where the reference's errors were computed anew, these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kept_checkpoints: int) -> None:
         self.path = path
-        self.checkpoints = Checkpoints(path)
+        self.checkpoints = Checkpoints(path, kept_checkpoints)
         self.reference = path / REFERENCE_FILE
         self.held_out_reference = path / HELD_OUT_REFERENCE_FILE
 

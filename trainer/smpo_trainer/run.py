@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     identity = together(accelerator, lambda: experiment.identity(states_per_step))
     for line in remarks(settings.preset, experiment.shards.model.kind, states_per_step):
         report.say(line)
-    output = OutputFolder(settings.out)
+    output = OutputFolder(settings.out, settings.checkpoints_total_limit)
     if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
         report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
     else:
@@ -224,7 +225,18 @@ class _Run:
         return bool(self._accelerator.reduce(flag, "sum").item())
 
 
+_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+"""What `accelerate launch` sets in the environment where its configuration cuts the model up."""
+
+
 def _make_accelerator(settings: TrainSettings) -> Accelerator:
+    # It would train, and then save and average each process's piece as if it were the model.
+    if any(os.environ.get(name, "").lower() == "true" for name in _SHARDED):
+        raise UserError(
+            "accelerate is configured for FSDP, DeepSpeed or Megatron, which this trainer does not support: each "
+            "process holds a whole denoiser (DDP). Launch without it, as with `accelerate launch --multi_gpu`; where "
+            "memory is short, use --gradient-checkpointing, --optimizer adafactor or --lora-rank"
+        )
     try:
         accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     except ValueError as error:  # a device that lacks this dtype

@@ -90,6 +90,7 @@ class TrainSettings:
         validation_sampling_steps: of the sampler.
         validation_guidance_scale: of classifier-free guidance; 1: none.
         save_every: optimizer steps from checkpoint to checkpoint.
+        checkpoints_total_limit: how many checkpoints are kept.
         shuffle_window: states that are shuffled together, at least.
         cache: folder for shards that are fetched from URLs, and for encoded prompts.
         cache_gib: what fetched shards may take there.
@@ -149,6 +150,7 @@ class TrainSettings:
     validation_sampling_steps: int
     validation_guidance_scale: float
     save_every: int
+    checkpoints_total_limit: int
     shuffle_window: int
     cache: Path
     cache_gib: float
