@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,7 @@ def test_drawing_changes_no_training(
     made = 0
     make = AutoencoderKL.__init__
 
+    @wraps(make)
     def count(self: AutoencoderKL, *args: object, **kwargs: object) -> None:
         nonlocal made
         made += 1
