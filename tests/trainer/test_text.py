@@ -82,10 +82,16 @@ def test_a_damaged_file_and_a_prompt_that_is_not_there_are_named(
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_file(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
+def test_two_processes_share_a_file_and_one_draws(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
     one = train("one", batch_size=4, max_steps=2)
-    options = {"batch_size": 2, "max_steps": 2, "text": "cache", "cache": tmp_path / "cache"}
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat")
+    options = {
+        "batch_size": 2, "max_steps": 2, "text": "cache", "cache": tmp_path / "cache",
+        "validation_prompts": prompts, "validation_sampling_steps": 2,
+    }  # fmt: skip
     two = launch_two(arguments(shards, model, tmp_path / "two", **options))
     assert two.returncode == 0, two.stderr
     assert len(list((tmp_path / "cache").glob("text-*.safetensors"))) == 1
+    assert len(list((tmp_path / "two" / "validation").glob("*.png"))) == 2
     assert column(tmp_path / "two", "loss") == pytest.approx(column(one, "loss"), rel=1e-3)

@@ -108,7 +108,7 @@ def test_tf32_needs_a_gpu(
     assert "--tf32 needs an NVIDIA GPU, the device is cpu" in capsys.readouterr().err
 
 
-def test_compiling_changes_nothing_but_rounding(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_changes_nothing_but_rounding(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as a whole by torch.compile; its code generator is left out, which takes minutes."""
     compiled: list[nn.Module] = []
     compile_module = nn.Module.compile
@@ -120,7 +120,10 @@ def test_compiling_changes_nothing_but_rounding(train: Train, monkeypatch: pytes
     plain = train("plain", max_steps=2, lr=1e-5)
     assert not compiled
     monkeypatch.setattr(nn.Module, "compile", trace)
-    out = train("compiled", max_steps=2, lr=1e-5, compile=True)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat")
+    drawing = {"validation_prompts": prompts, "validation_sampling_steps": 2}
+    out = train("compiled", max_steps=2, lr=1e-5, compile=True, **drawing)
     assert len(compiled) == 1
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(column(out, name), column(plain, name), rtol=1e-4, atol=1e-6)
