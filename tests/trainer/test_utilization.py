@@ -108,6 +108,7 @@ def test_tf32_needs_a_gpu(
     assert "--tf32 needs an NVIDIA GPU, the device is cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compiling_changes_nothing_but_rounding(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as a whole by torch.compile; its code generator is left out, which takes minutes."""
     compiled: list[nn.Module] = []

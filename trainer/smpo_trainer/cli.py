@@ -110,8 +110,8 @@ _Reference = Annotated[
     ReferenceSource,
     typer.Option(
         help="Errors of the reference: stored in the shards; recomputed once, before the first step, in this run's "
-        "precision; live, by a second, frozen denoiser in memory; or auto: stored, and recomputed where the "
-        "arithmetic noise of the stored ones is loud."
+        "precision; live, by a second, frozen denoiser in memory (with --lora-rank by the same one, its adapter "
+        "switched off); or auto: stored, and recomputed where the arithmetic noise of the stored ones is loud."
     ),
 ]
 _MinTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at smaller timesteps.")]

@@ -126,12 +126,12 @@ class Trainer:
         conditioning = condition(self._policy, batch)
         if self._utilization and torch.is_grad_enabled():
             self._utilization.add(batch, conditioning)
-        with self._accelerator.autocast():
-            error_B2 = pair_errors(family, self._denoiser, batch, conditioning)
         ref_error_B2 = batch.ref_error_B2
         if self._policy.reference is not None:
-            with torch.no_grad(), self._accelerator.autocast():
+            with self._policy.as_reference(), torch.no_grad(), self._accelerator.autocast():
                 ref_error_B2 = pair_errors(family, self._policy.reference, batch, conditioning)
+        with self._accelerator.autocast():
+            error_B2 = pair_errors(family, self._denoiser, batch, conditioning)
         pairs = PairBatch(error_B2, ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
         loss_B, metrics = self._pair_loss(pairs, batch.weight_B)
         moved_B2 = error_B2.detach() - ref_error_B2

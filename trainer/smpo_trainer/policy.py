@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Policy:
         denoiser: float32, in evaluation mode (no dropout: the reference had none); the trained weights, and only
             they, require gradients.
         reference: frozen, where it is not ``denoiser`` as it starts, or is needed beside it for ``--reference live``.
+            Of an adapter that starts from it, it is ``denoiser`` itself, see :meth:`as_reference`.
         starts_from_reference: the margin at step 0 is 0 up to arithmetic noise.
         lora_rank: rank of the adapter in ``denoiser``, or None.
         encode_text: from B prompts to what the family's text encoders make of them.
@@ -50,15 +52,27 @@ class Policy:
     lora_rank: int | None
     encode_text: Callable[[Sequence[str]], dict[str, torch.Tensor]]
 
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """While entered, ``reference`` is just that: where it is the denoiser itself, the adapter is switched off."""
+        is_adapted = self.reference is self.denoiser
+        if is_adapted:
+            self.denoiser.disable_adapters()
+        try:
+            yield
+        finally:
+            if is_adapted:
+                self.denoiser.enable_adapters()
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained weights by name, in a fixed order."""
         return {name: parameter for name, parameter in self.denoiser.named_parameters() if parameter.requires_grad}
 
     def compile(self) -> None:
         """Have torch compile the denoiser's forward and backward, at its first call; weights and names stay."""
-        for module in (self.denoiser, self.reference):
-            if module is not None:
-                module.compile()
+        self.denoiser.compile()
+        if self.reference is not None and self.reference is not self.denoiser:
+            self.reference.compile()
 
     def with_cached_text(self, encoded: CachedText) -> Policy:
         """The same without its text encoders, which are freed."""
@@ -141,7 +155,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
         say(f"starting from --unet {settings.unet}, which is not the shards' reference: the first margins are not 0")
     reference = None
     if settings.reference == "live" and is_reference:
-        reference = copy.deepcopy(denoiser)
+        reference = denoiser if settings.lora_rank else copy.deepcopy(denoiser)
     elif settings.reference in {"live", "recomputed"} and not is_reference:
         reference = _load_reference(settings, info, device)
     if settings.lora_rank is None:

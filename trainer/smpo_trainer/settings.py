@@ -15,7 +15,8 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 
 ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
 """Where the reference's errors come from: the shards; one pass of this run's own arithmetic before it starts; a second,
-frozen denoiser in memory; or (auto) the shards, unless their arithmetic noise is loud: then such a pass."""
+frozen denoiser in memory (with LoRA the same one, its adapter switched off); or (auto) the shards, unless their
+arithmetic noise is loud: then such a pass."""
 
 TextSource = Literal["live", "cache"]
 """Whether prompts are encoded as they come, or all of them once, into a file."""
