@@ -21,7 +21,7 @@ from smpo_schemas.shards import SampleLocation, SampleMeta, ShardDirectory
 
 INDEX_FILE = "index.parquet"
 
-INDEX_SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
         ("key", pa.string()),
@@ -70,14 +70,14 @@ def write_index(directory: ShardDirectory) -> IndexEntry:
         UserError: a tar is malformed, or the index cannot be written.
     """
     path = directory.path / INDEX_FILE
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, INDEX_SCHEMA, compression="zstd") as writer:
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
         rows: list[dict[str, object]] = []
         for walk in _scan(directory):
             rows.append(_row(walk))
             if len(rows) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
+                writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
                 rows = []
-        writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
+        writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
     return IndexEntry(name=INDEX_FILE, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
