@@ -7,7 +7,7 @@ DEMO := demo
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-fast fuzz lint format bench clean
+.PHONY: help setup demo test test-fast chaos fuzz lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -56,6 +56,9 @@ test-fast: $(READY) ## The everyday tests: no Ray, no long training
 fuzz: $(READY) ## 10,000 hostile images and 1,000 hostile files (minutes)
 	$(BIN)/python -m tests.fuzz
 
+chaos: $(READY) ## A training run killed at twenty random moments, and compared (minutes)
+	SMPO_KILLS=20 $(BIN)/python -m pytest -q tests/trainer/test_kills.py
+
 lint: $(READY) ## ruff, mypy, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -74,6 +77,7 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (abou
 	$(BIN)/python benchmarks/half_precision.py
 	$(BIN)/python benchmarks/train.py --shape sd15
 	$(BIN)/python benchmarks/train.py --shape sdxl
+	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin --steps 800
 	$(BIN)/python benchmarks/walks.py measure "the world" $(DEMO)/thin/good.json
 	$(BIN)/python benchmarks/walks.py measure "its thin copy" $(DEMO)/thin/thin.json --model $(DEMO)/thin

@@ -61,20 +61,42 @@ class Family(ABC):
         """Image sides must be multiples of this many pixels."""
 
     @abstractmethod
-    def condition(
-        self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
-    ) -> Conditioning:
-        """Encode B prompts, each distinct one once; longer ones than the encoder takes are cut, as its pipeline does.
+    def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the text encoders make of N prompts; see :meth:`encode_text`."""
+
+    def encode_text(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the text encoders make of B prompts, each distinct one once: tensors [B, ...] by names of the family.
+
+        A prompt's rows do not depend on the others. Longer ones than the encoder takes are cut, as its pipeline does.
 
         Args:
             prompts: B texts, "" for the unconditional one.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return {name: value[rows] for name, value in self._encode_distinct(distinct).items()}
+
+    @abstractmethod
+    def conditioning(
+        self, text: Mapping[str, torch.Tensor], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
+    ) -> Conditioning:
+        """Encoded prompts, with what else the denoiser is told.
+
+        Args:
+            text: of B prompts, as :meth:`encode_text` gives it.
             sizes: B original (height, width) in pixels, before resizing.
             crops: B (top, left) in pixels of the resized image.
         """
 
+    def condition(
+        self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
+    ) -> Conditioning:
+        """Both of the above for B prompts."""
+        return self.conditioning(self.encode_text(prompts), sizes, crops)
+
     @abstractmethod
     def cuts(self, prompt: str) -> bool:
-        """Whether a prompt is longer than the encoders take, so that :meth:`condition` cuts it."""
+        """Whether a prompt is longer than the encoders take, so that :meth:`encode_text` cuts it."""
 
     @abstractmethod
     def denoise(

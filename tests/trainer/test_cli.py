@@ -164,5 +164,11 @@ def test_config_file_repeats_a_run_and_flags_override_it(
     assert (again["beta"], again["max_steps"]) == (400, 2)
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_model_in_pieces_is_refused(refused: Refused, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "true")
+    assert "accelerate is configured for FSDP, DeepSpeed or Megatron" in refused()
+
+
 def test_fp16_needs_a_gpu(refused: Refused) -> None:
     assert "--mixed-precision fp16" in refused(mixed_precision="fp16")

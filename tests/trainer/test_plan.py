@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
+from smpo_trainer.batches import Feed, State, stand_in
 from smpo_trainer.plan import Order, Plan
+from tests.tiny import LATENT_SHAPE
 
 WORLDS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 1000)
 SHARDS = (13, 0, 7, 21, 1, 30, 9, 20)  # 101 states
@@ -86,6 +90,47 @@ def test_a_resumed_run_needs_no_shard_of_a_window_that_is_done() -> None:
     done = {shard for p in range(101) if (w := order.window_at(p)).stop <= position for shard in w.shards}
     assert done
     assert not remaining & done
+
+
+class Reads:
+    """In place of a dataset and of a shard store: which shards are asked for."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self.used: set[int] = set()
+        self.fetched: set[int] = set()
+
+    def __getitem__(self, state: int) -> State:
+        self.used.add(self._order.shard_of(state))
+        return stand_in("", LATENT_SHAPE)
+
+    def expect(self, shards: Iterable[int]) -> None:
+        self.fetched |= set(shards)
+
+    def problems(self, shards: Iterable[int]) -> dict[int, str]:
+        self.expect(shards)
+        return {}
+
+    def release(self, in_use: Iterable[int]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("window", [1, 25, 1000])
+def test_resuming_at_any_position_reads_no_shard_that_is_not_needed(world_size: int, window: int) -> None:
+    """One more would be allowed. Shards without states are in windows, and may be checked with them."""
+    order = Order(SHARDS, 5, window)
+    plan = Plan(order, batch_size=2, grad_accum=1, world_size=world_size)
+    last = 120 // plan.states_per_step
+    for first in range(last):
+        for rank in range(world_size):
+            reads = Reads(order)
+            for _ in Feed(reads, plan, reads, rank, workers=0, skip_bad=True).batches(first, last):
+                pass
+            assert reads.used <= reads.fetched
+            more = {shard for shard in reads.fetched - reads.used if SHARDS[shard]}
+            assert not more or world_size > 1
+            assert len(more) <= 1
 
 
 def test_a_set_within_one_window_is_permuted_as_a_whole() -> None:

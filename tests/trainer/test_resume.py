@@ -22,9 +22,12 @@ OPTIONS = {"max_steps": 5, "save_every": 1, "lora_rank": 2}
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start(args: Sequence[str]) -> subprocess.Popen[str]:
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(args: Sequence[str], launch: Sequence[str] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "smpo_trainer", *args],
+        [sys.executable, *launch, "-m", "smpo_trainer", *args],
         env=ENVIRONMENT,
         text=True,
         stdout=subprocess.PIPE,
@@ -33,9 +36,8 @@ def start(args: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def launch_two(args: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launch, "-m", "smpo_trainer", *args],
+        [sys.executable, *TWO_PROCESSES, "-m", "smpo_trainer", *args],
         check=False,
         env=ENVIRONMENT,
         text=True,
@@ -184,3 +186,18 @@ def test_checkpoint_holds_no_pickle_and_damage_is_named(interrupted: Path) -> No
     (path / "optimizer.pt").write_bytes(b"\x80\x02nonsense")
     with pytest.raises(UserError, match="checkpoint-000003 cannot be read"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_as_many_checkpoints_are_kept_as_asked_for(train: Train, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    kept: list[list[str]] = []
+    save = Checkpoints.save
+
+    def look(self: Checkpoints, checkpoint: Checkpoint) -> Path:
+        path = save(self, checkpoint)
+        kept.append(sorted(each.name for each in path.parent.glob("checkpoint-*")))
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", look)
+    train(**OPTIONS, checkpoints_total_limit=limit)
+    assert kept[-1] == [f"checkpoint-{step:06d}" for step in range(5 - limit, 5)]

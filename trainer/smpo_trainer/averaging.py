@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers.training_utils import EMAModel
@@ -27,6 +28,16 @@ class WeightAverage:
     def apply(self) -> None:
         """Give the model the averaged weights."""
         self._average.copy_to(self._parameters)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the model the averaged weights for a while."""
+        self._average.store(self._parameters)
+        self.apply()
+        try:
+            yield
+        finally:
+            self._average.restore(self._parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

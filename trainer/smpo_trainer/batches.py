@@ -226,10 +226,21 @@ class Feed:
                 ahead = [order.window_at(window.stop)] if window.stop < end else []
                 kept = [*kept[-1:], window]
                 self._store.release(shard for each in (*kept, *ahead) for shard in each.shards)
-                self._store.expect(shard for each in (window, *ahead) for shard in each.shards)
+                for each in (window, *ahead):
+                    self._store.expect(self._needed(each, max(each.first, positions[0]), end))
             states = self.plan.states(positions)
             problems = self._store.problems(sorted({order.shard_of(state) for state in states}))
             yield [problems.get(order.shard_of(state), state) for state in states]
+
+    def _needed(self, window: Window, first: int, end: int) -> set[int]:
+        """The shards of a window that this process reads between two global positions."""
+        if first == window.first and window.stop <= end:
+            return set(window.shards)
+        # Where a run goes on or ends within a window: not those whose states are all behind or beyond it.
+        order, plan = self.plan.order, self.plan
+        positions = range(first, min(window.stop, end))
+        own = (place for place in positions if place // plan.batch_size % plan.world_size == self._rank)
+        return {order.shard_of(order.state_at(place)) for place in own}
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:

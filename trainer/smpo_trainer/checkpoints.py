@@ -21,7 +21,6 @@ from smpo_schemas.errors import UserError
 from smpo_schemas.files import read_json, write_json
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_KEPT = 2
 _WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
 
 
@@ -47,8 +46,9 @@ class Checkpoint:
 class Checkpoints:
     """The folders ``checkpoint-000100`` of one run."""
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    def __init__(self, out: Path, kept: int) -> None:
+        """Those in ``out``, of which the last ``kept`` are kept."""
+        self._out, self._kept = out, kept
 
     def latest(self) -> Path | None:
         """The folder of the last checkpoint, or None."""
@@ -56,7 +56,7 @@ class Checkpoints:
         return found[-1] if found else None
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, then drop all but the last two.
+        """Write a checkpoint, then drop all but the last ones.
 
         Raises:
             UserError: it cannot be written; those before are still there.
@@ -79,7 +79,7 @@ class Checkpoints:
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             shutil.rmtree(staging, ignore_errors=True)
             raise UserError(f"cannot write {target}: {error}") from error
-        for old in self._all()[:-_KEPT]:
+        for old in self._all()[: -self._kept]:
             shutil.rmtree(old, ignore_errors=True)
         return target
 

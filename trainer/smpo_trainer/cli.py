@@ -110,18 +110,21 @@ _Reference = Annotated[
     ReferenceSource,
     typer.Option(
         help="Errors of the reference: stored in the shards; recomputed once, before the first step, in this run's "
-        "precision; live, by a second, frozen denoiser in memory; or auto: stored, and recomputed where the "
-        "arithmetic noise of the stored ones is loud."
+        "precision; live, by a second, frozen denoiser in memory (with --lora-rank by the same one, its adapter "
+        "switched off); or auto: stored, and recomputed where the arithmetic noise of the stored ones is loud."
     ),
 ]
 _MinTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at smaller timesteps.")]
 _MaxTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at larger timesteps.")]
-_SaveEvery = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints; the last two are kept.")]
+_SaveEvery = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")]
+_TotalLimit = Annotated[int, typer.Option(min=1, help="How many checkpoints are kept, the last ones.")]
 _ShuffleWindow = Annotated[
     int,
     typer.Option(min=1, help="States that are shuffled together, at least: the shards of two such windows are in use."),
 ]
-_Cache = Annotated[Path, typer.Option(help="Folder for shards that are fetched from URLs; runs share it.")]
+_Cache = Annotated[
+    Path, typer.Option(help="Folder for shards that are fetched from URLs, and for encoded prompts; runs share it.")
+]
 _CacheGib = Annotated[
     float, typer.Option(min=0, help="What fetched shards may take there, in GiB; those in use are kept whatever it is.")
 ]
@@ -172,18 +175,26 @@ def train(
     max_grad_norm: _MaxGradNorm = 1.0,
     ema_decay: flags.EmaDecay = None,
     gradient_checkpointing: flags.GradientCheckpointing = False,
+    compile: flags.Compile = False,  # noqa: A002  (the flag's name)
+    tf32: flags.Tf32 = False,
     max_skipped: flags.MaxSkipped = 5,
     lora_rank: _LoraRank = None,
     unet: _Unet = None,
     seed: _Seed = 0,
     mixed_precision: _Precision = "no",
     reference: _Reference = "auto",
+    text: flags.Text = "live",
     min_timestep: _MinTimestep = None,
     max_timestep: _MaxTimestep = None,
     val_fraction: flags.ValFraction = 0.0,
     val_every: flags.ValEvery = 50,
     val_states: flags.ValStates = 512,
+    validation_prompts: flags.ValidationPrompts = None,
+    validation_every: flags.ValidationEvery = 100,
+    validation_sampling_steps: flags.ValidationSamplingSteps = 20,
+    validation_guidance_scale: flags.ValidationGuidanceScale = 7.5,
     save_every: _SaveEvery = 50,
+    checkpoints_total_limit: _TotalLimit = 2,
     shuffle_window: _ShuffleWindow = 65536,
     cache: _Cache = Path("~/.cache/smpo-diffusion"),
     cache_gib: _CacheGib = 100.0,
@@ -231,18 +242,26 @@ def train(
         max_grad_norm=max_grad_norm,
         ema_decay=ema_decay,
         gradient_checkpointing=gradient_checkpointing,
+        compile=compile,
+        tf32=tf32,
         max_skipped=max_skipped,
         lora_rank=lora_rank,
         unet=unet,
         seed=seed,
         mixed_precision=mixed_precision,
         reference=reference,
+        text=text,
         min_timestep=min_timestep,
         max_timestep=max_timestep,
         val_fraction=val_fraction,
         val_every=val_every,
         val_states=val_states,
+        validation_prompts=validation_prompts,
+        validation_every=validation_every,
+        validation_sampling_steps=validation_sampling_steps,
+        validation_guidance_scale=validation_guidance_scale,
         save_every=save_every,
+        checkpoints_total_limit=checkpoints_total_limit,
         shuffle_window=shuffle_window,
         cache=cache.expanduser(),
         cache_gib=cache_gib,

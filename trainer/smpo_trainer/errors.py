@@ -10,13 +10,14 @@ from torch import nn
 
 from smpo_models.family import Conditioning, Family
 from smpo_trainer.batches import StateBatch
+from smpo_trainer.policy import Policy
 
 
-def condition(family: Family, batch: StateBatch) -> Conditioning:
-    """Text and size conditioning of the 2B rows, from the frozen text encoders."""
+def condition(policy: Policy, batch: StateBatch) -> Conditioning:
+    """Text and size conditioning of the 2B rows."""
     sizes = [size[image] for image in (0, 1) for size in batch.sizes]
     crops = [crop[image] for image in (0, 1) for crop in batch.crops]
-    return family.condition(batch.prompts * 2, sizes, crops)
+    return policy.family.conditioning(policy.encode_text(batch.prompts * 2), sizes, crops)
 
 
 def pair_errors(family: Family, denoiser: nn.Module, batch: StateBatch, conditioning: Conditioning) -> torch.Tensor:

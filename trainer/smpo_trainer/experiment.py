@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from smpo_models.process import Process
+from smpo_schemas.errors import UserError
 from smpo_trainer.objectives import Objective, find_objective
 from smpo_trainer.pair_loss import PairLoss
 from smpo_trainer.pair_weights import PairWeights, read_pair_weights
@@ -28,6 +30,7 @@ class Experiment:
         mix: the rewards; None where the objective uses none.
         weights: of the pairs; None where all count alike.
         weighting: of the timesteps.
+        validation_prompts: to draw images of.
     """
 
     settings: TrainSettings
@@ -36,6 +39,7 @@ class Experiment:
     mix: RewardMix | None
     weights: PairWeights | None
     weighting: TimestepWeighting
+    validation_prompts: list[str]
 
     def pair_loss(self, process: Process) -> PairLoss:
         """The objective with everything that the settings combine with it."""
@@ -74,6 +78,8 @@ class Experiment:
             "seed": settings.seed,
             "shuffle_window": settings.shuffle_window,
             "mixed_precision": settings.mixed_precision,
+            "tf32": settings.tf32 or None,
+            "compile": settings.compile or None,
             "reference": settings.reference,
             "min_timestep": settings.min_timestep,
             "max_timestep": settings.max_timestep,
@@ -108,7 +114,24 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     weighting = TimestepWeighting(
         settings.timestep_weighting or kind.timestep_weighting, settings.snr_gamma, settings.sigmoid_bias
     )
-    return Experiment(settings, shards, kind(options), mix, weights, weighting)
+    prompts = _read_prompts(settings.validation_prompts) if settings.validation_prompts else []
+    return Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines do not count.
+
+    Raises:
+        UserError: the file cannot be read, or has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--validation-prompts {path} cannot be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--validation-prompts {path} has no prompt; write one a line")
+    return prompts
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

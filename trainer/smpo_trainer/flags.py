@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,11 +10,12 @@ import typer
 from smpo_schemas.errors import UserError
 from smpo_trainer.presets import PRESETS
 from smpo_trainer.settings import Optimizer as OptimizerName
-from smpo_trainer.settings import TimestepWeightingKind
+from smpo_trainer.settings import TextSource, TimestepWeightingKind
 
 _OBJECTIVE = "Objective"
 _OPTIMIZER = "Optimizer"
 _HELD_OUT = "Held-out pairs"
+_VALIDATION = "Validation images"
 
 
 def _list_objectives(wanted: bool) -> None:
@@ -139,12 +141,35 @@ GradientCheckpointing = Annotated[
         rich_help_panel=_OPTIMIZER,
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the denoiser with torch.compile: the first steps take minutes, those after them less.",
+        rich_help_panel=_OPTIMIZER,
+    ),
+]
+Tf32 = Annotated[
+    bool,
+    typer.Option(
+        "--tf32",
+        help="On NVIDIA GPUs, multiply float32 matrices in TF32: faster, to about three digits.",
+        rich_help_panel=_OPTIMIZER,
+    ),
+]
 MaxSkipped = Annotated[
     int,
     typer.Option(
         min=1,
         help="A step whose loss or gradient is not finite is skipped and counted; so many in a row end the run.",
         rich_help_panel=_OPTIMIZER,
+    ),
+]
+Text = Annotated[
+    TextSource,
+    typer.Option(
+        help="Encode prompts live, as they come (under 1 % of a step with large denoisers), or once, into a file in "
+        "--cache that later runs find: the text encoders are then freed. Same numbers.",
     ),
 ]
 Preset = Annotated[
@@ -178,4 +203,27 @@ ValStates = Annotated[
     typer.Option(
         min=1, help="How many of their states are looked at, of as many pairs as possible.", rich_help_panel=_HELD_OUT
     ),
+]
+ValidationPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Prompts, one a line: images of them, from fixed noise, are drawn into OUT/validation and TensorBoard. "
+        "The VAE is loaded for each drawing, and for nothing else.",
+        rich_help_panel=_VALIDATION,
+    ),
+]
+ValidationEvery = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Optimizer steps between two drawings; there is one before the first step and one after the last.",
+        rich_help_panel=_VALIDATION,
+    ),
+]
+ValidationSamplingSteps = Annotated[
+    int, typer.Option(min=1, help="DDIM steps of an image.", rich_help_panel=_VALIDATION)
+]
+ValidationGuidanceScale = Annotated[
+    float, typer.Option(min=1, help="Classifier-free guidance; 1: none.", rich_help_panel=_VALIDATION)
 ]

@@ -142,6 +142,6 @@ class HeldOut:
 @torch.no_grad()
 def _reference_errors(policy: Policy, batch: StateBatch, accelerator: Accelerator) -> torch.Tensor:
     """[B, 2]."""
-    conditioning = condition(policy.family, batch)
+    conditioning = condition(policy, batch)
     with accelerator.autocast():
         return pair_errors(policy.family, policy.reference or policy.denoiser, batch, conditioning)

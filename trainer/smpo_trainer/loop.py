@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +29,7 @@ from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy
 from smpo_trainer.processes import on_main
 from smpo_trainer.skipped import SkippedStep, SkippedSteps
+from smpo_trainer.utilization import Utilization, peak_memory_gib
 
 Losses = list[tuple[str, float]]
 """Pair id and loss of every state that a process has taken in a step."""
@@ -58,6 +59,7 @@ class Trainer:
         self._average = WeightAverage(self._parameters, settings.ema_decay) if settings.ema_decay else None
         self._skipped = SkippedSteps(settings.out, min(settings.max_skipped, settings.max_steps))
         self._bad = bad
+        self._utilization = Utilization.of(policy, accelerator)
         self._denoiser, self._optimizer = accelerator.prepare(policy.denoiser, optimizer)
 
     def train_step(self, step: int, batches: Iterator[StateBatch]) -> Record:
@@ -101,8 +103,9 @@ class Trainer:
         elapsed = time.perf_counter() - started
         record["pairs_per_second"] = (self._plan.states_per_step - num_bad) / elapsed
         record["data_wait_percent"] = 100 * waited / elapsed
-        if self._accelerator.device.type == "cuda":
-            record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        record["memory_gib"] = peak_memory_gib(self._accelerator.device)
+        if self._utilization:
+            record["mfu_percent"] = 100 * self._utilization.share(elapsed)
         return record
 
     @torch.no_grad()
@@ -120,13 +123,15 @@ class Trainer:
     def _forward(self, batch: StateBatch) -> tuple[torch.Tensor, Metrics]:
         """Loss of each pair of a micro-batch, [B], and metrics."""
         family = self._policy.family
-        conditioning = condition(family, batch)
-        with self._accelerator.autocast():
-            error_B2 = pair_errors(family, self._denoiser, batch, conditioning)
+        conditioning = condition(self._policy, batch)
+        if self._utilization and torch.is_grad_enabled():
+            self._utilization.add(batch, conditioning)
         ref_error_B2 = batch.ref_error_B2
         if self._policy.reference is not None:
-            with torch.no_grad(), self._accelerator.autocast():
+            with self._policy.as_reference(), torch.no_grad(), self._accelerator.autocast():
                 ref_error_B2 = pair_errors(family, self._policy.reference, batch, conditioning)
+        with self._accelerator.autocast():
+            error_B2 = pair_errors(family, self._denoiser, batch, conditioning)
         pairs = PairBatch(error_B2, ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
         loss_B, metrics = self._pair_loss(pairs, batch.weight_B)
         moved_B2 = error_B2.detach() - ref_error_B2
@@ -187,6 +192,10 @@ class Trainer:
         self._skipped.skip(SkippedStep(step + 1, bad_everywhere, gather_object(pairs)))
         on_main(self._accelerator, self._skipped.write)
         on_main(self._accelerator, self._skipped.require_few)
+
+    def as_saved(self) -> AbstractContextManager[None]:
+        """While entered, the model has the weights that would be the result."""
+        return self._average.applied() if self._average else nullcontext()
 
     def finish(self) -> None:
         """Put the averaged weights in place, where there are any: they are the result."""

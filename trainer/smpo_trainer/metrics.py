@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
@@ -65,7 +66,7 @@ class MetricsLog:
         self.earlier: list[Record] = list(kept.values())
         write_bytes(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=finished_steps + 1)
+        self._board = SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=finished_steps and finished_steps + 1)
 
     def write(self, record: Record) -> None:
         """Append one step; it has left this process on return.
@@ -83,6 +84,10 @@ class MetricsLog:
                 self._board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
         if self._elsewhere:
             self._elsewhere.write(record)
+
+    def draw(self, step: int, image_HW3: np.ndarray) -> None:
+        """Show an image, uint8 [H, W, 3], in TensorBoard."""
+        self._board.add_image("validation", image_HW3, step, dataformats="HWC")
 
     def close(self) -> None:
         """Close all of them."""

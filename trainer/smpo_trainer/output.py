@@ -16,6 +16,7 @@ from smpo_trainer.experiment import differing
 from smpo_trainer.metrics import METRICS_FILE, TENSORBOARD_FOLDER
 from smpo_trainer.policy import LORA_FILE, UNET_FOLDER
 from smpo_trainer.skipped import NONFINITE_FILE
+from smpo_trainer.validation_images import VALIDATION_FOLDER
 from smpo_trainer.wandb_log import WANDB_FOLDER
 
 TRAINING_FILE = "training.json"
@@ -32,9 +33,9 @@ class OutputFolder:
     That is checkpoints and, where the reference's errors were computed anew, these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kept_checkpoints: int) -> None:
         self.path = path
-        self.checkpoints = Checkpoints(path)
+        self.checkpoints = Checkpoints(path, kept_checkpoints)
         self.reference = path / REFERENCE_FILE
         self.held_out_reference = path / HELD_OUT_REFERENCE_FILE
 
@@ -88,7 +89,7 @@ class OutputFolder:
             NONFINITE_FILE,
         ):
             (self.path / name).unlink(missing_ok=True)
-        for name in (UNET_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER):
+        for name in (UNET_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER, VALIDATION_FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.checkpoints.remove()
 

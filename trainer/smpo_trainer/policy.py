@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -21,6 +22,7 @@ from smpo_models.loading import load_family
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import ModelInfo
 from smpo_trainer.settings import TrainSettings
+from smpo_trainer.text import CachedText
 
 UNET_FOLDER = "unet"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -37,8 +39,10 @@ class Policy:
         denoiser: float32, in evaluation mode (no dropout: the reference had none); the trained weights, and only
             they, require gradients.
         reference: frozen, where it is not ``denoiser`` as it starts, or is needed beside it for ``--reference live``.
+            Of an adapter that starts from it, it is ``denoiser`` itself, see :meth:`as_reference`.
         starts_from_reference: the margin at step 0 is 0 up to arithmetic noise.
         lora_rank: rank of the adapter in ``denoiser``, or None.
+        encode_text: from B prompts to what the family's text encoders make of them.
     """
 
     family: Family
@@ -46,10 +50,34 @@ class Policy:
     reference: nn.Module | None
     starts_from_reference: bool
     lora_rank: int | None
+    encode_text: Callable[[Sequence[str]], dict[str, torch.Tensor]]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """While entered, ``reference`` is just that: where it is the denoiser itself, the adapter is switched off."""
+        is_adapted = self.reference is self.denoiser
+        if is_adapted:
+            self.denoiser.disable_adapters()
+        try:
+            yield
+        finally:
+            if is_adapted:
+                self.denoiser.enable_adapters()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained weights by name, in a fixed order."""
         return {name: parameter for name, parameter in self.denoiser.named_parameters() if parameter.requires_grad}
+
+    def compile(self) -> None:
+        """Have torch compile the denoiser's forward and backward, at its first call; weights and names stay."""
+        self.denoiser.compile()
+        if self.reference is not None and self.reference is not self.denoiser:
+            self.reference.compile()
+
+    def with_cached_text(self, encoded: CachedText) -> Policy:
+        """The same without its text encoders, which are freed."""
+        self.family.text_modules = ()
+        return replace(self, encode_text=encoded)
 
     def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put saved weights in place.
@@ -127,14 +155,14 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
         say(f"starting from --unet {settings.unet}, which is not the shards' reference: the first margins are not 0")
     reference = None
     if settings.reference == "live" and is_reference:
-        reference = copy.deepcopy(denoiser)
+        reference = denoiser if settings.lora_rank else copy.deepcopy(denoiser)
     elif settings.reference in {"live", "recomputed"} and not is_reference:
         reference = _load_reference(settings, info, device)
     if settings.lora_rank is None:
         denoiser.requires_grad_(True)
     else:
-        _add_lora(denoiser, settings.lora_rank)
-    return Policy(family, denoiser, reference, is_reference, settings.lora_rank)
+        add_lora(denoiser, settings.lora_rank)
+    return Policy(family, denoiser, reference, is_reference, settings.lora_rank, family.encode_text)
 
 
 def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
@@ -155,7 +183,7 @@ def _load_reference(settings: TrainSettings, info: ModelInfo, device: torch.devi
     return reference
 
 
-def _add_lora(denoiser: nn.Module, rank: int) -> None:
+def add_lora(denoiser: nn.Module, rank: int) -> None:
     """An adapter on the attention projections, which changes nothing until it is trained (its B matrices are 0)."""
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_ATTENTION_PROJECTIONS, lora_dropout=0.0

@@ -173,7 +173,7 @@ class _Pass:
         reference = self._policy.reference or self._policy.denoiser
         for batch in self._feed.batches(0, steps):
             moved = batch.to(self._accelerator.device)
-            conditioning = condition(family, moved)  # as in training: the text encoders keep their own dtype
+            conditioning = condition(self._policy, moved)  # as in training: the text encoders keep their own dtype
             with self._accelerator.autocast():
                 error_B2 = pair_errors(family, reference, moved, conditioning)
             yield moved, error_B2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable, index_states
 from smpo_trainer.stopping import StopRequest
+from smpo_trainer.text import CachedText, cache_text
+from smpo_trainer.validation_images import ValidationImages
 from smpo_trainer.wandb_log import WandbLog
 
 
@@ -56,16 +59,14 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     identity = together(accelerator, lambda: experiment.identity(states_per_step))
     for line in remarks(settings.preset, experiment.shards.model.kind, states_per_step):
         report.say(line)
-    output = OutputFolder(settings.out)
+    output = OutputFolder(settings.out, settings.checkpoints_total_limit)
     if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
         report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
     else:
         on_main(accelerator, output.make)
         set_seed(settings.seed)
         bad = BadStates(report.say)
-        policy = together(
-            accelerator, lambda: load_policy(settings, experiment.shards.model, accelerator.device, report.say)
-        )
+        policy = together(accelerator, lambda: _load(experiment, accelerator, report))
         table = together(accelerator, lambda: _index(experiment, report))
         store = ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))
         held_out = None
@@ -85,7 +86,8 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             held_out.recompute_reference(policy, output.held_out_reference)
         if settings.reference != "live":
             policy = replace(policy, reference=None)  # what it was for is done
-        run = _Run(experiment, policy, feed, held_out, bad, accelerator, output, report, identity)
+        images = ValidationImages(experiment, policy, accelerator) if experiment.validation_prompts else None
+        run = _Run(experiment, policy, feed, held_out, images, bad, accelerator, output, report, identity)
         last = run.train(noise)
         store.close()
         if last is not None and accelerator.is_main_process:
@@ -114,6 +116,7 @@ class _Run:
         policy: Policy,
         feed: Feed,
         held_out: HeldOut | None,
+        images: ValidationImages | None,
         bad: BadStates,
         accelerator: Accelerator,
         output: OutputFolder,
@@ -122,7 +125,7 @@ class _Run:
     ) -> None:
         self._settings = experiment.settings
         self._trainer = Trainer(experiment, policy, feed.plan, accelerator, bad)
-        self._feed, self._held_out = feed, held_out
+        self._feed, self._held_out, self._images = feed, held_out, images
         self._accelerator, self._output = accelerator, output
         self._report, self._identity = report, identity
         self.health = Health(
@@ -146,6 +149,8 @@ class _Run:
         log = together(self._accelerator, lambda: self._open_log(first) if is_main else None)
         for earlier in log.earlier if log else []:
             self.health.look(earlier)
+        if first == 0:
+            self._draw(0, log)
         self._report.start(first, last)
         try:
             with StopRequest() as stop:
@@ -160,6 +165,7 @@ class _Run:
                     self._report.step(record)
                     for warning in self.health.look(record):
                         self._report.say(f"WARNING: {warning}")
+                    self._draw(step + 1, log)
                     stopping = self._anyone(stop.requested) and step + 1 < last
                     if stopping or ((step + 1) % self._settings.save_every == 0 and step + 1 < last):
                         self._save(step + 1)
@@ -183,6 +189,16 @@ class _Run:
             f"accuracy {_number(record['val/rewards/accuracies'])}"
         )
         return record
+
+    def _draw(self, step: int, log: MetricsLog | None) -> None:
+        """After ``step`` steps: images, where it is time for them."""
+        images = self._images
+        if images is None or not images.due(step):
+            return
+        with self._trainer.as_saved():
+            image_HW3 = on_main(self._accelerator, lambda: images.draw(step))
+        if log:
+            log.draw(step, image_HW3)
 
     def _open_log(self, finished_steps: int) -> MetricsLog:
         project, out = self._settings.wandb_project, self._output.path
@@ -209,7 +225,18 @@ class _Run:
         return bool(self._accelerator.reduce(flag, "sum").item())
 
 
+_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+"""What `accelerate launch` sets in the environment where its configuration cuts the model up."""
+
+
 def _make_accelerator(settings: TrainSettings) -> Accelerator:
+    # It would train, and then save and average each process's piece as if it were the model.
+    if any(os.environ.get(name, "").lower() == "true" for name in _SHARDED):
+        raise UserError(
+            "accelerate is configured for FSDP, DeepSpeed or Megatron, which this trainer does not support: each "
+            "process holds a whole denoiser (DDP). Launch without it, as with `accelerate launch --multi_gpu`; where "
+            "memory is short, use --gradient-checkpointing, --optimizer adafactor or --lora-rank"
+        )
     try:
         accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     except ValueError as error:  # a device that lacks this dtype
@@ -217,7 +244,22 @@ def _make_accelerator(settings: TrainSettings) -> Accelerator:
     # Accelerate would train in float32 without a word.
     if settings.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         raise UserError(f"--mixed-precision fp16 needs a GPU, the device is {accelerator.device}; use bf16 or no")
+    if settings.tf32:
+        if accelerator.device.type != "cuda":
+            raise UserError(f"--tf32 needs an NVIDIA GPU, the device is {accelerator.device}; leave it out")
+        torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def _load(experiment: Experiment, accelerator: Accelerator, report: Report) -> Policy:
+    settings = experiment.settings
+    policy = load_policy(settings, experiment.shards.model, accelerator.device, report.say)
+    if settings.compile:
+        policy.compile()
+    if settings.text == "cache":
+        path = cache_text(settings, experiment.shards, policy.family, report)
+        policy = policy.with_cached_text(CachedText(path, accelerator.device))
+    return policy
 
 
 def _index(experiment: Experiment, report: Report) -> StateTable:

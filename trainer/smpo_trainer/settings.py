@@ -15,7 +15,11 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 
 ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
 """Where the reference's errors come from: the shards; one pass of this run's own arithmetic before it starts; a second,
-frozen denoiser in memory; or (auto) the shards, unless their arithmetic noise is loud: then such a pass."""
+frozen denoiser in memory (with LoRA the same one, its adapter switched off); or (auto) the shards, unless their
+arithmetic noise is loud: then such a pass."""
+
+TextSource = Literal["live", "cache"]
+"""Whether prompts are encoded as they come, or all of them once, into a file."""
 
 TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
 """How much a state counts by its timestep."""
@@ -68,20 +72,28 @@ class TrainSettings:
         max_grad_norm: the gradient is scaled down to this norm; 0: never.
         ema_decay: of the moving average of the weights, which is then what is saved; None: none is kept.
         gradient_checkpointing: compute activations again in the backward pass rather than keep them.
+        compile: compile the denoiser with torch.compile.
+        tf32: float32 products of matrices in TF32.
         max_skipped: steps in a row with a loss or gradient that is not finite which end the run.
         lora_rank: rank of the adapter; None trains all weights.
         unet: folder of the denoiser to start from; None: the model's own.
         seed: of the order of the states and the adapter's first weights.
         mixed_precision: dtype of forward and backward.
         reference: where the reference's errors come from.
+        text: whether prompts are encoded as they come, or once, into a file in ``cache``.
         min_timestep: states at smaller timesteps are left out; None: no limit.
         max_timestep: states at larger timesteps are left out; None: no limit.
         val_fraction: of the prompts, about, whose pairs are held out; 0: none.
         val_every: optimizer steps from one look at the held-out pairs to the next.
         val_states: how many of their states are looked at.
+        validation_prompts: file of prompts to draw images of; None: none are drawn.
+        validation_every: optimizer steps from one drawing to the next.
+        validation_sampling_steps: of the sampler.
+        validation_guidance_scale: of classifier-free guidance; 1: none.
         save_every: optimizer steps from checkpoint to checkpoint.
+        checkpoints_total_limit: how many checkpoints are kept.
         shuffle_window: states that are shuffled together, at least.
-        cache: folder for shards that are fetched from URLs.
+        cache: folder for shards that are fetched from URLs, and for encoded prompts.
         cache_gib: what fetched shards may take there.
         workers: loader processes; 0 reads in the training process.
         skip_bad: go on without shards and samples that are missing or damaged.
@@ -120,18 +132,26 @@ class TrainSettings:
     max_grad_norm: float
     ema_decay: float | None
     gradient_checkpointing: bool
+    compile: bool
+    tf32: bool
     max_skipped: int
     lora_rank: int | None
     unet: Path | None
     seed: int
     mixed_precision: MixedPrecision
     reference: ReferenceSource
+    text: TextSource
     min_timestep: int | None
     max_timestep: int | None
     val_fraction: float
     val_every: int
     val_states: int
+    validation_prompts: Path | None
+    validation_every: int
+    validation_sampling_steps: int
+    validation_guidance_scale: float
     save_every: int
+    checkpoints_total_limit: int
     shuffle_window: int
     cache: Path
     cache_gib: float

@@ -1,38 +1,49 @@
 """Which states there are to train on: a table in memory, without their tensors.
 
-Shape suffixes: P walks, S states.
+Shape suffixes: P walks, A all their states, S the states that are used.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 import numpy as np
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.shards import SampleLocation, SampleMeta
+from smpo_schemas.shard_index import IndexedWalk
+from smpo_schemas.shards import SampleLocation
 from smpo_trainer.objectives import Objective
 from smpo_trainer.pair_weights import PairWeights
 from smpo_trainer.reward_mix import RewardMix
 from smpo_trainer.shard_set import ShardSet
 
+_CHUNK = 4096
+"""Walks that are objects at once, while the index is read."""
 
+
+@dataclass(frozen=True)
 class WalkLocations:
-    """Where walks lie, in arrays: some fifty bytes each."""
+    """Where walks lie, in arrays: some fifty bytes each.
 
-    def __init__(self, walks: Sequence[tuple[int, SampleLocation]]) -> None:
-        """Take of each walk its shard of the set, and its location in its directory."""
-        self.shard_P = np.array([shard for shard, _ in walks], dtype=np.int32)
-        self._number_P = np.array([place.shard for _, place in walks], dtype=np.int32)
-        self._key_P = np.array([place.key for _, place in walks], dtype=np.bytes_)
-        self._parts_P4 = np.array([[*place.meta, *place.tensors] for _, place in walks], dtype=np.int64)
+    Attributes:
+        shard_P: shard of the set.
+        number_P: the same shard's number in its directory.
+        key_P: key of the sample.
+        parts_P4: offset and length of its two members.
+    """
+
+    shard_P: np.ndarray
+    number_P: np.ndarray
+    key_P: np.ndarray
+    parts_P4: np.ndarray
 
     def __getitem__(self, walk: int) -> SampleLocation:
-        meta_offset, meta_bytes, offset, length = self._parts_P4[walk].tolist()
-        key = self._key_P[walk].decode()
-        return SampleLocation(int(self._number_P[walk]), key, (meta_offset, meta_bytes), (offset, length))
+        meta_offset, meta_bytes, offset, length = self.parts_P4[walk].tolist()
+        key = self.key_P[walk].decode()
+        return SampleLocation(int(self.number_P[walk]), key, (meta_offset, meta_bytes), (offset, length))
 
 
 @dataclass(frozen=True)
@@ -98,58 +109,113 @@ def index_states(
     Raises:
         UserError: an index is damaged, latents have several shapes, or nothing is left.
     """
-    metas: list[SampleMeta] = []
-    locations: list[tuple[int, SampleLocation]] = []
-    timesteps_P: list[np.ndarray] = []
-    shape: tuple[int, ...] | None = None
-    places = shards.places
-    for shard, walk in shards.walks():
-        shape = shape or walk.latent
-        if walk.latent != shape:
-            name = places[shard][0].name
-            raise UserError(f"{name}: pair {walk.meta.pair_id} has latents of shape {walk.latent}, others of {shape}")
-        metas.append(walk.meta)
-        locations.append((shard, walk.location))
-        timesteps_P.append(np.array(walk.timesteps))
-    label_P = np.array([np.nan if meta.label is None else meta.label for meta in metas], dtype=np.float64)
-    preference_P = mix.preferences(metas) if mix else np.full(len(metas), np.nan)
-    weight_P = weights.of(metas) if weights else np.ones(len(metas))
-    draw_P = np.array([prompt_draw(meta.prompt) for meta in metas], dtype=np.float64)
-    usable_P = objective.usable(preference_P, label_P)
+    latents: dict[tuple[int, ...], int] = {}
+    walks = _read_walks(shards, mix, weights, latents)
+    if len(latents) > 1:
+        raise UserError(f"--shards {shards.sources[0].name}: latents have several shapes, {sorted(latents)}")
+    num_walks = len(walks.label_P)
+    usable_P = objective.usable(walks.preference_P, walks.label_P)
     if not usable_P.all():
-        say(f"{int((~usable_P).sum())} of {len(metas)} walks lack {objective.needs} and are left out")
-    if weights and not weight_P.all():
-        say(f"{int((weight_P == 0).sum())} of {len(metas)} walks have no weight in {weights.column} and are left out")
-        usable_P &= weight_P > 0
+        say(f"{int((~usable_P).sum())} of {num_walks} walks lack {objective.needs} and are left out")
+    if weights and not walks.weight_P.all():
+        without = int((walks.weight_P == 0).sum())
+        say(f"{without} of {num_walks} walks have no weight in {weights.column} and are left out")
+        usable_P &= walks.weight_P > 0
     low, high = timesteps
-    walk_S, k_S = _select(timesteps_P, usable_P, low, high)
-    total = sum(map(len, timesteps_P))
+    walk_S, k_S = _select(walks, usable_P, low, high)
     if len(walk_S) == 0:
         raise UserError(
-            f"no pair is left to train on: of {len(metas)} walks {int(usable_P.sum())} have {objective.needs}"
+            f"no pair is left to train on: of {num_walks} walks {int(usable_P.sum())} have {objective.needs}"
             f"{' and a weight' if weights else ''}, as "
             f"--objective {objective.name} needs, and of their states none is within {_range(low, high)}"
         )
-    say(f"{len(walk_S)} of {total} states of {len(metas)} walks are trained on")
-    placed = WalkLocations(locations)
-    per_shard = _per_shard(placed, walk_S, len(places))
-    return StateTable(placed, preference_P, label_P, weight_P, draw_P, walk_S, k_S, per_shard, shape or ())
+    say(f"{len(walk_S)} of {len(walks.timestep_A)} states of {num_walks} walks are trained on")
+    locations = WalkLocations(walks.shard_P, walks.number_P, walks.key_P, walks.parts_P4)
+    return StateTable(
+        locations,
+        walks.preference_P,
+        walks.label_P,
+        walks.weight_P,
+        walks.prompt_draw_P,
+        walk_S,
+        k_S,
+        _per_shard(locations, walk_S, len(shards.places)),
+        next(iter(latents), ()),
+    )
 
 
-def _select(
-    timesteps_P: list[np.ndarray], usable_P: np.ndarray, low: int | None, high: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class _Walks:
+    """What is kept of all walks, in arrays: of millions, objects would take gigabytes.
+
+    Attributes:
+        shard_P, number_P, key_P, parts_P4: see :class:`WalkLocations`.
+        preference_P, label_P, weight_P, prompt_draw_P: see :class:`StateTable`.
+        bucket_P: number of the shape of a walk's latents.
+        count_P: how many states it has.
+        timestep_A: of all states, walk after walk.
+    """
+
+    shard_P: np.ndarray
+    number_P: np.ndarray
+    key_P: np.ndarray
+    parts_P4: np.ndarray
+    preference_P: np.ndarray
+    label_P: np.ndarray
+    weight_P: np.ndarray
+    prompt_draw_P: np.ndarray
+    bucket_P: np.ndarray
+    count_P: np.ndarray
+    timestep_A: np.ndarray
+
+
+def _read_walks(
+    shards: ShardSet, mix: RewardMix | None, weights: PairWeights | None, latents: dict[tuple[int, ...], int]
+) -> _Walks:
+    """Read the indexes, some walks at a time; ``latents`` takes the shapes that occur, each with its number."""
+    walks = shards.walks()
+    parts: list[_Walks] = []
+    while not parts or len(parts[-1].label_P):
+        parts.append(_columns(list(islice(walks, _CHUNK)), mix, weights, latents))
+    return _Walks(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(_Walks)))
+
+
+def _columns(
+    walks: Sequence[tuple[int, IndexedWalk]],
+    mix: RewardMix | None,
+    weights: PairWeights | None,
+    latents: dict[tuple[int, ...], int],
+) -> _Walks:
+    metas = [walk.meta for _, walk in walks]
+    places = [walk.location for _, walk in walks]
+    labels = [np.nan if meta.label is None else meta.label for meta in metas]
+    return _Walks(
+        shard_P=np.array([shard for shard, _ in walks], dtype=np.int32),
+        number_P=np.array([place.shard for place in places], dtype=np.int32),
+        key_P=np.array([place.key for place in places], dtype=np.bytes_),
+        parts_P4=np.array([[*place.meta, *place.tensors] for place in places], dtype=np.int64).reshape(-1, 4),
+        preference_P=mix.preferences(metas) if mix else np.full(len(metas), np.nan),
+        label_P=np.array(labels, dtype=np.float64),
+        weight_P=weights.of(metas) if weights else np.ones(len(metas)),
+        prompt_draw_P=np.array([prompt_draw(meta.prompt) for meta in metas], dtype=np.float64),
+        bucket_P=np.array([latents.setdefault(walk.latent, len(latents)) for _, walk in walks], dtype=np.int16),
+        count_P=np.array([len(walk.timesteps) for _, walk in walks], dtype=np.int32),
+        timestep_A=np.array([t for _, walk in walks for t in walk.timesteps], dtype=np.int32),
+    )
+
+
+def _select(walks: _Walks, usable_P: np.ndarray, low: int | None, high: int | None) -> tuple[np.ndarray, np.ndarray]:
     """(walk, k) of every state of a usable walk within the timesteps."""
-    counts = [len(timesteps) for timesteps in timesteps_P]
-    walk_S = np.repeat(np.arange(len(counts)), counts)
-    k_S = np.concatenate([np.arange(count) for count in counts]) if counts else np.zeros(0, dtype=np.int64)
-    t_S = np.concatenate(timesteps_P) if counts else np.zeros(0, dtype=np.int64)
-    keep = usable_P[walk_S] if counts else np.zeros(0, dtype=bool)
+    count_P = walks.count_P
+    first_P = np.cumsum(count_P, dtype=np.int64) - count_P
+    keep_A = np.repeat(usable_P, count_P)
     if low is not None:
-        keep &= t_S >= low
+        keep_A &= walks.timestep_A >= low
     if high is not None:
-        keep &= t_S <= high
-    return walk_S[keep].astype(np.int32), k_S[keep].astype(np.int16)
+        keep_A &= walks.timestep_A <= high
+    state_S = np.flatnonzero(keep_A)
+    walk_S = np.repeat(np.arange(len(count_P), dtype=np.int32), count_P)[state_S]
+    return walk_S, (state_S - first_P[walk_S]).astype(np.int16)
 
 
 def _per_shard(locations: WalkLocations, walk_S: np.ndarray, num_shards: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,13 +34,15 @@ class StableDiffusion(UNetFamily):
         ]
 
     @torch.no_grad()
-    def condition(
+    def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """See the base class."""
+        return {"text": self.text_modules[0](self._tokens(self._tokenizers[0], prompts))[0]}
+
+    def conditioning(
         self,
-        prompts: Sequence[str],
+        text: Mapping[str, torch.Tensor],
         sizes: Sequence[tuple[int, int]],  # noqa: ARG002
         crops: Sequence[tuple[int, int]],  # noqa: ARG002
     ) -> Conditioning:
         """See the base class; this family takes no size and no crop."""
-        distinct = list(dict.fromkeys(prompts))
-        text = self.text_modules[0](self._tokens(self._tokenizers[0], distinct))[0]
-        return Conditioning(text[[distinct.index(prompt) for prompt in prompts]])
+        return Conditioning(text["text"])

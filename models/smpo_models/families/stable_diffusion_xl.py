@@ -1,11 +1,11 @@
 """Stable Diffusion XL: two text encoders, a pooled embedding, size and crop conditioning (arXiv 2307.01952).
 
-Shape suffixes: N distinct prompts, B batch, L D a text embedding, C h w a latent.
+Shape suffixes: N prompts, B batch, L D a text embedding, C h w a latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,28 +37,31 @@ class StableDiffusionXL(UNetFamily):
         ]
 
     @torch.no_grad()
-    def condition(
-        self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
-    ) -> Conditioning:
+    def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """See the base class.
 
         The empty prompt stands for the unconditional embedding that the model's pipeline guides with: zeros, where its
         ``force_zeros_for_empty_prompt`` says so, as the published model does.
         """
-        distinct = list(dict.fromkeys(prompts))
         states = [
-            encoder(self._tokens(tokenizer, distinct), output_hidden_states=True)
+            encoder(self._tokens(tokenizer, prompts), output_hidden_states=True)
             for encoder, tokenizer in zip(self.text_modules, self._tokenizers, strict=True)
         ]
         text_NLD = torch.cat([state.hidden_states[-2] for state in states], dim=-1)
         pooled_ND = states[1].text_embeds
-        if self._zeros_for_empty and "" in distinct:
-            text_NLD[distinct.index("")] = 0.0
-            pooled_ND[distinct.index("")] = 0.0
-        rows = [distinct.index(prompt) for prompt in prompts]
+        if self._zeros_for_empty:
+            empty = [row for row, prompt in enumerate(prompts) if not prompt]
+            text_NLD[empty] = 0.0
+            pooled_ND[empty] = 0.0
+        return {"text": text_NLD, "pooled": pooled_ND}
+
+    def conditioning(
+        self, text: Mapping[str, torch.Tensor], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
+    ) -> Conditioning:
+        """See the base class."""
         origin = [[*size, *crop] for size, crop in zip(sizes, crops, strict=True)]
         origin_B4 = torch.tensor(origin, dtype=torch.float32, device=self._device)
-        return Conditioning(text_NLD[rows], {"text_embeds": pooled_ND[rows], "time_ids": origin_B4})
+        return Conditioning(text["text"], {"text_embeds": text["pooled"], "time_ids": origin_B4})
 
     def _added(self, x_BChw: torch.Tensor, conditioning: Conditioning) -> dict[str, torch.Tensor]:
         """The pooled embedding, and original size, crop and target size, which is what the latents decode to."""
