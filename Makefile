@@ -7,7 +7,7 @@ DEMO := demo
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-fast lint format bench clean
+.PHONY: help setup demo test test-fast chaos lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -52,6 +52,9 @@ test: $(READY) ## All tests
 
 test-fast: $(READY) ## The everyday tests: no Ray, no long training
 	$(BIN)/python -m pytest -q -m 'not slow'
+
+chaos: $(READY) ## 50 runs of stages 1 and 2 with drivers, workers and nodes killed at random moments (hours)
+	$(BIN)/python -m tests.chaos --runs 50
 
 lint: $(READY) ## ruff, mypy, import-linter
 	$(BIN)/ruff format --check .

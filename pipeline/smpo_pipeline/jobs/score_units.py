@@ -75,7 +75,7 @@ class RewardActor:
         return without_images(scored) if self._last else scored
 
     def _scores(self, chunk: pa.Table, failed: dict[int, str]) -> np.ndarray:
-        """float64 [N] of a chunk's images, NaN of those in ``failed``, to which those are added that the reward fails on."""
+        """float64 [N] of a chunk's images, NaN of those in ``failed``, to which are added those the reward fails on."""
         scores = np.full(len(values_of(chunk, "pixels")), np.nan)
         images = ((number, image) for number, image in enumerate(images_of(chunk)) if number not in failed)
         while batch := list(islice(images, self._batch_size)):
