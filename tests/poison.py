@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -58,7 +59,7 @@ class Touchy(Reward):
 
 
 class TouchyInvertActor(InvertActor):
-    """Dies of the prompt "kill", fails on the prompt "fail"."""
+    """Dies of the prompt "kill", fails on the prompt "fail"; its disk comes and goes."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -73,6 +74,15 @@ class TouchyInvertActor(InvertActor):
             return invert(requests)
 
         self._inverter.invert = touchy
+        # The first two commits of each life fail as they do while a file server is away.
+        failures, fsync = [1, 1], os.fsync
+
+        def away_at_first(descriptor):
+            if failures and failures.pop():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            fsync(descriptor)
+
+        os.fsync = away_at_first
 
 
 def invert_touchily() -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_file
+from smpo_schemas.passing import PASSING_ERRNOS
 
 _SUFFIXES = (".parquet", ".jsonl")
 _ROWS_READ = 16
@@ -322,6 +323,8 @@ def _image_bytes(value: object, name: str, folder: Path) -> bytes:
         try:
             value = path.read_bytes()
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
+                raise UserError(f"{path} cannot be read: {error.strerror}") from error
             raise PairRejectedError(f"image not readable: {name} {value!r}: {error}") from error
     if not isinstance(value, bytes) or not value:
         raise PairRejectedError(f"no image: {name} holds no bytes and no path")

@@ -34,9 +34,9 @@ def test_a_directory_has_one_run_and_a_killed_one_does_not_hold_it(tmp_path):
             pass
         process.kill()
     assert (out / ".lock").is_file()
-    with locked(out), pytest.raises(UserError, match=f"another run .process {os.getpid()} on "):
-        with locked(out):
-            pass
+    holder = f"another run .process {os.getpid()} on "
+    with locked(out), pytest.raises(UserError, match=holder), locked(out):
+        pass
     assert list(out.iterdir()) == []
 
 

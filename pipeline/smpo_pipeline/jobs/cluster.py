@@ -27,6 +27,7 @@ from rich.progress import (
 from smpo_pipeline.jobs.reject_rate import RejectRate
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.errors import UserError
+from smpo_schemas.passing import PASSING_ERRNOS
 
 Build = Callable[[ray.data.Dataset], ray.data.Dataset]
 """Adds a job's stages to a dataset of rows {"unit": number}."""
@@ -37,6 +38,7 @@ Collect = Callable[[pa.Table], Iterable[UnitRecord]]
 _ACTOR_CPUS = 0.01
 _ROUNDING = 1e-6
 _DEATHS_LOADING = 5
+_RETRIES = 5
 _LOGICAL_CPUS = 4
 """At least this many on a local Ray: CPU stages must not wait for a slot that the actors hold."""
 
@@ -69,6 +71,9 @@ def connected(address: str | None) -> Iterator[None]:
     context.target_max_block_size = 1
     # A worker that dies later is started again without limit; by default one that dies while it loads ends the job.
     context.max_consecutive_actor_init_deaths = _DEATHS_LOADING
+    # With pauses that double. A unit's task gives the same from its start on, as this asks for.
+    context.retried_map_errors = [os.strerror(number) for number in PASSING_ERRNOS]
+    context.max_map_retries = _RETRIES
     try:
         yield
     finally:
