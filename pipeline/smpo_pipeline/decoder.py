@@ -128,6 +128,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes], seconds: int) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with os.fdopen(os.dup(1), "wb") as answers, open(os.devnull, "wb") as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), 1)  # what a library prints is no answer
         _serve(sys.stdin.buffer, answers, int(sys.argv[1]))

@@ -40,12 +40,11 @@ class Guard:
         Raises:
             UserError: it has killed too many workers already.
         """
-        if self._ledger.deaths(key) >= GIVEN_UP:
-            raise UserError(f"{GIVEN_UP} workers died, each while {what}")
         with self._door:
             self._inside += 1
-        self._ledger.begin(key)
         try:
+            if self._ledger.begin(key) >= GIVEN_UP:
+                raise UserError(f"{GIVEN_UP} workers died, each while {what}")
             yield
         finally:
             self._ledger.end(key)

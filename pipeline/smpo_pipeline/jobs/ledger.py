@@ -17,8 +17,8 @@ import ray
 class Ledger(Protocol):
     """Pieces of work, each under a key of its own."""
 
-    def begin(self, key: Hashable) -> None:
-        """A piece of work begins."""
+    def begin(self, key: Hashable) -> int:
+        """A piece of work begins; returns how often it was begun before without an end."""
 
     def end(self, key: Hashable) -> None:
         """It ended, well or with an error that was seen: this is forgotten, with all that was counted."""
@@ -40,9 +40,10 @@ class Counts:
         self._begun: dict[Hashable, int] = defaultdict(int)
         self._acquitted: set[Hashable] = set()
 
-    def begin(self, key: Hashable) -> None:
+    def begin(self, key: Hashable) -> int:
         """See :class:`Ledger`, as all of these."""
         self._begun[key] += 1
+        return self._begun[key] - 1
 
     def end(self, key: Hashable) -> None:  # noqa: D102
         self._begun.pop(key, None)
@@ -68,9 +69,9 @@ class SharedLedger:
         """To be made, and kept, on the driver of a connected job."""
         self._counts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Counts).remote()
 
-    def begin(self, key: Hashable) -> None:
-        """See :class:`Ledger`, as all of these. Who works on must be known before it dies: this one waits."""
-        ray.get(self._counts.begin.remote(key))
+    def begin(self, key: Hashable) -> int:
+        """See :class:`Ledger`, as all of these."""
+        return int(ray.get(self._counts.begin.remote(key)))
 
     def end(self, key: Hashable) -> None:  # noqa: D102
         self._counts.end.remote(key)
