@@ -40,7 +40,7 @@ def write_poisonous_format(folder: Path) -> Path:
 
 
 class Touchy(Reward):
-    """The mean of an image, if it survives the sight: pure red kills the process, pure green is a failing device."""
+    """The mean of an image; pure green is a failing device."""
 
     name = "touchy"
     unit = "mean"
@@ -51,8 +51,6 @@ class Touchy(Reward):
 
     def score(self, images, prompts):  # noqa: ARG002
         means = np.array([np.asarray(image).reshape(-1, 3).mean(0) for image in images])
-        if (means == (255, 0, 0)).all(1).any():
-            os.kill(os.getpid(), signal.SIGSEGV)
         if (means == (0, 255, 0)).all(1).any():
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return means.mean(1)

@@ -13,6 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from smpo_pipeline.images import decode_image
+from smpo_pipeline.jobs.chunks import cut_chunks, failures_of, scores_of
+from smpo_pipeline.jobs.guard import CONVICTED, SUSPECTED
+from smpo_pipeline.jobs.ledger import Counts
+from smpo_pipeline.jobs.score_units import RewardActor
+from smpo_schemas.pairs import Pair
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
 from smpo_schemas.shards import ShardDirectory
@@ -25,7 +31,7 @@ from tests.tiny import make_tiny_clip, make_tiny_model
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-KILLER, FAILING = (encode(Image.new("RGB", (20, 20), colour), "PNG") for colour in ("#f00", "#0f0"))
+FAILING = encode(Image.new("RGB", (20, 20), "#0f0"), "PNG")
 
 
 def write_pairs(folder: Path, count: int, changed: dict[int, dict]) -> Path:
@@ -50,13 +56,8 @@ def with_paths(*paths: Path) -> str:
     return os.pathsep.join(map(str, [*paths, *(path for path in sys.path if path)]))
 
 
-def test_a_file_that_crashes_the_decoder_and_images_that_kill_a_reward_or_its_device(tmp_path):
-    """Each costs its own pair; threads of the same worker that were at other chunks lose nothing."""
-    pairs = write_pairs(
-        tmp_path,
-        150,
-        {3: {"image_1": CRASHES}, 40: {"image_0": KILLER}, 41: {"image_1": FAILING}, 140: {"image_1": KILLER}},
-    )
+def test_a_file_that_crashes_the_decoder_and_an_image_that_a_device_fails_on_cost_their_own_pairs(tmp_path):
+    pairs = write_pairs(tmp_path, 40, {3: {"image_1": CRASHES}, 30: {"image_1": FAILING}})
     site = write_poisonous_format(tmp_path / "site")
     out = tmp_path / "out"
     done = run_command(
@@ -76,14 +77,42 @@ def test_a_file_that_crashes_the_decoder_and_images_that_kill_a_reward_or_its_de
     )
     assert done.returncode == 0, done.stderr
     reasons = {reject.pair_id: reject.reason for reject in read_rejects(out / "rejected.parquet")}
-    assert sorted(reasons) == ["140", "3", "40", "41"]
+    assert sorted(reasons) == ["3", "30"]
     assert reasons["3"].startswith("crashed the decoder: it ended with SIGSEGV")
-    assert reasons["41"].startswith("fails alone: RuntimeError: CUDA error: an illegal memory access")
-    assert {reasons[pair].split(":")[0] for pair in ("40", "140")} == {"kills its worker"}
+    assert reasons["30"].startswith("fails alone: RuntimeError: CUDA error: an illegal memory access")
     table = read_scores(out, read_scores_info(out))
-    assert table.num_rows == 146
-    means = [np.asarray(Image.open(pa.BufferReader(data))).mean() for data in (encode(picture(seed=99)),)]
-    np.testing.assert_allclose(table["touchy_1"].to_numpy(), means * 146, rtol=1e-6)
+    assert table["pair_id"].to_pylist() == [str(row) for row in range(40) if row not in {3, 30}]
+    mean = np.asarray(decode_image(encode(picture(seed=99)))).mean()
+    np.testing.assert_allclose(table["touchy_1"].to_numpy(), mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("deaths", [1, SUSPECTED])
+def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill(deaths):
+    """In this process: the actor after its predecessors died, ``deaths`` times of the chunk, then of image 2 alone."""
+    ledger = Counts()
+    actor = RewardActor("tests.poison:Touchy", "cpu", "fp32", 4, 1, ledger, last=True)
+    rows = [
+        (f"f:{row}", Pair(str(row), "a cat", *(encode(picture(seed=9 * row + i)) for i in (0, 1)), None, None))
+        for row in range(4)
+    ]
+    (chunk,) = cut_chunks(0, rows)
+    whole = scores_of(actor(chunk), "touchy")
+    assert np.isfinite(whole).all()
+    key = ("touchy", 0, 0)
+    for _ in range(deaths):
+        ledger.begin(key)
+    for _ in range(CONVICTED):
+        ledger.begin((key, 2))
+    again = actor(chunk)
+    failures = failures_of(again, "touchy")
+    if deaths < SUSPECTED:
+        np.testing.assert_array_equal(scores_of(again, "touchy"), whole)
+        assert failures == [None] * 4
+    else:
+        assert failures[1].startswith("kills its worker: ")
+        assert [failures[pair] for pair in (0, 2, 3)] == [None] * 3
+        np.testing.assert_array_equal(scores_of(again, "touchy")[[0, 2, 3]], whole[[0, 2, 3]])
+    assert ledger.deaths(key) == 0
 
 
 def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_without_them(tmp_path):
