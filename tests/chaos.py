@@ -112,8 +112,8 @@ class Chaos:
                 killed[f"{stage}: {victim}"] += 1
                 if process.poll() is not None:
                     process = self._start(*self.command(stage))
-            if process.poll():
-                # With its node, a driver may lose its connection: then the command is given again.
+            if self._wait(process):
+                # With a node a driver may lose what it cannot go on without: a user gives the command again.
                 killed[f"{stage}: command ended with an error"] += 1
                 process = self._start(*self.command(stage))
             self._check(process)
@@ -156,15 +156,20 @@ class Chaos:
     def _start(self, *arguments: object) -> subprocess.Popen[bytes]:
         with (self.folder / "output").open("ab") as output:
             command = [sys.executable, "-c", "from tests.chaos_driver import run; run()", *map(str, arguments)]
-            return subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
+            self._driver = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
+        return self._driver
 
-    def _check(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
         try:
-            status = process.wait(WAIT_SECONDS)
+            return process.wait(WAIT_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            status = "no end"
-        assert status == 0, f"{process.args}: {status}; {(self.folder / 'output').read_text()[-3000:]}"
+            raise AssertionError(f"{process.args} does not end") from None
+
+    def _check(self, process: subprocess.Popen[bytes]) -> None:
+        status = self._wait(process)
+        said = (self.folder / "output").read_text(errors="replace")[-3000:]
+        assert status == 0, f"{process.args}: {status}; {said}"
 
     def _compare(self, out: Path) -> None:
         for name in ("scores", "shards"):
@@ -188,7 +193,8 @@ class Chaos:
         assert committed
 
     def close(self) -> None:
-        """End the cluster."""
+        """End what is running, and the cluster."""
+        self._driver.kill()
         self.cluster.shutdown()
 
 
