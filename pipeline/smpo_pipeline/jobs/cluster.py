@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -247,7 +247,7 @@ def run_units(
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A user's mistake that a stage found, without what Ray wraps around it."""
+    """What a stage found or the cluster could not mend, without what Ray wraps around it."""
     try:
         yield
     except RayTaskError as error:
@@ -255,6 +255,11 @@ def _plain_errors() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from None
+    except RayError as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"Ray could not go on: {type(error).__name__}: {first}; what is committed stays, the same command goes on"
+        ) from error
 
 
 def _user_error(error: BaseException) -> UserError | None:
