@@ -170,6 +170,7 @@ def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, *, slow: bo
             concurrency=[],
             ray_address=None,
             limit=count,
+            max_reject_rate=0.05,
             overwrite=False,
         )
         with Stopwatch() as watch:

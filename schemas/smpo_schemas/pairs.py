@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from smpo_schemas.errors import UserError, one_line
 from smpo_schemas.files import reading_parquet, sha256_file
+from smpo_schemas.passing import PASSING_ERRNOS
 
 _SUFFIXES = (".parquet", ".jsonl")
 _ROWS_READ = 16
@@ -391,6 +392,8 @@ def _file_bytes(path: Path, name: str) -> bytes:
             raise PairRejectedError(f"image too large: {name} {shown} has {size} bytes, above {MAX_IMAGE_BYTES}")
         return path.read_bytes()
     except OSError as error:
+        if error.errno in PASSING_ERRNOS:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         raise PairRejectedError(f"image not readable: {name} {shown}: {error.strerror}") from error
     except ValueError as error:  # a name that no file can have
         raise PairRejectedError(f"image not readable: {name} {shown}: {error}") from error

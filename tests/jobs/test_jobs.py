@@ -118,6 +118,7 @@ def test_a_killed_score_is_continued_and_ends_the_same(inputs, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet", row_group_size=50)
     outs = [tmp_path / name for name in ("killed", "whole")]
     common = ("--pairs", tmp_path / "pairs.parquet", "--reward", f"pickscore={inputs / 'pickscore'}", "--device", "cpu")
+    common += ("--max-reject-rate", 0.5)
     code = "import sys; sys.argv[0] = 'smpo-pipeline'; from smpo_pipeline.cli import main; main()"
     with subprocess.Popen(
         [sys.executable, "-c", code, "score", *map(str, common), "--out", outs[0]], stdout=subprocess.DEVNULL

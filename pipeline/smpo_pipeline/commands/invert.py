@@ -164,6 +164,7 @@ def invert(
     concurrency: opt.ConcurrencyOption = 1,
     ray_address: opt.RayAddressOption = None,
     limit: opt.LimitOption = None,
+    max_reject_rate: opt.MaxRejectRateOption = 0.05,
     overwrite: opt.OverwriteOption = False,
     config: ConfigOption = None,  # noqa: ARG001  (read by its callback)
 ) -> None:
@@ -222,6 +223,7 @@ def invert(
             concurrency=concurrency,
             ray_address=ray_address,
             limit=limit,
+            max_reject_rate=max_reject_rate,
             overwrite=overwrite,
         )
     )

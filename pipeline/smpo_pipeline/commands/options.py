@@ -68,6 +68,16 @@ RayAddressOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option("--limit", min=1, help="Only the first N pairs.", rich_help_panel=RUNNING)
 ]
+MaxRejectRateOption = Annotated[
+    float,
+    typer.Option(
+        "--max-reject-rate",
+        min=0,
+        max=1,
+        help="Stop when more of the pairs are rejected than this (of the first 200, or of all so far).",
+        rich_help_panel=RUNNING,
+    ),
+]
 OverwriteOption = Annotated[
     bool,
     typer.Option(

@@ -45,6 +45,7 @@ def score(
     ] = None,
     ray_address: opt.RayAddressOption = None,
     limit: opt.LimitOption = None,
+    max_reject_rate: opt.MaxRejectRateOption = 0.05,
     overwrite: opt.OverwriteOption = False,
     config: ConfigOption = None,  # noqa: ARG001  (read by its callback)
 ) -> None:
@@ -73,6 +74,7 @@ def score(
             concurrency=concurrency or [],
             ray_address=ray_address,
             limit=limit,
+            max_reject_rate=max_reject_rate,
             overwrite=overwrite,
         )
     )

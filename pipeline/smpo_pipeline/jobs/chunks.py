@@ -17,8 +17,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from smpo_pipeline.images import ImageRejectedError, decode_image
-from smpo_pipeline.jobs.prepare import read_ranges
+from smpo_pipeline.decoder import worker_decoder
+from smpo_pipeline.images import ImageRejectedError
+from smpo_pipeline.jobs.guard import Guard
+from smpo_pipeline.jobs.ledger import Ledger
+from smpo_pipeline.jobs.prepare import read_ranges, reading_words
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id
 from smpo_schemas.scores import IMAGE_IDS
 
@@ -45,11 +48,12 @@ _IMAGES = ("pixels", "height", "width", "image_prompt")
 
 
 def prepare_chunks(
-    table: pa.Table, units: Sequence[Sequence[RowRange]], columns: Mapping[Path, PairColumns]
+    table: pa.Table, units: Sequence[Sequence[RowRange]], columns: Mapping[Path, PairColumns], ledger: Ledger
 ) -> Iterator[pa.Table]:
     """Read, decode and cut the unit that a one-row ``table`` names; ``columns`` are those of each file."""
     unit = table["unit"][0].as_py()
-    yield from cut_chunks(unit, read_ranges(units[unit], [columns[part.path] for part in units[unit]]))
+    with Guard(ledger).working(("read", unit), reading_words(units[unit])):
+        yield from cut_chunks(unit, read_ranges(units[unit], [columns[part.path] for part in units[unit]]))
 
 
 def cut_chunks(unit: int, rows: Iterable[tuple[str, Pair | PairRejectedError]]) -> Iterator[pa.Table]:
@@ -112,7 +116,7 @@ def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any]
         **dict(zip(IMAGE_IDS, map(image_id, (pair.image_0, pair.image_1)), strict=True)),
     }
     try:
-        return entry, [decode_image(pair.image_0), decode_image(pair.image_1)]
+        return entry, [worker_decoder().decode(data) for data in (pair.image_0, pair.image_1)]
     except ImageRejectedError as reason:
         return entry | {"reason": str(reason)}, []
 
@@ -136,10 +140,12 @@ def images_of(chunk: pa.Table) -> Iterator[tuple[Image.Image, str]]:
         yield Image.fromarray(values), prompt
 
 
-def with_scores(chunk: pa.Table, scores: Mapping[str, np.ndarray]) -> pa.Table:
-    """The chunk with a column a reward: the score of each image."""
+def with_scores(chunk: pa.Table, scores: Mapping[str, np.ndarray], failed: Mapping[int, str] | None = None) -> pa.Table:
+    """The chunk with two columns a reward: the score of each image, and why it has none, by number of the image."""
     for name, values in scores.items():
         chunk = chunk.append_column(f"score {name}", _cell(pa.array(values, pa.float64())))
+        reasons = [(failed or {}).get(number) for number in range(len(values))]
+        chunk = chunk.append_column(f"failed {name}", _cell(pa.array(reasons, pa.string())))
     return chunk
 
 
@@ -151,3 +157,9 @@ def without_images(chunk: pa.Table) -> pa.Table:
 def scores_of(chunk: pa.Table, name: str) -> np.ndarray:
     """float64 [P, 2]: what a reward said of the P pairs that have images."""
     return values_of(chunk, f"score {name}").to_numpy().reshape(-1, 2)
+
+
+def failures_of(chunk: pa.Table, name: str) -> list[str | None]:
+    """Why a reward could say nothing of a pair that has images: of each of them a reason, or None."""
+    reasons = values_of(chunk, f"failed {name}").to_pylist()
+    return [first or second for first, second in zip(reasons[::2], reasons[1::2], strict=True)]

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,8 +24,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from smpo_pipeline.jobs.reject_rate import RejectRate
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.errors import UserError
+from smpo_schemas.passing import PASSING_ERRNOS
 
 Build = Callable[[ray.data.Dataset], ray.data.Dataset]
 """Adds a job's stages to a dataset of rows {"unit": number}."""
@@ -35,6 +37,8 @@ Collect = Callable[[pa.Table], Iterable[UnitRecord]]
 
 _ACTOR_CPUS = 0.01
 _ROUNDING = 1e-6
+_DEATHS_LOADING = 5
+_RETRIES = 5
 _LOGICAL_CPUS = 4
 """At least this many on a local Ray: CPU stages must not wait for a slot that the actors hold."""
 
@@ -65,6 +69,11 @@ def connected(address: str | None) -> Iterator[None]:
     context.print_on_execution_start = False
     # A row is a piece of work that we cut ourselves: each one travels on as soon as it is there.
     context.target_max_block_size = 1
+    # A worker that dies later is started again without limit; by default one that dies while it loads ends the job.
+    context.max_consecutive_actor_init_deaths = _DEATHS_LOADING
+    # With pauses that double. A unit's task gives the same from its start on, as this asks for.
+    context.retried_map_errors = [os.strerror(number) for number in PASSING_ERRNOS]
+    context.max_map_retries = _RETRIES
     try:
         yield
     finally:
@@ -185,7 +194,14 @@ def require_gpus(device: str, concurrency: int) -> None:
 
 
 def run_units(
-    run: Run, sizes: Sequence[int], build: Build, collect: Collect, *, title: str, address: str | None
+    run: Run,
+    sizes: Sequence[int],
+    build: Build,
+    collect: Collect,
+    *,
+    title: str,
+    address: str | None,
+    max_reject_rate: float,
 ) -> list[UnitRecord]:
     """Run the units that are not committed yet.
 
@@ -196,14 +212,18 @@ def run_units(
         collect: from what they yield to records.
         title: for the progress bar.
         address: of a Ray cluster, or None.
+        max_reject_rate: rejects a row above which the job stops.
 
     Returns:
         The records of all units, in order.
 
     Raises:
-        UserError: raised by a stage, passed on without Ray's wrapping.
+        UserError: raised by a stage, passed on without Ray's wrapping; or too many rows were rejected.
     """
     records = run.records()
+    rate = RejectRate(max_reject_rate, run.out)
+    for record in records.values():
+        rate.add(record)
     todo = [unit for unit in range(len(sizes)) if unit not in records]
     with _progress() as progress:
         task = progress.add_task(title, total=sum(sizes), completed=sum(sizes[unit] for unit in records), note="")
@@ -219,14 +239,15 @@ def run_units(
                                 f"rows, expected {sizes[record.unit]}; run again with --overwrite"
                             )
                         records[record.unit] = record
-                        rejected = sum(len(each.rejects) for each in records.values())
-                        progress.update(task, advance=record.pairs_in, note=f"{rejected} rejected" if rejected else "")
+                        rate.add(record)
+                        note = f"{rate.rejected} rejected" if rate.rejected else ""
+                        progress.update(task, advance=record.pairs_in, note=note)
     return [records[unit] for unit in range(len(sizes))]
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A user's mistake that a stage found, without what Ray wraps around it."""
+    """What a stage found or the cluster could not mend, without what Ray wraps around it."""
     try:
         yield
     except RayTaskError as error:
@@ -234,6 +255,11 @@ def _plain_errors() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from None
+    except RayError as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"Ray could not go on: {type(error).__name__}: {first}; what is committed stays, the same command goes on"
+        ) from error
 
 
 def _user_error(error: BaseException) -> UserError | None:

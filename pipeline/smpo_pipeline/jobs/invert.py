@@ -18,8 +18,11 @@ from smpo_pipeline.images import resize_and_crop
 from smpo_pipeline.inversion.checks import check_settings
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.cluster import Pool, require_gpus, run_units
+from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.invert_unit import STAGE, InvertActor, InvertOptions, load_models
-from smpo_pipeline.jobs.prepare import prepare_unit, to_bytes
+from smpo_pipeline.jobs.ledger import Ledger, SharedLedger
+from smpo_pipeline.jobs.lock import locked
+from smpo_pipeline.jobs.prepare import prepare_unit, reading_words, to_bytes
 from smpo_pipeline.jobs.run import Run, UnitRecord, describe_input
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import (
@@ -50,7 +53,6 @@ def invert(options: InvertOptions) -> Manifest:
     columns = {file.path: resolve_columns(column_names(file.path), options.columns, file.path) for file in files}
     units = slice_files(files, options.pairs_per_shard, options.limit)
     info = read_scores_info(options.scores)
-    scores = _score_table(options.scores, info)
     model, resolution = _check_model(options)
     identity = {
         "job": "invert",
@@ -65,18 +67,37 @@ def invert(options: InvertOptions) -> Manifest:
         "pairs_per_shard": options.pairs_per_shard,
     }
     run = Run(options.out, MANIFEST_FILE, identity)
-    if not run.open(overwrite=options.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
-        return read_manifest(options.out)
+    with locked(options.out):
+        if not run.open(overwrite=options.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
+            return read_manifest(options.out)
+        return _invert(options, run, units, columns, info, model, resolution)
+
+
+def _invert(
+    options: InvertOptions,
+    run: Run,
+    units: Sequence[list[RowRange]],
+    columns: dict[Path, PairColumns],
+    info: ScoresInfo,
+    model: ModelInfo,
+    resolution: int,
+) -> Manifest:
+    """Make the shards that are missing, and finish."""
+    scores = _score_table(options.scores, info)
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
 
     def build(source: ray.data.Dataset) -> ray.data.Dataset:
         require_gpus(options.device, options.concurrency)
         pool = Pool(options.concurrency, num_gpus=1 if options.device == "cuda" else 0)
-        prepare = partial(_prepare, units=units, columns=columns, options=options, resolution=resolution)
-        kwargs = {"options": options, "run": run, "scores": ray.put(scores), "rows": sum(sizes)}
+        ledger = SharedLedger()
+        prepare = partial(
+            _prepare, units=units, columns=columns, options=options, resolution=resolution, run=run, ledger=ledger
+        )
+        kwargs = {"options": options, "run": run, "scores": ray.put(scores), "rows": sum(sizes), "ledger": ledger}
         return source.map(prepare, num_cpus=1).map(InvertActor, fn_constructor_kwargs=kwargs, **pool.options())
 
-    records = run_units(run, sizes, build, _records, title="invert", address=options.ray_address)
+    rate = options.max_reject_rate
+    records = run_units(run, sizes, build, _records, title="invert", address=options.ray_address, max_reject_rate=rate)
     manifest = _finish(options, records, info, model, resolution)
     run.finish()
     return manifest
@@ -137,11 +158,16 @@ def _prepare(
     columns: dict[Path, PairColumns],
     options: InvertOptions,
     resolution: int,
+    run: Run,
+    ledger: Ledger,
 ) -> dict[str, Any]:
     unit = row["unit"]
-    names = [columns[part.path] for part in units[unit]]
+    # Asked for again, because what came of it was lost on its way to the driver: the actor knows what to say.
+    ranges = [] if run.committed(unit) else units[unit]
+    names = [columns[part.path] for part in ranges]
     crop = partial(resize_and_crop, resolution=resolution)
-    table, rejects = prepare_unit(units[unit], names, unit * options.pairs_per_shard, crop, STAGE)
+    with Guard(ledger).working(("read", unit), reading_words(ranges)):
+        table, rejects = prepare_unit(ranges, names, unit * options.pairs_per_shard, crop, STAGE)
     return {
         "unit": unit,
         "table": to_bytes(table),

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import choose_batch_size, walk_requests
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.isolation import make
 from smpo_pipeline.jobs.cluster import use_threads
+from smpo_pipeline.jobs.guard import Guard
+from smpo_pipeline.jobs.ledger import Ledger
 from smpo_pipeline.jobs.paths import AbsolutePath, HubIdOrFolder
 from smpo_pipeline.jobs.prepare import from_bytes, pixels_of
 from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
@@ -60,6 +64,7 @@ class InvertOptions(BaseModel):
     concurrency: int
     ray_address: str | None
     limit: int | None
+    max_reject_rate: float
     overwrite: bool
 
 
@@ -74,7 +79,7 @@ def load_models(options: InvertOptions, device: str) -> tuple[Family, nn.Module]
 class InvertActor:
     """Holds the model; turns a unit into a shard and commits it."""
 
-    def __init__(self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int) -> None:
+    def __init__(self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int, ledger: Ledger) -> None:
         use_threads(options.device, options.concurrency)
         family, walker = load_models(options, options.device)
         dtype = DTYPES[options.settings.dtype]
@@ -85,16 +90,30 @@ class InvertActor:
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
         self._batch_size = options.batch_size
+        self._guard = Guard(ledger)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """Invert and commit one unit; returns its record as JSON."""
-        rejects = [Reject(**each) for each in json.loads(row["rejects"])]
-        health = HealthSums()
         unit = int(row["unit"])
+        record = self._run.committed(unit) or self._make(unit, row)
+        return {"record": record.model_dump_json()}
+
+    def _make(self, unit: int, row: dict[str, Any]) -> UnitRecord:
+        rejects = [Reject(**each) for each in json.loads(row["rejects"])]
         pairs = list(self._pairs(from_bytes(row["table"]), rejects))
+        killers = self._guard.killers(unit, self._invert_alone, (pair for _, _, pair in pairs))
+        words = f"unit {unit} was inverted: too little memory? use a smaller --batch-size"
+        with self._guard.working(unit, words):
+            return self._commit(unit, pairs, rejects, killers)
+
+    def _commit(
+        self, unit: int, pairs: Sequence[tuple[int, str, PreparedPair]], rejects: list[Reject], killers: dict[int, str]
+    ) -> UnitRecord:
+        health = HealthSums()
         kept = prompts_cut = 0
         with ShardWriter(self._run.out / f"shard-{unit:06d}.tar") as shard:
-            for (number, source, pair), samples in zip(pairs, self._walks(pairs, health), strict=True):
+            walks = self._walks([pair for _, _, pair in pairs], killers, health)
+            for (number, source, pair), samples in zip(pairs, walks, strict=True):
                 if isinstance(samples, str):
                     rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=samples))
                     continue
@@ -114,7 +133,7 @@ class InvertActor:
         if not kept:
             (self._run.out / shard.entry.name).unlink()
         write_record(self._run.record_path(unit), record)
-        return {"record": record.model_dump_json()}
+        return record
 
     def _pairs(self, table: pa.Table, rejects: list[Reject]) -> Iterator[tuple[int, str, PreparedPair]]:
         """Input row number, source and pair of every pair of a unit that has scores."""
@@ -144,22 +163,37 @@ class InvertActor:
             yield row["row"], row["source"], pair
 
     def _walks(
-        self, pairs: Sequence[tuple[int, str, PreparedPair]], health: HealthSums
+        self, pairs: Sequence[PreparedPair], killers: dict[int, str], health: HealthSums
     ) -> Iterator[list[Sample] | str]:
         """All walks of each pair, made ``batch_size`` walks at a time, or the reason why there are none."""
-        walks = self._options.settings.walks
-        requests = [(pair, walk) for _, _, pair in pairs for walk in range(walks)]
-        made: list[Sample | str] = []
+        well = [pair for position, pair in enumerate(pairs) if position not in killers]
+        requests = [(pair, walk) for pair in well for walk in range(self._options.settings.walks)]
         if requests and self._batch_size is None:
-            self._batch_size = self._find_batch_size([pair for _, _, pair in pairs])
+            self._batch_size = self._find_batch_size(well)
+        made: list[Sample | str] = []
         for start in range(0, len(requests), self._batch_size or 1):
-            samples, sums = self._inverter.invert(requests[start : start + (self._batch_size or 1)])
-            made += samples
-            health += sums
-        for start in range(0, len(made), walks):
-            of_pair = made[start : start + walks]
+            made += self._make_batch(requests[start : start + (self._batch_size or 1)], health)
+        each_walk = iter(made)
+        for position in range(len(pairs)):
+            if position in killers:
+                yield killers[position]
+                continue
+            of_pair = list(islice(each_walk, self._options.settings.walks))
             problems = [each for each in of_pair if isinstance(each, str)]
             yield problems[0] if problems else [each for each in of_pair if isinstance(each, Sample)]
+
+    def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | str]:
+        """Walks, or the reasons why they cannot be made, in order."""
+        outcome = make(self._inverter.invert, requests, self._options.device)
+        made: dict[int, Sample | str] = dict(outcome.failed)
+        for positions, (samples, sums) in outcome.made:
+            made |= dict(zip(positions, samples, strict=True))
+            health += sums
+        return [made[position] for position in range(len(requests))]
+
+    def _invert_alone(self, pair: PreparedPair) -> None:
+        for walk in range(self._options.settings.walks):
+            self._inverter.invert([(pair, walk)])
 
     def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> int:
         """``--batch-size auto``, for the device that this actor is on; leaves a file that says what was found."""

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from smpo_pipeline.images import ImageRejectedError, decode_image
+from smpo_pipeline.decoder import worker_decoder
+from smpo_pipeline.images import ImageRejectedError
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, read_rows
 from smpo_schemas.rejects import Reject
 
@@ -80,6 +81,12 @@ def prepare_unit(
     return pa.Table.from_pylist(rows, schema=UNIT_SCHEMA), rejects
 
 
+def reading_words(ranges: Sequence[RowRange]) -> str:
+    """What a worker does that reads a unit, for whoever has to find out why workers die of it."""
+    parts = ", ".join(f"{rows.path} from row {rows.start} to {rows.stop}" for rows in ranges)
+    return f"reading {parts}; is the file damaged, or the workers' memory too small?"
+
+
 def read_ranges(
     ranges: Sequence[RowRange], columns: Sequence[PairColumns]
 ) -> Iterator[tuple[str, Pair | PairRejectedError]]:
@@ -98,7 +105,7 @@ def _decode(pair: Pair, transform: Transform) -> dict[str, Any]:
         "crop": [],
     }
     for index, data in enumerate((pair.image_0, pair.image_1)):
-        image = decode_image(data)
+        image = worker_decoder().decode(data)
         pixels, crop = transform(image)
         row |= {f"pixels_{index}": pixels.tobytes(), f"shape_{index}": list(pixels.shape)}
         row["size"].append([image.height, image.width])

@@ -1,7 +1,8 @@
 """The record of a run: what it is of, which units of work are committed, whether it is finished.
 
 A unit is a deterministic slice of the input. Its output is written beside its target, fsynced and renamed; only then
-is it recorded. The same command continues an unfinished run with the units that have no record.
+is it recorded. The same command continues an unfinished run with the units that have no record, or whose record does
+not tell the truth any more.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import read_json, write_json
+from smpo_schemas.files import read_json, sha256_file, write_json
 from smpo_schemas.pairs import PairFile
 from smpo_schemas.rejects import Reject
 
@@ -30,7 +31,8 @@ class UnitRecord(BaseModel):
         pairs_in: rows of the input that it stands for; ``pairs_in = pairs + len(rejects)``.
         pairs: how many of them are in its output.
         rejects: the others, with reasons.
-        entry: what the finished directory says of its file, or None where nothing was left to write.
+        entry: its file's ``name`` within the run's directory, ``bytes`` and ``sha256``, and what else the finished
+            directory says of it; None where nothing was left to write.
         health: sums of walk health (``invert`` only).
         prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
     """
@@ -83,7 +85,13 @@ class Run:
         elif self._marker.is_file():
             raise UserError(f"{self.out} holds {self._marker.name} but no {_IDENTITY}; take another --out")
         write_json(path, self._identity)
-        return not self._marker.is_file()
+        left = not self._marker.is_file()
+        if left:
+            self._remove_temporaries()
+        else:
+            # A kill may have come between the marker and the end.
+            self.finish()
+        return left
 
     def _remove(self, patterns: Sequence[str]) -> None:
         # The marker and the records go first: a directory that is half removed must not look finished, nor its missing
@@ -109,19 +117,51 @@ class Run:
         return self.out / _UNITS / f"{unit:06d}.json"
 
     def records(self) -> dict[int, UnitRecord]:
-        """The committed units' records, by number."""
+        """The committed units' records, by number.
+
+        A record that is damaged, or whose file is missing, cut or another one, is removed: its unit is made again.
+        """
         found = {}
         for path in sorted((self.out / _UNITS).glob("*.json")):
-            try:
-                record = UnitRecord.model_validate(read_json(path))
-            except ValidationError as error:
-                raise UserError(f"{path} is malformed; remove it and its unit is made again") from error
-            found[record.unit] = record
+            record = _read_record(path)
+            if record and self._has_output(record, path):
+                found[record.unit] = record
+            else:
+                path.unlink()
         return found
 
+    def committed(self, unit: int) -> UnitRecord | None:
+        """The record of a unit that was committed since this run began, or that :meth:`records` found good.
+
+        For workers: Ray may ask again for a unit whose worker was lost after it had committed it.
+        """
+        path = self.record_path(unit)
+        return _read_record(path) if path.is_file() else None
+
+    def _has_output(self, record: UnitRecord, path: Path) -> bool:
+        """Whether a unit's file is the one that was recorded.
+
+        Reading all of it back would cost as much as a part of the run: its bytes are hashed only where it was written
+        after its record, which no unit does.
+        """
+        if record.entry is None:
+            return True
+        file = self.out / record.entry["name"]
+        if not file.is_file() or file.stat().st_size != record.entry["bytes"]:
+            return False
+        older = file.stat().st_mtime_ns <= path.stat().st_mtime_ns
+        return older or sha256_file(file) == record.entry["sha256"]
+
     def finish(self) -> None:
-        """Remove the units' records once the marker, which holds all they say, is written."""
+        """Remove what is of no use once the marker, which holds all that the records say, is written."""
+        self._remove_temporaries()
         self._remove_records()
+
+    def _remove_temporaries(self) -> None:
+        """Remove what killed processes were writing; nobody else writes here (:mod:`smpo_pipeline.jobs.lock`)."""
+        for directory in (self.out, self.out / _UNITS):
+            for path in directory.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
 
     def _remove_records(self) -> None:
         directory = self.out / _UNITS
@@ -134,6 +174,14 @@ class Run:
 def write_record(path: Path, record: UnitRecord) -> None:
     """Commit a unit."""
     write_json(path, record.model_dump())
+
+
+def _read_record(path: Path) -> UnitRecord | None:
+    """A unit's record, or None where it is malformed."""
+    try:
+        return UnitRecord.model_validate_json(path.read_bytes())
+    except ValidationError:
+        return None
 
 
 def describe_input(files: Sequence[PairFile], limit: int | None) -> dict[str, Any]:

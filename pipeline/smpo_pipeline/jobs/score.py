@@ -13,13 +13,15 @@ from pydantic import BaseModel, ConfigDict
 
 from smpo_pipeline.jobs.chunks import CHUNK_BYTES, prepare_chunks
 from smpo_pipeline.jobs.cluster import Pool, gpus_there, limit_memory, run_units, share_gpus
+from smpo_pipeline.jobs.ledger import SharedLedger
+from smpo_pipeline.jobs.lock import locked
 from smpo_pipeline.jobs.paths import AbsolutePath, absolute_model
 from smpo_pipeline.jobs.run import Run, describe_input
 from smpo_pipeline.jobs.score_table import PART_FILES, UNIT_ROWS, RewardModel, remove_leftovers, write_table
 from smpo_pipeline.jobs.score_units import RewardActor, UnitCollector
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.errors import UserError
-from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.pairs import PairColumns, RowRange, column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
 
 _STEP = ".scoring"
@@ -41,6 +43,7 @@ class ScoreOptions(BaseModel):
     concurrency: list[str]
     ray_address: str | None
     limit: int | None
+    max_reject_rate: float
     overwrite: bool
 
 
@@ -63,46 +66,70 @@ def score(options: ScoreOptions) -> ScoresInfo:
         "columns": {key: value for key, value in options.columns.items() if value},
     }
     run = Run(options.out, SCORES_FILE, identity)
-    left = run.open(overwrite=options.overwrite, patterns=(PART_FILES, REJECTS_FILE))
-    base = None if left else read_scores_info(options.out)
-    if base:
-        _refuse_other_weights(options.out, base, models)
-    new = {name: model for name, model in models.items() if not base or name not in base.rewards}
-    step = _open_step(options, identity, new, base)
-    if base and not new:
-        return base
-
-    def build(source: ray.data.Dataset) -> ray.data.Dataset:
-        dataset = source.map_batches(
-            partial(prepare_chunks, units=units, columns=columns), batch_size=1, batch_format="pyarrow", num_cpus=1
+    with locked(options.out):
+        left = run.open(overwrite=options.overwrite, patterns=(PART_FILES, REJECTS_FILE))
+        base = None if left else read_scores_info(options.out)
+        if base:
+            _refuse_other_weights(options.out, base, models)
+        new = {name: model for name, model in models.items() if not base or name not in base.rewards}
+        step = _open_step(options, identity, new, base)
+        if base and not new:
+            return base
+        build = partial(
+            _add_stages,
+            options=options,
+            units=units,
+            columns=columns,
+            specs={name: specs[name] for name in new},
+            sizes=sizes,
         )
-        pools = _pools(options, {name: specs[name] for name in new}, sizes)
-        for place, (name, pool) in enumerate(pools.items(), start=1):
-            dataset = dataset.map_batches(
-                RewardActor,
-                batch_size=1,
-                batch_format="pyarrow",
-                fn_constructor_kwargs={
-                    "spec": specs[name],
-                    "device": options.device,
-                    "dtype": options.dtype,
-                    "batch_size": options.batch_size or parse_reward(specs[name])[0].needs.batch_size,
-                    "workers": pool.size * pool.threads,
-                    "last": place == len(pools),
-                },
-                **pool.options(),
-            )
-        # For each worker the chunk that it is at and the next one, and some on their way.
-        workers = sum(pool.size * pool.threads for pool in pools.values())
-        limit_memory(dataset, CHUNK_BYTES * (2 * workers + 8))
-        return dataset
+        run_units(
+            step,
+            [sum(part.stop - part.start for part in unit) for unit in units],
+            build,
+            UnitCollector(step, list(new)),
+            title="score",
+            address=options.ray_address,
+            max_reject_rate=options.max_reject_rate,
+        )
+        info = write_table(options.out, step, len(units), new, base)
+        step.remove()
+        return info
 
-    rows = [sum(part.stop - part.start for part in unit) for unit in units]
-    collect = UnitCollector(step, list(new))
-    run_units(step, rows, build, collect, title="score", address=options.ray_address)
-    info = write_table(options.out, step, len(units), new, base)
-    step.remove()
-    return info
+
+def _add_stages(
+    source: ray.data.Dataset,
+    options: ScoreOptions,
+    units: Sequence[list[RowRange]],
+    columns: Mapping[Path, PairColumns],
+    specs: Mapping[str, str],
+    sizes: Mapping[str, int],
+) -> ray.data.Dataset:
+    """Decode, then one pool a reward."""
+    ledger = SharedLedger()
+    prepare = partial(prepare_chunks, units=units, columns=columns, ledger=ledger)
+    dataset = source.map_batches(prepare, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    pools = _pools(options, specs, sizes)
+    for place, (name, pool) in enumerate(pools.items(), start=1):
+        dataset = dataset.map_batches(
+            RewardActor,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={
+                "spec": specs[name],
+                "device": options.device,
+                "dtype": options.dtype,
+                "batch_size": options.batch_size or parse_reward(specs[name])[0].needs.batch_size,
+                "workers": pool.size * pool.threads,
+                "ledger": ledger,
+                "last": place == len(pools),
+            },
+            **pool.options(),
+        )
+    # For each worker the chunk that it is at and the next one, and some on their way.
+    workers = sum(pool.size * pool.threads for pool in pools.values())
+    limit_memory(dataset, CHUNK_BYTES * (2 * workers + 8))
+    return dataset
 
 
 def _specs(given: Sequence[str]) -> dict[str, str]:

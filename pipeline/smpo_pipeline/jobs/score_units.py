@@ -8,19 +8,32 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
 from smpo_models.loading import DTYPES
-from smpo_pipeline.jobs.chunks import ROWS, images_of, scores_of, values_of, with_scores, without_images
+from smpo_pipeline.isolation import make
+from smpo_pipeline.jobs.chunks import (
+    ROWS,
+    failures_of,
+    images_of,
+    scores_of,
+    values_of,
+    with_scores,
+    without_images,
+)
 from smpo_pipeline.jobs.cluster import use_threads
+from smpo_pipeline.jobs.guard import Guard
+from smpo_pipeline.jobs.ledger import Ledger
 from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
-from smpo_schemas.files import atomic_path
+from smpo_schemas.files import atomic_path, sha256_file
 from smpo_schemas.rejects import Reject
 
 STAGE = "score"
@@ -29,7 +42,9 @@ STAGE = "score"
 class RewardActor:
     """Holds one reward and adds its scores to chunks."""
 
-    def __init__(self, spec: str, device: str, dtype: str, batch_size: int, workers: int, *, last: bool) -> None:
+    def __init__(
+        self, spec: str, device: str, dtype: str, batch_size: int, workers: int, ledger: Ledger, *, last: bool
+    ) -> None:
         """Load the reward.
 
         Args:
@@ -38,23 +53,41 @@ class RewardActor:
             dtype: of matrix products; autocast leaves the weights, and what half precision would spoil, in float32.
             batch_size: images a model call, at most.
             workers: threads of all actors of this reward, which share the cores on cpu.
+            ledger: of the job.
             last: no other reward needs the images.
         """
         use_threads(device, workers)
         self._reward: Reward = load_reward(spec, device)
         self._autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, DTYPES[dtype])
-        self._batch_size, self._last = batch_size, last
+        self._device, self._batch_size, self._last = device, batch_size, last
+        self._guard = Guard(ledger)
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Score all images of a chunk, ``batch_size`` at a time."""
-        images = images_of(chunk)
-        values: list[np.ndarray] = [np.empty(0)]
+        name, unit, number = self._reward.name, chunk["unit"][0].as_py(), chunk["chunk"][0].as_py()
+        key = (name, unit, number)
         with self._autocast():
-            while batch := list(islice(images, self._batch_size)):
-                pictures, prompts = zip(*batch, strict=True)
-                values.append(checked_scores(self._reward, pictures, prompts))
-        scored = with_scores(chunk, {self._reward.name: np.concatenate(values)})
+            failed = self._guard.killers(key, lambda image: self._score([image]), images_of(chunk))
+        words = f"--reward {name} scored chunk {number} of unit {unit}: too little memory? use a smaller --batch-size"
+        with self._autocast(), self._guard.working(key, words):
+            scores = self._scores(chunk, failed)
+        scored = with_scores(chunk, {name: scores}, failed)
         return without_images(scored) if self._last else scored
+
+    def _scores(self, chunk: pa.Table, failed: dict[int, str]) -> np.ndarray:
+        """float64 [N] of a chunk's images, NaN of those in ``failed``, to which are added those the reward fails on."""
+        scores = np.full(len(values_of(chunk, "pixels")), np.nan)
+        images = ((number, image) for number, image in enumerate(images_of(chunk)) if number not in failed)
+        while batch := list(islice(images, self._batch_size)):
+            numbers = np.array([number for number, _ in batch])
+            outcome = make(self._score, [image for _, image in batch], self._device)
+            for positions, values in outcome.made:
+                scores[numbers[positions]] = values
+            failed |= {int(numbers[position]): reason for position, reason in outcome.failed.items()}
+        return scores
+
+    def _score(self, batch: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
+        return checked_scores(self._reward, [image for image, _ in batch], [prompt for _, prompt in batch])
 
 
 class UnitCollector:
@@ -83,7 +116,8 @@ class UnitCollector:
     def _commit(self, unit: int, chunks: Sequence[pa.Table]) -> UnitRecord:
         rows = pa.table({name: pa.concat_arrays([values_of(chunk, name) for chunk in chunks]) for name in ROWS.names})
         scores = {name: np.concatenate([scores_of(chunk, name) for chunk in chunks]) for name in self._rewards}
-        table = _with_columns(rows, scores)
+        failed = {name: [each for chunk in chunks for each in failures_of(chunk, name)] for name in self._rewards}
+        table = _with_columns(rows, scores, failed)
         with atomic_path(unit_path(self._run, unit)) as temporary:
             pq.write_table(table, temporary)
         rejects = rejects_of(table)
@@ -92,7 +126,7 @@ class UnitCollector:
             pairs_in=table.num_rows,
             pairs=table.num_rows - len(rejects),
             rejects=rejects,
-            entry=None,
+            entry=_describe(unit_path(self._run, unit)),
         )
         write_record(self._run.record_path(unit), record)
         return record
@@ -103,21 +137,27 @@ def unit_path(run: Run, unit: int) -> Path:
     return run.record_path(unit).with_suffix(".parquet")
 
 
+def _describe(file: Path) -> dict[str, Any]:
+    return {"name": f"{file.parent.name}/{file.name}", "bytes": file.stat().st_size, "sha256": sha256_file(file)}
+
+
 def rejects_of(table: pa.Table) -> list[Reject]:
     """The rows of a unit that have a reason why they are not scored."""
     rows = table.filter(pc.is_valid(table["reason"])).select(["pair_id", "source", "reason"]).to_pylist()
     return [Reject(stage=STAGE, **row) for row in rows]
 
 
-def _with_columns(rows: pa.Table, scores: dict[str, np.ndarray]) -> pa.Table:
+def _with_columns(rows: pa.Table, scores: dict[str, np.ndarray], failed: dict[str, list[str | None]]) -> pa.Table:
     """All rows of a unit, with two float32 columns a reward; a pair with a score that is no number is rejected."""
     scored = np.flatnonzero(pc.is_null(rows["reason"]).to_numpy())
     reasons = np.array(rows["reason"].to_pylist(), dtype=object)
     for name, values_P2 in scores.items():
         with np.errstate(over="ignore"):
             columns_P2 = values_P2.astype(np.float32)
-        for position in scored[~np.isfinite(columns_P2).all(axis=1)]:
-            reasons[position] = reasons[position] or f"not finite: {name} gave no number for an image of this pair"
+        nothing = f"not finite: {name} gave no number for an image of this pair"
+        for pair in np.flatnonzero(~np.isfinite(columns_P2).all(axis=1)):
+            position, reason = scored[pair], failed[name][pair]
+            reasons[position] = reasons[position] or (f"{reason} ({name})" if reason else nothing)
         for index in range(2):
             column = np.full(rows.num_rows, np.nan, dtype=np.float32)
             column[scored] = columns_P2[:, index]

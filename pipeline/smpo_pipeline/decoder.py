@@ -1,0 +1,134 @@
+"""Decoding in a child process, so that a file can do no worse than lose its own pair.
+
+Image libraries are native code and files come from anywhere: one may crash the process that decodes it, or keep it busy
+for ever. Each worker has one child that decodes for it; a file that kills the child is tried again (the child may have
+died of something else), then rejected.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+from functools import cache
+from typing import IO
+
+from PIL import Image
+
+from smpo_pipeline.images import ImageRejectedError, decode_image
+
+SECONDS = 20
+"""A file of the largest size that is not rejected takes a few."""
+
+TRIES = 3
+
+_SIZE = struct.Struct("<q")
+_ANSWER = struct.Struct("<qqq")
+"""Width, height and bytes that follow: of an image its pixels; with width 0 the reason why there is none."""
+
+
+class Decoder:
+    """A child process that decodes; it is started at the first file, and again after a file has killed it."""
+
+    def __init__(self, seconds: int = SECONDS) -> None:
+        """``seconds``: how long one file may take."""
+        self._seconds = seconds
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def decode(self, data: bytes) -> Image.Image:
+        """As :func:`smpo_pipeline.images.decode_image`, in the child.
+
+        Raises:
+            ImageRejectedError: as there, or the file killed the child, or outlived its time, each time it was tried.
+        """
+        died = 0
+        for _ in range(TRIES):
+            answer = self._ask(data)
+            if answer is not None:
+                (width, height), content = answer
+                if width:
+                    return Image.frombytes("RGB", (width, height), content)
+                raise ImageRejectedError(content.decode())
+            died = self._bury()
+        if died == -signal.SIGALRM:
+            raise ImageRejectedError(f"decoder hangs: no image after {self._seconds} s, {TRIES} times")
+        cause = signal.Signals(-died).name if died < 0 else f"status {died}"
+        raise ImageRejectedError(f"crashed the decoder: it ended with {cause}, {TRIES} times")
+
+    def _ask(self, data: bytes) -> tuple[tuple[int, int], bytes] | None:
+        """Size and content of the child's answer, or None where it gave none."""
+        child = self._child = self._child or self._start()
+        assert child.stdin is not None and child.stdout is not None  # noqa: S101, PT018  (for mypy: they are pipes)
+        try:
+            child.stdin.write(_SIZE.pack(len(data)))
+            child.stdin.write(data)
+            child.stdin.flush()
+        except BrokenPipeError:
+            return None
+        head = _read(child.stdout, _ANSWER.size)
+        if head is None:
+            return None
+        width, height, size = _ANSWER.unpack(head)
+        content = _read(child.stdout, size)
+        return None if content is None else ((width, height), content)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", __name__, str(self._seconds)]
+        paths = os.pathsep.join(path for path in sys.path if path)
+        return subprocess.Popen(  # noqa: S603
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+
+    def _bury(self) -> int:
+        """The exit status of a child that has closed its pipe."""
+        child, self._child = self._child, None
+        assert child is not None  # noqa: S101
+        try:
+            child.wait(self._seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        child.communicate()
+        return child.returncode
+
+
+@cache
+def worker_decoder() -> Decoder:
+    """This process's."""
+    return Decoder()
+
+
+def _read(pipe: IO[bytes], size: int) -> bytes | None:
+    """``size`` bytes, or None where the pipe ends before."""
+    content = pipe.read(size)
+    return content if len(content) == size else None
+
+
+def _serve(requests: IO[bytes], answers: IO[bytes], seconds: int) -> None:
+    """What the child does until its parent closes the pipe, or has died."""
+    while head := requests.read(_SIZE.size):
+        data = requests.read(*_SIZE.unpack(head))
+        # The signal's default action ends the process inside whatever native code it is in; no handler would run there.
+        signal.alarm(seconds)
+        try:
+            image = decode_image(data)
+            width, height, content = image.width, image.height, image.tobytes()
+        except ImageRejectedError as reason:
+            width, height, content = 0, 0, str(reason).encode(errors="backslashreplace")
+        signal.alarm(0)
+        answers.write(_ANSWER.pack(width, height, len(content)))
+        answers.write(content)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with os.fdopen(os.dup(1), "wb") as answers, open(os.devnull, "wb") as nothing:  # noqa: PTH123
+        os.dup2(nothing.fileno(), 1)  # what a library prints is no answer
+        _serve(sys.stdin.buffer, answers, int(sys.argv[1]))

@@ -1,0 +1,19 @@
+"""The short form of tests/chaos.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos import Chaos
+
+pytestmark = pytest.mark.slow
+
+
+def test_killed_at_random_moments_both_stages_end_as_if_nothing_had_happened(tmp_path):
+    chaos = Chaos(tmp_path, rows=200, inverted=18)
+    try:
+        seconds = chaos.undisturbed()
+        killed = chaos.run(seed=1, seconds=seconds)
+        assert killed
+    finally:
+        chaos.close()

@@ -1,0 +1,109 @@
+"""A run's directory: one writer, and records that tell the truth."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from smpo_pipeline.jobs.lock import locked
+from smpo_pipeline.jobs.reject_rate import RejectRate
+from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
+from smpo_schemas.errors import UserError
+from smpo_schemas.rejects import Reject
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from smpo_pipeline.jobs.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_directory_has_one_run_and_a_killed_one_does_not_hold_it(tmp_path):
+    out = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        holder = rf"written by another run \(process {process.pid} on .*take another --out"
+        with pytest.raises(UserError, match=holder), locked(out):
+            pass
+        process.kill()
+    assert (out / ".lock").is_file()
+    holder = f"another run .process {os.getpid()} on "
+    with locked(out), pytest.raises(UserError, match=holder), locked(out):
+        pass
+    assert list(out.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"), locked(tmp_path / "file" / "out"):
+        pass
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path, "marker.json", {"seed": 1})
+    run.open(overwrite=False, patterns=())
+    for unit in range(6):
+        content = f"shard {unit}".encode()
+        (tmp_path / f"{unit}.tar").write_bytes(content)
+        entry = {"name": f"{unit}.tar", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        record = UnitRecord(unit=unit, pairs_in=1, pairs=1, rejects=[], entry=entry)
+        write_record(run.record_path(unit), record)
+    return run
+
+
+def test_a_unit_whose_file_is_not_the_recorded_one_is_made_again(run):
+    (run.out / "0.tar").unlink()
+    (run.out / "1.tar").write_bytes(b"cut")
+    (run.out / "2.tar").write_bytes(b"shard X")
+    (run.out / "3.tar").write_bytes(b"shard 3")
+    run.record_path(4).write_text('{"unit": 4')
+    assert sorted(run.records()) == [3, 5]
+    assert [unit for unit in range(6) if run.committed(unit)] == [3, 5]
+
+
+def test_what_kills_leave_behind_is_removed(run):
+    (run.out / ".0.tar.77.tmp").write_bytes(b"half")
+    (run.out / ".units" / ".000000.json.77.tmp").write_bytes(b"half")
+    assert run.open(overwrite=False, patterns=())
+    assert not list(run.out.rglob("*.tmp"))
+    # Killed between the marker and the end.
+    (run.out / "marker.json").write_text("{}")
+    assert not run.open(overwrite=False, patterns=())
+    assert {path.name for path in run.out.iterdir()} == {
+        "marker.json",
+        "run.json",
+        *(f"{unit}.tar" for unit in range(6)),
+    }
+
+
+def record_of(rows: int, rejected: int) -> UnitRecord:
+    rejects = [
+        Reject(pair_id=None, source=f"f:{row}", stage="score", reason="image not readable: x")
+        for row in range(rejected)
+    ]
+    return UnitRecord(unit=0, pairs_in=rows, pairs=rows - rejected, rejects=rejects, entry=None)
+
+
+def test_too_many_rejects_stop_a_run_and_few_do_not(tmp_path):
+    rate = RejectRate(0.05, tmp_path)
+    rate.add(record_of(20, 10))
+    rate.add(record_of(380, 10))
+    rate.add(record_of(400, 20))
+    with pytest.raises(
+        UserError, match=r"41 of 810 pairs .* --max-reject-rate 0.05 .*41 image not readable; for example f:0"
+    ):
+        rate.add(record_of(10, 1))
+    with pytest.raises(UserError, match="11 of 11 pairs"):
+        RejectRate(0.05, tmp_path).add(record_of(11, 11))
+    with pytest.raises(UserError, match="1 of 400 pairs"):
+        RejectRate(0, tmp_path).add(record_of(400, 1))
+    RejectRate(0, tmp_path).add(record_of(400, 0))
+    RejectRate(1, tmp_path).add(record_of(400, 400))

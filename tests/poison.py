@@ -1,0 +1,92 @@
+"""What kills, hangs or fails: image files, a reward, an actor. They do so in workers, never in the test's process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+
+from smpo_pipeline.jobs.invert_unit import InvertActor
+from smpo_pipeline.rewards import Reward
+
+CRASHES, HANGS = b"POISON crash", b"POISON hang"
+
+_SITE = """
+import ctypes
+from PIL import Image, ImageFile
+
+class Poison(ImageFile.ImageFile):
+    format = "POISON"
+    def _open(self):
+        self._size, self._mode = (8, 8), "RGB"
+    def load(self):
+        self.fp.seek(0)
+        if b"crash" in self.fp.read():
+            ctypes.string_at(0)
+        ctypes.PyDLL(None).pause()
+
+Image.register_open("POISON", Poison, lambda prefix: prefix.startswith(b"POISON"))
+"""
+
+
+def write_poisonous_format(folder: Path) -> Path:
+    """To be put on PYTHONPATH: an image format whose decoder really crashes, or waits for ever."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_SITE)
+    return folder
+
+
+class Touchy(Reward):
+    """The mean of an image; pure green is a failing device."""
+
+    name = "touchy"
+    unit = "mean"
+    default_model = None
+
+    def __init__(self, model, device):  # noqa: ARG002
+        self.model, self.fingerprint = "touchy", "0"
+
+    def score(self, images, prompts):  # noqa: ARG002
+        means = np.array([np.asarray(image).reshape(-1, 3).mean(0) for image in images])
+        if (means == (0, 255, 0)).all(1).any():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return means.mean(1)
+
+
+class TouchyInvertActor(InvertActor):
+    """Dies of the prompt "kill", fails on the prompt "fail"; its disk comes and goes."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        invert = self._inverter.invert
+
+        def touchy(requests):
+            prompts = {pair.prompt for pair, _ in requests}
+            if "kill" in prompts:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if "fail" in prompts:
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            return invert(requests)
+
+        self._inverter.invert = touchy
+        # The first two commits of each life fail as they do while a file server is away.
+        failures, fsync = [1, 1], os.fsync
+
+        def away_at_first(descriptor):
+            if failures and failures.pop():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            fsync(descriptor)
+
+        os.fsync = away_at_first
+
+
+def invert_touchily() -> None:
+    """The command line with that actor."""
+    from smpo_pipeline.cli import main
+    from smpo_pipeline.jobs import invert
+
+    invert.InvertActor = TouchyInvertActor
+    main()
