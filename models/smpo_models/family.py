@@ -61,6 +61,10 @@ class Family(ABC):
         """Image sides must be multiples of this many pixels."""
 
     @abstractmethod
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """C, h, w of the latents of square images with this side in pixels."""
+
+    @abstractmethod
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """What the text encoders make of N prompts; see :meth:`encode_text`."""
 

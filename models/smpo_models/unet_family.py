@@ -52,6 +52,7 @@ class UNetFamily(Family):
         self.kind = self._kind(config)
         vae_config = self._vae_config(vae, config)
         self.latent_factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        self._channels = config["in_channels"]
         self._resolution = config["sample_size"] * self.latent_factor
         self._multiple = self.latent_factor * 2 ** (len(config["block_out_channels"]) - 1)
         if "denoiser" in parts:
@@ -122,6 +123,11 @@ class UNetFamily(Family):
     def resolution_multiple(self) -> int:
         """See the base class."""
         return self._multiple
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """See the base class."""
+        side = resolution // self.latent_factor
+        return self._channels, side, side
 
     def _load_tokenizer(self, name: str) -> CLIPTokenizer:
         """The tokenizer in the model's subfolder ``name``.

@@ -10,6 +10,7 @@ from smpo_pipeline.commands.inspect import inspect
 from smpo_pipeline.commands.invert import invert
 from smpo_pipeline.commands.plan import plan
 from smpo_pipeline.commands.score import score
+from smpo_pipeline.commands.status import status
 from smpo_pipeline.commands.toy import toy
 from smpo_schemas.commandline import run_app
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (score, calibrate, plan, invert, evaluate, inspect, toy):
+for command in (score, calibrate, plan, invert, status, evaluate, inspect, toy):
     app.command()(command)
 
 

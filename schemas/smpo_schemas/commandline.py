@@ -12,6 +12,7 @@ import yaml
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import write_bytes
+from smpo_schemas.store import AnyPath
 
 CONFIG_FILE = "config.yaml"
 
@@ -45,7 +46,7 @@ ConfigOption = Annotated[
 ]
 
 
-def write_resolved_config(context: typer.Context, directory: Path) -> None:
+def write_resolved_config(context: typer.Context, directory: AnyPath) -> None:
     """Write every setting of this run, defaults included, as a config file that repeats it."""
     # Not --overwrite: repeating a run from its config must not wipe it.
     left_out = ("config", "overwrite")

@@ -1,21 +1,27 @@
-"""Files that are either whole or absent: written beside the target, fsynced, then renamed."""
+"""Files that are either whole or absent: written beside the target, fsynced, renamed; or put on an object store."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError
 
 from smpo_schemas.errors import UserError, describe_problem
+from smpo_schemas.store import AnyPath, StorePath
 
 _READ_BYTES = 1 << 20
+_REQUESTS = 16
+"""To an object store, at once."""
 
 MAX_JSON_BYTES = 256 << 20
 """Larger JSON files are refused: the manifest of a million shards has 200 MB."""
@@ -27,15 +33,36 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 """How many there are of something, or bytes."""
 
 Model = TypeVar("Model", bound=BaseModel)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a path beside ``target`` to write to; on success it is fsynced and renamed, on failure removed.
+def atomic_path(target: AnyPath) -> Iterator[Path]:
+    """Yield a local path to write to, which becomes ``target`` on success, and is removed on failure.
 
     Raises:
-        UserError: the folder cannot be written or the disk is full.
+        UserError: the folder or the store cannot be written, or the disk is full.
     """
+    with _put(target) if isinstance(target, StorePath) else _renamed(target) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _put(target: StorePath) -> Iterator[Path]:
+    """Written in a folder of its own, then put on the store at once."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="smpo-") as folder:
+            temporary = Path(folder) / target.name
+            yield temporary
+            target.upload(temporary)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _renamed(target: Path) -> Iterator[Path]:
+    """Written beside ``target``, fsynced, renamed."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,18 +87,18 @@ def _fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(target: Path, content: bytes) -> None:
+def write_bytes(target: AnyPath, content: bytes) -> None:
     """Write ``content`` atomically."""
     with atomic_path(target) as temporary:
         temporary.write_bytes(content)
 
 
-def write_json(target: Path, value: Any) -> None:  # noqa: ANN401  (any JSON value)
+def write_json(target: AnyPath, value: Any) -> None:  # noqa: ANN401  (any JSON value)
     """Write ``value`` atomically as indented JSON; NaN and infinity are refused, since JSON has neither."""
     write_bytes(target, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401  (any JSON value)
+def read_json(path: AnyPath) -> Any:  # noqa: ANN401  (any JSON value)
     """Read a JSON file.
 
     Raises:
@@ -88,7 +115,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401  (any JSON value)
         raise UserError(f"{path} is not a readable JSON file: {error}") from error
 
 
-def read_versioned(path: Path, kind: type[Model], version: int, mend: str) -> Model:
+def read_versioned(path: AnyPath, kind: type[Model], version: int, mend: str) -> Model:
     """Read a JSON file that a pydantic model describes and that carries a ``schema_version``.
 
     Args:
@@ -111,7 +138,7 @@ def read_versioned(path: Path, kind: type[Model], version: int, mend: str) -> Mo
 
 
 @contextmanager
-def reading_parquet(path: Path) -> Iterator[None]:
+def reading_parquet(path: AnyPath) -> Iterator[None]:
     """Turn whatever a damaged or hostile Parquet file makes pyarrow (or a check of its values) raise into one line.
 
     Raises:
@@ -125,13 +152,38 @@ def reading_parquet(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: AnyPath) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def arrow_source(path: AnyPath) -> Path | BinaryIO:
+    """What pyarrow reads a file from: itself, or a stream of it where pyarrow has no path for it."""
+    return path if isinstance(path, Path) else path.open()
+
+
+def list_files(directory: AnyPath, pattern: str) -> list[AnyPath]:
+    """Files of a folder whose names match, in order; none where there is no folder."""
+    found: Iterable[AnyPath] = directory.glob(pattern)
+    return sorted(found, key=str)
+
+
+def read_all(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """``read`` of each item, in order, several at a time: an object store takes its time for each answer."""
+    with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="read") as pool:
+        return list(pool.map(read, items))
+
+
+def remove_tree(directory: AnyPath) -> None:
+    """Remove a folder and all that is in it, if it is there."""
+    if isinstance(directory, StorePath):
+        directory.remove_tree()
+    elif directory.is_dir():
+        shutil.rmtree(directory)
 
 
 def sha256_json(value: Any) -> str:  # noqa: ANN401  (any JSON value)

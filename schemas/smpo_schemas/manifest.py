@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import Count, FileName, read_versioned, write_json
 from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.store import AnyPath
 
 MANIFEST_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -74,6 +74,8 @@ class InversionSettings(_Frozen):
         hflip: whether half of the walks mirror both images.
         size_conditioning: of models that are conditioned on sizes (SDXL): ``image``: each image's own original size and
             crop; ``constant``: the resolution and no crop for all, as the published code.
+        storage: what latents and noise are rounded to, before ``ref_error`` is measured; directories that do not say
+            it have ``float16``.
         dtype: of the denoiser's forward passes.
     """
 
@@ -95,6 +97,7 @@ class InversionSettings(_Frozen):
     prompt_dropout: float = Field(default=0.2, ge=0, le=1)
     hflip: bool = True
     size_conditioning: Literal["image", "constant"] = "image"
+    storage: Literal["float16", "bfloat16"] = "float16"
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
 
 
@@ -196,12 +199,12 @@ class Manifest(_Frozen):
     index: IndexEntry | None = None
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def write_manifest(directory: AnyPath, manifest: Manifest) -> None:
     """Write ``manifest.json``, which finishes the directory."""
     write_json(directory / MANIFEST_FILE, manifest.model_dump())
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: AnyPath) -> Manifest:
     """Read and validate ``manifest.json``.
 
     Raises:

@@ -9,15 +9,15 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_schemas.errors import UserError, one_line
-from smpo_schemas.files import reading_parquet, sha256_file
+from smpo_schemas.files import arrow_source, read_all, reading_parquet, sha256_file
 from smpo_schemas.passing import PASSING_ERRNOS
+from smpo_schemas.store import AnyPath
 
 _SUFFIXES = (".parquet", ".jsonl")
 _ROWS_READ = 16
@@ -90,7 +90,7 @@ PICK_A_PIC = PairColumns("caption", "jpg_0", "jpg_1", "label_0", "ranking_id", "
 _KNOWN_OPTIONAL = PairColumns(label="label", pair_id="pair_id", annotator="annotator")
 
 
-def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path: Path) -> PairColumns:
+def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path: AnyPath) -> PairColumns:
     """Decide which columns of a file are used: Pick-a-Pic's where they are there, else the normalised names.
 
     Args:
@@ -120,10 +120,11 @@ def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path:
 
 @dataclass(frozen=True)
 class PairFile:
-    """One input file, how many rows it has, and a digest of what it holds (:func:`_digest`)."""
+    """One input file, how many rows and bytes it has, and a digest of what it holds (:func:`_digest`)."""
 
-    path: Path
+    path: AnyPath
     rows: int
+    bytes: int
     digest: str
 
 
@@ -131,12 +132,12 @@ class PairFile:
 class RowRange:
     """Rows ``start`` (included) to ``stop`` (excluded) of one input file."""
 
-    path: Path
+    path: AnyPath
     start: int
     stop: int
 
 
-def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
+def list_pair_files(paths: Sequence[AnyPath]) -> list[PairFile]:
     """Find the Parquet and JSONL files under ``paths`` (files or folders), sorted by path within each.
 
     The paths found are absolute: workers on other machines stand in other folders.
@@ -144,7 +145,7 @@ def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
     Raises:
         UserError: a path does not exist, holds no such file, or a file cannot be read.
     """
-    files: list[Path] = []
+    files: list[AnyPath] = []
     for path in paths:
         if path.is_dir():
             found = sorted(
@@ -164,33 +165,34 @@ def list_pair_files(paths: Sequence[Path]) -> list[PairFile]:
     for path in files:
         if not _is_unicode(str(path)):
             raise UserError(f"--pairs {path}: this name cannot stand in a table; rename the file")
-    counted = [_describe(path) for path in files]
+    counted = read_all(_describe, files)
     filled = [file for file in counted if file.rows]
     if not filled:
         raise UserError(f"--pairs {paths[0]}: no rows in any file")
     return filled
 
 
-def _describe(path: Path) -> PairFile:
+def _describe(path: AnyPath) -> PairFile:
     if path.suffix == ".parquet":
         with reading_parquet(path):
-            footer = pq.read_metadata(path)
+            size = path.stat().st_size
+            footer = pq.read_metadata(arrow_source(path))
             groups = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
             if sum(groups) != footer.num_rows or min(groups, default=0) < 0:
                 raise UserError(
                     f"{path} is damaged: its row groups do not have the {footer.num_rows} rows of its footer"
                 )
-            if footer.num_rows > _ROWS_PER_BYTE * path.stat().st_size:
+            if footer.num_rows > _ROWS_PER_BYTE * size:
                 raise UserError(f"{path} is damaged: it cannot hold the {footer.num_rows} rows that its footer claims")
-            return PairFile(path, footer.num_rows, _digest(path))
+            return PairFile(path, footer.num_rows, size, _digest(path))
     try:
         with path.open("rb") as file:
-            return PairFile(path, sum(1 for _ in _lines(file)), _digest(path))
+            return PairFile(path, sum(1 for _ in _lines(file)), path.stat().st_size, _digest(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _digest(path: Path) -> str:
+def _digest(path: AnyPath) -> str:
     """Hex SHA-256 of a JSONL file, or of a Parquet file's footer.
 
     A JSONL file is small (its images are paths) and read whole anyway. A Parquet file holds its images; its footer has
@@ -206,12 +208,19 @@ def _digest(path: Path) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def column_names(path: Path) -> list[str]:
+def column_names(path: AnyPath) -> list[str]:
     """Names of a pair file's columns (JSONL: the keys of any of its rows, which need not all have the same)."""
     if path.suffix == ".parquet":
         with reading_parquet(path):
-            return list(pq.read_schema(path).names)
+            return list(pq.read_schema(arrow_source(path)).names)
     return list(dict.fromkeys(key for row in _jsonl_rows(path, 0, sys.maxsize) for key in row))
+
+
+def columns_of(files: Sequence[PairFile], given: Mapping[str, str | None]) -> dict[AnyPath, PairColumns]:
+    """The columns that are used of each file; see :func:`resolve_columns`."""
+    paths = [file.path for file in files]
+    names = read_all(column_names, paths)
+    return {path: resolve_columns(there, given, path) for path, there in zip(paths, names, strict=True)}
 
 
 def slice_files(files: Sequence[PairFile], rows_per_slice: int, limit: int | None = None) -> list[list[RowRange]]:
@@ -258,7 +267,7 @@ def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any
         yield from _jsonl_rows(rows.path, rows.start, rows.stop)
         return
     names = [name for name in (getattr(columns, field.name) for field in fields(columns)) if name]
-    with reading_parquet(rows.path), pq.ParquetFile(rows.path) as file:
+    with reading_parquet(rows.path), pq.ParquetFile(arrow_source(rows.path)) as file:
         first = 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
@@ -294,7 +303,7 @@ def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any] | PairRejectedE
     return row
 
 
-def _jsonl_rows(path: Path, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
+def _jsonl_rows(path: AnyPath, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
     """Rows of a JSONL file; a line that is not a JSON object yields an empty row, which is then rejected."""
     number = 0
     with path.open("rb") as file:
@@ -321,7 +330,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
             yield line
 
 
-def normalise(row: Mapping[str, Any], columns: PairColumns, folder: Path) -> Pair:
+def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath) -> Pair:
     """Turn one input row into a :class:`Pair`.
 
     Raises:
@@ -334,7 +343,7 @@ def normalise(row: Mapping[str, Any], columns: PairColumns, folder: Path) -> Pai
         raise PairRejectedError(str(error), pair_id) from error
 
 
-def _pair(row: Mapping[str, Any], columns: PairColumns, folder: Path, pair_id: str | None) -> Pair:
+def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id: str | None) -> Pair:
     if not isinstance(row.get(columns.prompt), str):
         raise PairRejectedError(f"no text: prompt column {columns.prompt!r} is empty or of another type")
     prompt = _text(row, columns.prompt, "prompt") or ""
@@ -369,7 +378,7 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _image_bytes(value: object, name: str, folder: Path) -> bytes:
+def _image_bytes(value: object, name: str, folder: AnyPath) -> bytes:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
@@ -381,7 +390,7 @@ def _image_bytes(value: object, name: str, folder: Path) -> bytes:
     return value
 
 
-def _file_bytes(path: Path, name: str) -> bytes:
+def _file_bytes(path: AnyPath, name: str) -> bytes:
     """The content of a plain file; a device or a pipe may have no end, or wait for ever, and is not opened."""
     shown = repr(str(path)[-200:])
     try:

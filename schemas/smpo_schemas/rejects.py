@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from smpo_schemas.files import atomic_path, reading_parquet
+from smpo_schemas.files import arrow_source, atomic_path, reading_parquet
+from smpo_schemas.store import AnyPath
 
 REJECT_SCHEMA = pa.schema(
     [("pair_id", pa.string()), ("source", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
@@ -28,21 +28,21 @@ class Reject(BaseModel):
     reason: str
 
 
-def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+def write_rejects(path: AnyPath, rejects: Sequence[Reject]) -> None:
     """Write ``rejected.parquet``, empty where nothing was rejected."""
     table = pa.Table.from_pylist([reject.model_dump() for reject in rejects], schema=REJECT_SCHEMA)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
 
 
-def read_rejects(path: Path) -> list[Reject]:
+def read_rejects(path: AnyPath) -> list[Reject]:
     """Read ``rejected.parquet``.
 
     Raises:
         UserError: it is missing or damaged, or its columns are others.
     """
     with reading_parquet(path):
-        table = pq.ParquetFile(path).read().select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)
+        table = pq.ParquetFile(arrow_source(path)).read().select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)
         table.validate(full=True)
         return [Reject(**row) for row in table.to_pylist()]
 

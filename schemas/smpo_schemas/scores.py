@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,14 @@ from smpo_schemas.errors import UserError
 from smpo_schemas.files import (
     Count,
     FileName,
+    arrow_source,
     atomic_path,
     read_versioned,
     reading_parquet,
     sha256_file,
     write_json,
 )
+from smpo_schemas.store import AnyPath
 
 SCORES_VERSION = 1
 SCORES_FILE = "scores.json"
@@ -96,22 +97,22 @@ def score_schema(rewards: Sequence[str]) -> pa.Schema:
     return pa.schema(columns)
 
 
-def write_part(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, rewards: Sequence[str]) -> ScoresPart:
+def write_part(path: AnyPath, rows: Sequence[dict[str, Any]] | pa.Table, rewards: Sequence[str]) -> ScoresPart:
     """Write one part of the table atomically and return its entry."""
     schema = score_schema(rewards)
     table = rows.select(schema.names).cast(schema) if isinstance(rows, pa.Table) else None
     table = pa.Table.from_pylist(list(rows), schema=schema) if table is None else table
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
-    return ScoresPart(name=path.name, pairs=table.num_rows, sha256=sha256_file(path))
+        return ScoresPart(name=path.name, pairs=table.num_rows, sha256=sha256_file(temporary))
 
 
-def write_scores_info(directory: Path, info: ScoresInfo) -> None:
+def write_scores_info(directory: AnyPath, info: ScoresInfo) -> None:
     """Write ``scores.json``, which finishes the directory."""
     write_json(directory / SCORES_FILE, info.model_dump())
 
 
-def read_scores_info(directory: Path) -> ScoresInfo:
+def read_scores_info(directory: AnyPath) -> ScoresInfo:
     """Read ``scores.json``.
 
     Raises:
@@ -125,7 +126,7 @@ def read_scores_info(directory: Path) -> ScoresInfo:
     return read_versioned(path, ScoresInfo, SCORES_VERSION, "score again")
 
 
-def read_scores(directory: Path, info: ScoresInfo, columns: Sequence[str] | None = None) -> pa.Table:
+def read_scores(directory: AnyPath, info: ScoresInfo, columns: Sequence[str] | None = None) -> pa.Table:
     """Read the whole table, in input order; ``columns`` limits what is read.
 
     Raises:
@@ -136,7 +137,7 @@ def read_scores(directory: Path, info: ScoresInfo, columns: Sequence[str] | None
     for part in info.parts:
         path = directory / part.name
         with reading_parquet(path):
-            table = pq.ParquetFile(path).read(columns=list(columns) if columns is not None else None)
+            table = pq.ParquetFile(arrow_source(path)).read(columns=list(columns) if columns is not None else None)
             table = _as_written(table, list(info.rewards), columns)
         if table.num_rows != part.pairs:
             raise UserError(f"{path} has {table.num_rows} rows, {SCORES_FILE} says {part.pairs}; score again")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,9 +18,10 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from smpo_schemas.errors import UserError, describe_problem
-from smpo_schemas.files import atomic_path, reading_parquet, sha256_file
+from smpo_schemas.files import arrow_source, atomic_path, read_all, reading_parquet, sha256_file
 from smpo_schemas.manifest import IndexEntry
-from smpo_schemas.shards import SampleLocation, SampleMeta, ShardDirectory
+from smpo_schemas.shards import IndexedWalk, SampleLocation, SampleMeta, ShardDirectory
+from smpo_schemas.store import AnyPath
 
 INDEX_FILE = "index.parquet"
 
@@ -36,23 +39,8 @@ _SCHEMA = pa.schema(
     ]
 )
 _ROWS = 4096
-
-
-@dataclass(frozen=True)
-class IndexedWalk:
-    """One walk, without its latents.
-
-    Attributes:
-        location: where it lies.
-        meta: which walk of which pair it is.
-        timesteps: of its K states, increasing.
-        latent: the shape (C, h, w) of its latents.
-    """
-
-    location: SampleLocation
-    meta: SampleMeta
-    timesteps: tuple[int, ...]
-    latent: tuple[int, ...]
+_PARTS = 64
+"""Read at once."""
 
 
 def indexed_walks(directory: ShardDirectory) -> Iterator[IndexedWalk]:
@@ -61,25 +49,52 @@ def indexed_walks(directory: ShardDirectory) -> Iterator[IndexedWalk]:
     Raises:
         UserError: the index differs from the manifest, or a tar is malformed.
     """
-    return _read(directory, directory.manifest.index) if directory.manifest.index else _scan(directory)
+    return _read(directory, directory.manifest.index) if directory.manifest.index else _scan_all(directory)
 
 
-def write_index(directory: ShardDirectory) -> IndexEntry:
+def write_index(directory: ShardDirectory, parts: Sequence[AnyPath] = ()) -> IndexEntry:
     """Index the tars of a directory; equal tars give equal bytes.
+
+    Args:
+        directory: the tars, and the manifest that lists them.
+        parts: for each tar what :func:`write_index_part` left when it was written, which saves reading it; a tar
+            without one (not named, or not there) is read.
 
     Raises:
         UserError: a tar is malformed, or the index cannot be written.
     """
-    path = directory.path / INDEX_FILE
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
+    with atomic_path(directory.path / INDEX_FILE) as temporary:
+        _write(temporary, _from_parts(directory, parts) if parts else _scan_all(directory))
+        return IndexEntry(name=INDEX_FILE, bytes=temporary.stat().st_size, sha256=sha256_file(temporary))
+
+
+def write_index_part(path: AnyPath, walks: Iterable[IndexedWalk]) -> None:
+    """Note what the index will say of one tar."""
+    with atomic_path(path) as temporary:
+        _write(temporary, walks)
+
+
+def _write(path: Path, walks: Iterable[IndexedWalk]) -> None:
+    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
         rows: list[dict[str, object]] = []
-        for walk in _scan(directory):
+        for walk in walks:
             rows.append(_row(walk))
             if len(rows) == _ROWS:
                 writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
                 rows = []
         writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
-    return IndexEntry(name=INDEX_FILE, bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _from_parts(directory: ShardDirectory, parts: Sequence[AnyPath]) -> Iterator[IndexedWalk]:
+    def walks(shard: int) -> list[IndexedWalk]:
+        if not parts[shard].is_file():
+            return list(_scan(directory, shard))
+        with reading_parquet(parts[shard]):
+            found = _walks(pq.read_table(arrow_source(parts[shard])), 1)
+            return [replace(walk, location=replace(walk.location, shard=shard)) for walk in found]
+
+    for start in range(0, len(parts), _PARTS):
+        yield from chain.from_iterable(read_all(walks, range(start, min(start + _PARTS, len(parts)))))
 
 
 def _row(walk: IndexedWalk) -> dict[str, object]:
@@ -104,11 +119,16 @@ def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedWalk]
     if sha256_file(path) != entry.sha256:
         raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced")
     with reading_parquet(path):
-        for batch in pq.ParquetFile(path).iter_batches(_ROWS):
-            table = pa.Table.from_batches([batch]).select(_SCHEMA.names).cast(_SCHEMA)
-            table.validate(full=True)
-            for row in table.to_pylist():
-                yield _walk(row, len(directory.manifest.shards))
+        for batch in pq.ParquetFile(arrow_source(path)).iter_batches(_ROWS):
+            yield from _walks(batch, len(directory.manifest.shards))
+
+
+def _walks(batch: pa.RecordBatch | pa.Table, num_shards: int) -> Iterator[IndexedWalk]:
+    table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
+    table = table.select(_SCHEMA.names).cast(_SCHEMA)
+    table.validate(full=True)
+    for row in table.to_pylist():
+        yield _walk(row, num_shards)
 
 
 def _walk(row: dict[str, Any], num_shards: int) -> IndexedWalk:
@@ -139,28 +159,31 @@ def _naturals(values: object) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _scan(directory: ShardDirectory) -> Iterator[IndexedWalk]:
-    """Read the tars' headers, their JSON members, and of the tensors the timesteps alone."""
-    for shard, entry in enumerate(directory.manifest.shards):
-        path = directory.path / entry.name
-        locations = directory.locate(shard)
-        with path.open("rb") as file:
-            for location in locations:
-                file.seek(location.meta[0])
-                meta = file.read(location.meta[1])
-                file.seek(location.tensors[0])
-                try:
-                    (length,) = struct.unpack("<Q", file.read(8))
-                    header = json.loads(file.read(min(length, location.tensors[1])))
-                    begin, end = _naturals(header["timestep"]["data_offsets"])
-                    if end > location.tensors[1]:
-                        raise ValueError(f"timesteps end at {end}, the member at {location.tensors[1]}")
-                    file.seek(begin, 1)
-                    timesteps = struct.unpack(f"<{(end - begin) // 8}q", file.read(end - begin))
-                    latent = _naturals(header["x0"]["shape"])[1:]
-                    yield IndexedWalk(location, SampleMeta.model_validate_json(meta), timesteps, latent)
-                except ValidationError as error:
-                    problem = describe_problem(error)
-                    raise UserError(f"{path}: sample {location.key}: malformed json member: {problem}") from error
-                except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                    raise UserError(f"{path}: sample {location.key}: malformed safetensors member: {error}") from error
+def _scan_all(directory: ShardDirectory) -> Iterator[IndexedWalk]:
+    return chain.from_iterable(_scan(directory, shard) for shard in range(len(directory.manifest.shards)))
+
+
+def _scan(directory: ShardDirectory, shard: int) -> Iterator[IndexedWalk]:
+    """Read a tar's headers, its JSON members, and of the tensors the timesteps alone."""
+    path = directory.path / directory.manifest.shards[shard].name
+    locations = directory.locate(shard)
+    with path.open("rb") as file:
+        for location in locations:
+            file.seek(location.meta[0])
+            meta = file.read(location.meta[1])
+            file.seek(location.tensors[0])
+            try:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, location.tensors[1])))
+                begin, end = _naturals(header["timestep"]["data_offsets"])
+                if end > location.tensors[1]:
+                    raise ValueError(f"timesteps end at {end}, the member at {location.tensors[1]}")
+                file.seek(begin, 1)
+                timesteps = struct.unpack(f"<{(end - begin) // 8}q", file.read(end - begin))
+                latent = _naturals(header["x0"]["shape"])[1:]
+                yield IndexedWalk(location, SampleMeta.model_validate_json(meta), timesteps, latent)
+            except ValidationError as error:
+                problem = describe_problem(error)
+                raise UserError(f"{path}: sample {location.key}: malformed json member: {problem}") from error
+            except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+                raise UserError(f"{path}: sample {location.key}: malformed safetensors member: {error}") from error

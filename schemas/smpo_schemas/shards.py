@@ -5,15 +5,13 @@ Shape suffixes: K states, 2 images, C h w a latent.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import safetensors.torch
 import torch
@@ -24,8 +22,12 @@ from webdataset import TarWriter
 from smpo_schemas.errors import UserError, describe_problem
 from smpo_schemas.files import atomic_path, sha256_file
 from smpo_schemas.manifest import Manifest, ShardEntry, read_manifest
+from smpo_schemas.store import AnyPath
 
 _META, _TENSORS = "json", "safetensors"
+
+STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What latents and noise can be stored as, by the manifest's name for it."""
 
 _MOST_BYTES = 1 << 40
 """Of a member: offsets beyond any file make seeking fail in ways of its own."""
@@ -64,8 +66,8 @@ class Sample:
     """One walk.
 
     Attributes:
-        x0_2Chw: float16, scaled VAE latents of both images: the very sample that the walk began from.
-        noise_K2Chw: float16, tau_t = (x_t - a_t x0) / s_t.
+        x0_2Chw: float16 or bfloat16, scaled VAE latents of both images: the very sample that the walk began from.
+        noise_K2Chw: of the same type, tau_t = (x_t - a_t x0) / s_t.
         timestep_K: int64, increasing.
         ref_error_K2: float32, the reference's error at exactly this stored state.
         residual_K2: float32, relative distance from the inversion's fixed point; NaN where no step was taken.
@@ -126,9 +128,10 @@ def decode_sample(meta: bytes, tensors: bytes, source: str) -> Sample:
 def _tensor_problem(sample: Sample) -> str | None:
     latent = tuple(sample.x0_2Chw.shape)
     count = sample.timestep_K.numel()
+    stored = sample.x0_2Chw.dtype if sample.x0_2Chw.dtype in STORAGE.values() else torch.float16
     expected = {
-        "x0": (torch.float16, latent),
-        "noise": (torch.float16, (count, *latent)),
+        "x0": (stored, latent),
+        "noise": (stored, (count, *latent)),
         "timestep": (torch.int64, (count,)),
         "ref_error": (torch.float32, (count, 2)),
         "residual": (torch.float32, (count, 2)),
@@ -149,15 +152,21 @@ def _tensor_problem(sample: Sample) -> str | None:
 class ShardWriter:
     """Writes one tar that appears under its name only when whole; equal samples give equal bytes.
 
-    Use as a context manager; ``entry`` is there after a successful exit. An exception leaves no file.
+    Use as a context manager; what follows is there after a successful exit. An exception leaves no file.
+
+    Attributes:
+        entry: what the manifest is to say of it.
+        walks: what it holds, in order: where each sample lies (``shard`` 0), and the sample without its latents.
     """
 
     entry: ShardEntry
+    walks: list[IndexedWalk]
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self._path = path
         self._atomic = atomic_path(path)
-        self._pairs = self._samples = self._states = 0
+        self._pairs = 0
+        self._written: list[tuple[SampleMeta, tuple[int, ...], tuple[int, ...]]] = []
 
     def __enter__(self) -> Self:
         self._temporary = self._atomic.__enter__()
@@ -170,8 +179,7 @@ class ShardWriter:
         """Append a sample under ``key`` (digits, no dots)."""
         self._tar.write({"__key__": key, **encode_sample(sample)})
         self._pairs += sample.meta.walk == 0
-        self._samples += 1
-        self._states += sample.timestep_K.numel()
+        self._written.append((sample.meta, tuple(sample.timestep_K.tolist()), tuple(sample.x0_2Chw.shape[1:])))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -179,19 +187,27 @@ class ShardWriter:
         try:
             self._tar.close()
             self._stream.close()
-        except OSError as closing:
+            if error is None:
+                self._describe()
+        except (OSError, UserError) as closing:
             # A full disk may show only here; the file must then not be renamed into place.
             kind, error, trace = (kind, error, trace) if error else (type(closing), closing, closing.__traceback__)
         self._atomic.__exit__(kind, error, trace)
-        if error is None:
-            self.entry = ShardEntry(
-                name=self._path.name,
-                pairs=self._pairs,
-                samples=self._samples,
-                states=self._states,
-                bytes=self._path.stat().st_size,
-                sha256=sha256_file(self._path),
-            )
+
+    def _describe(self) -> None:
+        """Read back what was written, while it is on this machine."""
+        self.entry = ShardEntry(
+            name=self._path.name,
+            pairs=self._pairs,
+            samples=len(self._written),
+            states=sum(len(timesteps) for _, timesteps, _ in self._written),
+            bytes=self._temporary.stat().st_size,
+            sha256=sha256_file(self._temporary),
+        )
+        locations = _locate(self._temporary, self.entry, 0)
+        self.walks = [
+            IndexedWalk(location, *written) for location, written in zip(locations, self._written, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -223,10 +239,47 @@ class _PlainMember(tarfile.TarInfo):
         return member
 
 
+@dataclass(frozen=True)
+class IndexedWalk:
+    """One walk, without its latents.
+
+    Attributes:
+        location: where it lies.
+        meta: which walk of which pair it is.
+        timesteps: of its K states, increasing.
+        latent: the shape (C, h, w) of its latents.
+    """
+
+    location: SampleLocation
+    meta: SampleMeta
+    timesteps: tuple[int, ...]
+    latent: tuple[int, ...]
+
+
+def _locate(path: AnyPath, entry: ShardEntry, shard: int) -> list[SampleLocation]:
+    """The samples of one tar, in order; see :meth:`ShardDirectory.locate`."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_PlainMember) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if not (key.isascii() and key.isdecimal()) or extension in members.setdefault(key, {}):
+                    raise UserError(f"{path}: member {member.name[:100]!r} is no member of a shard, or there twice")
+                members[key][extension] = (member.offset_data, member.size)
+    except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for key, parts in members.items():
+        if set(parts) != {_META, _TENSORS}:
+            raise UserError(f"{path}: sample {key} has the members {sorted(parts)}, expected {[_META, _TENSORS]}")
+    if len(members) != entry.samples:
+        raise UserError(f"{path} holds {len(members)} samples, the manifest says {entry.samples}")
+    return [SampleLocation(shard, key, parts[_META], parts[_TENSORS]) for key, parts in members.items()]
+
+
 class ShardDirectory:
     """A finished output of ``invert``: its manifest, and its samples by location or in order."""
 
-    def __init__(self, directory: Path, manifest: Manifest | None = None) -> None:
+    def __init__(self, directory: AnyPath, manifest: Manifest | None = None) -> None:
         """Open a directory.
 
         Args:
@@ -262,23 +315,7 @@ class ShardDirectory:
             UserError: the tar is malformed, or holds another number of samples than the manifest says.
         """
         entry = self.manifest.shards[shard]
-        path = self.path / entry.name
-        members: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with tarfile.open(path, "r:", tarinfo=_PlainMember) as tar:
-                for member in tar:
-                    key, _, extension = member.name.partition(".")
-                    if not (key.isascii() and key.isdecimal()) or extension in members.setdefault(key, {}):
-                        raise UserError(f"{path}: member {member.name[:100]!r} is no member of a shard, or there twice")
-                    members[key][extension] = (member.offset_data, member.size)
-        except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        for key, parts in members.items():
-            if set(parts) != {_META, _TENSORS}:
-                raise UserError(f"{path}: sample {key} has the members {sorted(parts)}, expected {[_META, _TENSORS]}")
-        if len(members) != entry.samples:
-            raise UserError(f"{path} holds {len(members)} samples, the manifest says {entry.samples}")
-        return [SampleLocation(shard, key, parts[_META], parts[_TENSORS]) for key, parts in members.items()]
+        return _locate(self.path / entry.name, entry, shard)
 
     def read(self, location: SampleLocation) -> Sample:
         """Read one sample by its location.
@@ -295,9 +332,9 @@ class ShardDirectory:
         return decode_sample(meta, tensors, f"{path}: sample {location.key}")
 
     @staticmethod
-    def _read_at(file: io.BufferedReader, offset: int, length: int) -> bytes:
+    def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
         """The bytes of a member; those that lie outside the file are not asked for, since memory would be taken."""
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
         if not (0 <= offset <= size and 0 <= length <= size - offset):
             raise OSError(f"it has no {length} bytes at {offset}")
         file.seek(offset)

@@ -77,13 +77,15 @@ def expected_x0(oracle: Oracle, sample: Sample, pair, mode: bool) -> torch.Tenso
     return latents * oracle.vae.config.scaling_factor
 
 
-def check_state(oracle: Oracle, sample: Sample, k: int, image: int, text: torch.Tensor, x_t: torch.Tensor) -> None:
-    """tau to float16 rounding of the float64 state, ref_error at exactly the stored state."""
+def check_state(
+    oracle: Oracle, sample: Sample, k: int, image: int, text: torch.Tensor, x_t: torch.Tensor, rounding: float = 2**-10
+) -> None:
+    """tau to the rounding (default: float16's) of the float64 state, ref_error at exactly the stored state."""
     t = int(sample.timestep_K[k])
     x0 = sample.x0_2Chw[image].double()
     tau = (x_t - oracle.a(t) * x0) / oracle.s(t)
     stored = sample.noise_K2Chw[k, image].double()
-    torch.testing.assert_close(stored, tau, rtol=2**-10, atol=3e-4)
+    torch.testing.assert_close(stored, tau, rtol=rounding, atol=3e-4)
     rebuilt = oracle.a(t) * x0 + oracle.s(t) * stored
     error = (oracle.output(rebuilt, t, text) - oracle.target(x0, stored, t)).square().mean()
     assert float(sample.ref_error_K2[k, image]) == pytest.approx(float(error), rel=1e-4)
@@ -134,6 +136,26 @@ def check_walks(family, oracle: Oracle, settings: InversionSettings) -> None:
                 assert float(sample.residual_K2[kept, image]) == pytest.approx(residual, rel=0.02, abs=2e-5)
                 kept += 1
             assert kept == (settings.states or settings.steps)
+
+
+def test_what_is_stored_as_bfloat16_is_rounded_to_it_and_has_the_error_of_what_is_stored(some_world):
+    """The same draws as in float16; the walk begins from the rounded x0, and ref_error is of the rounded state."""
+    family, oracle = some_world
+    settings = InversionSettings(storage="bfloat16", steps=4, prompt_dropout=0)
+    pairs = [make_pair(number) for number in range(2)]
+    samples, _ = invert(family, settings, pairs)
+    for sample, pair in zip(samples, pairs, strict=True):
+        assert {sample.x0_2Chw.dtype, sample.noise_K2Chw.dtype} == {torch.bfloat16}
+        # Rounding to nearest moves a value by at most 2^-8 of itself; one in a hundred or so exactly to where it was.
+        x0 = expected_x0(oracle, sample, pair, mode=False)
+        torch.testing.assert_close(sample.x0_2Chw.float(), x0, rtol=2**-8, atol=1e-5)
+        assert not torch.allclose(sample.x0_2Chw.float(), x0, rtol=2**-10, atol=1e-5)
+        nodes = settings_nodes(settings).nodes(family.process, pair.pair_id, 0)
+        for image in range(2):
+            text = oracle.embed(pair.prompt, pair.size[image], pair.crop[image])
+            steps = oracle.walk(sample.x0_2Chw[image].double(), nodes, text, settings.renoise_steps)
+            for k, (_, _, _, x_t) in enumerate(steps):
+                check_state(oracle, sample, k, image, text, x_t, rounding=2**-8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,21 @@ def run_plan(inputs, capfd, *more):
     return run_here(capfd, "smpo-pipeline", "plan", *common, *more)
 
 
+def test_a_shard_size_is_a_number_with_a_unit_and_the_only_size(inputs, capfd):
+    for size in ("500", "5XB", "0MB", "1.5GB"):
+        assert_one_line(run_plan(inputs, capfd, "--shard-size", size), f"--shard-size {size}: a whole number with kB")
+    done = run_plan(inputs, capfd, "--shard-size", "5MB", "--pairs-per-shard", 4)
+    assert_one_line(done, "--shard-size 5MB and --pairs-per-shard both say how large a tar is")
+
+
+def test_a_shard_size_gives_the_number_of_shards(inputs, tmp_path, capfd):
+    out = tmp_path / "plan.json"
+    done = run_plan(inputs, capfd, "--steps", 3, "--batch-size", 4, "--shard-size", "30kB", "--out", out)
+    assert done.returncode == 0, done.stderr
+    # x0 and three noises of 1024 bytes each and some headers, in about 6 kB: 4 pairs a tar.
+    assert json.loads(out.read_text())["projections"][0]["shards"] == 3
+
+
 def test_a_plan_in_words_and_as_json(inputs, tmp_path, capfd):
     out = tmp_path / "plan.json"
     flags = ("--steps", 3, "--batch-size", 4, "--walks", 2, "--pairs-per-shard", 4, "--gpus", 4, "--price", 2.5)

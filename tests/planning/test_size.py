@@ -11,11 +11,11 @@ from smpo_pipeline.inversion.batch import draw_walk
 from smpo_pipeline.inversion.batch_size import walk_requests
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.planning.rate import measure_rate
-from smpo_pipeline.planning.size import forwards, num_shards, total_bytes, walk_bytes
+from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, walk_bytes
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards import ShardWriter
 from tests.inversion.helpers import make_pair
-from tests.tiny import LATENT_SHAPE, make_tiny_model
+from tests.tiny import IMAGE_SIDE, LATENT_SHAPE, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,9 @@ def test_by_hand(family):
     assert forwards(walk.plan, InversionSettings(solver="anderson"), own_walker=True) is None
 
 
-@pytest.mark.parametrize("changes", [{}, {"states": 2, "walks": 2}, {"timesteps": "published"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"states": 2, "walks": 2}, {"timesteps": "published"}, {"storage": "bfloat16"}], ids=str
+)
 def test_bytes_are_those_that_are_written(family, tmp_path, changes):
     settings = InversionSettings(**{"steps": 4, "source": "forward", **changes})
     long = dataclasses.replace(PAIRS[1], pair_id="long", prompt="Zürich " * 200, scores={})
@@ -78,8 +80,27 @@ def test_bytes_are_those_that_are_written(family, tmp_path, changes):
     with ShardWriter(tmp_path / "shard.tar") as shard:
         for number, sample in enumerate(samples):
             shard.write(f"{number:010d}", sample)
-    found = sum(walk_bytes(draw_walk(*request, family, settings, 3), LATENT_SHAPE) for request in requests)
+    found = sum(
+        walk_bytes(draw_walk(*request, family, settings, 3), LATENT_SHAPE, settings.storage) for request in requests
+    )
     assert total_bytes(len(pairs), len(pairs), found / len(pairs)) == shard.entry.bytes
+
+
+@pytest.mark.parametrize("changes", [{}, {"states": 2, "walks": 2, "storage": "bfloat16"}], ids=str)
+def test_a_tar_of_the_pairs_that_fit_has_about_the_size_that_was_asked_for(family, tmp_path, changes):
+    settings = InversionSettings(**{"steps": 4, "source": "forward", **changes})
+    count = pairs_that_fit(200_000, family.latent_shape(IMAGE_SIDE), settings, family.process)
+    requests = [
+        (dataclasses.replace(PAIRS[0], pair_id=str(number)), walk)
+        for number in range(count)
+        for walk in range(settings.walks)
+    ]
+    samples, _ = Inverter(family, family.denoiser, settings, 3).invert(requests)
+    with ShardWriter(tmp_path / "shard.tar") as shard:
+        for number, sample in enumerate(samples):
+            shard.write(f"{number:010d}", sample)
+    assert 190_000 < shard.entry.bytes < 210_000
+    assert pairs_that_fit(1, family.latent_shape(IMAGE_SIDE), settings, family.process) == 1
 
 
 def test_shards_and_their_padding_by_hand():

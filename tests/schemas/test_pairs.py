@@ -57,7 +57,7 @@ def test_any_row_range_of_a_file_with_row_groups(tmp_path, start, stop):
 
 
 def test_slices_cover_the_input_once_and_in_order(tmp_path):
-    files = [PairFile(tmp_path / name, rows, "") for name, rows in (("a", 5), ("b", 0), ("c", 9))]
+    files = [PairFile(tmp_path / name, rows, 0, "") for name, rows in (("a", 5), ("b", 0), ("c", 9))]
     for size in range(1, 16):
         for limit in (None, 1, 6, 14, 99):
             slices = slice_files(files, size, limit)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -19,7 +20,7 @@ from smpo_schemas.manifest import (
     read_manifest,
     write_manifest,
 )
-from smpo_schemas.shards import Sample, SampleMeta, ShardDirectory, ShardWriter
+from smpo_schemas.shards import Sample, SampleMeta, ShardDirectory, ShardWriter, decode_sample, encode_sample
 
 
 def make_sample(number: int, states: int = 3, **tensors: torch.Tensor) -> Sample:
@@ -81,6 +82,20 @@ def write_directory(path, shards: int = 2, samples: int = 3):
     )
     write_manifest(path, manifest)
     return manifest
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])
+def test_both_kinds_of_storage_are_read_as_written(storage):
+    sample = make_sample(0)
+    sample = replace(sample, x0_2Chw=sample.x0_2Chw.to(storage), noise_K2Chw=sample.noise_K2Chw.to(storage))
+    members = encode_sample(sample)
+    back = decode_sample(members["json"], members["safetensors"], "here")
+    for name, tensor in sample.tensors().items():
+        assert back.tensors()[name].dtype == tensor.dtype
+        torch.testing.assert_close(back.tensors()[name], tensor, rtol=0, atol=0, equal_nan=True)
+    mixed = replace(sample, noise_K2Chw=sample.noise_K2Chw.float())
+    with pytest.raises(UserError, match=f"noise is torch.float32 .*expected {storage}"):
+        decode_sample(**dict(zip(("meta", "tensors"), encode_sample(mixed).values(), strict=True)), source="here")
 
 
 def test_what_is_written_is_read(tmp_path):

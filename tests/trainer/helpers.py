@@ -79,6 +79,7 @@ def make_shards(
     swapped: bool = False,
     prefix: str = "pair",
     latent: Sequence[int] = LATENT_SHAPE,
+    storage: torch.dtype = torch.float16,
 ) -> Path:
     """Write shards of up to four pairs with random latents and a true ref_error.
 
@@ -93,8 +94,8 @@ def make_shards(
     samples = []
     for number in range(num_pairs):
         drawn = {name: tuple(generator.uniform(size=2).tolist()) for name in rewards}
-        x0 = torch.from_numpy(generator.standard_normal((2, *latent))).half()
-        noise = torch.from_numpy(generator.standard_normal((num_states, 2, *latent))).half()
+        x0 = torch.from_numpy(generator.standard_normal((2, *latent))).to(storage)
+        noise = torch.from_numpy(generator.standard_normal((num_states, 2, *latent))).to(storage)
         timesteps = np.sort(generator.choice(1000, num_states, replace=False))
         prompt, dropped = PROMPTS[number % len(PROMPTS)], number % 4 == 3
         seen = "" if dropped else prompt

@@ -50,6 +50,13 @@ def test_first_loss_from_the_reference_is_ln_2(
     assert first["reference_noise/std"] < 1e-3
 
 
+def test_shards_in_bfloat16_begin_at_ln_2(train: Train, tmp_path: Path, model: Path) -> None:
+    shards = make_shards(tmp_path / "shards", model, num_pairs=4, storage=torch.bfloat16)
+    first = metrics(train(on=shards, max_steps=1, batch_size=12))[0]
+    assert first["loss"] == pytest.approx(LN2, abs=1e-4)
+    assert first["reference_noise/std"] < 1e-3
+
+
 @pytest.mark.parametrize("beta", [20, 2000, 50_000])
 def test_bf16_begins_at_ln_2(train: Train, beta: float) -> None:
     out = train(mixed_precision="bf16", beta=beta, max_steps=1)

@@ -47,7 +47,7 @@ class StateBatch:
     Attributes:
         pair_ids, prompts: of each state; the prompt is "" where it was dropped in the inversion.
         sizes, crops: of both images of each state, in pixels.
-        x0_B2Chw, noise_B2Chw: float16, as they are stored.
+        x0_B2Chw, noise_B2Chw: float16 or bfloat16, as they are stored.
         ref_error_B2: float32.
         timestep_B: int64.
         preference_B, label_B: float32, NaN where there is none.

@@ -23,7 +23,7 @@ def condition(policy: Policy, batch: StateBatch) -> Conditioning:
 def pair_errors(family: Family, denoiser: nn.Module, batch: StateBatch, conditioning: Conditioning) -> torch.Tensor:
     """Mean squared error over C, h, w in the model's own prediction space: float32 [B, 2].
 
-    x_t is rebuilt in float32 from the stored float16 x0 and noise: the very state that ref_error was measured at. Both
+    x_t is rebuilt in float32 from the stored x0 and noise: the very state that ref_error was measured at. Both
     images of all pairs go through one forward.
     """
     x0_RChw = _rows(batch.x0_B2Chw)

@@ -93,7 +93,7 @@ def open_shards(names: Sequence[str], cache: Path) -> ShardSet:
         UserError: a directory has no valid manifest, is named twice, or does not belong to the first one.
     """
     sources = tuple(open_source(name, cache) for name in names)
-    resolved = [source.directory.path.resolve() for source in sources]
+    resolved = [source.folder.resolve() for source in sources]
     for index, path in enumerate(resolved):
         if path in resolved[:index]:
             raise UserError(f"--shards names {names[index]} twice")

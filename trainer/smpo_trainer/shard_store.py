@@ -77,11 +77,13 @@ class ShardSource:
 
     Attributes:
         name: path or URL, as the user gave it.
-        directory: where its files lie, or will lie.
+        folder: where its files lie, or will lie.
+        directory: its manifest, and its samples once they are there.
         remote: where they come from; None: they are there.
     """
 
     name: str
+    folder: Path
     directory: ShardDirectory
     remote: Remote | None
 
@@ -93,7 +95,7 @@ def open_source(name: str, cache: Path) -> ShardSource:
         UserError: it holds no finished shards, or the store cannot be reached.
     """
     if "://" not in name:
-        return ShardSource(name, ShardDirectory(Path(name)), None)
+        return ShardSource(name, Path(name), ShardDirectory(Path(name)), None)
     url = name.rstrip("/")
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
@@ -109,7 +111,7 @@ def open_source(name: str, cache: Path) -> ShardSource:
     directory = ShardDirectory(folder)
     if directory.manifest.index:
         remote.fetch(directory.manifest.index.name, folder / directory.manifest.index.name)
-    return ShardSource(name, directory, remote)
+    return ShardSource(name, folder, directory, remote)
 
 
 class ShardStore:
@@ -154,7 +156,7 @@ class ShardStore:
                 return
             if shard not in kept and self._ready[shard].done():
                 source, number = self._places[shard]
-                (source.directory.path / source.directory.manifest.shards[number].name).unlink(missing_ok=True)
+                (source.folder / source.directory.manifest.shards[number].name).unlink(missing_ok=True)
                 del self._ready[shard]
                 total -= self._entry_bytes(shard)
 
@@ -166,7 +168,7 @@ class ShardStore:
         source, number = self._places[shard]
         entry = source.directory.manifest.shards[number]
         if source.remote:
-            path = source.directory.path / entry.name
+            path = source.folder / entry.name
             source.remote.fetch(entry.name, path)
             try:
                 source.directory.verify(number)

@@ -12,12 +12,15 @@ from smpo_pipeline.commands import options as opt
 from smpo_schemas.commandline import ConfigOption, write_resolved_config
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings, Manifest, averaged_estimates
+from smpo_schemas.store import AnyPath, parse_path
 
 _MODEL = "Model"
 _WALK = "Walks"
 _DEFAULTS = InversionSettings()
 _TOLERANCE = {"fp32": _DEFAULTS.tolerance, "fp16": 3e-4, "bf16": 2e-3}
 """A few times the rounding of the denoiser's output, below which no residual falls (docs/inversion.md)."""
+
+_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 _SOLVERS_OF_FLAG = {
     "solver": ("ddim", "renoise", "adaptive", "anderson"),
@@ -32,9 +35,11 @@ _SOLVERS_OF_FLAG = {
 def invert(
     context: typer.Context,
     pairs: opt.PairsOption,
-    scores: Annotated[Path, typer.Option("--scores", help="Output of `smpo-pipeline score` for these pairs.")],
+    scores: Annotated[
+        str, typer.Option("--scores", metavar="DIR|URL", help="Output of `smpo-pipeline score` for these pairs.")
+    ],
     model: Annotated[str, typer.Option("--model", help="Text-to-image model to align: hub id or diffusers folder.")],
-    out: opt.OutOption,
+    out: opt.OutOrUrlOption,
     unet: Annotated[
         Path | None,
         typer.Option(help="The reference, where it is not the model's own denoiser.", rich_help_panel=_MODEL),
@@ -144,6 +149,13 @@ def invert(
     hflip: Annotated[
         bool, typer.Option("--hflip/--no-hflip", help="Mirror half of the walks.", rich_help_panel=_WALK)
     ] = _DEFAULTS.hflip,
+    storage: Annotated[
+        Literal["float16", "bfloat16"],
+        typer.Option(
+            help="Of stored latents and noise: float16 (11 bits of each value, up to 65504) or bfloat16 (8, any size).",
+            rich_help_panel=_WALK,
+        ),
+    ] = "float16",
     size_conditioning: Annotated[
         Literal["image", "constant"],
         typer.Option(
@@ -153,6 +165,10 @@ def invert(
     ] = "image",
     seed: Annotated[int, typer.Option(min=0, help="With the pair's id, the source of all randomness.")] = 0,
     pairs_per_shard: Annotated[int, typer.Option(min=1, help="Pairs a tar, and a unit of work.")] = 128,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Size of a tar in place of --pairs-per-shard: 500MB, 1GB (about)."),
+    ] = None,
     prompt_column: opt.PromptColumn = None,
     image_0_column: opt.Image0Column = None,
     image_1_column: opt.Image1Column = None,
@@ -177,6 +193,7 @@ def invert(
     from smpo_pipeline.jobs.invert import invert  # noqa: PLC0415
     from smpo_pipeline.jobs.invert_unit import InvertOptions, take_batch_sizes  # noqa: PLC0415
 
+    directory = parse_path(out)
     checked = check_device(device)
     settings = inversion_settings(
         context,
@@ -199,6 +216,7 @@ def invert(
         prompt_dropout=prompt_dropout,
         hflip=hflip,
         size_conditioning=size_conditioning,
+        storage=storage,
         dtype=dtype,
     )
     columns = opt.columns_by_field(
@@ -206,10 +224,10 @@ def invert(
     )
     manifest = invert(
         InvertOptions(
-            pairs=pairs,
-            scores=scores,
+            pairs=[parse_path(path) for path in pairs],
+            scores=parse_path(scores),
             model=model,
-            out=out,
+            out=directory,
             unet=unet,
             walker=walker,
             vae=vae,
@@ -218,6 +236,7 @@ def invert(
             columns=columns,
             seed=seed,
             pairs_per_shard=pairs_per_shard,
+            shard_bytes=parse_shard_size(context, shard_size),
             batch_size=opt.parse_batch_size(batch_size),
             device=checked,
             concurrency=concurrency,
@@ -227,11 +246,11 @@ def invert(
             overwrite=overwrite,
         )
     )
-    write_resolved_config(context, out)
+    write_resolved_config(context, directory)
     console = Console()
-    for size in take_batch_sizes(out):
+    for size in take_batch_sizes(directory):
         console.print(f"--batch-size auto: batches of {size} walks")
-    _show(console, manifest, out)
+    _show(console, manifest, directory)
 
 
 SETTINGS_FLAGS = tuple(InversionSettings.model_fields)
@@ -266,6 +285,23 @@ def _check_solver_flags(context: typer.Context, solver: str | None) -> None:
             raise UserError(f"{flag}: {used}; it is for --solver {' and '.join(solvers)}")
 
 
+def parse_shard_size(context: typer.Context, value: str | None) -> int | None:
+    """Bytes of a tar, or None where ``--shard-size`` is not given.
+
+    Raises:
+        UserError: it is no size, or stands beside ``--pairs-per-shard``.
+    """
+    if value is None:
+        return None
+    given = context.get_parameter_source("pairs_per_shard")
+    if given is not None and given.name == "COMMANDLINE":
+        raise UserError(f"--shard-size {value} and --pairs-per-shard both say how large a tar is; give one of them")
+    number, unit = value[:-2], value[-2:]
+    if unit not in _UNITS or not number.isdecimal() or int(number) == 0:
+        raise UserError(f"--shard-size {value}: a whole number with {', '.join(_UNITS)}, as in 500MB")
+    return int(number) * _UNITS[unit]
+
+
 def _start(value: str) -> Literal["clean", "level0"] | int:
     if value == "clean":
         return "clean"
@@ -284,7 +320,7 @@ def _states(value: str) -> int | None:
     raise UserError(f"--states {value}: all, or a number from 1")
 
 
-def _show(console: Console, manifest: Manifest, out: Path) -> None:
+def _show(console: Console, manifest: Manifest, out: AnyPath) -> None:
     from smpo_pipeline.inversion.advice import health_warnings  # noqa: PLC0415
 
     totals = manifest.totals

@@ -10,13 +10,18 @@ import typer
 from smpo_schemas.errors import UserError
 
 PairsOption = Annotated[
-    list[Path],
+    list[str],
     typer.Option(
         "--pairs",
+        metavar="PATH|URL",
         help="Parquet or JSONL files, or folders of them, one row a pair. Pick-a-Pic v2's columns are known.",
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Output directory; made where it is missing.")]
+OutOrUrlOption = Annotated[
+    str,
+    typer.Option("--out", metavar="DIR|URL", help="Output directory; made where it is missing. URLs: docs/storage.md."),
+]
 RewardsOption = Annotated[
     list[str],
     typer.Option(

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from smpo_pipeline.commands import options as opt
-from smpo_pipeline.commands.invert import SETTINGS_FLAGS, inversion_settings, invert
+from smpo_pipeline.commands.invert import SETTINGS_FLAGS, inversion_settings, invert, parse_shard_size
 from smpo_schemas.files import write_json
+from smpo_schemas.store import parse_path
 
 if TYPE_CHECKING:
     from smpo_pipeline.planning.plan import Plan
@@ -22,9 +23,12 @@ _NOT_HERE = ("scores", "out", "concurrency", "ray_address", "overwrite")
 """Flags of `invert` that cost nothing, or that this command has in another form."""
 
 ScoresOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        "--scores", help="Output of `score`: which rewards the shards will carry; default: one.", rich_help_panel=_PLAN
+        "--scores",
+        metavar="DIR|URL",
+        help="Output of `score`: which rewards the shards will carry; default: one.",
+        rich_help_panel=_PLAN,
     ),
 ]
 GpusOption = Annotated[int, typer.Option("--gpus", min=1, help="Devices at work at once.", rich_help_panel=_PLAN)]
@@ -53,13 +57,16 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
     check_gpu(device)
     use_threads(device, workers=1)
     settings = inversion_settings(context, device, **{name: flags[name] for name in SETTINGS_FLAGS})
-    same = ("pairs", "scores", "model", "unet", "walker", "vae", "resolution", "seed", "pairs_per_shard", "limit")
+    same = ("model", "unet", "walker", "vae", "resolution", "seed", "pairs_per_shard", "limit")
     columns = opt.columns_by_field(*(flags[f"{name}_column"] for name in opt.COLUMN_FIELDS))
     found = make_plan(
         PlanOptions(
+            pairs=[parse_path(path) for path in flags["pairs"]],
+            scores=parse_path(flags["scores"]) if flags["scores"] else None,
             **{name: flags[name] for name in (*same, "gpus", "price", "seconds")},
             settings=settings,
             columns=columns,
+            shard_bytes=parse_shard_size(context, flags["shard_size"]),
             batch_size=opt.parse_batch_size(flags["batch_size"]),
             device=device,
         )

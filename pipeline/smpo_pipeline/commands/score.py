@@ -11,13 +11,14 @@ from rich.table import Table
 from smpo_pipeline.commands import options as opt
 from smpo_schemas.commandline import ConfigOption, write_resolved_config
 from smpo_schemas.scores import REJECTS_FILE, ScoresInfo
+from smpo_schemas.store import AnyPath, parse_path
 
 
 def score(
     context: typer.Context,
     pairs: opt.PairsOption,
     reward: opt.RewardsOption,
-    out: opt.OutOption,
+    out: opt.OutOrUrlOption,
     prompt_column: opt.PromptColumn = None,
     image_0_column: opt.Image0Column = None,
     image_1_column: opt.Image1Column = None,
@@ -62,10 +63,11 @@ def score(
     columns = opt.columns_by_field(
         prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column
     )
+    directory = parse_path(out)
     info = score(
         ScoreOptions(
-            pairs=pairs,
-            out=out,
+            pairs=[parse_path(path) for path in pairs],
+            out=directory,
             reward=reward,
             columns=columns,
             batch_size=batch_size,
@@ -78,11 +80,11 @@ def score(
             overwrite=overwrite,
         )
     )
-    write_resolved_config(context, out)
-    _show(Console(), info, out)
+    write_resolved_config(context, directory)
+    _show(Console(), info, directory)
 
 
-def _show(console: Console, info: ScoresInfo, out: opt.OutOption) -> None:
+def _show(console: Console, info: ScoresInfo, out: AnyPath) -> None:
     table = Table("reward", "unit", "min", "mean", "max", "agrees with labels")
     for name, each in info.rewards.items():
         agreement = "no labels" if each.agreement is None else f"{each.agreement:.1%} of {each.num_labelled}"

@@ -16,7 +16,7 @@ from smpo_models.family import Conditioning, Family
 from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.timesteps import WalkPlan, plan_walk
 from smpo_schemas.manifest import InversionSettings
-from smpo_schemas.shards import SampleMeta
+from smpo_schemas.shards import STORAGE, SampleMeta
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Batch:
         self._unconditional = self._condition([""] * len(walks)) if guided else None
 
     def _latents(self) -> torch.Tensor:
-        """x0 of both images, rounded to the float16 that is stored, so that the walk begins from the very sample."""
+        """x0 of both images, rounded to what is stored, so that the walk begins from the very sample."""
         images = [walk.pair.pixels_2HW3[:, :, ::-1] if walk.flipped else walk.pair.pixels_2HW3 for walk in self.walks]
         pixels_R3HW = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
         mean, std = self.family.posterior(pixels_R3HW)
@@ -144,7 +144,7 @@ class Batch:
             shape = (2, *mean.shape[1:])
             noise = torch.cat([gaussian(walk.stream("vae"), shape) for walk in self.walks])
             mean = mean + std * noise.to(self.device)
-        return mean.half().float()
+        return mean.to(STORAGE[self.settings.storage]).float()
 
     def _condition(self, prompts: Sequence[str]) -> Conditioning:
         return self.family.condition(

@@ -17,10 +17,10 @@ from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.sources import SOURCES
 from smpo_pipeline.inversion.step import carry, distance
 from smpo_schemas.manifest import InversionSettings
-from smpo_schemas.shards import Sample
+from smpo_schemas.shards import STORAGE, Sample
 
 _State = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of one image at one stored state: timestep, tau [C, h, w] float16, reference error and residual (scalars)."""
+"""Of one image at one stored state: timestep, tau [C, h, w] as it is stored, reference error and residual (scalars)."""
 
 
 class Inverter:
@@ -67,7 +67,7 @@ class Inverter:
         process, rows_S = batch.process, visit.rows_S[positions_S]
         x0 = batch.x0_RChw[rows_S]
         a, s = process.levels(t_S, x0)
-        tau = ((visit.x_SChw[positions_S] - a * x0) / s).half()
+        tau = ((visit.x_SChw[positions_S] - a * x0) / s).to(STORAGE[self._settings.storage])
         # From here on the stored, rounded state: the very one that the trainer rebuilds.
         x_t = process.noised(x0, tau.float(), t_S)
         output = self._family.denoise(self._reference, x_t, t_S, batch.conditioning[rows_S])
@@ -95,7 +95,7 @@ class Inverter:
 
         eps is the walker's. No evaluation is spent on it where the solver found it on the way; nor where the walker is
         the reference, unguided, and the state is used at its own node: the forward that measured ``ref_error`` is then
-        this one (its input is rounded to float16 storage).
+        this one (its input is rounded to what is stored).
         """
         residual = torch.full((len(positions_S),), torch.nan, device=batch.device)
         if visit.origin is None:
@@ -160,7 +160,7 @@ def _sample(walk: Walk, x0_2Chw: torch.Tensor, *images: list[_State]) -> Sample 
         return "not finite: latents, noise or reference error of this pair overflow"
     return Sample(
         meta=walk.meta(),
-        x0_2Chw=x0_2Chw.half().cpu(),
+        x0_2Chw=x0_2Chw.to(noise_2KChw.dtype).cpu(),
         noise_K2Chw=noise_2KChw.transpose(0, 1),
         timestep_K=torch.tensor([t for t, *_ in images[0]], dtype=torch.int64),
         ref_error_K2=ref_error_2K.T.float(),

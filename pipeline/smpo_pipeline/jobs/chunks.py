@@ -10,7 +10,6 @@ Nothing here imports torch: decoding workers stay small.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from smpo_pipeline.jobs.ledger import Ledger
 from smpo_pipeline.jobs.prepare import read_ranges, reading_words
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id
 from smpo_schemas.scores import IMAGE_IDS
+from smpo_schemas.store import AnyPath
 
 CHUNK_BYTES = 64 << 20
 """Of decoded images in a chunk: 21 of 1024 pixels; but never less than one pair."""
@@ -48,7 +48,7 @@ _IMAGES = ("pixels", "height", "width", "image_prompt")
 
 
 def prepare_chunks(
-    table: pa.Table, units: Sequence[Sequence[RowRange]], columns: Mapping[Path, PairColumns], ledger: Ledger
+    table: pa.Table, units: Sequence[Sequence[RowRange]], columns: Mapping[AnyPath, PairColumns], ledger: Ledger
 ) -> Iterator[pa.Table]:
     """Read, decode and cut the unit that a one-row ``table`` names; ``columns`` are those of each file."""
     unit = table["unit"][0].as_py()

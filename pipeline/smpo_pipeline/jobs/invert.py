@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,11 +18,12 @@ from smpo_pipeline.inversion.checks import check_settings
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.cluster import Pool, require_gpus, run_units
 from smpo_pipeline.jobs.guard import Guard
-from smpo_pipeline.jobs.invert_unit import STAGE, InvertActor, InvertOptions, load_models
+from smpo_pipeline.jobs.invert_unit import STAGE, InvertActor, InvertOptions, index_part, load_models
 from smpo_pipeline.jobs.ledger import Ledger, SharedLedger
 from smpo_pipeline.jobs.lock import locked
 from smpo_pipeline.jobs.prepare import prepare_unit, reading_words, to_bytes
 from smpo_pipeline.jobs.run import Run, UnitRecord, describe_input
+from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import (
     MANIFEST_FILE,
@@ -36,11 +36,12 @@ from smpo_schemas.manifest import (
     read_manifest,
     write_manifest,
 )
-from smpo_schemas.pairs import PairColumns, RowRange, column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
 from smpo_schemas.rejects import count_reasons, write_rejects
 from smpo_schemas.scores import SAME_SCORE, ScoresInfo, read_scores, read_scores_info
 from smpo_schemas.shard_index import INDEX_FILE, write_index
 from smpo_schemas.shards import ShardDirectory
+from smpo_schemas.store import AnyPath
 
 
 def invert(options: InvertOptions) -> Manifest:
@@ -50,10 +51,11 @@ def invert(options: InvertOptions) -> Manifest:
         UserError: an input, the model or the output directory cannot be used, or no pair is left.
     """
     files = list_pair_files(options.pairs)
-    columns = {file.path: resolve_columns(column_names(file.path), options.columns, file.path) for file in files}
-    units = slice_files(files, options.pairs_per_shard, options.limit)
+    columns = columns_of(files, options.columns)
     info = read_scores_info(options.scores)
-    model, resolution = _check_model(options)
+    model, resolution, pairs_per_shard = _check_model(options)
+    options = options.model_copy(update={"pairs_per_shard": pairs_per_shard})
+    units = slice_files(files, pairs_per_shard, options.limit)
     identity = {
         "job": "invert",
         "schema_version": MANIFEST_VERSION,
@@ -64,7 +66,7 @@ def invert(options: InvertOptions) -> Manifest:
         "resolution": resolution,
         "inversion": options.settings.model_dump(),
         "seed": options.seed,
-        "pairs_per_shard": options.pairs_per_shard,
+        "pairs_per_shard": pairs_per_shard,
     }
     run = Run(options.out, MANIFEST_FILE, identity)
     with locked(options.out):
@@ -77,7 +79,7 @@ def _invert(
     options: InvertOptions,
     run: Run,
     units: Sequence[list[RowRange]],
-    columns: dict[Path, PairColumns],
+    columns: dict[AnyPath, PairColumns],
     info: ScoresInfo,
     model: ModelInfo,
     resolution: int,
@@ -98,7 +100,7 @@ def _invert(
 
     rate = options.max_reject_rate
     records = run_units(run, sizes, build, _records, title="invert", address=options.ray_address, max_reject_rate=rate)
-    manifest = _finish(options, records, info, model, resolution)
+    manifest = _finish(options, run, records, info, model, resolution)
     run.finish()
     return manifest
 
@@ -108,7 +110,7 @@ def _records(table: pa.Table) -> list[UnitRecord]:
     return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]
 
 
-def _score_table(directory: Path, info: ScoresInfo) -> pa.Table:
+def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
     """``pair_id``, ``prompt`` and the score columns.
 
     Raises:
@@ -133,8 +135,8 @@ def _score_table(directory: Path, info: ScoresInfo) -> pa.Table:
     return table
 
 
-def _check_model(options: InvertOptions) -> tuple[ModelInfo, int]:
-    """Load the model once, before any work starts: its fingerprints, and the resolution to use."""
+def _check_model(options: InvertOptions) -> tuple[ModelInfo, int, int]:
+    """Load the model once, before any work starts: its fingerprints, the resolution to use, and pairs per shard."""
     family, walker = load_models(options, "cpu")
     resolution = check_settings(family, options.model, options.resolution, options.settings)
     reference = fingerprint_module(family.denoiser)
@@ -149,13 +151,16 @@ def _check_model(options: InvertOptions) -> tuple[ModelInfo, int]:
         scheduler=family.process.fingerprint(),
         num_train_timesteps=family.process.num_train_timesteps,
     )
-    return info, resolution
+    if options.shard_bytes is None:
+        return info, resolution, options.pairs_per_shard
+    latent = family.latent_shape(resolution)
+    return info, resolution, pairs_that_fit(options.shard_bytes, latent, options.settings, family.process)
 
 
 def _prepare(
     row: dict[str, Any],
     units: Sequence[list[RowRange]],
-    columns: dict[Path, PairColumns],
+    columns: dict[AnyPath, PairColumns],
     options: InvertOptions,
     resolution: int,
     run: Run,
@@ -176,7 +181,12 @@ def _prepare(
 
 
 def _finish(
-    options: InvertOptions, records: Sequence[UnitRecord], info: ScoresInfo, model: ModelInfo, resolution: int
+    options: InvertOptions,
+    run: Run,
+    records: Sequence[UnitRecord],
+    info: ScoresInfo,
+    model: ModelInfo,
+    resolution: int,
 ) -> Manifest:
     """Write the rejects, then ``manifest.json``, which marks the run as finished."""
     rejects = [reject for record in records for reject in record.rejects]
@@ -209,6 +219,7 @@ def _finish(
         health=health.bands(model.num_train_timesteps),
         versions={name: version(name) for name in ("smpo-diffusion", "torch", "diffusers", "transformers", "numpy")},
     )
-    manifest = manifest.model_copy(update={"index": write_index(ShardDirectory(options.out, manifest))})
+    parts = [index_part(run, record.unit) for record in records if record.entry]
+    manifest = manifest.model_copy(update={"index": write_index(ShardDirectory(options.out, manifest), parts)})
     write_manifest(options.out, manifest)
     return manifest

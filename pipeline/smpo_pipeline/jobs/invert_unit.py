@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,15 @@ from smpo_pipeline.isolation import make
 from smpo_pipeline.jobs.cluster import use_threads
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
-from smpo_pipeline.jobs.paths import AbsolutePath, HubIdOrFolder
+from smpo_pipeline.jobs.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
 from smpo_pipeline.jobs.prepare import from_bytes, pixels_of
 from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
-from smpo_schemas.files import read_json, write_json
+from smpo_schemas.files import list_files, read_json, write_json
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.rejects import Reject
+from smpo_schemas.shard_index import write_index_part
 from smpo_schemas.shards import Sample, ShardWriter
+from smpo_schemas.store import AnyPath
 
 STAGE = "invert"
 _MEASURED_PAIRS = 128
@@ -47,10 +48,10 @@ class InvertOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    pairs: list[AbsolutePath]
-    scores: AbsolutePath
+    pairs: list[AbsolutePathOrUrl]
+    scores: AbsolutePathOrUrl
     model: HubIdOrFolder
-    out: AbsolutePath
+    out: AbsolutePathOrUrl
     unet: AbsolutePath | None
     walker: AbsolutePath | None
     vae: HubIdOrFolder | None
@@ -59,6 +60,7 @@ class InvertOptions(BaseModel):
     columns: dict[str, str | None]
     seed: int
     pairs_per_shard: int
+    shard_bytes: int | None
     batch_size: int | None
     device: str
     concurrency: int
@@ -130,7 +132,9 @@ class InvertActor:
             health=health.to_lists(),
             prompts_cut=prompts_cut,
         )
-        if not kept:
+        if kept:
+            write_index_part(index_part(self._run, unit), shard.walks)
+        else:
             (self._run.out / shard.entry.name).unlink()
         write_record(self._run.record_path(unit), record)
         return record
@@ -207,9 +211,14 @@ class InvertActor:
         return size
 
 
-def take_batch_sizes(out: Path) -> list[int]:
+def index_part(run: Run, unit: int) -> AnyPath:
+    """Where it is noted what a unit's tar holds, until the index of all is written."""
+    return run.record_path(unit).with_suffix(".parquet")
+
+
+def take_batch_sizes(out: AnyPath) -> list[int]:
     """What the actors of a run that has ended found with ``--batch-size auto``; the files that said so are removed."""
-    files = sorted(out.glob(_BATCH_SIZES))
+    files = list_files(out, _BATCH_SIZES)
     found = sorted({read_json(file) for file in files})
     for file in files:
         file.unlink()

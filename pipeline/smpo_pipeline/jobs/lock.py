@@ -2,7 +2,7 @@
 
 The lock is the kernel's (flock), not the file: it ends with the process that holds it, however that ends, so that a
 killed run blocks nobody. Between machines it holds where the file system carries such locks (NFS 4, Lustre and GPFS so
-mounted); object storage has none.
+mounted); object storage has none, and gets a lease instead (:mod:`smpo_pipeline.jobs.lease`).
 """
 
 from __future__ import annotations
@@ -11,21 +11,42 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+from smpo_pipeline.jobs.lease import lease_holder, leased
 from smpo_schemas.errors import UserError
+from smpo_schemas.store import AnyPath, StorePath
 
 _FILE = ".lock"
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: AnyPath) -> AbstractContextManager[None]:
     """Hold ``directory`` (made where it is missing) for this run.
 
     Raises:
         UserError: another run holds it, or it cannot be written.
     """
+    return leased(directory) if isinstance(directory, StorePath) else _flocked(directory)
+
+
+def holder(directory: AnyPath) -> str | None:
+    """Who holds ``directory``, in words, or None; of an object store also a run that was killed and not followed."""
+    if isinstance(directory, StorePath):
+        return lease_holder(directory)
+    path = directory / _FILE
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(path)
+    except FileNotFoundError:
+        pass
+    return None
+
+
+@contextmanager
+def _flocked(directory: Path) -> Iterator[None]:
     path = directory / _FILE
     try:
         directory.mkdir(parents=True, exist_ok=True)

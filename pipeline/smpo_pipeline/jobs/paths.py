@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, PlainValidator
+
+from smpo_schemas.store import AnyPath
 
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+
+
+def _absolute(path: AnyPath) -> AnyPath:
+    return path.absolute()
+
+
+AbsolutePathOrUrl = Annotated[AnyPath, PlainValidator(_absolute)]
 
 
 def absolute_model(model: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 from smpo_pipeline.jobs.run import UnitRecord
 from smpo_schemas.errors import UserError
 from smpo_schemas.rejects import Reject, count_reasons
+from smpo_schemas.store import AnyPath
 
 MIN_ROWS = 200
 """The rate is of at least so many rows: a few bad ones among the first are no sign, nor are they in a small input."""
@@ -16,7 +16,7 @@ MIN_ROWS = 200
 class RejectRate:
     """Counts rows and rejects as units are committed."""
 
-    def __init__(self, limit: float, out: Path) -> None:
+    def __init__(self, limit: float, out: AnyPath) -> None:
         """``limit``: rejects a row, 0 to 1; ``out``: the run's directory, for the message."""
         self._limit, self._out = limit, out
         self._rows = self.rejected = 0

@@ -7,20 +7,27 @@ not tell the truth any more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import read_json, sha256_file, write_json
+from smpo_schemas.files import list_files, read_all, read_json, remove_tree, sha256_file, write_json
 from smpo_schemas.pairs import PairFile
 from smpo_schemas.rejects import Reject
+from smpo_schemas.store import AnyPath
 
 _IDENTITY = "run.json"
 _UNITS = ".units"
+
+SCORE_STEP = ".scoring"
+"""Folder of what is not yet in the scores table: units scored with the rewards that are being added."""
+
+SCORE_ROWS = 128
+"""Input rows of a unit of ``score``: what a kill can cost, at most, for each chunk that was on its way."""
 
 
 class UnitRecord(BaseModel):
@@ -35,6 +42,7 @@ class UnitRecord(BaseModel):
             directory says of it; None where nothing was left to write.
         health: sums of walk health (``invert`` only).
         prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
+        committed: when, in seconds since 1970 by the clock of whoever committed it; in no result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,12 +54,13 @@ class UnitRecord(BaseModel):
     entry: dict[str, Any] | None
     health: list[list[float]] | None = None
     prompts_cut: int = 0
+    committed: float | None = None
 
 
 class Run:
     """One output directory of ``score`` or ``invert``."""
 
-    def __init__(self, out: Path, marker: str, identity: Mapping[str, Any]) -> None:
+    def __init__(self, out: AnyPath, marker: str, identity: Mapping[str, Any]) -> None:
         """Name a run.
 
         Args:
@@ -103,8 +112,7 @@ class Run:
 
     def began_with(self) -> dict[str, Any] | None:
         """The identity of the run that is there, or None."""
-        path = self.out / _IDENTITY
-        return dict(read_json(path)) if path.is_file() else None
+        return read_identity(self.out)
 
     def remove(self) -> None:
         """Remove what is there, the folder included; a part of it that is left by a kill is never taken for a run's."""
@@ -112,7 +120,7 @@ class Run:
         with suppress(OSError):
             self.out.rmdir()
 
-    def record_path(self, unit: int) -> Path:
+    def record_path(self, unit: int) -> AnyPath:
         """Where a unit's record is written by whoever committed its output."""
         return self.out / _UNITS / f"{unit:06d}.json"
 
@@ -121,14 +129,16 @@ class Run:
 
         A record that is damaged, or whose file is missing, cut or another one, is removed: its unit is made again.
         """
-        found = {}
-        for path in sorted((self.out / _UNITS).glob("*.json")):
-            record = _read_record(path)
-            if record and self._has_output(record, path):
-                found[record.unit] = record
-            else:
-                path.unlink()
-        return found
+        return {
+            record.unit: record for record in read_all(self._checked, list_files(self.out / _UNITS, "*.json")) if record
+        }
+
+    def _checked(self, path: AnyPath) -> UnitRecord | None:
+        record = _read_record(path)
+        if record and self._has_output(record, path):
+            return record
+        path.unlink()
+        return None
 
     def committed(self, unit: int) -> UnitRecord | None:
         """The record of a unit that was committed since this run began, or that :meth:`records` found good.
@@ -138,7 +148,7 @@ class Run:
         path = self.record_path(unit)
         return _read_record(path) if path.is_file() else None
 
-    def _has_output(self, record: UnitRecord, path: Path) -> bool:
+    def _has_output(self, record: UnitRecord, path: AnyPath) -> bool:
         """Whether a unit's file is the one that was recorded.
 
         Reading all of it back would cost as much as a part of the run: its bytes are hashed only where it was written
@@ -147,9 +157,13 @@ class Run:
         if record.entry is None:
             return True
         file = self.out / record.entry["name"]
-        if not file.is_file() or file.stat().st_size != record.entry["bytes"]:
+        try:
+            written = file.stat()
+        except FileNotFoundError:
             return False
-        older = file.stat().st_mtime_ns <= path.stat().st_mtime_ns
+        if written.st_size != record.entry["bytes"]:
+            return False
+        older = written.st_mtime_ns <= path.stat().st_mtime_ns
         return older or sha256_file(file) == record.entry["sha256"]
 
     def finish(self) -> None:
@@ -164,19 +178,32 @@ class Run:
                 path.unlink(missing_ok=True)
 
     def _remove_records(self) -> None:
-        directory = self.out / _UNITS
-        if directory.is_dir():
-            for path in directory.iterdir():
-                path.unlink()
-            directory.rmdir()
+        remove_tree(self.out / _UNITS)
 
 
-def write_record(path: Path, record: UnitRecord) -> None:
+def read_identity(out: AnyPath) -> dict[str, Any] | None:
+    """What the run in ``out`` is of, or None where there is none."""
+    path = out / _IDENTITY
+    return dict(read_json(path)) if path.is_file() else None
+
+
+def begun_at(out: AnyPath) -> float:
+    """When the run in ``out`` was begun, or continued for the last time, in seconds since 1970."""
+    return (out / _IDENTITY).stat().st_mtime
+
+
+def read_records(out: AnyPath) -> list[UnitRecord]:
+    """The records of the units that the run in ``out`` has committed, as they stand."""
+    records = read_all(_read_record, list_files(out / _UNITS, "*.json"))
+    return [record for record in records if record]
+
+
+def write_record(path: AnyPath, record: UnitRecord) -> None:
     """Commit a unit."""
-    write_json(path, record.model_dump())
+    write_json(path, record.model_copy(update={"committed": time.time()}).model_dump())
 
 
-def _read_record(path: Path) -> UnitRecord | None:
+def _read_record(path: AnyPath) -> UnitRecord | None:
     """A unit's record, or None where it is malformed."""
     try:
         return UnitRecord.model_validate_json(path.read_bytes())
@@ -186,7 +213,7 @@ def _read_record(path: Path) -> UnitRecord | None:
 
 def describe_input(files: Sequence[PairFile], limit: int | None) -> dict[str, Any]:
     """The input listing as part of a run's identity: paths, sizes, and what the files hold."""
-    listing = [[str(file.path), file.rows, file.path.stat().st_size, file.digest] for file in files]
+    listing = [[str(file.path), file.rows, file.bytes, file.digest] for file in files]
     return {"files": listing, "limit": limit}
 
 

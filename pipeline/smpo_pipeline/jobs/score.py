@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,17 +14,15 @@ from smpo_pipeline.jobs.chunks import CHUNK_BYTES, prepare_chunks
 from smpo_pipeline.jobs.cluster import Pool, gpus_there, limit_memory, run_units, share_gpus
 from smpo_pipeline.jobs.ledger import SharedLedger
 from smpo_pipeline.jobs.lock import locked
-from smpo_pipeline.jobs.paths import AbsolutePath, absolute_model
-from smpo_pipeline.jobs.run import Run, describe_input
-from smpo_pipeline.jobs.score_table import PART_FILES, UNIT_ROWS, RewardModel, remove_leftovers, write_table
+from smpo_pipeline.jobs.paths import AbsolutePathOrUrl, absolute_model
+from smpo_pipeline.jobs.run import SCORE_ROWS, SCORE_STEP, Run, describe_input
+from smpo_pipeline.jobs.score_table import PART_FILES, RewardModel, remove_leftovers, write_table
 from smpo_pipeline.jobs.score_units import RewardActor, UnitCollector
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.errors import UserError
-from smpo_schemas.pairs import PairColumns, RowRange, column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
-
-_STEP = ".scoring"
-"""Folder of what is not yet in the table: units scored with the rewards that are being added."""
+from smpo_schemas.store import AnyPath
 
 
 class ScoreOptions(BaseModel):
@@ -33,8 +30,8 @@ class ScoreOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    pairs: list[AbsolutePath]
-    out: AbsolutePath
+    pairs: list[AbsolutePathOrUrl]
+    out: AbsolutePathOrUrl
     reward: list[str]
     columns: dict[str, str | None]
     batch_size: int | None
@@ -54,8 +51,8 @@ def score(options: ScoreOptions) -> ScoresInfo:
         UserError: an input, a reward or the output directory cannot be used, or no pair could be scored.
     """
     files = list_pair_files(options.pairs)
-    columns = {file.path: resolve_columns(column_names(file.path), options.columns, file.path) for file in files}
-    units = slice_files(files, UNIT_ROWS, options.limit)
+    columns = columns_of(files, options.columns)
+    units = slice_files(files, SCORE_ROWS, options.limit)
     specs = _specs(options.reward)
     sizes = _pool_sizes(options.concurrency, specs)
     models = {name: _describe(load_reward(spec, "cpu"), options.dtype) for name, spec in specs.items()}
@@ -101,7 +98,7 @@ def _add_stages(
     source: ray.data.Dataset,
     options: ScoreOptions,
     units: Sequence[list[RowRange]],
-    columns: Mapping[Path, PairColumns],
+    columns: Mapping[AnyPath, PairColumns],
     specs: Mapping[str, str],
     sizes: Mapping[str, int],
 ) -> ray.data.Dataset:
@@ -147,7 +144,7 @@ def _describe(reward: Reward, dtype: str) -> RewardModel:
     return RewardModel(reward.model, reward.fingerprint, reward.unit, dtype)
 
 
-def _refuse_other_weights(out: Path, base: ScoresInfo, models: Mapping[str, RewardModel]) -> None:
+def _refuse_other_weights(out: AnyPath, base: ScoresInfo, models: Mapping[str, RewardModel]) -> None:
     for name, model in models.items():
         there = base.rewards.get(name)
         if there and there.fingerprint != model.fingerprint:
@@ -173,7 +170,7 @@ def _open_step(
     """
     wanted = {name: [model.fingerprint, model.dtype] for name, model in rewards.items()}
     onto = [part.sha256 for part in base.parts] if base else []
-    step = Run(options.out / _STEP, SCORES_FILE, identity | {"rewards": wanted, "onto": onto})
+    step = Run(options.out / SCORE_STEP, SCORES_FILE, identity | {"rewards": wanted, "onto": onto})
     begun = (step.began_with() or {}).get("rewards", {})
     if base:
         remove_leftovers(options.out, base)

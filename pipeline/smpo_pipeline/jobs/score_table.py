@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from smpo_pipeline.jobs.run import Run
 from smpo_pipeline.jobs.score_units import rejects_of, unit_path
 from smpo_schemas.errors import UserError
+from smpo_schemas.files import arrow_source, read_all
 from smpo_schemas.rejects import read_rejects, write_rejects
 from smpo_schemas.scores import (
     IMAGE_IDS,
@@ -34,9 +34,7 @@ from smpo_schemas.scores import (
     write_part,
     write_scores_info,
 )
-
-UNIT_ROWS = 128
-"""Input rows of a unit: what a kill can cost, at most, for each chunk that was on its way."""
+from smpo_schemas.store import AnyPath
 
 _UNITS_PER_PART = 512
 
@@ -54,7 +52,7 @@ class RewardModel:
 
 
 def write_table(
-    out: Path, step: Run, units: int, rewards: Mapping[str, RewardModel], base: ScoresInfo | None
+    out: AnyPath, step: Run, units: int, rewards: Mapping[str, RewardModel], base: ScoresInfo | None
 ) -> ScoresInfo:
     """Write the table, its rejects, and ``scores.json`` last; then remove what no longer belongs to it.
 
@@ -73,7 +71,7 @@ def write_table(
     tables = _PartsBefore(out, base) if base else None
     for number, start in enumerate(range(0, units, _UNITS_PER_PART)):
         group = range(start, min(units, start + _UNITS_PER_PART))
-        rows = pa.concat_tables([pq.read_table(unit_path(step, unit)) for unit in group])
+        rows = pa.concat_tables(read_all(lambda unit: pq.read_table(arrow_source(unit_path(step, unit))), group))
         if tables:
             rows = tables.join(rows)
         rejects += rejects_of(rows)
@@ -94,7 +92,7 @@ def write_table(
     return info
 
 
-def remove_leftovers(out: Path, info: ScoresInfo) -> None:
+def remove_leftovers(out: AnyPath, info: ScoresInfo) -> None:
     """Remove parts that are not, or no longer, of the table."""
     named = {part.name for part in info.parts}
     for path in out.glob(PART_FILES):
@@ -102,7 +100,9 @@ def remove_leftovers(out: Path, info: ScoresInfo) -> None:
             path.unlink()
 
 
-def _describe(out: Path, parts: Sequence[ScoresPart], rewards: Mapping[str, RewardModel], rejected: int) -> ScoresInfo:
+def _describe(
+    out: AnyPath, parts: Sequence[ScoresPart], rewards: Mapping[str, RewardModel], rejected: int
+) -> ScoresInfo:
     info = ScoresInfo(
         schema_version=SCORES_VERSION,
         rewards={},
@@ -122,7 +122,7 @@ def _describe(out: Path, parts: Sequence[ScoresPart], rewards: Mapping[str, Rewa
 class _PartsBefore:
     """The table that is there, part by part beside the same input rows scored again with other rewards."""
 
-    def __init__(self, out: Path, base: ScoresInfo) -> None:
+    def __init__(self, out: AnyPath, base: ScoresInfo) -> None:
         self._out, self._base = out, base
         self._rejects = {reject.source: reject.reason for reject in read_rejects(out / REJECTS_FILE)}
         self._parts, self._next = base.parts, 0

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +33,7 @@ from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 from smpo_schemas.files import atomic_path, sha256_file
 from smpo_schemas.rejects import Reject
+from smpo_schemas.store import AnyPath
 
 STAGE = "score"
 
@@ -118,27 +117,29 @@ class UnitCollector:
         scores = {name: np.concatenate([scores_of(chunk, name) for chunk in chunks]) for name in self._rewards}
         failed = {name: [each for chunk in chunks for each in failures_of(chunk, name)] for name in self._rewards}
         table = _with_columns(rows, scores, failed)
-        with atomic_path(unit_path(self._run, unit)) as temporary:
+        path = unit_path(self._run, unit)
+        with atomic_path(path) as temporary:
             pq.write_table(table, temporary)
+            entry = {
+                "name": f"{path.parent.name}/{path.name}",
+                "bytes": temporary.stat().st_size,
+                "sha256": sha256_file(temporary),
+            }
         rejects = rejects_of(table)
         record = UnitRecord(
             unit=unit,
             pairs_in=table.num_rows,
             pairs=table.num_rows - len(rejects),
             rejects=rejects,
-            entry=_describe(unit_path(self._run, unit)),
+            entry=entry,
         )
         write_record(self._run.record_path(unit), record)
         return record
 
 
-def unit_path(run: Run, unit: int) -> Path:
+def unit_path(run: Run, unit: int) -> AnyPath:
     """Where a unit's rows wait until the whole table is written."""
     return run.record_path(unit).with_suffix(".parquet")
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    return {"name": f"{file.parent.name}/{file.name}", "bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 def rejects_of(table: pa.Table) -> list[Reject]:

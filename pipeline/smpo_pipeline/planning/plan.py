@@ -14,9 +14,10 @@ from smpo_pipeline.inversion.batch import draw_walk
 from smpo_pipeline.inversion.batch_size import choose_batch_size, walk_requests
 from smpo_pipeline.inversion.checks import check_settings
 from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.jobs.paths import AbsolutePathOrUrl
 from smpo_pipeline.planning.rate import measure_rate
 from smpo_pipeline.planning.sample import sample_pairs
-from smpo_pipeline.planning.size import forwards, num_shards, total_bytes, walk_bytes
+from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, walk_bytes
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.pairs import list_pair_files
@@ -41,8 +42,8 @@ def check_gpu(device: str) -> None:
 class PlanOptions(_Frozen):
     """Everything ``plan`` is told; fields as the command line's flags."""
 
-    pairs: list[Path]
-    scores: Path | None
+    pairs: list[AbsolutePathOrUrl]
+    scores: AbsolutePathOrUrl | None
     model: str
     unet: Path | None
     walker: Path | None
@@ -52,6 +53,7 @@ class PlanOptions(_Frozen):
     columns: dict[str, str | None]
     seed: int
     pairs_per_shard: int
+    shard_bytes: int | None
     batch_size: int | None
     device: str
     limit: int | None
@@ -146,6 +148,10 @@ def make_plan(options: PlanOptions) -> Plan:
         torch.nn.Module.to(module, DTYPES[options.settings.dtype])
     sampled = sample_pairs(files, options.columns, resolution, count=_SAMPLED, limit=options.limit, rewards=rewards)
     settings, pairs = options.settings, sampled.pairs
+    latent = family.latent_shape(resolution)
+    if options.shard_bytes:
+        fitting = pairs_that_fit(options.shard_bytes, latent, settings, family.process)
+        options = options.model_copy(update={"pairs_per_shard": fitting})
     inverter = Inverter(family, walker, settings, options.seed)
     trials = walk_requests(pairs, first_walk=settings.walks)
     batch_size = options.batch_size or choose_batch_size(
@@ -157,13 +163,11 @@ def make_plan(options: PlanOptions) -> Plan:
     walks = [
         draw_walk(pair, number, family, settings, options.seed) for pair in pairs for number in range(settings.walks)
     ]
-    mean, _ = family.posterior(torch.zeros(1, 3, resolution, resolution))
-    channels, height, width = mean.shape[1:]
     formula = [forwards(walk.plan, settings, own_walker=walker is family.denoiser) for walk in walks]
     by_formula = [each for each in formula if each is not None]
     usable = len(pairs) / sampled.rows
     states = _mean([len(walk.plan.stored) for walk in walks])
-    size = _mean([walk_bytes(walk, (channels, height, width)) for walk in walks])
+    size = _mean([walk_bytes(walk, latent, settings.storage) for walk in walks])
     pairs_a_second = rate.walks / rate.seconds / settings.walks
 
     def project(count: int) -> Projection:

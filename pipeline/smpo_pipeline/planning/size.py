@@ -10,15 +10,19 @@ from functools import cache
 
 import torch
 
-from smpo_models.process import START
+from smpo_models.process import START, Process
 from smpo_pipeline.inversion.batch import Walk
-from smpo_pipeline.inversion.timesteps import WalkPlan
+from smpo_pipeline.inversion.timesteps import WalkPlan, plan_walk
 from smpo_schemas.manifest import InversionSettings
-from smpo_schemas.shards import Sample, SampleMeta, encode_sample
+from smpo_schemas.shards import STORAGE, Sample, SampleMeta, encode_sample
 
 _BLOCK = 512
 _RECORD = 10240
 """Of the tar format: members are padded to blocks, an archive (with two empty blocks at its end) to records."""
+
+
+_TEXT = 512
+"""Of a sample's JSON, about: what a prompt of a few dozen words takes with the rest."""
 
 
 def forwards(plan: WalkPlan, settings: InversionSettings, *, own_walker: bool) -> int | None:
@@ -48,19 +52,34 @@ def forwards(plan: WalkPlan, settings: InversionSettings, *, own_walker: bool) -
     return evaluations * (1 if settings.guidance_scale == 1 else 2) + stored
 
 
-def walk_bytes(walk: Walk, latent: tuple[int, int, int]) -> int:
+def walk_bytes(walk: Walk, latent: tuple[int, int, int], storage: str) -> int:
     """Bytes of a walk in its tar: both members with their headers and padding.
 
     Args:
         walk: as drawn; of its pair's scores only the number of digits counts.
         latent: C, h, w.
+        storage: of x0 and noise, as the manifest names it.
     """
-    text = encode_sample(_blank(walk.meta(), 1, (1, 1, 1)))["json"]
-    return _member(len(text)) + _member(_tensor_bytes(len(walk.plan.stored), latent))
+    text = encode_sample(_blank(walk.meta(), 1, (1, 1, 1), storage))["json"]
+    return _member(len(text)) + _member(_tensor_bytes(len(walk.plan.stored), latent, storage))
+
+
+def pairs_that_fit(size: int, latent: tuple[int, int, int], settings: InversionSettings, process: Process) -> int:
+    """Pairs of a tar of about ``size`` bytes, one at least; the same for the same settings, whatever the pairs are.
+
+    Args:
+        size: bytes.
+        latent: C, h, w.
+        settings: of the inversion: walks a pair, states a walk.
+        process: of the model.
+    """
+    states = len(plan_walk(settings, process, 0, "", 0).stored)
+    walk = _member(_TEXT) + _member(_tensor_bytes(states, latent, settings.storage))
+    return max(1, (size - 2 * _BLOCK) // (settings.walks * walk))
 
 
 @cache
-def _tensor_bytes(states: int, latent: tuple[int, int, int]) -> int:
+def _tensor_bytes(states: int, latent: tuple[int, int, int], storage: str) -> int:
     nowhere = ((0, 0), (0, 0))
     meta = SampleMeta(
         pair_id="",
@@ -74,14 +93,14 @@ def _tensor_bytes(states: int, latent: tuple[int, int, int]) -> int:
         size=nowhere,
         crop=nowhere,
     )
-    return len(encode_sample(_blank(meta, states, latent))["safetensors"])
+    return len(encode_sample(_blank(meta, states, latent, storage))["safetensors"])
 
 
-def _blank(meta: SampleMeta, states: int, latent: tuple[int, int, int]) -> Sample:
+def _blank(meta: SampleMeta, states: int, latent: tuple[int, int, int], storage: str) -> Sample:
     return Sample(
         meta=meta,
-        x0_2Chw=torch.zeros(2, *latent, dtype=torch.float16),
-        noise_K2Chw=torch.zeros(states, 2, *latent, dtype=torch.float16),
+        x0_2Chw=torch.zeros(2, *latent, dtype=STORAGE[storage]),
+        noise_K2Chw=torch.zeros(states, 2, *latent, dtype=STORAGE[storage]),
         timestep_K=torch.zeros(states, dtype=torch.int64),
         ref_error_K2=torch.zeros(states, 2),
         residual_K2=torch.zeros(states, 2),

@@ -1,0 +1,271 @@
+"""Files on an object store, with the part of pathlib's interface that this project uses.
+
+A folder is nothing but the beginning of names: it exists while a file in it does. A PUT makes a file whole or not at
+all, so that nothing is renamed. A failure that passes is tried again here, after the client of the store has tried
+itself; one that does not pass ends the run in one line, and is never taken for a file that is not there.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+
+from smpo_schemas.errors import UserError
+
+_ATTEMPTS = 4
+_FIRST_PAUSE_SECONDS = 1.0
+"""Tripled after each failed attempt: 13 s in all, besides what the store's client waits between its own."""
+
+_BUFFER = 1 << 20
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class FileStatus:
+    """Bytes of a file and when it was written (since 1970, in seconds and in nanoseconds), by pathlib's names."""
+
+    st_size: int
+    st_mtime: float
+    st_mtime_ns: int
+
+
+@dataclass(frozen=True, order=True)
+class StorePath:
+    """A file or folder by its URL (``s3://``, ``gs://`` and what else fsspec knows), without a slash at its end."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> StorePath:
+        return StorePath(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        """What follows the last slash."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """The end of the name, from its last dot."""
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> StorePath:
+        """The folder."""
+        return StorePath(self.url.rpartition("/")[0])
+
+    def with_suffix(self, suffix: str) -> StorePath:
+        """The same with another suffix."""
+        return self.parent / Path(self.name).with_suffix(suffix).name
+
+    def absolute(self) -> StorePath:
+        """Itself: a URL means the same everywhere."""
+        return self
+
+    def is_file(self) -> bool:
+        """Whether there is such a file."""
+        return self._type() == "file"
+
+    def is_dir(self) -> bool:
+        """Whether the name of any file begins with this folder."""
+        return self._type() == "directory"
+
+    def exists(self) -> bool:
+        """Whether it is either."""
+        return self._type() is not None
+
+    def stat(self) -> FileStatus:
+        """The file's size and time."""
+        modified = self._call("read", lambda fs, path: fs.modified(path)).timestamp()
+        return FileStatus(self.size(), modified, int(modified * 1e9))
+
+    def size(self) -> int:
+        """Bytes of the file."""
+        return int(self._info()["size"])
+
+    def iterdir(self) -> Iterator[StorePath]:
+        """Files and folders in this folder."""
+        try:
+            found = self._call("list", lambda fs, path: fs.ls(path, detail=False))
+        except FileNotFoundError:
+            return
+        inside = f"{self._root}/"
+        # An empty object may stand for the folder itself.
+        for name in sorted({each.rstrip("/") for each in found if each.startswith(inside) and each != inside}):
+            yield self / name[len(inside) :]
+
+    def glob(self, pattern: str) -> Iterator[StorePath]:
+        """Those in this folder whose names match."""
+        return (path for path in self.iterdir() if fnmatch(path.name, pattern))
+
+    def rglob(self, pattern: str) -> Iterator[StorePath]:
+        """Files in this folder and below whose names match."""
+        for name in self._call("list", lambda fs, path: fs.find(path)):
+            path = self / name[len(self._root) :].lstrip("/")
+            if fnmatch(path.name, pattern):
+                yield path
+
+    def read_bytes(self) -> bytes:
+        """The whole file."""
+        return self.read_range(None, None)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """The whole file as text."""
+        return self.read_bytes().decode(encoding)
+
+    def read_range(self, start: int | None, stop: int | None) -> bytes:
+        """Bytes ``start`` (included) to ``stop`` (excluded)."""
+        return bytes(self._call("read", lambda fs, path: fs.cat_file(path, start=start, end=stop)))
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """The file for reading, with seeks; each read is a request for a range."""
+        if mode != "rb":
+            raise ValueError(f"{self}: objects are read as bytes and written whole, not opened as {mode!r}")
+        return io.BufferedReader(_Ranges(self), _BUFFER)
+
+    def download(self, target: Path) -> None:
+        """Copy the file to this machine."""
+        self._call("read", lambda fs, path: fs.get_file(path, str(target)))
+
+    def upload(self, source: Path) -> None:
+        """Put a local file here, in one PUT or, where it is large, as one upload of several parts."""
+        self._call("write", lambda fs, path: fs.put_file(str(source), path))
+
+    def create(self, content: bytes) -> bool:
+        """Write the file if there is none; of several who try at once, one succeeds. Returns whether it is this one."""
+        try:
+            self._call("write", lambda fs, path: fs.pipe_file(path, content, mode="create"))
+        except FileExistsError:
+            # An answer may have been lost, and the second attempt have found what the first one wrote.
+            return self.read_bytes() == content
+        return True
+
+    def overwrite(self, content: bytes) -> None:
+        """Write the file, whatever is there."""
+        self._call("write", lambda fs, path: fs.pipe_file(path, content))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the file."""
+        try:
+            self._call("remove", lambda fs, path: fs.rm_file(path))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def remove_tree(self) -> None:
+        """Remove all files of this folder, with as few requests as the store allows."""
+        if self.is_dir():
+            self._call("remove", lambda fs, path: fs.rm(path, recursive=True))
+
+    def rmdir(self) -> None:
+        """Nothing: a folder is gone with its last file."""
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        """The file system, and the path there. What others write must be seen: listings are not kept."""
+        try:
+            return fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except ImportError as error:
+            raise UserError(f"{self}: {error}") from error
+        except ValueError as error:
+            raise UserError(f"{self}: {error}; paths and URLs that fsspec knows (s3://, gs://) can be named") from error
+
+    @property
+    def _root(self) -> str:
+        return self._place[1]
+
+    def __reduce__(self) -> tuple[type[StorePath], tuple[str]]:
+        # Not the file system: each process has connections of its own.
+        return StorePath, (self.url,)
+
+    def _info(self) -> dict[str, Any]:
+        return self._call("read", lambda fs, path: fs.info(path))
+
+    def _type(self) -> str | None:
+        try:
+            return self._info()["type"]
+        except FileNotFoundError:
+            return None
+
+    def _call(self, what: str, operation: Callable[[Any, str], Result]) -> Result:
+        """Do something on the store, up to ``_ATTEMPTS`` times.
+
+        Raises:
+            FileNotFoundError: the file, or what it lies in, is not there.
+            FileExistsError: it was to be made, and is there.
+            UserError: the store does not permit it, cannot be reached, or still fails.
+        """
+        filesystem, path = self._place
+        pause = _FIRST_PAUSE_SECONDS
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                return operation(filesystem, path)
+            except (FileNotFoundError, FileExistsError):
+                raise
+            except PermissionError as error:
+                raise UserError(f"cannot {what} {self}: the store does not permit it: {error}") from error
+            except Exception as error:  # each store has errors of its own
+                if not left:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise UserError(f"cannot {what} {self}, tried {_ATTEMPTS} times: {reason}") from error
+            time.sleep(pause)
+            pause *= 3
+        raise AssertionError
+
+
+class _Ranges(io.RawIOBase):
+    """A file on a store as a stream that can seek."""
+
+    def __init__(self, path: StorePath) -> None:
+        self._path, self._size, self._at = path, path.size(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readall(self) -> bytes:
+        """The rest in one request; the base class asks for a few kilobytes at a time."""
+        data = self._path.read_range(self._at, self._size) if self._at < self._size else b""
+        self._at += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401  (any writable buffer)
+        view = memoryview(buffer).cast("B")
+        stop = min(self._at + len(view), self._size)
+        if stop <= self._at:
+            return 0
+        data = self._path.read_range(self._at, stop)
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+AnyPath = Path | StorePath
+"""A file or folder here or on an object store."""
+
+
+def parse_path(text: str) -> AnyPath:
+    """What a user wrote: a URL, or a path of this machine."""
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return StorePath(text.rstrip("/")) if "://" in text else Path(text)

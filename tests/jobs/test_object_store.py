@@ -1,0 +1,108 @@
+"""Stages 1 and 2 from and to an object store that fails now and then: the same bytes as from and to a disk."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from smpo_pipeline.jobs.status import read_status
+from smpo_schemas.manifest import read_manifest
+from smpo_schemas.rejects import read_rejects
+from smpo_schemas.store import AnyPath, StorePath
+from tests.command import run_command, run_here
+from tests.object_store import Faults, object_store
+
+pytestmark = pytest.mark.slow
+
+BUCKET = StorePath("s3://bucket")
+
+
+def score(inputs: Path, pairs: object, out: object) -> tuple[object, ...]:
+    reward = f"pickscore={inputs / 'pickscore'}"
+    return ("score", "--pairs", pairs, "--reward", reward, "--out", out, "--device", "cpu", "--batch-size", 5)
+
+
+def invert(inputs: Path, pairs: object, scores: object, out: object) -> tuple[object, ...]:
+    common = ("invert", "--pairs", pairs, "--scores", scores, "--model", inputs / "model", "--out", out)
+    return (*common, "--device", "cpu", "--pairs-per-shard", 2, "--steps", 2, "--batch-size", 4)
+
+
+def run(*arguments: object) -> None:
+    done = run_command("smpo-pipeline", *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def scores(inputs, tmp_path_factory):
+    """On a disk."""
+    out = tmp_path_factory.mktemp("scores") / "out"
+    run(*score(inputs, inputs / "pairs", out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def faults(inputs):
+    with pytest.MonkeyPatch.context() as patch, object_store(patch.setenv) as faults:
+        fsspec.filesystem("s3").put(str(inputs / "pairs"), "bucket/pairs", recursive=True)
+        faults.every = 9
+        yield faults
+
+
+def assert_same(found: AnyPath, expected: Path) -> None:
+    """Byte by byte, but for what names where the pairs came from."""
+    names = sorted(path.name for path in expected.iterdir())
+    assert [path.name for path in found.iterdir()] == names
+    for name in names:
+        if name == "rejected.parquet":
+            without_source = [
+                [
+                    reject.model_copy(update={"source": Path(reject.source).name})
+                    for reject in read_rejects(folder / name)
+                ]
+                for folder in (found, expected)
+            ]
+            assert without_source[0] == without_source[1]
+        elif name not in ("run.json", "config.yaml"):
+            assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def test_scores_on_a_store_that_fails_are_those_on_a_disk(inputs, scores, faults: Faults, capfd):
+    out = BUCKET / "scores"
+    run(*score(inputs, BUCKET / "pairs", out))
+    assert set(faults.injected) == {"500", "503", "slow", "cut"}
+    assert_same(out, scores)
+    found = read_status(out)
+    assert (found.job, found.finished, found.rewards, found.rejected) == ("score", True, ["pickscore"], 3)
+    written = (out / "scores.json").stat().st_mtime
+    # A finished run is left alone.
+    assert run_here(capfd, "smpo-pipeline", *score(inputs, BUCKET / "pairs", out)).returncode == 0
+    assert (out / "scores.json").stat().st_mtime == written
+
+
+def test_a_killed_invert_on_a_store_that_fails_goes_on_to_what_a_disk_has(inputs, scores, faults: Faults, tmp_path):
+    run(*invert(inputs, inputs / "pairs", scores, tmp_path / "shards"))
+    fsspec.filesystem("s3").put(str(scores), "bucket/copied", recursive=True)
+    out = BUCKET / "shards"
+    command = invert(inputs, BUCKET / "pairs", BUCKET / "copied", out)
+    code = "import sys; sys.argv[0] = 'smpo-pipeline'; from smpo_pipeline.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, command)], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list((out / ".units").glob("*.json")):
+            time.sleep(0.05)
+        process.kill()
+    stopped = read_status(out)
+    assert (stopped.job, stopped.finished, stopped.units, stopped.pairs_in) == ("invert", False, 8, 16)
+    assert 1 <= stopped.units_done <= 8  # actors outlive the command for a moment
+    assert stopped.pairs_done == 2 * stopped.units_done
+    assert stopped.rate > 0
+    assert stopped.holder == f"process {process.pid} on {socket.gethostname()}"
+    run(*command)
+    assert_same(out, tmp_path / "shards")
+    finished = read_status(out)
+    assert (finished.finished, finished.units_done, finished.rejected) == (True, 8, 3)
+    assert finished.reasons == read_manifest(out).rejected_reasons

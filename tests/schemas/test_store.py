@@ -1,0 +1,118 @@
+"""Paths on an object store: an S3-speaking server on loopback, sound and failing."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smpo_schemas import store
+from smpo_schemas.errors import UserError
+from smpo_schemas.files import arrow_source, atomic_path, read_json, remove_tree, sha256_file, write_bytes, write_json
+from smpo_schemas.store import StorePath, parse_path
+from tests.object_store import Faults, object_store
+
+
+@pytest.fixture(scope="module")
+def server():
+    with pytest.MonkeyPatch.context() as patch, object_store(patch.setenv) as faults:
+        yield faults
+
+
+@pytest.fixture
+def folder(server: Faults, request, monkeypatch):
+    monkeypatch.setattr(store, "_FIRST_PAUSE_SECONDS", 0.01)
+    server.every = 0
+    yield StorePath(f"s3://bucket/{request.node.name}")
+    server.every = 0
+
+
+def test_names_are_those_of_pathlib(tmp_path: Path):
+    url, path = parse_path("s3://bucket/a/b.tar.gz/"), tmp_path / "a" / "b.tar.gz"
+    assert (url.name, url.suffix, url.with_suffix(".x").name) == (path.name, path.suffix, path.with_suffix(".x").name)
+    assert str(url.parent / "c") == "s3://bucket/a/c"
+    assert url.absolute() == url
+    assert [parse_path(text) for text in ("a/b", "file:///a/b")] == [Path("a/b"), Path("/a/b")]
+    assert sorted([url / "b", url / "a"]) == [url / "a", url / "b"]
+    assert pickle.loads(pickle.dumps(url)) == url  # noqa: S301  (our own)
+
+
+def test_what_is_written_is_there_and_what_is_removed_is_not(folder: StorePath):
+    assert not folder.exists()
+    assert list(folder.iterdir()) == list(folder.glob("*")) == list(folder.rglob("*")) == []
+    write_json(folder / "a.json", {"x": 1})
+    write_bytes(folder / "deep" / "b.bin", b"0123456789")
+    assert (folder.is_dir(), folder.is_file()) == (True, False)
+    assert ((folder / "a.json").is_dir(), (folder / "a.json").is_file()) == (False, True)
+    assert [path.name for path in folder.iterdir()] == ["a.json", "deep"]
+    assert list(folder.glob("*.json")) == [folder / "a.json"]
+    assert list(folder.rglob("*.bin")) == [folder / "deep" / "b.bin"]
+    assert read_json(folder / "a.json") == {"x": 1}
+    assert (folder / "deep" / "b.bin").stat().st_size == 10
+    with (folder / "deep" / "b.bin").open() as file:
+        assert (file.seek(-3, 2), file.read(2), file.tell(), file.read(), file.read()) == (7, b"78", 9, b"9", b"")
+    (folder / "a.json").unlink()
+    (folder / "a.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="s3://bucket/.*a.json does not exist"):
+        read_json(folder / "a.json")
+    remove_tree(folder)
+    remove_tree(folder)
+    assert not folder.exists()
+
+
+def test_a_file_that_was_not_finished_is_not_put(folder: StorePath):
+    with pytest.raises(KeyError), atomic_path(folder / "a") as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyError
+    assert not (folder / "a").exists()
+
+
+def test_parquet_is_read_by_ranges(folder: StorePath):
+    table = pa.table({"a": list(range(1000)), "b": ["x" * 100] * 1000})
+    with atomic_path(folder / "t.parquet") as temporary:
+        pq.write_table(table, temporary, row_group_size=100)
+        digest = sha256_file(temporary)
+    assert pq.read_table(arrow_source(folder / "t.parquet")) == table
+    assert sha256_file(folder / "t.parquet") == digest
+
+
+def test_a_large_file_goes_up_in_parts(folder: StorePath, tmp_path: Path, server: Faults):
+    content = bytes(range(256)) * (110 * 4096)  # 110 MiB: above the client's threshold of 100
+    before = server.requests
+    write_bytes(folder / "large", content)
+    assert server.requests - before >= 4  # begin, parts, complete
+    (folder / "large").download(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+
+
+def test_failures_that_pass_change_nothing(folder: StorePath, server: Faults, tmp_path: Path):
+    server.every, server.injected = 3, type(server.injected)()
+    contents = {f"{number}.bin": bytes([number]) * (1 << 18) for number in range(12)}
+    for name, content in contents.items():
+        write_bytes(folder / name, content)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+    for name, content in contents.items():
+        with (folder / name).open() as file:
+            assert file.read() == content
+    assert {"500", "503", "slow", "cut"} <= {way for way, count in server.injected.items() if count}
+
+
+def test_a_store_that_goes_on_failing_is_one_line_and_not_a_missing_file(folder: StorePath, server: Faults):
+    write_bytes(folder / "a", b"x")
+    server.every = 1
+    server._ways = iter(lambda: "500", None)
+    try:
+        with pytest.raises(UserError, match="cannot read s3://bucket/.*a, tried 4 times"):
+            (folder / "a").is_file()
+    finally:
+        server.every, server._ways = 0, iter(["500", "503", "slow", "cut"] * 10_000)
+
+
+def test_a_bucket_that_is_not_there_and_an_unknown_protocol_are_one_line(server: Faults):
+    with pytest.raises(UserError, match="cannot write s3://nobucket/a"):
+        write_bytes(StorePath("s3://nobucket/a"), b"x")
+    with pytest.raises(UserError, match="nosuch://bucket/a: Protocol not known"):
+        StorePath("nosuch://bucket/a").exists()
