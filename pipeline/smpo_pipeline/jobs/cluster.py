@@ -24,13 +24,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from smpo_pipeline.jobs.ledger import SharedLedger
 from smpo_pipeline.jobs.reject_rate import RejectRate
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.errors import UserError
 from smpo_schemas.passing import PASSING_ERRNOS
 
-Build = Callable[[ray.data.Dataset], ray.data.Dataset]
-"""Adds a job's stages to a dataset of rows {"unit": number}."""
+Build = Callable[[ray.data.Dataset, SharedLedger], ray.data.Dataset]
+"""Adds a job's stages to a dataset of rows {"unit": number}; the ledger is for their workers."""
 
 Collect = Callable[[pa.Table], Iterable[UnitRecord]]
 """Takes what the last stage yields, on the driver; returns the records of the units that are committed with it."""
@@ -230,7 +231,9 @@ def run_units(
         if todo:
             with connected(address), _plain_errors():
                 source = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
-                for table in build(source).iter_batches(batch_size=None, batch_format="pyarrow"):
+                # Named, and so kept: Ray ends an actor that its driver has no handle of any more.
+                ledger = SharedLedger()
+                for table in build(source, ledger).iter_batches(batch_size=None, batch_format="pyarrow"):
                     for record in collect(table):
                         if record.pairs_in != sizes[record.unit]:
                             run.record_path(record.unit).unlink()

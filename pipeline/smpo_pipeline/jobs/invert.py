@@ -88,10 +88,9 @@ def _invert(
     scores = _score_table(options.scores, info)
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
 
-    def build(source: ray.data.Dataset) -> ray.data.Dataset:
+    def build(source: ray.data.Dataset, ledger: SharedLedger) -> ray.data.Dataset:
         require_gpus(options.device, options.concurrency)
         pool = Pool(options.concurrency, num_gpus=1 if options.device == "cuda" else 0)
-        ledger = SharedLedger()
         prepare = partial(
             _prepare, units=units, columns=columns, options=options, resolution=resolution, run=run, ledger=ledger
         )

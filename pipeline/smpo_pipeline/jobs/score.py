@@ -96,6 +96,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
 
 def _add_stages(
     source: ray.data.Dataset,
+    ledger: SharedLedger,
     options: ScoreOptions,
     units: Sequence[list[RowRange]],
     columns: Mapping[AnyPath, PairColumns],
@@ -103,7 +104,6 @@ def _add_stages(
     sizes: Mapping[str, int],
 ) -> ray.data.Dataset:
     """Decode, then one pool a reward."""
-    ledger = SharedLedger()
     prepare = partial(prepare_chunks, units=units, columns=columns, ledger=ledger)
     dataset = source.map_batches(prepare, batch_size=1, batch_format="pyarrow", num_cpus=1)
     pools = _pools(options, specs, sizes)
