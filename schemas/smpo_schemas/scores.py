@@ -30,6 +30,8 @@ IMAGE_IDS = ("image_0_id", "image_1_id")
 """Columns that name both images by their content (:func:`smpo_schemas.pairs.image_id`), null or missing where unknown:
 tables of before they were there have schema version 1 too."""
 
+_NULL_IF_MISSING = ("label", "annotator")
+
 SAME_SCORE = 1e-4
 """Share of a reward's range by which two scores of one image may differ: batches of other sizes round otherwise."""
 
@@ -151,6 +153,8 @@ def read_scores(directory: AnyPath, info: ScoresInfo, columns: Sequence[str] | N
 def _as_written(table: pa.Table, rewards: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
     """The table with the types of :func:`score_schema`, its values checked (text is UTF-8).
 
+    Tables made by hand may lack labels and annotators: nobody labelled.
+
     Raises:
         KeyError: it lacks a column that was asked for.
         pyarrow.ArrowException: a column is of another type, or damaged.
@@ -158,7 +162,9 @@ def _as_written(table: pa.Table, rewards: Sequence[str], columns: Sequence[str] 
     for field in score_schema(rewards):
         asked = field.name in columns if columns is not None else field.name not in IMAGE_IDS
         if field.name not in table.column_names:
-            if asked:
+            if columns is None and field.name in _NULL_IF_MISSING:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+            elif asked:
                 raise KeyError(f"no column {field.name}")
         elif table.schema.field(field.name).type != field.type:
             position = table.column_names.index(field.name)
