@@ -74,6 +74,8 @@ class InversionSettings(_Frozen):
         hflip: whether half of the walks mirror both images.
         size_conditioning: of models that are conditioned on sizes (SDXL): ``image``: each image's own original size and
             crop; ``constant``: the resolution and no crop for all, as the published code.
+        buckets: whether images are brought to one of several sizes of about the resolution's area, by their aspect
+            ratio, rather than to the square.
         dtype: of the denoiser's forward passes.
     """
 
@@ -95,6 +97,7 @@ class InversionSettings(_Frozen):
     prompt_dropout: float = Field(default=0.2, ge=0, le=1)
     hflip: bool = True
     size_conditioning: Literal["image", "constant"] = "image"
+    buckets: bool = False
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
 
 
@@ -140,6 +143,14 @@ class IndexEntry(_Frozen):
     sha256: str
 
 
+class Bucket(_Frozen):
+    """An image size, in pixels, and how many pairs have it."""
+
+    height: int
+    width: int
+    pairs: int
+
+
 class BandHealth(_Frozen):
     """How believable the states of one timestep band are (DESIGN 4.2): all but the last two on a sample of pairs.
 
@@ -180,7 +191,11 @@ class Totals(_Frozen):
 
 
 class Manifest(_Frozen):
-    """The whole of ``manifest.json``; ``index`` is None in directories that have none."""
+    """The whole of ``manifest.json``; ``index`` is None in directories that have none.
+
+    ``buckets`` are the image sizes that occur, by rising aspect ratio; without ``--buckets`` the list is empty, and all
+    images have the ``resolution``.
+    """
 
     schema_version: int
     model: ModelInfo
@@ -194,6 +209,7 @@ class Manifest(_Frozen):
     health: list[BandHealth]
     versions: dict[str, str]
     index: IndexEntry | None = None
+    buckets: list[Bucket] = []
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -14,8 +15,8 @@ import pyarrow.compute as pc
 import ray
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_pipeline.images import resize_and_crop
-from smpo_pipeline.inversion.checks import check_settings
+from smpo_pipeline.buckets import Size, list_buckets
+from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.cluster import Pool, require_gpus, run_units
 from smpo_pipeline.jobs.invert_unit import STAGE, InvertActor, InvertOptions, load_models
@@ -51,7 +52,7 @@ def invert(options: InvertOptions) -> Manifest:
     units = slice_files(files, options.pairs_per_shard, options.limit)
     info = read_scores_info(options.scores)
     scores = _score_table(options.scores, info)
-    model, resolution = _check_model(options)
+    model, resolution, image_sizes = _check_model(options)
     identity = {
         "job": "invert",
         "schema_version": MANIFEST_VERSION,
@@ -72,8 +73,14 @@ def invert(options: InvertOptions) -> Manifest:
     def build(source: ray.data.Dataset) -> ray.data.Dataset:
         require_gpus(options.device, options.concurrency)
         pool = Pool(options.concurrency, num_gpus=1 if options.device == "cuda" else 0)
-        prepare = partial(_prepare, units=units, columns=columns, options=options, resolution=resolution)
-        kwargs = {"options": options, "run": run, "scores": ray.put(scores), "rows": sum(sizes)}
+        prepare = partial(_prepare, units=units, columns=columns, options=options, image_sizes=image_sizes)
+        kwargs = {
+            "options": options,
+            "run": run,
+            "scores": ray.put(scores),
+            "rows": sum(sizes),
+            "resolution": resolution,
+        }
         return source.map(prepare, num_cpus=1).map(InvertActor, fn_constructor_kwargs=kwargs, **pool.options())
 
     records = run_units(run, sizes, build, _records, title="invert", address=options.ray_address)
@@ -112,8 +119,8 @@ def _score_table(directory: Path, info: ScoresInfo) -> pa.Table:
     return table
 
 
-def _check_model(options: InvertOptions) -> tuple[ModelInfo, int]:
-    """Load the model once, before any work starts: its fingerprints, and the resolution to use."""
+def _check_model(options: InvertOptions) -> tuple[ModelInfo, int, tuple[Size, ...]]:
+    """Load the model once, before any work starts: its fingerprints, the resolution to use, and the images' sizes."""
     family, walker = load_models(options, "cpu")
     resolution = check_settings(family, options.model, options.resolution, options.settings)
     reference = fingerprint_module(family.denoiser)
@@ -128,7 +135,7 @@ def _check_model(options: InvertOptions) -> tuple[ModelInfo, int]:
         scheduler=family.process.fingerprint(),
         num_train_timesteps=family.process.num_train_timesteps,
     )
-    return info, resolution
+    return info, resolution, sizes_of_images(family, resolution, options.settings)
 
 
 def _prepare(
@@ -136,12 +143,11 @@ def _prepare(
     units: Sequence[list[RowRange]],
     columns: dict[Path, PairColumns],
     options: InvertOptions,
-    resolution: int,
+    image_sizes: Sequence[Size],
 ) -> dict[str, Any]:
     unit = row["unit"]
     names = [columns[part.path] for part in units[unit]]
-    crop = partial(resize_and_crop, resolution=resolution)
-    table, rejects = prepare_unit(units[unit], names, unit * options.pairs_per_shard, crop, STAGE)
+    table, rejects = prepare_unit(units[unit], names, unit * options.pairs_per_shard, image_sizes, STAGE)
     return {
         "unit": unit,
         "table": to_bytes(table),
@@ -162,6 +168,9 @@ def _finish(
     health = HealthSums()
     for record in records:
         health += HealthSums(record.health)
+    buckets: Counter[Size] = Counter()
+    for bucket in (bucket for record in records for bucket in record.buckets):
+        buckets[bucket.height, bucket.width] += bucket.pairs
     manifest = Manifest(
         schema_version=MANIFEST_VERSION,
         model=model,
@@ -181,6 +190,7 @@ def _finish(
         ),
         rejected_reasons=count_reasons(rejects),
         health=health.bands(model.num_train_timesteps),
+        buckets=list_buckets(buckets),
         versions={name: version(name) for name in ("smpo-diffusion", "torch", "diffusers", "transformers", "numpy")},
     )
     manifest = manifest.model_copy(update={"index": write_index(ShardDirectory(options.out, manifest))})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,14 @@ from torch import nn
 
 from smpo_models.family import Family
 from smpo_models.loading import DTYPES, load_family, load_walker
+from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
-from smpo_pipeline.inversion.batch_size import choose_batch_size, walk_requests
+from smpo_pipeline.inversion.batch_size import (
+    batches_of_one_size,
+    choose_batch_size,
+    walk_requests,
+    with_most_pixels,
+)
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.jobs.cluster import use_threads
@@ -74,7 +81,7 @@ def load_models(options: InvertOptions, device: str) -> tuple[Family, nn.Module]
 class InvertActor:
     """Holds the model; turns a unit into a shard and commits it."""
 
-    def __init__(self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int) -> None:
+    def __init__(self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int, resolution: int) -> None:
         use_threads(options.device, options.concurrency)
         family, walker = load_models(options, options.device)
         dtype = DTYPES[options.settings.dtype]
@@ -84,7 +91,7 @@ class InvertActor:
         self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
-        self._batch_size = options.batch_size
+        self._batch_size, self._resolution = options.batch_size, resolution
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """Invert and commit one unit; returns its record as JSON."""
@@ -93,12 +100,14 @@ class InvertActor:
         unit = int(row["unit"])
         pairs = list(self._pairs(from_bytes(row["table"]), rejects))
         kept = prompts_cut = 0
+        sizes: Counter[Size] = Counter()
         with ShardWriter(self._run.out / f"shard-{unit:06d}.tar") as shard:
             for (number, source, pair), samples in zip(pairs, self._walks(pairs, health), strict=True):
                 if isinstance(samples, str):
                     rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=samples))
                     continue
                 kept += 1
+                sizes[pair.image_size] += 1
                 prompts_cut += self._family.cuts(pair.prompt)
                 for sample in samples:
                     shard.write(f"{number * self._options.settings.walks + sample.meta.walk:010d}", sample)
@@ -110,6 +119,7 @@ class InvertActor:
             entry=shard.entry.model_dump() if kept else None,
             health=health.to_lists(),
             prompts_cut=prompts_cut,
+            buckets=list_buckets(sizes) if self._options.settings.buckets else [],
         )
         if not kept:
             (self._run.out / shard.entry.name).unlink()
@@ -149,21 +159,21 @@ class InvertActor:
         """All walks of each pair, made ``batch_size`` walks at a time, or the reason why there are none."""
         walks = self._options.settings.walks
         requests = [(pair, walk) for _, _, pair in pairs for walk in range(walks)]
-        made: list[Sample | str] = []
+        made: dict[int, Sample | str] = {}
         if requests and self._batch_size is None:
             self._batch_size = self._find_batch_size([pair for _, _, pair in pairs])
-        for start in range(0, len(requests), self._batch_size or 1):
-            samples, sums = self._inverter.invert(requests[start : start + (self._batch_size or 1)])
-            made += samples
+        for positions in batches_of_one_size(requests, self._batch_size or 1):
+            samples, sums = self._inverter.invert([requests[position] for position in positions])
+            made |= zip(positions, samples, strict=True)
             health += sums
-        for start in range(0, len(made), walks):
-            of_pair = made[start : start + walks]
+        for start in range(0, len(requests), walks):
+            of_pair = [made[position] for position in range(start, start + walks)]
             problems = [each for each in of_pair if isinstance(each, str)]
             yield problems[0] if problems else [each for each in of_pair if isinstance(each, Sample)]
 
     def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> int:
         """``--batch-size auto``, for the device that this actor is on; leaves a file that says what was found."""
-        trials = walk_requests(pairs)
+        trials = walk_requests(with_most_pixels(pairs, self._resolution))
         size = choose_batch_size(
             lambda count: self._inverter.invert([next(trials) for _ in range(count)]),
             self._options.pairs_per_shard * self._options.settings.walks,

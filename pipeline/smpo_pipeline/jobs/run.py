@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import read_json, write_json
+from smpo_schemas.manifest import Bucket
 from smpo_schemas.pairs import PairFile
 from smpo_schemas.rejects import Reject
 
@@ -33,6 +34,7 @@ class UnitRecord(BaseModel):
         entry: what the finished directory says of its file, or None where nothing was left to write.
         health: sums of walk health (``invert`` only).
         prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
+        buckets: pairs in its output by image size (``invert --buckets`` only).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +46,7 @@ class UnitRecord(BaseModel):
     entry: dict[str, Any] | None
     health: list[list[float]] | None = None
     prompts_cut: int = 0
+    buckets: list[Bucket] = []
 
 
 class Run:
