@@ -25,7 +25,7 @@ STEPS_A_SIDE = 16
 
 MAX_STRETCH = 2.0
 """Largest side over the resolution; and the largest quotient of two images' aspect ratios that share a bucket, which
-then lies halfway between them: of each image at least 71 % is kept."""
+then lies about halfway between them: of each image about 71 % is kept."""
 
 
 def bucket_sizes(resolution: int, multiple: int) -> tuple[Size, ...]:

@@ -42,7 +42,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[StateBatch]:
 def test_each_step_is_of_one_shape_and_all_shapes_come(
     train: Train, shaped: list[Path], seen: list[StateBatch], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    out = train(on=shaped, batch_size=2, grad_accum=2, max_steps=12, lr=1e-6)
+    out = train(on=shaped, batch_size=2, grad_accum=2, max_steps=12, lr=1e-10)
     shapes = [tuple(batch.x0_B2Chw.shape[2:]) for batch in seen]
     assert shapes[::2] == shapes[1::2]
     # 12 steps are 48 states: of 36 an epoch, 3 of the last shape, whose first step is full in the second epoch.
@@ -66,7 +66,7 @@ def test_how_a_step_is_cut_changes_nothing(train: Train, shaped: list[Path]) -> 
 def test_held_out_states_of_several_shapes(
     train: Train, shaped: list[Path], seen: list[StateBatch], reference: str
 ) -> None:
-    out = train(on=shaped, batch_size=4, max_steps=4, val_fraction=0.4, val_every=2, lr=1e-6, reference=reference)
+    out = train(on=shaped, batch_size=4, max_steps=4, val_fraction=0.4, val_every=2, lr=1e-10, reference=reference)
     last = metrics(out)[-1]
     assert last["val/loss"] == pytest.approx(math.log(2), abs=2e-3)
     assert len({tuple(batch.x0_B2Chw.shape[2:]) for batch in seen}) == 3
