@@ -43,10 +43,13 @@ class BucketedOrder(Order):
         self._states_B = self._states_HB.sum(0)
         self._flows = lru_cache(maxsize=4)(self._flow)
         self._steps = lru_cache(maxsize=4)(self._fill)
+        # Asked for each state of a step, and for each of its micro-batches.
+        self._places = lru_cache(maxsize=4)(self._place)
+        self._named = lru_cache(maxsize=4)(self._name)
 
     def state_at(self, position: int) -> int:
         """See the base class."""
-        epoch, index, step = self._place(position)
+        epoch, index, step = self._places(position // self._group)
         return int(self._steps(epoch, index)[0][step, position % self._group])
 
     def window_at(self, position: int) -> Window:
@@ -54,7 +57,11 @@ class BucketedOrder(Order):
 
         Its ``shards`` are also those of earlier windows whose states have waited for one of its steps.
         """
-        epoch, index, _ = self._place(position)
+        epoch, index, _ = self._places(position // self._group)
+        return self._named(epoch, index)
+
+    def _name(self, epoch: int, index: int) -> Window:
+        """See :meth:`window_at`."""
         first, stop = (int(number) * self._group for number in self._finished(epoch)[index : index + 2])
         states = self._steps(epoch, index)[0].ravel()
         own = self._windows(epoch)[0][index].shards
@@ -76,10 +83,9 @@ class BucketedOrder(Order):
         step = int(np.flatnonzero(self._steps(epoch, index)[1] == bucket)[within])
         return (int(self._finished(epoch)[index]) + step + 1) * self._group
 
-    def _place(self, position: int) -> tuple[int, int, int]:
-        """Epoch and window in which a position's step is completed, and which of the window's steps it is."""
-        number = position // self._group
-        epoch = position // self.num_states  # or a later one, since states wait
+    def _place(self, number: int) -> tuple[int, int, int]:
+        """Epoch and window in which the step of this number is completed, and which of the window's steps it is."""
+        epoch = number * self._group // self.num_states  # or a later one, since states wait
         while self._finished(epoch)[-1] <= number:
             epoch += 1
         finished = self._finished(epoch)
@@ -104,6 +110,8 @@ class BucketedOrder(Order):
         for bucket in np.unique(buckets).tolist():
             places = np.flatnonzero(buckets == bucket)
             waiting = int(self._flows(epoch)[index, bucket]) % self._group
+            if waiting + len(places) < self._group:
+                continue
             queue = np.concatenate([self._last_before(epoch, index, bucket, waiting), states[places]])
             stops = range(self._group, len(queue) + 1, self._group)
             found += [(int(places[stop - waiting - 1]), bucket, queue[stop - self._group : stop]) for stop in stops]
