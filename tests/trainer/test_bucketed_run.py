@@ -55,11 +55,11 @@ def test_each_step_is_of_one_shape_and_all_shapes_come(
 
 def test_how_a_step_is_cut_changes_nothing(train: Train, shaped: list[Path]) -> None:
     runs = [
-        train(f"cut-{batch}", on=shaped, batch_size=batch, grad_accum=accum, max_steps=5)
+        train(f"cut-{batch}", on=shaped, batch_size=batch, grad_accum=accum, max_steps=5, beta=200, lr=1e-5)
         for batch, accum in ((4, 1), (1, 4))
     ]
     for name in ("loss", "grad_norm"):
-        assert column(runs[0], name) == pytest.approx(column(runs[1], name), rel=1e-4)
+        assert column(runs[0], name) == pytest.approx(column(runs[1], name), rel=1e-3)
 
 
 @pytest.mark.parametrize("reference", ["stored", "recomputed"])
@@ -79,7 +79,7 @@ def test_a_missing_shard_leaves_batches_of_their_shape(
     kept = tar.read_bytes()
     tar.unlink()
     try:
-        out = train(on=shaped, batch_size=4, max_steps=9, skip_bad=True)
+        out = train(on=shaped, batch_size=4, max_steps=12, skip_bad=True)
     finally:
         tar.write_bytes(kept)
     # The second directory's fifth pair: three states, each once an epoch.
