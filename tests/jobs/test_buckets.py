@@ -149,7 +149,7 @@ def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path,
     data = ("--shards", tmp_path / "shards", "--model", folder / kind, "--out", run)
     done = run_command("smpo-train", *data, *settings, ACCELERATE_USE_CPU="1")
     assert done.returncode == 0, done.stderr
-    assert "one in each step" in done.stdout
+    assert "2 states of one at a time" in done.stdout
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     # Each stored reference error is what the trainer finds at the state: sizes, crops and shapes are those of invert.
     assert losses[0] == pytest.approx(math.log(2), abs=2e-3)

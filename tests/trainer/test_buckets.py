@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from smpo_trainer.buckets import BucketedOrder, bucket_remark, make_order
+from smpo_trainer.buckets import BucketedOrder, bucket_remark, group_size, make_order
 from smpo_trainer.plan import Order, Plan
 from tests.trainer.test_plan import SHARDS, WORLDS, consumed
 
@@ -16,12 +16,12 @@ from tests.trainer.test_plan import SHARDS, WORLDS, consumed
 BUCKETS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [60, 30, 8, 3]))
 
 
-def bucketed(states_per_step: int, window: int = 25, seed: int = 3) -> BucketedOrder:
-    return BucketedOrder(BUCKETS, SHARDS, seed, window, states_per_step)
+def bucketed(group: int, window: int = 25, seed: int = 3) -> BucketedOrder:
+    return BucketedOrder(BUCKETS, SHARDS, seed, window, group)
 
 
-def queued(states_per_step: int, window: int, seed: int) -> Iterator[int]:
-    """Every state goes to its bucket's queue; a full queue is the next step."""
+def queued(group: int, window: int, seed: int) -> Iterator[int]:
+    """Every state goes to its bucket's queue; a full queue is the next group."""
     order = Order(SHARDS, seed, window)
     queues: list[list[int]] = [[], [], [], []]
     position = 0
@@ -29,50 +29,64 @@ def queued(states_per_step: int, window: int, seed: int) -> Iterator[int]:
         state = order.state_at(position)
         queue = queues[BUCKETS[state]]
         queue.append(state)
-        if len(queue) == states_per_step:
+        if len(queue) == group:
             yield from queue
             queue.clear()
         position += 1
 
 
 @pytest.mark.parametrize("window", [1, 25, 60, 1000])
-@pytest.mark.parametrize("states_per_step", [1, 2, 7, 16, 150])
-def test_it_is_what_queues_give(states_per_step: int, window: int) -> None:
-    wanted = list(islice(queued(states_per_step, window, 3), 600))
-    order = bucketed(states_per_step, window)
+@pytest.mark.parametrize("group", [1, 2, 7, 16, 150])
+def test_it_is_what_queues_give(group: int, window: int) -> None:
+    wanted = list(islice(queued(group, window, 3), 600))
+    order = bucketed(group, window)
     assert [order.state_at(position) for position in range(600)] == wanted
     # Every position is found by itself, whatever was asked before.
     for position in (599, 0, 311):
-        assert bucketed(states_per_step, window).state_at(position) == wanted[position]
+        assert bucketed(group, window).state_at(position) == wanted[position]
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_a_step_has_one_shape_on_all_ranks_and_every_state_comes_once(world_size: int) -> None:
-    plan = Plan(bucketed(3 * 2 * world_size), batch_size=3, grad_accum=2, world_size=world_size)
-    size = plan.states_per_step
-    steps = max(4, -(-4 * 101 // size))
+def test_a_group_has_one_shape_and_every_state_comes_once(world_size: int) -> None:
+    """Whatever the number of processes: here they share a step of 48 states, 3000 where there are too many."""
+    step = 48 if 48 % world_size == 0 else 3 * world_size
+    batch = 1 if step == 48 else 3
+    plan = Plan(bucketed(group_size(step, batch)), batch, step // world_size // batch, world_size)
+    assert plan.states_per_step == step
+    steps = max(4, -(-4 * 101 // step))
     order = consumed(plan, steps)
-    for step in range(steps):
-        assert len(set(BUCKETS[order[step * size : (step + 1) * size]])) == 1
+    for rank in range(world_size):
+        for positions in plan.micro_batches(0, steps, rank):
+            assert len(set(BUCKETS[plan.states(positions)])) == 1
     for bucket, number in enumerate((60, 30, 8, 3)):
         came = [state for state in order if BUCKETS[state] == bucket]
         for start in range(0, len(came) - number + 1, number):
             assert len(set(came[start : start + number])) == number
-    # What has not come waits: less than a step of each bucket.
+    # What has not come waits: less than a group of each bucket.
     counts = np.bincount(order, minlength=101)
     for bucket in range(4):
         assert np.ptp(counts[bucket == BUCKETS]) <= 1
 
 
-def test_what_waits_is_less_than_a_step_of_each_bucket() -> None:
-    for states_per_step in (2, 7, 16):
-        order = bucketed(states_per_step)
+@pytest.mark.parametrize(
+    ("step", "batch", "wanted"),
+    [(1024, 1, 64), (1024, 8, 64), (1024, 128, 128), (1024, 1024, 1024), (96, 1, 48), (96, 32, 96), (16, 4, 16),
+     (1009, 1, 1), (1009, 1009, 1009), (1, 1, 1)],
+)  # fmt: skip
+def test_groups_cut_a_step_and_are_cut_into_micro_batches(step: int, batch: int, wanted: int) -> None:
+    assert group_size(step, batch) == wanted
+    assert step % wanted == wanted % batch == 0
+
+
+def test_what_waits_is_less_than_a_group_of_each_bucket() -> None:
+    for group in (2, 7, 16):
+        order = bucketed(group)
         for epoch in range(1, 6):
-            done = order._finished(epoch)[0] * states_per_step
+            done = order._finished(epoch)[0] * group
             counts = np.bincount([BUCKETS[order.state_at(p)] for p in range(done)], minlength=4)
             waiting = epoch * np.array([60, 30, 8, 3]) - counts
             assert (waiting >= 0).all()
-            assert (waiting < states_per_step).all()
+            assert (waiting < group).all()
 
 
 def test_order_depends_on_the_effective_batch_alone() -> None:
@@ -97,9 +111,9 @@ def test_resuming_gives_the_same_order_element_by_element(world_size: int) -> No
 
 
 @pytest.mark.parametrize("window", [1, 10, 25, 1000])
-@pytest.mark.parametrize("states_per_step", [2, 7, 40])
-def test_windows_follow_each_other_and_name_the_shards_of_their_states(states_per_step: int, window: int) -> None:
-    order = bucketed(states_per_step, window)
+@pytest.mark.parametrize("group", [2, 7, 40])
+def test_windows_follow_each_other_and_name_the_shards_of_their_states(group: int, window: int) -> None:
+    order = bucketed(group, window)
     position = 0
     while position < 300:
         here = order.window_at(position)
@@ -110,14 +124,14 @@ def test_windows_follow_each_other_and_name_the_shards_of_their_states(states_pe
         position = here.stop
 
 
-@pytest.mark.parametrize("states_per_step", [1, 2, 7, 16, 60])
-def test_when_all_have_been_seen(states_per_step: int) -> None:
-    order = bucketed(states_per_step)
+@pytest.mark.parametrize("group", [1, 2, 7, 16, 60])
+def test_when_all_have_been_seen(group: int) -> None:
+    order = bucketed(group)
     seen: set[int] = set()
     position = 0
     while len(seen) < 101:
-        seen |= {order.state_at(position + offset) for offset in range(states_per_step)}
-        position += states_per_step
+        seen |= {order.state_at(position + offset) for offset in range(group)}
+        position += group
     assert order.positions_to_see_all() == position
     assert Order(SHARDS, 3, 25).positions_to_see_all() == 101
 
@@ -131,5 +145,5 @@ def test_one_bucket_is_the_order_without_buckets() -> None:
 
 def test_rare_shapes_are_said() -> None:
     assert bucket_remark(np.ones(5), 16) is None
-    assert bucket_remark(BUCKETS, 3) == "latents of 4 shapes, one in each step"
-    assert "2 of them have fewer states than a step (16), 11 in all" in bucket_remark(BUCKETS, 16)
+    assert bucket_remark(BUCKETS, 3) == "latents of 4 shapes, 3 states of one at a time"
+    assert "16 states of one at a time; of 2 there are fewer states than that, 11 in all" in bucket_remark(BUCKETS, 16)

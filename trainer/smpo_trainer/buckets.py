@@ -1,17 +1,17 @@
-"""The order of states where latents have several shapes (``invert --buckets``): every optimizer step holds one shape.
+"""The order of states where latents have several shapes (``invert --buckets``): groups of one shape.
 
 The states flow as :class:`~smpo_trainer.plan.Order` lets them, window by window, and each goes to the end of its
-bucket's queue. Whenever a queue holds a step's states, they are the next step. So buckets come in proportion to their
-states, each bucket's states come once before any of them comes again, and none is ever dropped: what is left in a queue
-at the end of a window, or of an epoch, waits there for more of its shape. With one bucket this is the order without
-buckets.
+bucket's queue. Whenever a queue holds a group, that comes next. So buckets come in proportion to their states, each
+bucket's states come once before any of them comes again, and none is ever dropped: what is left in a queue at the end
+of a window, or of an epoch, waits there for more of its shape. With one bucket this is the order without buckets.
 
-The order depends on the number of states of a step, but not on how a step is cut into processes and micro-batches; all
-processes take the same number of steps, and are at the same shape at once.
+A group is cut into micro-batches, and an optimizer step holds whole groups. The smaller they are, the fewer states
+wait, from the fewer shards, and the more shapes share a step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -19,12 +19,25 @@ import numpy as np
 
 from smpo_trainer.plan import Order, Window
 
+MAX_GROUP = 64
+"""States of a group at most, unless micro-batches ask for more: all processes of most runs together take no more."""
+
+
+def group_size(states_per_step: int, batch_size: int) -> int:
+    """How many states are of one shape at a time.
+
+    It divides a step's states and is a multiple of a micro-batch's. The number of processes, and mostly the size of a
+    micro-batch, make no difference, so that a run may go on with others.
+    """
+    largest = max(size for size in range(1, MAX_GROUP + 1) if states_per_step % size == 0)
+    return math.lcm(largest, batch_size)
+
 
 class BucketedOrder(Order):
     """The endless order of all states, in groups of one bucket."""
 
     def __init__(
-        self, bucket_S: np.ndarray, states_per_shard: Sequence[int], seed: int, window: int, states_per_step: int
+        self, bucket_S: np.ndarray, states_per_shard: Sequence[int], seed: int, window: int, group: int
     ) -> None:
         """Describe an order.
 
@@ -33,29 +46,29 @@ class BucketedOrder(Order):
             states_per_shard: how many states of each shard are trained on; may be 0.
             seed: decides the order.
             window: as in :class:`~smpo_trainer.plan.Order`.
-            states_per_step: every so many positions, from position 0 on, hold states of one bucket.
+            group: every so many positions, from position 0 on, hold states of one bucket.
         """
         super().__init__(states_per_shard, seed, window)
-        self._bucket_S, self._group = bucket_S, states_per_step
+        self._bucket_S, self._group = bucket_S, group
         shards = np.repeat(np.arange(len(states_per_shard)), states_per_shard)
         self._states_HB = np.zeros((len(states_per_shard), int(bucket_S.max()) + 1), dtype=np.int64)
         np.add.at(self._states_HB, (shards, bucket_S), 1)
         self._states_B = self._states_HB.sum(0)
         self._flows = lru_cache(maxsize=4)(self._flow)
-        self._steps = lru_cache(maxsize=4)(self._fill)
-        # Asked for each state of a step, and for each of its micro-batches.
+        self._groups = lru_cache(maxsize=4)(self._fill)
+        # Asked for each state of a group, and for each of its micro-batches.
         self._places = lru_cache(maxsize=4)(self._place)
         self._named = lru_cache(maxsize=4)(self._name)
 
     def state_at(self, position: int) -> int:
         """See the base class."""
-        epoch, index, step = self._places(position // self._group)
-        return int(self._steps(epoch, index)[0][step, position % self._group])
+        epoch, index, place = self._places(position // self._group)
+        return int(self._groups(epoch, index)[0][place, position % self._group])
 
     def window_at(self, position: int) -> Window:
-        """The window whose states complete the step of a global position.
+        """The window whose states complete the group of a global position.
 
-        Its ``shards`` are also those of earlier windows whose states have waited for one of its steps.
+        Its ``shards`` are also those of earlier windows whose states have waited for one of its groups.
         """
         epoch, index, _ = self._places(position // self._group)
         return self._named(epoch, index)
@@ -63,28 +76,28 @@ class BucketedOrder(Order):
     def _name(self, epoch: int, index: int) -> Window:
         """See :meth:`window_at`."""
         first, stop = (int(number) * self._group for number in self._finished(epoch)[index : index + 2])
-        states = self._steps(epoch, index)[0].ravel()
+        states = self._groups(epoch, index)[0].ravel()
         own = self._windows(epoch)[0][index].shards
         waited = set(np.searchsorted(self._first_states, np.unique(states), side="right") - 1) - set(own)
         return Window(epoch, index, first, stop, (*own, *(int(shard) for shard in sorted(waited))))
 
     def positions_to_see_all(self) -> int:
-        """See the base class: of a bucket smaller than a step, this takes several epochs."""
+        """See the base class: of a bucket smaller than a group, this takes several epochs."""
         return max(self._seen(int(bucket)) for bucket in np.flatnonzero(self._states_B))
 
     def _seen(self, bucket: int) -> int:
-        """The position after the step in which a bucket's last state comes for the first time."""
+        """The position after the group in which a bucket's last state comes for the first time."""
         total = int(self._states_B[bucket])
-        number = -(-total // self._group) - 1  # of its steps, from 0
+        number = -(-total // self._group) - 1  # of its groups, from 0
         epoch, rank = divmod((number + 1) * self._group - 1, total)
         before_WB = self._flows(epoch) - epoch * self._states_B
         index = int(np.searchsorted(before_WB[:, bucket], rank, side="right")) - 1
         within = number - int(self._flows(epoch)[index, bucket]) // self._group
-        step = int(np.flatnonzero(self._steps(epoch, index)[1] == bucket)[within])
-        return (int(self._finished(epoch)[index]) + step + 1) * self._group
+        place = int(np.flatnonzero(self._groups(epoch, index)[1] == bucket)[within])
+        return (int(self._finished(epoch)[index]) + place + 1) * self._group
 
     def _place(self, number: int) -> tuple[int, int, int]:
-        """Epoch and window in which the step of this number is completed, and which of the window's steps it is."""
+        """Epoch and window in which the group of this number is completed, and which of the window's groups it is."""
         epoch = number * self._group // self.num_states  # or a later one, since states wait
         while self._finished(epoch)[-1] <= number:
             epoch += 1
@@ -99,11 +112,11 @@ class BucketedOrder(Order):
         return epoch * self._states_B + np.concatenate([np.zeros_like(counts_WB[:1]), counts_WB.cumsum(0)])
 
     def _finished(self, epoch: int) -> np.ndarray:
-        """How many steps are complete before each of an epoch's windows, and before the next: [W + 1]."""
+        """How many groups are complete before each of an epoch's windows, and before the next: [W + 1]."""
         return (self._flows(epoch) // self._group).sum(1)
 
     def _fill(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The steps that a window completes: their states, int64 [steps, states of a step], and buckets [steps]."""
+        """The groups that a window completes: their states, int64 [groups, states of one], and buckets [groups]."""
         states = self._states(self._windows(epoch)[0][index])
         buckets = self._bucket_S[states]
         found: list[tuple[int, int, np.ndarray]] = []
@@ -115,8 +128,8 @@ class BucketedOrder(Order):
             queue = np.concatenate([self._last_before(epoch, index, bucket, waiting), states[places]])
             stops = range(self._group, len(queue) + 1, self._group)
             found += [(int(places[stop - waiting - 1]), bucket, queue[stop - self._group : stop]) for stop in stops]
-        found.sort(key=lambda step: step[0])
-        filled = [step for _, _, step in found]
+        found.sort(key=lambda group: group[0])
+        filled = [group for _, _, group in found]
         return (
             np.stack(filled) if filled else np.zeros((0, self._group), dtype=np.int64),
             np.array([bucket for _, bucket, _ in found], dtype=np.int64),
@@ -139,25 +152,22 @@ class BucketedOrder(Order):
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
-def make_order(
-    bucket_S: np.ndarray, states_per_shard: Sequence[int], seed: int, window: int, states_per_step: int
-) -> Order:
+def make_order(bucket_S: np.ndarray, states_per_shard: Sequence[int], seed: int, window: int, group: int) -> Order:
     """The order for states of one bucket or of several; arguments as of :class:`BucketedOrder`."""
     if len(np.unique(bucket_S)) == 1:
         return Order(states_per_shard, seed, window)
-    return BucketedOrder(bucket_S, states_per_shard, seed, window, states_per_step)
+    return BucketedOrder(bucket_S, states_per_shard, seed, window, group)
 
 
-def bucket_remark(bucket_S: np.ndarray, states_per_step: int) -> str | None:
+def bucket_remark(bucket_S: np.ndarray, group: int) -> str | None:
     """What to tell the user of several buckets."""
     sizes = np.unique(bucket_S, return_counts=True)[1]
     if len(sizes) == 1:
         return None
-    rare = sizes[sizes < states_per_step]
+    rare = sizes[sizes < group]
     waits = (
-        f"; {len(rare)} of them have fewer states than a step ({states_per_step}), {rare.sum()} in all, which wait for "
-        "later epochs to fill one"
+        f"; of {len(rare)} there are fewer states than that, {rare.sum()} in all, which wait for later epochs"
         if len(rare)
         else ""
     )
-    return f"latents of {len(sizes)} shapes, one in each step{waits}"
+    return f"latents of {len(sizes)} shapes, {group} states of one at a time{waits}"

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object, set_seed
 from smpo_schemas.errors import UserError
 from smpo_trainer.bad_states import BadStates
 from smpo_trainer.batches import Feed, StateDataset
-from smpo_trainer.buckets import bucket_remark, make_order
+from smpo_trainer.buckets import bucket_remark, group_size, make_order
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.health import Health
@@ -77,10 +77,11 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             bad.note(gather_object(held_out.problems))
         on_main(accelerator, lambda: _begin(settings, output, write_config))
         bucket_S = table.buckets()
-        remark = bucket_remark(bucket_S, states_per_step)
+        group = group_size(states_per_step, settings.batch_size)
+        remark = bucket_remark(bucket_S, group)
         if remark:
             report.say(remark)
-        order = make_order(bucket_S, table.states_per_shard, settings.seed, settings.shuffle_window, states_per_step)
+        order = make_order(bucket_S, table.states_per_shard, settings.seed, settings.shuffle_window, group)
         plan = Plan(order, settings.batch_size, settings.grad_accum, accelerator.num_processes)
         dataset = StateDataset(experiment.shards, table)
         feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers, skip_bad=settings.skip_bad)
