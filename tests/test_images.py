@@ -65,7 +65,7 @@ def test_what_cannot_be_read_has_a_reason(monkeypatch):
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 60), (60, 100), (33, 1000), (1, 1), (31, 32)])
 def test_shorter_side_to_the_resolution_then_centre_crop(width, height):
     image = picture(width, height)
-    crop, (top, left) = resize_and_crop(image, 32)
+    crop, (top, left) = resize_and_crop(image, (32, 32))
     assert crop.shape == (32, 32, 3)
     assert crop.dtype == np.uint8
     scale = 32 / min(width, height)

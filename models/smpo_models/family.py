@@ -61,8 +61,8 @@ class Family(ABC):
         """Image sides must be multiples of this many pixels."""
 
     @abstractmethod
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """C, h, w of the latents of square images with this side in pixels."""
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """C, h, w of the latents of images of this size in pixels."""
 
     @abstractmethod
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -124,10 +124,9 @@ class UNetFamily(Family):
         """See the base class."""
         return self._multiple
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """See the base class."""
-        side = resolution // self.latent_factor
-        return self._channels, side, side
+        return self._channels, height // self.latent_factor, width // self.latent_factor
 
     def _load_tokenizer(self, name: str) -> CLIPTokenizer:
         """The tokenizer in the model's subfolder ``name``.

@@ -139,17 +139,21 @@ def _over_white(image: Image.Image) -> Image.Image:
     return flat
 
 
-def resize_and_crop(image: Image.Image, resolution: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Scale the shorter side to ``resolution`` (up or down), then crop the centre.
+def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """Scale (up or down) so that ``size`` is just covered, then crop the centre.
+
+    Args:
+        image: of any size.
+        size: wanted height and width; for a square, the shorter side is scaled to its side.
 
     Returns:
-        uint8 [resolution, resolution, 3], and the crop's (top, left) in pixels of the resized image.
+        uint8 [height, width, 3], and the crop's (top, left) in pixels of the resized image.
     """
-    width, height = image.size
-    scale = resolution / min(width, height)
+    height, width = size
+    scale = max(height / image.height, width / image.width)
     resized = image.resize(
-        (max(resolution, round(width * scale)), max(resolution, round(height * scale))), Image.Resampling.BILINEAR
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BILINEAR
     )
-    top, left = (resized.height - resolution) // 2, (resized.width - resolution) // 2
-    crop = resized.crop((left, top, left + resolution, top + resolution))
+    top, left = (resized.height - height) // 2, (resized.width - width) // 2
+    crop = resized.crop((left, top, left + width, top + height))
     return np.asarray(crop), (top, left)

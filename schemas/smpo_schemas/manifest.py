@@ -76,6 +76,8 @@ class InversionSettings(_Frozen):
             crop; ``constant``: the resolution and no crop for all, as the published code.
         storage: what latents and noise are rounded to, before ``ref_error`` is measured; directories that do not say
             it have ``float16``.
+        buckets: whether images are brought to one of several sizes of about the resolution's area, by their aspect
+            ratio, rather than to the square.
         dtype: of the denoiser's forward passes.
     """
 
@@ -98,6 +100,7 @@ class InversionSettings(_Frozen):
     hflip: bool = True
     size_conditioning: Literal["image", "constant"] = "image"
     storage: Literal["float16", "bfloat16"] = "float16"
+    buckets: bool = False
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
 
 
@@ -143,6 +146,14 @@ class IndexEntry(_Frozen):
     sha256: str
 
 
+class Bucket(_Frozen):
+    """An image size, in pixels, and how many pairs have it."""
+
+    height: int
+    width: int
+    pairs: int
+
+
 class BandHealth(_Frozen):
     """How believable the states of one timestep band are (DESIGN 4.2): all but the last two on a sample of pairs.
 
@@ -183,7 +194,11 @@ class Totals(_Frozen):
 
 
 class Manifest(_Frozen):
-    """The whole of ``manifest.json``; ``index`` is None in directories that have none."""
+    """The whole of ``manifest.json``; ``index`` is None in directories that have none.
+
+    ``buckets`` are the image sizes that occur, by rising aspect ratio; without ``--buckets`` the list is empty, and all
+    images have the ``resolution``.
+    """
 
     schema_version: int
     model: ModelInfo
@@ -197,6 +212,7 @@ class Manifest(_Frozen):
     health: list[BandHealth]
     versions: dict[str, str]
     index: IndexEntry | None = None
+    buckets: list[Bucket] = []
 
 
 def write_manifest(directory: AnyPath, manifest: Manifest) -> None:

@@ -15,11 +15,14 @@ from smpo_pipeline.toy.world import all_scenes, random_centre, render
 PROMPTS = ("a cat and a dog", "dog", "", "ein Bär über Zürich", "a " * 60)
 
 
-def make_pair(number: int, *, side: int = 32, measured: bool = True) -> PreparedPair:
-    """A pair of smooth random images."""
+def make_pair(
+    number: int, *, side: int = 32, measured: bool = True, shape: tuple[int, int] | None = None
+) -> PreparedPair:
+    """A pair of smooth random images, square or of a ``shape`` (height, width)."""
     stream = np.random.default_rng(number)
     coarse = stream.random((2, 4, 4, 3))
-    pixels = np.clip(np.kron(coarse, np.ones((1, side // 4, side // 4, 1))) * 255, 0, 255).astype(np.uint8)
+    height, width = shape or (side, side)
+    pixels = np.clip(np.kron(coarse, np.ones((1, height // 4, width // 4, 1))) * 255, 0, 255).astype(np.uint8)
     return PreparedPair(
         pair_id=f"pair-{number}",
         prompt=PROMPTS[number % len(PROMPTS)],
@@ -107,13 +110,14 @@ class OracleXL(Oracle):
     def __init__(self, folder, prediction_type: str) -> None:
         super().__init__(folder, prediction_type)
         self.pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+        self.target_size = (32, 32)
 
     @torch.no_grad()
     def embed(self, prompt: str, size=(32, 32), crop=(0, 0)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         text, negative, pooled, negative_pooled = self.pipeline.encode_prompt(prompt or "anything", device="cpu")
         if not prompt:
             text, pooled = negative, negative_pooled
-        return text.double(), pooled.double(), torch.tensor([[*size, *crop, 32, 32]]).double()
+        return text.double(), pooled.double(), torch.tensor([[*size, *crop, *self.target_size]]).double()
 
     @torch.no_grad()
     def output(self, x: torch.Tensor, t: int, text) -> torch.Tensor:

@@ -109,10 +109,19 @@ def test_other_settings_too(some_world, settings):
     check_walks(*some_world, settings)
 
 
-def check_walks(family, oracle: Oracle, settings: InversionSettings) -> None:
-    pairs = [make_pair(number) for number in range(3)]
+@pytest.mark.parametrize("shape", [(24, 40), (64, 16)], ids=str)
+def test_other_shapes_too(some_world, shape):
+    """As buckets have them; the model is told their own size as the target."""
+    family, oracle = some_world
+    oracle.target_size = shape
+    check_walks(family, oracle, InversionSettings(steps=3), [make_pair(number, shape=shape) for number in range(2)])
+    oracle.target_size = (32, 32)
+
+
+def check_walks(family, oracle: Oracle, settings: InversionSettings, pairs=None) -> None:
+    pairs = pairs or [make_pair(number) for number in range(3)]
     samples, _ = invert(family, settings, pairs)
-    assert len(samples) == 3 * settings.walks
+    assert len(samples) == len(pairs) * settings.walks
     for index, sample in enumerate(samples):
         pair = pairs[index // settings.walks]
         assert sample.meta.pair_id == pair.pair_id

@@ -83,7 +83,7 @@ def stand_in(problem: str, latent: tuple[int, ...]) -> State:
 
     Args:
         problem: why.
-        latent: the shape (C, h, w) of the data set's latents.
+        latent: the shape (C, h, w) of its latents, which are those of its batch.
     """
     nothing_2Chw = torch.zeros(2, *latent, dtype=torch.float16)
     return State(
@@ -102,12 +102,19 @@ def stand_in(problem: str, latent: tuple[int, ...]) -> State:
     )
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """A state, by its number, of which it is known before it is read why it cannot be used."""
+
+    state: int
+    problem: str
+
+
 class StateDataset(Dataset[State]):
     """The states of a table by their number.
 
-    In place of a number there may be the reason why a state cannot be used. That, and what is found when one is read,
-    becomes the ``problem`` of a :func:`stand_in`: an exception would come out of a loader process with that process's
-    traceback in its message.
+    The problem of an :class:`Unusable` one, and what is found when one is read, becomes the ``problem`` of a
+    :func:`stand_in`: an exception would come out of a loader process with that process's traceback in its message.
 
     Attributes:
         ref_error_S2: float32 [S, 2] to give instead of the stored reference errors; None: those.
@@ -121,13 +128,13 @@ class StateDataset(Dataset[State]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int | str) -> State:
-        if isinstance(index, str):
-            return stand_in(index, self._table.latent)
+    def __getitem__(self, index: int | Unusable) -> State:
+        if isinstance(index, Unusable):
+            return stand_in(index.problem, self._table.latent_of(index.state))
         try:
             return self._read(index)
         except UserError as error:
-            return stand_in(str(error), self._table.latent)
+            return stand_in(str(error), self._table.latent_of(index))
 
     def _read(self, index: int) -> State:
         walk, k = int(self._table.walk_S[index]), int(self._table.k_S[index])
@@ -177,6 +184,11 @@ def require_usable(batch: StateBatch, *, skip_bad: bool) -> None:
         raise UserError(f"{batch.problems[0]} (--skip-bad goes on without what is damaged)")
 
 
+def usable(state: int, problem: str | None) -> int | Unusable:
+    """A state, with what is wrong with its shard, if anything is."""
+    return state if problem is None else Unusable(state, problem)
+
+
 class Feed:
     """A process's batches, in exactly the order of the plan, from shards that are here and found whole."""
 
@@ -213,7 +225,7 @@ class Feed:
             require_usable(batch, skip_bad=self._skip_bad)
             yield batch
 
-    def _brought(self, first_step: int, last_step: int) -> Iterator[list[int | str]]:
+    def _brought(self, first_step: int, last_step: int) -> Iterator[list[int | Unusable]]:
         """The states of each micro-batch, given out when their shards are here; of one of a bad shard what is wrong.
 
         One window of shards is fetched ahead of the one in use, and the one before is kept for batches under way.
@@ -230,7 +242,7 @@ class Feed:
                     self._store.expect(self._needed(each, max(each.first, positions[0]), end))
             states = self.plan.states(positions)
             problems = self._store.problems(sorted({order.shard_of(state) for state in states}))
-            yield [problems.get(order.shard_of(state), state) for state in states]
+            yield [usable(state, problems.get(order.shard_of(state))) for state in states]
 
     def _needed(self, window: Window, first: int, end: int) -> set[int]:
         """The shards of a window that this process reads between two global positions."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from smpo_models.process import Process
 from smpo_schemas.errors import UserError
+from smpo_trainer.buckets import group_size
 from smpo_trainer.objectives import Objective, find_objective
 from smpo_trainer.pair_loss import PairLoss
 from smpo_trainer.pair_weights import PairWeights, read_pair_weights
@@ -46,6 +47,12 @@ class Experiment:
         settings = self.settings
         return PairLoss(self.objective, process, self.weighting, settings.budget, settings.budget_weight)
 
+    def _group(self, states_per_step: int) -> dict[str, int]:
+        """Where images have several sizes, how many states are of one at a time: it decides their order."""
+        if len(self.shards.image_sizes()) == 1:
+            return {}
+        return {"states of one shape at a time": group_size(states_per_step, self.settings.batch_size)}
+
     def identity(self, states_per_step: int) -> dict[str, Any]:
         """Everything that decides the numbers of a run, by the names that users know (JSON values).
 
@@ -66,6 +73,7 @@ class Experiment:
             "weight_column": self.weights.identity() if self.weights else None,
             "max_steps": settings.max_steps,
             "batch_size x grad_accum x processes": states_per_step,
+            **self._group(states_per_step),
             "optimizer": settings.optimizer,
             "lr": settings.peak_lr(states_per_step),
             "warmup_steps": settings.warmup_steps,

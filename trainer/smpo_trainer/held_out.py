@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from smpo_schemas.errors import UserError
-from smpo_trainer.batches import StateBatch, StateDataset, collate, require_usable
+from smpo_trainer.batches import StateBatch, StateDataset, collate, require_usable, usable
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.policy import Policy
 from smpo_trainer.processes import on_main, together
@@ -92,16 +92,15 @@ class HeldOut:
         own = shares[rank].tolist()
         shard_of = table.locations.shard_P[table.walk_S]
         problems = store.problems(sorted(set(shard_of[own].tolist())))
-        keys = [problems.get(int(shard_of[index]), index) for index in own]
         dataset = StateDataset(shards, table)
         self.batches: list[StateBatch] = []
         self.problems: list[str] = []
-        for start in range(0, len(own), batch_size):
-            batch = collate([dataset[key] for key in keys[start : start + batch_size]])
+        for states in _batches(own, table, batch_size):
+            batch = collate([dataset[usable(state, problems.get(int(shard_of[state])))] for state in states])
             require_usable(batch, skip_bad=skip_bad)
             self.batches.append(batch)
             self.problems += batch.problems
-        self.forwards = -(-max(map(len, shares)) // batch_size)
+        self.forwards = max(len(_batches(share.tolist(), table, batch_size)) for share in shares)
         self.num_states = len(chosen)
         self._accelerator = accelerator
         self._first = sum(map(len, shares[:rank]))
@@ -137,6 +136,14 @@ class HeldOut:
             size = len(batch.pair_ids)
             self.batches[number] = replace(batch, ref_error_B2=error_S2[first : first + size])
             first += size
+
+
+def _batches(states: Sequence[int], table: StateTable, batch_size: int) -> list[list[int]]:
+    """Cut states into batches, each of one latent shape."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for state in states:
+        by_shape.setdefault(table.latent_of(state), []).append(state)
+    return [some[start : start + batch_size] for some in by_shape.values() for start in range(0, len(some), batch_size)]
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 A run consumes global positions 0, 1, 2, ... in order. In each epoch the shards are put in a seeded order and cut into
 windows of at least ``window`` states; within a window all states are shuffled together. So every state comes exactly
 once an epoch, whatever the batch size, the number of processes or of loader workers; a run needs the shards of one
-window at a time; and the whole of its progress is one count of consumed positions.
+window at a time; and the whole of its progress is one count of consumed positions. Where latents have several
+shapes, see :mod:`smpo_trainer.buckets`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ class Order:
         """The window that a global position falls into."""
         windows, stops = self._windows(position // self.num_states)
         return windows[int(np.searchsorted(stops, position, side="right"))]
+
+    def positions_to_see_all(self) -> int:
+        """The position before which every state has come at least once."""
+        return self.num_states
 
     def shard_of(self, state: int) -> int:
         """The shard that a state lies in."""

@@ -144,7 +144,7 @@ class _Pass:
 
     def steps(self, max_steps: int) -> int:
         """How many of a run's first steps visit every state that it ever visits."""
-        return min(max_steps, -(-self._plan.num_states // self._plan.states_per_step))
+        return min(max_steps, -(-self._plan.order.positions_to_see_all() // self._plan.states_per_step))
 
     def recompute(self, max_steps: int, step_done: Callable[[], None]) -> torch.Tensor:
         """The reference's errors at every state that a run of ``max_steps`` visits.

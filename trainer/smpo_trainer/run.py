@@ -17,6 +17,7 @@ from accelerate.utils import gather_object, set_seed
 from smpo_schemas.errors import UserError
 from smpo_trainer.bad_states import BadStates
 from smpo_trainer.batches import Feed, StateDataset
+from smpo_trainer.buckets import bucket_remark, group_size, make_order
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.health import Health
@@ -24,7 +25,7 @@ from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
 from smpo_trainer.loop import Trainer
 from smpo_trainer.metrics import MetricsLog, Record, plain
 from smpo_trainer.output import OutputFolder
-from smpo_trainer.plan import Order, Plan
+from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy, load_policy
 from smpo_trainer.presets import remarks
 from smpo_trainer.processes import leave, on_main, together
@@ -75,7 +76,12 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             held_out = together(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, report))
             bad.note(gather_object(held_out.problems))
         on_main(accelerator, lambda: _begin(settings, output, write_config))
-        order = Order(table.states_per_shard, settings.seed, settings.shuffle_window)
+        bucket_S = table.buckets()
+        group = group_size(states_per_step, settings.batch_size)
+        remark = bucket_remark(bucket_S, group)
+        if remark:
+            report.say(remark)
+        order = make_order(bucket_S, table.states_per_shard, settings.seed, settings.shuffle_window, group)
         plan = Plan(order, settings.batch_size, settings.grad_accum, accelerator.num_processes)
         dataset = StateDataset(experiment.shards, table)
         feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers, skip_bad=settings.skip_bad)

@@ -45,6 +45,14 @@ class ShardSet:
         """What the shards say of their model; ``id``, ``walker`` and ``vae`` are those of the first directory."""
         return self.directories[0].manifest.model
 
+    def image_sizes(self) -> set[tuple[int, int]]:
+        """Height and width of the images that were inverted."""
+        sizes: set[tuple[int, int]] = set()
+        for directory in self.directories:
+            manifest = directory.manifest
+            sizes |= {(bucket.height, bucket.width) for bucket in manifest.buckets} or {(manifest.resolution,) * 2}
+        return sizes
+
     def manifest_hashes(self) -> list[str]:
         """SHA-256 of each manifest: what the data are, wherever they lie."""
         return [sha256_file(directory.path / MANIFEST_FILE) for directory in self.directories]

@@ -59,7 +59,8 @@ class StateTable:
         walk_S: which walk a state is of.
         k_S: which of the walk's states it is.
         states_per_shard: how many states lie in each shard of the set.
-        latent: the shape (C, h, w) of all latents.
+        bucket_P: which of ``latents`` a walk's are.
+        latents: the shapes (C, h, w) of the latents; several where images were put into buckets.
     """
 
     locations: WalkLocations
@@ -70,10 +71,19 @@ class StateTable:
     walk_S: np.ndarray
     k_S: np.ndarray
     states_per_shard: tuple[int, ...]
-    latent: tuple[int, ...]
+    bucket_P: np.ndarray
+    latents: tuple[tuple[int, ...], ...]
 
     def __len__(self) -> int:
         return len(self.walk_S)
+
+    def buckets(self) -> np.ndarray:
+        """Which of ``latents`` a state's are, of all states: [S]."""
+        return self.bucket_P[self.walk_S]
+
+    def latent_of(self, state: int) -> tuple[int, ...]:
+        """The shape (C, h, w) of a state's latents."""
+        return self.latents[self.bucket_P[self.walk_S[state]]]
 
     def only(self, keep_S: np.ndarray) -> StateTable:
         """The table with those states alone."""
@@ -107,12 +117,10 @@ def index_states(
         say: takes a line about what is left out.
 
     Raises:
-        UserError: an index is damaged, latents have several shapes, or nothing is left.
+        UserError: an index is damaged, or nothing is left.
     """
     latents: dict[tuple[int, ...], int] = {}
     walks = _read_walks(shards, mix, weights, latents)
-    if len(latents) > 1:
-        raise UserError(f"--shards {shards.sources[0].name}: latents have several shapes, {sorted(latents)}")
     num_walks = len(walks.label_P)
     usable_P = objective.usable(walks.preference_P, walks.label_P)
     if not usable_P.all():
@@ -140,7 +148,8 @@ def index_states(
         walk_S,
         k_S,
         _per_shard(locations, walk_S, len(shards.places)),
-        next(iter(latents), ()),
+        walks.bucket_P,
+        tuple(latents),
     )
 
 
@@ -150,8 +159,7 @@ class _Walks:
 
     Attributes:
         shard_P, number_P, key_P, parts_P4: see :class:`WalkLocations`.
-        preference_P, label_P, weight_P, prompt_draw_P: see :class:`StateTable`.
-        bucket_P: number of the shape of a walk's latents.
+        preference_P, label_P, weight_P, prompt_draw_P, bucket_P: see :class:`StateTable`.
         count_P: how many states it has.
         timestep_A: of all states, walk after walk.
     """

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from smpo_pipeline.buckets import buckets_in_words
 from smpo_pipeline.commands import options as opt
 from smpo_schemas.commandline import ConfigOption, write_resolved_config
 from smpo_schemas.errors import UserError
@@ -59,6 +60,14 @@ def invert(
         int | None,
         typer.Option(min=8, help="Side of the square images in pixels; default: the model's.", rich_help_panel=_MODEL),
     ] = None,
+    buckets: Annotated[
+        bool,
+        typer.Option(
+            "--buckets/--no-buckets",
+            help="Bring each pair to one of several sizes of about that area, by its aspect ratio, not to the square.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = _DEFAULTS.buckets,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
         typer.Option(help="Of the denoiser's forwards; default: bf16 on cuda, fp32 on cpu.", rich_help_panel=_MODEL),
@@ -217,6 +226,7 @@ def invert(
         hflip=hflip,
         size_conditioning=size_conditioning,
         storage=storage,
+        buckets=buckets,
         dtype=dtype,
     )
     columns = opt.columns_by_field(
@@ -333,6 +343,8 @@ def _show(console: Console, manifest: Manifest, out: AnyPath) -> None:
             f"{totals.prompts_cut} prompts are longer than the text encoder takes: their ends were cut, as the model's "
             "own pipeline does"
         )
+    if manifest.buckets:
+        console.print(f"image sizes, height x width: {buckets_in_words(manifest.buckets)}")
     rejected = f", {totals.rejected} rejected (reasons: {out / 'rejected.parquet'})" if totals.rejected else ""
     size = f"{totals.bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
     console.print(f"{totals.pairs} pairs, {totals.states} states, {size}{rejected}: {out}")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from smpo_pipeline.buckets import buckets_in_words
 from smpo_pipeline.commands import options as opt
 from smpo_pipeline.commands.invert import SETTINGS_FLAGS, inversion_settings, invert, parse_shard_size
 from smpo_schemas.files import write_json
@@ -125,6 +126,8 @@ def _show(console: Console, found: Plan) -> None:
         lines.append(f"GPU memory: {_bytes(found.peak_memory)} at the most")
     if not found.warm:
         lines.append("one batch took longer than --seconds: its start-up is part of the rate; give it more")
+    if found.buckets:
+        lines.append(f"image sizes, height x width: {buckets_in_words(found.buckets)}")
     if found.usable < 1:
         lines.append(f"{1 - found.usable:.1%} of {found.sampled} pairs looked at are of no use: counted as rejected")
     lines.append("Left out: starting up, writing to storage, and devices that wait for each other or for data.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from smpo_pipeline.buckets import buckets_in_words
 from smpo_pipeline.inspection.scores import print_sharpness
 from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
 from smpo_pipeline.inversion.advice import believable, health_warnings
@@ -109,6 +110,7 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
                 "files": f"{len(manifest.shards)} tars, {totals.bytes / 1e6:.1f} MB",
                 "model": f"{manifest.model.id} ({manifest.model.kind}, {manifest.model.prediction_type}), "
                 f"{manifest.resolution} pixels",
+                **_bucket_words(manifest),
                 "reference": f"{manifest.model.reference[:16]}{_walker_words(manifest)}",
                 "states": settings_in_words(manifest.inversion),
                 "seed": f"{manifest.seed}",
@@ -130,6 +132,10 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     print_sharpness({name: minmax(scores, rewards, {name: 1.0}) for name in rewards}, console)
     for warning in health_warnings(manifest.health):
         console.print(f"warning: {warning}", style="bold red", highlight=False, soft_wrap=True)
+
+
+def _bucket_words(manifest: Manifest) -> dict[str, str]:
+    return {"buckets": f"{buckets_in_words(manifest.buckets)}, height x width"} if manifest.buckets else {}
 
 
 def _walker_words(manifest: Manifest) -> str:

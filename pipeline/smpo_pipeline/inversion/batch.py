@@ -40,6 +40,11 @@ class PreparedPair:
     crop: tuple[tuple[int, int], tuple[int, int]]
     measured: bool
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of its prepared images."""
+        return self.pixels_2HW3.shape[1], self.pixels_2HW3.shape[2]
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -87,14 +92,14 @@ def draw_walk(pair: PreparedPair, number: int, family: Family, settings: Inversi
         return generator(seed, pair.pair_id, number, purpose)
 
     constant = settings.size_conditioning == "constant"
-    height, width = pair.pixels_2HW3.shape[1:3]
+    told = pair.image_size
     return Walk(
         pair=pair,
         number=number,
         plan=plan_walk(settings, family.process, seed, pair.pair_id, number),
         flipped=settings.hflip and bool(stream("flip").random() < 0.5),  # noqa: PLR2004  (an even coin)
         dropped=bool(stream("dropout").random() < settings.prompt_dropout),
-        size=((height, width), (height, width)) if constant else pair.size,
+        size=(told, told) if constant else pair.size,
         crop=((0, 0), (0, 0)) if constant else pair.crop,
         stream=stream,
     )

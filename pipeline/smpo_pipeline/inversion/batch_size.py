@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 
+import numpy as np
 import torch
 
 from smpo_pipeline.inversion.batch import PreparedPair
@@ -27,6 +30,34 @@ def walk_requests(pairs: Sequence[PreparedPair], first_walk: int = 0) -> Iterato
     while True:
         yield from ((pair, number) for pair in pairs)
         number += 1
+
+
+def batches_of_one_size(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+    """Cut requests into batches, each of one image size: positions in ``requests``, of every size in their order."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for position, (pair, _) in enumerate(requests):
+        by_size.setdefault(pair.pixels_2HW3.shape, []).append(position)
+    for positions in by_size.values():
+        for start in range(0, len(positions), batch_size):
+            yield positions[start : start + batch_size]
+
+
+def requests_of_one_size_at_a_time(pairs: Sequence[PreparedPair], batch_size: int) -> Iterator[Request]:
+    """As :func:`walk_requests`, ``batch_size`` in a row of one image size; sizes come as often as in ``pairs``."""
+    by_size: dict[tuple[int, ...], list[PreparedPair]] = {}
+    for pair in pairs:
+        by_size.setdefault(pair.pixels_2HW3.shape, []).append(pair)
+    streams = {size: walk_requests(some) for size, some in by_size.items()}
+    batches = dict.fromkeys(by_size, 0)
+    while True:
+        size = min(batches, key=lambda each: (batches[each] + 1) / len(by_size[each]))
+        yield from islice(streams[size], batch_size)
+        batches[size] += 1
+
+
+def with_most_pixels(pairs: Sequence[PreparedPair], resolution: int) -> list[PreparedPair]:
+    """The pairs as if they were in the bucket that takes most memory, the square; what they show does not matter."""
+    return [replace(pair, pixels_2HW3=np.resize(pair.pixels_2HW3, (2, resolution, resolution, 3))) for pair in pairs]
 
 
 def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from smpo_models.family import Family
+from smpo_pipeline.buckets import Size, bucket_sizes
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 
@@ -24,3 +25,10 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
     if settings.steps >= last:
         raise UserError(f"--steps {settings.steps}: {model} has only {last} timesteps")
     return chosen
+
+
+def sizes_of_images(family: Family, resolution: int, settings: InversionSettings) -> tuple[Size, ...]:
+    """The sizes that images may be brought to: the square alone, or with ``--buckets`` others of about its area."""
+    if settings.buckets:
+        return bucket_sizes(resolution, family.resolution_multiple())
+    return ((resolution, resolution),)

@@ -42,7 +42,7 @@ class Inverter:
 
     @torch.inference_mode()
     def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | str], HealthSums]:
-        """Make the given walks (pair, number of the walk) at once.
+        """Make the given walks (pair, number of the walk) at once; their images must be of one size.
 
         Returns:
             For each its sample, or the reason why there is none; and the health sums of the measured pairs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -13,8 +14,8 @@ import pyarrow.compute as pc
 import ray
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_pipeline.images import resize_and_crop
-from smpo_pipeline.inversion.checks import check_settings
+from smpo_pipeline.buckets import Size, list_buckets
+from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.cluster import Pool, require_gpus, run_units
 from smpo_pipeline.jobs.guard import Guard
@@ -53,7 +54,7 @@ def invert(options: InvertOptions) -> Manifest:
     files = list_pair_files(options.pairs)
     columns = columns_of(files, options.columns)
     info = read_scores_info(options.scores)
-    model, resolution, pairs_per_shard = _check_model(options)
+    model, resolution, image_sizes, pairs_per_shard = _check_model(options)
     options = options.model_copy(update={"pairs_per_shard": pairs_per_shard})
     units = slice_files(files, pairs_per_shard, options.limit)
     identity = {
@@ -72,7 +73,7 @@ def invert(options: InvertOptions) -> Manifest:
     with locked(options.out):
         if not run.open(overwrite=options.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
             return read_manifest(options.out)
-        return _invert(options, run, units, columns, info, model, resolution)
+        return _invert(options, run, units, columns, info, model, resolution, image_sizes)
 
 
 def _invert(
@@ -83,6 +84,7 @@ def _invert(
     info: ScoresInfo,
     model: ModelInfo,
     resolution: int,
+    image_sizes: Sequence[Size],
 ) -> Manifest:
     """Make the shards that are missing, and finish."""
     scores = _score_table(options.scores, info)
@@ -92,9 +94,16 @@ def _invert(
         require_gpus(options.device, options.concurrency)
         pool = Pool(options.concurrency, num_gpus=1 if options.device == "cuda" else 0)
         prepare = partial(
-            _prepare, units=units, columns=columns, options=options, resolution=resolution, run=run, ledger=ledger
+            _prepare, units=units, columns=columns, options=options, image_sizes=image_sizes, run=run, ledger=ledger
         )
-        kwargs = {"options": options, "run": run, "scores": ray.put(scores), "rows": sum(sizes), "ledger": ledger}
+        kwargs = {
+            "options": options,
+            "run": run,
+            "scores": ray.put(scores),
+            "rows": sum(sizes),
+            "resolution": resolution,
+            "ledger": ledger,
+        }
         return source.map(prepare, num_cpus=1).map(InvertActor, fn_constructor_kwargs=kwargs, **pool.options())
 
     rate = options.max_reject_rate
@@ -134,8 +143,8 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
     return table
 
 
-def _check_model(options: InvertOptions) -> tuple[ModelInfo, int, int]:
-    """Load the model once, before any work starts: its fingerprints, the resolution to use, and pairs per shard."""
+def _check_model(options: InvertOptions) -> tuple[ModelInfo, int, tuple[Size, ...], int]:
+    """Load the model once, before any work starts: fingerprints, resolution, the images' sizes, pairs per shard."""
     family, walker = load_models(options, "cpu")
     resolution = check_settings(family, options.model, options.resolution, options.settings)
     reference = fingerprint_module(family.denoiser)
@@ -150,10 +159,11 @@ def _check_model(options: InvertOptions) -> tuple[ModelInfo, int, int]:
         scheduler=family.process.fingerprint(),
         num_train_timesteps=family.process.num_train_timesteps,
     )
+    sizes = sizes_of_images(family, resolution, options.settings)
     if options.shard_bytes is None:
-        return info, resolution, options.pairs_per_shard
-    latent = family.latent_shape(resolution)
-    return info, resolution, pairs_that_fit(options.shard_bytes, latent, options.settings, family.process)
+        return info, resolution, sizes, options.pairs_per_shard
+    latent = family.latent_shape(resolution, resolution)
+    return info, resolution, sizes, pairs_that_fit(options.shard_bytes, latent, options.settings, family.process)
 
 
 def _prepare(
@@ -161,7 +171,7 @@ def _prepare(
     units: Sequence[list[RowRange]],
     columns: dict[AnyPath, PairColumns],
     options: InvertOptions,
-    resolution: int,
+    image_sizes: Sequence[Size],
     run: Run,
     ledger: Ledger,
 ) -> dict[str, Any]:
@@ -169,9 +179,8 @@ def _prepare(
     # Asked for again, because what came of it was lost on its way to the driver: the actor knows what to say.
     ranges = [] if run.committed(unit) else units[unit]
     names = [columns[part.path] for part in ranges]
-    crop = partial(resize_and_crop, resolution=resolution)
     with Guard(ledger).working(("read", unit), reading_words(ranges)):
-        table, rejects = prepare_unit(ranges, names, unit * options.pairs_per_shard, crop, STAGE)
+        table, rejects = prepare_unit(ranges, names, unit * options.pairs_per_shard, image_sizes, STAGE)
     return {
         "unit": unit,
         "table": to_bytes(table),
@@ -197,6 +206,9 @@ def _finish(
     health = HealthSums()
     for record in records:
         health += HealthSums(record.health)
+    buckets: Counter[Size] = Counter()
+    for bucket in (bucket for record in records for bucket in record.buckets):
+        buckets[bucket.height, bucket.width] += bucket.pairs
     manifest = Manifest(
         schema_version=MANIFEST_VERSION,
         model=model,
@@ -216,6 +228,7 @@ def _finish(
         ),
         rejected_reasons=count_reasons(rejects),
         health=health.bands(model.num_train_timesteps),
+        buckets=list_buckets(buckets),
         versions={name: version(name) for name in ("smpo-diffusion", "torch", "diffusers", "transformers", "numpy")},
     )
     parts = [index_part(run, record.unit) for record in records if record.entry]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -18,8 +19,14 @@ from torch import nn
 
 from smpo_models.family import Family
 from smpo_models.loading import DTYPES, load_family, load_walker
+from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
-from smpo_pipeline.inversion.batch_size import choose_batch_size, walk_requests
+from smpo_pipeline.inversion.batch_size import (
+    batches_of_one_size,
+    choose_batch_size,
+    walk_requests,
+    with_most_pixels,
+)
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import make
@@ -81,7 +88,9 @@ def load_models(options: InvertOptions, device: str) -> tuple[Family, nn.Module]
 class InvertActor:
     """Holds the model; turns a unit into a shard and commits it."""
 
-    def __init__(self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int, ledger: Ledger) -> None:
+    def __init__(
+        self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int, resolution: int, ledger: Ledger
+    ) -> None:
         use_threads(options.device, options.concurrency)
         family, walker = load_models(options, options.device)
         dtype = DTYPES[options.settings.dtype]
@@ -91,7 +100,7 @@ class InvertActor:
         self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
-        self._batch_size = options.batch_size
+        self._batch_size, self._resolution = options.batch_size, resolution
         self._guard = Guard(ledger)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
@@ -113,6 +122,7 @@ class InvertActor:
     ) -> UnitRecord:
         health = HealthSums()
         kept = prompts_cut = 0
+        sizes: Counter[Size] = Counter()
         with ShardWriter(self._run.out / f"shard-{unit:06d}.tar") as shard:
             walks = self._walks([pair for _, _, pair in pairs], killers, health)
             for (number, source, pair), samples in zip(pairs, walks, strict=True):
@@ -120,6 +130,7 @@ class InvertActor:
                     rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=samples))
                     continue
                 kept += 1
+                sizes[pair.image_size] += 1
                 prompts_cut += self._family.cuts(pair.prompt)
                 for sample in samples:
                     shard.write(f"{number * self._options.settings.walks + sample.meta.walk:010d}", sample)
@@ -131,6 +142,7 @@ class InvertActor:
             entry=shard.entry.model_dump() if kept else None,
             health=health.to_lists(),
             prompts_cut=prompts_cut,
+            buckets=list_buckets(sizes) if self._options.settings.buckets else [],
         )
         if kept:
             write_index_part(index_part(self._run, unit), shard.walks)
@@ -174,10 +186,11 @@ class InvertActor:
         requests = [(pair, walk) for pair in well for walk in range(self._options.settings.walks)]
         if requests and self._batch_size is None:
             self._batch_size = self._find_batch_size(well)
-        made: list[Sample | str] = []
-        for start in range(0, len(requests), self._batch_size or 1):
-            made += self._make_batch(requests[start : start + (self._batch_size or 1)], health)
-        each_walk = iter(made)
+        made: dict[int, Sample | str] = {}
+        for positions in batches_of_one_size(requests, self._batch_size or 1):
+            batch = self._make_batch([requests[position] for position in positions], health)
+            made |= zip(positions, batch, strict=True)
+        each_walk = iter([made[position] for position in range(len(requests))])
         for position in range(len(pairs)):
             if position in killers:
                 yield killers[position]
@@ -201,7 +214,7 @@ class InvertActor:
 
     def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> int:
         """``--batch-size auto``, for the device that this actor is on; leaves a file that says what was found."""
-        trials = walk_requests(pairs)
+        trials = walk_requests(with_most_pixels(pairs, self._resolution))
         size = choose_batch_size(
             lambda count: self._inverter.invert([next(trials) for _ in range(count)]),
             self._options.pairs_per_shard * self._options.settings.walks,

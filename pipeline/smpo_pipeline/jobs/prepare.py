@@ -6,13 +6,13 @@ so that a unit, which is what is committed, stays whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
+from smpo_pipeline.buckets import Size, resize_pair
 from smpo_pipeline.decoder import worker_decoder
 from smpo_pipeline.images import ImageRejectedError
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, read_rows
@@ -36,9 +36,6 @@ UNIT_SCHEMA = pa.schema(
 )
 """One row a pair: ``row`` is its number in the whole input, ``pixels`` raw uint8 RGB of ``shape`` [H, W, 3]."""
 
-Transform = Callable[[Image.Image], tuple[np.ndarray, tuple[int, int]]]
-"""From a decoded image to its pixels, uint8 [H, W, 3], and the crop's (top, left)."""
-
 
 def to_bytes(table: pa.Table) -> bytes:
     """A table as an Arrow IPC stream."""
@@ -54,7 +51,7 @@ def from_bytes(data: bytes) -> pa.Table:
 
 
 def prepare_unit(
-    ranges: Sequence[RowRange], columns: Sequence[PairColumns], first_row: int, transform: Transform, stage: str
+    ranges: Sequence[RowRange], columns: Sequence[PairColumns], first_row: int, sizes: Sequence[Size], stage: str
 ) -> tuple[pa.Table, list[Reject]]:
     """Read one unit's rows and decode their images, each once.
 
@@ -62,7 +59,7 @@ def prepare_unit(
         ranges: the rows, by file.
         columns: of each range's file.
         first_row: number of the unit's first row in the whole input.
-        transform: what happens to a decoded image.
+        sizes: one of these is what a pair's images are brought to.
         stage: name for the rejects.
 
     Returns:
@@ -73,7 +70,7 @@ def prepare_unit(
         try:
             if isinstance(pair, PairRejectedError):
                 raise pair
-            rows.append(_decode(pair, transform) | {"source": source, "row": number})
+            rows.append(_decode(pair, sizes) | {"source": source, "row": number})
         except PairRejectedError as reason:
             rejects.append(Reject(pair_id=reason.pair_id, source=source, stage=stage, reason=str(reason)))
         except ImageRejectedError as reason:
@@ -95,21 +92,19 @@ def read_ranges(
         yield from read_rows(rows, names)
 
 
-def _decode(pair: Pair, transform: Transform) -> dict[str, Any]:
+def _decode(pair: Pair, sizes: Sequence[Size]) -> dict[str, Any]:
+    images = [worker_decoder().decode(data) for data in (pair.image_0, pair.image_1)]
+    resized, crops = resize_pair(images, sizes)
     row: dict[str, Any] = {
         "pair_id": pair.pair_id,
         "prompt": pair.prompt,
         "label": pair.label,
         "annotator": pair.annotator,
-        "size": [],
-        "crop": [],
+        "size": [[image.height, image.width] for image in images],
+        "crop": [list(crop) for crop in crops],
     }
-    for index, data in enumerate((pair.image_0, pair.image_1)):
-        image = worker_decoder().decode(data)
-        pixels, crop = transform(image)
+    for index, pixels in enumerate(resized):
         row |= {f"pixels_{index}": pixels.tobytes(), f"shape_{index}": list(pixels.shape)}
-        row["size"].append([image.height, image.width])
-        row["crop"].append(list(crop))
     return row
 
 

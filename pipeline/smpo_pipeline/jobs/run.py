@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import list_files, read_all, read_json, remove_tree, sha256_file, write_json
+from smpo_schemas.manifest import Bucket
 from smpo_schemas.pairs import PairFile
 from smpo_schemas.rejects import Reject
 from smpo_schemas.store import AnyPath
@@ -43,6 +44,7 @@ class UnitRecord(BaseModel):
         health: sums of walk health (``invert`` only).
         prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
         committed: when, in seconds since 1970 by the clock of whoever committed it; in no result.
+        buckets: pairs in its output by image size (``invert --buckets`` only).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +57,7 @@ class UnitRecord(BaseModel):
     health: list[list[float]] | None = None
     prompts_cut: int = 0
     committed: float | None = None
+    buckets: list[Bucket] = []
 
 
 class Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,16 +11,22 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from smpo_models.loading import DTYPES, load_family, load_walker
+from smpo_pipeline.buckets import list_buckets
 from smpo_pipeline.inversion.batch import draw_walk
-from smpo_pipeline.inversion.batch_size import choose_batch_size, walk_requests
-from smpo_pipeline.inversion.checks import check_settings
+from smpo_pipeline.inversion.batch_size import (
+    choose_batch_size,
+    requests_of_one_size_at_a_time,
+    walk_requests,
+    with_most_pixels,
+)
+from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.jobs.paths import AbsolutePathOrUrl
 from smpo_pipeline.planning.rate import measure_rate
 from smpo_pipeline.planning.sample import sample_pairs
 from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, walk_bytes
 from smpo_schemas.errors import UserError
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.manifest import Bucket, InversionSettings
 from smpo_schemas.pairs import list_pair_files
 from smpo_schemas.scores import read_scores_info
 
@@ -92,6 +99,7 @@ class Plan(_Frozen):
         batch_size: walks a batch.
         pairs_a_second: measured on one device.
         measured_walks, measured_seconds, warm: see :class:`smpo_pipeline.planning.rate.Rate`.
+        buckets: image sizes of the sampled pairs (with `--buckets`).
         usable: share of the sampled pairs that can be inverted; the rest is rejected.
         sampled: pairs looked at.
         rewards: names of the scores that each sample carries.
@@ -115,6 +123,7 @@ class Plan(_Frozen):
     measured_walks: int
     measured_seconds: float
     warm: bool
+    buckets: list[Bucket]
     usable: float
     sampled: int
     rewards: list[str]
@@ -146,20 +155,23 @@ def make_plan(options: PlanOptions) -> Plan:
     for module in denoisers:
         # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
         torch.nn.Module.to(module, DTYPES[options.settings.dtype])
-    sampled = sample_pairs(files, options.columns, resolution, count=_SAMPLED, limit=options.limit, rewards=rewards)
+    sizes = sizes_of_images(family, resolution, options.settings)
+    sampled = sample_pairs(files, options.columns, sizes, count=_SAMPLED, limit=options.limit, rewards=rewards)
     settings, pairs = options.settings, sampled.pairs
-    latent = family.latent_shape(resolution)
     if options.shard_bytes:
+        latent = family.latent_shape(resolution, resolution)
         fitting = pairs_that_fit(options.shard_bytes, latent, settings, family.process)
         options = options.model_copy(update={"pairs_per_shard": fitting})
     inverter = Inverter(family, walker, settings, options.seed)
-    trials = walk_requests(pairs, first_walk=settings.walks)
+    trials = walk_requests(with_most_pixels(pairs, resolution), first_walk=settings.walks)
     batch_size = options.batch_size or choose_batch_size(
         lambda size: inverter.invert([next(trials) for _ in range(size)]),
         options.pairs_per_shard * settings.walks,
         options.device,
     )
-    rate = measure_rate(inverter, denoisers, walk_requests(pairs), batch_size, options.seconds)
+    rate = measure_rate(
+        inverter, denoisers, requests_of_one_size_at_a_time(pairs, batch_size), batch_size, options.seconds
+    )
     walks = [
         draw_walk(pair, number, family, settings, options.seed) for pair in pairs for number in range(settings.walks)
     ]
@@ -167,7 +179,7 @@ def make_plan(options: PlanOptions) -> Plan:
     by_formula = [each for each in formula if each is not None]
     usable = len(pairs) / sampled.rows
     states = _mean([len(walk.plan.stored) for walk in walks])
-    size = _mean([walk_bytes(walk, latent, settings.storage) for walk in walks])
+    size = _mean([walk_bytes(walk, family.latent_shape(*walk.pair.image_size), settings.storage) for walk in walks])
     pairs_a_second = rate.walks / rate.seconds / settings.walks
 
     def project(count: int) -> Projection:
@@ -196,6 +208,7 @@ def make_plan(options: PlanOptions) -> Plan:
         measured_walks=rate.walks,
         measured_seconds=rate.seconds,
         warm=rate.warm,
+        buckets=list_buckets(Counter(pair.image_size for pair in pairs)) if settings.buckets else [],
         usable=usable,
         sampled=sampled.rows,
         rewards=rewards,

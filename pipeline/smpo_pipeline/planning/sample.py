@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smpo_pipeline.images import ImageRejectedError, decode_image, resize_and_crop
+from smpo_pipeline.buckets import Size, resize_pair
+from smpo_pipeline.images import ImageRejectedError, decode_image
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import (
@@ -45,7 +46,7 @@ class SampledPairs:
 def sample_pairs(
     files: Sequence[PairFile],
     columns: dict[str, str | None],
-    resolution: int,
+    sizes: Sequence[Size],
     *,
     count: int,
     limit: int | None,
@@ -56,7 +57,7 @@ def sample_pairs(
     Args:
         files: of the data set.
         columns: chosen by flags.
-        resolution: of the model.
+        sizes: one of these is what a pair's images are brought to.
         count: rows to look at, at the most.
         limit: only the data set's first rows count, None: all.
         rewards: names of the scores that samples will carry; their values are made up.
@@ -77,7 +78,7 @@ def sample_pairs(
             try:
                 if isinstance(pair, PairRejectedError):
                     raise pair
-                pairs.append(_prepared(pair, resolution, rewards))
+                pairs.append(_prepared(pair, sizes, rewards))
             except (PairRejectedError, ImageRejectedError) as reason:
                 problem = problem or f"{source}: {reason}"
     if not pairs:
@@ -93,9 +94,9 @@ def _parts(files: Sequence[PairFile], total: int, count: int, limit: int | None)
     return [RowRange(unit[0].path, unit[0].start, min(unit[0].stop, unit[0].start + room)) for unit in places]
 
 
-def _prepared(pair: Pair, resolution: int, rewards: Sequence[str]) -> PreparedPair:
+def _prepared(pair: Pair, sizes: Sequence[Size], rewards: Sequence[str]) -> PreparedPair:
     images = [decode_image(data) for data in (pair.image_0, pair.image_1)]
-    cropped = [resize_and_crop(image, resolution) for image in images]
+    pixels, crops = resize_pair(images, sizes)
     # As many digits as a float32 has in JSON.
     score = float(np.float32(0.2123456))
     return PreparedPair(
@@ -104,8 +105,8 @@ def _prepared(pair: Pair, resolution: int, rewards: Sequence[str]) -> PreparedPa
         label=pair.label,
         annotator=pair.annotator,
         scores=dict.fromkeys(rewards, (score, score)),
-        pixels_2HW3=np.stack([pixels for pixels, _ in cropped]),
+        pixels_2HW3=np.stack(pixels),
         size=((images[0].height, images[0].width), (images[1].height, images[1].width)),
-        crop=(cropped[0][1], cropped[1][1]),
+        crop=(crops[0], crops[1]),
         measured=False,
     )

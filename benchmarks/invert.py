@@ -1,0 +1,262 @@
+"""How much of `smpo-pipeline invert` is the denoiser at work: writes its section of docs/benchmarks.md.
+
+The embedded world's model and pictures, batches of 16 walks, every setting at its default. Measured in turns, each
+program in a process of its own:
+
+- actor: the actor's loop without Ray (`InvertActor` on units that are prepared already, tars written and committed);
+- job: the whole Ray job, which also reads, decodes and crops beside the actor, and writes index and manifest.
+
+Of each, the seconds inside the denoiser's forwards over those of the clock, both from the end of the first unit on. In
+the first, libraries still set themselves up.
+
+    python benchmarks/invert.py [--turns N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from page import stamp, write_section
+from PIL import Image
+
+import smpo_pipeline.jobs.invert as job
+from smpo_pipeline.jobs import invert_unit
+from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
+from smpo_pipeline.jobs.prepare import prepare_unit, to_bytes
+from smpo_pipeline.jobs.run import Run
+from smpo_pipeline.toy.create import ASSETS
+from smpo_pipeline.toy.world import all_scenes, random_centre, render
+from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings
+from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
+
+BATCH = 16
+PAIRS_A_UNIT, UNITS = 64, 4
+SIDE = 32
+FORWARDS_A_PAIR = 2 * 27
+"""Two images; two estimates and one forward for the reference error at each of nine steps."""
+
+TARGETS = {"actor": 0.9, "job": 0.85}
+
+
+# The measured programs
+
+
+def timed(work: Callable[..., Any], note: Callable[[float], None]) -> Callable[..., Any]:
+    """The same function, which tells ``note`` how many seconds each call took."""
+
+    def call(*arguments: object) -> Any:  # noqa: ANN401  (whatever it returns)
+        began = time.perf_counter()
+        found = work(*arguments)
+        note(time.perf_counter() - began)
+        return found
+
+    return call
+
+
+class TimedActor(InvertActor):
+    """The actor; of each unit it notes when it ended, and how long each kind of work took, in seconds."""
+
+    def __init__(self, options: InvertOptions, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(options, **kwargs)
+        self._notes = options.out.parent / "units.jsonl"
+        self.seconds = dict.fromkeys(("denoiser", "VAE", "text encoder"), 0.0)
+        self._began = 0.0
+        self._family.denoiser.register_forward_pre_hook(self._begin)
+        self._family.denoiser.register_forward_hook(self._end)
+        self._family.posterior = timed(self._family.posterior, partial(self._add, "VAE"))
+        self._family.condition = timed(self._family.condition, partial(self._add, "text encoder"))
+
+    def _begin(self, *_call: object) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, *_call: object) -> None:
+        self._add("denoiser", time.perf_counter() - self._began)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] += seconds
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        """Invert and commit one unit."""
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        record = super().__call__(row)
+        with self._notes.open("a") as file:
+            print(json.dumps({"end": time.perf_counter(), **self.seconds}), file=file)
+        return record
+
+
+def options_of(work: Path, out: Path) -> InvertOptions:
+    """What `invert` is told."""
+    return InvertOptions(
+        pairs=[work / "pairs.parquet"], scores=work / "scores", model=str(ASSETS / "model"), out=out / "shards",
+        unet=None, walker=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0,
+        pairs_per_shard=PAIRS_A_UNIT, batch_size=BATCH, device="cpu", concurrency=1, ray_address=None, limit=None,
+        overwrite=False,
+    )  # fmt: skip
+
+
+def run_actor(work: Path, out: Path) -> float:
+    """The actor's loop; there is nothing to finish."""
+    options = options_of(work, out)
+    files = list_pair_files(options.pairs)
+    columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
+    units = slice_files(files, PAIRS_A_UNIT, None)
+    prepared = []
+    for unit, ranges in enumerate(units):
+        names = [columns[part.path] for part in ranges]
+        table, _ = prepare_unit(ranges, names, unit * PAIRS_A_UNIT, [(SIDE, SIDE)], "invert")
+        prepared.append({"unit": unit, "table": to_bytes(table), "rejects": "[]"})
+    invert_unit.ray.get = lambda value: value  # the scores, which Ray would hand over
+    scores = pq.read_table(
+        work / "scores" / "scores.parquet", columns=["pair_id", "prompt", "pickscore_0", "pickscore_1"]
+    )
+    run = Run(options.out, MANIFEST_FILE, {})
+    actor = TimedActor(options, run=run, scores=scores, rows=len(units) * PAIRS_A_UNIT, resolution=SIDE)
+    for row in prepared:
+        actor(row)
+    return 0.0
+
+
+def run_job(work: Path, out: Path) -> float:
+    """The whole job; returns the seconds that rejects, index and manifest took."""
+    seconds: list[float] = []
+    for name in ("write_rejects", "write_index", "write_manifest"):
+        setattr(job, name, timed(getattr(job, name), seconds.append))
+    job.InvertActor = TimedActor
+    job.invert(options_of(work, out))
+    return sum(seconds)
+
+
+def measured(program: str, work: Path) -> dict[str, float]:
+    """Run a program in this process: seconds by the clock and of each kind of work, first unit and start left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        began = time.perf_counter()
+        finishing = {"actor": run_actor, "job": run_job}[program](work, out)
+        whole = time.perf_counter() - began
+        first, *rest = [json.loads(line) for line in (out / "units.jsonl").read_text().splitlines()]
+    found = {name: sum(unit[name] for unit in rest) for name in rest[0] if name != "end"}
+    clock = rest[-1]["end"] - first["end"] + finishing
+    return {"clock": clock, **found, "index and manifest": finishing, "whole": whole}
+
+
+# Inputs
+
+
+def make_inputs(work: Path) -> None:
+    """Pairs of rendered scenes in Pick-a-Pic columns, and a table of made-up scores for them."""
+    stream, scenes = np.random.default_rng(0), all_scenes()
+    rows, scores = [], []
+    for number in range(PAIRS_A_UNIT * UNITS):
+        scene = scenes[number % len(scenes)]
+        images = [_jpeg(render(scene, random_centre(scene, stream))) for _ in range(2)]
+        rows.append(
+            {"ranking_id": number, "caption": scene.caption, "jpg_0": images[0], "jpg_1": images[1], "label_0": 1.0}
+        )
+        made_up = {"pickscore_0": 0.21, "pickscore_1": 0.2}
+        scores.append({"pair_id": str(number), "prompt": scene.caption, "label": 1.0, **made_up})
+    pq.write_table(pa.Table.from_pylist(rows), work / "pairs.parquet", row_group_size=PAIRS_A_UNIT)
+    (work / "scores").mkdir()
+    part = write_part(work / "scores" / "scores.parquet", scores, ["pickscore"])
+    statistics = RewardStatistics(
+        model="none", fingerprint="none", unit="none", min=0.2, max=0.21, mean=0.2, std=0.01, agreement=None,
+        num_labelled=0,
+    )  # fmt: skip
+    info = ScoresInfo(
+        schema_version=SCORES_VERSION, rewards={"pickscore": statistics}, parts=[part], scored=len(rows), rejected=0
+    )
+    write_scores_info(work / "scores", info)
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def measure(program: str, work: Path) -> dict[str, float]:
+    """Run a program in a process of its own."""
+    command = [sys.executable, __file__, "--measure", program, "--work", str(work)]
+    # Ray makes its workers nice; beside other work, the job would then be compared to a loop that is not.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    print(program, json.dumps(found), flush=True)
+    return found
+
+
+# The page
+
+
+def page(turns: list[dict[str, dict[str, float]]]) -> str:
+    """The section of docs/benchmarks.md."""
+    pairs = PAIRS_A_UNIT * (UNITS - 1)
+
+    def spread(program: str, value: Callable[[Mapping[str, float]], float], digits: int = 3) -> str:
+        values = sorted(value(turn[program]) for turn in turns)
+        return f"{median(values):.{digits}f} ({values[0]:.{digits}f} .. {values[-1]:.{digits}f})"
+
+    def share(name: str) -> Callable[[Mapping[str, float]], float]:
+        return lambda found: found[name] / found["clock"]
+
+    named = ("denoiser", "VAE", "text encoder", "index and manifest")
+
+    def rest(found: Mapping[str, float]) -> float:
+        return 1 - sum(found[name] for name in named) / found["clock"]
+
+    lines = [f"| {name} | {spread('actor', share(name))} | {spread('job', share(name))} |" for name in named]
+    wanted = "; ".join(f"{program} {target}" for program, target in TARGETS.items())
+    rates = ", ".join(f"{program} {spread(program, lambda found: pairs / found['clock'], 2)}" for program in TARGETS)
+    return f"""{stamp("python benchmarks/invert.py", ("torch", "diffusers", "transformers", "ray"))}
+
+The embedded world's model and pictures ({SIDE} pixels), float32, batches of {BATCH} walks, {UNITS} units of
+{PAIRS_A_UNIT} pairs with one actor, every setting at its default: {FORWARDS_A_PAIR} forwards of one image a pair, and
+those that measure health on a part of them (the reference's forwards count as the denoiser's). Shares of the clock from
+the end of the first unit to that of the last, and, of the job, also while index and manifest are written; left out are
+imports, the model's loading and fingerprints, Ray's start and end, and the first unit. Medians of {len(turns)} turns,
+smallest and largest in brackets; wanted of the denoiser: at least {wanted}.
+
+| share of the clock | actor's loop, no Ray | whole Ray job |
+|---|---|---|
+{chr(10).join(lines)}
+| the rest | {spread("actor", rest)} | {spread("job", rest)} |
+
+Pairs/s in that time: {rates}. The whole job's command takes {spread("job", lambda found: found["whole"], 0)} s.
+"""
+
+
+def main() -> None:
+    """Run everything, or one program where --measure names it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measured(arguments.measure, arguments.work)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder))
+        turns = [{program: measure(program, Path(folder)) for program in TARGETS} for _ in range(arguments.turns)]
+    write_section("Inversion", page(turns))
+
+
+if __name__ == "__main__":
+    main()
