@@ -17,6 +17,7 @@ import numpy as np
 from page import stamp, write_section
 
 from smpo_pipeline.jobs.chunks import cut_chunks, scores_of
+from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.prepare import read_ranges
 from smpo_pipeline.jobs.score_units import RewardActor
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
@@ -27,7 +28,7 @@ NAMES = ("pickscore", "clipscore")
 
 def scores(pairs: Path, name: str, dtype: str) -> np.ndarray:
     """float64 [P, 2]."""
-    actor = RewardActor(f"{name}={REWARDS / name}", "cpu", dtype, batch_size=32, workers=1, last=False)
+    actor = RewardActor(f"{name}={REWARDS / name}", "cpu", dtype, batch_size=32, workers=1, ledger=Counts(), last=False)
     files = list_pair_files([pairs])
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
     found = []

@@ -37,6 +37,7 @@ from PIL import Image
 import smpo_pipeline.jobs.invert as job
 from smpo_pipeline.jobs import invert_unit
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
+from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.prepare import prepare_unit, to_bytes
 from smpo_pipeline.jobs.run import Run
 from smpo_pipeline.toy.create import ASSETS
@@ -105,8 +106,8 @@ def options_of(work: Path, out: Path) -> InvertOptions:
     return InvertOptions(
         pairs=[work / "pairs.parquet"], scores=work / "scores", model=str(ASSETS / "model"), out=out / "shards",
         unet=None, walker=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0,
-        pairs_per_shard=PAIRS_A_UNIT, batch_size=BATCH, device="cpu", concurrency=1, ray_address=None, limit=None,
-        overwrite=False,
+        pairs_per_shard=PAIRS_A_UNIT, shard_bytes=None, batch_size=BATCH, device="cpu", concurrency=1, ray_address=None,
+        limit=None, max_reject_rate=0.0, overwrite=False,
     )  # fmt: skip
 
 
@@ -126,7 +127,9 @@ def run_actor(work: Path, out: Path) -> float:
         work / "scores" / "scores.parquet", columns=["pair_id", "prompt", "pickscore_0", "pickscore_1"]
     )
     run = Run(options.out, MANIFEST_FILE, {})
-    actor = TimedActor(options, run=run, scores=scores, rows=len(units) * PAIRS_A_UNIT, resolution=SIDE)
+    actor = TimedActor(
+        options, run=run, scores=scores, rows=len(units) * PAIRS_A_UNIT, resolution=SIDE, ledger=Counts()
+    )
     for row in prepared:
         actor(row)
     return 0.0

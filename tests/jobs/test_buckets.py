@@ -15,6 +15,7 @@ from smpo_pipeline.buckets import bucket_sizes, choose_size
 from smpo_pipeline.images import decode_image
 from smpo_pipeline.jobs import invert_unit
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
+from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.prepare import prepare_unit, to_bytes
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.manifest import InversionSettings
@@ -81,10 +82,11 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
         options = InvertOptions(
             pairs=[path], scores=folder, model=str(folder / "sd"), out=out, unet=None, walker=None, vae=None,
             resolution=None, settings=InversionSettings(steps=2, walks=walks, buckets=True), columns={}, seed=0,
-            pairs_per_shard=len(rows), batch_size=batch_size, device="cpu", concurrency=1, ray_address=None, limit=None,
-            overwrite=False,
+            pairs_per_shard=len(rows), shard_bytes=None, batch_size=batch_size, device="cpu", concurrency=1,
+            ray_address=None, limit=None, max_reject_rate=1.0, overwrite=False,
         )  # fmt: skip
-        actor = InvertActor(options, Run(out, "manifest.json", {}), pa.Table.from_pylist(scored), len(rows), 32)
+        run, table_of_scores = Run(out, "manifest.json", {}), pa.Table.from_pylist(scored)
+        actor = InvertActor(options, run, table_of_scores, len(rows), 32, Counts())
         record = UnitRecord.model_validate_json(actor({"unit": 0, "table": to_bytes(table), "rejects": "[]"})["record"])
         tar = webdataset.WebDataset(str(out / "shard-000000.tar"), shardshuffle=False)
         made[batch_size] = (

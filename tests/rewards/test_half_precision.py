@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smpo_pipeline.jobs.chunks import cut_chunks, images_of, scores_of
+from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.score import _refuse_other_weights
 from smpo_pipeline.jobs.score_table import RewardModel
 from smpo_pipeline.jobs.score_units import RewardActor
@@ -42,7 +43,7 @@ def threads():
 @pytest.mark.parametrize("name", MAKERS)
 def test_scores_differ_by_rounding_alone(folders, name, dtype):
     spec, images = f"{name}={folders[name]}", chunk()
-    scored = RewardActor(spec, "cpu", dtype, batch_size=5, workers=2, last=False)(images)
+    scored = RewardActor(spec, "cpu", dtype, batch_size=5, workers=2, ledger=Counts(), last=False)(images)
     found = scores_of(scored, name).reshape(-1)
     pictures, prompts = zip(*images_of(images), strict=True)
     exact = load_reward(spec, "cpu").score(pictures, prompts)
