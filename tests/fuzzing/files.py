@@ -403,12 +403,8 @@ def _read_shards(folder: Path) -> str:
 
 
 def _read_walks(directory: ShardDirectory) -> None:
-    from smpo_trainer.states import WalkLocations
-
-    walks = list(indexed_walks(directory))
-    places = WalkLocations([(0, walk.location) for walk in walks])
-    for number in range(len(walks)):
-        directory.read(places[number])
+    for walk in list(indexed_walks(directory)):
+        directory.read(walk.location)
 
 
 def _refused(read: Callable[[], object]) -> bool:
