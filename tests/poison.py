@@ -8,32 +8,42 @@ import signal
 from pathlib import Path
 
 import numpy as np
+from PIL import PngImagePlugin
 
 from smpo_pipeline.jobs.invert_unit import InvertActor
 from smpo_pipeline.rewards import Reward
+from tests.pictures import encode, picture
 
-CRASHES, HANGS = b"POISON crash", b"POISON hang"
+
+def _marked(mark: str) -> bytes:
+    """A picture like any other, but for its note."""
+    note = PngImagePlugin.PngInfo()
+    note.add_text("poison", mark)
+    return encode(picture(), "PNG", pnginfo=note)
+
+
+CRASHES, HANGS = _marked("crash"), _marked("hang")
 
 _SITE = """
 import ctypes
-from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngImageFile
 
-class Poison(ImageFile.ImageFile):
-    format = "POISON"
-    def _open(self):
-        self._size, self._mode = (8, 8), "RGB"
-    def load(self):
-        self.fp.seek(0)
-        if b"crash" in self.fp.read():
-            ctypes.string_at(0)
+load = PngImageFile.load
+
+def poisoned(self):
+    mark = self.info.get("poison")
+    if mark == "crash":
+        ctypes.string_at(0)
+    if mark == "hang":
         ctypes.PyDLL(None).pause()
+    return load(self)
 
-Image.register_open("POISON", Poison, lambda prefix: prefix.startswith(b"POISON"))
+PngImageFile.load = poisoned
 """
 
 
-def write_poisonous_format(folder: Path) -> Path:
-    """To be put on PYTHONPATH: an image format whose decoder really crashes, or waits for ever."""
+def write_poisoned_decoder(folder: Path) -> Path:
+    """To be put on PYTHONPATH: the decoder of marked files really crashes, or waits for ever holding Python's lock."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SITE)
     return folder

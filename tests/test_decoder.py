@@ -6,12 +6,12 @@ import pytest
 from smpo_pipeline.decoder import Decoder
 from smpo_pipeline.images import ImageRejectedError, decode_image
 from tests.pictures import all_kinds, encode, picture
-from tests.poison import CRASHES, HANGS, write_poisonous_format
+from tests.poison import CRASHES, HANGS, write_poisoned_decoder
 
 
 @pytest.fixture
 def poisonous(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(write_poisonous_format(tmp_path / "site"))
+    monkeypatch.syspath_prepend(write_poisoned_decoder(tmp_path / "site"))
 
 
 def test_the_child_decodes_as_this_process_does():

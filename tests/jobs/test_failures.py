@@ -25,7 +25,7 @@ from smpo_schemas.shards import ShardDirectory
 from tests.command import assert_one_line, run_command
 from tests.jobs.conftest import pair_rows
 from tests.pictures import encode, picture
-from tests.poison import CRASHES, write_poisonous_format
+from tests.poison import CRASHES, write_poisoned_decoder
 from tests.tiny import make_tiny_clip, make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def with_paths(*paths: Path) -> str:
 
 def test_a_file_that_crashes_the_decoder_and_an_image_that_a_device_fails_on_cost_their_own_pairs(tmp_path):
     pairs = write_pairs(tmp_path, 40, {3: {"image_1": CRASHES}, 30: {"image_1": FAILING}})
-    site = write_poisonous_format(tmp_path / "site")
+    site = write_poisoned_decoder(tmp_path / "site")
     out = tmp_path / "out"
     done = run_command(
         *(
