@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,7 @@ class TouchyInvertActor(InvertActor):
         def touchy(requests):
             prompts = {pair.prompt for pair, _ in requests}
             if "kill" in prompts:
-                os.kill(os.getpid(), signal.SIGSEGV)
+                ctypes.string_at(0)
             if "fail" in prompts:
                 raise RuntimeError("CUDA error: device-side assert triggered")
             return invert(requests)
