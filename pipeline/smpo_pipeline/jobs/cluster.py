@@ -59,7 +59,8 @@ def connected(address: str | None) -> Iterator[None]:
     if address:
         options["address"] = address
     else:
-        options |= {"num_cpus": max(_LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+        # By name: without one Ray joins a cluster that happens to run on this machine.
+        options |= {"address": "local", "num_cpus": max(_LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
     try:
         with _native_stderr_silenced():
             ray.init(**options)
