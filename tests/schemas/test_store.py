@@ -12,8 +12,12 @@ import pytest
 from smpo_schemas import store
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import arrow_source, atomic_path, read_json, remove_tree, sha256_file, write_bytes, write_json
+from smpo_schemas.rejects import Reject, read_rejects, write_rejects
+from smpo_schemas.shard_index import indexed_walks, write_index, write_index_part
+from smpo_schemas.shards import ShardDirectory, ShardWriter
 from smpo_schemas.store import StorePath, parse_path
 from tests.object_store import Faults, object_store
+from tests.schemas.test_shards import make_sample, write_directory
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,25 @@ def test_parquet_is_read_by_ranges(folder: StorePath):
         digest = sha256_file(temporary)
     assert pq.read_table(arrow_source(folder / "t.parquet")) == table
     assert sha256_file(folder / "t.parquet") == digest
+
+
+def test_shards_scores_and_index_on_a_store_are_those_on_a_disk(folder: StorePath, server: Faults, tmp_path: Path):
+    server.every = 7
+    for path in (folder, tmp_path):
+        write_directory(path)
+        with ShardWriter(path / "part.tar") as writer:
+            for number in range(3):
+                writer.write(f"{number:09d}", make_sample(number))
+        write_index_part(path / "part.parquet", writer.walks)
+        # The first tar's note is there, the second tar is read.
+        write_index(ShardDirectory(path), [path / "part.parquet", path / "missing.parquet"])
+        write_rejects(path / "rejected.parquet", [Reject(pair_id="a", source="b", stage="c", reason="d")])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in tmp_path.iterdir()
+    }
+    assert [sample.meta for sample in ShardDirectory(folder).samples()] == [make_sample(n).meta for n in range(6)]
+    assert list(indexed_walks(ShardDirectory(folder))) == list(indexed_walks(ShardDirectory(tmp_path)))
+    assert [each.pair_id for each in read_rejects(folder / "rejected.parquet")] == ["a"]
 
 
 def test_a_large_file_goes_up_in_parts(folder: StorePath, tmp_path: Path, server: Faults):
