@@ -235,11 +235,12 @@ class Feed:
         for positions in self.plan.micro_batches(first_step, last_step, self._rank):
             window = order.window_at(positions[-1])
             if not kept or kept[-1].first != window.first:
+                first = window.first if kept else positions[0]
                 ahead = [order.window_at(window.stop)] if window.stop < end else []
                 kept = [*kept[-1:], window]
                 self._store.release(shard for each in (*kept, *ahead) for shard in each.shards)
                 for each in (window, *ahead):
-                    self._store.expect(self._needed(each, max(each.first, positions[0]), end))
+                    self._store.expect(self._needed(each, max(each.first, first), end))
             states = self.plan.states(positions)
             problems = self._store.problems(sorted({order.shard_of(state) for state in states}))
             yield [usable(state, problems.get(order.shard_of(state))) for state in states]
