@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from smpo_pipeline.jobs.chunks import cut_chunks, images_of, scores_of
 from smpo_pipeline.jobs.ledger import Counts
@@ -30,15 +29,6 @@ def chunk():
     return next(iter(cut_chunks(0, rows)))
 
 
-@pytest.fixture
-def threads():
-    """Actors share the cores out in their own process, which here is that of all tests."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_scores_differ_by_rounding_alone(folders, name, dtype):
