@@ -153,8 +153,9 @@ class InvertActor:
 
     def _pairs(self, table: pa.Table, rejects: list[Reject]) -> Iterator[tuple[int, str, PreparedPair]]:
         """Input row number, source and pair of every pair of a unit that has scores."""
-        found = pc.index_in(table["pair_id"], value_set=self._scores["pair_id"]).to_pylist()
-        for row, position in zip(table.to_pylist(), found, strict=True):
+        positions = self._score_rows(table["pair_id"])
+        for row in table.to_pylist():
+            position = positions.get(row["pair_id"])
             if position is None:
                 reason = f"no score: this pair is not in {self._options.scores} (rejected there, or not scored)"
                 rejects.append(Reject(pair_id=row["pair_id"], source=row["source"], stage=STAGE, reason=reason))
@@ -177,6 +178,16 @@ class InvertActor:
                 measured=row["row"] % self._measure_every == 0,
             )
             yield row["row"], row["source"], pair
+
+    def _score_rows(self, ids: pa.ChunkedArray) -> dict[str, int]:
+        """The first row of the scores table for each of a unit's ids that it has.
+
+        The table is searched for the ids, not the ids in the table: hashing a million ids for each unit takes fifteen
+        times as long.
+        """
+        rows = pc.indices_nonzero(pc.is_in(self._scores["pair_id"], value_set=ids.combine_chunks()))
+        found = self._scores["pair_id"].take(rows)
+        return dict(zip(reversed(found.to_pylist()), reversed(rows.to_pylist()), strict=True))
 
     def _walks(
         self, pairs: Sequence[PreparedPair], killers: dict[int, str], health: HealthSums
