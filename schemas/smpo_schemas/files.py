@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -63,7 +64,8 @@ def _put(target: StorePath) -> Iterator[Path]:
 @contextmanager
 def _renamed(target: Path) -> Iterator[Path]:
     """Written beside ``target``, fsynced, renamed."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Not the process's number: in containers on different nodes, two writers of one file may well share it.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
