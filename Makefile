@@ -70,15 +70,17 @@ format: $(READY) ## Format and mend what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## The experiments and timings behind the numbers in docs/ (about an hour on 2 cores)
+bench: $(READY) ## The experiments and timings behind the numbers in docs/ (hours on 2 cores)
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/half_precision.py
+	$(BIN)/python benchmarks/invert.py
+	$(BIN)/python benchmarks/index.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/train.py --shape sd15
 	$(BIN)/python benchmarks/train.py --shape sdxl
-	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin --steps 800
 	$(BIN)/python benchmarks/walks.py measure "the world" $(DEMO)/thin/good.json
 	$(BIN)/python benchmarks/walks.py measure "its thin copy" $(DEMO)/thin/thin.json --model $(DEMO)/thin

@@ -161,11 +161,11 @@ def measured(program: str, work: Path) -> dict[str, float]:
 # Inputs
 
 
-def make_inputs(work: Path) -> None:
-    """Pairs of rendered scenes in Pick-a-Pic columns, and a table of made-up scores for them."""
+def make_inputs(work: Path, count: int) -> None:
+    """So many pairs of rendered scenes in Pick-a-Pic columns, and a table of made-up scores for them."""
     stream, scenes = np.random.default_rng(0), all_scenes()
     rows, scores = [], []
-    for number in range(PAIRS_A_UNIT * UNITS):
+    for number in range(count):
         scene = scenes[number % len(scenes)]
         images = [_jpeg(render(scene, random_centre(scene, stream))) for _ in range(2)]
         rows.append(
@@ -256,7 +256,7 @@ def main() -> None:
         print(json.dumps(measured(arguments.measure, arguments.work)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_inputs(Path(folder))
+        make_inputs(Path(folder), PAIRS_A_UNIT * UNITS)
         turns = [{program: measure(program, Path(folder)) for program in TARGETS} for _ in range(arguments.turns)]
     write_section("Inversion", page(turns))
 
