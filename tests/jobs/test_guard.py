@@ -99,3 +99,17 @@ def test_while_one_thread_looks_for_a_killer_no_other_works():
     guard.killers("b", lambda _: order.append("b tried"), "b")
     thread.join()
     assert order == ["a worked", "b tried"]
+
+
+def test_an_error_that_is_seen_forgets_no_deaths():
+    """A commit that fails for a moment is tried again: what killed before it would else kill again, and for ever."""
+    ledger = Counts()
+    guard = Guard(ledger)
+    for _ in range(SUSPECTED):
+        ledger.begin("unit")
+    with pytest.raises(OSError, match="away"), guard.working("unit", "x"):
+        raise OSError("away")
+    assert ledger.deaths("unit") == SUSPECTED
+    with guard.working("unit", "x"):
+        pass
+    assert ledger.deaths("unit") == 0

@@ -46,8 +46,12 @@ class Guard:
             if self._ledger.begin(key) >= GIVEN_UP:
                 raise UserError(f"{GIVEN_UP} workers died, each while {what}")
             yield
-        finally:
+        except BaseException:
+            self._ledger.retract(key)
+            raise
+        else:
             self._ledger.end(key)
+        finally:
             with self._door:
                 self._inside -= 1
                 self._door.notify_all()

@@ -21,7 +21,10 @@ class Ledger(Protocol):
         """A piece of work begins; returns how often it was begun before without an end."""
 
     def end(self, key: Hashable) -> None:
-        """It ended, well or with an error that was seen: this is forgotten, with all that was counted."""
+        """It ended well: this is forgotten, with all that was counted."""
+
+    def retract(self, key: Hashable) -> None:
+        """It ended with an error that was seen, and may be tried again: of what was counted, only this is forgotten."""
 
     def deaths(self, key: Hashable) -> int:
         """How often it was begun without an end."""
@@ -47,6 +50,9 @@ class Counts:
 
     def end(self, key: Hashable) -> None:  # noqa: D102
         self._begun.pop(key, None)
+
+    def retract(self, key: Hashable) -> None:  # noqa: D102
+        self._begun[key] -= 1
 
     def deaths(self, key: Hashable) -> int:  # noqa: D102
         return self._begun.get(key, 0)
@@ -75,6 +81,9 @@ class SharedLedger:
 
     def end(self, key: Hashable) -> None:  # noqa: D102
         self._counts.end.remote(key)
+
+    def retract(self, key: Hashable) -> None:  # noqa: D102
+        self._counts.retract.remote(key)
 
     def deaths(self, key: Hashable) -> int:  # noqa: D102
         return int(ray.get(self._counts.deaths.remote(key)))
