@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from page import machine
+from page import stamp
 
 from smpo_schemas.files import write_bytes
 from smpo_schemas.scores import read_scores, read_scores_info, write_part, write_scores_info
@@ -132,7 +132,7 @@ def main() -> None:
     lines = "\n".join(rows)
     text = f"""# What the trainer says of a run's health
 
-Made by `python benchmarks/health.py`: {machine()}. Do not edit by hand.
+{stamp("python benchmarks/health.py", ("torch", "diffusers", "numpy"))}
 
 The embedded world's 600 pairs, {COMMON[1]} pairs a step, {COMMON[3]} warm-up steps. Each run but the first is made to
 go wrong in one way. Numbers are means over the last {LAST} steps (held-out accuracy: over the looks within them).

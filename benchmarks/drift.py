@@ -1,0 +1,189 @@
+"""How far walks move as a model is trained, and whether a second round on fresh ones pays: a section of docs/walks.md.
+
+The states in shards are those of the model that walked, the base. First: the same pairs with the same draws are walked
+by models tuned for 50, 200 and 1000 steps, and the noise is compared. Second: the models that walk_training.py
+trained on `renoise-1` are trained on for as many steps again: on the shards of the first round, on ones that the base
+has walked with other draws, and on ones that the tuned model itself has walked (`invert --walker`), also with other
+draws. The reference is the base throughout.
+
+    python benchmarks/walk_training.py --work DIR good-renoise-1
+    python benchmarks/drift.py --work DIR [PART ...]
+
+About thirty CPU minutes. With parts (a number of steps: 50, 200, 1000; or a seed of the second round: s0, s1, s2) only
+these are made; without, all that are missing, and the section. Every stage continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, percent, pooled, results_of, row, run
+from page import stamp, write_section
+from walk_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
+
+from smpo_schemas.shards import Sample, ShardDirectory
+from smpo_trainer.output import TRAINING_FILE
+
+PAGE = ROOT / "docs/walks.md"
+TITLE = "Drift, and a second round"
+AFTER = (50, 200, 1000)
+PAIRS = 128
+BANDS = 5
+FIRST = VARIANTS["good-renoise-1"]
+ARMS = {
+    "old": "the first round's shards",
+    "redrawn": "walked anew by the base",
+    "fresh": "walked anew by the tuned model",
+}
+
+
+def tuned_for(work: Path, steps: int) -> Path:
+    """Folder of the model that is trained for that many steps, at a constant learning rate."""
+    return work / "runs" / f"drift-{steps}"
+
+
+def walked_by(work: Path, steps: int) -> Path:
+    """Folder of its walks of the first pairs."""
+    return work / "walks" / f"drift-{steps}"
+
+
+def again(work: Path, out: Path, *flags: object) -> None:
+    """Invert the demo's pairs with the default walk, the base as the reference."""
+    run(
+        *("smpo-pipeline", "invert", "--pairs", work / "world/pairs", "--scores", work / "scores"),
+        *("--model", model_of(work, "good"), "--out", out, "--concurrency", 2, *flags),
+    )
+
+
+def make_moved(work: Path, steps: int) -> None:
+    """A model tuned for some steps, and its walks with the draws of the base's."""
+    out = tuned_for(work, steps)
+    train(shards_of(work, FIRST), model_of(work, "good"), out, "--lr-schedule", "constant", "--max-steps", steps)
+    again(work, walked_by(work, steps), "--limit", PAIRS, "--walker", out / "unet")
+
+
+def second(work: Path, arm: str, seed: int) -> Path:
+    """Folder of a model of the second round."""
+    return work / "runs" / f"second-{arm}-s{seed}"
+
+
+def make_second(work: Path, seed: int) -> None:
+    """The second round of one seed, in all arms."""
+    first = runs_of(work, FIRST)[SEEDS.index(seed)]
+    shards = {
+        "old": shards_of(work, FIRST),
+        "redrawn": work / "walks/second-redrawn",
+        "fresh": work / f"walks/second-fresh-s{seed}",
+    }
+    again(work, shards["redrawn"], "--seed", 1)
+    again(work, shards["fresh"], "--seed", 1, "--walker", first / "unet")
+    for arm, folder in shards.items():
+        flags = ("--unet", first / "unet", "--seed", 10 + seed)
+        train(folder, model_of(work, "good"), second(work, arm, seed), *flags)
+
+
+def judge(work: Path) -> None:
+    """Evaluate what there is."""
+    tuned = [tuned_for(work, steps) for steps in AFTER]
+    runs = [*runs_of(work, FIRST), *tuned, *(second(work, arm, seed) for arm in ARMS for seed in SEEDS)]
+    finished = [out for out in runs if (out / TRAINING_FILE).is_file()]
+    evaluate(work / "report-drift", model_of(work, "good"), finished, work / "world/prompts/test.txt", images=IMAGES)
+
+
+def walks_in(folder: Path, pairs: int) -> dict[str, Sample]:
+    """The first walks of a folder of shards, by pair."""
+    samples = (sample for sample, _ in zip(ShardDirectory(folder).samples(), range(pairs), strict=False))
+    return {sample.meta.pair_id: sample for sample in samples}
+
+
+def moved(base: Sequence[Sample], tuned: Sequence[Sample]) -> tuple[list[float], list[float]]:
+    """By timestep band: the rms of tau's difference over tau's rms, and the correlation.
+
+    Raises:
+        RuntimeError: the walks are not of the same draws.
+    """
+    sums = np.zeros((BANDS, 4))
+    for one, other in zip(base, tuned, strict=True):
+        if not (one.x0_2Chw.equal(other.x0_2Chw) and one.timestep_K.equal(other.timestep_K)):
+            raise RuntimeError(f"{one.meta.pair_id}: the walks begin elsewhere or visit other timesteps")
+        for t, a, b in zip(one.timestep_K.tolist(), one.noise_K2Chw.double(), other.noise_K2Chw.double(), strict=True):
+            x, y = a.numpy(), b.numpy()
+            sums[t * BANDS // 1000] += ((x - y) ** 2).sum(), (x**2).sum(), (y**2).sum(), (x * y).sum()
+    distance, squared, other_squared, product = sums.T
+    return list(np.sqrt(distance / squared)), list(product / np.sqrt(squared * other_squared))
+
+
+def moved_row(work: Path, steps: int) -> str:
+    """A line of the first table."""
+    tuned = walks_in(walked_by(work, steps), PAIRS)
+    base = walks_in(shards_of(work, FIRST), PAIRS)
+    distances, correlations = moved([base[pair] for pair in tuned], list(tuned.values()))
+    health = ShardDirectory(walked_by(work, steps)).manifest.health
+    ratios = " ".join(f"{band.noise_ratio:.2f}" for band in health if band.noise_ratio is not None)
+    found, _ = pooled(work / "report-drift", [tuned_for(work, steps).name])
+    return (
+        f"| {steps} | {difference(found)} | {' '.join(f'{each:.2f}' for each in distances)} | "
+        f"{' '.join(f'{each:.2f}' for each in correlations)} | {ratios} |"
+    )
+
+
+def write(work: Path) -> None:
+    """The section."""
+    report = work / "report-drift"
+    first = [out.name for out in runs_of(work, FIRST)]
+    arms = {arm: [second(work, arm, seed).name for seed in SEEDS] for arm in ARMS}
+    rows = [row(report, "after the first round", first)]
+    rows += [row(report, f"second round: {ARMS[arm]}", names) for arm, names in arms.items()]
+    against = [
+        f"| {ARMS[arm]} | {ARMS[other]} | {percent(found)} | {difference(found)} |"
+        for arm, other in (("fresh", "old"), ("fresh", "redrawn"), ("redrawn", "old"))
+        for found, _ in [pooled(report, arms[arm], arms[other])]
+    ]
+    results = results_of(report)
+    text = f"""{stamp("python benchmarks/drift.py", ("torch", "diffusers", "numpy"))}
+
+How far the tuned model's own walks are from those of the base, with the same draws: {PAIRS} pairs of the embedded
+world, by timestep band (0 to 199 first). Trained as above but at a constant learning rate, with one seed. "Noise ratio"
+is the *reference's* at the tuned model's walks.
+
+{head("steps", "gain over base (95 %)", "rms of tau's difference / rms of tau", "correlation of tau", "noise ratio")}
+{chr(10).join(moved_row(work, steps) for steps in AFTER)}
+
+A second round: the three models that were trained on `renoise-1` above, each trained on for 150 steps with the same
+settings (optimizer, warm-up and schedule anew, another order). The base's mean true reward is
+{results.finding(BASE, TRUTH).mean:.3f}; {results.num_images} images of {results.num_prompts} test prompts a model.
+
+{head("model", *COLUMNS)}
+{chr(10).join(rows)}
+
+Against each other, image by image, seed by seed:
+
+{head("second round on shards", "against", "win rate % (95 %)", "difference (95 %)")}
+{chr(10).join(against)}"""
+    write_section(TITLE, text, PAGE)
+    print(text)
+
+
+def main() -> None:
+    """Make some parts, or all and the section."""
+    parts = {f"{steps}": (make_moved, steps) for steps in AFTER} | {f"s{seed}": (make_second, seed) for seed in SEEDS}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
+    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/walk_training.py")
+    arguments = parser.parse_args()
+    if unknown := [part for part in arguments.parts if part not in parts]:
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(parts)}")
+    invert(arguments.work, FIRST)
+    for part in arguments.parts or parts:
+        make, number = parts[part]
+        make(arguments.work, number)
+    judge(arguments.work)
+    if not arguments.parts:
+        write(arguments.work)
+
+
+if __name__ == "__main__":
+    main()
