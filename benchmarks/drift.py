@@ -1,16 +1,16 @@
 """How far walks move as a model is trained, and whether a second round on fresh ones pays: a section of docs/walks.md.
 
 The states in shards are those of the model that walked, the base. First: the same pairs with the same draws are walked
-by models tuned for 50, 200 and 1000 steps, and the noise is compared. Second: the models that walk_training.py
-trained on `renoise-1` are trained on for as many steps again: on the shards of the first round, on ones that the base
-has walked with other draws, and on ones that the tuned model itself has walked (`invert --walker`), also with other
-draws. The reference is the base throughout.
+by models tuned for 50, 200 and 1000 steps, and the noise is compared. Second: the models that walk_training.py trained
+on `renoise-1` are trained on for as many steps again: on the shards of the first round, on ones that the base has
+walked with other draws, and on ones that the tuned model itself has walked (`invert --walker`), also with other draws.
+The reference is the base throughout.
 
     python benchmarks/walk_training.py --work DIR good-renoise-1
     python benchmarks/drift.py --work DIR [PART ...]
 
-About thirty CPU minutes. With parts (a number of steps: 50, 200, 1000; or a seed of the second round: s0, s1, s2) only
-these are made; without, all that are missing, and the section. Every stage continues where it was stopped.
+About twenty CPU minutes. With parts (a number of steps: 50, 200, 1000; or shards of the second round: old, redrawn,
+fresh) only these are made; without, all that are missing, and the section. Every stage continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from smpo_trainer.output import TRAINING_FILE
 PAGE = ROOT / "docs/walks.md"
 TITLE = "Drift, and a second round"
 AFTER = (50, 200, 1000)
-PAIRS = 128
+BATCH = 8
+PAIRS = 64
 BANDS = 5
 FIRST = VARIANTS["good-renoise-1"]
 ARMS = {
@@ -61,7 +62,8 @@ def again(work: Path, out: Path, *flags: object) -> None:
 def make_moved(work: Path, steps: int) -> None:
     """A model tuned for some steps, and its walks with the draws of the base's."""
     out = tuned_for(work, steps)
-    train(shards_of(work, FIRST), model_of(work, "good"), out, "--lr-schedule", "constant", "--max-steps", steps)
+    flags = ("--lr-schedule", "constant", "--batch-size", BATCH, "--max-steps", steps)
+    train(shards_of(work, FIRST), model_of(work, "good"), out, *flags)
     again(work, walked_by(work, steps), "--limit", PAIRS, "--walker", out / "unet")
 
 
@@ -70,19 +72,18 @@ def second(work: Path, arm: str, seed: int) -> Path:
     return work / "runs" / f"second-{arm}-s{seed}"
 
 
-def make_second(work: Path, seed: int) -> None:
-    """The second round of one seed, in all arms."""
-    first = runs_of(work, FIRST)[SEEDS.index(seed)]
-    shards = {
-        "old": shards_of(work, FIRST),
-        "redrawn": work / "walks/second-redrawn",
-        "fresh": work / f"walks/second-fresh-s{seed}",
-    }
-    again(work, shards["redrawn"], "--seed", 1)
-    again(work, shards["fresh"], "--seed", 1, "--walker", first / "unet")
-    for arm, folder in shards.items():
+def make_second(work: Path, arm: str) -> None:
+    """The second round of all seeds in one arm."""
+    for seed, first in zip(SEEDS, runs_of(work, FIRST), strict=True):
+        shards = {
+            "old": shards_of(work, FIRST),
+            "redrawn": work / "walks/second-redrawn",
+            "fresh": work / f"walks/second-fresh-s{seed}",
+        }[arm]
+        if arm != "old":
+            again(work, shards, "--seed", 1, *(("--walker", first / "unet") if arm == "fresh" else ()))
         flags = ("--unet", first / "unet", "--seed", 10 + seed)
-        train(folder, model_of(work, "good"), second(work, arm, seed), *flags)
+        train(shards, model_of(work, "good"), second(work, arm, seed), *flags)
 
 
 def judge(work: Path) -> None:
@@ -146,8 +147,8 @@ def write(work: Path) -> None:
     text = f"""{stamp("python benchmarks/drift.py", ("torch", "diffusers", "numpy"))}
 
 How far the tuned model's own walks are from those of the base, with the same draws: {PAIRS} pairs of the embedded
-world, by timestep band (0 to 199 first). Trained as above but at a constant learning rate, with one seed. "Noise ratio"
-is the *reference's* at the tuned model's walks.
+world, by timestep band (0 to 199 first). Trained as above, but at a constant learning rate, with {BATCH} pairs a step
+and one seed. "Noise ratio" is the *reference's* at the tuned model's walks.
 
 {head("steps", "gain over base (95 %)", "rms of tau's difference / rms of tau", "correlation of tau", "noise ratio")}
 {chr(10).join(moved_row(work, steps) for steps in AFTER)}
@@ -169,7 +170,7 @@ Against each other, image by image, seed by seed:
 
 def main() -> None:
     """Make some parts, or all and the section."""
-    parts = {f"{steps}": (make_moved, steps) for steps in AFTER} | {f"s{seed}": (make_second, seed) for seed in SEEDS}
+    parts = {f"{steps}": (make_moved, steps) for steps in AFTER} | {arm: (make_second, arm) for arm in ARMS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/walk_training.py")
@@ -178,8 +179,8 @@ def main() -> None:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(parts)}")
     invert(arguments.work, FIRST)
     for part in arguments.parts or parts:
-        make, number = parts[part]
-        make(arguments.work, number)
+        make, which = parts[part]
+        make(arguments.work, which)
     judge(arguments.work)
     if not arguments.parts:
         write(arguments.work)

@@ -22,7 +22,7 @@ PAGE = ROOT / "docs/trainer.md"
 TITLE = "Full training and LoRA, judged"
 FIRST = VARIANTS["good-renoise-1"]
 RANK = 8
-RATES = ("3e-4", "1e-3", "3e-3")
+RATES = ("3e-4", "1e-3")
 SELECTION_SEED = 100
 
 
