@@ -10,7 +10,8 @@ The reference is the base throughout.
     python benchmarks/drift.py --work DIR [PART ...]
 
 About twenty CPU minutes. With parts (a number of steps: 50, 200, 1000; or shards of the second round: old, redrawn,
-fresh) only these are made; without, all that are missing, and the section. Every stage continues where it was stopped.
+fresh) only these are made; without, all that are missing. The section shows what there is. Every stage continues where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -86,12 +87,17 @@ def make_second(work: Path, arm: str) -> None:
         train(shards, model_of(work, "good"), second(work, arm, seed), *flags)
 
 
+def is_trained(out: Path) -> bool:
+    """Whether a training is finished."""
+    return (out / TRAINING_FILE).is_file()
+
+
 def judge(work: Path) -> None:
     """Evaluate what there is."""
     tuned = [tuned_for(work, steps) for steps in AFTER]
     runs = [*runs_of(work, FIRST), *tuned, *(second(work, arm, seed) for arm in ARMS for seed in SEEDS)]
-    finished = [out for out in runs if (out / TRAINING_FILE).is_file()]
-    evaluate(work / "report-drift", model_of(work, "good"), finished, work / "world/prompts/test.txt", images=IMAGES)
+    there = [out for out in runs if is_trained(out)]
+    evaluate(work / "report-drift", model_of(work, "good"), there, work / "world/prompts/test.txt", images=IMAGES)
 
 
 def walks_in(folder: Path, pairs: int) -> dict[str, Sample]:
@@ -135,23 +141,25 @@ def write(work: Path) -> None:
     """The section."""
     report = work / "report-drift"
     first = [out.name for out in runs_of(work, FIRST)]
-    arms = {arm: [second(work, arm, seed).name for seed in SEEDS] for arm in ARMS}
+    outs = {arm: [second(work, arm, seed) for seed in SEEDS] for arm in ARMS}
+    arms = {arm: [out.name for out in of_arm] for arm, of_arm in outs.items() if all(map(is_trained, of_arm))}
     rows = [row(report, "after the first round", first)]
     rows += [row(report, f"second round: {ARMS[arm]}", names) for arm, names in arms.items()]
     against = [
         f"| {ARMS[arm]} | {ARMS[other]} | {percent(found)} | {difference(found)} |"
         for arm, other in (("fresh", "old"), ("fresh", "redrawn"), ("redrawn", "old"))
+        if arm in arms and other in arms
         for found, _ in [pooled(report, arms[arm], arms[other])]
     ]
     results = results_of(report)
-    text = f"""{stamp("python benchmarks/drift.py", ("torch", "diffusers", "numpy"))}
+    text = f"""{stamp("python benchmarks/drift.py", ("torch", "diffusers", "numpy"), cores=1)}
 
 How far the tuned model's own walks are from those of the base, with the same draws: {PAIRS} pairs of the embedded
 world, by timestep band (0 to 199 first). Trained as above, but at a constant learning rate, with {BATCH} pairs a step
 and one seed. "Noise ratio" is the *reference's* at the tuned model's walks.
 
 {head("steps", "gain over base (95 %)", "rms of tau's difference / rms of tau", "correlation of tau", "noise ratio")}
-{chr(10).join(moved_row(work, steps) for steps in AFTER)}
+{chr(10).join(moved_row(work, steps) for steps in AFTER if is_trained(tuned_for(work, steps)))}
 
 A second round: the three models that were trained on `renoise-1` above, each trained on for 150 steps with the same
 settings (optimizer, warm-up and schedule anew, another order). The base's mean true reward is
@@ -182,8 +190,7 @@ def main() -> None:
         make, which = parts[part]
         make(arguments.work, which)
     judge(arguments.work)
-    if not arguments.parts:
-        write(arguments.work)
+    write(arguments.work)
 
 
 if __name__ == "__main__":

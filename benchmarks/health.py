@@ -132,7 +132,7 @@ def main() -> None:
     lines = "\n".join(rows)
     text = f"""# What the trainer says of a run's health
 
-{stamp("python benchmarks/health.py", ("torch", "diffusers", "numpy"))}
+{stamp("python benchmarks/health.py", ("torch", "diffusers", "numpy"), cores=1)}
 
 The embedded world's 600 pairs, {COMMON[1]} pairs a step, {COMMON[3]} warm-up steps. Each run but the first is made to
 go wrong in one way. Numbers are means over the last {LAST} steps (held-out accuracy: over the looks within them).

@@ -50,17 +50,19 @@ def main() -> None:
     }
     evaluate(report, base, [out for outs in final.values() for out in outs], prompts / "test.txt", images=IMAGES)
     results = results_of(report)
-    text = f"""{stamp("python benchmarks/lora.py", ("torch", "diffusers", "peft", "numpy"))}
+    text = f"""{stamp("python benchmarks/lora.py", ("torch", "diffusers", "peft", "numpy"), cores=1)}
 
 The embedded world's 600 pairs, the demo's settings (SmPO with two rewards, beta 300, 150 steps of 24 pairs, cosine);
 three training seeds, pooled; {results.num_images} images of {results.num_prompts} test prompts a model under the true
 reward. The base's mean is {results.finding(BASE, TRUTH).mean:.3f}. Intervals are 95 % bootstraps over prompts; they do
-not cover the choice of training seeds, whose win rates stand beside them.
+not cover the choice of training seeds, whose win rates stand beside them. That stock pipelines load both results is a
+test (`tests/trainer/test_policy.py`).
 
 {head("trained", *COLUMNS)}
 {chr(10).join(row(report, label, [out.name for out in outs]) for label, outs in final.items())}
 
-The LoRA's learning rate was chosen on the validation prompts, with another training seed:
+The LoRA's learning rate was chosen on the validation prompts, with another training seed. These are all that were
+tried, so a larger one than the best may be better still:
 
 {head("lr", "gain over base (95 %)")}
 {chr(10).join(f"| {each} | {difference(found)} |" for each, found in gains.items())}"""

@@ -6,8 +6,8 @@ judged on the test prompts under the true reward, against the model that it star
 
     python benchmarks/walk_training.py --work DIR [LABEL ...]
 
-Six CPU minutes a variant. With labels, only these variants are made; without, all that are missing, and the section.
-Every stage continues where it was stopped.
+Six CPU minutes a variant. With labels, only these variants are made; without, all that are missing. The section shows
+what there is, and names what there is not. Every stage continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -113,9 +113,17 @@ def make(work: Path, variant: Variant) -> None:
 
 def judge(work: Path, world: str) -> None:
     """Evaluate what there is of a world's models."""
-    runs = [out for variant in VARIANTS.values() if variant.world == world for out in runs_of(work, variant)]
-    finished = [out for out in runs if (out / TRAINING_FILE).is_file()]
-    evaluate(work / f"report-{world}", model_of(work, world), finished, work / "world/prompts/test.txt", images=IMAGES)
+    runs = [out for variant in finished(work, world) for out in runs_of(work, variant)]
+    evaluate(work / f"report-{world}", model_of(work, world), runs, work / "world/prompts/test.txt", images=IMAGES)
+
+
+def finished(work: Path, world: str) -> list[Variant]:
+    """A world's variants of which all models are there."""
+    return [
+        variant
+        for variant in VARIANTS.values()
+        if variant.world == world and all((out / TRAINING_FILE).is_file() for out in runs_of(work, variant))
+    ]
 
 
 def bands_of(work: Path, variant: Variant) -> list[BandHealth]:
@@ -142,9 +150,7 @@ def draw(work: Path) -> None:
     """Gain over the noise ratio of the worst band."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     for axis, world in zip(axes, WORLDS, strict=True):
-        for variant in VARIANTS.values():
-            if variant.world != world:
-                continue
+        for variant in finished(work, world):
             found, _ = pooled(work / f"report-{world}", [out.name for out in runs_of(work, variant)])
             mean = found.mean_difference
             ratio = 1.0 if variant.name == "forward" else furthest(bands_of(work, variant))
@@ -163,8 +169,7 @@ def table(work: Path, world: str) -> str:
     report = work / f"report-{world}"
     lines = [
         row(report, cells(variant, bands_of(work, variant)), [out.name for out in runs_of(work, variant)])
-        for variant in VARIANTS.values()
-        if variant.world == world
+        for variant in finished(work, world)
     ]
     base = results_of(report).finding(BASE, TRUTH).mean
     return (
@@ -178,7 +183,9 @@ def write(work: Path) -> None:
     draw(work)
     results = results_of(work / "report-good")
     tables = "\n\n".join(table(work, world) for world in WORLDS)
-    text = f"""{stamp("python benchmarks/walk_training.py", ("torch", "diffusers", "numpy"))}
+    missing = sorted(set(VARIANTS) - {variant.label for world in WORLDS for variant in finished(work, world)})
+    missing_line = f"\n\nNot made, for want of time: {', '.join(missing)}." if missing else ""
+    text = f"""{stamp("python benchmarks/walk_training.py", ("torch", "diffusers", "numpy"), cores=1)}
 
 The demo's 600 pairs and training for all: SmPO with two rewards, beta 300, 150 steps of 24 pairs, lr 5e-5 (cosine, 10
 warm-up steps). These settings were chosen on the validation prompts for `renoise-1` on the embedded world
@@ -189,7 +196,7 @@ band (0 to 199 first) and the largest residual of a band are the manifest's.
 
 ![gain in true reward over the noise ratio of the worst band](images/walk_training.png)
 
-{tables}"""
+{tables}{missing_line}"""
     write_section(TITLE, text, PAGE)
     print(text)
 
@@ -212,7 +219,7 @@ def main() -> None:
         make(work, variant)
     for world in dict.fromkeys(variant.world for variant in chosen):
         judge(work, world)
-    if not arguments.labels:
+    if all(finished(work, world) for world in WORLDS):
         write(work)
 
 
