@@ -9,21 +9,21 @@ The reference is the base throughout.
     python benchmarks/walk_training.py --work DIR good-renoise-1
     python benchmarks/drift.py --work DIR [PART ...]
 
-About twenty CPU minutes. With parts (a number of steps: 50, 200, 1000; or shards of the second round: old, redrawn,
-fresh) only these are made; without, all that are missing. The section shows what there is. Every stage continues where
-it was stopped.
+About twenty CPU minutes. With parts (a number of steps: 50, 200, 1000; shards and seed of the second round: old-0,
+redrawn-0, fresh-0, ...; page) only these are made; without, all that are missing. The page shows what there is. Every
+stage continues where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, percent, pooled, results_of, row, run
 from page import stamp, write_section
-from walk_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
+from walk_training import IMAGES, SEEDS, VARIANTS, model_of, runs_of, shards_of, train
 
 from smpo_schemas.shards import Sample, ShardDirectory
 from smpo_trainer.output import TRAINING_FILE
@@ -73,18 +73,18 @@ def second(work: Path, arm: str, seed: int) -> Path:
     return work / "runs" / f"second-{arm}-s{seed}"
 
 
-def make_second(work: Path, arm: str) -> None:
-    """The second round of all seeds in one arm."""
-    for seed, first in zip(SEEDS, runs_of(work, FIRST), strict=True):
-        shards = {
-            "old": shards_of(work, FIRST),
-            "redrawn": work / "walks/second-redrawn",
-            "fresh": work / f"walks/second-fresh-s{seed}",
-        }[arm]
-        if arm != "old":
-            again(work, shards, "--seed", 1, *(("--walker", first / "unet") if arm == "fresh" else ()))
-        flags = ("--unet", first / "unet", "--seed", 10 + seed)
-        train(shards, model_of(work, "good"), second(work, arm, seed), *flags)
+def make_second(work: Path, arm: str, seed: int) -> None:
+    """The second round of one seed in one arm."""
+    first = runs_of(work, FIRST)[SEEDS.index(seed)]
+    shards = {
+        "old": shards_of(work, FIRST),
+        "redrawn": work / "walks/second-redrawn",
+        "fresh": work / f"walks/second-fresh-s{seed}",
+    }[arm]
+    if arm != "old":
+        again(work, shards, "--seed", 1, *(("--walker", first / "unet") if arm == "fresh" else ()))
+    flags = ("--unet", first / "unet", "--seed", 10 + seed)
+    train(shards, model_of(work, "good"), second(work, arm, seed), *flags)
 
 
 def is_trained(out: Path) -> bool:
@@ -138,7 +138,8 @@ def moved_row(work: Path, steps: int) -> str:
 
 
 def write(work: Path) -> None:
-    """The section."""
+    """The section, of what there is."""
+    judge(work)
     report = work / "report-drift"
     first = [out.name for out in runs_of(work, FIRST)]
     outs = {arm: [second(work, arm, seed) for seed in SEEDS] for arm in ARMS}
@@ -178,19 +179,20 @@ Against each other, image by image, seed by seed:
 
 def main() -> None:
     """Make some parts, or all and the section."""
-    parts = {f"{steps}": (make_moved, steps) for steps in AFTER} | {arm: (make_second, arm) for arm in ARMS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to make; default: all")
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/walk_training.py")
     arguments = parser.parse_args()
+    work: Path = arguments.work
+    parts: dict[str, Callable[[], None]] = {
+        **{f"{steps}": lambda steps=steps: make_moved(work, steps) for steps in AFTER},
+        **{f"{arm}-{seed}": lambda arm=arm, seed=seed: make_second(work, arm, seed) for arm in ARMS for seed in SEEDS},
+        "page": lambda: write(work),
+    }
     if unknown := [part for part in arguments.parts if part not in parts]:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(parts)}")
-    invert(arguments.work, FIRST)
     for part in arguments.parts or parts:
-        make, which = parts[part]
-        make(arguments.work, which)
-    judge(arguments.work)
-    write(arguments.work)
+        parts[part]()
 
 
 if __name__ == "__main__":

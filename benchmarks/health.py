@@ -65,7 +65,7 @@ CONDITIONS = (
     Condition(
         "few-prompts",
         "a tenth of the pairs and many epochs, by their labels alone",
-        ("--objective", "dpo", "--beta", 3000, "--lr", "3e-4", "--max-steps", 220, "--val-fraction", 0.9),
+        ("--objective", "dpo", "--beta", 3000, "--lr", "3e-4", "--max-steps", 160, "--val-fraction", 0.9),
     ),
     Condition(
         "one-band",
