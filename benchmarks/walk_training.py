@@ -18,7 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
-from experiment import BASE, COLUMNS, ROOT, TRUTH, evaluate, head, make_world, pooled, results_of, row, run
+from experiment import (
+    BASE,
+    COLUMNS,
+    ROOT,
+    TRUTH,
+    difference,
+    evaluate,
+    head,
+    make_world,
+    percent,
+    pooled,
+    results_of,
+    row,
+    run,
+)
 from page import stamp, write_section
 
 from smpo_pipeline.inversion.advice import health_warnings
@@ -158,6 +172,7 @@ def draw(work: Path) -> None:
             axis.errorbar([ratio], [mean.value], yerr=reach, fmt="o", capsize=3)
             axis.annotate(variant.name, (ratio, mean.value), xytext=(4, 4), textcoords="offset points", fontsize=7)
         axis.axhline(0, color="gray", linewidth=0.8)
+        axis.margins(x=0.25)
         axis.set(title=WORLDS[world], xlabel="noise ratio furthest from 1")
     axes[0].set_ylabel("gain in true reward, 95 %")
     figure.savefig(PLOT, dpi=110)
@@ -172,9 +187,20 @@ def table(work: Path, world: str) -> str:
         for variant in finished(work, world)
     ]
     base = results_of(report).finding(BASE, TRUTH).mean
+    default = VARIANTS[f"{world}-renoise-1"]
+    against = [
+        f"| {variant.name} | {percent(found)} | {difference(found)} |"
+        for variant in finished(work, world)
+        if variant != default
+        for found, _ in [pooled(report, *([out.name for out in runs_of(work, each)] for each in (variant, default)))]
+    ]
     return (
         f"### {WORLDS[world]}, trained\n\nThe base's mean true reward is {base:.3f}.\n\n"
-        f"{head('states', 'noise ratio', 'largest residual', 'warns', *COLUMNS)}\n" + "\n".join(lines)
+        f"{head('states', 'noise ratio', 'largest residual', 'warns', *COLUMNS)}\n"
+        + "\n".join(lines)
+        + "\n\nAgainst `renoise-1`, image by image, seed by seed:\n\n"
+        + f"{head('states', 'win rate % (95 %)', 'difference (95 %)')}\n"
+        + "\n".join(against)
     )
 
 
