@@ -158,12 +158,19 @@ def write(work: Path) -> None:
     outs = {arm: [second(work, arm, seed) for seed in SEEDS] for arm in ARMS}
     arms = {arm: [out.name for out in of_arm] for arm, of_arm in outs.items() if all(map(is_trained, of_arm))}
     rows = [row(report, "after the first round", first)]
-    rows += [row(report, f"second round: {ARMS[arm]}", names) for arm, names in arms.items()]
+    rows += [row(report, f"second round: {ARMS[arm]}", of_arm) for arm, of_arm in arms.items()]
+    names = {"first": first} | arms
     against = [
-        f"| {ARMS[arm]} | {ARMS[other]} | {percent(found)} | {difference(found)} |"
-        for arm, other in (("fresh", "old"), ("fresh", "redrawn"), ("redrawn", "old"))
-        if arm in arms and other in arms
-        for found, _ in [pooled(report, arms[arm], arms[other])]
+        f"| {ARMS[arm]} | {ARMS.get(other, 'after the first round')} | {percent(found)} | {difference(found)} |"
+        for arm, other in (
+            ("old", "first"),
+            ("fresh", "first"),
+            ("fresh", "old"),
+            ("fresh", "redrawn"),
+            ("redrawn", "old"),
+        )
+        if arm in names and other in names
+        for found, _ in [pooled(report, names[arm], names[other])]
     ]
     results = results_of(report)
     not_made = [ARMS[arm] for arm in ARMS if arm not in arms]
@@ -182,7 +189,7 @@ settings (optimizer, warm-up and schedule anew, another order). The base's mean 
 Against each other, image by image, seed by seed:
 
 {head("second round on shards", "against", "win rate % (95 %)", "difference (95 %)")}
-{chr(10).join(against) or "(needs two of them)"}{missing}"""
+{chr(10).join(against)}{missing}"""
     write_section(TITLE, text, PAGE)
     print(text)
 
