@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, percent, pooled, results_of, row, run
+from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, percent, pooled, results_of, row
 from page import stamp, write_section
-from walk_training import IMAGES, SEEDS, VARIANTS, model_of, runs_of, shards_of, train
+from walk_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
 
 from smpo_schemas.shards import Sample, ShardDirectory
 from smpo_trainer.output import TRAINING_FILE
@@ -52,20 +52,12 @@ def walked_by(work: Path, steps: int) -> Path:
     return work / "walks" / f"drift-{steps}"
 
 
-def again(work: Path, out: Path, *flags: object) -> None:
-    """Invert the demo's pairs with the default walk, the base as the reference."""
-    run(
-        *("smpo-pipeline", "invert", "--pairs", work / "world/pairs", "--scores", work / "scores"),
-        *("--model", model_of(work, "good"), "--out", out, "--concurrency", 2, *flags),
-    )
-
-
 def make_moved(work: Path, steps: int) -> None:
     """A model tuned for some steps, and its walks with the draws of the base's."""
     out = tuned_for(work, steps)
     flags = ("--lr-schedule", "constant", "--batch-size", BATCH, "--max-steps", steps)
     train(shards_of(work, FIRST), model_of(work, "good"), out, *flags)
-    again(work, walked_by(work, steps), "--limit", PAIRS, "--walker", out / "unet")
+    invert(work, "good", walked_by(work, steps), "--limit", PAIRS, "--walker", out / "unet")
 
 
 def second(work: Path, arm: str, seed: int) -> Path:
@@ -82,7 +74,7 @@ def make_second(work: Path, arm: str, seed: int) -> None:
         "fresh": work / f"walks/second-fresh-s{seed}",
     }[arm]
     if arm != "old":
-        again(work, shards, "--seed", 1, *(("--walker", first / "unet") if arm == "fresh" else ()))
+        invert(work, "good", shards, "--seed", 1, *(("--walker", first / "unet") if arm == "fresh" else ()))
     flags = ("--unet", first / "unet", "--seed", 10 + seed)
     train(shards, model_of(work, "good"), second(work, arm, seed), *flags)
 

@@ -36,7 +36,7 @@ from experiment import (
 from page import stamp, write_section
 
 from smpo_pipeline.inversion.advice import health_warnings
-from smpo_schemas.manifest import BandHealth, read_manifest
+from smpo_schemas.manifest import MANIFEST_FILE, BandHealth, read_manifest
 from smpo_trainer.output import TRAINING_FILE
 
 mpl.use("Agg")
@@ -103,13 +103,13 @@ def runs_of(work: Path, variant: Variant) -> list[Path]:
     return [work / "runs" / f"{variant.label}-s{seed}" for seed in SEEDS]
 
 
-def invert(work: Path, variant: Variant) -> None:
-    """Make its shards."""
-    run(
-        *("smpo-pipeline", "invert", "--pairs", work / "world/pairs", "--scores", work / "scores"),
-        *("--model", model_of(work, variant.world), "--out", shards_of(work, variant), "--concurrency", 2),
-        *variant.flags,
-    )
+def invert(work: Path, world: str, out: Path, *flags: object) -> None:
+    """Invert the demo's pairs with a world's model, where that was not done yet."""
+    if not (out / MANIFEST_FILE).is_file():
+        run(
+            *("smpo-pipeline", "invert", "--pairs", work / "world/pairs", "--scores", work / "scores"),
+            *("--model", model_of(work, world), "--out", out, "--concurrency", 2, *flags),
+        )
 
 
 def train(shards: Path, model: Path, out: Path, *flags: object) -> None:
@@ -120,7 +120,7 @@ def train(shards: Path, model: Path, out: Path, *flags: object) -> None:
 
 def make(work: Path, variant: Variant) -> None:
     """Its shards and models."""
-    invert(work, variant)
+    invert(work, variant.world, shards_of(work, variant), *variant.flags)
     for seed, out in zip(SEEDS, runs_of(work, variant), strict=True):
         train(shards_of(work, variant), model_of(work, variant.world), out, "--seed", seed)
 
