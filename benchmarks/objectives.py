@@ -14,20 +14,15 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
+from experiment import BASE, COLUMNS, ROOT, TRUTH, comparison, evaluate, gain, head, row, run
 from page import stamp
 
-from smpo_pipeline.evaluation.comparison import Comparison, compare
-from smpo_pipeline.evaluation.results import Results, read_results
+from smpo_pipeline.evaluation.results import Results
 from smpo_schemas.files import write_bytes
 
-ROOT = Path(__file__).parents[1]
-TRUTH = "toy-truth"
 BETAS = (100, 300, 1000)
 SELECTION_SEED = 100
 DEMO_BETAS = (100, 300)
@@ -72,13 +67,6 @@ CONDITIONS = [
 ]
 
 
-def run(program: str, *arguments: object) -> None:
-    """Run a command line of ours, as a user would."""
-    command = [str(Path(sys.executable).parent / program), *map(str, arguments)]
-    print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
 def prepare(work: Path) -> None:
     """World, scores, and shards of both sources."""
     subprocess.run(["make", f"{work}/shards/manifest.json", f"DEMO={work}"], check=True, cwd=ROOT)
@@ -86,34 +74,26 @@ def prepare(work: Path) -> None:
     run("smpo-pipeline", "invert", *common, "--source", "forward", "--out", work / "shards-forward")
 
 
-def train(work: Path, condition: Condition, beta: int, seed: int) -> str:
-    """One training; returns ``NAME=DIR`` for evaluate."""
-    name = f"{condition.label}-b{beta}-s{seed}"
+def train(work: Path, condition: Condition, beta: int, seed: int) -> Path:
+    """One training; returns its folder."""
     shards = work / ("shards" if condition.source == "renoise" else "shards-forward")
-    out = work / "runs" / name
+    out = work / "runs" / f"{condition.label}-b{beta}-s{seed}"
     model = work / "world/model"
     flags = (*condition.flags, "--beta", beta, "--seed", seed, *TRAINING)
     run("smpo-train", "--shards", shards, "--model", model, "--out", out, *flags)
-    return f"{name}={out}"
+    return out
 
 
-def evaluate(work: Path, out: str, models: list[str], prompts: str, images: int, guidance: int) -> Results:
+def judge(work: Path, report: str, models: list[Path], prompts: str, images: int, guidance: int) -> Results:
     """Judge models under the true reward, against the base."""
-    run(
-        *("smpo-pipeline", "evaluate", "--model", f"base={work / 'world/model'}", *models),
-        *("--prompts", work / f"world/prompts/{prompts}.txt", "--images-per-prompt", images, "--steps", 16),
-        *("--guidance-scale", guidance, "--batch-size", 64, "--reward", TRUTH, "--out", work / out),
-    )
-    results = read_results(work / out)
-    if results is None:
-        raise SystemExit(f"{work / out} holds no results")
-    return results
+    file = work / f"world/prompts/{prompts}.txt"
+    return evaluate(work / report, work / "world/model", models, file, images=images, guidance=guidance)
 
 
 def choose_betas(work: Path) -> tuple[dict[str, int], Results]:
     """For each condition the beta whose samples of the validation prompts gain most."""
     models = [train(work, condition, beta, SELECTION_SEED) for condition in CONDITIONS for beta in BETAS]
-    results = evaluate(work, "report-selection", models, "validation", 4, 1)
+    results = judge(work, "report-selection", models, "validation", 4, 1)
     chosen = {
         each.label: max(BETAS, key=lambda beta, c=each: gain(results, f"{c.label}-b{beta}-s{SELECTION_SEED}"))
         for each in CONDITIONS
@@ -121,7 +101,7 @@ def choose_betas(work: Path) -> tuple[dict[str, int], Results]:
     return chosen, results
 
 
-def choose_demo(work: Path) -> tuple[list[str], list[str]]:
+def choose_demo(work: Path) -> tuple[list[Path], list[str]]:
     """The demo's condition over all training seeds at two betas, on the validation prompts: models to use, and a table.
 
     A demo promises a win rate, for any seed: the beta is taken whose worst seed's interval begins highest. The Makefile
@@ -129,12 +109,8 @@ def choose_demo(work: Path) -> tuple[list[str], list[str]]:
     """
     condition = next(each for each in CONDITIONS if each.label == "renoise-smpo-2")
     models = {beta: [train(work, condition, beta, seed) for seed in SEEDS] for beta in DEMO_BETAS}
-    results = evaluate(
-        work, "report-demo-validation", [m for group in models.values() for m in group], "validation", 4, 1
-    )
-    rates = {
-        beta: [comparison(results, model.split("=")[0]).win_rate for model in group] for beta, group in models.items()
-    }
+    results = judge(work, "report-demo-validation", [m for group in models.values() for m in group], "validation", 4, 1)
+    rates = {beta: [comparison(results, model.name).win_rate for model in group] for beta, group in models.items()}
     table = [
         f"| beta {beta} | {' | '.join(f'{100 * each.value:.1f} ({100 * (each.low or 0):.1f} ..)' for each in group)} |"
         for beta, group in rates.items()
@@ -142,70 +118,34 @@ def choose_demo(work: Path) -> tuple[list[str], list[str]]:
     return models[max(rates, key=lambda beta: min(each.low or 0 for each in rates[beta]))], table
 
 
-def demo_rows(work: Path, out: str, results: Results, names: list[str]) -> list[str]:
+def demo_rows(report: Path, names: list[str]) -> list[str]:
     """Each training seed alone, and all together."""
-    return [row(work, out, results, name, [name]) for name in names] + [row(work, out, results, "all seeds", names)]
-
-
-def comparison(results: Results, model: str) -> Comparison:
-    """A model against the base under the true reward."""
-    found = results.finding(model, TRUTH).versus_baseline
-    if found is None:
-        raise ValueError(f"{model} is the baseline")
-    return found
-
-
-def gain(results: Results, model: str) -> float:
-    """Mean true reward of a model less that of the base."""
-    return comparison(results, model).mean_difference.value
-
-
-def pooled(work: Path, out: str, models: list[str]) -> tuple[Comparison, float]:
-    """Several training seeds as one: a prompt's images of all seeds belong together. Also their mean true reward."""
-    table = pq.read_table(work / out / "scores.parquet", columns=["model", "prompt_index", TRUTH]).to_pandas()
-    by_model = {name: rows.sort_values("prompt_index", kind="stable") for name, rows in table.groupby("model")}
-    num_prompts = by_model["base"]["prompt_index"].nunique()
-    scores = {name: rows[TRUTH].to_numpy().reshape(num_prompts, -1) for name, rows in by_model.items()}
-    tuned = np.concatenate([scores[name] for name in models], axis=1)
-    return compare(tuned, np.concatenate([scores["base"]] * len(models), axis=1)), float(tuned.mean())
-
-
-def row(work: Path, out: str, results: Results, label: str, models: list[str]) -> str:
-    """One line of a table: pooled win rate and mean true reward with intervals, and each seed's own."""
-    found, mean = pooled(work, out, models)
-    rate, difference = found.win_rate, found.mean_difference
-    each = ", ".join(f"{100 * comparison(results, name).win_rate.value:.0f}" for name in models)
-    return (
-        f"| {label} | {100 * rate.value:.1f} ({100 * (rate.low or 0):.1f} .. {100 * (rate.high or 0):.1f}) | {each} | "
-        f"{mean:.3f} | {difference.value:+.3f} ({difference.low or 0:+.3f} .. {difference.high or 0:+.3f}) |"
-    )
+    return [row(report, name, [name]) for name in names] + [row(report, "all seeds", names)]
 
 
 def write_report(work: Path, chosen: dict[str, int], selection: Results, target: Path) -> None:
     """Train and judge the final seeds, and write the page."""
     models = {c.label: [train(work, c, chosen[c.label], seed) for seed in SEEDS] for c in CONDITIONS}
     flat = [model for group in models.values() for model in group]
-    names = {label: [model.split("=")[0] for model in group] for label, group in models.items()}
-    results = evaluate(work, "report-test", flat, "test", 8, 1)
+    names = {label: [model.name for model in group] for label, group in models.items()}
+    results = judge(work, "report-test", flat, "test", 8, 1)
     demo, demo_validation = choose_demo(work)
-    demo_names = [model.split("=")[0] for model in demo]
+    demo_names = [model.name for model in demo]
     plain, strong = f"report-{demo_names[0]}", f"report-{demo_names[0]}-guidance-2"
-    unguided = evaluate(work, plain, demo, "test", 8, 1)
-    guided = evaluate(work, strong, demo, "test", 8, 2)
-    columns = ("condition", "win rate % (95 %)", "each seed", "mean true reward", "gain over base (95 %)")
-    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+    judge(work, plain, demo, "test", 8, 1)
+    guided = judge(work, strong, demo, "test", 8, 2)
+    columns = head("condition", *COLUMNS)
     final = [
-        row(work, "report-test", results, f"{c.source}, {c.name}, beta {chosen[c.label]}", names[c.label])
-        for c in CONDITIONS
+        row(work / "report-test", f"{c.source}, {c.name}, beta {chosen[c.label]}", names[c.label]) for c in CONDITIONS
     ]
-    single = demo_rows(work, plain, unguided, demo_names)
-    guided_rows = demo_rows(work, strong, guided, demo_names)
+    single = demo_rows(work / plain, demo_names)
+    guided_rows = demo_rows(work / strong, demo_names)
     selected = ["| condition | " + " | ".join(f"beta {beta}" for beta in BETAS) + " |", "|---" * (len(BETAS) + 1) + "|"]
     for c in CONDITIONS:
         gains = [f"{gain(selection, f'{c.label}-b{beta}-s{SELECTION_SEED}'):+.3f}" for beta in BETAS]
         selected.append(f"| {c.source}, {c.name} | {' | '.join(gains)} |")
-    base = results.finding("base", TRUTH).mean
-    base_guided = guided.finding("base", TRUTH).mean
+    base = results.finding(BASE, TRUTH).mean
+    base_guided = guided.finding(BASE, TRUTH).mean
     text = f"""# Objectives and state sources on the embedded world
 
 {stamp("python benchmarks/objectives.py", ("torch", "diffusers", "transformers", "numpy"))}
@@ -220,7 +160,7 @@ belong together); they do not cover the choice of training seeds, whose own win 
 
 The base's mean true reward is {base:.3f}. Three training seeds a condition, pooled:
 
-{head}
+{columns}
 {chr(10).join(final)}
 
 ## The demo's settings, seed by seed
@@ -236,12 +176,12 @@ was set after those had been seen, but before beta 300 was judged on the test pr
 
 Test prompts, guidance 1:
 
-{head}
+{columns}
 {chr(10).join(single)}
 
 Test prompts, guidance 2 (the base's mean true reward is {base_guided:.3f}):
 
-{head}
+{columns}
 {chr(10).join(guided_rows)}
 
 ## How beta was chosen

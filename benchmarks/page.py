@@ -1,4 +1,4 @@
-"""How measured pages say what made them; and docs/benchmarks.md, where every timing has a section of its own."""
+"""How measured pages say what made them; and pages, such as docs/benchmarks.md, with a section for each measurement."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def stamp(command: str, libraries: Sequence[str], cores: int = os.cpu_count() or
     )
 
 
-def write_section(title: str, text: str) -> None:
-    """Put a section of docs/benchmarks.md in the place of the one of this title, or at the end."""
-    page = BENCHMARKS.read_text(encoding="utf-8") if BENCHMARKS.is_file() else _TITLE
-    head, *sections = page.rstrip().split("\n\n## ")
+def write_section(title: str, text: str, page: Path = BENCHMARKS) -> None:
+    """Put a section of a page in the place of the one of this title, or at the end."""
+    written = page.read_text(encoding="utf-8") if page.is_file() else _TITLE
+    head, *sections = written.rstrip().split("\n\n## ")
     by_title = {section.partition("\n")[0]: section for section in sections}
     by_title[title] = f"{title}\n\n{text.strip()}"
-    write_bytes(BENCHMARKS, ("\n\n## ".join([head.rstrip(), *by_title.values()]) + "\n").encode())
+    write_bytes(page, ("\n\n## ".join([head.rstrip(), *by_title.values()]) + "\n").encode())

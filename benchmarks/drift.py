@@ -1,0 +1,208 @@
+"""How far walks move as a model is trained, and whether a second round on fresh ones pays: a section of docs/walks.md.
+
+The states in shards are those of the model that walked, the base. First: the same pairs with the same draws are walked
+by models tuned for 50, 200 and 1000 steps, and the noise is compared. Second: the models that walk_training.py trained
+on `renoise-1` are trained on for as many steps again: on the shards of the first round, on ones that the base has
+walked with other draws, and on ones that the tuned model itself has walked (`invert --walker`), also with other draws.
+The reference is the base throughout.
+
+    python benchmarks/walk_training.py --work DIR good-renoise-1
+    python benchmarks/drift.py --work DIR [PART ...]
+
+About twenty CPU minutes. With parts (a number of steps: 50, 200, 1000; shards and seed of the second round: old-0,
+redrawn-0, fresh-0, ...; page) only these are made; without, all that are missing. The page shows what there is. Every
+stage continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, percent, pooled, results_of, row
+from page import stamp, write_section
+from walk_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
+
+from smpo_schemas.shards import Sample, ShardDirectory
+from smpo_trainer.output import TRAINING_FILE
+
+PAGE = ROOT / "docs/walks.md"
+TITLE = "Drift, and a second round"
+AFTER = (50, 200, 1000)
+BATCH = 8
+PAIRS = 64
+BANDS = 5
+FIRST = VARIANTS["good-renoise-1"]
+ARMS = {
+    "old": "the first round's shards",
+    "redrawn": "walked anew by the base",
+    "fresh": "walked anew by the tuned model",
+}
+
+
+def tuned_for(work: Path, steps: int) -> Path:
+    """Folder of the model that is trained for that many steps, at a constant learning rate."""
+    return work / "runs" / f"drift-{steps}"
+
+
+def walked_by(work: Path, steps: int) -> Path:
+    """Folder of its walks of the first pairs."""
+    return work / "walks" / f"drift-{steps}"
+
+
+def make_moved(work: Path, steps: int) -> None:
+    """A model tuned for some steps, and its walks with the draws of the base's."""
+    out = tuned_for(work, steps)
+    flags = ("--lr-schedule", "constant", "--batch-size", BATCH, "--max-steps", steps)
+    train(shards_of(work, FIRST), model_of(work, "good"), out, *flags)
+    invert(work, "good", walked_by(work, steps), "--limit", PAIRS, "--walker", out / "unet")
+
+
+def second(work: Path, arm: str, seed: int) -> Path:
+    """Folder of a model of the second round."""
+    return work / "runs" / f"second-{arm}-s{seed}"
+
+
+def make_second(work: Path, arm: str, seed: int) -> None:
+    """The second round of one seed in one arm."""
+    first = runs_of(work, FIRST)[SEEDS.index(seed)]
+    shards = {
+        "old": shards_of(work, FIRST),
+        "redrawn": work / "walks/second-redrawn",
+        "fresh": work / f"walks/second-fresh-s{seed}",
+    }[arm]
+    if arm != "old":
+        invert(work, "good", shards, "--seed", 1, *(("--walker", first / "unet") if arm == "fresh" else ()))
+    flags = ("--unet", first / "unet", "--seed", 10 + seed)
+    train(shards, model_of(work, "good"), second(work, arm, seed), *flags)
+
+
+def is_trained(out: Path) -> bool:
+    """Whether a training is finished."""
+    return (out / TRAINING_FILE).is_file()
+
+
+def judge(work: Path) -> None:
+    """Evaluate what there is."""
+    tuned = [tuned_for(work, steps) for steps in AFTER]
+    runs = [*runs_of(work, FIRST), *tuned, *(second(work, arm, seed) for arm in ARMS for seed in SEEDS)]
+    there = [out for out in runs if is_trained(out)]
+    evaluate(work / "report-drift", model_of(work, "good"), there, work / "world/prompts/test.txt", images=IMAGES)
+
+
+def walks_in(folder: Path, pairs: int) -> dict[str, Sample]:
+    """The first walks of a folder of shards, by pair."""
+    samples = (sample for sample, _ in zip(ShardDirectory(folder).samples(), range(pairs), strict=False))
+    return {sample.meta.pair_id: sample for sample in samples}
+
+
+def moved(base: Sequence[Sample], tuned: Sequence[Sample]) -> tuple[list[float], list[float]]:
+    """By timestep band: the rms of tau's difference over tau's rms, and the correlation.
+
+    Raises:
+        RuntimeError: the walks are not of the same draws.
+    """
+    sums = np.zeros((BANDS, 4))
+    for one, other in zip(base, tuned, strict=True):
+        if not (one.x0_2Chw.equal(other.x0_2Chw) and one.timestep_K.equal(other.timestep_K)):
+            raise RuntimeError(f"{one.meta.pair_id}: the walks begin elsewhere or visit other timesteps")
+        for t, a, b in zip(one.timestep_K.tolist(), one.noise_K2Chw.double(), other.noise_K2Chw.double(), strict=True):
+            x, y = a.numpy(), b.numpy()
+            sums[t * BANDS // 1000] += ((x - y) ** 2).sum(), (x**2).sum(), (y**2).sum(), (x * y).sum()
+    distance, squared, other_squared, product = sums.T
+    return list(np.sqrt(distance / squared)), list(product / np.sqrt(squared * other_squared))
+
+
+def moved_row(work: Path, steps: int) -> str:
+    """A line of the first table."""
+    tuned = walks_in(walked_by(work, steps), PAIRS)
+    base = walks_in(shards_of(work, FIRST), PAIRS)
+    distances, correlations = moved([base[pair] for pair in tuned], list(tuned.values()))
+    health = ShardDirectory(walked_by(work, steps)).manifest.health
+    ratios = " ".join(f"{band.noise_ratio:.2f}" for band in health if band.noise_ratio is not None)
+    found, _ = pooled(work / "report-drift", [tuned_for(work, steps).name])
+    return (
+        f"| {steps} | {difference(found)} | {' '.join(f'{each:.2f}' for each in distances)} | "
+        f"{' '.join(f'{each:.2f}' for each in correlations)} | {ratios} |"
+    )
+
+
+def moved_table(work: Path) -> str:
+    """The first table."""
+    made = [steps for steps in AFTER if is_trained(tuned_for(work, steps))]
+    if not made:
+        return "How far walks move was not measured, for want of time."
+    return f"""How far the tuned model's own walks are from those of the base, with the same draws: {PAIRS} pairs of the
+embedded world, by timestep band (0 to 199 first). Trained as above, but at a constant learning rate, with {BATCH}
+pairs a step and one seed. "Noise ratio" is the *reference's* at the tuned model's walks.
+
+{head("steps", "gain over base (95 %)", "rms of tau's difference / rms of tau", "correlation of tau", "noise ratio")}
+{chr(10).join(moved_row(work, steps) for steps in made)}"""
+
+
+def write(work: Path) -> None:
+    """The section, of what there is."""
+    judge(work)
+    report = work / "report-drift"
+    first = [out.name for out in runs_of(work, FIRST)]
+    outs = {arm: [second(work, arm, seed) for seed in SEEDS] for arm in ARMS}
+    arms = {arm: [out.name for out in of_arm] for arm, of_arm in outs.items() if all(map(is_trained, of_arm))}
+    rows = [row(report, "after the first round", first)]
+    rows += [row(report, f"second round: {ARMS[arm]}", of_arm) for arm, of_arm in arms.items()]
+    names = {"first": first} | arms
+    against = [
+        f"| {ARMS[arm]} | {ARMS.get(other, 'after the first round')} | {percent(found)} | {difference(found)} |"
+        for arm, other in (
+            ("old", "first"),
+            ("fresh", "first"),
+            ("fresh", "old"),
+            ("fresh", "redrawn"),
+            ("redrawn", "old"),
+        )
+        if arm in names and other in names
+        for found, _ in [pooled(report, names[arm], names[other])]
+    ]
+    results = results_of(report)
+    not_made = [ARMS[arm] for arm in ARMS if arm not in arms]
+    missing = f"\n\nNot made, for want of time: the second round on shards {', '.join(not_made)}." if not_made else ""
+    text = f"""{stamp("python benchmarks/drift.py", ("torch", "diffusers", "numpy"), cores=1)}
+
+{moved_table(work)}
+
+A second round: the three models that were trained on `renoise-1` above, each trained on for 150 steps with the same
+settings (optimizer, warm-up and schedule anew, another order). The base's mean true reward is
+{results.finding(BASE, TRUTH).mean:.3f}; {results.num_images} images of {results.num_prompts} test prompts a model.
+
+{head("model", *COLUMNS)}
+{chr(10).join(rows)}
+
+Against each other, image by image, seed by seed:
+
+{head("second round on shards", "against", "win rate % (95 %)", "difference (95 %)")}
+{chr(10).join(against)}{missing}"""
+    write_section(TITLE, text, PAGE)
+    print(text)
+
+
+def main() -> None:
+    """Make some parts, or all and the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to make; default: all")
+    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/walk_training.py")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    parts: dict[str, Callable[[], None]] = {
+        **{f"{steps}": lambda steps=steps: make_moved(work, steps) for steps in AFTER},
+        **{f"{arm}-{seed}": lambda arm=arm, seed=seed: make_second(work, arm, seed) for arm in ARMS for seed in SEEDS},
+        "page": lambda: write(work),
+    }
+    if unknown := [part for part in arguments.parts if part not in parts]:
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(parts)}")
+    for part in arguments.parts or parts:
+        parts[part]()
+
+
+if __name__ == "__main__":
+    main()
