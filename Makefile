@@ -48,10 +48,10 @@ $(DEMO)/tuned/training.json: $(DEMO)/shards/manifest.json
 	  --batch-size 24 --max-steps 150
 
 test: $(READY) ## All tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 test-fast: $(READY) ## The everyday tests: no Ray, no long training
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
 
 fuzz: $(READY) ## 10,000 hostile images and 1,000 hostile files (minutes)
 	$(BIN)/python -m tests.fuzz
