@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+from moto.backends import get_backend
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -70,6 +71,7 @@ class Faults:
 @contextmanager
 def object_store(environment: Callable[[str, str], None]) -> Iterator[Faults]:
     """A server with an empty bucket ``bucket``; ``environment`` sets the variables that clients find it by."""
+    get_backend("s3").reset()  # one for all servers of a process
     faults = Faults(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, faults, threaded=True, request_handler=Quiet)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
