@@ -257,7 +257,7 @@ def workers_page(rates: dict[int, float]) -> Iterator[str]:
 
 def memory_page(found: dict[int, dict[str, float]]) -> Iterator[str]:
     """The section's text."""
-    yield stamp("python benchmarks/scale.py", ("ray", "pyarrow"))
+    yield stamp(f"python benchmarks/scale.py --pairs {' '.join(map(str, found))}", ("ray", "pyarrow"))
     yield ""
     yield "`score` over pairs of 64 x 64 JPEGs with a reward that costs nothing. Peaks in MB, looked at twice a"
     yield "second: resident memory of the driver and of all other processes (Ray's own included) without shared pages,"
