@@ -79,6 +79,7 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (hour
 	$(BIN)/python benchmarks/invert.py
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/invariance.py --demo $(DEMO)
 	$(BIN)/python benchmarks/train.py --shape sd15
 	$(BIN)/python benchmarks/train.py --shape sdxl
 	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin --steps 800

@@ -186,6 +186,7 @@ def test_the_training_job_runs_a_command_of_ours() -> None:
     assert container["command"][0] == "torchrun"
     assert (launcher.module, launcher.training_script) == (True, "smpo_trainer")
     assert launcher.nproc_per_node == container["resources"]["requests"]["nvidia.com/gpu"]
+    assert 0 < launcher.shutdown_timeout < TRAIN_JOB["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     parse_as_ours(["smpo-train", *launcher.training_script_args])
 
 

@@ -5,7 +5,9 @@ Shape suffixes: B batch, 2 images, C h w a latent.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -138,7 +140,15 @@ class StateDataset(Dataset[State]):
 
     def _read(self, index: int) -> State:
         walk, k = int(self._table.walk_S[index]), int(self._table.k_S[index])
-        sample = self._directories[self._table.locations.shard_P[walk]].read(self._table.locations[walk])
+        location = self._table.locations[walk]
+        directory = self._directories[self._table.locations.shard_P[walk]]
+        sample = directory.read(location)
+        ref_error_2 = sample.ref_error_K2[k] if self.ref_error_S2 is None else self.ref_error_S2[index]
+        if not ref_error_2.isfinite().all():
+            raise UserError(
+                f"{directory.path / directory.manifest.shards[location.shard].name} has states without a finite "
+                "reference error: they could not be used when it was recomputed; --overwrite begins the run anew"
+            )
         return State(
             pair_id=sample.meta.pair_id,
             prompt="" if sample.meta.prompt_dropped else sample.meta.prompt,
@@ -147,7 +157,7 @@ class StateDataset(Dataset[State]):
             x0_2Chw=sample.x0_2Chw,
             # Copied: a view would carry the walk's other states along, out of the loader process too.
             noise_2Chw=sample.noise_K2Chw[k].clone(),
-            ref_error_2=(sample.ref_error_K2[k] if self.ref_error_S2 is None else self.ref_error_S2[index]).clone(),
+            ref_error_2=ref_error_2.clone(),
             timestep=int(sample.timestep_K[k]),
             preference=float(self._table.preference_P[walk]),
             label=float(self._table.label_P[walk]),
@@ -257,6 +267,17 @@ class Feed:
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """A Ctrl-C reaches every process of the terminal: loaders go on, so that the trainer can finish its step."""
+    """Who stops a run signals all of its processes: loaders go on, so that the trainer can finish its step.
+
+    Only the trainer's own SIGTERM ends one: Python's exit sends it to children that are left, and waits for their end.
+    Where the trainer itself is gone, torch's loop ends a loader within seconds.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)

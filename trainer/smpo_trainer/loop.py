@@ -138,6 +138,7 @@ class Trainer:
         for image in (0, 1):
             metrics[f"error/image_{image}"] = error_B2.detach()[:, image]
             metrics[f"error_minus_reference/image_{image}"] = moved_B2[:, image]
+        metrics["drift"] = moved_B2.abs().mean(dim=1)
         preferred_B = self._pair_loss.objective.preferred(pairs)
         metrics["error_minus_reference/chosen"] = of_preferred(moved_B2, preferred_B)
         metrics["error_minus_reference/rejected"] = of_preferred(moved_B2, -preferred_B)
@@ -176,17 +177,24 @@ class Trainer:
                 self._average.step()
             self._skipped.took()
         else:
-            self._skip(step, [pair_id for pair_id, _ in losses], bad)
+            self._skip(step, [pair_id for pair_id, _ in losses], bad, overflowed=not math.isfinite(grad_norm))
         self._optimizer.zero_grad()
         return grad_norm
 
-    def _skip(self, step: int, pairs: list[str], bad: list[str]) -> None:
-        """Leave a step out; ``pairs`` are this process's, and ``bad`` those of them whose loss is not finite."""
+    def _skip(self, step: int, pairs: list[str], bad: list[str], *, overflowed: bool) -> None:
+        """Leave a step out.
+
+        Args:
+            step: from 0.
+            pairs: this process's.
+            bad: those of them whose loss is not finite.
+            overflowed: whether the gradient is not finite.
+        """
         bad_everywhere = gather_object(bad)
         scaler = self._accelerator.scaler
         if scaler is not None:
             scaler.update()
-            if not bad_everywhere and scaler.get_scale() >= 1:
+            if overflowed and not bad_everywhere and scaler.get_scale() >= 1:
                 self._skipped.overflowed()
                 return
         self._skipped.skip(SkippedStep(step + 1, bad_everywhere, gather_object(pairs)))
@@ -213,8 +221,7 @@ class Trainer:
             "skipped": self._skipped.state_dict(),
             "bad": self._bad.state_dict(),
         }
-        position = step * self._plan.states_per_step
-        return Checkpoint(step, position, identity, dict(self._policy.trained()), states)
+        return Checkpoint(step, identity, dict(self._policy.trained()), states)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint.

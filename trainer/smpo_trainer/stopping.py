@@ -10,7 +10,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets ``requested``; a second one acts as it always does."""
+    """While entered, SIGINT and SIGTERM set ``requested``; a second SIGINT acts as it always does.
+
+    SIGTERM may come as often as it likes: a scheduler sends it to all processes, and a launcher passes its own on.
+    """
 
     requested: bool = False
 
@@ -20,13 +23,11 @@ class StopRequest:
             signal.signal(number, self._note)
         return self
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[signal.SIGINT])
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
