@@ -18,7 +18,7 @@ from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, run_cli
 
 OPTIONS = {"max_steps": 5, "save_every": 1, "lora_rank": 2}
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

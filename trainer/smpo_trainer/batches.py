@@ -5,9 +5,6 @@ Shape suffixes: B batch, 2 images, C h w a latent.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -19,6 +16,7 @@ from smpo_trainer.plan import Plan, Window
 from smpo_trainer.shard_set import ShardSet
 from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable
+from smpo_trainer.stopping import leave_signals_to_the_trainer
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,7 @@ class Feed:
             batch_sampler=self._brought(first_step, last_step),
             num_workers=self._workers,
             collate_fn=collate,
-            worker_init_fn=_leave_signals_to_the_trainer if self._workers else None,
+            worker_init_fn=leave_signals_to_the_trainer if self._workers else None,
         )
         for batch in loader:
             require_usable(batch, skip_bad=self._skip_bad)
@@ -264,20 +262,3 @@ class Feed:
         positions = range(first, min(window.stop, end))
         own = (place for place in positions if place // plan.batch_size % plan.world_size == self._rank)
         return {order.shard_of(order.state_at(place)) for place in own}
-
-
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """Who stops a run signals all of its processes: loaders go on, so that the trainer can finish its step.
-
-    Only the trainer's own SIGTERM ends one: Python's exit sends it to children that are left, and waits for their end.
-    Where the trainer itself is gone, torch's loop ends a loader within seconds.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_when_told_by(process: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
-        pass
-    os._exit(0)

@@ -290,9 +290,13 @@ def _make_accelerator(settings: TrainSettings) -> Accelerator:
             "memory is short, use --gradient-checkpointing, --optimizer adafactor or --lora-rank"
         )
     try:
-        # Named, or accelerate takes a number from the environment and divides every loss by it.
-        accumulation = GradientAccumulationPlugin(num_steps=1)
-        accelerator = Accelerator(mixed_precision=settings.mixed_precision, gradient_accumulation_plugin=accumulation)
+        accelerator = Accelerator(
+            # Not told, it lets the processes of torchrun train each by itself where there is no GPU.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=settings.mixed_precision,
+            # Not told, it takes a number from the environment and divides every loss by it.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
     except ValueError as error:  # a device that lacks this dtype
         raise UserError(f"--mixed-precision {settings.mixed_precision}: {error}") from error
     # Accelerate would train in float32 without a word.
