@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -68,6 +69,7 @@ class MetricsLog:
         self.earlier: list[Record] = list(kept.values())
         write_bytes(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
+        self._before, threading.excepthook = threading.excepthook, self._report_thread
         self._board = SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=finished_steps and finished_steps + 1)
 
     def write(self, record: Record) -> None:
@@ -110,6 +112,7 @@ class MetricsLog:
             UserError: what was yet to be written cannot be.
         """
         with ExitStack() as stack:
+            stack.callback(setattr, threading, "excepthook", self._before)
             if self._elsewhere:
                 stack.callback(self._elsewhere.close)
             stack.enter_context(self._writing())
@@ -120,9 +123,14 @@ class MetricsLog:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # of TensorBoard's files too, whose thread hands its errors on
+        except OSError as error:  # of TensorBoard's files too
             reason = error.strerror or error
             raise UserError(f"cannot write {self._file.name} or {self._board.log_dir}: {reason}") from error
+
+    def _report_thread(self, given: threading.ExceptHookArgs) -> None:
+        """Print the traceback of a thread, but not of TensorBoard's, whose error the next write to it raises again."""
+        if not type(given.thread).__module__.startswith("tensorboard."):
+            self._before(given)
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
