@@ -131,22 +131,24 @@ class StateDataset(Dataset[State]):
     def __getitem__(self, index: int | Unusable) -> State:
         if isinstance(index, Unusable):
             return stand_in(index.problem, self._table.latent_of(index.state))
+        if self.ref_error_S2 is not None and not self.ref_error_S2[index].isfinite().all():
+            return stand_in(self._without_reference(index), self._table.latent_of(index))
         try:
             return self._read(index)
         except UserError as error:
             return stand_in(str(error), self._table.latent_of(index))
 
+    def _without_reference(self, index: int) -> str:
+        walk = int(self._table.walk_S[index])
+        directory = self._directories[self._table.locations.shard_P[walk]]
+        return (
+            f"{directory.path / directory.manifest.shards[self._table.locations[walk].shard].name} has states without a "
+            "finite reference error: they could not be used when it was recomputed; --overwrite begins the run anew"
+        )
+
     def _read(self, index: int) -> State:
         walk, k = int(self._table.walk_S[index]), int(self._table.k_S[index])
-        location = self._table.locations[walk]
-        directory = self._directories[self._table.locations.shard_P[walk]]
-        sample = directory.read(location)
-        ref_error_2 = sample.ref_error_K2[k] if self.ref_error_S2 is None else self.ref_error_S2[index]
-        if not ref_error_2.isfinite().all():
-            raise UserError(
-                f"{directory.path / directory.manifest.shards[location.shard].name} has states without a finite "
-                "reference error: they could not be used when it was recomputed; --overwrite begins the run anew"
-            )
+        sample = self._directories[self._table.locations.shard_P[walk]].read(self._table.locations[walk])
         return State(
             pair_id=sample.meta.pair_id,
             prompt="" if sample.meta.prompt_dropped else sample.meta.prompt,
@@ -155,7 +157,7 @@ class StateDataset(Dataset[State]):
             x0_2Chw=sample.x0_2Chw,
             # Copied: a view would carry the walk's other states along, out of the loader process too.
             noise_2Chw=sample.noise_K2Chw[k].clone(),
-            ref_error_2=ref_error_2.clone(),
+            ref_error_2=(sample.ref_error_K2[k] if self.ref_error_S2 is None else self.ref_error_S2[index]).clone(),
             timestep=int(sample.timestep_K[k]),
             preference=float(self._table.preference_P[walk]),
             label=float(self._table.label_P[walk]),
