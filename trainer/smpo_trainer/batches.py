@@ -141,9 +141,10 @@ class StateDataset(Dataset[State]):
     def _without_reference(self, index: int) -> str:
         walk = int(self._table.walk_S[index])
         directory = self._directories[self._table.locations.shard_P[walk]]
+        name = directory.manifest.shards[self._table.locations[walk].shard].name
         return (
-            f"{directory.path / directory.manifest.shards[self._table.locations[walk].shard].name} has states without a "
-            "finite reference error: they could not be used when it was recomputed; --overwrite begins the run anew"
+            f"{directory.path / name} has states without a finite reference error: they could not be used when it was "
+            "recomputed; --overwrite begins the run anew"
         )
 
     def _read(self, index: int) -> State:
