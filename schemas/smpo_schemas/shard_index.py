@@ -5,6 +5,7 @@ Everything in it can be made again from the tars; a directory without it is inde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import arrow_source, atomic_path, read_all, reading_parquet, sha256_file
-from smpo_schemas.manifest import IndexEntry
+from smpo_schemas.manifest import IndexEntry, ShardEntry
 from smpo_schemas.shards import IndexedWalk, SampleLocation, SampleMeta, ShardDirectory
 from smpo_schemas.store import AnyPath
 from smpo_schemas.stored_state import read_walk
@@ -91,7 +92,7 @@ def _from_parts(directory: ShardDirectory, parts: Sequence[AnyPath]) -> Iterator
         if not parts[shard].is_file():
             return list(_scan(directory, shard))
         with reading_parquet(parts[shard]):
-            found = _walks(pq.read_table(arrow_source(parts[shard])), 1)
+            found = _walks(pq.read_table(arrow_source(parts[shard])), directory.manifest.shards[shard : shard + 1])
             return [replace(walk, location=replace(walk.location, shard=shard)) for walk in found]
 
     for start in range(0, len(parts), _PARTS):
@@ -121,32 +122,35 @@ def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedWalk]
         raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced")
     with reading_parquet(path):
         for batch in pq.ParquetFile(arrow_source(path)).iter_batches(_ROWS):
-            yield from _walks(batch, len(directory.manifest.shards))
+            yield from _walks(batch, directory.manifest.shards)
 
 
-def _walks(batch: pa.RecordBatch | pa.Table, num_shards: int) -> Iterator[IndexedWalk]:
+def _walks(batch: pa.RecordBatch | pa.Table, shards: Sequence[ShardEntry]) -> Iterator[IndexedWalk]:
     table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
     table = table.select(_SCHEMA.names).cast(_SCHEMA)
     table.validate(full=True)
     for row in table.to_pylist():
-        yield _walk(row, num_shards)
+        yield _walk(row, shards)
 
 
-def _walk(row: dict[str, Any], num_shards: int) -> IndexedWalk:
+def _walk(row: dict[str, Any], shards: Sequence[ShardEntry]) -> IndexedWalk:
     """A row of the index; its values are checked, since a wrong one would be found in the middle of a training run.
 
     Raises:
         ValueError: a value is missing or cannot be.
     """
     places = [row[name] for name in ("shard", "meta_offset", "meta_bytes", "tensors_offset", "tensors_bytes")]
-    if any(place is None or place < 0 for place in places) or places[0] >= num_shards:
-        raise ValueError(f"a walk lies at {places}; there are {num_shards} shards")
+    if any(place is None or place < 0 for place in places) or places[0] >= len(shards):
+        raise ValueError(f"a walk lies at {places}; there are {len(shards)} shards")
     key = row["key"]
     if not (key and key.isascii() and key.isdecimal() and len(key) <= _LONGEST_KEY) or row["meta"] is None:
         raise ValueError(f"a walk has the key {key!r}, or no meta")
     shard, meta_offset, meta_bytes, tensors_offset, tensors_bytes = places
     location = SampleLocation(shard, key, (meta_offset, meta_bytes), (tensors_offset, tensors_bytes))
     timesteps, latent = _naturals(row["timesteps"]), _naturals(row["latent"])
+    # A reader takes memory for latents of this shape where a sample turns out to be damaged.
+    if len(latent) != 3 or not 0 < 4 * math.prod(latent) <= shards[shard].bytes:  # noqa: PLR2004  (C, h, w of 2 images)
+        raise ValueError(f"a walk has latents of {latent}, its shard {shards[shard].bytes} bytes")
     return IndexedWalk(location, SampleMeta.model_validate_json(row["meta"]), timesteps, latent)
 
 

@@ -87,7 +87,10 @@ def _read_walk(file: BinaryIO, location: SampleLocation) -> tuple[IndexedWalk, _
     timesteps = tensors["timestep"]
     if timesteps.dtype != torch.int64 or len(timesteps.shape) != 1:
         raise ValueError(f"timestep is {timesteps.dtype} {timesteps.shape}")
-    return IndexedWalk(location, meta, tuple(timesteps.read().tolist()), tensors["x0"].shape[1:]), tensors
+    latent = tensors["x0"].shape[1:]
+    if len(latent) != 3:  # noqa: PLR2004  (C, h, w)
+        raise ValueError(f"x0 has the shape {tensors['x0'].shape}, expected [2, C, h, w]")
+    return IndexedWalk(location, meta, tuple(timesteps.read().tolist()), latent), tensors
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def _reading(path: AnyPath, location: SampleLocation) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path}: sample {location.key} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         problem = describe_problem(error)
         raise UserError(f"{path}: sample {location.key}: malformed json member: {problem}") from error
