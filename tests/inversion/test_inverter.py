@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -437,6 +438,20 @@ def test_a_pair_that_is_no_number_is_rejected_and_changes_no_other(solver, tmp_p
     torch.testing.assert_close(kept.noise_K2Chw, expected.noise_K2Chw, rtol=2e-3, atol=1e-3)
     assert sum(band.states for band in health.bands(1000)) == 2 * 3
     assert sum(band.solved for band in health.bands(1000)) == (0 if solver == "renoise" else 2 * 3)
+
+
+@pytest.mark.parametrize("solver", ["renoise", "adaptive", "anderson"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_walker_that_gives_no_numbers_gives_rejected_pairs(embedded, solver, value):
+    """Not the unmoved latents, which would have a finite tau and reference error."""
+    family, *_ = embedded
+    walker = copy.deepcopy(family.denoiser)
+    with torch.no_grad():
+        walker.conv_out.bias.fill_(value)
+    inverter = Inverter(family, walker, InversionSettings(solver=solver, steps=3), SEED)
+    (sample,), health = inverter.invert([(embedded_pair(), 0)])
+    assert sample.startswith("not finite")
+    assert all(value == 0 for band in health.to_lists() for value in band)
 
 
 def invert_all(family, settings: InversionSettings, pairs):
