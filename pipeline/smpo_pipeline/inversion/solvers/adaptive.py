@@ -21,8 +21,9 @@ def adaptive(step: Step, settings: InversionSettings) -> Solution:
 
     A row that is there leaves the batch. A row whose f turns against the one before without having become much smaller
     swings about its solution: the derivative of F has eigenvalues near or below -1. It is damped: w is halved, down to
-    1/8. So is a row whose residual has doubled or is no number; it goes back to its best point first. Against eigenvalues above 1 no weight helps:
-    a row that comes no nearer is given up. It keeps its best point, whose residual is above the tolerance.
+    1/8. So is a row whose residual has doubled or is no number; it goes back to its best point first. Against
+    eigenvalues above 1 no weight helps: a row that comes no nearer is given up. It keeps its best point, whose residual
+    is above the tolerance.
     """
     best, rows, x = Best(step, settings.tolerance), step.all_rows(), step.x_s_RChw
     weight_R, last_R = torch.ones_like(best.residual_R), best.residual_R.clone()
