@@ -260,14 +260,15 @@ def main() -> None:
 
 ![cost and accuracy of the solvers](images/solvers.png)
 
-float32, jittered timesteps, guidance 1. "Not converged" is the share of states whose solver did not reach its
-tolerance.
+{len(pairs)} pairs, float32, jittered timesteps, guidance 1. "Not converged" is the share of states whose solver did not
+reach its tolerance.
 
 {table(("solver", "steps", *columns), rows)}
 
-The same, {plain.steps} steps, with a walker rounded to a narrow type. "Own residual" is what that walker measures,
-which is what its solver looks at and what a shard stores; residual and round trip are by the unrounded model, in
-float32:
+The same, {
+        plain.steps
+    } steps, with a walker rounded to a narrow type. "Own residual" is what that walker measures, which
+is what its solver looks at and what a shard stores; residual and round trip are by the unrounded model, in float32:
 
 {table(("dtype", "solver", columns[0], "own residual, median", "max", *columns[1:]), narrow)}
 

@@ -119,6 +119,8 @@ def test_auto_batch_size_is_found_before_the_rate(inputs, tmp_path, capfd):
         (("--pairs", "nowhere.parquet"), ("nowhere.parquet", "does not exist")),
         (("--scores", "nowhere"), ("nowhere",)),
         (("--solver", "ddim", "--renoise-steps", "2"), ("--renoise-steps", "ddim")),
+        (("--timesteps", "published", "--states", "3"), ("--states 3", "one state")),
+        (("--timesteps", "published", "--states", "3", "--source", "forward"), ("--states 3", "one state")),
     ],
 )
 def test_mistakes_are_one_line(inputs, capfd, flags, parts):

@@ -23,6 +23,8 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
         raise UserError(f"--start {start}: {model} has timesteps 0 to {last - 1}")
     if isinstance(start, int) and settings.timesteps == "published":
         raise UserError(f"--start {start}: the published timesteps begin at x0; use --start clean")
+    if settings.states is not None and settings.timesteps == "published":
+        raise UserError(f"--states {settings.states}: a walk of --timesteps published has one state; leave it out")
     check_steps(settings, last)
     return chosen
 
