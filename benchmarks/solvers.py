@@ -265,10 +265,8 @@ reach its tolerance.
 
 {table(("solver", "steps", *columns), rows)}
 
-The same, {
-        plain.steps
-    } steps, with a walker rounded to a narrow type. "Own residual" is what that walker measures, which
-is what its solver looks at and what a shard stores; residual and round trip are by the unrounded model, in float32:
+The same, {plain.steps} steps, with a walker rounded to a narrow type. "Own residual" is what that walker measures: its
+solver looks at it, and shards store it. Residual and round trip are by the unrounded model, in float32:
 
 {table(("dtype", "solver", columns[0], "own residual, median", "max", *columns[1:]), narrow)}
 

@@ -240,7 +240,7 @@ def main() -> None:
     chosen = [VARIANTS[label] for label in arguments.labels] or list(VARIANTS.values())
     for world in dict.fromkeys(variant.world for variant in chosen):
         if not (model_of(work, world) / "model_index.json").is_file():
-            parser.error(f"{work}/thin is not there: python benchmarks/thin_world.py --out {work}/thin --steps 800")
+            parser.error(f"{work}/thin is not there: python benchmarks/thin_world.py --out {work}/thin")
     for variant in chosen:
         make(work, variant)
     for world in dict.fromkeys(variant.world for variant in chosen):

@@ -59,6 +59,14 @@ def test_solvers_that_failed_often_are_named(unconverged: int, warned: bool) -> 
     assert all(f"0 to 199: {unconverged} of 100" in line and "--solver anderson" in line for line in warnings)
 
 
+def test_solvers_that_failed_are_not_advised_what_they_are() -> None:
+    failed = [band(1.0).model_copy(update={"solved": 100, "unconverged": 50})]
+    (line,) = health_warnings(failed, InversionSettings(solver="anderson", dtype="fp16"))
+    assert line.endswith("Remedies: more --steps, a wider --dtype.")
+    (line,) = health_warnings(failed, InversionSettings(solver="adaptive"))
+    assert line.endswith("Remedies: --solver anderson, more --steps.")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

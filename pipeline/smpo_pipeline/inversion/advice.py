@@ -10,7 +10,7 @@ LOWEST_RATIO = 0.8
 HIGHEST_RATIO = 1.25
 
 _ENOUGH_STEPS = 5
-"""ReNoise steps beyond which more of them no longer raise a low ratio (docs/walks.md)."""
+"""ReNoise steps that mended every low ratio that was measured with a VAE that fits (docs/walks.md)."""
 
 _MOST_UNCONVERGED = 0.05
 """Share of a band's states above which their solver's failure is worth a warning."""
@@ -45,7 +45,7 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
         )
     warnings += [
         f"timesteps {band.start} to {band.stop - 1}: {band.unconverged} of {band.solved} images' states did not reach "
-        "--tolerance; their residual says how far they are. Remedies: --solver anderson, more --steps, a wider --dtype."
+        f"--tolerance; their residual says how far they are. Remedies: {', '.join(_against_unconverged(settings))}."
         for band in health
         if band.unconverged > _MOST_UNCONVERGED * band.solved
     ]
@@ -64,3 +64,8 @@ def _against_low(settings: InversionSettings) -> list[str]:
     further = " further on" if isinstance(settings.start, int) else ""
     remedies.append(f"--start T{further} (a timestep up to which images are noised forward)")
     return [*remedies, "the VAE that the model was trained with, if this is another"]
+
+
+def _against_unconverged(settings: InversionSettings) -> list[str]:
+    anderson = [] if settings.solver == "anderson" else ["--solver anderson"]
+    return [*anderson, "more --steps", *([] if settings.dtype == "fp32" else ["a wider --dtype"])]
