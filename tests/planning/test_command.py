@@ -109,11 +109,18 @@ def test_auto_batch_size_is_found_before_the_rate(inputs, tmp_path, capfd):
     [
         (("--batch-size", "many"), ("--batch-size many", "auto")),
         (("--batch-size", "0"), ("--batch-size 0", "from 1")),
+        (
+            ("--steps", "400"),
+            ("--steps 400", "room for 207 steps of 1000 timesteps", "divides 999", "--timesteps grid"),
+        ),
+        (("--steps", "1000"), ("--steps 1000", "only 1000 timesteps")),
         (("--start", "1000"), ("--start 1000", "0 to 999")),
         (("--resolution", "36"), ("--resolution 36", "multiple")),
         (("--pairs", "nowhere.parquet"), ("nowhere.parquet", "does not exist")),
         (("--scores", "nowhere"), ("nowhere",)),
         (("--solver", "ddim", "--renoise-steps", "2"), ("--renoise-steps", "ddim")),
+        (("--timesteps", "published", "--states", "3"), ("--states 3", "one state")),
+        (("--timesteps", "published", "--states", "3", "--source", "forward"), ("--states 3", "one state")),
     ],
 )
 def test_mistakes_are_one_line(inputs, capfd, flags, parts):
