@@ -53,6 +53,12 @@ def test_composition_by_rows_equals_that_of_the_whole(mode):
     np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(expected))
 
 
+def test_a_machine_without_memory_is_no_fault_of_the_file(monkeypatch):
+    monkeypatch.setattr(Image, "open", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        decode_image(encode(picture()))
+
+
 def test_what_cannot_be_read_has_a_reason(monkeypatch):
     whole = encode(picture(200, 200))
     for data in (whole[: len(whole) // 2], b"nonsense", b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\0" * 50):

@@ -81,7 +81,7 @@ def decode_image(data: bytes) -> Image.Image:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
-    except ImageRejectedError:
+    except (ImageRejectedError, MemoryError):  # the machine's memory may have run out: no fault of the file's
         raise
     except UnidentifiedImageError as error:  # its own message names an address in memory
         raise ImageRejectedError(f"image not readable: none of {', '.join(_FORMATS)}") from error
