@@ -112,9 +112,9 @@ def test_images_are_encoded_some_at_a_time(folder, monkeypatch):
     monkeypatch.setattr("smpo_models.unet_family.ENCODED_PIXELS", 1)
     alone = family.posterior(pixels)
     assert calls == [5, 2, 2, 1, 1, 1, 1, 1, 1]
-    for index in range(2):  # mean, deviation
-        assert torch.equal(whole[index], parts[index])
-        assert torch.equal(whole[index], alone[index])
+    # The same but for the rounding of float32, which other batches sum in another order.
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [make_tiny_model, make_tiny_xl])
@@ -124,7 +124,9 @@ def test_a_family_moves_with_all_its_parts(tmp_path, make):
     for module in (family.denoiser, family.vae, *family.text_modules):
         assert {each.device.type for each in (*module.parameters(), *module.buffers())} == {"meta"}
     conditioning = family.condition(["a cat"], [(32, 32)], [(0, 0)])
-    x = family.denoise(family.denoiser, torch.zeros(1, 4, 8, 8, device="meta"), torch.tensor([3]), conditioning)
+    x = family.denoise(
+        family.denoiser, torch.zeros(1, 4, 8, 8, device="meta"), torch.tensor([3], device="meta"), conditioning
+    )
     assert x.device.type == family.posterior(torch.zeros(1, 3, 32, 32))[0].device.type == "meta"
 
 
