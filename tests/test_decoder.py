@@ -53,7 +53,7 @@ def test_a_file_that_hangs_the_decoder_is_rejected_in_time(poisonous):
     assert decoder.decode(encode(picture())).shape == (30, 40, 3)
 
 
-def test_a_child_that_dies_of_something_else_costs_no_image():
+def test_a_child_that_dies_of_something_else_costs_no_image(pauses):
     decoder = Decoder()
     decoder.decode(encode(picture()))
     decoder._child.kill()
