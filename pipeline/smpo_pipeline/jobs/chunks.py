@@ -88,7 +88,8 @@ class _Building:
     def add(self, entry: dict[str, Any], images: Sequence[np.ndarray]) -> None:
         self._entries.append(entry)
         for image in images:
-            self._images.append((*image.shape[:2], entry["prompt"]))
+            height, width, _ = image.shape
+            self._images.append((height, width, entry["prompt"]))
             self._pixels += image.data
             self._ends.append(len(self._pixels))
 
