@@ -1,4 +1,4 @@
-"""Failures of storage that pass: worth another try, and never a reason to reject a pair."""
+"""Failures of storage and of the machine that pass: worth another try, and never a reason to reject a pair."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ PASSING_ERRNOS = (
     errno.ECONNABORTED,
     errno.ECONNREFUSED,
     errno.ECONNRESET,
+    errno.ENOTCONN,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
+    errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
     errno.ENETUNREACH,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
 )
-"""What network file systems say while their server is away. A full disk, or one that may not be written, is another
+"""What network file systems say while their server is away, and what a machine says while it has too many open files,
+or too little memory. A full disk, or one that may not be written, is another
 matter: somebody has to do something about it first."""

@@ -261,7 +261,8 @@ def invert(
     write_resolved_config(context, directory)
     console = Console()
     for size in take_batch_sizes(directory):
-        console.print(f"--batch-size auto: batches of {size} walks")
+        why = "auto" if batch_size == "auto" else f"{batch_size}: the device's memory ran out"
+        console.print(f"--batch-size {why}: batches of {size} walks")
     _show(console, manifest, directory)
 
 

@@ -80,16 +80,17 @@ class _Building:
         self._images: list[tuple[int, int, str]] = []
         self._pixels, self._ends = bytearray(), [0]
 
-    def has_room(self, images: Sequence[Image.Image]) -> bool:
-        size = len(self._pixels) + sum(image.width * image.height * 3 for image in images)
+    def has_room(self, images: Sequence[np.ndarray]) -> bool:
+        size = len(self._pixels) + sum(image.nbytes for image in images)
         fits = size <= CHUNK_BYTES and len(self._images) + len(images) <= CHUNK_IMAGES
         return fits or not self._images
 
-    def add(self, entry: dict[str, Any], images: Sequence[Image.Image]) -> None:
+    def add(self, entry: dict[str, Any], images: Sequence[np.ndarray]) -> None:
         self._entries.append(entry)
         for image in images:
-            self._images.append((image.height, image.width, entry["prompt"]))
-            self._pixels += image.tobytes()
+            height, width, _ = image.shape
+            self._images.append((height, width, entry["prompt"]))
+            self._pixels += image.data
             self._ends.append(len(self._pixels))
 
     def finish(self, unit: int, number: int, *, last: bool) -> pa.Table:
@@ -104,7 +105,7 @@ class _Building:
         return pa.table(cells | {name: _cell(column) for name, column in zip(_IMAGES, columns, strict=True)})
 
 
-def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any], list[Image.Image]]:
+def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any], list[np.ndarray]]:
     if isinstance(pair, PairRejectedError):
         return {"source": source, "pair_id": pair.pair_id, "reason": str(pair)}, []
     entry = {

@@ -145,7 +145,7 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
 
 def _check_model(options: InvertOptions) -> tuple[ModelInfo, int, tuple[Size, ...], int]:
     """Load the model once, before any work starts: fingerprints, resolution, the images' sizes, pairs per shard."""
-    family, walker = load_models(options, "cpu")
+    family, walker = load_models(options)
     resolution = check_settings(family, options.model, options.resolution, options.settings)
     reference = fingerprint_module(family.denoiser)
     info = ModelInfo(

@@ -77,12 +77,12 @@ class InvertOptions(BaseModel):
     overwrite: bool
 
 
-def load_models(options: InvertOptions, device: str) -> tuple[Family, nn.Module]:
-    """The model with its reference denoiser, and the walker (the reference itself unless --walker is given)."""
-    family = load_family(options.model, denoiser=options.unet, vae=options.vae, device=device)
+def load_models(options: InvertOptions) -> tuple[Family, nn.Module]:
+    """The model with its reference denoiser, and the walker (the reference itself unless --walker is given): on CPU."""
+    family = load_family(options.model, denoiser=options.unet, vae=options.vae)
     if options.walker is None:
         return family, family.denoiser
-    return family, load_walker(family, options.model, options.walker, device)
+    return family, load_walker(family, options.model, options.walker)
 
 
 class InvertActor:
@@ -92,10 +92,13 @@ class InvertActor:
         self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int, resolution: int, ledger: Ledger
     ) -> None:
         use_threads(options.device, options.concurrency)
-        family, walker = load_models(options, options.device)
+        family, walker = load_models(options)
         dtype = DTYPES[options.settings.dtype]
         for module in {family.denoiser, walker}:
             module.to(dtype)
+        # Only now: in float32 two denoisers would take twice the device's memory that they need.
+        family.to(options.device)
+        walker.to(options.device)
         self._inverter = Inverter(family, walker, options.settings, options.seed)
         self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
@@ -196,9 +199,9 @@ class InvertActor:
         well = [pair for position, pair in enumerate(pairs) if position not in killers]
         requests = [(pair, walk) for pair in well for walk in range(self._options.settings.walks)]
         if requests and self._batch_size is None:
-            self._batch_size = self._find_batch_size(well)
+            self._find_batch_size(well)
         made: dict[int, Sample | str] = {}
-        for positions in batches_of_one_size(requests, self._batch_size or 1):
+        for positions in batches_of_one_size(requests, lambda: self._batch_size or 1):
             batch = self._make_batch([requests[position] for position in positions], health)
             made |= zip(positions, batch, strict=True)
         each_walk = iter([made[position] for position in range(len(requests))])
@@ -213,6 +216,8 @@ class InvertActor:
     def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | str]:
         """Walks, or the reasons why they cannot be made, in order."""
         outcome = make(self._inverter.invert, requests, self._options.device)
+        if outcome.fits:
+            self._use_batches_of(outcome.fits)
         made: dict[int, Sample | str] = dict(outcome.failed)
         for positions, (samples, sums) in outcome.made:
             made |= dict(zip(positions, samples, strict=True))
@@ -223,16 +228,20 @@ class InvertActor:
         for walk in range(self._options.settings.walks):
             self._inverter.invert([(pair, walk)])
 
-    def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> int:
-        """``--batch-size auto``, for the device that this actor is on; leaves a file that says what was found."""
+    def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> None:
+        """``--batch-size auto``, for the device that this actor is on."""
         trials = walk_requests(with_most_pixels(pairs, self._resolution))
         size = choose_batch_size(
             lambda count: self._inverter.invert([next(trials) for _ in range(count)]),
             self._options.pairs_per_shard * self._options.settings.walks,
             self._options.device,
         )
+        self._use_batches_of(size)
+
+    def _use_batches_of(self, size: int) -> None:
+        """From now on; leaves a file that says so."""
+        self._batch_size = size
         write_json(self._run.out / _BATCH_SIZES.replace("*", f"{socket.gethostname()}-{os.getpid()}"), size)
-        return size
 
 
 def index_part(run: Run, unit: int) -> AnyPath:
@@ -241,7 +250,10 @@ def index_part(run: Run, unit: int) -> AnyPath:
 
 
 def take_batch_sizes(out: AnyPath) -> list[int]:
-    """What the actors of a run that has ended found with ``--batch-size auto``; the files that said so are removed."""
+    """What the actors of a run that has ended found with ``--batch-size auto``, or came down to where memory ran out.
+
+    The files that said so are removed.
+    """
     files = list_files(out, _BATCH_SIZES)
     found = sorted({read_json(file) for file in files})
     for file in files:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from smpo_pipeline.buckets import Size, resize_pair
 from smpo_pipeline.decoder import worker_decoder
@@ -93,7 +94,7 @@ def read_ranges(
 
 
 def _decode(pair: Pair, sizes: Sequence[Size]) -> dict[str, Any]:
-    images = [worker_decoder().decode(data) for data in (pair.image_0, pair.image_1)]
+    images = [Image.fromarray(worker_decoder().decode(data)) for data in (pair.image_0, pair.image_1)]
     resized, crops = resize_pair(images, sizes)
     row: dict[str, Any] = {
         "pair_id": pair.pair_id,

@@ -80,6 +80,7 @@ class RewardActor:
         while batch := list(islice(images, self._batch_size)):
             numbers = np.array([number for number, _ in batch])
             outcome = make(self._score, [image for _, image in batch], self._device)
+            self._batch_size = outcome.fits or self._batch_size
             for positions, values in outcome.made:
                 scores[numbers[positions]] = values
             failed |= {int(numbers[position]): reason for position, reason in outcome.failed.items()}
