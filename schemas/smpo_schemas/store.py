@@ -107,7 +107,7 @@ class StorePath:
     def statuses(self, pattern: str) -> dict[StorePath, FileStatus]:
         """Size and time of the files in this folder whose names match, all from the listing."""
         return {
-            self / name: (self / name)._status(info)
+            self / name: self._status(info)
             for name, info in self._list().items()
             if info["type"] == "file" and fnmatch(name, pattern)
         }
@@ -216,7 +216,7 @@ class StorePath:
     def _status(self, info: Mapping[str, Any]) -> FileStatus:
         modified = next((info[name] for name in _TIMES if info.get(name)), None)
         if modified is None:
-            modified = self._call("read", lambda fs, path: fs.modified(path))
+            modified = self._call("read", lambda fs, _: fs.modified(info["name"]))
         seconds = modified.timestamp() if isinstance(modified, datetime) else float(modified)
         return FileStatus(int(info["size"]), seconds, int(seconds * 1e9))
 
@@ -251,7 +251,7 @@ class StorePath:
                 raise
             except PermissionError as error:
                 raise UserError(f"cannot {what} {self}: the store does not permit it: {error}") from error
-            except Exception as error:  # each store has errors of its own
+            except Exception as error:  # noqa: BLE001  (each store has errors of its own)
                 if not left:
                     reason = f"{type(error).__name__}: {error}"
                     # Without its cause: it has been tried again, and often enough.
@@ -265,7 +265,7 @@ def _create(filesystem: Any, path: str, content: bytes) -> None:  # noqa: ANN401
     """Write a file if there is none.
 
     Raises:
-        FileExistsError: there is one. s3fs says so of Amazon's answer alone; other stores' has the status, not the words.
+        FileExistsError: there is one. s3fs says so of Amazon's answer alone; others have its status, not its words.
     """
     try:
         filesystem.pipe_file(path, content, mode="create")

@@ -171,9 +171,18 @@ def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(i
     assert_one_line(run_command(*command), "cannot write", str(out), "No space left on device")
     assert not (out / "manifest.json").exists()
     assert not list(out.rglob("*.tmp"))
+    remount("size=20m")
+    with started(*command) as process:
+        records = out / ".units"
+        while process.poll() is None and not list(records.glob("*.json")):
+            time.sleep(0.01)
+        while process.poll() is None and subprocess.run(["mount", "-o", "remount,ro", disk], check=False).returncode:
+            time.sleep(0.001)  # a file is being written
+        said = process.communicate()[1]
+    done = subprocess.CompletedProcess(command, process.returncode, stderr=said)
+    assert_one_line(done, "cannot write", "Read-only file system")
     committed = {path: path.stat().st_ino for path in out.glob("shard-*.tar") if path.stat().st_size}
-    remount("size=20m,ro")
-    assert_one_line(run_command(*command), "cannot write", "Read-only file system")
+    assert committed
     remount("rw")
     done = run_command(*command)
     assert done.returncode == 0, done.stderr
