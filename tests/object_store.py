@@ -58,9 +58,13 @@ class Faults:
             status, code = _STATUSES[way]
             start(status, [("Content-Type", "application/xml")])
             return [_ERROR % code]
-        if way in ("slow", "hang"):
-            time.sleep(0.3 if way == "slow" else self.hang)
+        if way == "slow":
+            time.sleep(0.3)
         body = self._inner(environ, start)
+        if way == "hang":
+            # What was asked for is done; nobody waits for the answer any more.
+            body = [b"".join(body)]
+            time.sleep(self.hang)
         if not self.amazon:
             body = [b"".join(body).replace(_CONDITION, b" " * len(_CONDITION))]
         return self._cut(body) if way == "cut" else body
