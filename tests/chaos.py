@@ -8,7 +8,7 @@ SIGKILL: the command itself, which is then given again; a process of a worker; o
 one comes. Each run must end with directories that are byte for byte those of an undisturbed run, pairs in = out +
 rejected, and no unit begun after it was committed.
 
-With ``--store s3`` pairs, scores and shards are on an S3-speaking server on loopback that, while things are killed, fails
+With ``--store s3`` pairs, scores and shards are on an S3-speaking server on loopback. While things are killed, it fails
 every ninth request: an answer of 500 or 503, one that comes late, one that breaks off, one that never comes in time.
 """
 

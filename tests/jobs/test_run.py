@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from smpo_pipeline.jobs.invert_unit import InvertActor
 from smpo_pipeline.jobs.lock import locked
 from smpo_pipeline.jobs.reject_rate import RejectRate
 from smpo_pipeline.jobs.run import Run, UnitRecord
@@ -22,6 +23,7 @@ from smpo_schemas.rejects import Reject
 HOLD = """
 import sys, time
 from pathlib import Path
+from smpo_pipeline.jobs.invert_unit import InvertActor
 from smpo_pipeline.jobs.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -87,6 +89,18 @@ def test_what_a_worker_of_another_run_commits_is_not_believed(run):
     (run.out / "run.json").unlink()  # while it is begun
     with pytest.raises(UserError, match="this one is over"):
         late.refuse_if_over()
+
+
+def test_an_actor_of_another_run_leaves_the_shard_that_is_there(run):
+    actor = object.__new__(InvertActor)
+    actor._run = Run(run.out, "marker.json", {"seed": 0})
+    actor._walks = lambda *_: iter(())
+    shard = run.out / "shard-000000.tar"
+    shard.write_bytes(b"of this run")
+    with pytest.raises(UserError, match="this one is over"):
+        actor._commit(0, [], [], {})
+    assert shard.read_bytes() == b"of this run"
+    assert not list(run.out.glob(".*.tmp"))
 
 
 def failing_once_each(monkeypatch, number):
