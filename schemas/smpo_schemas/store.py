@@ -104,7 +104,7 @@ class StorePath:
         """Files and folders in this folder."""
         return (self / name for name in sorted(self._list()))
 
-    def statuses(self, pattern: str) -> dict[StorePath, FileStatus]:
+    def statuses(self, pattern: str) -> dict[AnyPath, FileStatus]:
         """Size and time of the files in this folder whose names match, all from the listing."""
         return {
             self / name: self._status(info)
