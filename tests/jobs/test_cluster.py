@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import pytest
+import errno
+import os
 
-from smpo_pipeline.jobs.cluster import share_gpus
+import pytest
+from ray.exceptions import RayTaskError
+
+from smpo_pipeline.jobs.cluster import _plain_errors, share_gpus
 from smpo_pipeline.jobs.score import _pool_sizes
 from smpo_schemas.errors import UserError
 
@@ -16,6 +20,15 @@ def test_gpus_are_shared_so_that_no_stage_waits_for_another():
     shares = share_gpus({"small": (2, 0.2), "large": (2, 0.6)}, 2)
     assert list(shares.items()) == [("large", 0.75), ("small", 0.25)]
     assert share_gpus({"a": (1, 1.0), "b": (1, 1.0)}, 2) == {"a": 1.0, "b": 1.0}
+
+
+def test_storage_that_goes_on_failing_under_a_worker_is_one_line_and_a_bug_is_not():
+    failure = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/pairs/a")
+    words = "/pairs/a: Stale file handle, tried 6 times; the same command goes on"
+    with pytest.raises(UserError, match=words), _plain_errors():
+        raise RayTaskError("map", "", failure).as_instanceof_cause()
+    with pytest.raises(RayTaskError), _plain_errors():
+        raise RayTaskError("map", "", KeyError("a")).as_instanceof_cause()
 
 
 @pytest.mark.parametrize("wanted", [{"a": (2, 1.0)}, {"a": (1, 0.6), "b": (1, 0.6)}, {"a": (5, 0.25)}])

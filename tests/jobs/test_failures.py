@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -171,10 +172,26 @@ def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(i
     assert_one_line(run_command(*command), "cannot write", str(out), "No space left on device")
     assert not (out / "manifest.json").exists()
     assert not list(out.rglob("*.tmp"))
+    remount("size=20m")
+    code = "import sys; sys.argv[0] = 'smpo-pipeline'; from smpo_pipeline.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, command[1:])],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while process.poll() is None and not list((out / ".units").glob("*.json")):
+            time.sleep(0.01)
+        # Over itself: the lock is open for writing, and a disk with such a file cannot be made read-only.
+        subprocess.run(["mount", "--bind", disk, disk], check=True)
+        remount("bind,ro")
+        said = process.communicate()[1]
+    assert_one_line(
+        subprocess.CompletedProcess(command, process.returncode, stderr=said), "cannot write", "Read-only file system"
+    )
+    subprocess.run(["umount", disk], check=True)
     committed = {path: path.stat().st_ino for path in out.glob("shard-*.tar") if path.stat().st_size}
-    remount("size=20m,ro")
-    assert_one_line(run_command(*command), "cannot write", "Read-only file system")
-    remount("rw")
+    assert committed
     done = run_command(*command)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_ino for path in committed} == committed

@@ -18,7 +18,7 @@ import torch
 
 from smpo_pipeline.images import decode_image
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.run import UnitRecord, write_record
+from smpo_pipeline.jobs.run import Run, UnitRecord, read_identity
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
@@ -218,7 +218,7 @@ def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tm
     rejected = [each for each in read_rejects(shards / "rejected.parquet") if ":" in each.source]
     inside = [each for each in rejected if each.pair_id == "1007"]
     record = record.model_copy(update={"rejects": inside, "health": HealthSums().to_lists()})
-    write_record(out / ".units" / "000001.json", record)
+    Run(out, "manifest.json", read_identity(out)).commit(record)
     (out / "shard-000000.tar").write_bytes(b"half")
     (out / "shard-000002.tar").unlink()
     kept = (out / "shard-000001.tar").stat().st_mtime_ns

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ from smpo_pipeline.jobs.chunks import cut_chunks, images_of, with_scores, withou
 from smpo_pipeline.jobs.run import Run
 from smpo_pipeline.jobs.score_table import RewardModel, write_table
 from smpo_pipeline.jobs.score_units import UnitCollector
+from smpo_schemas import passing
 from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import Pair, PairRejectedError
 from smpo_schemas.rejects import read_rejects
@@ -63,6 +66,27 @@ def models(names: str):
 @pytest.fixture(autouse=True)
 def _several_parts(monkeypatch):
     monkeypatch.setattr(score_table, "_UNITS_PER_PART", 2)
+
+
+def test_storage_that_fails_for_a_moment_under_the_driver_changes_nothing(tmp_path, monkeypatch):
+    expected = write_table(tmp_path / "whole", commit(tmp_path / "whole", "a"), UNITS, models("a"), None)
+    monkeypatch.setattr(passing, "_PAUSES_SECONDS", (0, 0))
+    calls, failing = itertools.count(), {3, 9, 12, 30, 36}
+    fsync = os.fsync
+
+    def fail(descriptor):
+        if (call := next(calls)) in failing:
+            failing.remove(call)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    step = commit(tmp_path / "failed", "a")
+    assert failing == {30, 36}
+    assert write_table(tmp_path / "failed", step, UNITS, models("a"), None) == expected
+    assert not failing
+    for path in (tmp_path / "whole").glob("*"):
+        assert path.is_dir() or path.read_bytes() == (tmp_path / "failed" / path.name).read_bytes()
 
 
 def test_a_reward_added_gives_the_bytes_of_both_scored_together(tmp_path):

@@ -12,7 +12,7 @@ from smpo_pipeline.buckets import buckets_in_words
 from smpo_pipeline.commands import options as opt
 from smpo_schemas.commandline import ConfigOption, write_resolved_config
 from smpo_schemas.errors import UserError
-from smpo_schemas.manifest import InversionSettings, Manifest, averaged_estimates
+from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings, Manifest, averaged_estimates
 from smpo_schemas.store import AnyPath, parse_path
 
 _MODEL = "Model"
@@ -258,7 +258,7 @@ def invert(
             overwrite=overwrite,
         )
     )
-    write_resolved_config(context, directory)
+    write_resolved_config(context, directory, directory / MANIFEST_FILE)
     console = Console()
     for size in take_batch_sizes(directory):
         why = "auto" if batch_size == "auto" else f"{batch_size}: the device's memory ran out"

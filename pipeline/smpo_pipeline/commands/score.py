@@ -10,7 +10,7 @@ from rich.table import Table
 
 from smpo_pipeline.commands import options as opt
 from smpo_schemas.commandline import ConfigOption, write_resolved_config
-from smpo_schemas.scores import REJECTS_FILE, ScoresInfo
+from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo
 from smpo_schemas.store import AnyPath, parse_path
 
 
@@ -80,7 +80,7 @@ def score(
             overwrite=overwrite,
         )
     )
-    write_resolved_config(context, directory)
+    write_resolved_config(context, directory, directory / SCORES_FILE)
     _show(Console(), info, directory)
 
 

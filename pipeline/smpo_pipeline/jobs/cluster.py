@@ -267,11 +267,14 @@ def _plain_errors() -> Iterator[None]:
 
 
 def _user_error(error: BaseException) -> UserError | None:
-    """The UserError inside what Ray wrapped around it, if that is what it was."""
+    """The UserError, or the failure of storage, inside what Ray wrapped around it, if that is what it was."""
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, UserError):
             return UserError(str(getattr(current, "cause", current)))
+        if isinstance(current, OSError) and current.errno in PASSING_ERRNOS:
+            where = current.filename or "storage"
+            return UserError(f"{where}: {current.strerror}, tried {_RETRIES + 1} times; the same command goes on")
         current = getattr(current, "cause", None) or current.__cause__
     return None
 

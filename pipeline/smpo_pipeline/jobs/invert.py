@@ -21,7 +21,7 @@ from smpo_pipeline.jobs.cluster import Pool, require_gpus, run_units
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.invert_unit import STAGE, InvertActor, InvertOptions, index_part, load_models
 from smpo_pipeline.jobs.ledger import Ledger, SharedLedger
-from smpo_pipeline.jobs.lock import locked
+from smpo_pipeline.jobs.lock import locked, refuse_unknown_bucket
 from smpo_pipeline.jobs.prepare import prepare_unit, reading_words, to_bytes
 from smpo_pipeline.jobs.run import Run, UnitRecord, describe_input
 from smpo_pipeline.planning.size import pairs_that_fit
@@ -38,6 +38,7 @@ from smpo_schemas.manifest import (
     write_manifest,
 )
 from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
+from smpo_schemas.passing import trying_again
 from smpo_schemas.rejects import count_reasons, write_rejects
 from smpo_schemas.scores import SAME_SCORE, ScoresInfo, read_scores, read_scores_info
 from smpo_schemas.shard_index import INDEX_FILE, write_index
@@ -51,6 +52,7 @@ def invert(options: InvertOptions) -> Manifest:
     Raises:
         UserError: an input, the model or the output directory cannot be used, or no pair is left.
     """
+    refuse_unknown_bucket(options.out)
     files = list_pair_files(options.pairs)
     columns = columns_of(files, options.columns)
     info = read_scores_info(options.scores)
@@ -188,6 +190,7 @@ def _prepare(
     }
 
 
+@trying_again
 def _finish(
     options: InvertOptions,
     run: Run,

@@ -35,7 +35,7 @@ from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
 from smpo_pipeline.jobs.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
 from smpo_pipeline.jobs.prepare import from_bytes, pixels_of
-from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
+from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.files import list_files, read_json, write_json
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.rejects import Reject
@@ -137,6 +137,7 @@ class InvertActor:
                 prompts_cut += self._family.cuts(pair.prompt)
                 for sample in samples:
                     shard.write(f"{number * self._options.settings.walks + sample.meta.walk:010d}", sample)
+            self._run.refuse_if_over()
         record = UnitRecord(
             unit=unit,
             pairs_in=kept + len(rejects),
@@ -151,7 +152,7 @@ class InvertActor:
             write_index_part(index_part(self._run, unit), shard.walks)
         else:
             (self._run.out / shard.entry.name).unlink()
-        write_record(self._run.record_path(unit), record)
+        self._run.commit(record)
         return record
 
     def _pairs(self, table: pa.Table, rejects: list[Reject]) -> Iterator[tuple[int, str, PreparedPair]]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from smpo_pipeline.jobs.chunks import CHUNK_BYTES, prepare_chunks
 from smpo_pipeline.jobs.cluster import Pool, gpus_there, limit_memory, run_units, share_gpus
 from smpo_pipeline.jobs.ledger import SharedLedger
-from smpo_pipeline.jobs.lock import locked
+from smpo_pipeline.jobs.lock import locked, refuse_unknown_bucket
 from smpo_pipeline.jobs.paths import AbsolutePathOrUrl, absolute_model
 from smpo_pipeline.jobs.run import SCORE_ROWS, SCORE_STEP, Run, describe_input
 from smpo_pipeline.jobs.score_table import PART_FILES, RewardModel, remove_leftovers, write_table
@@ -50,6 +50,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
     Raises:
         UserError: an input, a reward or the output directory cannot be used, or no pair could be scored.
     """
+    refuse_unknown_bucket(options.out)
     files = list_pair_files(options.pairs)
     columns = columns_of(files, options.columns)
     units = slice_files(files, SCORE_ROWS, options.limit)

@@ -29,9 +29,10 @@ from smpo_pipeline.jobs.chunks import (
 from smpo_pipeline.jobs.cluster import use_threads
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
-from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
+from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 from smpo_schemas.files import atomic_path, sha256_file
+from smpo_schemas.passing import trying_again
 from smpo_schemas.rejects import Reject
 from smpo_schemas.store import AnyPath
 
@@ -113,6 +114,7 @@ class UnitCollector:
                 chunks = self._chunks.pop(unit)
                 yield self._commit(unit, [chunks[index] for index in range(self._counts.pop(unit))])
 
+    @trying_again
     def _commit(self, unit: int, chunks: Sequence[pa.Table]) -> UnitRecord:
         rows = pa.table({name: pa.concat_arrays([values_of(chunk, name) for chunk in chunks]) for name in ROWS.names})
         scores = {name: np.concatenate([scores_of(chunk, name) for chunk in chunks]) for name in self._rewards}
@@ -134,7 +136,7 @@ class UnitCollector:
             rejects=rejects,
             entry=entry,
         )
-        write_record(self._run.record_path(unit), record)
+        self._run.commit(record)
         return record
 
 

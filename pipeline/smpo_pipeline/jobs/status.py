@@ -58,6 +58,14 @@ def read_status(out: AnyPath) -> Status:
     Raises:
         UserError: it is no output of ``score`` or ``invert``, or is malformed.
     """
+    try:
+        return _read_status(out)
+    except (FileNotFoundError, UserError):
+        # A run that ends, or is begun anew, removes what was there a moment ago.
+        return _read_status(out)
+
+
+def _read_status(out: AnyPath) -> Status:
     identity = read_identity(out)
     if identity is None:
         raise UserError(f"{out} holds no run.json: neither `score` nor `invert` was begun there")
@@ -68,14 +76,14 @@ def read_status(out: AnyPath) -> Status:
             manifest = read_manifest(out)
             reasons = manifest.rejected_reasons
             return _finished("invert", [], units, pairs_in, manifest.totals.rejected, reasons)
-        return _under_way("invert", [], out, units, pairs_in, holder(out))
+        return _under_way(identity, [], out, units, pairs_in, holder(out))
     units = math.ceil(pairs_in / SCORE_ROWS)
     step = read_identity(out / SCORE_STEP)
-    if step is not None:
-        return _under_way("score", sorted(step["rewards"]), out / SCORE_STEP, units, pairs_in, holder(out))
-    if not (out / SCORES_FILE).is_file():
-        return _under_way("score", [], out, units, pairs_in, holder(out))
-    info = read_scores_info(out)
+    info = read_scores_info(out) if (out / SCORES_FILE).is_file() else None
+    if step is not None and not (info and step["rewards"].keys() <= info.rewards.keys()):
+        return _under_way(step, sorted(step["rewards"]), out / SCORE_STEP, units, pairs_in, holder(out))
+    if info is None:
+        return _under_way(identity, [], out, units, pairs_in, holder(out))
     reasons = count_reasons(read_rejects(out / REJECTS_FILE))
     return _finished("score", sorted(info.rewards), units, pairs_in, info.rejected, reasons)
 
@@ -92,11 +100,13 @@ def _finished(
     return Status(job, rewards, True, units, units, pairs_in, pairs_in, rejected, reasons)
 
 
-def _under_way(job: str, rewards: list[str], out: AnyPath, units: int, pairs_in: int, holder: str | None) -> Status:
-    records = read_records(out)
+def _under_way(
+    identity: dict[str, Any], rewards: list[str], out: AnyPath, units: int, pairs_in: int, holder: str | None
+) -> Status:
+    records = read_records(out, identity)
     rejects = [reject for record in records for reject in record.rejects]
     return Status(
-        job=job,
+        job=identity["job"],
         rewards=rewards,
         finished=False,
         units=units,
