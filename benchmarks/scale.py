@@ -40,8 +40,9 @@ import smpo_pipeline.jobs.score as score_job
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair, draw_walk
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.chunks import values_of, with_scores, without_images
+from smpo_pipeline.jobs.chunks import with_scores, without_images
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.run import SCORE_ROWS, UnitRecord
 from smpo_pipeline.jobs.score_units import RewardActor
 from smpo_pipeline.planning.size import pairs_that_fit
@@ -96,7 +97,7 @@ class FixedTimeActor(InvertActor):
         self._inverter = StandIn(self)
         self._notes = options.out.parent / "units.jsonl"
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+    def __call__(self, row: pa.Table) -> pa.Table:
         """Commit one unit."""
         record = super().__call__(row)
         with self._notes.open("a") as file:
