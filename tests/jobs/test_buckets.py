@@ -88,6 +88,8 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
         run, table_of_scores = Run(out, "manifest.json", {}), pa.Table.from_pylist(scored)
         actor = InvertActor(options, run, table_of_scores, len(rows), 32, Counts())
         record = UnitRecord.model_validate_json(actor(unit_row(0, table, []))["record"][0].as_py())
+        model, whole = record.seconds
+        assert 0 < model < whole
         tar = webdataset.WebDataset(str(out / "shard-000000.tar"), shardshuffle=False)
         made[batch_size] = (
             record,

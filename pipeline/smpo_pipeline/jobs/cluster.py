@@ -15,17 +15,9 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from smpo_pipeline.jobs.ledger import SharedLedger
+from smpo_pipeline.jobs.progress import Pace, job_progress
 from smpo_pipeline.jobs.reject_rate import RejectRate
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.errors import UserError
@@ -277,7 +269,8 @@ def run_units(
     for record in records.values():
         rate.add(record)
     todo = [unit for unit in range(len(sizes)) if unit not in records]
-    with _progress() as progress:
+    pace = Pace()
+    with job_progress() as progress:
         task = progress.add_task(title, total=sum(sizes), completed=sum(sizes[unit] for unit in records), note="")
         if todo:
             with connected(address), _plain_errors():
@@ -294,8 +287,8 @@ def run_units(
                             )
                         records[record.unit] = record
                         rate.add(record)
-                        note = f"{rate.rejected} rejected" if rate.rejected else ""
-                        progress.update(task, advance=record.pairs_in, note=note)
+                        pace.add(record)
+                        progress.update(task, advance=record.pairs_in, note=pace.words(rate.rejected))
     return [records[unit] for unit in range(len(sizes))]
 
 
@@ -324,18 +317,3 @@ def _user_error(error: BaseException) -> UserError | None:
             return UserError(str(getattr(current, "cause", current)))
         current = getattr(current, "cause", None) or current.__cause__
     return None
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("pairs"),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        TextColumn("[yellow]{task.fields[note]}"),
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -100,11 +101,13 @@ class InvertActor:
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
         self._batch_size, self._resolution = options.batch_size, resolution
         self._guard = Guard(ledger)
+        self._model_seconds, self._ready = 0.0, time.monotonic()
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """Invert and commit the unit of a :func:`unit_row`; returns its record as JSON."""
         unit = row["unit"][0].as_py()
         record = self._run.committed(unit) or self._make(unit, row)
+        self._model_seconds, self._ready = 0.0, time.monotonic()
         return pa.table({"record": [record.model_dump_json()]})
 
     def _make(self, unit: int, row: pa.Table) -> UnitRecord:
@@ -141,6 +144,7 @@ class InvertActor:
             health=health.to_lists(),
             prompts_cut=prompts_cut,
             buckets=list_buckets(sizes) if self._options.settings.buckets else [],
+            seconds=(self._model_seconds, time.monotonic() - self._ready),
         )
         if kept:
             write_index_part(index_part(self._run, unit), shard.walks)
@@ -210,7 +214,9 @@ class InvertActor:
 
     def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | str]:
         """Walks, or the reasons why they cannot be made, in order."""
+        began = time.monotonic()
         outcome = make(self._inverter.invert, requests, self._options.device)
+        self._model_seconds += time.monotonic() - began
         made: dict[int, Sample | str] = dict(outcome.failed)
         for positions, (samples, sums) in outcome.made:
             made |= dict(zip(positions, samples, strict=True))
