@@ -142,7 +142,9 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
         UserError: one id stands for pairs with different scores.
     """
     names = [f"{name}_{index}" for name in info.rewards for index in range(2)]
-    table = read_scores(directory, info, ["pair_id", "prompt", *names]).combine_chunks()
+    table = read_scores(directory, info, ["pair_id", "prompt", *names])
+    # Arrow takes rows from no string column of more than 2 GiB of text.
+    table = table.set_column(0, "pair_id", table["pair_id"].cast(pa.large_string())).combine_chunks()
     # A pair that several annotators labelled is there several times, with the same images and so the same scores, but
     # for the rounding of batches of other sizes.
     found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])

@@ -187,8 +187,9 @@ class InvertActor:
         The table is searched for the ids, not the ids in the table: hashing a million ids for each unit takes fifteen
         times as long.
         """
-        rows = pc.indices_nonzero(pc.is_in(self._scores["pair_id"], value_set=ids))
-        found = self._scores["pair_id"].take(rows)
+        known = self._scores["pair_id"]
+        rows = pc.indices_nonzero(pc.is_in(known, value_set=ids.cast(known.type)))
+        found = known.take(rows)
         return dict(zip(reversed(found.to_pylist()), reversed(rows.to_pylist()), strict=True))
 
     def _walks(
