@@ -132,8 +132,8 @@ def invert_options(work: Path, out: Path, pairs: Sequence[Path], limit: int, **m
     """What `invert` is told."""
     return InvertOptions(
         pairs=list(pairs), scores=work / "scores", model=str(ASSETS / "model"), out=out / "shards", unet=None,
-        walker=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0, shard_bytes=None, device="cpu",
-        limit=limit, max_reject_rate=0.0, overwrite=False, **more,
+        walker=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0, shard_bytes=None,
+        device="cpu", limit=limit, max_reject_rate=0.0, overwrite=False, **more,
     )  # fmt: skip
 
 
@@ -286,9 +286,9 @@ def memory_page(found: dict[tuple[str, int], dict[str, float]]) -> Iterator[str]
     pairs = dict.fromkeys(pairs for _, pairs in found)
     yield stamp(f"python benchmarks/scale.py --pairs {' '.join(map(str, pairs))}", ("ray", "pyarrow"))
     yield ""
-    yield "`score` over pairs of 64 x 64 JPEGs and `invert` over pairs of 32 x 32, with stand-ins for the models that cost"
-    yield "nothing. Peaks in MB, looked at twice a second: resident memory of the driver and of all other processes (Ray's"
-    yield "own included) without shared pages,"
+    yield "`score` over pairs of 64 x 64 JPEGs and `invert` over pairs of 32 x 32, with stand-ins for the models that"
+    yield "cost nothing. Peaks in MB, looked at twice a second: resident memory of the driver and of all other processes"
+    yield "(Ray's own included) without shared pages,"
     yield "and the largest shared part of a process, which is the object store's."
     yield ""
     yield "| job | pairs | driver | workers and Ray | shared | seconds |"

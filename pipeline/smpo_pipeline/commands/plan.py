@@ -32,7 +32,9 @@ ScoresOption = Annotated[
         rich_help_panel=_PLAN,
     ),
 ]
-GpusOption = Annotated[int, typer.Option("--gpus", min=1, help="Devices at work at once.", rich_help_panel=_PLAN)]
+GpusOption = Annotated[
+    int, typer.Option("--gpus", min=1, help="Devices (on cpu: cores) at work at once.", rich_help_panel=_PLAN)
+]
 PriceOption = Annotated[
     float | None, typer.Option("--price", min=0, help="Dollars for one device hour.", rich_help_panel=_PLAN)
 ]
