@@ -50,7 +50,7 @@ class _Actor:
 def test_units_of_a_node_that_is_lost_for_good_are_made_by_the_others(cluster, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(invert, "InvertActor", _Actor)
     with pytest.raises(UserError, match="Ray sees no GPU"), connected(cluster.address):
-        model_pool("cuda", None, cluster.address, 1)
+        model_pool("cuda", None, cluster.address, 1, UNITS)
     assert check_device(None, cluster.address) == "cpu"
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1, num_gpus=1, **NODE) for _ in range(2))}
     assert check_device(None, cluster.address) == "cuda"
@@ -64,8 +64,8 @@ def test_units_of_a_node_that_is_lost_for_good_are_made_by_the_others(cluster, t
         cluster.remove_node(nodes[lost[0]], allow_graceful=True)
 
     with connected(cluster.address):
-        assert model_pool("cuda", None, cluster.address, 1) == Pool(2, 1, room=2)
-        pool = model_pool("cuda", 8, cluster.address, 1)
+        assert model_pool("cuda", None, cluster.address, 1, UNITS) == Pool(2, 1, room=2)
+        pool = model_pool("cuda", 8, cluster.address, 1, UNITS)
         assert pool == Pool(8, 1, room=2)
         assert "Ray sees 2 of --concurrency 8 GPUs" in capsys.readouterr().out
         source = ray.data.from_items([{"unit": unit} for unit in range(UNITS)], override_num_blocks=UNITS)

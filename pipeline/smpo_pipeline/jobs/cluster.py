@@ -101,10 +101,11 @@ class Pool:
     """The model actors of one stage.
 
     Attributes:
-        size: how many at the most; one at the least.
+        size: how many; at the most, where ``room`` is given.
         num_gpus: share of a GPU that each asks for; 0 on cpu.
         threads: calls that each works on at once.
-        room: for how many there is room now; further ones are started when there is more. None: for all.
+        room: for how many there is room now; further ones are started when there is more. None: the pool is fixed, as
+            it must be where several stages share GPUs, which Ray would share out by halves.
     """
 
     size: int
@@ -119,7 +120,7 @@ class Pool:
         and Ray Data fuses neighbouring stages of equal demands, after which decoding would wait for the model.
         """
         compute = ray.data.ActorPoolStrategy(
-            min_size=1,
+            min_size=1 if self.room else self.size,
             max_size=self.size,
             initial_size=min(self.size, self.room or self.size),
             enable_true_multi_threading=self.threads > 1,
@@ -212,7 +213,7 @@ def check_device(device: str | None, address: str | None = None) -> str:
         return "cuda" if gpus_there() else "cpu"
 
 
-def model_pool(device: str, concurrency: int | None, address: str | None, weights: int) -> Pool:
+def model_pool(device: str, concurrency: int | None, address: str | None, weights: int, units: int) -> Pool:
     """Actors of one GPU each, or of one core each; says so where there are fewer GPUs than actors.
 
     Args:
@@ -220,6 +221,7 @@ def model_pool(device: str, concurrency: int | None, address: str | None, weight
         concurrency: actors, at the most; None: one a GPU, or a core as far as memory goes.
         address: of the cluster, or None.
         weights: bytes of the model.
+        units: how many there are to make.
 
     Raises:
         UserError: there is no GPU, for which Ray would wait in silence.
@@ -228,13 +230,13 @@ def model_pool(device: str, concurrency: int | None, address: str | None, weight
         resources = ray.cluster_resources()
         cores = resources["CPU"] if address else os.cpu_count() or 1
         fitting = resources["memory"] / (_MODELS_MEMORY * weights)
-        return Pool(concurrency or max(1, int(min(cores, fitting))), 0)
+        return Pool(concurrency or max(1, int(min(cores, fitting, units))), 0)
     there = gpus_there()
     if not there:
         raise UserError("--device cuda: Ray sees no GPU; use --device cpu, or start a node that has one")
     if concurrency and there < concurrency:
         Console().print(f"Ray sees {there} of --concurrency {concurrency} GPUs: others join when the cluster has them")
-    return Pool(concurrency or there, 1, room=there)
+    return Pool(concurrency or there, 1, room=min(there, units))
 
 
 def run_units(

@@ -88,7 +88,7 @@ def _invert(
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
 
     def build(source: ray.data.Dataset, ledger: SharedLedger) -> ray.data.Dataset:
-        pool = model_pool(options.device, options.concurrency, options.ray_address, checked.weights)
+        pool = model_pool(options.device, options.concurrency, options.ray_address, checked.weights, len(units))
         image_sizes = checked.image_sizes
         prepare = partial(
             _prepare, units=units, columns=columns, options=options, image_sizes=image_sizes, run=run, ledger=ledger
