@@ -143,8 +143,6 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
     """
     names = [f"{name}_{index}" for name in info.rewards for index in range(2)]
     table = read_scores(directory, info, ["pair_id", "prompt", *names])
-    # Arrow takes rows from no string column of more than 2 GiB of text.
-    table = table.set_column(0, "pair_id", table["pair_id"].cast(pa.large_string())).combine_chunks()
     # A pair that several annotators labelled is there several times, with the same images and so the same scores, but
     # for the rounding of batches of other sizes.
     found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
@@ -159,7 +157,8 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
                 f"{directory}: pair_id {clash['pair_id'][0].as_py()!r} stands for pairs with different scores; "
                 "score with another --pair-id-column, or with none"
             )
-    return table
+    # Arrow takes rows from no string column of more than 2 GiB of text. (And groups none of more in one chunk.)
+    return table.set_column(0, "pair_id", table["pair_id"].cast(pa.large_string())).combine_chunks()
 
 
 @dataclass(frozen=True)
