@@ -28,7 +28,7 @@ NAMES = ("pickscore", "clipscore")
 
 def scores(pairs: Path, name: str, dtype: str) -> np.ndarray:
     """float64 [P, 2]."""
-    actor = RewardActor(f"{name}={REWARDS / name}", "cpu", dtype, batch_size=32, workers=1, ledger=Counts(), last=False)
+    actor = RewardActor(f"{name}={REWARDS / name}", "cpu", dtype, batch_size=32, ledger=Counts(), last=False)
     files = list_pair_files([pairs])
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
     found = []

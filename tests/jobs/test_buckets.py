@@ -16,7 +16,7 @@ from smpo_pipeline.images import decode_image
 from smpo_pipeline.jobs import invert_unit
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
 from smpo_pipeline.jobs.ledger import Counts
-from smpo_pipeline.jobs.prepare import prepare_unit, to_bytes
+from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
@@ -87,7 +87,9 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
         )  # fmt: skip
         run, table_of_scores = Run(out, "manifest.json", {}), pa.Table.from_pylist(scored)
         actor = InvertActor(options, run, table_of_scores, len(rows), 32, Counts())
-        record = UnitRecord.model_validate_json(actor({"unit": 0, "table": to_bytes(table), "rejects": "[]"})["record"])
+        record = UnitRecord.model_validate_json(actor(unit_row(0, table, []))["record"][0].as_py())
+        model, whole = record.seconds
+        assert 0 < model < whole
         tar = webdataset.WebDataset(str(out / "shard-000000.tar"), shardshuffle=False)
         made[batch_size] = (
             record,
@@ -95,7 +97,7 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
         )
     record, samples = made[16]
     assert [sample.meta.pair_id for _, sample in samples] == [row["pair_id"] for row in scored for _ in range(walks)]
-    shapes = {row["pair_id"]: row["shape_0"][:2] for row in table.to_pylist()}
+    shapes = {row["pair_id"]: row["shape"][1:3] for row in table.to_pylist()}
     for _, sample in samples:
         assert [4 * side for side in sample.x0_2Chw.shape[2:]] == shapes[sample.meta.pair_id]
     for other_record, others in (made[1], made[3]):

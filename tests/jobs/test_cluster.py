@@ -2,11 +2,18 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from functools import partial
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import ray
 from ray.exceptions import RayTaskError
 
-from smpo_pipeline.jobs.cluster import _plain_errors, share_gpus
+from smpo_pipeline.jobs import invert
+from smpo_pipeline.jobs.cluster import Pool, _plain_errors, connected, share_gpus, task_memory
+from smpo_pipeline.jobs.prepare import cell, values_of
 from smpo_pipeline.jobs.score import _pool_sizes
 from smpo_schemas.errors import UserError
 
@@ -48,3 +55,43 @@ def test_concurrency_is_of_all_rewards_or_of_one():
     for wrong in ("0", "c=1", "a=", "a=x", "=2"):
         with pytest.raises(UserError, match="a number from 1, or NAME=N"):
             _pool_sizes([wrong], specs)
+
+
+UNIT_BYTES = 8 << 20
+
+
+def _decode(row, folder):
+    """A unit of black pixels; leaves a file that says so."""
+    unit = row["unit"][0].as_py()
+    buffers = [None, pa.py_buffer(np.array([0, UNIT_BYTES])), pa.py_buffer(bytes(UNIT_BYTES))]
+    (folder / f"decoded-{unit}").touch()
+    pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
+    return pa.table({"unit": pa.array([unit]), "pixels": cell(pixels)})
+
+
+class _SlowActor:
+    def __init__(self, folder):
+        self._folder = folder
+
+    def __call__(self, row):
+        """How many units wait decoded."""
+        assert len(values_of(row, "pixels")[0].as_buffer()) == UNIT_BYTES
+        time.sleep(0.2)
+        (self._folder / f"made-{row['unit'][0].as_py()}").touch()
+        waiting = len(list(self._folder.glob("decoded-*"))) - len(list(self._folder.glob("made-*")))
+        return pa.table({"waiting": [waiting]})
+
+
+@pytest.mark.slow
+def test_decoded_units_do_not_pile_up_before_a_slow_actor(tmp_path, monkeypatch):
+    monkeypatch.setattr(invert, "InvertActor", _SlowActor)
+    with connected(None):
+        source = ray.data.from_items([{"unit": unit} for unit in range(20)], override_num_blocks=20)
+        decode = partial(_decode, folder=tmp_path)
+        made = invert._add_stages(source, decode, {"folder": tmp_path}, Pool(1, 0), UNIT_BYTES)
+        tables = made.iter_batches(batch_size=None, batch_format="pyarrow")
+        waiting = [each for table in tables for each in table["waiting"].to_pylist()]
+        with pytest.raises(UserError, match=r"1000000\.0 GB of decoded pixels, more than any node has memory for"):
+            task_memory(10**15)
+    assert len(waiting) == 20
+    assert max(waiting) <= 6

@@ -175,7 +175,18 @@ def test_scores_of_another_prompt_are_of_another_pair(inputs, scores, tmp_path):
     assert reject.reason.startswith("other pair: ")
 
 
-def test_two_workers_other_batches_and_another_order_give_the_same(inputs, scores, shards, tmp_path):
+def test_two_workers_give_the_same_bytes_as_one(inputs, scores, shards, tmp_path):
+    """``shards`` are made by one a core; here by one, and by two."""
+    for number in (1, 2):
+        out = tmp_path / str(number)
+        done = invert(inputs, scores, out, "--batch-size", 4, "--concurrency", number)
+        assert done.returncode == 0, done.stderr
+        mine, theirs = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (out, shards))
+        assert mine.pop("config.yaml") != theirs.pop("config.yaml")  # it names --out and --concurrency
+        assert mine == theirs
+
+
+def test_other_batches_and_another_order_give_the_same_but_for_rounding(inputs, scores, shards, tmp_path):
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     for name, source in (("a", "part-1"), ("b", "part-0")):

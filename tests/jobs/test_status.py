@@ -31,9 +31,9 @@ def identity(**more):
     return {"input": {"files": [["a", 700, 1, ""], ["b", 500, 1, ""]], "limit": 1000}, **more}
 
 
-def commit(run, unit, rejected, reason="bad image: x"):
+def commit(run, unit, rejected, reason="bad image: x", seconds=None):
     rejects = [Reject(pair_id=None, source="a:0", stage="invert", reason=reason)] * rejected
-    record = UnitRecord(unit=unit, pairs_in=100, pairs=100 - rejected, rejects=rejects, entry=None)
+    record = UnitRecord(unit=unit, pairs_in=100, pairs=100 - rejected, rejects=rejects, entry=None, seconds=seconds)
     run.commit(record)
 
 
@@ -42,14 +42,14 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_fast(tmp_path, clock, capf
     run.open(overwrite=False, patterns=())
     os.utime(tmp_path / "run.json", (BEGUN, BEGUN))
     clock(BEGUN - 5000)  # of a session before this one
-    commit(run, 0, 3)
+    commit(run, 0, 3, seconds=(1, 100))
     found = read_status(tmp_path)
     assert (found.units, found.units_done, found.pairs_in, found.pairs_done) == (10, 1, 1000, 100)
     assert (found.rate, found.remaining, found.last_commit) == (None, None, BEGUN - 5000)
     clock(BEGUN + 20)
-    commit(run, 1, 0)
+    commit(run, 1, 0, seconds=(8, 10))
     clock(BEGUN + 50)
-    commit(run, 2, 4, "no score: y")
+    commit(run, 2, 4, "no score: y", seconds=(22, 30))
     with locked(tmp_path):
         assert read_status(tmp_path).holder == f"process {os.getpid()} on {socket.gethostname()}"
     found = read_status(tmp_path)
@@ -59,8 +59,18 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_fast(tmp_path, clock, capf
     assert list(found.reasons.items()) == [("no score", 4), ("bad image", 3)]
     assert found.rate == 200 / 50
     assert found.remaining == 700 / 4
+    assert found.model_share == 30 / 40
     printed = run_here(capfd, "smpo-pipeline", "status", tmp_path).stdout
-    for words in ("not finished", "3 of 10", "300 of 1,000 (30.0%)", "7 (2.33%)", "4 no score", "4 pairs/s", "3 min"):
+    for words in (
+        "not finished",
+        "3 of 10",
+        "300 of 1,000 (30.0%)",
+        "7 (2.33%)",
+        "4 no score",
+        "4 pairs/s",
+        "75% of",
+        "3 min",
+    ):
         assert words in printed
 
 

@@ -33,7 +33,7 @@ def chunk():
 @pytest.mark.parametrize("name", MAKERS)
 def test_scores_differ_by_rounding_alone(folders, name, dtype):
     spec, images = f"{name}={folders[name]}", chunk()
-    scored = RewardActor(spec, "cpu", dtype, batch_size=5, workers=2, ledger=Counts(), last=False)(images)
+    scored = RewardActor(spec, "cpu", dtype, batch_size=5, ledger=Counts(), last=False)(images)
     found = scores_of(scored, name).reshape(-1)
     pictures, prompts = zip(*images_of(images), strict=True)
     exact = load_reward(spec, "cpu").score(pictures, prompts)

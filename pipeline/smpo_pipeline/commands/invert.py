@@ -188,7 +188,7 @@ def invert(
     annotator_column: opt.AnnotatorColumn = None,
     batch_size: opt.AutoBatchSizeOption = "16",
     device: opt.DeviceOption = None,
-    concurrency: opt.ConcurrencyOption = 1,
+    concurrency: opt.ConcurrencyOption = None,
     ray_address: opt.RayAddressOption = None,
     limit: opt.LimitOption = None,
     max_reject_rate: opt.MaxRejectRateOption = 0.05,
@@ -205,7 +205,7 @@ def invert(
     from smpo_pipeline.jobs.invert_unit import InvertOptions, take_batch_sizes  # noqa: PLC0415
 
     directory = parse_path(out)
-    checked = check_device(device)
+    checked = check_device(device, ray_address)
     settings = inversion_settings(
         context,
         checked,

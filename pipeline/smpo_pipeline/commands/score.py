@@ -40,7 +40,8 @@ def score(
     concurrency: Annotated[
         list[str] | None,
         typer.Option(
-            help="Actors of each reward: N, or NAME=N for one of them, repeatable. Default: one a GPU, or one on cpu.",
+            help="Actors of each reward: N, or NAME=N for one of them, repeatable. Default: one a GPU, or what keeps "
+            "all cores busy.",
             rich_help_panel=opt.RUNNING,
         ),
     ] = None,
@@ -71,7 +72,7 @@ def score(
             reward=reward,
             columns=columns,
             batch_size=batch_size,
-            device=check_device(device),
+            device=check_device(device, ray_address),
             dtype=dtype,
             concurrency=concurrency or [],
             ray_address=ray_address,

@@ -20,7 +20,7 @@ from smpo_pipeline.decoder import worker_decoder
 from smpo_pipeline.images import ImageRejectedError
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
-from smpo_pipeline.jobs.prepare import read_ranges, reading_words
+from smpo_pipeline.jobs.prepare import cell, read_ranges, reading_words, values_of
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id
 from smpo_schemas.scores import IMAGE_IDS
 from smpo_schemas.store import AnyPath
@@ -96,13 +96,13 @@ class _Building:
     def finish(self, unit: int, number: int, *, last: bool) -> pa.Table:
         cells = {"unit": pa.array([unit]), "chunk": pa.array([number]), "last": pa.array([last])}
         table = pa.Table.from_pylist(self._entries, schema=ROWS)
-        cells |= {name: _cell(table[name].combine_chunks()) for name in ROWS.names}
+        cells |= {name: cell(table[name].combine_chunks()) for name in ROWS.names}
         buffers = [None, pa.py_buffer(np.array(self._ends, np.int64)), pa.py_buffer(self._pixels)]
         pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self._images), buffers)
         heights, widths, prompts = zip(*self._images, strict=True) if self._images else ((), (), ())
         sizes = (pa.array(heights, pa.int64()), pa.array(widths, pa.int64()))
         columns = (pixels, *sizes, pa.array(prompts, pa.string()))
-        return pa.table(cells | {name: _cell(column) for name, column in zip(_IMAGES, columns, strict=True)})
+        return pa.table(cells | {name: cell(column) for name, column in zip(_IMAGES, columns, strict=True)})
 
 
 def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -122,16 +122,6 @@ def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any]
         return entry | {"reason": str(reason)}, []
 
 
-def _cell(values: pa.Array) -> pa.Array:
-    """A column of one row that holds all ``values``."""
-    return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
-
-
-def values_of(chunk: pa.Table, name: str) -> pa.Array:
-    """The list that one cell of a chunk holds, without a copy."""
-    return chunk[name].combine_chunks().flatten()
-
-
 def images_of(chunk: pa.Table) -> Iterator[tuple[Image.Image, str]]:
     """The images of a chunk, in order (image_0 and image_1 of its first pair, ...), each with its prompt."""
     pixels = values_of(chunk, "pixels")
@@ -144,9 +134,9 @@ def images_of(chunk: pa.Table) -> Iterator[tuple[Image.Image, str]]:
 def with_scores(chunk: pa.Table, scores: Mapping[str, np.ndarray], failed: Mapping[int, str] | None = None) -> pa.Table:
     """The chunk with two columns a reward: the score of each image, and why it has none, by number of the image."""
     for name, values in scores.items():
-        chunk = chunk.append_column(f"score {name}", _cell(pa.array(values, pa.float64())))
+        chunk = chunk.append_column(f"score {name}", cell(pa.array(values, pa.float64())))
         reasons = [(failed or {}).get(number) for number in range(len(values))]
-        chunk = chunk.append_column(f"failed {name}", _cell(pa.array(reasons, pa.string())))
+        chunk = chunk.append_column(f"failed {name}", cell(pa.array(reasons, pa.string())))
     return chunk
 
 

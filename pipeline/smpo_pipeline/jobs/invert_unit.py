@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -30,11 +29,11 @@ from smpo_pipeline.inversion.batch_size import (
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import make
-from smpo_pipeline.jobs.cluster import use_threads
+from smpo_pipeline.jobs.cluster import one_core
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
 from smpo_pipeline.jobs.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
-from smpo_pipeline.jobs.prepare import from_bytes, pixels_of
+from smpo_pipeline.jobs.prepare import pairs_of, values_of
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.files import list_files, read_json, write_json
 from smpo_schemas.manifest import InversionSettings
@@ -70,7 +69,7 @@ class InvertOptions(BaseModel):
     shard_bytes: int | None
     batch_size: int | None
     device: str
-    concurrency: int
+    concurrency: int | None
     ray_address: str | None
     limit: int | None
     max_reject_rate: float
@@ -91,7 +90,7 @@ class InvertActor:
     def __init__(
         self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int, resolution: int, ledger: Ledger
     ) -> None:
-        use_threads(options.device, options.concurrency)
+        one_core(options.device)
         family, walker = load_models(options)
         dtype = DTYPES[options.settings.dtype]
         for module in {family.denoiser, walker}:
@@ -105,16 +104,18 @@ class InvertActor:
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
         self._batch_size, self._resolution = options.batch_size, resolution
         self._guard = Guard(ledger)
+        self._model_seconds, self._ready = 0.0, time.monotonic()
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """Invert and commit one unit; returns its record as JSON."""
-        unit = int(row["unit"])
+    def __call__(self, row: pa.Table) -> pa.Table:
+        """Invert and commit the unit of a :func:`unit_row`; returns its record as JSON."""
+        unit = row["unit"][0].as_py()
         record = self._run.committed(unit) or self._make(unit, row)
-        return {"record": record.model_dump_json()}
+        self._model_seconds, self._ready = 0.0, time.monotonic()
+        return pa.table({"record": [record.model_dump_json()]})
 
-    def _make(self, unit: int, row: dict[str, Any]) -> UnitRecord:
-        rejects = [Reject(**each) for each in json.loads(row["rejects"])]
-        pairs = list(self._pairs(from_bytes(row["table"]), rejects))
+    def _make(self, unit: int, row: pa.Table) -> UnitRecord:
+        rejects = [Reject(**each) for each in json.loads(row["rejects"][0].as_py())]
+        pairs = list(self._pairs(row, rejects))
         killers = self._guard.killers(unit, self._invert_alone, (pair for _, _, pair in pairs))
         words = f"unit {unit} was inverted: too little memory? use a smaller --batch-size"
         with self._guard.working(unit, words):
@@ -147,6 +148,7 @@ class InvertActor:
             health=health.to_lists(),
             prompts_cut=prompts_cut,
             buckets=list_buckets(sizes) if self._options.settings.buckets else [],
+            seconds=(self._model_seconds, time.monotonic() - self._ready),
         )
         if kept:
             write_index_part(index_part(self._run, unit), shard.walks)
@@ -155,10 +157,10 @@ class InvertActor:
         self._run.commit(record)
         return record
 
-    def _pairs(self, table: pa.Table, rejects: list[Reject]) -> Iterator[tuple[int, str, PreparedPair]]:
+    def _pairs(self, unit: pa.Table, rejects: list[Reject]) -> Iterator[tuple[int, str, PreparedPair]]:
         """Input row number, source and pair of every pair of a unit that has scores."""
-        positions = self._score_rows(table["pair_id"])
-        for row in table.to_pylist():
+        positions = self._score_rows(values_of(unit, "pair_id"))
+        for row, pixels_2HW3 in pairs_of(unit):
             position = positions.get(row["pair_id"])
             if position is None:
                 reason = f"no score: this pair is not in {self._options.scores} (rejected there, or not scored)"
@@ -176,21 +178,22 @@ class InvertActor:
                 label=row["label"],
                 annotator=row["annotator"],
                 scores={name: (scores[f"{name}_0"], scores[f"{name}_1"]) for name in names},
-                pixels_2HW3=np.stack([pixels_of(row, 0), pixels_of(row, 1)]),
+                pixels_2HW3=pixels_2HW3,
                 size=_two_pairs(row["size"]),
                 crop=_two_pairs(row["crop"]),
                 measured=row["row"] % self._measure_every == 0,
             )
             yield row["row"], row["source"], pair
 
-    def _score_rows(self, ids: pa.ChunkedArray) -> dict[str, int]:
+    def _score_rows(self, ids: pa.Array) -> dict[str, int]:
         """The first row of the scores table for each of a unit's ids that it has.
 
         The table is searched for the ids, not the ids in the table: hashing a million ids for each unit takes fifteen
         times as long.
         """
-        rows = pc.indices_nonzero(pc.is_in(self._scores["pair_id"], value_set=ids.combine_chunks()))
-        found = self._scores["pair_id"].take(rows)
+        known = self._scores["pair_id"]
+        rows = pc.indices_nonzero(pc.is_in(known, value_set=ids.cast(known.type)))
+        found = known.take(rows)
         return dict(zip(reversed(found.to_pylist()), reversed(rows.to_pylist()), strict=True))
 
     def _walks(
@@ -216,7 +219,9 @@ class InvertActor:
 
     def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | str]:
         """Walks, or the reasons why they cannot be made, in order."""
+        began = time.monotonic()
         outcome = make(self._inverter.invert, requests, self._options.device)
+        self._model_seconds += time.monotonic() - began
         if outcome.fits:
             self._use_batches_of(outcome.fits)
         made: dict[int, Sample | str] = dict(outcome.failed)

@@ -60,6 +60,8 @@ class UnitRecord(BaseModel):
         prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
         committed: when, in seconds since 1970 by the clock of whoever committed it; in no result.
         buckets: pairs in its output by image size (``invert --buckets`` only).
+        seconds: of its actor since it was ready for this unit, waiting included: in the inversion, and all of them
+            (``invert`` only); in no result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,6 +75,7 @@ class UnitRecord(BaseModel):
     prompts_cut: int = 0
     committed: float | None = None
     buckets: list[Bucket] = []
+    seconds: tuple[float, float] | None = None
 
 
 class Run:

@@ -118,7 +118,6 @@ def _add_stages(
                 "device": options.device,
                 "dtype": options.dtype,
                 "batch_size": options.batch_size or parse_reward(specs[name])[0].needs.batch_size,
-                "workers": pool.size * pool.threads,
                 "ledger": ledger,
                 "last": place == len(pools),
             },
@@ -206,15 +205,13 @@ def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int
 
 
 def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, int]) -> dict[str, Pool]:
-    """The actor pool of each reward; where nothing is said, one actor a GPU, or one on cpu."""
+    """The actor pool of each reward; where nothing is said, one actor a GPU, or on cpu a thread or an actor a core."""
     needs = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
-    there = gpus_there() if options.device == "cuda" else 0
-    sizes = {name: given.get(name, max(1, there)) for name in specs}
     if options.device == "cuda":
+        there = gpus_there()
+        sizes = {name: given.get(name, max(1, there)) for name in specs}
         shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, there)
         return {name: Pool(sizes[name], share, needs[name].num_cpus) for name, share in shares.items()}
     cores = os.cpu_count() or 1
-    return {
-        name: Pool(sizes[name], 0, max(1, cores // sizes[name]) if need.num_cpus > 1 else 1)
-        for name, need in needs.items()
-    }
+    threads = {name: max(1, cores // given.get(name, 1)) if need.num_cpus > 1 else 1 for name, need in needs.items()}
+    return {name: Pool(given.get(name, max(1, cores // each)), 0, each) for name, each in threads.items()}

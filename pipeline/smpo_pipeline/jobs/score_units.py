@@ -22,13 +22,13 @@ from smpo_pipeline.jobs.chunks import (
     failures_of,
     images_of,
     scores_of,
-    values_of,
     with_scores,
     without_images,
 )
-from smpo_pipeline.jobs.cluster import use_threads
+from smpo_pipeline.jobs.cluster import one_core
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 from smpo_schemas.files import atomic_path, sha256_file
@@ -42,9 +42,7 @@ STAGE = "score"
 class RewardActor:
     """Holds one reward and adds its scores to chunks."""
 
-    def __init__(
-        self, spec: str, device: str, dtype: str, batch_size: int, workers: int, ledger: Ledger, *, last: bool
-    ) -> None:
+    def __init__(self, spec: str, device: str, dtype: str, batch_size: int, ledger: Ledger, *, last: bool) -> None:
         """Load the reward.
 
         Args:
@@ -52,11 +50,10 @@ class RewardActor:
             device: cpu or cuda.
             dtype: of matrix products; autocast leaves the weights, and what half precision would spoil, in float32.
             batch_size: images a model call, at most.
-            workers: threads of all actors of this reward, which share the cores on cpu.
             ledger: of the job.
             last: no other reward needs the images.
         """
-        use_threads(device, workers)
+        one_core(device)
         self._reward: Reward = load_reward(spec, device)
         self._autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, DTYPES[dtype])
         self._device, self._batch_size, self._last = device, batch_size, last

@@ -19,8 +19,8 @@ class Needs:
 
     Attributes:
         num_cpus: how many threads may call ``score`` at once, so that the images of one batch are scaled while the
-            model runs on another. 1 for a reward that is not safe to call so. On cpu, more than 1 means: one for each
-            core.
+            model runs on another. 1 for a reward that is not safe to call so. On cpu there are as many as cores, each
+            computing on one: threads of one actor where this is more than 1, or actors.
         num_gpus: the least share of a GPU that holds the weights and these batches. On cuda only; what the rewards of
             a job leave over is shared out between them.
         batch_size: images a model call, where ``--batch-size`` says nothing.
