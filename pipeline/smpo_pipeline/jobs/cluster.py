@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import pyarrow as pa
@@ -166,7 +167,11 @@ def limit_memory(dataset: ray.data.Dataset, limit: int) -> None:
 
 
 def use_threads(device: str, workers: int) -> None:
-    """Inside an actor on CPU: share the machine's cores between so many ``workers`` (threads or actors)."""
+    """Inside an actor: on CPU, share the machine's cores between so many ``workers`` (threads or actors).
+
+    On a GPU, float32 is float32: by default cuDNN rounds what it convolves to TF32's 10 bits.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
@@ -260,10 +265,19 @@ def _plain_errors() -> Iterator[None]:
             raise
         raise cause from None
     except RayError as error:
-        first = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"Ray could not go on: {type(error).__name__}: {first}; what is committed stays, the same command goes on"
+            f"Ray could not go on: {type(error).__name__}: {_reason(error)}; "
+            "what is committed stays, the same command goes on"
         ) from error
+
+
+def _reason(error: RayError) -> str:
+    """What an actor's constructor raised, which Ray writes behind its traceback; of anything else the first line."""
+    lines = str(error).strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    if not frames:
+        return lines[0]
+    return " ".join(dropwhile(lambda line: line.startswith(" "), lines[frames[-1] :]))
 
 
 def _user_error(error: BaseException) -> UserError | None:

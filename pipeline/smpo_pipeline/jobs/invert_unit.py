@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from smpo_models.family import Family
+from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import DTYPES, load_family, load_walker
 from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
@@ -36,8 +37,9 @@ from smpo_pipeline.jobs.ledger import Ledger
 from smpo_pipeline.jobs.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
 from smpo_pipeline.jobs.prepare import from_bytes, pixels_of
 from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
+from smpo_schemas.errors import UserError
 from smpo_schemas.files import list_files, read_json, write_json
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.manifest import InversionSettings, ModelInfo
 from smpo_schemas.rejects import Reject
 from smpo_schemas.shard_index import write_index_part
 from smpo_schemas.shards import Sample, ShardWriter
@@ -85,14 +87,39 @@ def load_models(options: InvertOptions, device: str) -> tuple[Family, nn.Module]
     return family, load_walker(family, options.model, options.walker, device)
 
 
+def describe_model(options: InvertOptions, family: Family, walker: nn.Module) -> ModelInfo:
+    """What the manifest says of the models, which are still in float32."""
+    reference = fingerprint_module(family.denoiser)
+    return ModelInfo(
+        id=options.model,
+        kind=family.kind,
+        prediction_type=family.process.prediction_type,
+        reference=reference,
+        walker=reference if walker is family.denoiser else fingerprint_module(walker),
+        text=fingerprint_module(*family.text_modules),
+        vae=fingerprint_module(family.vae),
+        scheduler=family.process.fingerprint(),
+        num_train_timesteps=family.process.num_train_timesteps,
+    )
+
+
 class InvertActor:
     """Holds the model; turns a unit into a shard and commits it."""
 
     def __init__(
-        self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int, resolution: int, ledger: Ledger
+        self,
+        options: InvertOptions,
+        model: ModelInfo,
+        run: Run,
+        scores: ray.ObjectRef,
+        rows: int,
+        resolution: int,
+        ledger: Ledger,
     ) -> None:
         use_threads(options.device, options.concurrency)
         family, walker = load_models(options, options.device)
+        # Not raised here: what leaves a constructor is tried again five times, each with a traceback.
+        self._others = describe_model(options, family, walker) != model
         dtype = DTYPES[options.settings.dtype]
         for module in {family.denoiser, walker}:
             module.to(dtype)
@@ -104,7 +131,16 @@ class InvertActor:
         self._guard = Guard(ledger)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """Invert and commit one unit; returns its record as JSON."""
+        """Invert and commit one unit; returns its record as JSON.
+
+        Raises:
+            UserError: the model is not the one that the driver describes in the manifest.
+        """
+        if self._others:
+            raise UserError(
+                f"--model {self._options.model}: its files on {socket.gethostname()} (or those of --unet, --walker, "
+                "--vae) are others than where the command was started; give every machine the same"
+            )
         unit = int(row["unit"])
         record = self._run.committed(unit) or self._make(unit, row)
         return {"record": record.model_dump_json()}
