@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import pytest
+import traceback
 
-from smpo_pipeline.jobs.cluster import share_gpus
+import pytest
+import torch
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from smpo_pipeline.jobs.cluster import _reason, share_gpus, use_threads
 from smpo_pipeline.jobs.score import _pool_sizes
 from smpo_schemas.errors import UserError
 
@@ -25,6 +29,32 @@ def test_what_would_wait_forever_is_refused(wanted):
     if wanted == {"a": (2, 1.0)}:
         with pytest.raises(UserError, match="too few"):
             share_gpus({"a": (1, 0.6), "b": (1, 0.6), "c": (1, 0.6)}, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("--reward a: no such file"), "--reward a: no such file"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (ValueError("one\ntwo"), "ValueError: one two"),
+    ],
+)
+def test_what_a_constructor_raised_is_said(error, said):
+    """As Ray hands it over: one text, with the traceback before it."""
+    try:
+        raise error
+    except type(error):
+        cause = RayTaskError("A.__init__", traceback.format_exc(), error, proctitle="A", pid=1, ip="127.0.0.1")
+    assert _reason(ActorDiedError(cause)) == said
+    assert _reason(RayError("first\nsecond")) == "first"
+
+
+def test_float32_is_float32_in_workers(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    use_threads("cuda", 1)
+    assert not torch.backends.cudnn.allow_tf32
+    # Of matrix products this is the default.
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_concurrency_is_of_all_rewards_or_of_one():

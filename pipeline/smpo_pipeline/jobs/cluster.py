@@ -277,7 +277,8 @@ def _reason(error: RayError) -> str:
     frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
     if not frames:
         return lines[0]
-    return " ".join(dropwhile(lambda line: line.startswith(" "), lines[frames[-1] :]))
+    said = " ".join(dropwhile(lambda line: line.startswith(" "), lines[frames[-1] :]))
+    return said.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
 
 
 def _user_error(error: BaseException) -> UserError | None:

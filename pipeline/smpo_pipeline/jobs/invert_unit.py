@@ -118,7 +118,7 @@ class InvertActor:
     ) -> None:
         use_threads(options.device, options.concurrency)
         family, walker = load_models(options, options.device)
-        # Not raised here: what leaves a constructor is tried again five times, each with a traceback.
+        # Not raised here: what leaves a constructor is tried again five times, for it may pass.
         self._others = describe_model(options, family, walker) != model
         dtype = DTYPES[options.settings.dtype]
         for module in {family.denoiser, walker}:

@@ -68,18 +68,8 @@ class RewardActor:
             last: no other reward needs the images.
         """
         use_threads(device, workers)
-        self._problem: UserError | None = None
-        try:
-            self._reward: Reward = load_reward(spec, device)
-            if self._reward.fingerprint != fingerprint:
-                raise UserError(
-                    f"--reward {spec}: the weights on {socket.gethostname()} are others (fingerprint "
-                    f"{self._reward.fingerprint[:12]}) than where the command was started ({fingerprint[:12]}); give "
-                    "every machine the same files"
-                )
-        except UserError as error:
-            # For the first chunk: what leaves a constructor is tried again five times, each with a traceback.
-            self._problem = error
+        self._reward: Reward = load_reward(spec, device)
+        self._spec, self._fingerprint = spec, fingerprint
         self._autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, DTYPES[dtype])
         self._device, self._batch_size, self._last = device, batch_size, last
         self._guard = Guard(ledger)
@@ -88,10 +78,15 @@ class RewardActor:
         """Score all images of a chunk, ``batch_size`` at a time.
 
         Raises:
-            UserError: the reward could not be loaded, or is not the driver's.
+            UserError: the reward is not the driver's.
         """
-        if self._problem:
-            raise self._problem
+        # Not in the constructor: what leaves one is tried again five times, for it may pass.
+        if self._reward.fingerprint != self._fingerprint:
+            raise UserError(
+                f"--reward {self._spec}: the weights on {socket.gethostname()} are others (fingerprint "
+                f"{self._reward.fingerprint[:12]}) than where the command was started ({self._fingerprint[:12]}); give "
+                "every machine the same files"
+            )
         name, unit, number = self._reward.name, chunk["unit"][0].as_py(), chunk["chunk"][0].as_py()
         key = (name, unit, number)
         with self._autocast():
