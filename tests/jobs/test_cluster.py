@@ -3,16 +3,26 @@ from __future__ import annotations
 import errno
 import os
 import time
+import traceback
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from ray.exceptions import RayTaskError
+import torch
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from smpo_pipeline.jobs import invert
-from smpo_pipeline.jobs.cluster import Pool, _plain_errors, connected, share_gpus, task_memory
+from smpo_pipeline.jobs.cluster import (
+    Pool,
+    _plain_errors,
+    _reason,
+    connected,
+    plain_arithmetic,
+    share_gpus,
+    task_memory,
+)
 from smpo_pipeline.jobs.prepare import cell, values_of
 from smpo_pipeline.jobs.score import _pool_sizes
 from smpo_schemas.errors import UserError
@@ -45,6 +55,32 @@ def test_what_would_wait_forever_is_refused(wanted):
     if wanted == {"a": (2, 1.0)}:
         with pytest.raises(UserError, match="too few"):
             share_gpus({"a": (1, 0.6), "b": (1, 0.6), "c": (1, 0.6)}, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("--reward a: no such file"), "--reward a: no such file"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (ValueError("one\ntwo"), "ValueError: one two"),
+    ],
+)
+def test_what_a_constructor_raised_is_said(error, said):
+    """As Ray hands it over: one text, with the traceback before it."""
+    try:
+        raise error
+    except type(error):
+        cause = RayTaskError("A.__init__", traceback.format_exc(), error, proctitle="A", pid=1, ip="127.0.0.1")
+    assert _reason(ActorDiedError(cause)) == said
+    assert _reason(RayError("first\nsecond")) == "first"
+
+
+def test_float32_is_float32_in_workers(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    plain_arithmetic("cuda")
+    assert not torch.backends.cudnn.allow_tf32
+    # Of matrix products this is the default.
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_concurrency_is_of_all_rewards_or_of_one():

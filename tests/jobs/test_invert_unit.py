@@ -11,7 +11,7 @@ import torch
 from smpo_models.unet_family import UNetFamily
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs import invert_unit
-from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, take_batch_sizes
+from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
 from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.run import Run
 from smpo_schemas.manifest import InversionSettings
@@ -35,7 +35,9 @@ def make_actor(models, out, monkeypatch, **changed):
         "seed": 0, "pairs_per_shard": 8, "shard_bytes": None, "batch_size": 8, "device": "cpu", "concurrency": 1,
         "ray_address": None, "limit": None, "max_reject_rate": 1.0, "overwrite": False, **changed,
     }  # fmt: skip
-    return InvertActor(InvertOptions(**options), Run(out, "manifest.json", {}), pa.table({}), 8, 32, Counts())
+    options = InvertOptions(**options)
+    model = describe_model(options, *load_models(options))
+    return InvertActor(options, model, Run(out, "manifest.json", {}), pa.table({}), 8, 32, Counts())
 
 
 @pytest.mark.parametrize("walker", [None, "walker"])

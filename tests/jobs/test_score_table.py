@@ -7,11 +7,13 @@ import itertools
 import os
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from smpo_pipeline.jobs import score_table
 from smpo_pipeline.jobs.chunks import cut_chunks, images_of, with_scores, without_images
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.run import Run
 from smpo_pipeline.jobs.score_table import RewardModel, write_table
 from smpo_pipeline.jobs.score_units import UnitCollector
@@ -163,6 +165,20 @@ def test_chunks_are_cut_by_bytes_and_keep_every_row(monkeypatch):
         f"file:{15 + row}" for row in range(5)
     ]
     assert pixels[0][0].tolist() == np.asarray(picture(8, 9, seed=0)).tolist()
+
+
+def test_pixels_are_not_copied_on_their_way_to_a_reward():
+    (chunk,) = cut_chunks(3, unit_rows(3))
+    there = chunk["pixels"].chunk(0).values.buffers()[2].address
+    assert values_of(chunk, "pixels").buffers()[2].address == there
+    # As of a chunk that is one row of several.
+    (other,) = cut_chunks(4, unit_rows(4, seed=50))
+    both = pa.concat_tables([chunk, other])
+    assert values_of(both.slice(0, 1), "pixels").buffers()[2].address == there
+    for mine, whole in ((both.slice(0, 1), chunk), (both.combine_chunks().slice(1, 1), other)):
+        for (image, prompt), (expected, words) in zip(images_of(mine), images_of(whole), strict=True):
+            assert prompt == words
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
 def test_a_unit_of_rejects_alone_is_committed(tmp_path):

@@ -53,12 +53,12 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
     Inverts some of the pairs on this machine's device for a minute and projects: for these pairs, for 1 and for 100
     million. Nothing is stored.
     """
-    from smpo_pipeline.jobs.cluster import check_device, one_core  # noqa: PLC0415  (keeps --help free of torch and Ray)
+    from smpo_pipeline.jobs.cluster import check_device, plain_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
     from smpo_pipeline.planning.plan import PlanOptions, check_gpu, make_plan  # noqa: PLC0415
 
     device = check_device(flags["device"])
     check_gpu(device)
-    one_core(device)
+    plain_arithmetic(device)
     settings = inversion_settings(context, device, **{name: flags[name] for name in SETTINGS_FLAGS})
     same = ("model", "unet", "walker", "vae", "resolution", "seed", "pairs_per_shard", "limit")
     columns = opt.columns_by_field(*(flags[f"{name}_column"] for name in opt.COLUMN_FIELDS))

@@ -82,7 +82,7 @@ def score(
         )
     )
     write_resolved_config(context, directory, directory / SCORES_FILE)
-    _show(Console(), info, directory)
+    _show(Console(markup=False), info, directory)
 
 
 def _show(console: Console, info: ScoresInfo, out: AnyPath) -> None:

@@ -124,11 +124,16 @@ def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any]
 
 def images_of(chunk: pa.Table) -> Iterator[tuple[Image.Image, str]]:
     """The images of a chunk, in order (image_0 and image_1 of its first pair, ...), each with its prompt."""
+    others = [values_of(chunk, name).to_pylist() for name in ("height", "width", "image_prompt")]
+    if not others[0]:
+        return
     pixels = values_of(chunk, "pixels")
-    others = (values_of(chunk, name).to_pylist() for name in ("height", "width", "image_prompt"))
+    # The buffers themselves: a scalar of Arrow's is a copy.
+    _, ends_buffer, data_buffer = pixels.buffers()
+    ends, data = np.frombuffer(ends_buffer, np.int64), np.frombuffer(data_buffer, np.uint8)
     for index, (height, width, prompt) in enumerate(zip(*others, strict=True)):
-        values = np.frombuffer(pixels[index].as_buffer(), np.uint8).reshape(height, width, 3)
-        yield Image.fromarray(values), prompt
+        start, end = ends[pixels.offset + index : pixels.offset + index + 2]
+        yield Image.fromarray(data[start:end].reshape(height, width, 3)), prompt
 
 
 def with_scores(chunk: pa.Table, scores: Mapping[str, np.ndarray], failed: Mapping[int, str] | None = None) -> pa.Table:

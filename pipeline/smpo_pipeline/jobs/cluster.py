@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import pyarrow as pa
@@ -116,8 +117,8 @@ class Pool:
     def options(self) -> dict[str, Any]:
         """What Ray Data is told.
 
-        CPU slots are a tiny part: an actor's thread is one core's (:func:`one_core`), it must leave slots for decoding,
-        and Ray Data fuses neighbouring stages of equal demands, after which decoding would wait for the model.
+        CPU slots are a tiny part: an actor's thread is one core's (:func:`plain_arithmetic`), it must leave slots for
+        decoding, and Ray Data fuses neighbouring stages of equal demands: decoding would wait for the model.
         """
         compute = ray.data.ActorPoolStrategy(
             min_size=1 if self.room else self.size,
@@ -187,8 +188,13 @@ def task_memory(unit_bytes: int) -> int:
     return wanted
 
 
-def one_core(device: str) -> None:
-    """Inside a worker on CPU: compute on one core, whatever there is, since torch sums otherwise by several threads."""
+def plain_arithmetic(device: str) -> None:
+    """Inside a worker: compute what depends on the inputs alone, as far as the device can.
+
+    On CPU on one core, whatever there is, since torch sums otherwise by several threads. On a GPU, float32 is float32:
+    by default cuDNN rounds what it convolves to TF32's 10 bits.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if device == "cpu":
         torch.set_num_threads(1)
 
@@ -305,10 +311,20 @@ def _plain_errors() -> Iterator[None]:
             raise
         raise cause from None
     except RayError as error:
-        first = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"Ray could not go on: {type(error).__name__}: {first}; what is committed stays, the same command goes on"
+            f"Ray could not go on: {type(error).__name__}: {_reason(error)}; "
+            "what is committed stays, the same command goes on"
         ) from error
+
+
+def _reason(error: RayError) -> str:
+    """What an actor's constructor raised, which Ray writes behind its traceback; of anything else the first line."""
+    lines = str(error).strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    if not frames:
+        return lines[0]
+    said = " ".join(dropwhile(lambda line: line.startswith(" "), lines[frames[-1] :]))
+    return said.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
 
 
 def _user_error(error: BaseException) -> UserError | None:

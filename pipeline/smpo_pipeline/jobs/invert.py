@@ -12,13 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from smpo_models.fingerprint import fingerprint_module
 from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.cluster import Pool, limit_memory, model_pool, run_units, task_memory
 from smpo_pipeline.jobs.guard import Guard
-from smpo_pipeline.jobs.invert_unit import STAGE, InvertActor, InvertOptions, index_part, load_models
+from smpo_pipeline.jobs.invert_unit import (
+    STAGE,
+    InvertActor,
+    InvertOptions,
+    describe_model,
+    index_part,
+    load_models,
+)
 from smpo_pipeline.jobs.ledger import Ledger, SharedLedger
 from smpo_pipeline.jobs.lock import locked, refuse_unknown_bucket
 from smpo_pipeline.jobs.prepare import prepare_unit, reading_words, unit_row
@@ -97,6 +103,7 @@ def _invert(
         )
         kwargs = {
             "options": options,
+            "model": checked.info,
             "run": run,
             "scores": ray.put(scores),
             "rows": sum(sizes),
@@ -179,18 +186,7 @@ def _check_model(options: InvertOptions) -> _Checked:
     """Load the model once."""
     family, walker = load_models(options)
     resolution = check_settings(family, options.model, options.resolution, options.settings)
-    reference = fingerprint_module(family.denoiser)
-    info = ModelInfo(
-        id=options.model,
-        kind=family.kind,
-        prediction_type=family.process.prediction_type,
-        reference=reference,
-        walker=reference if walker is family.denoiser else fingerprint_module(walker),
-        text=fingerprint_module(*family.text_modules),
-        vae=fingerprint_module(family.vae),
-        scheduler=family.process.fingerprint(),
-        num_train_timesteps=family.process.num_train_timesteps,
-    )
+    info = describe_model(options, family, walker)
     sizes = sizes_of_images(family, resolution, options.settings)
     pairs_per_shard = options.pairs_per_shard
     if options.shard_bytes is not None:

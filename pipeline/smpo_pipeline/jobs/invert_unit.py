@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from smpo_models.family import Family
+from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import DTYPES, load_family, load_walker
 from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
@@ -29,14 +30,15 @@ from smpo_pipeline.inversion.batch_size import (
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import make
-from smpo_pipeline.jobs.cluster import one_core
+from smpo_pipeline.jobs.cluster import plain_arithmetic
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
 from smpo_pipeline.jobs.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
 from smpo_pipeline.jobs.prepare import pairs_of, values_of
 from smpo_pipeline.jobs.run import Run, UnitRecord
+from smpo_schemas.errors import UserError
 from smpo_schemas.files import list_files, read_json, write_json
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.manifest import InversionSettings, ModelInfo
 from smpo_schemas.rejects import Reject
 from smpo_schemas.shard_index import write_index_part
 from smpo_schemas.shards import Sample, ShardWriter
@@ -84,14 +86,39 @@ def load_models(options: InvertOptions) -> tuple[Family, nn.Module]:
     return family, load_walker(family, options.model, options.walker)
 
 
+def describe_model(options: InvertOptions, family: Family, walker: nn.Module) -> ModelInfo:
+    """What the manifest says of the models, which are still in float32."""
+    reference = fingerprint_module(family.denoiser)
+    return ModelInfo(
+        id=options.model,
+        kind=family.kind,
+        prediction_type=family.process.prediction_type,
+        reference=reference,
+        walker=reference if walker is family.denoiser else fingerprint_module(walker),
+        text=fingerprint_module(*family.text_modules),
+        vae=fingerprint_module(family.vae),
+        scheduler=family.process.fingerprint(),
+        num_train_timesteps=family.process.num_train_timesteps,
+    )
+
+
 class InvertActor:
     """Holds the model; turns a unit into a shard and commits it."""
 
     def __init__(
-        self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int, resolution: int, ledger: Ledger
+        self,
+        options: InvertOptions,
+        model: ModelInfo,
+        run: Run,
+        scores: ray.ObjectRef,
+        rows: int,
+        resolution: int,
+        ledger: Ledger,
     ) -> None:
-        one_core(options.device)
+        plain_arithmetic(options.device)
         family, walker = load_models(options)
+        # Not raised here: what leaves a constructor is tried again five times, for it may pass.
+        self._others = describe_model(options, family, walker) != model
         dtype = DTYPES[options.settings.dtype]
         for module in {family.denoiser, walker}:
             module.to(dtype)
@@ -107,7 +134,16 @@ class InvertActor:
         self._model_seconds, self._ready = 0.0, time.monotonic()
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        """Invert and commit the unit of a :func:`unit_row`; returns its record as JSON."""
+        """Invert and commit the unit of a :func:`unit_row`; returns its record as JSON.
+
+        Raises:
+            UserError: the model is not the one that the driver describes in the manifest.
+        """
+        if self._others:
+            raise UserError(
+                f"--model {self._options.model}: its files on {socket.gethostname()} (or those of --unet, --walker, "
+                "--vae) are others than where the command was started; give every machine the same"
+            )
         unit = row["unit"][0].as_py()
         record = self._run.committed(unit) or self._make(unit, row)
         self._model_seconds, self._ready = 0.0, time.monotonic()

@@ -79,6 +79,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
             units=units,
             columns=columns,
             specs={name: specs[name] for name in new},
+            models=new,
             sizes=sizes,
         )
         run_units(
@@ -102,6 +103,7 @@ def _add_stages(
     units: Sequence[list[RowRange]],
     columns: Mapping[AnyPath, PairColumns],
     specs: Mapping[str, str],
+    models: Mapping[str, RewardModel],
     sizes: Mapping[str, int],
 ) -> ray.data.Dataset:
     """Decode, then one pool a reward."""
@@ -115,6 +117,7 @@ def _add_stages(
             batch_format="pyarrow",
             fn_constructor_kwargs={
                 "spec": specs[name],
+                "fingerprint": models[name].fingerprint,
                 "device": options.device,
                 "dtype": options.dtype,
                 "batch_size": options.batch_size or parse_reward(specs[name])[0].needs.batch_size,

@@ -12,6 +12,9 @@ from PIL import Image
 
 from smpo_schemas.errors import UserError
 
+_SHOWN = 200
+"""Characters of a prompt in a message."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -69,12 +72,19 @@ def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Seque
     """What ``reward`` says of a batch: float64 [N], NaN where it has no score.
 
     Raises:
-        UserError: it gave something else than one number an image; the reward may be anybody's code.
+        UserError: it gave something else than one number an image; the reward may be anybody's code. Where it raises
+            for one image of several, the line is about that one.
     """
     try:
         scores_N = np.asarray(reward.score(images, prompts), dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--reward {reward.name}: score failed: {error}") from error
+        if len(images) > 1:
+            for image, prompt in zip(images, prompts, strict=True):
+                checked_scores(reward, [image], [prompt])
+            where = f"{len(images)} images together, but of none alone"
+        else:
+            where = f"an image of {images[0].width} x {images[0].height} pixels, prompt {prompts[0][:_SHOWN]!r}"
+        raise UserError(f"--reward {reward.name}: score failed: {error}; of {where}") from error
     if scores_N.shape != (len(images),):
         raise UserError(
             f"--reward {reward.name}: score gave an array of shape {scores_N.shape} for {len(images)} images; "
