@@ -36,7 +36,7 @@ from PIL import Image
 
 import smpo_pipeline.jobs.invert as job
 from smpo_pipeline.jobs import invert_unit
-from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
+from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models
 from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.run import Run
@@ -127,8 +127,10 @@ def run_actor(work: Path, out: Path) -> float:
         work / "scores" / "scores.parquet", columns=["pair_id", "prompt", "pickscore_0", "pickscore_1"]
     )
     run = Run(options.out, MANIFEST_FILE, {})
+    run.open(overwrite=False, patterns=())
+    model = describe_model(options, *load_models(options))
     actor = TimedActor(
-        options, run=run, scores=scores, rows=len(units) * PAIRS_A_UNIT, resolution=SIDE, ledger=Counts()
+        options, model=model, run=run, scores=scores, rows=len(units) * PAIRS_A_UNIT, resolution=SIDE, ledger=Counts()
     )
     for row in prepared:
         actor(row)

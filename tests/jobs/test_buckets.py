@@ -87,11 +87,12 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
             ray_address=None, limit=None, max_reject_rate=1.0, overwrite=False,
         )  # fmt: skip
         run, table_of_scores = Run(out, "manifest.json", {}), pa.Table.from_pylist(scored)
+        run.open(overwrite=False, patterns=())
         model = describe_model(options, *load_models(options))
         actor = InvertActor(options, model, run, table_of_scores, len(rows), 32, Counts())
         record = UnitRecord.model_validate_json(actor(unit_row(0, table, []))["record"][0].as_py())
-        model, whole = record.seconds
-        assert 0 < model < whole
+        of_the_model, whole = record.seconds
+        assert 0 < of_the_model < whole
         tar = webdataset.WebDataset(str(out / "shard-000000.tar"), shardshuffle=False)
         made[batch_size] = (
             record,

@@ -37,7 +37,9 @@ def make_actor(models, out, monkeypatch, **changed):
     }  # fmt: skip
     options = InvertOptions(**options)
     model = describe_model(options, *load_models(options))
-    return InvertActor(options, model, Run(out, "manifest.json", {}), pa.table({}), 8, 32, Counts())
+    run = Run(out, "manifest.json", {})
+    run.open(overwrite=False, patterns=())
+    return InvertActor(options, model, run, pa.table({}), 8, 32, Counts())
 
 
 @pytest.mark.parametrize("walker", [None, "walker"])

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from smpo_pipeline.buckets import buckets_in_words
 from smpo_pipeline.commands import options as opt
@@ -259,7 +260,7 @@ def invert(
         )
     )
     write_resolved_config(context, directory, directory / MANIFEST_FILE)
-    console = Console()
+    console = Console(markup=False)
     for size in take_batch_sizes(directory):
         why = "auto" if batch_size == "auto" else f"{batch_size}: the device's memory ran out"
         console.print(f"--batch-size {why}: batches of {size} walks")
@@ -350,7 +351,7 @@ def _show(console: Console, manifest: Manifest, out: AnyPath) -> None:
     ratios = [f"{band.noise_ratio:.2f}" for band in manifest.health if band.noise_ratio is not None]
     console.print(f"noise ratio by timestep band (exact inversion: 1): {' '.join(ratios)}")
     for warning in health_warnings(manifest.health, manifest.inversion):
-        console.print(f"[yellow]warning:[/] {warning}")
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
     if totals.prompts_cut:
         console.print(
             f"{totals.prompts_cut} prompts are longer than the text encoder takes: their ends were cut, as the model's "

@@ -74,7 +74,7 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
             device=device,
         )
     )
-    _show(Console(), found)
+    _show(Console(markup=False), found)
     if flags["out"]:
         write_json(flags["out"], found.model_dump())
 

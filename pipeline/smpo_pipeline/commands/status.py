@@ -27,7 +27,7 @@ def status(
     from smpo_pipeline.jobs.status import read_status  # noqa: PLC0415  (keeps --help quick)
 
     found = read_status(parse_path(out))
-    console = Console()
+    console = Console(markup=False)
     console.print(_table(found, time.time()))
     if not found.finished and not found.holder:
         console.print("Nobody is at it. The same command, given again, goes on where this stands.")

@@ -20,7 +20,7 @@ from smpo_pipeline.decoder import worker_decoder
 from smpo_pipeline.images import ImageRejectedError
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
-from smpo_pipeline.jobs.prepare import cell, read_ranges, reading_words, values_of
+from smpo_pipeline.jobs.prepare import bytes_of, cell, read_ranges, reading_words, values_of
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id
 from smpo_schemas.scores import IMAGE_IDS
 from smpo_schemas.store import AnyPath
@@ -125,15 +125,8 @@ def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any]
 def images_of(chunk: pa.Table) -> Iterator[tuple[Image.Image, str]]:
     """The images of a chunk, in order (image_0 and image_1 of its first pair, ...), each with its prompt."""
     others = [values_of(chunk, name).to_pylist() for name in ("height", "width", "image_prompt")]
-    if not others[0]:
-        return
-    pixels = values_of(chunk, "pixels")
-    # The buffers themselves: a scalar of Arrow's is a copy.
-    _, ends_buffer, data_buffer = pixels.buffers()
-    ends, data = np.frombuffer(ends_buffer, np.int64), np.frombuffer(data_buffer, np.uint8)
-    for index, (height, width, prompt) in enumerate(zip(*others, strict=True)):
-        start, end = ends[pixels.offset + index : pixels.offset + index + 2]
-        yield Image.fromarray(data[start:end].reshape(height, width, 3)), prompt
+    for height, width, prompt, pixels in zip(*others, bytes_of(values_of(chunk, "pixels")), strict=True):
+        yield Image.fromarray(pixels.reshape(height, width, 3)), prompt
 
 
 def with_scores(chunk: pa.Table, scores: Mapping[str, np.ndarray], failed: Mapping[int, str] | None = None) -> pa.Table:

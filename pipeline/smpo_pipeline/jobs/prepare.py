@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,16 @@ def values_of(row: pa.Table, name: str) -> pa.Array:
     """The list that one cell of a one-row table holds, without a copy."""
     # combine_chunks copies, even a single one.
     return next(chunk for chunk in row[name].chunks if len(chunk)).flatten()
+
+
+def bytes_of(values: pa.LargeBinaryArray) -> Iterator[np.ndarray]:
+    """Each value's bytes, uint8, where they are: a scalar of Arrow's would be a copy."""
+    if not len(values):
+        return
+    _, ends_buffer, data_buffer = values.buffers()
+    ends, data = np.frombuffer(ends_buffer, np.int64)[values.offset :], np.frombuffer(data_buffer, np.uint8)
+    for start, end in pairwise(ends[: len(values) + 1]):
+        yield data[start:end]
 
 
 def unit_row(unit: int, table: pa.Table, rejects: Sequence[Reject]) -> pa.Table:
@@ -123,7 +134,6 @@ def _decode(pair: Pair, sizes: Sequence[Size]) -> tuple[dict[str, Any], list[np.
 
 def pairs_of(row: pa.Table) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Of each pair of a unit what it says of it, and uint8 [2, H, W, 3], a view of what the table holds."""
-    pixels = values_of(row, "pixels")
     others = pa.table({name: values_of(row, name) for name in UNIT_SCHEMA.names if name != "pixels"})
-    for index, pair in enumerate(others.to_pylist()):
-        yield pair, np.frombuffer(pixels[index].as_buffer(), np.uint8).reshape(pair.pop("shape"))
+    for pair, pixels in zip(others.to_pylist(), bytes_of(values_of(row, "pixels")), strict=True):
+        yield pair, pixels.reshape(pair.pop("shape"))
