@@ -13,19 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from smpo_schemas.errors import UserError
 from smpo_trainer.checkpoints import Checkpoints
 from smpo_trainer.cli import main
 from smpo_trainer.loop import Trainer
+from tests.trainer.helpers import dying_after
 
-save, finish = Checkpoints.save, Trainer.finish
-
-
-def save_and_die(self, checkpoint):
-    path = save(self, checkpoint)
-    if checkpoint.step == int(os.environ.get("POWER_CUT", "0")):
-        raise UserError("power cut")
-    return path
+finish = Trainer.finish
 
 
 def finish_and_tell(self):
@@ -36,6 +29,7 @@ def finish_and_tell(self):
     sys.stderr.write(f"holds {held} of {sum(each.numel() for each in tensors)}\n")
 
 
-Checkpoints.save, Trainer.finish = save_and_die, finish_and_tell
+Trainer.finish = finish_and_tell
+Checkpoints.save = dying_after(int(os.environ.get("POWER_CUT", "0")))
 PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 main()

@@ -15,7 +15,7 @@ import pytest
 from smpo_schemas.errors import UserError
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints, load_checkpoint
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, column, run_cli
+from tests.trainer.helpers import arguments, column, dying_after, run_cli
 
 OPTIONS = {"max_steps": 5, "save_every": 1, "lora_rank": 2}
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -107,16 +107,8 @@ def test_two_processes_say_a_mistake_once_and_end(shards: Path, model: Path, tmp
 @pytest.fixture
 def interrupted(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A LoRA run of 5 steps that died right after the checkpoint of step 3."""
-    save = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
-        if checkpoint.step == 3:
-            raise UserError("power cut")
-        return path
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_die)
+        patch.setattr(Checkpoints, "save", dying_after(3))
         with pytest.raises(AssertionError):
             train("run", **OPTIONS)
     return tmp_path / "run"
