@@ -174,6 +174,7 @@ def test_a_model_in_pieces_is_refused(refused: Refused, name: str, monkeypatch: 
     ("environment", "options", "error"),
     [
         ({"FSDP_VERSION": "1"}, {}, "does not support FSDP with version 1"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "FSDP with --use_parallelism_config"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP with --fsdp_offload_params"),
         ({"FSDP_IGNORED_MODULES": "mid_block"}, {}, "FSDP with --fsdp_ignored_modules"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "--fsdp_activation_checkpointing (use --gradient-check"),

@@ -113,6 +113,7 @@ def test_a_run_goes_on_cut_up_or_not(
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    del options["validation_prompts"]
     whole = train("whole", batch_size=4, **options)
     out = tmp_path / "run"
     cut_up = arguments(shards, model, out, **options)

@@ -252,7 +252,8 @@ class Trainer:
             UserError: its weights are not those of this model.
         """
         self._policy.load_trained(checkpoint.weights)
-        self._optimizer.load_state_dict(self._like_parameters(checkpoint.optimizer["optimizer"]))
+        optimizer = checkpoint.optimizer["optimizer"]
+        self._optimizer.load_state_dict(self._cut_up(optimizer) if self._accelerator.is_fsdp2 else optimizer)
         self._schedule.load_state_dict(checkpoint.optimizer["schedule"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
@@ -262,11 +263,12 @@ class Trainer:
         self._bad.load_state_dict(checkpoint.optimizer["bad"])
         on_main(self._accelerator, self._skipped.write)
 
-    def _like_parameters(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's whole state, whose moments are cut up as the parameters are that they belong to."""
+    def _cut_up(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """AdamW's whole state, whose moments are cut up as the parameters are that they belong to."""
         state = {
             number: {
-                name: like(value, self._parameters[number]) if value.shape == self._parameters[number].shape else value
+                # Steps are counted in tensors, too.
+                name: like(value, self._parameters[number]) if value.ndim else value
                 for name, value in moments.items()
             }
             for number, moments in optimizer["state"].items()

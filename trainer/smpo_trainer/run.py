@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -13,8 +12,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin, gather_object, set_seed
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 
 from smpo_schemas.errors import UserError
 from smpo_trainer.bad_states import BadStates
@@ -22,7 +20,7 @@ from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.buckets import bucket_remark, group_size, make_order
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
-from smpo_trainer.fsdp import gather
+from smpo_trainer.fsdp import fsdp_plugin, gather
 from smpo_trainer.health import Health
 from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
 from smpo_trainer.loop import Trainer
@@ -284,65 +282,20 @@ class _Run:
         return bool(self._accelerator.reduce(flag, "sum").item())
 
 
-def _is_set(name: str) -> bool:
-    """Whether a switch of `accelerate launch`'s is on: it hands its configuration on in the environment."""
-    return os.environ.get(name, "").lower() in {"true", "1"}
-
-
-def _sharding(settings: TrainSettings) -> FullyShardedDataParallelPlugin | None:
-    """How the denoiser is cut up over the processes, as accelerate is configured; None: not at all.
-
-    Raises:
-        UserError: in a way that this trainer does not support.
-    """
-    # It would train, and then save and average each process's piece as if it were the model.
-    if _is_set("ACCELERATE_USE_DEEPSPEED") or _is_set("ACCELERATE_USE_MEGATRON_LM"):
-        raise UserError(
-            "accelerate is configured for DeepSpeed or Megatron, which this trainer does not support; launch with "
-            "`--multi_gpu`, or, where memory is short, with `--use_fsdp --fsdp_version 2`"
-        )
-    if not _is_set("ACCELERATE_USE_FSDP"):
-        return None
-    unsupported = {
-        "version 1 (the default; give --fsdp_version 2)": os.environ.get("FSDP_VERSION", "1") != "2",
-        "--fsdp_offload_params": _is_set("FSDP_OFFLOAD_PARAMS"),
-        # Whose gradients nobody would average.
-        "--fsdp_ignored_modules": bool(os.environ.get("FSDP_IGNORED_MODULES")),
-        "--fsdp_activation_checkpointing (use --gradient-checkpointing)": _is_set("FSDP_ACTIVATION_CHECKPOINTING"),
-        f"--optimizer {settings.optimizer} (use adamw)": settings.optimizer != "adamw",
-        "--mixed-precision fp16 (use bf16)": settings.mixed_precision == "fp16",
-        "--compile": settings.compile,
-    }
-    found = [name for name, is_given in unsupported.items() if is_given]
-    if found:
-        raise UserError(f"this trainer does not support FSDP with {', '.join(found)}")
-    try:
-        return FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            # Weights are gathered in float32 and cast by autocast, as they are without FSDP: the same arithmetic, also
-            # as that of the reference's errors, which are computed before the denoiser is cut up.
-            mixed_precision_policy=MixedPrecisionPolicy(),
-            # All processes load, and check, the models; told otherwise, transformers gives all but one empty ones.
-            cpu_ram_efficient_loading=False,
-        )
-    except ValueError as error:
-        raise UserError(f"accelerate's configuration of FSDP: {error}") from error
-
-
 def _make_accelerator(settings: TrainSettings) -> Accelerator:
-    sharding = _sharding(settings)
+    fsdp = fsdp_plugin(settings)
     try:
         accelerator = Accelerator(
             # Not told, it lets the processes of torchrun train each by itself where there is no GPU.
             cpu=not torch.accelerator.is_available(),
             mixed_precision=settings.mixed_precision,
-            fsdp_plugin=sharding,
+            fsdp_plugin=fsdp,
             # Not told, it takes a number from the environment and divides every loss by it.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
     except ValueError as error:  # a device that lacks this dtype
         raise UserError(f"--mixed-precision {settings.mixed_precision}: {error}") from error
-    if sharding and not accelerator.is_fsdp2:
+    if fsdp and not accelerator.is_fsdp2:
         raise UserError("accelerate is configured for FSDP, which needs several processes, each with a GPU of its own")
     # Accelerate would train in float32 without a word.
     if settings.mixed_precision == "fp16" and accelerator.device.type != "cuda":
