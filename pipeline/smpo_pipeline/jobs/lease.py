@@ -29,6 +29,9 @@ _RENEWED_SECONDS = 15.0
 _WATCHED_SECONDS = 50.0
 """Three renewals may fail."""
 
+_INTERRUPT = signal.SIGUSR1
+"""Interrupts the main thread of a run that has lost its lease; SIGINT is ignored in what a script runs with ``&``."""
+
 
 @contextmanager
 def leased(directory: StorePath) -> Iterator[None]:
@@ -39,12 +42,14 @@ def leased(directory: StorePath) -> Iterator[None]:
     """
     lease = _Lease(directory / LEASE_FILE)
     lease.take()
+    before = signal.signal(_INTERRUPT, _interrupt)
     stop = threading.Event()
     renewing = threading.Thread(target=lease.renew, args=(stop,), name="lease", daemon=True)
     renewing.start()
     try:
         yield
     except BaseException:
+        stop.set()
         if lease.follower is None:
             raise
         raise UserError(
@@ -53,6 +58,7 @@ def leased(directory: StorePath) -> Iterator[None]:
     finally:
         stop.set()
         renewing.join()
+        signal.signal(_INTERRUPT, before)
         lease.give_back()
 
 
@@ -60,6 +66,14 @@ def lease_holder(directory: StorePath) -> str | None:
     """Whose lease is there, or None; the run may have been killed."""
     found = _read(directory / LEASE_FILE)
     return None if found is None else _words(_fields(found))
+
+
+class _LostError(BaseException):
+    """The lease is another run's."""
+
+
+def _interrupt(*_signal: object) -> None:
+    raise _LostError
 
 
 class _Lease:
@@ -89,7 +103,10 @@ class _Lease:
                 found = _read(self._path)
                 if found is None or not self._is_mine(found):
                     self.follower = "which has ended" if found is None else _words(_fields(found))
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), _INTERRUPT)
+                    # Python drops what is raised in a finalizer that happens to run: then once more.
+                    while not stop.wait(4 * _RENEWED_SECONDS):
+                        os.kill(os.getpid(), _INTERRUPT)
                     return
                 self._number += 1
                 self._path.overwrite(self._content())
