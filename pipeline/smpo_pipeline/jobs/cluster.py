@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,8 +53,9 @@ def connected(address: str | None) -> Iterator[None]:
         UserError: no cluster answers at ``address``.
     """
     # The driver's progress bar says what users need; Ray's own log lines would tear it apart.
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # Its errors come as exceptions too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
@@ -78,8 +80,13 @@ def connected(address: str | None) -> Iterator[None]:
     # With pauses that double. A unit's task gives the same from its start on, as this asks for.
     context.retried_map_errors = [os.strerror(number) for number in PASSING_ERRNOS]
     context.max_map_retries = _RETRIES
+    # What Ray would put in its place loses its cause on the way from an actor with threads.
+    context.raise_original_map_exception = True
     try:
-        yield
+        with warnings.catch_warnings():
+            # That a small input has work for fewer actors than there are.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data")
+            yield
     finally:
         ray.shutdown()
 
@@ -332,7 +339,10 @@ def _user_error(error: BaseException) -> UserError | None:
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, UserError):
-            return UserError(str(getattr(current, "cause", current)))
+            # Ray Data adds how often it tried.
+            return UserError(
+                str(getattr(current, "cause", current)).partition("Failed to apply UDF transform")[0].strip()
+            )
         if isinstance(current, OSError) and current.errno in PASSING_ERRNOS:
             where = current.filename or "storage"
             return UserError(f"{where}: {current.strerror}, tried {_RETRIES + 1} times; the same command goes on")
