@@ -116,8 +116,11 @@ class Chaos:
         self.seconds.write_text(str(max(seconds)))
         return max(seconds)
 
-    def run(self, seed: int, seconds: float) -> Counter[str]:
-        """Both stages, disturbed at moments within ``seconds`` of each start; returns what was killed how often.
+    def run(self, seed: int, seconds: float, most: int = KILLS) -> Counter[str]:
+        """Both stages, disturbed up to ``most`` times each, at moments within ``seconds`` of each start.
+
+        Returns:
+            What was killed how often.
 
         Raises:
             AssertionError: a result is not that of the undisturbed run.
@@ -127,7 +130,7 @@ class Chaos:
         self.faults.every = FAULTS_EVERY
         for stage in ("score", "invert"):
             process = self._start(*self.command(stage))
-            for _ in range(dice.randint(1, KILLS)):
+            for _ in range(dice.randint(1, most)):
                 try:
                     process.wait(dice.uniform(0.2, seconds))
                     break

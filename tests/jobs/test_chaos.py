@@ -17,7 +17,7 @@ def test_killed_at_random_moments_both_stages_end_as_if_nothing_had_happened(tmp
     with patch.dict(os.environ):
         chaos = Chaos(tmp_path, rows=200, inverted=18, store=store)
         try:
-            assert chaos.run(seed=1, seconds=chaos.undisturbed())
+            assert chaos.run(seed=1, seconds=chaos.undisturbed(), most=2)
             assert store == "disk" or chaos.faults.injected.keys() == {"500", "503", "slow", "cut", "hang"}
         finally:
             chaos.close()

@@ -172,7 +172,8 @@ def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_wi
     scores = tmp_path / "scores"
     done = run_command("smpo-pipeline", "score", *common, "--reward", f"pickscore={reward}", "--out", scores)
     assert done.returncode == 0, done.stderr
-    command = ("invert", *common, "--scores", scores, "--model", model, "--steps", 2, "--batch-size", 4, "--out")
+    few = ("--steps", 2, "--batch-size", 4, "--concurrency", 1)
+    command = ("invert", *common, "--scores", scores, "--model", model, *few, "--out")
     code = "import sys; sys.argv[0] = 'smpo-pipeline'; from tests.poison import invert_touchily; invert_touchily()"
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, command), tmp_path / "touchy"],
