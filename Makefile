@@ -47,16 +47,17 @@ $(DEMO)/tuned/training.json: $(DEMO)/shards/manifest.json
 	  --reward pickscore clipscore --beta 300 --lr 5e-5 --lr-schedule cosine --warmup-steps 10 \
 	  --batch-size 24 --max-steps 150
 
-test: $(READY) ## All tests
-	$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
+test: $(READY) ## All tests but those of minutes each, which `make chaos` runs
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'not long'
 
 test-fast: $(READY) ## The everyday tests: no Ray, no long training
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not long'
 
 fuzz: $(READY) ## 10,000 hostile images and 1,000 hostile files (minutes)
 	$(BIN)/python -m tests.fuzz
 
 chaos: $(READY) ## Training and 50 runs of stages 1 and 2, killed at random moments and compared (hours)
+	$(BIN)/python -m pytest -q -m long
 	SMPO_KILLS=20 $(BIN)/python -m pytest -q tests/trainer/test_kills.py
 	$(BIN)/python -m tests.chaos --runs 50
 

@@ -135,7 +135,8 @@ def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path,
     folder, rows = inputs
     common = ("--pairs", folder / "pairs.parquet", "--device", "cpu", "--scores", folder / "scores", "--steps", 3)
     flags = ("--model", folder / kind, "--pairs-per-shard", 7, "--buckets")
-    job = ("--batch-size", 4, "--max-reject-rate", 0.1, "--out", tmp_path / "shards")  # one of thirteen pairs
+    job = ("--batch-size", 4, "--concurrency", 1, "--out", tmp_path / "shards")
+    job += ("--max-reject-rate", 0.1)  # one of thirteen pairs
     done = run_command("smpo-pipeline", "invert", *common, *flags, *job)
     assert done.returncode == 0, done.stderr
     assert "image sizes, height x width: 40 x 24 (17%), 32 x 32" in done.stdout

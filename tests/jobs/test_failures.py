@@ -218,7 +218,7 @@ def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(i
     assert done.returncode == 0, done.stderr
     out = disk / "shards"
     command = ("smpo-pipeline", "invert", *common, "--scores", scores, "--model", inputs / "model", "--out", out)
-    command += ("--steps", 9, "--pairs-per-shard", 3)
+    command += ("--steps", 9, "--pairs-per-shard", 3, "--concurrency", 1)
     assert_one_line(run_command(*command), "cannot write", str(out), "No space left on device")
     assert not (out / "manifest.json").exists()
     assert not list(out.rglob("*.tmp"))

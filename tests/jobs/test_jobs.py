@@ -39,7 +39,8 @@ def score(inputs, out, *more, run=run_command):
 
 def invert(inputs, scores, out, *more, run=run_command):
     common = ("--pairs", inputs / "pairs", "--scores", scores, "--model", inputs / "model", "--out", out)
-    return run("smpo-pipeline", "invert", *common, "--device", "cpu", "--pairs-per-shard", 6, "--steps", 3, *more)
+    few = () if "--concurrency" in more else ("--concurrency", 1)  # each worker's start is seconds
+    return run("smpo-pipeline", "invert", *common, "--device", "cpu", "--pairs-per-shard", 6, "--steps", 3, *few, *more)
 
 
 @pytest.fixture(scope="module")
@@ -176,14 +177,14 @@ def test_scores_of_another_prompt_are_of_another_pair(inputs, scores, tmp_path):
 
 
 def test_two_workers_give_the_same_bytes_as_one(inputs, scores, shards, tmp_path):
-    """``shards`` are made by one a core; here by one, and by two."""
-    for number in (1, 2):
-        out = tmp_path / str(number)
-        done = invert(inputs, scores, out, "--batch-size", 4, "--concurrency", number)
-        assert done.returncode == 0, done.stderr
-        mine, theirs = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (out, shards))
-        assert mine.pop("config.yaml") != theirs.pop("config.yaml")  # it names --out and --concurrency
-        assert mine == theirs
+    """``shards`` are made by one."""
+    done = invert(inputs, scores, tmp_path / "out", "--batch-size", 4, "--concurrency", 2)
+    assert done.returncode == 0, done.stderr
+    mine, theirs = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "out", shards)
+    )
+    assert mine.pop("config.yaml") != theirs.pop("config.yaml")  # it names --out and --concurrency
+    assert mine == theirs
 
 
 def test_other_batches_and_another_order_give_the_same_but_for_rounding(inputs, scores, shards, tmp_path):

@@ -16,7 +16,7 @@ from smpo_pipeline.jobs import invert
 from smpo_pipeline.jobs.cluster import Pool, check_device, connected, model_pool
 from smpo_schemas.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 NODE = {"object_store_memory": 100 << 20, "include_dashboard": False}
 UNITS = 16

@@ -30,7 +30,7 @@ def score(inputs: Path, pairs: object, out: object) -> tuple[object, ...]:
 
 def invert(inputs: Path, pairs: object, scores: object, out: object) -> tuple[object, ...]:
     common = ("invert", "--pairs", pairs, "--scores", scores, "--model", inputs / "model", "--out", out)
-    return (*common, "--device", "cpu", "--pairs-per-shard", 2, "--steps", 2, "--batch-size", 4)
+    return (*common, "--device", "cpu", "--pairs-per-shard", 2, "--steps", 2, "--batch-size", 4, "--concurrency", 1)
 
 
 def run(*arguments: object) -> None:

@@ -134,7 +134,7 @@ def test_a_run_goes_on_cut_up_or_not(
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapter_with_live_reference(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
     options = {"max_steps": 3, "beta": 200, "lora_rank": 2, "reference": "live", "gradient_checkpointing": True}
     one = train("one", batch_size=4, **options)
@@ -147,7 +147,7 @@ def test_adapter_with_live_reference(train: Train, shards: Path, model: Path, tm
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_arithmetic_in_bf16_is_that_of_the_reference(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
     options = {"max_steps": 1, "mixed_precision": "bf16", "reference": "recomputed"}
     one = train("one", batch_size=4, **options)
