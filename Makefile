@@ -79,9 +79,10 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (hour
 	$(BIN)/python benchmarks/invert.py
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/invariance.py --demo $(DEMO)
 	$(BIN)/python benchmarks/train.py --shape sd15
 	$(BIN)/python benchmarks/train.py --shape sdxl
-	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin --steps 800
+	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin
 	$(BIN)/python benchmarks/walks.py measure "the world" $(DEMO)/thin/good.json
 	$(BIN)/python benchmarks/walks.py measure "its thin copy" $(DEMO)/thin/thin.json --model $(DEMO)/thin
 	$(BIN)/python benchmarks/walks.py page $(DEMO)/thin/good.json $(DEMO)/thin/thin.json

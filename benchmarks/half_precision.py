@@ -1,34 +1,44 @@
 """What half precision does to scores: writes its section of docs/benchmarks.md.
 
-The embedded world's reward models score its pairs in float32 and by autocast in bf16 and fp16.
+The embedded world's reward models, and small random ones of the other rewards, score its pairs in float32 and by
+autocast in bf16 and fp16.
 
     python benchmarks/half_precision.py [--pairs demo/world/pairs]
 
-A minute on two cores.
+A few minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from page import stamp, write_section
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from tests.tiny_rewards import make_tiny_aesthetic, make_tiny_hpsv2, make_tiny_image_reward
+
 from smpo_pipeline.jobs.chunks import cut_chunks, scores_of
 from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.prepare import read_ranges
 from smpo_pipeline.jobs.score_units import RewardActor
+from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 
-REWARDS = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/rewards"
-NAMES = ("pickscore", "clipscore")
+TOY = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/rewards"
+RANDOM = {"hpsv2": make_tiny_hpsv2, "imagereward": make_tiny_image_reward, "aesthetic": make_tiny_aesthetic}
 
 
-def scores(pairs: Path, name: str, dtype: str) -> np.ndarray:
+def scores(pairs: Path, name: str, model: Path, dtype: str) -> np.ndarray:
     """float64 [P, 2]."""
-    actor = RewardActor(f"{name}={REWARDS / name}", "cpu", dtype, batch_size=32, workers=1, ledger=Counts(), last=False)
+    spec = f"{name}={model}"
+    fingerprint = load_reward(spec, "cpu").fingerprint
+    actor = RewardActor(spec, fingerprint, "cpu", dtype, batch_size=32, ledger=Counts(), last=False)
     files = list_pair_files([pairs])
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
     found = []
@@ -38,22 +48,26 @@ def scores(pairs: Path, name: str, dtype: str) -> np.ndarray:
     return np.concatenate(found)
 
 
-def lines(pairs: Path) -> Iterator[str]:
+def lines(pairs: Path, folder: Path) -> Iterator[str]:
     """The section's text."""
-    yield "The embedded world's reward models on its pairs; half precision by `--dtype`, on CPU: a GPU rounds"
-    yield "alike but sums in another order, and there was none to measure it. `apart` is the difference from float32 in"
-    yield "standard deviations of the reward's scores; `turned` the share of pairs whose order turns."
+    yield "Reward models on the embedded world's pairs: its own two (trained), and small random ones (two layers)"
+    yield "of the other rewards. Half precision by `--dtype`, on CPU: a GPU rounds alike but sums in another order, and"
+    yield "there was none to measure it. `apart` is the difference from float32 in standard deviations of the reward's"
+    yield "scores; `turned` the share of pairs whose order turns."
     yield ""
-    yield "| reward | --dtype | pairs | apart, median | apart, largest | turned |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for name in NAMES:
-        exact = scores(pairs, name, "fp32")
+    yield "| reward | model | --dtype | pairs | apart, median | apart, largest | turned |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    models = {name: ("trained", TOY / name) for name in ("pickscore", "clipscore")}
+    models |= {name: ("random", make(folder / name)) for name, make in RANDOM.items()}
+    for name, (kind, model) in models.items():
+        exact = scores(pairs, name, model, "fp32")
         order = np.sign(exact[:, 0] - exact[:, 1])
         for dtype in ("bf16", "fp16"):
-            rounded = scores(pairs, name, dtype)
+            rounded = scores(pairs, name, model, dtype)
             apart = np.abs(rounded - exact) / exact.std()
             turned = 100 * np.mean(np.sign(rounded[:, 0] - rounded[:, 1]) != order)
-            yield f"| {name} | {dtype} | {len(exact)} | {np.median(apart):.4f} | {apart.max():.4f} | {turned:.2f} % |"
+            cells = (name, kind, dtype, len(exact), f"{np.median(apart):.4f}", f"{apart.max():.4f}", f"{turned:.2f} %")
+            yield f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
@@ -62,7 +76,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, default=Path("demo/world/pairs"))
     pairs = parser.parse_args().pairs
     text = stamp("python benchmarks/half_precision.py", ("torch", "transformers"))
-    write_section("Scores in half precision", "\n".join([text, "", *lines(pairs)]))
+    with tempfile.TemporaryDirectory() as folder:
+        write_section("Scores in half precision", "\n".join([text, "", *lines(pairs, Path(folder))]))
 
 
 if __name__ == "__main__":

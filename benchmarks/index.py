@@ -88,7 +88,7 @@ def make(path: Path, walks: int) -> None:
     )
     shards = [
         ShardEntry(name=f"shard-{number:06d}.tar", pairs=PER_SHARD, samples=PER_SHARD, states=PER_SHARD * STATES,
-                   bytes=1, sha256="0" * 64)
+                   bytes=PER_SHARD * 170_000, sha256="0" * 64)
         for number in range(walks // PER_SHARD)
     ]  # fmt: skip
     index = IndexEntry(name=INDEX_FILE, bytes=(path / INDEX_FILE).stat().st_size, sha256=sha256_file(path / INDEX_FILE))

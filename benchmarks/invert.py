@@ -36,9 +36,9 @@ from PIL import Image
 
 import smpo_pipeline.jobs.invert as job
 from smpo_pipeline.jobs import invert_unit
-from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
+from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models
 from smpo_pipeline.jobs.ledger import Counts
-from smpo_pipeline.jobs.prepare import prepare_unit, to_bytes
+from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.run import Run
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
@@ -92,7 +92,7 @@ class TimedActor(InvertActor):
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] += seconds
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+    def __call__(self, row: pa.Table) -> pa.Table:
         """Invert and commit one unit."""
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         record = super().__call__(row)
@@ -121,14 +121,16 @@ def run_actor(work: Path, out: Path) -> float:
     for unit, ranges in enumerate(units):
         names = [columns[part.path] for part in ranges]
         table, _ = prepare_unit(ranges, names, unit * PAIRS_A_UNIT, [(SIDE, SIDE)], "invert")
-        prepared.append({"unit": unit, "table": to_bytes(table), "rejects": "[]"})
+        prepared.append(unit_row(unit, table, []))
     invert_unit.ray.get = lambda value: value  # the scores, which Ray would hand over
     scores = pq.read_table(
         work / "scores" / "scores.parquet", columns=["pair_id", "prompt", "pickscore_0", "pickscore_1"]
     )
     run = Run(options.out, MANIFEST_FILE, {})
+    run.open(overwrite=False, patterns=())
+    model = describe_model(options, *load_models(options))
     actor = TimedActor(
-        options, run=run, scores=scores, rows=len(units) * PAIRS_A_UNIT, resolution=SIDE, ledger=Counts()
+        options, model=model, run=run, scores=scores, rows=len(units) * PAIRS_A_UNIT, resolution=SIDE, ledger=Counts()
     )
     for row in prepared:
         actor(row)

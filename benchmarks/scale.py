@@ -1,9 +1,11 @@
 """How the jobs grow: with workers, and with the size of the input. Writes three sections of docs/benchmarks.md.
 
-- Workers: `invert` with a stand-in for the model that takes a fixed time for a batch, by 1, 2, 4 and 8 actors of one
-  local Ray: pairs a second from the end of the first unit of each actor on. Everything else is the job as it is.
+- Workers: `invert` with a stand-in for the model that takes a fixed time for a batch, by 1, 2, 4 and 8 actors of a
+  simulated cluster with a worker node for each: pairs a second from the end of the first unit of each actor on.
+  Everything else is the job as it is. What Ray costs over a bare loop is in benchmarks/invert.py (actor and job).
 - Memory: peak memory of the driver, of all workers and of Ray's object store while `score` goes through 2,000, 20,000
-  and 200,000 pairs of small images, with a stand-in for the reward that costs nothing.
+  and 200,000 pairs of small images, and `invert` through 2,000 and 20,000, with stand-ins for the models that cost
+  nothing.
 - A hundred million pairs: what such a run holds, reckoned.
 
     python benchmarks/scale.py [--pairs 2000 20000 200000]
@@ -23,7 +25,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ import pyarrow as pa
 import torch
 from invert import make_inputs
 from page import stamp, write_section
+from ray.cluster_utils import Cluster
 from score import make_pairs
 
 import smpo_pipeline.jobs.invert as invert_job
@@ -40,8 +44,9 @@ import smpo_pipeline.jobs.score as score_job
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair, draw_walk
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.chunks import values_of, with_scores, without_images
+from smpo_pipeline.jobs.chunks import with_scores, without_images
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.run import SCORE_ROWS, UnitRecord
 from smpo_pipeline.jobs.score_units import RewardActor
 from smpo_pipeline.planning.size import pairs_that_fit
@@ -53,10 +58,12 @@ from smpo_schemas.shards import Sample
 
 WORKERS = (1, 2, 4, 8)
 SECONDS = 1.0
-"""That a unit of PAIRS_A_UNIT pairs takes."""
+"""That a unit of PAIRS_A_UNIT pairs takes, where workers are measured."""
+
+NODE = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
 
 PAIRS_A_UNIT, UNITS_A_WORKER = 16, 6
-FILE_PAIRS = 2000
+FILE_PAIRS, MOST_INVERTED = 2000, 20_000
 MANY, FILES, GIGABYTE = 100_000_000, 10_000, 10**9
 
 
@@ -66,12 +73,13 @@ MANY, FILES, GIGABYTE = 100_000_000, 10_000, 10**9
 class StandIn:
     """In place of the inverter: sleeps, and gives samples of the right shapes."""
 
-    def __init__(self, actor: InvertActor) -> None:
+    def __init__(self, actor: InvertActor, seconds: float) -> None:
+        self._seconds = seconds
         self._family, self._options = actor._family, actor._options  # noqa: SLF001  (stands in its place)
 
     def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | str], HealthSums]:
         """A batch."""
-        time.sleep(SECONDS * len(requests) / PAIRS_A_UNIT)
+        time.sleep(self._seconds * len(requests) / PAIRS_A_UNIT)
         return [self._sample(pair, number) for pair, number in requests], HealthSums()
 
     def _sample(self, pair: PreparedPair, number: int) -> Sample:
@@ -93,15 +101,23 @@ class FixedTimeActor(InvertActor):
 
     def __init__(self, options: InvertOptions, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(options, **kwargs)
-        self._inverter = StandIn(self)
+        self._inverter = StandIn(self, SECONDS)
         self._notes = options.out.parent / "units.jsonl"
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+    def __call__(self, row: pa.Table) -> pa.Table:
         """Commit one unit."""
         record = super().__call__(row)
         with self._notes.open("a") as file:
             print(json.dumps([os.getpid(), time.time()]), file=file)
         return record
+
+
+class FreeInvertActor(InvertActor):
+    """The actor with a stand-in that takes no time."""
+
+    def __init__(self, options: InvertOptions, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(options, **kwargs)
+        self._inverter = StandIn(self, 0.0)
 
 
 class FreeActor(RewardActor):
@@ -112,37 +128,30 @@ class FreeActor(RewardActor):
         return without_images(with_scores(chunk, {self._reward.name: np.zeros(len(values_of(chunk, "height")))}, {}))
 
 
+def invert_options(work: Path, out: Path, pairs: Sequence[Path], limit: int, **more: Any) -> InvertOptions:  # noqa: ANN401
+    """What `invert` is told."""
+    return InvertOptions(
+        pairs=list(pairs), scores=work / "scores", model=str(ASSETS / "model"), out=out / "shards", unet=None,
+        walker=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0, shard_bytes=None,
+        device="cpu", limit=limit, max_reject_rate=0.0, overwrite=False, **more,
+    )  # fmt: skip
+
+
 def run_workers(work: Path, workers: int) -> None:
     """`invert` by this many actors; prints pairs a second."""
     invert_job.InvertActor = FixedTimeActor
     units = workers * UNITS_A_WORKER
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    for _ in range(workers):
+        cluster.add_node(**NODE)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        invert_job.invert(
-            InvertOptions(
-                pairs=[work / "pairs.parquet"],
-                scores=work / "scores",
-                model=str(ASSETS / "model"),
-                out=out / "shards",
-                unet=None,
-                walker=None,
-                vae=None,
-                resolution=None,
-                settings=InversionSettings(),
-                columns={},
-                seed=0,
-                pairs_per_shard=PAIRS_A_UNIT,
-                shard_bytes=None,
-                batch_size=PAIRS_A_UNIT,
-                device="cpu",
-                concurrency=workers,
-                ray_address=None,
-                limit=units * PAIRS_A_UNIT,
-                max_reject_rate=0.0,
-                overwrite=False,
-            )
-        )
+        sizes = {"pairs_per_shard": PAIRS_A_UNIT, "batch_size": PAIRS_A_UNIT}
+        cluster_flags = {"concurrency": workers, "ray_address": cluster.address}
+        limit = units * PAIRS_A_UNIT
+        invert_job.invert(invert_options(work, out, [work / "pairs.parquet"], limit, **sizes, **cluster_flags))
         notes = [json.loads(line) for line in (out / "units.jsonl").read_text().splitlines()]
+    cluster.shutdown()
     began = {}
     for process, end in notes:
         began.setdefault(process, end)
@@ -151,10 +160,23 @@ def run_workers(work: Path, workers: int) -> None:
     print(json.dumps(PAIRS_A_UNIT * len(counted) / (max(counted) - start)))
 
 
-def run_memory(work: Path, pairs: int) -> None:
+def run_invert_memory(work: Path, pairs: int) -> None:
+    """`invert` over this many pairs."""
+    invert_job.InvertActor = FreeInvertActor
+    files = _files(work, "invert", pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"pairs_per_shard": 128, "batch_size": 16, "concurrency": 1, "ray_address": None}
+        invert_job.invert(invert_options(work, Path(folder), files, pairs, **flags))
+
+
+def _files(work: Path, job: str, pairs: int) -> list[Path]:
+    return [work / f"{job}-{number:03d}.parquet" for number in range(max(1, pairs // FILE_PAIRS))]
+
+
+def run_score_memory(work: Path, pairs: int) -> None:
     """`score` over this many pairs."""
     score_job.RewardActor = FreeActor
-    files = [work / f"{number:03d}.parquet" for number in range(max(1, pairs // FILE_PAIRS))]
+    files = _files(work, "score", pairs)
     with tempfile.TemporaryDirectory() as folder:
         score_job.score(
             score_job.ScoreOptions(
@@ -172,6 +194,9 @@ def run_memory(work: Path, pairs: int) -> None:
                 overwrite=False,
             )
         )
+
+
+PROGRAMS = {"workers": run_workers, "score memory": run_score_memory, "invert memory": run_invert_memory}
 
 
 # Measuring
@@ -195,11 +220,11 @@ def rate(work: Path, workers: int) -> float:
     return float(found)
 
 
-def peaks(work: Path, pairs: int) -> dict[str, float]:
+def peaks(work: Path, job: str, pairs: int) -> dict[str, float]:
     """Peak MB of the driver, of the workers together, and of what they share (the object store); and seconds."""
     found = dict.fromkeys(("driver", "workers", "shared"), 0.0)
     began, done = time.perf_counter(), threading.Event()
-    with start("memory", work, pairs) as process:
+    with start(f"{job} memory", work, pairs) as process:
 
         def watch() -> None:
             while not done.wait(0.5):
@@ -212,9 +237,9 @@ def peaks(work: Path, pairs: int) -> dict[str, float]:
         done.set()
         watcher.join()
     if process.returncode:
-        raise SystemExit(f"{pairs} pairs failed")
+        raise SystemExit(f"{job} of {pairs} pairs failed")
     found["seconds"] = time.perf_counter() - began
-    print("memory", pairs, found, flush=True)
+    print(job, "memory", pairs, found, flush=True)
     return found
 
 
@@ -245,7 +270,8 @@ def workers_page(rates: dict[int, float]) -> Iterator[str]:
     yield stamp("python benchmarks/scale.py", ("ray", "pyarrow"))
     yield ""
     yield f"`invert` with a stand-in for the model that sleeps {SECONDS:g} s for a unit of {PAIRS_A_UNIT} pairs, by"
-    yield "several actors of one local Ray on these cores; reading, decoding, drawing, writing and committing are real."
+    yield "several actors of a simulated cluster (a head and a worker node for each actor, all on these cores);"
+    yield "reading, decoding, drawing, writing and committing are real."
     yield f"Pairs a second once every actor has finished its first unit; {UNITS_A_WORKER} units an actor, one run each;"
     yield "wanted: 0.9 of the pace."
     yield ""
@@ -255,19 +281,21 @@ def workers_page(rates: dict[int, float]) -> Iterator[str]:
         yield f"| {workers} | {found:.1f} | {found * SECONDS / PAIRS_A_UNIT / workers:.2f} |"
 
 
-def memory_page(found: dict[int, dict[str, float]]) -> Iterator[str]:
+def memory_page(found: dict[tuple[str, int], dict[str, float]]) -> Iterator[str]:
     """The section's text."""
-    yield stamp(f"python benchmarks/scale.py --pairs {' '.join(map(str, found))}", ("ray", "pyarrow"))
+    pairs = dict.fromkeys(pairs for _, pairs in found)
+    yield stamp(f"python benchmarks/scale.py --pairs {' '.join(map(str, pairs))}", ("ray", "pyarrow"))
     yield ""
-    yield "`score` over pairs of 64 x 64 JPEGs with a reward that costs nothing. Peaks in MB, looked at twice a"
-    yield "second: resident memory of the driver and of all other processes (Ray's own included) without shared pages,"
-    yield "and the largest shared part of a process, which is the object store's."
+    yield "`score` over pairs of 64 x 64 JPEGs and `invert` over pairs of 32 x 32, with stand-ins for the models that"
+    yield "cost nothing. Peaks in MB, looked at twice a second: resident memory of the driver and of all other"
+    yield "processes (Ray's own included) without shared pages, and the largest shared part of a"
+    yield "process, which is the object store's."
     yield ""
-    yield "| pairs | driver | workers and Ray | shared | seconds |"
-    yield "| --- | --- | --- | --- | --- |"
-    for pairs, each in found.items():
+    yield "| job | pairs | driver | workers and Ray | shared | seconds |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for (job, pairs), each in found.items():
         sizes = " | ".join(f"{each[name]:.0f}" for name in ("driver", "workers", "shared", "seconds"))
-        yield f"| {pairs:,} | {sizes} |"
+        yield f"| {job} | {pairs:,} | {sizes} |"
 
 
 def account_page() -> Iterator[str]:
@@ -285,6 +313,7 @@ def account_page() -> Iterator[str]:
     rows |= dict.fromkeys(IMAGE_IDS, "0" * 32) | dict.fromkeys(("a_0", "a_1", "b_0", "b_1"), 0.5)
     table = pa.Table.from_pylist([rows] * 1000, schema=score_schema(["a", "b"]))
     held = table.select(["pair_id", "prompt", "a_0", "a_1", "b_0", "b_1"]).nbytes / 1000
+    as_object = held_bytes(lambda: UnitRecord.model_validate_json(record.model_dump_json()))
     yield stamp("python benchmarks/scale.py", ("torch", "pyarrow"))
     yield ""
     yield f"{MANY:,} pairs in {FILES:,} Parquet files, one walk a pair, every setting at its default but"
@@ -305,6 +334,10 @@ def account_page() -> Iterator[str]:
         f"records of an unfinished run ({size} bytes each), MB",
         (f"{each * size / 1e6:.0f}" for each in shards.values()),
     )
+    yield line(
+        f"records that the driver holds ({as_object:,.0f} bytes each), GB",
+        (f"{each * as_object / 1e9:.1f}" for each in shards.values()),
+    )
     pickled = (len(pickle.dumps(slice_files(files, each))) for each in fitting.values())
     yield line("the list of units that each task is given, MB", (f"{each / 1e6:.1f}" for each in pickled))
     manifest = len(entry.model_dump_json())
@@ -314,26 +347,38 @@ def account_page() -> Iterator[str]:
     yield line(f"units of `score` ({SCORE_ROWS} pairs), each two files while it runs", [f"{units:,}"] * len(shapes))
 
 
+def held_bytes(make: Callable[[], object]) -> float:
+    """Bytes of Python's heap that one of the objects takes, of a thousand."""
+    tracemalloc.start()
+    kept = [make() for _ in range(1000)]
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return size / len(kept)
+
+
 def main() -> None:
     """Run everything, or one program where --measure names it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[2_000, 20_000, 200_000])
-    parser.add_argument("--measure", choices=("workers", "memory"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        {"workers": run_workers, "memory": run_memory}[arguments.measure](arguments.work, arguments.number)
+        PROGRAMS[arguments.measure](arguments.work, arguments.number)
         return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        make_inputs(work, UNITS_A_WORKER * max(WORKERS) * PAIRS_A_UNIT)
+        make_inputs(work, FILE_PAIRS)
         rates = {workers: rate(work, workers) for workers in WORKERS}
         write_section("Workers", "\n".join(workers_page(rates)))
-        first = make_pairs(work / "000.parquet", FILE_PAIRS, 64)
-        for number in range(1, max(arguments.pairs) // FILE_PAIRS):
-            (work / f"{number:03d}.parquet").hardlink_to(first)
-        found = {pairs: peaks(work, pairs) for pairs in arguments.pairs}
+        sources = {"score": make_pairs(work / "64.parquet", FILE_PAIRS, 64), "invert": work / "pairs.parquet"}
+        runs = [("score", pairs) for pairs in arguments.pairs]
+        runs += [("invert", pairs) for pairs in arguments.pairs if pairs <= MOST_INVERTED]
+        for job, source in sources.items():
+            for file in _files(work, job, max(arguments.pairs)):
+                file.hardlink_to(source)
+        found = {(job, pairs): peaks(work, job, pairs) for job, pairs in runs}
         write_section("Memory", "\n".join(memory_page(found)))
         write_section("A hundred million pairs", "\n".join(account_page()))
 

@@ -39,7 +39,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 import smpo_pipeline.jobs.score as job
 from smpo_pipeline.images import decode_image
-from smpo_pipeline.jobs.chunks import values_of, with_scores, without_images
+from smpo_pipeline.jobs.chunks import with_scores, without_images
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.score_units import RewardActor
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.files import write_bytes

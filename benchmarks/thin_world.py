@@ -5,7 +5,7 @@ gives to photographs (smpo_pipeline/toy/autoencoder.py). Here that number is rep
 trained on from the shipped one, on latents sampled from the new posterior, with the base's own captions and losses. The
 encoder's means, the decoder and the text encoder stay as they are.
 
-    python benchmarks/thin_world.py --out DIR [--std 0.05] [--steps 1000]
+    python benchmarks/thin_world.py --out DIR [--std 0.05] [--steps 800]
 
 About four minutes on one CPU core.
 """
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--std", type=float, default=0.05)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

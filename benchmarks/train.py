@@ -4,9 +4,10 @@ On one denoiser of a published model's shape (`--shape`; all widths divided by `
 hold it):
 
 - published: one step as the published scripts do it: VAE encode, text encode, ReNoise inversion with the model in
-  training on their grid, the reference's forward, the policy's forward and backward, AdamW;
+  training on their grid, the reference's forward, the policy's forward and backward, torch's AdamW as it comes;
 - ours: `smpo-train` on shards of the same latent shape;
-- bare: the denoiser's forward and backward and AdamW alone, on ready tensors: what no trainer can be cheaper than;
+- bare: the denoiser's forward and backward and the trainer's own fused AdamW alone, on ready tensors: what no trainer
+  can be cheaper than;
 - invert: our own inversion of images of that size, 9 steps with one ReNoise step, everything included but Ray.
 
 Each is measured in a process of its own, in turns; ratios are taken within a turn.
@@ -104,7 +105,7 @@ def published(model: Path, shape: Shape) -> list[float]:
     inverse = DDIMInverseScheduler.from_config(scheduler.config)
     inverse.set_timesteps(shape.grid)
     family = load_family(str(model))
-    policy, optimizer = _policy(family)
+    policy, optimizer = _policy(family, fused=False)
     pixels = torch.randn(2 * shape.pairs, 3, 8 * SIDE, 8 * SIDE)
 
     def step(t: int) -> None:
@@ -126,9 +127,9 @@ def published(model: Path, shape: Shape) -> list[float]:
 
 
 def bare(model: Path, shape: Shape) -> list[float]:
-    """Seconds of forward, backward and AdamW on ready tensors."""
+    """Seconds of forward, backward and AdamW, as the trainer has it, on ready tensors."""
     family = load_family(str(model))
-    policy, optimizer = _policy(family)
+    policy, optimizer = _policy(family, fused=True)
     x, noise = torch.randn(2, 2 * shape.pairs, 4, SIDE, SIDE)
     seen, reference_error = _condition(family, shape), torch.ones(2 * shape.pairs)
 
@@ -166,11 +167,11 @@ def ours(model: Path, shape: Shape, shards: Path, out: Path) -> tuple[list[float
     return [shape.pairs / record["pairs_per_second"] for record in records], median(waits)
 
 
-def _policy(family: Family) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _policy(family: Family, *, fused: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A trainable copy of the denoiser, in evaluation mode as the others: these models have no dropout."""
     policy = copy.deepcopy(family.denoiser).requires_grad_(True)
     family.denoiser.requires_grad_(False)
-    return policy, torch.optim.AdamW(policy.parameters(), lr=1e-8)
+    return policy, torch.optim.AdamW(policy.parameters(), lr=1e-8, fused=fused)
 
 
 def _condition(family: Family, shape: Shape) -> Conditioning:
@@ -239,6 +240,7 @@ def lines_of(turns: list[dict[str, dict[str, float]]], shape: Shape, divide: int
     yield f"UNet, VAE and text encoders of {shape.name}'s layout with all widths divided by {divide}, latents"
     yield f"4 x {SIDE} x {SIDE}, float32, {shape.pairs} pairs a batch, {len(turns)} turns; medians, and ratios within"
     yield f"a turn (lowest .. highest). The published way inverts on {shape.grid} nodes, those below a uniform t."
+    yield "`published` steps with torch's AdamW as it comes, as those scripts do; `ours` and `bare` with the fused one."
     yield f"`invert` is our walk of {STEPS} steps, its seconds for as many states as a training step takes."
     yield ""
     yield "| program | seconds a step | peak GiB |"

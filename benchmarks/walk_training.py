@@ -35,7 +35,7 @@ from experiment import (
 )
 from page import stamp, write_section
 
-from smpo_pipeline.inversion.advice import health_warnings
+from smpo_pipeline.inversion.advice import believable
 from smpo_schemas.manifest import MANIFEST_FILE, BandHealth, read_manifest
 from smpo_trainer.output import TRAINING_FILE
 
@@ -151,7 +151,7 @@ def cells(variant: Variant, bands: list[BandHealth]) -> str:
         return "forward | 1 by construction | - | "
     ratios = " ".join("-" if band.noise_ratio is None else f"{band.noise_ratio:.2f}" for band in bands)
     residuals = [band.residual for band in bands if band.residual is not None]
-    warns = any("noise ratio" in line for line in health_warnings(bands))
+    warns = not all(believable(band) for band in bands)
     return f"{variant.name} | {ratios} | {max(residuals):.0e} | {'yes' if warns else ''}"
 
 
@@ -240,7 +240,7 @@ def main() -> None:
     chosen = [VARIANTS[label] for label in arguments.labels] or list(VARIANTS.values())
     for world in dict.fromkeys(variant.world for variant in chosen):
         if not (model_of(work, world) / "model_index.json").is_file():
-            parser.error(f"{work}/thin is not there: python benchmarks/thin_world.py --out {work}/thin --steps 800")
+            parser.error(f"{work}/thin is not there: python benchmarks/thin_world.py --out {work}/thin")
     for variant in chosen:
         make(work, variant)
     for world in dict.fromkeys(variant.world for variant in chosen):

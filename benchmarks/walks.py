@@ -28,7 +28,7 @@ from page import stamp
 
 from smpo_models.family import Family
 from smpo_models.loading import load_family
-from smpo_pipeline.inversion.advice import HIGHEST_RATIO, LOWEST_RATIO, health_warnings
+from smpo_pipeline.inversion.advice import HIGHEST_RATIO, LOWEST_RATIO, believable
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.toy.build import load_pipeline
@@ -102,7 +102,7 @@ def worst(bands: Sequence[BandHealth]) -> float:
 
 def warned(bands: Sequence[BandHealth]) -> bool:
     """Whether `invert` warns of the noise ratio (a solver's failures apart)."""
-    return any("noise ratio" in line for line in health_warnings(bands))
+    return not all(believable(band) for band in bands)
 
 
 def row(cell: Cell, bands: Sequence[BandHealth]) -> list[str]:

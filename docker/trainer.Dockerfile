@@ -12,6 +12,8 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1
 
+RUN useradd --create-home --uid 1000 smpo
+
 # What changes rarely comes first: gigabytes of torch stay one layer, however often the code below changes.
 WORKDIR /opt/smpo
 COPY constraints.txt ./
@@ -21,10 +23,10 @@ COPY schemas schemas
 COPY models models
 COPY pipeline pipeline
 COPY trainer trainer
-RUN pip install -c constraints.txt .
+RUN pip install -c constraints.txt '.[s3]'
 
-RUN useradd --create-home --uid 1000 smpo
-USER smpo
+# By number, or `runAsNonRoot` cannot tell that it is not root.
+USER 1000
 WORKDIR /home/smpo
 
 ENTRYPOINT ["smpo-train"]

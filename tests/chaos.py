@@ -1,27 +1,32 @@
 """Stages 1 and 2 on a simulated cluster, with drivers, workers and nodes killed at random moments.
 
-    python -m tests.chaos --runs 50 --seed 0      (make chaos)
+    python -m tests.chaos --runs 50 --seed 0              (make chaos)
+    python -m tests.chaos --runs 10 --seed 0 --store s3
 
 Each run scores and inverts a small slice of the embedded world. Up to five times a stage something is killed with
 SIGKILL: the command itself, which is then given again; a process of a worker; or a whole node, in whose place another
 one comes. Each run must end with directories that are byte for byte those of an undisturbed run, pairs in = out +
 rejected, and no unit begun after it was committed.
+
+With ``--store s3`` pairs, scores and shards are on an S3-speaking server on loopback. While things are killed, it fails
+every ninth request: an answer of 500 or 503, one that comes late, one that breaks off, one that never comes in time.
 """
 
 # ruff: noqa: T201
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -29,19 +34,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 
+from smpo_schemas.files import atomic_path, remove_tree, write_bytes
+from smpo_schemas.store import AnyPath, StorePath
+from tests.object_store import Faults, object_store
+
 ROOT = Path(__file__).parent.parent
 KILLS = 5
 WAIT_SECONDS = 300
+READ_TIMEOUT_SECONDS = 3
+FAULTS_EVERY = 9
 NODE = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
 
 
 class Chaos:
     """A world, what undisturbed commands make of it, and a cluster to disturb."""
 
-    def __init__(self, folder: Path, rows: int, inverted: int) -> None:
-        """``rows`` of the input are scored, ``inverted`` of them inverted."""
+    def __init__(self, folder: Path, rows: int, inverted: int, store: str = "disk") -> None:
+        """``rows`` of the input are scored, ``inverted`` of them inverted; ``store``: disk or s3."""
         self.folder = folder
         self.log = folder / "log"
+        self.data: AnyPath = folder
+        self.whole, self.seconds = folder / f"whole-{store}", folder / f"seconds-{store}"
+        self.faults = Faults(None)
+        self._exits = ExitStack()
+        if store == "s3":
+            os.environ["FSSPEC_S3"] = json.dumps({"config_kwargs": {"read_timeout": READ_TIMEOUT_SECONDS}})
+            self.faults = self._exits.enter_context(object_store(os.environ.__setitem__))
+            self.faults.ways = itertools.cycle(("500", "503", "slow", "cut", "hang"))
+            self.faults.hang = READ_TIMEOUT_SECONDS + 1
+            self.data = StorePath("s3://bucket")
         os.environ |= {
             "CHAOS_LOG": str(self.log),
             "PYTHONPATH": os.pathsep.join([str(ROOT), *(path for path in sys.path if path)]),
@@ -66,12 +87,13 @@ class Chaos:
             row["ranking_id"] = number
             if number % 41 == 7:
                 row["jpg_1"] = row["jpg_1"][: len(row["jpg_1"]) // 2]
-        pq.write_table(pa.Table.from_pylist(rows), self.folder / "pairs.parquet", row_group_size=50)
+        with atomic_path(self.data / "pairs.parquet") as path:
+            pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=50)
 
     def command(self, stage: str) -> list[object]:
         """What a user types."""
-        common = ["--pairs", self.folder / "pairs.parquet", "--device", "cpu", "--ray-address", "auto"]
-        out = self.folder / "out"
+        common = ["--pairs", self.data / "pairs.parquet", "--device", "cpu", "--ray-address", "auto"]
+        out = self.data / "out"
         rewards, model = self.folder / "world" / "rewards", self.folder / "world" / "model"
         if stage == "score":
             return ["score", *common, "--out", out / "scores", "--reward", f"pickscore={rewards / 'pickscore'}"]
@@ -80,17 +102,18 @@ class Chaos:
 
     def undisturbed(self) -> float:
         """Make what every run must end with; returns the seconds that the slower stage took."""
-        noted = self.folder / "seconds"
-        if noted.exists():
-            shutil.rmtree(self.folder / "out", ignore_errors=True)
-            return float(noted.read_text())
+        if self.seconds.exists():
+            remove_tree(self.data / "out")
+            return float(self.seconds.read_text())
         seconds = []
         for stage in ("score", "invert"):
             start = time.monotonic()
             self._check(self._start(*self.command(stage)))
             seconds.append(time.monotonic() - start)
-        (self.folder / "out").rename(self.folder / "whole")
-        noted.write_text(str(max(seconds)))
+        for path, content in _contents(self.data / "out").items():
+            write_bytes(self.whole / path, content)
+        remove_tree(self.data / "out")
+        self.seconds.write_text(str(max(seconds)))
         return max(seconds)
 
     def run(self, seed: int, seconds: float) -> Counter[str]:
@@ -101,6 +124,7 @@ class Chaos:
         """
         dice, killed = random.Random(seed), Counter[str]()
         self.log.write_text("")
+        self.faults.every = FAULTS_EVERY
         for stage in ("score", "invert"):
             process = self._start(*self.command(stage))
             for _ in range(dice.randint(1, KILLS)):
@@ -117,9 +141,10 @@ class Chaos:
                 killed[f"{stage}: command ended with an error"] += 1
                 process = self._start(*self.command(stage))
             self._check(process)
-        self._compare(self.folder / "out")
+        self.faults.every = 0
+        self._compare(self.data / "out")
         self._nothing_twice()
-        shutil.rmtree(self.folder / "out")
+        remove_tree(self.data / "out")
         return killed
 
     def _kill(self, dice: random.Random, driver: subprocess.Popen[bytes]) -> str:
@@ -171,12 +196,11 @@ class Chaos:
         said = (self.folder / "output").read_text(errors="replace")[-3000:]
         assert status == 0, f"{process.args}: {status}; {said}"
 
-    def _compare(self, out: Path) -> None:
-        for name in ("scores", "shards"):
-            mine, whole = _contents(out / name), _contents(self.folder / "whole" / name)
-            assert mine.keys() == whole.keys(), sorted(mine.keys() ^ whole.keys())
-            for path, content in mine.items():
-                assert content == whole[path], f"{name}/{path}"
+    def _compare(self, out: AnyPath) -> None:
+        mine, whole = _contents(out), _contents(self.whole)
+        assert mine.keys() == whole.keys(), sorted(mine.keys() ^ whole.keys())
+        for path, content in mine.items():
+            assert content == whole[path], path
         info = json.loads((out / "scores" / "scores.json").read_text())
         totals = json.loads((out / "shards" / "manifest.json").read_text())["totals"]
         assert info["scored"] + info["rejected"] == self.rows
@@ -196,10 +220,12 @@ class Chaos:
         """End what is running, and the cluster."""
         self._driver.kill()
         self.cluster.shutdown()
+        self._exits.close()
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def _contents(folder: AnyPath) -> dict[str, bytes]:
+    start = len(f"{folder}/")
+    return {str(path)[start:]: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def main() -> None:
@@ -210,11 +236,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512, help="pairs that are scored")
     parser.add_argument("--inverted", type=int, default=48, help="pairs that are inverted")
     parser.add_argument("--folder", type=Path, help="kept, and used again, with the world and the undisturbed results")
+    parser.add_argument("--store", choices=("disk", "s3"), default="disk", help="where pairs and outputs lie")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
-        chaos = Chaos(folder, given.rows, given.inverted)
+        chaos = Chaos(folder, given.rows, given.inverted, given.store)
         try:
             seconds = chaos.undisturbed()
             print(f"undisturbed: {seconds:.0f} s for the slower stage", flush=True)
@@ -224,7 +251,7 @@ def main() -> None:
                 killed = chaos.run(seed, seconds)
                 total += killed
                 print(f"run {seed}: as undisturbed, {time.monotonic() - start:.0f} s, {dict(killed)}", flush=True)
-            print(f"{given.runs} runs; killed: {dict(total)}")
+            print(f"{given.runs} runs; killed: {dict(total)}; failed requests: {dict(chaos.faults.injected)}")
         finally:
             chaos.close()
 

@@ -17,6 +17,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 _ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected</Message></Error>"
 _STATUSES = {"500": ("500 Internal Server Error", b"InternalError"), "503": ("503 Slow Down", b"SlowDown")}
+_CONDITION = b"<Condition>If-None-Match</Condition>"
 
 
 class Quiet(WSGIRequestHandler):
@@ -29,14 +30,25 @@ class Quiet(WSGIRequestHandler):
 class Faults:
     """A WSGI application in front of another one; fails every ``every``-th request, in turn in each of its ways.
 
-    The ways: an answer of 500, of 503, one that comes late, and one whose body breaks off.
+    The ways: an answer of 500, of 503, one that comes late, one whose body breaks off, and one that comes so late
+    (``hang`` seconds) that a client whose read timeout is shorter has gone.
+
+    Attributes:
+        every: which request fails; 0: none.
+        ways: in which way each does.
+        amazon: whether a failed precondition is named as Amazon's answer names it, and as other stores' do not.
+        injected: how often each way was taken.
+        requests: how many there were.
     """
 
     def __init__(self, inner: Callable[..., Iterable[bytes]]) -> None:
         self.every = 0
+        self.ways: Iterator[str] = itertools.cycle(("500", "503", "slow", "cut"))
+        self.hang = 3.0
+        self.amazon = True
         self.injected: Counter[str] = Counter()
         self.requests = 0
-        self._inner, self._ways, self._lock = inner, itertools.cycle(("500", "503", "slow", "cut")), threading.Lock()
+        self._inner, self._lock = inner, threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         way = self._next()
@@ -49,6 +61,12 @@ class Faults:
         if way == "slow":
             time.sleep(0.3)
         body = self._inner(environ, start)
+        if way == "hang":
+            # What was asked for is done; nobody waits for the answer any more.
+            body = [b"".join(body)]
+            time.sleep(self.hang)
+        if not self.amazon:
+            body = [b"".join(body).replace(_CONDITION, b" " * len(_CONDITION))]
         return self._cut(body) if way == "cut" else body
 
     def _next(self) -> str | None:
@@ -56,7 +74,7 @@ class Faults:
             self.requests += 1
             if not self.every or self.requests % self.every:
                 return None
-            way = next(self._ways)
+            way = next(self.ways)
             self.injected[way] += 1
             return way
 

@@ -22,10 +22,10 @@ def _marked(mark: str) -> bytes:
     return encode(picture(), "PNG", pnginfo=note)
 
 
-CRASHES, HANGS = _marked("crash"), _marked("hang")
+CRASHES, HANGS, OOM_KILLED, FILLS_MEMORY = map(_marked, ("crash", "hang", "killed", "memory"))
 
 _SITE = """
-import ctypes
+import ctypes, os, signal
 from PIL.PngImagePlugin import PngImageFile
 
 load = PngImageFile.load
@@ -36,6 +36,10 @@ def poisoned(self):
         ctypes.string_at(0)
     if mark == "hang":
         ctypes.PyDLL(None).pause()
+    if mark == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mark == "memory" or os.path.exists(os.environ.get("MEMORY_IS_SHORT", "")):
+        raise MemoryError
     return load(self)
 
 PngImageFile.load = poisoned
@@ -43,7 +47,7 @@ PngImageFile.load = poisoned
 
 
 def write_poisoned_decoder(folder: Path) -> Path:
-    """To be put on PYTHONPATH: the decoder of marked files really crashes, or waits for ever holding Python's lock."""
+    """To be put on PYTHONPATH: on marked files the decoder really crashes, hangs, is killed, or lacks memory."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SITE)
     return folder

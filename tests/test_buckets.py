@@ -64,17 +64,24 @@ def test_pairs_of_too_different_shapes_are_rejected_only_where_there_is_a_choice
     assert choose_size(images, [(32, 32)]) == (32, 32)
 
 
-@pytest.mark.parametrize("shapes", [((60, 40), (90, 64)), ((33, 64), (48, 64)), ((30, 31), (7, 7))])
-def test_images_cover_their_size_and_lose_the_rest_evenly(shapes):
+@pytest.mark.parametrize(
+    ("shapes", "size", "wholes", "corners"),
+    [
+        # By hand: one side fits, the other (26.7 and 28.4; 46.5 and 30; 33.07 and 35) is cut to whole pixels; of what
+        # is too much, half goes at the top or left, 0.5 rounded to 0 and 1.5 to 2.
+        (((60, 40), (90, 64)), (24, 40), ((40, 26), (40, 28)), ((1, 0), (2, 0))),
+        (((33, 64), (48, 64)), (40, 24), ((24, 46), (30, 40)), ((3, 0), (0, 3))),
+        (((30, 31), (32, 35)), (32, 32), ((32, 33), (32, 35)), ((0, 0), (2, 0))),
+    ],
+)
+def test_images_cover_their_size_and_lose_the_rest_evenly(shapes, size, wholes, corners):
     images = [picture(width, height, seed) for seed, (width, height) in enumerate(shapes)]
     sizes = bucket_sizes(32, 8)
-    height, width = choose_size(images, sizes)
+    assert choose_size(images, sizes) == size
+    height, width = size
     pixels, crops = resize_pair(images, sizes)
-    for image, found, (top, left) in zip(images, pixels, crops, strict=True):
-        scale = max(height / image.height, width / image.width)
-        whole = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        assert whole[0] == width or whole[1] == height
-        assert (top, left) == ((whole[1] - height) // 2, (whole[0] - width) // 2)
+    assert tuple(crops) == corners
+    for image, whole, found, (top, left) in zip(images, wholes, pixels, crops, strict=True):
         wanted = np.asarray(image.resize(whole, Image.Resampling.BILINEAR))[top : top + height, left : left + width]
         np.testing.assert_array_equal(found, wanted)
 

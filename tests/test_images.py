@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from smpo_pipeline import images
 from smpo_pipeline.images import ImageRejectedError, decode_image, resize_and_crop
@@ -52,6 +53,12 @@ def test_composition_by_rows_equals_that_of_the_whole(mode):
     np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(expected))
 
 
+def test_a_machine_without_memory_is_no_fault_of_the_file(monkeypatch):
+    monkeypatch.setattr(Image, "open", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        decode_image(encode(picture()))
+
+
 def test_what_cannot_be_read_has_a_reason(monkeypatch):
     whole = encode(picture(200, 200))
     for data in (whole[: len(whole) // 2], b"nonsense", b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\0" * 50):
@@ -62,16 +69,28 @@ def test_what_cannot_be_read_has_a_reason(monkeypatch):
         decode_image(whole)
 
 
-@pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 60), (60, 100), (33, 1000), (1, 1), (31, 32)])
-def test_shorter_side_to_the_resolution_then_centre_crop(width, height):
-    image = picture(width, height)
-    crop, (top, left) = resize_and_crop(image, (32, 32))
-    assert crop.shape == (32, 32, 3)
-    assert crop.dtype == np.uint8
-    scale = 32 / min(width, height)
-    resized = image.resize((max(32, round(width * scale)), max(32, round(height * scale))), Image.Resampling.BILINEAR)
-    assert (top, left) == ((resized.height - 32) // 2, (resized.width - 32) // 2)
-    np.testing.assert_array_equal(crop, np.asarray(resized)[top : top + 32, left : left + 32])
+@pytest.mark.parametrize("side", [32, 37])
+def test_crops_are_those_of_the_published_preprocessing(side):
+    """Torchvision's, on PIL images: pixel for pixel, at the place where it crops."""
+    resize, crop = Resize(side, InterpolationMode.BILINEAR), CenterCrop(side)
+    sizes = np.random.default_rng(side).integers(1, 160, (300, 2)).tolist()
+    for width, height in [*sizes, (64, 64), (side, side + 1), (side + 3, side), (1, 1), (33, 1000), (1024, 683)]:
+        image = picture(width, height)
+        resized = resize(image)
+        number = np.arange(resized.height * resized.width, dtype=np.int32).reshape(resized.height, resized.width)
+        found, corner = resize_and_crop(image, (side, side))
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, np.asarray(crop(resized)), err_msg=f"{width} x {height}")
+        assert corner == divmod(crop(Image.fromarray(number)).getpixel((0, 0)), resized.width)
+
+
+def test_a_photo_at_512():
+    """1024 x 683 pixels become 767.57 x 512: torchvision says 767, whose crop begins at 127.5, so at 128."""
+    image = picture(1024, 683)
+    found, corner = resize_and_crop(image, (512, 512))
+    assert corner == (0, 128)
+    whole = np.asarray(image.resize((767, 512), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(found, whole[:, 128 : 128 + 512])
 
 
 def test_a_line_of_pixels_is_rejected():

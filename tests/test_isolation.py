@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from smpo_pipeline.isolation import make
+from smpo_pipeline.isolation import is_out_of_memory, make
 
 
 def maker(bad=(), calls=None, largest=99):
@@ -63,3 +64,44 @@ def test_what_fails_only_together_is_made_in_halves():
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(KeyError):
         make(lambda items: {}[items[0]], [1, 2], "cpu")
+
+
+def test_halves_that_were_made_are_not_made_again():
+    calls = []
+    outcome = make(maker(largest=4, calls=calls), range(16), "cpu")
+    made = {item: value for items, values in outcome.made for item, value in zip(items, values, strict=True)}
+    assert made == {item: item * 10 for item in range(16)}
+    assert sorted(map(len, calls)) == [4, 4, 4, 4, 8, 8, 8, 8, 16, 16]  # what fails is tried twice
+    assert outcome.fits == 4
+
+
+def test_only_full_memory_says_what_fits():
+    def run(items):
+        if len(items) > 2:
+            raise RuntimeError("integer out of range")
+        return list(items)
+
+    assert make(run, range(4), "cpu").fits is None
+    assert make(maker(), range(4), "cpu").fits is None
+    # 6 fails alone; of the other seven, three are made at once, and two and two.
+    assert make(maker(bad={6}, largest=3), range(8), "cpu").fits == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            True,
+        ),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+    ],
+)
+def test_what_full_memory_looks_like(error, full):
+    assert is_out_of_memory(error) is full

@@ -40,13 +40,13 @@ _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _MERGES = (("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("a", "n"), ("an", "d</w>"))
 
 
-def make_tiny_model(path: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+def make_tiny_model(path: Path, prediction_type: str = "epsilon", seed: int = 0, text_width: int = _TEXT_WIDTH) -> Path:
     """Write the model folder; the same seed gives the same weights. Returns ``path``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        unet = make_tiny_unet()
+        unet = make_tiny_unet(cross_attention_dim=text_width)
         tokenizer = _make_tokenizer()
-        text_encoder = CLIPTextModel(_text_config(tokenizer))
+        text_encoder = CLIPTextModel(_text_config(tokenizer, hidden_size=text_width))
         vae = make_tiny_vae()
     scheduler = DDIMScheduler(
         **_LEVELS,
@@ -98,9 +98,9 @@ def make_tiny_xl(path: Path, prediction_type: str = "epsilon", seed: int = 0) ->
 
 
 def _text_config(tokenizer: CLIPTokenizer, **more) -> CLIPTextConfig:
+    sizes = {"hidden_size": _TEXT_WIDTH, **more}
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=_TEXT_WIDTH,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -109,17 +109,17 @@ def _text_config(tokenizer: CLIPTokenizer, **more) -> CLIPTextConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **more,
+        **sizes,
     )
 
 
-def make_tiny_vae(**more) -> AutoencoderKL:
-    """A random autoencoder, from torch's global generator."""
+def make_tiny_vae(blocks: int = 3, **more) -> AutoencoderKL:
+    """A random autoencoder, from torch's global generator; each block but one halves the sides."""
     config = {"latent_channels": LATENT_SHAPE[0], "norm_num_groups": 4, **more}
     return AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16)[:blocks],
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
         sample_size=IMAGE_SIDE,
         **config,

@@ -53,6 +53,10 @@ class Family(ABC):
     vae: nn.Module | None
 
     @abstractmethod
+    def to(self, device: torch.device | str) -> None:
+        """Carry all parts to another device."""
+
+    @abstractmethod
     def resolution(self) -> int:
         """The side, in pixels, of the square images that the denoiser was made for."""
 

@@ -21,6 +21,10 @@ from smpo_models.loading import denoiser_folder, load_part, load_weights
 from smpo_models.process import VariancePreserving
 from smpo_schemas.errors import UserError
 
+ENCODED_PIXELS = 1 << 21
+"""Pixels that the VAE encodes at once, two images of 1024 or eight of 512. Its first layers keep three float32 maps of
+128 channels, 1.5 kB a pixel: all images of a batch at once would need more memory than the denoiser does."""
+
 
 class UNetFamily(Family):
     """See :class:`smpo_models.family.Family`; a subclass says how prompts, sizes and crops become conditioning.
@@ -51,7 +55,7 @@ class UNetFamily(Family):
         config = load_part(UNet2DConditionModel.load_config, model, self._what, subfolder="unet")
         self.kind = self._kind(config)
         vae_config = self._vae_config(vae, config)
-        self.latent_factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        self.latent_factor = _factor(vae_config)
         self._channels = config["in_channels"]
         self._resolution = config["sample_size"] * self.latent_factor
         self._multiple = self.latent_factor * 2 ** (len(config["block_out_channels"]) - 1)
@@ -94,6 +98,11 @@ class UNetFamily(Family):
         own = found
         with suppress(UserError):  # a model that comes without a VAE
             own = load_part(AutoencoderKL.load_config, self._model, self._what, subfolder="vae")
+        if _factor(found) != _factor(own):
+            raise UserError(
+                f"--vae {vae} makes one latent of {_factor(found)} pixels a side, the VAE of {self._what} of "
+                f"{_factor(own)}; name one that was made for this model"
+            )
         for name in ("scaling_factor", "shift_factor"):
             if _setting(found, name) != _setting(own, name):
                 raise UserError(
@@ -174,9 +183,11 @@ class UNetFamily(Family):
     def posterior(self, pixels_B3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the base class."""
         vae = self._require_vae()
-        posterior = vae.encode(pixels_B3HW.to(self._device)).latent_dist
+        images = max(1, ENCODED_PIXELS // pixels_B3HW[0, 0].numel())
+        parts = [vae.encode(part.to(self._device)).latent_dist for part in pixels_B3HW.split(images)]
+        mean, std = (torch.cat(each) for each in zip(*((part.mean, part.std) for part in parts), strict=True))
         shift, scale = vae.config.get("shift_factor") or 0.0, vae.config["scaling_factor"]
-        return (posterior.mean - shift) * scale, posterior.std * scale
+        return (mean - shift) * scale, std * scale
 
     @torch.no_grad()
     def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
@@ -185,10 +196,22 @@ class UNetFamily(Family):
         shift, scale = vae.config.get("shift_factor") or 0.0, vae.config["scaling_factor"]
         return vae.decode(latents_BChw.to(self._device) / scale + shift).sample.clamp(-1, 1)
 
+    def to(self, device: torch.device | str) -> None:
+        """See the base class."""
+        self._device = torch.device(device)
+        for module in (self.denoiser, self.vae, *self.text_modules):
+            if module is not None:
+                module.to(self._device)
+
     def _require_vae(self) -> AutoencoderKL:
         if self.vae is None:
             raise RuntimeError("this model was loaded without its VAE")
         return self.vae
+
+
+def _factor(vae_config: dict[str, Any]) -> int:
+    """Pixels a latent position, along one side."""
+    return 2 ** (len(_setting(vae_config, "block_out_channels")) - 1)
 
 
 def _setting(vae_config: dict[str, Any], name: str) -> Any:  # noqa: ANN401

@@ -1,7 +1,8 @@
 """Encoded image files in, upright RGB images and model-sized pixels out.
 
-The published preprocessing (Diffusion-DPO's and SmPO's training code): shorter side to the resolution with a bilinear
-filter, centre crop, [-1, 1]. PIL's bilinear filter widens with the reduction, so it antialiases.
+The published preprocessing (Diffusion-DPO's and SmPO's training code): torchvision's ``Resize`` of the shorter side to
+the resolution, bilinear, and ``CenterCrop``, then [-1, 1]. PIL's bilinear filter widens with the reduction, so it
+antialiases.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def decode_image(data: bytes) -> Image.Image:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
-    except ImageRejectedError:
+    except (ImageRejectedError, MemoryError):  # the machine's memory may have run out: no fault of the file's
         raise
     except UnidentifiedImageError as error:  # its own message names an address in memory
         raise ImageRejectedError(f"image not readable: none of {', '.join(_FORMATS)}") from error
@@ -150,10 +151,11 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarr
         uint8 [height, width, 3], and the crop's (top, left) in pixels of the resized image.
     """
     height, width = size
-    scale = max(height / image.height, width / image.width)
-    resized = image.resize(
-        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BILINEAR
-    )
-    top, left = (resized.height - height) // 2, (resized.width - width) // 2
-    crop = resized.crop((left, top, left + width, top + height))
+    # For a square, sizes and corner are torchvision's: the longer side cut to whole pixels, halves rounded to even.
+    if height * image.width >= width * image.height:
+        whole = (height * image.width // image.height, height)
+    else:
+        whole = (width, width * image.height // image.width)
+    left, top = (round((there - wanted) / 2) for there, wanted in zip(whole, (width, height), strict=True))
+    crop = image.resize(whole, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
     return np.asarray(crop), (top, left)

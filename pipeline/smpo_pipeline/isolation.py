@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -18,6 +19,17 @@ would fail with every item."""
 
 _TRIES = 2
 
+_MEMORY = re.compile("out of memory|MemoryError|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a device's or the machine's: CUDA's libraries say so in plain RuntimeErrors."""
+    return bool(_MEMORY.search(_in_words(error)))
+
+
+def _in_words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
 
 @dataclass(frozen=True)
 class Outcome(Generic[Made]):
@@ -26,10 +38,12 @@ class Outcome(Generic[Made]):
     Attributes:
         made: what was made, with the positions in the batch that it is of; together with ``failed``, all of them.
         failed: the others, with reasons.
+        fits: the most items that were made at once, where memory ran out with more; else None.
     """
 
     made: list[tuple[list[int], Made]]
     failed: dict[int, str]
+    fits: int | None = None
 
 
 def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str) -> Outcome[Made]:
@@ -50,33 +64,37 @@ def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: s
         return Outcome([(list(range(len(items))), made)], {})
     if len(items) == 1:
         return Outcome([], {0: f"fails alone: {made}"})
-    failed = _failing_alone(run, items, device)
+    parts, failed = _bisect(run, items, device)
+    if not failed:
+        fits = max(len(positions) for positions, _ in parts) if _MEMORY.search(made) else None
+        return Outcome(parts, {}, fits)
     rest = [position for position in range(len(items)) if position not in failed]
-    groups = [rest] if failed else [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
-    outcome: Outcome[Made] = Outcome([], failed)
-    for group in groups:
-        if group:
-            part = make(run, [items[position] for position in group], device)
-            outcome.made.extend(([group[index] for index in indices], each) for indices, each in part.made)
-            outcome.failed.update({group[index]: reason for index, reason in part.failed.items()})
-    return outcome
+    if not rest:
+        return Outcome([], failed)
+    of_rest = make(run, [items[position] for position in rest], device)
+    parts = [([rest[index] for index in indices], each) for indices, each in of_rest.made]
+    return Outcome(parts, failed | {rest[index]: why for index, why in of_rest.failed.items()}, of_rest.fits)
 
 
-def _failing_alone(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str) -> dict[int, str]:
-    """Positions and reasons of the items that fail on their own; halves that pass are not looked into."""
-    found: dict[int, str] = {}
+def _bisect(
+    run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str
+) -> tuple[list[tuple[list[int], Made]], dict[int, str]]:
+    """Halves, and halves of what fails: what was made of which positions, and reasons of those that fail alone."""
+    parts: list[tuple[list[int], Made]] = []
+    failed: dict[int, str] = {}
     left = [list(range(len(items)))]
     while left:
         positions = left.pop()
         middle = len(positions) // 2
         for half in filter(None, (positions[:middle], positions[middle:])):
             made = _try(run, [items[position] for position in half], device)
-            if isinstance(made, str):
-                if len(half) == 1:
-                    found[half[0]] = f"fails alone: {made}"
-                else:
-                    left.append(half)
-    return found
+            if not isinstance(made, str):
+                parts.append((half, made))
+            elif len(half) == 1:
+                failed[half[0]] = f"fails alone: {made}"
+            else:
+                left.append(half)
+    return parts, failed
 
 
 def _try(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str) -> Made | str:
@@ -86,7 +104,7 @@ def _try(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: s
         try:
             return run(items)
         except FAILURES as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            said = _in_words(error)
         _leave_broken_gpu(device)
     return said
 

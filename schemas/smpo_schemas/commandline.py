@@ -46,14 +46,23 @@ ConfigOption = Annotated[
 ]
 
 
-def write_resolved_config(context: typer.Context, directory: AnyPath) -> None:
-    """Write every setting of this run, defaults included, as a config file that repeats it."""
+def write_resolved_config(context: typer.Context, directory: AnyPath, result: AnyPath | None = None) -> None:
+    """Write every setting of this run, defaults included, as a config file that repeats it.
+
+    Args:
+        context: of the command.
+        directory: where to.
+        result: the file that the run wrote last; where a config is not older than that, this run had nothing to do.
+    """
+    target = directory / CONFIG_FILE
+    if result and target.is_file() and target.stat().st_mtime_ns >= result.stat().st_mtime_ns:
+        return
     # Not --overwrite: repeating a run from its config must not wipe it.
     left_out = ("config", "overwrite")
     values = {
         name: _plain(value) for name, value in context.params.items() if name not in left_out and value is not None
     }
-    write_bytes(directory / CONFIG_FILE, yaml.safe_dump(values, sort_keys=True, allow_unicode=True).encode())
+    write_bytes(target, yaml.safe_dump(values, sort_keys=True, allow_unicode=True).encode())
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (a command line value of any type)
@@ -87,13 +96,20 @@ def expand_repeated(arguments: Sequence[str], repeatable: set[str]) -> list[str]
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line: a user's mistake prints one line and exits with status 2, a Ctrl-C exits with 130."""
+    """Run a command line.
+
+    A user's mistake and a failure of storage print one line and exit with status 2, a Ctrl-C exits with 130.
+    """
     try:
         app(expand_repeated(sys.argv[1:], _multiple_options(app, sys.argv[1:])))
     except UserError as error:
         _fail(str(error))
     except PermissionError as error:
         _fail(f"no permission for {error.filename}: {error.strerror}")
+    except OSError as error:
+        if error.errno is None:  # of a library, which means something else by it
+            raise
+        _fail(f"{error.filename or 'storage'}: {error.strerror}; the same command goes on")
 
 
 def _fail(message: str) -> None:

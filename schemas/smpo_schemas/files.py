@@ -18,7 +18,7 @@ import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError
 
 from smpo_schemas.errors import UserError, describe_problem
-from smpo_schemas.store import AnyPath, StorePath
+from smpo_schemas.store import AnyPath, FileStatus, StorePath
 
 _READ_BYTES = 1 << 20
 _REQUESTS = 16
@@ -32,6 +32,9 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_l
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """How many there are of something, or bytes."""
+
+Statuses = dict[AnyPath, FileStatus | os.stat_result]
+"""Size and time of files."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Item = TypeVar("Item")
@@ -172,6 +175,21 @@ def list_files(directory: AnyPath, pattern: str) -> list[AnyPath]:
     """Files of a folder whose names match, in order; none where there is no folder."""
     found: Iterable[AnyPath] = directory.glob(pattern)
     return sorted(found, key=str)
+
+
+def statuses(directory: AnyPath, pattern: str) -> Statuses:
+    """Size and time of the files of a folder whose names match; on an object store the listing says them."""
+    if isinstance(directory, StorePath):
+        return {**directory.statuses(pattern)}
+    paths = list(directory.glob(pattern))
+    return {path: status for path, status in zip(paths, read_all(_status, paths), strict=True) if status}
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:  # gone since it was listed
+        return None
 
 
 def read_all(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

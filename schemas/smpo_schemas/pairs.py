@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -21,6 +22,10 @@ from smpo_schemas.store import AnyPath
 
 _SUFFIXES = (".parquet", ".jsonl")
 _ROWS_READ = 16
+_BYTES_READ = 1 << 20
+
+_ROWS_APART = 1024
+"""Of a JSONL file it is noted where every so-manieth row begins."""
 
 MAX_TEXT = 100_000
 """Characters of a longer prompt, id or annotator's name are nobody's text: the row is rejected."""
@@ -120,21 +125,29 @@ def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path:
 
 @dataclass(frozen=True)
 class PairFile:
-    """One input file, how many rows and bytes it has, and a digest of what it holds (:func:`_digest`)."""
+    """One input file, how many rows and bytes it has, and a digest of what it holds (:func:`_digest`).
+
+    ``begins`` are the bytes at which its rows 0, 1024, 2048, ... begin, if it is a JSONL file.
+    """
 
     path: AnyPath
     rows: int
     bytes: int
     digest: str
+    begins: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class RowRange:
-    """Rows ``start`` (included) to ``stop`` (excluded) of one input file."""
+    """Rows ``start`` (included) to ``stop`` (excluded) of one input file.
+
+    ``near`` is a row at ``start`` or before it and the byte at which it begins: a JSONL file is read from there on.
+    """
 
     path: AnyPath
     start: int
     stop: int
+    near: tuple[int, int] = (0, 0)
 
 
 def list_pair_files(paths: Sequence[AnyPath]) -> list[PairFile]:
@@ -187,7 +200,11 @@ def _describe(path: AnyPath) -> PairFile:
             return PairFile(path, footer.num_rows, size, _digest(path))
     try:
         with path.open("rb") as file:
-            return PairFile(path, sum(1 for _ in _lines(file)), path.stat().st_size, _digest(path))
+            begins, rows = [], 0
+            for rows, (begin, _) in enumerate(_lines(file), start=1):
+                if rows % _ROWS_APART == 1:
+                    begins.append(begin)
+            return PairFile(path, rows, path.stat().st_size, _digest(path), begins)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -213,7 +230,7 @@ def column_names(path: AnyPath) -> list[str]:
     if path.suffix == ".parquet":
         with reading_parquet(path):
             return list(pq.read_schema(arrow_source(path)).names)
-    return list(dict.fromkeys(key for row in _jsonl_rows(path, 0, sys.maxsize) for key in row))
+    return list(dict.fromkeys(key for row in _jsonl_rows(RowRange(path, 0, sys.maxsize)) for key in row))
 
 
 def columns_of(files: Sequence[PairFile], given: Mapping[str, str | None]) -> dict[AnyPath, PairColumns]:
@@ -236,7 +253,9 @@ def slice_files(files: Sequence[PairFile], rows_per_slice: int, limit: int | Non
         start = 0
         while start < file.rows and left > 0:
             stop = min(file.rows, start + room, start + left)
-            current.append(RowRange(file.path, start, stop))
+            known = start // _ROWS_APART
+            near = (known * _ROWS_APART, file.begins[known]) if file.begins else (0, 0)
+            current.append(RowRange(file.path, start, stop, near))
             room -= stop - start
             left -= stop - start
             start = stop
@@ -264,10 +283,12 @@ def read_rows(rows: RowRange, columns: PairColumns) -> Iterator[tuple[str, Pair 
 
 def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any] | PairRejectedError]:
     if rows.path.suffix == ".jsonl":
-        yield from _jsonl_rows(rows.path, rows.start, rows.stop)
+        yield from _jsonl_rows(rows)
         return
     names = [name for name in (getattr(columns, field.name) for field in fields(columns)) if name]
-    with reading_parquet(rows.path), pq.ParquetFile(arrow_source(rows.path)) as file:
+    # By default all columns of a row group are fetched before its first row is given, and kept.
+    reading = {"pre_buffer": False, "buffer_size": _BYTES_READ}
+    with reading_parquet(rows.path), pq.ParquetFile(arrow_source(rows.path), **reading) as file:
         first = 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
@@ -280,7 +301,10 @@ def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any
 def _group_rows(
     file: pq.ParquetFile, group: int, names: list[str], start: int, stop: int
 ) -> Iterator[Mapping[str, Any] | PairRejectedError]:
-    """Rows of one row group, a few at a time: a group of images may be larger than a worker's memory."""
+    """Rows of one row group, a few at a time: a group of images may be larger than a worker's memory.
+
+    A page is read whole, and pyarrow writes pages of 1024 rows: of a smaller group, each column is a page.
+    """
     number = 0
     for batch in file.iter_batches(batch_size=_ROWS_READ, row_groups=[group], columns=names):
         for index in range(batch.num_rows):
@@ -303,31 +327,36 @@ def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any] | PairRejectedE
     return row
 
 
-def _jsonl_rows(path: AnyPath, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
+def _jsonl_rows(rows: RowRange) -> Iterator[Mapping[str, Any]]:
     """Rows of a JSONL file; a line that is not a JSON object yields an empty row, which is then rejected."""
-    number = 0
-    with path.open("rb") as file:
-        for line in _lines(file):
-            if number >= stop:
-                return
-            if number >= start:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):  # RecursionError: nested deeper than any row
-                    row = {}
-                yield row if isinstance(row, dict) else {}
-            number += 1
+    first, begin = rows.near
+    with rows.path.open("rb") as file:
+        file.seek(begin)
+        for _, line in islice(_lines(file), rows.start - first, rows.stop - first):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # RecursionError: nested deeper than any row
+                row = {}
+            yield row if isinstance(row, dict) else {}
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines that are not blank; of one above :data:`MAX_LINE_BYTES` nothing but a word that is no JSON."""
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, each with the byte at which it begins (counted from where ``file`` stands).
+
+    Of one above :data:`MAX_LINE_BYTES` nothing is given but a word that is no JSON.
+    """
+    begin = 0
     while line := file.readline(MAX_LINE_BYTES):
+        end = begin + len(line)
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-            while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                pass
             line = b"overlong"
+            while rest := file.readline(MAX_LINE_BYTES):
+                end += len(rest)
+                if rest.endswith(b"\n"):
+                    break
         if line.strip():
-            yield line
+            yield begin, line
+        begin = end
 
 
 def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath) -> Pair:

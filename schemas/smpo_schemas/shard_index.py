@@ -5,8 +5,7 @@ Everything in it can be made again from the tars; a directory without it is inde
 
 from __future__ import annotations
 
-import json
-import struct
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -15,13 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
-from smpo_schemas.errors import UserError, describe_problem
+from smpo_schemas.errors import UserError
 from smpo_schemas.files import arrow_source, atomic_path, read_all, reading_parquet, sha256_file
-from smpo_schemas.manifest import IndexEntry
+from smpo_schemas.manifest import IndexEntry, ShardEntry
 from smpo_schemas.shards import IndexedWalk, SampleLocation, SampleMeta, ShardDirectory
 from smpo_schemas.store import AnyPath
+from smpo_schemas.stored_state import read_walk
 
 INDEX_FILE = "index.parquet"
 
@@ -41,6 +40,9 @@ _SCHEMA = pa.schema(
 _ROWS = 4096
 _PARTS = 64
 """Read at once."""
+
+_LONGEST_KEY = 100
+"""Of a tar's names; readers keep keys in arrays as wide as the longest."""
 
 
 def indexed_walks(directory: ShardDirectory) -> Iterator[IndexedWalk]:
@@ -90,7 +92,7 @@ def _from_parts(directory: ShardDirectory, parts: Sequence[AnyPath]) -> Iterator
         if not parts[shard].is_file():
             return list(_scan(directory, shard))
         with reading_parquet(parts[shard]):
-            found = _walks(pq.read_table(arrow_source(parts[shard])), 1)
+            found = _walks(pq.read_table(arrow_source(parts[shard])), directory.manifest.shards[shard : shard + 1])
             return [replace(walk, location=replace(walk.location, shard=shard)) for walk in found]
 
     for start in range(0, len(parts), _PARTS):
@@ -120,31 +122,35 @@ def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedWalk]
         raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced")
     with reading_parquet(path):
         for batch in pq.ParquetFile(arrow_source(path)).iter_batches(_ROWS):
-            yield from _walks(batch, len(directory.manifest.shards))
+            yield from _walks(batch, directory.manifest.shards)
 
 
-def _walks(batch: pa.RecordBatch | pa.Table, num_shards: int) -> Iterator[IndexedWalk]:
+def _walks(batch: pa.RecordBatch | pa.Table, shards: Sequence[ShardEntry]) -> Iterator[IndexedWalk]:
     table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
     table = table.select(_SCHEMA.names).cast(_SCHEMA)
     table.validate(full=True)
     for row in table.to_pylist():
-        yield _walk(row, num_shards)
+        yield _walk(row, shards)
 
 
-def _walk(row: dict[str, Any], num_shards: int) -> IndexedWalk:
+def _walk(row: dict[str, Any], shards: Sequence[ShardEntry]) -> IndexedWalk:
     """A row of the index; its values are checked, since a wrong one would be found in the middle of a training run.
 
     Raises:
         ValueError: a value is missing or cannot be.
     """
     places = [row[name] for name in ("shard", "meta_offset", "meta_bytes", "tensors_offset", "tensors_bytes")]
-    if any(place is None or place < 0 for place in places) or places[0] >= num_shards:
-        raise ValueError(f"a walk lies at {places}; there are {num_shards} shards")
-    if not (row["key"] and row["key"].isascii() and row["key"].isdecimal()) or row["meta"] is None:
-        raise ValueError(f"a walk has the key {row['key']!r}, or no meta")
+    if any(place is None or place < 0 for place in places) or places[0] >= len(shards):
+        raise ValueError(f"a walk lies at {places}; there are {len(shards)} shards")
+    key = row["key"]
+    if not (key and key.isascii() and key.isdecimal() and len(key) <= _LONGEST_KEY) or row["meta"] is None:
+        raise ValueError(f"a walk has the key {key!r}, or no meta")
     shard, meta_offset, meta_bytes, tensors_offset, tensors_bytes = places
-    location = SampleLocation(shard, row["key"], (meta_offset, meta_bytes), (tensors_offset, tensors_bytes))
+    location = SampleLocation(shard, key, (meta_offset, meta_bytes), (tensors_offset, tensors_bytes))
     timesteps, latent = _naturals(row["timesteps"]), _naturals(row["latent"])
+    # A reader takes memory for latents of this shape where a sample turns out to be damaged.
+    if len(latent) != 3 or not 0 < 4 * math.prod(latent) <= shards[shard].bytes:  # noqa: PLR2004  (C, h, w of 2 images)
+        raise ValueError(f"a walk has latents of {latent}, its shard {shards[shard].bytes} bytes")
     return IndexedWalk(location, SampleMeta.model_validate_json(row["meta"]), timesteps, latent)
 
 
@@ -169,21 +175,4 @@ def _scan(directory: ShardDirectory, shard: int) -> Iterator[IndexedWalk]:
     locations = directory.locate(shard)
     with path.open("rb") as file:
         for location in locations:
-            file.seek(location.meta[0])
-            meta = file.read(location.meta[1])
-            file.seek(location.tensors[0])
-            try:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, location.tensors[1])))
-                begin, end = _naturals(header["timestep"]["data_offsets"])
-                if end > location.tensors[1]:
-                    raise ValueError(f"timesteps end at {end}, the member at {location.tensors[1]}")
-                file.seek(begin, 1)
-                timesteps = struct.unpack(f"<{(end - begin) // 8}q", file.read(end - begin))
-                latent = _naturals(header["x0"]["shape"])[1:]
-                yield IndexedWalk(location, SampleMeta.model_validate_json(meta), timesteps, latent)
-            except ValidationError as error:
-                problem = describe_problem(error)
-                raise UserError(f"{path}: sample {location.key}: malformed json member: {problem}") from error
-            except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                raise UserError(f"{path}: sample {location.key}: malformed safetensors member: {error}") from error
+            yield read_walk(file, location, path)

@@ -6,10 +6,12 @@ Shape suffixes: K states, 2 images, C h w a latent.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import BinaryIO, Self
 
@@ -126,9 +128,23 @@ def decode_sample(meta: bytes, tensors: bytes, source: str) -> Sample:
 
 
 def _tensor_problem(sample: Sample) -> str | None:
-    latent = tuple(sample.x0_2Chw.shape)
-    count = sample.timestep_K.numel()
-    stored = sample.x0_2Chw.dtype if sample.x0_2Chw.dtype in STORAGE.values() else torch.float16
+    tensors = sample.tensors()
+    problem = layout_problem({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    if problem:
+        return problem
+    for name, tensor in tensors.items():
+        if name != "residual" and not torch.isfinite(tensor).all():
+            return f"{name} is not finite"
+    if not (sample.timestep_K.diff() > 0).all():
+        return "timesteps do not increase"
+    return None
+
+
+def layout_problem(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str | None:
+    """What is wrong with the types and shapes of a sample's tensors (by their stored names), or None."""
+    x0_dtype, latent = tensors["x0"]
+    count = math.prod(tensors["timestep"][1])
+    stored = x0_dtype if x0_dtype in STORAGE.values() else torch.float16
     expected = {
         "x0": (stored, latent),
         "noise": (stored, (count, *latent)),
@@ -136,16 +152,23 @@ def _tensor_problem(sample: Sample) -> str | None:
         "ref_error": (torch.float32, (count, 2)),
         "residual": (torch.float32, (count, 2)),
     }
-    if len(latent) != 4 or latent[0] != 2 or count == 0:  # noqa: PLR2004  (2 images of C x h x w)
+    if len(latent) != 4 or latent[0] != 2 or 0 in latent or count == 0:  # noqa: PLR2004  (2 images of C x h x w)
         return f"x0 has shape {latent} and there are {count} states; expected [2, C, h, w] and at least one"
-    for name, tensor in sample.tensors().items():
-        dtype, shape = expected[name]
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            return f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"
-        if name != "residual" and not torch.isfinite(tensor).all():
-            return f"{name} is not finite"
-    if not (sample.timestep_K.diff() > 0).all():
+    for name, (dtype, shape) in tensors.items():
+        if (dtype, shape) != expected[name]:
+            return f"{name} is {dtype} {shape}, expected {expected[name][0]} {expected[name][1]}"
+    return None
+
+
+def timestep_problem(timesteps: Sequence[int], num_train_timesteps: int) -> str | None:
+    """What is wrong with the timesteps of a walk, of which there is one at least, or None.
+
+    Other ones than 0 to T - 1, T = ``num_train_timesteps``, would be looked up as some noise level or other.
+    """
+    if any(later <= earlier for earlier, later in pairwise(timesteps)):
         return "timesteps do not increase"
+    if not 0 <= timesteps[0] <= timesteps[-1] < num_train_timesteps:
+        return f"timesteps {timesteps[0]} to {timesteps[-1]} are not within 0 to {num_train_timesteps - 1}"
     return None
 
 
@@ -276,6 +299,19 @@ def _locate(path: AnyPath, entry: ShardEntry, shard: int) -> list[SampleLocation
     return [SampleLocation(shard, key, parts[_META], parts[_TENSORS]) for key, parts in members.items()]
 
 
+def read_at(file: BinaryIO, offset: int, length: int) -> bytes:
+    """The bytes of a member, or of a part of it.
+
+    Raises:
+        OSError: they lie outside the file; they are not asked for, since memory would be taken.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if not (0 <= offset <= size and 0 <= length <= size - offset):
+        raise OSError(f"it has no {length} bytes at {offset}")
+    file.seek(offset)
+    return file.read(length)
+
+
 class ShardDirectory:
     """A finished output of ``invert``: its manifest, and its samples by location or in order."""
 
@@ -326,19 +362,15 @@ class ShardDirectory:
         path = self.path / self.manifest.shards[location.shard].name
         try:
             with path.open("rb") as file:
-                meta, tensors = (self._read_at(file, *part) for part in (location.meta, location.tensors))
+                meta, tensors = (read_at(file, *part) for part in (location.meta, location.tensors))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-        return decode_sample(meta, tensors, f"{path}: sample {location.key}")
-
-    @staticmethod
-    def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
-        """The bytes of a member; those that lie outside the file are not asked for, since memory would be taken."""
-        size = file.seek(0, os.SEEK_END)
-        if not (0 <= offset <= size and 0 <= length <= size - offset):
-            raise OSError(f"it has no {length} bytes at {offset}")
-        file.seek(offset)
-        return file.read(length)
+        source = f"{path}: sample {location.key}"
+        sample = decode_sample(meta, tensors, source)
+        problem = timestep_problem(sample.timestep_K.tolist(), self.manifest.model.num_train_timesteps)
+        if problem:
+            raise UserError(f"{source} (pair {sample.meta.pair_id}): {problem}")
+        return sample
 
     def samples(self, shards: Sequence[int] | None = None) -> Iterator[Sample]:
         """All samples of the given tars (default: all), in order, each tar checked before it is read."""

@@ -7,13 +7,17 @@ itself; one that does not pass ends the run in one line, and is never taken for 
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatch
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -24,6 +28,9 @@ from smpo_schemas.errors import UserError
 _ATTEMPTS = 4
 _FIRST_PAUSE_SECONDS = 1.0
 """Tripled after each failed attempt: 13 s in all, besides what the store's client waits between its own."""
+
+_TIMES = ("LastModified", "mtime", "last_modified", "created")
+"""When a file was written, by the names that s3fs, gcsfs, adlfs and fsspec's memory give it."""
 
 _BUFFER = 1 << 20
 Result = TypeVar("Result")
@@ -87,8 +94,7 @@ class StorePath:
 
     def stat(self) -> FileStatus:
         """The file's size and time."""
-        modified = self._call("read", lambda fs, path: fs.modified(path)).timestamp()
-        return FileStatus(self.size(), modified, int(modified * 1e9))
+        return self._status(self._info())
 
     def size(self) -> int:
         """Bytes of the file."""
@@ -96,14 +102,15 @@ class StorePath:
 
     def iterdir(self) -> Iterator[StorePath]:
         """Files and folders in this folder."""
-        try:
-            found = self._call("list", lambda fs, path: fs.ls(path, detail=False))
-        except FileNotFoundError:
-            return
-        inside = f"{self._root}/"
-        # An empty object may stand for the folder itself.
-        for name in sorted({each.rstrip("/") for each in found if each.startswith(inside) and each != inside}):
-            yield self / name[len(inside) :]
+        return (self / name for name in sorted(self._list()))
+
+    def statuses(self, pattern: str) -> dict[AnyPath, FileStatus]:
+        """Size and time of the files in this folder whose names match, all from the listing."""
+        return {
+            self / name: self._status(info)
+            for name, info in self._list().items()
+            if info["type"] == "file" and fnmatch(name, pattern)
+        }
 
     def glob(self, pattern: str) -> Iterator[StorePath]:
         """Those in this folder whose names match."""
@@ -145,10 +152,12 @@ class StorePath:
     def create(self, content: bytes) -> bool:
         """Write the file if there is none; of several who try at once, one succeeds. Returns whether it is this one."""
         try:
-            self._call("write", lambda fs, path: fs.pipe_file(path, content, mode="create"))
+            self._call("write", lambda fs, path: _create(fs, path, content))
         except FileExistsError:
             # An answer may have been lost, and the second attempt have found what the first one wrote.
-            return self.read_bytes() == content
+            with suppress(FileNotFoundError):
+                return self.read_bytes() == content
+            return False
         return True
 
     def overwrite(self, content: bytes) -> None:
@@ -166,7 +175,8 @@ class StorePath:
     def remove_tree(self) -> None:
         """Remove all files of this folder, with as few requests as the store allows."""
         if self.is_dir():
-            self._call("remove", lambda fs, path: fs.rm(path, recursive=True))
+            # It is taken for a pattern, in which *, ? and [ would stand for others' folders too.
+            self._call("remove", lambda fs, path: fs.rm(glob.escape(path), recursive=True))
 
     def rmdir(self) -> None:
         """Nothing: a folder is gone with its last file."""
@@ -189,6 +199,27 @@ class StorePath:
         # Not the file system: each process has connections of its own.
         return StorePath, (self.url,)
 
+    def _list(self) -> dict[str, dict[str, Any]]:
+        """What the store says of each file and folder in this folder, by name."""
+        try:
+            found = self._call("list", lambda fs, path: fs.ls(path, detail=True))
+        except FileNotFoundError:
+            return {}
+        inside = f"{self._root}/"
+        # An empty object may stand for the folder itself.
+        return {
+            each["name"][len(inside) :].rstrip("/"): each
+            for each in found
+            if each["name"].startswith(inside) and each["name"] != inside
+        }
+
+    def _status(self, info: Mapping[str, Any]) -> FileStatus:
+        modified = next((info[name] for name in _TIMES if info.get(name)), None)
+        if modified is None:
+            modified = self._call("read", lambda fs, _: fs.modified(info["name"]))
+        seconds = modified.timestamp() if isinstance(modified, datetime) else float(modified)
+        return FileStatus(int(info["size"]), seconds, int(seconds * 1e9))
+
     def _info(self) -> dict[str, Any]:
         return self._call("read", lambda fs, path: fs.info(path))
 
@@ -204,24 +235,50 @@ class StorePath:
         Raises:
             FileNotFoundError: the file, or what it lies in, is not there.
             FileExistsError: it was to be made, and is there.
-            UserError: the store does not permit it, cannot be reached, or still fails.
+            UserError: the store does not permit it, has no such bucket, cannot be reached, or still fails.
         """
         filesystem, path = self._place
         pause = _FIRST_PAUSE_SECONDS
         for left in reversed(range(_ATTEMPTS)):
             try:
                 return operation(filesystem, path)
-            except (FileNotFoundError, FileExistsError):
+            except FileExistsError:
+                raise
+            except FileNotFoundError as error:
+                # No bucket is no missing file, but a mistake in its name.
+                if what == "write" or _said(error).get("Error", {}).get("Code") == "NoSuchBucket":
+                    raise UserError(f"cannot {what} {self}: {error}") from None
                 raise
             except PermissionError as error:
                 raise UserError(f"cannot {what} {self}: the store does not permit it: {error}") from error
-            except Exception as error:  # each store has errors of its own
+            except Exception as error:  # noqa: BLE001  (each store has errors of its own)
                 if not left:
                     reason = f"{type(error).__name__}: {error}"
-                    raise UserError(f"cannot {what} {self}, tried {_ATTEMPTS} times: {reason}") from error
+                    # Without its cause: it has been tried again, and often enough.
+                    raise UserError(f"cannot {what} {self}, tried {_ATTEMPTS} times: {reason}") from None
             time.sleep(pause)
             pause *= 3
         raise AssertionError
+
+
+def _create(filesystem: Any, path: str, content: bytes) -> None:  # noqa: ANN401  (of any store)
+    """Write a file if there is none.
+
+    Raises:
+        FileExistsError: there is one. s3fs says so of Amazon's answer alone; others have its status, not its words.
+    """
+    try:
+        filesystem.pipe_file(path, content, mode="create")
+    except OSError as error:
+        if _said(error).get("ResponseMetadata", {}).get("HTTPStatusCode") == HTTPStatus.PRECONDITION_FAILED:
+            raise FileExistsError(path) from error
+        raise
+
+
+def _said(error: BaseException) -> Mapping[str, Any]:
+    """The answer of an S3 store that s3fs made an error of; empty where there is none."""
+    answer = getattr(error.__cause__, "response", None)
+    return answer if isinstance(answer, dict) else {}
 
 
 class _Ranges(io.RawIOBase):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smpo_pipeline.commands.calibrate import calibrate as calibrate_command
 from smpo_schemas.calibration import Calibration, read_calibration
 from smpo_schemas.errors import UserError
 from tests.calibration.helpers import populations, write_scores
@@ -58,6 +59,33 @@ def test_people_who_agree_are_shown(capfd, tmp_path):
     done = calibrate(capfd, "--scores", folder)
     assert "60 pairs were labelled more than once" in done.stdout
     assert "100.0 % of 57 decided twos of labels agree, and 3 with a tie" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_that_are_markup_formulas_or_long_are_shown_as_they_are(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    found, _, labels, prompts = populations(120)
+    people = ["[/x]", "a$b$c$", "$\\frac$", "[bold]b", ":cat:\n\x1b[31m" + "w" * 300]
+    folder = write_scores(tmp_path / "s", found, labels, prompts, [people[row % len(people)] for row in range(120)])
+    info = json.loads((folder / "scores.json").read_text())
+    info["rewards"]["one"]["unit"] = "steps [/of] $x$"
+    (folder / "scores.json").write_text(json.dumps(info))
+    done = calibrate(capfd, "--scores", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    for shown in (*people[:4], ":cat:", "steps [/of] $x$"):
+        assert shown in done.stdout
+    assert "\x1b" not in done.stdout
+    assert (folder / "calibration.png").is_file()
+
+
+def test_the_calibration_is_written_before_its_picture(scores, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr("smpo_pipeline.calibration.plot.save_plot", fails)
+    with pytest.raises(RuntimeError, match="no picture"):
+        calibrate_command(scores)
+    assert read_calibration(scores / "calibration.json").folds == 5
 
 
 def test_mistakes_are_one_line(capfd, scores, tmp_path):

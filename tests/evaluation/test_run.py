@@ -17,7 +17,7 @@ from smpo_pipeline.evaluation.results import read_results
 from smpo_pipeline.evaluation.run import run
 from smpo_pipeline.evaluation.summary import headline, print_results
 from smpo_schemas.errors import UserError
-from tests.evaluation.stubs import PlanMaker
+from tests.evaluation.stubs import STUBS, PlanMaker
 
 pytestmark = pytest.mark.usefixtures("stub_rewards")
 
@@ -109,6 +109,20 @@ def test_another_reward_keeps_the_images(plan_of: PlanMaker, quiet: Console) -> 
     assert finished_results(other, overwrite=True) is None
     run(other, quiet)
     assert other.file("base", 0, 0).stat().st_mtime_ns == before
+
+
+def test_replaced_weights_of_a_reward_are_another_evaluation(
+    plan_of: PlanMaker, quiet: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "w.pt"
+    weights.write_bytes(b"1")
+    spec = f"brightness={weights}"
+    monkeypatch.setitem(STUBS, spec, STUBS["brightness"])
+    run(plan_of(rewards=[spec]), quiet)
+    assert finished_results(plan_of(rewards=[spec]), overwrite=False)
+    weights.write_bytes(b"2")
+    with pytest.raises(UserError, match="holds an evaluation with other settings .other rewards"):
+        finished_results(plan_of(rewards=[spec]), overwrite=False)
 
 
 def test_swapped_models_are_another_evaluation(plan_of: PlanMaker, models: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_pipeline.evaluation.prompts import read_prompts
-from smpo_pipeline.evaluation.sources import choose_base, identity, parse_models
+from smpo_pipeline.evaluation.sources import choose_base, identity, parse_models, reward_identity
 from smpo_schemas.errors import UserError
 
 
@@ -98,3 +98,29 @@ def test_identity_of_a_tuned_model_covers_its_base(models: dict[str, Path], tmp_
     text = copy / "text_encoder" / "config.json"
     text.write_text(text.read_text() + "\n")
     assert identity(tuned, str(copy)) != before
+
+
+def test_a_reward_is_recognised_by_what_its_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    (folder / "part").mkdir(parents=True)
+    files = {name: folder / name for name in ("w.pt", "config.json", "tokenizer.json", "other.pt", "part/w.npz")}
+    for file in files.values():
+        file.write_bytes(b"1")
+
+    def changed(spec: str) -> set[str]:
+        """Which of the files another content of makes it another reward."""
+        before, found = reward_identity(spec), set()
+        for name, file in files.items():
+            file.write_bytes(b"2")
+            found |= {name} if reward_identity(spec) != before else set()
+            file.write_bytes(b"1")
+        assert reward_identity(spec) == before
+        return found
+
+    assert changed(f"hpsv2={folder / 'w.pt'}") == {"w.pt", "config.json", "tokenizer.json"}
+    assert changed(f"mine:Own={folder}") == set(files)
+    # A reward without a model, or of a hub id, has nothing to do with the folder where the command starts.
+    monkeypatch.chdir(folder)
+    for spec in ("toy-truth", "hpsv2", "pickscore=owner/model", "mine:Own="):
+        assert changed(spec) == set()
+    assert len({reward_identity(spec) for spec in ("toy-truth", "hpsv2", "pickscore=owner/model")}) == 3

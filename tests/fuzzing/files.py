@@ -46,6 +46,11 @@ from smpo_schemas.scores import (
 )
 from smpo_schemas.shard_index import INDEX_FILE, indexed_walks, write_index
 from smpo_schemas.shards import ShardDirectory, decode_sample, encode_sample
+from smpo_trainer.batches import StateDataset, collate
+from smpo_trainer.objectives.dpo import DPO
+from smpo_trainer.shard_set import ShardSet
+from smpo_trainer.shard_store import ShardSource
+from smpo_trainer.states import index_states
 from tests.fuzzing.mutate import damage, distort, hostile_text
 from tests.pictures import encode, picture
 from tests.schemas.helpers import statistics
@@ -396,15 +401,32 @@ def _index(draw: random.Random, folder: Path) -> Run:
 def _read_shards(folder: Path) -> str:
     """As ``inspect`` and the trainer do; both must be free of anything but one line."""
     directory = ShardDirectory(folder, read_manifest(folder))
-    problems = [_refused(lambda: _read_walks(directory)), _refused(lambda: list(directory.samples()))]
+    reading = (
+        lambda: [directory.read(walk.location) for walk in list(indexed_walks(directory))],
+        lambda: list(directory.samples()),
+        lambda: _read_states(folder, directory),
+    )
+    problems = [_refused(read) for read in reading]
     summary = summarise_shards(recognise(folder)[1], limit=None, samples=1, advance=lambda *_: None)
     print_shards(summary, folder, Console(markup=False))
     return "refused" if any(problems) else "read"
 
 
-def _read_walks(directory: ShardDirectory) -> None:
-    for walk in list(indexed_walks(directory)):
-        directory.read(walk.location)
+def _read_states(folder: Path, directory: ShardDirectory) -> None:
+    """List the states of the directory, read each, and make a batch of those of each shape."""
+    shards = ShardSet((ShardSource(str(folder), folder, directory, None),))
+    table = index_states(shards, _objective(), None, None, (None, None), say=lambda _: None)
+    dataset, buckets = StateDataset(shards, table), table.buckets()
+    for bucket in range(len(table.latents)):
+        batch = collate([dataset[int(state)] for state in (buckets == bucket).nonzero()[0]])
+        assert len(batch.problems) == int((~batch.counts_B).sum())
+        assert all(problem.isprintable() for problem in batch.problems)
+
+
+@cache
+def _objective() -> DPO:
+    """One that learns from each state with a label."""
+    return DPO(DPO.Options(beta=1.0, ties="keep"))
 
 
 def _refused(read: Callable[[], object]) -> bool:

@@ -13,29 +13,58 @@ def band(ratio: float | None, start: int = 0) -> BandHealth:
     )
 
 
+DEFAULT = InversionSettings()
+
+
 @pytest.mark.parametrize("ratio", [0.8, 1.0, 1.25, None])
 def test_good_bands_say_nothing(ratio: float | None) -> None:
-    assert health_warnings([band(ratio)]) == []
+    assert health_warnings([band(ratio)], DEFAULT) == []
 
 
-@pytest.mark.parametrize("ratio", [0.79, 0.2, 1.26, 5.0])
-def test_bad_bands_are_named_and_remedies_follow_in_order(ratio: float) -> None:
-    first, remedies = health_warnings([band(1.0), band(ratio, start=200)])
+@pytest.mark.parametrize(
+    ("ratio", "settings", "expected", "absent"),
+    [
+        (0.79, {}, ["more ReNoise steps (--renoise-steps 5)", "--start level0", "--start T (", "VAE"], ["--steps"]),
+        (0.2, {"solver": "ddim"}, ["--solver renoise --renoise-steps 5", "--start level0", "--start T ("], ["--steps"]),
+        (0.79, {"renoise_steps": 5}, ["--start level0", "--start T ("], ["--renoise-steps", "--steps"]),
+        (0.79, {"solver": "anderson"}, ["--start level0", "--start T ("], ["--renoise-steps", "--solver", "--steps"]),
+        (0.79, {"start": "level0"}, ["--renoise-steps 5", "--start T ("], ["--start level0"]),
+        (0.79, {"start": 100, "solver": "adaptive"}, ["--start T further on", "VAE"], ["--start level0", "ReNoise"]),
+        (1.26, {}, ["more --steps", "--start T", "More corrections a step raise it"], ["ReNoise", "level0"]),
+        (5.0, {"solver": "anderson"}, ["more --steps", "--start T"], ["ReNoise", "level0"]),
+    ],
+)
+def test_bad_bands_are_named_and_remedies_follow_by_side_and_solver(
+    ratio: float, settings: dict[str, object], expected: list[str], absent: list[str]
+) -> None:
+    first, remedies = health_warnings([band(1.0), band(ratio, start=200)], InversionSettings(**settings))
     assert "200 to 399" in first
     assert f"{ratio:.2f}" in first
-    places = [remedies.index(word) for word in ("--renoise-steps 5", "--start level0", "--start T")]
+    places = [remedies.index(word) for word in expected]
     assert places == sorted(places)
+    assert not any(word in remedies for word in absent)
 
 
-def test_remedies_are_named_once() -> None:
-    assert len(health_warnings([band(0.5), band(0.5, 200), band(2.0, 400)])) == 4
+def test_remedies_are_named_once_a_side() -> None:
+    assert len(health_warnings([band(0.5), band(0.5, 200), band(0.6, 400)], DEFAULT)) == 4
+    *_, low, high = health_warnings([band(0.5), band(2.0, 200), band(0.5, 400)], DEFAULT)
+    assert "low ratio" in low
+    assert "high ratio" in high
 
 
 @pytest.mark.parametrize(("unconverged", "warned"), [(0, False), (5, False), (6, True)])
 def test_solvers_that_failed_often_are_named(unconverged: int, warned: bool) -> None:
-    warnings = health_warnings([band(1.0).model_copy(update={"solved": 100, "unconverged": unconverged})])
+    warnings = health_warnings([band(1.0).model_copy(update={"solved": 100, "unconverged": unconverged})], DEFAULT)
     assert len(warnings) == warned
     assert all(f"0 to 199: {unconverged} of 100" in line and "--solver anderson" in line for line in warnings)
+
+
+def test_solvers_that_failed_are_not_advised_what_they_are() -> None:
+    failed = [band(1.0).model_copy(update={"solved": 100, "unconverged": 50})]
+    (line,) = health_warnings(failed, InversionSettings(solver="anderson", dtype="fp16"))
+    assert line.endswith("Remedies: more --steps, a wider --dtype.")
+    (line,) = health_warnings(failed, InversionSettings(solver="adaptive"))
+    assert line.endswith("Remedies: --solver anderson, more --steps.")
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,14 @@ from tests.inversion.helpers import make_pair
 class Device:
     """Holds so many walks; a batch takes the time that is set down for its size."""
 
-    def __init__(self, room: int = 10**9, seconds=lambda size: size) -> None:
+    def __init__(self, room: int = 10**9, seconds=lambda size: size, full: Exception | None = None) -> None:
         self.room, self.seconds, self.tried, self.now = room, seconds, [], 0.0
+        self.full = full or torch.OutOfMemoryError()
 
     def __call__(self, size: int) -> None:
         self.tried.append(size)
         if size > self.room:
-            raise torch.OutOfMemoryError
+            raise self.full
         self.now += self.seconds(size)
 
 
@@ -53,6 +54,11 @@ def test_the_last_doubling_that_fits_is_taken(room, most, size, tried):
 def test_a_device_that_holds_not_one_walk_is_said_so():
     with pytest.raises(UserError, match="not hold a single walk.*--dtype"):
         largest_that_fits(Device(0), 8)
+
+
+def test_libraries_that_find_no_memory_are_understood():
+    device = Device(5, full=RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert largest_that_fits(device, 100) == 4
 
 
 def test_other_errors_are_not_taken_for_full_memory():
@@ -90,8 +96,8 @@ MIXED = [make_pair(number, shape=shape) for number, shape in enumerate(SHAPES)]
 
 def test_batches_are_of_one_size_and_hold_every_request_once():
     requests = [(pair, 0) for pair in MIXED]
-    assert list(batches_of_one_size(requests, 3)) == [[0, 2, 3], [6], [1, 5], [4]]
-    assert list(batches_of_one_size(requests[:1] * 5, 2)) == [[0, 1], [2, 3], [4]]
+    assert list(batches_of_one_size(requests, lambda: 3)) == [[0, 2, 3], [6], [1, 5], [4]]
+    assert list(batches_of_one_size(requests[:1] * 5, iter([3, 1, 1, 1]).__next__)) == [[0, 1, 2], [3], [4]]
 
 
 def test_sizes_come_as_often_as_among_the_pairs():

@@ -26,10 +26,10 @@ def test_the_warning_is_silent_on_the_world_and_fires_on_latents_thinner_than_it
         return health.bands(1000)
 
     good = bands()
-    assert health_warnings(good) == []
+    assert health_warnings(good, settings) == []
     with torch.no_grad():
         family.vae.quant_conv.bias[4:] = 2 * math.log(0.05)
     thin = bands()
     # All five bands, and a line with the remedies.
-    assert len(health_warnings(thin)) == 6
+    assert len(health_warnings(thin, settings)) == 6
     assert all(band.noise_ratio < 0.7 for band in thin)

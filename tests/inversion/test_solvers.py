@@ -88,6 +88,45 @@ def test_anderson_needs_fewer_evaluations():
     assert solve(rows, solver="anderson", **TIGHT)[1][0] < solve(rows, solver="adaptive", **TIGHT)[1][0]
 
 
+class Near(Linear):
+    """The solution is near x_s, so that x keeps its size where the residual grows."""
+
+    def __init__(self, eigenvalues: list[float], seed: int) -> None:
+        super().__init__(eigenvalues, seed)
+        solution = self.x_s + 0.05 * torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.bias = (solution - self.c * self.x_s) / self.d - self.matrix @ solution
+
+
+class Cliff(Linear):
+    """Further from x_s than 1.5 times the solution is, the model gives no numbers."""
+
+    def eps(self, x: torch.Tensor) -> torch.Tensor:
+        if (x - self.x_s).norm() > 1.5 * (self.exact() - self.x_s).norm():
+            return torch.full_like(x, torch.nan)
+        return super().eps(x)
+
+
+@pytest.mark.parametrize(
+    ("solver", "row"),
+    [
+        ("adaptive", Near([-6.0] * 6, 0)),
+        ("adaptive", Near([-9.0] * 6, 0)),
+        ("adaptive", Near([-9.0, -9.0, -6.0, -6.0, -3.0, -3.0], 1)),
+        ("adaptive", Cliff([-3.0] * 6, 0)),
+        ("anderson", Near([-9.0] * 6, 0)),
+        ("anderson", Linear([-9.0, 0.2, -0.5, 0.3, 0.1, -0.1], 0)),
+        ("anderson", Linear([-9.0, 1.8, -0.5, 0.3, 0.1, -0.1], 0)),
+        ("anderson", Cliff([-3.0] * 6, 0)),
+        ("anderson", Cliff([-3.0, -3.0, -3.0, 0.5, 0.1, 0.2], 0)),
+    ],
+)
+def test_each_point_that_is_lost_shortens_the_next_step(solver, row):
+    """Residuals that grow up to ninefold, or are no numbers, at a full step: half a step is still too long."""
+    solution, _ = solve([row], solver=solver, **TIGHT)
+    torch.testing.assert_close(solution.x_RChw[0].flatten(), row.exact(), rtol=1e-7, atol=1e-7)
+    assert solution.residual_R <= TIGHT["tolerance"]
+
+
 def test_a_row_that_no_damping_mends_is_marked_and_not_looped_on():
     hopeless = Linear(BEYOND, 1)
     for limit in (60, 1000):

@@ -14,10 +14,11 @@ import webdataset
 from smpo_pipeline.buckets import bucket_sizes, choose_size
 from smpo_pipeline.images import decode_image
 from smpo_pipeline.jobs import invert_unit
-from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
+from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models
 from smpo_pipeline.jobs.ledger import Counts
-from smpo_pipeline.jobs.prepare import prepare_unit, to_bytes
+from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.run import Run, UnitRecord
+from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.rejects import read_rejects
@@ -86,8 +87,12 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
             ray_address=None, limit=None, max_reject_rate=1.0, overwrite=False,
         )  # fmt: skip
         run, table_of_scores = Run(out, "manifest.json", {}), pa.Table.from_pylist(scored)
-        actor = InvertActor(options, run, table_of_scores, len(rows), 32, Counts())
-        record = UnitRecord.model_validate_json(actor({"unit": 0, "table": to_bytes(table), "rejects": "[]"})["record"])
+        run.open(overwrite=False, patterns=())
+        model = describe_model(options, *load_models(options))
+        actor = InvertActor(options, model, run, table_of_scores, len(rows), 32, Counts())
+        record = UnitRecord.model_validate_json(actor(unit_row(0, table, []))["record"][0].as_py())
+        of_the_model, whole = record.seconds
+        assert 0 < of_the_model < whole
         tar = webdataset.WebDataset(str(out / "shard-000000.tar"), shardshuffle=False)
         made[batch_size] = (
             record,
@@ -95,7 +100,7 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
         )
     record, samples = made[16]
     assert [sample.meta.pair_id for _, sample in samples] == [row["pair_id"] for row in scored for _ in range(walks)]
-    shapes = {row["pair_id"]: row["shape_0"][:2] for row in table.to_pylist()}
+    shapes = {row["pair_id"]: row["shape"][1:3] for row in table.to_pylist()}
     for _, sample in samples:
         assert [4 * side for side in sample.x0_2Chw.shape[2:]] == shapes[sample.meta.pair_id]
     for other_record, others in (made[1], made[3]):
@@ -104,6 +109,23 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
             assert (key, sample.meta) == (other_key, other.meta)
             for tensor, twin in zip(sample.tensors().values(), other.tensors().values(), strict=True):
                 torch.testing.assert_close(tensor.double(), twin.double(), rtol=2e-3, atol=5e-4, equal_nan=True)
+
+
+def test_a_worker_with_other_weights_than_the_drivers_makes_nothing(inputs, tmp_path, monkeypatch):
+    """As on a node whose copy of the model is another one."""
+    folder, _ = inputs
+    monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
+    options = InvertOptions(
+        pairs=[], scores=folder, model=str(folder / "sd"), out=tmp_path, unet=None, walker=None, vae=None,
+        resolution=None, settings=InversionSettings(steps=2), columns={}, seed=0, pairs_per_shard=1, shard_bytes=None,
+        batch_size=1, device="cpu", concurrency=1, ray_address=None, limit=None, max_reject_rate=1.0, overwrite=False,
+    )  # fmt: skip
+    model = describe_model(options, *load_models(options))
+    other = model.model_copy(update={"vae": "another"})
+    actor = InvertActor(options, other, Run(tmp_path, "manifest.json", {}), pa.table({}), 1, 32, Counts())
+    with pytest.raises(UserError, match=r"its files on .* are others than where the command was started"):
+        actor(pa.table({"unit": [0]}))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

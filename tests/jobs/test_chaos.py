@@ -12,10 +12,12 @@ from tests.chaos import Chaos
 pytestmark = pytest.mark.slow
 
 
-def test_killed_at_random_moments_both_stages_end_as_if_nothing_had_happened(tmp_path):
+@pytest.mark.parametrize("store", ["disk", "s3"])
+def test_killed_at_random_moments_both_stages_end_as_if_nothing_had_happened(tmp_path, store):
     with patch.dict(os.environ):
-        chaos = Chaos(tmp_path, rows=200, inverted=18)
+        chaos = Chaos(tmp_path, rows=200, inverted=18, store=store)
         try:
             assert chaos.run(seed=1, seconds=chaos.undisturbed())
+            assert store == "disk" or chaos.faults.injected.keys() == {"500", "503", "slow", "cut", "hang"}
         finally:
             chaos.close()

@@ -1,8 +1,29 @@
 from __future__ import annotations
 
-import pytest
+import errno
+import os
+import time
+import traceback
+from functools import partial
 
-from smpo_pipeline.jobs.cluster import share_gpus
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from smpo_pipeline.jobs import invert
+from smpo_pipeline.jobs.cluster import (
+    Pool,
+    _plain_errors,
+    _reason,
+    connected,
+    plain_arithmetic,
+    share_gpus,
+    task_memory,
+)
+from smpo_pipeline.jobs.prepare import cell, values_of
 from smpo_pipeline.jobs.score import _pool_sizes
 from smpo_schemas.errors import UserError
 
@@ -18,6 +39,15 @@ def test_gpus_are_shared_so_that_no_stage_waits_for_another():
     assert share_gpus({"a": (1, 1.0), "b": (1, 1.0)}, 2) == {"a": 1.0, "b": 1.0}
 
 
+def test_storage_that_goes_on_failing_under_a_worker_is_one_line_and_a_bug_is_not():
+    failure = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/pairs/a")
+    words = "/pairs/a: Stale file handle, tried 6 times; the same command goes on"
+    with pytest.raises(UserError, match=words), _plain_errors():
+        raise RayTaskError("map", "", failure).as_instanceof_cause()
+    with pytest.raises(RayTaskError), _plain_errors():
+        raise RayTaskError("map", "", KeyError("a")).as_instanceof_cause()
+
+
 @pytest.mark.parametrize("wanted", [{"a": (2, 1.0)}, {"a": (1, 0.6), "b": (1, 0.6)}, {"a": (5, 0.25)}])
 def test_what_would_wait_forever_is_refused(wanted):
     with pytest.raises(UserError, match=r"Ray sees 1 GPUs, too few for the actors \(a "):
@@ -25,6 +55,32 @@ def test_what_would_wait_forever_is_refused(wanted):
     if wanted == {"a": (2, 1.0)}:
         with pytest.raises(UserError, match="too few"):
             share_gpus({"a": (1, 0.6), "b": (1, 0.6), "c": (1, 0.6)}, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("--reward a: no such file"), "--reward a: no such file"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (ValueError("one\ntwo"), "ValueError: one two"),
+    ],
+)
+def test_what_a_constructor_raised_is_said(error, said):
+    """As Ray hands it over: one text, with the traceback before it."""
+    try:
+        raise error
+    except type(error):
+        cause = RayTaskError("A.__init__", traceback.format_exc(), error, proctitle="A", pid=1, ip="127.0.0.1")
+    assert _reason(ActorDiedError(cause)) == said
+    assert _reason(RayError("first\nsecond")) == "first"
+
+
+def test_float32_is_float32_in_workers(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    plain_arithmetic("cuda")
+    assert not torch.backends.cudnn.allow_tf32
+    # Of matrix products this is the default.
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_concurrency_is_of_all_rewards_or_of_one():
@@ -35,3 +91,43 @@ def test_concurrency_is_of_all_rewards_or_of_one():
     for wrong in ("0", "c=1", "a=", "a=x", "=2"):
         with pytest.raises(UserError, match="a number from 1, or NAME=N"):
             _pool_sizes([wrong], specs)
+
+
+UNIT_BYTES = 8 << 20
+
+
+def _decode(row, folder):
+    """A unit of black pixels; leaves a file that says so."""
+    unit = row["unit"][0].as_py()
+    buffers = [None, pa.py_buffer(np.array([0, UNIT_BYTES])), pa.py_buffer(bytes(UNIT_BYTES))]
+    (folder / f"decoded-{unit}").touch()
+    pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
+    return pa.table({"unit": pa.array([unit]), "pixels": cell(pixels)})
+
+
+class _SlowActor:
+    def __init__(self, folder):
+        self._folder = folder
+
+    def __call__(self, row):
+        """How many units wait decoded."""
+        assert len(values_of(row, "pixels")[0].as_buffer()) == UNIT_BYTES
+        time.sleep(0.2)
+        (self._folder / f"made-{row['unit'][0].as_py()}").touch()
+        waiting = len(list(self._folder.glob("decoded-*"))) - len(list(self._folder.glob("made-*")))
+        return pa.table({"waiting": [waiting]})
+
+
+@pytest.mark.slow
+def test_decoded_units_do_not_pile_up_before_a_slow_actor(tmp_path, monkeypatch):
+    monkeypatch.setattr(invert, "InvertActor", _SlowActor)
+    with connected(None):
+        source = ray.data.from_items([{"unit": unit} for unit in range(20)], override_num_blocks=20)
+        decode = partial(_decode, folder=tmp_path)
+        made = invert._add_stages(source, decode, {"folder": tmp_path}, Pool(1, 0), UNIT_BYTES)
+        tables = made.iter_batches(batch_size=None, batch_format="pyarrow")
+        waiting = [each for table in tables for each in table["waiting"].to_pylist()]
+        with pytest.raises(UserError, match=r"1000000\.0 GB of decoded pixels, more than any node has memory for"):
+            task_memory(10**15)
+    assert len(waiting) == 20
+    assert max(waiting) <= 6

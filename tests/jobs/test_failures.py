@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_file_that_crashes_the_decoder_and_an_image_that_a_device_fails_on_cos
 def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill(deaths):
     """In this process: the actor after its predecessors died, ``deaths`` times of the chunk, then of image 2 alone."""
     ledger = Counts()
-    actor = RewardActor("tests.poison:Touchy", "cpu", "fp32", 4, 1, ledger, last=True)
+    actor = RewardActor("tests.poison:Touchy", "0", "cpu", "fp32", 4, ledger, last=True)
     rows = [
         (f"f:{row}", Pair(str(row), "a cat", *(encode(picture(seed=9 * row + i)) for i in (0, 1)), None, None))
         for row in range(4)
@@ -113,6 +114,55 @@ def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill
         assert [failures[pair] for pair in (0, 2, 3)] == [None] * 3
         np.testing.assert_array_equal(scores_of(again, "touchy")[[0, 2, 3]], whole[[0, 2, 3]])
     assert ledger.deaths(key) == 0
+
+
+ELSEWHERE = """
+import numpy as np
+import ray
+
+from smpo_pipeline.rewards import Reward
+
+
+class Elsewhere(Reward):
+    name, unit = "elsewhere", "none"
+
+    def __init__(self, model, device):
+        self.model, self.fingerprint = "m", "1"
+        if ray.is_initialized() and model == "raises":
+            raise RuntimeError("no room for me\\nhere")
+        if ray.is_initialized():
+            self.fingerprint = "2"
+
+    def score(self, images, prompts):
+        return np.zeros(len(images))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("raises", ("Ray could not go on: ActorDiedError: RuntimeError: no room for me here; what is committed",)),
+        ("other", ("the weights on", "are others (fingerprint 2) than where the command was started (1)")),
+    ],
+)
+def test_a_reward_that_cannot_be_loaded_or_is_another_one_on_a_worker_is_one_line(tmp_path, model, parts):
+    """With one try to load rather than five, which would take minutes."""
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    pairs = write_pairs(tmp_path, 2, {})
+    command = ("score", "--pairs", pairs, "--out", tmp_path / "out", "--device", "cpu")
+    command += ("--reward", f"elsewhere:Elsewhere={model}")
+    code = (
+        "from smpo_pipeline import cli; from smpo_pipeline.jobs import cluster; cluster._DEATHS_LOADING = 0; cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert_one_line(done, *parts)
+    assert not (tmp_path / "out" / "scores.json").exists()
 
 
 def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_without_them(tmp_path):
@@ -171,10 +221,26 @@ def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(i
     assert_one_line(run_command(*command), "cannot write", str(out), "No space left on device")
     assert not (out / "manifest.json").exists()
     assert not list(out.rglob("*.tmp"))
+    remount("size=20m")
+    code = "import sys; sys.argv[0] = 'smpo-pipeline'; from smpo_pipeline.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, command[1:])],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while process.poll() is None and not list((out / ".units").glob("*.json")):
+            time.sleep(0.01)
+        # Over itself: the lock is open for writing, and a disk with such a file cannot be made read-only.
+        subprocess.run(["mount", "--bind", disk, disk], check=True)
+        remount("bind,ro")
+        said = process.communicate()[1]
+    assert_one_line(
+        subprocess.CompletedProcess(command, process.returncode, stderr=said), "cannot write", "Read-only file system"
+    )
+    subprocess.run(["umount", disk], check=True)
     committed = {path: path.stat().st_ino for path in out.glob("shard-*.tar") if path.stat().st_size}
-    remount("size=20m,ro")
-    assert_one_line(run_command(*command), "cannot write", "Read-only file system")
-    remount("rw")
+    assert committed
     done = run_command(*command)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_ino for path in committed} == committed

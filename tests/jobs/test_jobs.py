@@ -18,7 +18,7 @@ import torch
 
 from smpo_pipeline.images import decode_image
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.run import UnitRecord, write_record
+from smpo_pipeline.jobs.run import Run, UnitRecord, read_identity
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
@@ -175,7 +175,18 @@ def test_scores_of_another_prompt_are_of_another_pair(inputs, scores, tmp_path):
     assert reject.reason.startswith("other pair: ")
 
 
-def test_two_workers_other_batches_and_another_order_give_the_same(inputs, scores, shards, tmp_path):
+def test_two_workers_give_the_same_bytes_as_one(inputs, scores, shards, tmp_path):
+    """``shards`` are made by one a core; here by one, and by two."""
+    for number in (1, 2):
+        out = tmp_path / str(number)
+        done = invert(inputs, scores, out, "--batch-size", 4, "--concurrency", number)
+        assert done.returncode == 0, done.stderr
+        mine, theirs = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (out, shards))
+        assert mine.pop("config.yaml") != theirs.pop("config.yaml")  # it names --out and --concurrency
+        assert mine == theirs
+
+
+def test_other_batches_and_another_order_give_the_same_but_for_rounding(inputs, scores, shards, tmp_path):
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     for name, source in (("a", "part-1"), ("b", "part-0")):
@@ -218,7 +229,7 @@ def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tm
     rejected = [each for each in read_rejects(shards / "rejected.parquet") if ":" in each.source]
     inside = [each for each in rejected if each.pair_id == "1007"]
     record = record.model_copy(update={"rejects": inside, "health": HealthSums().to_lists()})
-    write_record(out / ".units" / "000001.json", record)
+    Run(out, "manifest.json", read_identity(out)).commit(record)
     (out / "shard-000000.tar").write_bytes(b"half")
     (out / "shard-000002.tar").unlink()
     kept = (out / "shard-000001.tar").stat().st_mtime_ns
@@ -310,6 +321,9 @@ def test_flags_that_a_solver_does_not_use_are_one_line(inputs, scores, tmp_path,
     assert_one_line(done, "--renoise-steps", "--solver anderson does not use it")
     done = invert(inputs, scores, out, "--source", "forward", "--solver", "ddim", run=run)
     assert_one_line(done, "--solver: --source forward makes no walk")
+    for flag, value in (("--eta", 0.1), ("--guidance-scale", 3), ("--start", "level0"), ("--walker", tmp_path)):
+        done = invert(inputs, scores, out, "--source", "forward", flag, value, run=run)
+        assert_one_line(done, f"{flag}: --source forward makes no walk; it is for --source renoise")
     assert_one_line(invert(inputs, scores, out, "--renoise-average", "3", run=run), "--renoise-average 3: all, lastN")
     assert_one_line(invert(inputs, scores, out, "--walker", tmp_path, run=run), "holds no denoiser")
     assert not out.exists()

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from smpo_pipeline.jobs.invert_unit import InvertActor
 from smpo_pipeline.jobs.lock import locked
 from smpo_pipeline.jobs.reject_rate import RejectRate
-from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
+from smpo_pipeline.jobs.run import Run, UnitRecord
+from smpo_schemas import passing
 from smpo_schemas.errors import UserError
 from smpo_schemas.rejects import Reject
 
 HOLD = """
 import sys, time
 from pathlib import Path
+from smpo_pipeline.jobs.invert_unit import InvertActor
 from smpo_pipeline.jobs.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -55,7 +61,7 @@ def run(tmp_path):
         (tmp_path / f"{unit}.tar").write_bytes(content)
         entry = {"name": f"{unit}.tar", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         record = UnitRecord(unit=unit, pairs_in=1, pairs=1, rejects=[], entry=entry)
-        write_record(run.record_path(unit), record)
+        run.commit(record)
     return run
 
 
@@ -67,6 +73,66 @@ def test_a_unit_whose_file_is_not_the_recorded_one_is_made_again(run):
     run.record_path(4).write_text('{"unit": 4')
     assert sorted(run.records()) == [3, 5]
     assert [unit for unit in range(6) if run.committed(unit)] == [3, 5]
+
+
+def test_what_a_worker_of_another_run_commits_is_not_believed(run):
+    """It began before --overwrite, with other settings, and ends after."""
+    late = Run(run.out, "marker.json", {"seed": 0})
+    for unit in (0, 7):
+        late.commit(UnitRecord(unit=unit, pairs_in=1, pairs=0, rejects=[], entry=None))
+    assert sorted(run.records()) == list(range(6))
+    assert run.committed(0).entry
+    assert not run.committed(7)
+    run.refuse_if_over()
+    with pytest.raises(UserError, match=f"another run was begun in {run.out}"):
+        late.refuse_if_over()
+    (run.out / "run.json").unlink()  # while it is begun
+    with pytest.raises(UserError, match="this one is over"):
+        late.refuse_if_over()
+
+
+def test_an_actor_of_another_run_leaves_the_shard_that_is_there(run):
+    actor = object.__new__(InvertActor)
+    actor._run = Run(run.out, "marker.json", {"seed": 0})
+    actor._walks = lambda *_: iter(())
+    shard = run.out / "shard-000000.tar"
+    shard.write_bytes(b"of this run")
+    with pytest.raises(UserError, match="this one is over"):
+        actor._commit(0, [], [], {})
+    assert shard.read_bytes() == b"of this run"
+    assert not list(run.out.glob(".*.tmp"))
+
+
+def failing_once_each(monkeypatch, number):
+    """The first opening of each file fails; returns the names of those."""
+    failed = []
+    open_file = io.open
+
+    def fail(path, *args, **kwargs):
+        name = Path(path).name if isinstance(path, (str, Path)) else "descriptor"
+        if name.endswith(".json") and name not in failed:
+            failed.append(name)
+            raise OSError(number, os.strerror(number), str(path))
+        return open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", fail)
+    return failed
+
+
+def test_records_are_read_again_where_storage_fails_for_a_moment(run, monkeypatch):
+    monkeypatch.setattr(passing, "_PAUSES_SECONDS", (0,) * 20)
+    failed = failing_once_each(monkeypatch, errno.ESTALE)
+    assert sorted(run.records()) == list(range(6))
+    assert len(failed) == 6
+    failed.clear()
+    assert run.open(overwrite=False, patterns=())
+    assert failed == ["run.json"]
+
+
+def test_another_failure_of_storage_is_not_tried_again(run, monkeypatch):
+    failing_once_each(monkeypatch, errno.ENODEV)
+    with pytest.raises(OSError, match="No such device"):
+        run.records()
 
 
 def test_what_kills_leave_behind_is_removed(run):

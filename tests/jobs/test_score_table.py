@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from smpo_pipeline.jobs import score_table
 from smpo_pipeline.jobs.chunks import cut_chunks, images_of, with_scores, without_images
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.run import Run
 from smpo_pipeline.jobs.score_table import RewardModel, write_table
 from smpo_pipeline.jobs.score_units import UnitCollector
+from smpo_schemas import passing
 from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import Pair, PairRejectedError
 from smpo_schemas.rejects import read_rejects
@@ -63,6 +68,27 @@ def models(names: str):
 @pytest.fixture(autouse=True)
 def _several_parts(monkeypatch):
     monkeypatch.setattr(score_table, "_UNITS_PER_PART", 2)
+
+
+def test_storage_that_fails_for_a_moment_under_the_driver_changes_nothing(tmp_path, monkeypatch):
+    expected = write_table(tmp_path / "whole", commit(tmp_path / "whole", "a"), UNITS, models("a"), None)
+    monkeypatch.setattr(passing, "_PAUSES_SECONDS", (0, 0))
+    calls, failing = itertools.count(), {3, 9, 12, 30, 36}
+    fsync = os.fsync
+
+    def fail(descriptor):
+        if (call := next(calls)) in failing:
+            failing.remove(call)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    step = commit(tmp_path / "failed", "a")
+    assert failing == {30, 36}
+    assert write_table(tmp_path / "failed", step, UNITS, models("a"), None) == expected
+    assert not failing
+    for path in (tmp_path / "whole").glob("*"):
+        assert path.is_dir() or path.read_bytes() == (tmp_path / "failed" / path.name).read_bytes()
 
 
 def test_a_reward_added_gives_the_bytes_of_both_scored_together(tmp_path):
@@ -139,6 +165,20 @@ def test_chunks_are_cut_by_bytes_and_keep_every_row(monkeypatch):
         f"file:{15 + row}" for row in range(5)
     ]
     assert pixels[0][0].tolist() == np.asarray(picture(8, 9, seed=0)).tolist()
+
+
+def test_pixels_are_not_copied_on_their_way_to_a_reward():
+    (chunk,) = cut_chunks(3, unit_rows(3))
+    there = chunk["pixels"].chunk(0).values.buffers()[2].address
+    assert values_of(chunk, "pixels").buffers()[2].address == there
+    # As of a chunk that is one row of several.
+    (other,) = cut_chunks(4, unit_rows(4, seed=50))
+    both = pa.concat_tables([chunk, other])
+    assert values_of(both.slice(0, 1), "pixels").buffers()[2].address == there
+    for mine, whole in ((both.slice(0, 1), chunk), (both.combine_chunks().slice(1, 1), other)):
+        for (image, prompt), (expected, words) in zip(images_of(mine), images_of(whole), strict=True):
+            assert prompt == words
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
 def test_a_unit_of_rejects_alone_is_committed(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from transformers import CLIPTokenizer
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import families, load_family, load_walker
@@ -82,6 +83,53 @@ def test_prompts_that_are_too_long_are_known(folder):
     assert family.cuts("cat " * (longest + 1))
 
 
+def test_stable_diffusion_2_is_known_by_the_width_of_its_text(folder, tmp_path):
+    sd2 = load_family(str(make_tiny_model(tmp_path / "sd2", "v_prediction", text_width=1024)))
+    assert (load_family(str(folder), ()).kind, sd2.kind) == ("sd15", "sd2")
+    assert sd2.process.prediction_type == "v_prediction"
+    conditioning = sd2.condition(["a cat", ""], [(32, 32)] * 2, [(0, 0)] * 2)
+    assert conditioning.text_BLD.shape == (2, 24, 1024)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    with torch.no_grad():
+        expected = sd2.denoiser(x, t, encoder_hidden_states=sd2.text_modules[0](sd2_ids(tmp_path / "sd2"))[0]).sample
+        assert torch.equal(sd2.denoise(sd2.denoiser, x, t, conditioning), expected)
+
+
+def sd2_ids(folder) -> torch.Tensor:
+    """What the model's own tokenizer makes of the two prompts."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    return tokenizer(["a cat", ""], padding="max_length", return_tensors="pt").input_ids
+
+
+def test_images_are_encoded_some_at_a_time(folder, monkeypatch):
+    family = load_family(str(folder), ("vae",))
+    pixels = torch.rand(5, 3, 32, 64) * 2 - 1
+    calls, encode = [], family.vae.encode
+    monkeypatch.setattr(family.vae, "encode", lambda part: calls.append(len(part)) or encode(part))
+    whole = family.posterior(pixels)
+    monkeypatch.setattr("smpo_models.unet_family.ENCODED_PIXELS", 2 * 32 * 64 + 7)
+    parts = family.posterior(pixels)
+    monkeypatch.setattr("smpo_models.unet_family.ENCODED_PIXELS", 1)
+    alone = family.posterior(pixels)
+    assert calls == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    # The same but for the rounding of float32, which other batches sum in another order.
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [make_tiny_model, make_tiny_xl])
+def test_a_family_moves_with_all_its_parts(tmp_path, make):
+    family = load_family(str(make(tmp_path)))
+    family.to("meta")  # torch's device without memory
+    for module in (family.denoiser, family.vae, *family.text_modules):
+        assert {each.device.type for each in (*module.parameters(), *module.buffers())} == {"meta"}
+    conditioning = family.condition(["a cat"], [(32, 32)], [(0, 0)])
+    x = family.denoise(
+        family.denoiser, torch.zeros(1, 4, 8, 8, device="meta"), torch.tensor([3], device="meta"), conditioning
+    )
+    assert x.device.type == family.posterior(torch.zeros(1, 3, 32, 32))[0].device.type == "meta"
+
+
 def test_every_family_is_found():
     assert families().keys() == {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
 
@@ -106,6 +154,9 @@ def test_a_vae_that_does_not_fit_is_one_line(folder, tmp_path):
         load_family(str(folder), vae=str(tmp_path / "scaled"))
     with pytest.raises(UserError, match="wide has 8 latent channels, the denoiser of .* takes 4"):
         load_family(str(folder), vae=str(tmp_path / "wide"))
+    make_tiny_vae(blocks=2).save_pretrained(tmp_path / "fine")
+    with pytest.raises(UserError, match="fine makes one latent of 2 pixels a side, the VAE of --model .* of 4; name"):
+        load_family(str(folder), ("text", "vae"), vae=str(tmp_path / "fine"))
     with pytest.raises(UserError, match="--vae .* cannot be loaded"):
         load_family(str(folder), vae=str(tmp_path / "nothing"))
     assert load_family(str(folder), ("vae",), vae=str(tmp_path / "good")).vae is not None

@@ -55,7 +55,10 @@ def test_a_shard_size_is_a_number_with_a_unit_and_the_only_size(inputs, capfd):
     assert_one_line(done, "--shard-size 5MB and --pairs-per-shard both say how large a tar is")
 
 
-def test_a_shard_size_gives_the_number_of_shards(inputs, tmp_path, capfd):
+def test_a_shard_size_gives_the_number_of_shards(inputs, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(
+        "smpo_pipeline.planning.plan.with_most_pixels", lambda *_: pytest.fail("no size is to be found")
+    )
     out = tmp_path / "plan.json"
     done = run_plan(inputs, capfd, "--steps", 3, "--batch-size", 4, "--shard-size", "30kB", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -109,11 +112,18 @@ def test_auto_batch_size_is_found_before_the_rate(inputs, tmp_path, capfd):
     [
         (("--batch-size", "many"), ("--batch-size many", "auto")),
         (("--batch-size", "0"), ("--batch-size 0", "from 1")),
+        (
+            ("--steps", "400"),
+            ("--steps 400", "room for 207 steps of 1000 timesteps", "divides 999", "--timesteps grid"),
+        ),
+        (("--steps", "1000"), ("--steps 1000", "only 1000 timesteps")),
         (("--start", "1000"), ("--start 1000", "0 to 999")),
         (("--resolution", "36"), ("--resolution 36", "multiple")),
         (("--pairs", "nowhere.parquet"), ("nowhere.parquet", "does not exist")),
         (("--scores", "nowhere"), ("nowhere",)),
         (("--solver", "ddim", "--renoise-steps", "2"), ("--renoise-steps", "ddim")),
+        (("--timesteps", "published", "--states", "3"), ("--states 3", "one state")),
+        (("--timesteps", "published", "--states", "3", "--source", "forward"), ("--states 3", "one state")),
     ],
 )
 def test_mistakes_are_one_line(inputs, capfd, flags, parts):

@@ -49,7 +49,7 @@ def count(family, walker, settings) -> int:
     """Images that the denoisers were given in one batch of all pairs."""
     inverter = Inverter(family, walker, settings, 0)
     requests = iter([(pair, 0) for pair in PAIRS])
-    return measure_rate(inverter, {family.denoiser, walker}, requests, len(PAIRS), seconds=0).forwards
+    return measure_rate(inverter, {family.denoiser, walker}, requests, len(PAIRS), 0, "cpu").forwards
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -112,7 +112,7 @@ def test_shards_and_their_padding_by_hand():
 def test_a_batch_that_is_longer_than_the_time_is_what_is_measured(family):
     now = iter(range(100))
     inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
-    rate = measure_rate(inverter, [family.denoiser], walk_requests(PAIRS), 2, seconds=1, clock=lambda: next(now))
+    rate = measure_rate(inverter, [family.denoiser], walk_requests(PAIRS), 2, 1, "cpu", clock=lambda: next(now))
     assert (rate.walks, rate.seconds, rate.warm) == (2, 1, False)
     assert rate.forwards == 2 * 2 * 2
 
@@ -121,6 +121,26 @@ def test_the_warm_up_is_left_out(family):
     # Seconds at: start, after the warm-up, begin, then after each batch the check, and the end.
     times = iter([0, 10, 10, 13, 16, 21, 21])
     inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
-    rate = measure_rate(inverter, [family.denoiser], walk_requests(PAIRS), 3, seconds=20, clock=lambda: next(times))
+    rate = measure_rate(inverter, [family.denoiser], walk_requests(PAIRS), 3, 20, "cpu", clock=lambda: next(times))
     assert (rate.walks, rate.seconds, rate.warm) == (9, 11, True)
     assert rate.forwards == 9 * 2 * 2
+
+
+@pytest.mark.parametrize("seconds", [0, 20])
+def test_the_peak_is_that_of_the_batches_measured_not_of_trials_before(family, monkeypatch, seconds):
+    """A GPU's counters, played: 7 GB of a trial that ran out, 2 GB a batch since."""
+    counter = {"peak": 7}
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: counter.update(peak=0))
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: counter["peak"])
+    inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=1), 0)
+    invert = inverter.invert
+
+    def on_gpu(requests):
+        counter["peak"] = max(counter["peak"], 2)
+        return invert(requests)
+
+    inverter.invert = on_gpu
+    times = iter(range(0, 1000, 5))
+    for device, peak in (("cuda", 2), ("cpu", None)):
+        rate = measure_rate(inverter, [], walk_requests(PAIRS), 1, seconds, device, clock=lambda: next(times))
+        assert (rate.warm, rate.peak_memory) == (seconds > 0, peak)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from smpo_models.loading import DTYPES
 from smpo_pipeline.jobs.chunks import cut_chunks, images_of, scores_of
 from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.score import _refuse_other_weights
@@ -33,10 +35,12 @@ def chunk():
 @pytest.mark.parametrize("name", MAKERS)
 def test_scores_differ_by_rounding_alone(folders, name, dtype):
     spec, images = f"{name}={folders[name]}", chunk()
-    scored = RewardActor(spec, "cpu", dtype, batch_size=5, workers=2, ledger=Counts(), last=False)(images)
+    reward = load_reward(spec, "cpu")
+    options = {"batch_size": 5, "ledger": Counts(), "last": False}
+    scored = RewardActor(spec, reward.fingerprint, "cpu", dtype, **options)(images)
     found = scores_of(scored, name).reshape(-1)
     pictures, prompts = zip(*images_of(images), strict=True)
-    exact = load_reward(spec, "cpu").score(pictures, prompts)
+    exact = reward.score(pictures, prompts)
     if dtype == "fp32":
         np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
         return
@@ -44,6 +48,8 @@ def test_scores_differ_by_rounding_alone(folders, name, dtype):
     assert apart.max() > 0
     # Some dozens of matrix products one after another, each rounded once.
     assert apart.max() < 16 * ROUNDING[dtype] * max(1.0, np.abs(exact).max())
+    # The products are rounded, the score itself is not: of a rating of 5, bf16 would leave steps of 1/32.
+    assert (torch.tensor(found).to(DTYPES[dtype]).double().numpy() != found).all()
 
 
 def test_two_precisions_of_one_reward_are_refused(tmp_path):

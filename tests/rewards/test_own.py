@@ -114,6 +114,36 @@ def test_what_is_not_one_number_an_image_is_one_line(here, given, message):
         checked_scores(load_reward("odd:Odd", "cpu"), [Image.new("RGB", (4, 4))] * 2, ["a", "b"])
 
 
+@pytest.mark.parametrize(
+    ("set_there", "message"),
+    [
+        ("self.model, self.fingerprint = None, '1'", "must set self.model to a text; it is None"),
+        ("self.model, self.fingerprint = 'm', 1", "must set self.fingerprint to a text; it is 1"),
+        ("self.model = 'm'", "must set self.fingerprint to a text; it is None"),
+        ("self.model, self.fingerprint = 'm', ''", "must set self.fingerprint to a text; it is ''"),
+    ],
+)
+def test_what_does_not_say_what_it_is_is_refused_before_any_work(here, set_there, message):
+    (here / "unnamed.py").write_text(
+        guide_code().replace('self.model = "Laplacian"', set_there).replace('self.fingerprint = "1"  #', "#")
+    )
+    with pytest.raises(UserError, match=f"--reward unnamed:Sharpness: its constructor {re.escape(message)}"):
+        load_reward("unnamed:Sharpness", "cpu")
+
+
+def test_the_image_that_a_reward_raises_for_is_named(here):
+    (here / "picky.py").write_text(
+        guide_code().replace("greys = [", "assert_fit(images)\n        greys = [")
+        + "\n\ndef assert_fit(images):\n    if any(image.width == 1 for image in images):\n"
+        "        raise ValueError('too narrow')\n"
+    )
+    reward = load_reward("picky:Sharpness", "cpu")
+    images = [Image.new("RGB", (40, 30)), Image.new("RGB", (1, 77)), Image.new("RGB", (40, 31))]
+    message = r"--reward sharpness: score failed: too narrow; of an image of 1 x 77 pixels, prompt 'b'"
+    with pytest.raises(UserError, match=message):
+        checked_scores(reward, images, ["a", "b", "c"])
+
+
 def test_a_subclass_elsewhere_does_not_hide_the_original(here):
     before = dict(reward_classes())
     (here / "finer.py").write_text(

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
+import os
 from typing import Annotated
 
 import pytest
 import typer
 
+from smpo_schemas import passing
 from smpo_schemas.commandline import ConfigOption, expand_repeated, run_app, write_resolved_config
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import atomic_path, read_json, write_json
@@ -47,7 +50,10 @@ def app(tmp_path):
     ) -> None:
         if number == 13:
             raise UserError("two\n  lines")
-        write_resolved_config(context, tmp_path)
+        if number == 17:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "/there/a")
+        result = tmp_path / "result"
+        write_resolved_config(context, tmp_path, result if result.exists() else None)
         typer.echo(f"{pairs} {number}")
 
     return app
@@ -76,6 +82,52 @@ def test_mistakes_are_one_line_and_status_2(app, tmp_path, monkeypatch, capsys):
     bad.write_text("nummer: 3")
     assert run(app, monkeypatch, "--config", str(bad)) == 2
     assert "unknown key 'nummer'" in capsys.readouterr().err
+
+
+def test_a_failure_of_storage_is_one_line(app, monkeypatch, capsys):
+    assert run(app, monkeypatch, "--pairs", "a", "--number", "17") == 2
+    assert capsys.readouterr().err == "error: /there/a: Input/output error; the same command goes on\n"
+
+
+def test_the_config_of_a_finished_run_is_left_as_it_was(app, tmp_path, monkeypatch):
+    result, config = tmp_path / "result", tmp_path / "config.yaml"
+    result.write_text("")
+    run(app, monkeypatch, "--pairs", "a", "--number", "1")
+    before = config.stat().st_ino
+    run(app, monkeypatch, "--pairs", "a", "--number", "2")
+    assert (config.stat().st_ino, "number: 1" in config.read_text()) == (before, True)
+    os.utime(result, (2e9, 2e9))  # another run has ended
+    run(app, monkeypatch, "--pairs", "a", "--number", "2")
+    assert "number: 2" in config.read_text()
+
+
+def test_a_failure_that_passes_is_tried_again_and_others_are_not(monkeypatch):
+    monkeypatch.setattr(passing, "_PAUSES_SECONDS", (0, 0))
+    failures: list[Exception] = []
+
+    @passing.trying_again
+    def work() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    def write(number: int) -> UserError:
+        error = UserError("cannot write a")
+        error.__cause__ = OSError(number, "")
+        return error
+
+    failures += [OSError(errno.ESTALE, ""), write(errno.EIO)]
+    assert work() == "done"
+    for last in (OSError(errno.ENOSPC, ""), write(errno.EROFS), UserError("another"), KeyError()):
+        failures += [last, OSError(errno.EIO, "")]
+        with pytest.raises(type(last)) as caught:
+            work()
+        assert caught.value is last
+        failures.clear()
+    failures += [OSError(errno.EIO, "") for _ in range(4)]
+    with pytest.raises(OSError, match=r"Errno 5"):
+        work()
+    assert len(failures) == 1
 
 
 def test_a_flag_repeats_only_in_the_command_where_it_may(monkeypatch, capsys):

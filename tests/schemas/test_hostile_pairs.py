@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -95,6 +97,27 @@ def test_an_overlong_line_is_one_reject_and_the_next_is_read(tmp_path, line, mon
     assert len(exact) == 999
     found = read(path)
     assert [isinstance(each, Pair) for each in found] == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [(name, True) for name in ("EIO", "ENOTCONN", "EREMOTEIO", "EHOSTDOWN", "EMFILE", "ENFILE", "ENOMEM")]
+    + [("EACCES", False), ("ENAMETOOLONG", False)],
+)
+def test_no_pair_is_rejected_for_what_passes(tmp_path, line, monkeypatch, name, passes):
+    number = getattr(errno, name)
+
+    def fails(_path):
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "image").write_bytes(b"x")
+    path = write_lines(tmp_path / "p.jsonl", {**line, "image_1": "image"})
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    if passes:
+        with pytest.raises(UserError, match=os.strerror(number)):
+            read(path)
+    else:
+        assert os.strerror(number) in str(read(path)[0])
 
 
 @pytest.mark.timeout(20)

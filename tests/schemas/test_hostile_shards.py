@@ -257,7 +257,11 @@ def indexed(tmp_path):
         ("meta", pa.array([None] * 3, pa.string())),
         ("timesteps", pa.array([None, [1], [2]])),
         ("timesteps", pa.array([[None], [1], [2]])),
+        ("key", pa.array(["1" * 101] * 3)),
         ("latent", pa.array([[-1]] * 3)),
+        ("latent", pa.array([[4, 8]] * 3)),
+        ("latent", pa.array([[4, 0, 8]] * 3)),
+        ("latent", pa.array([[2**31 - 1, 1, 1]] * 3)),
         ("latent", pa.array([[("k", 1)]] * 3, pa.map_(pa.string(), pa.int64()))),
     ],
 )

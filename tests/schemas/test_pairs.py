@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from smpo_schemas import pairs as pairs_module
 from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import (
     PICK_A_PIC,
@@ -139,6 +141,45 @@ def test_a_jsonl_file_has_the_columns_of_all_its_rows(tmp_path):
     assert [file.path for file in list_pair_files([tmp_path])] == [path]
     with pytest.raises(UserError, match="no rows"):
         list_pair_files([tmp_path / "empty.jsonl"])
+
+
+@pytest.mark.parametrize("rows_a_unit", [1, 100, 2000])
+def test_a_unit_of_a_jsonl_file_reads_little_before_its_own_rows(tmp_path, monkeypatch, rows_a_unit):
+    """With blank, broken and overlong lines, which shift bytes but not rows (a blank one is no row)."""
+    monkeypatch.setattr(pairs_module, "MAX_LINE_BYTES", 200)
+    path, lines, number = tmp_path / "a.jsonl", [], 0
+    for line in range(2500):
+        if line % 7 == 3:
+            lines.append("\n  \n")
+        text = "ä" * (300 if number % 50 == 9 else number % 11)
+        lines.append("broken\n" if number % 60 == 8 else json.dumps({"prompt": text, "row": number}) + "\n")
+        number += 1
+    path.write_text("".join(lines))
+    (file,) = list_pair_files([path])
+    assert file.rows == number == 2500
+    assert len(file.begins) == 3
+    read = []
+    for (part,) in slice_files([file], rows_a_unit):
+        assert 0 <= part.start - part.near[0] < 1024
+        rows = list(pairs_module._jsonl_rows(part))
+        assert len(rows) == part.stop - part.start
+        read += rows
+    expected = [{} if row % 60 == 8 or row % 50 == 9 else row for row in range(2500)]
+    assert [row.get("row", {}) for row in read] == expected
+
+
+def test_a_large_row_group_is_not_held_whole(tmp_path):
+    """What Arrow holds while a group of 64 MB of images is read, whose pages are of four rows."""
+    path, rows = tmp_path / "a.parquet", 64
+    images = [np.random.default_rng(row).bytes(500_000) for row in range(rows)]
+    table = pa.table({"prompt": ["a"] * rows, "image_0": images, "image_1": images})
+    pq.write_table(table, path, row_group_size=rows, write_batch_size=4, use_dictionary=False)
+    del table
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    held = [pool.bytes_allocated() - before for _ in read_rows(RowRange(path, 0, rows), PairColumns())]
+    assert len(held) == rows
+    assert max(held) < 40e6  # 16 rows at a time are 16 MB
 
 
 def test_what_json_allows_and_no_file_can_hold_is_rejected(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,6 +76,45 @@ def test_a_file_that_was_not_finished_is_not_put(folder: StorePath):
     assert not (folder / "a").exists()
 
 
+@pytest.mark.parametrize("amazon", [True, False])
+def test_what_is_there_is_not_created_again_whatever_words_the_store_has_for_it(folder, server: Faults, amazon):
+    server.amazon = amazon
+    try:
+        assert (folder / "a").create(b"first")
+        assert not (folder / "a").create(b"second")
+        assert (folder / "a").create(b"first")  # an answer was lost
+    finally:
+        server.amazon = True
+    assert (folder / "a").read_bytes() == b"first"
+
+
+def test_what_goes_while_it_is_looked_at_was_not_created(folder: StorePath, monkeypatch):
+    (folder / "a").overwrite(b"other")
+    read = StorePath.read_bytes
+    monkeypatch.setattr(StorePath, "read_bytes", lambda path: (path.unlink(), read(path))[1])
+    assert not (folder / "a").create(b"mine")
+
+
+def test_size_and_time_take_one_request_and_a_listing_gives_those_of_all(folder: StorePath, server: Faults):
+    for name in ("a.json", "b.json", "c.tar", "deep/d.json"):
+        write_bytes(folder / name, name.encode())
+    before = server.requests
+    status = (folder / "b.json").stat()
+    assert server.requests - before == 1
+    assert (status.st_size, abs(status.st_mtime - time.time()) < 100) == (6, True)
+    before = server.requests
+    assert folder.statuses("*.json") == {folder / "a.json": (folder / "a.json").stat(), folder / "b.json": status}
+    assert server.requests - before == 2  # the listing, and the other stat
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_removed_alone(folder: StorePath):
+    odd, other = folder / "run[12]*?", folder / "run1-and-2"
+    for path in (odd / "a", odd / "deep" / "b", other / "c"):
+        write_bytes(path, b"x")
+    remove_tree(odd)
+    assert [path.name for path in folder.iterdir()] == ["run1-and-2"]
+
+
 def test_parquet_is_read_by_ranges(folder: StorePath):
     table = pa.table({"a": list(range(1000)), "b": ["x" * 100] * 1000})
     with atomic_path(folder / "t.parquet") as temporary:
@@ -126,16 +167,23 @@ def test_failures_that_pass_change_nothing(folder: StorePath, server: Faults, tm
 def test_a_store_that_goes_on_failing_is_one_line_and_not_a_missing_file(folder: StorePath, server: Faults):
     write_bytes(folder / "a", b"x")
     server.every = 1
-    server._ways = iter(lambda: "500", None)
+    ways, server.ways = server.ways, itertools.repeat("500")
     try:
         with pytest.raises(UserError, match="cannot read s3://bucket/.*a, tried 4 times"):
             (folder / "a").is_file()
     finally:
-        server.every, server._ways = 0, iter(["500", "503", "slow", "cut"] * 10_000)
+        server.every, server.ways = 0, ways
 
 
 def test_a_bucket_that_is_not_there_and_an_unknown_protocol_are_one_line(server: Faults):
-    with pytest.raises(UserError, match="cannot write s3://nobucket/a"):
-        write_bytes(StorePath("s3://nobucket/a"), b"x")
+    nothing = StorePath("s3://nobucket/a")
+    for what, use in {
+        "write": lambda: write_bytes(nothing, b"x"),
+        "write.": lambda: nothing.create(b"x"),
+        "read": nothing.exists,
+        "list": lambda: list(nothing.iterdir()),
+    }.items():
+        with pytest.raises(UserError, match=f"cannot {what.strip('.')} s3://nobucket/a: .* bucket does not exist"):
+            use()
     with pytest.raises(UserError, match="nosuch://bucket/a: Protocol not known"):
         StorePath("nosuch://bucket/a").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
+from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
     InversionSettings,
@@ -27,6 +28,7 @@ from smpo_schemas.manifest import (
 from smpo_schemas.scores import RewardStatistics
 from smpo_schemas.shard_index import write_index
 from smpo_schemas.shards import Sample, SampleMeta, ShardDirectory, ShardWriter
+from smpo_trainer.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.cli import main
 from tests.tiny import LATENT_SHAPE
 
@@ -190,6 +192,19 @@ def arguments(shards: Path | str | Sequence[Path], model: Path, out: Path, **opt
         elif value is not None:
             found += [flag, str(value)]
     return found
+
+
+def dying_after(step: int) -> Callable[[Checkpoints, Checkpoint], Path]:
+    """``Checkpoints.save``, but the run ends once it has saved that step."""
+    save = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
+        path = save(self, checkpoint)
+        if checkpoint.step == step:
+            raise UserError("power cut")
+        return path
+
+    return save_and_die
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, args: Sequence[str]) -> int:

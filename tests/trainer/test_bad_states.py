@@ -185,6 +185,31 @@ def test_the_reference_is_recomputed_without_what_is_bad(train: Train, with_nan:
     )
 
 
+def test_a_shard_that_comes_back_has_no_recomputed_reference(
+    train: Train, damaged: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    options = {"skip_bad": True, "max_steps": 9, "beta": 200, "lr": 1e-5, "reference": "recomputed", "save_every": 1}
+    away = (damaged / FIRST).rename(tmp_path / FIRST)
+    whole = train("whole", on=damaged, **options)
+    save = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
+        path = save(self, checkpoint)
+        if checkpoint.step == 2:
+            raise UserError("power cut")
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        assert run_cli(patch, arguments(damaged, model, tmp_path / "run", **options)) == 2
+    away.rename(damaged / FIRST)
+    capsys.readouterr()
+    run = train("run", on=damaged, **options)
+    assert capsys.readouterr().out.count(f"{FIRST} has states without a finite reference error") == 1
+    for name in ("loss", "grad_norm", "bad_states", "skipped_steps"):
+        assert column(run, name) == column(whole, name)
+
+
 def test_held_out_states_are_left_out_too(
     train: Train,
     with_nan: Path,

@@ -164,10 +164,37 @@ def test_config_file_repeats_a_run_and_flags_override_it(
     assert (again["beta"], again["max_steps"]) == (400, 2)
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_DEEPSPEED"])
 def test_a_model_in_pieces_is_refused(refused: Refused, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "true")
-    assert "accelerate is configured for FSDP, DeepSpeed or Megatron" in refused()
+    assert "accelerate is configured for DeepSpeed or Megatron" in refused()
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "error"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "does not support FSDP with version 1"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "FSDP with --use_parallelism_config"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP with --fsdp_offload_params"),
+        ({"FSDP_IGNORED_MODULES": "mid_block"}, {}, "FSDP with --fsdp_ignored_modules"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "--fsdp_activation_checkpointing (use --gradient-check"),
+        ({}, {"optimizer": "adafactor", "mixed_precision": "fp16"}, "--optimizer adafactor (use adamw), --mixed"),
+        ({}, {"compile": True}, "FSDP with --compile"),
+        ({"FSDP_AUTO_WRAP_POLICY": "by_size"}, {}, "accelerate's configuration of FSDP: Invalid auto wrap policy"),
+        ({}, {}, "FSDP, which needs several processes, each with a GPU"),
+    ],
+)
+def test_fsdp_that_is_not_supported_is_refused(
+    refused: Refused,
+    environment: dict[str, str],
+    options: dict[str, object],
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which accelerate sets
+    assert error in refused(**options)
 
 
 def test_fp16_needs_a_gpu(refused: Refused) -> None:

@@ -116,8 +116,9 @@ def test_looking_changes_no_training(train: Train, many: Path) -> None:
 def test_the_reference_of_held_out_pairs_is_recomputed_too(
     train: Train, many: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = {"val_fraction": FRACTION, "val_every": 1, "val_states": 6, "beta": 200, "lr": 1e-5, "save_every": 1}
-    live = train("live", on=many, reference="live", **run)
+    run = {"val_fraction": FRACTION, "val_every": 1, "val_states": 12, "beta": 200, "lr": 1e-5, "save_every": 1}
+    fewer = {**run, "val_states": 6}
+    live = [column(train(name, on=many, reference="live", **of), "val/loss") for name, of in (("a", run), ("b", fewer))]
     save = Checkpoints.save
 
     def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
@@ -130,9 +131,9 @@ def test_the_reference_of_held_out_pairs_is_recomputed_too(
         patch.setattr(Checkpoints, "save", save_and_die)
         cut = arguments(many, model, tmp_path / "anew", reference="recomputed", **run)
         assert run_cli(patch, cut) == 2
-    assert (tmp_path / "anew" / "reference-held-out.safetensors").is_file()
-    anew = train("anew", on=many, reference="recomputed", **run)
-    np.testing.assert_allclose(column(anew, "val/loss"), column(live, "val/loss"), atol=1e-5)
+    # It may look at other states than when it was begun.
+    anew = train("anew", on=many, reference="recomputed", **fewer)
+    np.testing.assert_allclose(column(anew, "val/loss"), live[0][:2] + live[1][2:], atol=1e-5)
     assert not list(anew.glob("reference*"))
 
 

@@ -111,9 +111,11 @@ def test_first_loss_from_other_weights_is_the_hand_computed_mean(
 
 
 def test_live_and_stored_reference_agree(train: Train, other_unet: Path) -> None:
-    stored = train("stored", unet=other_unet, beta=100)
-    live = train("live", unet=other_unet, beta=100, reference="live")
-    np.testing.assert_allclose(column(stored, "loss"), column(live, "loss"), atol=1e-4)
+    for start, options in (("reference", {"lr": 1e-5}), ("elsewhere", {"unet": other_unet})):
+        stored = train(f"stored-{start}", beta=100, **options)
+        live = train(f"live-{start}", beta=100, reference="live", **options)
+        np.testing.assert_allclose(column(stored, "loss"), column(live, "loss"), atol=1e-4)
+        np.testing.assert_allclose(column(stored, "grad_norm"), column(live, "grad_norm"), rtol=1e-3)
 
 
 @pytest.mark.parametrize("objective", ["smpo", "dpo"])
@@ -129,9 +131,35 @@ def test_accumulation_equals_a_large_batch(train: Train, objective: str) -> None
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_loader_workers_change_nothing(train: Train) -> None:
-    none = column(train("none", workers=0), "loss")
+    none = train("none", workers=0)
     for workers in (1, 4):
-        assert column(train(f"{workers}", workers=workers), "loss") == none
+        some = train(f"{workers}", workers=workers)
+        for name in ("loss", "grad_norm"):
+            assert column(some, name) == column(none, name)
+
+
+def test_accelerates_environment_divides_no_loss(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = train("plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert column(train("set", grad_accum=1), "grad_norm") == column(plain, "grad_norm")
+
+
+def test_drift_is_how_far_the_errors_have_moved_whichever_way(
+    train: Train, shards: Path, model: Path, other_unet: Path
+) -> None:
+    # A learning rate of 0 leaves the model where it starts; the one step takes all 18 states.
+    out = train(unet=other_unet, max_steps=1, batch_size=18, lr=0)
+    plain = PlainReference(model, other_unet)
+    moved = []
+    for sample in ShardDirectory(shards).samples():
+        prompt = "" if sample.meta.prompt_dropped else sample.meta.prompt
+        for k, t in enumerate(sample.timestep_K.tolist()):
+            for i in (0, 1):
+                error = plain.error(sample.x0_2Chw[i], sample.noise_K2Chw[k, i], t, prompt)
+                moved.append(error - float(sample.ref_error_K2[k, i]))
+    assert min(moved) < 0 < max(moved)
+    assert column(out, "drift")[0] == pytest.approx(np.abs(moved).mean(), rel=1e-3)
+    assert column(train("start", max_steps=1), "drift")[0] < 1e-5
 
 
 def test_swapping_all_images_changes_nothing(train: Train, tmp_path: Path, model: Path) -> None:

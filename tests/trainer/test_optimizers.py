@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import json
 import sys
 import types
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils import checkpoint as torch_checkpoint
 
+from smpo_trainer import optimizers
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.presets import PRESETS, remarks
 from tests.trainer.conftest import Train
@@ -55,7 +59,76 @@ def test_adafactors_first_step_has_adams_signs_and_the_learning_rate_as_its_size
     assert torch.equal(moved.sign()[clear], adam.sign()[clear])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+class AdamW8bit(torch.optim.Optimizer):
+    """In place of bitsandbytes', which needs a GPU: state of the same names and types, and restored as it does.
+
+    Bytes with a scale for each tensor stand for its bytes with a scale for each block and a table of what they mean.
+    """
+
+    made: ClassVar[list[dict[str, float]]] = []
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
+        AdamW8bit.made.append({"lr": lr, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, _closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["step"] = 0
+                    for n in (1, 2):
+                        state[f"state{n}"] = torch.zeros_like(p, dtype=torch.uint8)
+                        state[f"absmax{n}"] = torch.zeros(1)
+                state["step"] += 1
+                moments = []
+                for n, beta, value in zip((1, 2), group["betas"], (p.grad, p.grad.square()), strict=True):
+                    old = (state[f"state{n}"].float() / 255 * 2 - 1) * state[f"absmax{n}"]
+                    new = beta * old + (1 - beta) * value
+                    state[f"absmax{n}"] = new.abs().max().reshape(1)
+                    scaled = new / state[f"absmax{n}"].clamp(min=1e-30)
+                    state[f"state{n}"] = ((scaled + 1) / 2 * 255).round().to(torch.uint8)
+                    moments.append(new / (1 - beta ** state["step"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * moments[0] / (moments[1].clamp(min=0).sqrt() + group["eps"]))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's own would turn the bytes into the parameters' type."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        groups = [
+            {**new, "params": old["params"]}
+            for old, new in zip(self.param_groups, copy.deepcopy(state_dict["param_groups"]), strict=True)
+        ]
+        state = {parameters[number]: value for number, value in copy.deepcopy(state_dict["state"]).items()}
+        self.__setstate__({"state": collections.defaultdict(dict, state), "param_groups": groups})
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of that name, for the CPU."""
+    fake = types.ModuleType("bitsandbytes")
+    fake.optim = types.SimpleNamespace(AdamW8bit=AdamW8bit)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
+    monkeypatch.setattr(optimizers, "_EIGHT_BIT", ("cpu",))
+    AdamW8bit.made.clear()
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_eight_bit_adam_is_called_as_adam_and_makes_its_first_step(
+    train: Train, collected: list[dict[str, torch.Tensor]]
+) -> None:
+    for optimizer in ("adamw8bit", "adamw"):
+        train(optimizer, optimizer=optimizer, max_steps=2, save_every=1, lr=1e-4, weight_decay=0.02)
+    assert AdamW8bit.made == [{"lr": 1e-4, "weight_decay": 0.02}]
+    # A first step does not depend on how its moments are kept.
+    ours, theirs = collected
+    for name, wanted in theirs.items():
+        torch.testing.assert_close(ours[name], wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw8bit"])
+@pytest.mark.usefixtures("bitsandbytes")
 def test_a_run_that_goes_on_equals_the_uninterrupted_one(
     train: Train, optimizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path, model: Path
 ) -> None:
@@ -139,7 +212,7 @@ def test_schedules(train: Train, schedule: str, wanted: list[float]) -> None:
         ({"preset": "smpo"}, "--preset smpo is not known; known: smpo-sd15, smpo-sdxl"),
         ({"ema_decay": 1.5}, "--ema-decay"),
         ({"wandb_project": "p"}, "--wandb-project p needs wandb, which is not installed"),
-        ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit needs bitsandbytes, which is not installed"),
+        ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit needs a GPU, the device is cpu"),
     ],
 )
 def test_wrong_flags(
@@ -151,10 +224,18 @@ def test_wrong_flags(
     options: dict[str, object],
     message: str,
 ) -> None:
-    for package in ("wandb", "bitsandbytes"):
-        monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **options)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_eight_bit_adam_needs_its_package(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", optimizer="adamw8bit")) == 2
+    assert "--optimizer adamw8bit needs bitsandbytes, which is not installed" in capsys.readouterr().err
 
 
 def test_each_setting_is_part_of_the_runs_identity(

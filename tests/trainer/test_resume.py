@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,10 +15,10 @@ import pytest
 from smpo_schemas.errors import UserError
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints, load_checkpoint
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, column, run_cli
+from tests.trainer.helpers import arguments, column, dying_after, run_cli
 
 OPTIONS = {"max_steps": 5, "save_every": 1, "lora_rank": 2}
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -105,34 +104,11 @@ def test_two_processes_say_a_mistake_once_and_end(shards: Path, model: Path, tmp
     assert two.stderr.count("error: --out") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_finishes_the_step_and_saves(shards: Path, model: Path, tmp_path: Path, number: int) -> None:
-    args = arguments(shards, model, tmp_path / "run", max_steps=500, save_every=1000, workers=1)
-    process = start(args)
-    wait_for_steps(tmp_path / "run", 2, process)
-    process.send_signal(number)
-    said, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    assert "the same command goes on from here" in said
-    last = column(tmp_path / "run", "step")[-1]
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{last:06d}"]
-    assert not (tmp_path / "run" / "training.json").exists()
-
-
 @pytest.fixture
 def interrupted(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A LoRA run of 5 steps that died right after the checkpoint of step 3."""
-    save = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
-        if checkpoint.step == 3:
-            raise UserError("power cut")
-        return path
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_die)
+        patch.setattr(Checkpoints, "save", dying_after(3))
         with pytest.raises(AssertionError):
             train("run", **OPTIONS)
     return tmp_path / "run"
@@ -181,11 +157,11 @@ def test_finished_run_is_left_alone(
 
 def test_checkpoint_holds_no_pickle_and_damage_is_named(interrupted: Path) -> None:
     path = interrupted / "checkpoint-000003"
-    checkpoint = load_checkpoint(path)
-    assert (checkpoint.step, checkpoint.position) == (3, 6)
-    (path / "optimizer.pt").write_bytes(b"\x80\x02nonsense")
-    with pytest.raises(UserError, match="checkpoint-000003 cannot be read"):
-        load_checkpoint(path)
+    assert load_checkpoint(path).step == 3
+    for damage in (b"\x80\x02nonsense", b""):
+        (path / "optimizer.pt").write_bytes(damage)
+        with pytest.raises(UserError, match="checkpoint-000003 cannot be read"):
+            load_checkpoint(path)
 
 
 @pytest.mark.parametrize("limit", [1, 3])

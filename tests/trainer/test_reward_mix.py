@@ -87,10 +87,38 @@ def test_mixture_takes_shares_and_temperatures_of_the_calibration(mix: Mix, two:
 
 
 def test_rewards_that_are_named_override_the_shares(mix: Mix, two: Path, calibration: Path) -> None:
-    tau = json.loads(calibration.read_text())["rewards"]["taste"]["tau"]
-    found = mix(preference="mixture", calibration=calibration, reward=["taste"])
-    expected = [s((meta.scores["taste"][0] - meta.scores["taste"][1]) / tau) for meta in scored(two)]
+    rewards = json.loads(calibration.read_text())["rewards"]
+    said: list[str] = []
+    found = mix(preference="mixture", calibration=calibration, reward=["taste:3", "sharpness"], said=said)
+    for p, meta in zip(found.preferences(scored(two)), scored(two), strict=True):
+        of = [s((meta.scores[n][0] - meta.scores[n][1]) / rewards[n]["tau"]) for n in NAMES]
+        assert p == pytest.approx((3 * of[0] + of[1]) / 4, rel=1e-12)
+    assert said == []
+
+
+def test_one_reward_has_the_temperature_that_was_fitted_to_it_alone(mix: Mix, two: Path, calibration: Path) -> None:
+    """As ``calibrate`` judges it, in its row "taste, tau fitted"."""
+    fitted = json.loads(calibration.read_text())["rewards"]["taste"]
+    assert abs(math.log(fitted["tau_alone"] / fitted["tau"])) > 0.1
+    said: list[str] = []
+    found = mix(preference="mixture", calibration=calibration, reward=["taste"], said=said)
+    expected = [s((meta.scores["taste"][0] - meta.scores["taste"][1]) / fitted["tau_alone"]) for meta in scored(two)]
     np.testing.assert_allclose(found.preferences(scored(two)), expected, rtol=1e-12)
+    assert found.identity()["calibration"] == {"taste": fitted["tau_alone"]}
+    assert said == []
+
+
+def test_some_of_a_mixtures_rewards_keep_its_temperatures_with_a_warning(
+    mix: Mix, two: Path, calibration: Path, tmp_path: Path
+) -> None:
+    value = json.loads(calibration.read_text())
+    value["rewards"]["third"] = {**value["rewards"]["taste"], "weight": 0.0}
+    (tmp_path / "three.json").write_text(json.dumps(value))
+    said: list[str] = []
+    found = mix(preference="mixture", calibration=tmp_path / "three.json", reward=list(NAMES), said=said)
+    assert found.temperatures == {name: value["rewards"][name]["tau"] for name in NAMES}
+    (warning,) = said
+    assert "WARNING: --reward takes 2 of the 3 rewards" in warning
 
 
 def test_a_range_replaces_the_data_sets(mix: Mix, two: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -12,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from smpo_schemas.errors import UserError
 from smpo_trainer import shard_store
 from smpo_trainer.shard_set import ShardSet, open_shards
-from smpo_trainer.shard_store import ShardStore
+from smpo_trainer.shard_store import Remote, ShardStore
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import column
 
@@ -119,3 +124,91 @@ def test_a_missing_shard_is_named(tmp_path: Path, bucket: MemoryFileSystem) -> N
 def test_a_wrong_url_is_one_line(tmp_path: Path, bucket: object, url: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         opened(tmp_path, url)
+
+
+def store_of(cache: Path, cache_bytes: int = 1) -> ShardStore:
+    """As another run, or another process of one, has it."""
+    return ShardStore(opened(cache).places, cache_bytes)
+
+
+def test_what_another_run_uses_is_kept(tmp_path: Path, bucket: object) -> None:
+    one, other = store_of(tmp_path), store_of(tmp_path)
+    assert one.problems([0]) == other.problems([0, 1]) == {}
+    one.release([])
+    assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
+    other.release([1])
+    assert tars(tmp_path) == {"shard-000001.tar"}
+    other.close()
+    one.release([])
+    assert tars(tmp_path) == set()
+
+
+def test_what_another_run_is_fetching_is_kept(tmp_path: Path, bucket: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    copy = Remote._copy
+
+    def slowly(self: Remote, name: str, temporary: Path) -> None:
+        copy(self, name, temporary)
+        begun.set()
+        go_on.wait(30)
+
+    one, other = store_of(tmp_path), store_of(tmp_path)
+    monkeypatch.setattr(Remote, "_copy", slowly)
+    other.expect([0])
+    assert begun.wait(30)
+    one.release([])
+    go_on.set()
+    assert other.problems([0]) == {}
+    assert tars(tmp_path) == {"shard-000000.tar"}
+
+
+def test_the_bound_is_of_all_runs_and_the_longest_unused_goes_first(tmp_path: Path, bucket: object) -> None:
+    sizes = [entry.bytes for entry in opened(tmp_path).directories[0].manifest.shards]
+    for shard in (1, 0, 1):  # three runs, one after the other
+        one = store_of(tmp_path, sum(sizes))
+        assert one.problems([shard]) == {}
+        one.release([])
+        one.close()
+    assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
+    store_of(tmp_path, sizes[1]).release([])
+    assert tars(tmp_path) == {"shard-000001.tar"}
+
+
+def test_what_a_killed_run_has_left_is_counted_and_removed(tmp_path: Path, bucket: object) -> None:
+    killed = f"""
+import os, signal
+from pathlib import Path
+from smpo_trainer.shard_cache import ShardCache
+cache = ShardCache(Path({str(tmp_path)!r}), 1)
+folder = Path({str(tmp_path)!r}) / "0123456789abcdef"
+folder.mkdir(parents=True)
+for name in ("shard-000007.tar", ".shard-000008.tar.0123.tmp"):
+    (folder / name).write_bytes(bytes(1000))
+cache.use([folder / "shard-000007.tar", folder / "shard-000008.tar"])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
+    assert tars(tmp_path) == {"shard-000007.tar"}
+    store = store_of(tmp_path, 1 << 30)
+    store.release([])  # within the bound, but nobody goes on with a part
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == []
+    assert tars(tmp_path) == {"shard-000007.tar"}
+    store_of(tmp_path, 999).release([])
+    assert tars(tmp_path) == set()
+    assert len(list(tmp_path.glob(".uses-*"))) == 2
+
+
+def test_opening_at_once_reads_whole_manifests(tmp_path: Path, shards: Path) -> None:
+    """As the processes of a run do; of a file system that, other than fsspec's in memory, can be read at once."""
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: opened(tmp_path, f"file://{shards}"), range(200)))
+    assert len({each.sources[0].folder for each in found}) == 1
+
+
+def test_another_manifest_is_another_folder(tmp_path: Path, bucket: MemoryFileSystem) -> None:
+    first = opened(tmp_path).sources[0].folder
+    manifest = bucket.cat_file("/bucket/shards/manifest.json")
+    bucket.pipe_file("/bucket/shards/manifest.json", manifest.replace(b'"seed": 0', b'"seed": 1'))
+    second = opened(tmp_path).sources[0]
+    assert second.folder != first
+    assert second.directory.manifest.seed == 1

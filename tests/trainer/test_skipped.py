@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_schemas.errors import UserError
+from smpo_trainer import run
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.plan import Order
+from smpo_trainer.settings import TrainSettings
 from tests.tiny import make_tiny_unet
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PlainReference, arguments, column, metrics, run_cli
@@ -140,3 +144,27 @@ def test_overwriting_removes_the_file(
     assert (out / "nonfinite.jsonl").is_file()
     assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1, overwrite=True)) == 0
     assert not (out / "nonfinite.jsonl").exists()
+
+
+def test_a_step_without_a_state_is_no_overflow(
+    train: Train, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a gradient scaler, as in fp16, which accelerate makes on GPUs alone."""
+    make = run._make_accelerator
+
+    def with_scaler(settings: TrainSettings) -> Accelerator:
+        accelerator, scaler = make(settings), torch.amp.GradScaler("cpu", init_scale=4.0)
+        accelerator.scaler = scaler
+        monkeypatch.setattr(
+            accelerator, "unscale_gradients", lambda: scaler.unscale_(accelerator._optimizers[-1].optimizer)
+        )
+        return accelerator
+
+    gone = Path(shutil.copytree(shards, tmp_path / "gone"))
+    for tar in gone.glob("*.tar"):
+        tar.unlink()
+    monkeypatch.setattr(run, "_make_accelerator", with_scaler)
+    assert column(train("whole"), "skipped_steps")[-1] == 0
+    with pytest.raises(AssertionError):
+        train("gone", on=gone, skip_bad=True, max_skipped=3, max_steps=9)
+    assert "step 3: none of its states can be used" in capsys.readouterr().err

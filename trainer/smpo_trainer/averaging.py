@@ -9,6 +9,8 @@ from typing import Any
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from smpo_trainer.fsdp import like
+
 
 class WeightAverage:
     """Exponential moving average over optimizer steps, in the weights' own dtype.
@@ -46,4 +48,5 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint."""
         self._average.load_state_dict(state)
-        self._average.to(self._parameters[0].device)
+        pairs = zip(self._average.shadow_params, self._parameters, strict=True)
+        self._average.shadow_params = [like(tensor, parameter) for tensor, parameter in pairs]

@@ -5,7 +5,6 @@ Shape suffixes: B batch, 2 images, C h w a latent.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -13,10 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from smpo_schemas.errors import UserError
+from smpo_schemas.stored_state import read_state
 from smpo_trainer.plan import Plan, Window
 from smpo_trainer.shard_set import ShardSet
 from smpo_trainer.shard_store import ShardStore
-from smpo_trainer.states import StateTable
+from smpo_trainer.states import StateTable, walk_digest
+from smpo_trainer.stopping import leave_signals_to_the_trainer
 
 
 @dataclass(frozen=True)
@@ -131,27 +132,46 @@ class StateDataset(Dataset[State]):
     def __getitem__(self, index: int | Unusable) -> State:
         if isinstance(index, Unusable):
             return stand_in(index.problem, self._table.latent_of(index.state))
+        if self.ref_error_S2 is not None and not self.ref_error_S2[index].isfinite().all():
+            return stand_in(self._without_reference(index), self._table.latent_of(index))
         try:
             return self._read(index)
         except UserError as error:
             return stand_in(str(error), self._table.latent_of(index))
 
+    def _without_reference(self, index: int) -> str:
+        walk = int(self._table.walk_S[index])
+        directory = self._directories[self._table.locations.shard_P[walk]]
+        name = directory.manifest.shards[self._table.locations[walk].shard].name
+        return (
+            f"{directory.path / name} has states without a finite reference error: they could not be used when it was "
+            "recomputed; --overwrite begins the run anew"
+        )
+
     def _read(self, index: int) -> State:
-        walk, k = int(self._table.walk_S[index]), int(self._table.k_S[index])
-        sample = self._directories[self._table.locations.shard_P[walk]].read(self._table.locations[walk])
+        table = self._table
+        walk, k = int(table.walk_S[index]), int(table.k_S[index])
+        directory, location = self._directories[table.locations.shard_P[walk]], table.locations[walk]
+        state = read_state(directory, location, k)
+        meta = state.walk.meta
+        if walk_digest(state.walk) != table.locations.digest_P[walk]:
+            raise UserError(
+                f"{directory.path / directory.manifest.shards[location.shard].name}: sample {location.key} is not what "
+                f"the index says: it is of pair {meta.pair_id}, with the timesteps {list(state.walk.timesteps)} and "
+                f"latents of {state.walk.latent}, the scores {meta.scores} and the label {meta.label}"
+            )
         return State(
-            pair_id=sample.meta.pair_id,
-            prompt="" if sample.meta.prompt_dropped else sample.meta.prompt,
-            size=sample.meta.size,
-            crop=sample.meta.crop,
-            x0_2Chw=sample.x0_2Chw,
-            # Copied: a view would carry the walk's other states along, out of the loader process too.
-            noise_2Chw=sample.noise_K2Chw[k].clone(),
-            ref_error_2=(sample.ref_error_K2[k] if self.ref_error_S2 is None else self.ref_error_S2[index]).clone(),
-            timestep=int(sample.timestep_K[k]),
-            preference=float(self._table.preference_P[walk]),
-            label=float(self._table.label_P[walk]),
-            weight=float(self._table.weight_P[walk]),
+            pair_id=meta.pair_id,
+            prompt="" if meta.prompt_dropped else meta.prompt,
+            size=meta.size,
+            crop=meta.crop,
+            x0_2Chw=state.x0_2Chw,
+            noise_2Chw=state.noise_2Chw,
+            ref_error_2=state.ref_error_2 if self.ref_error_S2 is None else self.ref_error_S2[index].clone(),
+            timestep=state.walk.timesteps[k],
+            preference=float(table.preference_P[walk]),
+            label=float(table.label_P[walk]),
+            weight=float(table.weight_P[walk]),
         )
 
 
@@ -219,7 +239,7 @@ class Feed:
             batch_sampler=self._brought(first_step, last_step),
             num_workers=self._workers,
             collate_fn=collate,
-            worker_init_fn=_leave_signals_to_the_trainer if self._workers else None,
+            worker_init_fn=leave_signals_to_the_trainer if self._workers else None,
         )
         for batch in loader:
             require_usable(batch, skip_bad=self._skip_bad)
@@ -254,9 +274,3 @@ class Feed:
         positions = range(first, min(window.stop, end))
         own = (place for place in positions if place // plan.batch_size % plan.world_size == self._rank)
         return {order.shard_of(order.state_at(place)) for place in own}
-
-
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """A Ctrl-C reaches every process of the terminal: loaders go on, so that the trainer can finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -30,14 +30,12 @@ class Checkpoint:
 
     Attributes:
         step: finished optimizer steps.
-        position: global positions of the plan that they consumed.
         identity: the settings that a run which goes on from here must share.
         weights: the trained weights by name.
         optimizer: state dicts of what changes beside the weights (optimizer, schedule, gradient scaler, ...), by name.
     """
 
     step: int
-    position: int
     identity: dict[str, Any]
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
@@ -69,8 +67,7 @@ class Checkpoints:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
             safetensors.torch.save_file(weights, staging / _WEIGHTS)
             torch.save(checkpoint.optimizer, staging / _OPTIMIZER)
-            state = {"step": checkpoint.step, "position": checkpoint.position, "identity": checkpoint.identity}
-            write_json(staging / _STATE, state)
+            write_json(staging / _STATE, {"step": checkpoint.step, "identity": checkpoint.identity})
             for file in (_WEIGHTS, _OPTIMIZER):
                 with (staging / file).open("rb") as written:
                     os.fsync(written.fileno())
@@ -108,8 +105,8 @@ def load_checkpoint(checkpoint: Path) -> Checkpoint:
     try:
         weights = safetensors.torch.load_file(checkpoint / _WEIGHTS)
         optimizer = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{checkpoint} cannot be read ({error}); remove it to go on from the one before, or use --overwrite"
         ) from error
-    return Checkpoint(state["step"], state["position"], state["identity"], weights, optimizer)
+    return Checkpoint(state["step"], state["identity"], weights, optimizer)

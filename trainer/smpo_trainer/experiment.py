@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smpo_models.fingerprint import fingerprint_module
+from smpo_models.loading import load_family
 from smpo_models.process import Process
 from smpo_schemas.errors import UserError
 from smpo_trainer.buckets import group_size
@@ -82,7 +84,7 @@ class Experiment:
             "max_grad_norm": settings.max_grad_norm,
             "ema_decay": settings.ema_decay,
             "lora_rank": settings.lora_rank,
-            "unet": str(settings.unet) if settings.unet else None,
+            "unet": _fingerprint(settings.model, settings.unet) if settings.unet else None,
             "seed": settings.seed,
             "shuffle_window": settings.shuffle_window,
             "mixed_precision": settings.mixed_precision,
@@ -124,6 +126,12 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     )
     prompts = _read_prompts(settings.validation_prompts) if settings.validation_prompts else []
     return Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
+
+
+def _fingerprint(model: str, unet: Path) -> str:
+    """Of the weights in a denoiser folder: the folder may be moved, or filled anew."""
+    denoiser = load_family(model, ("denoiser",), denoiser=unet).denoiser
+    return fingerprint_module(denoiser) if denoiser else "none"
 
 
 def _read_prompts(path: Path) -> list[str]:

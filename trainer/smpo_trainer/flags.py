@@ -112,7 +112,7 @@ WeightColumn = Annotated[
 Optimizer = Annotated[
     OptimizerName,
     typer.Option(
-        help="adamw (fused); adafactor, which needs half its memory or less; adamw8bit, with bitsandbytes installed.",
+        help="adamw (fused); adafactor, which needs half its memory or less; adamw8bit, on a GPU with bitsandbytes.",
         rich_help_panel=_OPTIMIZER,
     ),
 ]

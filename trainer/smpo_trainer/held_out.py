@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from smpo_schemas.errors import UserError
 from smpo_trainer.batches import StateBatch, StateDataset, collate, require_usable, usable
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.policy import Policy
-from smpo_trainer.processes import on_main, together
-from smpo_trainer.reference import read_reference, write_reference
 from smpo_trainer.shard_set import ShardSet
 from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable
@@ -103,39 +99,16 @@ class HeldOut:
         self.forwards = max(len(_batches(share.tolist(), table, batch_size)) for share in shares)
         self.num_states = len(chosen)
         self._accelerator = accelerator
-        self._first = sum(map(len, shares[:rank]))
 
-    def recompute_reference(self, policy: Policy, path: Path) -> None:
+    def recompute_reference(self, policy: Policy) -> None:
         """Take the reference's errors from this run's own arithmetic; for a model that is still as it starts.
 
         Args:
             policy: its ``reference``, or else its ``denoiser``, is the reference.
-            path: where they are kept for a run that goes on.
-
-        Raises:
-            UserError: they cannot be written.
         """
-        errors: list[list[float]] = []
-        for batch in self.batches:
-            errors += _reference_errors(policy, batch.to(self._accelerator.device), self._accelerator).tolist()
-        gathered = torch.tensor(gather_object(errors), dtype=torch.float32)
-        on_main(self._accelerator, lambda: write_reference(path, gathered))
-        self._take(gathered)
-
-    def read_reference(self, path: Path) -> None:
-        """Take the reference's errors that the run was begun with.
-
-        Raises:
-            UserError: they cannot be read.
-        """
-        self._take(together(self._accelerator, lambda: read_reference(path)))
-
-    def _take(self, error_S2: torch.Tensor) -> None:
-        first = self._first
         for number, batch in enumerate(self.batches):
-            size = len(batch.pair_ids)
-            self.batches[number] = replace(batch, ref_error_B2=error_S2[first : first + size])
-            first += size
+            error_B2 = _reference_errors(policy, batch.to(self._accelerator.device), self._accelerator)
+            self.batches[number] = replace(batch, ref_error_B2=error_B2.cpu())
 
 
 def _batches(states: Sequence[int], table: StateTable, batch_size: int) -> list[list[int]]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
+from torch.optim import Optimizer
 
+from smpo_schemas.errors import UserError
 from smpo_trainer.averaging import WeightAverage
 from smpo_trainer.bad_states import BadStates
 from smpo_trainer.bands import by_band
@@ -21,13 +25,14 @@ from smpo_trainer.batches import StateBatch
 from smpo_trainer.checkpoints import Checkpoint
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.experiment import Experiment
+from smpo_trainer.fsdp import gather, like, reshard, whole
 from smpo_trainer.held_out import HeldOut
 from smpo_trainer.metrics import Record, StepMeter
 from smpo_trainer.objectives.base import Metrics, PairBatch, of_preferred
 from smpo_trainer.optimizers import make_optimizer, make_schedule
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy
-from smpo_trainer.processes import on_main
+from smpo_trainer.processes import on_main, together
 from smpo_trainer.skipped import SkippedStep, SkippedSteps
 from smpo_trainer.utilization import Utilization, peak_memory_gib
 
@@ -40,6 +45,13 @@ def _of_usable(values: Metrics, batch: StateBatch) -> Metrics:
     return {name: value_B.where(batch.counts_B, math.nan) for name, value_B in values.items()}
 
 
+def _prepare(accelerator: Accelerator, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    try:
+        return accelerator.prepare(policy.denoiser, optimizer)
+    except ValueError as error:  # --fsdp_transformer_layer_cls_to_wrap names a class that the denoiser has not
+        raise UserError(f"accelerate cannot prepare the denoiser: {error}") from error
+
+
 class Trainer:
     """Denoiser, optimizer and schedule of a run; ``train_step`` is one optimizer step."""
 
@@ -50,17 +62,17 @@ class Trainer:
         settings = experiment.settings
         self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.process)
         self._policy, self._plan, self._accelerator = policy, plan, accelerator
-        self._parameters = list(policy.trained().values())
         if settings.gradient_checkpointing:
             policy.denoiser.enable_gradient_checkpointing()
-        optimizer = make_optimizer(settings, self._parameters, settings.peak_lr(plan.states_per_step))
+        optimizer = make_optimizer(settings, list(policy.trained().values()), settings.peak_lr(plan.states_per_step))
         # Not prepared by accelerate, which would step it once a process.
         self._schedule = make_schedule(settings, optimizer)
-        self._average = WeightAverage(self._parameters, settings.ema_decay) if settings.ema_decay else None
         self._skipped = SkippedSteps(settings.out, min(settings.max_skipped, settings.max_steps))
         self._bad = bad
         self._utilization = Utilization.of(policy, accelerator)
-        self._denoiser, self._optimizer = accelerator.prepare(policy.denoiser, optimizer)
+        self._denoiser, self._optimizer = together(accelerator, lambda: _prepare(accelerator, policy, optimizer))
+        self._parameters = list(policy.trained().values())  # others than before, where the denoiser is cut up
+        self._average = WeightAverage(self._parameters, settings.ema_decay) if settings.ema_decay else None
 
     def train_step(self, step: int, batches: Iterator[StateBatch]) -> Record:
         """Make optimizer step ``step`` (from 0) and return what is logged of it.
@@ -82,7 +94,9 @@ class Trainer:
             waited += time.perf_counter() - asked
             batch = batch.to(self._accelerator.device)
             is_last = accumulation == self._plan.grad_accum - 1
-            with nullcontext() if is_last else self._accelerator.no_sync(self._denoiser):
+            # Not where the denoiser is cut up: each process would keep whole gradients.
+            syncs = is_last or self._accelerator.is_fsdp2
+            with nullcontext() if syncs else self._accelerator.no_sync(self._denoiser):
                 loss_B, metrics = self._forward(batch)
                 # Processes' gradients are averaged: each gives its share of the sum times their number. States that
                 # cannot be used add 0, and are not yet known of other processes: see _leave_out.
@@ -118,6 +132,7 @@ class Trainer:
             loss_B, metrics = self._forward(batch)
             if number < len(held_out.batches):
                 meter.add(_of_usable({"loss": loss_B, **metrics}, batch))
+        reshard(self._denoiser)
         return {f"val/{name}": value for name, value in meter.means(self._accelerator).items()}
 
     def _forward(self, batch: StateBatch) -> tuple[torch.Tensor, Metrics]:
@@ -138,6 +153,7 @@ class Trainer:
         for image in (0, 1):
             metrics[f"error/image_{image}"] = error_B2.detach()[:, image]
             metrics[f"error_minus_reference/image_{image}"] = moved_B2[:, image]
+        metrics["drift"] = moved_B2.abs().mean(dim=1)
         preferred_B = self._pair_loss.objective.preferred(pairs)
         metrics["error_minus_reference/chosen"] = of_preferred(moved_B2, preferred_B)
         metrics["error_minus_reference/rejected"] = of_preferred(moved_B2, -preferred_B)
@@ -165,7 +181,7 @@ class Trainer:
     def _update(self, step: int, losses: Losses, num_bad: int) -> float:
         """Clip, and make the step if all is finite; returns the gradient's norm before clipping."""
         limit = self._settings.max_grad_norm or float("inf")
-        grad_norm = float(self._accelerator.clip_grad_norm_(self._parameters, limit))
+        grad_norm = float(whole(self._accelerator.clip_grad_norm_(self._parameters, limit)))
         bad = [pair_id for pair_id, value in losses if not math.isfinite(value)]
         count = torch.tensor(float(len(bad)), device=self._accelerator.device)
         any_bad = bool(self._accelerator.reduce(count, "sum").item())
@@ -176,26 +192,36 @@ class Trainer:
                 self._average.step()
             self._skipped.took()
         else:
-            self._skip(step, [pair_id for pair_id, _ in losses], bad)
+            self._skip(step, [pair_id for pair_id, _ in losses], bad, overflowed=not math.isfinite(grad_norm))
         self._optimizer.zero_grad()
         return grad_norm
 
-    def _skip(self, step: int, pairs: list[str], bad: list[str]) -> None:
-        """Leave a step out; ``pairs`` are this process's, and ``bad`` those of them whose loss is not finite."""
+    def _skip(self, step: int, pairs: list[str], bad: list[str], *, overflowed: bool) -> None:
+        """Leave a step out.
+
+        Args:
+            step: from 0.
+            pairs: this process's.
+            bad: those of them whose loss is not finite.
+            overflowed: whether the gradient is not finite.
+        """
         bad_everywhere = gather_object(bad)
         scaler = self._accelerator.scaler
         if scaler is not None:
             scaler.update()
-            if not bad_everywhere and scaler.get_scale() >= 1:
+            if overflowed and not bad_everywhere and scaler.get_scale() >= 1:
                 self._skipped.overflowed()
                 return
         self._skipped.skip(SkippedStep(step + 1, bad_everywhere, gather_object(pairs)))
         on_main(self._accelerator, self._skipped.write)
         on_main(self._accelerator, self._skipped.require_few)
 
-    def as_saved(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
         """While entered, the model has the weights that would be the result."""
-        return self._average.applied() if self._average else nullcontext()
+        with self._average.applied() if self._average else nullcontext():
+            yield
+        reshard(self._denoiser)
 
     def finish(self) -> None:
         """Put the averaged weights in place, where there are any: they are the result."""
@@ -203,7 +229,10 @@ class Trainer:
             self._average.apply()
 
     def checkpoint(self, step: int, identity: dict[str, object]) -> Checkpoint:
-        """Everything that is needed to go on after ``step`` finished steps."""
+        """Everything that is needed to go on after ``step`` finished steps; for all processes at once.
+
+        What is cut up is whole in the main process's alone.
+        """
         scaler = self._accelerator.scaler
         states = {
             "optimizer": self._optimizer.state_dict(),
@@ -213,8 +242,8 @@ class Trainer:
             "skipped": self._skipped.state_dict(),
             "bad": self._bad.state_dict(),
         }
-        position = step * self._plan.states_per_step
-        return Checkpoint(step, position, identity, dict(self._policy.trained()), states)
+        keep = self._accelerator.is_main_process
+        return Checkpoint(step, identity, gather(dict(self._policy.trained()), keep=keep), gather(states, keep=keep))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint.
@@ -223,7 +252,8 @@ class Trainer:
             UserError: its weights are not those of this model.
         """
         self._policy.load_trained(checkpoint.weights)
-        self._optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        optimizer = checkpoint.optimizer["optimizer"]
+        self._optimizer.load_state_dict(self._cut_up(optimizer) if self._accelerator.is_fsdp2 else optimizer)
         self._schedule.load_state_dict(checkpoint.optimizer["schedule"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
@@ -232,3 +262,15 @@ class Trainer:
         self._skipped.load_state_dict(checkpoint.optimizer["skipped"])
         self._bad.load_state_dict(checkpoint.optimizer["bad"])
         on_main(self._accelerator, self._skipped.write)
+
+    def _cut_up(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """AdamW's whole state, whose moments are cut up as the parameters are that they belong to."""
+        state = {
+            number: {
+                # Steps are counted in tensors, too.
+                name: like(value, self._parameters[number]) if value.ndim else value
+                for name, value in moments.items()
+            }
+            for number, moments in optimizer["state"].items()
+        }
+        return {**optimizer, "state": state}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +65,11 @@ class MetricsLog:
         """Open for appending, after dropping what was logged beyond ``finished_steps`` by a run that was killed."""
         self._elsewhere = elsewhere
         path = out / METRICS_FILE
-        kept = {line: record for line in _whole_lines(path) if (record := json.loads(line))["step"] <= finished_steps}
+        kept = {line: record for line, record in _records(path) if (record["step"] or 0) <= finished_steps}
         self.earlier: list[Record] = list(kept.values())
         write_bytes(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
+        self._before, threading.excepthook = threading.excepthook, self._report_thread
         self._board = SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=finished_steps and finished_steps + 1)
 
     def write(self, record: Record) -> None:
@@ -74,31 +78,68 @@ class MetricsLog:
         Raises:
             UserError: the file cannot be written.
         """
-        try:
+        with self._writing():
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self._file.name}: {error.strerror}") from error
-        for name, value in record.items():
-            if value is not None and name != "step":
-                self._board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+            for name, value in record.items():
+                if value is not None and name != "step":
+                    self._board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
         if self._elsewhere:
             self._elsewhere.write(record)
 
+    def sync(self) -> None:
+        """Have all steps survive a power cut, as a checkpoint of them will.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        with self._writing():
+            os.fsync(self._file.fileno())
+
     def draw(self, step: int, image_HW3: np.ndarray) -> None:
-        """Show an image, uint8 [H, W, 3], in TensorBoard."""
-        self._board.add_image("validation", image_HW3, step, dataformats="HWC")
+        """Show an image, uint8 [H, W, 3], in TensorBoard.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        with self._writing():
+            self._board.add_image("validation", image_HW3, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Close all of them."""
-        self._file.close()
-        self._board.close()
-        if self._elsewhere:
-            self._elsewhere.close()
+        """Close all of them.
+
+        Raises:
+            UserError: what was yet to be written cannot be.
+        """
+        with ExitStack() as stack:
+            stack.callback(setattr, threading, "excepthook", self._before)
+            if self._elsewhere:
+                stack.callback(self._elsewhere.close)
+            stack.enter_context(self._writing())
+            stack.callback(self._board.close)
+            stack.callback(self._file.close)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # of TensorBoard's files too
+            reason = error.strerror or error
+            raise UserError(f"cannot write {self._file.name} or {self._board.log_dir}: {reason}") from error
+
+    def _report_thread(self, given: threading.ExceptHookArgs) -> None:
+        """Print the traceback of a thread, but not of TensorBoard's, whose error the next write to it raises again."""
+        if not type(given.thread).__module__.startswith("tensorboard."):
+            self._before(given)
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that end; a process killed while writing leaves half a line."""
-    if not path.is_file():
-        return []
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """The lines of a file and what they say, up to where one is broken off: a kill, or a power cut, came in between."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            return
+        if record is None:
+            return
+        yield line, record

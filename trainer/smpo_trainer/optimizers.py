@@ -21,6 +21,9 @@ _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": 
 _FUSED = ("cpu", "cuda")
 """Devices on which torch has the whole AdamW step in one kernel."""
 
+_EIGHT_BIT = ("cuda",)
+"""Devices for which bitsandbytes has 8-bit optimizers; elsewhere it would fail at the first step."""
+
 
 def make_optimizer(
     settings: TrainSettings, parameters: Sequence[nn.Parameter], peak_lr: float
@@ -28,15 +31,18 @@ def make_optimizer(
     """The optimizer that ``--optimizer`` names, over the trained weights.
 
     Raises:
-        UserError: it needs a package that is not installed.
+        UserError: it needs a package that is not installed, or another device.
     """
+    device = parameters[0].device.type
     common = {"lr": peak_lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adafactor":
         # As in the published SDXL training: a learning rate from outside, not one relative to step and weights.
         return Adafactor(list(parameters), **common, scale_parameter=False, relative_step=False, warmup_init=False)
     if settings.optimizer == "adamw8bit":
+        if device not in _EIGHT_BIT:
+            raise UserError(f"--optimizer adamw8bit needs a GPU, the device is {device}; use adamw or adafactor")
         return _bitsandbytes().optim.AdamW8bit(list(parameters), **common)
-    return torch.optim.AdamW(parameters, **common, fused=parameters[0].device.type in _FUSED)
+    return torch.optim.AdamW(parameters, **common, fused=device in _FUSED)
 
 
 def make_schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> LRScheduler:

@@ -22,7 +22,6 @@ from smpo_trainer.wandb_log import WANDB_FOLDER
 TRAINING_FILE = "training.json"
 TRAINING_VERSION = 1
 REFERENCE_FILE = "reference.safetensors"
-HELD_OUT_REFERENCE_FILE = "reference-held-out.safetensors"
 
 _PACKAGES = ("smpo-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft")
 
@@ -37,7 +36,6 @@ class OutputFolder:
         self.path = path
         self.checkpoints = Checkpoints(path, kept_checkpoints)
         self.reference = path / REFERENCE_FILE
-        self.held_out_reference = path / HELD_OUT_REFERENCE_FILE
 
     def is_finished(self, identity: Mapping[str, Any]) -> bool:
         """Whether there is a finished run of exactly these settings.
@@ -79,26 +77,27 @@ class OutputFolder:
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         # The marker first: a kill in between must not leave a folder that looks finished.
-        for name in (
-            TRAINING_FILE,
-            CONFIG_FILE,
-            METRICS_FILE,
-            LORA_FILE,
-            REFERENCE_FILE,
-            HELD_OUT_REFERENCE_FILE,
-            NONFINITE_FILE,
-        ):
+        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE):
             (self.path / name).unlink(missing_ok=True)
+        self.forget()
         for name in (UNET_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER, VALIDATION_FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.checkpoints.remove()
 
+    def forget(self) -> None:
+        """Remove what only belongs to checkpoints, where there are none: it may be of a run with other settings."""
+        for name in (REFERENCE_FILE, NONFINITE_FILE):
+            (self.path / name).unlink(missing_ok=True)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write ``training.json``, which finishes the run, and drop the checkpoints."""
+        """Write ``training.json``, which finishes the run."""
         write_json(self.path / TRAINING_FILE, {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()})
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Drop what a finished run needs no more; a kill may have kept ``finish`` from it."""
         self.checkpoints.remove()
         self.reference.unlink(missing_ok=True)
-        self.held_out_reference.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import ModelInfo
+from smpo_trainer.fsdp import like, plain_class
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.text import CachedText
 
@@ -90,23 +91,27 @@ class Policy:
             raise UserError("the checkpoint's weights are not those of this model; begin anew with --overwrite")
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(like(tensors[name], parameter))
 
-    def save(self, out: Path) -> str:
+    def save(self, out: Path, weights: dict[str, torch.Tensor]) -> str:
         """Write the result into ``out`` and return its name there: a denoiser folder, or a LoRA file.
 
         The LoRA file is relative to the weights that training started from.
+
+        Args:
+            out: an existing folder.
+            weights: the denoiser's, by name, each whole.
 
         Raises:
             UserError: it cannot be written.
         """
         try:
-            return self._save_lora(out) if self.lora_rank else _save_folder(self.denoiser, out / UNET_FOLDER)
+            return self._save_lora(out, weights) if self.lora_rank else self._save_folder(out / UNET_FOLDER, weights)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the trained weights into {out}: {error}") from error
 
-    def _save_lora(self, out: Path) -> str:
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser))
+    def _save_lora(self, out: Path, weights: dict[str, torch.Tensor]) -> str:
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser, weights))
         layers = {name: tensor.detach().cpu() for name, tensor in layers.items()}
         pipeline = getattr(diffusers, self.family.pipelines[0])
         staging = out / f".{LORA_FILE}.tmp"
@@ -115,14 +120,17 @@ class Policy:
         shutil.rmtree(staging)
         return LORA_FILE
 
-
-def _save_folder(denoiser: nn.Module, target: Path) -> str:
-    staging = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    denoiser.save_pretrained(staging)
-    shutil.rmtree(target, ignore_errors=True)
-    staging.replace(target)
-    return target.name
+    def _save_folder(self, target: Path, weights: dict[str, torch.Tensor]) -> str:
+        # The denoiser itself may be cut up; this one borrows the weights.
+        with torch.device("meta"):
+            denoiser = plain_class(self.denoiser).from_config(self.denoiser.config)
+        denoiser.load_state_dict(weights, assign=True)
+        staging = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(staging, ignore_errors=True)
+        denoiser.save_pretrained(staging)
+        shutil.rmtree(target, ignore_errors=True)
+        staging.replace(target)
+        return target.name
 
 
 def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, say: Callable[[str], None]) -> Policy:

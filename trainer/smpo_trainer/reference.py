@@ -78,8 +78,12 @@ def settle_reference(
     accelerator: Accelerator,
     output: OutputFolder,
     report: Report,
+    *,
+    going_on: bool,
 ) -> Record:
     """Decide before training whose reference errors ``feed`` gives, and make them where they are not there.
+
+    In a run that is ``going_on`` from a checkpoint, what was decided before its first step holds.
 
     Returns:
         What is logged with the first step: the noise of the stored errors; nothing where it cannot be known, because
@@ -89,9 +93,8 @@ def settle_reference(
         UserError: recomputed errors cannot be written or read.
     """
     settings = experiment.settings
-    if output.checkpoints.latest() is not None:
-        # The denoiser is the reference no more; what was decided before the first step holds.
-        if output.reference.is_file():
+    if going_on:
+        if on_main(accelerator, output.reference.is_file):
             feed.dataset.ref_error_S2 = together(accelerator, lambda: read_reference(output.reference))
         return {}
     if not (policy.starts_from_reference or policy.reference):

@@ -74,7 +74,7 @@ def resolve_mix(settings: TrainSettings, shards: ShardSet, say: Callable[[str], 
     Args:
         settings: rewards, their ranges, the way of mixing, its calibration, the scores.
         shards: where the scores come from if no others are named.
-        say: takes a line about rows that repeat a pair.
+        say: takes a line about rows that repeat a pair, or temperatures that were fitted to more rewards.
 
     Raises:
         UserError: a reward is not there, or none is named and there are several, or the flags do not fit.
@@ -84,7 +84,7 @@ def resolve_mix(settings: TrainSettings, shards: ShardSet, say: Callable[[str], 
     source = f"--scores {settings.scores}" if info else "--shards"
     calibration = _read_calibration(settings)
     weights = _weights(settings, calibration, statistics, source)
-    temperatures = _temperatures(calibration, weights, statistics, settings.calibration) if calibration else None
+    temperatures = _temperatures(calibration, weights, statistics, settings.calibration, say) if calibration else None
     preference = find_preference(settings.preference)(
         weights, _with_ranges(statistics, settings.reward_ranges, weights), temperatures
     )
@@ -134,8 +134,9 @@ def _temperatures(
     weights: Mapping[str, float],
     statistics: Mapping[str, RewardStatistics],
     path: Path | None,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Tau by name, of the very models that were calibrated."""
+    """Tau by name, of the very models that were calibrated: as fitted in the mixture, or of the only reward alone."""
     for name in weights:
         if name not in calibration.rewards:
             raise UserError(f"--reward {name}: not in --calibration {path} ({', '.join(calibration.rewards)})")
@@ -144,6 +145,13 @@ def _temperatures(
                 f"--calibration {path}: its reward {name!r} is of another model ({calibration.rewards[name].model}, "
                 f"here {statistics[name].model}); calibrate again with these scores"
             )
+    if len(weights) == 1:
+        return {name: calibration.rewards[name].tau_alone for name in weights}
+    if len(weights) < len(calibration.rewards):
+        say(
+            f"WARNING: --reward takes {len(weights)} of the {len(calibration.rewards)} rewards of --calibration "
+            f"{path}, whose tau were fitted beside the others; `smpo-pipeline calibrate --reward` fits these alone"
+        )
     return {name: calibration.rewards[name].tau for name in weights}
 
 

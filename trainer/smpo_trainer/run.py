@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 
 from smpo_schemas.errors import UserError
 from smpo_trainer.bad_states import BadStates
@@ -20,10 +20,11 @@ from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.buckets import bucket_remark, group_size, make_order
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
+from smpo_trainer.fsdp import fsdp_plugin, gather
 from smpo_trainer.health import Health
 from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
 from smpo_trainer.loop import Trainer
-from smpo_trainer.metrics import MetricsLog, Record, plain
+from smpo_trainer.metrics import METRICS_FILE, MetricsLog, Record, plain
 from smpo_trainer.output import OutputFolder
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy, load_policy
@@ -57,60 +58,103 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     report = Report(is_main=accelerator.is_main_process)
     experiment = together(accelerator, lambda: resolve_experiment(settings, report.say))
     states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
-    identity = together(accelerator, lambda: experiment.identity(states_per_step))
+    identity = on_main(accelerator, lambda: experiment.identity(states_per_step))
     for line in remarks(settings.preset, experiment.shards.model.kind, states_per_step):
         report.say(line)
     output = OutputFolder(settings.out, settings.checkpoints_total_limit)
     if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
+        on_main(accelerator, output.tidy)
         report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
     else:
         on_main(accelerator, output.make)
         set_seed(settings.seed)
-        bad = BadStates(report.say)
-        policy = together(accelerator, lambda: _load(experiment, accelerator, report))
-        table = together(accelerator, lambda: _index(experiment, report))
-        store = ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))
-        held_out = None
-        if settings.val_fraction:
-            table, held_out_table = together(accelerator, lambda: split_by_prompt(table, settings.val_fraction))
-            held_out = together(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, report))
-            bad.note(gather_object(held_out.problems))
-        on_main(accelerator, lambda: _begin(settings, output, write_config))
-        bucket_S = table.buckets()
-        group = group_size(states_per_step, settings.batch_size)
-        remark = bucket_remark(bucket_S, group)
-        if remark:
-            report.say(remark)
-        order = make_order(bucket_S, table.states_per_shard, settings.seed, settings.shuffle_window, group)
-        plan = Plan(order, settings.batch_size, settings.grad_accum, accelerator.num_processes)
-        dataset = StateDataset(experiment.shards, table)
-        feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers, skip_bad=settings.skip_bad)
-        noise = settle_reference(experiment, policy, feed, accelerator, output, report)
-        if held_out and output.held_out_reference.is_file():
-            held_out.read_reference(output.held_out_reference)
-        elif held_out and dataset.ref_error_S2 is not None:
-            held_out.recompute_reference(policy, output.held_out_reference)
-        if settings.reference != "live":
-            policy = replace(policy, reference=None)  # what it was for is done
-        images = ValidationImages(experiment, policy, accelerator) if experiment.validation_prompts else None
-        run = _Run(experiment, policy, feed, held_out, images, bad, accelerator, output, report, identity)
-        last = run.train(noise)
-        store.close()
-        if last is not None and accelerator.is_main_process:
-            report.say(f"saved {settings.out / policy.save(settings.out)}")
-            found = {
-                "bad_states": {"total": bad.total, "problems": bad.problems},
-                "warnings": run.health.warnings,
-                "metrics": last,
-            }
-            output.finish({**_summary(experiment, policy, plan, identity), **found})
+        # Without the end of its fetches, a run that failed would wait for all of them.
+        with closing(ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))) as store:
+            _train(experiment, identity, store, output, write_config, accelerator, report)
     leave(accelerator)
+
+
+def _train(
+    experiment: Experiment,
+    identity: dict[str, Any],
+    store: ShardStore,
+    output: OutputFolder,
+    write_config: Callable[[Path], None],
+    accelerator: Accelerator,
+    report: Report,
+) -> None:
+    """Train from the start, or from where the run was left, and write the result."""
+    settings = experiment.settings
+    bad = BadStates(report.say)
+    policy = together(accelerator, lambda: _load(experiment, accelerator, report))
+    table = together(accelerator, lambda: _index(experiment, report))
+    held_out = None
+    if settings.val_fraction:
+        table, held_out_table = together(accelerator, lambda: split_by_prompt(table, settings.val_fraction))
+        held_out = together(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, report))
+        bad.note(gather_object(held_out.problems))
+    on_main(accelerator, lambda: _begin(settings, output, write_config))
+    checkpoint = _find_checkpoint(output, accelerator)
+    plan = _make_plan(settings, table, accelerator, report)
+    dataset = StateDataset(experiment.shards, table)
+    feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers, skip_bad=settings.skip_bad)
+    going_on = checkpoint is not None
+    noise = settle_reference(experiment, policy, feed, accelerator, output, report, going_on=going_on)
+    if held_out and dataset.ref_error_S2 is not None:
+        held_out.recompute_reference(policy)  # which is as it starts, also where the run goes on
+    if settings.reference != "live":
+        policy = replace(policy, reference=None)  # what it was for is done
+    images = ValidationImages(experiment, policy, accelerator) if experiment.validation_prompts else None
+    run = _Run(experiment, policy, feed, held_out, images, bad, accelerator, output, report, identity)
+    last = run.train(noise, checkpoint)
+    if last is None:
+        return
+    found = {
+        "bad_states": {"total": bad.total, "problems": bad.problems},
+        "warnings": run.health.warnings,
+        "metrics": last,
+    }
+    weights = gather(policy.denoiser.state_dict(), keep=accelerator.is_main_process)
+    report.say(f"saved {settings.out / on_main(accelerator, lambda: policy.save(settings.out, weights))}")
+    on_main(accelerator, lambda: output.finish({**_summary(experiment, policy, plan, identity), **found}))
 
 
 def _begin(settings: TrainSettings, output: OutputFolder, write_config: Callable[[Path], None]) -> None:
     if settings.overwrite:
         output.clear()
+    elif output.checkpoints.latest() is None:
+        output.forget()
     write_config(settings.out)
+
+
+def _find_checkpoint(output: OutputFolder, accelerator: Accelerator) -> Path | None:
+    """What the run goes on from, which all processes must agree on; None: it begins.
+
+    Raises:
+        UserError: a process does not see what the main process does.
+    """
+    path = on_main(accelerator, output.checkpoints.latest)
+
+    def require_seen() -> None:
+        if path and not path.is_dir():
+            raise UserError(
+                f"process {accelerator.process_index} does not see {path}, from which the run goes on: --out must be "
+                "a folder that all machines share"
+            )
+
+    together(accelerator, require_seen)
+    return path
+
+
+def _make_plan(settings: TrainSettings, table: StateTable, accelerator: Accelerator, report: Report) -> Plan:
+    states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
+    bucket_S = table.buckets()
+    group = group_size(states_per_step, settings.batch_size)
+    remark = bucket_remark(bucket_S, group)
+    if remark:
+        report.say(remark)
+    order = make_order(bucket_S, table.states_per_shard, settings.seed, settings.shuffle_window, group)
+    return Plan(order, settings.batch_size, settings.grad_accum, accelerator.num_processes)
 
 
 class _Run:
@@ -142,19 +186,22 @@ class _Run:
             uses_reference=experiment.objective.uses_reference,
         )
 
-    def train(self, noise: Record) -> Record | None:
+    def train(self, noise: Record, checkpoint: Path | None) -> Record | None:
         """Train to the end and return the last step's record; None where the user stopped the run before.
 
         Args:
             noise: what was measured before the first step, logged with it.
+            checkpoint: what to go on from; None: this is the start.
         """
-        first, last = self._resume(), self._settings.max_steps
+        first, last = self._resume(checkpoint) if checkpoint else 0, self._settings.max_steps
         batches = self._feed.batches(first, last)
         record: Record = {}
         is_main = self._accelerator.is_main_process
         log = together(self._accelerator, lambda: self._open_log(first) if is_main else None)
         for earlier in log.earlier if log else []:
             self.health.look(earlier)
+        if log and len(log.earlier) != first:
+            self._report.say(f"WARNING: {METRICS_FILE} holds {len(log.earlier)} of the {first} finished steps")
         if first == 0:
             self._draw(0, log)
         self._report.start(first, last)
@@ -174,7 +221,7 @@ class _Run:
                     self._draw(step + 1, log)
                     stopping = self._anyone(stop.requested) and step + 1 < last
                     if stopping or ((step + 1) % self._settings.save_every == 0 and step + 1 < last):
-                        self._save(step + 1)
+                        self._save(step + 1, log)
                     if stopping:
                         self._report.say(f"stopped after step {step + 1} of {last}; the same command goes on from here")
                         return None
@@ -202,7 +249,9 @@ class _Run:
         if images is None or not images.due(step):
             return
         with self._trainer.as_saved():
-            image_HW3 = on_main(self._accelerator, lambda: images.draw(step))
+            # A forward of a denoiser that is cut up takes all processes.
+            draw = together if self._accelerator.is_fsdp2 else on_main
+            image_HW3 = draw(self._accelerator, lambda: images.draw(step))
         if log:
             log.draw(step, image_HW3)
 
@@ -210,20 +259,22 @@ class _Run:
         project, out = self._settings.wandb_project, self._output.path
         return MetricsLog(out, finished_steps, WandbLog(project, out, self._identity) if project else None)
 
-    def _resume(self) -> int:
-        """Go back to the last checkpoint, where there is one; returns the number of finished steps."""
-        path = self._output.checkpoints.latest()
-        if path is None:
-            return 0
-        checkpoint = load_checkpoint(path)
+    def _resume(self, path: Path) -> int:
+        """Go back to a checkpoint; returns the number of finished steps."""
+        checkpoint = together(self._accelerator, lambda: load_checkpoint(path))
         self._trainer.restore(checkpoint)
         self._report.say(f"going on after step {checkpoint.step} of {self._settings.max_steps}")
         return checkpoint.step
 
-    def _save(self, step: int) -> None:
-        if self._accelerator.is_main_process:
-            self._output.checkpoints.save(self._trainer.checkpoint(step, self._identity))
-        self._accelerator.wait_for_everyone()
+    def _save(self, step: int, log: MetricsLog | None) -> None:
+        checkpoint = self._trainer.checkpoint(step, self._identity)
+
+        def write() -> None:
+            if log:
+                log.sync()
+            self._output.checkpoints.save(checkpoint)
+
+        on_main(self._accelerator, write)
 
     def _anyone(self, requested: bool) -> bool:
         """Whether a stop was asked of any process: all must end after the same step."""
@@ -231,22 +282,21 @@ class _Run:
         return bool(self._accelerator.reduce(flag, "sum").item())
 
 
-_SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
-"""What `accelerate launch` sets in the environment where its configuration cuts the model up."""
-
-
 def _make_accelerator(settings: TrainSettings) -> Accelerator:
-    # It would train, and then save and average each process's piece as if it were the model.
-    if any(os.environ.get(name, "").lower() == "true" for name in _SHARDED):
-        raise UserError(
-            "accelerate is configured for FSDP, DeepSpeed or Megatron, which this trainer does not support: each "
-            "process holds a whole denoiser (DDP). Launch without it, as with `accelerate launch --multi_gpu`; where "
-            "memory is short, use --gradient-checkpointing, --optimizer adafactor or --lora-rank"
-        )
+    fsdp = fsdp_plugin(settings)
     try:
-        accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+        accelerator = Accelerator(
+            # Not told, it lets the processes of torchrun train each by itself where there is no GPU.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=settings.mixed_precision,
+            fsdp_plugin=fsdp,
+            # Not told, it takes a number from the environment and divides every loss by it.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
     except ValueError as error:  # a device that lacks this dtype
         raise UserError(f"--mixed-precision {settings.mixed_precision}: {error}") from error
+    if fsdp and not accelerator.is_fsdp2:
+        raise UserError("accelerate is configured for FSDP, which needs several processes, each with a GPU of its own")
     # Accelerate would train in float32 without a word.
     if settings.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         raise UserError(f"--mixed-precision fp16 needs a GPU, the device is {accelerator.device}; use bf16 or no")

@@ -6,10 +6,12 @@ A remote directory is a local folder that fills itself: manifest and index at on
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ import fsspec
 from filelock import FileLock
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import atomic_path
+from smpo_schemas.files import atomic_path, write_bytes
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.shards import ShardDirectory
+from smpo_trainer.shard_cache import ShardCache
 
 _THREADS = 4
 _ATTEMPTS = 5
@@ -103,11 +106,11 @@ def open_source(name: str, cache: Path) -> ShardSource:
         raise UserError(f"--shards {name}: {error}") from error
     remote = Remote(url, filesystem, root)
     # A directory that was made anew has another manifest: its tars must not be taken from what was fetched before.
-    manifest = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.json"
-    manifest.unlink(missing_ok=True)
-    remote.fetch(MANIFEST_FILE, manifest)
-    folder = cache / hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
-    remote.fetch(MANIFEST_FILE, folder / MANIFEST_FILE)
+    with tempfile.TemporaryDirectory(prefix="smpo-") as private:
+        remote.fetch(MANIFEST_FILE, Path(private) / MANIFEST_FILE)
+        manifest = (Path(private) / MANIFEST_FILE).read_bytes()
+    folder = cache / hashlib.sha256(manifest).hexdigest()[:16]
+    write_bytes(folder / MANIFEST_FILE, manifest)
     directory = ShardDirectory(folder)
     if directory.manifest.index:
         remote.fetch(directory.manifest.index.name, folder / directory.manifest.index.name)
@@ -122,17 +125,21 @@ class ShardStore:
 
         Args:
             places: of each shard its source and its number there.
-            cache_bytes: what fetched shards may take, besides those of the windows in use.
+            cache_bytes: what fetched shards may take, of all runs, besides those of the windows in use.
         """
-        self._places, self._cache_bytes = places, cache_bytes
+        self._places = places
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
-        self._ready: OrderedDict[int, Future[None]] = OrderedDict()
+        self._ready: dict[int, Future[None]] = {}
+        fetched = [source.folder.parent for source, _ in places if source.remote]
+        self._cache = ShardCache(fetched[0], cache_bytes) if fetched else None
 
     def expect(self, shards: Iterable[int]) -> None:
         """Begin to fetch and to check shards that will be needed."""
-        for shard in shards:
-            if shard not in self._ready:
-                self._ready[shard] = self._pool.submit(self._bring, shard)
+        new = [shard for shard in shards if shard not in self._ready]
+        if new:
+            self._use([*self._ready, *new])
+        for shard in new:
+            self._ready[shard] = self._pool.submit(self._bring, shard)
 
     def problems(self, shards: Iterable[int]) -> dict[int, str]:
         """Wait until shards are here and checked; what is wrong, in words, with those that are missing or damaged."""
@@ -147,37 +154,40 @@ class ShardStore:
         return found
 
     def release(self, in_use: Iterable[int]) -> None:
-        """Remove fetched shards, the oldest first, until the bound is kept; those in use stay."""
+        """Let fetched shards go but those in use: they are removed when the cache needs room, or checked again."""
         kept = set(in_use)
-        held = [shard for shard in self._ready if self._places[shard][0].remote]
-        total = sum(self._entry_bytes(shard) for shard in held)
-        for shard in held:
-            if total <= self._cache_bytes:
-                return
-            if shard not in kept and self._ready[shard].done():
-                source, number = self._places[shard]
-                (source.folder / source.directory.manifest.shards[number].name).unlink(missing_ok=True)
+        for shard, done in list(self._ready.items()):
+            if self._places[shard][0].remote and shard not in kept and done.done():
                 del self._ready[shard]
-                total -= self._entry_bytes(shard)
+        if self._cache:
+            self._use(self._ready)
+            self._cache.trim()
 
     def close(self) -> None:
         """Stop fetching."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._cache:
+            self._cache.close()
+
+    def _use(self, shards: Iterable[int]) -> None:
+        if self._cache:
+            self._cache.use(self._path(shard) for shard in shards if self._places[shard][0].remote)
+
+    def _path(self, shard: int) -> Path:
+        source, number = self._places[shard]
+        return source.folder / source.directory.manifest.shards[number].name
 
     def _bring(self, shard: int) -> None:
         source, number = self._places[shard]
-        entry = source.directory.manifest.shards[number]
-        if source.remote:
-            path = source.folder / entry.name
-            source.remote.fetch(entry.name, path)
-            try:
-                source.directory.verify(number)
-            except UserError:
-                path.unlink(missing_ok=True)  # perhaps the copy alone is damaged: the next run fetches it anew
-                raise
-        else:
+        if source.remote is None:
             source.directory.verify(number)
-
-    def _entry_bytes(self, shard: int) -> int:
-        source, number = self._places[shard]
-        return source.directory.manifest.shards[number].bytes
+            return
+        path = self._path(shard)
+        source.remote.fetch(path.name, path)
+        try:
+            source.directory.verify(number)
+        except UserError:
+            path.unlink(missing_ok=True)  # perhaps the copy alone is damaged: the next run fetches it anew
+            raise
+        with suppress(OSError):  # another user's file
+            os.utime(path)  # the cache keeps what was used last

@@ -6,6 +6,7 @@ Shape suffixes: P walks, A all their states, S the states that are used.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -33,12 +34,14 @@ class WalkLocations:
         number_P: the same shard's number in its directory.
         key_P: key of the sample.
         parts_P4: offset and length of its two members.
+        digest_P: :func:`walk_digest` of what the index says of it.
     """
 
     shard_P: np.ndarray
     number_P: np.ndarray
     key_P: np.ndarray
     parts_P4: np.ndarray
+    digest_P: np.ndarray
 
     def __getitem__(self, walk: int) -> SampleLocation:
         meta_offset, meta_bytes, offset, length = self.parts_P4[walk].tolist()
@@ -97,6 +100,13 @@ def prompt_draw(prompt: str) -> float:
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6]) / 2**48
 
 
+def walk_digest(walk: IndexedWalk) -> int:
+    """A number below 2^32 that is another one where a sample is not what the index says of it."""
+    meta = walk.meta
+    told = (meta.pair_id, meta.walk, meta.prompt, meta.label, sorted(meta.scores.items()), walk.timesteps, walk.latent)
+    return zlib.crc32(repr(told).encode())
+
+
 def index_states(
     shards: ShardSet,
     objective: Objective,
@@ -138,7 +148,7 @@ def index_states(
             f"--objective {objective.name} needs, and of their states none is within {_range(low, high)}"
         )
     say(f"{len(walk_S)} of {len(walks.timestep_A)} states of {num_walks} walks are trained on")
-    locations = WalkLocations(walks.shard_P, walks.number_P, walks.key_P, walks.parts_P4)
+    locations = WalkLocations(walks.shard_P, walks.number_P, walks.key_P, walks.parts_P4, walks.digest_P)
     return StateTable(
         locations,
         walks.preference_P,
@@ -158,7 +168,7 @@ class _Walks:
     """What is kept of all walks, in arrays: of millions, objects would take gigabytes.
 
     Attributes:
-        shard_P, number_P, key_P, parts_P4: see :class:`WalkLocations`.
+        shard_P, number_P, key_P, parts_P4, digest_P: see :class:`WalkLocations`.
         preference_P, label_P, weight_P, prompt_draw_P, bucket_P: see :class:`StateTable`.
         count_P: how many states it has.
         timestep_A: of all states, walk after walk.
@@ -168,6 +178,7 @@ class _Walks:
     number_P: np.ndarray
     key_P: np.ndarray
     parts_P4: np.ndarray
+    digest_P: np.ndarray
     preference_P: np.ndarray
     label_P: np.ndarray
     weight_P: np.ndarray
@@ -202,13 +213,15 @@ def _columns(
         number_P=np.array([place.shard for place in places], dtype=np.int32),
         key_P=np.array([place.key for place in places], dtype=np.bytes_),
         parts_P4=np.array([[*place.meta, *place.tensors] for place in places], dtype=np.int64).reshape(-1, 4),
+        digest_P=np.array([walk_digest(walk) for _, walk in walks], dtype=np.uint32),
         preference_P=mix.preferences(metas) if mix else np.full(len(metas), np.nan),
         label_P=np.array(labels, dtype=np.float64),
         weight_P=weights.of(metas) if weights else np.ones(len(metas)),
         prompt_draw_P=np.array([prompt_draw(meta.prompt) for meta in metas], dtype=np.float64),
-        bucket_P=np.array([latents.setdefault(walk.latent, len(latents)) for _, walk in walks], dtype=np.int16),
+        bucket_P=np.array([latents.setdefault(walk.latent, len(latents)) for _, walk in walks], dtype=np.int32),
         count_P=np.array([len(walk.timesteps) for _, walk in walks], dtype=np.int32),
-        timestep_A=np.array([t for _, walk in walks for t in walk.timesteps], dtype=np.int32),
+        # What a tar without an index says of them is only checked when a state is read.
+        timestep_A=np.array([t for _, walk in walks for t in walk.timesteps], dtype=np.int64),
     )
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smpo_models.family import Conditioning
 from smpo_trainer.batches import StateBatch
+from smpo_trainer.fsdp import plain_class
 from smpo_trainer.policy import Policy, add_lora
 
 _A100 = {"half": 312e12, "tf32": 156e12, "fp32": 19.5e12}
@@ -83,7 +84,7 @@ def operations(policy: Policy, latent: tuple[int, ...], conditioning: Conditioni
     """
     meta = torch.device("meta")
     with torch.random.fork_rng([]), meta:
-        denoiser: nn.Module = type(policy.denoiser).from_config(policy.denoiser.config)
+        denoiser: nn.Module = plain_class(policy.denoiser).from_config(policy.denoiser.config)
         denoiser.eval().requires_grad_(policy.lora_rank is None)
         if policy.lora_rank:
             add_lora(denoiser, policy.lora_rank)

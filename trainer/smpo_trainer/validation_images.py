@@ -42,7 +42,8 @@ class ValidationImages:
     def draw(self, step: int) -> np.ndarray:
         """Draw after ``step`` steps, save the images as one PNG, and return it: uint8 [H, W, 3].
 
-        For the main process alone. Random numbers, modes and gradients of the training are as they were.
+        For the main process alone, unless the denoiser is cut up, which takes all of them: then too that one saves.
+        Random numbers, modes and gradients of the training are as they were.
 
         Raises:
             UserError: the pipeline cannot be loaded, or the PNG not be written.
@@ -55,7 +56,8 @@ class ValidationImages:
         grid_HW3 = _grid(images)
         buffer = io.BytesIO()
         Image.fromarray(grid_HW3).save(buffer, format="PNG")
-        write_bytes(self._settings.out / VALIDATION_FOLDER / f"step-{step:06d}.png", buffer.getvalue())
+        if self._accelerator.is_main_process:
+            write_bytes(self._settings.out / VALIDATION_FOLDER / f"step-{step:06d}.png", buffer.getvalue())
         return grid_HW3
 
     def _batches(self) -> Iterator[np.ndarray]:

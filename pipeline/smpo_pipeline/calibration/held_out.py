@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from smpo_pipeline.calibration.folds import split_by_prompt
 from smpo_pipeline.calibration.labels import LabelledPairs
 from smpo_pipeline.calibration.measures import log_loss
 from smpo_schemas.errors import UserError
-from smpo_schemas.preference import preferences
+from smpo_schemas.preference import Preference, preferences
 from smpo_schemas.preference.base import spread
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.preference.mixture import Mixture
@@ -88,6 +88,7 @@ def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[i
     labelled = np.flatnonzero(data.labelled).tolist()
     fold_P = np.full(len(data.labels_P), -1)
     fold_P[labelled] = split_by_prompt([data.prompts[row] for row in labelled], folds, seed)
+    unfitted = predict_unfitted(data)
     p: dict[str, np.ndarray] = {}
     found = []
     for fold in range(folds):
@@ -98,7 +99,7 @@ def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[i
             _check_margins(data, name, train_P)
         fits = fit_all(data, train_P)
         found.append(fits)
-        for name, p_P in predict(data, fits).items():
+        for name, p_P in predict(data, fits, unfitted).items():
             p.setdefault(name, np.full(len(fold_P), np.nan))[fold_P == fold] = p_P[fold_P == fold]
         done(fold + 1)
     final = fit_all(data, data.labelled)
@@ -130,29 +131,47 @@ def fit_all(data: LabelledPairs, rows_P: np.ndarray) -> Fits:
     )
 
 
-def predict(data: LabelledPairs, fits: Fits) -> dict[str, np.ndarray]:
-    """P(image_0 preferred) of every row, by name of a reward or mix; unfitted ones are as ``smpo-train`` mixes them."""
+def predict_unfitted(data: LabelledPairs) -> dict[str, np.ndarray]:
+    """P(image_0 preferred) of every row, by name of a reward or mix that learns nothing: as ``smpo-train`` mixes."""
+    pairs, statistics = data.pairs, data.statistics
+    even = dict.fromkeys(statistics, 1.0)
+    found = {COIN: np.full(len(data.labels_P), 0.5)}
+    found |= {name: minmax(pairs.scores, statistics, {name: 1.0}) for name in statistics}
+    if len(even) > 1:
+        found[MINMAX] = minmax(pairs.scores, statistics, even)
+    for way in _other_ways(data):
+        if way.calibration != "required":
+            found[way.name] = way(even, statistics).probability(pairs)
+    return found
+
+
+def predict(data: LabelledPairs, fits: Fits, unfitted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """P(image_0 preferred) of every row, by name of a reward or mix, in the order in which they are shown."""
     pairs, statistics = data.pairs, data.statistics
     names = list(statistics)
-    even = dict.fromkeys(names, 1.0)
-    found = {COIN: np.full(len(data.labels_P), 0.5)}
+    found = {COIN: unfitted[COIN]}
     for name in names:
-        found[name] = minmax(pairs.scores, statistics, {name: 1.0})
+        found[name] = unfitted[name]
         found[name + FITTED] = Mixture({name: 1.0}, statistics, {name: fits.alone[name]}).probability(pairs)
     if len(names) > 1:
-        found[MINMAX] = minmax(pairs.scores, statistics, even)
+        found[MINMAX] = unfitted[MINMAX]
         found[SHARP_MINMAX] = minmax(pairs.scores, statistics, dict.fromkeys(names, fits.sharpness))
+        even = dict.fromkeys(names, 1.0)
         found[EQUAL_MIXTURE] = Mixture(even, statistics, _taus(names, fits.equal)).probability(pairs)
     weights = dict(zip(names, fits.fitted.weight_K.tolist(), strict=True))
     found[MIXTURE] = Mixture(weights, statistics, _taus(names, fits.fitted)).probability(pairs)
-    for way in preferences().values():
-        if way.name in (MINMAX, MIXTURE) or (way.needs_images and pairs.images_P2 is None):
-            continue
-        if way.calibration != "required":
-            found[way.name] = way(even, statistics).probability(pairs)
+    for way in _other_ways(data):
+        if way.name in unfitted:
+            found[way.name] = unfitted[way.name]
         if way.calibration != "refused":
             found[f"{way.name}, calibrated"] = way(weights, statistics, _taus(names, fits.fitted)).probability(pairs)
     return found
+
+
+def _other_ways(data: LabelledPairs) -> list[type[Preference]]:
+    """What else ``--preference`` offers and these pairs allow."""
+    ways = [way for way in preferences().values() if way.name not in (MINMAX, MIXTURE)]
+    return [way for way in ways if data.pairs.images_P2 is not None or not way.needs_images]
 
 
 def _taus(names: list[str], mixture: MixtureFit) -> dict[str, float]:

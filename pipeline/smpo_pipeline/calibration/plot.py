@@ -7,23 +7,27 @@ import math
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smpo_pipeline.calibration.calibrate import Report
 from smpo_pipeline.calibration.held_out import COIN
 from smpo_schemas.calibration import Fit
+from smpo_schemas.errors import one_line
 from smpo_schemas.files import write_bytes
 
 _COLUMNS = 4
 _SIDE = 3.0  # inches of a panel
 _DPI = 110
 _LARGEST = 220  # points squared: the dot of a bin with all labels
+_LONGEST = 30  # characters of an annotator's name
 _BLUE, _GREY = "#2a6fbb", "#999999"
 
 
+@rc_context({"text.parse_math": False})
 def save_plot(report: Report, target: Path) -> None:
-    """Write the PNG."""
+    """Write the PNG; a dollar in a name is a dollar."""
     panels = {name: fit for name, fit in report.calibration.held_out.items() if name != COIN}
     rows = math.ceil(len(panels) / _COLUMNS)
     figure = Figure(figsize=(_COLUMNS * _SIDE, (rows + 1.3) * _SIDE), layout="constrained", dpi=_DPI)
@@ -84,6 +88,11 @@ def _annotators(axis: Axes, report: Report) -> None:
     between = report.people.others
     if between.decided:
         axis.axvline(between.alike / between.decided, color="black", linestyle=":", label="people with each other")
-    axis.set_yticks(places, [f"{name} ({mixture[name][1]})" for name in people], fontsize=8)
+    axis.set_yticks(places, [f"{_short(name)} ({mixture[name][1]})" for name in people], fontsize=8)
     axis.set_title("agreement by annotator (decided labels)", fontsize=9)
     axis.legend(fontsize=7)
+
+
+def _short(name: str) -> str:
+    shown = one_line(name)
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} ..."

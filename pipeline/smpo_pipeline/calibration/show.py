@@ -8,6 +8,7 @@ from smpo_pipeline.calibration.annotators import Repeats
 from smpo_pipeline.calibration.calibrate import Report
 from smpo_pipeline.calibration.held_out import COIN, MIXTURE
 from smpo_pipeline.inspection.text import facts, make_table, percent
+from smpo_schemas.errors import one_line
 
 
 def print_report(report: Report, scores: str, console: Console) -> None:
@@ -62,7 +63,7 @@ def _print_rewards(report: Report, console: Console) -> None:
         over = [float(fits.fitted.weight_K[k]) for fits in report.held_out.folds]
         table.add_row(
             name,
-            reward.unit,
+            one_line(reward.unit),
             f"{reward.weight:.3f}",
             f"{min(over):.2f} .. {max(over):.2f}",
             f"{reward.tau:.4g}",
@@ -83,7 +84,7 @@ def _print_annotators(report: Report, console: Console) -> None:
     )
     for person in people:
         decided = mixture[person][1]
-        table.add_row(person, f"{decided}", *(percent(*report.annotators[name][person]) for name in names))
+        table.add_row(one_line(person), f"{decided}", *(percent(*report.annotators[name][person]) for name in names))
     console.print(table)
 
 

@@ -35,14 +35,14 @@ def calibrate(
     from smpo_pipeline.calibration.plot import save_plot  # noqa: PLC0415
     from smpo_pipeline.calibration.show import print_report  # noqa: PLC0415
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # what is printed comes from the files
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("fitting", total=folds + 1)
         report = job.calibrate(
             scores, reward or [], folds=folds, seed=seed, done=lambda count: progress.update(task, completed=count)
         )
     target = out or scores / CALIBRATION_FILE
-    save_plot(report, target.with_suffix(".png"))
     write_calibration(target, report.calibration)
+    save_plot(report, target.with_suffix(".png"))
     print_report(report, str(scores), console)
     console.print(f"{target} and {target.with_suffix('.png').name}", highlight=False, soft_wrap=True)

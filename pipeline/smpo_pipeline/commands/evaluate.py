@@ -61,7 +61,7 @@ def evaluate(
 
     A finished evaluation with the same settings is left alone, an unfinished one is continued.
     """
-    console = Console()
+    console = Console(markup=False)
     plan = make_plan(
         out,
         model,

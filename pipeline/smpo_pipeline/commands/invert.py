@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from smpo_pipeline.buckets import buckets_in_words
 from smpo_pipeline.commands import options as opt
 from smpo_schemas.commandline import ConfigOption, write_resolved_config
 from smpo_schemas.errors import UserError
-from smpo_schemas.manifest import InversionSettings, Manifest, averaged_estimates
+from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings, Manifest, averaged_estimates
 from smpo_schemas.store import AnyPath, parse_path
 
 _MODEL = "Model"
@@ -31,6 +32,8 @@ _SOLVERS_OF_FLAG = {
     "max_evaluations": ("adaptive", "anderson"),
     "anderson_depth": ("anderson",),
 }
+_FLAGS_OF_WALKS = ("start", "eta", "guidance_scale", "walker")
+"""Flags that no state of ``--source forward`` depends on, besides those of the solvers."""
 
 
 def invert(
@@ -186,7 +189,7 @@ def invert(
     annotator_column: opt.AnnotatorColumn = None,
     batch_size: opt.AutoBatchSizeOption = "16",
     device: opt.DeviceOption = None,
-    concurrency: opt.ConcurrencyOption = 1,
+    concurrency: opt.ConcurrencyOption = None,
     ray_address: opt.RayAddressOption = None,
     limit: opt.LimitOption = None,
     max_reject_rate: opt.MaxRejectRateOption = 0.05,
@@ -203,7 +206,7 @@ def invert(
     from smpo_pipeline.jobs.invert_unit import InvertOptions, take_batch_sizes  # noqa: PLC0415
 
     directory = parse_path(out)
-    checked = check_device(device)
+    checked = check_device(device, ray_address)
     settings = inversion_settings(
         context,
         checked,
@@ -256,10 +259,11 @@ def invert(
             overwrite=overwrite,
         )
     )
-    write_resolved_config(context, directory)
-    console = Console()
+    write_resolved_config(context, directory, directory / MANIFEST_FILE)
+    console = Console(markup=False)
     for size in take_batch_sizes(directory):
-        console.print(f"--batch-size auto: batches of {size} walks")
+        why = "auto" if batch_size == "auto" else f"{batch_size}: the device's memory ran out"
+        console.print(f"--batch-size {why}: batches of {size} walks")
     _show(console, manifest, directory)
 
 
@@ -273,7 +277,7 @@ def inversion_settings(context: typer.Context, device: str, **flags: Any) -> Inv
     Raises:
         UserError: a flag has no meaning, or none beside the others.
     """
-    _check_solver_flags(context, flags["solver"] if flags["source"] == "renoise" else None)
+    _check_unused_flags(context, flags["solver"] if flags["source"] == "renoise" else None)
     averaged_estimates(flags["renoise_average"], flags["renoise_steps"])
     precision = flags["dtype"] or ("bf16" if device == "cuda" else "fp32")
     derived = {
@@ -285,14 +289,25 @@ def inversion_settings(context: typer.Context, device: str, **flags: Any) -> Inv
     return InversionSettings(**{**flags, **derived})
 
 
-def _check_solver_flags(context: typer.Context, solver: str | None) -> None:
-    """Refuse flags on the command line that the solver (None: no walk at all) does not look at."""
+def _check_unused_flags(context: typer.Context, solver: str | None) -> None:
+    """Refuse flags on the command line that this solver, or a run without walks (None), does not look at."""
     for name, solvers in _SOLVERS_OF_FLAG.items():
-        given = context.get_parameter_source(name)
-        if given is not None and given.name == "COMMANDLINE" and solver not in solvers:
-            flag = "--" + name.replace("_", "-")
+        if _given(context, name) and solver not in solvers:
             used = "--source forward makes no walk" if solver is None else f"--solver {solver} does not use it"
-            raise UserError(f"{flag}: {used}; it is for --solver {' and '.join(solvers)}")
+            raise UserError(f"{_flag(name)}: {used}; it is for --solver {' and '.join(solvers)}")
+    for name in _FLAGS_OF_WALKS:
+        if _given(context, name) and solver is None:
+            raise UserError(f"{_flag(name)}: --source forward makes no walk; it is for --source renoise")
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether the flag stands on the command line itself."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def parse_shard_size(context: typer.Context, value: str | None) -> int | None:
@@ -303,8 +318,7 @@ def parse_shard_size(context: typer.Context, value: str | None) -> int | None:
     """
     if value is None:
         return None
-    given = context.get_parameter_source("pairs_per_shard")
-    if given is not None and given.name == "COMMANDLINE":
+    if _given(context, "pairs_per_shard"):
         raise UserError(f"--shard-size {value} and --pairs-per-shard both say how large a tar is; give one of them")
     number, unit = value[:-2], value[-2:]
     if unit not in _UNITS or not number.isdecimal() or int(number) == 0:
@@ -336,8 +350,8 @@ def _show(console: Console, manifest: Manifest, out: AnyPath) -> None:
     totals = manifest.totals
     ratios = [f"{band.noise_ratio:.2f}" for band in manifest.health if band.noise_ratio is not None]
     console.print(f"noise ratio by timestep band (exact inversion: 1): {' '.join(ratios)}")
-    for warning in health_warnings(manifest.health):
-        console.print(f"[yellow]warning:[/] {warning}")
+    for warning in health_warnings(manifest.health, manifest.inversion):
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
     if totals.prompts_cut:
         console.print(
             f"{totals.prompts_cut} prompts are longer than the text encoder takes: their ends were cut, as the model's "

@@ -60,11 +60,20 @@ AutoBatchSizeOption = Annotated[
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", help="cpu or cuda; default: cuda where there is one.", rich_help_panel=RUNNING),
+    typer.Option(
+        "--device",
+        help="cpu or cuda; default: cuda where this machine (with --ray-address: the cluster) has a GPU.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 ConcurrencyOption = Annotated[
-    int,
-    typer.Option("--concurrency", min=1, help="Model actors at once, one GPU each.", rich_help_panel=RUNNING),
+    int | None,
+    typer.Option(
+        "--concurrency",
+        min=1,
+        help="Model actors at once, at the most; one GPU each, or one core. Default: one a GPU, or a core.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 RayAddressOption = Annotated[
     str | None,

@@ -32,7 +32,9 @@ ScoresOption = Annotated[
         rich_help_panel=_PLAN,
     ),
 ]
-GpusOption = Annotated[int, typer.Option("--gpus", min=1, help="Devices at work at once.", rich_help_panel=_PLAN)]
+GpusOption = Annotated[
+    int, typer.Option("--gpus", min=1, help="Devices (on cpu: cores) at work at once.", rich_help_panel=_PLAN)
+]
 PriceOption = Annotated[
     float | None, typer.Option("--price", min=0, help="Dollars for one device hour.", rich_help_panel=_PLAN)
 ]
@@ -51,12 +53,12 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
     Inverts some of the pairs on this machine's device for a minute and projects: for these pairs, for 1 and for 100
     million. Nothing is stored.
     """
-    from smpo_pipeline.jobs.cluster import check_device, use_threads  # noqa: PLC0415  (keeps --help free of torch and Ray)
+    from smpo_pipeline.jobs.cluster import check_device, plain_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
     from smpo_pipeline.planning.plan import PlanOptions, check_gpu, make_plan  # noqa: PLC0415
 
     device = check_device(flags["device"])
     check_gpu(device)
-    use_threads(device, workers=1)
+    plain_arithmetic(device)
     settings = inversion_settings(context, device, **{name: flags[name] for name in SETTINGS_FLAGS})
     same = ("model", "unet", "walker", "vae", "resolution", "seed", "pairs_per_shard", "limit")
     columns = opt.columns_by_field(*(flags[f"{name}_column"] for name in opt.COLUMN_FIELDS))
@@ -72,7 +74,7 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
             device=device,
         )
     )
-    _show(Console(), found)
+    _show(Console(markup=False), found)
     if flags["out"]:
         write_json(flags["out"], found.model_dump())
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from smpo_pipeline.commands import options as opt
 from smpo_schemas.commandline import ConfigOption, write_resolved_config
-from smpo_schemas.scores import REJECTS_FILE, ScoresInfo
+from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo
 from smpo_schemas.store import AnyPath, parse_path
 
 
@@ -40,7 +40,8 @@ def score(
     concurrency: Annotated[
         list[str] | None,
         typer.Option(
-            help="Actors of each reward: N, or NAME=N for one of them, repeatable. Default: one a GPU, or one on cpu.",
+            help="Actors of each reward: N, or NAME=N for one of them, repeatable. Default: one a GPU, or what keeps "
+            "all cores busy.",
             rich_help_panel=opt.RUNNING,
         ),
     ] = None,
@@ -71,7 +72,7 @@ def score(
             reward=reward,
             columns=columns,
             batch_size=batch_size,
-            device=check_device(device),
+            device=check_device(device, ray_address),
             dtype=dtype,
             concurrency=concurrency or [],
             ray_address=ray_address,
@@ -80,8 +81,8 @@ def score(
             overwrite=overwrite,
         )
     )
-    write_resolved_config(context, directory)
-    _show(Console(), info, directory)
+    write_resolved_config(context, directory, directory / SCORES_FILE)
+    _show(Console(markup=False), info, directory)
 
 
 def _show(console: Console, info: ScoresInfo, out: AnyPath) -> None:

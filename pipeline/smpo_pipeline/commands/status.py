@@ -27,7 +27,7 @@ def status(
     from smpo_pipeline.jobs.status import read_status  # noqa: PLC0415  (keeps --help quick)
 
     found = read_status(parse_path(out))
-    console = Console()
+    console = Console(markup=False)
     console.print(_table(found, time.time()))
     if not found.finished and not found.holder:
         console.print("Nobody is at it. The same command, given again, goes on where this stands.")
@@ -47,6 +47,8 @@ def _table(found: Status, now: float) -> Table:
         table.add_row("", f"{count:,} {reason}")
     if found.rate is not None and found.remaining is not None:
         table.add_row("rate", f"{found.rate:.3g} pairs/s since the run was begun, or begun again")
+        if found.model_share is not None:
+            table.add_row("model at work", f"{found.model_share:.0%} of the actors' time")
         table.add_row("remaining", duration(found.remaining))
     if found.last_commit is not None:
         table.add_row("last unit", f"{duration(max(0, now - found.last_commit))} ago")

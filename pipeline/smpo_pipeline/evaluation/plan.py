@@ -8,7 +8,7 @@ from pathlib import Path
 
 from smpo_pipeline.evaluation.prompts import read_prompts
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
-from smpo_pipeline.evaluation.sources import ModelSource, choose_base, identity, parse_models, whole_identity
+from smpo_pipeline.evaluation.sources import ModelSource, choose_base, identity, parse_models, reward_identity
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import read_json, sha256_json
 
@@ -81,7 +81,7 @@ def make_plan(
         raise UserError("--reward names the same reward twice")
     settings = Settings(
         models={model.name: identity(model, whole) for model in sources},
-        rewards={spec: whole_identity(spec.partition("=")[2]) for spec in rewards},
+        rewards={spec: reward_identity(spec) for spec in rewards},
         prompts=read_prompts(prompts, limit),
         images_per_prompt=images_per_prompt,
         steps=steps,

@@ -30,7 +30,7 @@ class Settings(_Frozen):
     Attributes:
         models: per name, the identity of the files that it was loaded from (a hub id: the id); the first is the
             baseline.
-        rewards: per specification, as given, the identity of its model folder (none: the specification itself).
+        rewards: per specification, as given, the identity of its model's files (a hub id, or no model: that text).
         prompts: the prompts.
         images_per_prompt: each from its own noise.
         steps: DDIM steps.

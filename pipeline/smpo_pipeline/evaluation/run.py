@@ -45,6 +45,8 @@ def run(plan: Plan, console: Console) -> Results:
     """
     device = _device(plan.device)
     _quiet_libraries()
+    # Float32 is float32, as in the workers of `score`: by default cuDNN convolves in TF32.
+    torch.backends.cudnn.allow_tf32 = False
     # Before the hours of sampling: a reward that cannot be loaded is found out first.
     rewards = [load_reward(spec, device) for spec in plan.settings.rewards]
     names = [reward.name for reward in rewards]

@@ -20,6 +20,15 @@ METRICS_FILE = "metrics.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _READ_SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".model")
+_BESIDE_A_CHECKPOINT = (
+    "*config.json",
+    "*token*.json",
+    "vocab.*",
+    "merges.txt",
+    "model*.safetensors*",
+    "pytorch_model*",
+)
+"""What a reward whose MODEL is a file may read beside it: configurations, a tokenizer, a CLIP."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,25 @@ def whole_identity(source: str, without: str | None = None) -> str:
     return sha256_json(_digest(folder, files))
 
 
+def reward_identity(spec: str) -> str:
+    """Hash of the files behind the MODEL of ``NAME=MODEL``; a hub id itself; without a MODEL, the specification.
+
+    Of a folder all files that are not hidden count, since a reward may be anybody's code. Code is not looked at.
+    """
+    model = spec.partition("=")[2]
+    path = Path(model)
+    if model and path.is_dir():
+        inside = (each.relative_to(path) for each in path.rglob("*") if each.is_file())
+        files = [path / each for each in inside if not any(part.startswith(".") for part in each.parts)]
+        return sha256_json(_digest(path, files))
+    if path.is_file():
+        beside = {each for pattern in _BESIDE_A_CHECKPOINT for each in path.parent.glob(pattern) if each.is_file()}
+        return sha256_json(_digest(path.parent, [*{path, *beside}]))
+    return model or spec
+
+
 def _parts(folder: Path) -> list[str]:
-    """Sub-folders that hold a pipeline's parts; a folder without an index (a reward model) has none."""
+    """Sub-folders that hold a pipeline's parts; a folder without an index has none."""
     index = folder / INDEX_FILE
     try:
         names = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}

@@ -130,7 +130,7 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     rewards = {name: reward for name, reward in manifest.rewards.items() if reward.max > reward.min}
     scores = {name: np.array(summary.scores[name], dtype=np.float64).reshape(-1, 2) for name in rewards}
     print_sharpness({name: minmax(scores, rewards, {name: 1.0}) for name in rewards}, console)
-    for warning in health_warnings(manifest.health):
+    for warning in health_warnings(manifest.health, manifest.inversion):
         console.print(f"warning: {warning}", style="bold red", highlight=False, soft_wrap=True)
 
 

@@ -117,6 +117,8 @@ class Visit:
         origin: x_s and s that the step came from, and which rows took a step at all; None where none did.
         solved_S: the residuals at which the solver stopped, before noise of eta, NaN where no step was taken; None
             where the solver does not know them.
+        noise_SChw: the noise that the states were made with, which is then their tau to the bit; None for states that
+            were not made so.
     """
 
     index: int
@@ -125,6 +127,7 @@ class Visit:
     x_SChw: torch.Tensor
     origin: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     solved_S: torch.Tensor | None
+    noise_SChw: torch.Tensor | None = None
 
 
 class Batch:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from smpo_pipeline.inversion.batch import PreparedPair
+from smpo_pipeline.isolation import FAILURES, is_out_of_memory
 from smpo_schemas.errors import UserError
 
 Request = tuple[PreparedPair, int]
@@ -32,14 +33,20 @@ def walk_requests(pairs: Sequence[PreparedPair], first_walk: int = 0) -> Iterato
         number += 1
 
 
-def batches_of_one_size(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-    """Cut requests into batches, each of one image size: positions in ``requests``, of every size in their order."""
+def batches_of_one_size(requests: Sequence[Request], batch_size: Callable[[], int]) -> Iterator[list[int]]:
+    """Cut requests into batches, each of one image size: positions in ``requests``, of every size in their order.
+
+    Args:
+        requests: of any image sizes.
+        batch_size: asked for each batch, since one may find that memory holds less.
+    """
     by_size: dict[tuple[int, ...], list[int]] = {}
     for position, (pair, _) in enumerate(requests):
         by_size.setdefault(pair.pixels_2HW3.shape, []).append(position)
     for positions in by_size.values():
-        for start in range(0, len(positions), batch_size):
-            yield positions[start : start + batch_size]
+        left = iter(positions)
+        while batch := list(islice(left, batch_size())):
+            yield batch
 
 
 def requests_of_one_size_at_a_time(pairs: Sequence[PreparedPair], batch_size: int) -> Iterator[Request]:
@@ -64,7 +71,7 @@ def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
     """On a GPU: double until memory runs out.
 
     Args:
-        try_batch: makes a batch of so many walks, or raises ``torch.OutOfMemoryError``.
+        try_batch: makes a batch of so many walks, or raises as devices do that have no memory left.
         most: no larger batch can be filled.
 
     Raises:
@@ -74,7 +81,9 @@ def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
     while fitting < most:
         try:
             try_batch(size)
-        except torch.OutOfMemoryError:
+        except FAILURES as error:
+            if not is_out_of_memory(error):
+                raise
             break
         fitting, size = size, min(2 * size, most)
     # What the failed attempt reserved, and the smaller ones in other sizes, is of no use to the batches to come.

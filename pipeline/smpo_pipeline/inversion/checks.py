@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from smpo_models.family import Family
 from smpo_pipeline.buckets import Size, bucket_sizes
+from smpo_pipeline.inversion.timesteps import check_steps
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 
@@ -22,8 +23,9 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
         raise UserError(f"--start {start}: {model} has timesteps 0 to {last - 1}")
     if isinstance(start, int) and settings.timesteps == "published":
         raise UserError(f"--start {start}: the published timesteps begin at x0; use --start clean")
-    if settings.steps >= last:
-        raise UserError(f"--steps {settings.steps}: {model} has only {last} timesteps")
+    if settings.states is not None and settings.timesteps == "published":
+        raise UserError(f"--states {settings.states}: a walk of --timesteps published has one state; leave it out")
+    check_steps(settings, last)
     return chosen
 
 

@@ -67,7 +67,9 @@ class Inverter:
         process, rows_S = batch.process, visit.rows_S[positions_S]
         x0 = batch.x0_RChw[rows_S]
         a, s = process.levels(t_S, x0)
-        tau = ((visit.x_SChw[positions_S] - a * x0) / s).to(STORAGE[self._settings.storage])
+        known = visit.noise_SChw
+        tau = (visit.x_SChw[positions_S] - a * x0) / s if known is None else known[positions_S]
+        tau = tau.to(STORAGE[self._settings.storage])
         # From here on the stored, rounded state: the very one that the trainer rebuilds.
         x_t = process.noised(x0, tau.float(), t_S)
         output = self._family.denoise(self._reference, x_t, t_S, batch.conditioning[rows_S])

@@ -64,7 +64,7 @@ def forward_visits(batch: Batch) -> Iterator[Visit]:
         positions, used_at = batch.stored_at(index, rows)
         stored = rows[positions]
         x_t = batch.process.noised(batch.x0_RChw[stored], noise[stored], used_at)
-        yield Visit(index, stored, used_at, x_t, None, None)
+        yield Visit(index, stored, used_at, x_t, None, None, noise[stored])
 
 
 SOURCES: dict[str, Callable[[Batch], Iterator[Visit]]] = {"renoise": renoise_visits, "forward": forward_visits}

@@ -27,15 +27,33 @@ class WalkPlan:
     used_at: tuple[int, ...]
 
 
+def check_steps(settings: InversionSettings, last: int) -> None:
+    """Whether walks of a model with ``last`` timesteps can have so many steps.
+
+    Raises:
+        UserError: they cannot.
+    """
+    steps = settings.steps
+    if steps >= last:
+        raise UserError(f"--steps {steps}: the model has only {last} timesteps")
+    # About steps^3 / (6 (T - 1)^2) neighbours meet in a draw: at this bound one draw in 4.5 has none that do, at twice
+    # as many steps one in 10^5.
+    most = int((9 * (last - 1) ** 2) ** (1 / 3))
+    if settings.timesteps == "jittered" and steps > most and (last - 1) % steps:
+        raise UserError(
+            f"--steps {steps}: --timesteps jittered has room for {most} steps of {last} timesteps, "
+            f"or for a number that divides {last - 1}; take fewer, or --timesteps grid"
+        )
+
+
 def plan_walk(settings: InversionSettings, process: Process, seed: int, pair_id: str, walk: int) -> WalkPlan:
     """Draw the path of one walk.
 
     Raises:
-        UserError: more steps than the model has timesteps.
+        UserError: more steps than the model has room for.
     """
     last = process.num_train_timesteps
-    if settings.steps >= last:
-        raise UserError(f"--steps {settings.steps}: the model has only {last} timesteps")
+    check_steps(settings, last)
     stream = generator(seed, pair_id, walk, "timesteps")
     if settings.timesteps == "published":
         return _published(process.grid(settings.steps), int(stream.integers(last)))
@@ -52,8 +70,9 @@ def plan_walk(settings: InversionSettings, process: Process, seed: int, pair_id:
 def _jittered(stream: np.random.Generator, steps: int, last: int) -> list[int]:
     """One integer in each of ``steps`` equal strata of 1 .. last - 1; over many draws, t is uniform.
 
-    Where ``steps`` does not divide ``last - 1``, two neighbouring strata share an integer and may both draw it (for 50
-    steps about once in a thousand walks): the walk is then drawn again, which moves no probability by more than that.
+    Where ``steps`` does not divide ``last - 1``, two neighbouring strata share an integer and may both draw it: the
+    walk is then drawn again. Of 1000 timesteps that is so for no draw of 9 steps, 2 % of those of 50, 15 % of 100, 74 %
+    of 200; and single timesteps become rarer than others, by up to 2.4 % at 50 steps, 4.5 % at 100, 8 % at 200.
     """
     while True:
         uniform = (np.arange(steps) + stream.random(steps)) / steps

@@ -20,7 +20,7 @@ from smpo_pipeline.decoder import worker_decoder
 from smpo_pipeline.images import ImageRejectedError
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
-from smpo_pipeline.jobs.prepare import read_ranges, reading_words
+from smpo_pipeline.jobs.prepare import bytes_of, cell, read_ranges, reading_words, values_of
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id
 from smpo_schemas.scores import IMAGE_IDS
 from smpo_schemas.store import AnyPath
@@ -80,31 +80,32 @@ class _Building:
         self._images: list[tuple[int, int, str]] = []
         self._pixels, self._ends = bytearray(), [0]
 
-    def has_room(self, images: Sequence[Image.Image]) -> bool:
-        size = len(self._pixels) + sum(image.width * image.height * 3 for image in images)
+    def has_room(self, images: Sequence[np.ndarray]) -> bool:
+        size = len(self._pixels) + sum(image.nbytes for image in images)
         fits = size <= CHUNK_BYTES and len(self._images) + len(images) <= CHUNK_IMAGES
         return fits or not self._images
 
-    def add(self, entry: dict[str, Any], images: Sequence[Image.Image]) -> None:
+    def add(self, entry: dict[str, Any], images: Sequence[np.ndarray]) -> None:
         self._entries.append(entry)
         for image in images:
-            self._images.append((image.height, image.width, entry["prompt"]))
-            self._pixels += image.tobytes()
+            height, width, _ = image.shape
+            self._images.append((height, width, entry["prompt"]))
+            self._pixels += image.data
             self._ends.append(len(self._pixels))
 
     def finish(self, unit: int, number: int, *, last: bool) -> pa.Table:
         cells = {"unit": pa.array([unit]), "chunk": pa.array([number]), "last": pa.array([last])}
         table = pa.Table.from_pylist(self._entries, schema=ROWS)
-        cells |= {name: _cell(table[name].combine_chunks()) for name in ROWS.names}
+        cells |= {name: cell(table[name].combine_chunks()) for name in ROWS.names}
         buffers = [None, pa.py_buffer(np.array(self._ends, np.int64)), pa.py_buffer(self._pixels)]
         pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self._images), buffers)
         heights, widths, prompts = zip(*self._images, strict=True) if self._images else ((), (), ())
         sizes = (pa.array(heights, pa.int64()), pa.array(widths, pa.int64()))
         columns = (pixels, *sizes, pa.array(prompts, pa.string()))
-        return pa.table(cells | {name: _cell(column) for name, column in zip(_IMAGES, columns, strict=True)})
+        return pa.table(cells | {name: cell(column) for name, column in zip(_IMAGES, columns, strict=True)})
 
 
-def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any], list[Image.Image]]:
+def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any], list[np.ndarray]]:
     if isinstance(pair, PairRejectedError):
         return {"source": source, "pair_id": pair.pair_id, "reason": str(pair)}, []
     entry = {
@@ -121,31 +122,19 @@ def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any]
         return entry | {"reason": str(reason)}, []
 
 
-def _cell(values: pa.Array) -> pa.Array:
-    """A column of one row that holds all ``values``."""
-    return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
-
-
-def values_of(chunk: pa.Table, name: str) -> pa.Array:
-    """The list that one cell of a chunk holds, without a copy."""
-    return chunk[name].combine_chunks().flatten()
-
-
 def images_of(chunk: pa.Table) -> Iterator[tuple[Image.Image, str]]:
     """The images of a chunk, in order (image_0 and image_1 of its first pair, ...), each with its prompt."""
-    pixels = values_of(chunk, "pixels")
-    others = (values_of(chunk, name).to_pylist() for name in ("height", "width", "image_prompt"))
-    for index, (height, width, prompt) in enumerate(zip(*others, strict=True)):
-        values = np.frombuffer(pixels[index].as_buffer(), np.uint8).reshape(height, width, 3)
-        yield Image.fromarray(values), prompt
+    others = [values_of(chunk, name).to_pylist() for name in ("height", "width", "image_prompt")]
+    for height, width, prompt, pixels in zip(*others, bytes_of(values_of(chunk, "pixels")), strict=True):
+        yield Image.fromarray(pixels.reshape(height, width, 3)), prompt
 
 
 def with_scores(chunk: pa.Table, scores: Mapping[str, np.ndarray], failed: Mapping[int, str] | None = None) -> pa.Table:
     """The chunk with two columns a reward: the score of each image, and why it has none, by number of the image."""
     for name, values in scores.items():
-        chunk = chunk.append_column(f"score {name}", _cell(pa.array(values, pa.float64())))
+        chunk = chunk.append_column(f"score {name}", cell(pa.array(values, pa.float64())))
         reasons = [(failed or {}).get(number) for number in range(len(values))]
-        chunk = chunk.append_column(f"failed {name}", _cell(pa.array(reasons, pa.string())))
+        chunk = chunk.append_column(f"failed {name}", cell(pa.array(reasons, pa.string())))
     return chunk
 
 

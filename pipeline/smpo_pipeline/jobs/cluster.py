@@ -8,23 +8,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import pyarrow as pa
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console
 
 from smpo_pipeline.jobs.ledger import SharedLedger
+from smpo_pipeline.jobs.progress import Pace, job_progress
 from smpo_pipeline.jobs.reject_rate import RejectRate
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.errors import UserError
@@ -40,6 +34,12 @@ _ACTOR_CPUS = 0.01
 _ROUNDING = 1e-6
 _DEATHS_LOADING = 5
 _RETRIES = 5
+_MODELS_MEMORY = 3
+"""Memory of an actor on CPU, over its model's weights."""
+
+_TASK_BYTES = 300 << 20
+"""Of a task that decodes, over the pixels that it gives: libraries, the files that it reads, the decoder's process."""
+
 _LOGICAL_CPUS = 4
 """At least this many on a local Ray: CPU stages must not wait for a slot that the actors hold."""
 
@@ -71,6 +71,8 @@ def connected(address: str | None) -> Iterator[None]:
     context.print_on_execution_start = False
     # A row is a piece of work that we cut ourselves: each one travels on as soon as it is there.
     context.target_max_block_size = 1
+    # Loading a model takes longer than any lack of work: pools grow, and shrink, with the cluster alone.
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = -1
     # A worker that dies later is started again without limit; by default one that dies while it loads ends the job.
     context.max_consecutive_actor_init_deaths = _DEATHS_LOADING
     # With pauses that double. A unit's task gives the same from its start on, as this asks for.
@@ -100,23 +102,28 @@ class Pool:
     """The model actors of one stage.
 
     Attributes:
-        size: how many.
+        size: how many; at the most, where ``room`` is given.
         num_gpus: share of a GPU that each asks for; 0 on cpu.
         threads: calls that each works on at once.
+        room: for how many there is room now; further ones are started when there is more. None: the pool is fixed, as
+            it must be where several stages share GPUs, which Ray would share out by halves.
     """
 
     size: int
     num_gpus: float
     threads: int = 1
+    room: int | None = None
 
     def options(self) -> dict[str, Any]:
         """What Ray Data is told.
 
-        CPU slots are a tiny part: cores are shared out by :func:`use_threads`, actors must leave slots for decoding,
-        and Ray Data fuses neighbouring stages of equal demands, after which decoding would wait for the model.
+        CPU slots are a tiny part: an actor's thread is one core's (:func:`plain_arithmetic`), it must leave slots for
+        decoding, and Ray Data fuses neighbouring stages of equal demands: decoding would wait for the model.
         """
         compute = ray.data.ActorPoolStrategy(
-            size=self.size,
+            min_size=1 if self.room else self.size,
+            max_size=self.size,
+            initial_size=min(self.size, self.room or self.size),
             enable_true_multi_threading=self.threads > 1,
             max_concurrent_calls_per_actor=self.threads if self.threads > 1 else None,
         )
@@ -165,34 +172,77 @@ def limit_memory(dataset: ray.data.Dataset, limit: int) -> None:
     dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=limit)
 
 
-def use_threads(device: str, workers: int) -> None:
-    """Inside an actor on CPU: share the machine's cores between so many ``workers`` (threads or actors)."""
+def task_memory(unit_bytes: int) -> int:
+    """Bytes of a node that a task asks for which decodes a unit of so many.
+
+    Raises:
+        UserError: no node has them, for which Ray would wait in silence.
+    """
+    wanted = _TASK_BYTES + unit_bytes
+    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    if wanted > most:
+        raise UserError(
+            f"a unit of work is {unit_bytes / 1e9:.1f} GB of decoded pixels, more than any node has memory for "
+            f"({most / 1e9:.1f} GB by Ray's count): use a smaller --pairs-per-shard or --shard-size"
+        )
+    return wanted
+
+
+def plain_arithmetic(device: str) -> None:
+    """Inside a worker: compute what depends on the inputs alone, as far as the device can.
+
+    On CPU on one core, whatever there is, since torch sums otherwise by several threads. On a GPU, float32 is float32:
+    by default cuDNN rounds what it convolves to TF32's 10 bits.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        torch.set_num_threads(1)
 
 
-def check_device(device: str | None) -> str:
+def check_device(device: str | None, address: str | None = None) -> str:
     """The device to use: the given one, else a GPU where there is one.
 
+    Args:
+        device: as given.
+        address: of the cluster whose GPUs count; None: those of this machine.
+
     Raises:
-        UserError: neither ``cpu`` nor ``cuda``. Whether there are GPUs, only the cluster knows.
+        UserError: neither ``cpu`` nor ``cuda``, or no cluster answers.
     """
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
+    if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: cpu or cuda")
-    return device
+    if device is not None:
+        return device
+    if address is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    with connected(address):
+        return "cuda" if gpus_there() else "cpu"
 
 
-def require_gpus(device: str, concurrency: int) -> None:
-    """Refuse what Ray would wait for in silence.
+def model_pool(device: str, concurrency: int | None, address: str | None, weights: int, units: int) -> Pool:
+    """Actors of one GPU each, or of one core each; says so where there are fewer GPUs than actors.
+
+    Args:
+        device: cpu or cuda.
+        concurrency: actors, at the most; None: one a GPU, or a core as far as memory goes.
+        address: of the cluster, or None.
+        weights: bytes of the model.
+        units: how many there are to make.
 
     Raises:
-        UserError: fewer GPUs than model actors of one GPU each.
+        UserError: there is no GPU, for which Ray would wait in silence.
     """
+    if device == "cpu":
+        resources = ray.cluster_resources()
+        cores = resources["CPU"] if address else os.cpu_count() or 1
+        fitting = resources["memory"] / (_MODELS_MEMORY * weights)
+        return Pool(concurrency or max(1, int(min(cores, fitting, units))), 0)
     there = gpus_there()
-    if device == "cuda" and there < concurrency:
-        raise UserError(f"--device cuda --concurrency {concurrency}: Ray sees {there} GPUs; use --device cpu or fewer")
+    if not there:
+        raise UserError("--device cuda: Ray sees no GPU; use --device cpu, or start a node that has one")
+    if concurrency and there < concurrency:
+        Console().print(f"Ray sees {there} of --concurrency {concurrency} GPUs: others join when the cluster has them")
+    return Pool(concurrency or there, 1, room=min(there, units))
 
 
 def run_units(
@@ -227,7 +277,8 @@ def run_units(
     for record in records.values():
         rate.add(record)
     todo = [unit for unit in range(len(sizes)) if unit not in records]
-    with _progress() as progress:
+    pace = Pace()
+    with job_progress() as progress:
         task = progress.add_task(title, total=sum(sizes), completed=sum(sizes[unit] for unit in records), note="")
         if todo:
             with connected(address), _plain_errors():
@@ -244,8 +295,8 @@ def run_units(
                             )
                         records[record.unit] = record
                         rate.add(record)
-                        note = f"{rate.rejected} rejected" if rate.rejected else ""
-                        progress.update(task, advance=record.pairs_in, note=note)
+                        pace.add(record)
+                        progress.update(task, advance=record.pairs_in, note=pace.words(rate.rejected))
     return [records[unit] for unit in range(len(sizes))]
 
 
@@ -260,32 +311,30 @@ def _plain_errors() -> Iterator[None]:
             raise
         raise cause from None
     except RayError as error:
-        first = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"Ray could not go on: {type(error).__name__}: {first}; what is committed stays, the same command goes on"
+            f"Ray could not go on: {type(error).__name__}: {_reason(error)}; "
+            "what is committed stays, the same command goes on"
         ) from error
 
 
+def _reason(error: RayError) -> str:
+    """What an actor's constructor raised, which Ray writes behind its traceback; of anything else the first line."""
+    lines = str(error).strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    if not frames:
+        return lines[0]
+    said = " ".join(dropwhile(lambda line: line.startswith(" "), lines[frames[-1] :]))
+    return said.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+
+
 def _user_error(error: BaseException) -> UserError | None:
-    """The UserError inside what Ray wrapped around it, if that is what it was."""
+    """The UserError, or the failure of storage, inside what Ray wrapped around it, if that is what it was."""
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, UserError):
             return UserError(str(getattr(current, "cause", current)))
+        if isinstance(current, OSError) and current.errno in PASSING_ERRNOS:
+            where = current.filename or "storage"
+            return UserError(f"{where}: {current.strerror}, tried {_RETRIES + 1} times; the same command goes on")
         current = getattr(current, "cause", None) or current.__cause__
     return None
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("pairs"),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        TextColumn("[yellow]{task.fields[note]}"),
-    )

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from smpo_models.fingerprint import fingerprint_module
 from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.cluster import Pool, require_gpus, run_units
+from smpo_pipeline.jobs.cluster import Pool, limit_memory, model_pool, run_units, task_memory
 from smpo_pipeline.jobs.guard import Guard
-from smpo_pipeline.jobs.invert_unit import STAGE, InvertActor, InvertOptions, index_part, load_models
+from smpo_pipeline.jobs.invert_unit import (
+    STAGE,
+    InvertActor,
+    InvertOptions,
+    describe_model,
+    index_part,
+    load_models,
+)
 from smpo_pipeline.jobs.ledger import Ledger, SharedLedger
-from smpo_pipeline.jobs.lock import locked
-from smpo_pipeline.jobs.prepare import prepare_unit, reading_words, to_bytes
+from smpo_pipeline.jobs.lock import locked, refuse_unknown_bucket
+from smpo_pipeline.jobs.prepare import prepare_unit, reading_words, unit_row
 from smpo_pipeline.jobs.run import Run, UnitRecord, describe_input
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_schemas.errors import UserError
@@ -38,6 +43,7 @@ from smpo_schemas.manifest import (
     write_manifest,
 )
 from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
+from smpo_schemas.passing import trying_again
 from smpo_schemas.rejects import count_reasons, write_rejects
 from smpo_schemas.scores import SAME_SCORE, ScoresInfo, read_scores, read_scores_info
 from smpo_schemas.shard_index import INDEX_FILE, write_index
@@ -51,29 +57,30 @@ def invert(options: InvertOptions) -> Manifest:
     Raises:
         UserError: an input, the model or the output directory cannot be used, or no pair is left.
     """
+    refuse_unknown_bucket(options.out)
     files = list_pair_files(options.pairs)
     columns = columns_of(files, options.columns)
     info = read_scores_info(options.scores)
-    model, resolution, image_sizes, pairs_per_shard = _check_model(options)
-    options = options.model_copy(update={"pairs_per_shard": pairs_per_shard})
-    units = slice_files(files, pairs_per_shard, options.limit)
+    checked = _check_model(options)
+    options = options.model_copy(update={"pairs_per_shard": checked.pairs_per_shard})
+    units = slice_files(files, checked.pairs_per_shard, options.limit)
     identity = {
         "job": "invert",
         "schema_version": MANIFEST_VERSION,
         "input": describe_input(files, options.limit),
         "columns": {key: value for key, value in options.columns.items() if value},
         "scores": [part.sha256 for part in info.parts],
-        "model": model.model_dump(),
-        "resolution": resolution,
+        "model": checked.info.model_dump(),
+        "resolution": checked.resolution,
         "inversion": options.settings.model_dump(),
         "seed": options.seed,
-        "pairs_per_shard": pairs_per_shard,
+        "pairs_per_shard": checked.pairs_per_shard,
     }
     run = Run(options.out, MANIFEST_FILE, identity)
     with locked(options.out):
         if not run.open(overwrite=options.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
             return read_manifest(options.out)
-        return _invert(options, run, units, columns, info, model, resolution, image_sizes)
+        return _invert(options, run, units, columns, info, checked)
 
 
 def _invert(
@@ -82,35 +89,54 @@ def _invert(
     units: Sequence[list[RowRange]],
     columns: dict[AnyPath, PairColumns],
     info: ScoresInfo,
-    model: ModelInfo,
-    resolution: int,
-    image_sizes: Sequence[Size],
+    checked: _Checked,
 ) -> Manifest:
     """Make the shards that are missing, and finish."""
     scores = _score_table(options.scores, info)
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
 
     def build(source: ray.data.Dataset, ledger: SharedLedger) -> ray.data.Dataset:
-        require_gpus(options.device, options.concurrency)
-        pool = Pool(options.concurrency, num_gpus=1 if options.device == "cuda" else 0)
+        pool = model_pool(options.device, options.concurrency, options.ray_address, checked.weights, len(units))
+        image_sizes = checked.image_sizes
         prepare = partial(
             _prepare, units=units, columns=columns, options=options, image_sizes=image_sizes, run=run, ledger=ledger
         )
         kwargs = {
             "options": options,
+            "model": checked.info,
             "run": run,
             "scores": ray.put(scores),
             "rows": sum(sizes),
-            "resolution": resolution,
+            "resolution": checked.resolution,
             "ledger": ledger,
         }
-        return source.map(prepare, num_cpus=1).map(InvertActor, fn_constructor_kwargs=kwargs, **pool.options())
+        pixels = max(sizes) * 2 * 3 * max(height * width for height, width in image_sizes)
+        return _add_stages(source, prepare, kwargs, pool, pixels)
 
     rate = options.max_reject_rate
     records = run_units(run, sizes, build, _records, title="invert", address=options.ray_address, max_reject_rate=rate)
-    manifest = _finish(options, run, records, info, model, resolution)
+    manifest = _finish(options, run, records, info, checked.info, checked.resolution)
     run.finish()
     return manifest
+
+
+def _add_stages(
+    source: ray.data.Dataset,
+    prepare: Callable[[pa.Table], pa.Table],
+    kwargs: dict[str, object],
+    pool: Pool,
+    unit_bytes: int,
+) -> ray.data.Dataset:
+    """Decode, then the actors; ``unit_bytes`` are the pixels of the largest unit.
+
+    Object store: for each actor the unit that it is at and the next one, and two on their way; a MB of each for the
+    rest of it.
+    """
+    one = {"batch_size": 1, "batch_format": "pyarrow"}
+    decoded = source.map_batches(prepare, num_cpus=1, memory=task_memory(unit_bytes), **one)
+    made = decoded.map_batches(InvertActor, fn_constructor_kwargs=kwargs, **one, **pool.options())
+    limit_memory(made, (unit_bytes + (1 << 20)) * (2 * pool.size + 2))
+    return made
 
 
 def _records(table: pa.Table) -> list[UnitRecord]:
@@ -125,7 +151,7 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
         UserError: one id stands for pairs with different scores.
     """
     names = [f"{name}_{index}" for name in info.rewards for index in range(2)]
-    table = read_scores(directory, info, ["pair_id", "prompt", *names]).combine_chunks()
+    table = read_scores(directory, info, ["pair_id", "prompt", *names])
     # A pair that several annotators labelled is there several times, with the same images and so the same scores, but
     # for the rounding of batches of other sizes.
     found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
@@ -140,54 +166,56 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
                 f"{directory}: pair_id {clash['pair_id'][0].as_py()!r} stands for pairs with different scores; "
                 "score with another --pair-id-column, or with none"
             )
-    return table
+    # Arrow takes rows from no string column of more than 2 GiB of text. (And groups none of more in one chunk.)
+    return table.set_column(0, "pair_id", table["pair_id"].cast(pa.large_string())).combine_chunks()
 
 
-def _check_model(options: InvertOptions) -> tuple[ModelInfo, int, tuple[Size, ...], int]:
-    """Load the model once, before any work starts: fingerprints, resolution, the images' sizes, pairs per shard."""
-    family, walker = load_models(options, "cpu")
+@dataclass(frozen=True)
+class _Checked:
+    """What the model says before any work starts: of itself, and of what images and shards will be."""
+
+    info: ModelInfo
+    resolution: int
+    image_sizes: tuple[Size, ...]
+    pairs_per_shard: int
+    weights: int
+    """Bytes."""
+
+
+def _check_model(options: InvertOptions) -> _Checked:
+    """Load the model once."""
+    family, walker = load_models(options)
     resolution = check_settings(family, options.model, options.resolution, options.settings)
-    reference = fingerprint_module(family.denoiser)
-    info = ModelInfo(
-        id=options.model,
-        kind=family.kind,
-        prediction_type=family.process.prediction_type,
-        reference=reference,
-        walker=reference if walker is family.denoiser else fingerprint_module(walker),
-        text=fingerprint_module(*family.text_modules),
-        vae=fingerprint_module(family.vae),
-        scheduler=family.process.fingerprint(),
-        num_train_timesteps=family.process.num_train_timesteps,
-    )
+    info = describe_model(options, family, walker)
     sizes = sizes_of_images(family, resolution, options.settings)
-    if options.shard_bytes is None:
-        return info, resolution, sizes, options.pairs_per_shard
-    latent = family.latent_shape(resolution, resolution)
-    return info, resolution, sizes, pairs_that_fit(options.shard_bytes, latent, options.settings, family.process)
+    pairs_per_shard = options.pairs_per_shard
+    if options.shard_bytes is not None:
+        latent = family.latent_shape(resolution, resolution)
+        pairs_per_shard = pairs_that_fit(options.shard_bytes, latent, options.settings, family.process)
+    modules = {family.denoiser, walker, family.vae, *family.text_modules}
+    weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    return _Checked(info, resolution, sizes, pairs_per_shard, weights)
 
 
 def _prepare(
-    row: dict[str, Any],
+    row: pa.Table,
     units: Sequence[list[RowRange]],
     columns: dict[AnyPath, PairColumns],
     options: InvertOptions,
     image_sizes: Sequence[Size],
     run: Run,
     ledger: Ledger,
-) -> dict[str, Any]:
-    unit = row["unit"]
+) -> pa.Table:
+    unit = row["unit"][0].as_py()
     # Asked for again, because what came of it was lost on its way to the driver: the actor knows what to say.
     ranges = [] if run.committed(unit) else units[unit]
     names = [columns[part.path] for part in ranges]
     with Guard(ledger).working(("read", unit), reading_words(ranges)):
         table, rejects = prepare_unit(ranges, names, unit * options.pairs_per_shard, image_sizes, STAGE)
-    return {
-        "unit": unit,
-        "table": to_bytes(table),
-        "rejects": json.dumps([reject.model_dump() for reject in rejects]),
-    }
+    return unit_row(unit, table, rejects)
 
 
+@trying_again
 def _finish(
     options: InvertOptions,
     run: Run,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from smpo_models.family import Family
+from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import DTYPES, load_family, load_walker
 from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
@@ -30,14 +30,15 @@ from smpo_pipeline.inversion.batch_size import (
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import make
-from smpo_pipeline.jobs.cluster import use_threads
+from smpo_pipeline.jobs.cluster import plain_arithmetic
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
 from smpo_pipeline.jobs.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
-from smpo_pipeline.jobs.prepare import from_bytes, pixels_of
-from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
+from smpo_pipeline.jobs.prepare import pairs_of, values_of
+from smpo_pipeline.jobs.run import Run, UnitRecord
+from smpo_schemas.errors import UserError
 from smpo_schemas.files import list_files, read_json, write_json
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.manifest import InversionSettings, ModelInfo
 from smpo_schemas.rejects import Reject
 from smpo_schemas.shard_index import write_index_part
 from smpo_schemas.shards import Sample, ShardWriter
@@ -70,48 +71,87 @@ class InvertOptions(BaseModel):
     shard_bytes: int | None
     batch_size: int | None
     device: str
-    concurrency: int
+    concurrency: int | None
     ray_address: str | None
     limit: int | None
     max_reject_rate: float
     overwrite: bool
 
 
-def load_models(options: InvertOptions, device: str) -> tuple[Family, nn.Module]:
-    """The model with its reference denoiser, and the walker (the reference itself unless --walker is given)."""
-    family = load_family(options.model, denoiser=options.unet, vae=options.vae, device=device)
+def load_models(options: InvertOptions) -> tuple[Family, nn.Module]:
+    """The model with its reference denoiser, and the walker (the reference itself unless --walker is given): on CPU."""
+    family = load_family(options.model, denoiser=options.unet, vae=options.vae)
     if options.walker is None:
         return family, family.denoiser
-    return family, load_walker(family, options.model, options.walker, device)
+    return family, load_walker(family, options.model, options.walker)
+
+
+def describe_model(options: InvertOptions, family: Family, walker: nn.Module) -> ModelInfo:
+    """What the manifest says of the models, which are still in float32."""
+    reference = fingerprint_module(family.denoiser)
+    return ModelInfo(
+        id=options.model,
+        kind=family.kind,
+        prediction_type=family.process.prediction_type,
+        reference=reference,
+        walker=reference if walker is family.denoiser else fingerprint_module(walker),
+        text=fingerprint_module(*family.text_modules),
+        vae=fingerprint_module(family.vae),
+        scheduler=family.process.fingerprint(),
+        num_train_timesteps=family.process.num_train_timesteps,
+    )
 
 
 class InvertActor:
     """Holds the model; turns a unit into a shard and commits it."""
 
     def __init__(
-        self, options: InvertOptions, run: Run, scores: ray.ObjectRef, rows: int, resolution: int, ledger: Ledger
+        self,
+        options: InvertOptions,
+        model: ModelInfo,
+        run: Run,
+        scores: ray.ObjectRef,
+        rows: int,
+        resolution: int,
+        ledger: Ledger,
     ) -> None:
-        use_threads(options.device, options.concurrency)
-        family, walker = load_models(options, options.device)
+        plain_arithmetic(options.device)
+        family, walker = load_models(options)
+        # Not raised here: what leaves a constructor is tried again five times, for it may pass.
+        self._others = describe_model(options, family, walker) != model
         dtype = DTYPES[options.settings.dtype]
         for module in {family.denoiser, walker}:
             module.to(dtype)
+        # Only now: in float32 two denoisers would take twice the device's memory that they need.
+        family.to(options.device)
+        walker.to(options.device)
         self._inverter = Inverter(family, walker, options.settings, options.seed)
         self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
         self._batch_size, self._resolution = options.batch_size, resolution
         self._guard = Guard(ledger)
+        self._model_seconds, self._ready = 0.0, time.monotonic()
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """Invert and commit one unit; returns its record as JSON."""
-        unit = int(row["unit"])
+    def __call__(self, row: pa.Table) -> pa.Table:
+        """Invert and commit the unit of a :func:`unit_row`; returns its record as JSON.
+
+        Raises:
+            UserError: the model is not the one that the driver describes in the manifest.
+        """
+        if self._others:
+            raise UserError(
+                f"--model {self._options.model}: its files on {socket.gethostname()} (or those of --unet, --walker, "
+                "--vae) are others than where the command was started; give every machine the same"
+            )
+        unit = row["unit"][0].as_py()
         record = self._run.committed(unit) or self._make(unit, row)
-        return {"record": record.model_dump_json()}
+        self._model_seconds, self._ready = 0.0, time.monotonic()
+        return pa.table({"record": [record.model_dump_json()]})
 
-    def _make(self, unit: int, row: dict[str, Any]) -> UnitRecord:
-        rejects = [Reject(**each) for each in json.loads(row["rejects"])]
-        pairs = list(self._pairs(from_bytes(row["table"]), rejects))
+    def _make(self, unit: int, row: pa.Table) -> UnitRecord:
+        rejects = [Reject(**each) for each in json.loads(row["rejects"][0].as_py())]
+        pairs = list(self._pairs(row, rejects))
         killers = self._guard.killers(unit, self._invert_alone, (pair for _, _, pair in pairs))
         words = f"unit {unit} was inverted: too little memory? use a smaller --batch-size"
         with self._guard.working(unit, words):
@@ -134,6 +174,7 @@ class InvertActor:
                 prompts_cut += self._family.cuts(pair.prompt)
                 for sample in samples:
                     shard.write(f"{number * self._options.settings.walks + sample.meta.walk:010d}", sample)
+            self._run.refuse_if_over()
         record = UnitRecord(
             unit=unit,
             pairs_in=kept + len(rejects),
@@ -143,18 +184,19 @@ class InvertActor:
             health=health.to_lists(),
             prompts_cut=prompts_cut,
             buckets=list_buckets(sizes) if self._options.settings.buckets else [],
+            seconds=(self._model_seconds, time.monotonic() - self._ready),
         )
         if kept:
             write_index_part(index_part(self._run, unit), shard.walks)
         else:
             (self._run.out / shard.entry.name).unlink()
-        write_record(self._run.record_path(unit), record)
+        self._run.commit(record)
         return record
 
-    def _pairs(self, table: pa.Table, rejects: list[Reject]) -> Iterator[tuple[int, str, PreparedPair]]:
+    def _pairs(self, unit: pa.Table, rejects: list[Reject]) -> Iterator[tuple[int, str, PreparedPair]]:
         """Input row number, source and pair of every pair of a unit that has scores."""
-        positions = self._score_rows(table["pair_id"])
-        for row in table.to_pylist():
+        positions = self._score_rows(values_of(unit, "pair_id"))
+        for row, pixels_2HW3 in pairs_of(unit):
             position = positions.get(row["pair_id"])
             if position is None:
                 reason = f"no score: this pair is not in {self._options.scores} (rejected there, or not scored)"
@@ -172,21 +214,22 @@ class InvertActor:
                 label=row["label"],
                 annotator=row["annotator"],
                 scores={name: (scores[f"{name}_0"], scores[f"{name}_1"]) for name in names},
-                pixels_2HW3=np.stack([pixels_of(row, 0), pixels_of(row, 1)]),
+                pixels_2HW3=pixels_2HW3,
                 size=_two_pairs(row["size"]),
                 crop=_two_pairs(row["crop"]),
                 measured=row["row"] % self._measure_every == 0,
             )
             yield row["row"], row["source"], pair
 
-    def _score_rows(self, ids: pa.ChunkedArray) -> dict[str, int]:
+    def _score_rows(self, ids: pa.Array) -> dict[str, int]:
         """The first row of the scores table for each of a unit's ids that it has.
 
         The table is searched for the ids, not the ids in the table: hashing a million ids for each unit takes fifteen
         times as long.
         """
-        rows = pc.indices_nonzero(pc.is_in(self._scores["pair_id"], value_set=ids.combine_chunks()))
-        found = self._scores["pair_id"].take(rows)
+        known = self._scores["pair_id"]
+        rows = pc.indices_nonzero(pc.is_in(known, value_set=ids.cast(known.type)))
+        found = known.take(rows)
         return dict(zip(reversed(found.to_pylist()), reversed(rows.to_pylist()), strict=True))
 
     def _walks(
@@ -196,9 +239,9 @@ class InvertActor:
         well = [pair for position, pair in enumerate(pairs) if position not in killers]
         requests = [(pair, walk) for pair in well for walk in range(self._options.settings.walks)]
         if requests and self._batch_size is None:
-            self._batch_size = self._find_batch_size(well)
+            self._find_batch_size(well)
         made: dict[int, Sample | str] = {}
-        for positions in batches_of_one_size(requests, self._batch_size or 1):
+        for positions in batches_of_one_size(requests, lambda: self._batch_size or 1):
             batch = self._make_batch([requests[position] for position in positions], health)
             made |= zip(positions, batch, strict=True)
         each_walk = iter([made[position] for position in range(len(requests))])
@@ -212,7 +255,11 @@ class InvertActor:
 
     def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | str]:
         """Walks, or the reasons why they cannot be made, in order."""
+        began = time.monotonic()
         outcome = make(self._inverter.invert, requests, self._options.device)
+        self._model_seconds += time.monotonic() - began
+        if outcome.fits:
+            self._use_batches_of(outcome.fits)
         made: dict[int, Sample | str] = dict(outcome.failed)
         for positions, (samples, sums) in outcome.made:
             made |= dict(zip(positions, samples, strict=True))
@@ -223,16 +270,20 @@ class InvertActor:
         for walk in range(self._options.settings.walks):
             self._inverter.invert([(pair, walk)])
 
-    def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> int:
-        """``--batch-size auto``, for the device that this actor is on; leaves a file that says what was found."""
+    def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> None:
+        """``--batch-size auto``, for the device that this actor is on."""
         trials = walk_requests(with_most_pixels(pairs, self._resolution))
         size = choose_batch_size(
             lambda count: self._inverter.invert([next(trials) for _ in range(count)]),
             self._options.pairs_per_shard * self._options.settings.walks,
             self._options.device,
         )
+        self._use_batches_of(size)
+
+    def _use_batches_of(self, size: int) -> None:
+        """From now on; leaves a file that says so."""
+        self._batch_size = size
         write_json(self._run.out / _BATCH_SIZES.replace("*", f"{socket.gethostname()}-{os.getpid()}"), size)
-        return size
 
 
 def index_part(run: Run, unit: int) -> AnyPath:
@@ -241,7 +292,10 @@ def index_part(run: Run, unit: int) -> AnyPath:
 
 
 def take_batch_sizes(out: AnyPath) -> list[int]:
-    """What the actors of a run that has ended found with ``--batch-size auto``; the files that said so are removed."""
+    """What the actors of a run that has ended found with ``--batch-size auto``, or came down to where memory ran out.
+
+    The files that said so are removed.
+    """
     files = list_files(out, _BATCH_SIZES)
     found = sorted({read_json(file) for file in files})
     for file in files:

@@ -30,6 +30,15 @@ def locked(directory: AnyPath) -> AbstractContextManager[None]:
     return leased(directory) if isinstance(directory, StorePath) else _flocked(directory)
 
 
+def refuse_unknown_bucket(directory: AnyPath) -> None:
+    """Ask an object store for ``directory``, before work that would be lost.
+
+    Raises:
+        UserError: there is no such bucket, or the store cannot be reached.
+    """
+    directory.exists()
+
+
 def holder(directory: AnyPath) -> str | None:
     """Who holds ``directory``, in words, or None; of an object store also a run that was killed and not followed."""
     if isinstance(directory, StorePath):

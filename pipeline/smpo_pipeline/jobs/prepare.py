@@ -1,16 +1,20 @@
 """Units of work on their way through Ray: rows read and images decoded once, carried as Arrow tables.
 
-A unit travels as one row whose ``table`` cell is an Arrow IPC stream. Ray cuts blocks where it likes, but never a row,
-so that a unit, which is what is committed, stays whole.
+A unit travels as one row, each cell of which is a list with an entry for each of its pairs. Ray cuts blocks where it
+likes, but never a row, so that a unit, which is what is committed, stays whole. Pixels are copied once, into what
+becomes the cell; actors look at them where Ray holds them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from smpo_pipeline.buckets import Size, resize_pair
 from smpo_pipeline.decoder import worker_decoder
@@ -26,28 +30,40 @@ UNIT_SCHEMA = pa.schema(
         ("annotator", pa.string()),
         ("source", pa.string()),
         ("row", pa.int64()),
-        ("pixels_0", pa.large_binary()),
-        ("pixels_1", pa.large_binary()),
-        ("shape_0", pa.list_(pa.int64())),
-        ("shape_1", pa.list_(pa.int64())),
+        ("pixels", pa.large_binary()),
+        ("shape", pa.list_(pa.int64())),
         ("size", pa.list_(pa.list_(pa.int64()))),
         ("crop", pa.list_(pa.list_(pa.int64()))),
     ]
 )
-"""One row a pair: ``row`` is its number in the whole input, ``pixels`` raw uint8 RGB of ``shape`` [H, W, 3]."""
+"""One row a pair: ``row`` is its number in the whole input, ``pixels`` raw uint8 RGB of ``shape`` [2, H, W, 3]."""
 
 
-def to_bytes(table: pa.Table) -> bytes:
-    """A table as an Arrow IPC stream."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+def cell(values: pa.Array) -> pa.Array:
+    """A column of one row that holds all ``values``."""
+    return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
 
 
-def from_bytes(data: bytes) -> pa.Table:
-    """The table of an Arrow IPC stream, without a copy."""
-    return pa.ipc.open_stream(data).read_all()
+def values_of(row: pa.Table, name: str) -> pa.Array:
+    """The list that one cell of a one-row table holds, without a copy."""
+    # combine_chunks copies, even a single one.
+    return next(chunk for chunk in row[name].chunks if len(chunk)).flatten()
+
+
+def bytes_of(values: pa.LargeBinaryArray) -> Iterator[np.ndarray]:
+    """Each value's bytes, uint8, where they are: a scalar of Arrow's would be a copy."""
+    if not len(values):
+        return
+    _, ends_buffer, data_buffer = values.buffers()
+    ends, data = np.frombuffer(ends_buffer, np.int64)[values.offset :], np.frombuffer(data_buffer, np.uint8)
+    for start, end in pairwise(ends[: len(values) + 1]):
+        yield data[start:end]
+
+
+def unit_row(unit: int, table: pa.Table, rejects: Sequence[Reject]) -> pa.Table:
+    """A unit as one row: its pairs as :func:`prepare_unit` gives them, and the rows that are not among them."""
+    cells = {"unit": pa.array([unit]), "rejects": pa.array([json.dumps([reject.model_dump() for reject in rejects])])}
+    return pa.table(cells | {name: cell(table[name].chunk(0)) for name in UNIT_SCHEMA.names})
 
 
 def prepare_unit(
@@ -66,16 +82,25 @@ def prepare_unit(
         A table of :data:`UNIT_SCHEMA`, in input order, and the rows that are not in it.
     """
     rows, rejects = [], []
+    pixels, ends = bytearray(), [0]
     for number, (source, pair) in enumerate(read_ranges(ranges, columns), start=first_row):
         try:
             if isinstance(pair, PairRejectedError):
                 raise pair
-            rows.append(_decode(pair, sizes) | {"source": source, "row": number})
+            row, images = _decode(pair, sizes)
+            rows.append(row | {"source": source, "row": number, "shape": [2, *images[0].shape]})
+            for image in images:
+                pixels += image.tobytes()
+            ends.append(len(pixels))
         except PairRejectedError as reason:
             rejects.append(Reject(pair_id=reason.pair_id, source=source, stage=stage, reason=str(reason)))
         except ImageRejectedError as reason:
             rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=stage, reason=str(reason)))
-    return pa.Table.from_pylist(rows, schema=UNIT_SCHEMA), rejects
+    table = pa.Table.from_pylist(rows, schema=UNIT_SCHEMA)
+    # Through Python's rows every pixel would be copied twice more.
+    buffers = [None, pa.py_buffer(np.array(ends, np.int64)), pa.py_buffer(pixels)]
+    column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers)
+    return table.set_column(table.schema.get_field_index("pixels"), "pixels", column), rejects
 
 
 def reading_words(ranges: Sequence[RowRange]) -> str:
@@ -92,8 +117,9 @@ def read_ranges(
         yield from read_rows(rows, names)
 
 
-def _decode(pair: Pair, sizes: Sequence[Size]) -> dict[str, Any]:
-    images = [worker_decoder().decode(data) for data in (pair.image_0, pair.image_1)]
+def _decode(pair: Pair, sizes: Sequence[Size]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """What a row says of a pair, and both images' pixels, which are of one size."""
+    images = [Image.fromarray(worker_decoder().decode(data)) for data in (pair.image_0, pair.image_1)]
     resized, crops = resize_pair(images, sizes)
     row: dict[str, Any] = {
         "pair_id": pair.pair_id,
@@ -103,11 +129,11 @@ def _decode(pair: Pair, sizes: Sequence[Size]) -> dict[str, Any]:
         "size": [[image.height, image.width] for image in images],
         "crop": [list(crop) for crop in crops],
     }
-    for index, pixels in enumerate(resized):
-        row |= {f"pixels_{index}": pixels.tobytes(), f"shape_{index}": list(pixels.shape)}
-    return row
+    return row, resized
 
 
-def pixels_of(row: dict[str, Any], index: int) -> np.ndarray:
-    """uint8 [H, W, 3] of one image of a row of :data:`UNIT_SCHEMA`."""
-    return np.frombuffer(row[f"pixels_{index}"], np.uint8).reshape(row[f"shape_{index}"])
+def pairs_of(row: pa.Table) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Of each pair of a unit what it says of it, and uint8 [2, H, W, 3], a view of what the table holds."""
+    others = pa.table({name: values_of(row, name) for name in UNIT_SCHEMA.names if name != "pixels"})
+    for pair, pixels in zip(others.to_pylist(), bytes_of(values_of(row, "pixels")), strict=True):
+        yield pair, pixels.reshape(pair.pop("shape"))

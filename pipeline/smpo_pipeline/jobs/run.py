@@ -3,6 +3,9 @@
 A unit is a deterministic slice of the input. Its output is written beside its target, fsynced and renamed; only then
 is it recorded. The same command continues an unfinished run with the units that have no record, or whose record does
 not tell the truth any more.
+
+Workers may outlive their run, and commit a unit after another run was begun in the same directory. Records, and what
+lies beside them, therefore carry a digest of the run's identity in their names.
 """
 
 from __future__ import annotations
@@ -10,14 +13,26 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import list_files, read_all, read_json, remove_tree, sha256_file, write_json
+from smpo_schemas.files import (
+    Statuses,
+    list_files,
+    read_all,
+    read_json,
+    remove_tree,
+    sha256_file,
+    sha256_json,
+    statuses,
+    write_json,
+)
 from smpo_schemas.manifest import Bucket
 from smpo_schemas.pairs import PairFile
+from smpo_schemas.passing import trying_again
 from smpo_schemas.rejects import Reject
 from smpo_schemas.store import AnyPath
 
@@ -45,6 +60,8 @@ class UnitRecord(BaseModel):
         prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
         committed: when, in seconds since 1970 by the clock of whoever committed it; in no result.
         buckets: pairs in its output by image size (``invert --buckets`` only).
+        seconds: of its actor since it was ready for this unit, waiting included: in the inversion, and all of them
+            (``invert`` only); in no result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +75,7 @@ class UnitRecord(BaseModel):
     prompts_cut: int = 0
     committed: float | None = None
     buckets: list[Bucket] = []
+    seconds: tuple[float, float] | None = None
 
 
 class Run:
@@ -72,7 +90,9 @@ class Run:
             identity: everything that decides the result; plain JSON values.
         """
         self.out, self._marker, self._identity = out, out / marker, dict(identity)
+        self._digest = _digest(self._identity)
 
+    @trying_again
     def open(self, *, overwrite: bool, patterns: Sequence[str]) -> bool:
         """Begin, continue, or find finished; returns whether there is work to do.
 
@@ -96,14 +116,13 @@ class Run:
                 )
         elif self._marker.is_file():
             raise UserError(f"{self.out} holds {self._marker.name} but no {_IDENTITY}; take another --out")
-        write_json(path, self._identity)
-        left = not self._marker.is_file()
-        if left:
-            self._remove_temporaries()
-        else:
+        if self._marker.is_file():
             # A kill may have come between the marker and the end.
             self.finish()
-        return left
+            return False
+        write_json(path, self._identity)
+        self._remove_temporaries()
+        return True
 
     def _remove(self, patterns: Sequence[str]) -> None:
         # The marker and the records go first: a directory that is half removed must not look finished, nor its missing
@@ -117,6 +136,7 @@ class Run:
         """The identity of the run that is there, or None."""
         return read_identity(self.out)
 
+    @trying_again
     def remove(self) -> None:
         """Remove what is there, the folder included; a part of it that is left by a kill is never taken for a run's."""
         self._remove(())
@@ -125,20 +145,36 @@ class Run:
 
     def record_path(self, unit: int) -> AnyPath:
         """Where a unit's record is written by whoever committed its output."""
-        return self.out / _UNITS / f"{unit:06d}.json"
+        return self.out / _UNITS / f"{unit:06d}-{self._digest}.json"
 
+    def commit(self, record: UnitRecord) -> None:
+        """Record a unit whose output is written."""
+        write_json(self.record_path(record.unit), record.model_copy(update={"committed": time.time()}).model_dump())
+
+    def refuse_if_over(self) -> None:
+        """Before output takes its place: look whether the directory is still this run's, which a worker may outlive.
+
+        Raises:
+            UserError: another run was begun there.
+        """
+        there = self.began_with()
+        if there is None or _digest(there) != self._digest:
+            raise UserError(f"another run was begun in {self.out}: this one is over")
+
+    @trying_again
     def records(self) -> dict[int, UnitRecord]:
         """The committed units' records, by number.
 
         A record that is damaged, or whose file is missing, cut or another one, is removed: its unit is made again.
         """
-        return {
-            record.unit: record for record in read_all(self._checked, list_files(self.out / _UNITS, "*.json")) if record
-        }
+        beside = statuses(self.out / _UNITS, "*")
+        checked = partial(self._checked, files=beside | statuses(self.out, "*"))
+        mine = [path for path in beside if path.name.endswith(f"-{self._digest}.json")]
+        return {record.unit: record for record in read_all(checked, sorted(mine, key=str)) if record}
 
-    def _checked(self, path: AnyPath) -> UnitRecord | None:
+    def _checked(self, path: AnyPath, files: Statuses) -> UnitRecord | None:
         record = _read_record(path)
-        if record and self._has_output(record, path):
+        if record and self._has_output(record, path, files):
             return record
         path.unlink()
         return None
@@ -148,10 +184,12 @@ class Run:
 
         For workers: Ray may ask again for a unit whose worker was lost after it had committed it.
         """
-        path = self.record_path(unit)
-        return _read_record(path) if path.is_file() else None
+        try:
+            return _read_record(self.record_path(unit))
+        except FileNotFoundError:
+            return None
 
-    def _has_output(self, record: UnitRecord, path: AnyPath) -> bool:
+    def _has_output(self, record: UnitRecord, path: AnyPath, files: Statuses) -> bool:
         """Whether a unit's file is the one that was recorded.
 
         Reading all of it back would cost as much as a part of the run: its bytes are hashed only where it was written
@@ -160,15 +198,12 @@ class Run:
         if record.entry is None:
             return True
         file = self.out / record.entry["name"]
-        try:
-            written = file.stat()
-        except FileNotFoundError:
+        written = files.get(file)
+        if written is None or written.st_size != record.entry["bytes"]:
             return False
-        if written.st_size != record.entry["bytes"]:
-            return False
-        older = written.st_mtime_ns <= path.stat().st_mtime_ns
-        return older or sha256_file(file) == record.entry["sha256"]
+        return written.st_mtime_ns <= files[path].st_mtime_ns or sha256_file(file) == record.entry["sha256"]
 
+    @trying_again
     def finish(self) -> None:
         """Remove what is of no use once the marker, which holds all that the records say, is written."""
         self._remove_temporaries()
@@ -195,15 +230,14 @@ def begun_at(out: AnyPath) -> float:
     return (out / _IDENTITY).stat().st_mtime
 
 
-def read_records(out: AnyPath) -> list[UnitRecord]:
-    """The records of the units that the run in ``out`` has committed, as they stand."""
-    records = read_all(_read_record, list_files(out / _UNITS, "*.json"))
+def read_records(out: AnyPath, identity: Mapping[str, Any]) -> list[UnitRecord]:
+    """The records of the units that the run in ``out``, of this identity, has committed, as they stand."""
+    records = read_all(_read_record, list_files(out / _UNITS, f"*-{_digest(identity)}.json"))
     return [record for record in records if record]
 
 
-def write_record(path: AnyPath, record: UnitRecord) -> None:
-    """Commit a unit."""
-    write_json(path, record.model_copy(update={"committed": time.time()}).model_dump())
+def _digest(identity: Mapping[str, Any]) -> str:
+    return sha256_json(identity)[:16]
 
 
 def _read_record(path: AnyPath) -> UnitRecord | None:

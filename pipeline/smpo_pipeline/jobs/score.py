@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from smpo_pipeline.jobs.chunks import CHUNK_BYTES, prepare_chunks
 from smpo_pipeline.jobs.cluster import Pool, gpus_there, limit_memory, run_units, share_gpus
 from smpo_pipeline.jobs.ledger import SharedLedger
-from smpo_pipeline.jobs.lock import locked
+from smpo_pipeline.jobs.lock import locked, refuse_unknown_bucket
 from smpo_pipeline.jobs.paths import AbsolutePathOrUrl, absolute_model
 from smpo_pipeline.jobs.run import SCORE_ROWS, SCORE_STEP, Run, describe_input
 from smpo_pipeline.jobs.score_table import PART_FILES, RewardModel, remove_leftovers, write_table
@@ -50,6 +50,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
     Raises:
         UserError: an input, a reward or the output directory cannot be used, or no pair could be scored.
     """
+    refuse_unknown_bucket(options.out)
     files = list_pair_files(options.pairs)
     columns = columns_of(files, options.columns)
     units = slice_files(files, SCORE_ROWS, options.limit)
@@ -78,6 +79,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
             units=units,
             columns=columns,
             specs={name: specs[name] for name in new},
+            models=new,
             sizes=sizes,
         )
         run_units(
@@ -101,6 +103,7 @@ def _add_stages(
     units: Sequence[list[RowRange]],
     columns: Mapping[AnyPath, PairColumns],
     specs: Mapping[str, str],
+    models: Mapping[str, RewardModel],
     sizes: Mapping[str, int],
 ) -> ray.data.Dataset:
     """Decode, then one pool a reward."""
@@ -114,10 +117,10 @@ def _add_stages(
             batch_format="pyarrow",
             fn_constructor_kwargs={
                 "spec": specs[name],
+                "fingerprint": models[name].fingerprint,
                 "device": options.device,
                 "dtype": options.dtype,
                 "batch_size": options.batch_size or parse_reward(specs[name])[0].needs.batch_size,
-                "workers": pool.size * pool.threads,
                 "ledger": ledger,
                 "last": place == len(pools),
             },
@@ -205,15 +208,13 @@ def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int
 
 
 def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, int]) -> dict[str, Pool]:
-    """The actor pool of each reward; where nothing is said, one actor a GPU, or one on cpu."""
+    """The actor pool of each reward; where nothing is said, one actor a GPU, or on cpu a thread or an actor a core."""
     needs = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
-    there = gpus_there() if options.device == "cuda" else 0
-    sizes = {name: given.get(name, max(1, there)) for name in specs}
     if options.device == "cuda":
+        there = gpus_there()
+        sizes = {name: given.get(name, max(1, there)) for name in specs}
         shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, there)
         return {name: Pool(sizes[name], share, needs[name].num_cpus) for name, share in shares.items()}
     cores = os.cpu_count() or 1
-    return {
-        name: Pool(sizes[name], 0, max(1, cores // sizes[name]) if need.num_cpus > 1 else 1)
-        for name, need in needs.items()
-    }
+    threads = {name: max(1, cores // given.get(name, 1)) if need.num_cpus > 1 else 1 for name, need in needs.items()}
+    return {name: Pool(given.get(name, max(1, cores // each)), 0, each) for name, each in threads.items()}

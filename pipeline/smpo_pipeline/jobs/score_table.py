@@ -20,6 +20,7 @@ from smpo_pipeline.jobs.run import Run
 from smpo_pipeline.jobs.score_units import rejects_of, unit_path
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import arrow_source, read_all
+from smpo_schemas.passing import trying_again
 from smpo_schemas.rejects import read_rejects, write_rejects
 from smpo_schemas.scores import (
     IMAGE_IDS,
@@ -51,6 +52,7 @@ class RewardModel:
     dtype: str
 
 
+@trying_again
 def write_table(
     out: AnyPath, step: Run, units: int, rewards: Mapping[str, RewardModel], base: ScoresInfo | None
 ) -> ScoresInfo:

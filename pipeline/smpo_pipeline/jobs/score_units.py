@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -22,16 +23,18 @@ from smpo_pipeline.jobs.chunks import (
     failures_of,
     images_of,
     scores_of,
-    values_of,
     with_scores,
     without_images,
 )
-from smpo_pipeline.jobs.cluster import use_threads
+from smpo_pipeline.jobs.cluster import plain_arithmetic
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
-from smpo_pipeline.jobs.run import Run, UnitRecord, write_record
+from smpo_pipeline.jobs.prepare import values_of
+from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
+from smpo_schemas.errors import UserError
 from smpo_schemas.files import atomic_path, sha256_file
+from smpo_schemas.passing import trying_again
 from smpo_schemas.rejects import Reject
 from smpo_schemas.store import AnyPath
 
@@ -42,27 +45,47 @@ class RewardActor:
     """Holds one reward and adds its scores to chunks."""
 
     def __init__(
-        self, spec: str, device: str, dtype: str, batch_size: int, workers: int, ledger: Ledger, *, last: bool
+        self,
+        spec: str,
+        fingerprint: str,
+        device: str,
+        dtype: str,
+        batch_size: int,
+        ledger: Ledger,
+        *,
+        last: bool,
     ) -> None:
         """Load the reward.
 
         Args:
             spec: as ``--reward`` names it.
+            fingerprint: of what the driver found under that name, and wrote down.
             device: cpu or cuda.
             dtype: of matrix products; autocast leaves the weights, and what half precision would spoil, in float32.
             batch_size: images a model call, at most.
-            workers: threads of all actors of this reward, which share the cores on cpu.
             ledger: of the job.
             last: no other reward needs the images.
         """
-        use_threads(device, workers)
+        plain_arithmetic(device)
         self._reward: Reward = load_reward(spec, device)
+        self._spec, self._fingerprint = spec, fingerprint
         self._autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, DTYPES[dtype])
         self._device, self._batch_size, self._last = device, batch_size, last
         self._guard = Guard(ledger)
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
-        """Score all images of a chunk, ``batch_size`` at a time."""
+        """Score all images of a chunk, ``batch_size`` at a time.
+
+        Raises:
+            UserError: the reward is not the driver's.
+        """
+        # Not in the constructor: what leaves one is tried again five times, for it may pass.
+        if self._reward.fingerprint != self._fingerprint:
+            raise UserError(
+                f"--reward {self._spec}: the weights on {socket.gethostname()} are others (fingerprint "
+                f"{self._reward.fingerprint[:12]}) than where the command was started ({self._fingerprint[:12]}); give "
+                "every machine the same files"
+            )
         name, unit, number = self._reward.name, chunk["unit"][0].as_py(), chunk["chunk"][0].as_py()
         key = (name, unit, number)
         with self._autocast():
@@ -75,11 +98,12 @@ class RewardActor:
 
     def _scores(self, chunk: pa.Table, failed: dict[int, str]) -> np.ndarray:
         """float64 [N] of a chunk's images, NaN of those in ``failed``, to which are added those the reward fails on."""
-        scores = np.full(len(values_of(chunk, "pixels")), np.nan)
+        scores = np.full(len(values_of(chunk, "height")), np.nan)
         images = ((number, image) for number, image in enumerate(images_of(chunk)) if number not in failed)
         while batch := list(islice(images, self._batch_size)):
             numbers = np.array([number for number, _ in batch])
             outcome = make(self._score, [image for _, image in batch], self._device)
+            self._batch_size = outcome.fits or self._batch_size
             for positions, values in outcome.made:
                 scores[numbers[positions]] = values
             failed |= {int(numbers[position]): reason for position, reason in outcome.failed.items()}
@@ -112,6 +136,7 @@ class UnitCollector:
                 chunks = self._chunks.pop(unit)
                 yield self._commit(unit, [chunks[index] for index in range(self._counts.pop(unit))])
 
+    @trying_again
     def _commit(self, unit: int, chunks: Sequence[pa.Table]) -> UnitRecord:
         rows = pa.table({name: pa.concat_arrays([values_of(chunk, name) for chunk in chunks]) for name in ROWS.names})
         scores = {name: np.concatenate([scores_of(chunk, name) for chunk in chunks]) for name in self._rewards}
@@ -133,7 +158,7 @@ class UnitCollector:
             rejects=rejects,
             entry=entry,
         )
-        write_record(self._run.record_path(unit), record)
+        self._run.commit(record)
         return record
 
 

@@ -29,6 +29,7 @@ class Status:
         reasons: how often each kind of reason for a reject occurred, most frequent first.
         rate: pairs a second since the run was begun, or continued for the last time; None where no unit was
             committed since.
+        model_share: part of the actors' time, in the same units, that the inversion took (``invert`` only), or None.
         holder: which process is at it, in words, or None; on an object store also one that was killed.
         last_commit: when the last unit was committed, in seconds since 1970; None where none is, or all is finished.
     """
@@ -43,6 +44,7 @@ class Status:
     rejected: int
     reasons: dict[str, int]
     rate: float | None = None
+    model_share: float | None = None
     holder: str | None = None
     last_commit: float | None = None
 
@@ -58,6 +60,14 @@ def read_status(out: AnyPath) -> Status:
     Raises:
         UserError: it is no output of ``score`` or ``invert``, or is malformed.
     """
+    try:
+        return _read_status(out)
+    except (FileNotFoundError, UserError):
+        # A run that ends, or is begun anew, removes what was there a moment ago.
+        return _read_status(out)
+
+
+def _read_status(out: AnyPath) -> Status:
     identity = read_identity(out)
     if identity is None:
         raise UserError(f"{out} holds no run.json: neither `score` nor `invert` was begun there")
@@ -68,14 +78,14 @@ def read_status(out: AnyPath) -> Status:
             manifest = read_manifest(out)
             reasons = manifest.rejected_reasons
             return _finished("invert", [], units, pairs_in, manifest.totals.rejected, reasons)
-        return _under_way("invert", [], out, units, pairs_in, holder(out))
+        return _under_way(identity, [], out, units, pairs_in, holder(out))
     units = math.ceil(pairs_in / SCORE_ROWS)
     step = read_identity(out / SCORE_STEP)
-    if step is not None:
-        return _under_way("score", sorted(step["rewards"]), out / SCORE_STEP, units, pairs_in, holder(out))
-    if not (out / SCORES_FILE).is_file():
-        return _under_way("score", [], out, units, pairs_in, holder(out))
-    info = read_scores_info(out)
+    info = read_scores_info(out) if (out / SCORES_FILE).is_file() else None
+    if step is not None and not (info and step["rewards"].keys() <= info.rewards.keys()):
+        return _under_way(step, sorted(step["rewards"]), out / SCORE_STEP, units, pairs_in, holder(out))
+    if info is None:
+        return _under_way(identity, [], out, units, pairs_in, holder(out))
     reasons = count_reasons(read_rejects(out / REJECTS_FILE))
     return _finished("score", sorted(info.rewards), units, pairs_in, info.rejected, reasons)
 
@@ -92,11 +102,15 @@ def _finished(
     return Status(job, rewards, True, units, units, pairs_in, pairs_in, rejected, reasons)
 
 
-def _under_way(job: str, rewards: list[str], out: AnyPath, units: int, pairs_in: int, holder: str | None) -> Status:
-    records = read_records(out)
+def _under_way(
+    identity: dict[str, Any], rewards: list[str], out: AnyPath, units: int, pairs_in: int, holder: str | None
+) -> Status:
+    records = read_records(out, identity)
+    begun = begun_at(out)
+    recent = [record for record in records if record.committed and record.committed > begun]
     rejects = [reject for record in records for reject in record.rejects]
     return Status(
-        job=job,
+        job=identity["job"],
         rewards=rewards,
         finished=False,
         units=units,
@@ -105,16 +119,18 @@ def _under_way(job: str, rewards: list[str], out: AnyPath, units: int, pairs_in:
         pairs_done=sum(record.pairs_in for record in records),
         rejected=len(rejects),
         reasons=count_reasons(rejects),
-        rate=_rate(records, begun_at(out)),
+        rate=_rate(recent, begun),
+        model_share=_model_share(recent),
         holder=holder,
         last_commit=max((record.committed for record in records if record.committed), default=None),
     )
 
 
 def _rate(records: Sequence[UnitRecord], begun: float) -> float | None:
-    recent = [
-        (record.committed, record.pairs_in) for record in records if record.committed and record.committed > begun
-    ]
-    if not recent:
-        return None
-    return sum(pairs for _, pairs in recent) / (max(time for time, _ in recent) - begun)
+    last = max((record.committed for record in records if record.committed), default=None)
+    return None if last is None else sum(record.pairs_in for record in records) / (last - begun)
+
+
+def _model_share(records: Sequence[UnitRecord]) -> float | None:
+    seconds = [record.seconds for record in records if record.seconds]
+    return sum(model for model, _ in seconds) / sum(whole for _, whole in seconds) if seconds else None

@@ -107,7 +107,7 @@ class Plan(_Frozen):
         forwards_a_walk: of a denoiser, both images; by formula, or measured where the solver decides.
         forwards_measured: which of the two.
         bytes_a_walk: mean.
-        peak_memory: bytes of GPU memory that were taken at the most; None on CPU.
+        peak_memory: see :class:`smpo_pipeline.planning.rate.Rate`.
         decoding_cores: CPU cores that decoding for one device keeps busy.
         projections: for this data set, and for larger ones of its kind.
     """
@@ -144,17 +144,19 @@ def make_plan(options: PlanOptions) -> Plan:
     """
     files = list_pair_files(options.pairs)
     rewards = list(read_scores_info(options.scores).rewards) if options.scores else ["pickscore"]
-    family = load_family(options.model, denoiser=options.unet, vae=options.vae, device=options.device)
+    family = load_family(options.model, denoiser=options.unet, vae=options.vae)
     resolution = check_settings(family, options.model, options.resolution, options.settings)
     walker = family.denoiser
     if options.walker is not None:
-        walker = load_walker(family, options.model, options.walker, options.device)
+        walker = load_walker(family, options.model, options.walker)
     if family.denoiser is None or walker is None:
         raise RuntimeError("the model was loaded without its denoiser")
     denoisers = {family.denoiser, walker}
     for module in denoisers:
         # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
         torch.nn.Module.to(module, DTYPES[options.settings.dtype])
+    family.to(options.device)
+    walker.to(options.device)
     sizes = sizes_of_images(family, resolution, options.settings)
     sampled = sample_pairs(files, options.columns, sizes, count=_SAMPLED, limit=options.limit, rewards=rewards)
     settings, pairs = options.settings, sampled.pairs
@@ -163,15 +165,16 @@ def make_plan(options: PlanOptions) -> Plan:
         fitting = pairs_that_fit(options.shard_bytes, latent, settings, family.process)
         options = options.model_copy(update={"pairs_per_shard": fitting})
     inverter = Inverter(family, walker, settings, options.seed)
-    trials = walk_requests(with_most_pixels(pairs, resolution), first_walk=settings.walks)
-    batch_size = options.batch_size or choose_batch_size(
-        lambda size: inverter.invert([next(trials) for _ in range(size)]),
-        options.pairs_per_shard * settings.walks,
-        options.device,
-    )
-    rate = measure_rate(
-        inverter, denoisers, requests_of_one_size_at_a_time(pairs, batch_size), batch_size, options.seconds
-    )
+    batch_size = options.batch_size
+    if batch_size is None:
+        trials = walk_requests(with_most_pixels(pairs, resolution), first_walk=settings.walks)
+        batch_size = choose_batch_size(
+            lambda size: inverter.invert([next(trials) for _ in range(size)]),
+            options.pairs_per_shard * settings.walks,
+            options.device,
+        )
+    requests = requests_of_one_size_at_a_time(pairs, batch_size)
+    rate = measure_rate(inverter, denoisers, requests, batch_size, options.seconds, options.device)
     walks = [
         draw_walk(pair, number, family, settings, options.seed) for pair in pairs for number in range(settings.walks)
     ]
@@ -218,7 +221,7 @@ def make_plan(options: PlanOptions) -> Plan:
         else rate.forwards / rate.walks,
         forwards_measured=not by_formula,
         bytes_a_walk=size,
-        peak_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
+        peak_memory=rate.peak_memory,
         decoding_cores=sampled.decode_seconds * pairs_a_second,
         projections=[project(count) for count in (sampled.total, *_PROJECTED)],
     )

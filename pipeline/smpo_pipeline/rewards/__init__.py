@@ -102,7 +102,12 @@ def load_reward(spec: str, device: str) -> Reward:
     """Load the reward that ``spec`` names, see :func:`parse_reward`.
 
     Raises:
-        UserError: no such reward, or its weights cannot be loaded.
+        UserError: no such reward, its weights cannot be loaded, or it does not say what was loaded.
     """
-    reward, model = parse_reward(spec)
-    return reward(model, device)
+    kind, model = parse_reward(spec)
+    reward = kind(model, device)
+    for attribute in ("model", "fingerprint"):
+        value = getattr(reward, attribute, None)
+        if not (isinstance(value, str) and value):
+            raise UserError(f"--reward {spec}: its constructor must set self.{attribute} to a text; it is {value!r}")
+    return reward

@@ -78,6 +78,14 @@ def build_image_reward(
     blip.create_vit, blip.init_tokenizer = create_vit, lambda: tokenizer
     model = package.ImageReward(str(med_config), device=device)
     _load_all(model, state, what)
+    head = model.mlp.layers
+
+    def exact_head(features_ND: torch.Tensor) -> torch.Tensor:
+        # Half precision would round the score itself.
+        with torch.autocast(device, enabled=False):
+            return head(features_ND.float())
+
+    model.mlp.forward = exact_head
     return model.requires_grad_(False).eval().to(device)
 
 

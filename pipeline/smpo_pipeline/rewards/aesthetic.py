@@ -17,7 +17,7 @@ from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_weights
 from smpo_pipeline.rewards._pixels import clip_pixels
 from smpo_pipeline.rewards._weights import find_checkpoint, read_checkpoint
-from smpo_pipeline.rewards.base import Reward
+from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_schemas.errors import UserError
 
 _CLIP = "openai/clip-vit-large-patch14"
@@ -35,6 +35,7 @@ class Aesthetic(Reward):
     name: ClassVar[str] = "aesthetic"
     unit: ClassVar[str] = "rating from 1 to 10"
     default_model: ClassVar[str | None] = None
+    needs: ClassVar[Needs] = Needs(num_cpus=2)
 
     def __init__(self, model: str | None, device: str) -> None:
         if model is None:
@@ -64,7 +65,10 @@ class Aesthetic(Reward):
         """See the base class."""
         pixels = torch.stack([clip_pixels(image, self._side) for image in images]).to(self._device)
         embedding_ND = self._projection(self._tower(pixel_values=pixels).pooler_output)
-        return self._head(nn.functional.normalize(embedding_ND)).squeeze(1).double().cpu().numpy()
+        # Half precision would leave of a rating about 5 steps of 1/32.
+        with torch.autocast(self._device, enabled=False):
+            ratings_N1 = self._head(nn.functional.normalize(embedding_ND.float()))
+        return ratings_N1.squeeze(1).double().cpu().numpy()
 
 
 def _head(state: dict[str, torch.Tensor], what: str) -> nn.Sequential:

@@ -12,6 +12,9 @@ from PIL import Image
 
 from smpo_schemas.errors import UserError
 
+_SHOWN = 200
+"""Characters of a prompt in a message."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -19,8 +22,8 @@ class Needs:
 
     Attributes:
         num_cpus: how many threads may call ``score`` at once, so that the images of one batch are scaled while the
-            model runs on another. 1 for a reward that is not safe to call so. On cpu, more than 1 means: one for each
-            core.
+            model runs on another. 1 for a reward that is not safe to call so. On cpu there are as many as cores, each
+            computing on one: threads of one actor where this is more than 1, or actors.
         num_gpus: the least share of a GPU that holds the weights and these batches. On cuda only; what the rewards of
             a job leave over is shared out between them.
         batch_size: images a model call, where ``--batch-size`` says nothing.
@@ -69,12 +72,19 @@ def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Seque
     """What ``reward`` says of a batch: float64 [N], NaN where it has no score.
 
     Raises:
-        UserError: it gave something else than one number an image; the reward may be anybody's code.
+        UserError: it gave something else than one number an image; the reward may be anybody's code. Where it raises
+            for one image of several, the line is about that one.
     """
     try:
         scores_N = np.asarray(reward.score(images, prompts), dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--reward {reward.name}: score failed: {error}") from error
+        if len(images) > 1:
+            for image, prompt in zip(images, prompts, strict=True):
+                checked_scores(reward, [image], [prompt])
+            where = f"{len(images)} images together, but of none alone"
+        else:
+            where = f"an image of {images[0].width} x {images[0].height} pixels, prompt {prompts[0][:_SHOWN]!r}"
+        raise UserError(f"--reward {reward.name}: score failed: {error}; of {where}") from error
     if scores_N.shape != (len(images),):
         raise UserError(
             f"--reward {reward.name}: score gave an array of shape {scores_N.shape} for {len(images)} images; "

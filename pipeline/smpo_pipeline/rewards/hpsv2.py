@@ -22,7 +22,7 @@ from smpo_models.loading import load_part
 from smpo_pipeline.rewards._open_clip import load_open_clip
 from smpo_pipeline.rewards._pixels import normalise
 from smpo_pipeline.rewards._weights import find_checkpoint, read_checkpoint
-from smpo_pipeline.rewards.base import Reward
+from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_json
 
@@ -35,6 +35,7 @@ class HpsV2(Reward):
     name: ClassVar[str] = "hpsv2"
     unit: ClassVar[str] = "cosine"
     default_model: ClassVar[str | None] = "xswu/HPSv2/HPS_v2_compressed.pt"
+    needs: ClassVar[Needs] = Needs(num_cpus=2)
 
     def __init__(self, model: str | None, device: str) -> None:
         self.model = model or str(self.default_model)

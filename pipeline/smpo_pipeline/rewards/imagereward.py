@@ -19,7 +19,7 @@ from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_part
 from smpo_pipeline.rewards._image_reward import build_image_reward
 from smpo_pipeline.rewards._weights import find_checkpoint, hub_file, read_checkpoint
-from smpo_pipeline.rewards.base import Reward
+from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_json
 
@@ -38,6 +38,7 @@ class ImageReward(Reward):
     name: ClassVar[str] = "imagereward"
     unit: ClassVar[str] = "standard deviations of the authors' data"
     default_model: ClassVar[str | None] = "THUDM/ImageReward/ImageReward.pt"
+    needs: ClassVar[Needs] = Needs(num_cpus=2)
 
     def __init__(self, model: str | None, device: str) -> None:
         self.model = model or str(self.default_model)

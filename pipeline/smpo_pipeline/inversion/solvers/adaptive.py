@@ -21,8 +21,9 @@ def adaptive(step: Step, settings: InversionSettings) -> Solution:
 
     A row that is there leaves the batch. A row whose f turns against the one before without having become much smaller
     swings about its solution: the derivative of F has eigenvalues near or below -1. It is damped: w is halved, down to
-    1/8, and where the residual has doubled it goes back to its best point. Against eigenvalues above 1 no weight helps:
-    a row that comes no nearer is given up. It keeps its best point, whose residual is above the tolerance.
+    1/8. So is a row whose residual has doubled or is no number; it goes back to its best point first. Against
+    eigenvalues above 1 no weight helps: a row that comes no nearer is given up. It keeps its best point, whose residual
+    is above the tolerance.
     """
     best, rows, x = Best(step, settings.tolerance), step.all_rows(), step.x_s_RChw
     weight_R, last_R = torch.ones_like(best.residual_R), best.residual_R.clone()
@@ -31,16 +32,17 @@ def adaptive(step: Step, settings: InversionSettings) -> Solution:
         before = best.residual_R[rows]
         f = step.image(x, rows) - x
         residual = best.update(rows, x, x + f)
+        lost = ~(residual <= GROWTH * before)
         turned = (f * last_f_RChw[rows]).sum((1, 2, 3)) < 0
-        swings = turned & (residual > _QUICK * last_R[rows])
+        swings = lost | (turned & (residual > _QUICK * last_R[rows]))
         weight_R[rows] = torch.where(swings, (weight_R[rows] / 2).clamp_min(_SMALLEST_WEIGHT), weight_R[rows])
         last_R[rows], last_f_RChw[rows] = residual, f
-        lost = ~(residual <= GROWTH * before)
         going = best.searchable(rows)
         rows, x, f, lost = rows[going], x[going], f[going], lost[going]
         if len(rows) == 0:
             break
         back = rows[lost]
         x[lost], f[lost] = best.x_RChw[back], best.image_RChw[back] - best.x_RChw[back]
+        last_R[back], last_f_RChw[back] = best.residual_R[back], f[lost]
         x = x + weight_R[rows][:, None, None, None] * f
     return best.solution()

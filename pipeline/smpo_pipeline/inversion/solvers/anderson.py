@@ -20,11 +20,12 @@ def anderson(step: Step, settings: InversionSettings) -> Solution:
 
     With g = F(x_s, eps(x, t)) and f = g - x: x <- g - dG c, where c minimises ||f - dF c||. The columns of dF and dG
     are the differences between successive f and g of the same row; without any it is the plain iteration. Unlike
-    damping it converges for eigenvalues above 1 too. A row whose residual has doubled goes back to its best point,
-    forgets its differences and takes half a plain step. A row that comes no nearer is given up and keeps its best.
+    damping it converges for eigenvalues above 1 too. A row whose residual has doubled or is no number goes back to its
+    best point, forgets its differences and takes a plain step from there, each time half as long as the last one. A row
+    that comes no nearer is given up and keeps its best.
     """
     best, rows, x = Best(step, settings.tolerance), step.all_rows(), step.x_s_RChw
-    history = _History(step.x_s_RChw, settings.anderson_depth)
+    history, weight_R = _History(step.x_s_RChw, settings.anderson_depth), torch.ones_like(best.residual_R)
     for _ in range(settings.max_evaluations):
         before = best.residual_R[rows]
         image = step.image(x, rows)
@@ -34,8 +35,10 @@ def anderson(step: Step, settings: InversionSettings) -> Solution:
         if len(rows) == 0:
             break
         x = history.proposal(rows, x, image)
-        history.forget(rows[lost])
-        x[lost] = (best.x_RChw[rows[lost]] + best.image_RChw[rows[lost]]) / 2
+        back = rows[lost]
+        history.restart(back, best.x_RChw[back], best.image_RChw[back])
+        weight_R[back] /= 2
+        x[lost] = torch.lerp(best.x_RChw[back], best.image_RChw[back], weight_R[back][:, None, None, None])
     return best.solution()
 
 
@@ -61,10 +64,11 @@ class _History:
         mixed = g - (self._dg_RDn[rows_N] * c[..., None].to(g.dtype)).sum(1)
         return mixed.reshape_as(x_NChw)
 
-    def forget(self, rows_N: torch.Tensor) -> None:
-        """Begin anew with these rows."""
+    def restart(self, rows_N: torch.Tensor, x_NChw: torch.Tensor, image_NChw: torch.Tensor) -> None:
+        """Begin anew with these rows, at the given points."""
         self._df_RDn[rows_N], self._dg_RDn[rows_N] = 0.0, 0.0
-        self._f_Rn[rows_N], self._g_Rn[rows_N] = torch.nan, torch.nan
+        self._g_Rn[rows_N] = image_NChw.flatten(1)
+        self._f_Rn[rows_N] = (image_NChw - x_NChw).flatten(1)
 
 
 def _least_squares(df_NDn: torch.Tensor, f_Nn: torch.Tensor) -> torch.Tensor:

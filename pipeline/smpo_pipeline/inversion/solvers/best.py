@@ -29,13 +29,9 @@ class Best:
         self._waited_R = torch.zeros_like(self.residual_R)
 
     def update(self, rows_N: torch.Tensor, x_NChw: torch.Tensor, image_NChw: torch.Tensor) -> torch.Tensor:
-        """Take the points that are better than their rows' best; returns the points' residuals [N].
-
-        A first point that is not finite is taken too: the row's residual then says so.
-        """
+        """Take the points that are better than their rows' best; returns the points' residuals [N]."""
         residual = distance(x_NChw, image_NChw)
-        best = self.residual_R[rows_N]
-        better = (residual < best) | (best.isinf() & residual.isnan())
+        better = residual < self.residual_R[rows_N]
         rows = rows_N[better]
         self.x_RChw[rows], self.image_RChw[rows] = x_NChw[better], image_NChw[better]
         self.residual_R[rows] = residual[better]
@@ -50,5 +46,10 @@ class Best:
         return (residual > self._tolerance) & residual.isfinite() & (self._waited_R[rows_N] < _PATIENCE)
 
     def solution(self) -> Solution:
-        """The best point of each row. Its residual says whether it is a solution."""
-        return Solution(self.x_RChw, self.residual_R)
+        """The best point of each row. Its residual says whether it is a solution.
+
+        A row whose first image was not finite has no such point. It gets NaN, so that its pair is rejected.
+        """
+        none = ~self.residual_R.isfinite()
+        x_RChw = self.x_RChw.masked_fill(none[:, None, None, None], torch.nan)
+        return Solution(x_RChw, self.residual_R.masked_fill(none, torch.nan))

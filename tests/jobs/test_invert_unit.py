@@ -1,0 +1,79 @@
+"""The actor of ``invert``, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pyarrow as pa
+import pytest
+import torch
+
+from smpo_models.unet_family import UNetFamily
+from smpo_pipeline.inversion.health import HealthSums
+from smpo_pipeline.jobs import invert_unit
+from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
+from smpo_pipeline.jobs.ledger import Counts
+from smpo_pipeline.jobs.run import Run
+from smpo_schemas.manifest import InversionSettings
+from tests.inversion.helpers import make_pair
+from tests.tiny import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_tiny_model(folder / "sd")
+    make_tiny_model(folder / "walker", seed=1)
+    return folder
+
+
+def make_actor(models, out, monkeypatch, **changed):
+    monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
+    options = {
+        "pairs": [out], "scores": out, "model": str(models / "sd"), "out": out, "unet": None, "walker": None,
+        "vae": None, "resolution": None, "settings": InversionSettings(steps=1, dtype="bf16"), "columns": {},
+        "seed": 0, "pairs_per_shard": 8, "shard_bytes": None, "batch_size": 8, "device": "cpu", "concurrency": 1,
+        "ray_address": None, "limit": None, "max_reject_rate": 1.0, "overwrite": False, **changed,
+    }  # fmt: skip
+    options = InvertOptions(**options)
+    model = describe_model(options, *load_models(options))
+    run = Run(out, "manifest.json", {})
+    run.open(overwrite=False, patterns=())
+    return InvertActor(options, model, run, pa.table({}), 8, 32, Counts())
+
+
+@pytest.mark.parametrize("walker", [None, "walker"])
+def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, walker):
+    moved, to = [], UNetFamily.to
+
+    def watched(family, device):
+        parameters = list(family.denoiser.parameters())
+        moved.append(({each.dtype for each in parameters}, {each.device.type for each in parameters}, device))
+        to(family, device)
+
+    monkeypatch.setattr(UNetFamily, "to", watched)
+    # The device without memory stands for a GPU.
+    actor = make_actor(models, tmp_path, monkeypatch, walker=walker and models / walker, device="meta")
+    assert moved == [({torch.bfloat16}, {"cpu"}, "meta")]
+    own = actor._inverter._walker
+    assert (own is actor._family.denoiser) == (walker is None)
+    assert {(each.dtype, each.device.type) for each in own.parameters()} == {(torch.bfloat16, "meta")}
+
+
+def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkeypatch):
+    actor = make_actor(models, tmp_path, monkeypatch)
+    invert, tried = actor._inverter.invert, []
+
+    def small(requests):
+        tried.append(len(requests))
+        if len(requests) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return invert(requests)
+
+    actor._inverter.invert = small
+    pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(12)]
+    for _ in range(2):
+        assert not any(isinstance(each, str) for each in actor._walks(pairs, {}, HealthSums()))
+    first = [8, 8, 4, 4, 4, 4, 2, 2, 2, 2]  # what fails is tried twice
+    assert tried == first + [2] * 2 + [2] * 6
+    assert take_batch_sizes(tmp_path) == [2]

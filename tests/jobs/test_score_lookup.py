@@ -1,0 +1,45 @@
+"""Scores of a unit's pairs, looked up in the whole table; without Ray."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from smpo_pipeline.jobs.invert import _score_table
+from smpo_pipeline.jobs.invert_unit import InvertActor
+from smpo_schemas.errors import UserError
+from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
+
+STATISTICS = RewardStatistics(
+    model="m", fingerprint="f", unit="u", min=0, max=1, mean=0.5, std=0.1, agreement=None, num_labelled=0
+)
+
+
+def write_table(folder, *parts):
+    found = [
+        write_part(
+            folder / f"{number}.parquet",
+            [{"pair_id": name, "prompt": name, "r_0": s, "r_1": 0.5} for name, s in rows],
+            ["r"],
+        )
+        for number, rows in enumerate(parts)
+    ]
+    info = ScoresInfo(schema_version=SCORES_VERSION, rewards={"r": STATISTICS}, parts=found, scored=0, rejected=0)
+    write_scores_info(folder, info)
+    return info
+
+
+def test_the_first_row_of_each_id_that_is_there(tmp_path):
+    first, second = [(f"p{row}", 0.1) for row in range(50)], [(f"p{row}", 0.1) for row in range(40, 90)]
+    table = _score_table(tmp_path, write_table(tmp_path, first, second))
+    # take() of a string column fails beyond 2 GiB of text, which no test can hold.
+    assert table["pair_id"].type == pa.large_string()
+    actor = InvertActor.__new__(InvertActor)
+    actor._scores = table
+    assert actor._score_rows(pa.array(["p45", "p3", "none", "p80", "p3"])) == {"p45": 45, "p3": 3, "p80": 90}
+
+
+def test_one_id_for_pairs_with_different_scores_is_refused(tmp_path):
+    info = write_table(tmp_path, [("a", 0.1), ("b", 0.2)], [("a", 0.1), ("b", 0.3)])
+    with pytest.raises(UserError, match="pair_id 'b' stands for pairs with different scores"):
+        _score_table(tmp_path, info)
