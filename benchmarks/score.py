@@ -286,22 +286,24 @@ def make_vit_b(path: Path, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Size:
-    """A model size: two reward models, the pairs of the job and the bare loop, and those of the published loops."""
+    """A model size: two reward models, and the pairs of the job, of the bare loop and of the published loops."""
 
     name: str
     models: tuple[Path, Path]
     pairs: int
+    bare: int
     few: int
 
 
-SINGLE, PAIR, BARE, JOB, SECOND = "one image", "a pair", "bare loop", "job", "second reward"
+SINGLE, PAIR, BARE, JOB = "one image", "a pair", "bare loop", "job"
+SECOND, BARE_SECOND = "second reward", "its bare loop"
 
 
 class Results(BaseModel):
     """What was measured: by model size its turns and pairs; by number of pairs, peak memory in MB and seconds."""
 
     turns: dict[str, list[dict[str, Cost]]] = {}
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int, int]] = {}
     memory: dict[int, tuple[float, float]] = {}
 
 
@@ -316,7 +318,8 @@ def turn(pairs: Path, size: Size) -> dict[str, Cost]:
         "start": start,
         SINGLE: measure_loop("published", pairs, size.models[0], size.few, 1).each(size.few),
         PAIR: measure_loop("published", pairs, size.models[0], size.few, 2).each(size.few),
-        BARE: measure_loop("bare", pairs, first, size.pairs).each(size.pairs),
+        BARE: measure_loop("bare", pairs, first, size.bare).each(size.bare),
+        BARE_SECOND: measure_loop("bare", pairs, second, size.bare).each(size.bare),
         JOB: one.less(start).each(size.pairs - 1),
         SECOND: both.less(start_both).less(one.less(start)).each(size.pairs - 1),
     }
@@ -334,7 +337,7 @@ def ratios(name: str, turns: Sequence[dict[str, Cost]]) -> str:
     lines = []
     for place, kind in enumerate(("clock", "CPU")):
         cells = []
-        for above, below in ((SINGLE, JOB), (PAIR, JOB), (BARE, JOB), (SECOND, BARE)):
+        for above, below in ((SINGLE, JOB), (PAIR, JOB), (BARE, JOB), (SECOND, BARE_SECOND)):
             # A job that took no longer than its start: on a busy machine, the clock of short runs is noise.
             values = sorted(each[above][place] / each[below][place] for each in turns if each[below][place] > 0)
             spread = f" ({values[0]:.2f} .. {values[-1]:.2f})" if len(values) > 1 else ""
@@ -345,7 +348,7 @@ def ratios(name: str, turns: Sequence[dict[str, Cost]]) -> str:
 
 def page(results: Results) -> str:
     """The section of docs/benchmarks.md."""
-    counts = "; ".join(f"{name} {pairs} and {few}" for name, (pairs, few) in results.counts.items())
+    counts = "; ".join(f"{name} {', '.join(map(str, each))}" for name, each in results.counts.items())
     memory = results.memory
     lines = [
         f"| {count} | {count * 2 * MEMORY_SIDE**2 * 3 / 1e9:.1f} | {peak / 1e3:.2f} | {seconds:.0f} |"
@@ -354,13 +357,12 @@ def page(results: Results) -> str:
     growth = max(peak for peak, _ in memory.values()) / min(peak for peak, _ in memory.values()) - 1
     return f"""{stamp("python benchmarks/score.py", ("torch", "transformers", "ray", "pyarrow", "pillow"))}
 
-The machine was shared with other work, so that rates and ratios by the clock say little, ratios of CPU seconds (of all
-processes, Ray's own included) more. Medians of
-{min(map(len, results.turns.values()))} turns, smallest and largest in brackets. Loops ran on all cores and on
-one; the better counts. Ray's workers had the loops' priority.
+Nothing else ran. Medians of {min(map(len, results.turns.values()))} turns, smallest and largest in brackets; CPU
+seconds are those of all processes, Ray's own included. Loops ran on all cores and on one; the better counts. Ray's
+workers had the loops' priority.
 
 Float32, batches of {BATCH}, pairs of 512 x 512 JPEGs. The toy is the embedded world's PickScore; ViT-B/32 is a random
-CLIP of that shape, 224 pixels. Pairs a turn, for the job and the bare loop, and for the published ones: {counts}.
+CLIP of that shape, 224 pixels. Pairs a turn, for the job, the bare loop and the published ones: {counts}.
 
 Images a second, without start-up; the last column is the seconds that the same command takes for one pair (imports,
 Ray's start, loading the weights twice):
@@ -379,11 +381,10 @@ reward of the same size adds to the job over its own bare loop (at most 1.1 is w
 |---|---|---|---|---|---|
 {chr(10).join(ratios(name, turns) for name, turns in results.turns.items())}
 
-Runs are short, so that the start of further decoding workers, each of which imports its libraries, is in the job's
-cost and not in its start-up: the toy's images take less than three seconds. What a second reward costs is the
-difference of four such runs. Above 1 times the published loop by CPU comes from encoding a pair's prompt once and from
-batches, the rest by the clock from both cores. Where decoding and scaling cost more than the model, as with the toy,
-nothing of that can be gained, and Ray costs more than the model.
+The start of further workers, each of which imports its libraries, is in the job's cost and not in its start-up. What a
+second reward costs is the difference of four runs. Above 1 times the published loop by CPU comes from encoding a
+pair's prompt once and from batches, the rest by the clock from both cores. Where decoding and scaling cost more than
+the model, as with the toy, nothing of that can be gained, and Ray costs more than the model.
 
 ### Memory behind a slow reward
 
@@ -416,15 +417,18 @@ def main() -> None:
 def collect(work: Path, turns: int) -> Results:
     """Measure what is not yet in ``results.json``."""
     work.mkdir(parents=True, exist_ok=True)
-    pairs = made(work / "pairs.parquet", lambda path: make_pairs(path, 200, 512))
+    pairs = made(work / "pairs.parquet", lambda path: make_pairs(path, 1600, 512))
     vit = [made(work / f"vit-b-{seed}", lambda path, seed=seed: make_vit_b(path, seed)) for seed in (0, 1)]
-    sizes = [Size("toy", (TOY, TOY.parent / "clipscore"), 200, 32), Size("ViT-B/32", (vit[0], vit[1]), 128, 8)]
+    sizes = [
+        Size("toy", (TOY, TOY.parent / "clipscore"), pairs=1600, bare=200, few=64),
+        Size("ViT-B/32", (vit[0], vit[1]), pairs=384, bare=64, few=8),
+    ]
     file = work / "results.json"
     found = Results.model_validate_json(file.read_bytes()) if file.is_file() else Results()
     for number in range(turns):
         for size in sizes:
             if len(found.turns.setdefault(size.name, [])) <= number:
-                found.counts[size.name] = (size.pairs, size.few)
+                found.counts[size.name] = (size.pairs, size.bare, size.few)
                 found.turns[size.name].append(turn(pairs, size))
                 write_bytes(file, found.model_dump_json().encode())
     first = made(work / "large-00.parquet", lambda path: make_pairs(path, MEMORY_PAIRS // 2, MEMORY_SIDE))
