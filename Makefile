@@ -75,6 +75,7 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (hour
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/half_precision.py
 	$(BIN)/python benchmarks/invert.py

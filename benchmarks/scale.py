@@ -27,6 +27,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.manifest import InversionSettings, ShardEntry
 from smpo_schemas.pairs import PairFile, slice_files
+from smpo_schemas.rejects import Reject
 from smpo_schemas.scores import IMAGE_IDS, score_schema
 from smpo_schemas.shards import Sample
 
@@ -345,6 +347,17 @@ def account_page() -> Iterator[str]:
     yield line("scores that `invert` holds in memory on each node, GB", [f"{MANY * held / 1e9:.0f}"] * len(shapes))
     units = math.ceil(MANY / SCORE_ROWS)
     yield line(f"units of `score` ({SCORE_ROWS} pairs), each two files while it runs", [f"{units:,}"] * len(shapes))
+    scored = UnitRecord(
+        unit=1, pairs_in=128, pairs=128, rejects=[], entry={"name": "units/0.parquet", "sha256": "0" * 64}
+    )
+    reject = Reject(pair_id="0" * 36, source="/data/pairs/part-00000.parquet:17", stage="score", reason="x" * 60)
+    with_rejects = scored.model_copy(update={"rejects": [reject] * 10})
+    plain, ten = (
+        held_bytes(partial(UnitRecord.model_validate_json, each.model_dump_json())) for each in (scored, with_rejects)
+    )
+    what = f"records of `score` that the driver holds ({plain:,.0f} bytes each), GB"
+    yield line(what, [f"{units * plain / 1e9:.1f}"] * len(shapes))
+    yield line("each reject in a record that is held, bytes", [f"{(ten - plain) / 10:,.0f}"] * len(shapes))
 
 
 def held_bytes(make: Callable[[], object]) -> float:

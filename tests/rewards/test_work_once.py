@@ -74,10 +74,15 @@ def test_images_are_decoded_once_for_all_rewards_and_a_new_one_redoes_none(tmp_p
 
     def score(*names):
         notes = tmp_path / "-".join(names)
-        common = ("--pairs", tmp_path / "pairs.parquet", "--out", tmp_path / "out", "--device", "cpu")
+        # Pools grow while they have more to do than their actors, so that otherwise there may be more than one each.
+        common = ("--out", tmp_path / "out", "--device", "cpu", "--concurrency", 1)
+        pairs = ("--pairs", tmp_path / "pairs.parquet")
         specs = [f"noted:{name}" for name in names]
         done = run_command(
-            "smpo-pipeline", "score", *common, "--reward", *specs, cwd=tmp_path, PYTHONPATH=paths, NOTES=str(notes)
+            *("smpo-pipeline", "score", *pairs, *common, "--reward", *specs),
+            cwd=tmp_path,
+            PYTHONPATH=paths,
+            NOTES=str(notes),
         )
         assert done.returncode == 0, done.stderr
         return [line.split() for line in notes.read_text().splitlines()]

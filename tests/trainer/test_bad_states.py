@@ -13,17 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from smpo_schemas.errors import UserError
 from smpo_schemas.shards import Sample, ShardDirectory
 from smpo_trainer.batches import collate, stand_in
-from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.checkpoints import Checkpoints
 from smpo_trainer.objectives import objectives
 from smpo_trainer.objectives.base import PairBatch
 from smpo_trainer.plan import Order
 from smpo_trainer.states import prompt_draw
 from tests.tiny import LATENT_SHAPE
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, column, metrics, run_cli, write_shards
+from tests.trainer.helpers import arguments, column, dying_after, metrics, run_cli, write_shards
 from tests.trainer.test_resume import launch_two
 
 FIRST = "shard-000000.tar"  # pairs 0 to 3 of 6, three states each: states 0 to 11 of 18
@@ -191,16 +190,8 @@ def test_a_shard_that_comes_back_has_no_recomputed_reference(
     options = {"skip_bad": True, "max_steps": 9, "beta": 200, "lr": 1e-5, "reference": "recomputed", "save_every": 1}
     away = (damaged / FIRST).rename(tmp_path / FIRST)
     whole = train("whole", on=damaged, **options)
-    save = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
-        if checkpoint.step == 2:
-            raise UserError("power cut")
-        return path
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_die)
+        patch.setattr(Checkpoints, "save", dying_after(2))
         assert run_cli(patch, arguments(damaged, model, tmp_path / "run", **options)) == 2
     away.rename(damaged / FIRST)
     capsys.readouterr()
@@ -245,16 +236,8 @@ def test_a_run_goes_on_with_the_flag_and_counts_on(
     options = {"max_steps": 9, "save_every": 1, "beta": 200, "lr": 1e-5}
     # The first bad state ends the run; the same command with the flag goes on from its last checkpoint.
     assert run_cli(monkeypatch, arguments(with_nan, model, tmp_path / "run", **options)) == 2
-    save = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
-        if checkpoint.step == 7:
-            raise UserError("power cut")
-        return path
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_die)
+        patch.setattr(Checkpoints, "save", dying_after(7))
         assert run_cli(patch, arguments(with_nan, model, tmp_path / "run", skip_bad=True, **options)) == 2
     run = train("run", on=with_nan, skip_bad=True, **options)
     whole = train("whole", on=with_nan, skip_bad=True, **options)

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from smpo_schemas.errors import UserError
 from smpo_schemas.shards import Sample, ShardDirectory
-from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.checkpoints import Checkpoints
 from smpo_trainer.health import Health
 from smpo_trainer.metrics import Record
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import PlainReference, arguments, make_shards, run_cli, write_shards
+from tests.trainer.helpers import PlainReference, arguments, dying_after, make_shards, run_cli, write_shards
 
 WARM_UP = 5
 STEPS = 60
@@ -230,16 +229,8 @@ def test_a_run_that_goes_on_warns_as_the_uninterrupted(
     train: Train, sided: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**GENTLE, "lr": 0.03, "save_every": 6}
-    save = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
-        if checkpoint.step == 12:
-            raise UserError("power cut")
-        return path
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_die)
+        patch.setattr(Checkpoints, "save", dying_after(12))
         assert run_cli(patch, arguments(sided, model, tmp_path / "run", **options)) == 2
     run, whole = train("run", on=sided, **options), train("whole", on=sided, **options)
     assert warnings(run) == warnings(whole)

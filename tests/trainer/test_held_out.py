@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from smpo_schemas.errors import UserError
 from smpo_schemas.shards import ShardDirectory
-from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.checkpoints import Checkpoints
 from smpo_trainer.held_out import spread
 from smpo_trainer.states import StateTable, prompt_draw
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, make_shards, metrics, run_cli
+from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, dying_after, make_shards, metrics, run_cli
 from tests.trainer.objectives.plain import BETA, PLAIN
 from tests.trainer.test_objective_flags import write_scores
 from tests.trainer.test_resume import launch_two
@@ -119,16 +118,8 @@ def test_the_reference_of_held_out_pairs_is_recomputed_too(
     run = {"val_fraction": FRACTION, "val_every": 1, "val_states": 12, "beta": 200, "lr": 1e-5, "save_every": 1}
     fewer = {**run, "val_states": 6}
     live = [column(train(name, on=many, reference="live", **of), "val/loss") for name, of in (("a", run), ("b", fewer))]
-    save = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
-        if checkpoint.step == 2:
-            raise UserError("power cut")
-        return path
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_die)
+        patch.setattr(Checkpoints, "save", dying_after(2))
         cut = arguments(many, model, tmp_path / "anew", reference="recomputed", **run)
         assert run_cli(patch, cut) == 2
     # It may look at other states than when it was begun.

@@ -20,7 +20,7 @@ from smpo_trainer import optimizers
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.presets import PRESETS, remarks
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import PlainReference, arguments, column, metrics, run_cli
+from tests.trainer.helpers import PlainReference, arguments, column, dying_after, metrics, run_cli
 from tests.trainer.test_resume import OPTIONS
 
 
@@ -133,17 +133,9 @@ def test_a_run_that_goes_on_equals_the_uninterrupted_one(
     train: Train, optimizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path, model: Path
 ) -> None:
     run = {**OPTIONS, "lora_rank": None, "optimizer": optimizer, "ema_decay": 0.8}
-    save = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
-        if checkpoint.step == 3:
-            raise KeyboardInterrupt
-        return path
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_die)
-        run_cli(patch, arguments(shards, model, tmp_path / "cut", **run))
+        patch.setattr(Checkpoints, "save", dying_after(3))
+        assert run_cli(patch, arguments(shards, model, tmp_path / "cut", **run)) == 2
     cut, whole = train("cut", **run), train("whole", **run)
     assert column(cut, "loss") == column(whole, "loss")
     ours, theirs = weights(cut), weights(whole)

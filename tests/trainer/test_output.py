@@ -20,24 +20,17 @@ from smpo_trainer.output import OutputFolder
 from smpo_trainer.shard_store import ShardStore
 from tests.command import assert_one_line
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, column, run_cli
+from tests.trainer.helpers import arguments, column, dying_after, run_cli
 from tests.trainer.test_resume import ENVIRONMENT, OPTIONS, TWO_PROCESSES
 
 
 @pytest.fixture
 def cut(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """``cut(options)``: a run of 5 steps in ``run`` that dies right after the checkpoint of step 3."""
-    save = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, checkpoint) -> Path:
-        path = save(self, checkpoint)
-        if checkpoint.step == 3:
-            raise UserError("power cut")
-        return path
 
     def run(**options: object) -> Path:
         with monkeypatch.context() as patch:
-            patch.setattr(Checkpoints, "save", save_and_die)
+            patch.setattr(Checkpoints, "save", dying_after(3))
             with pytest.raises(AssertionError):
                 train("run", **OPTIONS, **options)
         return tmp_path / "run"

@@ -13,14 +13,13 @@ import torch
 from accelerate import Accelerator
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_schemas.errors import UserError
 from smpo_trainer import run
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.plan import Order
 from smpo_trainer.settings import TrainSettings
 from tests.tiny import make_tiny_unet
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import PlainReference, arguments, column, metrics, run_cli
+from tests.trainer.helpers import PlainReference, arguments, column, dying_after, metrics, run_cli
 from tests.trainer.test_objective_flags import write_scores
 
 STEPS = 6
@@ -113,17 +112,9 @@ def test_a_made_step_starts_the_count_anew(train: Train, overflowing: Path) -> N
 def test_the_count_goes_on_where_a_run_does(
     train: Train, overflowing: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
-        if checkpoint.step == steps_with(BROKEN)[1]:
-            raise UserError("power cut")
-        return path
-
     run = {**options(overflowing), "save_every": 1, "ema_decay": 0.9}
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_die)
+        patch.setattr(Checkpoints, "save", dying_after(steps_with(BROKEN)[1]))
         with pytest.raises(AssertionError):
             train("killed", **run)
     # What a killed run wrote after its last checkpoint is gone.

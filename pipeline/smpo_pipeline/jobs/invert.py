@@ -16,7 +16,6 @@ from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.cluster import Pool, limit_memory, model_pool, run_units, task_memory
-from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.invert_unit import (
     STAGE,
     InvertActor,
@@ -25,9 +24,9 @@ from smpo_pipeline.jobs.invert_unit import (
     index_part,
     load_models,
 )
-from smpo_pipeline.jobs.ledger import Ledger, SharedLedger
+from smpo_pipeline.jobs.ledger import SharedLedger
 from smpo_pipeline.jobs.lock import locked, refuse_unknown_bucket
-from smpo_pipeline.jobs.prepare import prepare_unit, reading_words, unit_row
+from smpo_pipeline.jobs.prepare import prepare_row
 from smpo_pipeline.jobs.run import Run, UnitRecord, describe_input
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_schemas.errors import UserError
@@ -97,9 +96,15 @@ def _invert(
 
     def build(source: ray.data.Dataset, ledger: SharedLedger) -> ray.data.Dataset:
         pool = model_pool(options.device, options.concurrency, options.ray_address, checked.weights, len(units))
-        image_sizes = checked.image_sizes
         prepare = partial(
-            _prepare, units=units, columns=columns, options=options, image_sizes=image_sizes, run=run, ledger=ledger
+            prepare_row,
+            units=units,
+            columns=columns,
+            pairs_per_unit=options.pairs_per_shard,
+            sizes=checked.image_sizes,
+            stage=STAGE,
+            run=run,
+            ledger=ledger,
         )
         kwargs = {
             "options": options,
@@ -110,7 +115,7 @@ def _invert(
             "resolution": checked.resolution,
             "ledger": ledger,
         }
-        pixels = max(sizes) * 2 * 3 * max(height * width for height, width in image_sizes)
+        pixels = max(sizes) * 2 * 3 * max(height * width for height, width in checked.image_sizes)
         return _add_stages(source, prepare, kwargs, pool, pixels)
 
     rate = options.max_reject_rate
@@ -195,24 +200,6 @@ def _check_model(options: InvertOptions) -> _Checked:
     modules = {family.denoiser, walker, family.vae, *family.text_modules}
     weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
     return _Checked(info, resolution, sizes, pairs_per_shard, weights)
-
-
-def _prepare(
-    row: pa.Table,
-    units: Sequence[list[RowRange]],
-    columns: dict[AnyPath, PairColumns],
-    options: InvertOptions,
-    image_sizes: Sequence[Size],
-    run: Run,
-    ledger: Ledger,
-) -> pa.Table:
-    unit = row["unit"][0].as_py()
-    # Asked for again, because what came of it was lost on its way to the driver: the actor knows what to say.
-    ranges = [] if run.committed(unit) else units[unit]
-    names = [columns[part.path] for part in ranges]
-    with Guard(ledger).working(("read", unit), reading_words(ranges)):
-        table, rejects = prepare_unit(ranges, names, unit * options.pairs_per_shard, image_sizes, STAGE)
-    return unit_row(unit, table, rejects)
 
 
 @trying_again

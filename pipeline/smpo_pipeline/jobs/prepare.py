@@ -3,12 +3,14 @@
 A unit travels as one row, each cell of which is a list with an entry for each of its pairs. Ray cuts blocks where it
 likes, but never a row, so that a unit, which is what is committed, stays whole. Pixels are copied once, into what
 becomes the cell; actors look at them where Ray holds them.
+
+Nothing here imports torch: decoding workers start fast and stay small.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +21,12 @@ from PIL import Image
 from smpo_pipeline.buckets import Size, resize_pair
 from smpo_pipeline.decoder import worker_decoder
 from smpo_pipeline.images import ImageRejectedError
+from smpo_pipeline.jobs.guard import Guard
+from smpo_pipeline.jobs.ledger import Ledger
+from smpo_pipeline.jobs.run import Run
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, read_rows
 from smpo_schemas.rejects import Reject
+from smpo_schemas.store import AnyPath
 
 UNIT_SCHEMA = pa.schema(
     [
@@ -58,6 +64,29 @@ def bytes_of(values: pa.LargeBinaryArray) -> Iterator[np.ndarray]:
     ends, data = np.frombuffer(ends_buffer, np.int64)[values.offset :], np.frombuffer(data_buffer, np.uint8)
     for start, end in pairwise(ends[: len(values) + 1]):
         yield data[start:end]
+
+
+def prepare_row(
+    row: pa.Table,
+    units: Sequence[Sequence[RowRange]],
+    columns: Mapping[AnyPath, PairColumns],
+    pairs_per_unit: int,
+    sizes: Sequence[Size],
+    stage: str,
+    run: Run,
+    ledger: Ledger,
+) -> pa.Table:
+    """Read and decode the unit that a one-row table names, as :func:`unit_row` carries it.
+
+    Nothing is read of a unit that is committed.
+    """
+    unit = row["unit"][0].as_py()
+    # Asked for again, because what came of it was lost on its way to the driver: the actor knows what to say.
+    ranges = [] if run.committed(unit) else units[unit]
+    names = [columns[part.path] for part in ranges]
+    with Guard(ledger).working(("read", unit), reading_words(ranges)):
+        table, rejects = prepare_unit(ranges, names, unit * pairs_per_unit, sizes, stage)
+    return unit_row(unit, table, rejects)
 
 
 def unit_row(unit: int, table: pa.Table, rejects: Sequence[Reject]) -> pa.Table:

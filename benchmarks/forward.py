@@ -1,0 +1,90 @@
+"""What channels_last and torch.compile gain in a forward of the embedded world's denoiser, on one CPU core.
+
+    python benchmarks/forward.py [--batch 32] [--turns 20]
+
+Writes its section of docs/benchmarks.md. A minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from page import stamp, write_section
+from torch import nn
+
+from smpo_models.loading import load_family
+
+MODEL = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/model"
+
+
+def cpu_seconds(forward: Callable[[], torch.Tensor]) -> float:
+    """Of one call."""
+    start = time.process_time()
+    forward()
+    return time.process_time() - start
+
+
+def forward_of(denoiser: nn.Module, batch: int) -> Callable[[], torch.Tensor]:
+    """A call of the denoiser on the same random states of 16 x 16."""
+    stream = torch.Generator().manual_seed(0)
+    config = denoiser.config
+    states = torch.randn(batch, config.in_channels, 16, 16, generator=stream)
+    text = torch.randn(batch, 77, config.cross_attention_dim, generator=stream)
+    return lambda: denoiser(states, torch.tensor(500), text).sample
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure in turns, and write the section."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=20)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cache = tempfile.TemporaryDirectory()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+    plain, channels_last, to_compile = (load_family(MODEL).denoiser.eval() for _ in range(3))
+    channels_last.to(memory_format=torch.channels_last)
+    to_compile.compile()
+    forwards = {
+        "as it is": forward_of(plain, arguments.batch),
+        "channels_last": forward_of(channels_last, arguments.batch),
+        "torch.compile": forward_of(to_compile, arguments.batch),
+    }
+    first = {}
+    for name, forward in forwards.items():
+        start = time.perf_counter()
+        output = forward()
+        first[name] = time.perf_counter() - start, output
+    seconds = [{name: cpu_seconds(forward) for name, forward in forwards.items()} for _ in range(arguments.turns)]
+    expected = first["as it is"][1]
+    command = f"python benchmarks/forward.py --batch {arguments.batch} --turns {arguments.turns}"
+    lines = [
+        stamp(command, ["torch", "diffusers"], cores=1),
+        "",
+        f"The embedded world's denoiser, {arguments.batch} images, float32. CPU time, the three in turn: medians of",
+        f"{arguments.turns} turns, and ratios within a turn (lowest .. highest); the first call, which compiles",
+        "with an empty cache, by the clock.",
+        "",
+        "| forward | ms | as it is / this | first call, s | largest difference |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, (once, output) in first.items():
+        ratios = sorted(turn["as it is"] / turn[name] for turn in seconds)
+        ratio = f"{median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
+        apart = float((output - expected).abs().max())
+        ms = 1000 * median(turn[name] for turn in seconds)
+        lines.append(f"| {name} | {ms:.0f} | {ratio} | {once:.1f} | {apart:.0e} |")
+    print("\n".join(lines))
+    write_section("Memory format and torch.compile", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
