@@ -20,7 +20,7 @@ from smpo_schemas.shard_index import INDEX_FILE, write_index
 from smpo_schemas.shards import ShardDirectory, ShardWriter
 from tests.schemas.test_hostile_shards import signed
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, column, run_cli
+from tests.trainer.helpers import arguments, column, run_cli, write_shards
 
 Rows = list[dict[str, Any]]
 Change = Callable[[Rows], None]
@@ -123,3 +123,18 @@ def test_timesteps_that_the_model_does_not_have(
     assert error.count("\n") == 0
     assert f"{NAMED} (pair pair-1): timesteps {timesteps[0]} to {timesteps[-1]} are not within 0 to 999" in error
     assert column(train("left-out", on=folder, skip_bad=True, max_steps=9), "bad_states")[-1] == 3
+
+
+def test_latents_of_another_space_than_the_models(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = [
+        replace(sample, x0_2Chw=sample.x0_2Chw.repeat(1, 2, 1, 1), noise_K2Chw=sample.noise_K2Chw.repeat(1, 1, 2, 1, 1))
+        for sample in ShardDirectory(shards).samples()
+    ]
+    (tmp_path / "wide").mkdir()
+    write_shards(tmp_path / "wide", model, wide, ["taste"])
+    assert run_cli(monkeypatch, arguments(tmp_path / "wide", model, tmp_path / "run")) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0
+    assert "latents of the shape (8, 8, 8)" in error

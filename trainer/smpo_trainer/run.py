@@ -14,6 +14,7 @@ import transformers.utils.logging
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 
+from smpo_models.family import Family
 from smpo_schemas.errors import UserError
 from smpo_trainer.bad_states import BadStates
 from smpo_trainer.batches import Feed, StateDataset
@@ -87,7 +88,7 @@ def _train(
     settings = experiment.settings
     bad = BadStates(report.say)
     policy = together(accelerator, lambda: _load(experiment, accelerator, report))
-    table = together(accelerator, lambda: _index(experiment, report))
+    table = together(accelerator, lambda: _index(experiment, policy.family, report))
     held_out = None
     if settings.val_fraction:
         table, held_out_table = together(accelerator, lambda: split_by_prompt(table, settings.val_fraction))
@@ -318,9 +319,14 @@ def _load(experiment: Experiment, accelerator: Accelerator, report: Report) -> P
     return policy
 
 
-def _index(experiment: Experiment, report: Report) -> StateTable:
+def _index(experiment: Experiment, family: Family, report: Report) -> StateTable:
+    """List the states to train on.
+
+    Raises:
+        UserError: there are none, or they are not of this model's latent space.
+    """
     shards, settings = experiment.shards, experiment.settings
-    return index_states(
+    table = index_states(
         shards,
         experiment.objective,
         experiment.mix,
@@ -328,6 +334,15 @@ def _index(experiment: Experiment, report: Report) -> StateTable:
         (settings.min_timestep, settings.max_timestep),
         say=report.say,
     )
+    channels = family.latent_shape(family.resolution(), family.resolution())[0]
+    others = [latent for latent in table.latents if latent[0] != channels]
+    if others:
+        # The manifest says that they are of this model, or the run would not have come this far.
+        raise UserError(
+            f"{' '.join(map(str, settings.shards))}: there are latents of the shape {others[0]}, but --model "
+            f"{settings.model} takes {channels} channels; the shards are not what their manifest says, make them anew"
+        )
+    return table
 
 
 def _hold_out(
