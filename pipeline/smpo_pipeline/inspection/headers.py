@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from smpo_pipeline.images import decode_image
+from smpo_pipeline.decoder import worker_decoder
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,6 @@ def read_header(data: bytes) -> ImageHeader:
     Raises:
         ImageRejectedError: the pipeline would reject it.
     """
-    width, height = decode_image(data).size
+    height, width, _ = worker_decoder().decode(data).shape
     with Image.open(io.BytesIO(data)) as image:
         return ImageHeader(image.format or "?", image.mode, width, height, len(data))

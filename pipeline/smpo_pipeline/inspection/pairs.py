@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from smpo_pipeline.images import ImageRejectedError, decode_image
+from smpo_pipeline.decoder import worker_decoder
+from smpo_pipeline.images import ImageRejectedError
 from smpo_pipeline.inspection import sheet
 from smpo_pipeline.inspection.headers import ImageHeader, read_header
 from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
@@ -189,7 +190,7 @@ def _card(pair: Pair, scores: Mapping[str, Any]) -> Image.Image:
     tiles = []
     for number, data in enumerate((pair.image_0, pair.image_1)):
         try:
-            image, note = decode_image(data), ""
+            image, note = Image.fromarray(worker_decoder().decode(data)), ""
         except ImageRejectedError as reason:
             image, note = None, str(reason)
         tiles.append(sheet.tile(image, _TILE, frame=sheet.WINNER if preferred == number else None, note=note))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from smpo_pipeline.buckets import Size, resize_pair
-from smpo_pipeline.images import ImageRejectedError, decode_image
+from smpo_pipeline.decoder import worker_decoder
+from smpo_pipeline.images import ImageRejectedError
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import (
@@ -67,6 +70,8 @@ def sample_pairs(
     """
     total = sum(file.rows for file in files)
     total = min(total, limit or total)
+    with suppress(ImageRejectedError):
+        worker_decoder().decode(b"")  # its start is none of the pairs' time
     begin = time.perf_counter()
     pairs: list[PreparedPair] = []
     rows = 0
@@ -95,7 +100,7 @@ def _parts(files: Sequence[PairFile], total: int, count: int, limit: int | None)
 
 
 def _prepared(pair: Pair, sizes: Sequence[Size], rewards: Sequence[str]) -> PreparedPair:
-    images = [decode_image(data) for data in (pair.image_0, pair.image_1)]
+    images = [Image.fromarray(worker_decoder().decode(data)) for data in (pair.image_0, pair.image_1)]
     pixels, crops = resize_pair(images, sizes)
     # As many digits as a float32 has in JSON.
     score = float(np.float32(0.2123456))
