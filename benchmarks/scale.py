@@ -65,7 +65,7 @@ SECONDS = 1.0
 NODE = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
 
 PAIRS_A_UNIT, UNITS_A_WORKER = 16, 6
-FILE_PAIRS, MOST_INVERTED = 2000, 20_000
+FILE_PAIRS = 2000
 MANY, FILES, GIGABYTE = 100_000_000, 10_000, 10**9
 
 
@@ -386,8 +386,7 @@ def main() -> None:
         rates = {workers: rate(work, workers) for workers in WORKERS}
         write_section("Workers", "\n".join(workers_page(rates)))
         sources = {"score": make_pairs(work / "64.parquet", FILE_PAIRS, 64), "invert": work / "pairs.parquet"}
-        runs = [("score", pairs) for pairs in arguments.pairs]
-        runs += [("invert", pairs) for pairs in arguments.pairs if pairs <= MOST_INVERTED]
+        runs = [(job, pairs) for job in sources for pairs in arguments.pairs]
         for job, source in sources.items():
             for file in _files(work, job, max(arguments.pairs)):
                 file.hardlink_to(source)
