@@ -3,14 +3,13 @@
 - Workers: `invert` with a stand-in for the model that takes a fixed time for a batch, by 1, 2, 4 and 8 actors of a
   simulated cluster with a worker node for each: pairs a second from the end of the first unit of each actor on.
   Everything else is the job as it is. What Ray costs over a bare loop is in benchmarks/invert.py (actor and job).
-- Memory: peak memory of the driver, of all workers and of Ray's object store while `score` goes through 2,000, 20,000
-  and 200,000 pairs of small images, and `invert` through 2,000 and 20,000, with stand-ins for the models that cost
-  nothing.
+- Memory: peak memory of the driver, of all workers and of Ray's object store while `score` and `invert` go through
+  2,000, 20,000 and 200,000 pairs of small images, with stand-ins for the models that cost nothing.
 - A hundred million pairs: what such a run holds, reckoned.
 
     python benchmarks/scale.py [--pairs 2000 20000 200000]
 
-About fifteen minutes on two cores.
+Half an hour on two cores.
 """
 
 from __future__ import annotations
