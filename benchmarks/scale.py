@@ -48,6 +48,7 @@ from smpo_pipeline.jobs.chunks import with_scores, without_images
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
 from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.run import SCORE_ROWS, UnitRecord
+from smpo_pipeline.jobs.score_table import _UNITS_PER_PART
 from smpo_pipeline.jobs.score_units import RewardActor
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_pipeline.toy.create import ASSETS
@@ -297,6 +298,9 @@ def memory_page(found: dict[tuple[str, int], dict[str, float]]) -> Iterator[str]
     for (job, pairs), each in found.items():
         sizes = " | ".join(f"{each[name]:.0f}" for name in ("driver", "workers", "shared", "seconds"))
         yield f"| {job} | {pairs:,} | {sizes} |"
+    yield ""
+    yield f"`score` writes its table {_UNITS_PER_PART * SCORE_ROWS:,} rows at a time, which its driver holds while it does:"
+    yield "more than the first two sizes have. What else grows with the input is in the account below."
 
 
 def account_page() -> Iterator[str]:
