@@ -299,8 +299,8 @@ def memory_page(found: dict[tuple[str, int], dict[str, float]]) -> Iterator[str]
         sizes = " | ".join(f"{each[name]:.0f}" for name in ("driver", "workers", "shared", "seconds"))
         yield f"| {job} | {pairs:,} | {sizes} |"
     yield ""
-    yield f"`score` writes its table {_UNITS_PER_PART * SCORE_ROWS:,} rows at a time, which its driver holds while it does:"
-    yield "more than the first two sizes have. What else grows with the input is in the account below."
+    yield f"`score` writes its table {_UNITS_PER_PART * SCORE_ROWS:,} rows at a time, which its driver holds while it"
+    yield "does: more than the first two sizes have. What else grows with the input is in the account below."
 
 
 def account_page() -> Iterator[str]:
