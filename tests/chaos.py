@@ -43,6 +43,9 @@ KILLS = 5
 WAIT_SECONDS = 300
 READ_TIMEOUT_SECONDS = 3
 FAULTS_EVERY = 9
+JOBS_OWN = ("ray::Map", "ray::Read", "ray::Counts")
+"""Names of processes that do a job's work: actors and tasks of Ray Data's stages, and the ledger."""
+
 NODE = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
 
 
@@ -117,7 +120,7 @@ class Chaos:
         return max(seconds)
 
     def run(self, seed: int, seconds: float, most: int = KILLS) -> Counter[str]:
-        """Both stages, disturbed up to ``most`` times each, at moments within ``seconds`` of each start.
+        """Both stages, disturbed up to ``most`` times each, each time within half of ``seconds`` of the time before.
 
         Returns:
             What was killed how often.
@@ -132,7 +135,7 @@ class Chaos:
             process = self._start(*self.command(stage))
             for _ in range(dice.randint(1, most)):
                 try:
-                    process.wait(dice.uniform(0.2, seconds))
+                    process.wait(dice.uniform(0.2, seconds / 2))
                     break
                 except subprocess.TimeoutExpired:
                     victim = self._kill(dice, process)
@@ -151,11 +154,11 @@ class Chaos:
         return killed
 
     def _kill(self, dice: random.Random, driver: subprocess.Popen[bytes]) -> str:
-        victim = dice.choice(["driver", "worker", "worker", "node"])
-        workers = self._workers()
-        if victim == "worker" and workers:
+        victim = dice.choice(["driver", "worker", "worker", "worker", "one of Ray's own", "node"])
+        workers = self._workers(own=victim == "worker")
+        if victim in ("worker", "one of Ray's own") and workers:
             worker = dice.choice(workers)
-            name = " ".join(worker.cmdline())[:60]
+            name = " ".join(worker.cmdline())[:60].strip()
             worker.send_signal(signal.SIGKILL)
             return "decoder" if "decoder" in name else f"worker {name.split('(')[0].split('.')[0]}"
         if victim == "node":
@@ -166,8 +169,8 @@ class Chaos:
         driver.wait()
         return "driver"
 
-    def _workers(self) -> list[psutil.Process]:
-        """Processes that do a job's work, of this cluster alone."""
+    def _workers(self, *, own: bool) -> list[psutil.Process]:
+        """Busy processes of this cluster alone: those that do a job's work, or those that Ray has beside them."""
         found = []
         for node in (self.cluster.head_node, *self.nodes):
             for raylet in node.all_processes.get("raylet", ()):
@@ -177,7 +180,8 @@ class Chaos:
                     except psutil.Error:
                         continue
                     busy = words and words[0].startswith("ray::") and "IDLE" not in words[0]
-                    if busy or "smpo_pipeline.decoder" in words:
+                    works = words and (words[0].startswith(JOBS_OWN) or "smpo_pipeline.decoder" in words)
+                    if works if own else busy and not works:
                         found.append(process)
         return found
 

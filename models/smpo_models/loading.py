@@ -7,6 +7,7 @@ import importlib
 import logging
 import pickle
 import pkgutil
+import struct
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +97,7 @@ def loading_errors(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (pickle.UnpicklingError, EOFError) as error:
+    except (pickle.UnpicklingError, EOFError, struct.error, AssertionError, OverflowError) as error:
         # The library's own message is a page that offers to run whatever code the file holds.
         raise UserError(f"{what} is damaged, or is no plain file of weights") from error
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:

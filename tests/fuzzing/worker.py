@@ -14,10 +14,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
+from smpo_pipeline.decoder import worker_decoder
+from smpo_pipeline.images import ImageRejectedError
 from smpo_schemas.errors import UserError
 
 _ADDRESS_SPACE = 12 << 30
@@ -69,6 +72,8 @@ def serve(module: ModuleType, seeds: Iterable[int], out: TextIO) -> None:
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + _ADDRESS_SPACE,) * 2)
+    with suppress(ImageRejectedError):
+        worker_decoder().decode(b"")  # the one process that may be started; once it is there, none
     watch = Watch()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         for seed in seeds:
