@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -179,7 +180,8 @@ class Chaos:
                         words = process.cmdline()
                     except psutil.Error:
                         continue
-                    busy = words and words[0].startswith("ray::") and "IDLE" not in words[0]
+                    # Where an agent dies, the raylet ends its node; and the head's is the whole cluster.
+                    busy = words and words[0].startswith("ray::") and not re.search("IDLE|Agent", words[0])
                     works = words and (words[0].startswith(JOBS_OWN) or "smpo_pipeline.decoder" in words)
                     if works if own else busy and not works:
                         found.append(process)
