@@ -286,10 +286,11 @@ def make_vit_b(path: Path, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Size:
-    """A model size: two reward models, and the pairs of the job, of the bare loop and of the published loops."""
+    """Two reward models, images' side, and the pairs of the job, of the bare loop and of the published loops."""
 
     name: str
     models: tuple[Path, Path]
+    side: int
     pairs: int
     bare: int
     few: int
@@ -366,8 +367,9 @@ Nothing else ran. Medians of {min(map(len, results.turns.values()))} turns, smal
 seconds are those of all processes, Ray's own included. Loops ran on all cores and on one; the better counts. Ray's
 workers had the loops' priority.
 
-Float32, batches of {BATCH}, pairs of 512 x 512 JPEGs. The toy is the embedded world's PickScore; ViT-B/32 is a random
-CLIP of that shape, 224 pixels. Pairs a turn, for the job, the bare loop and the published ones: {counts}.
+Float32, batches of {BATCH}, pairs of JPEGs of 512 x 512. The toy is the embedded world's PickScore, also on images of
+that world's own size, 32 x 32; ViT-B/32 is a random CLIP of that shape, 224 pixels. Pairs a
+turn, for the job, the bare loop and the published ones: {counts}.
 
 Images a second, without start-up; the last column is the seconds that the same command takes for one pair (imports,
 Ray's start, loading the weights twice):
@@ -424,11 +426,16 @@ def main() -> None:
 def collect(work: Path, turns: int) -> Results:
     """Measure what is not yet in ``results.json``."""
     work.mkdir(parents=True, exist_ok=True)
-    pairs = made(work / "pairs.parquet", lambda path: make_pairs(path, 1600, 512))
+    most = {512: 1600, 32: 4000}
+    pairs = {
+        side: made(work / f"pairs-{side}.parquet", lambda path, side=side: make_pairs(path, most[side], side))
+        for side in most
+    }
     vit = [made(work / f"vit-b-{seed}", lambda path, seed=seed: make_vit_b(path, seed)) for seed in (0, 1)]
     sizes = [
-        Size("toy", (TOY, TOY.parent / "clipscore"), pairs=1600, bare=200, few=64),
-        Size("ViT-B/32", (vit[0], vit[1]), pairs=384, bare=64, few=8),
+        Size("toy", (TOY, TOY.parent / "clipscore"), 512, pairs=1600, bare=200, few=64),
+        Size("toy, own size", (TOY, TOY.parent / "clipscore"), 32, pairs=4000, bare=400, few=128),
+        Size("ViT-B/32", (vit[0], vit[1]), 512, pairs=384, bare=64, few=8),
     ]
     file = work / "results.json"
     found = Results.model_validate_json(file.read_bytes()) if file.is_file() else Results()
@@ -436,7 +443,7 @@ def collect(work: Path, turns: int) -> Results:
         for size in sizes:
             if len(found.turns.setdefault(size.name, [])) <= number:
                 found.counts[size.name] = (size.pairs, size.bare, size.few)
-                found.turns[size.name].append(turn(pairs, size))
+                found.turns[size.name].append(turn(pairs[size.side], size))
                 write_bytes(file, found.model_dump_json().encode())
     first = made(work / "large-00.parquet", lambda path: make_pairs(path, MEMORY_PAIRS // 2, MEMORY_SIDE))
     links = [work / f"large-{number:02d}.parquet" for number in range(1, 20)]
