@@ -291,7 +291,7 @@ def memory_page(found: dict[tuple[str, int], dict[str, float]]) -> Iterator[str]
     yield "`score` over pairs of 64 x 64 JPEGs and `invert` over pairs of 32 x 32, with stand-ins for the models that"
     yield "cost nothing. Peaks in MB, looked at twice a second: resident memory of the driver and of all other"
     yield "processes (Ray's own included) without shared pages, and the largest shared part of a"
-    yield "process, which is the object store's."
+    yield "process, which is the object store's. Other work may run beside it: the seconds say little."
     yield ""
     yield "| job | pairs | driver | workers and Ray | shared | seconds |"
     yield "| --- | --- | --- | --- | --- | --- |"

@@ -355,15 +355,16 @@ def over_published(name: str, turns: Sequence[dict[str, Cost]]) -> str:
 def page(results: Results) -> str:
     """The section of docs/benchmarks.md."""
     counts = "; ".join(f"{name} {', '.join(map(str, each))}" for name, each in results.counts.items())
-    memory = results.memory
+    memory, turns = results.memory, min(map(len, results.turns.values()))
     lines = [
         f"| {count} | {count * 2 * MEMORY_SIDE**2 * 3 / 1e9:.1f} | {peak / 1e3:.2f} | {seconds:.0f} |"
         for count, (peak, seconds) in memory.items()
     ]
     growth = max(peak for peak, _ in memory.values()) / min(peak for peak, _ in memory.values()) - 1
-    return f"""{stamp("python benchmarks/score.py", ("torch", "transformers", "ray", "pyarrow", "pillow"))}
+    command = f"python benchmarks/score.py --turns {turns}"
+    return f"""{stamp(command, ("torch", "transformers", "ray", "pyarrow", "pillow"))}
 
-Nothing else ran. Medians of {min(map(len, results.turns.values()))} turns, smallest and largest in brackets; CPU
+Nothing else ran. Medians of {turns} turns, smallest and largest in brackets; CPU
 seconds are those of all processes, Ray's own included. Loops ran on all cores and on one; the better counts. Ray's
 workers had the loops' priority.
 
@@ -376,7 +377,7 @@ Ray's start, loading the weights twice):
 
 | model | published loop, one image at a time | a pair at a time | bare loop | our job | start-up, s |
 |---|---|---|---|---|---|
-{chr(10).join(rates(name, turns) for name, turns in results.turns.items())}
+{chr(10).join(rates(name, found) for name, found in results.turns.items())}
 
 The published loop decodes, preprocesses, encodes text and image, one after another. The bare loop calls our scorer on
 images that are decoded already; the job also reads, decodes, hashes, and writes the table.
@@ -386,10 +387,10 @@ reward of the same size adds to the job over its own bare loop (at most 1.1 is w
 
 | model | by | over one image at a time | over a pair at a time | over the bare loop | second reward |
 |---|---|---|---|---|---|
-{chr(10).join(ratios(name, turns) for name, turns in results.turns.items())}
+{chr(10).join(ratios(name, found) for name, found in results.turns.items())}
 
 The bare loop itself is {", ".join(over_published(*each) for each in results.turns.items())} times the published
-one by the clock: beyond that a batch gains nothing on these cores, whoever runs it. By CPU what is gained comes from
+one by the clock, decoding left out: a job around the same scorer gains little more. By CPU what is gained comes from
 encoding a pair's prompt once and from batches. Where decoding and scaling cost more than the model, as with the toy,
 the job cannot keep up with loops over decoded images, and Ray costs more than the model. The start of further workers,
 each of which imports its libraries, is in the job's cost and not in its start-up. What a second reward costs is the
