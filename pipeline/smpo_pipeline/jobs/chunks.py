@@ -4,6 +4,9 @@ A unit of work is read and decoded as a stream of chunks, which are small enough
 chunk is one row of Ray's: Ray cuts blocks where it likes, but never a row. Its cells are lists with an entry for each
 of its input rows, and for the images of those that are scored, so that nobody copies pixels into Python objects.
 
+An image that several pairs of a chunk show under one prompt is in it once: where pairs come from rankings, or the
+better image stays to meet the next, most of decoding and scoring is saved.
+
 Nothing here imports torch: decoding workers stay small.
 """
 
@@ -46,6 +49,9 @@ ROWS = pa.schema(
 _IMAGES = ("pixels", "height", "width", "image_prompt")
 """One entry an image: raw uint8 RGB, and the prompt that it is scored under."""
 
+_SHOWN = "shown"
+"""Two entries a pair that is scored: the numbers of its images."""
+
 
 def prepare_chunks(
     table: pa.Table, units: Sequence[Sequence[RowRange]], columns: Mapping[AnyPath, PairColumns], ledger: Ledger
@@ -64,8 +70,8 @@ def cut_chunks(unit: int, rows: Iterable[tuple[str, Pair | PairRejectedError]]) 
     """
     number, chunk = 0, _Building()
     for source, pair in rows:
-        entry, images = _decode(source, pair)
-        if not chunk.has_room(images):
+        entry, images = _decode(source, pair, chunk.pixels)
+        if not chunk.has_room(entry, images):
             yield chunk.finish(unit, number, last=False)
             number, chunk = number + 1, _Building()
         chunk.add(entry, images)
@@ -73,57 +79,74 @@ def cut_chunks(unit: int, rows: Iterable[tuple[str, Pair | PairRejectedError]]) 
 
 
 class _Building:
-    """A chunk that is being filled; its pixels are copied once, into what becomes the cell."""
+    """A chunk that is being filled."""
 
     def __init__(self) -> None:
+        self.pixels: dict[str, np.ndarray] = {}
+        """Of the images that were decoded for it, by id."""
         self._entries: list[dict[str, Any]] = []
-        self._images: list[tuple[int, int, str]] = []
-        self._pixels, self._ends = bytearray(), [0]
+        self._images: dict[tuple[str, str], int] = {}
+        """Their numbers, by id and prompt."""
+        self._shown: list[int] = []
+        self._bytes = 0
 
-    def has_room(self, images: Sequence[np.ndarray]) -> bool:
-        size = len(self._pixels) + sum(image.nbytes for image in images)
-        fits = size <= CHUNK_BYTES and len(self._images) + len(images) <= CHUNK_IMAGES
+    def has_room(self, entry: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> bool:
+        new = [image for name, image in images.items() if (name, entry["prompt"]) not in self._images]
+        size = self._bytes + sum(image.nbytes for image in new)
+        fits = size <= CHUNK_BYTES and len(self._images) + len(new) <= CHUNK_IMAGES
         return fits or not self._images
 
-    def add(self, entry: dict[str, Any], images: Sequence[np.ndarray]) -> None:
+    def add(self, entry: dict[str, Any], images: Mapping[str, np.ndarray]) -> None:
         self._entries.append(entry)
-        for image in images:
-            height, width, _ = image.shape
-            self._images.append((height, width, entry["prompt"]))
-            self._pixels += image.data
-            self._ends.append(len(self._pixels))
+        self.pixels |= images
+        for key in [(entry[name], entry["prompt"]) for name in IMAGE_IDS] if images else ():
+            if key not in self._images:
+                self._images[key] = len(self._images)
+                self._bytes += images[key[0]].nbytes
+            self._shown.append(self._images[key])
 
     def finish(self, unit: int, number: int, *, last: bool) -> pa.Table:
         cells = {"unit": pa.array([unit]), "chunk": pa.array([number]), "last": pa.array([last])}
         table = pa.Table.from_pylist(self._entries, schema=ROWS)
         cells |= {name: cell(table[name].combine_chunks()) for name in ROWS.names}
-        buffers = [None, pa.py_buffer(np.array(self._ends, np.int64)), pa.py_buffer(self._pixels)]
-        pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self._images), buffers)
-        heights, widths, prompts = zip(*self._images, strict=True) if self._images else ((), (), ())
-        sizes = (pa.array(heights, pa.int64()), pa.array(widths, pa.int64()))
+        cells[_SHOWN] = cell(pa.array(self._shown, pa.int64()))
+        images, prompts = [self.pixels[name] for name, _ in self._images], [prompt for _, prompt in self._images]
+        # The one copy of all pixels, into what becomes the cell.
+        ends, joined = np.cumsum([0, *(image.nbytes for image in images)]), b"".join(image.data for image in images)
+        buffers = [None, pa.py_buffer(ends), pa.py_buffer(joined)]
+        pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(images), buffers)
+        sizes = (pa.array([image.shape[axis] for image in images], pa.int64()) for axis in (0, 1))
         columns = (pixels, *sizes, pa.array(prompts, pa.string()))
         return pa.table(cells | {name: cell(column) for name, column in zip(_IMAGES, columns, strict=True)})
 
 
-def _decode(source: str, pair: Pair | PairRejectedError) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _decode(
+    source: str, pair: Pair | PairRejectedError, known: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a row says, and its images by id, none where it is rejected; those that are ``known`` are not decoded."""
     if isinstance(pair, PairRejectedError):
-        return {"source": source, "pair_id": pair.pair_id, "reason": str(pair)}, []
+        return {"source": source, "pair_id": pair.pair_id, "reason": str(pair)}, {}
+    files = [(image_id(data), data) for data in (pair.image_0, pair.image_1)]
     entry = {
         "source": source,
         "pair_id": pair.pair_id,
         "prompt": pair.prompt,
         "label": pair.label,
         "annotator": pair.annotator,
-        **dict(zip(IMAGE_IDS, map(image_id, (pair.image_0, pair.image_1)), strict=True)),
+        **{column: name for column, (name, _) in zip(IMAGE_IDS, files, strict=True)},
     }
+    images: dict[str, np.ndarray] = {}
     try:
-        return entry, [worker_decoder().decode(data) for data in (pair.image_0, pair.image_1)]
+        for name, data in files:
+            if name not in images:
+                images[name] = known[name] if name in known else worker_decoder().decode(data)
     except ImageRejectedError as reason:
-        return entry | {"reason": str(reason)}, []
+        return entry | {"reason": str(reason)}, {}
+    return entry, images
 
 
 def images_of(chunk: pa.Table) -> Iterator[tuple[Image.Image, str]]:
-    """The images of a chunk, in order (image_0 and image_1 of its first pair, ...), each with its prompt."""
+    """The images of a chunk, each once, in the order in which they are first shown, each with its prompt."""
     others = [values_of(chunk, name).to_pylist() for name in ("height", "width", "image_prompt")]
     for height, width, prompt, pixels in zip(*others, bytes_of(values_of(chunk, "pixels")), strict=True):
         yield Image.fromarray(pixels.reshape(height, width, 3)), prompt
@@ -145,10 +168,15 @@ def without_images(chunk: pa.Table) -> pa.Table:
 
 def scores_of(chunk: pa.Table, name: str) -> np.ndarray:
     """float64 [P, 2]: what a reward said of the P pairs that have images."""
-    return values_of(chunk, f"score {name}").to_numpy().reshape(-1, 2)
+    return values_of(chunk, f"score {name}").to_numpy()[_shown(chunk)]
 
 
 def failures_of(chunk: pa.Table, name: str) -> list[str | None]:
     """Why a reward could say nothing of a pair that has images: of each of them a reason, or None."""
     reasons = values_of(chunk, f"failed {name}").to_pylist()
-    return [first or second for first, second in zip(reasons[::2], reasons[1::2], strict=True)]
+    return [reasons[first] or reasons[second] for first, second in _shown(chunk)]
+
+
+def _shown(chunk: pa.Table) -> np.ndarray:
+    """int64 [P, 2]: the numbers of the images that the P pairs show."""
+    return values_of(chunk, _SHOWN).to_numpy().reshape(-1, 2)
