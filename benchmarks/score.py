@@ -6,7 +6,7 @@ artificially slow reward. Everything is measured in turns, each in a process of 
 
     python benchmarks/score.py [--turns N]
 
-About fifteen minutes on two cores. What was stopped goes on with what is missing.
+About a quarter of an hour a turn on two cores. What was stopped goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import smpo_pipeline.jobs.score as job
+from smpo_models.loading import DTYPES
 from smpo_pipeline.images import decode_image
 from smpo_pipeline.jobs.chunks import with_scores, without_images
 from smpo_pipeline.jobs.prepare import values_of
@@ -140,13 +141,14 @@ def batches_of(pairs: Path, count: int) -> list[tuple[list[Image.Image], list[st
     return [tuple(map(list, zip(*items[start : start + BATCH], strict=True))) for start in range(0, len(items), BATCH)]
 
 
-def bare_loop(pairs: Path, spec: str, count: int) -> Cost:
+def bare_loop(pairs: Path, spec: str, count: int, dtype: str) -> Cost:
     """Cost of our scorer on ready batches."""
     reward, batches = load_reward(spec, "cpu"), batches_of(pairs, count)
-    reward.score(*batches[0])
-    with Stopwatch() as watch:
-        for images, prompts in batches:
-            reward.score(images, prompts)
+    with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
+        reward.score(*batches[0])
+        with Stopwatch() as watch:
+            for images, prompts in batches:
+                reward.score(images, prompts)
     return watch.cost
 
 
@@ -179,7 +181,7 @@ class SlowActor(RewardActor):
         return without_images(scored) if self._last else scored
 
 
-def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, *, slow: bool = False) -> Cost:
+def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, dtype: str, *, slow: bool = False) -> Cost:
     """Cost of the whole job, Ray's start included."""
     if slow:
         job.RewardActor = SlowActor
@@ -191,7 +193,7 @@ def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, *, slow: bo
             columns={},
             batch_size=BATCH,
             device="cpu",
-            dtype="fp32",
+            dtype=dtype,
             concurrency=[],
             ray_address=None,
             limit=count,
@@ -312,6 +314,7 @@ class Size:
         long: of the job's run.
         bare: of the bare loop.
         few: of the published loops.
+        dtype: of the job and the bare loop; the published ones know none.
     """
 
     name: str
@@ -321,6 +324,7 @@ class Size:
     long: int
     bare: int
     few: int
+    dtype: str = "fp32"
 
 
 SINGLE, PAIR, BARE, JOB, PRODUCTS = "one image", "a pair", "bare loop", "job", "products"
@@ -340,16 +344,16 @@ def turn(size: Size) -> dict[str, Cost]:
     first, second = f"pickscore={size.models[0]}", f"clipscore={size.models[1]}"
 
     def job_each(*specs: str) -> Cost:
-        warm = measure("job", size.pairs, size.warm, *specs)
-        return measure("job", size.pairs, size.long, *specs).less(warm).each(size.long - size.warm)
+        warm = measure("job", size.pairs, size.warm, size.dtype, *specs)
+        return measure("job", size.pairs, size.long, size.dtype, *specs).less(warm).each(size.long - size.warm)
 
     one, both = job_each(first), job_each(first, second)
     return {
-        "start": measure("job", size.pairs, 1, first),
+        "start": measure("job", size.pairs, 1, size.dtype, first),
         SINGLE: measure_loop("published", size.pairs, size.models[0], size.few, 1).each(size.few),
         PAIR: measure_loop("published", size.pairs, size.models[0], size.few, 2).each(size.few),
-        BARE: measure_loop("bare", size.pairs, first, size.bare).each(size.bare),
-        BARE_SECOND: measure_loop("bare", size.pairs, second, size.bare).each(size.bare),
+        BARE: measure_loop("bare", size.pairs, first, size.bare, size.dtype).each(size.bare),
+        BARE_SECOND: measure_loop("bare", size.pairs, second, size.bare, size.dtype).each(size.bare),
         PRODUCTS: measure_loop("products", size.pairs, first, size.bare).each(size.bare),
         JOB: one,
         SECOND: both.less(one),
@@ -392,7 +396,7 @@ def page(results: Results) -> str:
 Nothing else ran. Medians of {turns} turns, smallest and largest in brackets; CPU seconds are those of all processes,
 Ray's own included. Loops ran on all cores and on one; the better counts. Ray's workers had the loops' priority.
 
-Float32, batches of {BATCH}, JPEGs of 512 x 512. The toy is the embedded world's PickScore, also on images of that
+Float32 but where `--dtype bf16` is named (the published loop knows none), batches of {BATCH}, JPEGs of 512 x 512. The toy is the embedded world's PickScore, also on images of that
 world's own size, 32 x 32; ViT-B/32 is a random CLIP of that shape, 224 pixels. Rankings: all six pairs of four images
 a prompt follow each other; else each image is in one pair. Pairs a turn, for the job (two runs, the second less the
 first), the loops over our scorer, and the published ones: {counts}.
@@ -464,6 +468,7 @@ def collect(work: Path, turns: int) -> Results:
         Size("toy, own size", toys, small, warm=2048, long=8192, bare=400, few=128),
         Size("ViT-B/32", vits, large, warm=512, long=1024, bare=64, few=8),
         Size("ViT-B/32, rankings", vits, ranked, warm=512, long=1536, bare=96, few=8),
+        Size("ViT-B/32, bf16", vits, large, warm=512, long=1536, bare=64, few=8, dtype="bf16"),
     ]
     file = work / "results.json"
     found = Results.model_validate_json(file.read_bytes()) if file.is_file() else Results()
@@ -480,7 +485,7 @@ def collect(work: Path, turns: int) -> Results:
         count = files * MEMORY_PAIRS // 2
         if count not in found.memory:
             rewards = (f"pickscore={TOY}", f"clipscore={TOY.parent / 'clipscore'}")
-            found.memory[count] = peak_memory("slow", ",".join(map(str, many[:files])), count, *rewards)
+            found.memory[count] = peak_memory("slow", ",".join(map(str, many[:files])), count, "fp32", *rewards)
             write_bytes(file, found.model_dump_json().encode())
     return found
 
@@ -496,9 +501,11 @@ def run_program(kind: str, pairs: str, *rest: str) -> Cost:
     """One of the measured programs, in this process."""
     if kind == "published":
         return published_loop(Path(pairs), rest[0], int(rest[1]), int(rest[2]))
-    if kind in ("bare", "products"):
-        return {"bare": bare_loop, "products": products}[kind](Path(pairs), rest[0], int(rest[1]))
-    return run_job([Path(each) for each in pairs.split(",")], rest[1:], int(rest[0]), slow=kind == "slow")
+    if kind == "bare":
+        return bare_loop(Path(pairs), rest[0], int(rest[1]), rest[2])
+    if kind == "products":
+        return products(Path(pairs), rest[0], int(rest[1]))
+    return run_job([Path(each) for each in pairs.split(",")], rest[2:], int(rest[0]), rest[1], slow=kind == "slow")
 
 
 if __name__ == "__main__":
