@@ -396,10 +396,11 @@ def page(results: Results) -> str:
 Nothing else ran. Medians of {turns} turns, smallest and largest in brackets; CPU seconds are those of all processes,
 Ray's own included. Loops ran on all cores and on one; the better counts. Ray's workers had the loops' priority.
 
-Float32 but where `--dtype bf16` is named (the published loop knows none), batches of {BATCH}, JPEGs of 512 x 512. The toy is the embedded world's PickScore, also on images of that
-world's own size, 32 x 32; ViT-B/32 is a random CLIP of that shape, 224 pixels. Rankings: all six pairs of four images
-a prompt follow each other; else each image is in one pair. Pairs a turn, for the job (two runs, the second less the
-first), the loops over our scorer, and the published ones: {counts}.
+Float32 but where `--dtype bf16` is named, which the published loop does not know; batches of {BATCH}; JPEGs of
+512 x 512. The toy is the embedded world's PickScore, also on images of that world's own size, 32 x 32; ViT-B/32 is a
+random CLIP of that shape, 224 pixels. Rankings: all six pairs of four images a prompt follow each other; else each
+image is in one pair. Pairs a turn, for the job (two runs, the second less the first), the loops over our scorer, and
+the published ones: {counts}.
 
 Images a second, two for each pair; start-up: the seconds that the same command takes for one pair (imports, Ray's
 start, loading the weights twice), which the others leave out:
