@@ -48,7 +48,7 @@ $(DEMO)/tuned/training.json: $(DEMO)/shards/manifest.json
 	  --batch-size 24 --max-steps 150
 
 test: $(READY) ## All tests but those of minutes each, which `make chaos` runs
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'not long'
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not long'
 
 test-fast: $(READY) ## The everyday tests: no Ray, no long training
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not long'
