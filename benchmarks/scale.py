@@ -37,7 +37,7 @@ import torch
 from invert import make_inputs
 from page import stamp, write_section
 from ray.cluster_utils import Cluster
-from score import make_pairs
+from score_programs import make_pairs
 
 import smpo_pipeline.jobs.invert as invert_job
 import smpo_pipeline.jobs.score as score_job

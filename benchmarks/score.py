@@ -12,296 +12,26 @@ About a quarter of an hour a turn on two cores. What was stopped goes on with wh
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, Self
 
-import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 from page import stamp, write_section
-from PIL import Image
 from pydantic import BaseModel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from score_programs import BATCH, SLEEP, TOY, Cost, make_pairs, make_vit_b
 
-import smpo_pipeline.jobs.score as job
-from smpo_models.loading import DTYPES
-from smpo_pipeline.images import decode_image
-from smpo_pipeline.jobs.chunks import with_scores, without_images
-from smpo_pipeline.jobs.prepare import values_of
-from smpo_pipeline.jobs.score_units import RewardActor
-from smpo_pipeline.rewards import load_reward
 from smpo_schemas.files import write_bytes
 
-ROOT = Path(__file__).parents[1]
-TOY = ROOT / "pipeline/smpo_pipeline/toy/assets/rewards/pickscore"
+PROGRAMS = Path(__file__).with_name("score_programs.py")
 CORES = os.cpu_count() or 1
-BATCH = 32
-SLEEP = 0.02
-"""Seconds an image that the slow reward takes."""
 MEMORY_PAIRS, MEMORY_SIDE = 300, 1024
-
-
-# The measured programs
-
-
-class Cost(NamedTuple):
-    """Seconds by the clock, and of the CPU in this process and all it starts."""
-
-    clock: float
-    cpu: float
-
-    def each(self, count: int) -> Cost:
-        """For one of ``count``."""
-        return Cost(self.clock / count, self.cpu / count)
-
-    def less(self, other: Cost) -> Cost:
-        """What it costs more than ``other``."""
-        return Cost(self.clock - other.clock, self.cpu - other.cpu)
-
-
-class Stopwatch:
-    """Measures what happens inside; processes are looked at five times a second, since some are gone at the end."""
-
-    cost: Cost
-
-    def __enter__(self) -> Self:
-        self._cpu: dict[int, float] = {}
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._start, self._start_cpu = time.perf_counter(), time.process_time()
-        self._watcher.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.2):
-            for child in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    used = child.cpu_times()
-                    self._cpu[child.pid] = used.user + used.system
-
-    def __exit__(self, *_error: object) -> None:
-        own, clock = time.process_time() - self._start_cpu, time.perf_counter() - self._start
-        self._done.set()
-        self._watcher.join()
-        self.cost = Cost(clock, own + sum(self._cpu.values()))
-
-
-def rows_of(path: Path, count: int) -> list[dict[str, object]]:
-    """The first pairs of the input."""
-    return pq.read_table(path).slice(0, count).to_pylist()
-
-
-def published_loop(pairs: Path, model: str, count: int, images_at_once: int) -> Cost:
-    """Cost of the loop of the published scripts: decode, processor, text tower, image tower, cosine."""
-    processor, clip = CLIPProcessor.from_pretrained(model), CLIPModel.from_pretrained(model).eval()
-    limit = clip.config.text_config.max_position_embeddings
-    rows = rows_of(pairs, count)
-
-    @torch.no_grad()
-    def score(row: dict[str, object], names: Iterable[str]) -> None:
-        images = [Image.open(io.BytesIO(row[name])).convert("RGB") for name in names]
-        pixels = processor.image_processor(images, return_tensors="pt")
-        tokens = processor.tokenizer(
-            row["caption"], padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        )
-        image_ND = clip.get_image_features(**pixels).pooler_output
-        text_1D = clip.get_text_features(**tokens).pooler_output
-        (image_ND / image_ND.norm(dim=-1, keepdim=True) @ (text_1D / text_1D.norm()).T).tolist()
-
-    names = ("jpg_0", "jpg_1")
-    calls = [names] if images_at_once == 2 else [names[:1], names[1:]]
-    score(rows[0], names)
-    with Stopwatch() as watch:
-        for row in rows:
-            for call in calls:
-                score(row, call)
-    return watch.cost
-
-
-def batches_of(pairs: Path, count: int) -> list[tuple[list[Image.Image], list[str]]]:
-    """Decoded images, each once, and their prompts."""
-    shown = dict.fromkeys((row[name], row["caption"]) for row in rows_of(pairs, count) for name in ("jpg_0", "jpg_1"))
-    items = [(decode_image(data), caption) for data, caption in shown]
-    return [tuple(map(list, zip(*items[start : start + BATCH], strict=True))) for start in range(0, len(items), BATCH)]
-
-
-def bare_loop(pairs: Path, spec: str, count: int, dtype: str) -> Cost:
-    """Cost of our scorer on ready batches."""
-    reward, batches = load_reward(spec, "cpu"), batches_of(pairs, count)
-    with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
-        reward.score(*batches[0])
-        with Stopwatch() as watch:
-            for images, prompts in batches:
-                reward.score(images, prompts)
-    return watch.cost
-
-
-def products(pairs: Path, spec: str, count: int) -> Cost:
-    """Cost of as many multiplications as our scorer makes, in one large product of matrices after another."""
-    reward = load_reward(spec, "cpu")
-    with FlopCounterMode(display=False) as counter:
-        for images, prompts in batches_of(pairs, count):
-            reward.score(images, prompts)
-    left, right = torch.randn(BATCH * 50, 768), torch.randn(768, 3072)
-    each = 2 * left.shape[0] * left.shape[1] * right.shape[1]
-    rounds = 200
-    left @ right
-    with Stopwatch() as watch:
-        for _ in range(rounds):
-            left @ right
-    share = counter.get_total_flops() / (rounds * each)
-    return Cost(watch.cost.clock * share, watch.cost.cpu * share)
-
-
-class SlowActor(RewardActor):
-    """In place of rewards: the first one costs nothing, the last one takes its time."""
-
-    def __call__(self, chunk: pa.Table) -> pa.Table:
-        """Score all images alike."""
-        num_images = len(values_of(chunk, "height"))
-        if self._last:
-            time.sleep(SLEEP * num_images)
-        scored = with_scores(chunk, {self._reward.name: np.zeros(num_images)})
-        return without_images(scored) if self._last else scored
-
-
-def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, dtype: str, *, slow: bool = False) -> Cost:
-    """Cost of the whole job, Ray's start included."""
-    if slow:
-        job.RewardActor = SlowActor
-    with tempfile.TemporaryDirectory() as out:
-        options = job.ScoreOptions(
-            pairs=list(pairs),
-            out=Path(out) / "scores",
-            reward=list(specs),
-            columns={},
-            batch_size=BATCH,
-            device="cpu",
-            dtype=dtype,
-            concurrency=[],
-            ray_address=None,
-            limit=count,
-            max_reject_rate=0.05,
-            overwrite=False,
-        )
-        with Stopwatch() as watch:
-            job.score(options)
-        return watch.cost
-
-
-# Measuring
-
-
-def measure(kind: str, *arguments: object, threads: int = CORES) -> Cost:
-    """Run one of the programs in a process of its own."""
-    command = [sys.executable, __file__, "--measure", kind, *map(str, arguments)]
-    # Ray makes its workers nice; beside other work, they would then be compared to loops that are not.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    cost = Cost(*json.loads(done.stdout.strip().splitlines()[-1]))
-    print(kind, *arguments[1:], f"on {threads} threads: {cost}", flush=True)
-    return cost
-
-
-def measure_loop(kind: str, *arguments: object) -> Cost:
-    """Cost of a loop on all cores or on one, the smaller: on a shared machine, threads wait for each other."""
-    costs = [measure(kind, *arguments, threads=threads) for threads in sorted({CORES, 1})]
-    return Cost(min(cost.clock for cost in costs), min(cost.cpu for cost in costs))
-
-
-def peak_memory(*arguments: object) -> tuple[float, float]:
-    """Peak of proportional resident memory (MB) of a job's process tree, and its seconds."""
-    command = [sys.executable, __file__, "--measure", *map(str, arguments)]
-    peak = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        done = threading.Event()
-
-        def watch() -> None:
-            nonlocal peak
-            while not done.wait(0.5):
-                peak = max(peak, tree_memory(process.pid))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        printed, _ = process.communicate()
-        done.set()
-        watcher.join()
-        if process.returncode:
-            raise SystemExit(f"{command} failed")
-    return peak / 1e6, json.loads(printed.strip().splitlines()[-1])[0]
-
-
-def tree_memory(pid: int) -> int:
-    """Bytes of a process and all it started; pages that they share (Ray's object store) are counted once."""
-    total = 0
-    try:
-        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-            try:
-                total += process.memory_full_info().pss
-            except psutil.Error:
-                continue
-    except psutil.Error:
-        pass
-    return total
-
-
-# Inputs
-
-
-def make_pairs(path: Path, count: int, side: int, images_a_prompt: int = 2) -> Path:
-    """Pick-a-Pic columns: all pairs of smooth random JPEGs, captions of the embedded world (10 to 14 tokens)."""
-    generator = np.random.default_rng(0)
-    colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
-    rows: list[dict[str, object]] = []
-    while len(rows) < count:
-        words = [f"a {generator.choice(colours)} {generator.choice(shapes)}" for _ in range(2)]
-        images = []
-        for _ in range(images_a_prompt):
-            coarse = generator.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8)
-            buffer = io.BytesIO()
-            Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-            images.append(buffer.getvalue())
-        for first, second in combinations(images, 2):
-            row = {"caption": " and ".join(words), "jpg_0": first, "jpg_1": second, "label_0": 1.0}
-            rows.append({"ranking_id": len(rows), **row})
-    pq.write_table(pa.Table.from_pylist(rows[:count]), path, row_group_size=100)
-    return path
-
-
-def make_vit_b(path: Path, seed: int) -> Path:
-    """A random CLIP of ViT-B/32's shape (the default of transformers), 224 pixels, 77 tokens."""
-    tokenizer = CLIPTokenizer.from_pretrained(TOY, model_max_length=77)
-    config = CLIPConfig()
-    config.text_config.vocab_size = len(tokenizer)
-    config.text_config.bos_token_id = tokenizer.bos_token_id
-    config.text_config.eos_token_id = tokenizer.eos_token_id
-    config.text_config.pad_token_id = tokenizer.pad_token_id
-    torch.manual_seed(seed)
-    CLIPModel(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    CLIPImageProcessorPil().save_pretrained(path)
-    return path
-
-
-# The page
 
 
 @dataclass(frozen=True)
@@ -337,6 +67,61 @@ class Results(BaseModel):
     turns: dict[str, list[dict[str, Cost]]] = {}
     counts: dict[str, tuple[int, int, int, int]] = {}
     memory: dict[int, tuple[float, float]] = {}
+
+
+def measure(kind: str, *arguments: object, threads: int = CORES) -> Cost:
+    """Run one of the programs in a process of its own."""
+    command = [sys.executable, PROGRAMS, kind, *map(str, arguments)]
+    # Ray makes its workers nice; beside other work, they would then be compared to loops that are not.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    cost = Cost(*json.loads(done.stdout.strip().splitlines()[-1]))
+    print(kind, *arguments[1:], f"on {threads} threads: {cost}", flush=True)
+    return cost
+
+
+def measure_loop(kind: str, *arguments: object) -> Cost:
+    """Cost of a loop on all cores or on one, the smaller: on a shared machine, threads wait for each other."""
+    costs = [measure(kind, *arguments, threads=threads) for threads in sorted({CORES, 1})]
+    return Cost(min(cost.clock for cost in costs), min(cost.cpu for cost in costs))
+
+
+def peak_memory(*arguments: object) -> tuple[float, float]:
+    """Peak of proportional resident memory (MB) of a job's process tree, and its seconds."""
+    command = [sys.executable, PROGRAMS, *map(str, arguments)]
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        done = threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.wait(0.5):
+                peak = max(peak, tree_memory(process.pid))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        printed, _ = process.communicate()
+        done.set()
+        watcher.join()
+        if process.returncode:
+            raise SystemExit(f"{command} failed")
+    return peak / 1e6, json.loads(printed.strip().splitlines()[-1])[0]
+
+
+def tree_memory(pid: int) -> int:
+    """Bytes of a process and all it started; pages that they share (Ray's object store) are counted once."""
+    total = 0
+    try:
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:
+                continue
+    except psutil.Error:
+        pass
+    return total
 
 
 def turn(size: Size) -> dict[str, Cost]:
@@ -382,6 +167,12 @@ def ratios(name: str, turns: Sequence[dict[str, Cost]]) -> str:
     return "\n".join(lines)
 
 
+def drift(results: Results) -> float:
+    """How many times as long the bare loop took in one turn as in another, at most."""
+    seconds = [[each[BARE].clock for each in turns] for turns in results.turns.values()]
+    return max(max(each) / min(each) for each in seconds)
+
+
 def page(results: Results) -> str:
     """The section of docs/benchmarks.md."""
     counts = "; ".join(f"{name} {', '.join(map(str, each))}" for name, each in results.counts.items())
@@ -394,8 +185,8 @@ def page(results: Results) -> str:
     command = f"python benchmarks/score.py --turns {turns}"
     return f"""{stamp(command, ("torch", "transformers", "ray", "pyarrow", "pillow"))}
 
-Nothing else of ours ran, but the machine's own speed changed by half within minutes, and with it ratios of what was
-not measured in the same minute. Medians of the turns, smallest and largest in brackets; CPU seconds are those of all
+The machine's own speed changes, and with it the ratios: the same bare loop took up to {drift(results):.1f} times as
+long in one turn as in another. Medians of the turns, smallest and largest in brackets; CPU seconds are those of all
 processes, Ray's own included. Loops ran on all cores and on one; the better counts. Ray's workers had the loops'
 priority.
 
@@ -419,14 +210,15 @@ matrices after another.
 
 Speed of the job over that of the loops (3 times the published one, 0.9 of the bare one are wanted), and what a second
 reward of the same size adds to the job over its own bare loop (at most 1.1 is wanted). The last column is how much
-faster than the published loop the matrix products alone are:
+faster than the published loop the matrix products alone are, in float32:
 
-| model | by | over one image at a time | over a pair at a time | over the bare loop | second reward | bound |
+| model | by | over one image at a time | over a pair at a time | over the bare loop | second reward | matrix products |
 |---|---|---|---|---|---|---|
 {chr(10).join(ratios(name, found) for name, found in results.turns.items())}
 
-Decoding and scaling cost the toy more than its model, so that its job cannot keep up with loops over decoded images.
-What a second reward costs is the difference of four runs.
+Matrix products are a small part of the toy's bare loop. The job decodes too, on the cores that the bare loop has for
+itself: where a model is small, it cannot keep up with that loop, whatever Ray costs. What a second reward costs is the
+difference of four runs.
 
 ### Memory behind a slow reward
 
@@ -443,15 +235,11 @@ Ten times the data takes {100 * growth:.0f} % more memory.
 
 
 def main() -> None:
-    """Run everything, or one program where --measure names it."""
+    """Measure what is missing and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("demo/benchmark-score"), help="folder for inputs and results")
     arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(run_program(*arguments.measure)))
-        return
     results = collect(arguments.work, arguments.turns)
     write_section("Scoring", page(results))
 
@@ -500,17 +288,6 @@ def made(path: Path, make: Callable[[Path], object]) -> Path:
     if not path.exists():
         make(path)
     return path
-
-
-def run_program(kind: str, pairs: str, *rest: str) -> Cost:
-    """One of the measured programs, in this process."""
-    if kind == "published":
-        return published_loop(Path(pairs), rest[0], int(rest[1]), int(rest[2]))
-    if kind == "bare":
-        return bare_loop(Path(pairs), rest[0], int(rest[1]), rest[2])
-    if kind == "products":
-        return products(Path(pairs), rest[0], int(rest[1]))
-    return run_job([Path(each) for each in pairs.split(",")], rest[2:], int(rest[0]), rest[1], slow=kind == "slow")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that need Ray or minutes come first: at the end no process waits for another's long file."""
+    """Files that need Ray or minutes come first: at the end no process waits for another's long file.
+
+    pytest-xdist would put those with the most tests first; ``--no-loadscope-reorder`` in the Makefile keeps this order.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

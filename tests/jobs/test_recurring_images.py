@@ -47,9 +47,9 @@ def ranking(files, prompt: str = "a cat") -> list[tuple[str, Pair]]:
     return [(f"f:{number}", Pair(str(number), prompt, *pair, 1.0, None)) for number, pair in pairs]
 
 
-def actor(spec: str = f"{__name__}:Means") -> RewardActor:
+def actor() -> RewardActor:
     seen.clear()
-    return RewardActor(spec, "0", "cpu", "fp32", 3, Counts(), last=True)
+    return RewardActor(f"{__name__}:Means", "0", "cpu", "fp32", 3, Counts(), last=True)
 
 
 def means(*pairs: tuple[int, int]) -> np.ndarray:

@@ -50,7 +50,7 @@ _IMAGES = ("pixels", "height", "width", "image_prompt")
 """One entry an image: raw uint8 RGB, and the prompt that it is scored under."""
 
 _SHOWN = "shown"
-"""Two entries a pair that is scored: the numbers of its images."""
+"""Two entries a pair that is scored: the places of its images among the chunk's."""
 
 
 def prepare_chunks(
@@ -88,22 +88,18 @@ class _Building:
         self._images: dict[tuple[str, str], int] = {}
         """Their numbers, by id and prompt."""
         self._shown: list[int] = []
-        self._bytes = 0
 
     def has_room(self, entry: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> bool:
-        new = [image for name, image in images.items() if (name, entry["prompt"]) not in self._images]
-        size = self._bytes + sum(image.nbytes for image in new)
-        fits = size <= CHUNK_BYTES and len(self._images) + len(new) <= CHUNK_IMAGES
+        pixels = {**self.pixels, **images}
+        keys = self._images.keys() | {(name, entry["prompt"]) for name in images}
+        fits = sum(pixels[name].nbytes for name, _ in keys) <= CHUNK_BYTES and len(keys) <= CHUNK_IMAGES
         return fits or not self._images
 
     def add(self, entry: dict[str, Any], images: Mapping[str, np.ndarray]) -> None:
         self._entries.append(entry)
         self.pixels |= images
         for key in [(entry[name], entry["prompt"]) for name in IMAGE_IDS] if images else ():
-            if key not in self._images:
-                self._images[key] = len(self._images)
-                self._bytes += images[key[0]].nbytes
-            self._shown.append(self._images[key])
+            self._shown.append(self._images.setdefault(key, len(self._images)))
 
     def finish(self, unit: int, number: int, *, last: bool) -> pa.Table:
         cells = {"unit": pa.array([unit]), "chunk": pa.array([number]), "last": pa.array([last])}
@@ -112,7 +108,8 @@ class _Building:
         cells[_SHOWN] = cell(pa.array(self._shown, pa.int64()))
         images, prompts = [self.pixels[name] for name, _ in self._images], [prompt for _, prompt in self._images]
         # The one copy of all pixels, into what becomes the cell.
-        ends, joined = np.cumsum([0, *(image.nbytes for image in images)]), b"".join(image.data for image in images)
+        joined = b"".join(image.data for image in images)
+        ends = np.cumsum([0, *(image.nbytes for image in images)], dtype=np.int64)
         buffers = [None, pa.py_buffer(ends), pa.py_buffer(joined)]
         pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(images), buffers)
         sizes = (pa.array([image.shape[axis] for image in images], pa.int64()) for axis in (0, 1))

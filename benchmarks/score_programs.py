@@ -1,0 +1,235 @@
+"""The programs that `benchmarks/score.py` measures, each in a process of its own, and what they read.
+
+python benchmarks/score_programs.py PROGRAM PAIRS ...     prints seconds by the clock and of the CPU
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+import smpo_pipeline.jobs.score as job
+from smpo_models.loading import DTYPES
+from smpo_pipeline.images import decode_image
+from smpo_pipeline.jobs.chunks import with_scores, without_images
+from smpo_pipeline.jobs.prepare import values_of
+from smpo_pipeline.jobs.score_units import RewardActor
+from smpo_pipeline.rewards import load_reward
+
+TOY = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/rewards/pickscore"
+BATCH = 32
+SLEEP = 0.02
+"""Seconds an image that the slow reward takes."""
+
+
+class Cost(NamedTuple):
+    """Seconds by the clock, and of the CPU in this process and all it starts."""
+
+    clock: float
+    cpu: float
+
+    def each(self, count: int) -> Cost:
+        """For one of ``count``."""
+        return Cost(self.clock / count, self.cpu / count)
+
+    def less(self, other: Cost) -> Cost:
+        """What it costs more than ``other``."""
+        return Cost(self.clock - other.clock, self.cpu - other.cpu)
+
+
+class Stopwatch:
+    """Measures what happens inside; processes are looked at five times a second, since some are gone at the end."""
+
+    cost: Cost
+
+    def __enter__(self) -> Self:
+        self._cpu: dict[int, float] = {}
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._start, self._start_cpu = time.perf_counter(), time.process_time()
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.2):
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    used = child.cpu_times()
+                    self._cpu[child.pid] = used.user + used.system
+
+    def __exit__(self, *_error: object) -> None:
+        own, clock = time.process_time() - self._start_cpu, time.perf_counter() - self._start
+        self._done.set()
+        self._watcher.join()
+        self.cost = Cost(clock, own + sum(self._cpu.values()))
+
+
+def rows_of(path: Path, count: int) -> list[dict[str, object]]:
+    """The first pairs of the input."""
+    return pq.read_table(path).slice(0, count).to_pylist()
+
+
+def published_loop(pairs: Path, model: str, count: int, images_at_once: int) -> Cost:
+    """Cost of the loop of the published scripts: decode, processor, text tower, image tower, cosine."""
+    processor, clip = CLIPProcessor.from_pretrained(model), CLIPModel.from_pretrained(model).eval()
+    limit = clip.config.text_config.max_position_embeddings
+    rows = rows_of(pairs, count)
+
+    @torch.no_grad()
+    def score(row: dict[str, object], names: Iterable[str]) -> None:
+        images = [Image.open(io.BytesIO(row[name])).convert("RGB") for name in names]
+        pixels = processor.image_processor(images, return_tensors="pt")
+        tokens = processor.tokenizer(
+            row["caption"], padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        )
+        image_ND = clip.get_image_features(**pixels).pooler_output
+        text_1D = clip.get_text_features(**tokens).pooler_output
+        (image_ND / image_ND.norm(dim=-1, keepdim=True) @ (text_1D / text_1D.norm()).T).tolist()
+
+    names = ("jpg_0", "jpg_1")
+    calls = [names] if images_at_once == 2 else [names[:1], names[1:]]
+    score(rows[0], names)
+    with Stopwatch() as watch:
+        for row in rows:
+            for call in calls:
+                score(row, call)
+    return watch.cost
+
+
+def batches_of(pairs: Path, count: int) -> list[tuple[list[Image.Image], list[str]]]:
+    """Decoded images, each once, and their prompts."""
+    shown = dict.fromkeys((row[name], row["caption"]) for row in rows_of(pairs, count) for name in ("jpg_0", "jpg_1"))
+    items = [(decode_image(data), caption) for data, caption in shown]
+    return [tuple(map(list, zip(*items[start : start + BATCH], strict=True))) for start in range(0, len(items), BATCH)]
+
+
+def bare_loop(pairs: Path, spec: str, count: int, dtype: str) -> Cost:
+    """Cost of our scorer on ready batches."""
+    reward, batches = load_reward(spec, "cpu"), batches_of(pairs, count)
+    with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
+        reward.score(*batches[0])
+        with Stopwatch() as watch:
+            for images, prompts in batches:
+                reward.score(images, prompts)
+    return watch.cost
+
+
+def products(pairs: Path, spec: str, count: int) -> Cost:
+    """Cost of as many multiplications as our scorer makes, in one large product of matrices after another."""
+    reward = load_reward(spec, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        for images, prompts in batches_of(pairs, count):
+            reward.score(images, prompts)
+    left, right = torch.randn(BATCH * 50, 768), torch.randn(768, 3072)
+    each = 2 * left.shape[0] * left.shape[1] * right.shape[1]
+    rounds = 200
+    left @ right
+    with Stopwatch() as watch:
+        for _ in range(rounds):
+            left @ right
+    share = counter.get_total_flops() / (rounds * each)
+    return Cost(watch.cost.clock * share, watch.cost.cpu * share)
+
+
+class SlowActor(RewardActor):
+    """In place of rewards: the first one costs nothing, the last one takes its time."""
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        """Score all images alike."""
+        num_images = len(values_of(chunk, "height"))
+        if self._last:
+            time.sleep(SLEEP * num_images)
+        scored = with_scores(chunk, {self._reward.name: np.zeros(num_images)})
+        return without_images(scored) if self._last else scored
+
+
+def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, dtype: str, *, slow: bool = False) -> Cost:
+    """Cost of the whole job, Ray's start included."""
+    if slow:
+        job.RewardActor = SlowActor
+    with tempfile.TemporaryDirectory() as out:
+        options = job.ScoreOptions(
+            pairs=list(pairs),
+            out=Path(out) / "scores",
+            reward=list(specs),
+            columns={},
+            batch_size=BATCH,
+            device="cpu",
+            dtype=dtype,
+            concurrency=[],
+            ray_address=None,
+            limit=count,
+            max_reject_rate=0.05,
+            overwrite=False,
+        )
+        with Stopwatch() as watch:
+            job.score(options)
+        return watch.cost
+
+
+def make_pairs(path: Path, count: int, side: int, images_a_prompt: int = 2) -> Path:
+    """Pick-a-Pic columns: all pairs of smooth random JPEGs, captions of the embedded world (10 to 14 tokens)."""
+    generator = np.random.default_rng(0)
+    colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
+    rows: list[dict[str, object]] = []
+    while len(rows) < count:
+        words = [f"a {generator.choice(colours)} {generator.choice(shapes)}" for _ in range(2)]
+        images = []
+        for _ in range(images_a_prompt):
+            coarse = generator.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+            images.append(buffer.getvalue())
+        for first, second in combinations(images, 2):
+            row = {"caption": " and ".join(words), "jpg_0": first, "jpg_1": second, "label_0": 1.0}
+            rows.append({"ranking_id": len(rows), **row})
+    pq.write_table(pa.Table.from_pylist(rows[:count]), path, row_group_size=100)
+    return path
+
+
+def make_vit_b(path: Path, seed: int) -> Path:
+    """A random CLIP of ViT-B/32's shape (the default of transformers), 224 pixels, 77 tokens."""
+    tokenizer = CLIPTokenizer.from_pretrained(TOY, model_max_length=77)
+    config = CLIPConfig()
+    config.text_config.vocab_size = len(tokenizer)
+    config.text_config.bos_token_id = tokenizer.bos_token_id
+    config.text_config.eos_token_id = tokenizer.eos_token_id
+    config.text_config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(seed)
+    CLIPModel(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    CLIPImageProcessorPil().save_pretrained(path)
+    return path
+
+
+def run_program(kind: str, pairs: str, *rest: str) -> Cost:
+    """One of the measured programs, in this process."""
+    if kind == "published":
+        return published_loop(Path(pairs), rest[0], int(rest[1]), int(rest[2]))
+    if kind == "bare":
+        return bare_loop(Path(pairs), rest[0], int(rest[1]), rest[2])
+    if kind == "products":
+        return products(Path(pairs), rest[0], int(rest[1]))
+    return run_job([Path(each) for each in pairs.split(",")], rest[2:], int(rest[0]), rest[1], slow=kind == "slow")
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_program(*sys.argv[1:])))
