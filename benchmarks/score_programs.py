@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import smpo_pipeline.jobs.score as job
-from smpo_models.loading import DTYPES
+from smpo_models.weights import DTYPES
 from smpo_pipeline.images import decode_image
 from smpo_pipeline.jobs.chunks import with_scores, without_images
 from smpo_pipeline.jobs.prepare import values_of

@@ -26,7 +26,8 @@ import torch
 from page import stamp
 
 from smpo_models.family import Family
-from smpo_models.loading import DTYPES, load_family
+from smpo_models.loading import load_family
+from smpo_models.weights import DTYPES
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Visit, Walk, draw_walk
 from smpo_pipeline.inversion.health import NUM_BANDS
 from smpo_pipeline.inversion.sources import renoise_visits

@@ -1,15 +1,12 @@
-"""Loading a model by hub id or folder: finds the family, turns loading failures into one line."""
+"""Loading a text-to-image model by hub id or folder: finds its family."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import logging
-import pickle
 import pkgutil
-import struct
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,15 +14,12 @@ import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import nn
 
 import smpo_models.families
 from smpo_models.family import Family
+from smpo_models.weights import loading_errors
 from smpo_schemas.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What a LoRA training run leaves behind, under the name that diffusers knows."""
@@ -88,47 +82,6 @@ def load_family(
         raise UserError(f"--model {model} is a {name or 'folder without model_index.json'}; known: {', '.join(known)}")
     loader = cast("_Loader", known[name])
     return loader(model, parts, denoiser=denoiser, vae=vae, device=torch.device(device))
-
-
-@contextmanager
-def loading_errors(what: str) -> Iterator[None]:
-    """Turn what the loading libraries raise for a missing or unfit model into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (pickle.UnpicklingError, EOFError, struct.error, AssertionError, OverflowError) as error:
-        # The library's own message is a page that offers to run whatever code the file holds.
-        raise UserError(f"{what} is damaged, or is no plain file of weights") from error
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0][:300]
-        raise UserError(f"{what} cannot be loaded: {first}") from error
-
-
-def load_part(loader: Callable[..., Any], source: str | None, what: str, **options: Any) -> Any:  # noqa: ANN401
-    """``loader(source, **options)`` (a ``from_pretrained``) with errors in one line; ``what`` names the part."""
-    with loading_errors(what):
-        return loader(source, **options)
-
-
-def load_weights(loader: Callable[..., Any], source: str | None, what: str, **options: Any) -> Any:  # noqa: ANN401
-    """Like :func:`load_part`, for parts with weights: none of them may be missing from the checkpoint.
-
-    The libraries fill what is missing with random values, and go on. transformers refuses weights of another shape
-    without naming one; with ``ignore_mismatched_sizes`` they are refused here, by name.
-
-    Raises:
-        UserError: the part cannot be loaded, or its checkpoint is incomplete or of other shapes.
-    """
-    module, report = load_part(loader, source, what, output_loading_info=True, **options)
-    lacking = sorted(report["missing_keys"])
-    others = sorted(each[0] for each in report["mismatched_keys"])
-    subject = f"{what}: the checkpoint of its {type(module).__name__}"
-    if lacking:
-        raise UserError(f"{subject} lacks {len(lacking)} weights, first {lacking[0]}")
-    if others:
-        raise UserError(f"{subject} has {len(others)} weights of another shape, first {others[0]}")
-    return module
 
 
 def load_walker(family: Family, model: str, path: Path, device: torch.device | str = "cpu") -> nn.Module:

@@ -17,8 +17,9 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from smpo_models.family import Conditioning, Family
-from smpo_models.loading import denoiser_folder, load_part, load_weights
+from smpo_models.loading import denoiser_folder
 from smpo_models.process import VariancePreserving
+from smpo_models.weights import load_part, load_weights
 from smpo_schemas.errors import UserError
 
 ENCODED_PIXELS = 1 << 21

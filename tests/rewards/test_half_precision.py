@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smpo_models.loading import DTYPES
+from smpo_models.weights import DTYPES
 from smpo_pipeline.jobs.chunks import cut_chunks, images_of, scores_of
 from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.score import _refuse_other_weights

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from smpo_models.loading import load_part
+from smpo_models.weights import load_part
 from smpo_schemas.files import write_bytes
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.policy import Policy

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from smpo_models.family import Conditioning
-from smpo_models.loading import load_weights
 from smpo_models.unet_family import UNetFamily
+from smpo_models.weights import load_weights
 
 _OPENCLIP_H_WIDTH = 1024
 """Width of SD 2.x's text encoder; SD 1.x's is 768."""

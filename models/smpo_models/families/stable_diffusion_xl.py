@@ -14,8 +14,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from smpo_models.family import Conditioning
-from smpo_models.loading import load_part, load_weights
 from smpo_models.unet_family import UNetFamily
+from smpo_models.weights import load_part, load_weights
 
 
 class StableDiffusionXL(UNetFamily):

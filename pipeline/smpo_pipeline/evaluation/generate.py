@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import DTYPES, load_part, loading_errors
+from smpo_models.weights import DTYPES, load_part, loading_errors
 from smpo_pipeline.evaluation.results import Settings
 from smpo_pipeline.evaluation.sources import UNET_FOLDER, ModelSource
 from smpo_schemas.errors import UserError

@@ -36,7 +36,7 @@ class Settings(_Frozen):
         steps: DDIM steps.
         guidance_scale: classifier-free guidance; 1 is none.
         seed: of all noise.
-        dtype: of the models, a key of :data:`smpo_models.loading.DTYPES`.
+        dtype: of the models, a key of :data:`smpo_models.weights.DTYPES`.
     """
 
     models: dict[str, str]

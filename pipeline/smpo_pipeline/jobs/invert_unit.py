@@ -18,7 +18,8 @@ from torch import nn
 
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import DTYPES, load_family, load_walker
+from smpo_models.loading import load_family, load_walker
+from smpo_models.weights import DTYPES
 from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import (

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from smpo_models.loading import DTYPES
+from smpo_models.weights import DTYPES
 from smpo_pipeline.isolation import make
 from smpo_pipeline.jobs.chunks import (
     ROWS,

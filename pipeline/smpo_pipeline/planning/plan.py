@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from smpo_models.loading import DTYPES, load_family, load_walker
+from smpo_models.loading import load_family, load_walker
+from smpo_models.weights import DTYPES
 from smpo_pipeline.buckets import list_buckets
 from smpo_pipeline.inversion.batch import draw_walk
 from smpo_pipeline.inversion.batch_size import (

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import load_part, load_weights, loading_errors
+from smpo_models.weights import load_part, load_weights, loading_errors
 from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_json

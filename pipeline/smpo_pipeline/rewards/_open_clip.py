@@ -8,7 +8,7 @@ import re
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from smpo_models.loading import load_weights
+from smpo_models.weights import load_weights
 from smpo_schemas.errors import UserError
 
 _NUM_HEADS = 16

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import load_weights
+from smpo_models.weights import load_weights
 from smpo_pipeline.rewards._pixels import clip_pixels
 from smpo_pipeline.rewards._weights import find_checkpoint, read_checkpoint
 from smpo_pipeline.rewards.base import Needs, Reward

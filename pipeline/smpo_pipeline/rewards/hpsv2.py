@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import load_part
+from smpo_models.weights import load_part
 from smpo_pipeline.rewards._open_clip import load_open_clip
 from smpo_pipeline.rewards._pixels import normalise
 from smpo_pipeline.rewards._weights import find_checkpoint, read_checkpoint

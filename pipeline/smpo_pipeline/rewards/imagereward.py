@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import BertTokenizer
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import load_part
+from smpo_models.weights import load_part
 from smpo_pipeline.rewards._image_reward import build_image_reward
 from smpo_pipeline.rewards._weights import find_checkpoint, hub_file, read_checkpoint
 from smpo_pipeline.rewards.base import Needs, Reward
