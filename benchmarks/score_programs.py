@@ -11,9 +11,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -49,6 +49,10 @@ class Cost(NamedTuple):
     def each(self, count: int) -> Cost:
         """For one of ``count``."""
         return Cost(self.clock / count, self.cpu / count)
+
+    def mean(self, other: Cost) -> Cost:
+        """Half of what both cost."""
+        return Cost((self.clock + other.clock) / 2, (self.cpu + other.cpu) / 2)
 
     def less(self, other: Cost) -> Cost:
         """What it costs more than ``other``."""
@@ -114,20 +118,24 @@ def published_loop(pairs: Path, model: str, count: int, images_at_once: int) -> 
     return watch.cost
 
 
-def batches_of(pairs: Path, count: int) -> list[tuple[list[Image.Image], list[str]]]:
+Batch = tuple[list[Image.Image], list[str]]
+
+
+def batches_of(pairs: Path, count: int) -> Iterator[Batch]:
     """Decoded images, each once, and their prompts."""
     shown = dict.fromkeys((row[name], row["caption"]) for row in rows_of(pairs, count) for name in ("jpg_0", "jpg_1"))
-    items = [(decode_image(data), caption) for data, caption in shown]
-    return [tuple(map(list, zip(*items[start : start + BATCH], strict=True))) for start in range(0, len(items), BATCH)]
+    left = iter(shown)
+    while batch := list(islice(left, BATCH)):
+        yield [decode_image(data) for data, _ in batch], [caption for _, caption in batch]
 
 
-def bare_loop(pairs: Path, spec: str, count: int, dtype: str) -> Cost:
-    """Cost of our scorer on ready batches."""
-    reward, batches = load_reward(spec, "cpu"), batches_of(pairs, count)
+def bare_loop(pairs: Path, spec: str, count: int, dtype: str, *, ready: bool) -> Cost:
+    """Cost of our scorer on batches, which are ``ready``, or read and decoded as part of it."""
+    reward, batches = load_reward(spec, "cpu"), list(batches_of(pairs, count)) if ready else []
     with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
-        reward.score(*batches[0])
+        reward.score(*next(batches_of(pairs, count)))
         with Stopwatch() as watch:
-            for images, prompts in batches:
+            for images, prompts in batches or batches_of(pairs, count):
                 reward.score(images, prompts)
     return watch.cost
 
@@ -224,8 +232,8 @@ def run_program(kind: str, pairs: str, *rest: str) -> Cost:
     """One of the measured programs, in this process."""
     if kind == "published":
         return published_loop(Path(pairs), rest[0], int(rest[1]), int(rest[2]))
-    if kind == "bare":
-        return bare_loop(Path(pairs), rest[0], int(rest[1]), rest[2])
+    if kind in ("bare", "decoding"):
+        return bare_loop(Path(pairs), rest[0], int(rest[1]), rest[2], ready=kind == "bare")
     if kind == "products":
         return products(Path(pairs), rest[0], int(rest[1]))
     return run_job([Path(each) for each in pairs.split(",")], rest[2:], int(rest[0]), rest[1], slow=kind == "slow")

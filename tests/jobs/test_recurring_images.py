@@ -18,6 +18,8 @@ from tests.pictures import encode, picture
 from tests.poison import Touchy
 
 FILES = [encode(picture(20 + number, 9, seed=number), "PNG") for number in range(4)]
+BYTES = 24 * 9 * 3
+"""At least what an image takes."""
 BROKEN = b"nonsense"
 seen: list[tuple[str, int]] = []
 
@@ -81,7 +83,7 @@ def test_a_pair_of_an_image_and_itself():
 @pytest.mark.parametrize("most", [2, 3])
 def test_what_a_cut_parts_is_in_both_chunks_and_decoded_once(monkeypatch, decoded, most):
     """The better image stays to meet the next: 0-1, 1-2, 2-3."""
-    monkeypatch.setattr("smpo_pipeline.jobs.chunks.CHUNK_IMAGES", most)
+    monkeypatch.setattr("smpo_pipeline.jobs.chunks.CHUNK_BYTES", most * BYTES)
     rows = [row for first in range(3) for row in ranking(FILES[first : first + 2])]
     chunks = list(cut_chunks(0, rows))
     assert [len(list(images_of(chunk))) for chunk in chunks] == {2: [2, 2, 2], 3: [3, 2]}[most]
