@@ -211,25 +211,25 @@ the published ones: {counts}.
 Images a second, two for each pair; start-up: the seconds that the same command takes for one pair (imports, Ray's
 start, loading the weights twice), which the others leave out:
 
-| model | turns | one image at a time | a pair at a time | bare loop | with decoding | our job | matrix products | start-up, s |
+| model | turns | one image at a time | a pair at a time | bare loop | decoding too | our job | products | start-up, s |
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(rates(name, found) for name, found in results.turns.items())}
 
 The published loop (one image or a pair at a time) decodes, preprocesses, encodes text and image, one after another.
-The bare loop calls our scorer on images that are decoded already, each once; with decoding, it also reads and decodes
-them, in the same process. The job does so in processes that a bad file may crash, hashes images, and writes the table.
-The last but one column is as many multiplications as our scorer makes, in one large product of matrices after another.
+The bare loop calls our scorer on images that are decoded already, each once; or it decodes them too, in the same
+process. The job does so in processes that a bad file may crash, hashes images, and writes the table. Products: as many
+multiplications as our scorer makes, in one large product of matrices after another.
 
 Speed of the job over that of the loops (3 times the published one, 0.9 of the bare one are wanted), and what a second
 reward of the same size adds to the job over its own bare loop (at most 1.1 is wanted). The last column is how much
 faster than the published loop the matrix products alone are, in float32:
 
-| model | by | over one image at a time | over a pair at a time | over the bare loop | with decoding | second reward | matrix products |
+| model | by | one image at a time | a pair at a time | bare loop | decoding too | second reward | products |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(ratios(name, found) for name, found in results.turns.items())}
 
 The job decodes on the cores that the bare loop has for itself: where a model is small, it cannot keep up with that
-loop, whatever Ray costs; the loop with decoding tells what Ray, the processes of its own for files, and the table cost.
+loop, whatever Ray costs; the one that decodes too tells what Ray, processes of their own for files, and the table cost.
 What a second reward costs is the difference of four runs.
 
 ### Memory behind a slow reward
