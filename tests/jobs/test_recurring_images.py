@@ -19,7 +19,7 @@ from tests.poison import Touchy
 
 FILES = [encode(picture(20 + number, 9, seed=number), "PNG") for number in range(4)]
 BYTES = 24 * 9 * 3
-"""At least what an image takes."""
+"""No image takes more, and three take more than two of it."""
 BROKEN = b"nonsense"
 seen: list[tuple[str, int]] = []
 

@@ -84,7 +84,7 @@ class _Building:
         """Of the images that were decoded for it, by id."""
         self._entries: list[dict[str, Any]] = []
         self._images: dict[tuple[str, str], int] = {}
-        """Their numbers, by id and prompt."""
+        """The place of each that is scored, by its id and prompt."""
         self._shown: list[int] = []
 
     def has_room(self, entry: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> bool:
