@@ -6,6 +6,7 @@ Shape suffixes: B batch, C h w a latent, H W an image.
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -74,13 +75,13 @@ class UNetFamily(Family):
             )
             self.vae = autoencoder.requires_grad_(False).eval().to(device)
 
+    @abstractmethod
     def _kind(self, unet_config: dict[str, Any]) -> str:
         """``kind`` by the model's own UNet config."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _load_text(self) -> Sequence[nn.Module]:
         """Load ``_tokenizers`` and text encoders; returns the encoders."""
-        raise NotImplementedError
 
     def _vae_config(self, vae: str | None, unet_config: dict[str, Any]) -> dict[str, Any]:
         """Config of the VAE to be used.
