@@ -74,6 +74,18 @@ def test_an_interval_by_images_would_not_cover() -> None:
     assert np.mean(np.abs(rates - 2 / 3) <= half_width) < 0.85
 
 
+def test_losing_once_is_not_surer_than_never() -> None:
+    scores = np.ones((64, 1))
+    found = [compare(np.where(np.arange(64)[:, None] < losses, -scores, scores), 0 * scores) for losses in range(33)]
+    rates = [each.win_rate for each in found]
+    assert [rate.low for rate in rates] == sorted((rate.low for rate in rates), reverse=True)
+    mirrored = [compare(0 * scores, np.where(np.arange(64)[:, None] < n, -scores, scores)).win_rate for n in range(33)]
+    np.testing.assert_allclose([rate.low for rate in rates], [1 - rate.high for rate in mirrored])
+    # Nothing but the ends is touched: 63 of 64 won has the limit of 64 of 64, 60 of 64 its own.
+    assert rates[1].low == rates[0].low == pytest.approx(0.025 ** (1 / 64))
+    assert rates[4].low < rates[1].low
+
+
 def test_winning_everything_is_not_certain() -> None:
     found = compare(np.ones((8, 2)), np.zeros((8, 2))).win_rate
     assert found.value == found.high == 1

@@ -12,6 +12,7 @@ from PIL import Image
 from smpo_pipeline.evaluation import generate as generate_module
 from smpo_pipeline.evaluation.generate import Picture, generate, initial_noise, latent_shape, load_generator
 from smpo_pipeline.evaluation.sources import parse_models
+from smpo_schemas.errors import UserError
 from tests.evaluation.stubs import PlanMaker
 
 
@@ -65,6 +66,28 @@ def test_images_do_not_depend_on_batch_size_or_order(plan_of: PlanMaker, tmp_pat
     for batch_size in (4, 6):
         # float32 sums in another order may move a value over a rounding step of the PNG
         assert max(np.abs(a - b).max() for a, b in zip(made[1], made[batch_size], strict=True)) <= 1
+
+
+def test_where_memory_runs_out_batches_are_halved(plan_of: PlanMaker, tmp_path: Path, monkeypatch: Any) -> None:
+    plan = plan_of()
+    pipeline = load_generator(plan.models[0], plan.base, "cpu", "fp32")
+    inner, fitting, sizes = generate_module._sample, 2, []
+
+    def sample(pipeline: Any, batch: list[Picture], settings: Any) -> list[Image.Image]:
+        if len(batch) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        sizes.append(len(batch))
+        return inner(pipeline, batch, settings)
+
+    monkeypatch.setattr(generate_module, "_sample", sample)
+    pictures = [Picture("a cat", index, tmp_path / f"{index}.png") for index in range(5)]
+    counted: list[int] = []
+    generate(pipeline, pictures, plan.settings, 5, counted.append)
+    assert sizes == counted == [2, 2, 1]
+    assert all(picture.path.is_file() for picture in pictures)
+    fitting = 0
+    with pytest.raises(UserError, match="too little memory to sample one image: CUDA out of memory.*--dtype fp16"):
+        generate(pipeline, pictures, plan.settings, 5, counted.append)
 
 
 def test_ddim_without_clipping_whatever_the_scheduler(models: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from smpo_pipeline.evaluation.generate import denoiser_fingerprint, load_generator
 from smpo_pipeline.evaluation.sources import parse_models
+from smpo_schemas.errors import UserError
 
 
 @pytest.fixture
@@ -20,6 +23,29 @@ def lora(models: dict[str, Path], tmp_path: Path) -> Path:
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
     return tmp_path / "lora"
+
+
+def test_layers_that_do_not_fit_are_refused(models: dict[str, Path], lora: Path, tmp_path: Path) -> None:
+    """diffusers would leave them out, and the base would be judged in place of the tuned model."""
+    name = "pytorch_lora_weights.safetensors"
+    layers = load_file(lora / name)
+    (tmp_path / "bare").mkdir()
+    save_file({key.removeprefix("unet."): value for key, value in layers.items()}, tmp_path / "bare" / name)
+    (model,) = parse_models([f"lora={tmp_path / 'bare'}"])
+    with pytest.raises(UserError, match=f"--model lora=.*bare: of its {len(layers)} layers only 0 fit"):
+        load_generator(model, str(models["base"]), "cpu", "fp32")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_a_part_that_lacks_weights_is_refused(models: dict[str, Path], tmp_path: Path, part: str) -> None:
+    folder = shutil.copytree(models["base"], tmp_path / "model")
+    (file,) = (folder / part).glob("*.safetensors")
+    whole = load_file(file)
+    lacking = min(whole)
+    save_file({key: value for key, value in whole.items() if key != lacking}, file, {"format": "pt"})
+    (model,) = parse_models([f"base={folder}"])
+    with pytest.raises(UserError, match="lacks 1 weights, first "):
+        load_generator(model, None, "cpu", "fp32")
 
 
 def test_lora_weights_are_fused_into_the_base(models: dict[str, Path], lora: Path) -> None:

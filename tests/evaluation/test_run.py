@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +70,7 @@ def test_report_is_self_contained(plan_of: PlanMaker, quiet: Console) -> None:
     assert "<b>" in page
     assert "cat and dog <b>" not in page
     assert "Training of tuned" in page
-    assert "loss" in page
+    assert "<strong>loss</strong>" in page
 
 
 def test_same_model_twice_ties(plan_of: PlanMaker, quiet: Console, models: dict[str, Path]) -> None:
@@ -123,6 +125,52 @@ def test_replaced_weights_of_a_reward_are_another_evaluation(
     weights.write_bytes(b"2")
     with pytest.raises(UserError, match="holds an evaluation with other settings .other rewards"):
         finished_results(plan_of(rewards=[spec]), overwrite=False)
+
+
+def test_overwrite_scores_anew_and_keeps_images(
+    plan_of: PlanMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of somebody's own reward may have changed, which no hash tells."""
+    first = run(plan_of(), quiet)
+    plan = plan_of()
+    before = plan.file("base", 0, 0).stat().st_mtime_ns
+    monkeypatch.setitem(STUBS, "brightness", type("Other", (STUBS["redness"],), {"name": "brightness"}))
+    assert finished_results(plan, overwrite=False) == first
+    assert finished_results(plan, overwrite=True) is None
+    assert run(plan, quiet).finding("base", "brightness") != first.finding("base", "brightness")
+    assert plan.file("base", 0, 0).stat().st_mtime_ns == before
+
+
+def test_images_of_another_denoiser_under_the_same_name_are_not_kept(plan_of: PlanMaker, quiet: Console) -> None:
+    """As where a hub id stands for another revision by now."""
+    plan = plan_of()
+    run(plan, quiet)
+    (plan.out / "results.json").unlink()
+    origin = plan.folder("tuned") / "made_from.json"
+    origin.write_text(json.dumps(json.loads(origin.read_text()) | {"denoiser": "another"}))
+    before = {name: plan.file(name, 0, 0).stat().st_mtime_ns for name in ("base", "tuned")}
+    run(plan, quiet)
+    after = {name: plan.file(name, 0, 0).stat().st_mtime_ns for name in ("base", "tuned")}
+    assert after["base"] == before["base"]
+    assert after["tuned"] > before["tuned"]
+
+
+def test_a_later_models_mistake_is_found_before_anything_is_sampled(
+    plan_of: PlanMaker, quiet: Console, models: dict[str, Path], tmp_path: Path
+) -> None:
+    larger = shutil.copytree(models["tuned"], tmp_path / "larger")
+    config = larger / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))
+    base = f"base={models['base']}"
+    for changes, words in (
+        ({"models": [base, "tuned=runs/mistyped"]}, "--model tuned=runs/mistyped cannot be loaded"),
+        ({"models": [base, f"tuned={larger}"]}, "latents differ in shape"),
+        ({"steps": 1001}, "--steps 1001: --model base=.* knows 1000 timesteps"),
+    ):
+        plan = plan_of(**changes)
+        with pytest.raises(UserError, match=words):
+            run(plan, quiet)
+        assert not (plan.out / "images").exists()
 
 
 def test_swapped_models_are_another_evaluation(plan_of: PlanMaker, models: dict[str, Path]) -> None:

@@ -22,6 +22,11 @@ def test_prompts_of_every_kind_of_file(tmp_path: Path) -> None:
     for kind in ("txt", "jsonl", "parquet"):
         assert read_prompts(tmp_path / f"a.{kind}") == wanted
     assert read_prompts(tmp_path / "a.txt", limit=1) == ["a cat"]
+    (tmp_path / "odd.txt").write_bytes("a\u2028cat\r\na\x85dog\r\n".encode())
+    assert read_prompts(tmp_path / "odd.txt") == ["a\u2028cat", "a\x85dog"]
+    pq.write_table(pa.table({"prompt": [b"a cat"]}), tmp_path / "bytes.parquet")
+    with pytest.raises(UserError, match="a prompt is no text: b'a cat'"):
+        read_prompts(tmp_path / "bytes.parquet")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +39,10 @@ def test_prompts_of_every_kind_of_file(tmp_path: Path) -> None:
         ("list.jsonl", "[1]", "line 1"),
         ("other.jsonl", '{"text": "a"}', "no column prompt or caption"),
         ("bad.parquet", "no parquet", "cannot be read"),
+        ("number.jsonl", '{"prompt": 3}', "a prompt is no text: 3"),
+        ("two.jsonl", '{"prompt": ["a", "b"]}', "a prompt is no text: "),
+        ("half.jsonl", '{"prompt": "\\ud83d"}', "cannot be read: .*surrogates not allowed"),
+        ("deep.jsonl", '{"prompt": ' + "[" * 100_000, "cannot be read"),
     ],
 )
 def test_unusable_prompt_files(tmp_path: Path, name: str, content: str | None, words: str) -> None:

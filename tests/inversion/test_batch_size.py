@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import islice
-
 import pytest
 import torch
 
@@ -12,7 +9,6 @@ from smpo_pipeline.inversion.batch_size import (
     batches_of_one_size,
     fastest_by_doubling,
     largest_that_fits,
-    requests_of_one_size_at_a_time,
     walk_requests,
     with_most_pixels,
 )
@@ -98,17 +94,6 @@ def test_batches_are_of_one_size_and_hold_every_request_once():
     requests = [(pair, 0) for pair in MIXED]
     assert list(batches_of_one_size(requests, lambda: 3)) == [[0, 2, 3], [6], [1, 5], [4]]
     assert list(batches_of_one_size(requests[:1] * 5, iter([3, 1, 1, 1]).__next__)) == [[0, 1, 2], [3], [4]]
-
-
-def test_sizes_come_as_often_as_among_the_pairs():
-    stream = requests_of_one_size_at_a_time(MIXED, 4)
-    batches = [list(islice(stream, 4)) for _ in range(70)]
-    assert all(len({pair.image_size for pair, _ in batch}) == 1 for batch in batches)
-    counts = Counter(batch[0][0].image_size for batch in batches)
-    assert counts == {(32, 32): 40, (24, 40): 20, (40, 24): 10}
-    of_squares = [request for batch in batches if batch[0][0].image_size == (32, 32) for request in batch]
-    squares = [pair for pair in MIXED if pair.image_size == (32, 32)]
-    assert of_squares == list(islice(walk_requests(squares), len(of_squares)))
 
 
 def test_the_size_is_tried_with_the_largest_images():

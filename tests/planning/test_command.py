@@ -17,10 +17,10 @@ from tests.pictures import encode, picture
 from tests.tiny import make_tiny_clip, make_tiny_model
 
 
-def test_every_flag_of_invert_that_has_a_cost_is_there():
+def test_every_flag_of_invert_is_there():
     mine, theirs = (set(inspect.signature(command).parameters) for command in (plan, invert))
-    assert theirs - mine == {"concurrency", "ray_address", "overwrite"}
-    assert mine - theirs == {"gpus", "price", "seconds"}
+    assert theirs <= mine
+    assert mine - theirs == {"gpus", "price", "seconds", "json"}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_shard_size_gives_the_number_of_shards(inputs, tmp_path, capfd, monkey
         "smpo_pipeline.planning.plan.with_most_pixels", lambda *_: pytest.fail("no size is to be found")
     )
     out = tmp_path / "plan.json"
-    done = run_plan(inputs, capfd, "--steps", 3, "--batch-size", 4, "--shard-size", "30kB", "--out", out)
+    done = run_plan(inputs, capfd, "--steps", 3, "--batch-size", 4, "--shard-size", "30kB", "--json", out)
     assert done.returncode == 0, done.stderr
     # x0 and three noises of 1024 bytes each and some headers, in about 6 kB: 4 pairs a tar.
     assert json.loads(out.read_text())["projections"][0]["shards"] == 3
@@ -69,7 +69,7 @@ def test_a_shard_size_gives_the_number_of_shards(inputs, tmp_path, capfd, monkey
 def test_a_plan_in_words_and_as_json(inputs, tmp_path, capfd):
     out = tmp_path / "plan.json"
     flags = ("--steps", 3, "--batch-size", 4, "--walks", 2, "--pairs-per-shard", 4, "--gpus", 4, "--price", 2.5)
-    done = run_plan(inputs, capfd, *flags, "--out", out)
+    done = run_plan(inputs, capfd, *flags, "--json", out)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     found = json.loads(out.read_text())
@@ -90,9 +90,27 @@ def test_a_plan_in_words_and_as_json(inputs, tmp_path, capfd):
         assert words in done.stdout
 
 
+def test_the_whole_command_line_of_invert_is_taken_and_nothing_is_stored(inputs, tmp_path, capfd):
+    idle = ("--out", tmp_path / "shards", "--concurrency", 4, "--ray-address", "auto", "--overwrite")
+    done = run_plan(inputs, capfd, "--steps", 2, "--batch-size", 2, *idle)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_unusable_pairs_than_invert_would_bear_are_said(inputs, tmp_path, capfd):
+    rows = pq.read_table(inputs / "pairs").to_pylist()
+    for row in rows[:2]:
+        row["jpg_0"] = b"no image"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    flags = ("--steps", 2, "--batch-size", 2, "--pairs", tmp_path / "pairs.parquet")
+    said = "WARNING: that is above --max-reject-rate 0.05: invert will stop"
+    assert said in run_plan(inputs, capfd, *flags).stdout
+    assert said not in run_plan(inputs, capfd, *flags, "--max-reject-rate", 0.2).stdout
+
+
 def test_what_the_solver_decides_is_measured(inputs, tmp_path, capfd):
     flags = ("--steps", 2, "--solver", "adaptive", "--max-evaluations", 3, "--tolerance", "1e-9", "--batch-size", 2)
-    done = run_plan(inputs, capfd, *flags, "--out", tmp_path / "plan.json")
+    done = run_plan(inputs, capfd, *flags, "--json", tmp_path / "plan.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     # No image reaches this tolerance: all use their three evaluations.
@@ -101,7 +119,7 @@ def test_what_the_solver_decides_is_measured(inputs, tmp_path, capfd):
 
 
 def test_auto_batch_size_is_found_before_the_rate(inputs, tmp_path, capfd):
-    flags = ("--steps", 2, "--batch-size", "auto", "--pairs-per-shard", 3, "--out", tmp_path / "plan.json")
+    flags = ("--steps", 2, "--batch-size", "auto", "--pairs-per-shard", 3, "--json", tmp_path / "plan.json")
     done = run_plan(inputs, capfd, *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "plan.json").read_text())["batch_size"] in (1, 2, 3)
@@ -143,11 +161,11 @@ def test_bytes_shards_and_states_are_those_of_the_shards(inputs, tmp_path, capfd
     assert scored.returncode == 0, scored.stderr
     flags = ("--scores", tmp_path / "scores", "--model", inputs / "model", "--steps", 3, "--pairs-per-shard", 4)
     out = tmp_path / "shards"
-    made = run_command("smpo-pipeline", "invert", *common, *flags, "--batch-size", "auto", "--out", out)
+    made = run_command("smpo-pipeline", "invert", *common, *flags, "--batch-size", "auto", "--json", out)
     assert made.returncode == 0, made.stderr
     assert "--batch-size auto: batches of" in made.stdout
     assert not list(out.glob(".batch-size*"))
-    assert run_plan(inputs, capfd, *flags[:2], *flags[4:], "--out", tmp_path / "plan.json").returncode == 0
+    assert run_plan(inputs, capfd, *flags[:2], *flags[4:], "--json", tmp_path / "plan.json").returncode == 0
     own = json.loads((tmp_path / "plan.json").read_text())["projections"][0]
     manifest = read_manifest(out)
     assert (own["shards"], own["states"]) == (len(manifest.shards), manifest.totals.states)

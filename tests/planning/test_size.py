@@ -8,9 +8,8 @@ import pytest
 
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import draw_walk
-from smpo_pipeline.inversion.batch_size import walk_requests
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_pipeline.planning.rate import measure_rate
+from smpo_pipeline.planning.rate import batches_of_units, measure_rate
 from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, walk_bytes
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards import ShardWriter
@@ -48,8 +47,8 @@ SETTINGS = [
 def count(family, walker, settings) -> int:
     """Images that the denoisers were given in one batch of all pairs."""
     inverter = Inverter(family, walker, settings, 0)
-    requests = iter([(pair, 0) for pair in PAIRS])
-    return measure_rate(inverter, {family.denoiser, walker}, requests, len(PAIRS), 0, "cpu").forwards
+    batches = iter([[(pair, 0) for pair in PAIRS]])
+    return measure_rate(inverter, {family.denoiser, walker}, batches, 0, "cpu").forwards
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -112,7 +111,9 @@ def test_shards_and_their_padding_by_hand():
 def test_a_batch_that_is_longer_than_the_time_is_what_is_measured(family):
     now = iter(range(100))
     inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
-    rate = measure_rate(inverter, [family.denoiser], walk_requests(PAIRS), 2, 1, "cpu", clock=lambda: next(now))
+    rate = measure_rate(
+        inverter, [family.denoiser], batches_of_units(PAIRS, 1, 2, 2), 1, "cpu", clock=lambda: next(now)
+    )
     assert (rate.walks, rate.seconds, rate.warm) == (2, 1, False)
     assert rate.forwards == 2 * 2 * 2
 
@@ -121,7 +122,9 @@ def test_the_warm_up_is_left_out(family):
     # Seconds at: start, after the warm-up, begin, then after each batch the check, and the end.
     times = iter([0, 10, 10, 13, 16, 21, 21])
     inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
-    rate = measure_rate(inverter, [family.denoiser], walk_requests(PAIRS), 3, 20, "cpu", clock=lambda: next(times))
+    rate = measure_rate(
+        inverter, [family.denoiser], batches_of_units(PAIRS, 1, 3, 3), 20, "cpu", clock=lambda: next(times)
+    )
     assert (rate.walks, rate.seconds, rate.warm) == (9, 11, True)
     assert rate.forwards == 9 * 2 * 2
 
@@ -142,5 +145,25 @@ def test_the_peak_is_that_of_the_batches_measured_not_of_trials_before(family, m
     inverter.invert = on_gpu
     times = iter(range(0, 1000, 5))
     for device, peak in (("cuda", 2), ("cpu", None)):
-        rate = measure_rate(inverter, [], walk_requests(PAIRS), 1, seconds, device, clock=lambda: next(times))
+        rate = measure_rate(inverter, [], batches_of_units(PAIRS, 1, 1, 1), seconds, device, clock=lambda: next(times))
         assert (rate.warm, rate.peak_memory) == (seconds > 0, peak)
+
+
+def test_batches_are_those_of_units():
+    """As `invert` cuts them: within a unit, of one image size; all of a unit before the next one, each walk once."""
+    shapes = [(32, 32), (24, 40), (32, 32), (32, 32), (40, 24), (24, 40), (32, 32)]
+    pairs = [make_pair(number, shape=shape) for number, shape in enumerate(shapes)]
+    stream = batches_of_units(pairs, 2, 7, 3)
+    units = [[next(stream) for _ in range(6)] for _ in range(20)]
+    for turn, unit in enumerate(units):
+        assert all(len({pair.image_size for pair, _ in batch}) == 1 for batch in unit)
+        # Of 8, 4 and 2 walks.
+        assert sorted(map(len, unit)) == [1, 2, 2, 3, 3, 3]
+        made = sorted((pair.pair_id, walk) for batch in unit for pair, walk in batch)
+        assert made == sorted((pair.pair_id, 2 * turn + walk) for pair in pairs for walk in (0, 1))
+    assert len({tuple(map(len, unit)) for unit in units}) > 3, "always in the same order"
+    # A unit that ends within the sample goes on where it ended.
+    small = batches_of_units(pairs[:3], 1, 2, 9)
+    first, second, third = ([(pair.pair_id, walk) for pair, walk in next(small)] for _ in range(3))
+    assert sorted(first + second) == [("pair-0", 0), ("pair-1", 0)]
+    assert third == [("pair-2", 0), ("pair-0", 1)]

@@ -54,7 +54,7 @@ def evaluate(
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace an evaluation with other settings; images made with the very same settings are kept.",
+            help="Evaluate anew, whatever is there; images made with the very same settings are kept.",
         ),
     ] = False,
     config: ConfigOption = None,  # noqa: ARG001  (read by its callback)

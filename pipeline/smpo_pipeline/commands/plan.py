@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from smpo_pipeline.planning.plan import Plan
 
 _PLAN = "Plan"
-_NOT_HERE = ("scores", "out", "concurrency", "ray_address", "overwrite")
-"""Flags of `invert` that cost nothing, or that this command has in another form."""
+_IDLE = {"out": None, "concurrency": None, "ray_address": None, "overwrite": False}
+"""Flags of `invert` that change nothing of what a device does, with their defaults: taken, so that its command line and
+its config file are."""
 
 ScoresOption = Annotated[
     str | None,
@@ -43,7 +45,10 @@ SecondsOption = Annotated[
     typer.Option("--seconds", min=0.1, help="How long to measure, warm-up included.", rich_help_panel=_PLAN),
 ]
 FileOption = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="Write the plan as JSON, too.", rich_help_panel=_PLAN)
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", parser=opt.local_path, help="Write the plan as JSON, too.", rich_help_panel=_PLAN
+    ),
 ]
 
 
@@ -51,7 +56,7 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
     """Measure what `invert` with the same flags would cost: device hours, bytes, shards, dollars.
 
     Inverts some of the pairs on this machine's device for a minute and projects: for these pairs, for 1 and for 100
-    million. Nothing is stored.
+    million. Nothing is stored; --out, --concurrency, --ray-address and --overwrite may be given, and do nothing.
     """
     from smpo_pipeline.jobs.cluster import check_device, plain_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
     from smpo_pipeline.planning.plan import PlanOptions, check_gpu, make_plan  # noqa: PLC0415
@@ -74,9 +79,13 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
             device=device,
         )
     )
-    _show(Console(markup=False), found)
-    if flags["out"]:
-        write_json(flags["out"], found.model_dump())
+    console = Console(markup=False)
+    _show(console, found)
+    if 1 - found.usable > flags["max_reject_rate"]:
+        stops = f"above --max-reject-rate {flags['max_reject_rate']:g}: invert will stop"
+        console.print(f"WARNING: that is {stops}", highlight=False, soft_wrap=True)
+    if flags["json"]:
+        write_json(flags["json"], found.model_dump())
 
 
 def _flags() -> inspect.Signature:
@@ -86,15 +95,24 @@ def _flags() -> inspect.Signature:
         "gpus": (GpusOption, 1),
         "price": (PriceOption, None),
         "seconds": (SecondsOption, 60.0),
-        "out": (FileOption, None),
+        "json": (FileOption, None),
     }
     parameters = inspect.signature(invert, eval_str=True).parameters
-    kept = [each for name, each in parameters.items() if name not in _NOT_HERE]
+    kept = [each for name, each in parameters.items() if name not in own and name not in _IDLE]
+    kept += [_hidden(parameters[name]).replace(default=default) for name, default in _IDLE.items()]
     added = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind, default=default)
         for name, (kind, default) in own.items()
     ]
     return inspect.Signature([*kept, *added])
+
+
+def _hidden(parameter: inspect.Parameter) -> inspect.Parameter:
+    """The same flag, left out of the help."""
+    kind, option = get_args(parameter.annotation)
+    shown = copy.copy(option)
+    shown.hidden = True
+    return parameter.replace(annotation=Annotated[kind, shown])
 
 
 plan.__signature__ = _flags()  # type: ignore[attr-defined]

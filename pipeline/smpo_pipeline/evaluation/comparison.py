@@ -136,6 +136,6 @@ def _widen_near_unanimity(rate: Estimate, num_prompts: int) -> Estimate:
     if rate.low is None or rate.high is None:
         return rate
     limit = ((1 - CONFIDENCE) / 2) ** (1 / num_prompts)
-    low = min(rate.low, limit) if rate.value >= limit else rate.low
-    high = max(rate.high, 1 - limit) if rate.value <= 1 - limit else rate.high
+    low = min(rate.low, limit) if 1 / 2 < rate.value >= limit else rate.low
+    high = max(rate.high, 1 - limit) if 1 / 2 > rate.value <= 1 - limit else rate.high
     return Estimate(rate.value, low, high)

@@ -49,19 +49,6 @@ def batches_of_one_size(requests: Sequence[Request], batch_size: Callable[[], in
             yield batch
 
 
-def requests_of_one_size_at_a_time(pairs: Sequence[PreparedPair], batch_size: int) -> Iterator[Request]:
-    """As :func:`walk_requests`, ``batch_size`` in a row of one image size; sizes come as often as in ``pairs``."""
-    by_size: dict[tuple[int, ...], list[PreparedPair]] = {}
-    for pair in pairs:
-        by_size.setdefault(pair.pixels_2HW3.shape, []).append(pair)
-    streams = {size: walk_requests(some) for size, some in by_size.items()}
-    batches = dict.fromkeys(by_size, 0)
-    while True:
-        size = min(batches, key=lambda each: (batches[each] + 1) / len(by_size[each]))
-        yield from islice(streams[size], batch_size)
-        batches[size] += 1
-
-
 def with_most_pixels(pairs: Sequence[PreparedPair], resolution: int) -> list[PreparedPair]:
     """The pairs as if they were in the bucket that takes most memory, the square; what they show does not matter."""
     return [replace(pair, pixels_2HW3=np.resize(pair.pixels_2HW3, (2, resolution, resolution, 3))) for pair in pairs]

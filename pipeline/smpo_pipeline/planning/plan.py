@@ -16,14 +16,13 @@ from smpo_pipeline.buckets import list_buckets
 from smpo_pipeline.inversion.batch import draw_walk
 from smpo_pipeline.inversion.batch_size import (
     choose_batch_size,
-    requests_of_one_size_at_a_time,
     walk_requests,
     with_most_pixels,
 )
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.jobs.paths import AbsolutePathOrUrl
-from smpo_pipeline.planning.rate import measure_rate
+from smpo_pipeline.planning.rate import batches_of_units, measure_rate
 from smpo_pipeline.planning.sample import sample_pairs
 from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, walk_bytes
 from smpo_schemas.errors import UserError
@@ -174,8 +173,8 @@ def make_plan(options: PlanOptions) -> Plan:
             options.pairs_per_shard * settings.walks,
             options.device,
         )
-    requests = requests_of_one_size_at_a_time(pairs, batch_size)
-    rate = measure_rate(inverter, denoisers, requests, batch_size, options.seconds, options.device)
+    batches = batches_of_units(pairs, settings.walks, options.pairs_per_shard, batch_size)
+    rate = measure_rate(inverter, denoisers, batches, options.seconds, options.device)
     walks = [
         draw_walk(pair, number, family, settings, options.seed) for pair in pairs for number in range(settings.walks)
     ]

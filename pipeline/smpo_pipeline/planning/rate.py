@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
 
-from smpo_pipeline.inversion.batch_size import Request
+from smpo_pipeline.inversion.batch import PreparedPair
+from smpo_pipeline.inversion.batch_size import Request, batches_of_one_size, walk_requests
 from smpo_pipeline.inversion.inverter import Inverter
 
 
@@ -34,11 +37,33 @@ class Rate:
     peak_memory: int | None
 
 
+def batches_of_units(
+    pairs: Sequence[PreparedPair], walks: int, pairs_per_unit: int, batch_size: int
+) -> Iterator[list[Request]]:
+    """Endless batches as `invert` cuts them: of one image size each, and never of two units.
+
+    Those of a unit come in a random order (always the same), so that the first ones, which may be all that is
+    measured, are as full as the others.
+
+    Args:
+        pairs: of a sample; where they are used up, further walks of them are made, which have draws of their own.
+        walks: of each pair.
+        pairs_per_unit: in one unit of work.
+        batch_size: walks a batch, at the most.
+    """
+    order = random.Random(0)
+    shown = walk_requests(pairs)
+    while True:
+        unit = [(pair, turn * walks + walk) for pair, turn in islice(shown, pairs_per_unit) for walk in range(walks)]
+        batches = list(batches_of_one_size(unit, lambda: batch_size))
+        order.shuffle(batches)
+        yield from ([unit[position] for position in batch] for batch in batches)
+
+
 def measure_rate(
     inverter: Inverter,
     denoisers: Iterable[nn.Module],
-    requests: Iterator[Request],
-    batch_size: int,
+    batches: Iterator[list[Request]],
     seconds: float,
     device: str,
     clock: Callable[[], float] = time.perf_counter,
@@ -48,8 +73,7 @@ def measure_rate(
     Args:
         inverter: at work on the device.
         denoisers: the modules whose forwards are counted.
-        requests: what to make.
-        batch_size: walks a batch.
+        batches: what to make.
         seconds: how long, warm-up included; the last batch may end later.
         device: cpu or cuda.
         clock: in seconds.
@@ -64,21 +88,22 @@ def measure_rate(
         for module in denoisers:
             hooks.callback(module.register_forward_pre_hook(counted).remove)
 
-        def batch() -> None:
-            inverter.invert([next(requests) for _ in range(batch_size)])
+        def batch() -> int:
+            requests = next(batches)
+            inverter.invert(requests)
+            return len(requests)
 
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = clock()
-        batch()
+        size = batch()
         warm_up = clock() - start
         if warm_up >= seconds:
-            return Rate(batch_size, warm_up, count, warm=False, peak_memory=_peak(device))
+            return Rate(size, warm_up, count, warm=False, peak_memory=_peak(device))
         count = walks = 0
         begin = clock()
         while not walks or clock() - start < seconds:
-            batch()
-            walks += batch_size
+            walks += batch()
         return Rate(walks, clock() - begin, count, warm=True, peak_memory=_peak(device))
 
 
