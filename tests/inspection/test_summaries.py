@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,14 @@ def test_scores(tmp_path: Path) -> None:
     assert agreement == ["match", "sharp", "40", "75.0", "%"]
     (first,) = [line.split() for line in text.splitlines() if line.strip().startswith("user-0")]
     assert first == ["user-0", "20", "100.0", "%", "50.0", "%"]
+
+
+def test_annotators_beyond_the_table_are_the_others(tmp_path: Path) -> None:
+    summary = summarise_scores(make_scores(tmp_path / "scores"))
+    people = [f"person-{number % 10}" for number in range(36)] + ["late", "late", "later", None]
+    text = printed(print_scores, replace(summary, annotators=people), tmp_path)
+    assert "and 2 more: late (2), later (1)" in text
+    assert text.count("person-3") == 1
 
 
 def test_shards(shards: Path) -> None:
