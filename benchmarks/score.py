@@ -244,7 +244,7 @@ actors, object store), sampled twice a second:
 |---|---|---|---|
 {chr(10).join(lines)}
 
-Ten times the data takes {100 * growth:.0f} % more memory.
+Ten times the data changes the peak by {100 * growth:+.0f} %.
 """
 
 

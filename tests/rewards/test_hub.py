@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 
+from transformers import CLIPConfig, CLIPModel
+
 from smpo_pipeline.rewards import load_reward
 
 CODE = """
@@ -32,10 +34,15 @@ def put(cache, repository, *files) -> None:
 
 def test_each_reward_is_found_by_its_hub_name(folders, tmp_path):
     clip, hps, image, head = (folders[name] for name in ("pickscore", "hpsv2", "imagereward", "aesthetic"))
-    weights = [(name, clip / name) for name in ("config.json", "model.safetensors")]
+    pick = tmp_path / "pick"
+    config = CLIPConfig.from_pretrained(clip)
+    config.text_config.vocab_size, config.text_config.eos_token_id = 49408, 49407
+    CLIPModel(config).save_pretrained(pick)
+    names = ("config.json", "model.safetensors")
+    weights, pick_weights = ([(name, folder / name) for name in names] for folder in (clip, pick))
     tokens = [(file.name, file) for file in clip.iterdir() if "token" in file.name]
     pixels = [("preprocessor_config.json", clip / "preprocessor_config.json")]
-    put(tmp_path, "yuvalkirstain/PickScore_v1", *weights)
+    put(tmp_path, "yuvalkirstain/PickScore_v1", *pick_weights)
     put(tmp_path, "openai/clip-vit-large-patch14", *weights, *tokens, *pixels)
     words = [(name, hps / name) for name in ("vocab.json", "merges.txt")]
     put(tmp_path, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", *words, *pixels)
@@ -56,7 +63,7 @@ def test_each_reward_is_found_by_its_hub_name(folders, tmp_path):
     # PickScore's tokenizer comes from another repository than its weights, here as there.
     both = tmp_path / "both"
     both.mkdir()
-    for name, path in (*weights, *words, *pixels):
+    for name, path in (*pick_weights, *words, *pixels):
         shutil.copy(path, both / name)
     folders = {**folders, "pickscore": both}
     local = {name: load_reward(f"{name}={folder}", "cpu").fingerprint for name, folder in folders.items()}
