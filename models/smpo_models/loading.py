@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
-import pkgutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,6 +17,7 @@ from torch import nn
 import smpo_models.families
 from smpo_models.family import Family
 from smpo_models.weights import loading_errors
+from smpo_schemas.discovery import subclasses_in
 from smpo_schemas.errors import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -43,15 +42,8 @@ class _Loader(Protocol):
 
 def families() -> dict[str, type[Family]]:
     """Every family by the pipeline class names it is for; a new file in ``smpo_models/families`` is found by itself."""
-    for module in pkgutil.iter_modules(smpo_models.families.__path__):
-        importlib.import_module(f"{smpo_models.families.__name__}.{module.name}")
-    return {name: family for family in _subclasses(Family) for name in getattr(family, "pipelines", ())}
-
-
-def _subclasses(of: type[Any]) -> Iterator[type[Any]]:
-    for family in of.__subclasses__():
-        yield family
-        yield from _subclasses(family)
+    found = subclasses_in(smpo_models.families, Family)  # type: ignore[type-abstract]
+    return {name: family for family in found for name in getattr(family, "pipelines", ())}
 
 
 def load_family(
@@ -99,24 +91,38 @@ def load_walker(family: Family, model: str, path: Path, device: torch.device | s
     lora = path if path.is_file() else path / LORA_FILE
     if not lora.is_file():
         return _own(load_family(model, ("denoiser",), denoiser=path, device=device))
-    what = f"--walker {path}"
+    walker = copy.deepcopy(_own(family))
+    fuse_lora(walker, lora, f"--walker {path}", f"--model {model}")
+    return walker.requires_grad_(False).eval()
+
+
+def fuse_lora(denoiser: Any, lora: Path, what: str, of: str) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
+    """Add a LoRA file to the weights of a denoiser.
+
+    Args:
+        denoiser: is changed.
+        lora: the file.
+        what: starts the error.
+        of: whose denoiser it is, for the error.
+
+    Raises:
+        UserError: it cannot be read, or a layer of it does not fit.
+    """
     with loading_errors(what):
         layers = safetensors.torch.load_file(lora)
-        walker = copy.deepcopy(_own(family))
         # diffusers logs what does not fit over many lines, and goes on without any of it.
         logger = logging.getLogger("diffusers.loaders.peft")
         logger.disabled = True
         try:
-            walker.load_lora_adapter(layers, prefix=_LORA_PREFIX, adapter_name=_LORA_PREFIX)
+            denoiser.load_lora_adapter(layers, prefix=_LORA_PREFIX, adapter_name=_LORA_PREFIX)
         finally:
             logger.disabled = False
-        known = _LORA_PREFIX in getattr(walker, "peft_config", {})
-        fitting = get_peft_model_state_dict(walker, adapter_name=_LORA_PREFIX) if known else {}
+        known = _LORA_PREFIX in getattr(denoiser, "peft_config", {})
+        fitting = get_peft_model_state_dict(denoiser, adapter_name=_LORA_PREFIX) if known else {}
     if len(fitting) != len(layers):
-        raise UserError(f"{what}: of its {len(layers)} layers only {len(fitting)} fit the denoiser of --model {model}")
-    walker.fuse_lora()
-    walker.unload_lora()
-    return walker.requires_grad_(False).eval()
+        raise UserError(f"{what}: of its {len(layers)} layers only {len(fitting)} fit the denoiser of {of}")
+    denoiser.fuse_lora()
+    denoiser.unload_lora()
 
 
 def _own(family: Family) -> nn.Module:

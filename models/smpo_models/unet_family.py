@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 from smpo_models.family import Conditioning, Family
 from smpo_models.loading import denoiser_folder
 from smpo_models.process import VariancePreserving
-from smpo_models.weights import load_part, load_weights
+from smpo_models.weights import load_part, load_tokenizer, load_weights
 from smpo_schemas.errors import UserError
 
 ENCODED_PIXELS = 1 << 21
@@ -140,15 +140,8 @@ class UNetFamily(Family):
         return self._channels, height // self.latent_factor, width // self.latent_factor
 
     def _load_tokenizer(self, name: str) -> CLIPTokenizer:
-        """The tokenizer in the model's subfolder ``name``.
-
-        Raises:
-            UserError: it is missing, for which the library would make one without words.
-        """
-        tokenizer = load_part(CLIPTokenizer.from_pretrained, self._model, self._what, subfolder=name)
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise UserError(f"{self._what} cannot be loaded: its {name} is missing or has no vocabulary")
-        return tokenizer
+        """The tokenizer in the model's subfolder ``name``."""
+        return load_tokenizer(CLIPTokenizer.from_pretrained, self._model, self._what, subfolder=name)
 
     def cuts(self, prompt: str) -> bool:
         """See the base class."""

@@ -59,3 +59,16 @@ def load_weights(loader: Callable[..., Any], source: str | None, what: str, **op
     if others:
         raise UserError(f"{subject} has {len(others)} weights of another shape, first {others[0]}")
     return module
+
+
+def load_tokenizer(loader: Callable[..., Any], source: str, what: str, **options: Any) -> Any:  # noqa: ANN401
+    """Like :func:`load_part`, for a tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded, or is missing, for which the library would make one without words.
+    """
+    tokenizer = load_part(loader, source, what, **options)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        name = options.get("subfolder", "tokenizer")
+        raise UserError(f"{what} cannot be loaded: its {name} is missing or has no vocabulary")
+    return tokenizer

@@ -107,6 +107,14 @@ def test_mistakes_are_one_line(capfd, scores, tmp_path):
     assert_one_line(calibrate(capfd, "--scores", scores, "--reward", "three"), "--reward three", "it holds: one, two")
 
 
+def test_what_would_be_overwritten_and_urls_are_one_line(capfd, scores):
+    before = {path: path.read_bytes() for path in scores.iterdir()}
+    for name in ("scores.json", "calibration.png", "calibration"):
+        assert_one_line(calibrate(capfd, "--scores", scores, "--out", scores / name), "name a file that ends in .json")
+    assert_one_line(calibrate(capfd, "--scores", "s3://bucket/scores"), "s3://bucket/scores is a URL", "copy it here")
+    assert {path: path.read_bytes() for path in scores.iterdir()} == before
+
+
 def test_a_damaged_file_is_one_line(capfd, scores):
     calibrate(capfd, "--scores", scores)
     path = scores / "calibration.json"

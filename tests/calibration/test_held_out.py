@@ -93,12 +93,15 @@ def test_equal_weights_are_taken_where_they_do_better(tmp_path, seed, equal_is_b
     scores = {name: quality + 0.3 * stream.normal(size=(60, 2)) for name in ("one", "two")}
     margin = quality[:, 0] - quality[:, 1]
     labels = (stream.random(60) < 1 / (1 + np.exp(-2 * margin))).astype(float).tolist()
-    data = labelled(tmp_path / "s", scores, labels, [f"p{row}" for row in range(60)])
+    images = [(f"{row}-0", f"{row}-1") for row in range(60)]
+    data = labelled(tmp_path / "s", scores, labels, [f"p{row}" for row in range(60)], images=images)
     found = validate(data)
     equal, fitted = (log_loss(found.p[name], np.array(labels)) for name in (EQUAL_MIXTURE, MIXTURE))
     assert found.equal_weights == (equal < fitted) == equal_is_better
     assert found.chosen == (EQUAL_MIXTURE if equal_is_better else MIXTURE)
     assert found.mixture is (found.final.equal if equal_is_better else found.final.fitted)
+    # Of prompts with two images, the win rate by that calibration is the mixture itself.
+    np.testing.assert_allclose(found.p["winrate, calibrated"], found.p[found.chosen], rtol=1e-12)
 
 
 def test_winrate_is_there_where_images_have_names_and_one_reward_needs_no_mix(tmp_path):

@@ -5,6 +5,7 @@ import os
 import time
 import traceback
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import ray
 import torch
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
-from smpo_pipeline.jobs import invert
+from smpo_pipeline.jobs import invert, score
 from smpo_pipeline.jobs.cluster import (
     Pool,
     _plain_errors,
@@ -24,7 +25,7 @@ from smpo_pipeline.jobs.cluster import (
     task_memory,
 )
 from smpo_pipeline.jobs.prepare import cell, values_of
-from smpo_pipeline.jobs.score import _pool_sizes
+from smpo_pipeline.jobs.score import ScoreOptions, _pool_sizes, _pools
 from smpo_schemas.errors import UserError
 
 
@@ -93,6 +94,25 @@ def test_concurrency_is_of_all_rewards_or_of_one():
             _pool_sizes([wrong], specs)
 
 
+def test_cores_of_a_cluster_are_its_machines_not_the_drivers(monkeypatch):
+    """Machines and the cores that their CPU actors use, threads or not."""
+    cluster = [{"Alive": True, "Resources": {"CPU": cores}} for cores in (16.0, 8.0, 16.0)]
+    cluster += [{"Alive": False, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"GPU": 1.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: cluster)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    specs = {"toy-truth": "toy-truth", "pickscore": "pickscore"}
+
+    def pools(address, given):
+        options = ScoreOptions.model_construct(device="cpu", ray_address=address)
+        return {name: (pool.size, pool.threads) for name, pool in _pools(options, specs, given).items()}
+
+    assert pools(None, {}) == {"toy-truth": (6, 1), "pickscore": (1, 6)}
+    assert pools(None, {"toy-truth": 2, "pickscore": 2}) == {"toy-truth": (2, 1), "pickscore": (2, 3)}
+    assert pools("auto", {}) == {"toy-truth": (40, 1), "pickscore": (5, 8)}
+    assert pools("auto", {"pickscore": 6})["pickscore"] == (6, 4)
+    assert pools("auto", {"pickscore": 100})["pickscore"] == (100, 1)
+
+
 UNIT_BYTES = 8 << 20
 
 
@@ -106,8 +126,8 @@ def _decode(row, folder):
 
 
 class _SlowActor:
-    def __init__(self, folder):
-        self._folder = folder
+    def __init__(self, folder=None, spec="", **_):
+        self._folder = folder or Path(spec.partition("=")[2])
 
     def __call__(self, row):
         """How many units wait decoded."""
@@ -131,3 +151,24 @@ def test_decoded_units_do_not_pile_up_before_a_slow_actor(tmp_path, monkeypatch)
             task_memory(10**15)
     assert len(waiting) == 20
     assert max(waiting) <= 6
+
+
+def _decode_chunk(row, folder, **_):
+    yield _decode(row, folder)
+
+
+@pytest.mark.slow
+def test_decoded_chunks_do_not_pile_up_before_a_slow_reward(tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "RewardActor", _SlowActor)
+    monkeypatch.setattr(score, "prepare_chunks", partial(_decode_chunk, folder=tmp_path))
+    monkeypatch.setattr(score, "CHUNK_BYTES", UNIT_BYTES)
+    options = ScoreOptions.model_construct(device="cpu", dtype="fp32", batch_size=None, ray_address=None)
+    specs = {"toy-truth": f"toy-truth={tmp_path}"}
+    models = {"toy-truth": score.RewardModel("m", "f", "u", "fp32")}
+    with connected(None):
+        source = ray.data.from_items([{"unit": unit} for unit in range(40)], override_num_blocks=40)
+        made = score._add_stages(source, None, options, [], {}, specs, models, {"toy-truth": 1})
+        tables = made.iter_batches(batch_size=None, batch_format="pyarrow")
+        waiting = [each for table in tables for each in table["waiting"].to_pylist()]
+    assert len(waiting) == 40
+    assert max(waiting) <= 14  # ten by the limit, and four tasks that run

@@ -13,8 +13,8 @@ from smpo_pipeline.rewards import load_reward
 CODE = """
 import json
 from smpo_pipeline.rewards import load_reward
-specs = ["pickscore", "clipscore", "hpsv2", "hpsv2=xswu/HPSv2/HPS_v2.1_compressed.pt", "imagereward",
-         "aesthetic=someone/copy/head.pth"]
+specs = ["pickscore", "pickscore=yuvalkirstain/PickScore_v1", "clipscore", "hpsv2",
+         "hpsv2=xswu/HPSv2/HPS_v2.1_compressed.pt", "imagereward", "aesthetic=someone/copy/head.pth"]
 print(json.dumps([(reward.model, reward.fingerprint) for reward in (load_reward(spec, "cpu") for spec in specs)]))
 """
 
@@ -60,9 +60,10 @@ def test_each_reward_is_found_by_its_hub_name(folders, tmp_path):
         shutil.copy(path, both / name)
     folders = {**folders, "pickscore": both}
     local = {name: load_reward(f"{name}={folder}", "cpu").fingerprint for name, folder in folders.items()}
-    names = ["pickscore", "clipscore", "hpsv2", "hpsv2", "imagereward", "aesthetic"]
+    names = ["pickscore", "pickscore", "clipscore", "hpsv2", "hpsv2", "imagereward", "aesthetic"]
     assert [fingerprint for _, fingerprint in found] == [local[name] for name in names]
-    assert [model for model, _ in found][:4] == [
+    assert [model for model, _ in found][:5] == [
+        "yuvalkirstain/PickScore_v1",
         "yuvalkirstain/PickScore_v1",
         "openai/clip-vit-large-patch14",
         "xswu/HPSv2/HPS_v2_compressed.pt",

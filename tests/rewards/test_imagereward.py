@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -117,6 +119,11 @@ def test_other_weights_are_one_line(folders, tmp_path):
     refused(lambda state: state.pop("blip.visual_encoder.patch_embed.proj.weight"), "has no image tower")
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     refused(dict.copy, r"the tokenizer knows 7 tokens, .*med_config.json says 8\d")
+    settings = json.loads((folder / "med_config.json").read_text())
+    for content in ("", "[]", '{"vocab_size"', json.dumps(settings | {"hidden_act": "nonsense"})):
+        shutil.copy(folders["imagereward"] / "vocab.txt", folder)
+        (folder / "med_config.json").write_text(content)
+        refused(dict.copy, "med_config.json cannot be loaded: ")
     (folder / "med_config.json").unlink()
     refused(dict.copy, "med_config.json is not in")
 

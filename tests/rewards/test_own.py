@@ -86,10 +86,14 @@ def test_a_class_that_is_no_reward_is_one_line(here):
         + "\n\nclass Half(Reward):\n    name = 'half'\n"
     )
     (here / "syntax.py").write_text("def (")
+    (here / "folder").mkdir()
     for spec, message in {
         "nowhere:Sharpness": "nowhere cannot be imported: No module named 'nowhere'",
         "syntax:Sharpness": "syntax cannot be imported: invalid syntax",
-        ":Sharpness": "cannot be imported",
+        ":Sharpness": "'' is no module's name",
+        "./bad.py:Sharpness": "'./bad.py' is no module's name, such as my_rewards or package.module",
+        "sys:Sharpness": "sys has no 'Sharpness'",
+        "folder:Sharpness": "folder has no 'Sharpness'",
         "bad:Missing": "bad.py has no 'Missing'",
         "bad:np": "is no subclass of smpo_pipeline.rewards.Reward",
         "bad:Named": "the name 'a:b' cannot be a column",

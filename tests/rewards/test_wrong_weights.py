@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import CLIPConfig
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from tests.command import assert_one_line, run_here
 from tests.rewards.conftest import MAKERS
 from tests.tiny import make_tiny_clip, make_tiny_model
+from tests.tiny_rewards import save_clip_tokenizer
 
 CHECKPOINTS = {
     "pickscore": "model.safetensors",
@@ -83,8 +84,9 @@ def test_a_file_that_would_run_code(name, refused, folders, tmp_path):
     torch.save({"state_dict": Harm()}, folder / CHECKPOINTS[name], pickle_module=pickle)
     refused(f"{name}={folder}", "is damaged, or is no plain file of weights")
     assert not (tmp_path / "harm").exists()
-    torch.save({"state_dict": {"weight": "text"}}, folder / CHECKPOINTS[name])
-    refused(f"{name}={folder}", "holds no weights by name")
+    for content in ({"weight": "text"}, {0: torch.zeros(1)}):
+        torch.save({"state_dict": content}, folder / CHECKPOINTS[name])
+        refused(f"{name}={folder}", "holds no weights by name")
     shutil.copy(folder / CHECKPOINTS[name], folder / "second.pt")
     refused(f"{name}={folder}", "must hold one checkpoint", "second.pt")
 
@@ -115,6 +117,46 @@ def test_clip_of_another_depth_width_or_kind(refused, tmp_path):
     refused(f"clipscore={wider}", "2 weights of another shape", "text_projection.weight")
     model = make_tiny_model(tmp_path / "sd")
     refused(f"pickscore={model / 'text_encoder'}", "is a 'clip_text_model' model")
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore"])
+def test_clip_beside_what_prepares_for_another_model(name, refused, folders, tmp_path):
+    """Where nothing else would fail, scores would look right and be wrong."""
+
+    def copied(to, change):
+        folder = shutil.copytree(folders[name], tmp_path / to)
+        change(folder)
+        return f"{name}={folder}"
+
+    def no_tokenizer(folder):
+        for file in folder.glob("*token*"):
+            file.unlink()
+
+    def other_end(folder):
+        config = CLIPConfig.from_pretrained(folder)
+        config.text_config.eos_token_id -= 1
+        config.save_pretrained(folder)
+
+    def other_size(folder):
+        CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=24).save_pretrained(folder)
+
+    def not_cropped(folder):
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False).save_pretrained(folder)
+
+    refused(copied("a", no_tokenizer), "its tokenizer is missing or has no vocabulary")
+    refused(copied("b", lambda folder: (no_tokenizer(folder), save_clip_tokenizer(folder))), "knows 49408 tokens, the")
+    refused(copied("c", other_end), "the tokenizer ends a prompt with token")
+    refused(copied("d", other_size), "gives 3 x 24 x 24 numbers, the model takes 3 x 32 x 32")
+    refused(copied("e", not_cropped), "gives 3 x 51 x 32 numbers")
+
+
+def test_an_open_clip_weight_of_too_few_dimensions(refused, folders, tmp_path):
+    folder = shutil.copytree(folders["hpsv2"], tmp_path / "model")
+    file = folder / CHECKPOINTS["hpsv2"]
+    state = torch.load(file, weights_only=True)["state_dict"]
+    for key in ("token_embedding.weight", "visual.conv1.weight"):
+        torch.save(state | {key: torch.tensor(1.0)}, file)
+        refused(f"hpsv2={folder}", f"--reward hpsv2={folder} cannot be loaded")
 
 
 def test_the_list_of_makers_is_whole():

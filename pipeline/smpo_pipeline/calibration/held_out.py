@@ -16,6 +16,7 @@ from smpo_schemas.preference import Preference, preferences
 from smpo_schemas.preference.base import spread
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.preference.mixture import Mixture
+from smpo_schemas.scores import RewardStatistics
 
 COIN = "p = 0.5"
 MINMAX, MIXTURE = "minmax", "mixture"
@@ -38,6 +39,10 @@ class Fits:
     fitted: MixtureFit
     equal: MixtureFit
     sharpness: float
+
+    def mixture(self, *, equal_weights: bool) -> MixtureFit:
+        """One of the two."""
+        return self.equal if equal_weights else self.fitted
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,13 @@ class HeldOut:
     @property
     def mixture(self) -> MixtureFit:
         """The mixture to use: fitted to all labels, with the weights that did better on held-out prompts."""
-        return self.final.equal if self.equal_weights else self.final.fitted
+        return self.final.mixture(equal_weights=self.equal_weights)
 
 
 def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[int], None]) -> HeldOut:
     """Fit and predict, fold by fold.
+
+    What else takes a calibration is given that of the mixture which did better, as ``smpo-train`` is.
 
     Args:
         data: scores and labels.
@@ -106,6 +113,12 @@ def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[i
     done(folds + 1)
     labels = data.labels_P[labelled]
     equal = EQUAL_MIXTURE in p and log_loss(p[EQUAL_MIXTURE][labelled], labels) < log_loss(p[MIXTURE][labelled], labels)
+    for way in _other_ways(data):
+        if way.calibration != "refused":
+            p[f"{way.name}, calibrated"] = np.full(len(fold_P), np.nan)
+            for fold, fits in enumerate(found):
+                calibrated = way(*_learned(data, fits.mixture(equal_weights=equal)))
+                p[f"{way.name}, calibrated"][fold_P == fold] = calibrated.probability(data.pairs)[fold_P == fold]
     return HeldOut(p, fold_P, found, final, equal)
 
 
@@ -156,16 +169,9 @@ def predict(data: LabelledPairs, fits: Fits, unfitted: Mapping[str, np.ndarray])
     if len(names) > 1:
         found[MINMAX] = unfitted[MINMAX]
         found[SHARP_MINMAX] = minmax(pairs.scores, statistics, dict.fromkeys(names, fits.sharpness))
-        even = dict.fromkeys(names, 1.0)
-        found[EQUAL_MIXTURE] = Mixture(even, statistics, _taus(names, fits.equal)).probability(pairs)
-    weights = dict(zip(names, fits.fitted.weight_K.tolist(), strict=True))
-    found[MIXTURE] = Mixture(weights, statistics, _taus(names, fits.fitted)).probability(pairs)
-    for way in _other_ways(data):
-        if way.name in unfitted:
-            found[way.name] = unfitted[way.name]
-        if way.calibration != "refused":
-            found[f"{way.name}, calibrated"] = way(weights, statistics, _taus(names, fits.fitted)).probability(pairs)
-    return found
+        found[EQUAL_MIXTURE] = Mixture(*_learned(data, fits.equal)).probability(pairs)
+    found[MIXTURE] = Mixture(*_learned(data, fits.fitted)).probability(pairs)
+    return found | {name: p_P for name, p_P in unfitted.items() if name not in found}
 
 
 def _other_ways(data: LabelledPairs) -> list[type[Preference]]:
@@ -174,5 +180,11 @@ def _other_ways(data: LabelledPairs) -> list[type[Preference]]:
     return [way for way in ways if data.pairs.images_P2 is not None or not way.needs_images]
 
 
-def _taus(names: list[str], mixture: MixtureFit) -> dict[str, float]:
-    return dict(zip(names, mixture.tau_K.tolist(), strict=True))
+def _learned(
+    data: LabelledPairs, mixture: MixtureFit
+) -> tuple[dict[str, float], Mapping[str, RewardStatistics], dict[str, float]]:
+    """What a way of mixing is made of: weights, statistics and temperatures by reward name."""
+    weights, taus = (
+        dict(zip(data.statistics, each.tolist(), strict=True)) for each in (mixture.weight_K, mixture.tau_K)
+    )
+    return weights, data.statistics, taus

@@ -60,7 +60,8 @@ def _print_rewards(report: Report, console: Console) -> None:
     title = f"the mixture, of all labels ({weights})"
     table = make_table(title, ("reward", "unit", "weight", "over folds", "tau", "tau alone"), 2)
     for k, (name, reward) in enumerate(report.calibration.rewards.items()):
-        over = [float(fits.fitted.weight_K[k]) for fits in report.held_out.folds]
+        equal = report.held_out.equal_weights
+        over = [float(fits.mixture(equal_weights=equal).weight_K[k]) for fits in report.held_out.folds]
         table.add_row(
             name,
             one_line(reward.unit),

@@ -9,14 +9,24 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from smpo_pipeline.commands.options import local_path
 from smpo_schemas.calibration import CALIBRATION_FILE, write_calibration
+from smpo_schemas.errors import UserError
+from smpo_schemas.scores import SCORES_FILE
 
 
 def calibrate(
-    scores: Annotated[Path, typer.Option(metavar="DIR", help="Output of `smpo-pipeline score`, of pairs with labels.")],
+    scores: Annotated[
+        Path,
+        typer.Option(metavar="DIR", parser=local_path, help="Output of `smpo-pipeline score`, of pairs with labels."),
+    ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help=f"What to write; default: {CALIBRATION_FILE} in the scores' folder."),
+        typer.Option(
+            metavar="FILE",
+            parser=local_path,
+            help=f"What to write, .json; default: {CALIBRATION_FILE} in the scores' folder.",
+        ),
     ] = None,
     reward: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only these rewards; default: all. Repeatable.")
@@ -35,13 +45,15 @@ def calibrate(
     from smpo_pipeline.calibration.plot import save_plot  # noqa: PLC0415
     from smpo_pipeline.calibration.show import print_report  # noqa: PLC0415
 
+    target = out or scores / CALIBRATION_FILE
+    if target.suffix != ".json" or target.name == SCORES_FILE:
+        raise UserError(f"--out {target}: name a file that ends in .json (the picture ends in .png), not {SCORES_FILE}")
     console = Console(markup=False, emoji=False)  # what is printed comes from the files
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("fitting", total=folds + 1)
         report = job.calibrate(
             scores, reward or [], folds=folds, seed=seed, done=lambda count: progress.update(task, completed=count)
         )
-    target = out or scores / CALIBRATION_FILE
     write_calibration(target, report.calibration)
     save_plot(report, target.with_suffix(".png"))
     print_report(report, str(scores), console)

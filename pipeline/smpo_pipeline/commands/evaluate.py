@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from smpo_pipeline.commands.options import DeviceOption, OutOption, RewardsOption
+from smpo_pipeline.commands.options import DeviceOption, OutOption, RewardsOption, local_path
 from smpo_pipeline.evaluation.plan import finished_results, make_plan
 from smpo_pipeline.evaluation.results import REPORT_FILE
 from smpo_pipeline.evaluation.summary import print_results
@@ -28,7 +28,9 @@ def evaluate(
     prompts: Annotated[
         Path,
         typer.Option(
-            metavar="FILE", help="Prompts: .txt with one a line, or .jsonl or .parquet with a column prompt or caption."
+            metavar="FILE",
+            parser=local_path,
+            help="Prompts: .txt with one a line, or .jsonl or .parquet with a column prompt or caption.",
         ),
     ],
     reward: RewardsOption,

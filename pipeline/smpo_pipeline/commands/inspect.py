@@ -19,13 +19,17 @@ from smpo_pipeline.commands.options import (
     PairIdColumn,
     PromptColumn,
     columns_by_field,
+    local_path,
 )
 from smpo_pipeline.inspection.recognise import recognise
 from smpo_schemas.scores import read_scores, read_scores_info
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Pairs (file or folder), an output of score, or an output of invert.")],
+    path: Annotated[
+        Path,
+        typer.Argument(parser=local_path, help="Pairs (file or folder), an output of score, or an output of invert."),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="PNG for the contact sheet. Default: inspect-NAME.png in the current folder."),
@@ -40,7 +44,9 @@ def inspect(
     vae: Annotated[str | None, typer.Option(metavar="DIR", help="For shards made with --vae: that VAE.")] = None,
     scores: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="For pairs: an output of score, to write their scores on the sheet."),
+        typer.Option(
+            metavar="DIR", parser=local_path, help="For pairs: an output of score, to write their scores on the sheet."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look only at the first N pairs or walks.")] = None,
     prompt_column: PromptColumn = None,

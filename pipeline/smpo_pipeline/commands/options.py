@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from smpo_schemas.errors import UserError
+from smpo_schemas.store import parse_path
 
 PairsOption = Annotated[
     list[str],
@@ -17,7 +18,23 @@ PairsOption = Annotated[
         help="Parquet or JSONL files, or folders of them, one row a pair. Pick-a-Pic v2's columns are known.",
     ),
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="Output directory; made where it is missing.")]
+
+
+def local_path(text: str) -> Path:
+    """What a user wrote where only a path of this machine will do.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    path = parse_path(text)
+    if not isinstance(path, Path):
+        raise UserError(f"{path} is a URL; this command takes paths of this machine: copy it here first")
+    return path
+
+
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", parser=local_path, help="Output directory; made where it is missing.")
+]
 OutOrUrlOption = Annotated[
     str,
     typer.Option("--out", metavar="DIR|URL", help="Output directory; made where it is missing. URLs: docs/storage.md."),

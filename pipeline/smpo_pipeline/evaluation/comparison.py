@@ -60,7 +60,7 @@ def compare(scores_PI: np.ndarray, baseline_PI: np.ndarray) -> Comparison:
     per_prompt_PV = np.stack([outcome_PI.mean(axis=1), difference_PI.mean(axis=1)], axis=1)
     win_rate, mean_difference = clustered_means(per_prompt_PV)
     return Comparison(
-        win_rate=_widen_if_unanimous(win_rate, num_prompts=len(per_prompt_PV)),
+        win_rate=_widen_near_unanimity(win_rate, num_prompts=len(per_prompt_PV)),
         mean_difference=mean_difference,
         wins=int((difference_PI > 0).sum()),
         ties=int((difference_PI == 0).sum()),
@@ -126,13 +126,16 @@ def _student_quantile(p: float, freedom: int) -> float:
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
-def _widen_if_unanimous(rate: Estimate, num_prompts: int) -> Estimate:
-    """Give a win rate of exactly 0 or 1, of which a bootstrap is falsely certain, its exact outer limit.
+def _widen_near_unanimity(rate: Estimate, num_prompts: int) -> Estimate:
+    """Keep a win rate's interval at least as wide as the exact one of P prompts that all were won, or lost.
 
     If a prompt is won in all its images with probability q, P prompts all are with q^P. A q for which that is below
-    2.5 % is ruled out, and the expected win rate is at least q.
+    2.5 % is ruled out, and the expected win rate is at least q. Of a unanimous outcome a bootstrap is falsely certain,
+    and of one that is nearly so too: what is lost once must not be surer than what is never lost.
     """
-    if rate.low is None or rate.value not in (0.0, 1.0):
+    if rate.low is None or rate.high is None:
         return rate
     limit = ((1 - CONFIDENCE) / 2) ** (1 / num_prompts)
-    return Estimate(rate.value, limit, 1.0) if rate.value == 1 else Estimate(rate.value, 0.0, 1 - limit)
+    low = min(rate.low, limit) if rate.value >= limit else rate.low
+    high = max(rate.high, 1 - limit) if rate.value <= 1 - limit else rate.high
+    return Estimate(rate.value, low, high)

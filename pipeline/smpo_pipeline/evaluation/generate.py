@@ -6,21 +6,26 @@ Shape suffixes: B batch, C h w a latent.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.weights import DTYPES, load_part, loading_errors
+from smpo_models.loading import LORA_FILE, fuse_lora, load_family
+from smpo_models.weights import DTYPES, load_part, load_weights, loading_errors
 from smpo_pipeline.evaluation.results import Settings
 from smpo_pipeline.evaluation.sources import UNET_FOLDER, ModelSource
+from smpo_pipeline.isolation import FAILURES, is_out_of_memory
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import write_bytes
 
@@ -44,41 +49,75 @@ def initial_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> n
     return generator.standard_normal(tuple(shape), dtype=np.float32)
 
 
+def check_generator(model: ModelSource, base: str | None, steps: int) -> tuple[int, int, int]:
+    """Read a model's configuration, which is all that is loaded of it.
+
+    Returns:
+        (C, h, w) of the latents that it samples.
+
+    Raises:
+        UserError: there is no such model, it has no UNet, or knows fewer timesteps than ``steps``.
+    """
+    what, whole, _ = _read_index(model, base)
+    denoiser = model.source if model.kind == "unet" else whole
+    known = load_part(DDIMScheduler.load_config, whole, what, subfolder="scheduler").get("num_train_timesteps", steps)
+    if steps > known:
+        raise UserError(f"--steps {steps}: {what} knows {known} timesteps")
+    return _latent_shape(load_part(UNet2DConditionModel.load_config, denoiser, what, subfolder=UNET_FOLDER))
+
+
 def load_generator(model: ModelSource, base: str | None, device: str, dtype: str) -> DiffusionPipeline:
     """Load a model for sampling with DDIM, without safety checker.
 
     Raises:
-        UserError: it cannot be loaded, or has no UNet.
+        UserError: it cannot be loaded, or has no UNet; or a part lacks weights, which diffusers would draw at random.
     """
-    what = f"--model {model.name}={model.source}"
-    whole = model.source if model.kind == "pipeline" else str(base)
-    with loading_errors(what if model.kind == "pipeline" else f"--base {whole}"):
-        index: dict[str, Any] = DiffusionPipeline.load_config(whole)
-    if UNET_FOLDER not in index:
-        raise UserError(f"{what}: a {index.get('_class_name', 'model')} has no unet; only such models can be evaluated")
-    replaced: dict[str, Any] = {}
+    what, whole, index = _read_index(model, base)
+    parts: dict[str, Any] = {}
     if "safety_checker" in index:
-        replaced = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
-    if model.kind == "unet":
-        replaced[UNET_FOLDER] = load_part(
-            UNet2DConditionModel.from_pretrained, model.source, what, subfolder=UNET_FOLDER, **options
-        )
-    pipeline = load_part(DiffusionPipeline.from_pretrained, whole, what, **options, **replaced)
-    if model.kind == "lora":
-        with loading_errors(what):
-            pipeline.load_lora_weights(model.source)
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
+    if model.kind != "pipeline":
+        parts[UNET_FOLDER] = _tuned_denoiser(model, whole, what).to(DTYPES[dtype])
+    for name, (library, kind) in ((name, of) for name, of in index.items() if isinstance(of, (list, tuple))):
+        loader = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind), None)
+        if name not in parts and inspect.isclass(loader) and issubclass(loader, torch.nn.Module):
+            parts[name] = load_weights(loader.from_pretrained, whole, what, subfolder=name, **options)
+    pipeline = load_part(DiffusionPipeline.from_pretrained, whole, what, **options, **parts)
     # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
+def _read_index(model: ModelSource, base: str | None) -> tuple[str, str, dict[str, Any]]:
+    """What to call a model in errors, the whole model that it is or is completed from, and that one's index."""
+    what = f"--model {model.name}={model.source}"
+    whole = model.source if model.kind == "pipeline" else str(base)
+    with loading_errors(what if model.kind == "pipeline" else f"--base {whole}"):
+        index: dict[str, Any] = DiffusionPipeline.load_config(whole)
+    if UNET_FOLDER not in index:
+        raise UserError(f"{what}: a {index.get('_class_name', 'model')} has no unet; only such models can be evaluated")
+    return what, whole, index
+
+
+def _tuned_denoiser(model: ModelSource, whole: str, what: str) -> torch.nn.Module:
+    """What smpo-train made of the denoiser of ``whole``, in float32."""
+    folder = Path(model.source)
+    family = load_family(whole, ("denoiser",), denoiser=folder if model.kind == "unet" else None)
+    if family.denoiser is None:
+        raise RuntimeError("the model was loaded without its denoiser")
+    if model.kind == "lora":
+        fuse_lora(family.denoiser, folder / LORA_FILE, what, whole)
+    return family.denoiser
+
+
 def latent_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
     """(C, h, w) of the latents that the pipeline samples by default."""
-    config = pipeline.unet.config
+    return _latent_shape(pipeline.unet.config)
+
+
+def _latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return (config["in_channels"], config["sample_size"], config["sample_size"])
 
 
@@ -100,22 +139,39 @@ def generate(
         pipeline: from :func:`load_generator`.
         pictures: what to make.
         settings: how.
-        batch_size: images at once.
+        batch_size: images at once; fewer from where memory runs out.
         advance: told how many images have been finished, after each batch.
+
+    Raises:
+        UserError: there is too little memory for a single image.
     """
-    shape = latent_shape(pipeline)
-    for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
-        noise_BChw = np.stack([initial_noise(settings.seed, each.prompt, each.index, shape) for each in batch])
-        with torch.inference_mode():
-            images: list[Image.Image] = pipeline(
-                prompt=[each.prompt for each in batch],
-                latents=torch.from_numpy(noise_BChw).to(pipeline.device, pipeline.unet.dtype),
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-            ).images
+    done = 0
+    while done < len(pictures):
+        batch = pictures[done : done + batch_size]
+        try:
+            images = _sample(pipeline, batch, settings)
+        except FAILURES as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise UserError(f"too little memory to sample one image: {error}; --dtype fp16 takes half") from error
+            batch_size = len(batch) // 2
+            continue
         for each, image in zip(batch, images, strict=True):
             buffer = io.BytesIO()
             image.save(buffer, format="PNG")
             write_bytes(each.path, buffer.getvalue())
+        done += len(batch)
         advance(len(batch))
+
+
+def _sample(pipeline: DiffusionPipeline, batch: Sequence[Picture], settings: Settings) -> list[Image.Image]:
+    shape = latent_shape(pipeline)
+    noise_BChw = np.stack([initial_noise(settings.seed, each.prompt, each.index, shape) for each in batch])
+    with torch.inference_mode():
+        return pipeline(
+            prompt=[each.prompt for each in batch],
+            latents=torch.from_numpy(noise_BChw).to(pipeline.device, pipeline.unet.dtype),
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+        ).images

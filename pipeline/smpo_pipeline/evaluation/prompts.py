@@ -35,8 +35,8 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     if path.suffix not in readers:
         raise UserError(f"--prompts {path}: only {', '.join(readers)} files are read")
     try:
-        found = [str(prompt).strip() for prompt in readers[path.suffix](path) if prompt is not None]
-    except (OSError, ValueError, pa.ArrowException) as error:
+        found = [_checked(prompt, path) for prompt in readers[path.suffix](path) if prompt is not None]
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"--prompts {path} cannot be read: {error}") from error
     prompts = [prompt for prompt in dict.fromkeys(found) if prompt]
     if not prompts:
@@ -45,7 +45,8 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    yield from path.read_text(encoding="utf-8-sig").splitlines()
+    # Not splitlines, which also cuts at what a prompt may hold, such as U+2028.
+    yield from path.read_text(encoding="utf-8-sig").split("\n")
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
@@ -60,6 +61,13 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
 def _read_parquet(path: Path) -> Iterator[Any]:
     name = _column(pq.read_schema(path).names, path)
     yield from pq.read_table(path, columns=[name])[name].to_pylist()
+
+
+def _checked(prompt: Any, path: Path) -> str:  # noqa: ANN401  (anything that a file may hold)
+    if not isinstance(prompt, str):
+        raise UserError(f"--prompts {path}: a prompt is no text: {str(prompt)[:100]}")
+    prompt.encode()  # half a character, as \\ud83d in JSON, is a ValueError
+    return prompt.strip()
 
 
 def _column(names: list[str], path: Path) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smpo_pipeline.evaluation.comparison import compare
-from smpo_pipeline.evaluation.generate import Picture, denoiser_fingerprint, generate, latent_shape, load_generator
+from smpo_pipeline.evaluation.generate import Picture, check_generator, denoiser_fingerprint, generate, load_generator
 from smpo_pipeline.evaluation.plan import ORIGIN_FILE, Plan
 from smpo_pipeline.evaluation.report import write_report
 from smpo_pipeline.evaluation.results import (
@@ -47,7 +47,13 @@ def run(plan: Plan, console: Console) -> Results:
     _quiet_libraries()
     # Float32 is float32, as in the workers of `score`: by default cuDNN convolves in TF32.
     torch.backends.cudnn.allow_tf32 = False
-    # Before the hours of sampling: a reward that cannot be loaded is found out first.
+    # Before the hours of sampling: a reward or a later model that cannot be loaded is found out first.
+    shapes = {model.name: check_generator(model, plan.base, plan.settings.steps) for model in plan.models}
+    if len(set(shapes.values())) > 1:
+        raise UserError(
+            f"--model: latents differ in shape ({shapes}), so the models cannot begin from the same noise; "
+            "compare models of one resolution and family"
+        )
     rewards = [load_reward(spec, device) for spec in plan.settings.rewards]
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
@@ -103,25 +109,17 @@ def _files(plan: Plan, model: str) -> list[str]:
 def _generate_all(plan: Plan, device: str, progress: Progress) -> list[ModelEntry]:
     """Make what is missing of every model's images, one model in memory at a time."""
     entries: list[ModelEntry] = []
-    shapes: dict[str, tuple[int, int, int]] = {}
     for model in plan.models:
-        _claim_folder(plan, model.name)
         pictures = _pictures(plan, model.name)
         task = progress.add_task(f"sample {model.name}", total=len(pictures))
         pipeline = load_generator(model, plan.base, device, plan.settings.dtype)
-        shapes[model.name] = latent_shape(pipeline)
-        if len(set(shapes.values())) > 1:
-            raise UserError(
-                f"--model: latents differ in shape ({shapes}), so the models cannot begin from the same noise; "
-                "compare models of one resolution and family"
-            )
+        denoiser = denoiser_fingerprint(pipeline)
+        _claim_folder(plan, model.name, denoiser)
         missing = [picture for picture in pictures if not picture.path.is_file()]
         progress.update(task, completed=len(pictures) - len(missing))
         generate(pipeline, missing, plan.settings, plan.batch_size, _advancing(progress, task))
         base = plan.base if model.kind != "pipeline" else None
-        entries.append(
-            ModelEntry(name=model.name, source=model.source, base=base, denoiser=denoiser_fingerprint(pipeline))
-        )
+        entries.append(ModelEntry(name=model.name, source=model.source, base=base, denoiser=denoiser))
         del pipeline
         gc.collect()
     return entries
@@ -131,14 +129,17 @@ def _advancing(progress: Progress, task: object) -> Callable[[int], None]:
     return lambda count: progress.advance(task, count)  # type: ignore[arg-type]
 
 
-def _claim_folder(plan: Plan, model: str) -> None:
-    """Mark a model's image folder with what its images are made from; images from anything else are removed."""
+def _claim_folder(plan: Plan, model: str, denoiser: str) -> None:
+    """Mark a model's image folder with what its images are made from; images from anything else are removed.
+
+    The denoiser is part of it, for what a hub id stands for may change.
+    """
     folder = plan.folder(model)
-    origin = folder / ORIGIN_FILE
-    if origin.is_file() and read_json(origin).get("origin") != plan.origin(model):
+    file, origin = folder / ORIGIN_FILE, {"origin": plan.origin(model), "denoiser": denoiser}
+    if file.is_file() and read_json(file) != origin:
         for stale in folder.glob("*.png"):
             stale.unlink()
-    write_json(origin, {"origin": plan.origin(model)})
+    write_json(file, origin)
 
 
 def _score_all(plan: Plan, reward: Reward, progress: Progress) -> dict[str, np.ndarray]:

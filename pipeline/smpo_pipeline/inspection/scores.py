@@ -146,4 +146,5 @@ def _print_annotators(summary: ScoresSummary, console: Console) -> None:
         table.add_row(one_line(name), f"{decided}", *(percent(alike, total) for alike, total in found))
     console.print(table)
     if len(counts) > _MOST_ANNOTATORS:
-        console.print(f"and {len(counts) - _MOST_ANNOTATORS} more: {counted(counts)}", highlight=False)
+        others = dict(counts.most_common()[_MOST_ANNOTATORS:])
+        console.print(f"and {len(others)} more: {counted(others)}", highlight=False)

@@ -142,6 +142,14 @@ def gpus_there() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def cores_there(address: str | None) -> list[int]:
+    """Cores of each machine of the cluster at ``address`` that works, or of this one; at least one in all."""
+    if not address:  # Ray is told of more than there are
+        return [os.cpu_count() or 1]
+    cores = (int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    return [each for each in cores if each] or [1]
+
+
 def share_gpus(wanted: Mapping[str, tuple[int, float]], there: int) -> dict[str, float]:
     """Share GPUs out between the stages of a job, which all run at once: one that waited would wait forever.
 
@@ -240,10 +248,8 @@ def model_pool(device: str, concurrency: int | None, address: str | None, weight
         UserError: there is no GPU, for which Ray would wait in silence.
     """
     if device == "cpu":
-        resources = ray.cluster_resources()
-        cores = resources["CPU"] if address else os.cpu_count() or 1
-        fitting = resources["memory"] / (_MODELS_MEMORY * weights)
-        return Pool(concurrency or max(1, int(min(cores, fitting, units))), 0)
+        fitting = ray.cluster_resources()["memory"] / (_MODELS_MEMORY * weights)
+        return Pool(concurrency or max(1, int(min(sum(cores_there(address)), fitting, units))), 0)
     there = gpus_there()
     if not there:
         raise UserError("--device cuda: Ray sees no GPU; use --device cpu, or start a node that has one")

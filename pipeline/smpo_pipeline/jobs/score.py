@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import ray
 from pydantic import BaseModel, ConfigDict
 
 from smpo_pipeline.jobs.chunks import CHUNK_BYTES, prepare_chunks
-from smpo_pipeline.jobs.cluster import Pool, gpus_there, limit_memory, run_units, share_gpus
+from smpo_pipeline.jobs.cluster import Pool, cores_there, gpus_there, limit_memory, run_units, share_gpus
 from smpo_pipeline.jobs.ledger import SharedLedger
 from smpo_pipeline.jobs.lock import locked, refuse_unknown_bucket
 from smpo_pipeline.jobs.paths import AbsolutePathOrUrl, absolute_model
@@ -208,13 +208,17 @@ def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int
 
 
 def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, int]) -> dict[str, Pool]:
-    """The actor pool of each reward; where nothing is said, one actor a GPU, or on cpu a thread or an actor a core."""
+    """The actor pool of each reward; where nothing is said, one actor a GPU, or on cpu as many threads as cores."""
     needs = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
     if options.device == "cuda":
         there = gpus_there()
         sizes = {name: given.get(name, max(1, there)) for name in specs}
         shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, there)
         return {name: Pool(sizes[name], share, needs[name].num_cpus) for name, share in shares.items()}
-    cores = os.cpu_count() or 1
-    threads = {name: max(1, cores // given.get(name, 1)) if need.num_cpus > 1 else 1 for name, need in needs.items()}
-    return {name: Pool(given.get(name, max(1, cores // each)), 0, each) for name, each in threads.items()}
+    cores = cores_there(options.ray_address)
+    pools = {}
+    for name, need in needs.items():
+        on_one = math.ceil(given.get(name, 1) / len(cores))
+        threads = max(1, min(cores) // on_one) if need.num_cpus > 1 else 1
+        pools[name] = Pool(given.get(name, sum(cores) // threads), 0, threads)
+    return pools

@@ -67,6 +67,8 @@ def _import(place: str) -> object:
         UserError: there is no such module or class.
     """
     module_name, _, class_name = place.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"--reward {place}: {module_name!r} is no module's name, such as my_rewards or package.module")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
@@ -75,7 +77,7 @@ def _import(place: str) -> object:
     except (ImportError, SyntaxError, ValueError) as error:
         raise UserError(f"--reward {place}: {module_name} cannot be imported: {error}") from error
     if not hasattr(module, class_name):
-        raise UserError(f"--reward {place}: {module.__file__} has no {class_name!r}")
+        raise UserError(f"--reward {place}: {getattr(module, '__file__', None) or module_name} has no {class_name!r}")
     return getattr(module, class_name)
 
 

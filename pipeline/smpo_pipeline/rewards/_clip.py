@@ -9,15 +9,26 @@ from typing import ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import (
+    AutoConfig,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.weights import load_part, load_weights, loading_errors
+from smpo_models.weights import load_part, load_tokenizer, load_weights, loading_errors
 from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_json
 
 _TEXT_STEP = 16
+
+_HIGHEST = 2
+"""With this as its end token, a CLIPModel looks for the end of a text at its highest token, as older ones all did."""
 
 
 class ClipCosineReward(Reward):
@@ -39,19 +50,28 @@ class ClipCosineReward(Reward):
             kind = AutoConfig.from_pretrained(self.model).model_type
         if kind != "clip":
             raise UserError(f"{what} is a {kind!r} model; {self.name} needs a transformers CLIPModel")
-        source = self.processor_model if model is None and self.processor_model else self.model
+        source = self.processor_model if self.model == self.default_model and self.processor_model else self.model
         self._processor = load_part(CLIPImageProcessorPil.from_pretrained, source, what)
-        self._tokenizer = load_part(CLIPTokenizer.from_pretrained, source, what)
+        self._tokenizer = load_tokenizer(CLIPTokenizer.from_pretrained, source, what)
         loaded = load_weights(
             CLIPModel.from_pretrained, self.model, what, dtype=torch.float32, ignore_mismatched_sizes=True
         )
+        _check_fit(self._processor, self._tokenizer, loaded.config, what)
         self._clip = loaded.requires_grad_(False).eval().to(device)
         # A tokenizer keeps its padding as state, which two threads may not set at once.
         self._tokenizing = Lock()
         self._max_tokens = self._clip.config.text_config.max_position_embeddings
         self._device = device
+        text, vision = loaded.config.text_config, loaded.config.vision_config
         self.fingerprint = sha256_json(
-            [fingerprint_module(loaded), self._processor.to_dict(), self._tokenizer.get_vocab()]
+            [
+                fingerprint_module(loaded),
+                tower_settings(text),
+                text.eos_token_id,
+                tower_settings(vision),
+                self._processor.to_dict(),
+                self._tokenizer.backend_tokenizer.to_str(),
+            ]
         )
 
     @torch.inference_mode()
@@ -86,3 +106,32 @@ class ClipCosineReward(Reward):
             for row, feature in zip(rows, found_MD, strict=True):
                 features[row] = feature
         return torch.stack(features)
+
+
+def tower_settings(config: CLIPTextConfig | CLIPVisionConfig) -> dict[str, float | str]:
+    """What a tower computes by besides its weights: the same weights give other features under others."""
+    return {name: getattr(config, name) for name in ("hidden_act", "layer_norm_eps", "num_attention_heads")}
+
+
+def _check_fit(processor: CLIPImageProcessorPil, tokenizer: CLIPTokenizer, config: CLIPConfig, what: str) -> None:
+    """Compare what prepares images and prompts to the model that takes them.
+
+    Raises:
+        UserError: they are another model's, so that scores would fail, or look right and be wrong.
+    """
+    known, needed = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
+    if known > needed:
+        raise UserError(f"{what}: the tokenizer knows {known} tokens, the model {needed}")
+    end = config.text_config.eos_token_id
+    if tokenizer.eos_token_id != (known - 1 if end == _HIGHEST else end):
+        words = "the highest" if end == _HIGHEST else end
+        raise UserError(
+            f"{what}: the tokenizer ends a prompt with token {tokenizer.eos_token_id}, the model by {words}"
+        )
+    with loading_errors(f"{what}: its image processor"):
+        # Of no square: it must be cropped, too.
+        pixels = processor(images=[np.zeros((8, 5, 3), np.uint8)], input_data_format="channels_last").pixel_values[0]
+    side = config.vision_config.image_size
+    if pixels.shape != (3, side, side):
+        shapes = " x ".join(str(length) for length in pixels.shape)
+        raise UserError(f"{what}: the image processor gives {shapes} numbers, the model takes 3 x {side} x {side}")

@@ -32,6 +32,7 @@ import transformers
 from torch import nn
 from transformers import BertTokenizer, modeling_utils, pytorch_utils
 
+from smpo_models.weights import loading_errors
 from smpo_schemas.errors import UserError
 
 _PACKAGE = "smpo_image_reward"
@@ -61,7 +62,8 @@ def build_image_reward(
     blip: Any = sys.modules[f"{_PACKAGE}.models.BLIP.blip_pretrain"]
     # BLIP's; a prompt that holds their names is cut up as the authors' tokenizer does.
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
-    vocabulary = json.loads(med_config.read_text(encoding="utf-8")).get("vocab_size")
+    with loading_errors(f"{what}: {med_config}"):
+        vocabulary = json.loads(med_config.read_text(encoding="utf-8")).get("vocab_size")
     if len(tokenizer) != vocabulary:
         raise UserError(f"{what}: the tokenizer knows {len(tokenizer)} tokens, {med_config} says {vocabulary}")
     pixels = state.get("blip.visual_encoder.patch_embed.proj.weight")
@@ -76,7 +78,8 @@ def build_image_reward(
         return tower(image_size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads), width
 
     blip.create_vit, blip.init_tokenizer = create_vit, lambda: tokenizer
-    model = package.ImageReward(str(med_config), device=device)
+    with loading_errors(f"{what}: {med_config}"):
+        model = package.ImageReward(str(med_config), device=device)
     _load_all(model, state, what)
     head = model.mlp.layers
 

@@ -8,7 +8,7 @@ import re
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from smpo_models.weights import load_weights
+from smpo_models.weights import load_weights, loading_errors
 from smpo_schemas.errors import UserError
 
 _NUM_HEADS = 16
@@ -54,7 +54,8 @@ def load_open_clip(state: dict[str, torch.Tensor], what: str) -> CLIPModel:
     Raises:
         UserError: they are not those of a ViT-H-14.
     """
-    config, renamed = _config(state, what), _renamed(state, what)
+    with loading_errors(what):  # a weight may have fewer dimensions than its name promises
+        config, renamed = _config(state, what), _renamed(state, what)
     return load_weights(
         CLIPModel.from_pretrained,
         None,

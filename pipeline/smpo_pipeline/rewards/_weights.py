@@ -63,7 +63,7 @@ def read_checkpoint(path: Path, what: str) -> dict[str, torch.Tensor]:
     with loading_errors(f"{what}: {path}"):
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not state or not all(isinstance(name, str) and isinstance(each, torch.Tensor) for name, each in state.items()):
         raise UserError(f"{what}: {path} holds no weights by name (a state dict)")
     return {
         name.removeprefix("module."): value.float() if value.is_floating_point() else value

@@ -15,10 +15,12 @@ from transformers import CLIPModel
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import load_weights
+from smpo_pipeline.rewards._clip import tower_settings
 from smpo_pipeline.rewards._pixels import clip_pixels
 from smpo_pipeline.rewards._weights import find_checkpoint, read_checkpoint
 from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_schemas.errors import UserError
+from smpo_schemas.files import sha256_json
 
 _CLIP = "openai/clip-vit-large-patch14"
 _CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -58,7 +60,8 @@ class Aesthetic(Reward):
         self._head = head.requires_grad_(False).eval().to(device)
         self._side = clip.config.vision_config.image_size
         self._device = device
-        self.fingerprint = fingerprint_module(self._tower, self._projection, self._head)
+        weights = fingerprint_module(self._tower, self._projection, self._head)
+        self.fingerprint = sha256_json([weights, tower_settings(clip.config.vision_config)])
 
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:  # noqa: ARG002

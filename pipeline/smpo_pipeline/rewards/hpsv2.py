@@ -54,7 +54,7 @@ class HpsV2(Reward):
         self._max_tokens = config.text_config.max_position_embeddings
         self._clip = loaded.requires_grad_(False).eval().to(device)
         self._device = device
-        self.fingerprint = sha256_json([fingerprint_module(loaded), self._tokenizer.get_vocab()])
+        self.fingerprint = sha256_json([fingerprint_module(loaded), self._tokenizer.backend_tokenizer.to_str()])
 
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

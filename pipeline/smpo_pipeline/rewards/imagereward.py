@@ -57,7 +57,8 @@ class ImageReward(Reward):
         # A tokenizer keeps its padding as state, which two threads may not set at once.
         self._tokenizing = Lock()
         self._device = device
-        self.fingerprint = sha256_json([fingerprint_module(loaded), tokenizer.get_vocab()])
+        settings = config.read_text(encoding="utf-8")
+        self.fingerprint = sha256_json([fingerprint_module(loaded), settings, tokenizer.backend_tokenizer.to_str()])
 
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:

@@ -5,9 +5,9 @@ One file a way of mixing; a new file is found by itself.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import sys
 
+from smpo_schemas.discovery import subclasses_in
 from smpo_schemas.errors import UserError
 from smpo_schemas.preference.base import Preference, ScoredPairs
 
@@ -16,9 +16,8 @@ __all__ = ["Preference", "ScoredPairs", "find_preference", "preferences"]
 
 def preferences() -> dict[str, type[Preference]]:
     """Every way of mixing by its name."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    return {way.name: way for way in Preference.__subclasses__()}
+    found = subclasses_in(sys.modules[__name__], Preference)  # type: ignore[type-abstract]
+    return {way.name: way for way in found if "name" in vars(way)}
 
 
 def find_preference(name: str) -> type[Preference]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import numpy as np
@@ -41,6 +42,24 @@ def test_all_are_found():
     assert set(preferences()) >= {"minmax", "mixture", "winrate"}
     with pytest.raises(UserError, match="--preference nonsense is not known; known: minmax, mixture, winrate"):
         find_preference("nonsense")
+
+
+def test_one_that_extends_another_is_found_too():
+    class Sharper(Mixture):
+        name = "sharper"
+
+    class Unnamed(Mixture):
+        """What several may share."""
+
+    try:
+        found = preferences()
+        assert found.pop("sharper") is Sharper
+        assert {name: way.name for name, way in found.items()} == {name: name for name in found}
+        assert found["mixture"] is Mixture
+    finally:
+        del Sharper, Unnamed, found
+        gc.collect()  # classes are found as long as they live
+    assert "sharper" not in preferences()
 
 
 @pytest.mark.parametrize("name", sorted(preferences()))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
-from collections.abc import Iterator
+import sys
 
+from smpo_schemas.discovery import subclasses_in
 from smpo_schemas.errors import UserError
 from smpo_trainer.objectives.base import Objective, ObjectiveOptions
 
 
 def objectives() -> dict[str, type[Objective]]:
     """Every objective by its name."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    found = _below(Objective)  # type: ignore[type-abstract]
+    found = subclasses_in(sys.modules[__name__], Objective)  # type: ignore[type-abstract]
     return {objective.name: objective for objective in found if not inspect.isabstract(objective)}
 
 
@@ -29,12 +26,6 @@ def find_objective(name: str) -> type[Objective]:
     if name not in known:
         raise UserError(f"--objective {name} is not known; known: {', '.join(sorted(known))}")
     return known[name]
-
-
-def _below(base: type[Objective]) -> Iterator[type[Objective]]:
-    for subclass in base.__subclasses__():
-        yield subclass
-        yield from _below(subclass)
 
 
 __all__ = ["Objective", "ObjectiveOptions", "find_objective", "objectives"]
