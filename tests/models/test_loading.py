@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from fractions import Fraction
 
 import pytest
 import safetensors.torch
@@ -73,6 +74,14 @@ def test_the_process_by_hand(prediction_type):
     one, zero = VariancePreserving(DDIMScheduler(set_alpha_to_one=True)).levels(torch.tensor([START]), x0)
     assert (float(one), float(zero)) == (1, 0)
     assert process.fingerprint() != VariancePreserving(DDIMScheduler(beta_start=0.001)).fingerprint()
+
+
+@pytest.mark.parametrize("steps", [1, 9, 61, 122, 244, 1000])
+def test_a_trailing_grid_has_as_many_timesteps_as_asked_for(steps):
+    """By integers alone: T - i T / n for i = 0 .. n - 1, rounded, less 1."""
+    grid = VariancePreserving(DDIMScheduler(timestep_spacing="trailing")).grid(steps)
+    wanted = [round(Fraction(1000 * (steps - i), steps)) - 1 for i in range(steps)]
+    assert grid == wanted[::-1]
 
 
 def test_prompts_that_are_too_long_are_known(folder):
