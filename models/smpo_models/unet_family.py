@@ -28,6 +28,10 @@ ENCODED_PIXELS = 1 << 21
 128 channels, 1.5 kB a pixel: all images of a batch at once would need more memory than the denoiser does."""
 
 
+_NORMALISED = ("latents_mean", "latents_std")
+"""Of VAEs whose latents are scaled channel by channel."""
+
+
 class UNetFamily(Family):
     """See :class:`smpo_models.family.Family`; a subclass says how prompts, sizes and crops become conditioning.
 
@@ -48,6 +52,7 @@ class UNetFamily(Family):
         device: torch.device,
     ) -> None:
         self._model, self._what, self._device = model, f"--model {model}", device
+        _check_scheduler(load_part(DDIMScheduler.load_config, model, self._what, subfolder="scheduler"), self._what)
         # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
         scheduler = load_part(
             DDIMScheduler.from_pretrained, model, self._what, subfolder="scheduler", clip_sample=False
@@ -90,8 +95,11 @@ class UNetFamily(Family):
             UserError: it is one of another latent space.
         """
         if vae is None:
-            return load_part(AutoencoderKL.load_config, self._model, self._what, subfolder="vae")
+            own = load_part(AutoencoderKL.load_config, self._model, self._what, subfolder="vae")
+            _check_latents(own, self._what)
+            return own
         found = load_part(AutoencoderKL.load_config, vae, f"--vae {vae}")
+        _check_latents(found, f"--vae {vae}")
         if _setting(found, "latent_channels") != unet_config["in_channels"]:
             raise UserError(
                 f"--vae {vae} has {_setting(found, 'latent_channels')} latent channels, "
@@ -105,7 +113,7 @@ class UNetFamily(Family):
                 f"--vae {vae} makes one latent of {_factor(found)} pixels a side, the VAE of {self._what} of "
                 f"{_factor(own)}; name one that was made for this model"
             )
-        for name in ("scaling_factor", "shift_factor"):
+        for name in ("scaling_factor", "shift_factor", *_NORMALISED):
             if _setting(found, name) != _setting(own, name):
                 raise UserError(
                     f"--vae {vae} has {name} {_setting(found, name)}, the VAE of {self._what} {_setting(own, name)}: "
@@ -202,6 +210,34 @@ class UNetFamily(Family):
         if self.vae is None:
             raise RuntimeError("this model was loaded without its VAE")
         return self.vae
+
+
+def _check_scheduler(config: dict[str, Any], what: str) -> None:
+    """Compare a model's own scheduler config, as it is on disk, to what a DDIM scheduler takes of it.
+
+    Raises:
+        UserError: it is one of another process, of which DDIM would keep nothing and fill in its defaults.
+    """
+    name = str(config.get("_class_name"))
+    if name.startswith("EDM") or "Flow" in name or not {"beta_schedule", "trained_betas", "beta_start"} & set(config):
+        raise UserError(
+            f"{what}: its scheduler, {name}, has no beta schedule; only variance-preserving models, "
+            "whose scheduler config has beta_schedule, are known"
+        )
+
+
+def _check_latents(vae_config: dict[str, Any], what: str) -> None:
+    """Whether latents are scaled by one number.
+
+    Raises:
+        UserError: they are not.
+    """
+    for name in _NORMALISED:
+        if vae_config.get(name) is not None:
+            raise UserError(
+                f"{what}: its VAE's config sets {name}; only VAEs that scale all channels alike, "
+                "by scaling_factor and shift_factor, are known"
+            )
 
 
 def _factor(vae_config: dict[str, Any]) -> int:

@@ -6,7 +6,18 @@ from fractions import Fraction
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTokenizer
@@ -169,6 +180,40 @@ def test_a_vae_that_does_not_fit_is_one_line(folder, tmp_path):
     with pytest.raises(UserError, match="--vae .* cannot be loaded"):
         load_family(str(folder), vae=str(tmp_path / "nothing"))
     assert load_family(str(folder), ("vae",), vae=str(tmp_path / "good")).vae is not None
+
+
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_a_vae_that_scales_by_channel_is_one_line(tmp_path, name):
+    """The SDXL pipeline decodes with these two; nothing here would."""
+    folder = make_tiny_xl(tmp_path / "xl")
+    make_tiny_vae(scaling_factor=0.13025, **{name: [0.5] * 4}).save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match=f"--vae .*vae: its VAE's config sets {name}"):
+        load_family(str(folder), vae=str(tmp_path / "vae"))
+    shutil.copytree(tmp_path / "vae", folder / "vae", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=f"--model .*xl: its VAE's config sets {name}"):
+        load_family(str(folder), ("text",))
+    make_tiny_vae(scaling_factor=0.13025).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=f"--vae .*other has {name} None, the VAE of --model .* \\[0.5, 0.5"):
+        load_family(str(folder), vae=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("kind", [EDMDPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_scheduler_without_betas_is_one_line(folder, tmp_path, kind, converted):
+    """Converted ones keep the keys of the scheduler that they were made from."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    own = DDIMScheduler.load_config(folder / "scheduler")
+    (kind.from_config(own) if converted else kind()).save_pretrained(model / "scheduler")
+    assert ("beta_start" in DDIMScheduler.load_config(model / "scheduler")) == converted
+    with pytest.raises(UserError, match=f"--model .*model: its scheduler, {kind.__name__}, has no beta schedule"):
+        load_family(str(model), ())
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler])
+def test_schedulers_of_the_same_process_are_one(folder, tmp_path, kind):
+    model = shutil.copytree(folder, tmp_path / "model")
+    kind.from_config(DDIMScheduler.load_config(folder / "scheduler")).save_pretrained(model / "scheduler")
+    assert load_family(str(model), ()).process.fingerprint() == load_family(str(folder), ()).process.fingerprint()
 
 
 def test_an_older_vae_config_without_scaling_factor_fits(folder, tmp_path):
