@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
 from peft import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 
 import smpo_models.families
@@ -24,6 +26,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """What a LoRA training run leaves behind, under the name that diffusers knows."""
 
 _LORA_PREFIX = "unet"
+
+_LORA_SETTINGS = "lora_adapter_metadata"
+"""Where diffusers keeps a LoRA's alpha and the like, in the file's header."""
 
 
 class _Loader(Protocol):
@@ -97,7 +102,7 @@ def load_walker(family: Family, model: str, path: Path, device: torch.device | s
 
 
 def fuse_lora(denoiser: Any, lora: Path, what: str, of: str) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
-    """Add a LoRA file to the weights of a denoiser.
+    """Add a LoRA file to the weights of a denoiser: alpha / rank times B A, with the alpha that diffusers' header says.
 
     Args:
         denoiser: is changed.
@@ -110,11 +115,16 @@ def fuse_lora(denoiser: Any, lora: Path, what: str, of: str) -> None:  # noqa: A
     """
     with loading_errors(what):
         layers = safetensors.torch.load_file(lora)
+        with safe_open(lora, "pt") as file:
+            settings = json.loads((file.metadata() or {}).get(_LORA_SETTINGS, "{}"))
+        # Where the file says nothing, diffusers takes alpha to be the rank; of settings of another part it would take
+        # none, and fill in its library's defaults.
+        own = {name: value for name, value in settings.items() if name.startswith(f"{_LORA_PREFIX}.")} or None
         # diffusers logs what does not fit over many lines, and goes on without any of it.
         logger = logging.getLogger("diffusers.loaders.peft")
         logger.disabled = True
         try:
-            denoiser.load_lora_adapter(layers, prefix=_LORA_PREFIX, adapter_name=_LORA_PREFIX)
+            denoiser.load_lora_adapter(layers, prefix=_LORA_PREFIX, adapter_name=_LORA_PREFIX, metadata=own)
         finally:
             logger.disabled = False
         known = _LORA_PREFIX in getattr(denoiser, "peft_config", {})

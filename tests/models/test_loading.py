@@ -229,11 +229,20 @@ def test_a_denoiser_of_another_family_is_one_line(folder, tmp_path):
         load_family(str(folder), denoiser=other)
 
 
-def save_lora(unet, path) -> None:
+def save_lora(unet, path, **more) -> None:
+    """As smpo-train does; with ``more`` settings, which then go into the file's header."""
     kinds = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=kinds))
+    config = LoraConfig(**{"r": 4, "lora_alpha": 4, "init_lora_weights": False, "target_modules": kinds, **more})
+    unet.add_adapter(config)
+    for name, parameter in unet.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.data.mul_(1.5)  # until it is trained, it changes nothing
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    StableDiffusionPipeline.save_lora_weights(path, {name: layer.detach() for name, layer in layers.items()})
+    StableDiffusionPipeline.save_lora_weights(
+        path,
+        {name: layer.detach() for name, layer in layers.items()},
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict() if more else None,
+    )
 
 
 def test_a_walker_is_a_folder_or_a_lora_on_top(folder, tmp_path):
@@ -254,6 +263,27 @@ def test_a_walker_is_a_folder_or_a_lora_on_top(folder, tmp_path):
         other = make_tiny_model(tmp_path / "other", seed=8)
         walker = load_walker(family, str(folder), other)
         assert fingerprint_module(walker) == fingerprint_module(load_family(str(other)).denoiser)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_lora_is_added_by_the_settings_in_its_header(folder, tmp_path, dora):
+    """W + alpha / rank B A; DoRA (arXiv 2402.09353) scales its rows to lengths of their own."""
+    tuned = load_family(str(folder), ("denoiser",)).denoiser
+    save_lora(tuned, tmp_path, lora_alpha=8, use_dora=dora)
+    layers = get_peft_model_state_dict(tuned)
+    family = load_family(str(folder), ("denoiser",))
+    walker = load_walker(family, str(folder), tmp_path).state_dict()
+    changed = 0
+    for name, weight in family.denoiser.state_dict().items():
+        layer, expected = name.removesuffix(".weight"), weight
+        if f"{layer}.lora_A.weight" in layers:
+            expected = weight + 8 / 4 * layers[f"{layer}.lora_B.weight"] @ layers[f"{layer}.lora_A.weight"]
+            if dora:
+                expected = expected * (layers[f"{layer}.lora_magnitude_vector"] / expected.norm(dim=1))[:, None]
+            assert not torch.allclose(expected, weight, atol=1e-2)
+            changed += 1
+        torch.testing.assert_close(walker[name], expected, rtol=1e-5, atol=1e-6)
+    assert changed == len(layers) // (3 if dora else 2) > 0
 
 
 def test_a_walker_that_does_not_fit_is_one_line(folder, tmp_path):
