@@ -6,6 +6,7 @@ Shape suffixes: B batch, C h w a latent, H W an image.
 from __future__ import annotations
 
 import inspect
+import json
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -18,15 +19,20 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from smpo_models.family import Conditioning, Family
+from smpo_models.fingerprint import settings_of
 from smpo_models.loading import denoiser_folder
 from smpo_models.process import VariancePreserving
 from smpo_models.weights import load_part, load_tokenizer, load_weights
 from smpo_schemas.errors import UserError
+from smpo_schemas.files import sha256_json
 
 ENCODED_PIXELS = 1 << 21
 """Pixels that the VAE encodes at once, two images of 1024 or eight of 512. Its first layers keep three float32 maps of
 128 channels, 1.5 kB a pixel: all images of a batch at once would need more memory than the denoiser does."""
 
+
+_TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
+"""What a CLIP text encoder computes by, and its weights' shapes do not tell."""
 
 _NORMALISED = ("latents_mean", "latents_std")
 """Of VAEs whose latents are scaled channel by channel."""
@@ -135,6 +141,15 @@ class UNetFamily(Family):
                 raise UserError(f"{what} has {name} {unet.config[name]}, the one of {self._what} {config.get(name)}")
         return unet.requires_grad_(False).eval().to(self._device)
 
+    def settings(self) -> dict[str, Any]:
+        """See the base class."""
+        return {
+            "denoiser": settings_of(self.denoiser),
+            "vae": settings_of(self.vae),
+            "text": [{name: getattr(text.config, name) for name in _TEXT_SETTINGS} for text in self.text_modules],
+            "tokenizers": [_tokenizer_settings(tokenizer) for tokenizer in self._tokenizers],
+        }
+
     def resolution(self) -> int:
         """See the base class."""
         return self._resolution
@@ -238,6 +253,13 @@ def _check_latents(vae_config: dict[str, Any], what: str) -> None:
                 f"{what}: its VAE's config sets {name}; only VAEs that scale all channels alike, "
                 "by scaling_factor and shift_factor, are known"
             )
+
+
+def _tokenizer_settings(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # How the last prompts were cut and padded.
+    del backend["truncation"], backend["padding"]
+    return {"tokens": sha256_json(backend), "pad": tokenizer.pad_token_id, "length": tokenizer.model_max_length}
 
 
 def _factor(vae_config: dict[str, Any]) -> int:
