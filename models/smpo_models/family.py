@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -55,6 +55,10 @@ class Family(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> None:
         """Carry all parts to another device."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What results depend on besides weights and noise levels, as plain JSON values; all parts must be loaded."""
 
     @abstractmethod
     def resolution(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,3 +23,13 @@ def fingerprint_module(*modules: nn.Module) -> str:
             values = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
             digest.update(values.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def settings_of(module: Any) -> dict[str, Any]:  # noqa: ANN401  (diffusers has no types)
+    """What a diffusers module computes by besides its weights: its config, as plain JSON values.
+
+    Without notes on the file that it came from, and without what is there by default: a newer library has more of it.
+    """
+    config = module.config
+    given = {name: value for name, value in config.items() if name not in config.get("_use_default_values", ())}
+    return json.loads(json.dumps({name: value for name, value in given.items() if not name.startswith("_")}))

@@ -125,7 +125,8 @@ class VariancePreserving:
             raise UserError(f"--steps {steps}: the model has only {self.num_train_timesteps} timesteps")
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(steps)
-        return sorted(int(t) for t in scheduler.timesteps)
+        # With trailing spacing, rounding may make one too many, which is -1.
+        return sorted(int(t) for t in scheduler.timesteps)[-steps:]
 
     def fingerprint(self) -> str:
         """See :class:`Process`."""

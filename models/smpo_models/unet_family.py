@@ -6,6 +6,7 @@ Shape suffixes: B batch, C h w a latent, H W an image.
 from __future__ import annotations
 
 import inspect
+import json
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -18,14 +19,23 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from smpo_models.family import Conditioning, Family
+from smpo_models.fingerprint import settings_of
 from smpo_models.loading import denoiser_folder
 from smpo_models.process import VariancePreserving
 from smpo_models.weights import load_part, load_tokenizer, load_weights
 from smpo_schemas.errors import UserError
+from smpo_schemas.files import sha256_json
 
 ENCODED_PIXELS = 1 << 21
 """Pixels that the VAE encodes at once, two images of 1024 or eight of 512. Its first layers keep three float32 maps of
 128 channels, 1.5 kB a pixel: all images of a batch at once would need more memory than the denoiser does."""
+
+
+_TEXT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
+"""What a CLIP text encoder computes by, and its weights' shapes do not tell."""
+
+_NORMALISED = ("latents_mean", "latents_std")
+"""Of VAEs whose latents are scaled channel by channel."""
 
 
 class UNetFamily(Family):
@@ -48,6 +58,7 @@ class UNetFamily(Family):
         device: torch.device,
     ) -> None:
         self._model, self._what, self._device = model, f"--model {model}", device
+        _check_scheduler(load_part(DDIMScheduler.load_config, model, self._what, subfolder="scheduler"), self._what)
         # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
         scheduler = load_part(
             DDIMScheduler.from_pretrained, model, self._what, subfolder="scheduler", clip_sample=False
@@ -90,8 +101,11 @@ class UNetFamily(Family):
             UserError: it is one of another latent space.
         """
         if vae is None:
-            return load_part(AutoencoderKL.load_config, self._model, self._what, subfolder="vae")
+            own = load_part(AutoencoderKL.load_config, self._model, self._what, subfolder="vae")
+            _check_latents(own, self._what)
+            return own
         found = load_part(AutoencoderKL.load_config, vae, f"--vae {vae}")
+        _check_latents(found, f"--vae {vae}")
         if _setting(found, "latent_channels") != unet_config["in_channels"]:
             raise UserError(
                 f"--vae {vae} has {_setting(found, 'latent_channels')} latent channels, "
@@ -105,7 +119,7 @@ class UNetFamily(Family):
                 f"--vae {vae} makes one latent of {_factor(found)} pixels a side, the VAE of {self._what} of "
                 f"{_factor(own)}; name one that was made for this model"
             )
-        for name in ("scaling_factor", "shift_factor"):
+        for name in ("scaling_factor", "shift_factor", *_NORMALISED):
             if _setting(found, name) != _setting(own, name):
                 raise UserError(
                     f"--vae {vae} has {name} {_setting(found, name)}, the VAE of {self._what} {_setting(own, name)}: "
@@ -126,6 +140,15 @@ class UNetFamily(Family):
             if unet.config[name] != config.get(name):
                 raise UserError(f"{what} has {name} {unet.config[name]}, the one of {self._what} {config.get(name)}")
         return unet.requires_grad_(False).eval().to(self._device)
+
+    def settings(self) -> dict[str, Any]:
+        """See the base class."""
+        return {
+            "denoiser": settings_of(self.denoiser),
+            "vae": settings_of(self.vae),
+            "text": [{name: getattr(text.config, name) for name in _TEXT_SETTINGS} for text in self.text_modules],
+            "tokenizers": [_tokenizer_settings(tokenizer) for tokenizer in self._tokenizers],
+        }
 
     def resolution(self) -> int:
         """See the base class."""
@@ -202,6 +225,41 @@ class UNetFamily(Family):
         if self.vae is None:
             raise RuntimeError("this model was loaded without its VAE")
         return self.vae
+
+
+def _check_scheduler(config: dict[str, Any], what: str) -> None:
+    """Compare a model's own scheduler config, as it is on disk, to what a DDIM scheduler takes of it.
+
+    Raises:
+        UserError: it is one of another process, of which DDIM would keep nothing and fill in its defaults.
+    """
+    name = str(config.get("_class_name"))
+    if name.startswith("EDM") or "Flow" in name or not {"beta_schedule", "trained_betas", "beta_start"} & set(config):
+        raise UserError(
+            f"{what}: its scheduler, {name}, has no beta schedule; only variance-preserving models, "
+            "whose scheduler config has beta_schedule, are known"
+        )
+
+
+def _check_latents(vae_config: dict[str, Any], what: str) -> None:
+    """Whether latents are scaled by one number.
+
+    Raises:
+        UserError: they are not.
+    """
+    for name in _NORMALISED:
+        if vae_config.get(name) is not None:
+            raise UserError(
+                f"{what}: its VAE's config sets {name}; only VAEs that scale all channels alike, "
+                "by scaling_factor and shift_factor, are known"
+            )
+
+
+def _tokenizer_settings(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # How the last prompts were cut and padded.
+    del backend["truncation"], backend["padding"]
+    return {"tokens": sha256_json(backend), "pad": tokenizer.pad_token_id, "length": tokenizer.model_max_length}
 
 
 def _factor(vae_config: dict[str, Any]) -> int:

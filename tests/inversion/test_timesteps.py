@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler
 
 from smpo_models.process import VariancePreserving
+from smpo_pipeline.inversion.draws import generator
+from smpo_pipeline.inversion.step import carry
 from smpo_pipeline.inversion.timesteps import plan_walk
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 
 PROCESS = VariancePreserving(DDIMScheduler())
+_SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def nodes(walk: int, **settings) -> list[int]:
-    return list(plan_walk(InversionSettings(**settings), PROCESS, 0, "pair", walk).nodes)
+def nodes(walk: int, process: VariancePreserving = PROCESS, **settings) -> list[int]:
+    return list(plan_walk(InversionSettings(**settings), process, 0, "pair", walk).nodes)
+
+
+def zero_terminal_snr(**more) -> VariancePreserving:
+    """a_999 = 0, exactly."""
+    levels = {**_SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, **more}
+    return VariancePreserving(DDIMScheduler(**levels))
 
 
 @pytest.mark.parametrize("steps", [1, 9, 50, 207, 333, 999])
@@ -47,3 +57,42 @@ def test_more_steps_than_there_is_room_for_are_refused(steps):
 
 def test_the_grid_takes_as_many_as_the_scheduler():
     assert len(nodes(0, steps=400, timesteps="grid")) == 400
+
+
+def test_draws_of_an_ordinary_schedule_are_what_they_always_were():
+    """Stored walks depend on them: strata of 1 .. 999, as they were before pure noise was left out."""
+    process = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
+    for walk in range(50):
+        stream = generator(0, "pair", walk, "timesteps")
+        assert nodes(walk, process) == [1 + int((i + u) / 9 * 999) for i, u in enumerate(stream.random(9))]
+        t = int(generator(0, "pair", walk, "timesteps").integers(1000))
+        below = [node for node in range(1, 1000, 111) if node < t]
+        assert nodes(walk, process, timesteps="published") == below
+    assert nodes(0, process, timesteps="grid") == list(range(1, 1000, 111))
+    trailing = VariancePreserving(DDIMScheduler(**_SD, timestep_spacing="trailing"))
+    assert nodes(0, trailing, timesteps="grid", steps=4) == [249, 499, 749, 999]
+
+
+def test_no_walk_steps_to_pure_noise():
+    drawn = [nodes(walk, zero_terminal_snr(), steps=200) for walk in range(50)]
+    assert {len(each) for each in drawn} == {200}
+    assert max(t for each in drawn for t in each) == 998
+    for spacing, kept in (("trailing", [249, 499, 749]), ("linspace", [0, 333, 666]), ("leading", [1, 251, 501, 751])):
+        process = zero_terminal_snr(timestep_spacing=spacing)
+        assert nodes(0, process, timesteps="grid", steps=4) == kept
+    for walk in range(50):
+        assert 999 not in nodes(walk, zero_terminal_snr(timestep_spacing="trailing"), timesteps="published")
+
+
+def test_a_walk_to_pure_noise_alone_is_refused():
+    with pytest.raises(UserError, match="--steps 1: the scheduler's only timestep, 999, is pure noise"):
+        nodes(0, zero_terminal_snr(timestep_spacing="trailing"), timesteps="grid", steps=1)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_at_pure_noise_every_state_is_a_fixed_point(prediction_type):
+    """Why no walk steps there."""
+    process = zero_terminal_snr(prediction_type=prediction_type)
+    x, output = torch.randn(2, 3, 4, 8, 8)
+    s, t = torch.full((3,), 800), torch.full((3,), 999)
+    torch.testing.assert_close(carry(process, torch.randn(3, 4, 8, 8), process.noise_in(output, x, t), s, t), x)

@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from smpo_models.loading import load_family
 from smpo_models.unet_family import UNetFamily
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs import invert_unit
+from smpo_pipeline.jobs import invert, invert_unit
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
 from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.run import Run
+from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 from tests.inversion.helpers import make_pair
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, make_tiny_xl
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     make_tiny_model(folder / "sd")
+    make_tiny_xl(folder / "xl")
     make_tiny_model(folder / "walker", seed=1)
     return folder
 
 
-def make_actor(models, out, monkeypatch, **changed):
-    monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
+def make_options(models, out, **changed):
     options = {
         "pairs": [out], "scores": out, "model": str(models / "sd"), "out": out, "unet": None, "walker": None,
         "vae": None, "resolution": None, "settings": InversionSettings(steps=1, dtype="bf16"), "columns": {},
         "seed": 0, "pairs_per_shard": 8, "shard_bytes": None, "batch_size": 8, "device": "cpu", "concurrency": 1,
         "ray_address": None, "limit": None, "max_reject_rate": 1.0, "overwrite": False, **changed,
     }  # fmt: skip
-    options = InvertOptions(**options)
+    return InvertOptions(**options)
+
+
+def make_actor(models, out, monkeypatch, **changed):
+    monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
+    options = make_options(models, out, **changed)
     model = describe_model(options, *load_models(options))
     run = Run(out, "manifest.json", {})
     run.open(overwrite=False, patterns=())
@@ -77,3 +88,41 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
     first = [8, 8, 4, 4, 4, 4, 2, 2, 2, 2]  # what fails is tried twice
     assert tried == first + [2] * 2 + [2] * 6
     assert take_batch_sizes(tmp_path) == [2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "name", "value", "said"),
+    [
+        ("sd", "vae/config.json", "scaling_factor", 0.13, r"vae.scaling_factor: 0.18215 there, 0.13 here\)"),
+        ("sd", "unet/config.json", "attention_head_dim", 4, "denoiser.attention_head_dim: 8 there, 4 here; .*walker"),
+        ("sd", "text_encoder/config.json", "hidden_act", "gelu", r"text\)"),
+        ("sd", "tokenizer/tokenizer_config.json", "model_max_length", 20, r"tokenizers\)"),
+        ("xl", "model_index.json", "force_zeros_for_empty_prompt", False, "zeros_for_empty_prompt: True there, False"),
+    ],
+)
+def test_an_unfinished_run_is_not_continued_with_other_settings_of_a_model(
+    models, tmp_path, monkeypatch, kind, file, name, value, said
+):
+    """Of the same weights: shards of one manifest would be of two scales."""
+    monkeypatch.setattr(invert, "read_scores_info", lambda _: SimpleNamespace(parts=[]))
+    monkeypatch.setattr(invert, "_invert", lambda *_: None)  # a kill, before any shard is made
+    pq.write_table(pa.table({"caption": ["a cat"], "jpg_0": [b"0"], "jpg_1": [b"1"]}), tmp_path / "pairs.parquet")
+    shutil.copytree(models / kind, tmp_path / "model")
+    paths = {"pairs": [tmp_path / "pairs.parquet"], "model": str(tmp_path / "model")}
+    options = make_options(models, tmp_path / "out", **paths)
+    for _ in range(2):
+        invert.invert(options)
+    before = describe_model(options, *load_models(options))
+    config = json.loads((tmp_path / "model" / file).read_text())
+    (tmp_path / "model" / file).write_text(json.dumps({**config, name: value}))
+    with pytest.raises(UserError, match=rf"unfinished run with other settings \(model.settings.{said}"):
+        invert.invert(options)
+    after = describe_model(options, *load_models(options))
+    assert (after != before, after.info()) == (True, before.info())
+
+
+def test_a_tokenizers_settings_are_not_those_of_its_last_prompts(models):
+    family = load_family(str(models / "xl"))
+    before = family.settings()
+    family.encode_text(["a cat", "dog " * 60])
+    assert family.settings() == before

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
 import shutil
+from fractions import Fraction
 
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTokenizer
@@ -73,6 +85,14 @@ def test_the_process_by_hand(prediction_type):
     one, zero = VariancePreserving(DDIMScheduler(set_alpha_to_one=True)).levels(torch.tensor([START]), x0)
     assert (float(one), float(zero)) == (1, 0)
     assert process.fingerprint() != VariancePreserving(DDIMScheduler(beta_start=0.001)).fingerprint()
+
+
+@pytest.mark.parametrize("steps", [1, 9, 61, 122, 244, 1000])
+def test_a_trailing_grid_has_as_many_timesteps_as_asked_for(steps):
+    """By integers alone: T - i T / n for i = 0 .. n - 1, rounded, less 1."""
+    grid = VariancePreserving(DDIMScheduler(timestep_spacing="trailing")).grid(steps)
+    wanted = [round(Fraction(1000 * (steps - i), steps)) - 1 for i in range(steps)]
+    assert grid == wanted[::-1]
 
 
 def test_prompts_that_are_too_long_are_known(folder):
@@ -162,6 +182,40 @@ def test_a_vae_that_does_not_fit_is_one_line(folder, tmp_path):
     assert load_family(str(folder), ("vae",), vae=str(tmp_path / "good")).vae is not None
 
 
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_a_vae_that_scales_by_channel_is_one_line(tmp_path, name):
+    """The SDXL pipeline decodes with these two; nothing here would."""
+    folder = make_tiny_xl(tmp_path / "xl")
+    make_tiny_vae(scaling_factor=0.13025, **{name: [0.5] * 4}).save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match=f"--vae .*vae: its VAE's config sets {name}"):
+        load_family(str(folder), vae=str(tmp_path / "vae"))
+    shutil.copytree(tmp_path / "vae", folder / "vae", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=f"--model .*xl: its VAE's config sets {name}"):
+        load_family(str(folder), ("text",))
+    make_tiny_vae(scaling_factor=0.13025).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=f"--vae .*other has {name} None, the VAE of --model .* \\[0.5, 0.5"):
+        load_family(str(folder), vae=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("kind", [EDMDPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_scheduler_without_betas_is_one_line(folder, tmp_path, kind, converted):
+    """Converted ones keep the keys of the scheduler that they were made from."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    own = DDIMScheduler.load_config(folder / "scheduler")
+    (kind.from_config(own) if converted else kind()).save_pretrained(model / "scheduler")
+    assert ("beta_start" in DDIMScheduler.load_config(model / "scheduler")) == converted
+    with pytest.raises(UserError, match=f"--model .*model: its scheduler, {kind.__name__}, has no beta schedule"):
+        load_family(str(model), ())
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler])
+def test_schedulers_of_the_same_process_are_one(folder, tmp_path, kind):
+    model = shutil.copytree(folder, tmp_path / "model")
+    kind.from_config(DDIMScheduler.load_config(folder / "scheduler")).save_pretrained(model / "scheduler")
+    assert load_family(str(model), ()).process.fingerprint() == load_family(str(folder), ()).process.fingerprint()
+
+
 def test_an_older_vae_config_without_scaling_factor_fits(folder, tmp_path):
     make_tiny_vae().save_pretrained(tmp_path / "vae")
     config = tmp_path / "vae" / "config.json"
@@ -175,11 +229,20 @@ def test_a_denoiser_of_another_family_is_one_line(folder, tmp_path):
         load_family(str(folder), denoiser=other)
 
 
-def save_lora(unet, path) -> None:
+def save_lora(unet, path, **more) -> None:
+    """As smpo-train does; with ``more`` settings, which then go into the file's header."""
     kinds = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=kinds))
+    config = LoraConfig(**{"r": 4, "lora_alpha": 4, "init_lora_weights": False, "target_modules": kinds, **more})
+    unet.add_adapter(config)
+    for name, parameter in unet.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.data.mul_(1.5)  # until it is trained, it changes nothing
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    StableDiffusionPipeline.save_lora_weights(path, {name: layer.detach() for name, layer in layers.items()})
+    StableDiffusionPipeline.save_lora_weights(
+        path,
+        {name: layer.detach() for name, layer in layers.items()},
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict() if more else None,
+    )
 
 
 def test_a_walker_is_a_folder_or_a_lora_on_top(folder, tmp_path):
@@ -200,6 +263,27 @@ def test_a_walker_is_a_folder_or_a_lora_on_top(folder, tmp_path):
         other = make_tiny_model(tmp_path / "other", seed=8)
         walker = load_walker(family, str(folder), other)
         assert fingerprint_module(walker) == fingerprint_module(load_family(str(other)).denoiser)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_lora_is_added_by_the_settings_in_its_header(folder, tmp_path, dora):
+    """W + alpha / rank B A; DoRA (arXiv 2402.09353) scales its rows to lengths of their own."""
+    tuned = load_family(str(folder), ("denoiser",)).denoiser
+    save_lora(tuned, tmp_path, lora_alpha=8, use_dora=dora)
+    layers = get_peft_model_state_dict(tuned)
+    family = load_family(str(folder), ("denoiser",))
+    walker = load_walker(family, str(folder), tmp_path).state_dict()
+    changed = 0
+    for name, weight in family.denoiser.state_dict().items():
+        layer, expected = name.removesuffix(".weight"), weight
+        if f"{layer}.lora_A.weight" in layers:
+            expected = weight + 8 / 4 * layers[f"{layer}.lora_B.weight"] @ layers[f"{layer}.lora_A.weight"]
+            if dora:
+                expected = expected * (layers[f"{layer}.lora_magnitude_vector"] / expected.norm(dim=1))[:, None]
+            assert not torch.allclose(expected, weight, atol=1e-2)
+            changed += 1
+        torch.testing.assert_close(walker[name], expected, rtol=1e-5, atol=1e-6)
+    assert changed == len(layers) // (3 if dora else 2) > 0
 
 
 def test_a_walker_that_does_not_fit_is_one_line(folder, tmp_path):

@@ -36,6 +36,10 @@ class StableDiffusionXL(UNetFamily):
             for name, kind in kinds.items()
         ]
 
+    def settings(self) -> dict[str, Any]:
+        """See the base class."""
+        return super().settings() | {"zeros_for_empty_prompt": self._zeros_for_empty}
+
     @torch.no_grad()
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """See the base class.

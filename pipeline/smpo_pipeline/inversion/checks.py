@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from smpo_models.family import Family
 from smpo_pipeline.buckets import Size, bucket_sizes
-from smpo_pipeline.inversion.timesteps import check_steps
+from smpo_pipeline.inversion.timesteps import plan_walk
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 
@@ -25,7 +25,7 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
         raise UserError(f"--start {start}: the published timesteps begin at x0; use --start clean")
     if settings.states is not None and settings.timesteps == "published":
         raise UserError(f"--states {settings.states}: a walk of --timesteps published has one state; leave it out")
-    check_steps(settings, last)
+    plan_walk(settings, family.process, 0, "", 0)  # refuses what no walk can be planned with
     return chosen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from smpo_models.process import Process
 from smpo_pipeline.inversion.draws import generator
@@ -27,8 +28,8 @@ class WalkPlan:
     used_at: tuple[int, ...]
 
 
-def check_steps(settings: InversionSettings, last: int) -> None:
-    """Whether walks of a model with ``last`` timesteps can have so many steps.
+def _check_steps(settings: InversionSettings, last: int) -> None:
+    """Whether walks over ``last`` timesteps can have so many steps.
 
     Raises:
         UserError: they cannot.
@@ -50,21 +51,37 @@ def plan_walk(settings: InversionSettings, process: Process, seed: int, pair_id:
     """Draw the path of one walk.
 
     Raises:
-        UserError: more steps than the model has room for.
+        UserError: more steps than the model has room for, or none that leads anywhere.
     """
-    last = process.num_train_timesteps
-    check_steps(settings, last)
+    last = _first_pure_noise(process)
+    _check_steps(settings, last)
     stream = generator(seed, pair_id, walk, "timesteps")
     if settings.timesteps == "published":
-        return _published(process.grid(settings.steps), int(stream.integers(last)))
-    nodes = (
-        _jittered(stream, settings.steps, last) if settings.timesteps == "jittered" else process.grid(settings.steps)
-    )
+        return _published(process.grid(settings.steps), int(stream.integers(process.num_train_timesteps)))
+    if settings.timesteps == "jittered":
+        nodes = _jittered(stream, settings.steps, last)
+    else:
+        nodes = [t for t in process.grid(settings.steps) if t < last]
+    if not nodes:
+        raise UserError(
+            f"--steps {settings.steps}: the scheduler's only timestep, {last}, is pure noise, which no image leads to; "
+            "take more, or --timesteps jittered"
+        )
     stored = list(range(len(nodes)))
     if settings.states is not None and settings.states < len(nodes):
         choice = generator(seed, pair_id, walk, "states").choice(len(nodes), settings.states, replace=False)
         stored = sorted(int(index) for index in choice)
     return WalkPlan(tuple(nodes), tuple(stored), tuple(nodes[index] for index in stored))
+
+
+def _first_pure_noise(process: Process) -> int:
+    """The timestep from which on a_t is 0 (zero terminal SNR, arXiv 2305.08891); T where there is none.
+
+    No walk steps there. With v or x0 predicted, the noise in x at such a t is x itself, so that every x is a fixed
+    point: solvers would stop where they start, and say that they have converged.
+    """
+    a, _ = process.levels(torch.arange(process.num_train_timesteps), torch.zeros(()))
+    return int(a.count_nonzero())
 
 
 def _jittered(stream: np.random.Generator, steps: int, last: int) -> list[int]:

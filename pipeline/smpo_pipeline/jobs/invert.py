@@ -20,6 +20,7 @@ from smpo_pipeline.jobs.invert_unit import (
     STAGE,
     InvertActor,
     InvertOptions,
+    ModelIdentity,
     describe_model,
     index_part,
     load_models,
@@ -69,7 +70,7 @@ def invert(options: InvertOptions) -> Manifest:
         "input": describe_input(files, options.limit),
         "columns": {key: value for key, value in options.columns.items() if value},
         "scores": [part.sha256 for part in info.parts],
-        "model": checked.info.model_dump(),
+        "model": checked.model.model_dump(),
         "resolution": checked.resolution,
         "inversion": options.settings.model_dump(),
         "seed": options.seed,
@@ -108,7 +109,7 @@ def _invert(
         )
         kwargs = {
             "options": options,
-            "model": checked.info,
+            "model": checked.model,
             "run": run,
             "scores": ray.put(scores),
             "rows": sum(sizes),
@@ -120,7 +121,7 @@ def _invert(
 
     rate = options.max_reject_rate
     records = run_units(run, sizes, build, _records, title="invert", address=options.ray_address, max_reject_rate=rate)
-    manifest = _finish(options, run, records, info, checked.info, checked.resolution)
+    manifest = _finish(options, run, records, info, checked.model.info(), checked.resolution)
     run.finish()
     return manifest
 
@@ -179,7 +180,7 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
 class _Checked:
     """What the model says before any work starts: of itself, and of what images and shards will be."""
 
-    info: ModelInfo
+    model: ModelIdentity
     resolution: int
     image_sizes: tuple[Size, ...]
     pairs_per_shard: int
@@ -191,7 +192,7 @@ def _check_model(options: InvertOptions) -> _Checked:
     """Load the model once."""
     family, walker = load_models(options)
     resolution = check_settings(family, options.model, options.resolution, options.settings)
-    info = describe_model(options, family, walker)
+    model = describe_model(options, family, walker)
     sizes = sizes_of_images(family, resolution, options.settings)
     pairs_per_shard = options.pairs_per_shard
     if options.shard_bytes is not None:
@@ -199,7 +200,7 @@ def _check_model(options: InvertOptions) -> _Checked:
         pairs_per_shard = pairs_that_fit(options.shard_bytes, latent, options.settings, family.process)
     modules = {family.denoiser, walker, family.vae, *family.text_modules}
     weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
-    return _Checked(info, resolution, sizes, pairs_per_shard, weights)
+    return _Checked(model, resolution, sizes, pairs_per_shard, weights)
 
 
 @trying_again

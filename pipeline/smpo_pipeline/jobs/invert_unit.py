@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from smpo_models.family import Family
-from smpo_models.fingerprint import fingerprint_module
+from smpo_models.fingerprint import fingerprint_module, settings_of
 from smpo_models.loading import load_family, load_walker
 from smpo_models.weights import DTYPES
 from smpo_pipeline.buckets import Size, list_buckets
@@ -87,10 +88,20 @@ def load_models(options: InvertOptions) -> tuple[Family, nn.Module]:
     return family, load_walker(family, options.model, options.walker)
 
 
-def describe_model(options: InvertOptions, family: Family, walker: nn.Module) -> ModelInfo:
-    """What the manifest says of the models, which are still in float32."""
+class ModelIdentity(ModelInfo):
+    """What the manifest says of the models, and the settings that they compute by, which no fingerprint holds."""
+
+    settings: dict[str, Any]
+
+    def info(self) -> ModelInfo:
+        """What the manifest says."""
+        return ModelInfo(**self.model_dump(exclude={"settings"}))
+
+
+def describe_model(options: InvertOptions, family: Family, walker: nn.Module) -> ModelIdentity:
+    """What the models are, which are still in float32."""
     reference = fingerprint_module(family.denoiser)
-    return ModelInfo(
+    return ModelIdentity(
         id=options.model,
         kind=family.kind,
         prediction_type=family.process.prediction_type,
@@ -100,6 +111,7 @@ def describe_model(options: InvertOptions, family: Family, walker: nn.Module) ->
         vae=fingerprint_module(family.vae),
         scheduler=family.process.fingerprint(),
         num_train_timesteps=family.process.num_train_timesteps,
+        settings={**family.settings(), "walker": settings_of(walker)},
     )
 
 
@@ -109,7 +121,7 @@ class InvertActor:
     def __init__(
         self,
         options: InvertOptions,
-        model: ModelInfo,
+        model: ModelIdentity,
         run: Run,
         scores: ray.ObjectRef,
         rows: int,
@@ -138,7 +150,7 @@ class InvertActor:
         """Invert and commit the unit of a :func:`unit_row`; returns its record as JSON.
 
         Raises:
-            UserError: the model is not the one that the driver describes in the manifest.
+            UserError: the model is not the one that the driver describes.
         """
         if self._others:
             raise UserError(
