@@ -195,7 +195,7 @@ def page(results: Results) -> str:
         f"| {count} | {count * 2 * MEMORY_SIDE**2 * 3 / 1e9:.1f} | {peak / 1e3:.2f} | {seconds:.0f} |"
         for count, (peak, seconds) in memory.items()
     ]
-    growth = max(peak for peak, _ in memory.values()) / min(peak for peak, _ in memory.values()) - 1
+    growth = memory[max(memory)][0] / memory[min(memory)][0] - 1
     command = f"python benchmarks/score.py --turns {turns}"
     return f"""{stamp(command, ("torch", "transformers", "ray", "pyarrow", "pillow"))}
 

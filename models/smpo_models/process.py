@@ -5,7 +5,7 @@ Shape suffixes: B batch, C h w a latent.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import DDIMScheduler
@@ -133,3 +133,17 @@ class VariancePreserving:
         config = self.scheduler.config
         spacing = {name: config[name] for name in ("timestep_spacing", "steps_offset", "prediction_type")}
         return sha256_json({"a": self._a.tolist(), **spacing})
+
+
+def check_scheduler(config: dict[str, Any], what: str) -> None:
+    """Compare a model's own scheduler config, as it is on disk, to what a DDIM scheduler takes of it.
+
+    Raises:
+        UserError: it is one of another process, of which DDIM would keep nothing and fill in its defaults.
+    """
+    name = str(config.get("_class_name"))
+    if name.startswith("EDM") or "Flow" in name or not {"beta_schedule", "trained_betas", "beta_start"} & set(config):
+        raise UserError(
+            f"{what}: its scheduler, {name}, has no beta schedule; only variance-preserving models, "
+            "whose scheduler config has beta_schedule, are known"
+        )

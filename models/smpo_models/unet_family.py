@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from smpo_models.family import Conditioning, Family
 from smpo_models.fingerprint import settings_of
 from smpo_models.loading import denoiser_folder
-from smpo_models.process import VariancePreserving
+from smpo_models.process import VariancePreserving, check_scheduler
 from smpo_models.weights import load_part, load_tokenizer, load_weights
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_json
@@ -58,7 +58,7 @@ class UNetFamily(Family):
         device: torch.device,
     ) -> None:
         self._model, self._what, self._device = model, f"--model {model}", device
-        _check_scheduler(load_part(DDIMScheduler.load_config, model, self._what, subfolder="scheduler"), self._what)
+        check_scheduler(load_part(DDIMScheduler.load_config, model, self._what, subfolder="scheduler"), self._what)
         # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
         scheduler = load_part(
             DDIMScheduler.from_pretrained, model, self._what, subfolder="scheduler", clip_sample=False
@@ -225,20 +225,6 @@ class UNetFamily(Family):
         if self.vae is None:
             raise RuntimeError("this model was loaded without its VAE")
         return self.vae
-
-
-def _check_scheduler(config: dict[str, Any], what: str) -> None:
-    """Compare a model's own scheduler config, as it is on disk, to what a DDIM scheduler takes of it.
-
-    Raises:
-        UserError: it is one of another process, of which DDIM would keep nothing and fill in its defaults.
-    """
-    name = str(config.get("_class_name"))
-    if name.startswith("EDM") or "Flow" in name or not {"beta_schedule", "trained_betas", "beta_start"} & set(config):
-        raise UserError(
-            f"{what}: its scheduler, {name}, has no beta schedule; only variance-preserving models, "
-            "whose scheduler config has beta_schedule, are known"
-        )
 
 
 def _check_latents(vae_config: dict[str, Any], what: str) -> None:

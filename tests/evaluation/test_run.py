@@ -162,7 +162,10 @@ def test_a_later_models_mistake_is_found_before_anything_is_sampled(
     config = larger / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))
     base = f"base={models['base']}"
+    flow = shutil.copytree(models["base"], tmp_path / "flow")
+    (flow / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
     for changes, words in (
+        ({"models": [base, f"flow={flow}"]}, "its scheduler, FlowMatchEulerDiscreteScheduler, has no beta schedule"),
         ({"models": [base, "tuned=runs/mistyped"]}, "--model tuned=runs/mistyped cannot be loaded"),
         ({"models": [base, f"tuned={larger}"]}, "latents differ in shape"),
         ({"steps": 1001}, "--steps 1001: --model base=.* knows 1000 timesteps"),

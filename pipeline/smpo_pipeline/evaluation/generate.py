@@ -22,6 +22,7 @@ from PIL import Image
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import LORA_FILE, fuse_lora, load_family
+from smpo_models.process import check_scheduler
 from smpo_models.weights import DTYPES, load_part, load_weights, loading_errors
 from smpo_pipeline.evaluation.results import Settings
 from smpo_pipeline.evaluation.sources import UNET_FOLDER, ModelSource
@@ -60,7 +61,9 @@ def check_generator(model: ModelSource, base: str | None, steps: int) -> tuple[i
     """
     what, whole, _ = _read_index(model, base)
     denoiser = model.source if model.kind == "unet" else whole
-    known = load_part(DDIMScheduler.load_config, whole, what, subfolder="scheduler").get("num_train_timesteps", steps)
+    scheduler = load_part(DDIMScheduler.load_config, whole, what, subfolder="scheduler")
+    check_scheduler(scheduler, what)
+    known = scheduler.get("num_train_timesteps", steps)
     if steps > known:
         raise UserError(f"--steps {steps}: {what} knows {known} timesteps")
     return _latent_shape(load_part(UNet2DConditionModel.load_config, denoiser, what, subfolder=UNET_FOLDER))
@@ -80,7 +83,7 @@ def load_generator(model: ModelSource, base: str | None, device: str, dtype: str
     if model.kind != "pipeline":
         parts[UNET_FOLDER] = _tuned_denoiser(model, whole, what).to(DTYPES[dtype])
     for name, (library, kind) in ((name, of) for name, of in index.items() if isinstance(of, (list, tuple))):
-        loader = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind), None)
+        loader: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind), None)
         if name not in parts and inspect.isclass(loader) and issubclass(loader, torch.nn.Module):
             parts[name] = load_weights(loader.from_pretrained, whole, what, subfolder=name, **options)
     pipeline = load_part(DiffusionPipeline.from_pretrained, whole, what, **options, **parts)
