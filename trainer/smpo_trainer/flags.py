@@ -153,7 +153,7 @@ Tf32 = Annotated[
     bool,
     typer.Option(
         "--tf32",
-        help="On NVIDIA GPUs, multiply float32 matrices in TF32: faster, to about three digits.",
+        help="On NVIDIA GPUs, multiply float32 matrices, and convolve, in TF32: faster, to about three digits.",
         rich_help_panel=_OPTIMIZER,
     ),
 ]
