@@ -81,10 +81,14 @@ def test_no_held_out_prompt_is_trained_on(
     assert f"{number} states are held out by their prompts; {number} of them are looked at" in capsys.readouterr().out
 
 
-def test_values_are_those_of_the_plain_version(train: Train, many: Path, model: Path, other_unet: Path) -> None:
-    # A learning rate of 0 leaves the model where it starts.
-    out = train(on=many, objective="dpo", unet=other_unet, val_fraction=FRACTION, beta=BETA, lr=0, max_steps=1)
-    plain = PlainReference(model, other_unet)
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_values_are_those_of_the_plain_version(
+    train: Train, many: Path, model: Path, other_unet: Path, ema_decay: float | None
+) -> None:
+    """With the weights that are saved."""
+    moving = {"lr": 1e-3, "max_steps": 3, "ema_decay": ema_decay}
+    out = train(on=many, objective="dpo", unet=other_unet, val_fraction=FRACTION, beta=BETA, **moving)
+    plain = PlainReference(model, out / "unet")
     losses, right = [], []
     for sample in ShardDirectory(many).samples():
         if sample.meta.prompt not in held_prompts():
@@ -96,7 +100,7 @@ def test_values_are_those_of_the_plain_version(train: Train, many: Path, model: 
             r = sample.ref_error_K2[k].double()[[w, 1 - w]]
             losses.append(float(PLAIN["dpo"](e[0].double(), e[1].double(), r[0], r[1], 1.0)))
             right.append(e[0] - r[0] < e[1] - r[1])
-    record = metrics(out)[0]
+    record = metrics(out)[-1]
     assert record["val/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert record["val/rewards/accuracies"] == pytest.approx(np.mean(right))
 

@@ -128,8 +128,8 @@ EmaDecay = Annotated[
     typer.Option(
         min=0,
         max=1,
-        help="Keep a moving average of the weights with this decay, such as 0.999, and save it as the result. "
-        "Default: none.",
+        help="Keep a moving average of the weights with this decay, such as 0.999, and save it as the result; held-out "
+        "pairs and validation images are of it too. Default: none.",
         rich_help_panel=_OPTIMIZER,
     ),
 ]

@@ -124,15 +124,15 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, held_out: HeldOut) -> Record:
-        """Loss and metrics on held-out pairs, by names that begin with ``val/``."""
+        """Loss and metrics on held-out pairs of the weights that would be the result, by names ``val/...``."""
         meter = StepMeter()
-        for number in range(held_out.forwards):
-            # A process that has fewer batches repeats one, since wrappers may need all processes for a forward.
-            batch = held_out.batches[min(number, len(held_out.batches) - 1)].to(self._accelerator.device)
-            loss_B, metrics = self._forward(batch)
-            if number < len(held_out.batches):
-                meter.add(_of_usable({"loss": loss_B, **metrics}, batch))
-        reshard(self._denoiser)
+        with self.as_saved():
+            for number in range(held_out.forwards):
+                # A process that has fewer batches repeats one, since wrappers may need all processes for a forward.
+                batch = held_out.batches[min(number, len(held_out.batches) - 1)].to(self._accelerator.device)
+                loss_B, metrics = self._forward(batch)
+                if number < len(held_out.batches):
+                    meter.add(_of_usable({"loss": loss_B, **metrics}, batch))
         return {f"val/{name}": value for name, value in meter.means(self._accelerator).items()}
 
     def _forward(self, batch: StateBatch) -> tuple[torch.Tensor, Metrics]:
