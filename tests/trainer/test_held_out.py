@@ -11,6 +11,7 @@ import torch
 from smpo_schemas.shards import ShardDirectory
 from smpo_trainer.checkpoints import Checkpoints
 from smpo_trainer.held_out import spread
+from smpo_trainer.loop import Trainer
 from smpo_trainer.states import StateTable, prompt_draw
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, dying_after, make_shards, metrics, run_cli
@@ -61,8 +62,6 @@ def test_spread_takes_as_many_walks_as_possible() -> None:
 def test_no_held_out_prompt_is_trained_on(
     train: Train, many: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from smpo_trainer.loop import Trainer
-
     seen: dict[bool, set[str]] = {True: set(), False: set()}
     forward = Trainer._forward
 
@@ -103,6 +102,19 @@ def test_values_are_those_of_the_plain_version(
     record = metrics(out)[-1]
     assert record["val/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert record["val/rewards/accuracies"] == pytest.approx(np.mean(right))
+
+
+def test_a_loss_that_is_no_number_is_not_left_out(train: Train, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Trainer._forward
+
+    def break_one(self: Trainer, batch):
+        loss_B, values = forward(self, batch)
+        return loss_B if torch.is_grad_enabled() else loss_B.index_fill(0, torch.tensor([0]), torch.nan), values
+
+    monkeypatch.setattr(Trainer, "_forward", break_one)
+    record = metrics(train(on=many, val_fraction=FRACTION, max_steps=1))[0]
+    assert record["val/loss"] is None
+    assert record["loss"] is not None
 
 
 def test_looking_changes_no_training(train: Train, many: Path) -> None:
