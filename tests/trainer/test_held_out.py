@@ -59,6 +59,26 @@ def test_spread_takes_as_many_walks_as_possible() -> None:
     assert spread(of, 4).tolist() == spread(of, 4).tolist()
 
 
+@pytest.mark.parametrize(("number", "partial_round"), [(317, 317), (1317, 317), (20, 20)])
+def test_spread_samples_the_whole_table_in_few_places(number: int, partial_round: int) -> None:
+    of = table([2] * 1000)
+    times = np.bincount(of.walk_S[spread(of, number)], minlength=1000)
+    assert times.sum() == number
+    chosen = np.flatnonzero(times == times.max())
+    assert len(chosen) == partial_round
+    assert set(times) == {times.max() - 1, times.max()}
+    # In every tenth of the walks there are as many; they lie in a few places, and so in few shards.
+    tenths, _ = np.histogram(chosen, bins=10, range=(0, 1000))
+    assert (abs(tenths - partial_round / 10) <= 10).all()
+    assert 10 <= 1 + (np.diff(chosen) > 1).sum() <= 32
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40, 100])
+def test_spread_takes_every_number_that_there_is(size: int) -> None:
+    for number in range(1, size + 1):
+        assert len(set(spread(table([1] * size), number).tolist())) == number
+
+
 def test_no_held_out_prompt_is_trained_on(
     train: Train, many: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

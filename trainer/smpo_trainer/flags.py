@@ -201,7 +201,9 @@ ValEvery = Annotated[
 ValStates = Annotated[
     int,
     typer.Option(
-        min=1, help="How many of their states are looked at, of as many pairs as possible.", rich_help_panel=_HELD_OUT
+        min=1,
+        help="How many of their states are looked at, of as many pairs as possible, evenly over all directories.",
+        rich_help_panel=_HELD_OUT,
     ),
 ]
 ValidationPrompts = Annotated[
