@@ -22,13 +22,15 @@ from tests.trainer.helpers import arguments, column, dying_after, metrics, run_c
 from tests.trainer.test_resume import ENVIRONMENT, launch_two
 
 # What docs/trainer.md says.
-FSDP = "--num_processes 2 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+FSDP = "--num_processes 2 --use_fsdp --fsdp_version 2"
+WRAP = "TRANSFORMER_BASED_WRAP"
 # What accelerate asks for, or says that it chose.
 CHOSEN = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
 
-def launch(args: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "accelerate.commands.accelerate_cli", "launch", *FSDP.split(), *CHOSEN.split()]
+def launch(args: list[str], *, wrap: str = WRAP, **environment: str) -> subprocess.CompletedProcess[str]:
+    flags = [*FSDP.split(), "--fsdp_auto_wrap_policy", wrap, *CHOSEN.split()]
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch", *flags]
     return subprocess.run(
         [sys.executable, *command, "-m", "tests.trainer.fsdp_driver", *args],
         check=False,
@@ -135,11 +137,15 @@ def test_a_run_goes_on_cut_up_or_not(
 
 
 @pytest.mark.long
-def test_adapter_with_live_reference(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrap", [WRAP, "NO_WRAP"])
+def test_adapter_with_live_reference(train: Train, shards: Path, model: Path, tmp_path: Path, wrap: str) -> None:
     options = {"max_steps": 3, "beta": 200, "lora_rank": 2, "reference": "live", "gradient_checkpointing": True}
     one = train("one", batch_size=4, **options)
-    done = launch(arguments(shards, model, tmp_path / "cut_up", **options))
+    cut_up = arguments(shards, model, tmp_path / "cut_up", save_every=1, **options)
+    assert "error: power cut" in launch(cut_up, wrap=wrap, POWER_CUT="1").stderr
+    done = launch(cut_up, wrap=wrap)
     assert done.returncode == 0, done.stderr
+    assert "going on after step 1 of 3" in done.stdout
     assert_same_course(tmp_path / "cut_up", one)
     tensors, expected = (load_file(out / "pytorch_lora_weights.safetensors") for out in (tmp_path / "cut_up", one))
     assert tensors.keys() == expected.keys()

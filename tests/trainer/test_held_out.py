@@ -11,6 +11,7 @@ import torch
 from smpo_schemas.shards import ShardDirectory
 from smpo_trainer.checkpoints import Checkpoints
 from smpo_trainer.held_out import spread
+from smpo_trainer.loop import Trainer
 from smpo_trainer.states import StateTable, prompt_draw
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, dying_after, make_shards, metrics, run_cli
@@ -58,11 +59,29 @@ def test_spread_takes_as_many_walks_as_possible() -> None:
     assert spread(of, 4).tolist() == spread(of, 4).tolist()
 
 
+@pytest.mark.parametrize(("number", "partial_round"), [(317, 317), (1317, 317), (20, 20)])
+def test_spread_samples_the_whole_table_in_few_places(number: int, partial_round: int) -> None:
+    of = table([2] * 1000)
+    times = np.bincount(of.walk_S[spread(of, number)], minlength=1000)
+    assert times.sum() == number
+    chosen = np.flatnonzero(times == times.max())
+    assert len(chosen) == partial_round
+    assert set(times) == {times.max() - 1, times.max()}
+    # In every tenth of the walks there are as many; they lie in a few places, and so in few shards.
+    tenths, _ = np.histogram(chosen, bins=10, range=(0, 1000))
+    assert (abs(tenths - partial_round / 10) <= 10).all()
+    assert 10 <= 1 + (np.diff(chosen) > 1).sum() <= 32
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40, 100])
+def test_spread_takes_every_number_that_there_is(size: int) -> None:
+    for number in range(1, size + 1):
+        assert len(set(spread(table([1] * size), number).tolist())) == number
+
+
 def test_no_held_out_prompt_is_trained_on(
     train: Train, many: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from smpo_trainer.loop import Trainer
-
     seen: dict[bool, set[str]] = {True: set(), False: set()}
     forward = Trainer._forward
 
@@ -81,10 +100,14 @@ def test_no_held_out_prompt_is_trained_on(
     assert f"{number} states are held out by their prompts; {number} of them are looked at" in capsys.readouterr().out
 
 
-def test_values_are_those_of_the_plain_version(train: Train, many: Path, model: Path, other_unet: Path) -> None:
-    # A learning rate of 0 leaves the model where it starts.
-    out = train(on=many, objective="dpo", unet=other_unet, val_fraction=FRACTION, beta=BETA, lr=0, max_steps=1)
-    plain = PlainReference(model, other_unet)
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_values_are_those_of_the_plain_version(
+    train: Train, many: Path, model: Path, other_unet: Path, ema_decay: float | None
+) -> None:
+    """With the weights that are saved."""
+    moving = {"lr": 1e-3, "max_steps": 3, "ema_decay": ema_decay}
+    out = train(on=many, objective="dpo", unet=other_unet, val_fraction=FRACTION, beta=BETA, **moving)
+    plain = PlainReference(model, out / "unet")
     losses, right = [], []
     for sample in ShardDirectory(many).samples():
         if sample.meta.prompt not in held_prompts():
@@ -96,9 +119,22 @@ def test_values_are_those_of_the_plain_version(train: Train, many: Path, model: 
             r = sample.ref_error_K2[k].double()[[w, 1 - w]]
             losses.append(float(PLAIN["dpo"](e[0].double(), e[1].double(), r[0], r[1], 1.0)))
             right.append(e[0] - r[0] < e[1] - r[1])
-    record = metrics(out)[0]
+    record = metrics(out)[-1]
     assert record["val/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert record["val/rewards/accuracies"] == pytest.approx(np.mean(right))
+
+
+def test_a_loss_that_is_no_number_is_not_left_out(train: Train, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Trainer._forward
+
+    def break_one(self: Trainer, batch):
+        loss_B, values = forward(self, batch)
+        return loss_B if torch.is_grad_enabled() else loss_B.index_fill(0, torch.tensor([0]), torch.nan), values
+
+    monkeypatch.setattr(Trainer, "_forward", break_one)
+    record = metrics(train(on=many, val_fraction=FRACTION, max_steps=1))[0]
+    assert record["val/loss"] is None
+    assert record["loss"] is not None
 
 
 def test_looking_changes_no_training(train: Train, many: Path) -> None:

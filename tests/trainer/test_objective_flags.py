@@ -205,6 +205,23 @@ def test_each_setting_is_part_of_the_runs_identity(
     assert "finished; nothing to do" in capsys.readouterr().out
 
 
+def test_a_budget_makes_every_objective_use_the_reference(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"objective": "sft", "mixed_precision": "bf16", "max_steps": 1, "batch_size": 12}
+    assert "reference_noise/std" not in metrics(train("without", **options))[0]
+    train("without-live", reference="live", **options)
+    said = capsys.readouterr().out
+    assert "needs no reference" in said
+    assert "anew" not in said
+    first = metrics(train("with", budget=0, **options))[0]
+    assert abs(first["reference_noise/loss"]) > 5e-3
+    # Recomputed in the run's own arithmetic, where it starts at the budget's edge.
+    assert first["budget/excess"] == pytest.approx(0, abs=1e-4)
+    train("with-live", budget=0, reference="live", **options)
+    said = capsys.readouterr().out
+    assert "computing the reference anew" in said
+    assert "needs no reference" not in said
+
+
 def test_objectives_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(monkeypatch, ["--list-objectives"]) == 0
     said = capsys.readouterr().out

@@ -44,6 +44,11 @@ class Experiment:
     weighting: TimestepWeighting
     validation_prompts: list[str]
 
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss depends on the reference; without, the reference only serves what is logged."""
+        return self.objective.uses_reference or self.settings.budget is not None
+
     def pair_loss(self, process: Process) -> PairLoss:
         """The objective with everything that the settings combine with it."""
         settings = self.settings
@@ -111,8 +116,6 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     scores_unused = settings.scores and not settings.weight_column
     if mix is None and (settings.rewards or scores_unused or settings.calibration or settings.reward_ranges):
         say(f"--objective {kind.name} learns from labels: flags about rewards and scores are not used")
-    if not kind.uses_reference and settings.reference == "live":
-        say(f"--objective {kind.name} needs no reference: --reference live only serves what is logged")
     weights = read_pair_weights(settings.scores, settings.weight_column) if settings.weight_column else None
     options = kind.Options.parse(
         kind.name,
@@ -125,7 +128,10 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
         settings.timestep_weighting or kind.timestep_weighting, settings.snr_gamma, settings.sigmoid_bias
     )
     prompts = _read_prompts(settings.validation_prompts) if settings.validation_prompts else []
-    return Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
+    experiment = Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
+    if not experiment.uses_reference and settings.reference == "live":
+        say(f"--objective {kind.name} needs no reference: --reference live only serves what is logged")
+    return experiment
 
 
 def _fingerprint(model: str, unet: Path) -> str:

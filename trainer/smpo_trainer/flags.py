@@ -128,8 +128,8 @@ EmaDecay = Annotated[
     typer.Option(
         min=0,
         max=1,
-        help="Keep a moving average of the weights with this decay, such as 0.999, and save it as the result. "
-        "Default: none.",
+        help="Keep a moving average of the weights with this decay, such as 0.999, and save it as the result; held-out "
+        "pairs and validation images are of it too. Default: none.",
         rich_help_panel=_OPTIMIZER,
     ),
 ]
@@ -153,7 +153,7 @@ Tf32 = Annotated[
     bool,
     typer.Option(
         "--tf32",
-        help="On NVIDIA GPUs, multiply float32 matrices in TF32: faster, to about three digits.",
+        help="On NVIDIA GPUs, multiply float32 matrices, and convolve, in TF32: faster, to about three digits.",
         rich_help_panel=_OPTIMIZER,
     ),
 ]
@@ -201,7 +201,9 @@ ValEvery = Annotated[
 ValStates = Annotated[
     int,
     typer.Option(
-        min=1, help="How many of their states are looked at, of as many pairs as possible.", rich_help_panel=_HELD_OUT
+        min=1,
+        help="How many of their states are looked at, of as many pairs as possible, evenly over all directories.",
+        rich_help_panel=_HELD_OUT,
     ),
 ]
 ValidationPrompts = Annotated[

@@ -23,6 +23,9 @@ from smpo_trainer.shard_set import ShardSet
 from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable
 
+_STRETCHES = 32
+"""Of walks, where not all are looked at: the more, the better they sample the table, and the more shards are read."""
+
 
 def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, StateTable]:
     """The states that are trained on, and those that are held out.
@@ -45,13 +48,27 @@ def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, Sta
 def spread(table: StateTable, number: int) -> np.ndarray:
     """At most ``number`` states of a table, of as many walks as possible: increasing indices, int64.
 
-    A walk's states are drawn in a fixed random order. Of walks the first are taken, so that few shards are read.
+    A walk's states are drawn in a fixed random order. Of more walks than that, stretches are taken that lie evenly over
+    the table: a sample of all directories that reads few shards.
     """
     keys_S = np.random.default_rng(0).random(len(table))
     order = np.lexsort([keys_S, table.walk_S])
     first_of_walk = np.flatnonzero(np.diff(table.walk_S[order], prepend=-1))
     rounds = np.arange(len(table)) - np.repeat(first_of_walk, np.diff(first_of_walk, append=len(table)))
-    return np.sort(order[np.argsort(rounds, kind="stable")[:number]])
+    by_round = order[np.argsort(rounds, kind="stable")]
+    number = min(number, len(table))
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(rounds))])
+    last = np.searchsorted(bounds, number) - 1
+    before, size = bounds[last], bounds[last + 1] - bounds[last]
+    of_last = before + _stretches(size, number - before)
+    return np.sort(np.concatenate([by_round[:before], by_round[of_last]]))
+
+
+def _stretches(size: int, number: int) -> np.ndarray:
+    """``number`` of the indices below ``size``, increasing: stretches of equal length, with equal gaps around them."""
+    count = min(number, _STRETCHES)
+    stretch = np.arange(number) * count // number
+    return np.arange(number) + (2 * stretch + 1) * (size - number) // (2 * count)
 
 
 class HeldOut:

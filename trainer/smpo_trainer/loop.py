@@ -40,8 +40,10 @@ Losses = list[tuple[str, float]]
 """Pair id and loss of every state that a process has taken in a step."""
 
 
-def _of_usable(values: Metrics, batch: StateBatch) -> Metrics:
-    """The same with NaN for the states that cannot be used, which a mean leaves out."""
+def _metered(loss_B: torch.Tensor, metrics: Metrics, batch: StateBatch) -> Metrics:
+    """What is averaged: metrics and loss, with NaN, which a mean leaves out, for the states that cannot be used."""
+    # A loss that is no number is not one that is missing.
+    values = {"loss": loss_B.where(loss_B.isfinite(), math.inf), **metrics}
     return {name: value_B.where(batch.counts_B, math.nan) for name, value_B in values.items()}
 
 
@@ -102,9 +104,8 @@ class Trainer:
                 # cannot be used add 0, and are not yet known of other processes: see _leave_out.
                 share = self._accelerator.num_processes / self._plan.states_per_step
                 self._accelerator.backward(loss_B.sum() * share)
-            # A loss that is no number is not one that is missing.
             loss_B = loss_B.detach()
-            meter.add(_of_usable({"loss": loss_B.where(loss_B.isfinite(), math.inf), **metrics}, batch))
+            meter.add(_metered(loss_B, metrics, batch))
             # Only what the end of the step needs: the latents and the graph of a micro-batch are freed here.
             of_states = zip(batch.pair_ids, loss_B.tolist(), batch.counts_B.tolist(), strict=True)
             losses += [(pair_id, loss) for pair_id, loss, counts in of_states if counts]
@@ -124,15 +125,15 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, held_out: HeldOut) -> Record:
-        """Loss and metrics on held-out pairs, by names that begin with ``val/``."""
+        """Loss and metrics on held-out pairs of the weights that would be the result, by names ``val/...``."""
         meter = StepMeter()
-        for number in range(held_out.forwards):
-            # A process that has fewer batches repeats one, since wrappers may need all processes for a forward.
-            batch = held_out.batches[min(number, len(held_out.batches) - 1)].to(self._accelerator.device)
-            loss_B, metrics = self._forward(batch)
-            if number < len(held_out.batches):
-                meter.add(_of_usable({"loss": loss_B, **metrics}, batch))
-        reshard(self._denoiser)
+        with self.as_saved():
+            for number in range(held_out.forwards):
+                # A process that has fewer batches repeats one, since wrappers may need all processes for a forward.
+                batch = held_out.batches[min(number, len(held_out.batches) - 1)].to(self._accelerator.device)
+                loss_B, metrics = self._forward(batch)
+                if number < len(held_out.batches):
+                    meter.add(_metered(loss_B, metrics, batch))
         return {f"val/{name}": value for name, value in meter.means(self._accelerator).items()}
 
     def _forward(self, batch: StateBatch) -> tuple[torch.Tensor, Metrics]:

@@ -58,7 +58,12 @@ class Policy:
         """While entered, ``reference`` is just that: where it is the denoiser itself, the adapter is switched off."""
         is_adapted = self.reference is self.denoiser
         if is_adapted:
+            trained = self.trained().values()
             self.denoiser.disable_adapters()
+            # PEFT freezes them, too, and later unfreezes what it finds: of a denoiser that is cut up, after a forward,
+            # not these but what they were gathered into. They would be trained, and missing from checkpoints.
+            for parameter in trained:
+                parameter.requires_grad_(True)
         try:
             yield
         finally:

@@ -99,11 +99,10 @@ def settle_reference(
         return {}
     if not (policy.starts_from_reference or policy.reference):
         return {}
-    pair_loss = experiment.pair_loss(policy.family.process)
-    if not pair_loss.objective.uses_reference and settings.reference != "recomputed":
+    if not experiment.uses_reference and settings.reference != "recomputed":
         return {}  # no noise of it reaches the loss
     reference = _Pass(policy, feed, accelerator)
-    noise = reference.measure(pair_loss)
+    noise = reference.measure(experiment.pair_loss(policy.family.process))
     report.say(noise.describe())
     if settings.reference == "recomputed" or (settings.reference == "auto" and noise.is_loud):
         with report.bar(_TITLE, reference.steps(settings.max_steps)) as step_done:

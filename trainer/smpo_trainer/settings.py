@@ -73,7 +73,7 @@ class TrainSettings:
         ema_decay: of the moving average of the weights, which is then what is saved; None: none is kept.
         gradient_checkpointing: compute activations again in the backward pass rather than keep them.
         compile: compile the denoiser with torch.compile.
-        tf32: float32 products of matrices in TF32.
+        tf32: float32 products of matrices and convolutions in TF32.
         max_skipped: steps in a row with a loss or gradient that is not finite which end the run.
         lora_rank: rank of the adapter; None trains all weights.
         unet: folder of the denoiser to start from; None: the model's own.
