@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-<<<<<<< HEAD
-=======
 import json
->>>>>>> inv2
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -105,11 +102,7 @@ def load_walker(family: Family, model: str, path: Path, device: torch.device | s
 
 
 def fuse_lora(denoiser: Any, lora: Path, what: str, of: str) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
-<<<<<<< HEAD
-    """Add a LoRA file to the weights of a denoiser.
-=======
     """Add a LoRA file to the weights of a denoiser: alpha / rank times B A, with the alpha that diffusers' header says.
->>>>>>> inv2
 
     Args:
         denoiser: is changed.
@@ -122,23 +115,16 @@ def fuse_lora(denoiser: Any, lora: Path, what: str, of: str) -> None:  # noqa: A
     """
     with loading_errors(what):
         layers = safetensors.torch.load_file(lora)
-<<<<<<< HEAD
-=======
         with safe_open(lora, "pt") as file:
             settings = json.loads((file.metadata() or {}).get(_LORA_SETTINGS, "{}"))
         # Where the file says nothing, diffusers takes alpha to be the rank; of settings of another part it would take
         # none, and fill in its library's defaults.
         own = {name: value for name, value in settings.items() if name.startswith(f"{_LORA_PREFIX}.")} or None
->>>>>>> inv2
         # diffusers logs what does not fit over many lines, and goes on without any of it.
         logger = logging.getLogger("diffusers.loaders.peft")
         logger.disabled = True
         try:
-<<<<<<< HEAD
-            denoiser.load_lora_adapter(layers, prefix=_LORA_PREFIX, adapter_name=_LORA_PREFIX)
-=======
             denoiser.load_lora_adapter(layers, prefix=_LORA_PREFIX, adapter_name=_LORA_PREFIX, metadata=own)
->>>>>>> inv2
         finally:
             logger.disabled = False
         known = _LORA_PREFIX in getattr(denoiser, "peft_config", {})
