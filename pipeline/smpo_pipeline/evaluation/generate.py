@@ -84,7 +84,11 @@ def load_generator(model: ModelSource, base: str | None, device: str, dtype: str
         parts[UNET_FOLDER] = _tuned_denoiser(model, whole, what).to(DTYPES[dtype])
     for name, (library, kind) in ((name, of) for name, of in index.items() if isinstance(of, (list, tuple))):
         loader: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind), None)
-        if name not in parts and inspect.isclass(loader) and issubclass(loader, torch.nn.Module):
+        if (
+            name not in parts
+            and inspect.isclass(loader)
+            and issubclass(loader, (diffusers.ModelMixin, transformers.PreTrainedModel))
+        ):
             parts[name] = load_weights(loader.from_pretrained, whole, what, subfolder=name, **options)
     pipeline = load_part(DiffusionPipeline.from_pretrained, whole, what, **options, **parts)
     # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
