@@ -83,12 +83,8 @@ def load_generator(model: ModelSource, base: str | None, device: str, dtype: str
     if model.kind != "pipeline":
         parts[UNET_FOLDER] = _tuned_denoiser(model, whole, what).to(DTYPES[dtype])
     for name, (library, kind) in ((name, of) for name, of in index.items() if isinstance(of, (list, tuple))):
-        loader: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind), None)
-        if (
-            name not in parts
-            and inspect.isclass(loader)
-            and issubclass(loader, (diffusers.ModelMixin, transformers.PreTrainedModel))
-        ):
+        loader = _class_with_weights(str(library), str(kind))
+        if loader and name not in parts:
             parts[name] = load_weights(loader.from_pretrained, whole, what, subfolder=name, **options)
     pipeline = load_part(DiffusionPipeline.from_pretrained, whole, what, **options, **parts)
     # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
@@ -106,6 +102,12 @@ def _read_index(model: ModelSource, base: str | None) -> tuple[str, str, dict[st
     if UNET_FOLDER not in index:
         raise UserError(f"{what}: a {index.get('_class_name', 'model')} has no unet; only such models can be evaluated")
     return what, whole, index
+
+
+def _class_with_weights(library: str, name: str) -> Any:  # noqa: ANN401  (of either library)
+    """A class of models by the names in a pipeline's index; None for what is no model, such as a tokenizer."""
+    found = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
+    return found if inspect.isclass(found) and issubclass(found, torch.nn.Module) else None
 
 
 def _tuned_denoiser(model: ModelSource, whole: str, what: str) -> torch.nn.Module:
