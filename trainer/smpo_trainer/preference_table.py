@@ -42,12 +42,21 @@ class PreferenceTable:
         if meta.pair_id not in self.pairs:
             return np.nan
         prompt, p = self.pairs[meta.pair_id]
-        if prompt != meta.prompt:
-            raise UserError(
-                f"--scores {self.folder} and the shards are of different pairs: the prompt of pair {meta.pair_id} is "
-                f"{_short(prompt)} there and {_short(meta.prompt)} in the shards; score the pairs that were inverted"
-            )
+        require_same_prompt(self.folder, prompt, meta)
         return p
+
+
+def require_same_prompt(scores: Path, prompt: str | None, meta: SampleMeta) -> None:
+    """Refuse a walk whose pair has another prompt in the table: pair_ids of two data sets may be alike.
+
+    Raises:
+        UserError: it has.
+    """
+    if prompt != meta.prompt:
+        raise UserError(
+            f"--scores {scores} and the shards are of different pairs: the prompt of pair {meta.pair_id} is "
+            f"{_short(prompt)} there and {_short(meta.prompt)} in the shards; score the pairs that were inverted"
+        )
 
 
 def preference_table(
@@ -98,5 +107,5 @@ def _sha256(ids: Sequence[str], scored: ScoredPairs, preference: Preference) -> 
     return digest.hexdigest()
 
 
-def _short(prompt: str) -> str:
-    return repr(prompt if len(prompt) <= _LONGEST else prompt[:_LONGEST] + "...")
+def _short(prompt: str | None) -> str:
+    return repr(prompt if prompt is None or len(prompt) <= _LONGEST else prompt[:_LONGEST] + "...")
