@@ -179,6 +179,21 @@ def test_wrong_weights(
     assert message in capsys.readouterr().err
 
 
+def test_a_damaged_table_of_weights_is_one_line(
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scores = write_scores(tmp_path / "scores", trust=[1.0] * PAIRS)
+    part = scores / "part-0.parquet"
+    part.write_bytes(part.read_bytes()[:-10])
+    run = arguments(shards, model, tmp_path / "run", objective="dpo", scores=scores, weight_column="trust")
+    assert run_cli(monkeypatch, run) == 2
+    assert capsys.readouterr().err.startswith(f"error: {part} cannot be read: ")
+
+
 def test_weights_of_other_pairs_are_refused(
     shards: Path,
     model: Path,

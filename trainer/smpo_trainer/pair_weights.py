@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_json
+from smpo_schemas.files import reading_parquet, sha256_json
 from smpo_schemas.scores import read_scores, read_scores_info
 from smpo_schemas.shards import SampleMeta
 from smpo_trainer.preference_table import require_same_prompt
@@ -67,13 +67,15 @@ def read_pair_weights(scores: Path | None, column: str) -> PairWeights:
         column: its name.
 
     Raises:
-        UserError: there is no such column of numbers, or a value is negative or not finite.
+        UserError: a part is missing or damaged, there is no such column of numbers, or a value is negative or not
+            finite.
     """
     if scores is None:
         raise UserError(f"--weight-column {column} is a column of a scores table; name the table with --scores DIR")
     info = read_scores_info(scores)
     for part in info.parts:
-        columns = pq.read_schema(scores / part.name).names
+        with reading_parquet(scores / part.name):
+            columns = pq.read_schema(scores / part.name).names
         if column not in columns:
             raise UserError(
                 f"--weight-column {column}: {scores / part.name} has no such column; it has: {', '.join(columns)}"
