@@ -88,6 +88,35 @@ def test_unknown_objective(refused: Refused) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sigmoid_bias", "nan"),
+        *((name, "inf") for name in ("beta", "lr", "max_grad_norm", "budget", "budget_weight", "snr_gamma")),
+    ],
+)
+def test_numbers_are_finite(refused: Refused, name: str, value: str) -> None:
+    assert f"--{name.replace('_', '-')} {value}: expected a finite number" in refused(**{name: value})
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--seed", "4294967296"), ("--cache-gib", "1e300")])
+def test_huge_numbers_are_refused(
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    value: str,
+) -> None:
+    assert run_cli(monkeypatch, [*arguments(shards, model, tmp_path / "run"), flag, value]) == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_the_largest_seed(train: Train) -> None:
+    train(seed=2**32 - 1, max_steps=1)
+
+
 def test_unwritable_output(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(out=tmp_path / "file" / "run")

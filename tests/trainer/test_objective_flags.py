@@ -18,7 +18,7 @@ from smpo_schemas.scores import ScoresInfo, ScoresPart, write_scores_info
 from smpo_schemas.shards import ShardDirectory
 from smpo_trainer.pair_weights import read_pair_weights
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import PlainReference, arguments, column, metrics, run_cli
+from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, metrics, run_cli
 from tests.trainer.objectives.plain import BETA, PLAIN
 
 PAIRS = 6
@@ -57,7 +57,8 @@ def write_scores(folder: Path, pairs: int = PAIRS, **columns: list[object]) -> P
     """A scores table of the first pairs, with these columns besides a reward's."""
     folder.mkdir()
     ids = [f"pair-{number}" for number in range(pairs)]
-    table = pa.table({"pair_id": ids, "taste_0": [1.0] * pairs, "taste_1": [0.0] * pairs, **columns})
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(pairs)]
+    table = pa.table({"pair_id": ids, "prompt": prompts, "taste_0": [1.0] * pairs, "taste_1": [0.0] * pairs} | columns)
     pq.write_table(table, folder / "part-0.parquet")
     part = ScoresPart(name="part-0.parquet", pairs=pairs, sha256=sha256_file(folder / "part-0.parquet"))
     write_scores_info(folder, ScoresInfo(schema_version=1, rewards={}, parts=[part], scored=pairs, rejected=0))
@@ -119,13 +120,13 @@ def test_pair_weights_come_from_the_scores_table(
 def test_rows_that_repeat_a_pair_must_agree(tmp_path: Path) -> None:
     scores = write_scores(tmp_path / "scores", trust=[1.0] * PAIRS)
     rows = pq.read_table(scores / "part-0.parquet").to_pylist()
-    for trust, message in ((1.0, None), (2.0, "pair pair-0 has several weights")):
-        repeated = [*rows[:-1], {**rows[0], "trust": trust}]
+    for change in ({}, {"trust": 2.0}, {"prompt": "another"}):
+        repeated = [*rows[:-1], {**rows[0], **change}]
         pq.write_table(pa.Table.from_pylist(repeated), scores / "part-0.parquet")
-        if message is None:
-            assert read_pair_weights(scores, "trust").table["pair-0"] == 1
+        if not change:
+            assert read_pair_weights(scores, "trust").table["pair-0"] == (PROMPTS[0], 1)
         else:
-            with pytest.raises(UserError, match=message):
+            with pytest.raises(UserError, match="pair pair-0 has several weights or prompts"):
                 read_pair_weights(scores, "trust")
 
 
@@ -176,6 +177,36 @@ def test_wrong_weights(
     run = arguments(shards, model, tmp_path / "run", objective="dpo", scores=scores, weight_column="trust")
     assert run_cli(monkeypatch, run) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_damaged_table_of_weights_is_one_line(
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scores = write_scores(tmp_path / "scores", trust=[1.0] * PAIRS)
+    part = scores / "part-0.parquet"
+    part.write_bytes(part.read_bytes()[:-10])
+    run = arguments(shards, model, tmp_path / "run", objective="dpo", scores=scores, weight_column="trust")
+    assert run_cli(monkeypatch, run) == 2
+    assert capsys.readouterr().err.startswith(f"error: {part} cannot be read: ")
+
+
+def test_weights_of_other_pairs_are_refused(
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As --scores refuses them, though dpo asks no more of the table than its weights."""
+    prompts: list[object] = ["of another data set", *PROMPTS[1:], PROMPTS[0]]
+    scores = write_scores(tmp_path / "scores", trust=[1.0] * PAIRS, prompt=prompts)
+    run = arguments(shards, model, tmp_path / "run", objective="dpo", scores=scores, weight_column="trust")
+    assert run_cli(monkeypatch, run) == 2
+    assert "the prompt of pair pair-0 is 'of another data set' there and 'a cat' in the" in capsys.readouterr().err
 
 
 def test_each_setting_is_part_of_the_runs_identity(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import safetensors.torch
 import torch
 
 from smpo_schemas.errors import UserError
-from smpo_trainer.checkpoints import Checkpoints
+from smpo_trainer.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.metrics import MetricsLog
 from smpo_trainer.output import OutputFolder
 from smpo_trainer.shard_store import ShardStore
@@ -61,6 +63,57 @@ def test_a_kill_while_a_run_finishes_leaves_nothing_for_ever(
     out = train(**OPTIONS, mixed_precision="bf16")
     assert "finished; nothing to do" in capsys.readouterr().out
     assert not [*out.glob("*checkpoint*"), *out.glob("reference*")]
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from smpo_trainer.run_lock import locked
+with locked(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_one_run_at_a_time_in_a_folder(
+    train: Train, shards: Path, model: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Held by another process, which is then killed while one that it forked, as loaders are, lives on."""
+    out = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, out, "100"], stdout=subprocess.PIPE, text=True)
+    forked = int(holder.stdout.readline())
+    try:
+        for options in ({}, {"overwrite": True}):
+            assert run_cli(monkeypatch, arguments(shards, model, out, **options)) == 2
+            error = capsys.readouterr().err
+            assert f"--out {out} is being written by another run (process {holder.pid} on " in error
+            assert error.count("\n") == 1
+        holder.kill()
+        holder.wait()
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        train(max_steps=1)
+    finally:
+        holder.kill()
+        os.kill(forked, signal.SIGKILL)
+    assert not list(out.glob(".*"))
+
+
+def test_a_run_holds_its_folder(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+    save = Checkpoints.save
+
+    def save_and_ask(self: Checkpoints, checkpoint: Checkpoint) -> Path:
+        path = save(self, checkpoint)
+        asked = [sys.executable, "-c", HOLD, path.parent, "0"]
+        refused.append(subprocess.run(asked, check=False, capture_output=True, text=True).stderr)
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_ask)
+    train(max_steps=2, save_every=1)
+    assert len(refused) == 1
+    assert f"is being written by another run (process {os.getpid()} on " in refused[0]
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 4, "lo', b'{"step": 4, "lo\n', b"\0\0\0\0\n"])

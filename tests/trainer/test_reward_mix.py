@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from smpo_schemas.errors import UserError
@@ -155,6 +157,27 @@ def test_scores_from_a_table_give_what_the_shards_own_give(mix: Mix, two: Path, 
         scores=table(tmp_path / "t", two),
     )
     np.testing.assert_allclose(other.preferences(scored(two)), own.preferences(scored(two)), atol=1e-7)
+
+
+def test_what_is_used_of_a_table_decides_the_runs_identity(mix: Mix, two: Path, tmp_path: Path) -> None:
+    folder = table(tmp_path / "t", two)
+    (part,) = folder.glob("*.parquet")
+    rows = pq.read_table(part)
+
+    def identity(changed: pa.Table) -> object:
+        pq.write_table(changed, part)  # in place: scores.json stays as it is
+        return mix(reward=["taste"], scores=folder).identity()["scores"]
+
+    def replaced(name: str, value: object) -> pa.Table:
+        position = rows.column_names.index(name)
+        values = [value, *rows[name].to_pylist()[1:]]
+        return rows.set_column(position, name, pa.array(values, rows.schema.field(name).type))
+
+    before = identity(rows)
+    assert identity(rows.append_column("trust", pa.array([1.0] * len(rows)))) == before
+    assert identity(replaced("sharpness_0", 0.25)) == before
+    for name, value in (("taste_1", 0.25), ("prompt", "another"), ("pair_id", "another")):
+        assert identity(replaced(name, value)) != before
 
 
 def test_a_pair_with_another_prompt_is_another_pair(mix: Mix, two: Path, tmp_path: Path) -> None:

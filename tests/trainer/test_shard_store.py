@@ -198,6 +198,18 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert len(list(tmp_path.glob(".uses-*"))) == 2
 
 
+def test_files_that_the_cache_did_not_fetch_are_left_alone(tmp_path: Path, bucket: object) -> None:
+    own = [tmp_path / "laion" / name for name in ("00000.tar", ".00001.tar.0123.tmp")]
+    own[0].parent.mkdir()
+    for path in own:
+        path.write_bytes(bytes(1000))
+    store = store_of(tmp_path)
+    assert store.problems([0, 1]) == {}
+    store.release([])
+    assert tars(tmp_path) == set()
+    assert all(path.is_file() for path in own)
+
+
 def test_opening_at_once_reads_whole_manifests(tmp_path: Path, shards: Path) -> None:
     """As the processes of a run do; of a file system that, other than fsspec's in memory, can be read at once."""
     with ThreadPoolExecutor(16) as pool:

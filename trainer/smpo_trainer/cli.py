@@ -10,6 +10,8 @@ import typer
 from smpo_schemas.commandline import ConfigOption, run_app, write_resolved_config
 from smpo_trainer import flags
 from smpo_trainer.settings import (
+    MAX_CACHE_GIB,
+    MAX_SEED,
     LrSchedule,
     MixedPrecision,
     ReferenceSource,
@@ -102,7 +104,7 @@ _Unet = Annotated[
     Path | None,
     typer.Option(help="Start from this denoiser folder; needed where the model's own is not the shards' reference."),
 ]
-_Seed = Annotated[int, typer.Option(min=0, help="Of the order of the states and of a new adapter.")]
+_Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the order of the states and of a new adapter.")]
 _Precision = Annotated[
     MixedPrecision, typer.Option(help="Dtype of forward and backward; weights and optimizer stay float32.")
 ]
@@ -126,7 +128,12 @@ _Cache = Annotated[
     Path, typer.Option(help="Folder for shards that are fetched from URLs, and for encoded prompts; runs share it.")
 ]
 _CacheGib = Annotated[
-    float, typer.Option(min=0, help="What fetched shards may take there, in GiB; those in use are kept whatever it is.")
+    float,
+    typer.Option(
+        min=0,
+        max=MAX_CACHE_GIB,
+        help="What fetched shards may take there, in GiB; those in use are kept whatever it is.",
+    ),
 ]
 _Workers = Annotated[int, typer.Option(min=0, help="Processes that read ahead; 0: the training process reads.")]
 _SkipBad = Annotated[

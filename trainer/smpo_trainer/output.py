@@ -60,20 +60,6 @@ class OutputFolder:
                 "choose another --out, or begin anew with --overwrite"
             )
 
-    def make(self) -> None:
-        """Make the folder.
-
-        Raises:
-            UserError: it cannot be made or written to.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--out {self.path} cannot be written: {error.strerror}") from error
-
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         # The marker first: a kill in between must not leave a folder that looks finished.

@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_json
+from smpo_schemas.files import reading_parquet, sha256_json
 from smpo_schemas.scores import read_scores, read_scores_info
 from smpo_schemas.shards import SampleMeta
+from smpo_trainer.preference_table import require_same_prompt
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,35 @@ class PairWeights:
     """A weight for every pair of a scores table.
 
     Attributes:
+        scores: the table's folder.
         column: where they are from.
-        table: by pair_id, finite and not negative.
+        table: prompt and weight by pair_id; weights are finite and not negative.
     """
 
+    scores: Path
     column: str
-    table: Mapping[str, float]
+    table: Mapping[str, tuple[str | None, float]]
 
     def of(self, metas: Sequence[SampleMeta]) -> np.ndarray:
-        """The weight of each walk's pair, float64 [P]; 0 where the table lacks the pair."""
-        return np.array([self.table.get(meta.pair_id, 0.0) for meta in metas], dtype=np.float64)
+        """The weight of each walk's pair, float64 [P]; 0 where the table lacks the pair.
+
+        Raises:
+            UserError: the table has another prompt for a pair.
+        """
+        return np.array([self._of(meta) for meta in metas], dtype=np.float64)
+
+    def _of(self, meta: SampleMeta) -> float:
+        if meta.pair_id not in self.table:
+            return 0.0
+        prompt, weight = self.table[meta.pair_id]
+        require_same_prompt(self.scores, prompt, meta)
+        return weight
 
     def identity(self) -> str:
         """Hash of the column's name and values."""
-        return sha256_json({"column": self.column, "values": dict(self.table)})
+        return sha256_json(
+            {"column": self.column, "values": {pair_id: weight for pair_id, (_, weight) in self.table.items()}}
+        )
 
 
 def read_pair_weights(scores: Path | None, column: str) -> PairWeights:
@@ -51,19 +67,21 @@ def read_pair_weights(scores: Path | None, column: str) -> PairWeights:
         column: its name.
 
     Raises:
-        UserError: there is no such column of numbers, or a value is negative or not finite.
+        UserError: a part is missing or damaged, there is no such column of numbers, or a value is negative or not
+            finite.
     """
     if scores is None:
         raise UserError(f"--weight-column {column} is a column of a scores table; name the table with --scores DIR")
     info = read_scores_info(scores)
     for part in info.parts:
-        columns = pq.read_schema(scores / part.name).names
+        with reading_parquet(scores / part.name):
+            columns = pq.read_schema(scores / part.name).names
         if column not in columns:
             raise UserError(
                 f"--weight-column {column}: {scores / part.name} has no such column; it has: {', '.join(columns)}"
             )
-    table: dict[str, float] = {}
-    for row in read_scores(scores, info, ["pair_id", column]).to_pylist():
+    table: dict[str, tuple[str | None, float]] = {}
+    for row in read_scores(scores, info, ["pair_id", "prompt", column]).to_pylist():
         value = row[column]
         if value is None:
             continue
@@ -72,9 +90,10 @@ def read_pair_weights(scores: Path | None, column: str) -> PairWeights:
                 f"--weight-column {column}: pair {row['pair_id']} in {scores} has the weight {value!r}; "
                 "a weight is a number from 0"
             )
-        if table.setdefault(row["pair_id"], float(value)) != value:
+        found = (row["prompt"], float(value))
+        if table.setdefault(row["pair_id"], found) != found:
             raise UserError(
-                f"--weight-column {column}: pair {row['pair_id']} has several weights in {scores}; each row of a pair "
-                "must have the same"
+                f"--weight-column {column}: pair {row['pair_id']} has several weights or prompts in {scores}; each row "
+                "of a pair must have the same"
             )
-    return PairWeights(column, table)
+    return PairWeights(scores, column, table)

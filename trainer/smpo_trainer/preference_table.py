@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_file
+from smpo_schemas.files import sha256_json
 from smpo_schemas.preference import Preference, ScoredPairs
-from smpo_schemas.scores import SAME_SCORE, SCORES_FILE, ScoresInfo, image_ids, read_scores, reward_scores
+from smpo_schemas.scores import SAME_SCORE, ScoresInfo, image_ids, read_scores, reward_scores
 from smpo_schemas.shards import SampleMeta
 
 _LONGEST = 60
@@ -24,7 +25,7 @@ class PreferenceTable:
 
     Attributes:
         folder: the output of ``score``.
-        sha256: of its ``scores.json``.
+        sha256: of everything that p was made of.
         pairs: prompt and p by pair_id.
     """
 
@@ -41,12 +42,21 @@ class PreferenceTable:
         if meta.pair_id not in self.pairs:
             return np.nan
         prompt, p = self.pairs[meta.pair_id]
-        if prompt != meta.prompt:
-            raise UserError(
-                f"--scores {self.folder} and the shards are of different pairs: the prompt of pair {meta.pair_id} is "
-                f"{_short(prompt)} there and {_short(meta.prompt)} in the shards; score the pairs that were inverted"
-            )
+        require_same_prompt(self.folder, prompt, meta)
         return p
+
+
+def require_same_prompt(scores: Path, prompt: str | None, meta: SampleMeta) -> None:
+    """Refuse a walk whose pair has another prompt in the table: pair_ids of two data sets may be alike.
+
+    Raises:
+        UserError: it has.
+    """
+    if prompt != meta.prompt:
+        raise UserError(
+            f"--scores {scores} and the shards are of different pairs: the prompt of pair {meta.pair_id} is "
+            f"{_short(prompt)} there and {_short(meta.prompt)} in the shards; score the pairs that were inverted"
+        )
 
 
 def preference_table(
@@ -66,7 +76,8 @@ def preference_table(
     table = read_scores(folder, info)
     ids, prompts = table["pair_id"].to_pylist(), table["prompt"].to_pylist()
     scores = {name: reward_scores(table, name) for name in preference.weights}
-    p_P = preference.probability(ScoredPairs(scores, prompts, image_ids(table) if preference.needs_images else None))
+    scored = ScoredPairs(scores, prompts, image_ids(table) if preference.needs_images else None)
+    p_P = preference.probability(scored)
     allowed = {name: SAME_SCORE * (info.rewards[name].max - info.rewards[name].min) for name in scores}
     first: dict[str, int] = {}
     for row, pair_id in enumerate(ids):
@@ -83,8 +94,18 @@ def preference_table(
     if len(first) < len(ids):
         say(f"{len(ids) - len(first)} of {len(ids)} rows of {folder} repeat a pair; the first of each counts")
     pairs = {pair_id: (prompts[row], float(p_P[row])) for pair_id, row in first.items()}
-    return PreferenceTable(folder, sha256_file(folder / SCORES_FILE), pairs)
+    return PreferenceTable(folder, _sha256(ids, scored, preference), pairs)
 
 
-def _short(prompt: str) -> str:
-    return repr(prompt if len(prompt) <= _LONGEST else prompt[:_LONGEST] + "...")
+def _sha256(ids: Sequence[str], scored: ScoredPairs, preference: Preference) -> str:
+    """Hash of what p is made of, rather than of p, whose last bit differs between processors."""
+    images = None if scored.images_P2 is None else scored.images_P2.tolist()
+    words = {"pair_id": ids, "prompt": scored.prompts, "image_ids": images, "scale": dict(preference.scales)}
+    digest = hashlib.sha256(sha256_json(words).encode())
+    for name in sorted(scored.scores):
+        digest.update(scored.scores[name].tobytes())
+    return digest.hexdigest()
+
+
+def _short(prompt: str | None) -> str:
+    return repr(prompt if prompt is None or len(prompt) <= _LONGEST else prompt[:_LONGEST] + "...")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from smpo_trainer.processes import leave, on_main, together
 from smpo_trainer.reference import settle_reference
 from smpo_trainer.report import Report
 from smpo_trainer.reward_mix import RewardMix
+from smpo_trainer.run_lock import locked
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable, index_states
@@ -63,15 +64,16 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     for line in remarks(settings.preset, experiment.shards.model.kind, states_per_step):
         report.say(line)
     output = OutputFolder(settings.out, settings.checkpoints_total_limit)
-    if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
-        on_main(accelerator, output.tidy)
-        report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
-    else:
-        on_main(accelerator, output.make)
-        set_seed(settings.seed)
-        # Without the end of its fetches, a run that failed would wait for all of them.
-        with closing(ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))) as store:
-            _train(experiment, identity, store, output, write_config, accelerator, report)
+    with ExitStack() as held:
+        on_main(accelerator, lambda: held.enter_context(locked(settings.out)))
+        if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
+            on_main(accelerator, output.tidy)
+            report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
+        else:
+            set_seed(settings.seed)
+            # Without the end of its fetches, a run that failed would wait for all of them.
+            with closing(ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))) as store:
+                _train(experiment, identity, store, output, write_config, accelerator, report)
     leave(accelerator)
 
 

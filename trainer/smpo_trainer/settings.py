@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,12 @@ DEFAULT_LORA_LR = 1e-4
 
 BETA_OF_KIND = {"sd15": 2000.0, "sd2": 2000.0, "sdxl": 5000.0}
 """The published values (arXiv 2506.02698); SD 2 takes SD 1.5's."""
+
+MAX_SEED = 2**32 - 1
+"""The largest that numpy takes."""
+
+MAX_CACHE_GIB = 2.0**30
+"""An exbibyte."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,17 @@ class TrainSettings:
     overwrite: bool
     preset: str | None
     wandb_project: str | None
+
+    def __post_init__(self) -> None:
+        """Refuse infinity and NaN, which no flag's lower bound does.
+
+        Raises:
+            UserError: a setting is one of them.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{field.name.replace('_', '-')} {value}: expected a finite number")
 
     def peak_lr(self, states_per_step: int) -> float:
         """The learning rate after warm-up.

@@ -22,6 +22,10 @@ _LOCK = ".lock"
 """Held while somebody says what is used, and while something is removed."""
 
 _USES = ".uses-"
+_FOLDERS = "[0-9a-f]" * 16
+"""Matches what :func:`smpo_trainer.shard_store.open_source` calls the folder of a directory of shards; nothing else
+below the cache, which may be a folder with files of the user's own, is counted or removed."""
+
 _PARTIAL = ".tmp"
 """Ends the name of what is not fetched completely, perhaps by a run that was killed."""
 
@@ -97,7 +101,7 @@ class ShardCache:
 
     def _found(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Shards, and parts of them."""
-        for path in [*self._folder.glob("*/*.tar"), *self._folder.glob(f"*/.*.tar.*{_PARTIAL}")]:
+        for path in [*self._folder.glob(f"{_FOLDERS}/*.tar"), *self._folder.glob(f"{_FOLDERS}/.*.tar.*{_PARTIAL}")]:
             try:
                 yield path, path.stat()
             except FileNotFoundError:  # renamed, as it is complete, or removed, as it was found damaged
