@@ -129,7 +129,7 @@ def read_scores_info(directory: AnyPath) -> ScoresInfo:
 
 
 def read_scores(directory: AnyPath, info: ScoresInfo, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the whole table, in input order; ``columns`` limits what is read.
+    """Read the whole table, in input order; ``columns`` limits what is read (:data:`IMAGE_IDS` where they are there).
 
     Raises:
         UserError: a part is missing or damaged, has other columns than it should, or another number of rows than
@@ -160,7 +160,7 @@ def _as_written(table: pa.Table, rewards: Sequence[str], columns: Sequence[str] 
         pyarrow.ArrowException: a column is of another type, or damaged.
     """
     for field in score_schema(rewards):
-        asked = field.name in columns if columns is not None else field.name not in IMAGE_IDS
+        asked = field.name not in IMAGE_IDS and (columns is None or field.name in columns)
         if field.name not in table.column_names:
             if columns is None and field.name in _NULL_IF_MISSING:
                 table = table.append_column(field, pa.nulls(len(table), field.type))
