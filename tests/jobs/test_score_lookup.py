@@ -22,7 +22,7 @@ STATISTICS = RewardStatistics(
 )
 
 
-def write_table(folder, *parts, images=None):
+def write_table(folder, *parts, images=None, dtype="fp32"):
     found = [
         write_part(
             folder / f"{number}.parquet",
@@ -34,7 +34,8 @@ def write_table(folder, *parts, images=None):
         )
         for number, rows in enumerate(parts)
     ]
-    info = ScoresInfo(schema_version=SCORES_VERSION, rewards={"r": STATISTICS}, parts=found, scored=0, rejected=0)
+    rewards = {"r": STATISTICS.model_copy(update={"dtype": dtype})}
+    info = ScoresInfo(schema_version=SCORES_VERSION, rewards=rewards, parts=found, scored=0, rejected=0)
     write_scores_info(folder, info)
     return info
 
@@ -49,8 +50,16 @@ def test_the_first_row_of_each_id_that_is_there(tmp_path):
     assert actor._score_rows(pa.array(["p45", "p3", "none", "p80", "p3"])) == {"p45": 45, "p3": 3, "p80": 90}
 
 
-def test_one_id_for_pairs_with_different_scores_is_refused(tmp_path):
-    info = write_table(tmp_path, [("a", 0.1), ("b", 0.2)], [("a", 0.1), ("b", 0.3)])
+@pytest.mark.parametrize(
+    ("dtype", "apart", "refused"),
+    # A ten-thousandth of the range of 1; in half precision a fifth of the standard deviation of 0.1.
+    [("fp32", 5e-5, False), ("fp32", 5e-4, True), ("bf16", 0.015, False), ("fp16", 0.025, True)],
+)
+def test_one_id_for_pairs_whose_scores_differ_by_more_than_rounding_is_refused(tmp_path, dtype, apart, refused):
+    info = write_table(tmp_path, [("a", 0.1), ("b", 0.2)], [("a", 0.1), ("b", 0.2 + apart)], dtype=dtype)
+    if not refused:
+        assert len(_score_table(tmp_path, info)) == 4
+        return
     with pytest.raises(UserError, match="pair_id 'b' stands for pairs with different scores"):
         _score_table(tmp_path, info)
 

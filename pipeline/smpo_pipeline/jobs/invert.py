@@ -44,7 +44,7 @@ from smpo_schemas.manifest import (
 from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
 from smpo_schemas.passing import trying_again
 from smpo_schemas.rejects import count_reasons, write_rejects
-from smpo_schemas.scores import IMAGE_IDS, SAME_SCORE, ScoresInfo, read_scores, read_scores_info
+from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, same_score
 from smpo_schemas.shard_index import INDEX_FILE, write_index
 from smpo_schemas.shards import ShardDirectory
 from smpo_schemas.store import AnyPath
@@ -161,10 +161,8 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
     # for the rounding of batches of other sizes.
     found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
     for name in names:
-        reward = info.rewards[name[:-2]]
-        apart = pc.greater(
-            pc.subtract(found[f"{name}_max"], found[f"{name}_min"]), SAME_SCORE * (reward.max - reward.min)
-        )
+        between = pc.subtract(found[f"{name}_max"], found[f"{name}_min"])
+        apart = pc.greater(between, same_score(info.rewards[name[:-2]]))
         clash = found.filter(apart)
         if clash.num_rows:
             raise UserError(
