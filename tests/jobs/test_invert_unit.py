@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from smpo_models.unet_family import UNetFamily
+from smpo_pipeline import isolation
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs import invert_unit
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
 from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.run import Run
+from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 from tests.inversion.helpers import make_pair
 from tests.tiny import make_tiny_model
@@ -77,3 +79,17 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
     first = [8, 8, 4, 4, 4, 4, 2, 2, 2, 2]  # what fails is tried twice
     assert tried == first + [2] * 2 + [2] * 6
     assert take_batch_sizes(tmp_path) == [2]
+
+
+def test_memory_that_holds_no_walk_ends_the_job_and_rejects_no_pair(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(isolation, "PAUSES", (0.0,))
+    actor = make_actor(models, tmp_path, monkeypatch, batch_size=2)
+
+    def full(_requests):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    actor._inverter.invert = full
+    with pytest.raises(
+        UserError, match=r"too little memory for a single walk .*out of memory.* the same command goes on$"
+    ):
+        list(actor._walks([make_pair(0), make_pair(1)], {}, HealthSums()))

@@ -263,10 +263,20 @@ class InvertActor:
             yield problems[0] if problems else [each for each in of_pair if isinstance(each, Sample)]
 
     def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | str]:
-        """Walks, or the reasons why they cannot be made, in order."""
+        """Walks, or the reasons why they cannot be made, in order.
+
+        Raises:
+            UserError: memory does not hold one walk.
+        """
         began = time.monotonic()
         outcome = make(self._inverter.invert, requests, self._options.device)
         self._model_seconds += time.monotonic() - began
+        if outcome.short:
+            # One walk takes about what another does: it is not the pair's fault.
+            raise UserError(
+                f"too little memory for a single walk on {socket.gethostname()}, also after pauses: {outcome.short}; "
+                "has another program taken it? what is committed stays, the same command goes on"
+            )
         if outcome.fits:
             self._use_batches_of(outcome.fits)
         made: dict[int, Sample | str] = dict(outcome.failed)
