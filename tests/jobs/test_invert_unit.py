@@ -81,6 +81,23 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
     assert take_batch_sizes(tmp_path) == [2]
 
 
+def test_a_pair_that_fails_while_the_batch_size_is_looked_for_costs_itself_alone(models, tmp_path, monkeypatch):
+    actor = make_actor(models, tmp_path, monkeypatch, batch_size=None)
+    invert = actor._inverter.invert
+
+    def touchy(requests):
+        if "pair-0" in {pair.pair_id for pair, _ in requests}:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return invert(requests)
+
+    actor._inverter.invert = touchy
+    pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(3)]
+    first, *others = actor._walks(pairs, {}, HealthSums())
+    assert first == "fails alone: RuntimeError: CUDA error: device-side assert triggered"
+    assert [len(each) for each in others] == [1, 1]
+    assert take_batch_sizes(tmp_path) == [1]
+
+
 def test_memory_that_holds_no_walk_ends_the_job_and_rejects_no_pair(models, tmp_path, monkeypatch):
     monkeypatch.setattr(isolation, "PAUSES", (0.0,))
     actor = make_actor(models, tmp_path, monkeypatch, batch_size=2)
