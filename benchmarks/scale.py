@@ -317,7 +317,7 @@ def account_page() -> Iterator[str]:
     rows = {"pair_id": "0" * 36, "prompt": "x" * 80, "label": 1.0, "annotator": "0" * 8}
     rows |= dict.fromkeys(IMAGE_IDS, "0" * 32) | dict.fromkeys(("a_0", "a_1", "b_0", "b_1"), 0.5)
     table = pa.Table.from_pylist([rows] * 1000, schema=score_schema(["a", "b"]))
-    held = table.select(["pair_id", "prompt", "a_0", "a_1", "b_0", "b_1"]).nbytes / 1000
+    held = table.select(["pair_id", "prompt", *IMAGE_IDS, "a_0", "a_1", "b_0", "b_1"]).nbytes / 1000
     as_object = held_bytes(lambda: UnitRecord.model_validate_json(record.model_dump_json()))
     yield stamp("python benchmarks/scale.py", ("torch", "pyarrow"))
     yield ""

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from smpo_pipeline import isolation
 from smpo_pipeline.isolation import is_out_of_memory, make
 
 
@@ -85,6 +88,50 @@ def test_only_full_memory_says_what_fits():
     assert make(maker(), range(4), "cpu").fits is None
     # 6 fails alone; of the other seven, three are made at once, and two and two.
     assert make(maker(bad={6}, largest=3), range(8), "cpu").fits == 3
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """The pauses, which nobody waits for."""
+    found = []
+    monkeypatch.setattr(isolation.time, "sleep", found.append)
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_memory_that_others_took_for_a_while_costs_no_item(slept, count):
+    def run(items):
+        if not slept:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(items)
+
+    outcome = make(run, range(count), "cpu")
+    assert sorted(outcome.made) == [([item], [item]) for item in range(count)]
+    # What comes next may fit whole again.
+    assert (outcome.failed, outcome.fits, outcome.short, slept) == ({}, None, None, [2.0])
+
+
+def test_an_item_that_memory_never_holds_says_so_and_costs_no_other(slept):
+    def run(items):
+        if 6 in items:
+            raise MemoryError
+        return list(items)
+
+    outcome = make(run, range(8), "cpu")
+    rest = [item for item in range(8) if item != 6]
+    assert outcome.made == [(rest, rest)]
+    assert outcome.failed == {6: "too little memory: for it alone, and 2 times after a pause: MemoryError:"}
+    assert (outcome.short, slept) == ("MemoryError:", [2.0, 10.0])
+
+
+def test_a_gpu_that_is_full_is_not_taken_for_a_broken_one(slept, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "ones", full)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"ended with {status}"))
+    assert make(full, [1], "cuda").short
+    assert len(slept) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -18,6 +19,9 @@ FAILURES = (RuntimeError, MemoryError)
 would fail with every item."""
 
 _TRIES = 2
+
+PAUSES = (2.0, 10.0)
+"""Seconds to wait before the next tries of an item that found too little memory alone: others may have taken it."""
 
 _MEMORY = re.compile("out of memory|MemoryError|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 
@@ -39,11 +43,13 @@ class Outcome(Generic[Made]):
         made: what was made, with the positions in the batch that it is of; together with ``failed``, all of them.
         failed: the others, with reasons.
         fits: the most items that were made at once, where memory ran out with more; else None.
+        short: what was said where memory did not hold an item of ``failed`` alone, after pauses neither; else None.
     """
 
     made: list[tuple[list[int], Made]]
     failed: dict[int, str]
     fits: int | None = None
+    short: str | None = None
 
 
 def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str) -> Outcome[Made]:
@@ -51,7 +57,7 @@ def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: s
 
     What is left after those that fail alone were found is made as one batch, so that the result depends on which
     items fail, never on what failed once. Where no item fails alone but all of them do together (too large for the
-    device), halves are made instead.
+    device), halves are made instead. An item for which memory is too small alone is tried again after pauses.
 
     Args:
         run: makes something of some items.
@@ -62,26 +68,56 @@ def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: s
     made = _try(run, items, device)
     if not isinstance(made, str):
         return Outcome([(list(range(len(items))), made)], {})
-    if len(items) == 1:
-        return Outcome([], {0: f"fails alone: {made}"})
-    parts, failed = _bisect(run, items, device)
-    if not failed:
-        fits = max(len(positions) for positions, _ in parts) if _MEMORY.search(made) else None
-        return Outcome(parts, {}, fits)
+    parts, said = _bisect(run, items, device) if len(items) > 1 else ([], {0: made})
+    late, said = _after_pauses(run, items, said, device)
+    if not said:
+        # Where memory came back, the batch may not have been too large.
+        fits = max(len(positions) for positions, _ in parts) if _MEMORY.search(made) and not late else None
+        return Outcome(parts + late, {}, fits)
+    failed = {position: _reason(why) for position, why in said.items()}
+    short = next((why for why in said.values() if _MEMORY.search(why)), None)
     rest = [position for position in range(len(items)) if position not in failed]
     if not rest:
-        return Outcome([], failed)
+        return Outcome([], failed, short=short)
     of_rest = make(run, [items[position] for position in rest], device)
     parts = [([rest[index] for index in indices], each) for indices, each in of_rest.made]
-    return Outcome(parts, failed | {rest[index]: why for index, why in of_rest.failed.items()}, of_rest.fits)
+    failed |= {rest[index]: why for index, why in of_rest.failed.items()}
+    return Outcome(parts, failed, of_rest.fits, short or of_rest.short)
+
+
+def _reason(said: str) -> str:
+    if _MEMORY.search(said):
+        return f"too little memory: for it alone, and {len(PAUSES)} times after a pause: {said}"
+    return f"fails alone: {said}"
+
+
+def _after_pauses(
+    run: Callable[[Sequence[Item]], Made], items: Sequence[Item], said: dict[int, str], device: str
+) -> tuple[list[tuple[list[int], Made]], dict[int, str]]:
+    """What is made of those items that memory alone failed, and what is said of the items that still fail."""
+    late: list[tuple[list[int], Made]] = []
+    still = dict(said)
+    for pause in PAUSES:
+        waiting = [position for position, why in still.items() if _MEMORY.search(why)]
+        if not waiting:
+            break
+        time.sleep(pause)
+        for position in waiting:
+            made = _try(run, [items[position]], device)
+            if isinstance(made, str):
+                still[position] = made
+            else:
+                late.append(([position], made))
+                del still[position]
+    return late, still
 
 
 def _bisect(
     run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str
 ) -> tuple[list[tuple[list[int], Made]], dict[int, str]]:
-    """Halves, and halves of what fails: what was made of which positions, and reasons of those that fail alone."""
+    """Halves, and halves of what fails: what was made of which positions, and what is said of those that fail alone."""
     parts: list[tuple[list[int], Made]] = []
-    failed: dict[int, str] = {}
+    said: dict[int, str] = {}
     left = [list(range(len(items)))]
     while left:
         positions = left.pop()
@@ -91,10 +127,10 @@ def _bisect(
             if not isinstance(made, str):
                 parts.append((half, made))
             elif len(half) == 1:
-                failed[half[0]] = f"fails alone: {made}"
+                said[half[0]] = made
             else:
                 left.append(half)
-    return parts, failed
+    return parts, said
 
 
 def _try(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str) -> Made | str:
@@ -113,5 +149,6 @@ def _leave_broken_gpu(device: str) -> None:
     if device == "cuda":
         try:
             torch.ones(1, device=device).item()
-        except RuntimeError:
-            os._exit(1)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                os._exit(1)

@@ -432,7 +432,9 @@ def _file_bytes(path: AnyPath, name: str) -> bytes:
     except OSError as error:
         if error.errno in PASSING_ERRNOS:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        raise PairRejectedError(f"image not readable: {name} {shown}: {error.strerror}") from error
+        # An object store's error for a missing file has no words.
+        reason = error.strerror or "no such file"
+        raise PairRejectedError(f"image not readable: {name} {shown}: {reason}") from error
     except ValueError as error:  # a name that no file can have
         raise PairRejectedError(f"image not readable: {name} {shown}: {error}") from error
 

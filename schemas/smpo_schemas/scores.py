@@ -32,8 +32,12 @@ tables of before they were there have schema version 1 too."""
 
 _NULL_IF_MISSING = ("label", "annotator")
 
-SAME_SCORE = 1e-4
-"""Share of a reward's range by which two scores of one image may differ: batches of other sizes round otherwise."""
+_SAME = 1e-4
+"""Share of a reward's range by which two float32 scores of one image may differ."""
+
+_SAME_HALF = 0.2
+"""The same of half precision, in standard deviations of the reward: twice the largest difference from float32 that was
+measured (0.083: ``hpsv2`` in bf16, 1200 images; docs/benchmarks.md), and some room for more images than that."""
 
 
 class RewardStatistics(BaseModel):
@@ -129,7 +133,7 @@ def read_scores_info(directory: AnyPath) -> ScoresInfo:
 
 
 def read_scores(directory: AnyPath, info: ScoresInfo, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the whole table, in input order; ``columns`` limits what is read.
+    """Read the whole table, in input order; ``columns`` limits what is read (:data:`IMAGE_IDS` where they are there).
 
     Raises:
         UserError: a part is missing or damaged, has other columns than it should, or another number of rows than
@@ -160,7 +164,7 @@ def _as_written(table: pa.Table, rewards: Sequence[str], columns: Sequence[str] 
         pyarrow.ArrowException: a column is of another type, or damaged.
     """
     for field in score_schema(rewards):
-        asked = field.name in columns if columns is not None else field.name not in IMAGE_IDS
+        asked = field.name not in IMAGE_IDS and (columns is None or field.name in columns)
         if field.name not in table.column_names:
             if columns is None and field.name in _NULL_IF_MISSING:
                 table = table.append_column(field, pa.nulls(len(table), field.type))
@@ -183,6 +187,11 @@ def image_ids(table: pa.Table) -> np.ndarray | None:
 def reward_scores(table: pa.Table, name: str) -> np.ndarray:
     """Raw scores of one reward: float64 [P, 2]."""
     return np.stack([table[f"{name}_{index}"].to_numpy().astype(np.float64) for index in (0, 1)], axis=1)
+
+
+def same_score(reward: RewardStatistics) -> float:
+    """By how much two scores of one image may differ, in the reward's unit: batches of other sizes round otherwise."""
+    return _SAME * (reward.max - reward.min) if reward.dtype == "fp32" else _SAME_HALF * reward.std
 
 
 def table_labels(table: pa.Table) -> np.ndarray:

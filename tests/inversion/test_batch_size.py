@@ -57,12 +57,18 @@ def test_libraries_that_find_no_memory_are_understood():
     assert largest_that_fits(device, 100) == 4
 
 
-def test_other_errors_are_not_taken_for_full_memory():
-    def broken(size: int) -> None:
-        raise RuntimeError("shape")
+@pytest.mark.parametrize(("room", "size"), [(0, 1), (1, 1), (5, 4)])
+def test_a_pair_that_fails_ends_the_search_at_what_was_made(room, size):
+    failing = RuntimeError("CUDA error: device-side assert triggered")
+    assert largest_that_fits(Device(room, full=failing), 100) == size
+    device = Device(room, seconds=lambda count: 100 + count, full=failing)
+    assert fastest_by_doubling(device, 100, clock=lambda: device.now) == size
 
-    with pytest.raises(RuntimeError, match="shape"):
-        largest_that_fits(broken, 8)
+
+@pytest.mark.parametrize("search", [largest_that_fits, fastest_by_doubling])
+def test_a_bug_keeps_its_traceback(search):
+    with pytest.raises(KeyError):
+        search({}.__getitem__, 8)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 from smpo_models.loading import load_family
 from smpo_models.unet_family import UNetFamily
+from smpo_pipeline import isolation
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs import invert, invert_unit
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
@@ -126,3 +127,34 @@ def test_a_tokenizers_settings_are_not_those_of_its_last_prompts(models):
     before = family.settings()
     family.encode_text(["a cat", "dog " * 60])
     assert family.settings() == before
+
+
+def test_a_pair_that_fails_while_the_batch_size_is_looked_for_costs_itself_alone(models, tmp_path, monkeypatch):
+    actor = make_actor(models, tmp_path, monkeypatch, batch_size=None)
+    invert = actor._inverter.invert
+
+    def touchy(requests):
+        if "pair-0" in {pair.pair_id for pair, _ in requests}:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return invert(requests)
+
+    actor._inverter.invert = touchy
+    pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(3)]
+    first, *others = actor._walks(pairs, {}, HealthSums())
+    assert first == "fails alone: RuntimeError: CUDA error: device-side assert triggered"
+    assert [len(each) for each in others] == [1, 1]
+    assert take_batch_sizes(tmp_path) == [1]
+
+
+def test_memory_that_holds_no_walk_ends_the_job_and_rejects_no_pair(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(isolation, "PAUSES", (0.0,))
+    actor = make_actor(models, tmp_path, monkeypatch, batch_size=2)
+
+    def full(_requests):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    actor._inverter.invert = full
+    with pytest.raises(
+        UserError, match=r"too little memory for a single walk .*out of memory.* the same command goes on$"
+    ):
+        list(actor._walks([make_pair(0), make_pair(1)], {}, HealthSums()))

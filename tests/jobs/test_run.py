@@ -150,6 +150,35 @@ def test_what_kills_leave_behind_is_removed(run):
     }
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_overwrite_removes_the_files_of_this_job_and_no_others(run, damaged):
+    (run.out / "marker.json").write_text("{}")
+    (run.out / "notes.txt").write_text("mine")
+    if damaged:
+        (run.out / "run.json").write_text("{")
+    other = Run(run.out, "marker.json", {"seed": 2})
+    with pytest.raises(UserError, match="is not a readable JSON" if damaged else "seed: 1 there, 2 here.*--overwrite"):
+        other.open(overwrite=False, patterns=("*.tar",))
+    assert other.open(overwrite=True, patterns=("*.tar",))
+    assert {path.name for path in run.out.iterdir()} == {"notes.txt", "run.json"}
+    assert other.began_with() == {"seed": 2}
+    assert other.records() == {}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_directory_of_another_job_is_left_as_it_is(tmp_path, overwrite):
+    score = Run(tmp_path, "scores.json", {"job": "score", "seed": 1})
+    score.open(overwrite=False, patterns=())
+    for name in ("scores.json", "rejected.parquet"):
+        (tmp_path / name).write_text("{}")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    invert = Run(tmp_path, "manifest.json", {"job": "invert", "seed": 1})
+    with pytest.raises(UserError, match=r"holds the output of `score`; take another --out$"):
+        invert.open(overwrite=overwrite, patterns=("rejected.parquet",))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not score.open(overwrite=False, patterns=())
+
+
 def record_of(rows: int, rejected: int) -> UnitRecord:
     rejects = [
         Reject(pair_id=None, source=f"f:{row}", stage="score", reason="image not readable: x")

@@ -22,9 +22,11 @@ from smpo_schemas.pairs import (
     RowRange,
     column_names,
     list_pair_files,
+    normalise,
     read_rows,
     resolve_columns,
 )
+from smpo_schemas.store import StorePath
 
 GOOD = {"prompt": "x", "image_0": b"one", "image_1": b"two", "pair_id": "p", "label": 1.0, "annotator": "me"}
 
@@ -118,6 +120,14 @@ def test_no_pair_is_rejected_for_what_passes(tmp_path, line, monkeypatch, name, 
             read(path)
     else:
         assert os.strerror(number) in str(read(path)[0])
+
+
+def test_an_image_that_an_object_store_lacks_is_said_to_be_missing():
+    row = GOOD | {"image_1": "none.png"}
+    with pytest.raises(
+        PairRejectedError, match=r"^image not readable: image_1 'memory://folder/none.png': no such file$"
+    ):
+        normalise(row, PairColumns(), StorePath("memory://folder"))
 
 
 @pytest.mark.timeout(20)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smpo_schemas.scores import ScoresInfo, image_ids, read_scores, score_schema, write_part
+from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, image_ids, read_scores, score_schema, write_part
 from tests.schemas.helpers import statistics
 
 
@@ -33,4 +33,6 @@ def test_a_table_of_before_image_ids_is_read_and_has_none(tmp_path):
     both = read_scores(tmp_path, info.model_copy(update={"parts": [new, old]}))
     assert both["pair_id"].to_pylist() == ["a", "a"]
     assert image_ids(both) is None
-    assert image_ids(read_scores(tmp_path, info.model_copy(update={"parts": [old]}))) is None
+    before = info.model_copy(update={"parts": [old]})
+    assert image_ids(read_scores(tmp_path, before)) is None
+    assert read_scores(tmp_path, before, ["pair_id", *IMAGE_IDS]).column_names == ["pair_id"]

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_schemas.errors import UserError
+from smpo_schemas.scores import read_scores_info, write_scores_info
 from smpo_schemas.shards import ShardDirectory
 from smpo_trainer.reward_mix import RewardMix, resolve_mix
 from smpo_trainer.settings import TrainSettings, parse_ranges
@@ -211,6 +212,11 @@ def test_repeated_pair_ids(mix: Mix, two: Path, tmp_path: Path) -> None:
         UserError, match="pair_id pair-2 stands for different pairs .rows 2 and 6 have different scores of"
     ):
         mix(reward=["taste"], scores=table(tmp_path / "apart", two, scores=scores, **again))
+    # In half precision that is rounding.
+    info = read_scores_info(tmp_path / "apart")
+    half = info.rewards["taste"].model_copy(update={"dtype": "bf16"})
+    write_scores_info(tmp_path / "apart", info.model_copy(update={"rewards": {**info.rewards, "taste": half}}))
+    assert np.isfinite(mix(reward=["taste"], scores=tmp_path / "apart").preferences(scored(two))).all()
     scores["taste"][6] = scores["taste"][2]
     again["prompts"][6] = "another"
     with pytest.raises(UserError, match="have different prompts"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
@@ -55,7 +56,7 @@ def with_most_pixels(pairs: Sequence[PreparedPair], resolution: int) -> list[Pre
 
 
 def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
-    """On a GPU: double until memory runs out.
+    """On a GPU: double until memory runs out, or a batch fails otherwise; that is found again where batches count.
 
     Args:
         try_batch: makes a batch of so many walks, or raises as devices do that have no memory left.
@@ -70,7 +71,7 @@ def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
             try_batch(size)
         except FAILURES as error:
             if not is_out_of_memory(error):
-                raise
+                return max(fitting, 1)
             break
         fitting, size = size, min(2 * size, most)
     # What the failed attempt reserved, and the smaller ones in other sizes, is of no use to the batches to come.
@@ -88,25 +89,29 @@ def fastest_by_doubling(
 ) -> int:
     """On a CPU, where memory is not the limit: double while that makes walks faster by :data:`WORTHWHILE_GAIN`.
 
+    A batch that fails ends this: it fails again where batches count.
+
     Args:
         try_batch: makes a batch of so many walks.
         most: no larger batch can be filled.
         clock: in seconds.
     """
-    try_batch(1)  # the first call pays for what is set up once
 
     def walks_a_second(size: int) -> float:
         start = clock()
         try_batch(size)
         return size / (clock() - start)
 
-    size, rate = 1, walks_a_second(1)
-    while size < most:
-        doubled = min(2 * size, most)
-        faster = walks_a_second(doubled)
-        if faster < WORTHWHILE_GAIN * rate:
-            break
-        size, rate = doubled, faster
+    size = 1
+    with suppress(*FAILURES):
+        try_batch(1)  # the first call pays for what is set up once
+        rate = walks_a_second(1)
+        while size < most:
+            doubled = min(2 * size, most)
+            faster = walks_a_second(doubled)
+            if faster < WORTHWHILE_GAIN * rate:
+                break
+            size, rate = doubled, faster
     return size
 
 

@@ -45,7 +45,7 @@ from smpo_schemas.manifest import (
 from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
 from smpo_schemas.passing import trying_again
 from smpo_schemas.rejects import count_reasons, write_rejects
-from smpo_schemas.scores import SAME_SCORE, ScoresInfo, read_scores, read_scores_info
+from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, same_score
 from smpo_schemas.shard_index import INDEX_FILE, write_index
 from smpo_schemas.shards import ShardDirectory
 from smpo_schemas.store import AnyPath
@@ -151,21 +151,19 @@ def _records(table: pa.Table) -> list[UnitRecord]:
 
 
 def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
-    """``pair_id``, ``prompt`` and the score columns.
+    """``pair_id``, ``prompt``, the names of the images where the table has them, and the score columns.
 
     Raises:
         UserError: one id stands for pairs with different scores.
     """
     names = [f"{name}_{index}" for name in info.rewards for index in range(2)]
-    table = read_scores(directory, info, ["pair_id", "prompt", *names])
+    table = read_scores(directory, info, ["pair_id", "prompt", *IMAGE_IDS, *names])
     # A pair that several annotators labelled is there several times, with the same images and so the same scores, but
     # for the rounding of batches of other sizes.
     found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
     for name in names:
-        reward = info.rewards[name[:-2]]
-        apart = pc.greater(
-            pc.subtract(found[f"{name}_max"], found[f"{name}_min"]), SAME_SCORE * (reward.max - reward.min)
-        )
+        between = pc.subtract(found[f"{name}_max"], found[f"{name}_min"])
+        apart = pc.greater(between, same_score(info.rewards[name[:-2]]))
         clash = found.filter(apart)
         if clash.num_rows:
             raise UserError(

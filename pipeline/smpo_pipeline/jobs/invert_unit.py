@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -42,6 +42,7 @@ from smpo_schemas.errors import UserError
 from smpo_schemas.files import list_files, read_json, write_json
 from smpo_schemas.manifest import InversionSettings, ModelInfo
 from smpo_schemas.rejects import Reject
+from smpo_schemas.scores import IMAGE_IDS
 from smpo_schemas.shard_index import write_index_part
 from smpo_schemas.shards import Sample, ShardWriter
 from smpo_schemas.store import AnyPath
@@ -211,13 +212,9 @@ class InvertActor:
         positions = self._score_rows(values_of(unit, "pair_id"))
         for row, pixels_2HW3 in pairs_of(unit):
             position = positions.get(row["pair_id"])
-            if position is None:
-                reason = f"no score: this pair is not in {self._options.scores} (rejected there, or not scored)"
-                rejects.append(Reject(pair_id=row["pair_id"], source=row["source"], stage=STAGE, reason=reason))
-                continue
-            scores = self._scores.slice(position, 1).to_pylist()[0]
-            if scores["prompt"] != row["prompt"]:
-                reason = f"other pair: {self._options.scores} has another prompt for this pair_id"
+            scores = {} if position is None else self._scores.slice(position, 1).to_pylist()[0]
+            reason = self._why_not_of(scores, row)
+            if reason:
                 rejects.append(Reject(pair_id=row["pair_id"], source=row["source"], stage=STAGE, reason=reason))
                 continue
             names = [name[:-2] for name in scores if name.endswith("_0")]
@@ -233,6 +230,16 @@ class InvertActor:
                 measured=row["row"] % self._measure_every == 0,
             )
             yield row["row"], row["source"], pair
+
+    def _why_not_of(self, scores: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
+        """Why the scores that stand under a pair's id, if any, cannot be its own."""
+        if not scores:
+            return f"no score: this pair is not in {self._options.scores} (rejected there, or not scored)"
+        if scores["prompt"] != row["prompt"]:
+            return f"other pair: {self._options.scores} has another prompt for this pair_id"
+        if any(scores.get(name) not in (None, row[name]) for name in IMAGE_IDS):
+            return f"other images: {self._options.scores} has others for this pair_id, or these the other way round"
+        return None
 
     def _score_rows(self, ids: pa.Array) -> dict[str, int]:
         """The first row of the scores table for each of a unit's ids that it has.
@@ -267,10 +274,20 @@ class InvertActor:
             yield problems[0] if problems else [each for each in of_pair if isinstance(each, Sample)]
 
     def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | str]:
-        """Walks, or the reasons why they cannot be made, in order."""
+        """Walks, or the reasons why they cannot be made, in order.
+
+        Raises:
+            UserError: memory does not hold one walk.
+        """
         began = time.monotonic()
         outcome = make(self._inverter.invert, requests, self._options.device)
         self._model_seconds += time.monotonic() - began
+        if outcome.short:
+            # One walk takes about what another does: it is not the pair's fault.
+            raise UserError(
+                f"too little memory for a single walk on {socket.gethostname()}, also after pauses: {outcome.short}; "
+                "has another program taken it? what is committed stays, the same command goes on"
+            )
         if outcome.fits:
             self._use_batches_of(outcome.fits)
         made: dict[int, Sample | str] = dict(outcome.failed)

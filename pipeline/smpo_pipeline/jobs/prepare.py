@@ -24,8 +24,9 @@ from smpo_pipeline.images import ImageRejectedError
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
 from smpo_pipeline.jobs.run import Run
-from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, read_rows
+from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id, read_rows
 from smpo_schemas.rejects import Reject
+from smpo_schemas.scores import IMAGE_IDS
 from smpo_schemas.store import AnyPath
 
 UNIT_SCHEMA = pa.schema(
@@ -34,6 +35,7 @@ UNIT_SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("label", pa.float32()),
         ("annotator", pa.string()),
+        *((name, pa.string()) for name in IMAGE_IDS),
         ("source", pa.string()),
         ("row", pa.int64()),
         ("pixels", pa.large_binary()),
@@ -155,6 +157,7 @@ def _decode(pair: Pair, sizes: Sequence[Size]) -> tuple[dict[str, Any], list[np.
         "prompt": pair.prompt,
         "label": pair.label,
         "annotator": pair.annotator,
+        **{name: image_id(data) for name, data in zip(IMAGE_IDS, (pair.image_0, pair.image_1), strict=True)},
         "size": [[image.height, image.width] for image in images],
         "crop": [list(crop) for crop in crops],
     }

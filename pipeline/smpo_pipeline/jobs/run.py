@@ -101,11 +101,14 @@ class Run:
             patterns: names of the files that this kind of run writes, for removal.
 
         Raises:
-            UserError: an earlier run into this directory had another identity, or it cannot be written.
+            UserError: an earlier run into this directory had another identity, or was another job's, which no flag
+                removes; or it cannot be written.
         """
+        path = self.out / _IDENTITY
+        if path.is_file():
+            self._refuse_another_job(path)
         if overwrite:
             self._remove(patterns)
-        path = self.out / _IDENTITY
         if path.is_file():
             changed = _difference(read_json(path), self._identity)
             if changed:
@@ -123,6 +126,17 @@ class Run:
         write_json(path, self._identity)
         self._remove_temporaries()
         return True
+
+    def _refuse_another_job(self, path: AnyPath) -> None:
+        try:
+            there = read_json(path)
+        except UserError as error:
+            if isinstance(error.__cause__, (ValueError, RecursionError)):
+                return  # damaged: nobody's
+            raise
+        job = there.get("job") if isinstance(there, dict) else None
+        if job and job != self._identity.get("job"):
+            raise UserError(f"{self.out} holds the output of `{job}`; take another --out")
 
     def _remove(self, patterns: Sequence[str]) -> None:
         # The marker and the records go first: a directory that is half removed must not look finished, nor its missing
