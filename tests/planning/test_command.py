@@ -161,7 +161,7 @@ def test_bytes_shards_and_states_are_those_of_the_shards(inputs, tmp_path, capfd
     assert scored.returncode == 0, scored.stderr
     flags = ("--scores", tmp_path / "scores", "--model", inputs / "model", "--steps", 3, "--pairs-per-shard", 4)
     out = tmp_path / "shards"
-    made = run_command("smpo-pipeline", "invert", *common, *flags, "--batch-size", "auto", "--json", out)
+    made = run_command("smpo-pipeline", "invert", *common, *flags, "--batch-size", "auto", "--out", out)
     assert made.returncode == 0, made.stderr
     assert "--batch-size auto: batches of" in made.stdout
     assert not list(out.glob(".batch-size*"))
