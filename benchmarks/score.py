@@ -232,7 +232,8 @@ faster than the published loop the matrix products alone are, in float32:
 
 The job decodes on the cores that the bare loop has for itself: where a model is small, it cannot keep up with that
 loop, whatever Ray costs; the one that decodes too tells what Ray, processes of their own for files, and the table cost.
-What a second reward costs is the difference of four runs.
+What a second reward costs is the difference of four runs. Nothing here was measured on a GPU, nor with a
+model of ViT-H/14's size.
 
 ### Memory behind a slow reward
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smpo_pipeline import isolation
-from smpo_pipeline.isolation import is_out_of_memory, make
+from smpo_pipeline.isolation import is_out_of_memory, make, run_alone
 
 
 def maker(bad=(), calls=None, largest=99):
@@ -122,6 +122,25 @@ def test_an_item_that_memory_never_holds_says_so_and_costs_no_other(slept):
     assert outcome.made == [(rest, rest)]
     assert outcome.failed == {6: "too little memory: for it alone, and 2 times after a pause: MemoryError:"}
     assert (outcome.short, slept) == ("MemoryError:", [2.0, 10.0])
+
+
+def test_alone_an_error_is_dropped_and_a_gpu_that_it_breaks_ends_the_process(monkeypatch):
+    """A kill by an assertion on the device comes as an error, after which the device answers nobody."""
+    run_alone(maker(bad=[1]), 1, "cpu")
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    run_alone(maker(bad=[1]), 1, "cuda")
+    assert ended == []
+
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch, "ones", broken)
+    run_alone(maker(), 1, "cuda")
+    assert ended == []
+    run_alone(maker(bad=[1]), 1, "cuda")
+    assert ended[0] == 1
 
 
 def test_a_gpu_that_is_full_is_not_taken_for_a_broken_one(slept, monkeypatch):

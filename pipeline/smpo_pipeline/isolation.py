@@ -85,6 +85,11 @@ def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: s
     return Outcome(parts, failed, of_rest.fits, short or of_rest.short)
 
 
+def run_alone(run: Callable[[Sequence[Item]], object], item: Item, device: str) -> None:
+    """Run one item for what it does to this process; a mere failure is met again, and dealt with, by :func:`make`."""
+    _try(run, [item], device)
+
+
 def _reason(said: str) -> str:
     if _MEMORY.search(said):
         return f"too little memory: for it alone, and {len(PAUSES)} times after a pause: {said}"

@@ -66,10 +66,10 @@ def test_a_kill_while_a_run_finishes_leaves_nothing_for_ever(
 
 
 HOLD = """
-import os, sys, time
+import fcntl, os, sys, time
 from pathlib import Path
-from smpo_trainer.run_lock import locked
-with locked(Path(sys.argv[1])):
+from smpo_schemas.run_lock import hold
+with hold(Path(sys.argv[1]), fcntl.lockf):
     child = os.fork()
     if child:
         print(child, flush=True)
@@ -88,7 +88,7 @@ def test_one_run_at_a_time_in_a_folder(
         for options in ({}, {"overwrite": True}):
             assert run_cli(monkeypatch, arguments(shards, model, out, **options)) == 2
             error = capsys.readouterr().err
-            assert f"--out {out} is being written by another run (process {holder.pid} on " in error
+            assert f"{out} is being written by another run (process {holder.pid} on " in error
             assert error.count("\n") == 1
         holder.kill()
         holder.wait()

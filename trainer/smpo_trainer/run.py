@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -16,6 +17,7 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 
 from smpo_models.family import Family
 from smpo_schemas.errors import UserError
+from smpo_schemas.run_lock import hold
 from smpo_trainer.bad_states import BadStates
 from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.buckets import bucket_remark, group_size, make_order
@@ -34,7 +36,6 @@ from smpo_trainer.processes import leave, on_main, together
 from smpo_trainer.reference import settle_reference
 from smpo_trainer.report import Report
 from smpo_trainer.reward_mix import RewardMix
-from smpo_trainer.run_lock import locked
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shard_store import ShardStore
 from smpo_trainer.states import StateTable, index_states
@@ -65,7 +66,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
         report.say(line)
     output = OutputFolder(settings.out, settings.checkpoints_total_limit)
     with ExitStack() as held:
-        on_main(accelerator, lambda: held.enter_context(locked(settings.out)))
+        on_main(accelerator, lambda: held.enter_context(hold(settings.out, fcntl.lockf)))
         if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
             on_main(accelerator, output.tidy)
             report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")

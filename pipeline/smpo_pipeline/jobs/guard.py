@@ -64,7 +64,7 @@ class Guard:
 
         Args:
             key: the piece.
-            run: works on one item; an error that it raises kills nobody.
+            run: works on one item (:func:`smpo_pipeline.isolation.run_alone`).
             items: in order, the same whenever the piece is begun.
         """
         if self._ledger.deaths(key) < SUSPECTED:
@@ -78,15 +78,7 @@ class Guard:
                     found[position] = f"kills its worker: {CONVICTED} died of it alone, without a word"
                 elif not self._ledger.acquitted(alone):
                     self._ledger.begin(alone)
-                    _ignoring_errors(run, item)
+                    run(item)
                     self._ledger.end(alone)
                     self._ledger.acquit(alone)
         return found
-
-
-def _ignoring_errors(run: Callable[[Item], object], item: Item) -> None:
-    try:
-        run(item)
-    except (RuntimeError, MemoryError):
-        # Met again, and dealt with, where results count.
-        return

@@ -31,7 +31,7 @@ from smpo_pipeline.inversion.batch_size import (
 )
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_pipeline.isolation import make
+from smpo_pipeline.isolation import make, run_alone
 from smpo_pipeline.jobs.cluster import plain_arithmetic
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
@@ -298,7 +298,7 @@ class InvertActor:
 
     def _invert_alone(self, pair: PreparedPair) -> None:
         for walk in range(self._options.settings.walks):
-            self._inverter.invert([(pair, walk)])
+            run_alone(self._inverter.invert, (pair, walk), self._options.device)
 
     def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> None:
         """``--batch-size auto``, for the device that this actor is on."""

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from smpo_models.weights import DTYPES
-from smpo_pipeline.isolation import make
+from smpo_pipeline.isolation import make, run_alone
 from smpo_pipeline.jobs.chunks import (
     ROWS,
     failures_of,
@@ -89,7 +89,8 @@ class RewardActor:
         name, unit, number = self._reward.name, chunk["unit"][0].as_py(), chunk["chunk"][0].as_py()
         key = (name, unit, number)
         with self._autocast():
-            failed = self._guard.killers(key, lambda image: self._score([image]), images_of(chunk))
+            alone = partial(run_alone, self._score, device=self._device)
+            failed = self._guard.killers(key, alone, images_of(chunk))
         words = f"--reward {name} scored chunk {number} of unit {unit}: too little memory? use a smaller --batch-size"
         with self._autocast(), self._guard.working(key, words):
             scores = self._scores(chunk, failed)
