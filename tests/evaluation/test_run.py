@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 from rich.console import Console
 
 from smpo_models.fingerprint import fingerprint_module
@@ -18,6 +20,7 @@ from smpo_pipeline.evaluation.plan import finished_results
 from smpo_pipeline.evaluation.results import read_results
 from smpo_pipeline.evaluation.run import run
 from smpo_pipeline.evaluation.summary import headline, print_results
+from smpo_pipeline.rewards import Reward
 from smpo_schemas.errors import UserError
 from tests.evaluation.stubs import STUBS, PlanMaker
 
@@ -139,6 +142,31 @@ def test_overwrite_scores_anew_and_keeps_images(
     assert finished_results(plan, overwrite=True) is None
     assert run(plan, quiet).finding("base", "brightness") != first.finding("base", "brightness")
     assert plan.file("base", 0, 0).stat().st_mtime_ns == before
+
+
+def test_a_reward_that_too_little_memory_is_left_for_scores_fewer_at_once(
+    plan_of: PlanMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(plan_of(), quiet)
+    plain, at_once = STUBS["brightness"], []
+
+    def score(reward: Reward, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if broken:
+            raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")
+        at_once.append(len(images))
+        return plain.score(reward, images, prompts)
+
+    broken = False
+    monkeypatch.setitem(STUBS, "brightness", type("Large", (plain,), {"score": score}))
+    plan = plan_of()
+    assert finished_results(plan, overwrite=True) is None
+    assert run(plan, quiet).findings == whole.findings
+    assert max(at_once) == 2
+    broken = True
+    with pytest.raises(UserError, match=r"--reward brightness: .*00000-0\d.png fails alone: RuntimeError: CUBLAS"):
+        run(plan, quiet)
 
 
 def test_images_of_another_denoiser_under_the_same_name_are_not_kept(plan_of: PlanMaker, quiet: Console) -> None:

@@ -8,6 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from smpo_pipeline.commands.invert import invert
 from smpo_pipeline.commands.plan import plan
@@ -146,6 +147,15 @@ def test_auto_batch_size_is_found_before_the_rate(inputs, tmp_path, capfd):
 )
 def test_mistakes_are_one_line(inputs, capfd, flags, parts):
     assert_one_line(run_plan(inputs, capfd, *flags), *parts)
+
+
+def test_a_batch_that_does_not_fit_is_one_line(inputs, capfd, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("smpo_pipeline.planning.plan.measure_rate", full)
+    done = run_plan(inputs, capfd, "--steps", 2, "--batch-size", 64)
+    assert_one_line(done, "--batch-size 64: too little memory (CUDA out of memory.", "try --batch-size auto")
 
 
 def test_a_missing_gpu_is_said_so(inputs, capfd, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -29,6 +30,7 @@ from smpo_pipeline.evaluation.results import (
     write_results,
     write_scores,
 )
+from smpo_pipeline.isolation import make
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import read_json, write_json
@@ -62,7 +64,7 @@ def run(plan: Plan, console: Console) -> Results:
         (plan.out / stale).unlink(missing_ok=True)
     with _progress(console) as progress:
         entries = _generate_all(plan, device, progress)
-        scores = {reward.name: _score_all(plan, reward, progress) for reward in rewards}
+        scores = {reward.name: _score_all(plan, reward, device, progress) for reward in rewards}
     results = _results(plan, entries, rewards, scores)
     write_scores(
         plan.out, scores, plan.settings.prompts, {model.name: _files(plan, model.name) for model in plan.models}
@@ -142,19 +144,27 @@ def _claim_folder(plan: Plan, model: str, denoiser: str) -> None:
     write_json(file, origin)
 
 
-def _score_all(plan: Plan, reward: Reward, progress: Progress) -> dict[str, np.ndarray]:
-    """Scores of all images of all models under one reward: per model float64 [P, I]."""
+def _score_all(plan: Plan, reward: Reward, device: str, progress: Progress) -> dict[str, np.ndarray]:
+    """Scores of all images of all models under one reward: per model float64 [P, I].
+
+    Raises:
+        UserError: the reward has no score for an image, or there is too little memory for a single one.
+    """
     scores: dict[str, np.ndarray] = {}
     shape = (len(plan.settings.prompts), plan.settings.images_per_prompt)
     for model in plan.models:
         pictures = _pictures(plan, model.name)
         task = progress.add_task(f"score {model.name} with {reward.name}", total=len(pictures))
-        parts = []
+        values = np.empty(len(pictures))
         for start in range(0, len(pictures), plan.batch_size):
             batch = pictures[start : start + plan.batch_size]
-            parts.append(_score_batch(reward, batch))
+            outcome = make(partial(_score_batch, reward), batch, device)
+            for position, reason in outcome.failed.items():
+                raise UserError(f"--reward {reward.name}: {batch[position].path} {reason}")
+            for positions, made in outcome.made:
+                values[start + np.array(positions)] = made
             progress.advance(task, len(batch))
-        scores[model.name] = np.concatenate(parts).reshape(shape)
+        scores[model.name] = values.reshape(shape)
     return scores
 
 

@@ -21,6 +21,7 @@ from smpo_pipeline.inversion.batch_size import (
 )
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.isolation import FAILURES, is_out_of_memory
 from smpo_pipeline.jobs.paths import AbsolutePathOrUrl
 from smpo_pipeline.planning.rate import batches_of_units, measure_rate
 from smpo_pipeline.planning.sample import sample_pairs
@@ -174,7 +175,12 @@ def make_plan(options: PlanOptions) -> Plan:
             options.device,
         )
     batches = batches_of_units(pairs, settings.walks, options.pairs_per_shard, batch_size)
-    rate = measure_rate(inverter, denoisers, batches, options.seconds, options.device)
+    try:
+        rate = measure_rate(inverter, denoisers, batches, options.seconds, options.device)
+    except FAILURES as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"--batch-size {batch_size}: too little memory ({error}); try --batch-size auto") from error
     walks = [
         draw_walk(pair, number, family, settings, options.seed) for pair in pairs for number in range(settings.walks)
     ]
