@@ -40,7 +40,7 @@ def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
             f"{directory} is being written by another run ({holder_of(path)}): wait for it, or take another --out"
         ) from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"--out: cannot write {path}: {error.strerror}") from error
     try:
         yield
     finally:
