@@ -46,6 +46,7 @@ def test_a_file_that_crashes_the_decoder_is_rejected_and_the_next_is_decoded(poi
     assert decoder.decode(encode(picture())).shape == (30, 40, 3)
 
 
+@pytest.mark.slow
 def test_a_file_that_hangs_the_decoder_is_rejected_in_time(poisonous):
     decoder = Decoder(seconds=1)
     with pytest.raises(ImageRejectedError, match="decoder hangs: no image after 1 s, 3 times"):

@@ -31,6 +31,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_directory_has_one_run_and_a_killed_one_does_not_hold_it(tmp_path):
     out = tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE) as process:

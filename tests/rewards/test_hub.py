@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from transformers import CLIPConfig, CLIPModel
 
 from smpo_pipeline.rewards import load_reward
@@ -32,6 +33,7 @@ def put(cache, repository, *files) -> None:
         shutil.copy(path, folder / "snapshots" / commit / name)
 
 
+@pytest.mark.slow
 def test_each_reward_is_found_by_its_hub_name(folders, tmp_path):
     clip, hps, image, head = (folders[name] for name in ("pickscore", "hpsv2", "imagereward", "aesthetic"))
     pick = tmp_path / "pick"

@@ -74,6 +74,7 @@ def test_does_not_depend_on_neighbours_or_order(reward):
     assert_independent(reward)
 
 
+@pytest.mark.slow
 def test_only_this_reward_needs_torchvision_and_the_process_is_left_as_it_was(folders):
     """The others load where torchvision cannot be imported. Then: warnings, transformers' log, modules, names."""
     others = [f"{name}={folder}" for name, folder in folders.items() if name != "imagereward"]

@@ -124,6 +124,7 @@ def test_parquet_is_read_by_ranges(folder: StorePath):
     assert sha256_file(folder / "t.parquet") == digest
 
 
+@pytest.mark.slow
 def test_shards_scores_and_index_on_a_store_are_those_on_a_disk(folder: StorePath, server: Faults, tmp_path: Path):
     server.every = 7
     for path in (folder, tmp_path):
@@ -152,6 +153,7 @@ def test_a_large_file_goes_up_in_parts(folder: StorePath, tmp_path: Path, server
     assert (tmp_path / "copy").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_failures_that_pass_change_nothing(folder: StorePath, server: Faults, tmp_path: Path):
     server.every, server.injected = 3, type(server.injected)()
     contents = {f"{number}.bin": bytes([number]) * (1 << 18) for number in range(12)}
@@ -164,6 +166,7 @@ def test_failures_that_pass_change_nothing(folder: StorePath, server: Faults, tm
     assert {"500", "503", "slow", "cut"} <= {way for way, count in server.injected.items() if count}
 
 
+@pytest.mark.slow
 def test_a_store_that_goes_on_failing_is_one_line_and_not_a_missing_file(folder: StorePath, server: Faults):
     write_bytes(folder / "a", b"x")
     server.every = 1

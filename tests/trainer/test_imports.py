@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.trainer.helpers import arguments
 
 _RUN = """
@@ -28,6 +30,7 @@ assert not heavy, heavy
 """
 
 
+@pytest.mark.slow
 def test_a_whole_run_imports_neither_ray_nor_the_pipeline(shards: Path, model: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     args = arguments(shards, model, tmp_path / "run", max_steps=1)
