@@ -119,7 +119,7 @@ def test_the_largest_seed(train: Train) -> None:
 
 def test_unwritable_output(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "cannot write" in refused(out=tmp_path / "file" / "run")
+    assert "error: --out: cannot write" in refused(out=tmp_path / "file" / "run")
 
 
 def test_no_pairs_left(refused: Refused, tmp_path: Path, model: Path) -> None:

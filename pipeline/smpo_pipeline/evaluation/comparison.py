@@ -136,6 +136,9 @@ def _widen_near_unanimity(rate: Estimate, num_prompts: int) -> Estimate:
     if rate.low is None or rate.high is None:
         return rate
     limit = ((1 - CONFIDENCE) / 2) ** (1 / num_prompts)
-    low = min(rate.low, limit) if 1 / 2 < rate.value >= limit else rate.low
-    high = max(rate.high, 1 - limit) if 1 / 2 > rate.value <= 1 - limit else rate.high
-    return Estimate(rate.value, low, high)
+    # Of few prompts the limits cross: a draw is near neither end.
+    if rate.value >= limit and rate.value > 1 / 2:
+        return Estimate(rate.value, min(rate.low, limit), rate.high)
+    if rate.value <= 1 - limit and rate.value < 1 / 2:
+        return Estimate(rate.value, rate.low, max(rate.high, 1 - limit))
+    return rate

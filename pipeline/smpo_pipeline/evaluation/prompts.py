@@ -66,7 +66,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 def _checked(prompt: Any, path: Path) -> str:  # noqa: ANN401  (anything that a file may hold)
     if not isinstance(prompt, str):
         raise UserError(f"--prompts {path}: a prompt is no text: {str(prompt)[:100]}")
-    prompt.encode()  # half a character, as \\ud83d in JSON, is a ValueError
+    prompt.encode()  # half a character, as \ud83d in JSON, is a ValueError
     return prompt.strip()
 
 

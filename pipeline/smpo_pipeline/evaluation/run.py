@@ -159,7 +159,8 @@ def _score_all(plan: Plan, reward: Reward, device: str, progress: Progress) -> d
         for start in range(0, len(pictures), plan.batch_size):
             batch = pictures[start : start + plan.batch_size]
             outcome = make(partial(_score_batch, reward), batch, device)
-            for position, reason in outcome.failed.items():
+            if outcome.failed:
+                position, reason = min(outcome.failed.items())
                 raise UserError(f"--reward {reward.name}: {batch[position].path} {reason}")
             for positions, made in outcome.made:
                 values[start + np.array(positions)] = made
