@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
+from smpo_models.memory import is_out_of_memory
 from smpo_pipeline import isolation
-from smpo_pipeline.isolation import is_out_of_memory, make, run_alone
+from smpo_pipeline.isolation import make, run_alone
 
 
 def maker(bad=(), calls=None, largest=99):

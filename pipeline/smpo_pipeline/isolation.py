@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+
+from smpo_models.memory import is_out_of_memory, says_out_of_memory
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -22,13 +23,6 @@ _TRIES = 2
 
 PAUSES = (2.0, 10.0)
 """Seconds to wait before the next tries of an item that found too little memory alone: others may have taken it."""
-
-_MEMORY = re.compile("out of memory|MemoryError|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, a device's or the machine's: CUDA's libraries say so in plain RuntimeErrors."""
-    return bool(_MEMORY.search(_in_words(error)))
 
 
 def _in_words(error: BaseException) -> str:
@@ -72,10 +66,10 @@ def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: s
     late, said = _after_pauses(run, items, said, device)
     if not said:
         # Where memory came back, the batch may not have been too large.
-        fits = max(len(positions) for positions, _ in parts) if _MEMORY.search(made) and not late else None
+        fits = max(len(positions) for positions, _ in parts) if says_out_of_memory(made) and not late else None
         return Outcome(parts + late, {}, fits)
     failed = {position: _reason(why) for position, why in said.items()}
-    short = next((why for why in said.values() if _MEMORY.search(why)), None)
+    short = next((why for why in said.values() if says_out_of_memory(why)), None)
     rest = [position for position in range(len(items)) if position not in failed]
     if not rest:
         return Outcome([], failed, short=short)
@@ -91,7 +85,7 @@ def run_alone(run: Callable[[Sequence[Item]], object], item: Item, device: str) 
 
 
 def _reason(said: str) -> str:
-    if _MEMORY.search(said):
+    if says_out_of_memory(said):
         return f"too little memory: for it alone, and {len(PAUSES)} times after a pause: {said}"
     return f"fails alone: {said}"
 
@@ -103,7 +97,7 @@ def _after_pauses(
     late: list[tuple[list[int], Made]] = []
     still = dict(said)
     for pause in PAUSES:
-        waiting = [position for position, why in still.items() if _MEMORY.search(why)]
+        waiting = [position for position, why in still.items() if says_out_of_memory(why)]
         if not waiting:
             break
         time.sleep(pause)

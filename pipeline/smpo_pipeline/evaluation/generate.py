@@ -22,11 +22,12 @@ from PIL import Image
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import fuse_lora, load_family
+from smpo_models.memory import is_out_of_memory
 from smpo_models.process import check_scheduler
 from smpo_models.weights import DTYPES, load_part, load_weights, loading_errors
 from smpo_pipeline.evaluation.results import Settings
 from smpo_pipeline.evaluation.sources import LORA_FILE, UNET_FOLDER, ModelSource
-from smpo_pipeline.isolation import FAILURES, is_out_of_memory
+from smpo_pipeline.isolation import FAILURES
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import write_bytes
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from smpo_models.loading import load_family, load_walker
+from smpo_models.memory import is_out_of_memory
 from smpo_models.weights import DTYPES
 from smpo_pipeline.buckets import list_buckets
 from smpo_pipeline.inversion.batch import draw_walk
@@ -21,7 +22,7 @@ from smpo_pipeline.inversion.batch_size import (
 )
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_pipeline.isolation import FAILURES, is_out_of_memory
+from smpo_pipeline.isolation import FAILURES
 from smpo_pipeline.jobs.paths import AbsolutePathOrUrl
 from smpo_pipeline.planning.rate import batches_of_units, measure_rate
 from smpo_pipeline.planning.sample import sample_pairs
