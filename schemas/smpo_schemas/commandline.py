@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
@@ -98,10 +99,16 @@ def expand_repeated(arguments: Sequence[str], repeatable: set[str]) -> list[str]
 def run_app(app: typer.Typer) -> None:
     """Run a command line.
 
-    A user's mistake and a failure of storage print one line and exit with status 2, a Ctrl-C exits with 130.
+    A user's mistake and a failure of storage print one line and exit with status 2; Ctrl-C and SIGTERM print how to go
+    on, and exit with 130 and 143, as does a command that ends with one of these.
     """
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app(expand_repeated(sys.argv[1:], _multiple_options(app, sys.argv[1:])))
+    except SystemExit as ended:
+        if ended.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            typer.secho("stopped; the same command goes on", err=True)
+        raise
     except UserError as error:
         _fail(str(error))
     except PermissionError as error:
@@ -110,6 +117,14 @@ def run_app(app: typer.Typer) -> None:
         if error.errno is None:  # of a library, which means something else by it
             raise
         _fail(f"{error.filename or 'storage'}: {error.strerror}; the same command goes on")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_signal: object) -> NoReturn:
+    """End the process as Ctrl-C does, so that what it began is put in order; once, whoever sends the signal again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _fail(message: str) -> None:

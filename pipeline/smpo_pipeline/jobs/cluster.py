@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,11 +64,14 @@ def connected(address: str | None) -> Iterator[None]:
     else:
         # By name: without one Ray joins a cluster that happens to run on this machine.
         options |= {"address": "local", "num_cpus": max(_LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         with _native_stderr_silenced():
             ray.init(**options)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"--ray-address {address}: {error}") from error
+    # Ray's own prints native frames and aborts.
+    signal.signal(signal.SIGTERM, terminate)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
