@@ -71,7 +71,10 @@ def _renamed(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        _set_mode(temporary, mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -81,6 +84,25 @@ def _renamed(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def follow_umask(directory: Path) -> None:
+    """Give every file in a folder the mode that a file opened there gets.
+
+    safetensors, and so diffusers, writes files that their owner alone may read, whatever the umask.
+    """
+    probe = directory / f".{uuid.uuid4().hex}.tmp"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            _set_mode(path, mode)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if path.stat().st_mode != mode:  # some file systems refuse to be asked
+        path.chmod(mode)
 
 
 def _fsync_directory(directory: Path) -> None:

@@ -5,12 +5,14 @@ import os
 from typing import Annotated
 
 import pytest
+import safetensors.torch
+import torch
 import typer
 
 from smpo_schemas import passing
 from smpo_schemas.commandline import ConfigOption, expand_repeated, run_app, write_resolved_config
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import atomic_path, read_json, write_json
+from smpo_schemas.files import atomic_path, follow_umask, read_json, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -21,6 +23,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert read_json(target) == {"a": 1}
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.fixture
+def umask():
+    """Set the umask to what others may read, whatever that of the tests is."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_others_may_read_what_safetensors_writes(tmp_path):
+    """It puts a file of mode 0600 in the place of the path that it is given."""
+    tensors = {"a": torch.zeros(2)}
+    with atomic_path(tmp_path / "whole.safetensors") as temporary:
+        safetensors.torch.save_file(tensors, temporary)
+    safetensors.torch.save_file(tensors, tmp_path / "tree.safetensors")
+    (tmp_path / "tree.json").write_text("{}")
+    follow_umask(tmp_path)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {
+        "whole.safetensors": "0o644",
+        "tree.safetensors": "0o644",
+        "tree.json": "0o644",
+    }
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):
