@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from smpo_trainer.health import Health
+from smpo_trainer.metrics import Record
 from smpo_trainer.stopping import StopRequest
-from tests.trainer.helpers import arguments, column
+from tests.trainer.helpers import arguments, column, run_cli
 from tests.trainer.test_resume import TWO_PROCESSES, start, wait_for_steps
 
 LONG = {"max_steps": 500, "save_every": 1000}
@@ -59,35 +61,59 @@ def test_only_a_second_ctrl_c_gives_up() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def to_one(process: subprocess.Popen[str]) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("in_a_terminal")
+def test_a_stopped_run_does_not_pass_for_a_finished_one(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    """What waits for a run that succeeds, as ``&&``, Slurm and Kubernetes do, tells them apart by the status."""
+    look = Health.look
+
+    def look_and_signal(self: Health, record: Record) -> list[str]:
+        if record["step"] == 2:
+            os.kill(os.getpid(), number)
+        return look(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Health, "look", look_and_signal)
+        assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run")) == status
+    assert column(tmp_path / "run", "step") == [1, 2]
+    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run")) == 0
+    assert column(tmp_path / "run", "step") == [1, 2, 3, 4]
+
+
+def to_one(process: subprocess.Popen[str]) -> int:
     """As Kubernetes does."""
     process.send_signal(signal.SIGTERM)
+    return 143
 
 
-def ctrl_c(process: subprocess.Popen[str]) -> None:
+def ctrl_c(process: subprocess.Popen[str]) -> int:
     for each in family(process):
         each.send_signal(signal.SIGINT)
+    return 130
 
 
-def to_all_twice(process: subprocess.Popen[str]) -> None:
+def to_all_twice(process: subprocess.Popen[str]) -> int:
     """As systemd and Slurm do: loaders first."""
     for _ in range(2):
         for each in reversed(family(process)):
             with suppress(psutil.NoSuchProcess):
                 each.send_signal(signal.SIGTERM)
+    return 143
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [to_one, ctrl_c, to_all_twice])
 def test_a_signal_finishes_the_step_and_saves(
-    shards: Path, model: Path, tmp_path: Path, stop: Callable[[subprocess.Popen[str]], None]
+    shards: Path, model: Path, tmp_path: Path, stop: Callable[[subprocess.Popen[str]], int]
 ) -> None:
     process = start(arguments(shards, model, tmp_path / "run", workers=1, **LONG))
     wait_for_steps(tmp_path / "run", 2, process)
     everyone = family(process)
-    stop(process)
+    status = stop(process)
     said, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
+    assert process.returncode == status, error
     assert_saved(tmp_path / "run", said)
     assert_gone(everyone)
 
@@ -100,6 +126,7 @@ def test_torchrun_passes_sigterm_on_to_trainers_and_loaders(shards: Path, model:
     assert len(everyone) >= 5
     process.send_signal(signal.SIGTERM)
     said, error = process.communicate(timeout=60)
+    assert process.returncode != 0
     assert "DataLoader worker" not in error
     assert_saved(tmp_path / "run", said)
     assert_gone(everyone)

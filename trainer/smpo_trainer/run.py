@@ -54,6 +54,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
 
     Raises:
         UserError: anything that the user can mend.
+        SystemExit: the run was asked to stop and can go on; the status is 130 for Ctrl-C, 143 for SIGTERM.
     """
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -65,6 +66,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     for line in remarks(settings.preset, experiment.shards.model.kind, states_per_step):
         report.say(line)
     output = OutputFolder(settings.out, settings.checkpoints_total_limit)
+    stopped_by = 0
     with ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(hold(settings.out, fcntl.lockf)))
         if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
@@ -74,8 +76,10 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             set_seed(settings.seed)
             # Without the end of its fetches, a run that failed would wait for all of them.
             with closing(ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))) as store:
-                _train(experiment, identity, store, output, write_config, accelerator, report)
+                stopped_by = _train(experiment, identity, store, output, write_config, accelerator, report)
     leave(accelerator)
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)  # as a shell says it: not 0, which would be a finished run
 
 
 def _train(
@@ -86,8 +90,12 @@ def _train(
     write_config: Callable[[Path], None],
     accelerator: Accelerator,
     report: Report,
-) -> None:
-    """Train from the start, or from where the run was left, and write the result."""
+) -> int:
+    """Train from the start, or from where the run was left, and write the result.
+
+    Returns:
+        The number of the signal that stopped the run before its end; 0: none did.
+    """
     settings = experiment.settings
     bad = BadStates(report.say)
     policy = together(accelerator, lambda: _load(experiment, accelerator, report))
@@ -111,8 +119,8 @@ def _train(
     images = ValidationImages(experiment, policy, accelerator) if experiment.validation_prompts else None
     run = _Run(experiment, policy, feed, held_out, images, bad, accelerator, output, report, identity)
     last = run.train(noise, checkpoint)
-    if last is None:
-        return
+    if run.stopped_by:
+        return run.stopped_by
     found = {
         "bad_states": {"total": bad.total, "problems": bad.problems},
         "warnings": run.health.warnings,
@@ -121,6 +129,7 @@ def _train(
     weights = gather(policy.denoiser.state_dict(), keep=accelerator.is_main_process)
     report.say(f"saved {settings.out / on_main(accelerator, lambda: policy.save(settings.out, weights))}")
     on_main(accelerator, lambda: output.finish({**_summary(experiment, policy, plan, identity), **found}))
+    return 0
 
 
 def _begin(settings: TrainSettings, output: OutputFolder, write_config: Callable[[Path], None]) -> None:
@@ -162,7 +171,13 @@ def _make_plan(settings: TrainSettings, table: StateTable, accelerator: Accelera
 
 
 class _Run:
-    """What the steps of one run share."""
+    """What the steps of one run share.
+
+    Attributes:
+        stopped_by: the number of the signal that ended ``train`` early; 0: none did.
+    """
+
+    stopped_by: int = 0
 
     def __init__(
         self,
@@ -190,8 +205,8 @@ class _Run:
             uses_reference=experiment.objective.uses_reference,
         )
 
-    def train(self, noise: Record, checkpoint: Path | None) -> Record | None:
-        """Train to the end and return the last step's record; None where the user stopped the run before.
+    def train(self, noise: Record, checkpoint: Path | None) -> Record:
+        """Train to the end, or until a signal comes, and return the last step's record.
 
         Args:
             noise: what was measured before the first step, logged with it.
@@ -223,12 +238,12 @@ class _Run:
                     for warning in self.health.look(record):
                         self._report.say(f"WARNING: {warning}")
                     self._draw(step + 1, log)
-                    stopping = self._anyone(stop.requested) and step + 1 < last
-                    if stopping or ((step + 1) % self._settings.save_every == 0 and step + 1 < last):
+                    self.stopped_by = self._agree(stop.requested) if step + 1 < last else 0
+                    if self.stopped_by or ((step + 1) % self._settings.save_every == 0 and step + 1 < last):
                         self._save(step + 1, log)
-                    if stopping:
+                    if self.stopped_by:
                         self._report.say(f"stopped after step {step + 1} of {last}; the same command goes on from here")
-                        return None
+                        return record
         finally:
             self._report.stop()
             if log:
@@ -280,10 +295,10 @@ class _Run:
 
         on_main(self._accelerator, write)
 
-    def _anyone(self, requested: bool) -> bool:
-        """Whether a stop was asked of any process: all must end after the same step."""
-        flag = torch.tensor(float(requested), device=self._accelerator.device)
-        return bool(self._accelerator.reduce(flag, "sum").item())
+    def _agree(self, requested: int) -> int:
+        """The largest number of a signal that came to any process: all must end after the same step, and alike."""
+        number_1 = torch.tensor([requested], device=self._accelerator.device)
+        return int(self._accelerator.gather(number_1).max())
 
 
 def _make_accelerator(settings: TrainSettings) -> Accelerator:

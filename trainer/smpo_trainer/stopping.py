@@ -15,9 +15,12 @@ class StopRequest:
     """While entered, SIGINT and SIGTERM set ``requested``; a second SIGINT acts as it always does.
 
     SIGTERM may come as often as it likes: a scheduler sends it to all processes, and a launcher passes its own on.
+
+    Attributes:
+        requested: the number of the signal that came; 0: none did.
     """
 
-    requested: bool = False
+    requested: int = 0
 
     def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -26,7 +29,7 @@ class StopRequest:
         return self
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested = number
         if number == signal.SIGINT:
             signal.signal(number, self._before[signal.SIGINT])
 
