@@ -40,7 +40,7 @@ class PlainReference:
 
     def __init__(self, model: Path, unet: Path | None = None) -> None:
         self.unet = UNet2DConditionModel.from_pretrained(unet or model / "unet").eval()
-        self.text = CLIPTextModel.from_pretrained(model / "text_encoder").eval()
+        self.text = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
         self.scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
 

@@ -1,7 +1,7 @@
 """Images of fixed prompts and noise, drawn by the model in training every so many steps (``--validation-prompts``).
 
-The model's pipeline, its VAE and text encoders are loaded for each drawing and let go after it: between drawings, they
-take no memory.
+The model's pipeline with its VAE is loaded for each drawing and let go after it: between drawings, it takes no memory.
+It draws with the text encoders of the training, or, where ``--text cache`` has freed these, loads them too.
 
 Shape suffixes: B batch, C h w a latent, H W an image.
 """
@@ -17,15 +17,22 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
 
+from smpo_models.memory import is_out_of_memory
 from smpo_models.weights import load_part
 from smpo_schemas.files import write_bytes
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.policy import Policy
 
 VALIDATION_FOLDER = "validation"
+
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+"""As pipelines call those of a family, in its order."""
+
+_SMALLEST_TILE = 32
+"""Latents along one side; smaller ones differ visibly from the whole, whose statistics the decoder's norms take."""
 
 
 class ValidationImages:
@@ -70,11 +77,15 @@ class ValidationImages:
             kind.from_pretrained,
             settings.model,
             f"--model {settings.model}",
+            # As in training: by themselves, text encoders come in the precision that they are stored in.
+            dtype=torch.float32,
             unet=self._policy.denoiser,
+            **dict(zip(_TEXT_ENCODERS, family.text_modules, strict=False)),
             **(without if "safety_checker" in index else {}),
         )
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self._accelerator.device)
+        pipeline.vae.enable_slicing()  # an image at a time
         # As `smpo-pipeline evaluate` samples; clip_sample defaults to True, and latents must not be clipped.
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         config = pipeline.unet.config
@@ -91,11 +102,27 @@ class ValidationImages:
                     guidance_scale=settings.validation_guidance_scale,
                     output_type="latent",
                 ).images
-            # In float32: SDXL's VAE overflows in float16.
-            shift, scale = pipeline.vae.config.get("shift_factor") or 0.0, pipeline.vae.config["scaling_factor"]
-            pixels_B3HW = pipeline.vae.decode(latents_BChw.float() / scale + shift).sample.clamp(-1, 1)
-            pixels_BHW3 = pixels_B3HW.permute(0, 2, 3, 1).cpu().nan_to_num().numpy()
+            pixels_BHW3 = _decode(pipeline.vae, latents_BChw).permute(0, 2, 3, 1).cpu().nan_to_num().numpy()
             yield ((pixels_BHW3 + 1) * 127.5).round().astype(np.uint8)
+
+
+def _decode(vae: AutoencoderKL, latents_BChw: torch.Tensor) -> torch.Tensor:
+    """Images of scaled latents: float32 [B, 3, H, W], clamped to [-1, 1]; in tiles where memory runs out."""
+    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config["scaling_factor"]
+    # In float32: SDXL's VAE overflows in float16.
+    unscaled_BChw = latents_BChw.float() / scale + shift
+    tile = max(unscaled_BChw.shape[-2:])
+    while True:
+        try:
+            return vae.decode(unscaled_BChw).sample.clamp(-1, 1)
+        except (RuntimeError, MemoryError) as error:
+            if tile // 2 < _SMALLEST_TILE or not is_out_of_memory(error):
+                raise
+        # Out of the handler, whose error holds what the decoder had allocated.
+        tile //= 2
+        vae.enable_tiling()
+        vae.tile_latent_min_size = tile
+        vae.tile_sample_min_size = tile * 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def _noise(seed: int, number: int, shape: Sequence[int]) -> np.ndarray:
