@@ -51,6 +51,8 @@ class InversionSettings(_Frozen):
 
     Attributes:
         source: ``renoise``: walks of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian noise.
+        forward_noise: ``forward``: whether both images of a ``pair`` get the same noise (Diffusion-DPO), or each
+            ``image`` its own (CaPO).
         start: where a walk begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level), or a
             timestep up to which nodes are reached by forward noising.
         timesteps: ``jittered`` (one uniform draw in each of ``steps`` equal strata), ``grid`` (the scheduler's own
@@ -82,6 +84,7 @@ class InversionSettings(_Frozen):
     """
 
     source: Literal["renoise", "forward"] = "renoise"
+    forward_noise: Literal["pair", "image"] = "pair"
     start: Literal["clean", "level0"] | int = "clean"
     timesteps: Literal["jittered", "grid", "published"] = "jittered"
     steps: int = Field(default=9, ge=1)

@@ -14,6 +14,7 @@ from smpo_pipeline.inversion import inverter as inverter_module
 from smpo_pipeline.inversion.advice import health_warnings
 from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.inversion.timesteps import plan_walk
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards import Sample
@@ -272,6 +273,30 @@ def test_forward_source_gives_both_images_the_same_noise_at_the_same_timesteps(e
     assert abs(float(everything.mean())) < 0.03
     assert float(everything.std()) == pytest.approx(1, abs=0.03)
     assert all(band.noise_ratio == 1 for band in health.bands(1000) if band.states)
+
+
+@pytest.mark.parametrize(("forward_noise", "purpose"), [("pair", "forward"), ("image", "forward/image")])
+def test_forward_noise_is_drawn_for_the_pair_or_for_each_image(some_world, forward_noise, purpose):
+    """Each state by hand: one draw a node (and one for the start), of the walk's own stream."""
+    family, oracle = some_world
+    pairs = [make_pair(number) for number in range(3)]
+    settings = InversionSettings(source="forward", forward_noise=forward_noise, steps=3, states=2)
+    samples, _ = invert(family, settings, pairs, batch_size=2)
+    for pair, sample in zip(pairs, samples, strict=True):
+        stream = generator(SEED, pair.pair_id, 0, purpose)
+        nodes = plan_walk(settings, family.process, SEED, pair.pair_id, 0).nodes
+        shape = (2 if forward_noise == "image" else 1, *sample.x0_2Chw.shape[1:])
+        drawn = dict(
+            zip((-1, *nodes), [gaussian(stream, shape).expand_as(sample.x0_2Chw) for _ in range(4)], strict=True)
+        )
+        text = [
+            oracle.embed("" if sample.meta.prompt_dropped else pair.prompt, *told)
+            for told in zip(pair.size, pair.crop, strict=True)
+        ]
+        for k, t in enumerate(sample.timestep_K.tolist()):
+            for image in range(2):
+                x_t = oracle.a(t) * sample.x0_2Chw[image].double() + oracle.s(t) * drawn[t][image].double()
+                check_state(oracle, sample, k, image, text[image], x_t)
 
 
 @pytest.mark.parametrize("timesteps", ["jittered", "published"])

@@ -325,6 +325,9 @@ def test_flags_that_a_solver_does_not_use_are_one_line(inputs, scores, tmp_path,
     for flag, value in (("--eta", 0.1), ("--guidance-scale", 3), ("--start", "level0"), ("--walker", tmp_path)):
         done = invert(inputs, scores, out, "--source", "forward", flag, value, run=run)
         assert_one_line(done, f"{flag}: --source forward makes no walk; it is for --source renoise")
+    assert_one_line(
+        invert(inputs, scores, out, "--forward-noise", "image", run=run), "--forward-noise: --source renoise"
+    )
     assert_one_line(invert(inputs, scores, out, "--renoise-average", "3", run=run), "--renoise-average 3: all, lastN")
     assert_one_line(invert(inputs, scores, out, "--walker", tmp_path, run=run), "holds no denoiser")
     assert not out.exists()

@@ -82,6 +82,13 @@ def invert(
             rich_help_panel=_WALK,
         ),
     ] = "renoise",
+    forward_noise: Annotated[
+        Literal["pair", "image"],
+        typer.Option(
+            help="Of --source forward: one noise for both images of a pair, or one an image (CaPO).",
+            rich_help_panel=_WALK,
+        ),
+    ] = "pair",
     steps: Annotated[
         int, typer.Option(min=1, help="Steps of a walk, and so its states.", rich_help_panel=_WALK)
     ] = _DEFAULTS.steps,
@@ -211,6 +218,7 @@ def invert(
         context,
         checked,
         source=source,
+        forward_noise=forward_noise,
         start=start,
         timesteps=timesteps,
         steps=steps,
@@ -298,6 +306,8 @@ def _check_unused_flags(context: typer.Context, solver: str | None) -> None:
     for name in _FLAGS_OF_WALKS:
         if _given(context, name) and solver is None:
             raise UserError(f"{_flag(name)}: --source forward makes no walk; it is for --source renoise")
+    if _given(context, "forward_noise") and solver is not None:
+        raise UserError("--forward-noise: --source renoise makes walks; it is for --source forward")
 
 
 def _given(context: typer.Context, name: str) -> bool:

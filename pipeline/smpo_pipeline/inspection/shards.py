@@ -146,7 +146,8 @@ def _walker_words(manifest: Manifest) -> str:
 def settings_in_words(settings: InversionSettings) -> str:
     """The inversion settings as a sentence."""
     if settings.source == "forward":
-        how = f"forward noise at {settings.steps} {settings.timesteps} timesteps"
+        noise = {"pair": "one noise a pair", "image": "one noise an image"}[settings.forward_noise]
+        how = f"forward noise ({noise}) at {settings.steps} {settings.timesteps} timesteps"
     else:
         start = {"clean": "x0", "level0": "x0 at the first noise level"}.get(
             str(settings.start), f"forward noise up to t = {settings.start}"

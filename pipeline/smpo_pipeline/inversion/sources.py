@@ -55,12 +55,16 @@ def _predict_at(batch: Batch, t_R: torch.Tensor, rows_R: torch.Tensor) -> Predic
 
 
 def forward_visits(batch: Batch) -> Iterator[Visit]:
-    """Diffusion-DPO's estimate (arXiv 2311.12908, section 4): Gaussian noise, the same for both images of a pair."""
-    streams = [walk.stream("forward") for walk in batch.walks]
-    shape = (1, *batch.x0_RChw.shape[1:])
+    """Diffusion-DPO's estimate (arXiv 2311.12908, section 4): Gaussian noise, the same for both images of a pair.
+
+    With ``--forward-noise image`` each image has its own, as in CaPO (arXiv 2502.02588).
+    """
+    own = batch.settings.forward_noise == "image"
+    streams = [walk.stream("forward/image" if own else "forward") for walk in batch.walks]
+    shape = (2 if own else 1, *batch.x0_RChw.shape[1:])
     for index in range(-1, max(len(walk.plan.nodes) for walk in batch.walks)):
         rows, _ = batch.rows_at(index) if index >= 0 else (torch.arange(2 * len(streams), device=batch.device), None)
-        noise = torch.cat([gaussian(stream, shape).repeat(2, 1, 1, 1) for stream in streams]).to(batch.device)
+        noise = torch.cat([gaussian(stream, shape).expand(2, -1, -1, -1) for stream in streams]).to(batch.device)
         positions, used_at = batch.stored_at(index, rows)
         stored = rows[positions]
         x_t = batch.process.noised(batch.x0_RChw[stored], noise[stored], used_at)
