@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, NoReturn, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError
@@ -197,6 +197,40 @@ def list_files(directory: AnyPath, pattern: str) -> list[AnyPath]:
     """Files of a folder whose names match, in order; none where there is no folder."""
     found: Iterable[AnyPath] = directory.glob(pattern)
     return sorted(found, key=str)
+
+
+def files_below(folder: AnyPath) -> list[AnyPath]:
+    """Files in a folder and below it, in order, without what is hidden (a name that begins with a dot).
+
+    Links to folders are followed. A folder that several names lead to is read once, under the first of them, so that
+    links may form circles.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    if isinstance(folder, StorePath):
+        names = (path.url.removeprefix(f"{folder.url}/") for path in folder.rglob("*"))
+        return sorted(folder / name for name in names if not _is_hidden(*name.split("/")))
+    found: list[AnyPath] = []
+    seen = {os.path.realpath(folder)}
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        found += [Path(place, name) for name in files if not _is_hidden(name)]
+        inside = {name: os.path.realpath(Path(place, name)) for name in sorted(folders) if not _is_hidden(name)}
+        # Changed in place, which tells os.walk where to go.
+        folders[:] = []
+        for name, real in inside.items():
+            if real not in seen:
+                seen.add(real)
+                folders.append(name)
+    return sorted(found)
+
+
+def _is_hidden(*names: str) -> bool:
+    return any(name.startswith(".") for name in names)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
 
 
 def statuses(directory: AnyPath, pattern: str) -> Statuses:

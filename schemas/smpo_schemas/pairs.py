@@ -10,17 +10,18 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_schemas.errors import UserError, one_line
-from smpo_schemas.files import arrow_source, read_all, reading_parquet, sha256_file
+from smpo_schemas.files import arrow_source, files_below, read_all, reading_parquet, sha256_file
 from smpo_schemas.passing import PASSING_ERRNOS
 from smpo_schemas.store import AnyPath
 
-_SUFFIXES = (".parquet", ".jsonl")
+PAIR_SUFFIXES = (".parquet", ".jsonl")
 _ROWS_READ = 16
 _BYTES_READ = 1 << 20
 
@@ -161,20 +162,19 @@ def list_pair_files(paths: Sequence[AnyPath]) -> list[PairFile]:
     files: list[AnyPath] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(
-                p for p in path.absolute().rglob("*") if p.suffix in _SUFFIXES and not p.name.startswith(".")
-            )
+            found = find_pair_files(path.absolute())
             if not found:
-                raise UserError(f"--pairs {path}: no .parquet or .jsonl file in this folder")
+                raise UserError(
+                    f"--pairs {path}: no .parquet or .jsonl file in this folder (hidden ones are not looked at)"
+                )
             files.extend(found)
-        elif path.is_file() and path.suffix in _SUFFIXES:
+        elif path.is_file() and path.suffix in PAIR_SUFFIXES:
             files.append(path.absolute())
         elif path.exists():
             raise UserError(f"--pairs {path}: only .parquet and .jsonl files are read")
         else:
             raise UserError(f"--pairs {path} does not exist")
-    if len(set(files)) != len(files):
-        raise UserError("--pairs names the same file twice")
+    _refuse_repeated(files)
     for path in files:
         if not _is_unicode(str(path)):
             raise UserError(f"--pairs {path}: this name cannot stand in a table; rename the file")
@@ -183,6 +183,21 @@ def list_pair_files(paths: Sequence[AnyPath]) -> list[PairFile]:
     if not filled:
         raise UserError(f"--pairs {paths[0]}: no rows in any file")
     return filled
+
+
+def find_pair_files(folder: AnyPath) -> list[AnyPath]:
+    """The Parquet and JSONL files of a folder, as :func:`smpo_schemas.files.files_below` finds them."""
+    return [path for path in files_below(folder) if path.suffix in PAIR_SUFFIXES]
+
+
+def _refuse_repeated(files: Sequence[AnyPath]) -> None:
+    """Refuse a file that several names lead to: each of its pairs would count as often."""
+    names: dict[AnyPath, AnyPath] = {}
+    for path in files:
+        real = path.resolve() if isinstance(path, Path) else path
+        first = names.setdefault(real, path)
+        if first is not path:
+            raise UserError(f"--pairs names the same file twice: {first} and {path}")
 
 
 def _describe(path: AnyPath) -> PairFile:

@@ -133,3 +133,20 @@ def test_a_reward_is_recognised_by_what_its_files_hold(tmp_path: Path, monkeypat
     for spec in ("toy-truth", "hpsv2", "pickscore=owner/model", "mine:Own="):
         assert changed(spec) == set()
     assert len({reward_identity(spec) for spec in ("toy-truth", "hpsv2", "pickscore=owner/model")}) == 3
+
+
+def test_what_lies_behind_a_linked_folder_is_part_of_an_identity(models: dict[str, Path], tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "reward", tmp_path / "elsewhere"
+    shutil.copytree(models["base"], folder / "model")
+    shutil.copytree(folder / "model" / "unet", elsewhere / "deep")
+    (folder / "model" / "unet" / "more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    (model,) = parse_models([f"a={folder / 'model'}"])
+
+    def both() -> tuple[str, str]:
+        return reward_identity(f"mine:Own={folder}"), identity(model, None)
+
+    before = both()
+    config = elsewhere / "deep" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert all(old != new for old, new in zip(before, both(), strict=True))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,45 @@ def test_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given in (Path("a.parquet"), Path()):
         assert [file.path for file in list_pair_files([given])] == [tmp_path / "a.parquet"]
+
+
+def test_linked_folders_are_read_once_and_hidden_ones_not(tmp_path):
+    given, elsewhere = tmp_path / ".given", tmp_path / "elsewhere"
+    for folder in (given / ".ipynb_checkpoints", given / "train.parquet", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+    hidden = (".a.parquet", ".ipynb_checkpoints/a-checkpoint.parquet")
+    files = {given / "a.parquet", given / "train.parquet" / "part-0.snappy.parquet", elsewhere / "deep" / "b.parquet"}
+    for path in [*files, *(given / name for name in hidden)]:
+        write_pick_a_pic(path, 1)
+    (given / "train.parquet" / "_SUCCESS").touch()
+    (given / "more").symlink_to(elsewhere)
+    (given / "once-more").symlink_to(elsewhere)
+    (elsewhere / "deep" / "back").symlink_to(given)
+    found = [file.path for file in list_pair_files([given])]
+    assert found == sorted(found)
+    assert {path.resolve() for path in found} == files
+    assert len(found) == len(files)
+    assert all(path.is_relative_to(given) for path in found)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+    write_pick_a_pic(tmp_path / "a.parquet", 1)
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="closed.*Permission denied"):
+        list_pair_files([tmp_path])
+
+
+def test_two_names_of_one_file_are_refused(tmp_path):
+    write_pick_a_pic(tmp_path / "a.parquet", 1)
+    (tmp_path / "latest.parquet").symlink_to("a.parquet")
+    with pytest.raises(UserError, match=r"--pairs .*a\.parquet.*latest\.parquet"):
+        list_pair_files([tmp_path])

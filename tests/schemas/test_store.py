@@ -14,6 +14,7 @@ import pytest
 from smpo_schemas import store
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import arrow_source, atomic_path, read_json, remove_tree, sha256_file, write_bytes, write_json
+from smpo_schemas.pairs import list_pair_files
 from smpo_schemas.rejects import Reject, read_rejects, write_rejects
 from smpo_schemas.shard_index import indexed_walks, write_index, write_index_part
 from smpo_schemas.shards import ShardDirectory, ShardWriter
@@ -67,6 +68,15 @@ def test_what_is_written_is_there_and_what_is_removed_is_not(folder: StorePath):
     remove_tree(folder)
     remove_tree(folder)
     assert not folder.exists()
+
+
+def test_hidden_objects_below_a_folder_are_no_pair_files(folder: StorePath):
+    row = pa.table({"prompt": ["a"], "image_0": ["x"], "image_1": ["y"]})
+    names = ("a.parquet", ".a.parquet", ".ipynb_checkpoints/a.parquet", "train.parquet/part-0.parquet")
+    for name in names:
+        with atomic_path(folder / name) as temporary:
+            pq.write_table(row, temporary)
+    assert [file.path for file in list_pair_files([folder])] == [folder / "a.parquet", folder / names[-1]]
 
 
 def test_a_file_that_was_not_finished_is_not_put(folder: StorePath):

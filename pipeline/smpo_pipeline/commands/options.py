@@ -15,7 +15,8 @@ PairsOption = Annotated[
     typer.Option(
         "--pairs",
         metavar="PATH|URL",
-        help="Parquet or JSONL files, or folders of them, one row a pair. Pick-a-Pic v2's columns are known.",
+        help="Parquet or JSONL files, or folders of them (links are followed, hidden names left out), one row a pair. "
+        "Pick-a-Pic v2's columns are known.",
     ),
 ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_file, sha256_json
+from smpo_schemas.files import files_below, sha256_file, sha256_json
 
 INDEX_FILE = "model_index.json"
 UNET_FOLDER = "unet"
@@ -136,9 +136,7 @@ def reward_identity(spec: str) -> str:
     model = spec.partition("=")[2]
     path = Path(model)
     if model and path.is_dir():
-        inside = (each.relative_to(path) for each in path.rglob("*") if each.is_file())
-        files = [path / each for each in inside if not any(part.startswith(".") for part in each.parts)]
-        return sha256_json(_digest(path, files))
+        return sha256_json(_digest(path, _files_below(path)))
     if path.is_file():
         beside = {each for pattern in _BESIDE_A_CHECKPOINT for each in path.parent.glob(pattern) if each.is_file()}
         return sha256_json(_digest(path.parent, [*{path, *beside}]))
@@ -156,7 +154,11 @@ def _parts(folder: Path) -> list[str]:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.suffix in _READ_SUFFIXES]
+    return [path for path in _files_below(folder) if path.suffix in _READ_SUFFIXES]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [path for path in files_below(folder) if isinstance(path, Path) and path.is_file()]
 
 
 def _digest(folder: Path, files: Sequence[Path]) -> dict[str, str]:

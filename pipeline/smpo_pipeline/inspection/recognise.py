@@ -7,11 +7,10 @@ from typing import Literal
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import MANIFEST_FILE
+from smpo_schemas.pairs import PAIR_SUFFIXES, find_pair_files
 from smpo_schemas.scores import SCORES_FILE
 
 Kind = Literal["pairs", "scores", "shards"]
-
-_PAIR_SUFFIXES = (".parquet", ".jsonl")
 
 
 def recognise(path: Path) -> tuple[Kind, Path]:
@@ -27,9 +26,9 @@ def recognise(path: Path) -> tuple[Kind, Path]:
     if path.name in (MANIFEST_FILE, SCORES_FILE) or path.suffix == ".tar":
         path = path.parent
     if path.is_file():
-        if path.suffix in _PAIR_SUFFIXES:
+        if path.suffix in PAIR_SUFFIXES:
             return "pairs", path
-        raise UserError(f"{path} is neither pairs ({', '.join(_PAIR_SUFFIXES)}) nor a folder")
+        raise UserError(f"{path} is neither pairs ({', '.join(PAIR_SUFFIXES)}) nor a folder")
     if (path / MANIFEST_FILE).is_file():
         return "shards", path
     if (path / SCORES_FILE).is_file():
@@ -38,6 +37,6 @@ def recognise(path: Path) -> tuple[Kind, Path]:
         return "shards", path
     if any(path.glob("scores-*.parquet")):
         return "scores", path
-    if any(file for suffix in _PAIR_SUFFIXES for file in path.rglob(f"*{suffix}")):
+    if find_pair_files(path):
         return "pairs", path
     raise UserError(f"{path} holds neither pairs, nor scores ({SCORES_FILE}), nor shards ({MANIFEST_FILE})")
