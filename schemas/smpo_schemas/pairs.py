@@ -78,6 +78,8 @@ class Pair:
 class PairColumns:
     """Which input column holds what; ``pair_id``, ``label`` and ``annotator`` are optional (None: not there).
 
+    A row whose ``pair_id`` is null, NaN or blank has none.
+
     Image columns hold bytes, a struct with ``bytes``/``path`` (as the datasets library writes), or a path that is
     relative to the folder of the file it stands in.
     """
@@ -403,9 +405,10 @@ def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id
 
 
 def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
-    """A value as text; None where there is none."""
+    """A value as text; None where there is none: null, NaN or blank."""
     value = row.get(column) if column else None
-    if value is None:
+    # pandas writes NaN where a number is missing, and a CSV's empty cell may become an empty text.
+    if value is None or (isinstance(value, str) and not value.strip()) or _is_nan(value):
         return None
     if isinstance(value, (list, dict)):
         raise PairRejectedError(f"{what} is no text: {type(value).__name__}")
@@ -460,11 +463,15 @@ def image_id(data: bytes) -> str:
 
 
 def _label(value: object) -> float | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or _is_nan(value):
         return None
     if isinstance(value, (int, float)) and 0 <= value <= 1:
         return float(value)
     raise PairRejectedError(f"bad label: {value!r} is not a number from 0 to 1")
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _content_id(prompt: str, image_0: bytes, image_1: bytes) -> str:

@@ -106,7 +106,7 @@ def test_an_image_that_a_reward_fails_on_takes_each_of_its_pairs_with_it_and_no_
     (chunk,) = cut_chunks(0, ranking([*FILES[:2], green]))
     scored = actor()(chunk)
     assert [reason is None for reason in failures_of(scored, "means")] == [True, False, False]
-    (record,) = UnitCollector(run, ["means"])(scored)
+    (record,) = UnitCollector(run, ["means"], 1.0)(scored)
     assert (record.pairs_in, record.pairs) == (3, 1)
     assert [reject.pair_id for reject in record.rejects] == ["1", "2"]
     assert all("(means)" in reject.reason for reject in record.rejects)

@@ -52,7 +52,7 @@ def fake_scores(chunk, name: str) -> np.ndarray:
 def commit(out, names: str, seed: int = 0) -> Run:
     step = Run(out / ".scoring", "scores.json", {"rewards": list(names)})
     step.open(overwrite=False, patterns=())
-    collect = UnitCollector(step, list(names))
+    collect = UnitCollector(step, list(names), 1.0)
     for unit in range(UNITS):
         chunks = list(cut_chunks(unit, unit_rows(unit, seed)))
         scored = [without_images(with_scores(chunk, {n: fake_scores(chunk, n) for n in names})) for chunk in chunks]
@@ -181,12 +181,51 @@ def test_pixels_are_not_copied_on_their_way_to_a_reward():
             np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
+def commit_pairs(out, units, reward="a", max_reject_rate=1.0):
+    """Units of (pair_id, number of the pair that it stands for)."""
+    step = Run(out / ".scoring", "scores.json", {})
+    step.open(overwrite=False, patterns=())
+    collect = UnitCollector(step, [reward], max_reject_rate)
+    for unit, named in enumerate(units):
+        pairs = [
+            Pair(name, "prompt", *(encode(picture(9, 9, seed=2 * what + k), "PNG") for k in range(2)), None, None)
+            for name, what in named
+        ]
+        rows = ((f"file:{unit}.{row}", pair) for row, pair in enumerate(pairs))
+        (chunk,) = cut_chunks(unit, rows)
+        list(collect(without_images(with_scores(chunk, {reward: fake_scores(chunk, reward)}))))
+    return step
+
+
+def test_an_id_stands_for_one_pair_and_later_others_are_rejected(tmp_path):
+    """The same pair again, which somebody else labelled, is none of them."""
+    units = [[("x", 0), ("y", 1), ("x", 0)], [("z", 2), ("z", 3)], [("z", 2), ("y", 0), ("x", 0)], [("y", 1), ("w", 4)]]
+    info = write_table(tmp_path, commit_pairs(tmp_path, units), len(units), models("a"), None)
+    rejects = read_rejects(tmp_path / "rejected.parquet")
+    assert [(each.source, each.pair_id) for each in rejects] == [("file:1.1", "z"), ("file:2.1", "y")]
+    assert all("pair_id" in each.reason for each in rejects)
+    assert read_scores(tmp_path, info)["pair_id"].to_pylist() == ["x", "y", "x", "z", "z", "x", "y", "w"]
+    # A reward that is added finds them rejected already.
+    Run(tmp_path / ".scoring", "scores.json", {}).remove()
+    write_table(tmp_path, commit_pairs(tmp_path, units, "b"), len(units), models("b"), info)
+    assert [each for each in read_rejects(tmp_path / "rejected.parquet") if "pair_id" in each.reason] == rejects
+
+
+def test_a_column_that_names_no_pairs_is_found_while_the_first_units_are_scored(tmp_path):
+    units = [[(f"prompt {row % 3}", unit * 8 + row) for row in range(8)] for unit in range(40)]
+    with pytest.raises(UserError, match=r"--max-reject-rate 0\.2 .*--pair-id-column") as caught:
+        commit_pairs(tmp_path, units, max_reject_rate=0.2)
+    assert "prompt " in str(caught.value)
+    assert 0 < len(list((tmp_path / ".scoring" / ".units").glob("*.json"))) < 10
+    commit_pairs(tmp_path / "as often as that", units)
+
+
 def test_a_unit_of_rejects_alone_is_committed(tmp_path):
     step = Run(tmp_path / ".scoring", "scores.json", {})
     step.open(overwrite=False, patterns=())
     rows = [("file:0", PairRejectedError("no image: x"))]
     (chunk,) = cut_chunks(0, rows)
-    (record,) = UnitCollector(step, ["a"])(without_images(with_scores(chunk, {"a": np.empty(0)})))
+    (record,) = UnitCollector(step, ["a"], 1.0)(without_images(with_scores(chunk, {"a": np.empty(0)})))
     assert (record.pairs_in, record.pairs, len(record.rejects)) == (1, 0, 1)
     with pytest.raises(UserError, match=r"no pair could be scored, 1 were rejected .*the first: file:0: no image: x"):
         write_table(tmp_path, step, 1, models("a"), None)

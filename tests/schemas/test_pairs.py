@@ -107,6 +107,19 @@ def test_without_an_id_the_content_names_the_pair(tmp_path):
     assert len({pairs[0].pair_id, pairs[2].pair_id, pairs[4].pair_id}) == 3
 
 
+@pytest.mark.parametrize("ids", [[float("nan"), float("nan"), 7.0], ["", " \t", "7.0"], [None, None, "7.0"]])
+def test_an_empty_id_is_no_id(tmp_path, ids):
+    """As pandas writes a column of numbers with gaps, and CSV an empty cell."""
+    path = tmp_path / "p.parquet"
+    columns = {"prompt": ["a", "b", "c"], "image_0": [b"x"] * 3, "image_1": [b"y"] * 3}
+    pq.write_table(pa.table(columns), path)
+    expected = [pair.pair_id for _, pair in read_rows(RowRange(path, 0, 2), PairColumns())]
+    pq.write_table(pa.table(columns | {"pair_id": ids, "annotator": ids}), path)
+    read = [pair for _, pair in read_rows(RowRange(path, 0, 3), PairColumns(pair_id="pair_id", annotator="annotator"))]
+    assert [pair.pair_id for pair in read] == [*expected, "7.0"]
+    assert [pair.annotator for pair in read] == [None, None, "7.0"]
+
+
 def test_images_of_the_datasets_library(tmp_path):
     path = tmp_path / "p.parquet"
     image = {"bytes": b"abc", "path": None}

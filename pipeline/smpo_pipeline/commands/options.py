@@ -60,7 +60,9 @@ PromptColumn = _column("prompt", "Text of the prompt.")
 Image0Column = _column("image-0", "First image: file bytes, or a path relative to the input file.")
 Image1Column = _column("image-1", "Second image.")
 LabelColumn = _column("label", "P(image_0 preferred): 1, 0, or 0.5 for a tie.")
-PairIdColumn = _column("pair-id", "Stable name of the pair; without one, a hash of prompt and images.")
+PairIdColumn = _column(
+    "pair-id", "Stable name of the pair; without one (null, NaN and blank are none), a hash of prompt and images."
+)
 AnnotatorColumn = _column("annotator", "Who labelled the pair.")
 
 RUNNING = "Running"

@@ -86,7 +86,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
             step,
             [sum(part.stop - part.start for part in unit) for unit in units],
             build,
-            UnitCollector(step, list(new)),
+            UnitCollector(step, list(new), options.max_reject_rate),
             title="score",
             address=options.ray_address,
             max_reject_rate=options.max_reject_rate,

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from smpo_pipeline.jobs.pair_ids import PairIds
 from smpo_pipeline.jobs.run import Run
 from smpo_pipeline.jobs.score_units import rejects_of, unit_path
 from smpo_schemas.errors import UserError
@@ -70,12 +71,13 @@ def write_table(
     """
     names = [*(base.rewards if base else ()), *rewards]
     parts, rejects = [], []
-    tables = _PartsBefore(out, base) if base else None
+    tables, ids = _PartsBefore(out, base) if base else None, PairIds()
     for number, start in enumerate(range(0, units, _UNITS_PER_PART)):
         group = range(start, min(units, start + _UNITS_PER_PART))
         rows = pa.concat_tables(read_all(lambda unit: pq.read_table(arrow_source(unit_path(step, unit))), group))
         if tables:
             rows = tables.join(rows)
+        rows = _one_pair_an_id(rows, ids)
         rejects += rejects_of(rows)
         kept = rows.filter(pc.is_null(rows["reason"]))
         if kept.num_rows:
@@ -100,6 +102,20 @@ def remove_leftovers(out: AnyPath, info: ScoresInfo) -> None:
     for path in out.glob(PART_FILES):
         if path.name not in named:
             path.unlink()
+
+
+def _one_pair_an_id(rows: pa.Table, ids: PairIds) -> pa.Table:
+    """``rows``, where those are rejected whose id an earlier row has for another pair."""
+    reasons = np.array(rows["reason"].to_pylist(), dtype=object)
+    kept = np.flatnonzero(pc.is_null(rows["reason"]).to_numpy())
+    reasons[kept[ids.taken(rows.take(kept))]] = (
+        "repeated pair_id: an earlier row has it for another prompt or other images"
+    )
+    return _with_reasons(rows, reasons.tolist())
+
+
+def _with_reasons(rows: pa.Table, reasons: list[str | None]) -> pa.Table:
+    return rows.set_column(rows.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
 
 
 def _describe(
@@ -144,7 +160,7 @@ class _PartsBefore:
             column = np.full(rows.num_rows, np.nan, dtype=np.float32)
             column[scored] = old[name].to_numpy() if scored else ()
             rows = rows.append_column(name, pa.array(column))
-        return rows.set_column(rows.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
+        return _with_reasons(rows, reasons)
 
     def _match(self, rows: pa.Table, old: Sequence[tuple[object, ...]]) -> tuple[list[int], list[str | None]]:
         """Where in ``rows`` the old ones are, in order, and why each row is not in the new table.

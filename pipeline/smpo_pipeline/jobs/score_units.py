@@ -29,6 +29,7 @@ from smpo_pipeline.jobs.chunks import (
 from smpo_pipeline.jobs.cluster import plain_arithmetic
 from smpo_pipeline.jobs.guard import Guard
 from smpo_pipeline.jobs.ledger import Ledger
+from smpo_pipeline.jobs.pair_ids import RepeatedIds
 from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
@@ -120,13 +121,17 @@ class UnitCollector:
     It lives on the driver and nobody else commits: Ray may run a task twice, but hands its result over once.
     """
 
-    def __init__(self, run: Run, rewards: Sequence[str]) -> None:
-        self._run, self._rewards = run, rewards
+    def __init__(self, run: Run, rewards: Sequence[str], max_reject_rate: float) -> None:
+        self._run, self._rewards, self._repeated = run, rewards, RepeatedIds(max_reject_rate)
         self._chunks: dict[int, dict[int, pa.Table]] = defaultdict(dict)
         self._counts: dict[int, int] = {}
 
     def __call__(self, table: pa.Table) -> Iterator[UnitRecord]:
-        """Take some chunks; yield the records of the units that they complete."""
+        """Take some chunks; yield the records of the units that they complete.
+
+        Raises:
+            UserError: more of the pairs than may be rejected have the id of another pair.
+        """
         for row in range(table.num_rows):
             chunk = table.slice(row, 1)
             unit, number, last = (chunk[name][0].as_py() for name in ("unit", "chunk", "last"))
@@ -134,12 +139,15 @@ class UnitCollector:
             if last:
                 self._counts[unit] = number + 1
             if len(self._chunks[unit]) == self._counts.get(unit):
-                chunks = self._chunks.pop(unit)
-                yield self._commit(unit, [chunks[index] for index in range(self._counts.pop(unit))])
+                numbered = self._chunks.pop(unit)
+                chunks = [numbered[index] for index in range(self._counts.pop(unit))]
+                columns = {name: pa.concat_arrays([values_of(each, name) for each in chunks]) for name in ROWS.names}
+                rows = pa.table(columns)
+                yield self._commit(unit, rows, chunks)
+                self._repeated.add(rows.filter(pc.is_null(rows["reason"])))
 
     @trying_again
-    def _commit(self, unit: int, chunks: Sequence[pa.Table]) -> UnitRecord:
-        rows = pa.table({name: pa.concat_arrays([values_of(chunk, name) for chunk in chunks]) for name in ROWS.names})
+    def _commit(self, unit: int, rows: pa.Table, chunks: Sequence[pa.Table]) -> UnitRecord:
         scores = {name: np.concatenate([scores_of(chunk, name) for chunk in chunks]) for name in self._rewards}
         failed = {name: [each for chunk in chunks for each in failures_of(chunk, name)] for name in self._rewards}
         table = _with_columns(rows, scores, failed)
