@@ -24,7 +24,7 @@ from page import stamp, write_section
 PAGE = ROOT / "docs/trainer.md"
 TITLE = "What changes no number, measured"
 STEPS = 20
-PLAIN = {"batch-size": 8, "workers": 0, "reference": "stored"}
+PLAIN = {"device": "cpu", "batch-size": 8, "workers": 0, "reference": "stored"}
 VARIANTS = {
     "batch 1, accumulated 8 times": {"batch-size": 1, "grad-accum": 8},
     "2 processes (gloo), batch 4": {"batch-size": 4},

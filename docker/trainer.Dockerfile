@@ -12,7 +12,11 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1
 
-RUN useradd --create-home --uid 1000 smpo
+# The compiler is for `--compile`: Triton builds its launcher, and Inductor what runs on the CPU, when training begins.
+# Versions of the base image's Debian; pinned ones vanish from its mirrors with the next update.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 smpo
 
 # What changes rarely comes first: gigabytes of torch stay one layer, however often the code below changes.
 WORKDIR /opt/smpo

@@ -136,6 +136,12 @@ def test_an_image_installs_pinned_versions_alone(image: str) -> None:
             assert requirement.specifier.contains(PINS[name], prereleases=True), requirement
 
 
+def test_the_trainer_image_has_the_compiler_that_compile_needs() -> None:
+    (line,) = [rest for name, rest in instructions(DOCKER / "trainer.Dockerfile") if "apt-get install" in rest]
+    packages = {word for word in shlex.split(line.partition("install")[2].partition("&&")[0]) if word[:1] != "-"}
+    assert {"gcc", "g++", "libc6-dev"} <= packages
+
+
 def test_the_trainer_image_is_without_ray_and_both_read_s3() -> None:
     assert "ray" not in requirements(EXTRAS["trainer.Dockerfile"])
     assert "ray" in requirements(EXTRAS["pipeline.Dockerfile"])

@@ -141,7 +141,7 @@ def test_a_step_without_a_state_is_no_overflow(
     train: Train, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a gradient scaler, as in fp16, which accelerate makes on GPUs alone."""
-    make = run._make_accelerator
+    make = run.make_accelerator
 
     def with_scaler(settings: TrainSettings) -> Accelerator:
         accelerator, scaler = make(settings), torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -154,7 +154,7 @@ def test_a_step_without_a_state_is_no_overflow(
     gone = Path(shutil.copytree(shards, tmp_path / "gone"))
     for tar in gone.glob("*.tar"):
         tar.unlink()
-    monkeypatch.setattr(run, "_make_accelerator", with_scaler)
+    monkeypatch.setattr(run, "make_accelerator", with_scaler)
     assert column(train("whole"), "skipped_steps")[-1] == 0
     with pytest.raises(AssertionError):
         train("gone", on=gone, skip_bad=True, max_skipped=3, max_steps=9)

@@ -14,7 +14,7 @@ from torch import nn
 
 from smpo_models.family import Conditioning
 from smpo_models.loading import load_family
-from smpo_trainer import run
+from smpo_trainer import launch
 from smpo_trainer.policy import Policy, add_lora
 from smpo_trainer.utilization import Utilization, operations
 from tests.tiny import LATENT_SHAPE
@@ -113,11 +113,11 @@ def test_tf32_needs_a_gpu(
 @pytest.mark.parametrize("tf32", [False, True])
 def test_float32_is_float32_unless_asked_otherwise(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(device=torch.device("cuda"), is_fsdp2=False)
-    monkeypatch.setattr(run, "Accelerator", lambda **_: gpu)
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: gpu)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
     asked: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
-    run._make_accelerator(SimpleNamespace(mixed_precision="no", tf32=tf32))
+    launch.make_accelerator(SimpleNamespace(device="cpu", mixed_precision="no", tf32=tf32, compile=False))
     assert torch.backends.cudnn.allow_tf32 == tf32
     # Of matrix products float32 is the default.
     assert asked == ["high"] * tf32

@@ -13,7 +13,6 @@ from smpo_trainer.settings import (
     MAX_CACHE_GIB,
     MAX_SEED,
     LrSchedule,
-    MixedPrecision,
     ReferenceSource,
     TrainSettings,
     parse_options,
@@ -105,9 +104,6 @@ _Unet = Annotated[
     typer.Option(help="Start from this denoiser folder; needed where the model's own is not the shards' reference."),
 ]
 _Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the order of the states and of a new adapter.")]
-_Precision = Annotated[
-    MixedPrecision, typer.Option(help="Dtype of forward and backward; weights and optimizer stay float32.")
-]
 _Reference = Annotated[
     ReferenceSource,
     typer.Option(
@@ -188,7 +184,8 @@ def train(
     lora_rank: _LoraRank = None,
     unet: _Unet = None,
     seed: _Seed = 0,
-    mixed_precision: _Precision = "no",
+    device: flags.Device = None,
+    mixed_precision: flags.MixedPrecision = None,
     reference: _Reference = "auto",
     text: flags.Text = "live",
     min_timestep: _MinTimestep = None,
@@ -255,7 +252,8 @@ def train(
         lora_rank=lora_rank,
         unet=unet,
         seed=seed,
-        mixed_precision=mixed_precision,
+        device=device,
+        mixed_precision=mixed_precision or "no",  # its callback has resolved it
         reference=reference,
         text=text,
         min_timestep=min_timestep,

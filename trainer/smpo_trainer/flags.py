@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
 from smpo_schemas.errors import UserError
 from smpo_trainer.presets import PRESETS
+from smpo_trainer.settings import Device as DeviceName
+from smpo_trainer.settings import MixedPrecision as MixedPrecisionName
 from smpo_trainer.settings import Optimizer as OptimizerName
 from smpo_trainer.settings import TextSource, TimestepWeightingKind
 
@@ -38,6 +41,18 @@ def _take_preset(context: typer.Context, name: str | None) -> str | None:
         raise UserError(f"--preset {name} is not known; known: {', '.join(PRESETS)}")
     context.default_map = {**PRESETS[name].flags, **(context.default_map or {})}
     return name
+
+
+def _take_precision(given: MixedPrecisionName | None) -> MixedPrecisionName:
+    """The flag's value; without it what `accelerate launch` or its config file say."""
+    if given is not None:
+        return given
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in get_args(MixedPrecisionName):
+        raise UserError(
+            f"accelerate's mixed_precision {launched} is not known here; give --mixed-precision no, fp16 or bf16"
+        )
+    return cast("MixedPrecisionName", launched)
 
 
 Objective = Annotated[
@@ -164,6 +179,17 @@ MaxSkipped = Annotated[
         help="A step whose loss or gradient is not finite is skipped and counted; so many in a row end the run.",
         rich_help_panel=_OPTIMIZER,
     ),
+]
+MixedPrecision = Annotated[
+    MixedPrecisionName | None,
+    typer.Option(
+        callback=_take_precision,
+        help="Dtype of forward and backward; weights and optimizer stay float32. Default: that of `accelerate launch` "
+        "or its config file, or else no.",
+    ),
+]
+Device = Annotated[
+    DeviceName | None, typer.Option(help="What to train on. Default: a GPU where torch sees one, or else the CPU.")
 ]
 Text = Annotated[
     TextSource,

@@ -13,7 +13,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 
 from smpo_models.family import Family
 from smpo_schemas.errors import UserError
@@ -23,9 +23,10 @@ from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.buckets import bucket_remark, group_size, make_order
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
-from smpo_trainer.fsdp import fsdp_plugin, gather
+from smpo_trainer.fsdp import gather
 from smpo_trainer.health import Health
 from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
+from smpo_trainer.launch import describe, make_accelerator
 from smpo_trainer.loop import Trainer
 from smpo_trainer.metrics import METRICS_FILE, MetricsLog, Record, plain
 from smpo_trainer.output import OutputFolder
@@ -58,8 +59,9 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     """
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    accelerator = _make_accelerator(settings)
+    accelerator = make_accelerator(settings)
     report = Report(is_main=accelerator.is_main_process)
+    report.say(describe(accelerator, settings))
     experiment = together(accelerator, lambda: resolve_experiment(settings, report.say))
     states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
     identity = on_main(accelerator, lambda: experiment.identity(states_per_step))
@@ -299,33 +301,6 @@ class _Run:
         """The largest number of a signal that came to any process: all must end after the same step, and alike."""
         number_1 = torch.tensor([requested], device=self._accelerator.device)
         return int(self._accelerator.gather(number_1).max())
-
-
-def _make_accelerator(settings: TrainSettings) -> Accelerator:
-    fsdp = fsdp_plugin(settings)
-    try:
-        accelerator = Accelerator(
-            # Not told, it lets the processes of torchrun train each by itself where there is no GPU.
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=settings.mixed_precision,
-            fsdp_plugin=fsdp,
-            # Not told, it takes a number from the environment and divides every loss by it.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        )
-    except ValueError as error:  # a device that lacks this dtype
-        raise UserError(f"--mixed-precision {settings.mixed_precision}: {error}") from error
-    if fsdp and not accelerator.is_fsdp2:
-        raise UserError("accelerate is configured for FSDP, which needs several processes, each with a GPU of its own")
-    # Accelerate would train in float32 without a word.
-    if settings.mixed_precision == "fp16" and accelerator.device.type != "cuda":
-        raise UserError(f"--mixed-precision fp16 needs a GPU, the device is {accelerator.device}; use bf16 or no")
-    if settings.tf32:
-        if accelerator.device.type != "cuda":
-            raise UserError(f"--tf32 needs an NVIDIA GPU, the device is {accelerator.device}; leave it out")
-        torch.set_float32_matmul_precision("high")
-    # Float32 is float32, as in the jobs that made the reference: by default cuDNN convolves in TF32.
-    torch.backends.cudnn.allow_tf32 = settings.tf32
-    return accelerator
 
 
 def _load(experiment: Experiment, accelerator: Accelerator, report: Report) -> Policy:

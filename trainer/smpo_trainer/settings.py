@@ -13,6 +13,9 @@ from smpo_schemas.errors import UserError
 MixedPrecision = Literal["no", "fp16", "bf16"]
 """Dtype of the denoiser's forward and backward; weights and optimizer stay float32."""
 
+Device = Literal["cpu", "cuda"]
+"""What to train on."""
+
 ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
 """Where the reference's errors come from: the shards; one pass of this run's own arithmetic before it starts; a second,
 frozen denoiser in memory (with LoRA the same one, its adapter switched off); or (auto) the shards, unless their
@@ -84,6 +87,7 @@ class TrainSettings:
         lora_rank: rank of the adapter; None trains all weights.
         unet: folder of the denoiser to start from; None: the model's own.
         seed: of the order of the states and the adapter's first weights.
+        device: what to train on; None: an accelerator where torch sees one.
         mixed_precision: dtype of forward and backward.
         reference: where the reference's errors come from.
         text: whether prompts are encoded as they come, or once, into a file in ``cache``.
@@ -144,6 +148,7 @@ class TrainSettings:
     lora_rank: int | None
     unet: Path | None
     seed: int
+    device: Device | None
     mixed_precision: MixedPrecision
     reference: ReferenceSource
     text: TextSource

@@ -1,0 +1,165 @@
+"""The device and the processes of a run: what is asked for, what is there, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from smpo_trainer import launch
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, run_cli
+from tests.trainer.test_resume import ENVIRONMENT, TWO_PROCESSES
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has asked for the CPU."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture
+def refused(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """The one line that a run with these options ends with."""
+
+    def run(**options: object) -> str:
+        assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **options)) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.count("\n") == 0
+        assert not (tmp_path / "run").exists()
+        return error
+
+    return run
+
+
+def test_the_device_and_the_precision_are_said_first(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    train(max_steps=1, mixed_precision="bf16")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("device: cpu")
+    assert "bf16" in first
+
+
+@pytest.mark.usefixtures("unasked")
+def test_where_there_is_a_gpu_the_cpu_must_be_asked_for(
+    train: Train, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_DEVICES", tmp_path)
+    train("without", max_steps=1)
+    (tmp_path / "nvidiactl").touch()
+    train("driver", max_steps=1)
+    (tmp_path / "nvidia0").touch()
+    error = refused()
+    assert str(tmp_path / "nvidia0") in error
+    assert "--device cpu" in error
+    train("asked", max_steps=1, device="cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    train("hidden", max_steps=1)
+
+
+@pytest.mark.usefixtures("unasked")
+def test_several_processes_want_gpus(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    error = refused()
+    assert "2 processes" in error
+    assert "--device cpu" in error
+
+
+def test_a_gpu_that_is_not_there_is_refused(refused: Refused) -> None:
+    assert "--device cuda" in refused(device="cuda")
+
+
+@pytest.mark.parametrize("lacking", ["RANK", "MASTER_ADDR"])
+def test_what_a_launcher_left_behind_is_refused(
+    refused: Refused, lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(lacking)
+    error = refused()
+    assert "WORLD_SIZE=2" in error
+    assert lacking in error
+
+
+def test_who_waits_for_other_processes_says_so(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stale = {"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
+    for name, value in stale.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "_PATIENCE_SECONDS", 0.01)
+
+    def wait(**_: object) -> None:
+        deadline = time.monotonic() + 10
+        said = ""
+        while not said and time.monotonic() < deadline:
+            said = capsys.readouterr().err
+            time.sleep(0.01)
+        assert "process 1 of 3 waits" in said
+        assert "node:29500" in said
+        raise ValueError("enough")
+
+    monkeypatch.setattr(launch, "Accelerator", wait)
+    refused()
+
+
+def test_the_precision_of_accelerate_launch_is_taken(
+    train: Train, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def precision(out: Path) -> str:
+        return str(yaml.safe_load((out / "config.yaml").read_text())["mixed_precision"])
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    out = train("launched", max_steps=1)
+    assert precision(out) == "bf16"
+    assert precision(train("flag", max_steps=1, mixed_precision="no")) == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert precision(train("config", config=out / "config.yaml", max_steps=1)) == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "fp8" in refused()
+
+
+def test_without_a_compiler_compiling_is_refused_before_training(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "--compile" in refused(compile=True)
+
+
+_TIMEOUT = """
+from types import SimpleNamespace
+
+import torch
+from torch.distributed.distributed_c10d import _get_default_group
+
+from smpo_trainer.launch import make_accelerator
+
+make_accelerator(SimpleNamespace(device="cpu", mixed_precision="no", tf32=False, compile=False))
+print(_get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+"""
+
+
+@pytest.mark.slow
+def test_processes_wait_for_hours(tmp_path: Path) -> None:
+    """For what one of them does alone; by default NCCL ends them after ten minutes, gloo after thirty."""
+    program = tmp_path / "program.py"
+    program.write_text(_TIMEOUT)
+    done = subprocess.run(
+        [sys.executable, *TWO_PROCESSES, program],
+        check=False, capture_output=True, text=True, timeout=120, env={**os.environ, **ENVIRONMENT},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [float(line) for line in done.stdout.split()] == [6 * 3600.0] * 2

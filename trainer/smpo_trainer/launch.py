@@ -1,0 +1,149 @@
+"""The device and the processes of a run: what flags and launcher ask for, held against what is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
+
+from smpo_schemas.errors import UserError
+from smpo_trainer.fsdp import fsdp_plugin
+from smpo_trainer.settings import Device, TrainSettings
+
+_TIMEOUT = timedelta(hours=6)
+"""How long a process waits for the others. They wait for what one does alone (loading over a slow network, encoding all
+prompts, drawing, writing checkpoints); NCCL's own 10 minutes would end the run."""
+
+_PATIENCE_SECONDS = 10.0
+"""After which a process says that it waits for the others to start."""
+
+_DEVICES = Path("/dev")
+
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+"""A process's number, by the launchers that accelerate knows."""
+
+
+def make_accelerator(settings: TrainSettings) -> Accelerator:
+    """Join the processes of the run, each on its device.
+
+    Raises:
+        UserError: the device, or a setting that needs another one, is not to be had; or a launcher's environment is
+            incomplete.
+    """
+    fsdp = fsdp_plugin(settings)
+    _require_whole_environment()
+    # Not told, it lets the processes of torchrun train each by itself where there is no GPU.
+    on_cpu = _uses_cpu(settings.device)
+    if settings.compile:
+        _require_compiler()
+    try:
+        with _patience():
+            accelerator = Accelerator(
+                cpu=on_cpu,
+                mixed_precision=settings.mixed_precision,
+                fsdp_plugin=fsdp,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+                # Not told, it takes a number from the environment and divides every loss by it.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            )
+    except ValueError as error:  # a device that lacks this dtype
+        raise UserError(f"--mixed-precision {settings.mixed_precision}: {error}") from error
+    if fsdp and not accelerator.is_fsdp2:
+        raise UserError("accelerate is configured for FSDP, which needs several processes, each with a GPU of its own")
+    # Accelerate would train in float32 without a word.
+    if settings.mixed_precision == "fp16" and accelerator.device.type != "cuda":
+        raise UserError(f"--mixed-precision fp16 needs a GPU, the device is {accelerator.device}; use bf16 or no")
+    if settings.tf32:
+        if accelerator.device.type != "cuda":
+            raise UserError(f"--tf32 needs an NVIDIA GPU, the device is {accelerator.device}; leave it out")
+        torch.set_float32_matmul_precision("high")
+    # Float32 is float32, as in the jobs that made the reference: by default cuDNN convolves in TF32.
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+    return accelerator
+
+
+def describe(accelerator: Accelerator, settings: TrainSettings) -> str:
+    """One line for the user: device, processes and precision."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    half = settings.mixed_precision != "no"
+    precision = settings.mixed_precision if half else "float32 (products in TF32)" if settings.tf32 else "float32"
+    return f"device: {device.type} ({name}){processes}; forward and backward in {precision}, weights in float32"
+
+
+def _uses_cpu(device: Device | None) -> bool:
+    """Whether to train on the CPU.
+
+    Raises:
+        UserError: nobody asked for it, but there is no other choice, although a GPU or a launcher speaks for another.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: {_no_gpu()}; see docs/deploy.md, or use --device cpu")
+    if device is not None or torch.accelerator.is_available():
+        return device == "cpu"
+    # `accelerate launch --cpu`, or GPUs that are hidden on purpose.
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return True
+    gpu = next(iter(sorted(_DEVICES.glob("nvidia[0-9]*"))), None)
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if gpu is None and processes == "1":
+        return True
+    there = f"this machine has an NVIDIA GPU ({gpu})" if gpu else f"a launcher started {processes} processes"
+    raise UserError(f"{there}, but {_no_gpu()}; see docs/deploy.md, or use --device cpu")
+
+
+def _no_gpu() -> str:
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    return f"torch {torch.__version__} ({build}) sees no GPU"
+
+
+def _require_compiler() -> None:
+    """Raise UserError where torch.compile would fail at the first step, with a page of its own, for want of one."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise UserError(
+            "--compile needs a C compiler, and there is none (gcc, clang, or what CC names): install one, as by "
+            "`apt-get install g++`, or leave --compile out"
+        )
+
+
+def _require_whole_environment() -> None:
+    """Raise UserError where a variable of a launcher is set, but not those that come with it."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes == "1":
+        return
+    lacking = [] if any(name in os.environ for name in _RANKS) else ["RANK"]
+    lacking += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if lacking:
+        raise UserError(
+            f"WORLD_SIZE={processes} is set in the environment, {' and '.join(lacking)} not: no launcher started this "
+            "process; unset WORLD_SIZE, or start it with torchrun or accelerate launch"
+        )
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Say what is waited for, where the other processes do not come."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    text = (
+        f"process {rank} of {processes} waits for the others at {where}, as WORLD_SIZE and MASTER_ADDR say; unset "
+        "WORLD_SIZE to train in one process\n"
+    )
+    timer = threading.Timer(_PATIENCE_SECONDS, sys.stderr.write, [text])
+    if processes != "1":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
