@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import typer
 
 from smpo_pipeline.commands.calibrate import calibrate
@@ -26,4 +28,6 @@ for command in (score, calibrate, plan, invert, status, evaluate, inspect, toy):
 
 def main() -> None:
     """Entry point."""
+    # It warns where the home directory cannot keep its cache of fonts, which nobody needs.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     run_app(app)

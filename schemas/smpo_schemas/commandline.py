@@ -13,6 +13,7 @@ import yaml
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import write_bytes
+from smpo_schemas.passing import PASSING_ERRNOS
 from smpo_schemas.store import AnyPath
 
 CONFIG_FILE = "config.yaml"
@@ -116,7 +117,8 @@ def run_app(app: typer.Typer) -> None:
     except OSError as error:
         if error.errno is None:  # of a library, which means something else by it
             raise
-        _fail(f"{error.filename or 'storage'}: {error.strerror}; the same command goes on")
+        goes_on = "; the same command goes on" if error.errno in PASSING_ERRNOS else ""
+        _fail(f"{error.filename or 'storage'}: {error.strerror}{goes_on}")
     finally:
         signal.signal(signal.SIGTERM, before)
 

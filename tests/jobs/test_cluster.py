@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import time
 import traceback
 from functools import partial
@@ -172,3 +174,40 @@ def test_decoded_chunks_do_not_pile_up_before_a_slow_reward(tmp_path, monkeypatc
         waiting = [each for table in tables for each in table["waiting"].to_pylist()]
     assert len(waiting) == 40
     assert max(waiting) <= 14  # ten by the limit, and four tasks that run
+
+
+_STOPPED_IN_RAY = """
+import os, signal, sys, time
+import ray, typer
+from smpo_pipeline.jobs.cluster import connected
+from smpo_schemas.commandline import run_app
+
+app = typer.Typer()
+
+@app.command()
+def work():
+    with connected(None):
+        print(ray.get(ray.remote(lambda: "a worker answered").remote()), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+sys.argv = ["work"]
+run_app(app)
+"""
+
+
+@pytest.mark.slow
+def test_ray_starts_without_a_home_and_with_a_long_tmpdir_and_ends_at_sigterm_in_one_line(tmp_path):
+    far = tmp_path / ("far" * 40)
+    far.mkdir()
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", _STOPPED_IN_RAY],
+        env=keep | {"HOME": "/dev/null/nobody", "TMPDIR": str(far)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "a worker answered\n", done.stderr
+    assert done.returncode == 143
+    assert done.stderr == "stopped; the same command goes on\n"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -38,3 +39,19 @@ def test_a_stopped_command_puts_things_in_order_says_how_to_go_on_and_tells_the_
     assert printed.out == ""
     assert printed.err == "stopped; the same command goes on\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.EIO, True), (errno.ENOTDIR, False)])
+def test_only_what_passes_by_itself_is_said_to_go_on(number, goes_on, monkeypatch, capfd):
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        raise OSError(number, os.strerror(number), "/there/a")
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    with pytest.raises(SystemExit, match="2"):
+        run_app(app)
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: /there/a: {os.strerror(number)}")
+    assert ("goes on" in said) is goes_on

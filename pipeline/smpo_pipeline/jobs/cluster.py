@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import signal
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,12 @@ _MODELS_MEMORY = 3
 _TASK_BYTES = 300 << 20
 """Of a task that decodes, over the pixels that it gives: libraries, the files that it reads, the decoder's process."""
 
+_SOCKET_PATH = 103
+"""Bytes of a socket's path: of macOS; Linux takes four more."""
+
+_SOCKET = "/ray/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store"
+"""The longest, below the directory for temporary files."""
+
 _LOGICAL_CPUS = 4
 """At least this many on a local Ray: CPU stages must not wait for a slot that the actors hold."""
 
@@ -64,12 +72,18 @@ def connected(address: str | None) -> Iterator[None]:
     else:
         # By name: without one Ray joins a cluster that happens to run on this machine.
         options |= {"address": "local", "num_cpus": max(_LOGICAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+        # By default Ray writes one into the home directory, which may not be writable.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        options |= _short_directory()
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         with _native_stderr_silenced():
             ray.init(**options)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"--ray-address {address}: {error}") from error
+    except SystemExit as ended:
+        # What Ray does at SIGTERM while it starts.
+        raise SystemExit(128 + signal.SIGTERM) from ended
     # Ray's own prints native frames and aborts.
     signal.signal(signal.SIGTERM, terminate)
     context = ray.data.DataContext.get_current()
@@ -93,6 +107,14 @@ def connected(address: str | None) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def _short_directory() -> dict[str, str]:
+    """Where a local Ray keeps its sockets where their paths would be too long at TMPDIR; objects stay there."""
+    there = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(there + _SOCKET)) <= _SOCKET_PATH:
+        return {}
+    return {"_temp_dir": "/tmp/ray", "object_spilling_directory": there}  # noqa: S108  (Ray's own where TMPDIR is unset)
 
 
 @contextmanager
