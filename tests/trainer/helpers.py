@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from smpo_schemas.shard_index import write_index
 from smpo_schemas.shards import Sample, SampleMeta, ShardDirectory, ShardWriter
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.cli import main
+from smpo_trainer.settings import TrainSettings
 from tests.tiny import LATENT_SHAPE
 
 PROMPTS = ("a cat", "a dog and a cat", "", "ünïcödé 猫", "a very long prompt " * 20)
@@ -215,6 +217,25 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, args: Sequence[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def resolve_settings(monkeypatch: pytest.MonkeyPatch, args: Sequence[str]) -> TrainSettings:
+    """What ``smpo-train`` makes of these arguments, before it looks at any file."""
+    found: list[TrainSettings] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("smpo_trainer.run.run_training", lambda settings, _write: found.append(settings))
+        assert run_cli(patch, args) == 0
+    return found[0]
+
+
+def with_manifest(shards: Path, directory: Path, *, kind: str | None = None, **inversion: Any) -> Path:
+    """The same shards under a manifest that says this of the model and of how they were made."""
+    shutil.copytree(shards, directory)
+    manifest = ShardDirectory(directory).manifest
+    model = manifest.model.model_copy(update={"kind": kind or manifest.model.kind})
+    made = manifest.inversion.model_copy(update=inversion)
+    write_manifest(directory, manifest.model_copy(update={"model": model, "inversion": made}))
+    return directory
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -16,9 +16,10 @@ from smpo_schemas.errors import UserError
 from smpo_schemas.files import sha256_file
 from smpo_schemas.scores import ScoresInfo, ScoresPart, write_scores_info
 from smpo_schemas.shards import ShardDirectory
+from smpo_trainer.experiment import resolve_experiment
 from smpo_trainer.pair_weights import read_pair_weights
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, metrics, run_cli
+from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, metrics, resolve_settings, run_cli
 from tests.trainer.objectives.plain import BETA, PLAIN
 
 PAIRS = 6
@@ -76,15 +77,30 @@ def test_first_loss_of_a_label_objective(train: Train, states: list[State], othe
 def test_first_loss_of_capo_has_the_sigmoid_weight_inside(
     train: Train, states: list[State], model: Path, other_unet: Path
 ) -> None:
+    bias = 1.5  # the best of CaPO's ablation
     out = train(objective="capo", unet=other_unet, max_steps=1, batch_size=6, grad_accum=3, beta=2000)
     products = PlainReference(model).scheduler.alphas_cumprod.double()
     losses = []
     for state in states:
-        weight = 1 / (1 + float(products[state.t] / (1 - products[state.t])))
+        weight = 1 / (1 + math.exp(-bias) * float(products[state.t] / (1 - products[state.t])))
         difference = (state.errors[0] - state.errors[1]) - (state.ref[0] - state.ref[1])
         losses.append(((2 * state.p - 1) + 1000 * weight * difference) ** 2)
     assert column(out, "loss")[0] == pytest.approx(np.mean(losses), rel=1e-3)
-    assert json.loads((out / "training.json").read_text())["settings"]["timestep_weighting"] == "sigmoid"
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    assert (settings["timestep_weighting"], settings["sigmoid_bias"]) == ("sigmoid", bias)
+
+
+def test_only_capo_has_a_bias_of_its_own(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bias(**options: object) -> object:
+        run = arguments(shards, model, tmp_path / "run", timestep_weighting="sigmoid", **options)
+        settings = resolve_settings(monkeypatch, run)
+        return resolve_experiment(settings, print).weighting.identity()["sigmoid_bias"]
+
+    assert bias(objective="capo") == 1.5
+    assert bias(objective="dpo") == 0
+    assert bias(objective="capo", sigmoid_bias=0) == 0
 
 
 def test_kept_ties_are_trained_on(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

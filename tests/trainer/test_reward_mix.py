@@ -16,12 +16,12 @@ from smpo_schemas.errors import UserError
 from smpo_schemas.scores import read_scores_info, write_scores_info
 from smpo_schemas.shards import ShardDirectory
 from smpo_trainer.reward_mix import RewardMix, resolve_mix
-from smpo_trainer.settings import TrainSettings, parse_ranges
+from smpo_trainer.settings import parse_ranges
 from smpo_trainer.shard_set import open_shards
 from tests.calibration.helpers import populations, write_scores
 from tests.command import run_command
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, make_shards, run_cli
+from tests.trainer.helpers import arguments, make_shards, resolve_settings, run_cli
 
 Mix = Callable[..., RewardMix]
 NAMES = ("taste", "sharpness")
@@ -53,12 +53,9 @@ def mix(two: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """What these flags resolve to; ``said`` takes the lines that are printed."""
 
     def resolve(on: Path = two, said: list[str] | None = None, **options: object) -> RewardMix:
-        settings: list[TrainSettings] = []
-        with monkeypatch.context() as patch:
-            patch.setattr("smpo_trainer.run.run_training", lambda each, _write: settings.append(each))
-            assert run_cli(monkeypatch, arguments(on, model, tmp_path / "out", **options)) == 0
+        settings = resolve_settings(monkeypatch, arguments(on, model, tmp_path / "out", **options))
         return resolve_mix(
-            settings[0], open_shards([str(on)], tmp_path / "cache"), (said if said is not None else []).append
+            settings, open_shards([str(on)], tmp_path / "cache"), (said if said is not None else []).append
         )
 
     return resolve

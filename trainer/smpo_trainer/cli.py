@@ -75,7 +75,7 @@ _Beta = Annotated[
     typer.Option(
         min=0,
         help="Scale of the implicit reward (times half the mean squared error). Larger stays closer to the reference. "
-        "Default: as published, 2000 for SD 1.x and 2.x, 5000 for SDXL.",
+        "Default: as published, 2000 for SD 1.x and 2.x, 5000 for SDXL; npo 1000 and 2000; dmpo 2000 and 6000.",
     ),
 ]
 _Gamma = Annotated[float, typer.Option(min=0, help="Scale of the smoothed preference: p counts as gamma (2p - 1).")]
@@ -162,7 +162,7 @@ def train(
     objective_option: flags.ObjectiveOption = None,
     timestep_weighting: flags.TimestepWeighting = None,
     snr_gamma: flags.SnrGamma = 5.0,
-    sigmoid_bias: flags.SigmoidBias = 0.0,
+    sigmoid_bias: flags.SigmoidBias = None,
     budget: flags.Budget = None,
     budget_weight: flags.BudgetWeight = 1.0,
     weight_column: flags.WeightColumn = None,

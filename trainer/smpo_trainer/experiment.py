@@ -16,7 +16,7 @@ from smpo_trainer.objectives import Objective, find_objective
 from smpo_trainer.pair_loss import PairLoss
 from smpo_trainer.pair_weights import PairWeights, read_pair_weights
 from smpo_trainer.reward_mix import RewardMix, resolve_mix
-from smpo_trainer.settings import TrainSettings, resolve_beta
+from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shard_set import ShardSet, open_shards
 from smpo_trainer.timestep_weighting import TimestepWeighting
 from smpo_trainer.wandb_log import import_wandb
@@ -120,12 +120,14 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     options = kind.Options.parse(
         kind.name,
         settings.objective_options,
-        beta=resolve_beta(settings.beta, shards.model.kind),
+        beta=kind.resolve_beta(settings.beta, shards.model.kind),
         gamma=settings.gamma,
         num_train_timesteps=shards.model.num_train_timesteps,
     )
     weighting = TimestepWeighting(
-        settings.timestep_weighting or kind.timestep_weighting, settings.snr_gamma, settings.sigmoid_bias
+        settings.timestep_weighting or kind.timestep_weighting,
+        settings.snr_gamma,
+        kind.sigmoid_bias if settings.sigmoid_bias is None else settings.sigmoid_bias,
     )
     prompts = _read_prompts(settings.validation_prompts) if settings.validation_prompts else []
     experiment = Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)

@@ -97,9 +97,11 @@ SnrGamma = Annotated[
     ),
 ]
 SigmoidBias = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="Of --timestep-weighting sigmoid: the log SNR at which the weight is 1/2.", rich_help_panel=_OBJECTIVE
+        help="Of --timestep-weighting sigmoid: the log SNR at which the weight is 1/2. Default: 1.5 for capo, 0 for "
+        "the rest.",
+        rich_help_panel=_OBJECTIVE,
     ),
 ]
 Budget = Annotated[

@@ -36,9 +36,6 @@ Optimizer = Literal["adamw", "adafactor", "adamw8bit"]
 DEFAULT_LR = 1e-5
 DEFAULT_LORA_LR = 1e-4
 
-BETA_OF_KIND = {"sd15": 2000.0, "sd2": 2000.0, "sdxl": 5000.0}
-"""The published values (arXiv 2506.02698); SD 2 takes SD 1.5's."""
-
 MAX_SEED = 2**32 - 1
 """The largest that numpy takes."""
 
@@ -60,12 +57,12 @@ class TrainSettings:
         calibration: ``calibration.json`` with each reward's temperature and share; None: none.
         reward_ranges: by reward name, the minimum and maximum that replace those of the data set.
         scores: output of ``smpo-pipeline score`` whose scores replace the shards', joined by pair_id and prompt.
-        beta: scale of the implicit reward; None: the published one for the model's kind.
+        beta: scale of the implicit reward; None: the objective's published one for the model's kind.
         gamma: scale of the smoothed preference.
         objective_options: of the objective's own options, as they were typed.
         timestep_weighting: how much a state counts by its timestep; None: the objective's published weighting.
         snr_gamma: of the weighting ``min-snr``.
-        sigmoid_bias: of the weighting ``sigmoid``.
+        sigmoid_bias: of the weighting ``sigmoid``; None: the objective's published one.
         budget: how far the preferred image's error may rise above the reference's, in margin units; None: unlimited.
         budget_weight: what the excess over the budget is multiplied with.
         weight_column: column of the scores table with a weight for each pair; None: all count alike.
@@ -126,7 +123,7 @@ class TrainSettings:
     objective_options: dict[str, str]
     timestep_weighting: TimestepWeightingKind | None
     snr_gamma: float
-    sigmoid_bias: float
+    sigmoid_bias: float | None
     budget: float | None
     budget_weight: float
     weight_column: str | None
@@ -256,16 +253,3 @@ def parse_ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
             raise UserError(f"--reward-range {name} is given twice")
         ranges[name] = (low, high)
     return ranges
-
-
-def resolve_beta(beta: float | None, kind: str) -> float:
-    """The given beta, or the published one for the model's kind.
-
-    Raises:
-        UserError: none is given and none is published for this kind.
-    """
-    if beta is not None:
-        return beta
-    if kind not in BETA_OF_KIND:
-        raise UserError(f"no beta is published for {kind} models; choose one with --beta")
-    return BETA_OF_KIND[kind]

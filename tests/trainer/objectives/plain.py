@@ -48,7 +48,7 @@ def capo(w, l, rw, rl, p):  # noqa: E741
     return (calibrated_w - calibrated_l - (log_ratio(w, rw) - log_ratio(l, rl))) ** 2
 
 
-def dmpo(w, l, rw, rl, _p, smoothing=1e-3):  # noqa: E741
+def dmpo(w, l, rw, rl, _p, smoothing=0.01):  # noqa: E741
     weights = torch.stack([torch.exp(log_ratio(w, rw)), torch.exp(log_ratio(l, rl))])
     model = weights / weights.sum()
     label = torch.tensor([1 - smoothing, smoothing], dtype=torch.float64)

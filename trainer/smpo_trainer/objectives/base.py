@@ -20,6 +20,9 @@ from smpo_trainer.settings import TimestepWeightingKind
 Metrics = dict[str, torch.Tensor]
 """Per-pair values by name, each [B], detached; NaN where the pair has no such value. Their mean is what is logged."""
 
+DPO_BETAS = {"sd15": 2000.0, "sd2": 2000.0, "sdxl": 5000.0}
+"""By model kind: Diffusion-DPO's and SmPO's; SD 2 takes SD 1.5's."""
+
 TIE = 0.5
 """The label of a pair whose images its annotator could not tell apart."""
 
@@ -92,7 +95,9 @@ class Objective(ABC):
         uses_rewards: whether it needs the preference of a reward mix.
         uses_reference: whether its loss depends on the reference; without, the reference only serves what is logged.
         needs: what a pair must have to be used, for the message about those that are left out.
+        betas: the published beta by model kind.
         timestep_weighting: the published one.
+        sigmoid_bias: the published bias of the weighting ``sigmoid``.
         Options: its options; a subclass of :class:`ObjectiveOptions` where it has some of its own.
     """
 
@@ -101,11 +106,26 @@ class Objective(ABC):
     uses_rewards: ClassVar[bool]
     uses_reference: ClassVar[bool] = True
     needs: ClassVar[str]
+    betas: ClassVar[Mapping[str, float]] = DPO_BETAS
     timestep_weighting: ClassVar[TimestepWeightingKind] = "uniform"
+    sigmoid_bias: ClassVar[float] = 0.0
     Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
 
     def __init__(self, options: ObjectiveOptions) -> None:
         self.options = options
+
+    @classmethod
+    def resolve_beta(cls, beta: float | None, kind: str) -> float:
+        """The given beta, or the published one for the model's kind.
+
+        Raises:
+            UserError: none is given and none is published for this kind.
+        """
+        if beta is not None:
+            return beta
+        if kind not in cls.betas:
+            raise UserError(f"--objective {cls.name}: no beta is published for {kind} models; choose one with --beta")
+        return cls.betas[kind]
 
     @abstractmethod
     def usable(self, preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ An image's calibrated reward is its expected win rate over the other images of i
 makes p of it such that the difference between a pair's images is 2p - 1; of a pair alone the two win rates are p and
 1 - p, and any other ``--preference`` gives the same difference of them. The paper weighs the implicit reward by
 sigmoid(-lambda_t + b), lambda the log signal-to-noise ratio: ``--timestep-weighting sigmoid``, which is this
-objective's default.
+objective's default, with the b that did best in its ablation (1.5; no code was published). Its beta was not found.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class CaPO(RewardObjective):
     name: ClassVar[str] = "capo"
     summary: ClassVar[str] = "the margin regressed to the calibrated reward difference (CaPO, arXiv 2502.02588)"
     timestep_weighting: ClassVar[TimestepWeightingKind] = "sigmoid"
+    sigmoid_bias: ClassVar[float] = 1.5
 
     def loss(self, batch: PairBatch) -> torch.Tensor:
         """See the base class."""

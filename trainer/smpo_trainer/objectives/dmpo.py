@@ -2,19 +2,20 @@
 
 DPO minimises the divergence from the labels to the model's pairwise preference, which covers all of what was labelled;
 this minimises the one from the model to the labels, which seeks its mode. Pairwise it is the loss of EXO (arXiv
-2402.00856) with Diffusion-DPO's margin. A label must be smoothed for it to be finite; 0.001 is what TRL's ``exo_pair``
-takes at least.
+2402.00856) with Diffusion-DPO's margin. A label must be smoothed for it to be finite. Smoothing and beta are
+by default those of the only public implementation (AIDC-AI/Diffusion-SDPO); the authors' own were not found.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch.nn import functional
 
-from smpo_trainer.objectives.base import LabelObjective, ObjectiveOptions, PairBatch, smoothed_label
+from smpo_trainer.objectives.base import DPO_BETAS, LabelObjective, ObjectiveOptions, PairBatch, smoothed_label
 
 
 def dmpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: float) -> torch.Tensor:
@@ -34,7 +35,7 @@ def dmpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: fl
 class DMPOOptions(ObjectiveOptions):
     """See the fields."""
 
-    label_smoothing: float = Field(1e-3, gt=0, lt=0.5, description="share of labels taken to be wrong; default 0.001")
+    label_smoothing: float = Field(0.01, gt=0, lt=0.5, description="share of labels taken to be wrong; default 0.01")
 
 
 class DMPO(LabelObjective):
@@ -42,6 +43,7 @@ class DMPO(LabelObjective):
 
     name: ClassVar[str] = "dmpo"
     summary: ClassVar[str] = "labels, by the reverse KL divergence (DMPO, arXiv 2507.07510)"
+    betas: ClassVar[Mapping[str, float]] = {**DPO_BETAS, "sdxl": 6000.0}
     Options: ClassVar[type[ObjectiveOptions]] = DMPOOptions
     options: DMPOOptions
 
