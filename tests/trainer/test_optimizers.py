@@ -18,7 +18,6 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from smpo_trainer import optimizers
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
-from smpo_trainer.presets import PRESETS, remarks
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PlainReference, arguments, column, dying_after, metrics, run_cli
 from tests.trainer.test_resume import OPTIONS
@@ -201,7 +200,6 @@ def test_schedules(train: Train, schedule: str, wanted: list[float]) -> None:
     ("options", "message"),
     [
         ({"scale_lr": True, "lr": None}, "--scale-lr multiplies --lr"),
-        ({"preset": "smpo"}, "--preset smpo is not known; known: smpo-sd15, smpo-sdxl"),
         ({"ema_decay": 1.5}, "--ema-decay"),
         ({"wandb_project": "p"}, "--wandb-project p needs wandb, which is not installed"),
         ({"optimizer": "adamw8bit"}, "--optimizer adamw8bit needs a GPU, the device is cpu"),
@@ -244,42 +242,6 @@ def test_each_setting_is_part_of_the_runs_identity(
     # What changes no number may change.
     train(max_steps=1, gradient_checkpointing=True, max_skipped=9)
     assert "finished; nothing to do" in capsys.readouterr().out
-
-
-def test_a_preset_is_overridden_by_flags_and_config_files(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = {"lr": None, "warmup_steps": None, "batch_size": None, "max_steps": 1, "grad_accum": 2}
-    out = train("flags", preset="smpo-sdxl", mixed_precision="no", beta=100, **small)
-    settings = json.loads((out / "training.json").read_text())["settings"]
-    assert (settings["optimizer"], settings["beta"], settings["warmup_steps"]) == ("adafactor", 100, 100)
-    assert settings["lr"] == pytest.approx(2e-8)
-    said = capsys.readouterr().out
-    assert "settings published for sdxl, the shards are of sd15" in said
-    assert "published are 1024 pairs a step, here are 2" in said
-    config = tmp_path / "config.yaml"
-    config.write_text("beta: 300\nmixed_precision: 'no'\n")
-    for order in (
-        ["--config", str(config), "--preset", "smpo-sd15"],
-        ["--preset", "smpo-sd15", "--config", str(config)],
-    ):
-        name = f"config-{order[0]}"
-        out = train(name, **small, **dict(zip((order[0][2:], order[2][2:]), (order[1], order[3]), strict=True)))
-        settings = json.loads((out / "training.json").read_text())["settings"]
-        assert (settings["optimizer"], settings["beta"], settings["gamma"]) == ("adamw", 300, 10)
-
-
-def test_presets_hold_the_published_settings() -> None:
-    """SmPO-Diffusion's scripts: 8 devices x batch 1 x accumulation 128, 1e-8 times these."""
-    for preset, beta, optimizer in ((PRESETS["smpo-sd15"], 2000, "adamw"), (PRESETS["smpo-sdxl"], 5000, "adafactor")):
-        flags = preset.flags
-        assert (flags["beta"], flags["optimizer"], flags["gamma"], flags["max_steps"]) == (beta, optimizer, 10, 200)
-        assert flags["batch_size"] * flags["grad_accum"] * 8 == 1024
-        assert flags["scale_lr"]
-        assert flags["lr"] * 1024 == pytest.approx(1.024e-5)
-        assert (flags["lr_schedule"], flags["warmup_steps"], flags["weight_decay"]) == ("constant", 100, 0.01)
-        assert (flags["max_grad_norm"], flags["mixed_precision"]) == (1.0, "fp16")
-        assert remarks(f"smpo-{preset.kind}", preset.kind, 1024) == []
 
 
 class _Run:

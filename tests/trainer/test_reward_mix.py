@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +61,11 @@ def mix(two: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return resolve
 
 
-def table(folder: Path, shards: Path, **changes) -> Path:
+def table(folder: Path, shards: Path, names: Sequence[str] = NAMES, **changes) -> Path:
     """A scores table of the shards' own pairs."""
     metas = [sample.meta for sample in ShardDirectory(shards).samples()]
     columns = {
-        "scores": {name: np.array([meta.scores[name] for meta in metas]) for name in NAMES},
+        "scores": {name: np.array([meta.scores[name] for meta in metas]) for name in names},
         "labels": [None] * len(metas),
         "prompts": [meta.prompt for meta in metas],
         "images": [(f"{meta.pair_id}-0", f"{meta.pair_id}-1") for meta in metas],
@@ -259,14 +259,32 @@ def test_flags_that_do_not_fit(mix: Mix, two: Path, calibration: Path, tmp_path:
     "text", ["taste", "taste=1", "taste=2:1", "taste=1:1", "taste=a:b", "=0:1", "taste=0:inf", "t=0:1:2"]
 )
 def test_ranges_are_two_rising_numbers(text: str) -> None:
-    with pytest.raises(UserError, match="expected NAME=MIN:MAX"):
+    with pytest.raises(UserError, match="expected NAME=MIN:MAX.*NAME=raw"):
         parse_ranges([text])
+
+
+def test_raw_scores_are_log_odds_as_they_are(mix: Mix, two: Path) -> None:
+    found = mix(reward=["taste"], reward_range=["taste=raw"]).preferences(scored(two))
+    expected = [s(meta.scores["taste"][0] - meta.scores["taste"][1]) for meta in scored(two)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_win_rates_of_log_odds_by_hand(mix: Mix, two: Path, tmp_path: Path) -> None:
+    """Log-odds 2, 1, 0 of a prompt's three images: R = 0.80593, 0.5, 0.19407. Pairs 0 and 5 hold them."""
+    metas = scored(two)
+    scores = {name: np.array([meta.scores[name] for meta in metas]) for name in NAMES}
+    scores["taste"][[0, 5]] = [[2, 1], [0, 2]]
+    images = [(f"{row}-0", f"{row}-1") for row in range(6)]
+    images[5] = ("5-0", "0-0")
+    folder = table(tmp_path / "scores", two, scores=scores, images=images)
+    found = mix(preference="winrate", scores=folder, reward=["taste"], reward_range=["taste=raw"]).preferences(metas)
+    np.testing.assert_allclose(2 * found[[0, 5]] - 1, [0.80593 - 0.5, 0.19407 - 0.80593], atol=1e-5)
 
 
 def test_ranges_are_given_once() -> None:
     assert parse_ranges(["a=-1:2.5", "b=0:1e-3"]) == {"a": (-1.0, 2.5), "b": (0.0, 0.001)}
     with pytest.raises(UserError, match="a is given twice"):
-        parse_ranges(["a=0:1", "a=0:2"])
+        parse_ranges(["a=0:1", "a=raw"])
 
 
 def test_from_calibrate_to_a_trained_model(

@@ -9,6 +9,7 @@ import typer
 
 from smpo_schemas.commandline import ConfigOption, run_app, write_resolved_config
 from smpo_trainer import flags
+from smpo_trainer.presets import PICKSCORE_RANGE
 from smpo_trainer.settings import (
     MAX_CACHE_GIB,
     MAX_SEED,
@@ -59,9 +60,9 @@ _Calibration = Annotated[
 _RewardRange = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME=MIN:MAX",
+        metavar="NAME=MIN:MAX|raw",
         help="Scale of a reward for minmax and winrate, in units of its raw score, in place of the data set's minimum "
-        "and maximum. Published for PickScore: pickscore=0.11543526500463486:0.28201571106910706.",
+        f"and maximum; raw for one that is log-odds. Published by SmPO for PickScore: {PICKSCORE_RANGE}.",
     ),
 ]
 _Scores = Annotated[

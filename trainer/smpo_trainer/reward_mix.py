@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from smpo_schemas.preference import Preference, ScoredPairs, find_preference
 from smpo_schemas.scores import RewardStatistics, read_scores_info
 from smpo_schemas.shards import SampleMeta
 from smpo_trainer.preference_table import PreferenceTable, preference_table
-from smpo_trainer.settings import TrainSettings
+from smpo_trainer.presets import PRESETS
+from smpo_trainer.settings import TrainSettings, parse_ranges
 from smpo_trainer.shard_set import ShardSet
 
 
@@ -85,16 +86,15 @@ def resolve_mix(settings: TrainSettings, shards: ShardSet, say: Callable[[str], 
     calibration = _read_calibration(settings)
     weights = _weights(settings, calibration, statistics, source)
     temperatures = _temperatures(calibration, weights, statistics, settings.calibration, say) if calibration else None
-    preference = find_preference(settings.preference)(
-        weights, _with_ranges(statistics, settings.reward_ranges, weights), temperatures
-    )
+    ranges = _ranges(settings, weights)
+    preference = find_preference(settings.preference)(weights, _with_ranges(statistics, ranges), temperatures)
     if preference.needs_images and info is None:
         raise UserError(
             f"--preference {preference.name} compares all images of a prompt, which the shards may not hold; "
             "name the output of `smpo-pipeline score` with --scores"
         )
     table = preference_table(settings.scores, info, preference, say) if settings.scores and info else None
-    return RewardMix(preference, statistics, settings.reward_ranges, temperatures, table)
+    return RewardMix(preference, statistics, ranges, temperatures, table)
 
 
 def _read_calibration(settings: TrainSettings) -> Calibration | None:
@@ -106,7 +106,7 @@ def _read_calibration(settings: TrainSettings) -> Calibration | None:
         return None
     if way.calibration == "refused":
         raise UserError(f"--preference {way.name} takes no --calibration; use it with --preference mixture or winrate")
-    if settings.reward_ranges:
+    if _given_ranges(settings):
         raise UserError(f"--reward-range does nothing beside --calibration {settings.calibration}, whose tau scales")
     return read_calibration(settings.calibration)
 
@@ -155,12 +155,30 @@ def _temperatures(
     return {name: calibration.rewards[name].tau for name in weights}
 
 
-def _with_ranges(
-    statistics: Mapping[str, RewardStatistics], ranges: Mapping[str, tuple[float, float]], weights: Mapping[str, float]
-) -> dict[str, RewardStatistics]:
-    for name in ranges:
+def _ranges(settings: TrainSettings, weights: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Of the rewards in use; a calibration's temperatures take the place of all.
+
+    Raises:
+        UserError: a range was given of a reward that is not used.
+    """
+    for name in _given_ranges(settings):
         if name not in weights:
             raise UserError(f"--reward-range {name}: no such reward is used; used: {', '.join(weights)}")
+    if settings.calibration:
+        return {}
+    return {name: limits for name, limits in settings.reward_ranges.items() if name in weights}
+
+
+def _given_ranges(settings: TrainSettings) -> dict[str, tuple[float, float]]:
+    """Without those of a preset, which holds them for its own reward and is no mistake beside others."""
+    of_preset = PRESETS[settings.preset].flags.get("reward_range", []) if settings.preset else []
+    known = parse_ranges(cast("list[str]", of_preset))
+    return {name: limits for name, limits in settings.reward_ranges.items() if known.get(name) != limits}
+
+
+def _with_ranges(
+    statistics: Mapping[str, RewardStatistics], ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, RewardStatistics]:
     return {
         name: found.model_copy(update=dict(zip(("min", "max"), ranges[name], strict=True))) if name in ranges else found
         for name, found in statistics.items()

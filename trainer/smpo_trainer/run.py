@@ -32,9 +32,9 @@ from smpo_trainer.metrics import METRICS_FILE, MetricsLog, Record, plain
 from smpo_trainer.output import OutputFolder
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import Policy, load_policy
-from smpo_trainer.presets import remarks
 from smpo_trainer.processes import leave, on_main, together
 from smpo_trainer.reference import settle_reference
+from smpo_trainer.remarks import remarks
 from smpo_trainer.report import Report
 from smpo_trainer.reward_mix import RewardMix
 from smpo_trainer.settings import TrainSettings
@@ -65,7 +65,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     experiment = together(accelerator, lambda: resolve_experiment(settings, report.say))
     states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
     identity = on_main(accelerator, lambda: experiment.identity(states_per_step))
-    for line in remarks(settings.preset, experiment.shards.model.kind, states_per_step):
+    for line in remarks(experiment, states_per_step):
         report.say(line)
     output = OutputFolder(settings.out, settings.checkpoints_total_limit)
     stopped_by = 0

@@ -237,18 +237,23 @@ def parse_options(texts: Sequence[str]) -> dict[str, str]:
 def parse_ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Minimum and maximum by reward name from ``NAME=MIN:MAX``, in units of the raw score.
 
+    Only their difference counts: ``NAME=raw``, for scores that are log-odds, is 0 and 1.
+
     Raises:
         UserError: they are no finite numbers in rising order, or a name comes twice.
     """
     ranges: dict[str, tuple[float, float]] = {}
     for text in texts:
         name, _, numbers = text.partition("=")
+        numbers = "0:1" if numbers == "raw" else numbers
         try:
             low, high = (float(number) for number in numbers.split(":"))
         except ValueError:
             low = high = math.nan
         if not name or not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise UserError(f"--reward-range {text}: expected NAME=MIN:MAX with two numbers, the smaller one first")
+            raise UserError(
+                f"--reward-range {text}: expected NAME=MIN:MAX with two numbers, the smaller one first, or NAME=raw"
+            )
         if name in ranges:
             raise UserError(f"--reward-range {name} is given twice")
         ranges[name] = (low, high)

@@ -61,7 +61,7 @@ class Preference(ABC):
 
         Args:
             weights: by reward name, at least one.
-            statistics: by reward name, the extremes that bring its scores to one scale (DESIGN 4.4).
+            statistics: by reward name, the extremes that bring its scores to one scale.
             temperatures: by reward name, tau from a calibration; None: each reward's extremes are its scale.
 
         Raises:

@@ -1,7 +1,8 @@
-"""The weighted min-max mix (DESIGN 4.4; arXiv 2506.02698, section 4.1).
+"""The weighted min-max mix: of one reward that of SmPO-Diffusion's code (arXiv 2506.02698).
 
 With r' = (r - min) / (max - min) over the data set, p = sigmoid(sum_k w_k (r'_k0 - r'_k1)). The weights are used as
-given, not normalised: twice the weight is twice as sharp.
+given, not normalised: twice the weight is twice as sharp. Whether the paper means this sum over several rewards was not
+verified.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 For the N images of a prompt, R_i = mean over j != i of sigmoid((r_i - r_j) / scale): the expected win rate against
 samples for the same prompt. CaPO regresses the difference of a pair's implicit rewards on R_0 - R_1, so this
-difference takes the place of SmPO's 2p - 1 (DESIGN 4.4):
+difference takes the place of SmPO's 2p - 1:
 
     p = (1 + R_0 - R_1) / 2,    of several rewards the mean of their p, by weights that are scaled to sum to 1.
 
 With two images R_1 = 1 - R_0, and p is plainly sigmoid((r_0 - r_1) / scale): a prompt with only one pair has the p of
-``minmax`` of that reward, or with a calibration that of ``mixture``. The scale is max - min over the data set, or a
-calibration's tau. (CaPO takes raw scores, of rewards that are log-odds already; and for several rewards it chooses its
-pairs on the Pareto front, where ours are given.)
+``minmax`` of that reward, or with a calibration that of ``mixture``. The scale is max - min over the data set, what
+``--reward-range`` gives (``raw``: 1, as CaPO, whose rewards are log-odds), or a calibration's tau. (For several rewards
+CaPO chooses its pairs on the Pareto front, where ours are given.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an objective is given, what it gives back, and what all of them report (DESIGN 4.4).
+"""What an objective is given, what it gives back, and what all of them report.
 
 Shape suffixes: B a batch of states, P pairs, 2 images.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,11 +17,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from smpo_schemas.errors import UserError
 from smpo_trainer.settings import TimestepWeightingKind
 
+if TYPE_CHECKING:
+    from smpo_trainer.reward_mix import RewardMix
+
 Metrics = dict[str, torch.Tensor]
 """Per-pair values by name, each [B], detached; NaN where the pair has no such value. Their mean is what is logged."""
 
 DPO_BETAS = {"sd15": 2000.0, "sd2": 2000.0, "sdxl": 5000.0}
 """By model kind: Diffusion-DPO's and SmPO's; SD 2 takes SD 1.5's."""
+
+FORWARD = {"source": "forward", "forward_noise": "pair"}
+"""States of Diffusion-DPO, and of those that took them over: one forward noise for both images."""
 
 TIE = 0.5
 """The label of a pair whose images its annotator could not tell apart."""
@@ -98,6 +104,7 @@ class Objective(ABC):
         betas: the published beta by model kind.
         timestep_weighting: the published one.
         sigmoid_bias: the published bias of the weighting ``sigmoid``.
+        published_shards: what the method's own states were made with, by the names in a manifest's ``inversion``.
         Options: its options; a subclass of :class:`ObjectiveOptions` where it has some of its own.
     """
 
@@ -109,6 +116,7 @@ class Objective(ABC):
     betas: ClassVar[Mapping[str, float]] = DPO_BETAS
     timestep_weighting: ClassVar[TimestepWeightingKind] = "uniform"
     sigmoid_bias: ClassVar[float] = 0.0
+    published_shards: ClassVar[Mapping[str, object]] = {}
     Options: ClassVar[type[ObjectiveOptions]] = ObjectiveOptions
 
     def __init__(self, options: ObjectiveOptions) -> None:
@@ -126,6 +134,11 @@ class Objective(ABC):
         if kind not in cls.betas:
             raise UserError(f"--objective {cls.name}: no beta is published for {kind} models; choose one with --beta")
         return cls.betas[kind]
+
+    @classmethod
+    def warnings(cls, mix: RewardMix) -> list[str]:  # noqa: ARG003
+        """What of a reward mix makes the method another than the published one, in lines."""
+        return []
 
     @abstractmethod
     def usable(self, preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:

@@ -9,12 +9,16 @@ objective's default, with the b that did best in its ablation (1.5; no code was 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from smpo_trainer.objectives.base import PairBatch, RewardObjective
 from smpo_trainer.settings import TimestepWeightingKind
+
+if TYPE_CHECKING:
+    from smpo_trainer.reward_mix import RewardMix
 
 
 def capo_loss(margin_B: torch.Tensor, preference_B: torch.Tensor) -> torch.Tensor:
@@ -33,7 +37,27 @@ class CaPO(RewardObjective):
     name: ClassVar[str] = "capo"
     summary: ClassVar[str] = "the margin regressed to the calibrated reward difference (CaPO, arXiv 2502.02588)"
     timestep_weighting: ClassVar[TimestepWeightingKind] = "sigmoid"
+    published_shards: ClassVar[Mapping[str, object]] = {"source": "forward", "forward_noise": "image"}
     sigmoid_bias: ClassVar[float] = 1.5
+
+    @classmethod
+    def warnings(cls, mix: RewardMix) -> list[str]:
+        """See the base class: the published target is a difference of win rates by log-odds."""
+        name, weights = mix.preference.name, mix.preference.weights
+        by_extremes = [reward for reward in weights if mix.temperatures is None and reward not in mix.ranges]
+        lines = []
+        if by_extremes:
+            lines.append(
+                f"published are win rates by log-odds; --preference {name} divides {', '.join(by_extremes)} by max - "
+                "min over the data set, whose targets are far smaller; give --reward-range NAME=raw for log-odds, "
+                "NAME=0:SCALE for others (pickscore=0:0.01), or --preference winrate with --calibration"
+            )
+        if name == "minmax" and len(weights) > 1:
+            lines.append(
+                "published is the mean of the rewards' win rates, --preference minmax is the win rate by their sum; "
+                "give --preference winrate"
+            )
+        return lines
 
     def loss(self, batch: PairBatch) -> torch.Tensor:
         """See the base class."""

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional
 
-from smpo_trainer.objectives.base import DPO_BETAS, LabelObjective, ObjectiveOptions, PairBatch, smoothed_label
+from smpo_trainer.objectives.base import DPO_BETAS, FORWARD, LabelObjective, ObjectiveOptions, PairBatch, smoothed_label
 
 
 def dmpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: float) -> torch.Tensor:
@@ -43,6 +43,7 @@ class DMPO(LabelObjective):
 
     name: ClassVar[str] = "dmpo"
     summary: ClassVar[str] = "labels, by the reverse KL divergence (DMPO, arXiv 2507.07510)"
+    published_shards: ClassVar[Mapping[str, object]] = FORWARD
     betas: ClassVar[Mapping[str, float]] = {**DPO_BETAS, "sdxl": 6000.0}
     Options: ClassVar[type[ObjectiveOptions]] = DMPOOptions
     options: DMPOOptions

@@ -6,6 +6,7 @@ Label smoothing is that of conservative DPO (E. Mitchell's note on DPO with nois
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ class DPO(LabelObjective):
 
     name: ClassVar[str] = "dpo"
     summary: ClassVar[str] = "annotators' labels (Diffusion-DPO, arXiv 2311.12908); on shards made with --eta: InPO"
+    published_shards: ClassVar[Mapping[str, object]] = {"prompt_dropout": 0.2}
     Options: ClassVar[type[ObjectiveOptions]] = DPOOptions
     options: DPOOptions
 

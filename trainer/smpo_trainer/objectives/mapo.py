@@ -6,20 +6,23 @@ is minimised beside the margin. What is logged compares with the stored referenc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch.nn import functional
 
-from smpo_trainer.objectives.base import TIE, LabelObjective, ObjectiveOptions, PairBatch, of_preferred
+from smpo_trainer.objectives.base import FORWARD, TIE, LabelObjective, ObjectiveOptions, PairBatch, of_preferred
+
+_SMALL = 0.01
+"""Below, the quotient and its gradient cancel, down to 0/0, and the series' next term, x^6 / 30240, is below 1e-16."""
 
 
 def mapo_score(error_B2: torch.Tensor, scale: float) -> torch.Tensor:
     """phi(e) = k e / (exp(k e) - 1), [B, 2]: 1 at e = 0, falling to 0; k is ``scale``."""
     x_B2 = scale * error_B2
-    # Near 0 the quotient and its gradient cancel, down to 0/0; the series' next term, x^6 / 30240, is below 1e-16 there.
-    is_small_B2 = x_B2 < 0.01
+    is_small_B2 = x_B2 < _SMALL
     small_B2 = 1 - x_B2 / 2 + x_B2**2 / 12 - x_B2**4 / 720
     safe_B2 = x_B2.where(~is_small_B2, 1)  # the branch not taken would make NaN of the gradient
     return small_B2.where(is_small_B2, safe_B2 * (-safe_B2).exp() / -(-safe_B2).expm1())
@@ -55,6 +58,7 @@ class MaPO(LabelObjective):
 
     name: ClassVar[str] = "mapo"
     summary: ClassVar[str] = "labels, the model's own margin without a reference (MaPO, arXiv 2406.06424)"
+    published_shards: ClassVar[Mapping[str, object]] = {**FORWARD, "prompt_dropout": 0.0}
     uses_reference: ClassVar[bool] = False
     Options: ClassVar[type[ObjectiveOptions]] = MaPOOptions
     options: MaPOOptions

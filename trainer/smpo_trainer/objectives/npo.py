@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from smpo_trainer.objectives.base import PairBatch
+from smpo_trainer.objectives.base import FORWARD, PairBatch
 from smpo_trainer.objectives.dpo import DPO, dpo_loss
 
 
@@ -24,6 +24,7 @@ class NPO(DPO):
 
     name: ClassVar[str] = "npo"
     summary: ClassVar[str] = "labels reversed, for a negative-guidance model (Diffusion-NPO, arXiv 2505.11245)"
+    published_shards: ClassVar[Mapping[str, object]] = {**FORWARD, "prompt_dropout": 0.0}
     betas: ClassVar[Mapping[str, float]] = {"sd15": 1000.0, "sd2": 1000.0, "sdxl": 2000.0}
 
     def preferred(self, batch: PairBatch) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Smoothed preference optimization (SmPO-Diffusion, arXiv 2506.02698; in the form of DESIGN 4.4)."""
+"""Smoothed preference optimization (SmPO-Diffusion, arXiv 2506.02698)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,7 @@ class SmPO(RewardObjective):
 
     name: ClassVar[str] = "smpo"
     summary: ClassVar[str] = "smoothed preferences of rewards (SmPO-Diffusion, arXiv 2506.02698)"
+    published_shards: ClassVar[Mapping[str, object]] = {"source": "renoise", "prompt_dropout": 0.2}
 
     def loss(self, batch: PairBatch) -> torch.Tensor:
         """See the base class."""

@@ -1,0 +1,146 @@
+"""Published settings as defaults of the flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smpo_schemas.shards import ShardDirectory
+from smpo_trainer.experiment import Experiment, resolve_experiment
+from smpo_trainer.presets import PRESETS
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, make_shards, resolve_settings, run_cli, with_manifest
+from tests.trainer.test_reward_mix import table
+
+Resolve = Callable[..., Experiment]
+
+DPO = {"scale_lr": True, "lr": 1e-8, "mixed_precision": "fp16", "lora_rank": None}
+NPO = {"scale_lr": False, "lr": 5e-6, "lora_rank": 8, "optimizer": "adamw8bit", "warmup_steps": 0, "max_steps": 2000}
+SD15, SDXL = {"optimizer": "adamw"}, {"optimizer": "adafactor", "gradient_checkpointing": True}
+PUBLISHED: dict[str, dict[str, object]] = {
+    "smpo-sd15": {**DPO, **SD15, "objective": "smpo", "beta": 2000, "gamma": 10, "max_steps": 200, "warmup_steps": 100},
+    "smpo-sdxl": {**DPO, **SDXL, "objective": "smpo", "beta": 5000, "gamma": 10, "max_steps": 200, "warmup_steps": 100},
+    "dpo-sd15": {**DPO, **SD15, "objective": "dpo", "beta": 2000, "max_steps": 2000, "warmup_steps": 500},
+    "dpo-sdxl": {**DPO, **SDXL, "objective": "dpo", "beta": 5000, "max_steps": 2000, "warmup_steps": 200},
+    "inpo-sd15": {**DPO, **SD15, "objective": "dpo", "beta": 2000, "max_steps": 400, "warmup_steps": 200},
+    "inpo-sdxl": {**DPO, **SDXL, "objective": "dpo", "beta": 5000, "max_steps": 400, "warmup_steps": 200},
+    "dmpo-sd15": {**DPO, "objective": "dmpo", "beta": 2000, "max_steps": 2000, "warmup_steps": 500}
+    | {"mixed_precision": "bf16"},
+    "dmpo-sdxl": {**DPO, "objective": "dmpo", "beta": 6000, "max_steps": 2000, "warmup_steps": 500}
+    | {"mixed_precision": "bf16", "lr": 1e-9},
+    "mapo-sdxl": {"objective": "mapo", "lr": 1e-5, "scale_lr": False, "optimizer": "adamw8bit", "max_steps": 2000},
+    "capo-sdxl": {"objective": "capo", "preference": "winrate"},
+    "npo-sd15": {**NPO, "objective": "npo", "beta": 1000},
+    "npo-sdxl": {**NPO, "objective": "npo", "beta": 2000},
+}
+"""Of the launchers and READMEs of the methods' repositories (CaPO: of secondary sources)."""
+
+PAIRS = {"smpo": 1024, "dpo": 2048, "inpo": 1024, "dmpo": 2048}
+"""On 8 devices."""
+
+SHARDS = {
+    "smpo-sd15": {"source": "renoise", "timesteps": "published", "steps": 5, "renoise_steps": 1, "prompt_dropout": 0.2},
+    "smpo-sdxl": {"source": "renoise", "timesteps": "published", "steps": 10, "renoise_steps": 1},
+    "dpo-sd15": {"source": "forward", "prompt_dropout": 0.2},
+    "inpo-sd15": {"source": "renoise", "solver": "ddim", "eta": 0.1, "steps": 10, "prompt_dropout": 0.2},
+    "inpo-sdxl": {"source": "renoise", "solver": "ddim", "eta": 0.1, "steps": 10, "prompt_dropout": 0.2},
+    "mapo-sdxl": {"source": "forward", "prompt_dropout": 0.0},
+    "npo-sdxl": {"source": "forward", "prompt_dropout": 0.0},
+}
+
+
+@pytest.fixture
+def resolve(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolve:
+    """An experiment of nothing but a preset and what names the data."""
+    nothing = dict.fromkeys(("max_steps", "batch_size", "warmup_steps", "lr"))
+
+    def run(preset: str, on: Path, **options: object) -> Experiment:
+        run = arguments(on, model, tmp_path / "run", preset=preset, **{**nothing, **options})
+        return resolve_experiment(resolve_settings(monkeypatch, run), lambda _: None)
+
+    return run
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_are_the_published_ones(
+    resolve: Resolve, model: Path, shards: Path, tmp_path: Path, name: str
+) -> None:
+    kind = name.split("-")[1]
+    on = with_manifest(shards, tmp_path / "shards", kind=kind)
+    scores = {"scores": table(tmp_path / "scores", on, names=("taste",))} if name == "capo-sdxl" else {}
+    experiment = resolve(name, on, **scores)
+    settings = experiment.settings
+    found = {field: getattr(settings, field) for field in PUBLISHED[name]}
+    assert found == PUBLISHED[name]
+    assert (settings.lr_schedule, settings.weight_decay, settings.max_grad_norm) == ("constant", 0.01, 1.0)
+    if "beta" in PUBLISHED[name]:  # ... which is also what the objective takes by itself
+        assert experiment.objective.resolve_beta(None, kind) == PUBLISHED[name]["beta"]
+    pairs = PAIRS.get(name.split("-", maxsplit=1)[0])
+    if pairs:
+        assert settings.batch_size * settings.grad_accum * 8 == PRESETS[name].pairs == pairs
+    assert PRESETS[name].kind == kind
+    published = {**experiment.objective.published_shards, **PRESETS[name].shards}
+    assert published.items() >= SHARDS.get(name, {}).items()
+
+
+def test_numbers_of_the_objectives_own(resolve: Resolve, shards: Path, tmp_path: Path) -> None:
+    assert resolve("dmpo-sd15", shards).objective.options.label_smoothing == 0.01
+    mapo = resolve("mapo-sdxl", shards).objective.options
+    assert (mapo.margin_weight, mapo.scale) == (0.1, 0.5)
+    capo = resolve("capo-sdxl", shards, scores=table(tmp_path / "scores", shards, names=("taste",)))
+    assert (capo.weighting.kind, capo.weighting.bias) == ("sigmoid", 1.5)
+    npo = resolve("npo-sd15", shards).settings
+    assert npo.batch_size * npo.grad_accum == 64
+    npo = resolve("npo-sdxl", shards).settings
+    assert npo.batch_size * npo.grad_accum == 60
+
+
+def test_smpo_takes_pickscores_fixed_extremes(resolve: Resolve, model: Path, tmp_path: Path) -> None:
+    """p = sigmoid((r_0 - r_1) / 0.166580): of 0.22 and 0.21 that is sigmoid(0.060031) = 0.515003."""
+    on = make_shards(tmp_path / "pick", model, num_pairs=1, rewards=("pickscore",), scores=[(0.22, 0.21)])
+    for name in ("smpo-sd15", "smpo-sdxl"):
+        mix = resolve(name, on).mix
+        assert mix
+        (sample,) = ShardDirectory(on).samples()
+        assert mix.preferences([sample.meta]) == pytest.approx(0.515003, abs=1e-6)
+
+
+def test_a_presets_range_is_for_its_own_reward(resolve: Resolve, shards: Path) -> None:
+    mix = resolve("smpo-sd15", shards).mix
+    assert mix
+    assert mix.identity()["reward_range"] == {}
+    assert mix.preference.scales == {"taste": 1}
+    own = resolve("smpo-sd15", shards, reward_range=["taste=0:2"]).mix
+    assert own
+    assert own.preference.scales == {"taste": 2}
+
+
+def test_an_unknown_preset_is_one_line(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", preset="smpo")) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert "--preset smpo is not known; known: " in error
+    assert all(name in error for name in PUBLISHED)
+
+
+def test_a_preset_is_overridden_by_flags_and_config_files(train: Train, tmp_path: Path) -> None:
+    small = {"lr": None, "warmup_steps": None, "batch_size": None, "max_steps": 1, "grad_accum": 2}
+    out = train("flags", preset="smpo-sdxl", mixed_precision="no", beta=100, **small)
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    assert (settings["optimizer"], settings["beta"], settings["warmup_steps"]) == ("adafactor", 100, 100)
+    assert settings["lr"] == pytest.approx(2e-8)
+    config = tmp_path / "config.yaml"
+    config.write_text("beta: 300\nmixed_precision: 'no'\n")
+    for order in (
+        ["--config", str(config), "--preset", "smpo-sd15"],
+        ["--preset", "smpo-sd15", "--config", str(config)],
+    ):
+        name = f"config-{order[0]}"
+        out = train(name, **small, **dict(zip((order[0][2:], order[2][2:]), (order[1], order[3]), strict=True)))
+        settings = json.loads((out / "training.json").read_text())["settings"]
+        assert (settings["optimizer"], settings["beta"], settings["gamma"]) == ("adamw", 300, 10)

@@ -1,0 +1,109 @@
+"""What a run says where it departs from what its objective or its preset was published with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smpo_trainer.experiment import resolve_experiment
+from smpo_trainer.remarks import remarks
+from tests.trainer.helpers import arguments, make_shards, resolve_settings, with_manifest
+from tests.trainer.test_reward_mix import table
+
+Said = Callable[..., list[str]]
+
+
+@pytest.fixture
+def said(shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Said:
+    """The remarks on a run of these flags."""
+
+    def run(*, on: Path | list[Path] = shards, states_per_step: int = 2, **options: object) -> list[str]:
+        settings = resolve_settings(monkeypatch, arguments(on, model, tmp_path / "run", **options))
+        return remarks(resolve_experiment(settings, lambda _: None), states_per_step)
+
+    return run
+
+
+def test_a_run_of_the_published_kind_is_not_remarked_on(said: Said) -> None:
+    assert said() == []
+    assert said(objective="dpo") == []
+
+
+@pytest.mark.parametrize("objective", ["npo", "mapo"])
+def test_shards_with_dropped_prompts(said: Said, shards: Path, tmp_path: Path, objective: str) -> None:
+    (line,) = said(objective=objective)
+    assert f"--objective {objective}" in line
+    assert "--source forward --prompt-dropout 0" in line
+    assert "--source renoise --prompt-dropout 0.2" in line
+    assert (
+        said(objective=objective, on=with_manifest(shards, tmp_path / "as", source="forward", prompt_dropout=0.0)) == []
+    )
+    (line,) = said(objective=objective, on=with_manifest(shards, tmp_path / "other", prompt_dropout=0.0))
+    assert "--prompt-dropout" not in line
+
+
+def test_capo_on_one_noise_for_both_images(said: Said, shards: Path, tmp_path: Path) -> None:
+    published, _ = said(objective="capo", on=with_manifest(shards, tmp_path / "forward", source="forward"))
+    assert "--forward-noise image; here --forward-noise pair" in published
+
+
+def test_capo_on_a_scale_that_makes_its_target_small(said: Said, model: Path, tmp_path: Path) -> None:
+    """CaPO takes log-odds as they are, and of several rewards the mean win rate."""
+    two = with_manifest(
+        make_shards(tmp_path / "two", model, num_pairs=6, num_states=2, rewards=("taste", "sharpness")),
+        tmp_path / "forward",
+        source="forward",
+        forward_noise="image",
+    )
+    both = {"reward": ["taste", "sharpness"], "objective": "capo", "on": two}
+    scale, mean = said(**both)
+    assert "--preference minmax" in scale
+    assert "taste, sharpness" in scale
+    assert "--reward-range" in scale
+    assert "--preference winrate" in mean
+    (scale,) = said(objective="capo", on=two, reward=["taste"])
+    assert "sharpness" not in scale
+    assert said(objective="capo", on=two, reward=["taste"], reward_range=["taste=raw"]) == []
+    win_rates = {**both, "preference": "winrate", "scores": table(tmp_path / "scores", two)}
+    (scale,) = said(**win_rates, reward_range=["taste=0:0.01"])
+    assert "sharpness" in scale
+    assert "taste" not in scale
+    assert said(**win_rates, reward_range=["taste=0:0.01", "sharpness=raw"]) == []
+
+
+def test_a_preset_on_shards_and_a_start_that_are_not_the_published_ones(
+    said: Said, shards: Path, tmp_path: Path
+) -> None:
+    lines = said(preset="inpo-sd15", batch_size=1, grad_accum=128)
+    assert all(line.startswith("--preset inpo-sd15: ") for line in lines)
+    pairs, start, made = lines
+    assert "1024 pairs a step, here are 2" in pairs
+    assert "--objective sft" in start
+    assert "--unet" in start
+    assert "--timesteps published --steps 10 --solver ddim --eta 0.1; here" in made
+    assert "--timesteps jittered --steps 9 --solver renoise --eta 0" in made
+    published = {"timesteps": "published", "steps": 10, "eta": 0.1}
+    for solver in ({"solver": "ddim"}, {"renoise_steps": 0}):
+        on = with_manifest(shards, tmp_path / "-".join(solver), **published, **solver)
+        assert said(preset="inpo-sd15", on=on, unet=tmp_path, states_per_step=1024) == []
+
+
+def test_a_preset_of_another_model_and_reward(said: Said, shards: Path, tmp_path: Path) -> None:
+    on = with_manifest(shards, tmp_path / "published", timesteps="published", steps=10)
+    kind, pairs, reward = said(preset="smpo-sdxl", on=on)
+    assert "published for sdxl, the shards are of sd15" in kind
+    assert "1024 pairs a step, here are 2" in pairs
+    assert "learning rate is scaled" in pairs
+    assert "pickscore alone, here are: taste" in reward
+    assert said(preset="smpo-sdxl", on=with_manifest(on, tmp_path / "xl", kind="sdxl"), states_per_step=1024) == [
+        reward
+    ]
+
+
+def test_each_of_several_directories_is_looked_at(said: Said, shards: Path, model: Path, tmp_path: Path) -> None:
+    more = make_shards(tmp_path / "more", model, num_pairs=1, prefix="more")
+    forward = with_manifest(shards, tmp_path / "forward", source="forward", prompt_dropout=0.0)
+    (line,) = said(objective="npo", on=[forward, more])
+    assert "here --source forward --prompt-dropout 0, --source renoise --prompt-dropout 0.2" in line

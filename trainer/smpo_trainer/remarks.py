@@ -1,0 +1,74 @@
+"""What a user should know where a run departs from what its objective or its preset was published with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from smpo_schemas.manifest import InversionSettings
+from smpo_trainer.experiment import Experiment
+from smpo_trainer.presets import PRESETS, Preset
+
+
+def remarks(experiment: Experiment, states_per_step: int) -> list[str]:
+    """Lines about the preset, the shards and the rewards; none where nothing departs.
+
+    Args:
+        experiment: resolved.
+        states_per_step: pairs of an optimizer step, over all devices.
+    """
+    name = experiment.settings.preset
+    preset = PRESETS[name] if name else None
+    lines = _of_preset(preset, experiment, states_per_step) if preset else []
+    lines += _of_shards({**experiment.objective.published_shards, **(preset.shards if preset else {})}, experiment)
+    who = f"--preset {name}" if name else f"--objective {experiment.objective.name}"
+    warnings = experiment.objective.warnings(experiment.mix) if experiment.mix else []
+    return [
+        *(f"{who}: {line}" for line in lines),
+        *(f"WARNING: --objective {experiment.objective.name}: {line}" for line in warnings),
+    ]
+
+
+def _of_preset(preset: Preset, experiment: Experiment, states_per_step: int) -> list[str]:
+    kind, mix = experiment.shards.model.kind, experiment.mix
+    lines = []
+    if preset.kind != kind:
+        lines.append(f"these are settings published for {preset.kind}, the shards are of {kind}")
+    if preset.pairs and states_per_step != preset.pairs:
+        scaled = ", and the learning rate is scaled by them" if experiment.settings.scale_lr else ""
+        lines.append(
+            f"published are {preset.pairs} pairs a step, here are {states_per_step} "
+            f"(--batch-size x --grad-accum x devices){scaled}"
+        )
+    if preset.starts_from_sft and experiment.settings.unet is None:
+        lines.append(
+            "the published run and its reference start from a denoiser that was fine-tuned on the preferred images "
+            "(--objective sft); give it as --unet, here and to `smpo-pipeline invert`"
+        )
+    if "reward_range" in preset.flags and mix and set(mix.preference.weights) != {"pickscore"}:
+        lines.append(f"published is the reward pickscore alone, here are: {', '.join(mix.preference.weights)}")
+    return lines
+
+
+def _of_shards(published: Mapping[str, object], experiment: Experiment) -> list[str]:
+    made = [_as_made(directory.manifest.inversion) for directory in experiment.shards.directories]
+    other = [name for name, value in published.items() if any(each[name] != value for each in made)]
+    if not other:
+        return []
+    here = sorted({_as_flags({name: each[name] for name in other}) for each in made})
+    return [f"published with shards of {_as_flags({name: published[name] for name in other})}; here {', '.join(here)}"]
+
+
+def _as_made(inversion: InversionSettings) -> dict[str, Any]:
+    """The settings; ReNoise without an iteration is DDIM inversion, by either name."""
+    made = inversion.model_dump()
+    if made["solver"] == "renoise" and made["renoise_steps"] == 0:
+        made["solver"] = "ddim"
+    return made
+
+
+def _as_flags(settings: Mapping[str, object]) -> str:
+    return " ".join(
+        f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in settings.items()
+    )
