@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
-import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
-from peft import get_peft_model_state_dict
-from safetensors import safe_open
 from torch import nn
 
 import smpo_models.families
 from smpo_models.family import Family
+from smpo_models.lora import LORA_FILE, fuse_lora
 from smpo_models.weights import loading_errors
 from smpo_schemas.discovery import subclasses_in
 from smpo_schemas.errors import UserError
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What a LoRA training run leaves behind, under the name that diffusers knows."""
-
-_LORA_PREFIX = "unet"
-
-_LORA_SETTINGS = "lora_adapter_metadata"
-"""Where diffusers keeps a LoRA's alpha and the like, in the file's header."""
 
 
 class _Loader(Protocol):
@@ -41,6 +29,7 @@ class _Loader(Protocol):
         *,
         denoiser: Path | None,
         vae: str | None,
+        variant: str | None,
         device: torch.device,
     ) -> Family: ...
 
@@ -57,6 +46,7 @@ def load_family(
     *,
     denoiser: Path | None = None,
     vae: str | None = None,
+    variant: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Family:
     """Load the named parts of a text-to-image model, all in float32 (fingerprint first, cast then).
@@ -66,6 +56,7 @@ def load_family(
         parts: any of ``denoiser``, ``text`` and ``vae``; the rest is not loaded.
         denoiser: folder of a denoiser in place of the model's own.
         vae: hub id or folder of a VAE in place of the model's own.
+        variant: of the files of weights, for example ``fp16``.
         device: for all parts.
 
     Raises:
@@ -78,7 +69,7 @@ def load_family(
     if name not in known:
         raise UserError(f"--model {model} is a {name or 'folder without model_index.json'}; known: {', '.join(known)}")
     loader = cast("_Loader", known[name])
-    return loader(model, parts, denoiser=denoiser, vae=vae, device=torch.device(device))
+    return loader(model, parts, denoiser=denoiser, vae=vae, variant=variant, device=torch.device(device))
 
 
 def load_walker(family: Family, model: str, path: Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -99,40 +90,6 @@ def load_walker(family: Family, model: str, path: Path, device: torch.device | s
     walker = copy.deepcopy(_own(family))
     fuse_lora(walker, lora, f"--walker {path}", f"--model {model}")
     return walker.requires_grad_(False).eval()
-
-
-def fuse_lora(denoiser: Any, lora: Path, what: str, of: str) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
-    """Add a LoRA file to the weights of a denoiser: alpha / rank times B A, with the alpha that diffusers' header says.
-
-    Args:
-        denoiser: is changed.
-        lora: the file.
-        what: starts the error.
-        of: whose denoiser it is, for the error.
-
-    Raises:
-        UserError: it cannot be read, or a layer of it does not fit.
-    """
-    with loading_errors(what):
-        layers = safetensors.torch.load_file(lora)
-        with safe_open(lora, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get(_LORA_SETTINGS, "{}"))
-        # Where the file says nothing, diffusers takes alpha to be the rank; of settings of another part it would take
-        # none, and fill in its library's defaults.
-        own = {name: value for name, value in settings.items() if name.startswith(f"{_LORA_PREFIX}.")} or None
-        # diffusers logs what does not fit over many lines, and goes on without any of it.
-        logger = logging.getLogger("diffusers.loaders.peft")
-        logger.disabled = True
-        try:
-            denoiser.load_lora_adapter(layers, prefix=_LORA_PREFIX, adapter_name=_LORA_PREFIX, metadata=own)
-        finally:
-            logger.disabled = False
-        known = _LORA_PREFIX in getattr(denoiser, "peft_config", {})
-        fitting = get_peft_model_state_dict(denoiser, adapter_name=_LORA_PREFIX) if known else {}
-    if len(fitting) != len(layers):
-        raise UserError(f"{what}: of its {len(layers)} layers only {len(fitting)} fit the denoiser of {of}")
-    denoiser.fuse_lora()
-    denoiser.unload_lora()
 
 
 def _own(family: Family) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,10 @@ class UNetFamily(Family):
         *,
         denoiser: Path | None,
         vae: str | None,
+        variant: str | None,
         device: torch.device,
     ) -> None:
-        self._model, self._what, self._device = model, f"--model {model}", device
+        self._model, self._what, self._variant, self._device = model, f"--model {model}", variant, device
         check_scheduler(load_part(DDIMScheduler.load_config, model, self._what, subfolder="scheduler"), self._what)
         # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
         scheduler = load_part(
@@ -65,12 +66,12 @@ class UNetFamily(Family):
         )
         self.process = VariancePreserving(scheduler)
         self.denoiser, self.vae, self.text_modules = None, None, ()
-        config = load_part(UNet2DConditionModel.load_config, model, self._what, subfolder="unet")
+        config = load_unet_config(model, self._what)
         self.kind = self._kind(config)
         vae_config = self._vae_config(vae, config)
         self.latent_factor = _factor(vae_config)
         self._channels = config["in_channels"]
-        self._resolution = config["sample_size"] * self.latent_factor
+        self._sample_size = config["sample_size"]
         self._multiple = self.latent_factor * 2 ** (len(config["block_out_channels"]) - 1)
         if "denoiser" in parts:
             self.denoiser = self._load_denoiser(denoiser, config)
@@ -81,6 +82,7 @@ class UNetFamily(Family):
                 AutoencoderKL.from_pretrained,
                 vae or model,
                 f"--vae {vae}" if vae else self._what,
+                variant=None if vae else variant,
                 torch_dtype=torch.float32,
                 **_subfolder("vae", vae is None),
             )
@@ -100,29 +102,31 @@ class UNetFamily(Family):
         Raises:
             UserError: it is one of another latent space.
         """
-        if vae is None:
-            own = load_part(AutoencoderKL.load_config, self._model, self._what, subfolder="vae")
-            _check_latents(own, self._what)
-            return own
-        found = load_part(AutoencoderKL.load_config, vae, f"--vae {vae}")
-        _check_latents(found, f"--vae {vae}")
-        if _setting(found, "latent_channels") != unet_config["in_channels"]:
+        source, what = (vae, f"--vae {vae}") if vae else (self._model, self._what)
+        found = _complete(
+            AutoencoderKL, load_part(AutoencoderKL.load_config, source, what, **_subfolder("vae", vae is None))
+        )
+        _check_latents(found, what)
+        if found["latent_channels"] != unet_config["in_channels"]:
             raise UserError(
-                f"--vae {vae} has {_setting(found, 'latent_channels')} latent channels, "
+                f"{what}: the VAE has {found['latent_channels']} latent channels, "
                 f"the denoiser of {self._what} takes {unet_config['in_channels']}"
             )
+        if vae is None:
+            return found
         own = found
         with suppress(UserError):  # a model that comes without a VAE
             own = load_part(AutoencoderKL.load_config, self._model, self._what, subfolder="vae")
+        own = _complete(AutoencoderKL, own)
         if _factor(found) != _factor(own):
             raise UserError(
                 f"--vae {vae} makes one latent of {_factor(found)} pixels a side, the VAE of {self._what} of "
                 f"{_factor(own)}; name one that was made for this model"
             )
         for name in ("scaling_factor", "shift_factor", *_NORMALISED):
-            if _setting(found, name) != _setting(own, name):
+            if found[name] != own[name]:
                 raise UserError(
-                    f"--vae {vae} has {name} {_setting(found, name)}, the VAE of {self._what} {_setting(own, name)}: "
+                    f"--vae {vae} has {name} {found[name]}, the VAE of {self._what} {own[name]}: "
                     "its latents are not what this denoiser knows; name one that was made for this model"
                 )
         return found
@@ -133,12 +137,13 @@ class UNetFamily(Family):
             UNet2DConditionModel.from_pretrained,
             source,
             what,
+            variant=None if folder else self._variant,
             torch_dtype=torch.float32,
             **_subfolder("unet", folder is None),
         )
-        for name in ("in_channels", "cross_attention_dim", "addition_embed_type"):
-            if unet.config[name] != config.get(name):
-                raise UserError(f"{what} has {name} {unet.config[name]}, the one of {self._what} {config.get(name)}")
+        for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
+            if unet.config[name] != config[name]:
+                raise UserError(f"{what} has {name} {unet.config[name]}, the one of {self._what} {config[name]}")
         return unet.requires_grad_(False).eval().to(self._device)
 
     def settings(self) -> dict[str, Any]:
@@ -152,7 +157,7 @@ class UNetFamily(Family):
 
     def resolution(self) -> int:
         """See the base class."""
-        return self._resolution
+        return native_resolution(self._sample_size, self.latent_factor, self._what)
 
     def resolution_multiple(self) -> int:
         """See the base class."""
@@ -227,7 +232,7 @@ class UNetFamily(Family):
         return self.vae
 
 
-def _check_latents(vae_config: dict[str, Any], what: str) -> None:
+def _check_latents(vae_config: Mapping[str, Any], what: str) -> None:
     """Whether latents are scaled by one number.
 
     Raises:
@@ -248,14 +253,63 @@ def _tokenizer_settings(tokenizer: CLIPTokenizer) -> dict[str, Any]:
     return {"tokens": sha256_json(backend), "pad": tokenizer.pad_token_id, "length": tokenizer.model_max_length}
 
 
-def _factor(vae_config: dict[str, Any]) -> int:
+def load_unet_config(model: str, what: str) -> dict[str, Any]:
+    """Read the config of a model's UNet, with the library's default of each setting that the file leaves out.
+
+    Args:
+        model: hub id, or a folder with a sub-folder ``unet``.
+        what: starts the error.
+
+    Raises:
+        UserError: there is none, or it takes more than noisy latents (of an inpainting or editing model).
+    """
+    config = _complete(UNet2DConditionModel, load_part(UNet2DConditionModel.load_config, model, what, subfolder="unet"))
+    if config["in_channels"] != config["out_channels"]:
+        raise UserError(
+            f"{what}: its UNet takes {config['in_channels']} channels and gives {config['out_channels']}, as models "
+            "for inpainting or editing do; only text-to-image models are known"
+        )
+    return config
+
+
+def native_resolution(sample_size: int | Sequence[int] | None, latent_factor: int, what: str) -> int:
+    """Side, in pixels, of the square images that a UNet was made for.
+
+    Args:
+        sample_size: of its config: sides of its latents.
+        latent_factor: pixels a latent position, along one side.
+        what: starts the error.
+
+    Raises:
+        UserError: the config names no square.
+    """
+    height, width = sample_size if isinstance(sample_size, Sequence) else (sample_size, sample_size)
+    if height is None or height != width:
+        raise UserError(
+            f"{what}: sample_size in its unet/config.json is {sample_size}, which names no square; "
+            "name the side of its images with --resolution"
+        )
+    return height * latent_factor
+
+
+def latent_factor(model: str, what: str) -> int:
+    """Pixels a latent position of a model's VAE, along one side.
+
+    Raises:
+        UserError: the model has none.
+    """
+    return _factor(_complete(AutoencoderKL, load_part(AutoencoderKL.load_config, model, what, subfolder="vae")))
+
+
+def _complete(kind: type[nn.Module], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the library's defaults for what it leaves out, as configs that others wrote do."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty} | dict(config)
+
+
+def _factor(vae_config: Mapping[str, Any]) -> int:
     """Pixels a latent position, along one side."""
-    return 2 ** (len(_setting(vae_config, "block_out_channels")) - 1)
-
-
-def _setting(vae_config: dict[str, Any], name: str) -> Any:  # noqa: ANN401
-    """Of a VAE, with the library's default: older configs leave some out."""
-    return vae_config.get(name, inspect.signature(AutoencoderKL.__init__).parameters[name].default)
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def _subfolder(name: str, inside_model: bool) -> dict[str, str]:

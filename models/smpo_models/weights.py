@@ -6,9 +6,11 @@ Nothing here imports diffusers, which takes longer to import than all that a rew
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +33,10 @@ def loading_errors(what: str) -> Iterator[None]:
         # The library's own message is a page that offers to run whatever code the file holds.
         raise UserError(f"{what} is damaged, or is no plain file of weights") from error
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0][:300]
-        raise UserError(f"{what} cannot be loaded: {first}") from error
+        first, *more = str(error).strip().split("\n")
+        # torch says in the next line which weight it is that does not fit.
+        first += f" {more[0].strip()}" if first.endswith(":") and more else ""
+        raise UserError(f"{what} cannot be loaded: {first[:300]}") from error
 
 
 def load_part(loader: Callable[..., Any], source: str | None, what: str, **options: Any) -> Any:  # noqa: ANN401
@@ -41,15 +45,81 @@ def load_part(loader: Callable[..., Any], source: str | None, what: str, **optio
         return loader(source, **options)
 
 
-def load_weights(loader: Callable[..., Any], source: str | None, what: str, **options: Any) -> Any:  # noqa: ANN401
+_WEIGHTS_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?"
+    r"\.(?:safetensors|bin)"
+)
+"""Both libraries' names of files of weights, whole or in several files, of a variant or of none."""
+
+
+def find_variant(folder: Path, wanted: str | None, what: str) -> str | None:
+    """The variant of the weights to load from a folder; None: the weights without one.
+
+    Args:
+        folder: of one part of a model.
+        wanted: the variant asked for. A folder without it gives what it has, as diffusers' pipelines do.
+        what: starts the error.
+
+    Raises:
+        UserError: there are several variants, and nothing says which.
+    """
+    matches = (_WEIGHTS_FILE.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    there = {match["variant"] for match in matches if match}
+    if wanted in there:
+        return wanted
+    if None in there or not there:
+        return None
+    if len(there) > 1:
+        raise UserError(
+            f"{what}: {folder} holds several variants of its weights: --variant {' or '.join(sorted(there))}"
+        )
+    return there.pop()
+
+
+def variant_remark(model: str, wanted: str | None) -> str | None:
+    """Say which parts of a model folder are loaded from a variant of their weights; None where none is.
+
+    Raises:
+        UserError: a part has several and nothing says which, or no part has the one asked for.
+    """
+    if not Path(model).is_dir():
+        return None  # of a hub id, the library reports what is missing
+    what = f"--model {model}"
+    parts = sorted(path for path in Path(model).iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = {part.name: variant for part in parts if (variant := find_variant(part, wanted, what))}
+    if wanted and wanted not in found.values():
+        raise UserError(f"--variant {wanted}: no part of {model} has weights of this variant")
+    named = ", ".join(f"{part} ({variant})" for part, variant in found.items())
+    return f"{model}: variants of the weights are loaded: {named}" if found else None
+
+
+def load_weights(
+    loader: Callable[..., Any],
+    source: str,
+    what: str,
+    *,
+    variant: str | None = None,
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
     """Like :func:`load_part`, for parts with weights: none of them may be missing from the checkpoint.
 
     The libraries fill what is missing with random values, and go on. transformers refuses weights of another shape
     without naming one; with ``ignore_mismatched_sizes`` they are refused here, by name.
 
+    Args:
+        loader: a ``from_pretrained``.
+        source: folder or hub id.
+        what: starts the error.
+        variant: of the files of weights, for example ``fp16``. A folder that holds only one is loaded from it.
+        options: for ``loader``.
+
     Raises:
         UserError: the part cannot be loaded, or its checkpoint is incomplete or of other shapes.
     """
+    if Path(source).is_dir():
+        variant = find_variant(Path(source) / options.get("subfolder", ""), variant, what)
+    if variant:
+        options["variant"] = variant
     module, report = load_part(loader, source, what, output_loading_info=True, **options)
     lacking = sorted(report["missing_keys"])
     others = sorted(each[0] for each in report["mismatched_keys"])

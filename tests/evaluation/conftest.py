@@ -54,6 +54,8 @@ def plan_of(models: dict[str, Path], prompts: Path, tmp_path: Path) -> PlanMaker
             "guidance_scale": 1.0,
             "seed": 0,
             "dtype": "fp32",
+            "resolution": None,
+            "variant": None,
             "batch_size": 4,
             "device": "cpu",
         }

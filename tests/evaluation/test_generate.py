@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,14 @@ import torch
 from PIL import Image
 
 from smpo_pipeline.evaluation import generate as generate_module
-from smpo_pipeline.evaluation.generate import Picture, generate, initial_noise, latent_shape, load_generator
+from smpo_pipeline.evaluation.generate import (
+    Picture,
+    check_generator,
+    generate,
+    initial_noise,
+    latent_shape,
+    load_generator,
+)
 from smpo_pipeline.evaluation.sources import parse_models
 from smpo_schemas.errors import UserError
 from tests.evaluation.stubs import PlanMaker
@@ -96,3 +105,22 @@ def test_ddim_without_clipping_whatever_the_scheduler(models: dict[str, Path]) -
     assert type(pipeline.scheduler) is generate_module.DDIMScheduler
     assert pipeline.scheduler.config["clip_sample"] is False
     assert pipeline.safety_checker is None
+
+
+def test_a_model_without_a_size_takes_the_one_that_is_given(
+    plan_of: PlanMaker, models: dict[str, Path], tmp_path: Path
+) -> None:
+    sizeless = shutil.copytree(models["base"], tmp_path / "sizeless")
+    config = sizeless / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    images = []
+    for source, resolution in ((models["base"], None), (sizeless, 32)):
+        plan = plan_of(models=[f"base={source}"], resolution=resolution)
+        (model,) = plan.models
+        assert check_generator(model, None, plan.settings) == (4, 8, 8)
+        picture = Picture("a cat", 0, tmp_path / f"{resolution}.png")
+        generate(load_generator(model, None, "cpu", "fp32"), [picture], plan.settings, 1, print)
+        images.append(picture.path.read_bytes())
+    assert images[0] == images[1]
+    with pytest.raises(UserError, match="--resolution"):
+        check_generator(model, None, plan_of(models=[f"base={sizeless}"]).settings)

@@ -32,7 +32,7 @@ def test_layers_that_do_not_fit_are_refused(models: dict[str, Path], lora: Path,
     (tmp_path / "bare").mkdir()
     save_file({key.removeprefix("unet."): value for key, value in layers.items()}, tmp_path / "bare" / name)
     (model,) = parse_models([f"lora={tmp_path / 'bare'}"])
-    with pytest.raises(UserError, match=f"--model lora=.*bare: of its {len(layers)} layers only 0 fit"):
+    with pytest.raises(UserError, match="--model lora=.*bare.*first down_blocks"):
         load_generator(model, str(models["base"]), "cpu", "fp32")
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
@@ -23,6 +24,7 @@ from smpo_pipeline.evaluation.summary import headline, print_results
 from smpo_pipeline.rewards import Reward
 from smpo_schemas.errors import UserError
 from tests.evaluation.stubs import STUBS, PlanMaker
+from tests.tiny import make_tiny_unet
 
 pytestmark = pytest.mark.usefixtures("stub_rewards")
 
@@ -192,10 +194,19 @@ def test_a_later_models_mistake_is_found_before_anything_is_sampled(
     base = f"base={models['base']}"
     flow = shutil.copytree(models["base"], tmp_path / "flow")
     (flow / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    nine = shutil.copytree(models["base"], tmp_path / "nine")
+    make_tiny_unet(in_channels=9).save_pretrained(nine / "unet")
+    kohya = tmp_path / "kohya.safetensors"
+    name = "lora_unet_down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{name}.lora_down.weight": torch.zeros(2, 8), f"{name}.lora_up.weight": torch.zeros(8, 2)}, kohya)
     for changes, words in (
         ({"models": [base, f"flow={flow}"]}, "its scheduler, FlowMatchEulerDiscreteScheduler, has no beta schedule"),
         ({"models": [base, "tuned=runs/mistyped"]}, "--model tuned=runs/mistyped cannot be loaded"),
         ({"models": [base, f"tuned={larger}"]}, "latents differ in shape"),
+        ({"models": [base, f"inpainting={nine}"]}, "its UNet takes 9 channels and gives 4"),
+        ({"models": [base, f"kohya={kohya}"]}, "--model kohya=.*kohya.safetensors.*down_blocks.7"),
+        ({"resolution": 20}, "--resolution 20"),
+        ({"variant": "fp61"}, "--variant fp61"),
         ({"steps": 1001}, "--steps 1001: --model base=.* knows 1000 timesteps"),
     ):
         plan = plan_of(**changes)
@@ -238,7 +249,7 @@ def test_headline_and_table(plan_of: PlanMaker) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "a={nothing}"], "is no folder"),
+        (["--model", "a={nothing}"], "is neither a folder"),
         (["--model", "a={base}", "b={base}", "a={tuned}"], "two models are called 'a'"),
         (["--model", "a={base}", "--reward", "nosuch"], "no reward is called 'nosuch'"),
         (["--model", "a={base}", "--prompts", "{empty}"], "holds no prompt"),

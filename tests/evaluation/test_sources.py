@@ -76,7 +76,7 @@ def test_kinds_and_base(models: dict[str, Path], tmp_path: Path) -> None:
         (["base"], "write NAME=DIR"),
         (["=x"], "write NAME=DIR"),
         (["a/b=x"], "write NAME=DIR"),
-        (["a=/nowhere/at/all"], "/nowhere/at/all is no folder"),
+        (["a=/nowhere/at/all"], "/nowhere/at/all is neither a folder"),
         (["a=owner/m", "a=owner/n"], "two models are called 'a'"),
         (["a={empty}"], "holds neither"),
     ],

@@ -172,7 +172,7 @@ def test_a_vae_that_does_not_fit_is_one_line(folder, tmp_path):
     make_tiny_vae().save_pretrained(tmp_path / "good")
     with pytest.raises(UserError, match="scaled has scaling_factor 0.13025, the VAE of --model .* 0.18215"):
         load_family(str(folder), vae=str(tmp_path / "scaled"))
-    with pytest.raises(UserError, match="wide has 8 latent channels, the denoiser of .* takes 4"):
+    with pytest.raises(UserError, match="wide: the VAE has 8 latent channels, the denoiser of .* takes 4"):
         load_family(str(folder), vae=str(tmp_path / "wide"))
     make_tiny_vae(blocks=2).save_pretrained(tmp_path / "fine")
     with pytest.raises(UserError, match="fine makes one latent of 2 pixels a side, the VAE of --model .* of 4; name"):

@@ -104,6 +104,13 @@ _Unet = Annotated[
     Path | None,
     typer.Option(help="Start from this denoiser folder; needed where the model's own is not the shards' reference."),
 ]
+_Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Variant of the model's files of weights, for example fp16. Default: those without one, or the only one "
+        "that is there."
+    ),
+]
 _Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the order of the states and of a new adapter.")]
 _Reference = Annotated[
     ReferenceSource,
@@ -184,6 +191,7 @@ def train(
     max_skipped: flags.MaxSkipped = 5,
     lora_rank: _LoraRank = None,
     unet: _Unet = None,
+    variant: _Variant = None,
     seed: _Seed = 0,
     device: flags.Device = None,
     mixed_precision: flags.MixedPrecision = None,
@@ -252,6 +260,7 @@ def train(
         max_skipped=max_skipped,
         lora_rank=lora_rank,
         unet=unet,
+        variant=variant,
         seed=seed,
         device=device,
         mixed_precision=mixed_precision or "no",  # its callback has resolved it

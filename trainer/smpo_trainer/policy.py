@@ -19,6 +19,7 @@ from torch import nn
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
+from smpo_models.weights import variant_remark
 from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import ModelInfo
 from smpo_trainer.fsdp import like, plain_class
@@ -150,7 +151,11 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
     Raises:
         UserError: the model is not the one that the shards were made with.
     """
-    family = load_family(settings.model, ("denoiser", "text"), denoiser=settings.unet, device=device)
+    if remark := variant_remark(settings.model, settings.variant):
+        say(remark)
+    family = load_family(
+        settings.model, ("denoiser", "text"), denoiser=settings.unet, variant=settings.variant, device=device
+    )
     denoiser = family.denoiser
     if denoiser is None:
         raise UserError(f"--model {settings.model} has no denoiser")
@@ -187,7 +192,7 @@ def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
 
 def _load_reference(settings: TrainSettings, info: ModelInfo, device: torch.device) -> nn.Module:
     """The model's own denoiser, if it is the reference."""
-    reference = load_family(settings.model, ("denoiser",), device=device).denoiser
+    reference = load_family(settings.model, ("denoiser",), variant=settings.variant, device=device).denoiser
     if reference is None or fingerprint_module(reference) != info.reference:
         raise UserError(
             f"--reference {settings.reference} needs the reference's weights, and neither --unet {settings.unet} nor "

@@ -329,7 +329,7 @@ def _index(experiment: Experiment, family: Family, report: Report) -> StateTable
         (settings.min_timestep, settings.max_timestep),
         say=report.say,
     )
-    channels = family.latent_shape(family.resolution(), family.resolution())[0]
+    channels = family.latent_shape(0, 0)[0]
     others = [latent for latent in table.latents if latent[0] != channels]
     if others:
         # The manifest says that they are of this model, or the run would not have come this far.

@@ -83,6 +83,7 @@ class TrainSettings:
         max_skipped: steps in a row with a loss or gradient that is not finite which end the run.
         lora_rank: rank of the adapter; None trains all weights.
         unet: folder of the denoiser to start from; None: the model's own.
+        variant: of the model's files of weights; None: those without one, or the only one there.
         seed: of the order of the states and the adapter's first weights.
         device: what to train on; None: an accelerator where torch sees one.
         mixed_precision: dtype of forward and backward.
@@ -144,6 +145,7 @@ class TrainSettings:
     max_skipped: int
     lora_rank: int | None
     unet: Path | None
+    variant: str | None
     seed: int
     device: Device | None
     mixed_precision: MixedPrecision

@@ -29,7 +29,12 @@ class StableDiffusion(UNetFamily):
         self._tokenizers = [self._load_tokenizer("tokenizer")]
         return [
             load_weights(
-                CLIPTextModel.from_pretrained, self._model, self._what, subfolder="text_encoder", dtype=torch.float32
+                CLIPTextModel.from_pretrained,
+                self._model,
+                self._what,
+                variant=self._variant,
+                subfolder="text_encoder",
+                dtype=torch.float32,
             )
         ]
 

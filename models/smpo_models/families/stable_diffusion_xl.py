@@ -32,7 +32,14 @@ class StableDiffusionXL(UNetFamily):
         self._tokenizers = [self._load_tokenizer(name) for name in ("tokenizer", "tokenizer_2")]
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         return [
-            load_weights(kind.from_pretrained, self._model, self._what, subfolder=name, dtype=torch.float32)
+            load_weights(
+                kind.from_pretrained,
+                self._model,
+                self._what,
+                variant=self._variant,
+                subfolder=name,
+                dtype=torch.float32,
+            )
             for name, kind in kinds.items()
         ]
 

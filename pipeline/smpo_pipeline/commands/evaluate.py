@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from smpo_pipeline.commands.options import DeviceOption, OutOption, RewardsOption, local_path
+from smpo_pipeline.commands.options import DeviceOption, OutOption, RewardsOption, VariantOption, local_path
 from smpo_pipeline.evaluation.plan import finished_results, make_plan
 from smpo_pipeline.evaluation.results import REPORT_FILE
 from smpo_pipeline.evaluation.summary import print_results
@@ -47,6 +47,11 @@ def evaluate(
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 7.5,
     seed: Annotated[int, typer.Option(help="Of the initial noise, which is the same for all models.")] = 0,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Number type of the models.")] = "fp32",
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=8, metavar="PIXELS", help="Side of the images. Default: what the models were made for."),
+    ] = None,
+    variant: VariantOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images made, and scored, at once.")] = 8,
     device: DeviceOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
@@ -76,6 +81,8 @@ def evaluate(
         guidance_scale=guidance_scale,
         seed=seed,
         dtype=dtype,
+        resolution=resolution,
+        variant=variant,
         batch_size=batch_size,
         device=device,
     )

@@ -59,6 +59,7 @@ def invert(
     vae: Annotated[
         str | None, typer.Option(help="VAE in place of the model's own: hub id or folder.", rich_help_panel=_MODEL)
     ] = None,
+    variant: opt.VariantOption = None,
     resolution: Annotated[
         int | None,
         typer.Option(min=8, help="Side of the square images in pixels; default: the model's.", rich_help_panel=_MODEL),
@@ -208,6 +209,7 @@ def invert(
     Writes OUT/shard-*.tar, OUT/rejected.parquet and OUT/manifest.json (written last). `smpo-train --shards OUT` trains
     from them, as often as you like.
     """
+    from smpo_models.weights import variant_remark  # noqa: PLC0415
     from smpo_pipeline.jobs.cluster import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
     from smpo_pipeline.jobs.invert import invert  # noqa: PLC0415
     from smpo_pipeline.jobs.invert_unit import InvertOptions, take_batch_sizes  # noqa: PLC0415
@@ -243,6 +245,9 @@ def invert(
     columns = opt.columns_by_field(
         prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column
     )
+    console = Console(markup=False)
+    if remark := variant_remark(model, variant):
+        console.print(remark, highlight=False, soft_wrap=True)
     manifest = invert(
         InvertOptions(
             pairs=[parse_path(path) for path in pairs],
@@ -252,6 +257,7 @@ def invert(
             unet=unet,
             walker=walker,
             vae=vae,
+            variant=variant,
             resolution=resolution,
             settings=settings,
             columns=columns,
@@ -268,7 +274,6 @@ def invert(
         )
     )
     write_resolved_config(context, directory, directory / MANIFEST_FILE)
-    console = Console(markup=False)
     for size in take_batch_sizes(directory):
         why = "auto" if batch_size == "auto" else f"{batch_size}: the device's memory ran out"
         console.print(f"--batch-size {why}: batches of {size} walks")

@@ -78,6 +78,14 @@ AutoBatchSizeOption = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+VariantOption = Annotated[
+    str | None,
+    typer.Option(
+        "--variant",
+        help="Variant of the model's files of weights, for example fp16. Default: those without one, or the only one "
+        "that is there.",
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(

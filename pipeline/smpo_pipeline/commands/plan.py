@@ -65,7 +65,7 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
     check_gpu(device)
     plain_arithmetic(device)
     settings = inversion_settings(context, device, **{name: flags[name] for name in SETTINGS_FLAGS})
-    same = ("model", "unet", "walker", "vae", "resolution", "seed", "pairs_per_shard", "limit")
+    same = ("model", "unet", "walker", "vae", "variant", "resolution", "seed", "pairs_per_shard", "limit")
     columns = opt.columns_by_field(*(flags[f"{name}_column"] for name in opt.COLUMN_FIELDS))
     found = make_plan(
         PlanOptions(

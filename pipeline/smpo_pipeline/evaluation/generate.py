@@ -17,16 +17,18 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import fuse_lora, load_family
+from smpo_models.loading import load_family
+from smpo_models.lora import check_lora, fuse_lora
 from smpo_models.memory import is_out_of_memory
 from smpo_models.process import check_scheduler
+from smpo_models.unet_family import latent_factor, load_unet_config, native_resolution
 from smpo_models.weights import DTYPES, load_part, load_weights, loading_errors
 from smpo_pipeline.evaluation.results import Settings
-from smpo_pipeline.evaluation.sources import LORA_FILE, UNET_FOLDER, ModelSource
+from smpo_pipeline.evaluation.sources import UNET_FOLDER, ModelSource
 from smpo_pipeline.isolation import FAILURES
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import write_bytes
@@ -51,26 +53,31 @@ def initial_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> n
     return generator.standard_normal(tuple(shape), dtype=np.float32)
 
 
-def check_generator(model: ModelSource, base: str | None, steps: int) -> tuple[int, int, int]:
-    """Read a model's configuration, which is all that is loaded of it.
+def check_generator(model: ModelSource, base: str | None, settings: Settings) -> tuple[int, int, int]:
+    """Read a model's configuration, and of a LoRA its layers, which is all that is loaded of it.
 
     Returns:
         (C, h, w) of the latents that it samples.
 
     Raises:
-        UserError: there is no such model, it has no UNet, or knows fewer timesteps than ``steps``.
+        UserError: there is no such model, it has no UNet, or one that does more than make images of texts, knows fewer
+            timesteps than ``settings.steps``, or is a LoRA that does not fit.
     """
     what, whole, _ = _read_index(model, base)
-    denoiser = model.source if model.kind == "unet" else whole
     scheduler = load_part(DDIMScheduler.load_config, whole, what, subfolder="scheduler")
     check_scheduler(scheduler, what)
-    known = scheduler.get("num_train_timesteps", steps)
-    if steps > known:
-        raise UserError(f"--steps {steps}: {what} knows {known} timesteps")
-    return _latent_shape(load_part(UNet2DConditionModel.load_config, denoiser, what, subfolder=UNET_FOLDER))
+    known = scheduler.get("num_train_timesteps", settings.steps)
+    if settings.steps > known:
+        raise UserError(f"--steps {settings.steps}: {what} knows {known} timesteps")
+    config = load_unet_config(model.source if model.kind == "unet" else whole, what)
+    if model.kind == "lora":
+        check_lora(model.lora_file, config, what, whole)
+    return _latent_shape(config, latent_factor(whole, what), settings.resolution, what)
 
 
-def load_generator(model: ModelSource, base: str | None, device: str, dtype: str) -> DiffusionPipeline:
+def load_generator(
+    model: ModelSource, base: str | None, device: str, dtype: str, variant: str | None = None
+) -> DiffusionPipeline:
     """Load a model for sampling with DDIM, without safety checker.
 
     Raises:
@@ -82,11 +89,11 @@ def load_generator(model: ModelSource, base: str | None, device: str, dtype: str
         parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if model.kind != "pipeline":
-        parts[UNET_FOLDER] = _tuned_denoiser(model, whole, what).to(DTYPES[dtype])
+        parts[UNET_FOLDER] = _tuned_denoiser(model, whole, what, variant).to(DTYPES[dtype])
     for name, (library, kind) in ((name, of) for name, of in index.items() if isinstance(of, (list, tuple))):
         loader = _class_with_weights(str(library), str(kind))
         if loader and name not in parts:
-            parts[name] = load_weights(loader.from_pretrained, whole, what, subfolder=name, **options)
+            parts[name] = load_weights(loader.from_pretrained, whole, what, variant=variant, subfolder=name, **options)
     pipeline = load_part(DiffusionPipeline.from_pretrained, whole, what, **options, **parts)
     # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
@@ -111,24 +118,28 @@ def _class_with_weights(library: str, name: str) -> Any:  # noqa: ANN401  (of ei
     return found if inspect.isclass(found) and issubclass(found, torch.nn.Module) else None
 
 
-def _tuned_denoiser(model: ModelSource, whole: str, what: str) -> torch.nn.Module:
+def _tuned_denoiser(model: ModelSource, whole: str, what: str, variant: str | None) -> torch.nn.Module:
     """What smpo-train made of the denoiser of ``whole``, in float32."""
-    folder = Path(model.source)
-    family = load_family(whole, ("denoiser",), denoiser=folder if model.kind == "unet" else None)
+    folder = Path(model.source) if model.kind == "unet" else None
+    family = load_family(whole, ("denoiser",), denoiser=folder, variant=variant)
     if family.denoiser is None:
         raise RuntimeError("the model was loaded without its denoiser")
     if model.kind == "lora":
-        fuse_lora(family.denoiser, folder / LORA_FILE, what, whole)
+        fuse_lora(family.denoiser, model.lora_file, what, whole)
     return family.denoiser
 
 
-def latent_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
-    """(C, h, w) of the latents that the pipeline samples by default."""
-    return _latent_shape(pipeline.unet.config)
+def latent_shape(pipeline: DiffusionPipeline, resolution: int | None = None) -> tuple[int, int, int]:
+    """(C, h, w) of the latents that the pipeline samples: of images of ``resolution`` pixels, else of its own size."""
+    return _latent_shape(pipeline.unet.config, pipeline.vae_scale_factor, resolution, "--model")
 
 
-def _latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    return (config["in_channels"], config["sample_size"], config["sample_size"])
+def _latent_shape(config: Mapping[str, Any], factor: int, resolution: int | None, what: str) -> tuple[int, int, int]:
+    side = resolution or native_resolution(config["sample_size"], factor, what)
+    multiple = factor * 2 ** (len(config["block_out_channels"]) - 1)
+    if side % multiple:
+        raise UserError(f"--resolution {side}: {what} needs a multiple of {multiple}")
+    return config["in_channels"], side // factor, side // factor
 
 
 def denoiser_fingerprint(pipeline: DiffusionPipeline) -> str:
@@ -176,11 +187,13 @@ def generate(
 
 
 def _sample(pipeline: DiffusionPipeline, batch: Sequence[Picture], settings: Settings) -> list[Image.Image]:
-    shape = latent_shape(pipeline)
+    shape = latent_shape(pipeline, settings.resolution)
     noise_BChw = np.stack([initial_noise(settings.seed, each.prompt, each.index, shape) for each in batch])
     with torch.inference_mode():
         return pipeline(
             prompt=[each.prompt for each in batch],
+            height=shape[1] * pipeline.vae_scale_factor,
+            width=shape[2] * pipeline.vae_scale_factor,
             latents=torch.from_numpy(noise_BChw).to(pipeline.device, pipeline.unet.dtype),
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,

@@ -46,7 +46,7 @@ class Plan:
 
     def origin(self, model: str) -> str:
         """Hash of all that decides the content of a model's image files, except how many there are."""
-        values = self.settings.model_dump(exclude={"models", "rewards", "images_per_prompt"})
+        values = self.settings.model_dump(exclude={"models", "rewards", "images_per_prompt"}, exclude_none=True)
         return sha256_json({**values, "model": self.settings.models[model]})
 
 
@@ -63,6 +63,8 @@ def make_plan(
     guidance_scale: float,
     seed: int,
     dtype: str,
+    resolution: int | None,
+    variant: str | None,
     batch_size: int,
     device: str | None,
 ) -> Plan:
@@ -88,6 +90,8 @@ def make_plan(
         guidance_scale=guidance_scale,
         seed=seed,
         dtype=dtype,
+        resolution=resolution,
+        variant=variant,
     )
     return Plan(out, sources, whole, settings, batch_size, device)
 

@@ -37,6 +37,8 @@ class Settings(_Frozen):
         guidance_scale: classifier-free guidance; 1 is none.
         seed: of all noise.
         dtype: of the models, a key of :data:`smpo_models.weights.DTYPES`.
+        resolution: side of the images in pixels; None: what the models were made for.
+        variant: of the files of weights; None: those without one, or the only one there.
     """
 
     models: dict[str, str]
@@ -47,10 +49,12 @@ class Settings(_Frozen):
     guidance_scale: float
     seed: int
     dtype: str
+    resolution: int | None = None
+    variant: str | None = None
 
     def digest(self) -> str:
         """Identity of these settings; the order of the models counts, since the first is the baseline."""
-        return sha256_json({**self.model_dump(), "models": list(self.models.items())})
+        return sha256_json({**self.model_dump(exclude_none=True), "models": list(self.models.items())})
 
     def difference(self, other: Settings) -> str:
         """The first setting in which two evaluations differ, in words."""

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
 from smpo_pipeline.evaluation.generate import Picture, check_generator, denoiser_fingerprint, generate, load_generator
 from smpo_pipeline.evaluation.plan import ORIGIN_FILE, Plan
@@ -49,8 +50,11 @@ def run(plan: Plan, console: Console) -> Results:
     _quiet_libraries()
     # Float32 is float32, as in the workers of `score`: by default cuDNN convolves in TF32.
     torch.backends.cudnn.allow_tf32 = False
+    for whole in dict.fromkeys([plan.base, *(model.source for model in plan.models if model.kind == "pipeline")]):
+        if whole and (remark := variant_remark(whole, plan.settings.variant)):
+            console.print(remark, highlight=False, soft_wrap=True)
     # Before the hours of sampling: a reward or a later model that cannot be loaded is found out first.
-    shapes = {model.name: check_generator(model, plan.base, plan.settings.steps) for model in plan.models}
+    shapes = {model.name: check_generator(model, plan.base, plan.settings) for model in plan.models}
     if len(set(shapes.values())) > 1:
         raise UserError(
             f"--model: latents differ in shape ({shapes}), so the models cannot begin from the same noise; "
@@ -114,7 +118,7 @@ def _generate_all(plan: Plan, device: str, progress: Progress) -> list[ModelEntr
     for model in plan.models:
         pictures = _pictures(plan, model.name)
         task = progress.add_task(f"sample {model.name}", total=len(pictures))
-        pipeline = load_generator(model, plan.base, device, plan.settings.dtype)
+        pipeline = load_generator(model, plan.base, device, plan.settings.dtype, plan.settings.variant)
         denoiser = denoiser_fingerprint(pipeline)
         _claim_folder(plan, model.name, denoiser)
         missing = [picture for picture in pictures if not picture.path.is_file()]

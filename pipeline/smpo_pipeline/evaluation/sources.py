@@ -51,6 +51,12 @@ class ModelSource:
         path = Path(self.source) / METRICS_FILE
         return path if path.is_file() else None
 
+    @property
+    def lora_file(self) -> Path:
+        """The file of a ``lora``: the source itself, or in the folder that smpo-train left behind."""
+        path = Path(self.source)
+        return path if path.is_file() else path / LORA_FILE
+
 
 def parse_models(specs: Sequence[str]) -> list[ModelSource]:
     """Read ``NAME=DIR_OR_ID`` specifications; the first one is the baseline.
@@ -75,8 +81,10 @@ def _kind(spec: str, source: str) -> Literal["pipeline", "unet", "lora"]:
     folder = Path(source)
     if not folder.exists() and _HUB_ID.fullmatch(source):
         return "pipeline"
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return "lora"
     if not folder.is_dir():
-        raise UserError(f"--model {spec}: {source} is no folder")
+        raise UserError(f"--model {spec}: {source} is neither a folder nor a LoRA file (.safetensors)")
     if (folder / INDEX_FILE).is_file():
         return "pipeline"
     if (folder / UNET_FOLDER / "config.json").is_file():
@@ -111,9 +119,12 @@ def identity(model: ModelSource, base: str | None) -> str:
     folder = Path(model.source)
     if model.kind == "pipeline":
         return whole_identity(model.source)
-    files = [folder / LORA_FILE] if model.kind == "lora" else _model_files(folder / UNET_FOLDER)
     rest = whole_identity(base, without=UNET_FOLDER if model.kind == "unet" else None) if base else ""
-    return sha256_json({"own": _digest(folder, files), "rest": rest})
+    if model.kind == "lora":
+        own = {LORA_FILE: sha256_file(model.lora_file)}
+    else:
+        own = _digest(folder, _model_files(folder / UNET_FOLDER))
+    return sha256_json({"own": own, "rest": rest})
 
 
 def whole_identity(source: str, without: str | None = None) -> str:

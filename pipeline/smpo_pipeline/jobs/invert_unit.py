@@ -66,6 +66,7 @@ class InvertOptions(BaseModel):
     unet: AbsolutePath | None
     walker: AbsolutePath | None
     vae: HubIdOrFolder | None
+    variant: str | None = None
     resolution: int | None
     settings: InversionSettings
     columns: dict[str, str | None]
@@ -83,7 +84,7 @@ class InvertOptions(BaseModel):
 
 def load_models(options: InvertOptions) -> tuple[Family, nn.Module]:
     """The model with its reference denoiser, and the walker (the reference itself unless --walker is given): on CPU."""
-    family = load_family(options.model, denoiser=options.unet, vae=options.vae)
+    family = load_family(options.model, denoiser=options.unet, vae=options.vae, variant=options.variant)
     if options.walker is None:
         return family, family.denoiser
     return family, load_walker(family, options.model, options.walker)

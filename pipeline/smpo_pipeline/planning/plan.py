@@ -57,6 +57,7 @@ class PlanOptions(_Frozen):
     unet: Path | None
     walker: Path | None
     vae: str | None
+    variant: str | None
     resolution: int | None
     settings: InversionSettings
     columns: dict[str, str | None]
@@ -146,7 +147,7 @@ def make_plan(options: PlanOptions) -> Plan:
     """
     files = list_pair_files(options.pairs)
     rewards = list(read_scores_info(options.scores).rewards) if options.scores else ["pickscore"]
-    family = load_family(options.model, denoiser=options.unet, vae=options.vae)
+    family = load_family(options.model, denoiser=options.unet, vae=options.vae, variant=options.variant)
     resolution = check_settings(family, options.model, options.resolution, options.settings)
     walker = family.denoiser
     if options.walker is not None:

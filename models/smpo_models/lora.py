@@ -1,0 +1,158 @@
+"""LoRA files on a denoiser: read in diffusers' or kohya's format, checked without weights, fused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+
+from smpo_models.weights import loading_errors
+from smpo_schemas.errors import UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What a LoRA training run leaves behind, under the name that diffusers knows."""
+
+_PREFIX = "unet"
+
+_SETTINGS = "lora_adapter_metadata"
+"""Where diffusers keeps a LoRA's alpha and the like, in the file's header."""
+
+_KOHYA = "lora_unet_"
+"""Start of a layer's name in the files of kohya's trainers."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The contents of a LoRA file.
+
+    Attributes:
+        layers: by diffusers' names, prefix included.
+        alphas: alpha of each layer, of a file in kohya's format; else None.
+        settings: what diffusers wrote of the adapter into the file's header; None where it wrote nothing.
+        what: starts errors.
+    """
+
+    layers: dict[str, torch.Tensor]
+    alphas: dict[str, float] | None
+    settings: dict[str, Any] | None
+    what: str
+
+
+def read_lora(path: Path, unet_config: Mapping[str, Any], what: str) -> Lora:
+    """Read a LoRA file; one in kohya's format is converted by diffusers.
+
+    Args:
+        path: the file.
+        unet_config: config of the denoiser that it is for, by which block numbers are converted.
+        what: starts the error.
+
+    Raises:
+        UserError: it cannot be read, is in another format, or changes more than the denoiser.
+    """
+    with loading_errors(what):
+        layers = safetensors.torch.load_file(path)
+        with safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {}).get(_SETTINGS, "{}"))
+    others = sorted(key for key in layers if key.startswith(("lora_te", "text_encoder")))
+    if others:
+        raise UserError(
+            f"{what}: {len(others)} of its {len(layers)} layers change the text encoder, first {others[0]}; "
+            "only LoRAs of the denoiser alone are known"
+        )
+    alphas = None
+    if any(key.startswith(_KOHYA) for key in layers):
+        layers, alphas = _convert(layers, unet_config, what)
+    if unfit := sorted(key for key in layers if not key.startswith(f"{_PREFIX}.")):
+        raise UserError(
+            f"{what}: its layers are named neither as diffusers names them ({_PREFIX}.*) nor as kohya does "
+            f"({_KOHYA}*), first {unfit[0]}; convert it to one of these formats"
+        )
+    # Where the file says nothing, diffusers takes alpha to be the rank; of settings of another part it would take none,
+    # and fill in its library's defaults.
+    own = {name: value for name, value in settings.items() if name.startswith(f"{_PREFIX}.")} or None
+    return Lora(layers, alphas, own, what)
+
+
+def _convert(
+    layers: dict[str, torch.Tensor], unet_config: Mapping[str, Any], what: str
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    # diffusers drops dora_scale with a warning, and fails on LoHa and LoKr without naming them.
+    unknown = sorted(key for key in layers if not key.endswith((".lora_down.weight", ".lora_up.weight", ".alpha")))
+    if unknown:
+        raise UserError(
+            f"{what}: a file in kohya's format, but no plain LoRA ({unknown[0]}), which diffusers cannot convert; "
+            "merge it into the denoiser with its own tools"
+        )
+    with loading_errors(what):
+        return StableDiffusionPipeline.lora_state_dict(dict(layers), unet_config=unet_config)
+
+
+def check_lora(path: Path, unet_config: Mapping[str, Any], what: str, of: str) -> None:
+    """Check that a LoRA file can be read and fits a denoiser, whose weights are not loaded.
+
+    Args:
+        path: the file.
+        unet_config: config of the denoiser.
+        what: starts the error.
+        of: whose denoiser it is, for the error.
+
+    Raises:
+        UserError: it cannot be read, or a layer of it does not fit.
+    """
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel.from_config(unet_config)
+    _add(denoiser, read_lora(path, denoiser.config, what), of)
+
+
+def fuse_lora(denoiser: Any, path: Path, what: str, of: str) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
+    """Add a LoRA file to the weights of a denoiser: alpha / rank times B A, with the alpha that the file says.
+
+    Args:
+        denoiser: is changed.
+        path: the file.
+        what: starts the error.
+        of: whose denoiser it is, for the error.
+
+    Raises:
+        UserError: it cannot be read, or a layer of it does not fit.
+    """
+    _add(denoiser, read_lora(path, denoiser.config, what), of)
+    denoiser.fuse_lora()
+    denoiser.unload_lora()
+
+
+def _add(denoiser: Any, lora: Lora, of: str) -> None:  # noqa: ANN401
+    """Attach the adapter, all of it.
+
+    Raises:
+        UserError: a layer does not fit.
+    """
+    # diffusers logs what does not fit over many lines, and goes on without any of it.
+    logger = logging.getLogger("diffusers.loaders.peft")
+    logger.disabled = True
+    try:
+        with loading_errors(lora.what):
+            denoiser.load_lora_adapter(
+                lora.layers,
+                prefix=_PREFIX,
+                adapter_name=_PREFIX,
+                network_alphas=lora.alphas,
+                metadata=lora.settings,
+                # On the meta device there is nothing to copy weights into.
+                low_cpu_mem_usage=denoiser.device.type == "meta",
+            )
+            known = _PREFIX in getattr(denoiser, "peft_config", {})
+            fitting = get_peft_model_state_dict(denoiser, adapter_name=_PREFIX) if known else {}
+    finally:
+        logger.disabled = False
+    if len(fitting) != len(lora.layers):
+        raise UserError(f"{lora.what}: of its {len(lora.layers)} layers only {len(fitting)} fit the denoiser of {of}")
