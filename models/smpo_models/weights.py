@@ -95,7 +95,7 @@ def variant_remark(model: str, wanted: str | None) -> str | None:
 
 def load_weights(
     loader: Callable[..., Any],
-    source: str,
+    source: str | None,
     what: str,
     *,
     variant: str | None = None,
@@ -108,7 +108,7 @@ def load_weights(
 
     Args:
         loader: a ``from_pretrained``.
-        source: folder or hub id.
+        source: folder or hub id; None where ``options`` hold the weights.
         what: starts the error.
         variant: of the files of weights, for example ``fp16``. A folder that holds only one is loaded from it.
         options: for ``loader``.
@@ -116,7 +116,7 @@ def load_weights(
     Raises:
         UserError: the part cannot be loaded, or its checkpoint is incomplete or of other shapes.
     """
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         variant = find_variant(Path(source) / options.get("subfolder", ""), variant, what)
     if variant:
         options["variant"] = variant
