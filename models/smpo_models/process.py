@@ -22,7 +22,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 class Process(Protocol):
     """x_t = a_t x0 + s_t noise, and what a model predicts of it.
 
-    All ``t`` are int64 [B], entries in [0, num_train_timesteps) or :data:`START`; all latents are [B, C, h, w].
+    All ``t`` are int64 [B], entries below num_train_timesteps, negative ones as :data:`START`; all latents are
+    [B, C, h, w].
     """
 
     @property
@@ -92,7 +93,7 @@ class VariancePreserving:
 
     def levels(self, t_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Process`; rounded once, from float64."""
-        index = t_B.to("cpu")
+        index = t_B.to("cpu").clamp_min(START)
         a, s = (table[index].to(like.device, like.dtype).reshape(-1, 1, 1, 1) for table in (self._a, self._s))
         return a, s
 

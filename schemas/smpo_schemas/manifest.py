@@ -56,7 +56,8 @@ class InversionSettings(_Frozen):
         start: where a walk begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level), or a
             timestep up to which nodes are reached by forward noising.
         timesteps: ``jittered`` (one uniform draw in each of ``steps`` equal strata), ``grid`` (the scheduler's own
-            inference grid) or ``published`` (state of the grid's last node below a uniform t, used as if at t).
+            inference grid) or ``published`` (state of the grid's first node at or above a uniform t, or of its last
+            one, used as if at t; each step asks the model at the timestep that it starts from).
         steps: number of steps of a walk.
         solver: how a walk's step is solved: ``ddim`` (not at all), ``renoise`` (a fixed number of iterations),
             ``adaptive`` (iterated until it has converged) or ``anderson`` (the same, accelerated).

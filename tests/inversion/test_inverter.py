@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from diffusers import DDIMInverseScheduler
 
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion import inverter as inverter_module
+from smpo_pipeline.inversion import timesteps as timesteps_module
 from smpo_pipeline.inversion.advice import health_warnings
 from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.inversion.timesteps import plan_walk
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.manifest import InversionSettings
-from smpo_schemas.shards import Sample
+from smpo_schemas.shards import STORAGE, Sample
 from tests.inversion.helpers import Oracle, OracleXL, embedded_pair, make_pair
 from tests.tiny import make_tiny_model, make_tiny_xl
 
@@ -182,27 +184,80 @@ class settings_nodes:
         return list(plan_walk(self.settings, process, SEED, pair_id, walk).nodes)
 
 
-def test_published_equals_diffusers_inverse_scheduler_stepping_the_published_way(epsilon_world):
+def test_a_grid_walk_equals_diffusers_inverse_scheduler(epsilon_world):
     family, oracle = epsilon_world
-    settings = InversionSettings(timesteps="published", steps=5, prompt_dropout=0, walks=6)
-    pairs = [make_pair(1), make_pair(3)]
-    samples, _ = invert(family, settings, pairs)
-    moved = 0
-    for sample in samples:
-        scheduler = DDIMInverseScheduler.from_config(family.process.scheduler.config, clip_sample=False)
-        scheduler.set_timesteps(settings.steps)
-        t_used = int(sample.timestep_K[0])
-        text = oracle.embed(sample.meta.prompt)
+    settings = InversionSettings(timesteps="grid", steps=5, prompt_dropout=0)
+    (sample,), _ = invert(family, settings, [make_pair(1)])
+    scheduler = DDIMInverseScheduler.from_config(family.process.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(settings.steps)
+    assert scheduler.timesteps.tolist() == sample.timestep_K.tolist()
+    text = oracle.embed(sample.meta.prompt)
+    for image in range(2):
+        x = sample.x0_2Chw[image].double()
+        for k, t in enumerate(sample.timestep_K.tolist()):
+            e_0 = oracle.noise(x, t, text)
+            y = scheduler.step(e_0, t, x).prev_sample
+            x = scheduler.step((e_0 + oracle.noise(y, t, text)) / 2, t, x).prev_sample
+            check_state(oracle, sample, k, image, text, x)
+
+
+def published_state(oracle: Oracle, x0, t: int, steps: int, text, eta_noise=()) -> tuple[torch.Tensor, float]:
+    """The published loop, and the residual of its last step.
+
+    The inverse scheduler's timesteps are where steps start, first one step below the grid; those below t are gone
+    through. The UNet is asked there, with the state and, ReNoise, with what the step makes of it; or, InPO, once, and
+    noise is added.
+    """
+    delta = 1000 // steps
+    alphas = oracle.alphas_cumprod
+    x = x0
+    for number, start in enumerate(start for start in range(1 - delta, 1001 - delta, delta) if start < t):
+        before, after = alphas[max(start, 0)], alphas[start + delta]
+
+        def stepped(eps, x=x, before=before, after=after):
+            return after.sqrt() * (x - (1 - before).sqrt() * eps) / before.sqrt() + (1 - after).sqrt() * eps
+
+        eps = oracle.output(x, start, text)
+        if not len(eta_noise):
+            eps = (eps + oracle.output(stepped(eps), start, text)) / 2
+        x = stepped(eps)
+        if len(eta_noise):
+            std = ((1 - before) / (1 - after) * (1 - after / before)).sqrt()
+            x = x + 0.1 * std * eta_noise[number]
+    return x, float((x - stepped(oracle.output(x, start, text))).norm() / x.norm())
+
+
+PUBLISHED_T = (0, 1, 2, 150, 500, 801, 950, 999)
+
+
+@pytest.mark.parametrize("steps", [5, 10])
+@pytest.mark.parametrize("method", ["smpo", "inpo"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_published_equals_the_published_loop(tmp_path_factory, monkeypatch, name, method, steps):
+    """Of diffusers 0.20.0, to 1e-5: what is stored is left unrounded here."""
+    family, oracle = make_world(tmp_path_factory, name, "epsilon")
+    inpo = {"renoise_steps": 0, "eta": 0.1} if method == "inpo" else {}
+    settings = InversionSettings(timesteps="published", steps=steps, prompt_dropout=0, walks=len(PUBLISHED_T), **inpo)
+    monkeypatch.setitem(STORAGE, "float16", torch.float32)
+    drawn = lambda _seed, _pair, walk, _purpose: SimpleNamespace(integers=lambda _: PUBLISHED_T[walk])  # noqa: E731
+    monkeypatch.setattr(timesteps_module, "generator", drawn)
+    pair = make_pair(1)
+    samples, _ = invert(family, settings, [pair], batch_size=3)
+    for walk, (sample, t) in enumerate(zip(samples, PUBLISHED_T, strict=True)):
+        assert sample.timestep_K.tolist() == [t]
+        stream = generator(SEED, pair.pair_id, walk, "eta")
+        noise = [gaussian(stream, (2, 4, 8, 8)).double() for _ in range(steps)]
         for image in range(2):
-            x = sample.x0_2Chw[image].double()
-            for node in [int(t) for t in scheduler.timesteps if int(t) < t_used]:
-                e_0 = oracle.noise(x, node, text)
-                y = scheduler.step(e_0, node, x).prev_sample
-                e_1 = oracle.noise(y, node, text)
-                x = scheduler.step((e_0 + e_1) / 2, node, x).prev_sample
-                moved += 1
-            check_state(oracle, sample, 0, image, text, x)
-    assert moved > 10
+            x0, text = sample.x0_2Chw[image].double(), oracle.embed(pair.prompt, pair.size[image], pair.crop[image])
+            eta_noise = [each[image] for each in noise] if inpo else ()
+            x, residual = published_state(oracle, x0, t, steps, text, eta_noise)
+            stored = sample.noise_K2Chw[0, image].double()
+            assert (oracle.a(t) * x0 + oracle.s(t) * stored - x).norm() < 1e-5 * x.norm()
+            tau = (x - oracle.a(t) * x0) / oracle.s(t)
+            assert (stored - tau).norm() < 1e-5 * x.norm() / oracle.s(t)
+            ref_error = (oracle.output(x, t, text) - tau).square().mean()
+            assert float(sample.ref_error_K2[0, image]) == pytest.approx(float(ref_error), rel=1e-4)
+            assert float(sample.residual_K2[0, image]) == pytest.approx(residual, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("start", ["level0", 300])

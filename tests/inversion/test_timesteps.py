@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from smpo_models.process import VariancePreserving
+from smpo_pipeline.inversion import timesteps
 from smpo_pipeline.inversion.draws import generator
 from smpo_pipeline.inversion.step import carry
 from smpo_pipeline.inversion.timesteps import plan_walk
@@ -66,11 +69,37 @@ def test_draws_of_an_ordinary_schedule_are_what_they_always_were():
         stream = generator(0, "pair", walk, "timesteps")
         assert nodes(walk, process) == [1 + int((i + u) / 9 * 999) for i, u in enumerate(stream.random(9))]
         t = int(generator(0, "pair", walk, "timesteps").integers(1000))
-        below = [node for node in range(1, 1000, 111) if node < t]
-        assert nodes(walk, process, timesteps="published") == below
+        assert plan_walk(InversionSettings(timesteps="published"), process, 0, "pair", walk).used_at == (t,)
     assert nodes(0, process, timesteps="grid") == list(range(1, 1000, 111))
     trailing = VariancePreserving(DDIMScheduler(**_SD, timestep_spacing="trailing"))
     assert nodes(0, trailing, timesteps="grid", steps=4) == [249, 499, 749, 999]
+
+
+@pytest.mark.parametrize(
+    ("t", "steps", "visited"),
+    [
+        (0, 5, (1,)),
+        (1, 5, (1,)),
+        (2, 5, (1, 201)),
+        (201, 5, (1, 201)),
+        (202, 5, (1, 201, 401)),
+        (500, 5, (1, 201, 401, 601)),
+        (801, 5, (1, 201, 401, 601, 801)),
+        (950, 5, (1, 201, 401, 601, 801)),
+        (1, 10, (1,)),
+        (102, 10, (1, 101, 201)),
+        (999, 10, (1, 101, 201, 301, 401, 501, 601, 701, 801, 901)),
+    ],
+)
+def test_published_goes_to_the_first_node_at_or_above_t_asking_where_steps_start(monkeypatch, t, steps, visited):
+    process = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
+    stream = SimpleNamespace(integers=lambda stop: t if stop == 1000 else None)
+    monkeypatch.setattr(timesteps, "generator", lambda *_: stream)
+    plan = plan_walk(InversionSettings(timesteps="published", steps=steps), process, 0, "pair", 0)
+    assert (plan.nodes, plan.used_at) == (visited, (t,))
+    starts = {5: (-199, 1, 201, 401, 601), 10: (-99, 1, 101, 201, 301, 401, 501, 601, 701, 801)}[steps]
+    assert plan.asked_at == starts[: len(visited)]
+    assert plan.stored == (len(visited) - 1,)
 
 
 def test_no_walk_steps_to_pure_noise():

@@ -80,8 +80,8 @@ def test_the_process_by_hand(prediction_type):
     target = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[prediction_type]
     torch.testing.assert_close(process.target(x0, noise, t_B), target)
     torch.testing.assert_close(process.noise_in(target, x_t, t_B), noise)
-    first, _ = process.levels(torch.tensor([START]), x0)
-    torch.testing.assert_close(first.flatten(), scheduler.alphas_cumprod[:1].double().sqrt())
+    first, _ = process.levels(torch.tensor([START, -199]), x0)
+    torch.testing.assert_close(first.flatten(), scheduler.alphas_cumprod[[0, 0]].double().sqrt())
     one, zero = VariancePreserving(DDIMScheduler(set_alpha_to_one=True)).levels(torch.tensor([START]), x0)
     assert (float(one), float(zero)) == (1, 0)
     assert process.fingerprint() != VariancePreserving(DDIMScheduler(beta_start=0.001)).fingerprint()

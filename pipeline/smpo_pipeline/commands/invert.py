@@ -141,7 +141,8 @@ def invert(
     timesteps: Annotated[
         Literal["jittered", "grid", "published"],
         typer.Option(
-            help="jittered: one uniform draw a stratum; grid: the scheduler's; published: the published code's.",
+            help="jittered: one uniform draw a stratum; grid: the scheduler's; published: as the published code, "
+            "a grid state at or above a uniform t, used as if at t.",
             rich_help_panel=_WALK,
         ),
     ] = "jittered",

@@ -110,11 +110,12 @@ class Visit:
     """The walks that reach their ``index``-th node, there.
 
     Attributes:
-        index: into the walks' ``plan.nodes``; -1 is the start, before any step.
+        index: into the walks' ``plan.nodes``.
         rows_S: which of the batch's R rows.
-        t_S: their nodes' timesteps (``START`` at the start).
+        t_S: their nodes' timesteps.
         x_SChw: their states, float32.
-        origin: x_s and s that the step came from, and which rows took a step at all; None where none did.
+        origin: x_s and s that the step came from, the timestep that the walker was asked at, and which rows took a
+            step at all; None where none did.
         solved_S: the residuals at which the solver stopped, before noise of eta, NaN where no step was taken; None
             where the solver does not know them.
         noise_SChw: the noise that the states were made with, which is then their tau to the bit; None for states that
@@ -125,7 +126,7 @@ class Visit:
     rows_S: torch.Tensor
     t_S: torch.Tensor
     x_SChw: torch.Tensor
-    origin: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    origin: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
     solved_S: torch.Tensor | None
     noise_SChw: torch.Tensor | None = None
 
@@ -161,10 +162,14 @@ class Batch:
             [crop for walk in self.walks for crop in walk.crop],
         )
 
-    def rows_at(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the walks that have an ``index``-th node, and its timestep for each: both int64 [S]."""
-        active = [(row, walk.plan.nodes[index]) for row, walk in self._rows() if index < len(walk.plan.nodes)]
-        return self._indices([row for row, _ in active]), self._indices([t for _, t in active])
+    def rows_at(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of the walks that have an ``index``-th node, its timestep, and where the step to it asks: int64 [S]."""
+        active = [(row, walk.plan) for row, walk in self._rows() if index < len(walk.plan.nodes)]
+        return (
+            self._indices([row for row, _ in active]),
+            self._indices([plan.nodes[index] for _, plan in active]),
+            self._indices([plan.asked_at[index] for _, plan in active]),
+        )
 
     def stored_at(self, index: int, rows_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions in ``rows_S`` whose walks store their ``index``-th node, and the timestep each is used at."""

@@ -95,8 +95,9 @@ class Inverter:
     ) -> torch.Tensor:
         """||x_t - F(x_s, eps(x_t, t))|| / ||x_t|| of each state, NaN where no step was taken: float32 [S].
 
-        eps is the walker's. No evaluation is spent on it where the solver found it on the way; nor where the walker is
-        the reference, unguided, and the state is used at its own node: the forward that measured ``ref_error`` is then
+        eps is the walker's, at the timestep that the step asked it at: the residual says how well that step's equation
+        was solved. No evaluation is spent on it where the solver found it on the way; nor where the walker is the
+        reference, unguided, and the state is used at that timestep: the forward that measured ``ref_error`` is then
         this one (its input is rounded to what is stored).
         """
         residual = torch.full((len(positions_S),), torch.nan, device=batch.device)
@@ -104,10 +105,10 @@ class Inverter:
             return residual
         if visit.solved_S is not None and not self._settings.eta:
             return visit.solved_S[positions_S]
-        x_s, s, stepped = (value[positions_S] for value in visit.origin)
+        x_s, s, asked, stepped = (value[positions_S] for value in visit.origin)
         rows, node, x_t = (value[positions_S] for value in (visit.rows_S, visit.t_S, visit.x_SChw))
-        own = self._walker is self._reference and self._settings.guidance_scale == 1 and torch.equal(node, used_at_S)
-        eps = predicted if own else batch.predicted_noise(x_t, node, rows)
+        own = self._walker is self._reference and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
+        eps = predicted if own else batch.predicted_noise(x_t, asked, rows)
         return torch.where(stepped, distance(x_t, carry(batch.process, x_s, eps, s, node)), residual)
 
     def _measure(

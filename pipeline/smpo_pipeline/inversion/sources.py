@@ -25,15 +25,14 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
     s_R = torch.full((len(batch.x0_RChw),), inverted_from, dtype=torch.int64, device=batch.device)
     x_RChw = batch.x0_RChw.clone() if settings.start == "clean" else process.noised(batch.x0_RChw, start_noise, s_R)
     eta_streams = [walk.stream("eta") for walk in batch.walks]
-    yield Visit(-1, torch.arange(len(x_RChw), device=batch.device), s_R.clone(), x_RChw.clone(), None, None)
     for index in range(max(len(walk.plan.nodes) for walk in batch.walks)):
-        rows, t = batch.rows_at(index)
+        rows, t, asked = batch.rows_at(index)
         x_s, s = x_RChw[rows], s_R[rows]
         stepped = t > inverted_from
         x_t = process.noised(batch.x0_RChw[rows], start_noise[rows], t)
         solved = None
         if stepped.any():
-            predict = _predict_at(batch, t[stepped], rows[stepped])
+            predict = _predict_at(batch, asked[stepped], rows[stepped])
             step = Step(predict, process, x_s[stepped], s[stepped], t[stepped])
             solution = SOLVERS[settings.solver](step, settings)
             x_t[stepped] = solution.x_RChw
@@ -46,11 +45,11 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
             sigma = posterior_std(process, s, t, x_t) * stepped[:, None, None, None]
             x_t = x_t + settings.eta * sigma * fresh[rows]
         x_RChw[rows], s_R[rows] = x_t, t
-        yield Visit(index, rows, t, x_t, (x_s, s, stepped), solved)
+        yield Visit(index, rows, t, x_t, (x_s, s, asked, stepped), solved)
 
 
 def _predict_at(batch: Batch, t_R: torch.Tensor, rows_R: torch.Tensor) -> Predict:
-    """The walker's predictions for a step of the given rows of the batch to the given timesteps."""
+    """The walker's predictions for a step of the given rows of the batch, asked at the given timesteps."""
     return lambda x_NChw, rows_N: batch.predicted_noise(x_NChw, t_R[rows_N], rows_R[rows_N])
 
 
@@ -62,8 +61,10 @@ def forward_visits(batch: Batch) -> Iterator[Visit]:
     own = batch.settings.forward_noise == "image"
     streams = [walk.stream("forward/image" if own else "forward") for walk in batch.walks]
     shape = (2 if own else 1, *batch.x0_RChw.shape[1:])
-    for index in range(-1, max(len(walk.plan.nodes) for walk in batch.walks)):
-        rows, _ = batch.rows_at(index) if index >= 0 else (torch.arange(2 * len(streams), device=batch.device), None)
+    for stream in streams:
+        gaussian(stream, shape)  # not used: it keeps a seed's draws what they were when the start was a state, too
+    for index in range(max(len(walk.plan.nodes) for walk in batch.walks)):
+        rows, _, _ = batch.rows_at(index)
         noise = torch.cat([gaussian(stream, shape).expand(2, -1, -1, -1) for stream in streams]).to(batch.device)
         positions, used_at = batch.stored_at(index, rows)
         stored = rows[positions]

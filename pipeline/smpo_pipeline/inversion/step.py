@@ -1,6 +1,7 @@
 """One step of inversion, x_s to x_t: F(x_s, eps) = a_t (x_s - s_s eps) / a_s + s_t eps.
 
-The exact x_t is a fixed point: x_t = F(x_s, eps(x_t, t)). The model is always evaluated at the step's end point t.
+The exact x_t is a fixed point: x_t = F(x_s, eps(x_t, t)). The model is evaluated at the step's end point t; only under
+``--timesteps published`` is it told another timestep, the one that the step starts from.
 
 Shape suffixes: R rows of the step, N some of them, C h w a latent.
 """
@@ -15,7 +16,7 @@ import torch
 from smpo_models.process import Process
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Noise that the walker sees in x [N, C, h, w] at the end points of the rows int64 [N]."""
+"""Noise that the walker sees in x [N, C, h, w] of the rows int64 [N], at the timesteps that their steps ask at."""
 
 
 def carry(process: Process, x_s: torch.Tensor, eps: torch.Tensor, s_R: torch.Tensor, t_R: torch.Tensor) -> torch.Tensor:
@@ -66,7 +67,7 @@ class Step:
         return carry(self.process, self.x_s_RChw[rows_N], eps_NChw, self.s_R[rows_N], self.t_R[rows_N])
 
     def image(self, x_NChw: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
-        """F(x_s, eps(x, t)) of the given rows: one evaluation of the model for each."""
+        """F(x_s, eps(x, t)) of the given rows, t as the step asks at: one evaluation of the model for each."""
         return self.carried(self.predict(x_NChw, rows_N), rows_N)
 
 
@@ -76,8 +77,8 @@ class Solution:
 
     Attributes:
         x_RChw: the rows' x_t.
-        residual_R: ||x_t - F(x_s, eps(x_t, t))|| / ||x_t||, where the solver knows it without a further evaluation;
-            None where it does not.
+        residual_R: ||x_t - F(x_s, eps(x_t, t))|| / ||x_t||, t as the step asks at, where the solver knows it without a
+            further evaluation; None where it does not.
     """
 
     x_RChw: torch.Tensor

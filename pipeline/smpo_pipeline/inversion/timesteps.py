@@ -1,4 +1,4 @@
-"""Which timesteps a walk visits, and which of its states are stored as what (DESIGN 4.2, "Which t")."""
+"""Which timesteps a walk visits, and which of its states are stored as what."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ class WalkPlan:
 
     Attributes:
         nodes: timesteps visited, strictly increasing.
-        stored: indices into ``nodes`` of the states that are stored; -1 is the start, before any step.
-        used_at: the timestep that each stored state is used at; its own node's except under ``published``.
+        asked_at: the timestep that the step to each node asks the walker at; the node's but under ``published``.
+        stored: indices into ``nodes`` of the states that are stored.
+        used_at: the timestep that each stored state is used at; its own node's but under ``published``.
     """
 
     nodes: tuple[int, ...]
+    asked_at: tuple[int, ...]
     stored: tuple[int, ...]
     used_at: tuple[int, ...]
 
@@ -56,8 +58,6 @@ def plan_walk(settings: InversionSettings, process: Process, seed: int, pair_id:
     last = _first_pure_noise(process)
     _check_steps(settings, last)
     stream = generator(seed, pair_id, walk, "timesteps")
-    if settings.timesteps == "published":
-        return _published(process.grid(settings.steps), int(stream.integers(process.num_train_timesteps)))
     if settings.timesteps == "jittered":
         nodes = _jittered(stream, settings.steps, last)
     else:
@@ -67,11 +67,14 @@ def plan_walk(settings: InversionSettings, process: Process, seed: int, pair_id:
             f"--steps {settings.steps}: the scheduler's only timestep, {last}, is pure noise, which no image leads to; "
             "take more, or --timesteps jittered"
         )
+    if settings.timesteps == "published":
+        num_timesteps = process.num_train_timesteps
+        return _published(nodes, num_timesteps // settings.steps, int(stream.integers(num_timesteps)))
     stored = list(range(len(nodes)))
     if settings.states is not None and settings.states < len(nodes):
         choice = generator(seed, pair_id, walk, "states").choice(len(nodes), settings.states, replace=False)
         stored = sorted(int(index) for index in choice)
-    return WalkPlan(tuple(nodes), tuple(stored), tuple(nodes[index] for index in stored))
+    return WalkPlan(tuple(nodes), tuple(nodes), tuple(stored), tuple(nodes[index] for index in stored))
 
 
 def _first_pure_noise(process: Process) -> int:
@@ -98,7 +101,12 @@ def _jittered(stream: np.random.Generator, steps: int, last: int) -> list[int]:
             return nodes
 
 
-def _published(grid: list[int], t: int) -> WalkPlan:
-    """The published training code: the state of the last node below a uniform t, used as if it were at t."""
-    nodes = tuple(node for node in grid if node < t)
-    return WalkPlan(nodes, (len(nodes) - 1,), (t,))
+def _published(grid: list[int], step: int, t: int) -> WalkPlan:
+    """The published training code, on the diffusers that it pins, 0.20.0: the first state at or above t, used at t.
+
+    That DDIMInverseScheduler's timesteps are where steps start: the grid, one ``step`` down. The code takes the steps
+    that start below t and asks the model at their starts; the first is negative, and is embedded as it is.
+    """
+    num_nodes = 1 + sum(node < t for node in grid[:-1])
+    asked_at = (grid[0] - step, *grid)[:num_nodes]
+    return WalkPlan(tuple(grid[:num_nodes]), asked_at, (num_nodes - 1,), (t,))

@@ -48,7 +48,7 @@ def forwards(plan: WalkPlan, settings: InversionSettings, *, own_walker: bool) -
     steps = sum(t > inverted_from for t in plan.nodes)
     evaluations = steps * (1 if settings.solver == "ddim" else settings.renoise_steps + 1)
     if not own_walker or settings.guidance_scale != 1 or settings.timesteps == "published":
-        evaluations += sum(index >= 0 for index in plan.stored)
+        evaluations += stored
     return evaluations * (1 if settings.guidance_scale == 1 else 2) + stored
 
 
