@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from smpo_pipeline.jobs.invert_unit import InvertActor
-from smpo_pipeline.jobs.lock import locked
+from smpo_pipeline.jobs.lock import holder, locked
 from smpo_pipeline.jobs.reject_rate import RejectRate
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas import passing
@@ -50,6 +51,34 @@ def test_a_directory_has_one_run_and_a_killed_one_does_not_hold_it(tmp_path):
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"), locked(tmp_path / "file" / "out"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_directory_has_one_run_and_a_killed_one_leaves_a_file_to_remove(number, tmp_path, monkeypatch):
+    flock, out = fcntl.flock, tmp_path / "out"
+
+    def refuse(_descriptor, _operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(out):
+        assert f"process {os.getpid()} on " in holder(out)
+        # As well where another machine's mount has locks.
+        for other in (refuse, flock):
+            monkeypatch.setattr(fcntl, "flock", other)
+            assert f"process {os.getpid()} on " in holder(out)
+            with pytest.raises(UserError, match=rf"{out}/.lock: .*process {os.getpid()} on .* remove"), locked(out):
+                pass
+        assert (out / ".lock").is_file()
+        (tmp_path / "left by a kill").write_bytes((out / ".lock").read_bytes())
+    assert list(out.iterdir()) == []
+    assert holder(out) is None
+    (tmp_path / "left by a kill").rename(out / ".lock")
+    with pytest.raises(UserError, match="remove"), locked(out):
+        pass
+    (out / ".lock").unlink()
+    with locked(out):
         pass
 
 

@@ -6,7 +6,7 @@ import fcntl
 from contextlib import AbstractContextManager
 
 from smpo_pipeline.jobs.lease import lease_holder, leased
-from smpo_schemas.run_lock import LOCK_FILE, hold, holder_of
+from smpo_schemas.run_lock import LOCK_FILE, NO_LOCKS, hold, holder_of, is_lock
 from smpo_schemas.store import AnyPath, StorePath
 
 
@@ -29,15 +29,17 @@ def refuse_unknown_bucket(directory: AnyPath) -> None:
 
 
 def holder(directory: AnyPath) -> str | None:
-    """Who holds ``directory``, in words, or None; of an object store also a run that was killed and not followed."""
+    """Who holds ``directory``, in words, or None; without locks also a run that was killed and not followed."""
     if isinstance(directory, StorePath):
         return lease_holder(directory)
     path = directory / LOCK_FILE
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return holder_of(path)
+            return holder_of(path) if is_lock(file.fileno()) else None
     except FileNotFoundError:
-        pass
-    return None
+        return None
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or error.errno in NO_LOCKS:
+            return holder_of(path)
+        raise
