@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
-_WORDS = re.compile("out of memory|MemoryError|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+_WORDS = re.compile(
+    "out of memory|MemoryError|ALLOC(ATION)?_FAILED|can't allocate memory"
+    # What cuDNN and cuBLAS say near a full card, which holds no workspace for any of their kernels, and no handle.
+    "|unable to find an engine|No valid execution plans|CUBLAS_STATUS_NOT_INITIALIZED",
+    re.IGNORECASE,
+)
 
 
 def says_out_of_memory(text: str) -> bool:

@@ -36,7 +36,7 @@ class Outcome(Generic[Made]):
     Attributes:
         made: what was made, with the positions in the batch that it is of; together with ``failed``, all of them.
         failed: the others, with reasons.
-        fits: the most items that were made at once, where memory ran out with more; else None.
+        fits: the most items that were made at once, where more failed but none of them alone; else None.
         short: what was said where memory did not hold an item of ``failed`` alone, after pauses neither; else None.
     """
 
@@ -66,7 +66,7 @@ def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: s
     late, said = _after_pauses(run, items, said, device)
     if not said:
         # Where memory came back, the batch may not have been too large.
-        fits = max(len(positions) for positions, _ in parts) if says_out_of_memory(made) and not late else None
+        fits = None if late else max(len(positions) for positions, _ in parts)
         return Outcome(parts + late, {}, fits)
     failed = {position: _reason(why) for position, why in said.items()}
     short = next((why for why in said.values() if says_out_of_memory(why)), None)

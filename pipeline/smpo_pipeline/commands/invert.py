@@ -276,7 +276,7 @@ def invert(
     )
     write_resolved_config(context, directory, directory / MANIFEST_FILE)
     for size in take_batch_sizes(directory):
-        why = "auto" if batch_size == "auto" else f"{batch_size}: the device's memory ran out"
+        why = "auto" if batch_size == "auto" else f"{batch_size}: larger batches failed, for lack of memory as a rule"
         console.print(f"--batch-size {why}: batches of {size} walks")
     _show(console, manifest, directory)
 

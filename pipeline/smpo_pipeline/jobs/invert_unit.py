@@ -323,7 +323,7 @@ def index_part(run: Run, unit: int) -> AnyPath:
 
 
 def take_batch_sizes(out: AnyPath) -> list[int]:
-    """What the actors of a run that has ended found with ``--batch-size auto``, or came down to where memory ran out.
+    """What the actors of a run that has ended found with ``--batch-size auto``, or came down to after failures.
 
     The files that said so are removed.
     """
