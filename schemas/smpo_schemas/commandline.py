@@ -18,6 +18,12 @@ from smpo_schemas.store import AnyPath
 
 CONFIG_FILE = "config.yaml"
 
+_PLACES = {"pairs", "shards", "scores", "model", "base", "vae", "out"}
+"""Flags that take a path, or else a URL or a hub id."""
+
+_NAMED_PLACES = {"model", "reward"}
+"""Flags that take NAME=PATH, or else NAME=ID."""
+
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of this command; flags on the command line still win."""
@@ -49,7 +55,7 @@ ConfigOption = Annotated[
 
 
 def write_resolved_config(context: typer.Context, directory: AnyPath, result: AnyPath | None = None) -> None:
-    """Write every setting of this run, defaults included, as a config file that repeats it.
+    """Write every setting of this run, defaults included, as a config file that repeats it from wherever it is given.
 
     Args:
         context: of the command.
@@ -62,15 +68,26 @@ def write_resolved_config(context: typer.Context, directory: AnyPath, result: An
     # Not --overwrite: repeating a run from its config must not wipe it.
     left_out = ("config", "overwrite")
     values = {
-        name: _plain(value) for name, value in context.params.items() if name not in left_out and value is not None
+        name: _plain(name, value)
+        for name, value in context.params.items()
+        if name not in left_out and value is not None
     }
     write_bytes(target, yaml.safe_dump(values, sort_keys=True, allow_unicode=True).encode())
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401  (a command line value of any type)
+def _plain(flag: str, value: Any) -> Any:  # noqa: ANN401  (a command line value of any type)
+    """As YAML has it; paths of this machine are absolute."""
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+        return [_plain(flag, item) for item in value]
+    if isinstance(value, Path):
+        return str(value if value.parts[:1] == ("~",) else value.absolute())
+    if flag in _PLACES and Path(value).exists():
+        return str(Path(value).absolute())
+    if flag in _NAMED_PLACES:
+        name, equals, place = value.partition("=")
+        if place and Path(place).exists():
+            return f"{name}{equals}{Path(place).absolute()}"
+    return value
 
 
 def _multiple_options(app: typer.Typer, arguments: Sequence[str]) -> set[str]:

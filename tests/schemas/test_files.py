@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 import safetensors.torch
 import torch
 import typer
+import yaml
 
 from smpo_schemas import passing
 from smpo_schemas.commandline import ConfigOption, expand_repeated, run_app, write_resolved_config
@@ -99,6 +101,37 @@ def test_a_resolved_config_repeats_the_run_and_flags_override_it(app, tmp_path, 
     assert run(app, monkeypatch, "--config", str(config)) == 0
     assert run(app, monkeypatch, "--config", str(config), "--number", "6") == 0
     assert capsys.readouterr().out.splitlines() == ["['a', 'b'] 5", "['a', 'b'] 5", "['a', 'b'] 6"]
+
+
+def test_a_resolved_config_means_the_same_from_elsewhere(tmp_path, monkeypatch):
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    def work(
+        context: typer.Context,
+        pairs: Annotated[list[str], typer.Option()],
+        model: Annotated[list[str], typer.Option()],
+        reward: Annotated[list[str], typer.Option()],
+        prompt_column: Annotated[str, typer.Option()],
+        unet: Annotated[Path, typer.Option()],
+        cache: Path = Path("~/cache"),
+    ) -> None:
+        write_resolved_config(context, Path("run"))
+
+    for name in ("a", "org", "run"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = ["--pairs", "a", "s3://there/a", "--model", "a", "x=a", "org/name", "--reward", "a", "p=a", "q=org/r"]
+    assert run(app, monkeypatch, *args, "--prompt-column", "a", "--unet", "not-yet") == 0
+    here = str(tmp_path)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == {
+        "pairs": [f"{here}/a", "s3://there/a"],
+        "model": [f"{here}/a", f"x={here}/a", "org/name"],
+        "reward": ["a", f"p={here}/a", "q=org/r"],
+        "prompt_column": "a",
+        "unet": f"{here}/not-yet",
+        "cache": "~/cache",
+    }
 
 
 def test_mistakes_are_one_line_and_status_2(app, tmp_path, monkeypatch, capsys):
