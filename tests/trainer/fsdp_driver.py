@@ -15,21 +15,23 @@ from torch.distributed.tensor import DTensor
 
 from smpo_trainer.checkpoints import Checkpoints
 from smpo_trainer.cli import main
-from smpo_trainer.loop import Trainer
+from smpo_trainer.run import _Run
 from tests.trainer.helpers import dying_after
 
-finish = Trainer.finish
+train = _Run.train
 
 
-def finish_and_tell(self):
-    finish(self)
-    moments = [each for state in self._optimizer.state.values() for each in state.values() if each.ndim]
-    tensors = [*self._policy.denoiser.parameters(), *moments]
+def train_and_tell(self, *given):
+    record = train(self, *given)
+    trainer = self._trainer
+    moments = [each for state in trainer._optimizer.state.values() for each in state.values() if each.ndim]
+    tensors = [*trainer._policy.denoiser.parameters(), *moments]
     held = sum(each.to_local().numel() if isinstance(each, DTensor) else each.numel() for each in tensors)
     sys.stderr.write(f"holds {held} of {sum(each.numel() for each in tensors)}\n")
+    return record
 
 
-Trainer.finish = finish_and_tell
+_Run.train = train_and_tell
 Checkpoints.save = dying_after(int(os.environ.get("POWER_CUT", "0")))
 PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 main()

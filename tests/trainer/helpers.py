@@ -31,6 +31,7 @@ from smpo_schemas.shard_index import write_index
 from smpo_schemas.shards import Sample, SampleMeta, ShardDirectory, ShardWriter
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.cli import main
+from smpo_trainer.policy import Policy
 from smpo_trainer.settings import TrainSettings
 from tests.tiny import LATENT_SHAPE
 
@@ -196,17 +197,28 @@ def arguments(shards: Path | str | Sequence[Path], model: Path, out: Path, **opt
     return found
 
 
-def dying_after(step: int) -> Callable[[Checkpoints, Checkpoint], Path]:
+def dying_after(step: int) -> Callable[[Checkpoints, Checkpoint, Policy], Path]:
     """``Checkpoints.save``, but the run ends once it has saved that step."""
     save = Checkpoints.save
 
-    def save_and_die(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
+    def save_and_die(self: Checkpoints, checkpoint: Checkpoint, policy: Policy) -> Path:
+        path = save(self, checkpoint, policy)
         if checkpoint.step == step:
             raise UserError("power cut")
         return path
 
     return save_and_die
+
+
+def collecting(seen: list[dict[str, torch.Tensor]]) -> Callable[[Checkpoints, Checkpoint, Policy], Path]:
+    """``Checkpoints.save``, which also notes the weights in training."""
+    save = Checkpoints.save
+
+    def save_and_note(self: Checkpoints, checkpoint: Checkpoint, policy: Policy) -> Path:
+        seen.append({name: tensor.detach().clone() for name, tensor in checkpoint.weights.items()})
+        return save(self, checkpoint, policy)
+
+    return save_and_note
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, args: Sequence[str]) -> int:

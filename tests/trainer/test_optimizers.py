@@ -17,9 +17,9 @@ from diffusers import UNet2DConditionModel
 from torch.utils import checkpoint as torch_checkpoint
 
 from smpo_trainer import optimizers
-from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.checkpoints import Checkpoints
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import PlainReference, arguments, column, dying_after, metrics, run_cli
+from tests.trainer.helpers import PlainReference, arguments, collecting, column, dying_after, metrics, run_cli
 from tests.trainer.test_resume import OPTIONS
 
 
@@ -31,21 +31,17 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def collected(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
-    """The weights at every checkpoint of the runs of a test, which are not written."""
+    """The weights in training at every checkpoint of the runs of a test."""
     seen: list[dict[str, torch.Tensor]] = []
-
-    def collect(_: Checkpoints, checkpoint: Checkpoint) -> None:
-        seen.append({name: tensor.detach().clone() for name, tensor in checkpoint.weights.items()})
-
-    monkeypatch.setattr(Checkpoints, "save", collect)
+    monkeypatch.setattr(Checkpoints, "save", collecting(seen))
     return seen
 
 
 def test_adafactors_first_step_has_adams_signs_and_the_learning_rate_as_its_size(
     train: Train, model: Path, collected: list[dict[str, torch.Tensor]]
 ) -> None:
-    train("adam", max_steps=2, save_every=1, lr=1e-4, weight_decay=0)
-    train("ada", max_steps=2, save_every=1, lr=1e-4, weight_decay=0, optimizer="adafactor", max_grad_norm=0)
+    train("adam", max_steps=1, lr=1e-4, weight_decay=0)
+    train("ada", max_steps=1, lr=1e-4, weight_decay=0, optimizer="adafactor", max_grad_norm=0)
     before = dict(PlainReference(model).unet.named_parameters())
     name = "time_embedding.linear_1.weight"
     moved = (collected[1][name] - before[name]).double()
@@ -118,7 +114,7 @@ def test_eight_bit_adam_is_called_as_adam_and_makes_its_first_step(
     train: Train, collected: list[dict[str, torch.Tensor]]
 ) -> None:
     for optimizer in ("adamw8bit", "adamw"):
-        train(optimizer, optimizer=optimizer, max_steps=2, save_every=1, lr=1e-4, weight_decay=0.02)
+        train(optimizer, optimizer=optimizer, max_steps=1, lr=1e-4, weight_decay=0.02)
     assert AdamW8bit.made == [{"lr": 1e-4, "weight_decay": 0.02}]
     # A first step does not depend on how its moments are kept.
     ours, theirs = collected
@@ -143,16 +139,14 @@ def test_a_run_that_goes_on_equals_the_uninterrupted_one(
 
 def test_the_average_is_what_is_saved(train: Train, collected: list[dict[str, torch.Tensor]]) -> None:
     averaged = train("averaged", max_steps=5, save_every=1, ema_decay=0.3)
-    plain = train("plain", max_steps=5)
-    steps = [*collected, weights(plain)]
-    average = steps[0]
-    for n, step in enumerate(steps[1:], start=2):
+    average = collected[0]
+    for n, step in enumerate(collected[1:], start=2):
         decay = min(0.3, n / (9 + n))
         average = {name: decay * average[name].double() + (1 - decay) * step[name].double() for name in step}
     ours = weights(averaged)
     for name, wanted in average.items():
         torch.testing.assert_close(ours[name].double(), wanted, rtol=1e-5, atol=1e-7)
-    assert column(averaged, "loss") == column(plain, "loss")
+    assert column(averaged, "loss") == column(train("plain", max_steps=5), "loss")
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from smpo_schemas.errors import UserError
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.metrics import MetricsLog
 from smpo_trainer.output import OutputFolder
+from smpo_trainer.policy import Policy
 from smpo_trainer.shard_store import ShardStore
 from tests.command import assert_one_line
 from tests.trainer.conftest import Train
@@ -62,7 +63,7 @@ def test_a_kill_while_a_run_finishes_leaves_nothing_for_ever(
             train(**OPTIONS, mixed_precision="bf16")
     out = train(**OPTIONS, mixed_precision="bf16")
     assert "finished; nothing to do" in capsys.readouterr().out
-    assert not [*out.glob("*checkpoint*"), *out.glob("reference*")]
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-000005"]
 
 
 HOLD = """
@@ -104,14 +105,14 @@ def test_a_run_holds_its_folder(train: Train, monkeypatch: pytest.MonkeyPatch) -
     refused: list[str] = []
     save = Checkpoints.save
 
-    def save_and_ask(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
+    def save_and_ask(self: Checkpoints, checkpoint: Checkpoint, policy: Policy) -> Path:
+        path = save(self, checkpoint, policy)
         asked = [sys.executable, "-c", HOLD, path.parent, "0"]
         refused.append(subprocess.run(asked, check=False, capture_output=True, text=True).stderr)
         return path
 
     monkeypatch.setattr(Checkpoints, "save", save_and_ask)
-    train(max_steps=2, save_every=1)
+    train(max_steps=1)
     assert len(refused) == 1
     assert f"is being written by another run (process {os.getpid()} on " in refused[0]
 
@@ -136,7 +137,7 @@ def test_metrics_survive_what_their_checkpoint_does(train: Train, monkeypatch: p
     monkeypatch.setattr(MetricsLog, "sync", lambda *given: (events.append("sync"), sync(*given)))
     monkeypatch.setattr(Checkpoints, "save", lambda *given: (events.append("save"), save(*given)))
     train(**OPTIONS)
-    assert events == ["sync", "save"] * 4
+    assert events == ["sync", "save"] * 5
 
 
 def test_the_weights_to_start_from_count_and_not_their_path(

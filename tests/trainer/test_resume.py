@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 
 from smpo_schemas.errors import UserError
-from smpo_trainer.checkpoints import Checkpoint, Checkpoints, load_checkpoint
+from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.output import OutputFolder
+from smpo_trainer.policy import Policy
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, run_cli
 
@@ -82,7 +86,7 @@ def test_killed_and_continued_equals_uninterrupted(
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     assert ("computing the reference anew" in whole.communicate()[0]) == (mixed_precision == "bf16")
-    assert not list((tmp_path / "killed").glob("*checkpoint*"))
+    assert [path.name for path in (tmp_path / "killed").glob("*checkpoint*")] == ["checkpoint-000012"]
 
 
 @pytest.mark.slow
@@ -151,17 +155,93 @@ def test_finished_run_is_left_alone(
     train(max_steps=1)
     assert "finished; nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=2)) == 2
-    assert "max_steps (1 -> 2)" in capsys.readouterr().err
+    assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1, beta=500)) == 2
+    assert "a finished run with other settings: beta (2000.0 -> 500.0);" in capsys.readouterr().err
 
 
-def test_checkpoint_holds_no_pickle_and_damage_is_named(interrupted: Path) -> None:
-    path = interrupted / "checkpoint-000003"
-    assert load_checkpoint(path).step == 3
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ema_decay": 0.8, "val_fraction": 0.3, "val_every": 4},
+        {
+            "lora_rank": 2,
+            "mixed_precision": "bf16",
+            "batch_size": 1,
+        },  # the reference is computed anew, as far as it goes
+    ],
+)
+def test_more_steps_of_a_finished_run_equal_so_many_at_once(train: Train, options: dict[str, object]) -> None:
+    whole = train("whole", max_steps=7, **options)
+    for steps in (3, 5, 7):
+        out = train("run", max_steps=steps, **options)
+    for name in ("step", "loss", "grad_norm", "lr", "rewards/margins", "skipped_steps"):
+        assert column(out, name) == column(whole, name)
+    file = "pytorch_lora_weights.safetensors" if "lora_rank" in options else "unet/diffusion_pytorch_model.safetensors"
+    assert (out / file).read_bytes() == (whole / file).read_bytes()
+    assert json.loads((out / "training.json").read_text())["steps"] == 7
+    assert (out / "reference.safetensors").is_file() == ("mixed_precision" in options)
+
+
+def test_a_course_of_another_length_is_said_and_begun_at_once(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    train(lr_schedule="cosine", max_steps=2)
+    capsys.readouterr()
+    out = train(lr_schedule="cosine", max_steps=6)
+    assert "--lr-schedule cosine" in capsys.readouterr().out
+    rates = column(train("whole", lr_schedule="cosine", max_steps=6), "lr")
+    assert column(out, "lr")[2:] == rates[2:]
+
+
+def test_fewer_steps_than_are_made_are_refused(
+    train: Train, shards: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(max_steps=2)
+    assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1)) == 2
+    assert "a run of 2 steps: --max-steps 1" in capsys.readouterr().err
+    shutil.rmtree(out / "checkpoint-000002")
+    assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=3)) == 2
+    assert "--max-steps 3" in capsys.readouterr().err
+    assert (out / "training.json").is_file()
+
+
+def test_a_kill_before_the_run_is_finished_loses_no_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: object) -> None:
+        raise UserError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "finish", die)
+        with pytest.raises(AssertionError):
+            train(max_steps=2)
+    out = train(max_steps=2)
+    summary = json.loads((out / "training.json").read_text())
+    assert (summary["metrics"]["step"], summary["metrics"]["loss"]) == (2, column(out, "loss")[1])
+
+
+def test_a_checkpoint_of_another_version_is_refused(
+    interrupted: Path, shards: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = interrupted / "checkpoint-000003/state.json"
+    state = json.loads(path.read_text())
+    del state["version"]
+    path.write_text(json.dumps(state))
+    assert run_cli(monkeypatch, arguments(shards, model, interrupted, **OPTIONS)) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint-000003" in error
+    assert "--overwrite" in error
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "pytorch_lora_weights.safetensors"])
+def test_checkpoint_holds_no_pickle_and_damage_is_named(
+    interrupted: Path,
+    file: str,
+    shards: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for damage in (b"\x80\x02nonsense", b""):
-        (path / "optimizer.pt").write_bytes(damage)
-        with pytest.raises(UserError, match="checkpoint-000003 cannot be read"):
-            load_checkpoint(path)
+        (interrupted / "checkpoint-000003" / file).write_bytes(damage)
+        assert run_cli(monkeypatch, arguments(shards, model, interrupted, **OPTIONS)) == 2
+        assert "checkpoint-000003 cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -169,11 +249,11 @@ def test_as_many_checkpoints_are_kept_as_asked_for(train: Train, monkeypatch: py
     kept: list[list[str]] = []
     save = Checkpoints.save
 
-    def look(self: Checkpoints, checkpoint: Checkpoint) -> Path:
-        path = save(self, checkpoint)
+    def look(self: Checkpoints, checkpoint: Checkpoint, policy: Policy) -> Path:
+        path = save(self, checkpoint, policy)
         kept.append(sorted(each.name for each in path.parent.glob("checkpoint-*")))
         return path
 
     monkeypatch.setattr(Checkpoints, "save", look)
     train(**OPTIONS, checkpoints_total_limit=limit)
-    assert kept[-1] == [f"checkpoint-{step:06d}" for step in range(5 - limit, 5)]
+    assert kept[-1] == [f"checkpoint-{step:06d}" for step in range(6 - limit, 6)]

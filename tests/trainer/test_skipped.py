@@ -14,12 +14,12 @@ from accelerate import Accelerator
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_trainer import run
-from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.checkpoints import Checkpoints
 from smpo_trainer.plan import Order
 from smpo_trainer.settings import TrainSettings
 from tests.tiny import make_tiny_unet
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import PlainReference, arguments, column, dying_after, metrics, run_cli
+from tests.trainer.helpers import PlainReference, arguments, collecting, column, dying_after, metrics, run_cli
 from tests.trainer.test_objective_flags import write_scores
 
 STEPS = 6
@@ -67,13 +67,9 @@ def test_a_skipped_step_leaves_the_weights(
     train: Train, overflowing: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = [dict(PlainReference(model).unet.named_parameters())]
-
-    def collect(_: Checkpoints, checkpoint: Checkpoint) -> None:
-        seen.append({name: tensor.detach().clone() for name, tensor in checkpoint.weights.items()})
-
-    monkeypatch.setattr(Checkpoints, "save", collect)
+    monkeypatch.setattr(Checkpoints, "save", collecting(seen))
     train(**options(overflowing), save_every=1)
-    assert len(seen) == STEPS  # none is saved after the last step
+    assert len(seen) == 1 + STEPS
     for step, (before, after) in enumerate(pairwise(seen), start=1):
         same = all(torch.equal(before[name], after[name]) for name in after)
         assert same == (step in steps_with(BROKEN))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -41,12 +42,17 @@ class WeightAverage:
         finally:
             self._average.restore(self._parameters)
 
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return self._average.state_dict()
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The averaged weights, in the parameters' order."""
+        return list(self._average.shadow_params)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: all but ``tensors``."""
+        return {name: value for name, value in self._average.state_dict().items() if name != "shadow_params"}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
         """Go back to a checkpoint."""
         self._average.load_state_dict(state)
-        pairs = zip(self._average.shadow_params, self._parameters, strict=True)
+        pairs = zip(tensors, self._parameters, strict=True)
         self._average.shadow_params = [like(tensor, parameter) for tensor, parameter in pairs]

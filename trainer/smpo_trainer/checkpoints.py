@@ -1,6 +1,7 @@
 """What a run needs to go on: written beside and renamed, so that a checkpoint is whole or absent.
 
-No pickle: weights are safetensors, the optimizer's state is read with ``weights_only``.
+A checkpoint is a model, too: it holds what the run would leave behind if it ended there, by the same names. No pickle:
+weights are safetensors, the optimizer's state is read with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch
 from safetensors import SafetensorError
 
 from smpo_schemas.errors import UserError
-from smpo_schemas.files import read_json, write_json
+from smpo_schemas.files import follow_umask, read_json, write_json
+from smpo_trainer.policy import Policy
 
+_VERSION = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
-_WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.pt", "state.json"
+_WEIGHTS, _OPTIMIZER, _STATE = "weights_in_training.safetensors", "optimizer.pt", "state.json"
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,15 @@ class Checkpoint:
     Attributes:
         step: finished optimizer steps.
         identity: the settings that a run which goes on from here must share.
-        weights: the trained weights by name.
+        weights: those in training, by name.
+        average: their moving average, by name, which is then the model; None: none is kept.
         optimizer: state dicts of what changes beside the weights (optimizer, schedule, gradient scaler, ...), by name.
     """
 
     step: int
     identity: dict[str, Any]
     weights: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor] | None
     optimizer: dict[str, Any]
 
 
@@ -53,8 +58,8 @@ class Checkpoints:
         found = self._all()
         return found[-1] if found else None
 
-    def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, then drop all but the last ones.
+    def save(self, checkpoint: Checkpoint, policy: Policy) -> Path:
+        """Write a checkpoint of ``policy``, then drop all but the last ones.
 
         Raises:
             UserError: it cannot be written; those before are still there.
@@ -64,25 +69,19 @@ class Checkpoints:
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
-            safetensors.torch.save_file(weights, staging / _WEIGHTS)
-            torch.save(checkpoint.optimizer, staging / _OPTIMIZER)
-            write_json(staging / _STATE, {"step": checkpoint.step, "identity": checkpoint.identity})
-            for file in (_WEIGHTS, _OPTIMIZER):
-                with (staging / file).open("rb") as written:
-                    os.fsync(written.fileno())
+            _write(staging, checkpoint, policy)
             shutil.rmtree(target, ignore_errors=True)
             staging.replace(target)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             shutil.rmtree(staging, ignore_errors=True)
             raise UserError(f"cannot write {target}: {error}") from error
-        for old in self._all()[: -self._kept]:
-            shutil.rmtree(old, ignore_errors=True)
+        self.drop_all_but(self._kept)
         return target
 
-    def remove(self) -> None:
-        """Drop all checkpoints, and what a killed run left of one."""
-        for path in [*self._all(), *self._out.glob(".checkpoint-*.tmp")]:
+    def drop_all_but(self, kept: int) -> None:
+        """Remove all checkpoints but the last ``kept``, and what a killed run left of one."""
+        found = self._all()
+        for path in [*found[: max(0, len(found) - kept)], *self._out.glob(".checkpoint-*.tmp")]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _all(self) -> list[Path]:
@@ -90,23 +89,51 @@ class Checkpoints:
         return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def read_identity(checkpoint: Path) -> dict[str, Any]:
-    """The settings that a checkpoint's run was made with."""
-    return dict(read_json(checkpoint / _STATE)["identity"])
+def _write(folder: Path, checkpoint: Checkpoint, policy: Policy) -> None:
+    if checkpoint.average is None:
+        policy.save(folder, checkpoint.weights)
+    else:
+        policy.save(folder, checkpoint.average)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
+        safetensors.torch.save_file(weights, folder / _WEIGHTS)
+    torch.save(checkpoint.optimizer, folder / _OPTIMIZER)
+    write_json(folder / _STATE, {"version": _VERSION, "step": checkpoint.step, "identity": checkpoint.identity})
+    follow_umask(folder)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
 
 
-def load_checkpoint(checkpoint: Path) -> Checkpoint:
-    """Read a checkpoint, all tensors to the CPU.
+def read_state(checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """A checkpoint's finished steps, and the settings that its run was made with.
+
+    Raises:
+        UserError: it is damaged, or of another version of this program.
+    """
+    state = read_json(checkpoint / _STATE)
+    if state.get("version") != _VERSION:
+        raise UserError(
+            f"{checkpoint} was written by another version of smpo-train; begin anew with --overwrite, or choose "
+            "another --out"
+        )
+    return state["step"], state["identity"]
+
+
+def load_checkpoint(checkpoint: Path, policy: Policy) -> Checkpoint:
+    """Read a checkpoint of ``policy``, all tensors to the CPU.
 
     Raises:
         UserError: a file of it is missing or damaged.
     """
-    state = read_json(checkpoint / _STATE)
+    step, identity = read_state(checkpoint)
     try:
-        weights = safetensors.torch.load_file(checkpoint / _WEIGHTS)
+        model = policy.read(checkpoint)
+        averaged = (checkpoint / _WEIGHTS).is_file()
+        weights = safetensors.torch.load_file(checkpoint / _WEIGHTS) if averaged else model
         optimizer = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, KeyError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{checkpoint} cannot be read ({error}); remove it to go on from the one before, or use --overwrite"
         ) from error
-    return Checkpoint(state["step"], state["identity"], weights, optimizer)
+    return Checkpoint(step, identity, weights, model if averaged else None, optimizer)

@@ -32,7 +32,7 @@ _Shards = Annotated[
     ),
 ]
 _Model = Annotated[str, typer.Option(help="Base model that the shards were made with: hub id or diffusers folder.")]
-_Out = Annotated[Path, typer.Option(help="Output folder: the trained model, metrics, checkpoints until it is done.")]
+_Out = Annotated[Path, typer.Option(help="Output folder: the trained model, metrics, checkpoints.")]
 _Reward = Annotated[
     list[str] | None,
     typer.Option(
@@ -80,7 +80,9 @@ _Beta = Annotated[
     ),
 ]
 _Gamma = Annotated[float, typer.Option(min=0, help="Scale of the smoothed preference: p counts as gamma (2p - 1).")]
-_MaxSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+_MaxSteps = Annotated[
+    int, typer.Option(min=1, help="Optimizer steps. With a larger number the same command continues a finished run.")
+]
 _BatchSize = Annotated[
     int, typer.Option(min=1, help="Pairs (states) that one device takes at once; a forward has twice as many rows.")
 ]
@@ -122,8 +124,17 @@ _Reference = Annotated[
 ]
 _MinTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at smaller timesteps.")]
 _MaxTimestep = Annotated[int | None, typer.Option(min=0, help="Leave out states at larger timesteps.")]
-_SaveEvery = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")]
+_SaveEvery = Annotated[
+    int,
+    typer.Option(min=1, help="Optimizer steps between checkpoints, each of which is a model as OUT itself is one."),
+]
 _TotalLimit = Annotated[int, typer.Option(min=1, help="How many checkpoints are kept, the last ones.")]
+_KeepCheckpoints = Annotated[
+    bool,
+    typer.Option(
+        "--keep-checkpoints", help="Keep them after the end, too. Without it a finished run keeps its last one."
+    ),
+]
 _ShuffleWindow = Annotated[
     int,
     typer.Option(min=1, help="States that are shuffled together, at least: the shards of two such windows are in use."),
@@ -208,6 +219,7 @@ def train(
     validation_guidance_scale: flags.ValidationGuidanceScale = 7.5,
     save_every: _SaveEvery = 50,
     checkpoints_total_limit: _TotalLimit = 2,
+    keep_checkpoints: _KeepCheckpoints = False,
     shuffle_window: _ShuffleWindow = 65536,
     cache: _Cache = Path("~/.cache/smpo-diffusion"),
     cache_gib: _CacheGib = 100.0,
@@ -277,6 +289,7 @@ def train(
         validation_guidance_scale=validation_guidance_scale,
         save_every=save_every,
         checkpoints_total_limit=checkpoints_total_limit,
+        keep_checkpoints=keep_checkpoints,
         shuffle_window=shuffle_window,
         cache=cache.expanduser(),
         cache_gib=cache_gib,

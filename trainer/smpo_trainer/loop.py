@@ -224,11 +224,6 @@ class Trainer:
             yield
         reshard(self._denoiser)
 
-    def finish(self) -> None:
-        """Put the averaged weights in place, where there are any: they are the result."""
-        if self._average:
-            self._average.apply()
-
     def checkpoint(self, step: int, identity: dict[str, object]) -> Checkpoint:
         """Everything that is needed to go on after ``step`` finished steps; for all processes at once.
 
@@ -244,7 +239,15 @@ class Trainer:
             "bad": self._bad.state_dict(),
         }
         keep = self._accelerator.is_main_process
-        return Checkpoint(step, identity, gather(dict(self._policy.trained()), keep=keep), gather(states, keep=keep))
+        trained = self._policy.trained()
+        average = dict(zip(trained, self._average.tensors, strict=True)) if self._average else None
+        return Checkpoint(
+            step,
+            identity,
+            weights=gather(dict(trained), keep=keep),
+            average=gather(average, keep=keep),
+            optimizer=gather(states, keep=keep),
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint.
@@ -256,10 +259,15 @@ class Trainer:
         optimizer = checkpoint.optimizer["optimizer"]
         self._optimizer.load_state_dict(self._cut_up(optimizer) if self._accelerator.is_fsdp2 else optimizer)
         self._schedule.load_state_dict(checkpoint.optimizer["schedule"])
+        # The rate at this step of this run's course: that of the checkpoint's run may have been of another length.
+        self._schedule.last_epoch -= 1
+        self._schedule.step()
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
         if self._average:
-            self._average.load_state_dict(checkpoint.optimizer["average"])
+            averaged = checkpoint.average or {}
+            tensors = [averaged[name] for name in self._policy.trained()]
+            self._average.load_state_dict(checkpoint.optimizer["average"], tensors)
         self._skipped.load_state_dict(checkpoint.optimizer["skipped"])
         self._bad.load_state_dict(checkpoint.optimizer["bad"])
         on_main(self._accelerator, self._skipped.write)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
+import safetensors.torch
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import nn
 
 from smpo_models.family import Family
@@ -27,6 +26,7 @@ from smpo_trainer.settings import TrainSettings
 from smpo_trainer.text import CachedText
 
 UNET_FOLDER = "unet"
+_LORA_PREFIX = "unet"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -99,44 +99,48 @@ class Policy:
             for name, parameter in trained.items():
                 parameter.copy_(like(tensors[name], parameter))
 
-    def save(self, out: Path, weights: dict[str, torch.Tensor]) -> str:
-        """Write the result into ``out`` and return its name there: a denoiser folder, or a LoRA file.
+    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write a model that diffusers loads: a denoiser folder, or a LoRA file.
 
         The LoRA file is relative to the weights that training started from.
 
         Args:
-            out: an existing folder.
-            weights: the denoiser's, by name, each whole.
+            folder: a new one.
+            weights: in place of the trained ones, by name, each whole.
 
         Raises:
-            UserError: it cannot be written.
+            OSError, SafetensorError: it cannot be written.
         """
-        try:
-            return self._save_lora(out, weights) if self.lora_rank else self._save_folder(out / UNET_FOLDER, weights)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write the trained weights into {out}: {error}") from error
-
-    def _save_lora(self, out: Path, weights: dict[str, torch.Tensor]) -> str:
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser, weights))
-        layers = {name: tensor.detach().cpu() for name, tensor in layers.items()}
-        pipeline = getattr(diffusers, self.family.pipelines[0])
-        staging = out / f".{LORA_FILE}.tmp"
-        pipeline.save_lora_weights(staging, unet_lora_layers=layers, weight_name=LORA_FILE)
-        (staging / LORA_FILE).replace(out / LORA_FILE)
-        shutil.rmtree(staging)
-        return LORA_FILE
-
-    def _save_folder(self, target: Path, weights: dict[str, torch.Tensor]) -> str:
+        if self.lora_rank:
+            layers = {name: tensor.detach().cpu() for name, tensor in self._lora_layers(weights).items()}
+            pipeline = getattr(diffusers, self.family.pipelines[0])
+            pipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=LORA_FILE)
+            return
         # The denoiser itself may be cut up; this one borrows the weights.
         with torch.device("meta"):
             denoiser = plain_class(self.denoiser).from_config(self.denoiser.config)
-        denoiser.load_state_dict(weights, assign=True)
-        staging = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(staging, ignore_errors=True)
-        denoiser.save_pretrained(staging)
-        shutil.rmtree(target, ignore_errors=True)
-        staging.replace(target)
-        return target.name
+        denoiser.load_state_dict({**self.denoiser.state_dict(), **weights}, assign=True)
+        denoiser.save_pretrained(folder / UNET_FOLDER)
+
+    def read(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The trained weights by name, on the CPU, of a model that ``save`` has written.
+
+        Raises:
+            OSError, SafetensorError, KeyError: it cannot be read, or one of them is not there.
+        """
+        names = list(self.trained())
+        if not self.lora_rank:
+            # Several files where the weights are large.
+            files = sorted((folder / UNET_FOLDER).glob("*.safetensors"))
+            found = {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+            return {name: found[name] for name in names}
+        layers = safetensors.torch.load_file(folder / LORA_FILE)
+        number_of = self._lora_layers({name: torch.tensor(number) for number, name in enumerate(names)})
+        return {names[number]: layers[f"{_LORA_PREFIX}.{layer}"] for layer, number in number_of.items()}
+
+    def _lora_layers(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The adapter's weights by the names that diffusers gives them in a file."""
+        return convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser, weights))
 
 
 def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, say: Callable[[str], None]) -> Policy:

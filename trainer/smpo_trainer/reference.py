@@ -40,7 +40,7 @@ tenth of that, on every state, for the whole run."""
 LOUD_LOSS = 5e-3
 """The same for the mean loss of the first step, against what it is where all margins are 0 (ln 2 for most)."""
 
-_TENSOR = "ref_error"
+_TENSOR, _STEPS = "ref_error", "steps"
 _TITLE = "computing the reference anew, once, in this run's own arithmetic"
 
 
@@ -83,7 +83,8 @@ def settle_reference(
 ) -> Record:
     """Decide before training whose reference errors ``feed`` gives, and make them where they are not there.
 
-    In a run that is ``going_on`` from a checkpoint, what was decided before its first step holds.
+    In a run that is ``going_on`` from a checkpoint, what was decided before its first step holds. Where it has more
+    steps than that run had, errors that were recomputed are so for the states of all of them.
 
     Returns:
         What is logged with the first step: the noise of the stored errors; nothing where it cannot be known, because
@@ -95,7 +96,10 @@ def settle_reference(
     settings = experiment.settings
     if going_on:
         if on_main(accelerator, output.reference.is_file):
-            feed.dataset.ref_error_S2 = together(accelerator, lambda: read_reference(output.reference))
+            error_S2, steps = together(accelerator, lambda: read_reference(output.reference))
+            if steps < settings.max_steps:
+                error_S2 = _recompute(_Pass(policy, feed, accelerator), settings.max_steps, output, report)
+            feed.dataset.ref_error_S2 = error_S2
         return {}
     if not (policy.starts_from_reference or policy.reference):
         return {}
@@ -105,10 +109,7 @@ def settle_reference(
     noise = reference.measure(experiment.pair_loss(policy.family.process))
     report.say(noise.describe())
     if settings.reference == "recomputed" or (settings.reference == "auto" and noise.is_loud):
-        with report.bar(_TITLE, reference.steps(settings.max_steps)) as step_done:
-            error_S2 = reference.recompute(settings.max_steps, step_done)
-        on_main(accelerator, lambda: write_reference(output.reference, error_S2))
-        feed.dataset.ref_error_S2 = error_S2
+        feed.dataset.ref_error_S2 = _recompute(reference, settings.max_steps, output, report)
     elif settings.reference == "stored" and noise.is_loud:
         report.say(
             "WARNING: margins grow to about 1 in training, so this drowns a part of the signal; use --reference auto, "
@@ -121,7 +122,7 @@ class _Pass:
     """Forwards of the reference alone, in the batches that training will take."""
 
     def __init__(self, policy: Policy, feed: Feed, accelerator: Accelerator) -> None:
-        self._policy, self._feed, self._plan, self._accelerator = policy, feed, feed.plan, accelerator
+        self._policy, self._feed, self._plan, self.accelerator = policy, feed, feed.plan, accelerator
 
     def measure(self, pair_loss: PairLoss) -> ReferenceNoise:
         """Compare the stored errors of the first step's states with errors computed now; NaN if none can be used."""
@@ -136,8 +137,8 @@ class _Pass:
             margins.append(margin_B * pair_loss.timestep_weight(batch.timestep_B, margin_B))
             losses.append(loss_B)
             counts.append(batch.counts_B)
-        noise_B2 = self._accelerator.gather(torch.stack([torch.cat(margins), torch.cat(losses)], dim=1))
-        margin_B, loss_B = noise_B2[self._accelerator.gather(torch.cat(counts))].double().unbind(1)
+        noise_B2 = self.accelerator.gather(torch.stack([torch.cat(margins), torch.cat(losses)], dim=1))
+        margin_B, loss_B = noise_B2[self.accelerator.gather(torch.cat(counts))].double().unbind(1)
         if not len(margin_B):
             return ReferenceNoise(math.nan, math.nan, math.nan)
         return ReferenceNoise(
@@ -157,7 +158,7 @@ class _Pass:
         error_S2 = torch.full((self._plan.num_states, 2), torch.nan)
         for number, (batch, error_B2) in enumerate(self._batches(self.steps(max_steps))):
             step, accumulation = divmod(number, self._plan.grad_accum)
-            gathered_G2 = self._accelerator.gather(error_B2.where(batch.counts_B[:, None], torch.nan)).cpu()
+            gathered_G2 = self.accelerator.gather(error_B2.where(batch.counts_B[:, None], torch.nan)).cpu()
             positions = [
                 position
                 for rank in range(self._plan.world_size)
@@ -174,33 +175,47 @@ class _Pass:
         family = self._policy.family
         reference = self._policy.reference or self._policy.denoiser
         for batch in self._feed.batches(0, steps):
-            moved = batch.to(self._accelerator.device)
+            moved = batch.to(self.accelerator.device)
             conditioning = condition(self._policy, moved)  # as in training: the text encoders keep their own dtype
-            with self._accelerator.autocast():
+            with self.accelerator.autocast():
                 error_B2 = pair_errors(family, reference, moved, conditioning)
             yield moved, error_B2
 
 
-def write_reference(path: Path, error_S2: torch.Tensor) -> None:
+def _recompute(reference: _Pass, max_steps: int, output: OutputFolder, report: Report) -> torch.Tensor:
+    """The reference's errors in this run's arithmetic, [S, 2], also kept for a run that goes on."""
+    with report.bar(_TITLE, reference.steps(max_steps)) as step_done:
+        error_S2 = reference.recompute(max_steps, step_done)
+    on_main(reference.accelerator, lambda: write_reference(output.reference, error_S2, max_steps))
+    return error_S2
+
+
+def write_reference(path: Path, error_S2: torch.Tensor, max_steps: int) -> None:
     """Keep recomputed errors for a run that goes on, when the model is no longer the reference.
+
+    Args:
+        path: the file.
+        error_S2: of the states that ``max_steps`` steps visit.
+        max_steps: of the run.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
         with atomic_path(path) as temporary:
-            safetensors.torch.save_file({_TENSOR: error_S2}, temporary)
+            safetensors.torch.save_file({_TENSOR: error_S2, _STEPS: torch.tensor(max_steps)}, temporary)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def read_reference(path: Path) -> torch.Tensor:
-    """Read them back: float32 [S, 2].
+def read_reference(path: Path) -> tuple[torch.Tensor, int]:
+    """Read them back, float32 [S, 2], and the number of steps whose states they are of.
 
     Raises:
         UserError: the file is damaged.
     """
     try:
-        return safetensors.torch.load_file(path)[_TENSOR]
+        tensors = safetensors.torch.load_file(path)
+        return tensors[_TENSOR], int(tensors[_STEPS])
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); begin the run anew with --overwrite") from error

@@ -23,7 +23,6 @@ from smpo_trainer.batches import Feed, StateDataset
 from smpo_trainer.buckets import bucket_remark, group_size, make_order
 from smpo_trainer.checkpoints import load_checkpoint
 from smpo_trainer.experiment import Experiment, resolve_experiment
-from smpo_trainer.fsdp import gather
 from smpo_trainer.health import Health
 from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
 from smpo_trainer.launch import describe, make_accelerator
@@ -31,7 +30,7 @@ from smpo_trainer.loop import Trainer
 from smpo_trainer.metrics import METRICS_FILE, MetricsLog, Record, plain
 from smpo_trainer.output import OutputFolder
 from smpo_trainer.plan import Plan
-from smpo_trainer.policy import Policy, load_policy
+from smpo_trainer.policy import LORA_FILE, UNET_FOLDER, Policy, load_policy
 from smpo_trainer.processes import leave, on_main, together
 from smpo_trainer.reference import settle_reference
 from smpo_trainer.remarks import remarks
@@ -67,7 +66,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     identity = on_main(accelerator, lambda: experiment.identity(states_per_step))
     for line in remarks(experiment, states_per_step):
         report.say(line)
-    output = OutputFolder(settings.out, settings.checkpoints_total_limit)
+    output = OutputFolder(settings.out, settings.checkpoints_total_limit, keeps_after_the_end=settings.keep_checkpoints)
     stopped_by = 0
     with ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(hold(settings.out, fcntl.lockf)))
@@ -128,17 +127,16 @@ def _train(
         "warnings": run.health.warnings,
         "metrics": last,
     }
-    weights = gather(policy.denoiser.state_dict(), keep=accelerator.is_main_process)
-    report.say(f"saved {settings.out / on_main(accelerator, lambda: policy.save(settings.out, weights))}")
     on_main(accelerator, lambda: output.finish({**_summary(experiment, policy, plan, identity), **found}))
+    report.say(f"saved {settings.out / (LORA_FILE if policy.lora_rank else UNET_FOLDER)}")
     return 0
 
 
 def _begin(settings: TrainSettings, output: OutputFolder, write_config: Callable[[Path], None]) -> None:
     if settings.overwrite:
         output.clear()
-    elif output.checkpoints.latest() is None:
-        output.forget()
+    else:
+        output.begin()
     write_config(settings.out)
 
 
@@ -196,7 +194,7 @@ class _Run:
     ) -> None:
         self._settings = experiment.settings
         self._trainer = Trainer(experiment, policy, feed.plan, accelerator, bad)
-        self._feed, self._held_out, self._images = feed, held_out, images
+        self._policy, self._feed, self._held_out, self._images = policy, feed, held_out, images
         self._accelerator, self._output = accelerator, output
         self._report, self._identity = report, identity
         self.health = Health(
@@ -216,11 +214,11 @@ class _Run:
         """
         first, last = self._resume(checkpoint) if checkpoint else 0, self._settings.max_steps
         batches = self._feed.batches(first, last)
-        record: Record = {}
         is_main = self._accelerator.is_main_process
         log = together(self._accelerator, lambda: self._open_log(first) if is_main else None)
         for earlier in log.earlier if log else []:
             self.health.look(earlier)
+        record: Record = log.earlier[-1] if log and log.earlier else {}
         if log and len(log.earlier) != first:
             self._report.say(f"WARNING: {METRICS_FILE} holds {len(log.earlier)} of the {first} finished steps")
         if first == 0:
@@ -241,7 +239,7 @@ class _Run:
                         self._report.say(f"WARNING: {warning}")
                     self._draw(step + 1, log)
                     self.stopped_by = self._agree(stop.requested) if step + 1 < last else 0
-                    if self.stopped_by or ((step + 1) % self._settings.save_every == 0 and step + 1 < last):
+                    if self.stopped_by or (step + 1) % self._settings.save_every == 0 or step + 1 == last:
                         self._save(step + 1, log)
                     if self.stopped_by:
                         self._report.say(f"stopped after step {step + 1} of {last}; the same command goes on from here")
@@ -250,7 +248,6 @@ class _Run:
             self._report.stop()
             if log:
                 log.close()
-        self._trainer.finish()
         return record
 
     def _look_at_held_out(self, step: int) -> Record:
@@ -282,9 +279,15 @@ class _Run:
 
     def _resume(self, path: Path) -> int:
         """Go back to a checkpoint; returns the number of finished steps."""
-        checkpoint = together(self._accelerator, lambda: load_checkpoint(path))
+        checkpoint = together(self._accelerator, lambda: load_checkpoint(path, self._policy))
         self._trainer.restore(checkpoint)
-        self._report.say(f"going on after step {checkpoint.step} of {self._settings.max_steps}")
+        settings, before = self._settings, checkpoint.identity["max_steps"]
+        self._report.say(f"going on after step {checkpoint.step} of {settings.max_steps}")
+        if before != settings.max_steps and settings.lr_schedule != "constant":
+            self._report.say(
+                f"--lr-schedule {settings.lr_schedule}: from here on it is that of {settings.max_steps} steps, so far "
+                f"it was that of {before}"
+            )
         return checkpoint.step
 
     def _save(self, step: int, log: MetricsLog | None) -> None:
@@ -293,7 +296,7 @@ class _Run:
         def write() -> None:
             if log:
                 log.sync()
-            self._output.checkpoints.save(checkpoint)
+            self._output.checkpoints.save(checkpoint, self._policy)
 
         on_main(self._accelerator, write)
 

@@ -100,6 +100,7 @@ class TrainSettings:
         validation_guidance_scale: of classifier-free guidance; 1: none.
         save_every: optimizer steps from checkpoint to checkpoint.
         checkpoints_total_limit: how many checkpoints are kept.
+        keep_checkpoints: also of a finished run, which otherwise keeps its last one.
         shuffle_window: states that are shuffled together, at least.
         cache: folder for shards that are fetched from URLs, and for encoded prompts.
         cache_gib: what fetched shards may take there.
@@ -162,6 +163,7 @@ class TrainSettings:
     validation_guidance_scale: float
     save_every: int
     checkpoints_total_limit: int
+    keep_checkpoints: bool
     shuffle_window: int
     cache: Path
     cache_gib: float
