@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,12 +27,21 @@ _SHOWN = (
 without data."""
 
 
+class _Console(Console):
+    """Falls silent where whoever read it is gone (`smpo-train ... | head`): the run goes on, its files say the same."""
+
+    def on_broken_pipe(self) -> None:
+        """See the base class, which would end the program."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class Report:
     """Speaks for the main process only. Between ``start`` and ``stop`` there is a progress bar."""
 
     def __init__(self, *, is_main: bool) -> None:
         self._is_main = is_main
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not is_main)
+        self._console = _Console(highlight=False, soft_wrap=True, quiet=not is_main)
         self._progress = Progress(
             BarColumn(bar_width=_BAR_WIDTH),
             MofNCompleteColumn(),

@@ -27,6 +27,7 @@ from smpo_trainer.health import Health
 from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
 from smpo_trainer.launch import describe, make_accelerator
 from smpo_trainer.loop import Trainer
+from smpo_trainer.memory import memory_in_a_line
 from smpo_trainer.metrics import METRICS_FILE, MetricsLog, Record, plain
 from smpo_trainer.output import OutputFolder
 from smpo_trainer.plan import Plan
@@ -76,7 +77,8 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
         else:
             set_seed(settings.seed)
             # Without the end of its fetches, a run that failed would wait for all of them.
-            with closing(ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))) as store:
+            store = held.enter_context(closing(ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))))
+            with memory_in_a_line(settings, str(accelerator.device)):
                 stopped_by = _train(experiment, identity, store, output, write_config, accelerator, report)
     leave(accelerator)
     if stopped_by:

@@ -1,0 +1,72 @@
+"""A run that finds too little memory: one line with what to try."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from smpo_trainer import loop
+from smpo_trainer.errors import pair_errors
+from smpo_trainer.memory import remedies
+from tests.trainer.helpers import arguments, run_cli
+
+RAN_OUT = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 80 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    MemoryError(),
+)
+
+
+def failing_after(calls: int, error: BaseException) -> object:
+    count = 0
+
+    def fail(*given: object) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise error
+        return pair_errors(*given)
+
+    return fail
+
+
+@pytest.mark.parametrize("error", RAN_OUT, ids=["cuda", "cublas", "cpu", "python"])
+def test_one_line_says_what_to_try(
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    error: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(loop, "pair_errors", failing_after(1, error))
+    options = {"batch_size": 6, "grad_accum": 3, "gradient_checkpointing": True}
+    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **options)) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0
+    assert "cpu" in said
+    for flags in ("--batch-size 3 --grad-accum 6", "--mixed-precision bf16", "--optimizer adafactor"):
+        assert flags in said
+    assert "--gradient-checkpointing" not in said
+
+
+def test_other_errors_keep_their_traceback(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "pair_errors", failing_after(1, RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_cli(monkeypatch, arguments(shards, model, tmp_path / "run"))
+
+
+def test_a_smaller_batch_divides_the_batch() -> None:
+    given = SimpleNamespace(
+        batch_size=9, grad_accum=2, gradient_checkpointing=True, text="cache", reference="auto", lora_rank=4,
+        mixed_precision="bf16", optimizer="adamw",
+    )  # fmt: skip
+    assert remedies(given)[0] == "--batch-size 3 --grad-accum 6"
+    given.batch_size = 1
+    assert not any(remedy.startswith("--") for remedy in remedies(given))
