@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from smpo_models import devices
 from smpo_trainer import launch
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, run_cli
@@ -54,7 +55,7 @@ def test_the_device_and_the_precision_are_said_first(train: Train, capsys: pytes
 def test_where_there_is_a_gpu_the_cpu_must_be_asked_for(
     train: Train, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_DEVICES", tmp_path)
+    monkeypatch.setattr(devices, "_DEVICES", tmp_path)
     train("without", max_steps=1)
     (tmp_path / "nvidiactl").touch()
     train("driver", max_steps=1)

@@ -9,12 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 
+from smpo_models.devices import gpus_are_hidden, no_gpu, refuse_silent_cpu
 from smpo_schemas.errors import UserError
 from smpo_trainer.fsdp import fsdp_plugin
 from smpo_trainer.settings import Device, TrainSettings
@@ -25,8 +25,6 @@ prompts, drawing, writing checkpoints); NCCL's own 10 minutes would end the run.
 
 _PATIENCE_SECONDS = 10.0
 """After which a process says that it waits for the others to start."""
-
-_DEVICES = Path("/dev")
 
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """A process's number, by the launchers that accelerate knows."""
@@ -88,23 +86,19 @@ def _uses_cpu(device: Device | None) -> bool:
         UserError: nobody asked for it, but there is no other choice, although a GPU or a launcher speaks for another.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda: {_no_gpu()}; see docs/deploy.md, or use --device cpu")
+        raise UserError(f"--device cuda: {no_gpu()}; see docs/deploy.md, or use --device cpu")
     if device is not None or torch.accelerator.is_available():
         return device == "cpu"
     # `accelerate launch --cpu`, or GPUs that are hidden on purpose.
-    if parse_flag_from_env("ACCELERATE_USE_CPU") or os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or gpus_are_hidden():
         return True
-    gpu = next(iter(sorted(_DEVICES.glob("nvidia[0-9]*"))), None)
+    refuse_silent_cpu()
     processes = os.environ.get("WORLD_SIZE", "1")
-    if gpu is None and processes == "1":
-        return True
-    there = f"this machine has an NVIDIA GPU ({gpu})" if gpu else f"a launcher started {processes} processes"
-    raise UserError(f"{there}, but {_no_gpu()}; see docs/deploy.md, or use --device cpu")
-
-
-def _no_gpu() -> str:
-    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
-    return f"torch {torch.__version__} ({build}) sees no GPU"
+    if processes != "1":
+        raise UserError(
+            f"a launcher started {processes} processes, but {no_gpu()}; see docs/deploy.md, or use --device cpu"
+        )
+    return True
 
 
 def _require_compiler() -> None:

@@ -59,10 +59,9 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
     million. Nothing is stored; --out, --concurrency, --ray-address and --overwrite may be given, and do nothing.
     """
     from smpo_pipeline.jobs.cluster import check_device, plain_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
-    from smpo_pipeline.planning.plan import PlanOptions, check_gpu, make_plan  # noqa: PLC0415
+    from smpo_pipeline.planning.plan import PlanOptions, make_plan  # noqa: PLC0415
 
     device = check_device(flags["device"])
-    check_gpu(device)
     plain_arithmetic(device)
     settings = inversion_settings(context, device, **{name: flags[name] for name in SETTINGS_FLAGS})
     same = ("model", "unet", "walker", "vae", "variant", "resolution", "seed", "pairs_per_shard", "limit")

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from smpo_models.devices import choose_device, device_in_words
 from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
 from smpo_pipeline.evaluation.generate import Picture, check_generator, denoiser_fingerprint, generate, load_generator
@@ -46,7 +47,8 @@ def run(plan: Plan, console: Console) -> Results:
     Raises:
         UserError: a model or a reward cannot be loaded, or a folder not written.
     """
-    device = _device(plan.device)
+    device = choose_device(plan.device)
+    console.print(f"device: {device_in_words(device)}, models in {plan.settings.dtype}", highlight=False)
     _quiet_libraries()
     # Float32 is float32, as in the workers of `score`: by default cuDNN convolves in TF32.
     torch.backends.cudnn.allow_tf32 = False
@@ -76,15 +78,6 @@ def run(plan: Plan, console: Console) -> Results:
     write_report(plan, results, scores)
     write_results(plan.out, results)
     return results
-
-
-def _device(given: str | None) -> str:
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    if given not in (None, "cpu", here):
-        raise UserError(
-            f"--device {given}: torch {torch.__version__} sees no such device here; leave it out for {here}"
-        )
-    return given or here
 
 
 def _quiet_libraries() -> None:

@@ -21,6 +21,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 
+from smpo_models.devices import choose_device, device_in_words
 from smpo_pipeline.jobs.ledger import SharedLedger
 from smpo_pipeline.jobs.progress import Pace, job_progress
 from smpo_pipeline.jobs.reject_rate import RejectRate
@@ -241,23 +242,30 @@ def plain_arithmetic(device: str) -> None:
 
 
 def check_device(device: str | None, address: str | None = None) -> str:
-    """The device to use: the given one, else a GPU where there is one.
+    """The device to use, which is printed: the given one, else a GPU where there is one.
 
     Args:
         device: as given.
         address: of the cluster whose GPUs count; None: those of this machine.
 
     Raises:
-        UserError: neither ``cpu`` nor ``cuda``, or no cluster answers.
+        UserError: neither ``cpu`` nor ``cuda``, or one that is not to be had; or no cluster answers; or nobody asked
+            for the CPU of a machine with a GPU.
     """
-    if device not in (None, "cpu", "cuda"):
-        raise UserError(f"--device {device}: cpu or cuda")
-    if device is not None:
-        return device
     if address is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    with connected(address):
-        return "cuda" if gpus_there() else "cpu"
+        chosen = choose_device(device)
+        where = device_in_words(chosen)
+    elif device in ("cpu", "cuda"):
+        chosen = where = device
+    elif device is None:
+        with connected(address):
+            there = gpus_there()
+        chosen = "cuda" if there else "cpu"
+        where = f"{chosen} (the cluster has {there} GPUs)"
+    else:
+        raise UserError(f"--device {device}: cpu or cuda")
+    Console(highlight=False).print(f"device: {where}", soft_wrap=True)
+    return chosen
 
 
 def model_pool(device: str, concurrency: int | None, address: str | None, weights: int, units: int) -> Pool:

@@ -42,12 +42,6 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-def check_gpu(device: str) -> None:
-    """Raise UserError where ``device`` is ``cuda`` and this machine has none: a plan is measured here."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU on this machine; plan on a machine like those of the job")
-
-
 class PlanOptions(_Frozen):
     """Everything ``plan`` is told; fields as the command line's flags."""
 
