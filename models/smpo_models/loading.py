@@ -14,7 +14,7 @@ from torch import nn
 import smpo_models.families
 from smpo_models.family import Family
 from smpo_models.lora import LORA_FILE, fuse_lora
-from smpo_models.weights import loading_errors
+from smpo_models.weights import load_part
 from smpo_schemas.discovery import subclasses_in
 from smpo_schemas.errors import UserError
 
@@ -62,8 +62,7 @@ def load_family(
     Raises:
         UserError: the model is missing, incomplete, or of a family that no file here is for.
     """
-    with loading_errors(f"--model {model}"):
-        index: dict[str, Any] = DiffusionPipeline.load_config(model)
+    index: dict[str, Any] = load_part(DiffusionPipeline.load_config, model, f"--model {model}")
     known = families()
     name = index.get("_class_name", "")
     if name not in known:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from smpo_models.hub import require_source
 from smpo_schemas.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +42,8 @@ def loading_errors(what: str) -> Iterator[None]:
 
 def load_part(loader: Callable[..., Any], source: str | None, what: str, **options: Any) -> Any:  # noqa: ANN401
     """``loader(source, **options)`` (a ``from_pretrained``) with errors in one line; ``what`` names the part."""
+    if source:
+        require_source(source, what)
     with loading_errors(what):
         return loader(source, **options)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -25,6 +26,33 @@ _NAMED_PLACES = {"model", "reward"}
 """Flags that take NAME=PATH, or else NAME=ID."""
 
 
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "lr_scheduler": "lr_schedule",
+    "lr_warmup_steps": "warmup_steps",
+    "max_train_steps": "max_steps",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "checkpointing_steps": "save_every",
+    "dataloader_num_workers": "workers",
+    "rank": "lora_rank",
+    "beta_dpo": "beta",
+    "pretrained_model_name_or_path": "model",
+    "output_dir": "out",
+    "num_inference_steps": "steps",
+}
+"""What diffusers' and transformers' training scripts call our flags."""
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The one of ``known`` that is most likely meant by a name that is none of them; None: no guess."""
+    other = _OTHER_NAMES.get(name)
+    if other in known:
+        return other
+    return next(iter(get_close_matches(name, sorted(known), n=1)), None)
+
+
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of this command; flags on the command line still win."""
     if path is None:
@@ -33,13 +61,17 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
-    known = {parameter.name for parameter in context.command.params} - {"config"}
+    known = {str(parameter.name) for parameter in context.command.params} - {"config"}
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold keys and values, as config.yaml of a finished run does")
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(map(str, values)) - known)
     if unknown:
-        raise UserError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(map(str, known)))}")
-    context.default_map = {**(context.default_map or {}), **values}
+        meant = nearest(unknown[0], known)
+        hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(sorted(known))}"
+        raise UserError(f"--config {path}: unknown key {unknown[0]!r}; {hint}")
+    repeatable = {each.name for each in context.command.params if getattr(each, "multiple", False)}
+    lists = {name: [value] for name, value in values.items() if name in repeatable and not isinstance(value, list)}
+    context.default_map = {**(context.default_map or {}), **values, **lists}
     return path
 
 
@@ -90,11 +122,21 @@ def _plain(flag: str, value: Any) -> Any:  # noqa: ANN401  (a command line value
     return value
 
 
-def _multiple_options(app: typer.Typer, arguments: Sequence[str]) -> set[str]:
-    """The flags that may be given more than once of the command that ``arguments`` begin with."""
+def _prepare(app: typer.Typer, arguments: Sequence[str]) -> list[str]:
+    """Arguments for ``app`` from what a user typed.
+
+    Raises:
+        UserError: a flag by the name that other programs have for it.
+    """
     command: Any = typer.main.get_command(app)
     chosen = getattr(command, "commands", {}).get(arguments[0] if arguments else "", command)
-    return {name for parameter in chosen.params if getattr(parameter, "multiple", False) for name in parameter.opts}
+    known = {name for parameter in chosen.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        meant = f"--{_OTHER_NAMES.get(flag[2:].replace('-', '_'), '')}".replace("_", "-")
+        if flag.startswith("--") and flag not in known and meant in known:
+            raise UserError(f"{flag}: no such flag; did you mean {meant}?")
+    multiple = (parameter for parameter in chosen.params if getattr(parameter, "multiple", False))
+    return expand_repeated(arguments, {name for parameter in multiple for name in parameter.opts})
 
 
 def expand_repeated(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
@@ -122,7 +164,7 @@ def run_app(app: typer.Typer) -> None:
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(expand_repeated(sys.argv[1:], _multiple_options(app, sys.argv[1:])))
+        app(_prepare(app, sys.argv[1:]))
     except SystemExit as ended:
         if ended.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             typer.secho("stopped; the same command goes on", err=True)

@@ -140,7 +140,34 @@ def test_mistakes_are_one_line_and_status_2(app, tmp_path, monkeypatch, capsys):
     bad = tmp_path / "bad.yaml"
     bad.write_text("nummer: 3")
     assert run(app, monkeypatch, "--config", str(bad)) == 2
-    assert "unknown key 'nummer'" in capsys.readouterr().err
+    assert "unknown key 'nummer'; did you mean 'number'?" in capsys.readouterr().err
+    bad.write_text("zebra: 3")
+    assert run(app, monkeypatch, "--config", str(bad)) == 2
+    assert "number, pairs" in capsys.readouterr().err
+
+
+def test_a_config_may_name_one_of_several(app, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text("pairs: abc")
+    assert run(app, monkeypatch, "--config", str(config)) == 0
+    assert capsys.readouterr().out == "['abc'] 3\n"
+
+
+def test_names_of_other_programs_are_known(tmp_path, monkeypatch, capsys):
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    def work(lr: float = 1.0, config: ConfigOption = None) -> None:
+        typer.echo(lr)
+
+    config = tmp_path / "mine.yaml"
+    config.write_text("learning_rate: 3")
+    for arguments in (["--config", str(config)], ["--learning-rate", "3"], ["--learning-rate=3"]):
+        assert run(app, monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err
+        assert "learning" in error
+        assert "did you mean" in error
+        assert "lr" in error
 
 
 def test_a_failure_of_storage_is_one_line(app, monkeypatch, capsys):

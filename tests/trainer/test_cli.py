@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,7 +72,11 @@ def test_unet_that_is_the_reference_is_taken_without_a_word(
 
 
 def test_rewards(refused: Refused, tmp_path: Path, model: Path, train: Train) -> None:
-    assert "--reward nothing: --shards holds no such reward; it holds: taste" in refused(reward=["nothing"])
+    error = refused(reward=["nothing"])
+    assert "--reward nothing: --shards holds no such reward; it holds: taste" in error
+    assert "--scores" in error  # where one may be that was scored after the shards were made
+    assert "taste:2" in refused(reward=["taste=2"])
+    assert "--reward taste sharpness" in refused(reward=["taste,sharpness"])
     several = make_shards(tmp_path / "several", model, num_pairs=2, rewards=("taste", "sharpness"))
     assert "holds 2 rewards (taste, sharpness); choose with --reward" in refused(on=several)
     assert "expected NAME or NAME:WEIGHT" in refused(reward=["taste:much"])
@@ -80,6 +85,23 @@ def test_rewards(refused: Refused, tmp_path: Path, model: Path, train: Train) ->
     weights = {k: v["weight"] for k, v in json.loads((out / "training.json").read_text())["rewards"].items()}
     assert weights == {"taste": 2.0, "sharpness": -0.5}
     train("labels", on=several, objective="dpo", max_steps=1)
+
+
+def test_what_an_optimizer_lacks_is_said_before_a_model_is_loaded(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smpo_trainer.run.load_policy", None)
+    assert "--optimizer adamw8bit needs a GPU" in refused(optimizer="adamw8bit")
+    monkeypatch.setattr("smpo_trainer.optimizers._EIGHT_BIT", ("cpu",))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert "bitsandbytes" in refused(optimizer="adamw8bit")
+
+
+def test_what_nobody_asked_for_by_name_is_said(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    train(max_steps=1, lr=None, objective="dpo")
+    said = capsys.readouterr().out
+    for part in ("32 x 32", "20 % are without their prompt", "50 % mirrored", "dpo", "beta 2000", "rate 1e-05"):
+        assert part in said
 
 
 def test_unknown_objective(refused: Refused) -> None:

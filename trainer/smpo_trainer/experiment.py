@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,26 @@ class Experiment:
         if len(self.shards.image_sizes()) == 1:
             return {}
         return {"states of one shape at a time": group_size(states_per_step, self.settings.batch_size)}
+
+    def describe(self, states_per_step: int) -> list[str]:
+        """What is trained on, and how, with what nobody asked for by name: lines for the user."""
+        settings, options = self.settings, self.objective.options
+        made = [directory.manifest.inversion for directory in self.shards.directories]
+        sizes = ", ".join(f"{width} x {height}" for height, width in sorted(self.shards.image_sizes()))
+        pairs = sum(directory.manifest.totals.pairs for directory in self.shards.directories)
+        own = "".join(f", {name} {getattr(options, name)}" for name in options.own())
+        learns_from = "labels"
+        if self.mix:
+            weights = " ".join(f"{name}:{weight:g}" for name, weight in self.mix.preference.weights.items())
+            learns_from = f"--reward {weights} by --preference {settings.preference}"
+        emptied = _percent(each.prompt_dropout for each in made)
+        mirrored = _percent(each.hflip / 2 for each in made)
+        lr = f"{settings.peak_lr(states_per_step):g} ({settings.lr_schedule}, warm-up {settings.warmup_steps} steps)"
+        return [
+            f"shards: {pairs} pairs at {sizes}; of their walks {emptied} are without their prompt, {mirrored} mirrored",
+            f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{own}",
+            f"steps: {settings.max_steps} of {states_per_step} pairs; {settings.optimizer}, learning rate {lr}",
+        ]
 
     def identity(self, states_per_step: int) -> dict[str, Any]:
         """Everything that decides the numbers of a run, by the names that users know (JSON values).
@@ -134,6 +154,10 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     if not experiment.uses_reference and settings.reference == "live":
         say(f"--objective {kind.name} needs no reference: --reference live only serves what is logged")
     return experiment
+
+
+def _percent(shares: Iterable[float]) -> str:
+    return ", ".join(f"{100 * share:g} %" for share in sorted(set(shares)))
 
 
 def _fingerprint(model: str, unet: Path) -> str:

@@ -25,22 +25,28 @@ _EIGHT_BIT = ("cuda",)
 """Devices for which bitsandbytes has 8-bit optimizers; elsewhere it would fail at the first step."""
 
 
-def make_optimizer(
-    settings: TrainSettings, parameters: Sequence[nn.Parameter], peak_lr: float
-) -> torch.optim.Optimizer:
-    """The optimizer that ``--optimizer`` names, over the trained weights.
+def require_optimizer(settings: TrainSettings, device: torch.device) -> None:
+    """Find out whether there can be the optimizer that ``--optimizer`` names, before a model is loaded for it.
 
     Raises:
         UserError: it needs a package that is not installed, or another device.
     """
+    if settings.optimizer == "adamw8bit":
+        if device.type not in _EIGHT_BIT:
+            raise UserError(f"--optimizer adamw8bit needs a GPU, the device is {device.type}; use adamw or adafactor")
+        _bitsandbytes()
+
+
+def make_optimizer(
+    settings: TrainSettings, parameters: Sequence[nn.Parameter], peak_lr: float
+) -> torch.optim.Optimizer:
+    """The optimizer that ``--optimizer`` names, over the trained weights."""
     device = parameters[0].device.type
     common = {"lr": peak_lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adafactor":
         # As in the published SDXL training: a learning rate from outside, not one relative to step and weights.
         return Adafactor(list(parameters), **common, scale_parameter=False, relative_step=False, warmup_init=False)
     if settings.optimizer == "adamw8bit":
-        if device not in _EIGHT_BIT:
-            raise UserError(f"--optimizer adamw8bit needs a GPU, the device is {device}; use adamw or adafactor")
         return _bitsandbytes().optim.AdamW8bit(list(parameters), **common)
     return torch.optim.AdamW(parameters, **common, fused=device in _FUSED)
 

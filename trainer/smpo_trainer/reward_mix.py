@@ -125,7 +125,8 @@ def _weights(
     for name in weights:
         if name not in statistics:
             flag = f"--reward {name}" if name in settings.rewards else f"--calibration has the reward {name}"
-            raise UserError(f"{flag}: {source} holds no such reward; it holds: {listed}")
+            mend = "" if settings.scores else "; a table that has it is named with --scores"
+            raise UserError(f"{flag}: {source} holds no such reward; it holds: {listed}{mend}")
     return weights
 
 

@@ -29,6 +29,7 @@ from smpo_trainer.launch import describe, make_accelerator
 from smpo_trainer.loop import Trainer
 from smpo_trainer.memory import memory_in_a_line
 from smpo_trainer.metrics import METRICS_FILE, MetricsLog, Record, plain
+from smpo_trainer.optimizers import require_optimizer
 from smpo_trainer.output import OutputFolder
 from smpo_trainer.plan import Plan
 from smpo_trainer.policy import LORA_FILE, UNET_FOLDER, Policy, load_policy
@@ -62,10 +63,11 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     accelerator = make_accelerator(settings)
     report = Report(is_main=accelerator.is_main_process)
     report.say(describe(accelerator, settings))
+    together(accelerator, lambda: require_optimizer(settings, accelerator.device))
     experiment = together(accelerator, lambda: resolve_experiment(settings, report.say))
     states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
     identity = on_main(accelerator, lambda: experiment.identity(states_per_step))
-    for line in remarks(experiment, states_per_step):
+    for line in [*experiment.describe(states_per_step), *remarks(experiment, states_per_step)]:
         report.say(line)
     output = OutputFolder(settings.out, settings.checkpoints_total_limit, keeps_after_the_end=settings.keep_checkpoints)
     stopped_by = 0

@@ -209,6 +209,10 @@ def parse_rewards(texts: Sequence[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for text in texts:
         name, colon, number = text.partition(":")
+        if "," in text:
+            raise UserError(f"--reward {text}: several rewards are written --reward {' '.join(text.split(','))}")
+        if "=" in name:
+            raise UserError(f"--reward {text}: a weight is written {text.replace('=', ':')}")
         try:
             weight = float(number) if colon else 1.0
         except ValueError:

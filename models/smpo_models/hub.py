@@ -1,0 +1,35 @@
+"""Models by folder or hub id: whether there can be one by a name, before any library looks for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from smpo_schemas.errors import UserError
+
+
+def require_source(source: str, what: str) -> None:
+    """Refuse what is neither a folder or file nor a hub id that can be had.
+
+    Args:
+        source: as the user gave it.
+        what: starts the error.
+
+    Raises:
+        UserError: there is no such folder, and the hub has no ids like this or is not to be asked.
+    """
+    if Path(source).exists():
+        return
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise UserError(f"{what}: no such folder: {source}") from None
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
+    if constants.HF_HUB_OFFLINE and not cached.is_dir():
+        raise UserError(
+            f"{what}: no such folder: {source}; as a hub id it is not in the cache ({constants.HF_HUB_CACHE}), and "
+            "HF_HUB_OFFLINE=1"
+        )
