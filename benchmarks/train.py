@@ -104,6 +104,7 @@ def published(model: Path, shape: Shape) -> list[float]:
     scheduler = DDIMScheduler.from_pretrained(model, subfolder="scheduler")
     inverse = DDIMInverseScheduler.from_config(scheduler.config)
     inverse.set_timesteps(shape.grid)
+    delta = scheduler.config.num_train_timesteps // shape.grid
     family = load_family(str(model))
     policy, optimizer = _policy(family, fused=False)
     pixels = torch.randn(2 * shape.pairs, 3, 8 * SIDE, 8 * SIDE)
@@ -114,9 +115,9 @@ def published(model: Path, shape: Shape) -> list[float]:
             x0 = mean + std * torch.randn_like(mean)
             seen = _condition(family, shape)
             x = x0
-            for node in [node for node in inverse.timesteps.tolist() if node <= t]:
-                first = _predict(family, policy, x, node, seen)
-                second = _predict(family, policy, inverse.step(first, node, x).prev_sample, node, seen)
+            for node in [node for node in inverse.timesteps.tolist() if node - delta < t]:
+                first = _predict(family, policy, x, node - delta, seen)
+                second = _predict(family, policy, inverse.step(first, node, x).prev_sample, node - delta, seen)
                 x = inverse.step((first + second) / 2, node, x).prev_sample
             level = scheduler.alphas_cumprod[t]
             noise = (x - level.sqrt() * x0) / (1 - level).sqrt()
@@ -239,7 +240,8 @@ def lines_of(turns: list[dict[str, dict[str, float]]], shape: Shape, divide: int
 
     yield f"UNet, VAE and text encoders of {shape.name}'s layout with all widths divided by {divide}, latents"
     yield f"4 x {SIDE} x {SIDE}, float32, {shape.pairs} pairs a batch, {len(turns)} turns; medians, and ratios within"
-    yield f"a turn (lowest .. highest). The published way inverts on {shape.grid} nodes, those below a uniform t."
+    yield f"a turn (lowest .. highest). The published way inverts on {shape.grid} nodes, up to the first that is not"
+    yield "below a uniform t."
     yield "`published` steps with torch's AdamW as it comes, as those scripts do; `ours` and `bare` with the fused one."
     yield f"`invert` is our walk of {STEPS} steps, its seconds for as many states as a training step takes."
     yield ""

@@ -52,6 +52,13 @@ def test_remedies_are_named_once_a_side() -> None:
     assert "high ratio" in high
 
 
+def test_published_timesteps_are_named_before_the_remedies() -> None:
+    _, named, low = health_warnings([band(0.5)], InversionSettings(timesteps="published"))
+    assert "--timesteps jittered" in named
+    assert "--renoise-steps" in low
+    assert health_warnings([band(1.0)], InversionSettings(timesteps="published")) == []
+
+
 @pytest.mark.parametrize(("unconverged", "warned"), [(0, False), (5, False), (6, True)])
 def test_solvers_that_failed_often_are_named(unconverged: int, warned: bool) -> None:
     warnings = health_warnings([band(1.0).model_copy(update={"solved": 100, "unconverged": unconverged})], DEFAULT)

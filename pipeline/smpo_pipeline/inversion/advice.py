@@ -36,6 +36,11 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
         f"{LOWEST_RATIO} .. {HIGHEST_RATIO}: these states are not what the model sees while sampling."
         for band in doubted
     ]
+    if doubted and settings.timesteps == "published":
+        warnings.append(
+            "--timesteps published uses states at timesteps that they do not belong to, which moves the ratio by "
+            "itself; --timesteps jittered does not."
+        )
     if any(band.noise_ratio < LOWEST_RATIO for band in doubted if band.noise_ratio is not None):
         warnings.append(f"Remedies for a low ratio, in this order: {', then '.join(_against_low(settings))}.")
     if any(band.noise_ratio > HIGHEST_RATIO for band in doubted if band.noise_ratio is not None):
