@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import PngImagePlugin
 
 from smpo_pipeline.jobs.invert_unit import InvertActor
 from smpo_pipeline.rewards import Reward
@@ -17,21 +16,19 @@ from tests.pictures import encode, picture
 
 def _marked(mark: str) -> bytes:
     """A picture like any other, but for its note."""
-    note = PngImagePlugin.PngInfo()
-    note.add_text("poison", mark)
-    return encode(picture(), "PNG", pnginfo=note)
+    return encode(picture(), comment=mark.encode(), quality=95)
 
 
 CRASHES, HANGS, OOM_KILLED, FILLS_MEMORY = map(_marked, ("crash", "hang", "killed", "memory"))
 
 _SITE = """
 import ctypes, os, signal
-from PIL.PngImagePlugin import PngImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 
-load = PngImageFile.load
+load = JpegImageFile.load
 
 def poisoned(self):
-    mark = self.info.get("poison")
+    mark = self.info.get("comment", b"").decode()
     if mark == "crash":
         ctypes.string_at(0)
     if mark == "hang":
@@ -42,7 +39,7 @@ def poisoned(self):
         raise MemoryError
     return load(self)
 
-PngImageFile.load = poisoned
+JpegImageFile.load = poisoned
 """
 
 

@@ -6,12 +6,14 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from smpo_pipeline import images
 from smpo_pipeline.images import ImageRejectedError, decode_image, resize_and_crop
 from tests.pictures import all_kinds, encode, picture, rotated, sixteen_bit_grey
+
+SRGB = ImageCms.createProfile("sRGB")
 
 
 @pytest.mark.parametrize("kind", list(all_kinds()))
@@ -106,10 +108,102 @@ def test_a_postscript_file_does_not_start_ghostscript(monkeypatch):
             decode_image(encode(picture(), kind))
 
 
-def test_thirty_two_bits_of_grey_are_read_as_sixteen():
-    values = np.array([[-5, 0, 257, 65535, 70_000]], dtype=np.int32)
-    decoded = decode_image(encode(Image.fromarray(values), "TIFF"))
-    np.testing.assert_array_equal(np.asarray(decoded)[0, :, 0], [0, 0, 1, 255, 255])
+GREY = np.asarray(picture().convert("L"))
+UNSIGNED, SIGNED, FLOAT = 1, 2, 3
+
+
+def tiff(values: bytes, bits: int, kind: int, *, white_is_zero: bool = False) -> bytes:
+    """A grey TIFF of 40 x 30 samples, by hand: Pillow writes few kinds."""
+    entries = {256: 40, 257: 30, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 273: 8, 277: 1, 278: 30}
+    entries |= {279: len(values), 339: kind}
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    directory = struct.pack("<H", len(entries)) + fields + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(values)) + values + directory
+
+
+def twelve_bits(values: np.ndarray) -> bytes:
+    """Two samples in three bytes."""
+    first, second = values.reshape(-1, 2).T.astype(int)
+    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "white", "packed"),
+    [
+        (8, UNSIGNED, 255, "u1"),
+        (12, UNSIGNED, 4095, None),
+        (16, UNSIGNED, 65535, "<u2"),
+        (16, SIGNED, 255, "<i2"),
+        (32, UNSIGNED, 65535, "<u4"),
+        (32, SIGNED, 255, "<i4"),
+        (32, FLOAT, 1, "<f4"),
+        (32, FLOAT, 255, "<f4"),
+    ],
+)
+def test_grey_of_any_depth_is_scaled_to_its_white(bits, kind, white, packed):
+    values = GREY / 255 * white
+    samples = np.rint(values) if kind != FLOAT else values
+    packed_samples = samples.astype(packed).tobytes() if packed else twelve_bits(samples)
+    np.testing.assert_array_equal(np.asarray(decode_image(tiff(packed_samples, bits, kind)))[..., 0], GREY)
+
+
+@pytest.mark.parametrize(("bits", "kind", "packed"), [(8, UNSIGNED, "u1"), (16, UNSIGNED, "<u2"), (32, FLOAT, "<f4")])
+def test_a_negative_is_turned(bits, kind, packed):
+    white = 1 if kind == FLOAT else 2**bits - 1
+    samples = (white - GREY / 255 * white).astype(packed)
+    decoded = np.asarray(decode_image(tiff(samples.tobytes(), bits, kind, white_is_zero=True)))
+    assert np.abs(decoded[..., 0].astype(int) - GREY).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("packed", "values"),
+    [
+        ("<f4", [-0.1, 1]),
+        ("<f4", [0, 1.1]),
+        ("<f4", [0, 300]),
+        ("<f4", [0, np.nan]),
+        ("<f4", [0, np.inf]),
+        ("<i4", [-1, 200]),
+        ("<i4", [0, 1023]),
+        ("<u4", [0, 2**32 - 1]),
+    ],
+)
+def test_grey_whose_white_nobody_knows_is_rejected_not_clipped(packed, values):
+    samples = np.resize(np.array(values, packed), 1200)
+    with pytest.raises(ImageRejectedError, match="white of a 32-bit image unknown"):
+        decode_image(tiff(samples.tobytes(), 32, FLOAT if packed == "<f4" else SIGNED))
+
+
+MODES = {
+    "TIFF": ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"),
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+    "BMP": ("1", "L", "P", "RGB"),
+    "JPEG": ("L", "RGB", "CMYK"),
+    "WEBP": ("RGB", "RGBA"),
+    "GIF": ("P",),
+}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
+def test_what_pillow_opens_in_any_mode_keeps_its_range(kind, mode):
+    """Grey steps from black to white, half transparent where there is transparency."""
+    steps = np.repeat([0, 255] if mode == "1" else [0, 64, 128, 192, 255], 8).astype(np.uint8)
+    grey = Image.fromarray(np.tile(steps, (40, 1)))
+    image = grey.convert("RGB")
+    alpha = mode in ("LA", "PA", "RGBA")
+    if mode == "LAB":
+        image = ImageCms.profileToProfile(image, SRGB, ImageCms.createProfile("LAB"), outputMode="LAB")
+    elif mode == "I;16":
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    else:
+        image = grey.quantize(8).convert(mode) if mode in ("P", "PA") else image.convert(mode)
+    if alpha:
+        image.putalpha(128)
+    data = encode(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.mode == mode
+    expected = 127 + steps[:, None] / 2 if alpha else steps[:, None]
+    assert np.abs(np.asarray(decode_image(data)).astype(float) - expected).max() <= 3
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -123,12 +217,34 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(encoded)
 
 
-def test_text_and_profiles_that_unpack_to_gigabytes_are_rejected():
-    bomb = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 1))
-    for chunk in ((b"zTXt", b"key\0\0" + bomb), (b"iTXt", b"key\0\1\0en\0key\0" + bomb)):
-        with pytest.raises(ImageRejectedError, match="image not readable"):
-            decode_image(png(40, 40, chunk))
-    assert decode_image(png(40, 40)).size == (40, 40)
+def test_what_a_png_carries_besides_its_pixels_is_not_unpacked(monkeypatch):
+    """Whether it is a bomb or what a program that makes images notes of them."""
+    ballast = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 1))
+    chunks = [
+        (b"zTXt", b"workflow\0\0" + ballast),
+        (b"iTXt", b"key\0\1\0en\0key\0" + ballast),
+        (b"iCCP", b"profile\0\0" + ballast),
+        (b"tEXt", b"key\0" + bytes(PngImagePlugin.MAX_TEXT_MEMORY + 1)),
+    ]
+    monkeypatch.setattr(PngImagePlugin, "_safe_zlib_decompress", lambda _: pytest.fail("text was unpacked"))
+    for chunk in chunks:
+        assert decode_image(png(40, 40, chunk)).size == (40, 40)
+    assert decode_image(png(40, 30, *chunks) + b"\xff\xda" * 1000).size == (40, 30)
+
+
+def test_a_png_is_turned_as_its_texts_say():
+    """As ImageMagick and Adobe's programs note what a JPEG's EXIF said."""
+    exif = b"exif\0\0II*\0\x08\0\0\0\1\0" + struct.pack("<HHII", 0x0112, 3, 1, 6) + bytes(4)
+    exif = exif.replace(b"exif", b"Exif")
+    raw = f"\nexif\n{len(exif):8}\n{exif.hex()}\n".encode()
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'
+    notes = [
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        (b"eXIf", exif[6:]),
+    ]
+    for note in notes:
+        assert decode_image(png(40, 30, note)).size == (30, 40), note
 
 
 def test_pixels_are_counted_before_any_is_decoded():
@@ -169,6 +285,43 @@ def test_scans_count_by_the_pixels_that_each_goes_over(monkeypatch):
     assert decode_image(data).size == (40, 30)
     with pytest.raises(ImageRejectedError, match="too slow: 11 scans of 40 x 30"):
         decode_image(data[:end] + data[scan:end] + data[end:])
+
+
+def test_scans_are_counted_up_to_the_end_of_the_image_alone(monkeypatch):
+    """As of a phone's photograph with a film behind it, and a thumbnail before."""
+    monkeypatch.setattr(images, "MAX_SCANNED", 10 * 40 * 30)
+    thumbnail = b"thumb" + b"\xff\xda\0\2" * 50
+    data = encode(picture(), progressive=True)
+    data = data[:2] + b"\xff\xef" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + data[2:]
+    assert decode_image(data + b"film" + b"\xff\xda" * 50).size == (40, 30)
+    mpo = encode(picture(), "MPO", save_all=True, append_images=[picture(seed=seed) for seed in range(20)])
+    assert decode_image(mpo).size == (40, 30)
+
+
+@pytest.mark.parametrize("before", [b"", b"\xff\x02\xff\xff", b"\xff\xd0", b"\xff\x01\xff\xff", b"\xff" * 1000])
+def test_no_scan_hides_behind_a_marker(monkeypatch, before):
+    data = encode(picture(), progressive=True)
+    scan, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    monkeypatch.setattr(images, "MAX_SCANNED", 10 * 40 * 30)
+    with pytest.raises(ImageRejectedError, match="too slow: 11 scans of 40 x 30"):
+        decode_image(data[:end] + before + data[scan:end] + data[end:])
+
+
+def test_markers_between_scans_are_counted():
+    data = encode(picture(), progressive=True)
+    end = data.rfind(b"\xff\xd9")
+    with pytest.raises(ImageRejectedError, match="too slow: a JPEG of more than"):
+        decode_image(data[:end] + b"\xff\xfe\0\2" * 100_000 + data[end:])
+
+
+def test_the_strips_of_a_tiff_have_a_scan_each(monkeypatch):
+    data = encode(picture(400, 300), "TIFF", compression="jpeg", tiffinfo={278: 8})
+    monkeypatch.setattr(images, "MAX_SCANNED", 400 * 304)
+    assert data.count(b"\xff\xda") == 38
+    assert decode_image(data + b"\xff\xda" * 1000).size == (400, 300)
+    monkeypatch.setattr(images, "MAX_SCANNED", 400 * 300 - 1)
+    with pytest.raises(ImageRejectedError, match="too slow"):
+        decode_image(data)
 
 
 @pytest.mark.filterwarnings("error")

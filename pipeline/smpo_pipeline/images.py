@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import MARKER
+from PIL.TiffImagePlugin import TiffImageFile
 
 from smpo_schemas.errors import one_line
 
@@ -35,15 +37,33 @@ MAX_SEGMENTS = 500
 MAX_JUNK = 1_000_000
 """JPEGs with more bytes between their segments are rejected."""
 
+MAX_MARKERS = 10_000
+"""JPEGs with more from the first of their scans on are rejected: those are counted in Python."""
+
 MAX_SCANNED = 2_000_000_000
 """Progressive JPEGs whose scans times their pixels are more are rejected: each scan, of some bytes, goes over the whole
 image. 10 scans are usual."""
 
-_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
+_PNG, _JPEG, _SCAN, _END = b"\x89PNG", b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 _MARKER = re.compile(rb"\xff+[^\xff]", re.DOTALL)
 
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_FULL_SCALE_16 = 65535
+_WITH_LENGTH = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+"""Of a JPEG's markers those that a length follows, and the end."""
+
+_OF_PIXELS = (b"tRNS", b"eXIf")
+"""Chunks of a PNG that the image depends on, besides those that no reader may skip (named with a capital)."""
+
+_TEXT, _EXIF_IN_TEXT = (b"tEXt", b"zTXt", b"iTXt"), (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+
+_DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_WHITES = {"F": (1, 255), "I": (255, 65535)}
+"""Of grey whose depth does not say it: in floating point, in integers of 32 bits or with a sign."""
+
+_BITS, _PHOTOMETRIC, _PARTS, _PART_BYTES = 258, 262, (273, 324), (279, 325)
+"""Tags of a TIFF: strips or tiles."""
+
+_OVERLAP = 2
+"""Bytes of a TIFF's strips or tiles, over those of the file."""
 
 _ROWS = 256
 
@@ -58,26 +78,32 @@ class ImageRejectedError(Exception):
 def decode_image(data: bytes) -> Image.Image:
     """Decode an image file to upright 8-bit RGB.
 
-    The EXIF rotation is applied; transparency is composed over white; 16-bit grey is scaled to 8 bits (a plain
-    conversion would clip it to white); CMYK, palette and grey images are converted. Of an animation, the first frame.
+    The EXIF rotation is applied; transparency is composed over white; grey of more bits is scaled to 8 (a plain
+    conversion would clip it); CMYK, L*a*b*, palette and grey images are converted. Colour profiles are not looked at,
+    nor are they by the published preprocessing. Of an animation, the first frame.
 
     Raises:
-        ImageRejectedError: no image, cut short, above :data:`MAX_PIXELS`, or thinner than :data:`MAX_ASPECT`.
+        ImageRejectedError: no image, cut short, above :data:`MAX_PIXELS`, thinner than :data:`MAX_ASPECT`, or grey of
+            which nobody knows what white is.
     """
     try:
         with warnings.catch_warnings():
             # PIL warns of every odd tag, of which a file can have 60,000. Its warning of large images is replaced by
             # our own limit, checked from the header before any pixel is decoded.
             warnings.simplefilter("ignore")
-            _check_parts(data)
+            if data.startswith(_PNG):
+                data = _without_ballast(data)
+            elif data.startswith(_JPEG):
+                _check_segments(data)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageRejectedError(f"image too large: {width} x {height} pixels, above {MAX_PIXELS}")
                 if max(width, height) > MAX_ASPECT * min(width, height):
                     raise ImageRejectedError(f"image too thin: {width} x {height} pixels, above {MAX_ASPECT} to 1")
-                if _is_jpeg(image) and data.count(_SCAN) * width * height > MAX_SCANNED:
-                    raise ImageRejectedError(f"image too slow: {data.count(_SCAN)} scans of {width} x {height} pixels")
+                scans = _count_scans(image, data)
+                if scans * width * height > MAX_SCANNED:
+                    raise ImageRejectedError(f"image too slow: {scans:.4g} scans of {width} x {height} pixels")
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
@@ -89,53 +115,119 @@ def decode_image(data: bytes) -> Image.Image:
         raise ImageRejectedError(f"image not readable: {type(error).__name__}: {error}") from error
 
 
-def _check_parts(data: bytes) -> None:
-    """Count what a file is made of: Pillow goes through it in Python, which a file can make take minutes.
+def _without_ballast(data: bytes) -> bytes:
+    """What the pixels of a PNG and their rotation depend on: texts and profiles, of any size, are not given to Pillow.
 
     Raises:
-        ImageRejectedError: a PNG has more than :data:`MAX_CHUNKS` chunks, or a JPEG, before its pixels, more than
-            :data:`MAX_SEGMENTS` segments or :data:`MAX_JUNK` bytes between them.
+        ImageRejectedError: it has more than :data:`MAX_CHUNKS` chunks, for each of which Pillow takes its time.
     """
-    if data.startswith(b"\x89PNG"):
-        at = 8
-        for _ in range(MAX_CHUNKS):
-            at += 12 + int.from_bytes(data[at : at + 4])
-            if at >= len(data):
-                return
-        raise ImageRejectedError(f"image too slow: a PNG of more than {MAX_CHUNKS} chunks")
-    if data.startswith(_JPEG):
-        at, junk = len(_JPEG), 0
-        for _ in range(MAX_SEGMENTS):
-            marker = _MARKER.search(data, at)
-            junk += (marker.end() if marker else len(data)) - at - 2
-            if junk > MAX_JUNK:
-                raise ImageRejectedError(f"image too slow: a JPEG with more than {MAX_JUNK} bytes between its segments")
-            if not marker or marker[0].endswith(_SCAN):
-                return
-            *_, handler = MARKER.get(int.from_bytes(marker[0][-2:]), (None,))
-            at = marker.end() + (max(2, int.from_bytes(data[marker.end() : marker.end() + 2])) if handler else 0)
-        raise ImageRejectedError(f"image too slow: a JPEG of more than {MAX_SEGMENTS} segments")
+    kept, at = [data[:8]], 8
+    for _ in range(MAX_CHUNKS):
+        kind, content = data[at + 4 : at + 8], at + 8
+        end = content + int.from_bytes(data[at : at + 4]) + 4
+        exif = kind in _TEXT and data.startswith(_EXIF_IN_TEXT, content)
+        if exif or kind in _OF_PIXELS or not (kind.isalpha() and kind[:1].islower()):
+            kept.append(data[at:end])
+        if kind == b"IEND" or end >= len(data):
+            return b"".join(kept)
+        at = end
+    raise ImageRejectedError(f"image too slow: a PNG of more than {MAX_CHUNKS} chunks")
 
 
-def _is_jpeg(image: Image.Image) -> bool:
-    return image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"
+def _check_segments(data: bytes) -> None:
+    """Count what stands before a JPEG's pixels: Pillow goes through it in Python, which a file can make take minutes.
+
+    Raises:
+        ImageRejectedError: more than :data:`MAX_SEGMENTS` segments or :data:`MAX_JUNK` bytes between them.
+    """
+    at, junk = len(_JPEG), 0
+    for _ in range(MAX_SEGMENTS):
+        marker = _MARKER.search(data, at)
+        junk += (marker.end() if marker else len(data)) - at - 2
+        if junk > MAX_JUNK:
+            raise ImageRejectedError(f"image too slow: a JPEG with more than {MAX_JUNK} bytes between its segments")
+        if not marker or marker[0].endswith(_SCAN):
+            return
+        *_, handler = MARKER.get(int.from_bytes(marker[0][-2:]), (None,))
+        at = marker.end() + (max(2, int.from_bytes(data[marker.end() : marker.end() + 2])) if handler else 0)
+    raise ImageRejectedError(f"image too slow: a JPEG of more than {MAX_SEGMENTS} segments")
+
+
+def _count_scans(image: Image.Image, data: bytes) -> float:
+    """How often a decoder of JPEG goes over the image; what stands in segments or behind the end is not counted.
+
+    Raises:
+        ImageRejectedError: more than :data:`MAX_MARKERS` markers, or a TIFF whose parts overlap.
+    """
+    if image.format in ("JPEG", "MPO"):
+        at = scans = 0
+        for _ in range(MAX_SEGMENTS + MAX_MARKERS):
+            marker = _WITH_LENGTH.search(data, at)
+            if not marker or marker[0] == _END:
+                return scans
+            scans += marker[0] == _SCAN
+            at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2]))
+        raise ImageRejectedError(f"image too slow: a JPEG of more than {MAX_MARKERS} markers")
+    if not isinstance(image, TiffImageFile) or image.info.get("compression") != "jpeg":
+        return 0
+    # Of each strip or tile, which is a JPEG of its own.
+    tags = image.tag_v2
+    starts, sizes = (next((tags[tag] for tag in either if tag in tags), ()) for either in (_PARTS, _PART_BYTES))
+    if sum(sizes) > _OVERLAP * len(data):
+        raise ImageRejectedError("image too slow: the strips of a TIFF overlap")
+    scans = sum(data.count(_SCAN, start, start + size) for start, size in zip(starts, sizes, strict=False))
+    return scans / max(1, len(starts))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT:
-        # A table, since arithmetic on a large image would take several times its memory.
-        scaled = np.rint(np.arange(_FULL_SCALE_16 + 1) / _FULL_SCALE_16 * 255).astype(np.uint8)
-        image = Image.fromarray(scaled[np.clip(np.asarray(image), 0, _FULL_SCALE_16)], mode="L")
+    if image.mode in _DEEP_GREY:
+        image = _eight_bits(image)
     if image.has_transparency_data:
         return _over_white(image)
     return image.convert("RGB")
 
 
-def _over_white(image: Image.Image) -> Image.Image:
-    """Compose over white, some rows at a time: the steps between would take four times a large image's memory."""
-    flat = Image.new("RGB", image.size)
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more bits, scaled so that its white is 255.
+
+    Raises:
+        ImageRejectedError: what its white is can be told neither from its depth nor from its values.
+    """
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    white = _white_of(image) if image.mode in _WHITES else 2 ** tags.get(_BITS, (16,))[0] - 1
+    grey = Image.new("L", image.size)
+    for top, rows in _rows_of(image):
+        scaled = np.clip(np.asarray(rows) / np.float32(white), 0, 1)
+        # Pillow turns negatives of 8 bits alone.
+        scaled = 1 - scaled if tags.get(_PHOTOMETRIC) == 0 else scaled
+        grey.paste(Image.fromarray(np.rint(scaled * 255).astype(np.uint8)), (0, top))
+    return grey
+
+
+def _white_of(image: Image.Image) -> int:
+    """The smaller white that is possible if no value is above it, the larger one if some value is near it."""
+    values = [(part.min(), part.max()) for _, rows in _rows_of(image) for part in [np.asarray(rows)]]
+    low, high = np.min(values), np.max(values)  # NaN where there is one
+    first, second = _WHITES[image.mode]
+    if low >= 0 and high <= first:
+        return first
+    if low >= 0 and second / 16 <= high <= second:
+        return second
+    raise ImageRejectedError(
+        f"white of a 32-bit image unknown: values from {low:g} to {high:g}, expected 0 to {first} or to {second}"
+    )
+
+
+def _rows_of(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Some rows at a time, and the first one's number: steps over a whole image take several times its memory."""
     for top in range(0, image.height, _ROWS):
-        rows = image.crop((0, top, image.width, min(image.height, top + _ROWS))).convert("RGBA")
+        yield top, image.crop((0, top, image.width, min(image.height, top + _ROWS)))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    flat = Image.new("RGB", image.size)
+    for top, part in _rows_of(image):
+        rows = part.convert("RGBA")
         flat.paste(Image.alpha_composite(Image.new("RGBA", rows.size, "white"), rows).convert("RGB"), (0, top))
     return flat
 

@@ -61,7 +61,7 @@ def corpus() -> dict[str, bytes]:
     rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
     frames = [picture(seed=seed) for seed in range(4)]
     animation = {"save_all": True, "append_images": frames[1:], "duration": 50}
-    floats = Image.fromarray(np.linspace(-1, 300, 1200, dtype=np.float32).reshape(30, 40))
+    floats = Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40))
     made = {
         "progressive": encode(picture(), progressive=True, quality=90),
         "restarts": encode(picture(), restart_marker_rows=1),
@@ -83,7 +83,7 @@ def corpus() -> dict[str, bytes]:
         "tiff pages": encode(picture(), "TIFF", save_all=True, append_images=[picture(seed=1)]),
         "tiff big": encode(picture(), "TIFF", big_tiff=True),
         "tiff sixteen": encode(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)), "TIFF"),
-        "tiff thirty-two": encode(Image.fromarray(np.arange(1200, dtype=np.int32).reshape(30, 40)), "TIFF"),
+        "tiff thirty-two": encode(Image.fromarray(np.arange(0, 60_000, 50, dtype=np.int32).reshape(30, 40)), "TIFF"),
         "tiff lab": encode(Image.fromarray(np.asarray(picture()), "LAB"), "TIFF"),
         "ppm": encode(picture(), "PPM"),
         "ico": encode(rgba, "ICO", sizes=[(16, 16)]),
