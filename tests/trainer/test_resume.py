@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import pytest
 
 from smpo_schemas.errors import UserError
 from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.loop import Trainer
 from smpo_trainer.output import OutputFolder
 from smpo_trainer.policy import Policy
 from tests.trainer.conftest import Train
@@ -125,6 +126,35 @@ def test_continued_run_equals_uninterrupted(train: Train, interrupted: Path) -> 
     whole = train("whole", **OPTIONS)
     assert column(interrupted, "step") == [1, 2, 3, 4, 5]
     assert column(interrupted, "loss") == column(whole, "loss")
+
+
+def mapped() -> set[str]:
+    """The files of checkpoints that this process has mapped into its memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {Path(line.split()[-1]).name for line in lines if "/checkpoint-" in line}
+
+
+def test_a_checkpoint_is_mapped_and_let_go(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages are one copy for all processes of a machine; later checkpoints remove the file."""
+    options = {"max_steps": 3, "save_every": 2, "ema_decay": 0.9}
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", dying_after(2))
+        with pytest.raises(AssertionError):
+            train("run", **options)
+    seen: dict[str, set[str]] = {}
+    for name in ("restore", "train_step"):
+        monkeypatch.setattr(Trainer, name, _noting(getattr(Trainer, name), seen))
+    train("run", **options)
+    assert {"optimizer.pt", "weights_in_training.safetensors"} < seen["restore"]
+    assert seen["train_step"] == set()
+
+
+def _noting(method: Callable[..., object], seen: dict[str, set[str]]) -> Callable[..., object]:
+    def noted(self: Trainer, *given: object) -> object:
+        seen[method.__name__] = mapped()
+        return method(self, *given)
+
+    return noted
 
 
 def test_changed_settings_are_refused_by_name(

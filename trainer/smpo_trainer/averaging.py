@@ -54,5 +54,5 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
         """Go back to a checkpoint."""
         self._average.load_state_dict(state)
-        pairs = zip(tensors, self._parameters, strict=True)
-        self._average.shadow_params = [like(tensor, parameter) for tensor, parameter in pairs]
+        for average, tensor, parameter in zip(self.tensors, tensors, self._parameters, strict=True):
+            average.copy_(like(tensor, parameter))

@@ -121,7 +121,7 @@ def read_state(checkpoint: Path) -> tuple[int, dict[str, Any]]:
 
 
 def load_checkpoint(checkpoint: Path, policy: Policy) -> Checkpoint:
-    """Read a checkpoint of ``policy``, all tensors to the CPU.
+    """Read a checkpoint of ``policy``, all tensors on the CPU and mapped: processes of a machine share their memory.
 
     Raises:
         UserError: a file of it is missing or damaged.
@@ -131,7 +131,7 @@ def load_checkpoint(checkpoint: Path, policy: Policy) -> Checkpoint:
         model = policy.read(checkpoint)
         averaged = (checkpoint / _WEIGHTS).is_file()
         weights = safetensors.torch.load_file(checkpoint / _WEIGHTS) if averaged else model
-        optimizer = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, KeyError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{checkpoint} cannot be read ({error}); remove it to go on from the one before, or use --overwrite"

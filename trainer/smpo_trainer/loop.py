@@ -5,6 +5,7 @@ Shape suffixes: B a micro-batch of states, 2 images.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -257,6 +258,9 @@ class Trainer:
         """
         self._policy.load_trained(checkpoint.weights)
         optimizer = checkpoint.optimizer["optimizer"]
+        if self._accelerator.device.type == "cpu":
+            # Where it would stay as it is, mapped from a file that a later checkpoint removes.
+            optimizer = copy.deepcopy(optimizer)
         self._optimizer.load_state_dict(self._cut_up(optimizer) if self._accelerator.is_fsdp2 else optimizer)
         self._schedule.load_state_dict(checkpoint.optimizer["schedule"])
         # The rate at this step of this run's course: that of the checkpoint's run may have been of another length.
