@@ -7,7 +7,7 @@ DEMO := demo
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-fast chaos fuzz lint format bench clean
+.PHONY: help setup demo test test-fast chaos fuzz lint format bench gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -92,6 +92,9 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (hour
 	$(BIN)/python benchmarks/drift.py --work $(DEMO)
 	$(BIN)/python benchmarks/lora.py --work $(DEMO)
 	$(BIN)/python benchmarks/health.py --demo $(DEMO) --work $(DEMO)/health
+
+gpu-acceptance: $(READY) ## Are numbers and rates right on this machine's GPU? (nine minutes; docs/deploy.md)
+	$(BIN)/python benchmarks/gpu_acceptance.py --out gpu-acceptance
 
 clean: ## Remove .venv and the demo's output
 	rm -rf $(VENV) $(DEMO)

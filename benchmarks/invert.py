@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -166,26 +166,31 @@ def measured(program: str, work: Path) -> dict[str, float]:
 def make_inputs(work: Path, count: int) -> None:
     """So many pairs of rendered scenes in Pick-a-Pic columns, and a table of made-up scores for them."""
     stream, scenes = np.random.default_rng(0), all_scenes()
-    rows, scores = [], []
+    rows = []
     for number in range(count):
         scene = scenes[number % len(scenes)]
         images = [_jpeg(render(scene, random_centre(scene, stream))) for _ in range(2)]
         rows.append(
             {"ranking_id": number, "caption": scene.caption, "jpg_0": images[0], "jpg_1": images[1], "label_0": 1.0}
         )
-        made_up = {"pickscore_0": 0.21, "pickscore_1": 0.2}
-        scores.append({"pair_id": str(number), "prompt": scene.caption, "label": 1.0, **made_up})
     pq.write_table(pa.Table.from_pylist(rows), work / "pairs.parquet", row_group_size=PAIRS_A_UNIT)
-    (work / "scores").mkdir()
-    part = write_part(work / "scores" / "scores.parquet", scores, ["pickscore"])
+    make_scores(work / "scores", [row["caption"] for row in rows])
+
+
+def make_scores(path: Path, prompts: Sequence[str]) -> None:
+    """A table of made-up scores for pairs of these prompts, whose ids are their numbers."""
+    made_up = {"label": 1.0, "pickscore_0": 0.21, "pickscore_1": 0.2}
+    scores = [{"pair_id": str(number), "prompt": prompt, **made_up} for number, prompt in enumerate(prompts)]
+    path.mkdir(parents=True)
+    part = write_part(path / "scores.parquet", scores, ["pickscore"])
     statistics = RewardStatistics(
         model="none", fingerprint="none", unit="none", min=0.2, max=0.21, mean=0.2, std=0.01, agreement=None,
         num_labelled=0,
     )  # fmt: skip
     info = ScoresInfo(
-        schema_version=SCORES_VERSION, rewards={"pickscore": statistics}, parts=[part], scored=len(rows), rejected=0
+        schema_version=SCORES_VERSION, rewards={"pickscore": statistics}, parts=[part], scored=len(scores), rejected=0
     )
-    write_scores_info(work / "scores", info)
+    write_scores_info(path, info)
 
 
 def _jpeg(image: np.ndarray) -> bytes:

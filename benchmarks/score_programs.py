@@ -215,17 +215,31 @@ def make_pairs(path: Path, count: int, side: int, images_a_prompt: int = 2) -> P
 
 def make_vit_b(path: Path, seed: int) -> Path:
     """A random CLIP of ViT-B/32's shape (the default of transformers), 224 pixels, 77 tokens."""
+    return make_clip(path, CLIPConfig(), seed)
+
+
+def make_clip(path: Path, config: CLIPConfig, seed: int) -> Path:
+    """Write the folder of a :func:`build_clip`."""
+    for part in build_clip(config, seed):
+        part.save_pretrained(path)
+    return path
+
+
+def build_clip(
+    config: CLIPConfig, seed: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
+    """A random CLIP of this shape, the toy's tokenizer, and what prepares images: all that a reward needs."""
     tokenizer = CLIPTokenizer.from_pretrained(TOY, model_max_length=77)
-    config = CLIPConfig()
     config.text_config.vocab_size = len(tokenizer)
     config.text_config.bos_token_id = tokenizer.bos_token_id
     config.text_config.eos_token_id = tokenizer.eos_token_id
     config.text_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(seed)
-    CLIPModel(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    CLIPImageProcessorPil().save_pretrained(path)
-    return path
+    with torch.device(device):
+        clip = CLIPModel(config)
+    side = config.vision_config.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return clip.to(dtype), tokenizer, processor
 
 
 def run_program(kind: str, pairs: str, *rest: str) -> Cost:

@@ -1,4 +1,4 @@
-"""Random models with the layers of published ones and all widths divided, so that two CPU cores can hold them."""
+"""Random models with the layers of published ones; all widths may be divided, so that two CPU cores can hold them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 _TOKENIZER = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/model/tokenizer"
@@ -39,19 +40,45 @@ SHAPES = {"sd15": Shape("Stable Diffusion 1.5", 5, 2000.0, 2), "sdxl": Shape("St
 
 
 def make_model(path: Path, shape: str, divide: int, side: int) -> None:
-    """Write a pipeline folder.
+    """Write the folder of a :func:`build_model`."""
+    build_model(shape, divide, side).save_pretrained(path)
+
+
+def build_model(
+    shape: str,
+    divide: int,
+    side: int,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    shallow: bool = False,
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A whole pipeline with random weights.
 
     Args:
-        path: of the folder.
         shape: ``sd15`` or ``sdxl``.
         divide: by what all widths are divided.
         side: of the latents, in latent pixels.
+        device: where the weights are drawn; of a full-size model a GPU does it in a second.
+        dtype: to which they are cast.
+        shallow: with one layer in the place of up to ten in SDXL's transformers, and two of up to 32 in its encoders.
     """
     torch.manual_seed(0)
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
     )  # fmt: skip
+    with torch.device(device):
+        pipeline = _pipeline(shape, scheduler, divide, side, shallow)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.to(dtype)
+    return pipeline
+
+
+def _pipeline(
+    shape: str, scheduler: DDIMScheduler, divide: int, side: int, shallow: bool
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     vae = AutoencoderKL(
         block_out_channels=tuple(each // divide for each in (128, 256, 512, 512)),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -61,8 +88,9 @@ def make_model(path: Path, shape: str, divide: int, side: int) -> None:
         norm_num_groups=32 // divide,
         sample_size=8 * side,
     )
-    make = _sd15 if shape == "sd15" else _sdxl
-    make(vae, scheduler, divide, side).save_pretrained(path)
+    if shape == "sd15":
+        return _sd15(vae, scheduler, divide, side)
+    return _sdxl(vae, scheduler, divide, side, shallow)
 
 
 def _sd15(vae: AutoencoderKL, scheduler: DDIMScheduler, divide: int, side: int) -> StableDiffusionPipeline:
@@ -82,7 +110,9 @@ def _sd15(vae: AutoencoderKL, scheduler: DDIMScheduler, divide: int, side: int) 
     )  # fmt: skip
 
 
-def _sdxl(vae: AutoencoderKL, scheduler: DDIMScheduler, divide: int, side: int) -> StableDiffusionXLPipeline:
+def _sdxl(
+    vae: AutoencoderKL, scheduler: DDIMScheduler, divide: int, side: int, shallow: bool
+) -> StableDiffusionXLPipeline:
     pooled, time = 1280 // divide, 256 // divide
     unet = UNet2DConditionModel(
         sample_size=side,
@@ -90,7 +120,7 @@ def _sdxl(vae: AutoencoderKL, scheduler: DDIMScheduler, divide: int, side: int) 
         layers_per_block=2,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-        transformer_layers_per_block=(1, 2, 10),
+        transformer_layers_per_block=(1, 1, 1) if shallow else (1, 2, 10),
         attention_head_dim=(5, 10, 20),
         cross_attention_dim=2048 // divide,
         addition_embed_type="text_time",
@@ -100,8 +130,8 @@ def _sdxl(vae: AutoencoderKL, scheduler: DDIMScheduler, divide: int, side: int) 
         norm_num_groups=32 // divide,
     )
     return StableDiffusionXLPipeline(
-        vae=vae, text_encoder=CLIPTextModel(_text(768 // divide, 12, 12 // divide)),
-        text_encoder_2=CLIPTextModelWithProjection(_text(pooled, 32, 20 // divide)),
+        vae=vae, text_encoder=CLIPTextModel(_text(768 // divide, 2 if shallow else 12, 12 // divide)),
+        text_encoder_2=CLIPTextModelWithProjection(_text(pooled, 2 if shallow else 32, 20 // divide)),
         tokenizer=_tokenizer(), tokenizer_2=_tokenizer(), unet=unet, scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
 

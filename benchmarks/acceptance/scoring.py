@@ -1,0 +1,104 @@
+"""Scoring: how fast the GPU alone is, and how many cores it takes to keep it busy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from score_programs import make_pairs
+
+from acceptance.ceilings import operations
+from acceptance.runner import Report
+from acceptance.world import World
+from smpo_pipeline.decoder import Decoder
+from smpo_pipeline.jobs.chunks import cut_chunks
+from smpo_pipeline.jobs.ledger import Counts
+from smpo_pipeline.jobs.prepare import read_ranges, values_of
+from smpo_pipeline.jobs.score_units import RewardActor
+from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
+
+TURNS = 3
+"""How often the pairs are scored, so that there are chunks for many threads."""
+
+
+def check_scoring(world: World, report: Report) -> None:
+    """ViT-H alone, the reward's actor by threads, decoding by children."""
+    size = world.size
+    pairs = make_pairs(world.work / "scored.parquet", size.score_pairs, size.score_side)
+    decoded = _chunks(pairs)
+    chunks = [_numbered(chunk, turn) for turn in range(TURNS) for chunk in decoded]
+    images = sum(len(values_of(chunk, "height")) for chunk in chunks)
+    actor = RewardActor(
+        f"pickscore={world.model('clip')}", "", world.device.name, "bf16", size.score_batch, Counts(), last=True
+    )
+    actor._fingerprint = actor._reward.fingerprint  # noqa: SLF001  (the driver's, which loads it once more)
+    alone = _tower_rate(world, report, actor)
+    actor(chunks[0])
+    fed = {}
+    for threads in size.threads:
+        fed[threads] = images / _seconds(actor, chunks, threads)
+        report.note(**{f"actor, {threads} threads: images/s": fed[threads]})
+    report.note(share_of_the_device_that_is_busy=max(fed.values()) / alone)
+    files = [row[name] for row in pq.read_table(pairs).to_pylist() for name in ("jpg_0", "jpg_1")]
+    rates = {}
+    for children in size.children:
+        rates[children] = _decoding_rate(files, children)
+        report.note(**{f"decoding, {children} children: images/s": rates[children]})
+    each = rates[size.children[0]], fed[size.threads[0]] / size.threads[0]
+    report.note(cores_a_device_needs=sum(alone / rate for rate in each))
+
+
+def _tower_rate(world: World, report: Report, actor: RewardActor) -> float:
+    """Images a second of the reward's image tower on ready tensors, in bfloat16."""
+    clip, count = actor._reward._clip, world.size.score_batch  # noqa: SLF001
+    side = clip.config.vision_config.image_size
+    pixels = torch.randn(count, 3, side, side, device=world.device.name)
+    half, rates = lambda: torch.autocast(world.device.name, torch.bfloat16), {}
+    for name, context in (("fp32", nullcontext), ("bf16", half)):
+
+        @torch.no_grad()
+        def run(context: Callable[[], object] = context) -> None:
+            with context():
+                clip.get_image_features(pixel_values=pixels)
+
+        rates[name] = count / world.device.seconds(run)
+        report.note(**{f"tower {name}: images/s": rates[name]})
+    ceiling = world.notes.get("rates", {}).get("mm half")
+    least = ceiling and 0.8 * ceiling * count / operations(run)
+    report.judge("tower bf16: images/s", rates["bf16"] if least else None, least=least or 0.0, on_cpu=False)
+    return rates["bf16"]
+
+
+def _chunks(pairs: object) -> list[pa.Table]:
+    """The pairs of a Parquet file, decoded, as the actor is given them."""
+    files = list_pair_files([pairs])
+    columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
+    (ranges,) = slice_files(files, files[0].rows, None)
+    return list(cut_chunks(0, read_ranges(ranges, [columns[part.path] for part in ranges])))
+
+
+def _numbered(chunk: pa.Table, unit: int) -> pa.Table:
+    """As one of another unit: two threads at one chunk would look like a worker that died of it."""
+    return chunk.set_column(chunk.schema.get_field_index("unit"), "unit", pa.array([unit]))
+
+
+def _seconds(actor: RewardActor, chunks: Sequence[pa.Table], threads: int) -> float:
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(actor, chunks))
+    return time.perf_counter() - began
+
+
+def _decoding_rate(files: Sequence[bytes], children: int) -> float:
+    """Files a second; the children are started before."""
+    decoders = [Decoder() for _ in range(children)]
+    with ThreadPoolExecutor(children) as pool:
+        list(pool.map(lambda decoder: decoder.decode(files[0]), decoders))
+        began = time.perf_counter()
+        list(pool.map(lambda part: [decoders[part].decode(file) for file in files[part::children]], range(children)))
+        return len(files) / (time.perf_counter() - began)
