@@ -201,7 +201,7 @@ def test_a_later_models_mistake_is_found_before_anything_is_sampled(
     save_file({f"{name}.lora_down.weight": torch.zeros(2, 8), f"{name}.lora_up.weight": torch.zeros(8, 2)}, kohya)
     for changes, words in (
         ({"models": [base, f"flow={flow}"]}, "its scheduler, FlowMatchEulerDiscreteScheduler, has no beta schedule"),
-        ({"models": [base, "tuned=runs/mistyped"]}, "--model tuned=runs/mistyped cannot be loaded"),
+        ({"models": [base, "tuned=runs/mistyped"]}, "--model tuned=runs/mistyped(: no such folder| cannot be loaded)"),
         ({"models": [base, f"tuned={larger}"]}, "latents differ in shape"),
         ({"models": [base, f"inpainting={nine}"]}, "its UNet takes 9 channels and gives 4"),
         ({"models": [base, f"kohya={kohya}"]}, "--model kohya=.*kohya.safetensors.*down_blocks.7"),
@@ -250,6 +250,7 @@ def test_headline_and_table(plan_of: PlanMaker) -> None:
     ("arguments", "words"),
     [
         (["--model", "a={nothing}"], "is neither a folder"),
+        (["--model", "a=owner/not-here"], "no such folder: owner/not-here; as a hub id it is not in the cache"),
         (["--model", "a={base}", "b={base}", "a={tuned}"], "two models are called 'a'"),
         (["--model", "a={base}", "--reward", "nosuch"], "no reward is called 'nosuch'"),
         (["--model", "a={base}", "--prompts", "{empty}"], "holds no prompt"),
@@ -257,8 +258,9 @@ def test_headline_and_table(plan_of: PlanMaker) -> None:
     ],
 )
 def test_wrong_use_is_one_line(
-    models: dict[str, Path], prompts: Path, tmp_path: Path, arguments: list[str], words: str
+    models: dict[str, Path], prompts: Path, tmp_path: Path, monkeypatch, arguments: list[str], words: str
 ) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty.txt").write_text("")
     names = {**models, "nothing": tmp_path / "nothing", "empty": tmp_path / "empty.txt"}
     given = [argument.format(**names) for argument in arguments]

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smpo_models.devices import choose_device, device_in_words
+from smpo_models.hub import require_source
 from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
 from smpo_pipeline.evaluation.generate import Picture, check_generator, denoiser_fingerprint, generate, load_generator
@@ -52,8 +53,11 @@ def run(plan: Plan, console: Console) -> Results:
     _quiet_libraries()
     # Float32 is float32, as in the workers of `score`: by default cuDNN convolves in TF32.
     torch.backends.cudnn.allow_tf32 = False
-    for whole in dict.fromkeys([plan.base, *(model.source for model in plan.models if model.kind == "pipeline")]):
-        if whole and (remark := variant_remark(whole, plan.settings.variant)):
+    wholes = {plan.base: f"--base {plan.base}"} if plan.base else {}
+    wholes |= {each.source: f"--model {each.name}={each.source}" for each in plan.models if each.kind == "pipeline"}
+    for whole, what in wholes.items():
+        require_source(whole, what)
+        if remark := variant_remark(whole, plan.settings.variant):
             console.print(remark, highlight=False, soft_wrap=True)
     # Before the hours of sampling: a reward or a later model that cannot be loaded is found out first.
     shapes = {model.name: check_generator(model, plan.base, plan.settings) for model in plan.models}
