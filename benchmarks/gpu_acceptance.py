@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--shape", default="full", choices=("full", "tiny"), help="size of models and data")
     parser.add_argument("--budget", type=float, default=510.0, help="seconds; the checks' own budgets are parts of it")
-    parser.add_argument("--work", type=Path, help="folder for models and runs, about 40 GB; default: a temporary one")
+    parser.add_argument("--work", type=Path, help="folder for models and runs, about 50 GB; default: a temporary one")
     arguments = parser.parse_args()
     import torch  # noqa: PLC0415  (the budget counts its seconds)
 

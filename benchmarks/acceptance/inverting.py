@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
 
 import pyarrow as pa
 import torch
+from torch import nn
 
 from acceptance.arithmetic import distance
 from acceptance.ceilings import roofline
@@ -110,20 +111,23 @@ def _finite(found: dict[str, torch.Tensor]) -> bool:
 
 
 class Split:
-    """While entered, the device's seconds inside the denoiser, the VAE and the text encoders of a model."""
+    """While entered, the device's seconds inside the denoisers, the VAE and the text encoders of a model."""
 
-    def __init__(self, world: World, family: Family) -> None:
-        self._device, self._family = world.device, family
+    def __init__(self, world: World, family: Family, denoisers: Iterable[nn.Module]) -> None:
+        self._device, self._family, self._denoisers = world.device, family, list(denoisers)
         self._marks: dict[str, list[tuple[Any, Any]]] = {"UNet": [], "VAE": [], "text": []}
 
     def __enter__(self) -> Self:
         family, begun = self._family, []
-        self._hooks = [
-            family.denoiser.register_forward_pre_hook(lambda *_: begun.append(self._device.mark())),
-            family.denoiser.register_forward_hook(
-                lambda *_: self._marks["UNet"].append((begun.pop(), self._device.mark()))
-            ),
-        ]
+
+        def begin(*_call: object) -> None:
+            begun.append(self._device.mark())
+
+        def end(*_call: object) -> None:
+            self._marks["UNet"].append((begun.pop(), self._device.mark()))
+
+        self._hooks = [each.register_forward_pre_hook(begin) for each in self._denoisers]
+        self._hooks += [each.register_forward_hook(end) for each in self._denoisers]
         self._before = family.posterior, family.encode_text
         family.posterior = self._marked("VAE", family.posterior)
         family.encode_text = self._marked("text", family.encode_text)
@@ -191,7 +195,7 @@ def _timed(
     """Seconds by the clock and by part of a batch."""
     requests = [(pair, 0) for pair in pairs]
     world.device.synchronize()
-    with Split(world, family) as split:
+    with Split(world, family, [family.denoiser]) as split:
         began = time.perf_counter()
         inverter.invert(requests)
         world.device.synchronize()
@@ -256,7 +260,7 @@ def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, 
     for row in rows:
         world.device.synchronize()
         began = time.perf_counter()
-        with Split(world, actor._family) as split:  # noqa: SLF001
+        with Split(world, actor._family, [actor._family.denoiser]) as split:  # noqa: SLF001
             records.append(UnitRecord.model_validate_json(actor(row)["record"][0].as_py()))
         clocks.append(time.perf_counter() - began)
         splits.append(split.seconds())

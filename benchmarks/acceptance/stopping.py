@@ -42,7 +42,7 @@ def check_resume(world: World, report: Report) -> None:
     with around_steps(stop), patch.object(run._Run, "_save", _timed(run._Run._save, "writing", costs)):  # noqa: SLF001
         records, status = train(world, "sd15", out, *flags)
     report.judge("steps when it was stopped", len(records), least=size.stop_after, most=size.stop_after)
-    report.note(status=status)
+    report.judge("exit status of the stopped run", status, least=128 + signal.SIGTERM, most=128 + signal.SIGTERM)
     files = [file for folder in out.glob("checkpoint-*") for file in folder.rglob("*") if file.is_file()]
     written = sum(file.stat().st_size for file in files)
     report.note(checkpoint_GB=written / 1e9, writing_seconds=costs["writing"])

@@ -22,8 +22,10 @@ from acceptance.arithmetic import random_states
 from acceptance.ceilings import operations
 from acceptance.runner import Report
 from acceptance.world import GIB, World, conditioned, known_fingerprints
+from smpo_models.family import Conditioning
 from smpo_models.loading import fuse_lora
 from smpo_trainer import utilization
+from smpo_trainer.batches import StateBatch
 from smpo_trainer.cli import app
 from smpo_trainer.errors import pair_errors
 from smpo_trainer.loop import Trainer
@@ -100,6 +102,7 @@ class Bare:
 
     def __init__(self, world: World, shape: str, *, lora: int = 0) -> None:
         self._world, self._shape = world, shape
+        self._ready: dict[int, tuple[StateBatch, Conditioning]] = {}
         self._family = world.load(shape, ("denoiser", "text"))
         self._seen = conditioned(world, self._family, shape, 1)
         self._family.text_modules = ()
@@ -118,8 +121,10 @@ class Bare:
 
     def gradient(self, pairs: int) -> None:
         """Forward and backward."""
-        seen = self._seen[torch.zeros(2 * pairs, dtype=torch.int64, device=self._world.device.name)]
-        batch = random_states(self._world, self._shape, pairs)
+        if pairs not in self._ready:
+            rows = torch.zeros(2 * pairs, dtype=torch.int64, device=self._world.device.name)
+            self._ready[pairs] = random_states(self._world, self._shape, pairs), self._seen[rows]
+        batch, seen = self._ready[pairs]
         with torch.autocast(self._world.device.name, torch.bfloat16):
             error_B2 = pair_errors(self._family, self.denoiser, batch, seen)
         nn.functional.softplus(2000 * (error_B2[:, 0] - error_B2[:, 1])).mean().backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -58,6 +58,7 @@ class Size:
         score_batch: images of a call of ViT-H.
         threads: of the reward's actor; children: that decode.
         sampling: steps, prompts and images a prompt of an evaluation.
+        plan_seconds: for which `plan` measures.
     """
 
     divide: int = 1
@@ -157,14 +158,14 @@ class World:
     def model(self, shape: str) -> Path:
         """The folder of a model."""
         if shape != "sd15":
-            self.wait_for_others()
+            if self._others is None:
+                raise RuntimeError("SDXL and ViT-H were not made")
+            self._others.result()
         return self.work / shape
 
     def wait_for_others(self) -> None:
-        """Until the thread that writes SDXL and ViT-H is done."""
-        if self._others is None:
-            raise RuntimeError("SDXL and ViT-H were not made")
-        self._others.result()
+        """Until the thread that writes SDXL and ViT-H, where there is one, leaves the device and the disk alone."""
+        wait([each for each in (self._others,) if each])
 
     def make_first_model(self) -> None:
         """Write SD 1.5, pairs and scores."""
