@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from smpo_pipeline.rewards import load_reward
+from smpo_pipeline.rewards import load_reward, parse_reward
 from smpo_schemas.errors import UserError
 from tests.rewards.helpers import assert_independent, batch
 from tests.tiny import make_tiny_clip, make_tiny_model
@@ -50,9 +50,13 @@ def test_the_fingerprint_is_of_the_weights(folder, tmp_path):
 
 
 def test_wrong_use_is_one_line(folder, tmp_path):
+    with pytest.raises(UserError, match=r"--reward pickscore:1: write --reward pickscore;"):
+        parse_reward("pickscore:1")
+    with pytest.raises(UserError, match=r"--reward pickscore clipscore$"):
+        parse_reward("pickscore,clipscore")
     with pytest.raises(UserError, match=r"no reward is called 'pikscore'; known: .*pickscore"):
         load_reward("pikscore", "cpu")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=f"no such folder: {tmp_path / 'nothing'}"):
         load_reward(f"pickscore={tmp_path / 'nothing'}", "cpu")
     model = make_tiny_model(tmp_path / "sd")
     with pytest.raises(UserError, match=r"is a 'clip_text_model' model|cannot be loaded"):

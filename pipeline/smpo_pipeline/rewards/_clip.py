@@ -46,8 +46,7 @@ class ClipCosineReward(Reward):
     def __init__(self, model: str | None, device: str) -> None:
         self.model = model or str(self.default_model)
         what = f"--reward {self.name}={self.model}"
-        with loading_errors(what):
-            kind = AutoConfig.from_pretrained(self.model).model_type
+        kind = load_part(AutoConfig.from_pretrained, self.model, what).model_type
         if kind != "clip":
             raise UserError(f"{what} is a {kind!r} model; {self.name} needs a transformers CLIPModel")
         source = self.processor_model if self.model == self.default_model and self.processor_model else self.model
