@@ -25,6 +25,10 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _BY_FILE = "by this file alone"
 
 
+class _HeldByFileError(Exception):
+    """The file is the lock, and was there."""
+
+
 @contextmanager
 def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
     """Hold ``directory`` (made where it is missing) for this run.
@@ -46,7 +50,7 @@ def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
         raise UserError(
             f"{directory} is being written by another run ({holder_of(path)}): wait for it, or take another --out"
         ) from None
-    except FileExistsError:
+    except _HeldByFileError:
         raise UserError(
             f"{path}: another run ({holder_of(path)}) writes here, or was killed, which cannot be told without the "
             "file system's locks: wait for it, or, if it is gone, remove that file"
@@ -78,14 +82,14 @@ def _lock_current(path: Path, lock: Callable[[int, int], object]) -> int:
     """Lock the file that stands at ``path``: who had it before may have removed it while we were opening it.
 
     Raises:
-        FileExistsError: it is the lock itself, another run's or a killed one's.
+        _HeldByFileError: it is the lock itself, another run's or a killed one's.
     """
     while True:
         descriptor, created = _open(path)
         try:
             by_file = not _locked(descriptor, lock)
             if not created and (by_file or is_lock(descriptor)):
-                raise FileExistsError
+                raise _HeldByFileError
             if _is_at(path, descriptor):
                 how = f", {_BY_FILE}" if by_file else ""
                 os.ftruncate(descriptor, 0)

@@ -40,24 +40,47 @@ def invert(
     context: typer.Context,
     pairs: opt.PairsOption,
     scores: Annotated[
-        str, typer.Option("--scores", metavar="DIR|URL", help="Output of `smpo-pipeline score` for these pairs.")
+        str,
+        typer.Option(
+            "--scores",
+            metavar="DIR|URL",
+            callback=opt.existing("--scores"),
+            help="Output of `smpo-pipeline score` for these pairs.",
+        ),
     ],
-    model: Annotated[str, typer.Option("--model", help="Text-to-image model to align: hub id or diffusers folder.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            callback=opt.folder_or_hub_id("--model"),
+            help="Text-to-image model to align: hub id or diffusers folder.",
+        ),
+    ],
     out: opt.OutOrUrlOption,
     unet: Annotated[
         Path | None,
-        typer.Option(help="The reference, where it is not the model's own denoiser.", rich_help_panel=_MODEL),
+        typer.Option(
+            callback=opt.existing("--unet"),
+            help="The reference, where it is not the model's own denoiser.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     walker: Annotated[
         Path | None,
         typer.Option(
+            callback=opt.existing("--walker"),
             help="Denoiser that carries the images along, for a second round: a folder, or a LoRA of smpo-train on top "
             "of the reference; default: the reference.",
             rich_help_panel=_MODEL,
         ),
     ] = None,
     vae: Annotated[
-        str | None, typer.Option(help="VAE in place of the model's own: hub id or folder.", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option(
+            callback=opt.folder_or_hub_id("--vae"),
+            help="VAE in place of the model's own: hub id or folder.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     variant: opt.VariantOption = None,
     resolution: Annotated[

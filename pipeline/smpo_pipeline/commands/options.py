@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +12,68 @@ import typer
 from smpo_schemas.errors import UserError
 from smpo_schemas.store import parse_path
 
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def existing(flag: str) -> Callable[[Any], Any]:
+    """A callback for flags whose paths must be there; URLs are asked for later, and None is none.
+
+    Raises:
+        UserError: nothing is at a path.
+    """
+
+    def check(given: Any) -> Any:  # noqa: ANN401  (whatever the flag holds)
+        for text in given if isinstance(given, (list, tuple)) else [given]:
+            path = None if text is None else parse_path(str(text))
+            if isinstance(path, Path) and not path.exists():
+                raise UserError(f"{flag} {text} does not exist")
+        return given
+
+    return check
+
+
+def folder_or_hub_id(flag: str) -> Callable[[str | None], str | None]:
+    """A callback for models: what is no folder must at least look like an id of the hub.
+
+    Raises:
+        UserError: it is neither.
+    """
+
+    def check(given: str | None) -> str | None:
+        if given is not None and not Path(given).is_dir() and not _HUB_ID.fullmatch(given):
+            raise UserError(f"{flag} {given}: no such folder, and no hub id (OWNER/NAME)")
+        return given
+
+    return check
+
+
+def _writable(given: Any) -> Any:  # noqa: ANN401  (a path, a URL or None)
+    """Refuse an output directory that cannot be one, before the work that it is for."""
+    path = None if given is None else parse_path(str(given))
+    if isinstance(path, Path):
+        file = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
+        if file:
+            raise UserError(f"--out {path}: {file} is a file; name a folder")
+    return given
+
+
+def _known_rewards(given: list[str]) -> list[str]:
+    from smpo_pipeline.rewards import check_reward  # noqa: PLC0415  (its entry points take time)
+
+    return [check_reward(spec) for spec in given]
+
+
+def _known_device(given: str | None) -> str | None:
+    if given not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {given}: cpu or cuda")
+    return given
+
+
 PairsOption = Annotated[
     list[str],
     typer.Option(
         "--pairs",
+        callback=existing("--pairs"),
         metavar="PATH|URL",
         help="Parquet or JSONL files, or folders of them (links are followed, hidden names left out), one row a pair. "
         "Pick-a-Pic v2's columns are known.",
@@ -34,16 +94,29 @@ def local_path(text: str) -> Path:
 
 
 OutOption = Annotated[
-    Path, typer.Option("--out", metavar="DIR", parser=local_path, help="Output directory; made where it is missing.")
+    Path,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        parser=local_path,
+        callback=_writable,
+        help="Output directory; made where it is missing.",
+    ),
 ]
 OutOrUrlOption = Annotated[
     str,
-    typer.Option("--out", metavar="DIR|URL", help="Output directory; made where it is missing. URLs: docs/storage.md."),
+    typer.Option(
+        "--out",
+        metavar="DIR|URL",
+        callback=_writable,
+        help="Output directory; made where it is missing. URLs: docs/storage.md.",
+    ),
 ]
 RewardsOption = Annotated[
     list[str],
     typer.Option(
         "--reward",
+        callback=_known_rewards,
         help="NAME, NAME=MODEL (hub id, folder or file) or your own MODULE:CLASS, repeatable, for example pickscore or "
         "pickscore=./my-pickscore. Which there are and what each says: docs/rewards.md.",
     ),
@@ -90,6 +163,7 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device",
+        callback=_known_device,
         help="cpu or cuda; default: cuda where this machine (with --ray-address: the cluster) has a GPU.",
         rich_help_panel=RUNNING,
     ),

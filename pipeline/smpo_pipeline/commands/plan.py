@@ -30,6 +30,7 @@ ScoresOption = Annotated[
     typer.Option(
         "--scores",
         metavar="DIR|URL",
+        callback=opt.existing("--scores"),
         help="Output of `score`: which rewards the shards will carry; default: one.",
         rich_help_panel=_PLAN,
     ),

@@ -7,16 +7,19 @@ import inspect
 import pkgutil
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from smpo_pipeline.rewards.base import Needs, Reward, checked_scores
+from smpo_schemas.commandline import nearest
 from smpo_schemas.errors import UserError
 
-__all__ = ["Needs", "Reward", "checked_scores", "load_reward", "parse_reward", "reward_classes"]
+__all__ = ["Needs", "Reward", "check_reward", "checked_scores", "load_reward", "parse_reward", "reward_classes"]
 
 _GROUP = "smpo.rewards"
+_NUMBER = re.compile(r"[0-9.]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -38,14 +41,47 @@ def _entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=_GROUP)}
 
 
+def check_reward(spec: str) -> str:
+    """``spec``, if it can name a reward as :func:`parse_reward` reads it; nothing is imported for that.
+
+    Raises:
+        UserError: no reward has this name, or what follows it is no model.
+    """
+    name, equals, model = spec.partition("=")
+    known = sorted({*_file_names(), *_entry_points()})
+    if name not in known and (":" not in name or name.partition(":")[0] in known):
+        raise UserError(f"--reward {spec}: {_no_reward(name, known)}")
+    if equals and not model:
+        raise UserError(f"--reward {spec}: no model follows; without the = it is the reward's own")
+    if _NUMBER.fullmatch(model) and not Path(model).exists():
+        raise UserError(f"--reward {spec}: no model is here; weights of rewards are smpo-train's (--reward {name}:{model})")
+    return spec
+
+
+def _no_reward(name: str, known: Sequence[str]) -> str:
+    """Why ``name`` is no reward's, and what may be meant."""
+    if set(name.split(",")) <= {*known}:
+        return f"one reward each: --reward {name.replace(',', ' ')}"
+    if name.partition(":")[0] in known:
+        return "weights of rewards are smpo-train's; here NAME or NAME=MODEL"
+    meant = nearest(name, known)
+    hint = f"did you mean {meant}? " if meant else ""
+    return f"no reward is called {name!r}; {hint}known: {', '.join(known)}, or your own as MODULE:CLASS"
+
+
+def _file_names() -> set[str]:
+    """Names of this folder's rewards, by its files."""
+    files = {file.name for file in pkgutil.iter_modules(__path__) if not file.name.startswith("_")}
+    return {name.replace("_", "-") for name in files - {"base"}}
+
+
 def parse_reward(spec: str) -> tuple[type[Reward], str | None]:
     """Split ``NAME``, ``NAME=MODEL``, ``MODULE:CLASS`` or ``MODULE:CLASS=MODEL`` into class and model (None: default).
 
     Raises:
-        UserError: no reward has this name, or what has it is no reward.
+        UserError: no reward has this name, or what has it is no reward; or what follows it is no model.
     """
-    name, _, model = spec.partition("=")
-    offered = _entry_points()
+    name, _, model = check_reward(spec).partition("=")
     if name in reward_classes():
         kind = reward_classes()[name]
     elif "," in name:
@@ -54,13 +90,10 @@ def parse_reward(spec: str) -> tuple[type[Reward], str | None]:
         raise UserError(f"--reward {spec}: write --reward {name.partition(':')[0]}; weights are for smpo-train")
     elif ":" in name:
         kind = _checked(_import(name), f"--reward {spec}")
-    elif name in offered:
-        kind = _checked(_import(offered[name].value), f"--reward {spec}")
+    else:
+        kind = _checked(_import(_entry_points()[name].value), f"--reward {spec}")
         if kind.name != name:
             raise UserError(f"--reward {spec}: the package's class calls itself {kind.name!r}; both names must agree")
-    else:
-        known = ", ".join(sorted({*reward_classes(), *offered}))
-        raise UserError(f"--reward {spec}: no reward is called {name!r}; known: {known}, or your own as MODULE:CLASS")
     return kind, model or None
 
 
