@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from smpo_pipeline.commands.options import local_path
+from smpo_pipeline.commands.options import local_path, writable
 from smpo_schemas.calibration import CALIBRATION_FILE, write_calibration
 from smpo_schemas.errors import UserError
 from smpo_schemas.scores import SCORES_FILE
@@ -25,6 +25,7 @@ def calibrate(
         typer.Option(
             metavar="FILE",
             parser=local_path,
+            callback=writable("--out", file=True),
             help=f"What to write, .json; default: {CALIBRATION_FILE} in the scores' folder.",
         ),
     ] = None,

@@ -20,6 +20,7 @@ from smpo_pipeline.commands.options import (
     PromptColumn,
     columns_by_field,
     local_path,
+    writable,
 )
 from smpo_pipeline.inspection.recognise import recognise
 from smpo_schemas.scores import read_scores, read_scores_info
@@ -32,7 +33,10 @@ def inspect(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="PNG for the contact sheet. Default: inspect-NAME.png in the current folder."),
+        typer.Option(
+            callback=writable("--out", file=True),
+            help="PNG for the contact sheet. Default: inspect-NAME.png in the current folder.",
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=0, help="Pairs or walks on the sheet; 0 for none. Default: 12 pairs, 4 walks.")

@@ -52,7 +52,7 @@ def invert(
         str,
         typer.Option(
             "--model",
-            callback=opt.folder_or_hub_id("--model"),
+            callback=opt.model_source("--model"),
             help="Text-to-image model to align: hub id or diffusers folder.",
         ),
     ],
@@ -77,7 +77,7 @@ def invert(
     vae: Annotated[
         str | None,
         typer.Option(
-            callback=opt.folder_or_hub_id("--vae"),
+            callback=opt.model_source("--vae"),
             help="VAE in place of the model's own: hub id or folder.",
             rich_help_panel=_MODEL,
         ),

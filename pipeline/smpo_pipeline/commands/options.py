@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,6 @@ import typer
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.store import parse_path
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def existing(flag: str) -> Callable[[Any], Any]:
@@ -32,33 +29,46 @@ def existing(flag: str) -> Callable[[Any], Any]:
     return check
 
 
-def folder_or_hub_id(flag: str) -> Callable[[str | None], str | None]:
-    """A callback for models: what is no folder must at least look like an id of the hub.
+def model_source(flag: str) -> Callable[[str | None], str | None]:
+    """A callback for models: folders, or ids of the hub.
 
     Raises:
-        UserError: it is neither.
+        UserError: see :func:`smpo_models.hub.require_source`.
     """
 
     def check(given: str | None) -> str | None:
-        if given is not None and not Path(given).is_dir() and not _HUB_ID.fullmatch(given):
-            raise UserError(f"{flag} {given}: no such folder, and no hub id (OWNER/NAME)")
+        if given is not None:
+            from smpo_models.hub import require_source  # noqa: PLC0415  (keeps --help quick)
+
+            require_source(given, f"{flag} {given}")
         return given
 
     return check
 
 
-def _writable(given: Any) -> Any:  # noqa: ANN401  (a path, a URL or None)
-    """Refuse an output directory that cannot be one, before the work that it is for."""
-    path = None if given is None else parse_path(str(given))
-    if isinstance(path, Path):
-        file = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
-        if file:
-            raise UserError(f"--out {path}: {file} is a file; name a folder")
-    return given
+def writable(flag: str, *, file: bool = False) -> Callable[[Any], Any]:
+    """A callback for what is written at the end: a folder, or a file, that can be at the path given; None is none.
+
+    Raises:
+        UserError: something else is there, or above it.
+    """
+
+    def check(given: Any) -> Any:  # noqa: ANN401  (a path, a URL or None)
+        path = None if given is None else parse_path(str(given))
+        if isinstance(path, Path):
+            if file and path.is_dir():
+                raise UserError(f"{flag} {path} is a folder; name a file")
+            above = path.parents if file else (path, *path.parents)
+            wrong = next((each for each in above if each.exists() and not each.is_dir()), None)
+            if wrong:
+                raise UserError(f"{flag} {path}: {wrong} is no folder")
+        return given
+
+    return check
 
 
 def _known_rewards(given: list[str]) -> list[str]:
-    from smpo_pipeline.rewards import check_reward  # noqa: PLC0415  (its entry points take time)
+    from smpo_pipeline.rewards import check_reward  # noqa: PLC0415  (keeps --help quick)
 
     return [check_reward(spec) for spec in given]
 
@@ -66,6 +76,11 @@ def _known_rewards(given: list[str]) -> list[str]:
 def _known_device(given: str | None) -> str | None:
     if given not in (None, "cpu", "cuda"):
         raise UserError(f"--device {given}: cpu or cuda")
+    return given
+
+
+def _valid_batch_size(given: str) -> str:
+    parse_batch_size(given)
     return given
 
 
@@ -99,7 +114,7 @@ OutOption = Annotated[
         "--out",
         metavar="DIR",
         parser=local_path,
-        callback=_writable,
+        callback=writable("--out"),
         help="Output directory; made where it is missing.",
     ),
 ]
@@ -108,7 +123,7 @@ OutOrUrlOption = Annotated[
     typer.Option(
         "--out",
         metavar="DIR|URL",
-        callback=_writable,
+        callback=writable("--out"),
         help="Output directory; made where it is missing. URLs: docs/storage.md.",
     ),
 ]
@@ -146,6 +161,7 @@ AutoBatchSizeOption = Annotated[
     str,
     typer.Option(
         "--batch-size",
+        callback=_valid_batch_size,
         help="Walks a model call, or auto: the largest that fits on the GPU; on CPU the one from which on doubling "
         "gains less than 5 %.",
         rich_help_panel=RUNNING,

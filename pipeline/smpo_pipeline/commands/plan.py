@@ -48,7 +48,12 @@ SecondsOption = Annotated[
 FileOption = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", parser=opt.local_path, help="Write the plan as JSON, too.", rich_help_panel=_PLAN
+        "--json",
+        metavar="FILE",
+        parser=opt.local_path,
+        callback=opt.writable("--json", file=True),
+        help="Write the plan as JSON, too.",
+        rich_help_panel=_PLAN,
     ),
 ]
 

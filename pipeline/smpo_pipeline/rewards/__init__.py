@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from smpo_models.hub import require_source
 from smpo_pipeline.rewards.base import Needs, Reward, checked_scores
 from smpo_schemas.commandline import nearest
 from smpo_schemas.errors import UserError
@@ -51,11 +52,17 @@ def check_reward(spec: str) -> str:
     known = sorted({*_file_names(), *_entry_points()})
     if name not in known and (":" not in name or name.partition(":")[0] in known):
         raise UserError(f"--reward {spec}: {_no_reward(name, known)}")
-    if equals and not model:
+    if equals and name in _file_names():  # what others take as their MODEL is theirs
+        _check_model(spec, name, model)
+    return spec
+
+
+def _check_model(spec: str, name: str, model: str) -> None:
+    if not model:
         raise UserError(f"--reward {spec}: no model follows; without the = it is the reward's own")
     if _NUMBER.fullmatch(model) and not Path(model).exists():
-        raise UserError(f"--reward {spec}: no model is here; weights of rewards are smpo-train's (--reward {name}:{model})")
-    return spec
+        raise UserError(f"--reward {spec}: {model} is no model; weights of rewards are smpo-train's ({name}:{model})")
+    require_source(model, f"--reward {spec}")
 
 
 def _no_reward(name: str, known: Sequence[str]) -> str:

@@ -1,0 +1,91 @@
+"""Mistakes in flags that several commands share are found before torch, Ray or a model is loaded."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from smpo_pipeline.rewards import _file_names, reward_classes
+from tests.command import assert_one_line, run_here
+
+HEAVY = ("smpo_pipeline.jobs.cluster", "smpo_pipeline.evaluation.run", "smpo_pipeline.calibration")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Runs a command that cannot import what is heavy, with flags that are right where ``flags`` do not say others."""
+    for module in HEAVY:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.chdir(tmp_path)
+    for name in ("pairs", "scores", "model", "clip"):
+        (tmp_path / name).mkdir()
+    for name in ("file", "prompts.txt"):
+        (tmp_path / name).write_text("a cat")
+    pairs = {"--pairs": "pairs", "--out": "out"}
+    invert = pairs | {"--scores": "scores", "--model": "model"}
+    right = {
+        "score": pairs | {"--reward": "pickscore=clip"},
+        "invert": invert,
+        "plan": invert,
+        "evaluate": {"--model": "a=model", "--prompts": "prompts.txt", "--reward": "pickscore=clip", "--out": "out"},
+        "toy": {"--out": "out"},
+        "calibrate": {"--scores": "scores"},
+    }
+
+    def run(command, flags):
+        return run_here(
+            capfd, "smpo-pipeline", command, *(each for flag in (right[command] | flags).items() for each in flag)
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("pickscor", "mean pickscore?"),
+        ("toy_truth", "mean toy-truth?"),
+        ("pickscore=", "="),
+        ("pickscore,clipscore", "--reward pickscore clipscore"),
+        ("pickscore:1", "smpo-train"),
+        ("pickscore=1", "smpo-train"),
+        ("pickscore=nowhere/at/all", "no such folder"),
+    ],
+)
+def test_a_reward_that_is_none(run, command, spec, hint):
+    assert_one_line(run(command, {"--reward": spec}), f"--reward {spec}", hint)
+
+
+@pytest.mark.parametrize(
+    ("commands", "flag", "value"),
+    [
+        (("score", "invert", "plan"), "--pairs", "nowhere"),
+        (("invert", "plan"), "--scores", "nowhere"),
+        (("invert", "plan"), "--model", "no/such/folder"),
+        (("invert", "plan"), "--vae", "no/such/folder"),
+        (("invert", "plan"), "--unet", "nowhere"),
+        (("invert", "plan"), "--walker", "nowhere"),
+        (("score", "invert", "evaluate", "toy"), "--out", "file"),
+        (("score", "invert", "evaluate", "toy"), "--out", "file/below"),
+        (("score", "invert", "plan", "evaluate"), "--device", "gpu"),
+        (("invert", "plan"), "--batch-size", "many"),
+        (("plan",), "--json", "file/below.json"),
+        (("plan",), "--json", "pairs"),
+        (("calibrate",), "--out", "file/below.json"),
+    ],
+)
+def test_what_is_not_there_or_cannot_be(run, commands, flag, value):
+    for command in commands:
+        assert_one_line(run(command, {flag: value}), flag, value)
+
+
+def test_what_is_right_goes_on_to_what_is_heavy(run):
+    for command in ("score", "invert", "plan"):
+        with pytest.raises(ImportError, match="cluster"):
+            run(command, {})
+
+
+def test_rewards_are_called_as_their_files():
+    assert _file_names() == set(reward_classes())
