@@ -9,7 +9,7 @@ program in a process of its own:
 Of each, the seconds inside the denoiser's forwards over those of the clock, both from the end of the first unit on. In
 the first, libraries still set themselves up.
 
-    python benchmarks/invert.py [--turns N]
+    python benchmarks/invert.py [--device cpu|cuda] [--turns N]
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from clock import now
 from page import stamp, write_section
 from PIL import Image
 
@@ -62,9 +62,9 @@ def timed(work: Callable[..., Any], note: Callable[[float], None]) -> Callable[.
     """The same function, which tells ``note`` how many seconds each call took."""
 
     def call(*arguments: object) -> Any:  # noqa: ANN401  (whatever it returns)
-        began = time.perf_counter()
+        began = now()
         found = work(*arguments)
-        note(time.perf_counter() - began)
+        note(now() - began)
         return found
 
     return call
@@ -84,10 +84,10 @@ class TimedActor(InvertActor):
         self._family.condition = timed(self._family.condition, partial(self._add, "text encoder"))
 
     def _begin(self, *_call: object) -> None:
-        self._began = time.perf_counter()
+        self._began = now()
 
     def _end(self, *_call: object) -> None:
-        self._add("denoiser", time.perf_counter() - self._began)
+        self._add("denoiser", now() - self._began)
 
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] += seconds
@@ -97,23 +97,23 @@ class TimedActor(InvertActor):
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         record = super().__call__(row)
         with self._notes.open("a") as file:
-            print(json.dumps({"end": time.perf_counter(), **self.seconds}), file=file)
+            print(json.dumps({"end": now(), **self.seconds}), file=file)
         return record
 
 
-def options_of(work: Path, out: Path) -> InvertOptions:
+def options_of(work: Path, out: Path, device: str) -> InvertOptions:
     """What `invert` is told."""
     return InvertOptions(
         pairs=[work / "pairs.parquet"], scores=work / "scores", model=str(ASSETS / "model"), out=out / "shards",
         unet=None, walker=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0,
-        pairs_per_shard=PAIRS_A_UNIT, shard_bytes=None, batch_size=BATCH, device="cpu", concurrency=1, ray_address=None,
-        limit=None, max_reject_rate=0.0, overwrite=False,
+        pairs_per_shard=PAIRS_A_UNIT, shard_bytes=None, batch_size=BATCH, device=device, concurrency=1,
+        ray_address=None, limit=None, max_reject_rate=0.0, overwrite=False,
     )  # fmt: skip
 
 
-def run_actor(work: Path, out: Path) -> float:
+def run_actor(work: Path, out: Path, device: str) -> float:
     """The actor's loop; there is nothing to finish."""
-    options = options_of(work, out)
+    options = options_of(work, out, device)
     files = list_pair_files(options.pairs)
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
     units = slice_files(files, PAIRS_A_UNIT, None)
@@ -137,23 +137,23 @@ def run_actor(work: Path, out: Path) -> float:
     return 0.0
 
 
-def run_job(work: Path, out: Path) -> float:
+def run_job(work: Path, out: Path, device: str) -> float:
     """The whole job; returns the seconds that rejects, index and manifest took."""
     seconds: list[float] = []
     for name in ("write_rejects", "write_index", "write_manifest"):
         setattr(job, name, timed(getattr(job, name), seconds.append))
     job.InvertActor = TimedActor
-    job.invert(options_of(work, out))
+    job.invert(options_of(work, out, device))
     return sum(seconds)
 
 
-def measured(program: str, work: Path) -> dict[str, float]:
+def measured(program: str, work: Path, device: str) -> dict[str, float]:
     """Run a program in this process: seconds by the clock and of each kind of work, first unit and start left out."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        began = time.perf_counter()
-        finishing = {"actor": run_actor, "job": run_job}[program](work, out)
-        whole = time.perf_counter() - began
+        began = now()
+        finishing = {"actor": run_actor, "job": run_job}[program](work, out, device)
+        whole = now() - began
         first, *rest = [json.loads(line) for line in (out / "units.jsonl").read_text().splitlines()]
     found = {name: sum(unit[name] for unit in rest) for name in rest[0] if name != "end"}
     clock = rest[-1]["end"] - first["end"] + finishing
@@ -199,9 +199,9 @@ def _jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def measure(program: str, work: Path) -> dict[str, float]:
+def measure(program: str, work: Path, device: str) -> dict[str, float]:
     """Run a program in a process of its own."""
-    command = [sys.executable, __file__, "--measure", program, "--work", str(work)]
+    command = [sys.executable, __file__, "--measure", program, "--work", str(work), "--device", device]
     # Ray makes its workers nice; beside other work, the job would then be compared to a loop that is not.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -215,7 +215,7 @@ def measure(program: str, work: Path) -> dict[str, float]:
 # The page
 
 
-def page(turns: list[dict[str, dict[str, float]]]) -> str:
+def page(turns: list[dict[str, dict[str, float]]], device: str) -> str:
     """The section of docs/benchmarks.md."""
     pairs = PAIRS_A_UNIT * (UNITS - 1)
 
@@ -234,7 +234,8 @@ def page(turns: list[dict[str, dict[str, float]]]) -> str:
     lines = [f"| {name} | {spread('actor', share(name))} | {spread('job', share(name))} |" for name in named]
     wanted = "; ".join(f"{program} {target}" for program, target in TARGETS.items())
     rates = ", ".join(f"{program} {spread(program, lambda found: pairs / found['clock'], 2)}" for program in TARGETS)
-    return f"""{stamp("python benchmarks/invert.py", ("torch", "diffusers", "transformers", "ray"))}
+    libraries = ("torch", "diffusers", "transformers", "ray")
+    return f"""{stamp(f"python benchmarks/invert.py --device {device}", libraries, device=device)}
 
 The embedded world's model and pictures ({SIDE} pixels), float32, batches of {BATCH} walks, {UNITS} units of
 {PAIRS_A_UNIT} pairs with one actor, every setting at its default: {FORWARDS_A_PAIR} forwards of one image a pair, and
@@ -256,16 +257,20 @@ def main() -> None:
     """Run everything, or one program where --measure names it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measured(arguments.measure, arguments.work)))
+        print(json.dumps(measured(arguments.measure, arguments.work, arguments.device)))
         return
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), PAIRS_A_UNIT * UNITS)
-        turns = [{program: measure(program, Path(folder)) for program in TARGETS} for _ in range(arguments.turns)]
-    write_section("Inversion", page(turns))
+        turns = [
+            {program: measure(program, Path(folder), arguments.device) for program in TARGETS}
+            for _ in range(arguments.turns)
+        ]
+    write_section("Inversion" + (" on a GPU" if arguments.device == "cuda" else ""), page(turns, arguments.device))
 
 
 if __name__ == "__main__":

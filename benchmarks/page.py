@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from smpo_models.devices import device_in_words
 from smpo_schemas.files import write_bytes
 
 BENCHMARKS = Path(__file__).parents[1] / "docs/benchmarks.md"
 _TITLE = "# Benchmarks\n\nRatios are taken within one run; rates of one run say little of another machine.\n"
 
 
-def stamp(command: str, libraries: Sequence[str], cores: int = os.cpu_count() or 1) -> str:
+def stamp(command: str, libraries: Sequence[str], cores: int = os.cpu_count() or 1, device: str = "cpu") -> str:
     """The command, the date, the machine and the versions, as two lines of a page that this program writes."""
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
     today = dt.datetime.now(dt.UTC).date()
     machine = f"{cores} CPU core{'s' if cores > 1 else ''} ({platform.machine()})"
+    if device != "cpu":
+        machine = f"{device_in_words(device)}, {machine}"
     return (
         f"Made by `{command}` on {today}: {machine},\n"
         f"Python {platform.python_version()}, {versions}. Do not edit by hand."

@@ -12,7 +12,7 @@ hold it):
 
 Each is measured in a process of its own, in turns; ratios are taken within a turn.
 
-    python benchmarks/train.py [--shape sd15|sdxl] [--divide 4] [--turns 3]
+    python benchmarks/train.py [--shape sd15|sdxl] [--divide 4] [--device cpu|cuda] [--turns 3]
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from clock import now
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from page import stamp, write_section
 from shapes import SHAPES, Shape, make_model
@@ -99,15 +99,15 @@ def make_shards(path: Path, model: Path, walks: int) -> None:
 # The measured programs: seconds of their steps
 
 
-def published(model: Path, shape: Shape) -> list[float]:
+def published(model: Path, shape: Shape, device: str) -> list[float]:
     """Seconds of one step at each fifth of the timesteps: the mean over them is that over a uniform t."""
+    family = load_family(str(model), device=device)
     scheduler = DDIMScheduler.from_pretrained(model, subfolder="scheduler")
     inverse = DDIMInverseScheduler.from_config(scheduler.config)
     inverse.set_timesteps(shape.grid)
     delta = scheduler.config.num_train_timesteps // shape.grid
-    family = load_family(str(model))
     policy, optimizer = _policy(family, fused=False)
-    pixels = torch.randn(2 * shape.pairs, 3, 8 * SIDE, 8 * SIDE)
+    pixels = torch.randn(2 * shape.pairs, 3, 8 * SIDE, 8 * SIDE, device=device)
 
     def step(t: int) -> None:
         with torch.no_grad():
@@ -127,12 +127,12 @@ def published(model: Path, shape: Shape) -> list[float]:
     return [_timed(lambda t=t: step(t)) for t in (100, 100, 300, 500, 700, 900)][1:]
 
 
-def bare(model: Path, shape: Shape) -> list[float]:
+def bare(model: Path, shape: Shape, device: str) -> list[float]:
     """Seconds of forward, backward and AdamW, as the trainer has it, on ready tensors."""
-    family = load_family(str(model))
+    family = load_family(str(model), device=device)
     policy, optimizer = _policy(family, fused=True)
-    x, noise = torch.randn(2, 2 * shape.pairs, 4, SIDE, SIDE)
-    seen, reference_error = _condition(family, shape), torch.ones(2 * shape.pairs)
+    x, noise = torch.randn(2, 2 * shape.pairs, 4, SIDE, SIDE, device=device)
+    seen, reference_error = _condition(family, shape), torch.ones(2 * shape.pairs, device=device)
 
     def step() -> None:
         _update(optimizer, _error(_predict(family, policy, x, 500, seen), noise), reference_error, shape)
@@ -140,9 +140,9 @@ def bare(model: Path, shape: Shape) -> list[float]:
     return [_timed(step) for _ in range(6)][1:]
 
 
-def invert(model: Path, shape: Shape) -> list[float]:
+def invert(model: Path, shape: Shape, device: str) -> list[float]:
     """Seconds of inversion for as many states as a training step takes: images to samples, without warm-up."""
-    family = load_family(str(model))
+    family = load_family(str(model), device=device)
     inverter = Inverter(family, family.denoiser, InversionSettings(), seed=0)
     stream, side = np.random.default_rng(0), 8 * SIDE
 
@@ -157,10 +157,11 @@ def invert(model: Path, shape: Shape) -> list[float]:
     return [_timed(lambda: inverter.invert([(each, 0) for each in pairs])) / STEPS]
 
 
-def ours(model: Path, shape: Shape, shards: Path, out: Path) -> tuple[list[float], float]:
+def ours(model: Path, shape: Shape, device: str, shards: Path, out: Path) -> tuple[list[float], float]:
     """Seconds of smpo-train's steps, and the share of them that waited for data, in percent."""
     shutil.rmtree(out, ignore_errors=True)
     command = [Path(sys.executable).parent / "smpo-train", "--shards", shards, "--model", model, "--out", out]
+    command += ["--device", device]
     options = ["--max-steps", 7, "--batch-size", shape.pairs, "--warmup-steps", 0, "--lr", 1e-8, "--beta", shape.beta]
     subprocess.run([*map(str, command), *map(str, options)], check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
@@ -184,7 +185,7 @@ def _condition(family: Family, shape: Shape) -> Conditioning:
 
 
 def _predict(family: Family, denoiser: nn.Module, x: torch.Tensor, t: int, seen: Conditioning) -> torch.Tensor:
-    return family.denoise(denoiser, x, torch.full((len(x),), t), seen)
+    return family.denoise(denoiser, x, torch.full((len(x),), t, device=x.device), seen)
 
 
 def _error(output: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -194,7 +195,7 @@ def _error(output: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 def _update(optimizer: torch.optim.Optimizer, error: torch.Tensor, reference: torch.Tensor, shape: Shape) -> None:
     (error_0, error_1), (ref_0, ref_1) = error.chunk(2), reference.chunk(2)
     margin = -(shape.beta / 2) * ((error_0 - error_1) - (ref_0 - ref_1))
-    preference = torch.full((shape.pairs,), 0.4)
+    preference = torch.full((shape.pairs,), 0.4, device=error.device)
     functional.softplus(-GAMMA * (2 * preference - 1) * margin).mean().backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
@@ -202,27 +203,37 @@ def _update(optimizer: torch.optim.Optimizer, error: torch.Tensor, reference: to
 
 
 def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = now()
     work()
-    return time.perf_counter() - started
+    return now() - started
 
 
 def measure(program: str, arguments: argparse.Namespace, work: Path) -> dict[str, float]:
     """Run one program in a process of its own: mean seconds of a step, peak GiB, and its data wait in percent."""
     command = [sys.executable, __file__, "--measure", program, "--work", str(work), "--shape", arguments.shape]
+    command += ["--device", arguments.device]
     said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     return json.loads(said.splitlines()[-1])
 
 
-def _measured(program: str, shape: Shape, work: Path) -> dict[str, float]:
+def _measured(program: str, shape: Shape, device: str, work: Path) -> dict[str, float]:
+    # Float32 is float32 in all of them, as in our programs.
+    torch.backends.cudnn.allow_tf32 = False
     model, wait, whose = work / "model", 0.0, resource.RUSAGE_SELF
     if program == "ours":
-        seconds, wait = ours(model, shape, work / "shards", work / "run")
+        seconds, wait = ours(model, shape, device, work / "shards", work / "run")
         whose = resource.RUSAGE_CHILDREN
     else:
-        seconds = {"published": published, "bare": bare, "invert": invert}[program](model, shape)
+        seconds = {"published": published, "bare": bare, "invert": invert}[program](model, shape, device)
     peak = resource.getrusage(whose).ru_maxrss / 2**20
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30 if program != "ours" else _peak_of_training(work / "run")
     return {"seconds": sum(seconds) / len(seconds), "gib": peak, "wait": wait}
+
+
+def _peak_of_training(out: Path) -> float:
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return max(record["memory_gib"] for record in records)
 
 
 # The page
@@ -271,13 +282,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="sd15", choices=SHAPES)
     parser.add_argument("--divide", type=int, default=4, choices=(1, 2, 4))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Of all programs.")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     if arguments.measure:
-        print(json.dumps(_measured(arguments.measure, shape, arguments.work)))
+        print(json.dumps(_measured(arguments.measure, shape, arguments.device, arguments.work)))
         return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -287,9 +299,12 @@ def main() -> None:
         for turn in range(arguments.turns):
             turns.append({each: measure(each, arguments, work) for each in ("published", "ours", "bare", "invert")})
             print(turn, json.dumps(turns[-1]), flush=True)
-    command = f"python benchmarks/train.py --shape {arguments.shape} --divide {arguments.divide}"
-    text = stamp(f"{command} --turns {arguments.turns}", ("torch", "diffusers", "transformers", "accelerate"))
-    title = f"Training step: {shape.name}"
+    command = (
+        f"python benchmarks/train.py --shape {arguments.shape} --divide {arguments.divide} --device {arguments.device}"
+    )
+    libraries = ("torch", "diffusers", "transformers", "accelerate")
+    text = stamp(f"{command} --turns {arguments.turns}", libraries, device=arguments.device)
+    title = f"Training step: {shape.name}" + (" on a GPU" if arguments.device == "cuda" else "")
     write_section(title, "\n".join([text, "", *lines_of(turns, shape, arguments.divide)]))
 
 

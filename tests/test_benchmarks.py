@@ -1,0 +1,57 @@
+"""On a GPU the benchmarks compare a GPU with a GPU, by a clock that waits for it."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a program of the folder, which is no package."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in ("clock", "page", "shapes", "train", "invert"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("program", ["published", "bare", "invert", "ours"])
+def test_every_program_of_a_training_step_is_on_the_device_that_is_named(program, load, monkeypatch, tmp_path):
+    train, asked = load("train"), []
+
+    class Begun(Exception):
+        pass
+
+    def load_family(_model, *, device):
+        asked.append(device)
+        raise Begun
+
+    def run(command, **_options):
+        asked.append(command[command.index("--device") + 1])
+        raise Begun
+
+    monkeypatch.setattr(train, "load_family", load_family)
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(Begun):
+        train._measured(program, train.SHAPES["sd15"], "cuda", tmp_path)
+    assert asked == ["cuda"]
+
+
+def test_the_job_of_an_inversion_is_on_the_device_that_is_named(load, tmp_path):
+    assert load("invert").options_of(tmp_path, tmp_path, "cuda").device == "cuda"
+
+
+@pytest.mark.parametrize("module", ["train", "invert"])
+def test_the_clock_waits_for_the_gpu(module, load, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("waited"))
+    assert load(module).now() > 0
+    assert waited == ["waited"]
