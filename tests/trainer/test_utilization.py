@@ -14,7 +14,7 @@ from torch import nn
 
 from smpo_models.family import Conditioning
 from smpo_models.loading import load_family
-from smpo_trainer import launch
+from smpo_trainer import launch, utilization
 from smpo_trainer.policy import Policy, add_lora
 from smpo_trainer.utilization import Utilization, operations
 from tests.tiny import LATENT_SHAPE
@@ -94,6 +94,26 @@ def test_the_share_of_a_known_peak(model: Path, train: Train, monkeypatch: pytes
     for record in metrics(out):
         seconds = 6 / record["pairs_per_second"]
         assert record["mfu_percent"] == pytest.approx(100 * of_row * 12 / (seconds * 1e12), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tf32", "peak"), [("bf16", False, 165.2e12), ("no", True, 82.6e12), ("no", False, 82.6e12)]
+)
+def test_the_peak_of_a_card_by_its_arithmetic(
+    precision: str, tf32: bool, peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.backends, "cuda", SimpleNamespace(matmul=SimpleNamespace(allow_tf32=tf32)))
+    accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision=precision)
+    assert Utilization.of(None, accelerator)._peak == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("name", utilization._PEAKS)
+def test_peaks_are_dense_ones(name: str) -> None:
+    """On every card since Ampere, TF32's rate is half that of half precision: a mix with sparse numbers would show."""
+    half, tf32, fp32 = utilization._PEAKS[name]
+    assert tf32 == pytest.approx(half / 2, rel=0.02)
+    assert fp32 <= tf32
 
 
 def test_where_no_peak_is_known_none_is_made_up(train: Train) -> None:

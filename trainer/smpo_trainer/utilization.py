@@ -16,19 +16,38 @@ from smpo_trainer.batches import StateBatch
 from smpo_trainer.fsdp import plain_class
 from smpo_trainer.policy import Policy, add_lora
 
-_A100 = {"half": 312e12, "tf32": 156e12, "fp32": 19.5e12}
-_H100 = {"half": 989e12, "tf32": 495e12, "fp32": 67e12}
+_ARITHMETIC = ("half", "tf32", "fp32")
+_A100, _H100, _NVL = (312, 156, 19.5), (989, 495, 67), (835.5, 417.5, 60)
 _PEAKS = {
+    "NVIDIA A10": (125, 62.5, 31.2),
+    "NVIDIA A10G": (70, 35, 35),
+    "NVIDIA A40": (149.7, 74.8, 37.4),
     "NVIDIA A100-SXM4-40GB": _A100,
     "NVIDIA A100-SXM4-80GB": _A100,
     "NVIDIA A100-PCIE-40GB": _A100,
     "NVIDIA A100 80GB PCIe": _A100,
+    "NVIDIA A800-SXM4-80GB": _A100,
+    "NVIDIA A800 80GB PCIe": _A100,
+    "NVIDIA B200": (2250, 1125, 75),
+    "NVIDIA GH200 480GB": _H100,
+    "NVIDIA H20": (148, 74, 44),
     "NVIDIA H100 80GB HBM3": _H100,
-    "NVIDIA H100 PCIe": {"half": 756e12, "tf32": 378e12, "fp32": 51e12},
+    "NVIDIA H100 NVL": _NVL,
+    "NVIDIA H100 PCIe": (756, 378, 51),
     "NVIDIA H200": _H100,
-    "NVIDIA L40S": {"half": 362e12, "tf32": 183e12, "fp32": 91.6e12},
+    "NVIDIA H200 NVL": _NVL,
+    "NVIDIA H800": _H100,
+    "NVIDIA L4": (121, 60.5, 30.3),
+    "NVIDIA L40": (181, 90.5, 90.5),
+    "NVIDIA L40S": (362, 183, 91.6),
+    "NVIDIA RTX A6000": (154.8, 77.4, 38.7),
+    "NVIDIA RTX 6000 Ada Generation": (364.2, 182.1, 91.1),
+    "NVIDIA GeForce RTX 3090": (71, 35.6, 35.6),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6, 82.6),
+    "NVIDIA GeForce RTX 5090": (209.5, 104.8, 104.8),
 }
-"""Floating point operations a second by the device's own name, without sparsity, from its data sheet."""
+"""TFLOP a second in half precision (summed in float32), TF32 and float32, without sparsity, by the device's own name;
+from data sheets."""
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -59,7 +78,7 @@ class Utilization:
         half = accelerator.mixed_precision in {"fp16", "bf16"}
         arithmetic = "half" if half else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
         peaks = _PEAKS.get(torch.cuda.get_device_name(accelerator.device))
-        return cls(policy, peaks[arithmetic]) if peaks else None
+        return cls(policy, 1e12 * peaks[_ARITHMETIC.index(arithmetic)]) if peaks else None
 
     def add(self, batch: StateBatch, conditioning: Conditioning) -> None:
         """A micro-batch goes through."""
