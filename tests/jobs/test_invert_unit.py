@@ -16,7 +16,7 @@ from smpo_models.loading import load_family
 from smpo_models.unet_family import UNetFamily
 from smpo_pipeline import isolation
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs import invert, invert_unit
+from smpo_pipeline.jobs import invert, invert_unit, ledger
 from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
 from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.run import Run
@@ -72,6 +72,21 @@ def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, 
     assert {(each.dtype, each.device.type) for each in own.parameters()} == {(torch.bfloat16, "meta")}
 
 
+def test_each_batch_is_reported(models, tmp_path, monkeypatch):
+    """Of pairs with two walks each, three walks at a time."""
+    monkeypatch.setattr(ledger, "_REPORT_SECONDS", 0)
+    settings = InversionSettings(steps=1, walks=2)
+    actor = make_actor(models, tmp_path, monkeypatch, settings=settings, batch_size=3)
+    reported = []
+    monkeypatch.setattr(Counts, "report", lambda _, *what: reported.append(what))
+    list(
+        actor._walks(
+            7, [dataclasses.replace(make_pair(number), measured=False) for number in range(2)], {}, HealthSums()
+        )
+    )
+    assert reported == [(7, None, 1.5), (7, None, 2.0)]
+
+
 def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkeypatch):
     actor = make_actor(models, tmp_path, monkeypatch)
     invert, tried = actor._inverter.invert, []
@@ -85,7 +100,7 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
     actor._inverter.invert = small
     pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(12)]
     for _ in range(2):
-        assert not any(isinstance(each, str) for each in actor._walks(pairs, {}, HealthSums()))
+        assert not any(isinstance(each, str) for each in actor._walks(0, pairs, {}, HealthSums()))
     first = [8, 8, 4, 4, 4, 4, 2, 2, 2, 2]  # what fails is tried twice
     assert tried == first + [2] * 2 + [2] * 6
     assert take_batch_sizes(tmp_path) == [2]
@@ -140,7 +155,7 @@ def test_a_pair_that_fails_while_the_batch_size_is_looked_for_costs_itself_alone
 
     actor._inverter.invert = touchy
     pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(3)]
-    first, *others = actor._walks(pairs, {}, HealthSums())
+    first, *others = actor._walks(0, pairs, {}, HealthSums())
     assert first == "fails alone: RuntimeError: CUDA error: device-side assert triggered"
     assert [len(each) for each in others] == [1, 1]
     assert take_batch_sizes(tmp_path) == [1]
@@ -157,4 +172,4 @@ def test_memory_that_holds_no_walk_ends_the_job_and_rejects_no_pair(models, tmp_
     with pytest.raises(
         UserError, match=r"too little memory for a single walk .*out of memory.* the same command goes on$"
     ):
-        list(actor._walks([make_pair(0), make_pair(1)], {}, HealthSums()))
+        list(actor._walks(0, [make_pair(0), make_pair(1)], {}, HealthSums()))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from smpo_pipeline.decoder import Decoder
+from smpo_pipeline.jobs import ledger
 from smpo_pipeline.jobs.chunks import cut_chunks, failures_of, images_of, scores_of, with_scores, without_images
 from smpo_pipeline.jobs.ledger import Counts
 from smpo_pipeline.jobs.run import Run
@@ -49,9 +50,9 @@ def ranking(files, prompt: str = "a cat") -> list[tuple[str, Pair]]:
     return [(f"f:{number}", Pair(str(number), prompt, *pair, 1.0, None)) for number, pair in pairs]
 
 
-def actor() -> RewardActor:
+def actor(ledger: Counts | None = None) -> RewardActor:
     seen.clear()
-    return RewardActor(f"{__name__}:Means", "0", "cpu", "fp32", 3, Counts(), last=True)
+    return RewardActor(f"{__name__}:Means", "0", "cpu", "fp32", 3, ledger or Counts(), share=0.5, last=True)
 
 
 def means(*pairs: tuple[int, int]) -> np.ndarray:
@@ -64,6 +65,19 @@ def test_each_image_of_a_ranking_is_decoded_and_scored_once_for_six_pairs(decode
     scored = actor()(chunk)
     assert seen == [("a cat", 20 + number) for number in range(4)]
     np.testing.assert_allclose(scores_of(scored, "means"), means(*combinations(range(4), 2)), rtol=1e-6)
+
+
+def test_each_batch_is_reported_as_a_part_of_the_pairs(monkeypatch):
+    """Four images of six pairs, three at a time; there is another reward, which has the other half to report."""
+    monkeypatch.setattr(ledger, "_REPORT_SECONDS", 0)
+    counts, reported = Counts(), []
+    report = counts.report
+    monkeypatch.setattr(counts, "report", lambda *what: (report(*what), reported.append(counts.under_way())))
+    (chunk,) = cut_chunks(5, ranking(FILES))
+    actor(counts)(chunk)
+    assert reported == [pytest.approx(6 * 0.5 * 3 / 4), pytest.approx(6 * 0.5)]
+    counts.retire(5)
+    assert counts.under_way() == 0
 
 
 def test_under_another_prompt_it_is_scored_again_but_not_decoded(decoded):

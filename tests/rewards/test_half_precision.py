@@ -36,7 +36,7 @@ def chunk():
 def test_scores_differ_by_rounding_alone(folders, name, dtype):
     spec, images = f"{name}={folders[name]}", chunk()
     reward = load_reward(spec, "cpu")
-    options = {"batch_size": 5, "ledger": Counts(), "last": False}
+    options = {"batch_size": 5, "ledger": Counts(), "share": 1, "last": False}
     scored = RewardActor(spec, reward.fingerprint, "cpu", dtype, **options)(images)
     found = scores_of(scored, name).reshape(-1)
     pictures, prompts = zip(*images_of(images), strict=True)

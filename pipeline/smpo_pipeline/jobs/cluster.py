@@ -23,7 +23,7 @@ from rich.console import Console
 
 from smpo_models.devices import choose_device, device_in_words
 from smpo_pipeline.jobs.ledger import SharedLedger
-from smpo_pipeline.jobs.progress import Pace, job_progress
+from smpo_pipeline.jobs.progress import Pace, job_progress, shown_under_way
 from smpo_pipeline.jobs.reject_rate import RejectRate
 from smpo_pipeline.jobs.run import Run, UnitRecord
 from smpo_schemas.errors import UserError
@@ -326,14 +326,16 @@ def run_units(
     todo = [unit for unit in range(len(sizes)) if unit not in records]
     pace = Pace()
     with job_progress() as progress:
-        task = progress.add_task(title, total=sum(sizes), completed=sum(sizes[unit] for unit in records), note="")
+        done = sum(sizes[unit] for unit in records)
+        task = progress.add_task(title, total=sum(sizes), completed=done, note="", under_way="")
         if todo:
             with connected(address), _plain_errors():
                 source = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
                 # Named, and so kept: Ray ends an actor that its driver has no handle of any more.
                 ledger = SharedLedger()
-                for table in build(source, ledger).iter_batches(batch_size=None, batch_format="pyarrow"):
-                    for record in collect(table):
+                tables = build(source, ledger).iter_batches(batch_size=None, batch_format="pyarrow")
+                with shown_under_way(progress, task, ledger.under_way):
+                    for record in (record for table in tables for record in collect(table)):
                         if record.pairs_in != sizes[record.unit]:
                             run.record_path(record.unit).unlink()
                             raise UserError(
@@ -343,6 +345,7 @@ def run_units(
                         records[record.unit] = record
                         rate.add(record)
                         pace.add(record)
+                        ledger.retire(record.unit)
                         progress.update(task, advance=record.pairs_in, note=pace.words(rate.rejected))
     return [records[unit] for unit in range(len(sizes))]
 

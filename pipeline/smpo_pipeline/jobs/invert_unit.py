@@ -34,7 +34,7 @@ from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import make, run_alone
 from smpo_pipeline.jobs.cluster import plain_arithmetic
 from smpo_pipeline.jobs.guard import Guard
-from smpo_pipeline.jobs.ledger import Ledger
+from smpo_pipeline.jobs.ledger import Ledger, Reporter
 from smpo_pipeline.jobs.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
 from smpo_pipeline.jobs.prepare import pairs_of, values_of
 from smpo_pipeline.jobs.run import Run, UnitRecord
@@ -145,7 +145,7 @@ class InvertActor:
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
         self._batch_size, self._resolution = options.batch_size, resolution
-        self._guard = Guard(ledger)
+        self._guard, self._reporter = Guard(ledger), Reporter(ledger)
         self._model_seconds, self._ready = 0.0, time.monotonic()
 
     def __call__(self, row: pa.Table) -> pa.Table:
@@ -179,7 +179,7 @@ class InvertActor:
         kept = prompts_cut = 0
         sizes: Counter[Size] = Counter()
         with ShardWriter(self._run.out / f"shard-{unit:06d}.tar") as shard:
-            walks = self._walks([pair for _, _, pair in pairs], killers, health)
+            walks = self._walks(unit, [pair for _, _, pair in pairs], killers, health)
             for (number, source, pair), samples in zip(pairs, walks, strict=True):
                 if isinstance(samples, str):
                     rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=samples))
@@ -254,7 +254,7 @@ class InvertActor:
         return dict(zip(reversed(found.to_pylist()), reversed(rows.to_pylist()), strict=True))
 
     def _walks(
-        self, pairs: Sequence[PreparedPair], killers: dict[int, str], health: HealthSums
+        self, unit: int, pairs: Sequence[PreparedPair], killers: dict[int, str], health: HealthSums
     ) -> Iterator[list[Sample] | str]:
         """All walks of each pair, made ``batch_size`` walks at a time, or the reason why there are none."""
         well = [pair for position, pair in enumerate(pairs) if position not in killers]
@@ -265,6 +265,7 @@ class InvertActor:
         for positions in batches_of_one_size(requests, lambda: self._batch_size or 1):
             batch = self._make_batch([requests[position] for position in positions], health)
             made |= zip(positions, batch, strict=True)
+            self._reporter.report(unit, None, len(made) / self._options.settings.walks)
         each_walk = iter([made[position] for position in range(len(requests))])
         for position in range(len(pairs)):
             if position in killers:

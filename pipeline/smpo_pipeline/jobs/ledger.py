@@ -3,15 +3,20 @@
 Ray starts what a dead worker was doing again, without limit. That is right for a node that was taken away, and wrong
 for a pair that kills whoever touches it. The ledger tells one from the other: it is told before a piece of work and
 after it, and what was begun several times without an end is what kills.
+
+It also adds up how far the units are that workers are at, for the progress that is shown.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import ray
+
+_REPORT_SECONDS = 1.0
 
 
 class Ledger(Protocol):
@@ -35,6 +40,23 @@ class Ledger(Protocol):
     def acquitted(self, key: Hashable) -> bool:
         """Whether it was."""
 
+    def report(self, unit: int, part: Hashable, pairs: float) -> None:
+        """So many pairs of a part of a unit are done; each part says its latest number."""
+
+
+class Reporter:
+    """A worker's reports, one a second at the most: batches may be faster."""
+
+    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
+        """``clock`` is in seconds."""
+        self._ledger, self._clock, self._next = ledger, clock, clock() + _REPORT_SECONDS
+
+    def report(self, unit: int, part: Hashable, pairs: float) -> None:
+        """See :meth:`Ledger.report`."""
+        if self._clock() >= self._next:
+            self._next = self._clock() + _REPORT_SECONDS
+            self._ledger.report(unit, part, pairs)
+
 
 class Counts:
     """A ledger within one process."""
@@ -42,6 +64,7 @@ class Counts:
     def __init__(self) -> None:
         self._begun: dict[Hashable, int] = defaultdict(int)
         self._acquitted: set[Hashable] = set()
+        self._under_way: dict[int, dict[Hashable, float]] = defaultdict(dict)
 
     def begin(self, key: Hashable) -> int:
         """See :class:`Ledger`, as all of these."""
@@ -62,6 +85,17 @@ class Counts:
 
     def acquitted(self, key: Hashable) -> bool:  # noqa: D102
         return key in self._acquitted
+
+    def report(self, unit: int, part: Hashable, pairs: float) -> None:  # noqa: D102
+        self._under_way[unit][part] = pairs
+
+    def retire(self, unit: int) -> None:
+        """A unit is committed: what was reported of it is forgotten."""
+        self._under_way.pop(unit, None)
+
+    def under_way(self) -> float:
+        """Pairs that are done of units that are not committed."""
+        return sum(sum(parts.values()) for parts in self._under_way.values())
 
 
 class SharedLedger:
@@ -93,3 +127,13 @@ class SharedLedger:
 
     def acquitted(self, key: Hashable) -> bool:  # noqa: D102
         return bool(ray.get(self._counts.acquitted.remote(key)))
+
+    def report(self, unit: int, part: Hashable, pairs: float) -> None:  # noqa: D102
+        self._counts.report.remote(unit, part, pairs)
+
+    def retire(self, unit: int) -> None:
+        """See :class:`Counts`, as the next."""
+        self._counts.retire.remote(unit)
+
+    def under_way(self) -> float:  # noqa: D102
+        return float(ray.get(self._counts.under_way.remote()))

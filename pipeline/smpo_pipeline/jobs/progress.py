@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from threading import Event, Thread
 
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -19,6 +22,8 @@ from smpo_pipeline.jobs.run import UnitRecord
 
 _SPEED_SECONDS = 3600
 """The remaining time goes by the last hour; units may be minutes apart."""
+
+_ASK_SECONDS = 2.0
 
 
 class Pace:
@@ -46,14 +51,42 @@ class Pace:
         return ", ".join(parts)
 
 
+@contextmanager
+def shown_under_way(progress: Progress, task: TaskID, ask: Callable[[], float]) -> Iterator[None]:
+    """Show, every few seconds while the block runs, how many pairs are done of units that are not committed.
+
+    Args:
+        progress: made by :func:`job_progress`.
+        task: whose line it is.
+        ask: how many there are, from another thread.
+    """
+    over = Event()
+
+    def watch() -> None:
+        # Whatever fails here would fail the job's own calls too, which say so.
+        with suppress(Exception):
+            while not over.wait(_ASK_SECONDS):
+                pairs = int(ask())
+                progress.update(task, under_way=f"(and {pairs} of units under way)" if pairs else "")
+
+    thread = Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(_ASK_SECONDS)
+        progress.update(task, under_way="")
+
+
 def job_progress() -> Progress:
-    """A progress bar whose tasks have a field ``note``."""
+    """A progress bar whose tasks have the fields ``note`` and ``under_way``."""
     return Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("pairs"),
+        TextColumn("pairs {task.fields[under_way]}"),
         TimeElapsedColumn(),
         TextColumn("elapsed,"),
         TimeRemainingColumn(),

@@ -122,6 +122,7 @@ def _add_stages(
                 "dtype": options.dtype,
                 "batch_size": options.batch_size or parse_reward(specs[name])[0].needs.batch_size,
                 "ledger": ledger,
+                "share": 1 / len(pools),
                 "last": place == len(pools),
             },
             **pool.options(),

@@ -28,7 +28,7 @@ from smpo_pipeline.jobs.chunks import (
 )
 from smpo_pipeline.jobs.cluster import plain_arithmetic
 from smpo_pipeline.jobs.guard import Guard
-from smpo_pipeline.jobs.ledger import Ledger
+from smpo_pipeline.jobs.ledger import Ledger, Reporter
 from smpo_pipeline.jobs.pair_ids import RepeatedIds
 from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.run import Run, UnitRecord
@@ -54,6 +54,7 @@ class RewardActor:
         batch_size: int,
         ledger: Ledger,
         *,
+        share: float,
         last: bool,
     ) -> None:
         """Load the reward.
@@ -65,6 +66,7 @@ class RewardActor:
             dtype: of matrix products; autocast leaves the weights, and what half precision would spoil, in float32.
             batch_size: images a model call, at most.
             ledger: of the job.
+            share: of a pair's work that is this reward's, 0 to 1, for the progress that is shown.
             last: no other reward needs the images.
         """
         plain_arithmetic(device)
@@ -72,7 +74,7 @@ class RewardActor:
         self._spec, self._fingerprint = spec, fingerprint
         self._autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, DTYPES[dtype])
         self._device, self._batch_size, self._last = device, batch_size, last
-        self._guard = Guard(ledger)
+        self._guard, self._reporter, self._share = Guard(ledger), Reporter(ledger), share
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Score all images of a chunk, ``batch_size`` at a time.
@@ -109,7 +111,14 @@ class RewardActor:
             for positions, values in outcome.made:
                 scores[numbers[positions]] = values
             failed |= {int(numbers[position]): reason for position, reason in outcome.failed.items()}
+            self._report(chunk, (numbers[-1] + 1) / len(scores))
         return scores
+
+    def _report(self, chunk: pa.Table, done: float) -> None:
+        """``done``: the share of a chunk's images that have been looked at."""
+        unit, number = chunk["unit"][0].as_py(), chunk["chunk"][0].as_py()
+        pairs = len(values_of(chunk, "pair_id")) * self._share * done
+        self._reporter.report(unit, (number, self._reward.name), pairs)
 
     def _score(self, batch: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
         return checked_scores(self._reward, [image for image, _ in batch], [prompt for _, prompt in batch])
