@@ -54,6 +54,17 @@ def make_actor(models, out, monkeypatch, **changed):
     return InvertActor(options, model, run, pa.table({}), 8, 32, Counts())
 
 
+def test_what_nobody_asked_for_is_said(models, tmp_path):
+    settings = InversionSettings(dtype="bf16", prompt_dropout=0.25)
+    said = "; ".join(invert.choices(make_options(models, tmp_path, settings=settings, batch_size=None, seed=3), 64, 77))
+    for part in ("77 pairs", "64 x 64", "cpu", "bf16", "seed 3", "25 %", "--prompt-dropout", "50 % mirrored", "trying"):
+        assert part in said
+    settings = InversionSettings(hflip=False, buckets=True)
+    said = "; ".join(invert.choices(make_options(models, tmp_path, settings=settings), 64, 77))
+    for part in (", 0 % mirrored", "aspect", "of 8 walks", "seed 0"):
+        assert part in said
+
+
 @pytest.mark.parametrize("walker", [None, "walker"])
 def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, walker):
     moved, to = [], UNetFamily.to

@@ -11,6 +11,7 @@ from importlib.metadata import version
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from rich.console import Console
 
 from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
@@ -80,7 +81,23 @@ def invert(options: InvertOptions) -> Manifest:
     with locked(options.out):
         if not run.open(overwrite=options.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
             return read_manifest(options.out)
+        for line in choices(
+            options, checked.resolution, sum(part.stop - part.start for unit in units for part in unit)
+        ):
+            Console(markup=False).print(line, highlight=False, soft_wrap=True)
         return _invert(options, run, units, columns, info, checked)
+
+
+def choices(options: InvertOptions, resolution: int, pairs: int) -> list[str]:
+    """What is done to how many pairs, with what nobody asked for by name: lines for the user."""
+    settings = options.settings
+    size = f"{resolution} x {resolution}" + (", by aspect ratio" if settings.buckets else "")
+    batches = "found by trying" if options.batch_size is None else f"of {options.batch_size} walks"
+    emptied, mirrored = f"{100 * settings.prompt_dropout:g} %", f"{100 * settings.hflip / 2:g} %"
+    return [
+        f"{pairs} pairs at {size} pixels; {options.device}, {settings.dtype}; batches {batches}; seed {options.seed}",
+        f"of the walks {emptied} are without their prompt (--prompt-dropout), {mirrored} mirrored (--hflip)",
+    ]
 
 
 def _invert(

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
 
 from smpo_pipeline.jobs.chunks import CHUNK_BYTES, prepare_chunks
 from smpo_pipeline.jobs.cluster import Pool, cores_there, gpus_there, limit_memory, run_units, share_gpus
@@ -73,6 +74,9 @@ def score(options: ScoreOptions) -> ScoresInfo:
         step = _open_step(options, identity, new, base)
         if base and not new:
             return base
+        rows = sum(part.stop - part.start for unit in units for part in unit)
+        line = choices(options, {name: specs[name] for name in new}, rows)
+        Console(markup=False).print(line, highlight=False, soft_wrap=True)
         build = partial(
             _add_stages,
             options=options,
@@ -94,6 +98,16 @@ def score(options: ScoreOptions) -> ScoresInfo:
         info = write_table(options.out, step, len(units), new, base)
         step.remove()
         return info
+
+
+def choices(options: ScoreOptions, specs: Mapping[str, str], pairs: int) -> str:
+    """What is done to how many pairs, with what nobody asked for by name: a line for the user."""
+    batches = ", ".join(f"{name} {_batch_size(options, spec)}" for name, spec in specs.items())
+    return f"{pairs} pairs, images in their own size; {options.device}, {options.dtype}; images a batch: {batches}"
+
+
+def _batch_size(options: ScoreOptions, spec: str) -> int:
+    return options.batch_size or parse_reward(spec)[0].needs.batch_size
 
 
 def _add_stages(
@@ -120,7 +134,7 @@ def _add_stages(
                 "fingerprint": models[name].fingerprint,
                 "device": options.device,
                 "dtype": options.dtype,
-                "batch_size": options.batch_size or parse_reward(specs[name])[0].needs.batch_size,
+                "batch_size": _batch_size(options, specs[name]),
                 "ledger": ledger,
                 "share": 1 / len(pools),
                 "last": place == len(pools),
