@@ -91,7 +91,7 @@ def test_a_file_that_crashes_the_decoder_and_an_image_that_a_device_fails_on_cos
 def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill(deaths):
     """In this process: the actor after its predecessors died, ``deaths`` times of the chunk, then of image 2 alone."""
     ledger = Counts()
-    actor = RewardActor("tests.poison:Touchy", "0", "cpu", "fp32", 4, ledger, last=True)
+    actor = RewardActor("tests.poison:Touchy", "0", "cpu", "fp32", 4, ledger, share=1, last=True)
     rows = [
         (f"f:{row}", Pair(str(row), "a cat", *(encode(picture(seed=9 * row + i)) for i in (0, 1)), None, None))
         for row in range(4)
