@@ -61,7 +61,7 @@ def writable(flag: str, *, file: bool = False) -> Callable[[Any], Any]:
             above = path.parents if file else (path, *path.parents)
             wrong = next((each for each in above if each.exists() and not each.is_dir()), None)
             if wrong:
-                raise UserError(f"{flag} {path}: {wrong} is no folder")
+                raise UserError(f"{flag}: cannot write {path}: {wrong} is no folder")
         return given
 
     return check
