@@ -81,7 +81,7 @@ class InversionSettings(_Frozen):
             it have ``float16``.
         buckets: whether images are brought to one of several sizes of about the resolution's area, by their aspect
             ratio, rather than to the square.
-        dtype: of the denoiser's forward passes.
+        dtype: of the walker's forward passes, and of the products in the reference's.
     """
 
     source: Literal["renoise", "forward"] = "renoise"
@@ -201,7 +201,7 @@ class Manifest(_Frozen):
     """The whole of ``manifest.json``; ``index`` is None in directories that have none.
 
     ``buckets`` are the image sizes that occur, by rising aspect ratio; without ``--buckets`` the list is empty, and all
-    images have the ``resolution``.
+    images have the ``resolution``. ``ref_error_arithmetic`` is None in directories from before it was recorded.
     """
 
     schema_version: int
@@ -217,6 +217,18 @@ class Manifest(_Frozen):
     versions: dict[str, str]
     index: IndexEntry | None = None
     buckets: list[Bucket] = []
+    ref_error_arithmetic: str | None = None
+
+    @property
+    def reference_arithmetic(self) -> str:
+        """In what ``ref_error`` was computed; without a record, with all weights in the settings' dtype."""
+        narrow = "fp32" if self.inversion.dtype == "fp32" else f"{self.inversion.dtype} weights"
+        return self.ref_error_arithmetic or narrow
+
+
+def autocast_arithmetic(dtype: str) -> str:
+    """What a manifest calls the arithmetic of training: products in ``dtype`` by autocast, the rest in float32."""
+    return dtype if dtype == "fp32" else f"{dtype} autocast"
 
 
 def write_manifest(directory: AnyPath, manifest: Manifest) -> None:

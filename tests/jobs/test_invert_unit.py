@@ -67,20 +67,23 @@ def test_what_nobody_asked_for_is_said(models, tmp_path):
 
 @pytest.mark.parametrize("walker", [None, "walker"])
 def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, walker):
-    moved, to = [], UNetFamily.to
+    moved, to = set(), UNetFamily.to
 
     def watched(family, device):
-        parameters = list(family.denoiser.parameters())
-        moved.append(({each.dtype for each in parameters}, {each.device.type for each in parameters}, device))
+        for name, each in family.denoiser.named_parameters():
+            moved.add(("norm" in name, each.dtype, each.device.type, device))
         to(family, device)
 
     monkeypatch.setattr(UNetFamily, "to", watched)
     # The device without memory stands for a GPU.
     actor = make_actor(models, tmp_path, monkeypatch, walker=walker and models / walker, device="meta")
-    assert moved == [({torch.bfloat16}, {"cpu"}, "meta")]
+    # But for the norms: the reference has theirs as the trainer has.
+    assert moved == {(False, torch.bfloat16, "cpu", "meta"), (True, torch.float32, "cpu", "meta")}
     own = actor._inverter._walker
-    assert (own is actor._family.denoiser) == (walker is None)
     assert {(each.dtype, each.device.type) for each in own.parameters()} == {(torch.bfloat16, "meta")}
+    reference = dict(actor._family.denoiser.named_parameters())
+    shared = {"norm" in name for name, each in own.named_parameters() if each is reference[name]}
+    assert shared == ({False} if walker is None else set())
 
 
 def test_each_batch_is_reported(models, tmp_path, monkeypatch):

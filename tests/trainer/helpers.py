@@ -24,6 +24,7 @@ from smpo_schemas.manifest import (
     Manifest,
     ModelInfo,
     Totals,
+    autocast_arithmetic,
     write_manifest,
 )
 from smpo_schemas.scores import RewardStatistics
@@ -130,8 +131,10 @@ def make_shards(
     return directory
 
 
-def write_shards(directory: Path, model: Path, samples: list[Sample], rewards: Sequence[str]) -> None:
-    """Write samples, four a tar, and a manifest that says they are of ``model``."""
+def write_shards(
+    directory: Path, model: Path, samples: list[Sample], rewards: Sequence[str], dtype: str = "fp32"
+) -> None:
+    """Write samples, four a tar, and a manifest that says they are of ``model``, made with ``--dtype``."""
     entries = []
     for shard, start in enumerate(range(0, len(samples), 4)):
         with ShardWriter(directory / f"shard-{shard:06d}.tar") as writer:
@@ -161,7 +164,8 @@ def write_shards(directory: Path, model: Path, samples: list[Sample], rewards: S
             num_train_timesteps=family.process.num_train_timesteps,
         ),
         resolution=32,
-        inversion=InversionSettings(),
+        inversion=InversionSettings(dtype=dtype),
+        ref_error_arithmetic=autocast_arithmetic(dtype),
         seed=0,
         rewards=statistics,
         shards=entries,

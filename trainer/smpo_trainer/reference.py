@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from smpo_schemas.errors import UserError
 from smpo_schemas.files import atomic_path
+from smpo_schemas.manifest import autocast_arithmetic
 from smpo_trainer.batches import Feed, StateBatch
 from smpo_trainer.errors import condition, pair_errors
 from smpo_trainer.experiment import Experiment
@@ -105,6 +106,8 @@ def settle_reference(
         return {}
     if not experiment.uses_reference and settings.reference != "recomputed":
         return {}  # no noise of it reaches the loss
+    if settings.reference in {"auto", "stored"}:
+        _compare_arithmetic(experiment, accelerator.device, report)
     reference = _Pass(policy, feed, accelerator)
     noise = reference.measure(experiment.pair_loss(policy.family.process))
     report.say(noise.describe())
@@ -116,6 +119,21 @@ def settle_reference(
             "a wider dtype in --mixed-precision, or a smaller --beta"
         )
     return {"reference_noise/std": noise.std, "reference_noise/max": noise.max, "reference_noise/loss": noise.loss}
+
+
+def _compare_arithmetic(experiment: Experiment, device: torch.device, report: Report) -> None:
+    """Say where the stored errors were computed in other arithmetic than this run's."""
+    precision = experiment.settings.mixed_precision
+    own = autocast_arithmetic("fp32" if precision == "no" else precision)
+    if own == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        own = "fp32 with TF32 convolutions"
+    for source in experiment.shards.sources:
+        theirs = source.directory.manifest.reference_arithmetic
+        if theirs != own:
+            report.say(
+                f"--shards {source.name}: their reference errors were computed in {theirs}, this run computes in "
+                f"{own}: the difference is noise in its margins (--mixed-precision here, --dtype of `invert`)"
+            )
 
 
 class _Pass:

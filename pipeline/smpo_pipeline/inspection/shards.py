@@ -111,7 +111,8 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
                 "model": f"{manifest.model.id} ({manifest.model.kind}, {manifest.model.prediction_type}), "
                 f"{manifest.resolution} pixels",
                 **_bucket_words(manifest),
-                "reference": f"{manifest.model.reference[:16]}{_walker_words(manifest)}",
+                "reference": f"{manifest.model.reference[:16]}{_walker_words(manifest)}; its errors in "
+                f"{manifest.reference_arithmetic}",
                 "states": settings_in_words(manifest.inversion),
                 "seed": f"{manifest.seed}",
                 "flipped": percent(summary.flipped, summary.walks),

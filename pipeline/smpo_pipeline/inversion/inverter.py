@@ -5,12 +5,16 @@ Shape suffixes: S rows (images) that store a state at one visit, K stored states
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 
-from smpo_models.family import Family
+from smpo_models.family import Conditioning, Family
+from smpo_models.weights import DTYPES
+from smpo_pipeline.inversion.arithmetic import narrow_products, narrowed
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Visit, Walk, draw_walk
 from smpo_pipeline.inversion.draws import gaussian
 from smpo_pipeline.inversion.health import HealthSums
@@ -26,19 +30,42 @@ _State = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
 class Inverter:
     """Makes samples. Each depends on its pair, the walk's number, the settings and the seed, and on nothing else."""
 
-    def __init__(self, family: Family, walker: nn.Module, settings: InversionSettings, seed: int) -> None:
-        """Take a loaded model, all parts.
+    def __init__(
+        self, family: Family, walker: nn.Module, settings: InversionSettings, seed: int, device: str = "cpu"
+    ) -> None:
+        """Take a loaded model, all parts, in float32 on the CPU; cast it as the settings say, and carry it to a device.
 
         Args:
-            family: the model; its denoiser is the reference that ``ref_error`` is measured with.
-            walker: the denoiser that carries the images along; usually the reference itself.
+            family: the model; its denoiser is the reference that ``ref_error`` is measured with, in the arithmetic of
+                training: products in ``settings.dtype`` by autocast, norms in float32.
+            walker: the denoiser that carries the images along; usually the reference itself. All its weights have
+                ``settings.dtype``.
             settings: of the inversion.
             seed: with the pair's id, the source of all randomness.
+            device: cpu or cuda.
         """
         if family.denoiser is None:
             raise RuntimeError("the model was loaded without its denoiser")
         self._family, self._reference, self._walker = family, family.denoiser, walker
+        self._walks_itself = walker is family.denoiser
         self._settings, self._seed = settings, seed
+        self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        dtype = DTYPES[settings.dtype]
+        # Cast first: in float32 two denoisers would take twice the device's memory that they need.
+        if dtype != torch.float32:
+            self._autocast = partial(torch.autocast, device, dtype)
+            narrow_products(self._reference, dtype)
+            if not self._walks_itself:
+                self._walker = narrowed(walker, dtype)
+        family.to(device)
+        self._walker.to(device)
+        if dtype != torch.float32 and self._walks_itself:
+            self._walker = narrowed(self._reference, dtype)  # here, where it shares the weights of products
+
+    @property
+    def denoisers(self) -> set[nn.Module]:
+        """The modules whose forwards it makes."""
+        return {self._reference, self._walker}
 
     @torch.inference_mode()
     def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | str], HealthSums]:
@@ -72,7 +99,7 @@ class Inverter:
         tau = tau.to(STORAGE[self._settings.storage])
         # From here on the stored, rounded state: the very one that the trainer rebuilds.
         x_t = process.noised(x0, tau.float(), t_S)
-        output = self._family.denoise(self._reference, x_t, t_S, batch.conditioning[rows_S])
+        output = self._refer(x_t, t_S, batch.conditioning[rows_S])
         ref_error = (output - process.target(x0, tau.float(), t_S)).square().mean((1, 2, 3))
         predicted = process.noise_in(output, x_t, t_S)
         residual = self._residual(batch, visit, positions_S, t_S, predicted)
@@ -84,6 +111,11 @@ class Inverter:
             rows_S.tolist(), t_S.tolist(), tau.cpu(), ref_error.cpu(), residual.cpu(), strict=True
         ):
             states[row].append((t, *state))
+
+    def _refer(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The reference's output, float32 [S, C, h, w]."""
+        with self._autocast():
+            return self._family.denoise(self._reference, x_SChw, t_S, conditioning)
 
     def _residual(
         self,
@@ -107,7 +139,7 @@ class Inverter:
             return visit.solved_S[positions_S]
         x_s, s, asked, stepped = (value[positions_S] for value in visit.origin)
         rows, node, x_t = (value[positions_S] for value in (visit.rows_S, visit.t_S, visit.x_SChw))
-        own = self._walker is self._reference and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
+        own = self._walks_itself and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
         eps = predicted if own else batch.predicted_noise(x_t, asked, rows)
         return torch.where(stepped, distance(x_t, carry(batch.process, x_s, eps, s, node)), residual)
 
@@ -134,7 +166,7 @@ class Inverter:
                 [_health_noise(batch, row, t) for row, t in zip(rows.tolist(), t.tolist(), strict=True)]
             )
             x_t = batch.process.noised(x0, noise.to(batch.device), t)
-            output = self._family.denoise(self._reference, x_t, t, batch.conditioning[rows])
+            output = self._refer(x_t, t, batch.conditioning[rows])
             forward = batch.process.noise_in(output, x_t, t)
         # A pair whose numbers overflow is rejected in the end; it must not make the sums of the others NaN before.
         finite = [torch.isfinite(each).flatten(1).all(1) for each in (predicted, forward, tau[measured])]

@@ -40,6 +40,7 @@ from smpo_schemas.manifest import (
     ModelInfo,
     ShardEntry,
     Totals,
+    autocast_arithmetic,
     read_manifest,
     write_manifest,
 )
@@ -74,6 +75,7 @@ def invert(options: InvertOptions) -> Manifest:
         "model": checked.model.model_dump(),
         "resolution": checked.resolution,
         "inversion": options.settings.model_dump(),
+        "ref_error_arithmetic": autocast_arithmetic(options.settings.dtype),
         "seed": options.seed,
         "pairs_per_shard": checked.pairs_per_shard,
     }
@@ -245,6 +247,7 @@ def _finish(
         model=model,
         resolution=resolution,
         inversion=options.settings,
+        ref_error_arithmetic=autocast_arithmetic(options.settings.dtype),
         seed=options.seed,
         rewards=info.rewards,
         shards=shards,

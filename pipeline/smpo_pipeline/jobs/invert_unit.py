@@ -20,7 +20,6 @@ from torch import nn
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module, settings_of
 from smpo_models.loading import load_family, load_walker
-from smpo_models.weights import DTYPES
 from smpo_pipeline.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import (
@@ -134,13 +133,7 @@ class InvertActor:
         family, walker = load_models(options)
         # Not raised here: what leaves a constructor is tried again five times, for it may pass.
         self._others = describe_model(options, family, walker) != model
-        dtype = DTYPES[options.settings.dtype]
-        for module in {family.denoiser, walker}:
-            module.to(dtype)
-        # Only now: in float32 two denoisers would take twice the device's memory that they need.
-        family.to(options.device)
-        walker.to(options.device)
-        self._inverter = Inverter(family, walker, options.settings, options.seed)
+        self._inverter = Inverter(family, walker, options.settings, options.seed, options.device)
         self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)

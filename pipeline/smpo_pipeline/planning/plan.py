@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict
 
 from smpo_models.loading import load_family, load_walker
 from smpo_models.memory import is_out_of_memory
-from smpo_models.weights import DTYPES
 from smpo_pipeline.buckets import list_buckets
 from smpo_pipeline.inversion.batch import draw_walk
 from smpo_pipeline.inversion.batch_size import (
@@ -148,12 +147,6 @@ def make_plan(options: PlanOptions) -> Plan:
         walker = load_walker(family, options.model, options.walker)
     if family.denoiser is None or walker is None:
         raise RuntimeError("the model was loaded without its denoiser")
-    denoisers = {family.denoiser, walker}
-    for module in denoisers:
-        # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
-        torch.nn.Module.to(module, DTYPES[options.settings.dtype])
-    family.to(options.device)
-    walker.to(options.device)
     sizes = sizes_of_images(family, resolution, options.settings)
     sampled = sample_pairs(files, options.columns, sizes, count=_SAMPLED, limit=options.limit, rewards=rewards)
     settings, pairs = options.settings, sampled.pairs
@@ -161,7 +154,7 @@ def make_plan(options: PlanOptions) -> Plan:
         latent = family.latent_shape(resolution, resolution)
         fitting = pairs_that_fit(options.shard_bytes, latent, settings, family.process)
         options = options.model_copy(update={"pairs_per_shard": fitting})
-    inverter = Inverter(family, walker, settings, options.seed)
+    inverter = Inverter(family, walker, settings, options.seed, options.device)
     batch_size = options.batch_size
     if batch_size is None:
         trials = walk_requests(with_most_pixels(pairs, resolution), first_walk=settings.walks)
@@ -172,7 +165,7 @@ def make_plan(options: PlanOptions) -> Plan:
         )
     batches = batches_of_units(pairs, settings.walks, options.pairs_per_shard, batch_size)
     try:
-        rate = measure_rate(inverter, denoisers, batches, options.seconds, options.device)
+        rate = measure_rate(inverter, inverter.denoisers, batches, options.seconds, options.device)
     except FAILURES as error:
         if not is_out_of_memory(error):
             raise
