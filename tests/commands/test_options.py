@@ -51,7 +51,7 @@ def run(tmp_path, monkeypatch, capfd):
         ("pickscore,clipscore", "--reward pickscore clipscore"),
         ("pickscore:1", "smpo-train"),
         ("pickscore=1", "smpo-train"),
-        ("pickscore=nowhere/at/all", "no such folder"),
+        ("pickscore=./nowhere/at/all", "no such folder"),
     ],
 )
 def test_a_reward_that_is_none(run, command, spec, hint):
@@ -79,6 +79,11 @@ def test_a_reward_that_is_none(run, command, spec, hint):
 def test_what_is_not_there_or_cannot_be(run, commands, flag, value):
     for command in commands:
         assert_one_line(run(command, {flag: value}), flag, value)
+
+
+def test_a_file_on_the_hub_may_be_a_rewards_model(run):
+    with pytest.raises(ImportError, match="cluster"):
+        run("score", {"--reward": "hpsv2=owner/repository/file.pt"})
 
 
 def test_what_is_right_goes_on_to_what_is_heavy(run):

@@ -62,7 +62,8 @@ def _check_model(spec: str, name: str, model: str) -> None:
         raise UserError(f"--reward {spec}: no model follows; without the = it is the reward's own")
     if _NUMBER.fullmatch(model) and not Path(model).exists():
         raise UserError(f"--reward {spec}: {model} is no model; weights of rewards are smpo-train's ({name}:{model})")
-    require_source(model, f"--reward {spec}")
+    if model.count("/") < 2 or model.startswith(("/", ".")):  # noqa: PLR2004  (OWNER/REPO/FILE is looked for on the hub)
+        require_source(model, f"--reward {spec}")
 
 
 def _no_reward(name: str, known: Sequence[str]) -> str:
