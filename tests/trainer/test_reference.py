@@ -52,7 +52,7 @@ def test_bf16_shards_hold_the_errors_that_a_bf16_run_computes(
 ) -> None:
     """To the bit, but where a row's place in its batch moves the last bit of what is rounded next."""
     computed: list[torch.Tensor] = []
-    monkeypatch.setattr(reference, "write_reference", lambda _path, error_S2: computed.append(error_S2))
+    monkeypatch.setattr(reference, "write_reference", lambda _path, error_S2, _steps: computed.append(error_S2))
     shards = inverted(tmp_path / "shards", base, "bf16")
     options = {"base": base, "max_steps": 3, "batch_size": 16, "mixed_precision": "bf16"}
     out = train(on=shards, reference="recomputed", **options)
