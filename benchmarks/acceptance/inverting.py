@@ -17,7 +17,6 @@ from acceptance.ceilings import roofline
 from acceptance.runner import Report
 from acceptance.world import GIB, World, conditioned, known_fingerprints, latents, random_pair
 from smpo_models.family import Family
-from smpo_models.weights import DTYPES
 from smpo_pipeline.buckets import Size as ImageSize
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import batches_of_one_size
@@ -41,9 +40,8 @@ def settings_of(world: World, dtype: str) -> InversionSettings:
 
 def make_inverter(world: World, family: Family, dtype: str, **settings: object) -> Inverter:
     """As the actor has it; ``settings`` are others than those."""
-    family.denoiser.to(DTYPES[dtype])
     told = settings_of(world, dtype).model_copy(update=settings)
-    return Inverter(family, family.denoiser, told, seed=0)
+    return Inverter(family, family.denoiser, told, seed=0, device=world.device.name)
 
 
 # The numbers
@@ -178,7 +176,7 @@ def _rates_by_batch(world: World, report: Report) -> float | None:
         clock, split = _timed(world, family, inverter, few)
     report.note(**{"tf32: pairs/s": len(few) / clock, "tf32: share": _shares(split, clock)})
     _note_vae_layouts(world, report, family)
-    return _seconds_a_pair(world, family, "sd15", len(pairs))
+    return _seconds_a_pair(world, family, inverter, len(pairs))
 
 
 def check_xl_inversion(world: World, report: Report) -> None:
@@ -195,7 +193,7 @@ def _timed(
     """Seconds by the clock and by part of a batch."""
     requests = [(pair, 0) for pair in pairs]
     world.device.synchronize()
-    with Split(world, family, [family.denoiser]) as split:
+    with Split(world, family, inverter.denoisers) as split:
         began = time.perf_counter()
         inverter.invert(requests)
         world.device.synchronize()
@@ -218,16 +216,21 @@ def _note_vae_layouts(world: World, report: Report, family: Family) -> None:
 
 
 @torch.no_grad()
-def _seconds_a_pair(world: World, family: Family, shape: str, walks: int) -> float | None:
-    """What the device's rates allow: forwards of the UNet, the VAE and the text of a batch of walks."""
-    rows, side = 2 * walks, world.pixels(shape)
-    x, seen = latents(world, shape, rows), conditioned(world, family, shape, rows)
+def _seconds_a_pair(world: World, family: Family, inverter: Inverter, walks: int) -> float | None:
+    """What the device's rates allow: forwards of the UNet, the VAE and the text of a batch of SD 1.5's walks."""
+    rows, side = 2 * walks, world.pixels("sd15")
+    x, seen = latents(world, "sd15", rows), conditioned(world, family, "sd15", rows)
     t = torch.full((rows,), 500, device=world.device.name)
     pixels = torch.zeros(rows, 3, side, side)
-    forward = roofline(world, lambda: family.denoise(family.denoiser, x, t, seen))
-    others = roofline(world, lambda: (family.posterior(pixels), conditioned(world, family, shape, rows)))
+    (walker,) = inverter.denoisers - {family.denoiser}
+    estimate = roofline(world, lambda: family.denoise(walker, x, t, seen))
+    with torch.autocast(world.device.name, torch.bfloat16):
+        error = roofline(world, lambda: family.denoise(family.denoiser, x, t, seen))
+    others = roofline(world, lambda: (family.posterior(pixels), conditioned(world, family, "sd15", rows)))
+    if estimate is None or error is None or others is None:
+        return None
     # Two estimates and the reference's error at each step.
-    return None if forward is None or others is None else (3 * world.size.steps * forward + others) / walks
+    return (world.size.steps * (2 * estimate + error) + others) / walks
 
 
 # The actor
@@ -260,7 +263,7 @@ def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, 
     for row in rows:
         world.device.synchronize()
         began = time.perf_counter()
-        with Split(world, actor._family, [actor._family.denoiser]) as split:  # noqa: SLF001
+        with Split(world, actor._family, actor._inverter.denoisers) as split:  # noqa: SLF001
             records.append(UnitRecord.model_validate_json(actor(row)["record"][0].as_py()))
         clocks.append(time.perf_counter() - began)
         splits.append(split.seconds())

@@ -34,7 +34,14 @@ def check_scoring(world: World, report: Report) -> None:
     chunks = [_numbered(chunk, turn) for turn in range(TURNS) for chunk in decoded]
     images = sum(len(values_of(chunk, "height")) for chunk in chunks)
     actor = RewardActor(
-        f"pickscore={world.model('clip')}", "", world.device.name, "bf16", size.score_batch, Counts(), last=True
+        f"pickscore={world.model('clip')}",
+        "",
+        world.device.name,
+        "bf16",
+        size.score_batch,
+        Counts(),
+        share=1,
+        last=True,
     )
     actor._fingerprint = actor._reward.fingerprint  # noqa: SLF001  (the driver's, which loads it once more)
     alone = _tower_rate(world, report, actor)
