@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from transformers import CLIPTextModel
 
 from smpo_schemas.errors import UserError
-from smpo_trainer import text
 from smpo_trainer.policy import Policy
 from smpo_trainer.text import CachedText
 from tests.trainer.conftest import Train
@@ -36,46 +34,6 @@ def test_cached_equals_live_to_the_bit(train: Train, tmp_path: Path, mixed_preci
     assert tensors["text"].dtype == (torch.bfloat16 if mixed_precision == "bf16" else torch.float32)
     # Of each prompt of the data set once: the fourth one is dropped in its only walk, the first comes twice.
     assert len(tensors["key"]) == len(tensors["text"]) == len(PROMPTS) - 1
-
-
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_prompts_are_encoded_once_as_far_as_they_are_kept(
-    train: Train, mixed_precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoded: list[int] = []
-    forward = CLIPTextModel.forward
-
-    def count(self: CLIPTextModel, tokens: torch.Tensor, **more: object) -> object:
-        encoded.append(len(tokens))
-        return forward(self, tokens, **more)
-
-    monkeypatch.setattr(CLIPTextModel, "forward", count)
-    options = {**OPTIONS, "mixed_precision": mixed_precision}
-    kept = train("kept", **options)
-    assert sum(encoded) == len(PROMPTS) - 1  # as in the file above
-    encoded.clear()
-    monkeypatch.setattr(text, "_REMEMBERED_BYTES", 0)
-    anew = train("anew", **options)
-    assert sum(encoded) > len(PROMPTS)
-    for name in NAMES:
-        assert column(kept, name) == column(anew, name)
-
-
-def test_the_prompts_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def encode(prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        asked.extend(prompts)
-        return {"text": torch.tensor([[float(len(prompt))] for prompt in prompts])}
-
-    monkeypatch.setattr(text, "_REMEMBERED_BYTES", 2 * 4)
-    remembered = text.RememberedText(encode, "no")
-    assert remembered(["a", "bb", "a"])["text"].tolist() == [[1], [2], [1]]
-    remembered(["bb"])
-    remembered(["ccc"])
-    assert asked == ["a", "bb", "ccc"]
-    assert remembered(["bb", "a", "ccc", "dddd"])["text"].tolist() == [[2], [1], [3], [4]]  # more than are kept
-    assert asked == ["a", "bb", "ccc", "a", "dddd"]
 
 
 def test_later_runs_use_the_file_and_the_encoders_are_freed(

@@ -196,7 +196,7 @@ Device = Annotated[
 Text = Annotated[
     TextSource,
     typer.Option(
-        help="Encode prompts live, as they come (the last ones are kept), or once, into a file in "
+        help="Encode prompts live, as they come, or once, into a file in "
         "--cache that later runs find: the text encoders are then freed. Same numbers.",
     ),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import ModelInfo
 from smpo_trainer.fsdp import like, plain_class
 from smpo_trainer.settings import TrainSettings
-from smpo_trainer.text import CachedText, Encode, RememberedText
+from smpo_trainer.text import CachedText
 
 UNET_FOLDER = "unet"
 _LORA_PREFIX = "unet"
@@ -52,7 +52,7 @@ class Policy:
     reference: nn.Module | None
     starts_from_reference: bool
     lora_rank: int | None
-    encode_text: Encode
+    encode_text: Callable[[Sequence[str]], dict[str, torch.Tensor]]
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -184,8 +184,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
         denoiser.requires_grad_(True)
     else:
         add_lora(denoiser, settings.lora_rank)
-    encode_text = RememberedText(family.encode_text, settings.mixed_precision)
-    return Policy(family, denoiser, reference, is_reference, settings.lora_rank, encode_text)
+    return Policy(family, denoiser, reference, is_reference, settings.lora_rank, family.encode_text)
 
 
 def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:

@@ -1,15 +1,13 @@
-"""Encoded prompts: the last ones are kept; or all come from a file that was made once (``--text cache``).
+"""Encoded prompts from a file that was made of all of them once, so that the encoders can be freed (``--text cache``).
 
-With the file the encoders can be freed. It is a safetensors file whose rows are read where they lie: ``key`` int64 [N],
-increasing, a hash of each prompt; beside it what the family's encoders made of the prompts, [N, ...] each. Its name
-holds what it was made from.
+The file is a safetensors file whose rows are read where they lie: ``key`` int64 [N], increasing, a hash of each prompt;
+beside it what the family's encoders made of the prompts, [N, ...] each. Its name holds what it was made from.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,39 +30,10 @@ _BATCH = 64
 _DTYPES: dict[MixedPrecision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """In what prompts are kept: autocast rounds them to it before their first use, so that no bit of a step changes."""
 
-Encode = Callable[[Sequence[str]], dict[str, torch.Tensor]]
-
 _NAMES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """As safetensors calls them."""
 
 _TITLE = "encoding all prompts once"
-
-
-_REMEMBERED_BYTES = 256 * 2**20
-"""Of a device's memory for the prompts that were encoded last: 2,260 of SD 1.5 in half precision, 840 of SDXL."""
-
-
-class RememberedText:
-    """Takes the place of :meth:`smpo_models.family.Family.encode_text`, and encodes no prompt that it still has."""
-
-    def __init__(self, encode: Encode, mixed_precision: MixedPrecision) -> None:
-        self._encode, self._dtype = encode, _DTYPES[mixed_precision]
-        self._rows: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
-
-    def __call__(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What the encoders make of B prompts, in the dtype of autocast."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        encoded = {name: value.to(self._dtype) for name, value in self._encode(new).items()} if new else {}
-        for number, prompt in enumerate(new):
-            # A copy: a view would keep all of its batch.
-            self._rows[prompt] = {name: value[number].clone() for name, value in encoded.items()}
-        rows = [self._rows[prompt] for prompt in prompts]
-        for prompt in prompts:
-            self._rows.move_to_end(prompt)
-        kept = _REMEMBERED_BYTES // max(1, sum(value.nbytes for value in rows[0].values()))
-        while len(self._rows) > kept:
-            self._rows.popitem(last=False)
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class CachedText:
