@@ -57,8 +57,7 @@ fuzz: $(READY) ## 10,000 hostile images and 1,000 hostile files (minutes)
 	$(BIN)/python -m tests.fuzz
 
 chaos: $(READY) ## Training and 50 runs of stages 1 and 2, killed at random moments and compared (hours)
-	$(BIN)/python -m pytest -q -m long
-	SMPO_KILLS=20 $(BIN)/python -m pytest -q tests/trainer/test_kills.py
+	SMPO_KILLS=20 $(BIN)/python -m pytest -q -m long
 	$(BIN)/python -m tests.chaos --runs 50
 
 lint: $(READY) ## ruff, mypy, import-linter

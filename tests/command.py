@@ -10,9 +10,11 @@ import sys
 _MODULES = {"smpo-pipeline": "smpo_pipeline.cli", "smpo-train": "smpo_trainer.cli"}
 
 
-def run_command(program: str, *arguments: object, cwd=None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``smpo-pipeline`` or ``smpo-train`` in a process of its own."""
-    code = f"import sys; sys.argv[0] = {program!r}; from {_MODULES[program]} import main; main()"
+def run_command(
+    program: str, *arguments: object, cwd=None, patch: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``smpo-pipeline`` or ``smpo-train`` in a process of its own, after the code ``patch``."""
+    code = f"import sys; sys.argv[0] = {program!r}; from {_MODULES[program]} import main\n{patch}\nmain()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator
 
 import pytest
+
+from tests.command import run_command
 
 # Tiny models run fastest on one thread; several busy test processes on two cores would otherwise stall each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Of every Ray that this process starts; what connects to the shared one has it too.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,3 +32,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread(monkeypatch):
     """Actors share the cores of their machine out; in the tests' own process they must not."""
     monkeypatch.setattr("torch.set_num_threads", lambda _number: None)
+
+
+@pytest.fixture(scope="session")
+def on_ray() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """:func:`run_command` for jobs, on one Ray for all tests of this process: each start of one is 10 s of CPU.
+
+    Its workers have the command's working directory but not its environment, and outlive the command: what is about
+    Ray's start, killed commands or workers' environment keeps a Ray of its own.
+    """
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "object_store_memory": 500 << 20, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+        cluster = Cluster(initialize_head=True, head_node_args=node)
+    yield lambda *command, **more: run_command(*command, "--ray-address", cluster.address, **more)
+    cluster.shutdown()

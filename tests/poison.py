@@ -92,12 +92,3 @@ class TouchyInvertActor(InvertActor):
             fsync(descriptor)
 
         os.fsync = away_at_first
-
-
-def invert_touchily() -> None:
-    """The command line with that actor."""
-    from smpo_pipeline.cli import main
-    from smpo_pipeline.jobs import invert
-
-    invert.InvertActor = TouchyInvertActor
-    main()

@@ -55,11 +55,11 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def scores(inputs):
+def scores(inputs, on_ray):
     folder, _ = inputs
     reward = f"clipscore={make_tiny_clip(folder / 'clip')}"
     common = ("--pairs", folder / "pairs.parquet", "--device", "cpu")
-    done = run_command("smpo-pipeline", "score", *common, "--reward", reward, "--out", folder / "scores")
+    done = on_ray("smpo-pipeline", "score", *common, "--reward", reward, "--out", folder / "scores")
     assert done.returncode == 0, done.stderr
 
 
@@ -131,13 +131,13 @@ def test_a_worker_with_other_weights_than_the_drivers_makes_nothing(inputs, tmp_
 @pytest.mark.slow
 @pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, capfd):
+def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, capfd, on_ray):
     folder, rows = inputs
     common = ("--pairs", folder / "pairs.parquet", "--device", "cpu", "--scores", folder / "scores", "--steps", 3)
     flags = ("--model", folder / kind, "--pairs-per-shard", 7, "--buckets")
     job = ("--batch-size", 4, "--concurrency", 1, "--out", tmp_path / "shards")
     job += ("--max-reject-rate", 0.1)  # one of thirteen pairs
-    done = run_command("smpo-pipeline", "invert", *common, *flags, *job)
+    done = on_ray("smpo-pipeline", "invert", *common, *flags, *job)
     assert done.returncode == 0, done.stderr
     assert "image sizes, height x width: 40 x 24 (17%), 32 x 32" in done.stdout
 

@@ -9,10 +9,10 @@ import pytest
 
 from tests.chaos import Chaos
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize("store", [pytest.param("disk", marks=pytest.mark.long), "s3"])
+@pytest.mark.parametrize("store", ["disk", "s3"])
 def test_killed_at_random_moments_both_stages_end_as_if_nothing_had_happened(tmp_path, store):
     with patch.dict(os.environ):
         chaos = Chaos(tmp_path, rows=200, inverted=18, store=store)

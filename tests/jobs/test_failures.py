@@ -145,43 +145,30 @@ class Elsewhere(Reward):
         ("other", ("the weights on", "are others (fingerprint 2) than where the command was started (1)")),
     ],
 )
-def test_a_reward_that_cannot_be_loaded_or_is_another_one_on_a_worker_is_one_line(tmp_path, model, parts):
+def test_a_reward_that_cannot_be_loaded_or_is_another_one_on_a_worker_is_one_line(tmp_path, model, parts, on_ray):
     """With one try to load rather than five, which would take minutes."""
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     pairs = write_pairs(tmp_path, 2, {})
     command = ("score", "--pairs", pairs, "--out", tmp_path / "out", "--device", "cpu")
     command += ("--reward", f"elsewhere:Elsewhere={model}")
-    code = (
-        "from smpo_pipeline import cli; from smpo_pipeline.jobs import cluster; cluster._DEATHS_LOADING = 0; cli.main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, command)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+    patch = "from smpo_pipeline.jobs import cluster; cluster._DEATHS_LOADING = 0"
+    done = on_ray("smpo-pipeline", *command, cwd=tmp_path, patch=patch)
     assert_one_line(done, *parts)
     assert not (tmp_path / "out" / "scores.json").exists()
 
 
-def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_without_them(tmp_path):
+def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_without_them(tmp_path, on_ray):
     model, reward = make_tiny_model(tmp_path / "model"), make_tiny_clip(tmp_path / "pickscore")
     whole = write_pairs(tmp_path, 8, {3: {"prompt": "kill"}, 5: {"prompt": "fail"}})
     common = ("--pairs", whole, "--device", "cpu")
     scores = tmp_path / "scores"
-    done = run_command("smpo-pipeline", "score", *common, "--reward", f"pickscore={reward}", "--out", scores)
+    done = on_ray("smpo-pipeline", "score", *common, "--reward", f"pickscore={reward}", "--out", scores)
     assert done.returncode == 0, done.stderr
     few = ("--steps", 2, "--batch-size", 4, "--concurrency", 1)
     command = ("invert", *common, "--scores", scores, "--model", model, *few, "--out")
-    code = "import sys; sys.argv[0] = 'smpo-pipeline'; from tests.poison import invert_touchily; invert_touchily()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, command), tmp_path / "touchy"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": with_paths(ROOT)},
-    )
+    patch = "from tests.poison import TouchyInvertActor; from smpo_pipeline.jobs import invert; "
+    patch += "invert.InvertActor = TouchyInvertActor"
+    done = on_ray("smpo-pipeline", *command, tmp_path / "touchy", cwd=ROOT, patch=patch)
     assert done.returncode == 0, done.stderr
     rejects = {reject.pair_id: reject.reason for reject in read_rejects(tmp_path / "touchy" / "rejected.parquet")}
     assert rejects["3"].startswith("kills its worker: 3 died of it alone")
@@ -207,6 +194,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.long
 def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(inputs, tmp_path, small_disk):
     disk, remount = small_disk
     rows = [row | {"ranking_id": 100 * copy + row["ranking_id"]} for copy in range(5) for row in pair_rows()[3:6]]
@@ -248,14 +236,14 @@ def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(i
     assert ShardDirectory(out).manifest.totals.pairs == len(list(ShardDirectory(out).samples())) == 15
 
 
-def test_a_run_that_goes_wrong_stops_and_may_be_told_to_go_on(inputs, tmp_path):
+def test_a_run_that_goes_wrong_stops_and_may_be_told_to_go_on(inputs, tmp_path, on_ray):
     pairs = write_pairs(tmp_path, 150, {row: {"image_1": b"nonsense"} for row in range(0, 150, 10)})
     out = tmp_path / "out"
     command = ("smpo-pipeline", "score", "--pairs", pairs, "--reward", f"pickscore={inputs / 'pickscore'}")
     command += ("--out", out, "--device", "cpu")
-    done = run_command(*command)
+    done = on_ray(*command)
     assert_one_line(done, "stopped: 1", "--max-reject-rate 0.05", "image not readable", "a higher --max-reject-rate")
     assert not (out / "scores.json").exists()
-    done = run_command(*command, "--max-reject-rate", 0.2)
+    done = on_ray(*command, "--max-reject-rate", 0.2)
     assert done.returncode == 0, done.stderr
     assert (read_scores_info(out).scored, read_scores_info(out).rejected) == (135, 15)

@@ -14,7 +14,6 @@ from smpo_pipeline.images import decode_image
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
-from tests.command import run_command
 from tests.pictures import encode, picture
 from tests.rewards.test_own import guide_code
 
@@ -45,7 +44,7 @@ def odd_rows() -> list[dict]:
     ]
 
 
-def test_odd_rows_are_scored_rightly_or_rejected_and_change_nothing_else(folders, tmp_path):
+def test_odd_rows_are_scored_rightly_or_rejected_and_change_nothing_else(folders, tmp_path, on_ray):
     rows = odd_rows()
     (tmp_path / "my_rewards.py").write_text(guide_code())
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
@@ -53,7 +52,7 @@ def test_odd_rows_are_scored_rightly_or_rejected_and_change_nothing_else(folders
     specs = [f"{name}={folder}" for name, folder in folders.items() if name != "clipscore"]
     specs.append("my_rewards:Sharpness")
     common = ("score", "--pairs", tmp_path / "pairs.parquet", "--out", tmp_path / "out", "--device", "cpu")
-    done = run_command("smpo-pipeline", *common, "--batch-size", 5, "--reward", *specs, cwd=tmp_path)
+    done = on_ray("smpo-pipeline", *common, "--batch-size", 5, "--reward", *specs, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 

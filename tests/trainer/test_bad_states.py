@@ -264,7 +264,7 @@ def test_a_stand_in_adds_exactly_nothing(name: str) -> None:
     assert error_B2.grad.tolist() == [[0, 0]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one(train: Train, with_nan: Path, model: Path, tmp_path: Path) -> None:
     options = {"max_steps": 5, "beta": 200, "lr": 1e-5, "skip_bad": True}
     one = train("one", on=with_nan, batch_size=4, **options)

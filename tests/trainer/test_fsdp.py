@@ -106,7 +106,7 @@ def test_cut_up_equals_ddp(shards: Path, model: Path, tmp_path: Path, options: d
         assert np.abs(images[0] - images[1]).max() <= 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_cut_up_or_not(
     train: Train,
     shards: Path,

@@ -61,7 +61,7 @@ def same_numbers(out: Path, wanted: Path) -> None:
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, len(theirs) + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments_equals_uninterrupted(shards: Path, model: Path, tmp_path: Path) -> None:
     options = {
         "max_steps": STEPS, "save_every": 3, "lr_schedule": "cosine", "warmup_steps": 5, "workers": 1, "ema_decay": 0.9,

@@ -162,7 +162,7 @@ def test_fetching_ends_with_the_run(shards: Path, model: Path, tmp_path: Path, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [2_000, 20_000, 100_000])
+@pytest.mark.parametrize("limit", [*(pytest.param(few, marks=pytest.mark.long) for few in (2_000, 20_000)), 100_000])
 def test_a_full_disk_is_one_line(shards: Path, model: Path, tmp_path: Path, limit: int) -> None:
     """No file can grow beyond a limit: metrics.jsonl, TensorBoard's file, a checkpoint meet it first."""
     args = arguments(shards, model, tmp_path / "run", save_every=1, max_steps=30)

@@ -60,7 +60,9 @@ def wait_for_steps(out: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])  # in bf16 the reference is computed anew, once
+@pytest.mark.parametrize(
+    "mixed_precision", ["no", pytest.param("bf16", marks=pytest.mark.long)]
+)  # in bf16 the reference is computed anew, once
 def test_killed_and_continued_equals_uninterrupted(
     shards: Path, model: Path, tmp_path: Path, mixed_precision: str
 ) -> None:

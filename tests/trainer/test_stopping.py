@@ -104,7 +104,7 @@ def to_all_twice(process: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [to_one, ctrl_c, to_all_twice])
+@pytest.mark.parametrize("stop", [to_one, pytest.param(ctrl_c, marks=pytest.mark.long), to_all_twice])
 def test_a_signal_finishes_the_step_and_saves(
     shards: Path, model: Path, tmp_path: Path, stop: Callable[[subprocess.Popen[str]], int]
 ) -> None:

@@ -81,7 +81,7 @@ def test_a_damaged_file_and_a_prompt_that_is_not_there_are_named(
         CachedText(file, torch.device("cpu"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_share_a_file_and_one_draws(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
     gentle = {"max_steps": 2, "beta": 200, "lr": 1e-5}  # at the defaults, a step enlarges the rounding of sums
     one = train("one", batch_size=4, **gentle)
