@@ -43,7 +43,7 @@ def on_ray() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 2, "object_store_memory": 500 << 20, "include_dashboard": False}
+    node = {"num_cpus": 2, "object_store_memory": 2 << 30, "include_dashboard": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
         cluster = Cluster(initialize_head=True, head_node_args=node)
