@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.command import run_command
+from tests.command import run_command, run_here
 
 # Tiny models run fastest on one thread; several busy test processes on two cores would otherwise stall each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,10 +35,10 @@ def _one_thread(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def on_ray() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """:func:`run_command` for jobs, on one Ray for all tests of this process: each start of one is 10 s of CPU.
+def ray_address() -> Iterator[str]:
+    """One Ray for the jobs of all tests of this process: each start of one is 10 s of CPU.
 
-    Its workers have the command's working directory but not its environment, and outlive the command: what is about
+    Its workers have a command's working directory but not its environment, and outlive the command: what is about
     Ray's start, killed commands or workers' environment keeps a Ray of its own.
     """
     from ray.cluster_utils import Cluster
@@ -47,5 +47,17 @@ def on_ray() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
         cluster = Cluster(initialize_head=True, head_node_args=node)
-    yield lambda *command, **more: run_command(*command, "--ray-address", cluster.address, **more)
+    yield cluster.address
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def on_ray(ray_address: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """:func:`run_command` for jobs, on that Ray."""
+    return lambda *command, **more: run_command(*command, "--ray-address", ray_address, **more)
+
+
+@pytest.fixture
+def here_on_ray(ray_address: str, capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """:func:`run_here` for jobs, on that Ray."""
+    return lambda *command: run_here(capfd, *command, "--ray-address", ray_address)

@@ -131,13 +131,13 @@ def test_a_worker_with_other_weights_than_the_drivers_makes_nothing(inputs, tmp_
 @pytest.mark.slow
 @pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, capfd, on_ray):
+def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, capfd, here_on_ray):
     folder, rows = inputs
     common = ("--pairs", folder / "pairs.parquet", "--device", "cpu", "--scores", folder / "scores", "--steps", 3)
     flags = ("--model", folder / kind, "--pairs-per-shard", 7, "--buckets")
     job = ("--batch-size", 4, "--concurrency", 1, "--out", tmp_path / "shards")
     job += ("--max-reject-rate", 0.1)  # one of thirteen pairs
-    done = on_ray("smpo-pipeline", "invert", *common, *flags, *job)
+    done = here_on_ray("smpo-pipeline", "invert", *common, *flags, *job)
     assert done.returncode == 0, done.stderr
     assert "image sizes, height x width: 40 x 24 (17%), 32 x 32" in done.stdout
 

@@ -157,12 +157,14 @@ def test_a_reward_that_cannot_be_loaded_or_is_another_one_on_a_worker_is_one_lin
     assert not (tmp_path / "out" / "scores.json").exists()
 
 
-def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_without_them(tmp_path, on_ray):
+def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_without_them(
+    tmp_path, on_ray, here_on_ray
+):
     model, reward = make_tiny_model(tmp_path / "model"), make_tiny_clip(tmp_path / "pickscore")
     whole = write_pairs(tmp_path, 8, {3: {"prompt": "kill"}, 5: {"prompt": "fail"}})
     common = ("--pairs", whole, "--device", "cpu")
     scores = tmp_path / "scores"
-    done = on_ray("smpo-pipeline", "score", *common, "--reward", f"pickscore={reward}", "--out", scores)
+    done = here_on_ray("smpo-pipeline", "score", *common, "--reward", f"pickscore={reward}", "--out", scores)
     assert done.returncode == 0, done.stderr
     few = ("--steps", 2, "--batch-size", 4, "--concurrency", 1)
     command = ("invert", *common, "--scores", scores, "--model", model, *few, "--out")
@@ -236,14 +238,14 @@ def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(i
     assert ShardDirectory(out).manifest.totals.pairs == len(list(ShardDirectory(out).samples())) == 15
 
 
-def test_a_run_that_goes_wrong_stops_and_may_be_told_to_go_on(inputs, tmp_path, on_ray):
+def test_a_run_that_goes_wrong_stops_and_may_be_told_to_go_on(inputs, tmp_path, here_on_ray):
     pairs = write_pairs(tmp_path, 150, {row: {"image_1": b"nonsense"} for row in range(0, 150, 10)})
     out = tmp_path / "out"
     command = ("smpo-pipeline", "score", "--pairs", pairs, "--reward", f"pickscore={inputs / 'pickscore'}")
     command += ("--out", out, "--device", "cpu")
-    done = on_ray(*command)
+    done = here_on_ray(*command)
     assert_one_line(done, "stopped: 1", "--max-reject-rate 0.05", "image not readable", "a higher --max-reject-rate")
     assert not (out / "scores.json").exists()
-    done = on_ray(*command, "--max-reject-rate", 0.2)
+    done = here_on_ray(*command, "--max-reject-rate", 0.2)
     assert done.returncode == 0, done.stderr
     assert (read_scores_info(out).scored, read_scores_info(out).rejected) == (135, 15)

@@ -87,12 +87,12 @@ def test_every_row_is_scored_or_rejected_with_a_reason(inputs, scores):
         assert found.fingerprint == reward.fingerprint
 
 
-def test_a_reward_added_to_a_finished_table_gives_what_both_give_together(inputs, scores, tmp_path, capfd, on_ray):
+def test_a_reward_added_to_a_finished_table_gives_what_both_give_together(inputs, scores, tmp_path, capfd, here_on_ray):
     """Byte by byte, with another number of workers; what does not belong to the table is refused."""
     out = tmp_path / "out"
     common = ("--pairs", inputs / "pairs", "--device", "cpu", "--batch-size", 5, "--out", out)
     pickscore, clipscore = (f"{name}={inputs / name}" for name in ("pickscore", "clipscore"))
-    assert on_ray("smpo-pipeline", "score", *common, "--reward", pickscore).returncode == 0
+    assert here_on_ray("smpo-pipeline", "score", *common, "--reward", pickscore).returncode == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     run = partial(run_here, capfd, "smpo-pipeline", "score", *common)
     other = make_tiny_clip(tmp_path / "other", seed=7)
@@ -100,7 +100,7 @@ def test_a_reward_added_to_a_finished_table_gives_what_both_give_together(inputs
     assert_one_line(run("--reward", clipscore, "--limit", 3), "finished run with other settings", "input.limit")
     assert_one_line(run("--reward", clipscore, "--concurrency", "x=2"), "--concurrency x=2", "NAME=N")
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
-    done = on_ray("smpo-pipeline", "score", *common, "--reward", clipscore, "--concurrency", "clipscore=2")
+    done = here_on_ray("smpo-pipeline", "score", *common, "--reward", clipscore, "--concurrency", "clipscore=2")
     assert done.returncode == 0, done.stderr
     assert read_scores_info(out) == read_scores_info(scores)
     names = [part.name for part in read_scores_info(out).parts]
@@ -162,23 +162,23 @@ def test_every_scored_pair_is_in_a_shard(inputs, scores, shards):
     assert json.loads((shards / "run.json").read_text())["seed"] == 0
 
 
-def test_scores_of_another_prompt_are_of_another_pair(inputs, scores, tmp_path, on_ray):
+def test_scores_of_another_prompt_are_of_another_pair(inputs, scores, tmp_path, here_on_ray):
     changed = tmp_path / "scores"
     shutil.copytree(scores, changed)
     path = changed / read_scores_info(scores).parts[0].name
     rows = pq.read_table(path).to_pylist()
     rows[1]["prompt"] = "another"
     pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
-    done = invert(inputs, changed, tmp_path / "out", "--limit", 2, run=on_ray)
+    done = invert(inputs, changed, tmp_path / "out", "--limit", 2, run=here_on_ray)
     assert done.returncode == 0, done.stderr
     (reject,) = read_rejects(tmp_path / "out" / "rejected.parquet")
     assert reject.pair_id == rows[1]["pair_id"]
     assert reject.reason.startswith("other pair: ")
 
 
-def test_two_workers_give_the_same_bytes_as_one(inputs, scores, shards, tmp_path, on_ray):
+def test_two_workers_give_the_same_bytes_as_one(inputs, scores, shards, tmp_path, here_on_ray):
     """``shards`` are made by one."""
-    done = invert(inputs, scores, tmp_path / "out", "--batch-size", 4, "--concurrency", 2, run=on_ray)
+    done = invert(inputs, scores, tmp_path / "out", "--batch-size", 4, "--concurrency", 2, run=here_on_ray)
     assert done.returncode == 0, done.stderr
     mine, theirs = (
         {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "out", shards)
@@ -187,7 +187,7 @@ def test_two_workers_give_the_same_bytes_as_one(inputs, scores, shards, tmp_path
     assert mine == theirs
 
 
-def test_other_batches_and_another_order_give_the_same_but_for_rounding(inputs, scores, shards, tmp_path, on_ray):
+def test_other_batches_and_another_order_give_the_same_but_for_rounding(inputs, scores, shards, tmp_path, here_on_ray):
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     for name, source in (("a", "part-1"), ("b", "part-0")):
@@ -195,7 +195,7 @@ def test_other_batches_and_another_order_give_the_same_but_for_rounding(inputs, 
     other = tmp_path / "out"
     common = ("--scores", scores, "--model", inputs / "model", "--out", other, "--device", "cpu", "--steps", 3)
     changed = ("--batch-size", 1, "--concurrency", 2, "--pairs-per-shard", 5)
-    done = on_ray("smpo-pipeline", "invert", "--pairs", pairs, *common, *changed)
+    done = here_on_ray("smpo-pipeline", "invert", "--pairs", pairs, *common, *changed)
     assert done.returncode == 0, done.stderr
     mine = {sample.meta.pair_id: sample for sample in ShardDirectory(shards).samples()}
     theirs = {sample.meta.pair_id: sample for sample in ShardDirectory(other).samples()}
@@ -220,7 +220,7 @@ def test_a_finished_run_is_left_alone(inputs, scores, shards, capfd):
     assert_one_line(done, "inversion.eta: 0.0 there, 0.1 here", "inversion.renoise_steps", "--overwrite")
 
 
-def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tmp_path, on_ray):
+def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tmp_path, here_on_ray):
     """The records are all that a continued run goes by: one unit is committed, one is half written, one is missing."""
     out = tmp_path / "out"
     shutil.copytree(shards, out)
@@ -234,7 +234,7 @@ def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tm
     (out / "shard-000000.tar").write_bytes(b"half")
     (out / "shard-000002.tar").unlink()
     kept = (out / "shard-000001.tar").stat().st_mtime_ns
-    done = invert(inputs, scores, out, "--batch-size", 4, run=on_ray)
+    done = invert(inputs, scores, out, "--batch-size", 4, run=here_on_ray)
     assert done.returncode == 0, done.stderr
     assert (out / "shard-000001.tar").stat().st_mtime_ns == kept
     for unit in range(3):
@@ -243,8 +243,8 @@ def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tm
     assert not (out / ".units").exists()
 
 
-def test_the_forward_source_through_the_command_line(inputs, scores, tmp_path, on_ray):
-    done = invert(inputs, scores, tmp_path / "out", "--limit", 4, "--source", "forward", "--walks", 2, run=on_ray)
+def test_the_forward_source_through_the_command_line(inputs, scores, tmp_path, here_on_ray):
+    done = invert(inputs, scores, tmp_path / "out", "--limit", 4, "--source", "forward", "--walks", 2, run=here_on_ray)
     assert done.returncode == 0, done.stderr
     totals = ShardDirectory(tmp_path / "out").manifest.totals
     assert (totals.pairs_in, totals.pairs, totals.rejected, totals.samples, totals.states) == (4, 3, 1, 6, 18)
@@ -267,11 +267,11 @@ def test_wrong_use_is_one_line(inputs, scores, tmp_path, capfd):
     assert not out.exists()
 
 
-def test_no_pair_left_is_one_line_and_says_why(inputs, tmp_path, on_ray):
+def test_no_pair_left_is_one_line_and_says_why(inputs, tmp_path, here_on_ray):
     path = tmp_path / "bad.parquet"
     row = pair_rows()[0] | {"jpg_0": b"nonsense"}
     pq.write_table(pa.Table.from_pylist([row]), path)
-    done = on_ray(
+    done = here_on_ray(
         *("smpo-pipeline", "score", "--pairs", path, "--reward", f"pickscore={inputs / 'pickscore'}"),
         *("--out", tmp_path / "out", "--device", "cpu"),
     )
@@ -292,13 +292,23 @@ def test_training_from_these_shards_starts_at_ln_2(inputs, shards, tmp_path):
     assert (out / "unet" / "config.json").is_file()
 
 
-def test_sdxl_solved_by_anderson_and_walked_by_a_lora(inputs, scores, tmp_path, capfd, on_ray):
+def test_sdxl_solved_by_anderson_and_walked_by_a_lora(inputs, scores, tmp_path, capfd, here_on_ray):
     """The second round: shards, a LoRA trained on them, and new shards that it walks; the reference stays."""
     model = make_tiny_xl(tmp_path / "xl")
     few = ("--model", model, "--limit", 4)
     first, lora, second = (tmp_path / name for name in ("first", "lora", "second"))
     done = invert(
-        inputs, scores, first, *few, "--solver", "anderson", "--max-evaluations", 4, "--tolerance", 1e-3, run=on_ray
+        inputs,
+        scores,
+        first,
+        *few,
+        "--solver",
+        "anderson",
+        "--max-evaluations",
+        4,
+        "--tolerance",
+        1e-3,
+        run=here_on_ray,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -310,7 +320,7 @@ def test_sdxl_solved_by_anderson_and_walked_by_a_lora(inputs, scores, tmp_path, 
         *("--batch-size", 4, "--max-steps", 2, "--lr", 1e-2, "--lora-rank", 4, "--warmup-steps", 0),
     )
     assert done.returncode == 0, done.stderr
-    done = invert(inputs, scores, second, *few, "--walker", lora, run=on_ray)
+    done = invert(inputs, scores, second, *few, "--walker", lora, run=here_on_ray)
     assert done.returncode == 0, done.stderr
     again = ShardDirectory(second).manifest
     assert again.model.reference == manifest.model.reference == manifest.model.walker != again.model.walker

@@ -164,14 +164,14 @@ def test_a_missing_gpu_is_said_so(inputs, capfd, monkeypatch):
 
 
 @pytest.mark.slow
-def test_bytes_shards_and_states_are_those_of_the_shards(inputs, tmp_path, capfd, on_ray):
+def test_bytes_shards_and_states_are_those_of_the_shards(inputs, tmp_path, capfd, here_on_ray):
     reward = f"clipscore={make_tiny_clip(tmp_path / 'clip')}"
     common = ("--pairs", inputs / "pairs", "--device", "cpu")
-    scored = on_ray("smpo-pipeline", "score", *common, "--reward", reward, "--out", tmp_path / "scores")
+    scored = here_on_ray("smpo-pipeline", "score", *common, "--reward", reward, "--out", tmp_path / "scores")
     assert scored.returncode == 0, scored.stderr
     flags = ("--scores", tmp_path / "scores", "--model", inputs / "model", "--steps", 3, "--pairs-per-shard", 4)
     out = tmp_path / "shards"
-    made = on_ray("smpo-pipeline", "invert", *common, *flags, "--batch-size", "auto", "--out", out)
+    made = here_on_ray("smpo-pipeline", "invert", *common, *flags, "--batch-size", "auto", "--out", out)
     assert made.returncode == 0, made.stderr
     assert "--batch-size auto: batches of" in made.stdout
     assert not list(out.glob(".batch-size*"))
