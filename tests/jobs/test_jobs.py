@@ -113,7 +113,7 @@ def test_a_reward_added_to_a_finished_table_gives_what_both_give_together(inputs
     assert {path.name for path in out.iterdir()} == left
 
 
-def test_a_killed_score_is_continued_and_ends_the_same(inputs, tmp_path, on_ray):
+def test_a_killed_score_is_continued_and_ends_the_same(inputs, tmp_path, here_on_ray):
     """Really killed, in the middle of units, with small chunks; then the same command with another concurrency."""
     rows = [row | {"ranking_id": 10_000 * copy + row["ranking_id"]} for copy in range(30) for row in pair_rows()[:12]]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet", row_group_size=50)
@@ -132,7 +132,7 @@ def test_a_killed_score_is_continued_and_ends_the_same(inputs, tmp_path, on_ray)
     assert committed
     assert not (outs[0] / "scores.json").exists()
     for out in outs:
-        done = on_ray("smpo-pipeline", "score", *common, "--out", out, "--concurrency", 2)
+        done = here_on_ray("smpo-pipeline", "score", *common, "--out", out, "--concurrency", 2)
         assert done.returncode == 0, done.stderr
     first, second = map(read_scores_info, outs)
     assert first == second
