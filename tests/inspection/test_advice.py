@@ -59,6 +59,23 @@ def test_published_timesteps_are_named_before_the_remedies() -> None:
     assert health_warnings([band(1.0)], InversionSettings(timesteps="published")) == []
 
 
+@pytest.mark.parametrize(("residual", "settings", "warned"), [
+    (0.1, {"solver": "ddim", "steps": 5}, False),  # the worst band on the embedded worlds
+    (0.3, {}, True),
+    (0.3, {"solver": "anderson", "guidance_scale": 3}, True),
+    (0.3, {"eta": 1}, False),  # what eta adds is no error of the solver
+])  # fmt: skip
+def test_steps_that_were_not_solved_are_named(residual: float, settings: dict[str, object], warned: bool) -> None:
+    bands = [band(1.0), band(1.0, 200).model_copy(update={"residual": residual})]
+    chosen = InversionSettings(**settings)
+    warnings = health_warnings(bands, chosen)
+    assert len(warnings) == 2 * warned
+    if warned:
+        assert "200 to 399: residual 0.30" in warnings[0]
+        assert ("--solver anderson" in warnings[1]) == (chosen.solver != "anderson")
+        assert ("--guidance-scale" in warnings[1]) == (chosen.guidance_scale > 1)
+
+
 @pytest.mark.parametrize(("unconverged", "warned"), [(0, False), (5, False), (6, True)])
 def test_solvers_that_failed_often_are_named(unconverged: int, warned: bool) -> None:
     warnings = health_warnings([band(1.0).model_copy(update={"solved": 100, "unconverged": unconverged})], DEFAULT)

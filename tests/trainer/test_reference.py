@@ -13,7 +13,8 @@ from smpo_models.loading import load_family
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.manifest import InversionSettings, read_manifest
 from smpo_schemas.shards import ShardDirectory
-from smpo_trainer import reference
+from smpo_schemas.stored_state import StoredState
+from smpo_trainer import batches, reference
 from tests.inversion.helpers import make_pair
 from tests.tiny import make_tiny_model, make_tiny_xl
 from tests.trainer.conftest import Train
@@ -72,6 +73,26 @@ def test_errors_of_other_arithmetic_are_named_and_loud(
     assert metrics(out)[0]["reference_noise/std"] > 0.05
     printed = capsys.readouterr().out
     assert all(word in printed for word in words)
+
+
+@pytest.mark.parametrize(("noise", "loud"), [(3e-5, False), (1e-4, True)])
+def test_whether_noise_is_loud_does_not_depend_on_the_size_of_a_step(
+    train: Train, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, noise: float, loud: bool
+) -> None:
+    """Margins of std 0.04 or 0.14; the mean loss of few states moves by more than 0.005 with either."""
+    read = batches.read_state
+
+    def noisy(*where: object) -> StoredState:
+        state = read(*where)
+        stream = torch.Generator().manual_seed(int(state.ref_error_2.sum() * 1e6))
+        return replace(state, ref_error_2=state.ref_error_2 + noise * torch.randn(2, generator=stream))
+
+    monkeypatch.setattr(batches, "read_state", noisy)
+    made: list[bool] = []
+    monkeypatch.setattr(reference, "write_reference", lambda *_: made.append(True))
+    for batch_size in (1, 18):
+        train(f"{batch_size}", batch_size=batch_size, max_steps=18 // batch_size, beta=2000)
+    assert len(made) == 2 * loud
 
 
 def test_shards_of_before_say_that_all_weights_were_narrow(shards: Path) -> None:

@@ -39,7 +39,11 @@ LOUD_MARGIN = 0.1
 tenth of that, on every state, for the whole run."""
 
 LOUD_LOSS = 5e-3
-"""The same for the mean loss of the first step, against what it is where all margins are 0 (ln 2 for most)."""
+"""The same for what the noise adds to the mean loss whatever its sign (second order: half the curvature times its
+variance). The first order is of zero mean: over n states it is left with 1 / sqrt(n) of itself."""
+
+MEASURED_STATES = 512
+"""States that the noise is measured on, however many a step has."""
 
 _TENSOR, _STEPS = "ref_error", "steps"
 _TITLE = "computing the reference anew, once, in this run's own arithmetic"
@@ -47,22 +51,24 @@ _TITLE = "computing the reference anew, once, in this run's own arithmetic"
 
 @dataclass(frozen=True)
 class ReferenceNoise:
-    """How far the stored reference is from this run's arithmetic, over the states of the first step.
+    """How far the stored reference is from this run's arithmetic, over the first states of the run.
 
     Attributes:
         std: root mean square of the margin h that the noise alone makes (its true mean is 0).
         max: largest absolute value.
-        loss: what the noise adds to the step's mean loss.
+        loss: what the noise adds to the mean loss.
+        even: the same, averaged over the noise and its opposite.
     """
 
     std: float
     max: float
     loss: float
+    even: float
 
     @property
     def is_loud(self) -> bool:
         """Whether it is worth a warning, or a pass that mends it."""
-        return self.std > LOUD_MARGIN or abs(self.loss) > LOUD_LOSS
+        return self.std > LOUD_MARGIN or abs(self.even) > LOUD_LOSS
 
     def describe(self) -> str:
         """One line for the user."""
@@ -109,7 +115,7 @@ def settle_reference(
     if settings.reference in {"auto", "stored"}:
         _compare_arithmetic(experiment, accelerator.device, report)
     reference = _Pass(policy, feed, accelerator)
-    noise = reference.measure(experiment.pair_loss(policy.family.process))
+    noise = reference.measure(experiment.pair_loss(policy.family.process), settings.max_steps)
     report.say(noise.describe())
     if settings.reference == "recomputed" or (settings.reference == "auto" and noise.is_loud):
         feed.dataset.ref_error_S2 = _recompute(reference, settings.max_steps, output, report)
@@ -142,25 +148,36 @@ class _Pass:
     def __init__(self, policy: Policy, feed: Feed, accelerator: Accelerator) -> None:
         self._policy, self._feed, self._plan, self.accelerator = policy, feed, feed.plan, accelerator
 
-    def measure(self, pair_loss: PairLoss) -> ReferenceNoise:
-        """Compare the stored errors of the first step's states with errors computed now; NaN if none can be used."""
+    def measure(self, pair_loss: PairLoss, max_steps: int) -> ReferenceNoise:
+        """Compare stored errors with errors computed now; NaN if no state can be used.
+
+        As many steps' states as make :data:`MEASURED_STATES`, or all that a run of ``max_steps`` visits.
+        """
         margins: list[torch.Tensor] = []
         losses: list[torch.Tensor] = []
+        evens: list[torch.Tensor] = []
         counts: list[torch.Tensor] = []
-        for batch, error_B2 in self._batches(1):
+        steps = min(self.steps(max_steps), -(-MEASURED_STATES // self._plan.states_per_step))
+        for batch, error_B2 in self._batches(steps):
             noisy = PairBatch(error_B2, batch.ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
-            exact = replace(noisy, ref_error_B2=error_B2)
-            loss_B = pair_loss(noisy, batch.weight_B)[0] - pair_loss(exact, batch.weight_B)[0]
+            exact = pair_loss(replace(noisy, ref_error_B2=error_B2), batch.weight_B)[0]
+            opposite = replace(noisy, ref_error_B2=2 * error_B2 - batch.ref_error_B2)
+            loss_B = pair_loss(noisy, batch.weight_B)[0] - exact
+            evens.append((loss_B + pair_loss(opposite, batch.weight_B)[0] - exact) / 2)
             margin_B = implicit_margin(error_B2, batch.ref_error_B2, pair_loss.objective.options.beta)
             margins.append(margin_B * pair_loss.timestep_weight(batch.timestep_B, margin_B))
             losses.append(loss_B)
             counts.append(batch.counts_B)
-        noise_B2 = self.accelerator.gather(torch.stack([torch.cat(margins), torch.cat(losses)], dim=1))
-        margin_B, loss_B = noise_B2[self.accelerator.gather(torch.cat(counts))].double().unbind(1)
+        own_B3 = torch.stack([torch.cat(each) for each in (margins, losses, evens)], dim=1)
+        noise_B3 = self.accelerator.gather(own_B3)[self.accelerator.gather(torch.cat(counts))]
+        margin_B, loss_B, even_B = noise_B3.double().unbind(1)
         if not len(margin_B):
-            return ReferenceNoise(math.nan, math.nan, math.nan)
+            return ReferenceNoise(math.nan, math.nan, math.nan, math.nan)
         return ReferenceNoise(
-            std=float(margin_B.square().mean().sqrt()), max=float(margin_B.abs().max()), loss=float(loss_B.mean())
+            std=float(margin_B.square().mean().sqrt()),
+            max=float(margin_B.abs().max()),
+            loss=float(loss_B.mean()),
+            even=float(even_B.mean()),
         )
 
     def steps(self, max_steps: int) -> int:

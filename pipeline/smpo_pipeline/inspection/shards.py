@@ -15,9 +15,9 @@ from rich.console import Console
 from smpo_pipeline.buckets import buckets_in_words
 from smpo_pipeline.inspection.scores import print_sharpness
 from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
-from smpo_pipeline.inversion.advice import believable, health_warnings
+from smpo_pipeline.inversion.advice import believable, health_warnings, unsolved
 from smpo_schemas.errors import UserError
-from smpo_schemas.manifest import BandHealth, InversionSettings, Manifest
+from smpo_schemas.manifest import InversionSettings, Manifest
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.shards import Sample, ShardDirectory
 
@@ -127,7 +127,7 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     edges = np.linspace(0, manifest.model.num_train_timesteps, _TIMESTEP_BINS + 1)
     console.print(histogram("timesteps of the states", timesteps, edges.tolist()))
     _print_bands(summary, timesteps, console)
-    _print_health(manifest.health, console)
+    _print_health(manifest, console)
     rewards = {name: reward for name, reward in manifest.rewards.items() if reward.max > reward.min}
     scores = {name: np.array(summary.scores[name], dtype=np.float64).reshape(-1, 2) for name in rewards}
     print_sharpness({name: minmax(scores, rewards, {name: 1.0}) for name in rewards}, console)
@@ -197,7 +197,8 @@ def _print_bands(summary: ShardsSummary, timesteps: np.ndarray, console: Console
             console.print(table)
 
 
-def _print_health(health: list[BandHealth], console: Console) -> None:
+def _print_health(manifest: Manifest, console: Console) -> None:
+    health = manifest.health
     columns = ["timesteps", "states", "noise ratio", "residual", "neighbour correlation"]
     with_tolerance = any(band.solved for band in health)
     if with_tolerance:
@@ -210,6 +211,6 @@ def _print_health(health: list[BandHealth], console: Console) -> None:
         ]
         if with_tolerance:
             numbers.append(f"{band.unconverged} of {band.solved}")
-        style = None if believable(band) else "bold red"
+        style = None if believable(band) and not unsolved(band, manifest.inversion) else "bold red"
         table.add_row(f"{band.start} .. {band.stop - 1}", f"{band.states}", *numbers, style=style)
     console.print(table)

@@ -9,6 +9,10 @@ from smpo_schemas.manifest import BandHealth, InversionSettings
 LOWEST_RATIO = 0.8
 HIGHEST_RATIO = 1.25
 
+HIGHEST_RESIDUAL = 0.2
+"""Twice the largest mean residual of a band that any solver had on the embedded worlds: DDIM inversion in 5 steps, 0.1
+(docs/walks.md). Beyond, a step was not solved at all."""
+
 _ENOUGH_STEPS = 5
 """ReNoise steps that mended every low ratio that was measured with a VAE that fits (docs/walks.md)."""
 
@@ -24,8 +28,16 @@ def believable(band: BandHealth) -> bool:
     return band.noise_ratio is None or LOWEST_RATIO <= band.noise_ratio <= HIGHEST_RATIO
 
 
+def unsolved(band: BandHealth, settings: InversionSettings) -> bool:
+    """Whether the band's states are too far from solving their steps, which the noise ratio alone does not see.
+
+    With ``--eta`` the residual holds the noise that is added after each step, and says nothing of the solver.
+    """
+    return band.residual is not None and band.residual > HIGHEST_RESIDUAL and not settings.eta
+
+
 def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -> list[str]:
-    """A sentence for each timestep band whose noise ratio is out of bounds, then one a side that names the remedies.
+    """A sentence for each timestep band whose noise ratio or residual is out of bounds, and what remedies there are.
 
     Empty where all bands are well. Training on such states went from no gain to harm while loss, margin and implicit
     accuracy looked fine, so this is the place to find out.
@@ -48,6 +60,14 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
             "Remedies for a high ratio, in this order: more --steps, then --start T (a timestep up to which images are "
             "noised forward). More corrections a step raise it further."
         )
+    remote = [band for band in health if unsolved(band, settings)]
+    warnings += [
+        f"timesteps {band.start} to {band.stop - 1}: residual {band.residual:.2f} is above {HIGHEST_RESIDUAL}: these "
+        "steps were not solved, and sampling does not lead from their states to the images."
+        for band in remote
+    ]
+    if remote:
+        warnings.append(f"Remedies for a high residual, in this order: {', then '.join(_against_residual(settings))}.")
     warnings += [
         f"timesteps {band.start} to {band.stop - 1}: {band.unconverged} of {band.solved} images' states did not reach "
         f"--tolerance; their residual says how far they are. Remedies: {', '.join(_against_unconverged(settings))}."
@@ -69,6 +89,12 @@ def _against_low(settings: InversionSettings) -> list[str]:
     further = " further on" if isinstance(settings.start, int) else ""
     remedies.append(f"--start T{further} (a timestep up to which images are noised forward)")
     return [*remedies, "the VAE that the model was trained with, if this is another"]
+
+
+def _against_residual(settings: InversionSettings) -> list[str]:
+    anderson = [] if settings.solver == "anderson" else ["--solver anderson"]
+    unguided = ["a smaller --guidance-scale"] if settings.guidance_scale > 1 else []
+    return [*anderson, *unguided, "more --steps", "a trained --model at its own --resolution, if this is none"]
 
 
 def _against_unconverged(settings: InversionSettings) -> list[str]:
