@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 from page import stamp
 
+from smpo_common.files import write_bytes
 from smpo_pipeline.calibration.calibrate import Report, calibrate
 from smpo_pipeline.calibration.held_out import COIN
 from smpo_pipeline.calibration.measures import agreement, calibration_error, log_loss, reliability
-from smpo_pipeline.images import decode_image
+from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.toy.annotators import ANNOTATORS, expected_label
-from smpo_schemas.files import write_bytes
 from smpo_schemas.pairs import PICK_A_PIC, Pair, RowRange, list_pair_files, read_rows
 
 ROOT = Path(__file__).parents[1]

@@ -25,8 +25,8 @@ from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, p
 from page import stamp, write_section
 from walk_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
 
-from smpo_schemas.shards import Sample, ShardDirectory
-from smpo_trainer.output import TRAINING_FILE
+from smpo_schemas.shards.samples import Sample, ShardDirectory
+from smpo_trainer.output.run_folder import TRAINING_FILE
 
 PAGE = ROOT / "docs/walks.md"
 TITLE = "Drift, and a second round"

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from page import stamp
 
-from smpo_schemas.files import write_bytes
+from smpo_common.files import write_bytes
 from smpo_schemas.scores import read_scores, read_scores_info, write_part, write_scores_info
-from smpo_trainer.metrics import METRICS_FILE
-from smpo_trainer.output import TRAINING_FILE
+from smpo_trainer.monitoring.metrics import METRICS_FILE
+from smpo_trainer.output.run_folder import TRAINING_FILE
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs/health.md"

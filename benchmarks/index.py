@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from page import stamp, write_section
 
-from smpo_schemas.files import sha256_file
+from smpo_common.files import sha256_file
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
     IndexEntry,
@@ -35,11 +35,11 @@ from smpo_schemas.manifest import (
 )
 from smpo_schemas.preference import find_preference
 from smpo_schemas.scores import RewardStatistics
-from smpo_schemas.shard_index import _SCHEMA, INDEX_FILE
+from smpo_schemas.shards.index import _SCHEMA, INDEX_FILE
+from smpo_trainer.data.state_table import index_states
 from smpo_trainer.objectives import find_objective
-from smpo_trainer.reward_mix import RewardMix
-from smpo_trainer.shard_set import open_shards
-from smpo_trainer.states import index_states
+from smpo_trainer.preference.reward_mix import RewardMix
+from smpo_trainer.shards.shard_set import open_shards
 
 PER_SHARD, STATES = 1000, 9
 REWARDS = ("pickscore", "clipscore")

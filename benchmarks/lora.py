@@ -56,7 +56,7 @@ The embedded world's 600 pairs, the demo's settings (SmPO with two rewards, beta
 three training seeds, pooled; {results.num_images} images of {results.num_prompts} test prompts a model under the true
 reward. The base's mean is {results.finding(BASE, TRUTH).mean:.3f}. Intervals are 95 % bootstraps over prompts; they do
 not cover the choice of training seeds, whose win rates stand beside them. That stock pipelines load both results is a
-test (`tests/trainer/test_policy.py`).
+test (`tests/trainer/model/test_policy.py`).
 
 {head("trained", *COLUMNS)}
 {chr(10).join(row(report, label, [out.name for out in outs]) for label, outs in final.items())}

@@ -20,8 +20,8 @@ from pathlib import Path
 from experiment import BASE, COLUMNS, ROOT, TRUTH, comparison, evaluate, gain, head, row, run
 from page import stamp
 
+from smpo_common.files import write_bytes
 from smpo_pipeline.evaluation.results import Results
-from smpo_schemas.files import write_bytes
 
 BETAS = (100, 300, 1000)
 SELECTION_SEED = 100

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from smpo_common.files import write_bytes
 from smpo_models.devices import device_in_words
-from smpo_schemas.files import write_bytes
 
 BENCHMARKS = Path(__file__).parents[1] / "docs/benchmarks.md"
 _TITLE = "# Benchmarks\n\nRatios are taken within one run; rates of one run say little of another machine.\n"

@@ -39,24 +39,24 @@ from page import stamp, write_section
 from ray.cluster_utils import Cluster
 from score_programs import make_pairs
 
-import smpo_pipeline.jobs.invert as invert_job
-import smpo_pipeline.jobs.score as score_job
+import smpo_pipeline.jobs.invert.job as invert_job
+import smpo_pipeline.jobs.score.job as score_job
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair, draw_walk
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.chunks import with_scores, without_images
-from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions
-from smpo_pipeline.jobs.prepare import values_of
-from smpo_pipeline.jobs.run import SCORE_ROWS, UnitRecord
-from smpo_pipeline.jobs.score_table import _UNITS_PER_PART
-from smpo_pipeline.jobs.score_units import RewardActor
+from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions
+from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, UnitRecord
+from smpo_pipeline.jobs.score.chunks import with_scores, without_images
+from smpo_pipeline.jobs.score.table import _UNITS_PER_PART
+from smpo_pipeline.jobs.score.units import RewardActor
+from smpo_pipeline.jobs.units.prepare import values_of
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.manifest import InversionSettings, ShardEntry
 from smpo_schemas.pairs import PairFile, slice_files
 from smpo_schemas.rejects import Reject
 from smpo_schemas.scores import IMAGE_IDS, score_schema
-from smpo_schemas.shards import Sample
+from smpo_schemas.shards.samples import Sample
 
 WORKERS = (1, 2, 4, 8)
 SECONDS = 1.0

@@ -27,7 +27,7 @@ from page import stamp, write_section
 from pydantic import BaseModel
 from score_programs import BATCH, SLEEP, TOY, Cost, make_pairs, make_vit_b
 
-from smpo_schemas.files import write_bytes
+from smpo_common.files import write_bytes
 
 PROGRAMS = Path(__file__).with_name("score_programs.py")
 CORES = os.cpu_count() or 1

@@ -26,12 +26,12 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-import smpo_pipeline.jobs.score as job
 from smpo_models.weights import DTYPES
-from smpo_pipeline.images import decode_image
-from smpo_pipeline.jobs.chunks import with_scores, without_images
-from smpo_pipeline.jobs.prepare import values_of
-from smpo_pipeline.jobs.score_units import RewardActor
+from smpo_pipeline.images.decode import decode_image
+from smpo_pipeline.jobs.score import job
+from smpo_pipeline.jobs.score.chunks import with_scores, without_images
+from smpo_pipeline.jobs.score.units import RewardActor
+from smpo_pipeline.jobs.units.prepare import values_of
 from smpo_pipeline.rewards import load_reward
 
 TOY = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/rewards/pickscore"

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from page import stamp
 
+from smpo_common.files import write_bytes
 from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_models.weights import DTYPES
@@ -35,7 +36,6 @@ from smpo_pipeline.inversion.step import carry, distance
 from smpo_pipeline.inversion.timesteps import WalkPlan
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import captions_of, random_centre, render, scene_of
-from smpo_schemas.files import write_bytes
 from smpo_schemas.manifest import InversionSettings
 
 mpl.use("Agg")

@@ -46,8 +46,8 @@ from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.manifest import MANIFEST_VERSION, InversionSettings, Manifest, ModelInfo, Totals, write_manifest
 from smpo_schemas.scores import RewardStatistics
-from smpo_schemas.shard_index import write_index
-from smpo_schemas.shards import Sample, SampleMeta, ShardDirectory, ShardWriter
+from smpo_schemas.shards.index import write_index
+from smpo_schemas.shards.samples import Sample, SampleMeta, ShardDirectory, ShardWriter
 
 ROOT = Path(__file__).parents[1]
 SIDE = 64

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from page import stamp
 
+from smpo_common.files import read_json, write_bytes, write_json
 from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.advice import HIGHEST_RATIO, LOWEST_RATIO, believable
@@ -35,7 +36,6 @@ from smpo_pipeline.toy.build import load_pipeline
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.sampling import sample_images
 from smpo_pipeline.toy.world import captions_of
-from smpo_schemas.files import read_json, write_bytes, write_json
 from smpo_schemas.manifest import BandHealth, InversionSettings
 
 mpl.use("Agg")

@@ -23,6 +23,7 @@ WORKDIR /opt/smpo
 COPY constraints.txt ./
 RUN pip install -c constraints.txt torch
 COPY pyproject.toml README.md LICENSE ./
+COPY common common
 COPY schemas schemas
 COPY models models
 COPY pipeline pipeline

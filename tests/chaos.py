@@ -35,8 +35,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 
-from smpo_schemas.files import atomic_path, remove_tree, write_bytes
-from smpo_schemas.store import AnyPath, StorePath
+from smpo_common.files import atomic_path, remove_tree, write_bytes
+from smpo_common.store_path import AnyPath, StorePath
 from tests.object_store import Faults, object_store
 
 ROOT = Path(__file__).parent.parent
@@ -182,7 +182,7 @@ class Chaos:
                         continue
                     # Where an agent dies, the raylet ends its node; and the head's is the whole cluster.
                     busy = words and words[0].startswith("ray::") and not re.search("IDLE|Agent", words[0])
-                    works = words and (words[0].startswith(JOBS_OWN) or "smpo_pipeline.decoder" in words)
+                    works = words and (words[0].startswith(JOBS_OWN) or "smpo_pipeline.images.decoder" in words)
                     if works if own else busy and not works:
                         found.append(process)
         return found

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from smpo_pipeline.cli import main
-from smpo_pipeline.jobs import invert, score
-from smpo_pipeline.jobs.invert_unit import InvertActor
-from smpo_pipeline.jobs.score_units import RewardActor, UnitCollector
+from smpo_pipeline.jobs.invert import job as invert
+from smpo_pipeline.jobs.invert.actor import InvertActor
+from smpo_pipeline.jobs.score import job as score
+from smpo_pipeline.jobs.score.units import RewardActor, UnitCollector
 
 
 def log(*words: object) -> None:

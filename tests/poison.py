@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smpo_pipeline.jobs.invert_unit import InvertActor
+from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.rewards import Reward
 from tests.pictures import encode, picture
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smpo_pipeline.decoder import worker_decoder
+from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.inspection.pairs import draw_pairs, summarise_pairs
 from smpo_pipeline.planning.sample import sample_pairs
 from smpo_schemas.pairs import list_pair_files

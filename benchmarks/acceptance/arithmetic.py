@@ -12,8 +12,8 @@ from torch import nn
 from acceptance.runner import Report
 from acceptance.world import PROMPT, World, conditioned, latents
 from smpo_models.family import Conditioning, Family
-from smpo_trainer.batches import StateBatch
-from smpo_trainer.errors import pair_errors
+from smpo_trainer.data.loader import StateBatch
+from smpo_trainer.model.denoising_error import pair_errors
 
 LIMITS = {"float32": 2e-5, "tf32": 3e-3, "fp16": 1e-2, "bf16": 3e-2}
 """Relative L2 distances from float64."""

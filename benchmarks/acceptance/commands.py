@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from acceptance.runner import Report
 from acceptance.training import arguments, records_of
 from acceptance.world import World
+from smpo_common.files import read_json
 from smpo_pipeline.cli import app
-from smpo_schemas.files import read_json
 
 
 def check_evaluation(world: World, report: Report) -> None:

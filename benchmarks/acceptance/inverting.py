@@ -17,20 +17,20 @@ from acceptance.ceilings import roofline
 from acceptance.runner import Report
 from acceptance.world import GIB, World, conditioned, known_fingerprints, latents, random_pair
 from smpo_models.family import Family
-from smpo_pipeline.buckets import Size as ImageSize
+from smpo_pipeline.images.buckets import Size as ImageSize
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import batches_of_one_size
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_pipeline.jobs import invert as job
-from smpo_pipeline.jobs import invert_unit
-from smpo_pipeline.jobs.invert_unit import InvertActor, InvertOptions, describe_model, load_models
-from smpo_pipeline.jobs.ledger import Counts
-from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
-from smpo_pipeline.jobs.run import Run, UnitRecord
+from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.invert import actor as invert_unit
+from smpo_pipeline.jobs.invert import job
+from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+from smpo_pipeline.jobs.units.prepare import prepare_unit, unit_row
 from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.scores import read_scores_info
-from smpo_schemas.shards import Sample
+from smpo_schemas.shards.samples import Sample
 
 
 def settings_of(world: World, dtype: str) -> InversionSettings:

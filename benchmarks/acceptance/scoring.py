@@ -15,11 +15,11 @@ from score_programs import make_pairs
 from acceptance.ceilings import operations
 from acceptance.runner import Report
 from acceptance.world import World
-from smpo_pipeline.decoder import Decoder
-from smpo_pipeline.jobs.chunks import cut_chunks
-from smpo_pipeline.jobs.ledger import Counts
-from smpo_pipeline.jobs.prepare import read_ranges, values_of
-from smpo_pipeline.jobs.score_units import RewardActor
+from smpo_pipeline.images.decoder import Decoder
+from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.score.chunks import cut_chunks
+from smpo_pipeline.jobs.score.units import RewardActor
+from smpo_pipeline.jobs.units.prepare import read_ranges, values_of
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 
 TURNS = 3

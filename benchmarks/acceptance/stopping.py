@@ -22,7 +22,7 @@ from acceptance.runner import Report
 from acceptance.training import around_steps, train
 from acceptance.world import PROMPT, World
 from smpo_trainer import run
-from smpo_trainer.loop import Trainer
+from smpo_trainer.trainer import Trainer
 
 _COMPARED = ("loss", "grad_norm", "drift")
 

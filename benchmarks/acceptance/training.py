@@ -24,12 +24,12 @@ from acceptance.runner import Report
 from acceptance.world import GIB, World, conditioned, known_fingerprints
 from smpo_models.family import Conditioning
 from smpo_models.loading import fuse_lora
-from smpo_trainer import utilization
-from smpo_trainer.batches import StateBatch
 from smpo_trainer.cli import app
-from smpo_trainer.errors import pair_errors
-from smpo_trainer.loop import Trainer
-from smpo_trainer.policy import LORA_FILE, add_lora
+from smpo_trainer.data.loader import StateBatch
+from smpo_trainer.model.denoising_error import pair_errors
+from smpo_trainer.model.policy import LORA_FILE, add_lora
+from smpo_trainer.monitoring import utilization
+from smpo_trainer.trainer import Trainer
 
 Records = list[dict[str, Any]]
 

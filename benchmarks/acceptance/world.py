@@ -27,8 +27,8 @@ from acceptance.device import Device
 from smpo_models.family import Conditioning, Family
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair
-from smpo_pipeline.jobs import invert_unit
-from smpo_trainer import policy
+from smpo_pipeline.jobs.invert import actor as invert_unit
+from smpo_trainer.model import policy
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "pyarrow", "numpy")
 PROMPT = "a small red circle on a blue background"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 
 _DEVICES = Path("/dev")
 

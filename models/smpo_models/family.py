@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from smpo_models.process import Process
+from smpo_models.noise_schedule import Process
 
 
 @dataclass(frozen=True)

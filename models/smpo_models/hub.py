@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 
 
 def require_source(source: str, what: str) -> None:

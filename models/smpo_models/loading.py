@@ -12,11 +12,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import smpo_models.families
+from smpo_common.discovery import subclasses_in
+from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.lora import LORA_FILE, fuse_lora
 from smpo_models.weights import load_part
-from smpo_schemas.discovery import subclasses_in
-from smpo_schemas.errors import UserError
 
 
 class _Loader(Protocol):

@@ -15,8 +15,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
+from smpo_common.errors import UserError
 from smpo_models.weights import loading_errors
-from smpo_schemas.errors import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What a LoRA training run leaves behind, under the name that diffusers knows."""

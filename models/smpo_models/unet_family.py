@@ -18,13 +18,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTokenizer
 
+from smpo_common.errors import UserError
+from smpo_common.files import sha256_json
 from smpo_models.family import Conditioning, Family
 from smpo_models.fingerprint import settings_of
 from smpo_models.loading import denoiser_folder
-from smpo_models.process import VariancePreserving, check_scheduler
+from smpo_models.noise_schedule import VariancePreserving, check_scheduler
 from smpo_models.weights import load_part, load_tokenizer, load_weights
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_json
 
 ENCODED_PIXELS = 1 << 21
 """Pixels that the VAE encodes at once, two images of 1024 or eight of 512. Its first layers keep three float32 maps of

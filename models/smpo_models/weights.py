@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from smpo_common.errors import UserError
 from smpo_models.hub import require_source
-from smpo_schemas.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By what ``--dtype`` calls them."""

@@ -6,6 +6,7 @@ import logging
 
 import typer
 
+from smpo_common.commandline import run_app
 from smpo_pipeline.commands.calibrate import calibrate
 from smpo_pipeline.commands.evaluate import evaluate
 from smpo_pipeline.commands.inspect import inspect
@@ -14,7 +15,6 @@ from smpo_pipeline.commands.plan import plan
 from smpo_pipeline.commands.score import score
 from smpo_pipeline.commands.status import status
 from smpo_pipeline.commands.toy import toy
-from smpo_schemas.commandline import run_app
 
 app = typer.Typer(
     help="Stages 1 and 2 of SmPO-Diffusion: score preference pairs, invert them into shards; evaluate and inspect.",

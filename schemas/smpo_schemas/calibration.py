@@ -8,8 +8,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import read_versioned, write_json
+from smpo_common.errors import UserError
+from smpo_common.files import read_versioned, write_json
 
 CALIBRATION_VERSION = 1
 CALIBRATION_FILE = "calibration.json"

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import Count, FileName, read_versioned, write_json
+from smpo_common.errors import UserError
+from smpo_common.files import Count, FileName, read_versioned, write_json
+from smpo_common.store_path import AnyPath
 from smpo_schemas.scores import RewardStatistics
-from smpo_schemas.store import AnyPath
 
 MANIFEST_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -143,7 +143,7 @@ class ShardEntry(_Frozen):
 
 
 class IndexEntry(_Frozen):
-    """The index of all walks (:mod:`smpo_schemas.shard_index`) and its exact bytes."""
+    """The index of all walks (:mod:`smpo_schemas.shards.index`) and its exact bytes."""
 
     name: FileName
     bytes: Count

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smpo_schemas.errors import UserError, one_line
-from smpo_schemas.files import arrow_source, files_below, read_all, reading_parquet, sha256_file
-from smpo_schemas.passing import PASSING_ERRNOS
-from smpo_schemas.store import AnyPath
+from smpo_common.errors import UserError, one_line
+from smpo_common.files import arrow_source, files_below, read_all, reading_parquet, sha256_file
+from smpo_common.retry import PASSING_ERRNOS
+from smpo_common.store_path import AnyPath
 
 PAIR_SUFFIXES = (".parquet", ".jsonl")
 _ROWS_READ = 16
@@ -188,7 +188,7 @@ def list_pair_files(paths: Sequence[AnyPath]) -> list[PairFile]:
 
 
 def find_pair_files(folder: AnyPath) -> list[AnyPath]:
-    """The Parquet and JSONL files of a folder, as :func:`smpo_schemas.files.files_below` finds them."""
+    """The Parquet and JSONL files of a folder, as :func:`smpo_common.files.files_below` finds them."""
     return [path for path in files_below(folder) if path.suffix in PAIR_SUFFIXES]
 
 

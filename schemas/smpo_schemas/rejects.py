@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from smpo_schemas.files import arrow_source, atomic_path, reading_parquet
-from smpo_schemas.store import AnyPath
+from smpo_common.files import arrow_source, atomic_path, reading_parquet
+from smpo_common.store_path import AnyPath
 
 REJECT_SCHEMA = pa.schema(
     [("pair_id", pa.string()), ("source", pa.string()), ("stage", pa.string()), ("reason", pa.string())]

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import (
+from smpo_common.errors import UserError
+from smpo_common.files import (
     Count,
     FileName,
     arrow_source,
@@ -21,7 +21,7 @@ from smpo_schemas.files import (
     sha256_file,
     write_json,
 )
-from smpo_schemas.store import AnyPath
+from smpo_common.store_path import AnyPath
 
 SCORES_VERSION = 1
 SCORES_FILE = "scores.json"

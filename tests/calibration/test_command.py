@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smpo_common.errors import UserError
 from smpo_pipeline.commands.calibrate import calibrate as calibrate_command
 from smpo_schemas.calibration import Calibration, read_calibration
-from smpo_schemas.errors import UserError
 from tests.calibration.helpers import populations, write_scores
 from tests.command import assert_one_line, run_here
 

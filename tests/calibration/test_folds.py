@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from smpo_common.errors import UserError
 from smpo_pipeline.calibration.folds import split_by_prompt
-from smpo_schemas.errors import UserError
 
 
 def prompts(count=200):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from smpo_common.files import sha256_file
 from smpo_pipeline.calibration import held_out
 from smpo_pipeline.calibration.calibrate import calibrate
 from smpo_pipeline.calibration.fit import fit_mixture
@@ -17,7 +18,6 @@ from smpo_pipeline.calibration.held_out import (
 )
 from smpo_pipeline.calibration.labels import read_labelled
 from smpo_pipeline.calibration.measures import log_loss
-from smpo_schemas.files import sha256_file
 from tests.calibration.helpers import labelled, populations, write_scores
 
 

@@ -9,7 +9,7 @@ import pytest
 from smpo_pipeline.rewards import _file_names, reward_classes
 from tests.command import assert_one_line, run_here
 
-HEAVY = ("smpo_pipeline.jobs.cluster", "smpo_pipeline.evaluation.run", "smpo_pipeline.calibration")
+HEAVY = ("smpo_pipeline.jobs.ray.session", "smpo_pipeline.evaluation.run", "smpo_pipeline.calibration")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from smpo_common.errors import UserError
 from smpo_pipeline.evaluation import generate as generate_module
 from smpo_pipeline.evaluation.generate import (
     Picture,
@@ -21,7 +22,6 @@ from smpo_pipeline.evaluation.generate import (
     load_generator,
 )
 from smpo_pipeline.evaluation.sources import parse_models
-from smpo_schemas.errors import UserError
 from tests.evaluation.stubs import PlanMaker
 
 

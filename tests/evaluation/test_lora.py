@@ -10,9 +10,9 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.generate import denoiser_fingerprint, load_generator
 from smpo_pipeline.evaluation.sources import parse_models
-from smpo_schemas.errors import UserError
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.charts import curve, distribution, ticks
 from smpo_pipeline.evaluation.gallery import Spot, embed, select_extremes, select_random
 from smpo_pipeline.evaluation.training import read_curves
-from smpo_schemas.errors import UserError
 
 
 def test_curves_of_a_resumed_and_killed_run(tmp_path: Path) -> None:

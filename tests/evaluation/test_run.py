@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_pipeline.evaluation.plan import finished_results
@@ -22,7 +23,6 @@ from smpo_pipeline.evaluation.results import read_results
 from smpo_pipeline.evaluation.run import run
 from smpo_pipeline.evaluation.summary import headline, print_results
 from smpo_pipeline.rewards import Reward
-from smpo_schemas.errors import UserError
 from tests.evaluation.stubs import STUBS, PlanMaker
 from tests.tiny import make_tiny_unet
 

@@ -44,17 +44,17 @@ from smpo_schemas.scores import (
     write_part,
     write_scores_info,
 )
-from smpo_schemas.shard_index import INDEX_FILE, indexed_walks, write_index
-from smpo_schemas.shards import ShardDirectory, decode_sample, encode_sample
-from smpo_trainer.batches import StateDataset, collate
+from smpo_schemas.shards.index import INDEX_FILE, indexed_walks, write_index
+from smpo_schemas.shards.samples import ShardDirectory, decode_sample, encode_sample
+from smpo_trainer.data.loader import StateDataset, collate
+from smpo_trainer.data.state_table import index_states
 from smpo_trainer.objectives.dpo import DPO
-from smpo_trainer.shard_set import ShardSet
-from smpo_trainer.shard_store import ShardSource
-from smpo_trainer.states import index_states
+from smpo_trainer.shards.fetch import ShardSource
+from smpo_trainer.shards.shard_set import ShardSet
 from tests.fuzzing.mutate import damage, distort, hostile_text
 from tests.pictures import encode, picture
 from tests.schemas.helpers import statistics
-from tests.schemas.test_shards import make_sample, write_directory
+from tests.schemas.shards.test_samples import make_sample, write_directory
 
 Run = Callable[[], str]
 
@@ -430,7 +430,7 @@ def _objective() -> DPO:
 
 
 def _refused(read: Callable[[], object]) -> bool:
-    from smpo_schemas.errors import UserError
+    from smpo_common.errors import UserError
 
     try:
         read()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from smpo_pipeline.images import MAX_ASPECT, MAX_PIXELS, ImageRejectedError, decode_image
+from smpo_pipeline.images.decode import MAX_ASPECT, MAX_PIXELS, ImageRejectedError, decode_image
 from tests.fuzzing.mutate import damage
 from tests.pictures import all_kinds, encode, picture
 

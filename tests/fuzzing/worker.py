@@ -19,9 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from smpo_pipeline.decoder import worker_decoder
-from smpo_pipeline.images import ImageRejectedError
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
+from smpo_pipeline.images.decode import ImageRejectedError
+from smpo_pipeline.images.decoder import worker_decoder
 
 _ADDRESS_SPACE = 12 << 30
 """Beyond what the process has taken already: a guard for the machine. Peaks that matter are measured."""

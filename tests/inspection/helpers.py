@@ -32,7 +32,7 @@ from smpo_schemas.scores import (
     write_part,
     write_scores_info,
 )
-from smpo_schemas.shards import Sample, SampleMeta, ShardWriter
+from smpo_schemas.shards.samples import Sample, SampleMeta, ShardWriter
 
 LABELS = (1.0, 0.0, 0.5, None)
 

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from smpo_common.errors import UserError
 from smpo_pipeline.cli import app
 from smpo_pipeline.inspection.recognise import recognise
 from smpo_pipeline.inspection.sheet import text_block, tile
-from smpo_schemas.errors import UserError
 from tests.inspection.helpers import make_pairs, make_scores
 
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smpo_pipeline.images import decode_image
+from smpo_common.files import write_json
+from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.inspection.sheet import text_block
-from smpo_schemas.files import write_json
 from tests.command import assert_one_line, run_here
 from tests.inspection.helpers import make_pairs, make_scores
 from tests.pictures import encode, picture

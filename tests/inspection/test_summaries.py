@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from smpo_common.errors import UserError
 from smpo_pipeline.inspection.pairs import print_pairs, summarise_pairs
 from smpo_pipeline.inspection.scores import label_agreement, print_scores, reward_agreement, summarise_scores
 from smpo_pipeline.inspection.shards import print_shards, summarise_shards
-from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import read_manifest, write_manifest
 from tests.inspection.helpers import make_pairs, make_scores
 

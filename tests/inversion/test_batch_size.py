@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smpo_common.errors import UserError
 from smpo_pipeline.inversion.batch_size import (
     batches_of_one_size,
     fastest_by_doubling,
@@ -12,7 +13,6 @@ from smpo_pipeline.inversion.batch_size import (
     walk_requests,
     with_most_pixels,
 )
-from smpo_schemas.errors import UserError
 from tests.inversion.helpers import make_pair
 
 

@@ -19,7 +19,7 @@ from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.inversion.timesteps import plan_walk
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.manifest import InversionSettings
-from smpo_schemas.shards import STORAGE, Sample
+from smpo_schemas.shards.samples import STORAGE, Sample
 from tests.inversion.helpers import Oracle, OracleXL, embedded_pair, make_pair
 from tests.tiny import make_tiny_model, make_tiny_xl
 

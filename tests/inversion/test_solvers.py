@@ -6,14 +6,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from smpo_common.errors import UserError
 from smpo_models.loading import load_family
-from smpo_models.process import VariancePreserving
+from smpo_models.noise_schedule import VariancePreserving
 from smpo_pipeline.inversion.batch import Batch, draw_walk
 from smpo_pipeline.inversion.solvers import SOLVERS
 from smpo_pipeline.inversion.sources import renoise_visits
 from smpo_pipeline.inversion.step import Step, carry
 from smpo_pipeline.toy.create import ASSETS
-from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings, averaged_estimates
 from tests.inversion.helpers import embedded_pair
 

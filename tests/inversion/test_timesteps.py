@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from smpo_models.process import VariancePreserving
+from smpo_common.errors import UserError
+from smpo_models.noise_schedule import VariancePreserving
 from smpo_pipeline.inversion import timesteps
 from smpo_pipeline.inversion.draws import generator
 from smpo_pipeline.inversion.step import carry
 from smpo_pipeline.inversion.timesteps import plan_walk
-from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 
 PROCESS = VariancePreserving(DDIMScheduler())

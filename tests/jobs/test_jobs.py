@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from smpo_pipeline.images import decode_image
+from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.run import Run, UnitRecord, read_identity
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, read_identity
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
-from smpo_schemas.shards import ShardDirectory
+from smpo_schemas.shards.samples import ShardDirectory
 from tests.command import assert_one_line, run_command, run_here
 from tests.jobs.conftest import REJECTED_IDS, pair_rows
 from tests.tiny import make_tiny_clip, make_tiny_xl

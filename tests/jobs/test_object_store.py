@@ -11,10 +11,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from smpo_pipeline.jobs.status import read_status
+from smpo_common.store_path import AnyPath, StorePath
+from smpo_pipeline.jobs.record.status import read_status
 from smpo_schemas.manifest import read_manifest
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.store import AnyPath, StorePath
 from tests.command import run_command, run_here
 from tests.object_store import Faults, object_store
 

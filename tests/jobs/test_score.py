@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from smpo_pipeline.jobs.score import ScoreOptions, choices
+from smpo_pipeline.jobs.score.job import ScoreOptions, choices
 
 
 def test_what_nobody_asked_for_is_said(tmp_path):

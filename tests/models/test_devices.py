@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smpo_common.errors import UserError
 from smpo_models import devices
 from smpo_models.devices import choose_device
-from smpo_schemas.errors import UserError
 from tests.command import assert_one_line, run_here
 from tests.tiny import make_tiny_clip, make_tiny_model
 

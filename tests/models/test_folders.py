@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.weights import variant_remark
-from smpo_schemas.errors import UserError
 from tests.tiny import IMAGE_SIDE, make_tiny_model, make_tiny_unet
 
 _PARTS = ("text_encoder", "unet", "vae")

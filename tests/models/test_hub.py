@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from smpo_common.errors import UserError
 from smpo_models import hub
 from smpo_models.hub import require_source
 from smpo_models.loading import load_family
-from smpo_schemas.errors import UserError
 
 
 @pytest.mark.parametrize("source", ["./nope", "/nope/x", "a/b/c"])

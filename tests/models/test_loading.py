@@ -22,10 +22,10 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTokenizer
 
+from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import families, load_family, load_walker
-from smpo_models.process import START, VariancePreserving
-from smpo_schemas.errors import UserError
+from smpo_models.noise_schedule import START, VariancePreserving
 from tests.tiny import make_tiny_model, make_tiny_vae, make_tiny_xl
 
 

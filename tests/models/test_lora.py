@@ -8,8 +8,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
+from smpo_common.errors import UserError
 from smpo_models.lora import check_lora, fuse_lora
-from smpo_schemas.errors import UserError
 from tests.tiny import make_tiny_model, make_tiny_unet
 
 _RANK = 2

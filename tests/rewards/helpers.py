@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from smpo_pipeline.images import decode_image
+from smpo_pipeline.images.decode import decode_image
 from tests.pictures import all_kinds, picture
 
 PROMPTS = [

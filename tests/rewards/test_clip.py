@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from smpo_common.errors import UserError
 from smpo_pipeline.rewards import load_reward, parse_reward
-from smpo_schemas.errors import UserError
 from tests.rewards.helpers import assert_independent, batch
 from tests.tiny import make_tiny_clip, make_tiny_model
 

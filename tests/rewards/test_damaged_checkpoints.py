@@ -7,8 +7,8 @@ import io
 import pytest
 import torch
 
+from smpo_common.errors import UserError
 from smpo_pipeline.rewards._weights import read_checkpoint
-from smpo_schemas.errors import UserError
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from smpo_common.errors import UserError
 from smpo_models.weights import DTYPES
-from smpo_pipeline.jobs.chunks import cut_chunks, images_of, scores_of
-from smpo_pipeline.jobs.ledger import Counts
-from smpo_pipeline.jobs.score import _refuse_other_weights
-from smpo_pipeline.jobs.score_table import RewardModel
-from smpo_pipeline.jobs.score_units import RewardActor
+from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.score.chunks import cut_chunks, images_of, scores_of
+from smpo_pipeline.jobs.score.job import _refuse_other_weights
+from smpo_pipeline.jobs.score.table import RewardModel
+from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_pipeline.rewards import load_reward
-from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import Pair
 from smpo_schemas.scores import ScoresInfo, reward_statistics
 from tests.pictures import encode, picture

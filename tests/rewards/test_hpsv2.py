@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from smpo_common.errors import UserError
 from smpo_pipeline.rewards import load_reward
 from smpo_pipeline.rewards.hpsv2 import clean, fit_into_square
-from smpo_schemas.errors import UserError
 from tests.pictures import picture
 from tests.rewards.helpers import PROMPTS, assert_independent, batch, odd_pictures
 from tests.tiny_rewards import clip_vocabulary, open_clip_config, random_open_clip_state, save_clip_tokenizer

@@ -14,9 +14,9 @@ import torch
 import transformers
 from transformers import modeling_utils
 
-from smpo_pipeline.images import decode_image
+from smpo_common.errors import UserError
+from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.rewards import _image_reward, load_reward
-from smpo_schemas.errors import UserError
 from tests.pictures import all_kinds
 from tests.rewards.helpers import assert_independent, batch
 from tests.tiny_rewards import make_tiny_image_reward

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smpo_common.errors import UserError
 from smpo_pipeline.rewards import checked_scores, load_reward, parse_reward, reward_classes
-from smpo_schemas.errors import UserError
 
 GUIDE = Path(__file__).parents[2] / "docs" / "rewards.md"
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from smpo_pipeline.images import decode_image
+from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from smpo_common.errors import UserError
+from smpo_common.store_path import StorePath
 from smpo_schemas import pairs as pairs_module
-from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import (
     MAX_TEXT,
     Pair,
@@ -26,7 +27,6 @@ from smpo_schemas.pairs import (
     read_rows,
     resolve_columns,
 )
-from smpo_schemas.store import StorePath
 
 GOOD = {"prompt": "x", "image_0": b"one", "image_1": b"two", "pair_id": "p", "label": 1.0, "annotator": "me"}
 

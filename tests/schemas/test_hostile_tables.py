@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import write_json
+from smpo_common.errors import UserError
+from smpo_common.files import write_json
 from smpo_schemas.rejects import Reject, read_rejects, write_rejects
 from smpo_schemas.scores import (
     SCORES_FILE,

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from smpo_common.errors import UserError
 from smpo_schemas import pairs as pairs_module
-from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import (
     PICK_A_PIC,
     Pair,

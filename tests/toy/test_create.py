@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from smpo_common.errors import UserError
 from smpo_pipeline.toy.annotators import ANNOTATORS
 from smpo_pipeline.toy.build import load_pipeline
 from smpo_pipeline.toy.create import ASSETS, PAIR_SCHEMA, create_world
 from smpo_pipeline.toy.sampling import sample_images
 from smpo_pipeline.toy.world import SPLITS, captions_of
-from smpo_schemas.errors import UserError
 
 NUM_PAIRS = 8
 

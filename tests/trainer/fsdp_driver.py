@@ -13,8 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from smpo_trainer.checkpoints import Checkpoints
 from smpo_trainer.cli import main
+from smpo_trainer.output.checkpoints import Checkpoints
 from smpo_trainer.run import _Run
 from tests.trainer.helpers import dying_after
 

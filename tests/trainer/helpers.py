@@ -15,9 +15,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
     InversionSettings,
@@ -28,11 +28,11 @@ from smpo_schemas.manifest import (
     write_manifest,
 )
 from smpo_schemas.scores import RewardStatistics
-from smpo_schemas.shard_index import write_index
-from smpo_schemas.shards import Sample, SampleMeta, ShardDirectory, ShardWriter
-from smpo_trainer.checkpoints import Checkpoint, Checkpoints
+from smpo_schemas.shards.index import write_index
+from smpo_schemas.shards.samples import Sample, SampleMeta, ShardDirectory, ShardWriter
 from smpo_trainer.cli import main
-from smpo_trainer.policy import Policy
+from smpo_trainer.model.policy import Policy
+from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.settings import TrainSettings
 from tests.tiny import LATENT_SHAPE
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from smpo_schemas.files import sha256_file
+from smpo_common.files import sha256_file
 from smpo_schemas.scores import ScoresInfo, ScoresPart, write_scores_info
-from smpo_schemas.shards import ShardDirectory
+from smpo_schemas.shards.samples import ShardDirectory
 from tests.tiny import make_tiny_model
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PROMPTS, arguments, make_shards, run_cli
@@ -92,7 +92,7 @@ def test_what_an_optimizer_lacks_is_said_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("smpo_trainer.run.load_policy", None)
     assert "--optimizer adamw8bit needs a GPU" in refused(optimizer="adamw8bit")
-    monkeypatch.setattr("smpo_trainer.optimizers._EIGHT_BIT", ("cpu",))
+    monkeypatch.setattr("smpo_trainer.model.optimizers._EIGHT_BIT", ("cpu",))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert "bitsandbytes" in refused(optimizer="adamw8bit")
 

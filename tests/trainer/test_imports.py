@@ -25,7 +25,7 @@ try:
 except SystemExit as stop:
     assert not stop.code, stop.code
 heavy = [name for name in sys.modules if name.split(".")[0] in ("ray", "smpo_pipeline", "image_reward")]
-assert "smpo_trainer.loop" in sys.modules
+assert "smpo_trainer.trainer" in sys.modules
 assert not heavy, heavy
 """
 

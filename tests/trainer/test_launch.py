@@ -16,7 +16,7 @@ from smpo_models import devices
 from smpo_trainer import launch
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, run_cli
-from tests.trainer.test_resume import ENVIRONMENT, TWO_PROCESSES
+from tests.trainer.output.test_resume import ENVIRONMENT, TWO_PROCESSES
 
 Refused = Callable[..., str]
 

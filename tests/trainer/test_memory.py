@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from smpo_trainer import loop
-from smpo_trainer.errors import pair_errors
+from smpo_trainer import trainer as loop
 from smpo_trainer.memory import remedies
+from smpo_trainer.model.denoising_error import pair_errors
 from tests.trainer.helpers import arguments, run_cli
 
 RAN_OUT = (

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from smpo_schemas.shards import ShardDirectory
+from smpo_schemas.shards.samples import ShardDirectory
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.presets import PRESETS
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, make_shards, resolve_settings, run_cli, with_manifest
-from tests.trainer.test_reward_mix import table
+from tests.trainer.preference.test_reward_mix import table
 
 Resolve = Callable[..., Experiment]
 

@@ -10,7 +10,7 @@ import pytest
 from smpo_trainer.experiment import resolve_experiment
 from smpo_trainer.remarks import remarks
 from tests.trainer.helpers import arguments, make_shards, resolve_settings, with_manifest
-from tests.trainer.test_reward_mix import table
+from tests.trainer.preference.test_reward_mix import table
 
 Said = Callable[..., list[str]]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smpo_schemas.commandline import ConfigOption, run_app, write_resolved_config
+from smpo_common.commandline import ConfigOption, run_app, write_resolved_config
 from smpo_trainer import flags
 from smpo_trainer.presets import PICKSCORE_RANGE
 from smpo_trainer.settings import (

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_models.process import Process
-from smpo_schemas.errors import UserError
-from smpo_trainer.buckets import group_size
+from smpo_models.noise_schedule import Process
+from smpo_trainer.data.bucketed_order import group_size
+from smpo_trainer.monitoring.wandb_log import import_wandb
 from smpo_trainer.objectives import Objective, find_objective
-from smpo_trainer.pair_loss import PairLoss
-from smpo_trainer.pair_weights import PairWeights, read_pair_weights
-from smpo_trainer.reward_mix import RewardMix, resolve_mix
+from smpo_trainer.objectives.pair_loss import PairLoss
+from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
+from smpo_trainer.preference.pair_weights import PairWeights, read_pair_weights
+from smpo_trainer.preference.reward_mix import RewardMix, resolve_mix
 from smpo_trainer.settings import TrainSettings
-from smpo_trainer.shard_set import ShardSet, open_shards
-from smpo_trainer.timestep_weighting import TimestepWeighting
-from smpo_trainer.wandb_log import import_wandb
+from smpo_trainer.shards.shard_set import ShardSet, open_shards
 
 
 @dataclass(frozen=True)

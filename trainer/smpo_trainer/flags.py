@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 from smpo_trainer.presets import PRESETS
 from smpo_trainer.settings import Device as DeviceName
 from smpo_trainer.settings import MixedPrecision as MixedPrecisionName

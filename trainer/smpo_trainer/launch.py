@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 
+from smpo_common.errors import UserError
 from smpo_models.devices import gpus_are_hidden, no_gpu, refuse_silent_cpu
-from smpo_schemas.errors import UserError
-from smpo_trainer.fsdp import fsdp_plugin
+from smpo_trainer.model.fsdp import fsdp_plugin
 from smpo_trainer.settings import Device, TrainSettings
 
 _TIMEOUT = timedelta(hours=6)

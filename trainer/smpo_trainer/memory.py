@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from smpo_common.errors import UserError
 from smpo_models.memory import is_out_of_memory
-from smpo_schemas.errors import UserError
 from smpo_trainer.settings import TrainSettings
 
 

@@ -15,36 +15,36 @@ import transformers.utils.logging
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
+from smpo_common.errors import UserError
+from smpo_common.run_lock import hold
 from smpo_models.family import Family
-from smpo_schemas.errors import UserError
-from smpo_schemas.run_lock import hold
-from smpo_trainer.bad_states import BadStates
-from smpo_trainer.batches import Feed, StateDataset
-from smpo_trainer.buckets import bucket_remark, group_size, make_order
-from smpo_trainer.checkpoints import load_checkpoint
+from smpo_trainer.data.bucketed_order import bucket_remark, group_size, make_order
+from smpo_trainer.data.loader import Feed, StateDataset
+from smpo_trainer.data.order import Plan
+from smpo_trainer.data.state_table import StateTable, index_states
+from smpo_trainer.distributed import leave, on_main, together
 from smpo_trainer.experiment import Experiment, resolve_experiment
-from smpo_trainer.health import Health
-from smpo_trainer.held_out import HeldOut, split_by_prompt, spread
+from smpo_trainer.interrupts import StopRequest
 from smpo_trainer.launch import describe, make_accelerator
-from smpo_trainer.loop import Trainer
 from smpo_trainer.memory import memory_in_a_line
-from smpo_trainer.metrics import METRICS_FILE, MetricsLog, Record, plain
-from smpo_trainer.optimizers import require_optimizer
-from smpo_trainer.output import OutputFolder
-from smpo_trainer.plan import Plan
-from smpo_trainer.policy import LORA_FILE, UNET_FOLDER, Policy, load_policy
-from smpo_trainer.processes import leave, on_main, together
-from smpo_trainer.reference import settle_reference
+from smpo_trainer.model.optimizers import require_optimizer
+from smpo_trainer.model.policy import LORA_FILE, UNET_FOLDER, Policy, load_policy
+from smpo_trainer.model.reference import settle_reference
+from smpo_trainer.model.text import CachedText, cache_text
+from smpo_trainer.monitoring.console import Report
+from smpo_trainer.monitoring.health import Health
+from smpo_trainer.monitoring.metrics import METRICS_FILE, MetricsLog, Record, plain
+from smpo_trainer.monitoring.wandb_log import WandbLog
+from smpo_trainer.output.bad_states import BadStates
+from smpo_trainer.output.checkpoints import load_checkpoint
+from smpo_trainer.output.run_folder import OutputFolder
+from smpo_trainer.preference.reward_mix import RewardMix
 from smpo_trainer.remarks import remarks
-from smpo_trainer.report import Report
-from smpo_trainer.reward_mix import RewardMix
 from smpo_trainer.settings import TrainSettings
-from smpo_trainer.shard_store import ShardStore
-from smpo_trainer.states import StateTable, index_states
-from smpo_trainer.stopping import StopRequest
-from smpo_trainer.text import CachedText, cache_text
-from smpo_trainer.validation_images import ValidationImages
-from smpo_trainer.wandb_log import WandbLog
+from smpo_trainer.shards.fetch import ShardStore
+from smpo_trainer.trainer import Trainer
+from smpo_trainer.validation.held_out import HeldOut, split_by_prompt, spread
+from smpo_trainer.validation.images import ValidationImages
 
 
 def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) -> None:

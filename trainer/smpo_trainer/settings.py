@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 """Dtype of the denoiser's forward and backward; weights and optimizer stay float32."""

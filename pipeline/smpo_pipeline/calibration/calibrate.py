@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from smpo_common.files import sha256_file
 from smpo_pipeline.calibration.annotators import AnnotatorAgreement, between_annotators, by_annotator
 from smpo_pipeline.calibration.held_out import (
     COIN,
@@ -21,7 +22,6 @@ from smpo_pipeline.calibration.held_out import (
 from smpo_pipeline.calibration.labels import LabelledPairs, read_labelled
 from smpo_pipeline.calibration.measures import measure
 from smpo_schemas.calibration import CALIBRATION_VERSION, CalibratedReward, Calibration
-from smpo_schemas.files import sha256_file
 from smpo_schemas.scores import SCORES_FILE
 
 _MOST_ANNOTATORS = 10

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 
 
 def split_by_prompt(prompts: Sequence[str], folds: int, seed: int) -> np.ndarray:

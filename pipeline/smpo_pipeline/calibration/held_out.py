@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from smpo_common.errors import UserError
 from smpo_pipeline.calibration.fit import MixtureFit, fit_mixture, fit_temperature
 from smpo_pipeline.calibration.folds import split_by_prompt
 from smpo_pipeline.calibration.labels import LabelledPairs
 from smpo_pipeline.calibration.measures import log_loss
-from smpo_schemas.errors import UserError
 from smpo_schemas.preference import Preference, preferences
 from smpo_schemas.preference.base import spread
 from smpo_schemas.preference.minmax import minmax

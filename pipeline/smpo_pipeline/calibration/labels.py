@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 from smpo_schemas.preference import ScoredPairs
 from smpo_schemas.scores import (
     RewardStatistics,

@@ -11,11 +11,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from smpo_common.errors import one_line
+from smpo_common.files import write_bytes
 from smpo_pipeline.calibration.calibrate import Report
 from smpo_pipeline.calibration.held_out import COIN
 from smpo_schemas.calibration import Fit
-from smpo_schemas.errors import one_line
-from smpo_schemas.files import write_bytes
 
 _COLUMNS = 4
 _SIDE = 3.0  # inches of a panel

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from smpo_common.errors import one_line
 from smpo_pipeline.calibration.annotators import Repeats
 from smpo_pipeline.calibration.calibrate import Report
 from smpo_pipeline.calibration.held_out import COIN, MIXTURE
-from smpo_pipeline.inspection.text import facts, make_table, percent
-from smpo_schemas.errors import one_line
+from smpo_pipeline.terminal import facts, make_table, percent
 
 
 def print_report(report: Report, scores: str, console: Console) -> None:

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from smpo_common.errors import UserError
 from smpo_pipeline.commands.options import local_path, writable
 from smpo_schemas.calibration import CALIBRATION_FILE, write_calibration
-from smpo_schemas.errors import UserError
 from smpo_schemas.scores import SCORES_FILE
 
 

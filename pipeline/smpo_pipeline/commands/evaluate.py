@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from smpo_common.commandline import ConfigOption, write_resolved_config
 from smpo_pipeline.commands.options import DeviceOption, OutOption, RewardsOption, VariantOption, local_path
 from smpo_pipeline.evaluation.plan import finished_results, make_plan
 from smpo_pipeline.evaluation.results import REPORT_FILE
 from smpo_pipeline.evaluation.summary import print_results
-from smpo_schemas.commandline import ConfigOption, write_resolved_config
 
 
 def evaluate(

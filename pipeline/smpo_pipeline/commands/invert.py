@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from smpo_pipeline.buckets import buckets_in_words
+from smpo_common.commandline import ConfigOption, write_resolved_config
+from smpo_common.errors import UserError
+from smpo_common.store_path import AnyPath, parse_path
 from smpo_pipeline.commands import options as opt
-from smpo_schemas.commandline import ConfigOption, write_resolved_config
-from smpo_schemas.errors import UserError
+from smpo_pipeline.images.buckets import buckets_in_words
 from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings, Manifest, averaged_estimates
-from smpo_schemas.store import AnyPath, parse_path
 
 _MODEL = "Model"
 _WALK = "Walks"
@@ -235,9 +235,9 @@ def invert(
     """
     from smpo_models.hub import require_source  # noqa: PLC0415
     from smpo_models.weights import variant_remark  # noqa: PLC0415
-    from smpo_pipeline.jobs.cluster import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
-    from smpo_pipeline.jobs.invert import invert  # noqa: PLC0415
-    from smpo_pipeline.jobs.invert_unit import InvertOptions, take_batch_sizes  # noqa: PLC0415
+    from smpo_pipeline.jobs.invert.actor import InvertOptions, take_batch_sizes  # noqa: PLC0415
+    from smpo_pipeline.jobs.invert.job import invert  # noqa: PLC0415
+    from smpo_pipeline.jobs.ray.session import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
 
     directory = parse_path(out)
     checked = check_device(device, ray_address)

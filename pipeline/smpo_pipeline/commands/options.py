@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from smpo_schemas.errors import UserError
-from smpo_schemas.store import parse_path
+from smpo_common.errors import UserError
+from smpo_common.store_path import parse_path
 
 
 def existing(flag: str) -> Callable[[Any], Any]:

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from smpo_pipeline.buckets import buckets_in_words
+from smpo_common.files import write_json
+from smpo_common.store_path import parse_path
 from smpo_pipeline.commands import options as opt
 from smpo_pipeline.commands.invert import SETTINGS_FLAGS, inversion_settings, invert, parse_shard_size
-from smpo_schemas.files import write_json
-from smpo_schemas.store import parse_path
+from smpo_pipeline.images.buckets import buckets_in_words
 
 if TYPE_CHECKING:
     from smpo_pipeline.planning.plan import Plan
@@ -64,7 +64,7 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
     Inverts some of the pairs on this machine's device for a minute and projects: for these pairs, for 1 and for 100
     million. Nothing is stored; --out, --concurrency, --ray-address and --overwrite may be given, and do nothing.
     """
-    from smpo_pipeline.jobs.cluster import check_device, plain_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
+    from smpo_pipeline.jobs.ray.session import check_device, plain_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
     from smpo_pipeline.planning.plan import PlanOptions, make_plan  # noqa: PLC0415
 
     device = check_device(flags["device"])

@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from smpo_common.commandline import ConfigOption, write_resolved_config
+from smpo_common.store_path import AnyPath, parse_path
 from smpo_pipeline.commands import options as opt
-from smpo_schemas.commandline import ConfigOption, write_resolved_config
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo
-from smpo_schemas.store import AnyPath, parse_path
 
 
 def score(
@@ -58,8 +58,8 @@ def score(
     Writes OUT/scores-*.parquet (one row a pair, raw scores), OUT/rejected.parquet (pairs left out, with the reason)
     and OUT/scores.json (statistics; written last).
     """
-    from smpo_pipeline.jobs.cluster import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
-    from smpo_pipeline.jobs.score import ScoreOptions, score  # noqa: PLC0415
+    from smpo_pipeline.jobs.ray.session import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
+    from smpo_pipeline.jobs.score.job import ScoreOptions, score  # noqa: PLC0415
 
     columns = opt.columns_by_field(
         prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column

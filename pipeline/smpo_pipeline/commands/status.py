@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from smpo_schemas.store import parse_path
+from smpo_common.store_path import parse_path
 
 if TYPE_CHECKING:
-    from smpo_pipeline.jobs.status import Status
+    from smpo_pipeline.jobs.record.status import Status
 
 _REASONS = 5
 
@@ -24,7 +24,7 @@ def status(
 
     Reads what the run has committed, from any machine that sees it, and changes nothing.
     """
-    from smpo_pipeline.jobs.status import read_status  # noqa: PLC0415  (keeps --help quick)
+    from smpo_pipeline.jobs.record.status import read_status  # noqa: PLC0415  (keeps --help quick)
 
     found = read_status(parse_path(out))
     console = Console(markup=False)

@@ -20,18 +20,18 @@ import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
+from smpo_common.errors import UserError
+from smpo_common.files import write_bytes
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.lora import check_lora, fuse_lora
 from smpo_models.memory import is_out_of_memory
-from smpo_models.process import check_scheduler
+from smpo_models.noise_schedule import check_scheduler
 from smpo_models.unet_family import latent_factor, load_unet_config, native_resolution
 from smpo_models.weights import DTYPES, load_part, load_weights, loading_errors
 from smpo_pipeline.evaluation.results import Settings
 from smpo_pipeline.evaluation.sources import UNET_FOLDER, ModelSource
 from smpo_pipeline.isolation import FAILURES
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import write_bytes
 
 
 @dataclass(frozen=True)

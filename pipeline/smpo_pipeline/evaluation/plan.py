@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from smpo_common.errors import UserError
+from smpo_common.files import read_json, sha256_json
 from smpo_pipeline.evaluation.prompts import read_prompts
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
 from smpo_pipeline.evaluation.sources import ModelSource, choose_base, identity, parse_models, reward_identity
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import read_json, sha256_json
 
 IMAGES_FOLDER = "images"
 ORIGIN_FILE = "made_from.json"

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 
 _COLUMNS = ("prompt", "caption")
 

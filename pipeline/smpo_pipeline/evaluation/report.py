@@ -11,13 +11,13 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from smpo_common.files import write_bytes
 from smpo_pipeline.evaluation.charts import curve, distribution
 from smpo_pipeline.evaluation.gallery import Shown, Spot, embed, select_extremes, select_random
 from smpo_pipeline.evaluation.plan import Plan
 from smpo_pipeline.evaluation.results import REPORT_FILE, Results
 from smpo_pipeline.evaluation.summary import headlines, percent_interval, signed_interval
 from smpo_pipeline.evaluation.training import read_curves
-from smpo_schemas.files import write_bytes
 
 _TEMPLATE = "report.html.j2"
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from smpo_common.files import atomic_path, read_versioned, sha256_json, write_json
 from smpo_pipeline.evaluation.comparison import Comparison
-from smpo_schemas.files import atomic_path, read_versioned, sha256_json, write_json
 
 RESULTS_VERSION = 1
 RESULTS_FILE = "results.json"

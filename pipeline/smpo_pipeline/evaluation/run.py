@@ -15,6 +15,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from smpo_common.errors import UserError
+from smpo_common.files import read_json, write_json
 from smpo_models.devices import choose_device, device_in_words
 from smpo_models.hub import require_source
 from smpo_models.weights import variant_remark
@@ -35,8 +37,6 @@ from smpo_pipeline.evaluation.results import (
 )
 from smpo_pipeline.isolation import make
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import read_json, write_json
 
 Scores = dict[str, dict[str, np.ndarray]]
 """Per reward and model, float64 [P, I]: P prompts, I images a prompt."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import files_below, sha256_file, sha256_json
+from smpo_common.errors import UserError
+from smpo_common.files import files_below, sha256_file, sha256_json
 
 INDEX_FILE = "model_index.json"
 UNET_FOLDER = "unet"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 
 _NOT_DRAWN = "step"
 _DRAWN_FIRST = ("loss", "rewards/accuracies", "rewards/margins")

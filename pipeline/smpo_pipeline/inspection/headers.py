@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from smpo_pipeline.decoder import worker_decoder
+from smpo_pipeline.images.decoder import worker_decoder
 
 
 @dataclass(frozen=True)

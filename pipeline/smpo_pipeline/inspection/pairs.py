@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from smpo_pipeline.decoder import worker_decoder
-from smpo_pipeline.images import ImageRejectedError
+from smpo_common.errors import one_line
+from smpo_pipeline.images.decode import ImageRejectedError
+from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.inspection import sheet
 from smpo_pipeline.inspection.headers import ImageHeader, read_header
-from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
-from smpo_schemas.errors import one_line
+from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
 from smpo_schemas.pairs import (
     Pair,
     PairColumns,

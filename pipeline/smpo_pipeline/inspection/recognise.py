@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import PAIR_SUFFIXES, find_pair_files
 from smpo_schemas.scores import SCORES_FILE

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from smpo_common.errors import one_line
 from smpo_pipeline.inspection.pairs import print_rejects
-from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
-from smpo_schemas.errors import one_line
+from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.rejects import Reject, read_rejects
 from smpo_schemas.scores import REJECTS_FILE, ScoresInfo, read_scores, read_scores_info, reward_scores, table_labels

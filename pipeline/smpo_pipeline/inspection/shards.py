@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from smpo_pipeline.buckets import buckets_in_words
+from smpo_common.errors import UserError
+from smpo_pipeline.images.buckets import buckets_in_words
 from smpo_pipeline.inspection.scores import print_sharpness
-from smpo_pipeline.inspection.text import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
 from smpo_pipeline.inversion.advice import believable, health_warnings, unsolved
-from smpo_schemas.errors import UserError
+from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
 from smpo_schemas.manifest import InversionSettings, Manifest
 from smpo_schemas.preference.minmax import minmax
-from smpo_schemas.shards import Sample, ShardDirectory
+from smpo_schemas.shards.samples import Sample, ShardDirectory
 
 _TIMESTEP_BINS = 10
 

@@ -13,7 +13,7 @@ from typing import Literal
 import matplotlib as mpl
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from smpo_schemas.files import atomic_path
+from smpo_common.files import atomic_path
 
 PAGE, CARD, TEXT, SOFT = "#f4f4f2", "#ffffff", "#1c1c1f", "#6b6b73"
 WINNER, MISSING = "#12805c", "#e4e4e0"

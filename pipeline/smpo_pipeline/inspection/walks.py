@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_pipeline.inspection import sheet
-from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import Manifest
-from smpo_schemas.shards import Sample
+from smpo_schemas.shards.samples import Sample
 
 _TILE = 104
 _MOST_STATES = 9  # of a walk, in a row; of longer walks, so many spread evenly

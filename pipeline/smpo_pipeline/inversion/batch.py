@@ -16,7 +16,7 @@ from smpo_models.family import Conditioning, Family
 from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.timesteps import WalkPlan, plan_walk
 from smpo_schemas.manifest import InversionSettings
-from smpo_schemas.shards import STORAGE, SampleMeta
+from smpo_schemas.shards.samples import STORAGE, SampleMeta
 
 
 @dataclass(frozen=True)

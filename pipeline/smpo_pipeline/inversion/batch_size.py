@@ -15,10 +15,10 @@ from itertools import islice
 import numpy as np
 import torch
 
+from smpo_common.errors import UserError
 from smpo_models.memory import is_out_of_memory
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.isolation import FAILURES
-from smpo_schemas.errors import UserError
 
 Request = tuple[PreparedPair, int]
 """A pair, and the number of the walk of it to make."""

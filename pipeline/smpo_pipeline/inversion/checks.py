@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from smpo_common.errors import UserError
 from smpo_models.family import Family
-from smpo_pipeline.buckets import Size, bucket_sizes
+from smpo_pipeline.images.buckets import Size, bucket_sizes
 from smpo_pipeline.inversion.timesteps import plan_walk
-from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 
 

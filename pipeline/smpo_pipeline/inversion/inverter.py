@@ -21,7 +21,7 @@ from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.sources import SOURCES
 from smpo_pipeline.inversion.step import carry, distance
 from smpo_schemas.manifest import InversionSettings
-from smpo_schemas.shards import STORAGE, Sample
+from smpo_schemas.shards.samples import STORAGE, Sample
 
 _State = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
 """Of one image at one stored state: timestep, tau [C, h, w] as it is stored, reference error and residual (scalars)."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from smpo_models.process import START
+from smpo_models.noise_schedule import START
 from smpo_pipeline.inversion.batch import Batch, Visit
 from smpo_pipeline.inversion.draws import gaussian
 from smpo_pipeline.inversion.solvers import SOLVERS

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from smpo_models.process import Process
+from smpo_models.noise_schedule import Process
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Noise that the walker sees in x [N, C, h, w] of the rows int64 [N], at the timesteps that their steps ask at."""

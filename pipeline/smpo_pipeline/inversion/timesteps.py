@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from smpo_models.process import Process
+from smpo_common.errors import UserError
+from smpo_models.noise_schedule import Process
 from smpo_pipeline.inversion.draws import generator
-from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import InversionSettings
 
 

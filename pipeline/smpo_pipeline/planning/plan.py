@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from smpo_common.errors import UserError
 from smpo_models.loading import load_family, load_walker
 from smpo_models.memory import is_out_of_memory
-from smpo_pipeline.buckets import list_buckets
+from smpo_pipeline.images.buckets import list_buckets
 from smpo_pipeline.inversion.batch import draw_walk
 from smpo_pipeline.inversion.batch_size import (
     choose_batch_size,
@@ -22,11 +23,10 @@ from smpo_pipeline.inversion.batch_size import (
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import FAILURES
-from smpo_pipeline.jobs.paths import AbsolutePathOrUrl
+from smpo_pipeline.jobs.record.paths import AbsolutePathOrUrl
 from smpo_pipeline.planning.rate import batches_of_units, measure_rate
 from smpo_pipeline.planning.sample import sample_pairs
 from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, walk_bytes
-from smpo_schemas.errors import UserError
 from smpo_schemas.manifest import Bucket, InversionSettings
 from smpo_schemas.pairs import list_pair_files
 from smpo_schemas.scores import read_scores_info

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from smpo_pipeline.buckets import Size, resize_pair
-from smpo_pipeline.decoder import worker_decoder
-from smpo_pipeline.images import ImageRejectedError
+from smpo_common.errors import UserError
+from smpo_pipeline.images.buckets import Size, resize_pair
+from smpo_pipeline.images.decode import ImageRejectedError
+from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.inversion.batch import PreparedPair
-from smpo_schemas.errors import UserError
 from smpo_schemas.pairs import (
     Pair,
     PairFile,

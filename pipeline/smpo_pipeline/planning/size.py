@@ -10,11 +10,11 @@ from functools import cache
 
 import torch
 
-from smpo_models.process import START, Process
+from smpo_models.noise_schedule import START, Process
 from smpo_pipeline.inversion.batch import Walk
 from smpo_pipeline.inversion.timesteps import WalkPlan, plan_walk
 from smpo_schemas.manifest import InversionSettings
-from smpo_schemas.shards import STORAGE, Sample, SampleMeta, encode_sample
+from smpo_schemas.shards.samples import STORAGE, Sample, SampleMeta, encode_sample
 
 _BLOCK = 512
 _RECORD = 10240

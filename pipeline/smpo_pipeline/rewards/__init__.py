@@ -12,10 +12,10 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from smpo_common.commandline import nearest
+from smpo_common.errors import UserError
 from smpo_models.hub import require_source
 from smpo_pipeline.rewards.base import Needs, Reward, checked_scores
-from smpo_schemas.commandline import nearest
-from smpo_schemas.errors import UserError
 
 __all__ = ["Needs", "Reward", "check_reward", "checked_scores", "load_reward", "parse_reward", "reward_classes"]
 

@@ -19,11 +19,11 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from smpo_common.errors import UserError
+from smpo_common.files import sha256_json
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import load_part, load_tokenizer, load_weights, loading_errors
 from smpo_pipeline.rewards.base import Needs, Reward
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_json
 
 _TEXT_STEP = 16
 

@@ -32,8 +32,8 @@ import transformers
 from torch import nn
 from transformers import BertTokenizer, modeling_utils, pytorch_utils
 
+from smpo_common.errors import UserError
 from smpo_models.weights import loading_errors
-from smpo_schemas.errors import UserError
 
 _PACKAGE = "smpo_image_reward"
 _MOVED = ("apply_chunking_to_forward", "prune_linear_layer")

@@ -8,8 +8,8 @@ import re
 import torch
 from transformers import CLIPConfig, CLIPModel
 
+from smpo_common.errors import UserError
 from smpo_models.weights import load_weights, loading_errors
-from smpo_schemas.errors import UserError
 
 _NUM_HEADS = 16
 """Of both towers of ViT-H-14; the one number that a state dict does not tell."""

@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
+from smpo_common.errors import UserError
 from smpo_models.weights import loading_errors
-from smpo_schemas.errors import UserError
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 
 _SHOWN = 200
 """Characters of a prompt in a message."""

@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from smpo_common.errors import UserError
+from smpo_common.files import sha256_json
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import load_part
 from smpo_pipeline.rewards._open_clip import load_open_clip
 from smpo_pipeline.rewards._pixels import normalise
 from smpo_pipeline.rewards._weights import find_checkpoint, read_checkpoint
 from smpo_pipeline.rewards.base import Needs, Reward
-from smpo_schemas.errors import UserError
-from smpo_schemas.files import sha256_json
 
 _TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from smpo_common.errors import UserError
 from smpo_pipeline.rewards.base import Reward
 from smpo_pipeline.toy.truth import true_reward
-from smpo_schemas.errors import UserError
 
 
 class ToyTruth(Reward):

@@ -24,6 +24,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from smpo_common.files import write_json
 from smpo_pipeline.toy.autoencoder import train_autoencoder
 from smpo_pipeline.toy.base import train_base
 from smpo_pipeline.toy.rewards import TASTES, SampledPairs, image_processor, train_matcher, train_taste
@@ -31,7 +32,6 @@ from smpo_pipeline.toy.sampling import sample_images
 from smpo_pipeline.toy.tokenizer import build_tokenizer
 from smpo_pipeline.toy.training import Report
 from smpo_pipeline.toy.world import captions_of
-from smpo_schemas.files import write_json
 
 AUTOENCODER_STEPS = 1500
 BASE_ROUNDS = ((2000, 1e-3), (1200, 6e-4))

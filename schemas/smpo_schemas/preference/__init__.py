@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from smpo_schemas.discovery import subclasses_in
-from smpo_schemas.errors import UserError
+from smpo_common.discovery import subclasses_in
+from smpo_common.errors import UserError
 from smpo_schemas.preference.base import Preference, ScoredPairs
 
 __all__ = ["Preference", "ScoredPairs", "find_preference", "preferences"]

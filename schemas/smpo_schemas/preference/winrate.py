@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 from smpo_schemas.preference.base import Preference, ScoredPairs, shares, sigmoid
 from smpo_schemas.scores import RewardStatistics
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 from smpo_schemas.preference import ScoredPairs, find_preference, preferences
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.preference.mixture import Mixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 from smpo_trainer.objectives import Objective, find_objective, objectives
 from smpo_trainer.objectives.base import PairBatch, implicit_margin, smoothed_label
 from smpo_trainer.objectives.capo import capo_loss

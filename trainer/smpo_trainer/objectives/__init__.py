@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 
-from smpo_schemas.discovery import subclasses_in
-from smpo_schemas.errors import UserError
+from smpo_common.discovery import subclasses_in
+from smpo_common.errors import UserError
 from smpo_trainer.objectives.base import Objective, ObjectiveOptions
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from smpo_schemas.errors import UserError
+from smpo_common.errors import UserError
 from smpo_trainer.settings import TimestepWeightingKind
 
 if TYPE_CHECKING:
-    from smpo_trainer.reward_mix import RewardMix
+    from smpo_trainer.preference.reward_mix import RewardMix
 
 Metrics = dict[str, torch.Tensor]
 """Per-pair values by name, each [B], detached; NaN where the pair has no such value. Their mean is what is logged."""

@@ -18,7 +18,7 @@ from smpo_trainer.objectives.base import PairBatch, RewardObjective
 from smpo_trainer.settings import TimestepWeightingKind
 
 if TYPE_CHECKING:
-    from smpo_trainer.reward_mix import RewardMix
+    from smpo_trainer.preference.reward_mix import RewardMix
 
 
 def capo_loss(margin_B: torch.Tensor, preference_B: torch.Tensor) -> torch.Tensor:

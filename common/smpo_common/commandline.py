@@ -1,0 +1,193 @@
+"""What both command lines do alike: config files, repeated options, resolved settings, one-line errors."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+
+from smpo_common.errors import UserError
+from smpo_common.files import write_bytes
+from smpo_common.retry import PASSING_ERRNOS
+from smpo_common.store_path import AnyPath
+
+CONFIG_FILE = "config.yaml"
+
+_PLACES = {"pairs", "shards", "scores", "model", "base", "vae", "out"}
+"""Flags that take a path, or else a URL or a hub id."""
+
+_NAMED_PLACES = {"model", "reward"}
+"""Flags that take NAME=PATH, or else NAME=ID."""
+
+
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "lr_scheduler": "lr_schedule",
+    "lr_warmup_steps": "warmup_steps",
+    "max_train_steps": "max_steps",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "checkpointing_steps": "save_every",
+    "dataloader_num_workers": "workers",
+    "rank": "lora_rank",
+    "beta_dpo": "beta",
+    "pretrained_model_name_or_path": "model",
+    "output_dir": "out",
+    "num_inference_steps": "steps",
+}
+"""What diffusers' and transformers' training scripts call our flags."""
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The one of ``known`` that is most likely meant by a name that is none of them; None: no guess."""
+    other = _OTHER_NAMES.get(name)
+    if other in known:
+        return other
+    return next(iter(get_close_matches(name, sorted(known), n=1)), None)
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a YAML file's values the defaults of this command; flags on the command line still win."""
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
+    known = {str(parameter.name) for parameter in context.command.params} - {"config"}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold keys and values, as config.yaml of a finished run does")
+    unknown = sorted(set(map(str, values)) - known)
+    if unknown:
+        meant = nearest(unknown[0], known)
+        hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(sorted(known))}"
+        raise UserError(f"--config {path}: unknown key {unknown[0]!r}; {hint}")
+    repeatable = {each.name for each in context.command.params if getattr(each, "multiple", False)}
+    lists = {name: [value] for name, value in values.items() if name in repeatable and not isinstance(value, list)}
+    context.default_map = {**(context.default_map or {}), **values, **lists}
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file with a key for each flag (dashes as underscores); flags given here override it.",
+        callback=_read_config,
+        is_eager=True,
+    ),
+]
+
+
+def write_resolved_config(context: typer.Context, directory: AnyPath, result: AnyPath | None = None) -> None:
+    """Write every setting of this run, defaults included, as a config file that repeats it from wherever it is given.
+
+    Args:
+        context: of the command.
+        directory: where to.
+        result: the file that the run wrote last; where a config is not older than that, this run had nothing to do.
+    """
+    target = directory / CONFIG_FILE
+    if result and target.is_file() and target.stat().st_mtime_ns >= result.stat().st_mtime_ns:
+        return
+    # Not --overwrite: repeating a run from its config must not wipe it.
+    left_out = ("config", "overwrite")
+    values = {
+        name: _plain(name, value)
+        for name, value in context.params.items()
+        if name not in left_out and value is not None
+    }
+    write_bytes(target, yaml.safe_dump(values, sort_keys=True, allow_unicode=True).encode())
+
+
+def _plain(flag: str, value: Any) -> Any:  # noqa: ANN401  (a command line value of any type)
+    """As YAML has it; paths of this machine are absolute."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(flag, item) for item in value]
+    if isinstance(value, Path):
+        return str(value if value.parts[:1] == ("~",) else value.absolute())
+    if flag in _PLACES and Path(value).exists():
+        return str(Path(value).absolute())
+    if flag in _NAMED_PLACES:
+        name, equals, place = value.partition("=")
+        if place and Path(place).exists():
+            return f"{name}{equals}{Path(place).absolute()}"
+    return value
+
+
+def _prepare(app: typer.Typer, arguments: Sequence[str]) -> list[str]:
+    """Arguments for ``app`` from what a user typed.
+
+    Raises:
+        UserError: a flag by the name that other programs have for it.
+    """
+    command: Any = typer.main.get_command(app)
+    chosen = getattr(command, "commands", {}).get(arguments[0] if arguments else "", command)
+    known = {name for parameter in chosen.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        meant = f"--{_OTHER_NAMES.get(flag[2:].replace('-', '_'), '')}".replace("_", "-")
+        if flag.startswith("--") and flag not in known and meant in known:
+            raise UserError(f"{flag}: no such flag; did you mean {meant}?")
+    multiple = (parameter for parameter in chosen.params if getattr(parameter, "multiple", False))
+    return expand_repeated(arguments, {name for parameter in multiple for name in parameter.opts})
+
+
+def expand_repeated(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
+    """Let ``--pairs a b c`` mean ``--pairs a --pairs b --pairs c``, so that a shell's ``*.parquet`` works."""
+    expanded: list[str] = []
+    option: str | None = None
+    filled = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            option, filled = (argument if argument in repeatable else None), False
+            expanded.append(argument)
+        elif option and filled:
+            expanded += [option, argument]
+        else:
+            expanded.append(argument)
+            filled = True
+    return expanded
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line.
+
+    A user's mistake and a failure of storage print one line and exit with status 2; Ctrl-C and SIGTERM print how to go
+    on, and exit with 130 and 143, as does a command that ends with one of these.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(_prepare(app, sys.argv[1:]))
+    except SystemExit as ended:
+        if ended.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            typer.secho("stopped; the same command goes on", err=True)
+        raise
+    except UserError as error:
+        _fail(str(error))
+    except PermissionError as error:
+        _fail(f"no permission for {error.filename}: {error.strerror}")
+    except OSError as error:
+        if error.errno is None:  # of a library, which means something else by it
+            raise
+        goes_on = "; the same command goes on" if error.errno in PASSING_ERRNOS else ""
+        _fail(f"{error.filename or 'storage'}: {error.strerror}{goes_on}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_signal: object) -> NoReturn:
+    """End the process as Ctrl-C does, so that what it began is put in order; once, whoever sends the signal again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _fail(message: str) -> None:
+    typer.secho(f"error: {message}", fg="red", err=True)
+    sys.exit(2)

@@ -1,0 +1,1 @@
+"""What crashes workers: which pair was at work, and which pair it is."""

@@ -1,0 +1,1 @@
+"""``invert`` as a job on Ray."""

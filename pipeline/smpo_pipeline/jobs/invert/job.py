@@ -1,0 +1,271 @@
+"""``smpo-pipeline invert`` on Ray Data: read, decode and crop -> actors that invert and write one shard a unit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from rich.console import Console
+
+from smpo_common.errors import UserError
+from smpo_common.retry import trying_again
+from smpo_common.store_path import AnyPath
+from smpo_pipeline.images.buckets import Size, list_buckets
+from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
+from smpo_pipeline.inversion.health import HealthSums
+from smpo_pipeline.jobs.faults.ledger import SharedLedger
+from smpo_pipeline.jobs.invert.actor import (
+    STAGE,
+    InvertActor,
+    InvertOptions,
+    ModelIdentity,
+    describe_model,
+    index_part,
+    load_models,
+)
+from smpo_pipeline.jobs.ray.session import Pool, limit_memory, model_pool, run_units, task_memory
+from smpo_pipeline.jobs.record.lock import locked, refuse_unknown_bucket
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
+from smpo_pipeline.jobs.units.prepare import prepare_row
+from smpo_pipeline.planning.size import pairs_that_fit
+from smpo_schemas.manifest import (
+    MANIFEST_FILE,
+    MANIFEST_VERSION,
+    REJECTS_FILE,
+    Manifest,
+    ModelInfo,
+    ShardEntry,
+    Totals,
+    autocast_arithmetic,
+    read_manifest,
+    write_manifest,
+)
+from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
+from smpo_schemas.rejects import count_reasons, write_rejects
+from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, same_score
+from smpo_schemas.shards.index import INDEX_FILE, write_index
+from smpo_schemas.shards.samples import ShardDirectory
+
+
+def invert(options: InvertOptions) -> Manifest:
+    """Make shards of all scored pairs, or finish what an earlier run of the same command began.
+
+    Raises:
+        UserError: an input, the model or the output directory cannot be used, or no pair is left.
+    """
+    refuse_unknown_bucket(options.out)
+    files = list_pair_files(options.pairs)
+    columns = columns_of(files, options.columns)
+    info = read_scores_info(options.scores)
+    checked = _check_model(options)
+    options = options.model_copy(update={"pairs_per_shard": checked.pairs_per_shard})
+    units = slice_files(files, checked.pairs_per_shard, options.limit)
+    identity = {
+        "job": "invert",
+        "schema_version": MANIFEST_VERSION,
+        "input": describe_input(files, options.limit),
+        "columns": {key: value for key, value in options.columns.items() if value},
+        "scores": [part.sha256 for part in info.parts],
+        "model": checked.model.model_dump(),
+        "resolution": checked.resolution,
+        "inversion": options.settings.model_dump(),
+        "ref_error_arithmetic": autocast_arithmetic(options.settings.dtype),
+        "seed": options.seed,
+        "pairs_per_shard": checked.pairs_per_shard,
+    }
+    run = Run(options.out, MANIFEST_FILE, identity)
+    with locked(options.out):
+        if not run.open(overwrite=options.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
+            return read_manifest(options.out)
+        for line in choices(
+            options, checked.resolution, sum(part.stop - part.start for unit in units for part in unit)
+        ):
+            Console(markup=False).print(line, highlight=False, soft_wrap=True)
+        return _invert(options, run, units, columns, info, checked)
+
+
+def choices(options: InvertOptions, resolution: int, pairs: int) -> list[str]:
+    """What is done to how many pairs, with what nobody asked for by name: lines for the user."""
+    settings = options.settings
+    size = f"{resolution} x {resolution}" + (", by aspect ratio" if settings.buckets else "")
+    batches = "found by trying" if options.batch_size is None else f"of {options.batch_size} walks"
+    emptied, mirrored = f"{100 * settings.prompt_dropout:g} %", f"{100 * settings.hflip / 2:g} %"
+    return [
+        f"{pairs} pairs at {size} pixels; {options.device}, {settings.dtype}; batches {batches}; seed {options.seed}",
+        f"of the walks {emptied} are without their prompt (--prompt-dropout), {mirrored} mirrored (--hflip)",
+    ]
+
+
+def _invert(
+    options: InvertOptions,
+    run: Run,
+    units: Sequence[list[RowRange]],
+    columns: dict[AnyPath, PairColumns],
+    info: ScoresInfo,
+    checked: _Checked,
+) -> Manifest:
+    """Make the shards that are missing, and finish."""
+    scores = _score_table(options.scores, info)
+    sizes = [sum(part.stop - part.start for part in unit) for unit in units]
+
+    def build(source: ray.data.Dataset, ledger: SharedLedger) -> ray.data.Dataset:
+        pool = model_pool(options.device, options.concurrency, options.ray_address, checked.weights, len(units))
+        prepare = partial(
+            prepare_row,
+            units=units,
+            columns=columns,
+            pairs_per_unit=options.pairs_per_shard,
+            sizes=checked.image_sizes,
+            stage=STAGE,
+            run=run,
+            ledger=ledger,
+        )
+        kwargs = {
+            "options": options,
+            "model": checked.model,
+            "run": run,
+            "scores": ray.put(scores),
+            "rows": sum(sizes),
+            "resolution": checked.resolution,
+            "ledger": ledger,
+        }
+        pixels = max(sizes) * 2 * 3 * max(height * width for height, width in checked.image_sizes)
+        return _add_stages(source, prepare, kwargs, pool, pixels)
+
+    rate = options.max_reject_rate
+    records = run_units(run, sizes, build, _records, title="invert", address=options.ray_address, max_reject_rate=rate)
+    manifest = _finish(options, run, records, info, checked.model.info(), checked.resolution)
+    run.finish()
+    return manifest
+
+
+def _add_stages(
+    source: ray.data.Dataset,
+    prepare: Callable[[pa.Table], pa.Table],
+    kwargs: dict[str, object],
+    pool: Pool,
+    unit_bytes: int,
+) -> ray.data.Dataset:
+    """Decode, then the actors; ``unit_bytes`` are the pixels of the largest unit.
+
+    Object store: for each actor the unit that it is at and the next one, and two on their way; a MB of each for the
+    rest of it.
+    """
+    one = {"batch_size": 1, "batch_format": "pyarrow"}
+    decoded = source.map_batches(prepare, num_cpus=1, memory=task_memory(unit_bytes), **one)
+    made = decoded.map_batches(InvertActor, fn_constructor_kwargs=kwargs, **one, **pool.options())
+    limit_memory(made, (unit_bytes + (1 << 20)) * (2 * pool.size + 2))
+    return made
+
+
+def _records(table: pa.Table) -> list[UnitRecord]:
+    """Of the shards that actors have committed."""
+    return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]
+
+
+def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
+    """``pair_id``, ``prompt``, the names of the images where the table has them, and the score columns.
+
+    Raises:
+        UserError: one id stands for pairs with different scores.
+    """
+    names = [f"{name}_{index}" for name in info.rewards for index in range(2)]
+    table = read_scores(directory, info, ["pair_id", "prompt", *IMAGE_IDS, *names])
+    # A pair that several annotators labelled is there several times, with the same images and so the same scores, but
+    # for the rounding of batches of other sizes.
+    found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
+    for name in names:
+        between = pc.subtract(found[f"{name}_max"], found[f"{name}_min"])
+        apart = pc.greater(between, same_score(info.rewards[name[:-2]]))
+        clash = found.filter(apart)
+        if clash.num_rows:
+            raise UserError(
+                f"{directory}: pair_id {clash['pair_id'][0].as_py()!r} stands for pairs with different scores; "
+                "score with another --pair-id-column, or with none"
+            )
+    # Arrow takes rows from no string column of more than 2 GiB of text. (And groups none of more in one chunk.)
+    return table.set_column(0, "pair_id", table["pair_id"].cast(pa.large_string())).combine_chunks()
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What the model says before any work starts: of itself, and of what images and shards will be."""
+
+    model: ModelIdentity
+    resolution: int
+    image_sizes: tuple[Size, ...]
+    pairs_per_shard: int
+    weights: int
+    """Bytes."""
+
+
+def _check_model(options: InvertOptions) -> _Checked:
+    """Load the model once."""
+    family, walker = load_models(options)
+    resolution = check_settings(family, options.model, options.resolution, options.settings)
+    model = describe_model(options, family, walker)
+    sizes = sizes_of_images(family, resolution, options.settings)
+    pairs_per_shard = options.pairs_per_shard
+    if options.shard_bytes is not None:
+        latent = family.latent_shape(resolution, resolution)
+        pairs_per_shard = pairs_that_fit(options.shard_bytes, latent, options.settings, family.process)
+    modules = {family.denoiser, walker, family.vae, *family.text_modules}
+    weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    return _Checked(model, resolution, sizes, pairs_per_shard, weights)
+
+
+@trying_again
+def _finish(
+    options: InvertOptions,
+    run: Run,
+    records: Sequence[UnitRecord],
+    info: ScoresInfo,
+    model: ModelInfo,
+    resolution: int,
+) -> Manifest:
+    """Write the rejects, then ``manifest.json``, which marks the run as finished."""
+    rejects = [reject for record in records for reject in record.rejects]
+    write_rejects(options.out / REJECTS_FILE, rejects)
+    shards = [ShardEntry.model_validate(record.entry) for record in records if record.entry]
+    if not shards:
+        first = f"; the first: {rejects[0].source}: {rejects[0].reason}" if rejects else ""
+        raise UserError(f"no pair is left, {len(rejects)} were rejected (see {options.out / REJECTS_FILE}){first}")
+    health = HealthSums()
+    for record in records:
+        health += HealthSums(record.health)
+    buckets: Counter[Size] = Counter()
+    for bucket in (bucket for record in records for bucket in record.buckets):
+        buckets[bucket.height, bucket.width] += bucket.pairs
+    manifest = Manifest(
+        schema_version=MANIFEST_VERSION,
+        model=model,
+        resolution=resolution,
+        inversion=options.settings,
+        ref_error_arithmetic=autocast_arithmetic(options.settings.dtype),
+        seed=options.seed,
+        rewards=info.rewards,
+        shards=shards,
+        totals=Totals(
+            pairs_in=sum(record.pairs_in for record in records),
+            pairs=sum(record.pairs for record in records),
+            samples=sum(shard.samples for shard in shards),
+            states=sum(shard.states for shard in shards),
+            rejected=len(rejects),
+            bytes=sum(shard.bytes for shard in shards),
+            prompts_cut=sum(record.prompts_cut for record in records),
+        ),
+        rejected_reasons=count_reasons(rejects),
+        health=health.bands(model.num_train_timesteps),
+        buckets=list_buckets(buckets),
+        versions={name: version(name) for name in ("smpo-diffusion", "torch", "diffusers", "transformers", "numpy")},
+    )
+    parts = [index_part(run, record.unit) for record in records if record.entry]
+    manifest = manifest.model_copy(update={"index": write_index(ShardDirectory(options.out, manifest), parts)})
+    write_manifest(options.out, manifest)
+    return manifest

@@ -1,0 +1,1 @@
+"""Ray: starting it, sharing its GPUs and memory out, its errors."""

@@ -1,0 +1,1 @@
+"""A run's record: identity, committed units, lock, status, progress."""

@@ -1,0 +1,143 @@
+"""How far an output of ``score`` or ``invert`` is, read from what it has committed; without Ray, from anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from smpo_common.errors import UserError
+from smpo_common.store_path import AnyPath
+from smpo_pipeline.jobs.record.lock import holder
+from smpo_pipeline.jobs.record.run_record import (
+    SCORE_ROWS,
+    SCORE_STEP,
+    UnitRecord,
+    begun_at,
+    read_identity,
+    read_records,
+)
+from smpo_schemas.manifest import MANIFEST_FILE, read_manifest
+from smpo_schemas.rejects import count_reasons, read_rejects
+from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, read_scores_info
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is.
+
+    Attributes:
+        job: ``score`` or ``invert``.
+        rewards: that are being scored, or were (``score`` only).
+        finished: whether the output is whole.
+        units: how many there are; ``units_done`` of them are committed.
+        pairs_in: rows of the input; ``pairs_done`` of them are accounted for, ``rejected`` of these in no result.
+        reasons: how often each kind of reason for a reject occurred, most frequent first.
+        rate: pairs a second since the run was begun, or continued for the last time; None where no unit was
+            committed since.
+        model_share: part of the actors' time, in the same units, that the inversion took (``invert`` only), or None.
+        holder: which process is at it, in words, or None; on an object store also one that was killed.
+        last_commit: when the last unit was committed, in seconds since 1970; None where none is, or all is finished.
+    """
+
+    job: str
+    rewards: list[str]
+    finished: bool
+    units: int
+    units_done: int
+    pairs_in: int
+    pairs_done: int
+    rejected: int
+    reasons: dict[str, int]
+    rate: float | None = None
+    model_share: float | None = None
+    holder: str | None = None
+    last_commit: float | None = None
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds left at this rate."""
+        return (self.pairs_in - self.pairs_done) / self.rate if self.rate else None
+
+
+def read_status(out: AnyPath) -> Status:
+    """Look at an output directory; nothing is changed.
+
+    Raises:
+        UserError: it is no output of ``score`` or ``invert``, or is malformed.
+    """
+    try:
+        return _read_status(out)
+    except (FileNotFoundError, UserError):
+        # A run that ends, or is begun anew, removes what was there a moment ago.
+        return _read_status(out)
+
+
+def _read_status(out: AnyPath) -> Status:
+    identity = read_identity(out)
+    if identity is None:
+        raise UserError(f"{out} holds no run.json: neither `score` nor `invert` was begun there")
+    pairs_in = _rows(identity)
+    if identity["job"] == "invert":
+        units = math.ceil(pairs_in / identity["pairs_per_shard"])
+        if (out / MANIFEST_FILE).is_file():
+            manifest = read_manifest(out)
+            reasons = manifest.rejected_reasons
+            return _finished("invert", [], units, pairs_in, manifest.totals.rejected, reasons)
+        return _under_way(identity, [], out, units, pairs_in, holder(out))
+    units = math.ceil(pairs_in / SCORE_ROWS)
+    step = read_identity(out / SCORE_STEP)
+    info = read_scores_info(out) if (out / SCORES_FILE).is_file() else None
+    if step is not None and not (info and step["rewards"].keys() <= info.rewards.keys()):
+        return _under_way(step, sorted(step["rewards"]), out / SCORE_STEP, units, pairs_in, holder(out))
+    if info is None:
+        return _under_way(identity, [], out, units, pairs_in, holder(out))
+    reasons = count_reasons(read_rejects(out / REJECTS_FILE))
+    return _finished("score", sorted(info.rewards), units, pairs_in, info.rejected, reasons)
+
+
+def _rows(identity: dict[str, Any]) -> int:
+    rows = sum(file[1] for file in identity["input"]["files"])
+    limit = identity["input"]["limit"]
+    return rows if limit is None else min(rows, limit)
+
+
+def _finished(
+    job: str, rewards: list[str], units: int, pairs_in: int, rejected: int, reasons: dict[str, int]
+) -> Status:
+    return Status(job, rewards, True, units, units, pairs_in, pairs_in, rejected, reasons)
+
+
+def _under_way(
+    identity: dict[str, Any], rewards: list[str], out: AnyPath, units: int, pairs_in: int, holder: str | None
+) -> Status:
+    records = read_records(out, identity)
+    begun = begun_at(out)
+    recent = [record for record in records if record.committed and record.committed > begun]
+    rejects = [reject for record in records for reject in record.rejects]
+    return Status(
+        job=identity["job"],
+        rewards=rewards,
+        finished=False,
+        units=units,
+        units_done=len(records),
+        pairs_in=pairs_in,
+        pairs_done=sum(record.pairs_in for record in records),
+        rejected=len(rejects),
+        reasons=count_reasons(rejects),
+        rate=_rate(recent, begun),
+        model_share=_model_share(recent),
+        holder=holder,
+        last_commit=max((record.committed for record in records if record.committed), default=None),
+    )
+
+
+def _rate(records: Sequence[UnitRecord], begun: float) -> float | None:
+    last = max((record.committed for record in records if record.committed), default=None)
+    return None if last is None else sum(record.pairs_in for record in records) / (last - begun)
+
+
+def _model_share(records: Sequence[UnitRecord]) -> float | None:
+    seconds = [record.seconds for record in records if record.seconds]
+    return sum(model for model, _ in seconds) / sum(whole for _, whole in seconds) if seconds else None

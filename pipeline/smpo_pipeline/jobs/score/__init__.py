@@ -1,0 +1,1 @@
+"""``score`` as a job on Ray."""

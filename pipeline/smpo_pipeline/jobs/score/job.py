@@ -1,0 +1,239 @@
+"""``smpo-pipeline score`` on Ray Data: read and decode -> one actor pool a reward -> the driver commits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import ray
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+
+from smpo_common.errors import UserError
+from smpo_common.store_path import AnyPath
+from smpo_pipeline.jobs.faults.ledger import SharedLedger
+from smpo_pipeline.jobs.ray.session import Pool, cores_there, gpus_there, limit_memory, run_units, share_gpus
+from smpo_pipeline.jobs.record.lock import locked, refuse_unknown_bucket
+from smpo_pipeline.jobs.record.paths import AbsolutePathOrUrl, absolute_model
+from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, SCORE_STEP, Run, describe_input
+from smpo_pipeline.jobs.score.chunks import CHUNK_BYTES, prepare_chunks
+from smpo_pipeline.jobs.score.table import PART_FILES, RewardModel, remove_leftovers, write_table
+from smpo_pipeline.jobs.score.units import RewardActor, UnitCollector
+from smpo_pipeline.rewards import Reward, load_reward, parse_reward
+from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
+from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
+
+
+class ScoreOptions(BaseModel):
+    """Everything ``score`` is told; fields as the command line's flags."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pairs: list[AbsolutePathOrUrl]
+    out: AbsolutePathOrUrl
+    reward: list[str]
+    columns: dict[str, str | None]
+    batch_size: int | None
+    device: str
+    dtype: str
+    concurrency: list[str]
+    ray_address: str | None
+    limit: int | None
+    max_reject_rate: float
+    overwrite: bool
+
+
+def score(options: ScoreOptions) -> ScoresInfo:
+    """Score all pairs with all rewards, or with those that a finished table lacks, or finish what was begun.
+
+    Raises:
+        UserError: an input, a reward or the output directory cannot be used, or no pair could be scored.
+    """
+    refuse_unknown_bucket(options.out)
+    files = list_pair_files(options.pairs)
+    columns = columns_of(files, options.columns)
+    units = slice_files(files, SCORE_ROWS, options.limit)
+    specs = _specs(options.reward)
+    sizes = _pool_sizes(options.concurrency, specs)
+    models = {name: _describe(load_reward(spec, "cpu"), options.dtype) for name, spec in specs.items()}
+    identity = {
+        "job": "score",
+        "schema_version": SCORES_VERSION,
+        "input": describe_input(files, options.limit),
+        "columns": {key: value for key, value in options.columns.items() if value},
+    }
+    run = Run(options.out, SCORES_FILE, identity)
+    with locked(options.out):
+        left = run.open(overwrite=options.overwrite, patterns=(PART_FILES, REJECTS_FILE))
+        base = None if left else read_scores_info(options.out)
+        if base:
+            _refuse_other_weights(options.out, base, models)
+        new = {name: model for name, model in models.items() if not base or name not in base.rewards}
+        step = _open_step(options, identity, new, base)
+        if base and not new:
+            return base
+        rows = sum(part.stop - part.start for unit in units for part in unit)
+        line = choices(options, {name: specs[name] for name in new}, rows)
+        Console(markup=False).print(line, highlight=False, soft_wrap=True)
+        build = partial(
+            _add_stages,
+            options=options,
+            units=units,
+            columns=columns,
+            specs={name: specs[name] for name in new},
+            models=new,
+            sizes=sizes,
+        )
+        run_units(
+            step,
+            [sum(part.stop - part.start for part in unit) for unit in units],
+            build,
+            UnitCollector(step, list(new), options.max_reject_rate),
+            title="score",
+            address=options.ray_address,
+            max_reject_rate=options.max_reject_rate,
+        )
+        info = write_table(options.out, step, len(units), new, base)
+        step.remove()
+        return info
+
+
+def choices(options: ScoreOptions, specs: Mapping[str, str], pairs: int) -> str:
+    """What is done to how many pairs, with what nobody asked for by name: a line for the user."""
+    batches = ", ".join(f"{name} {_batch_size(options, spec)}" for name, spec in specs.items())
+    return f"{pairs} pairs, images in their own size; {options.device}, {options.dtype}; images a batch: {batches}"
+
+
+def _batch_size(options: ScoreOptions, spec: str) -> int:
+    return options.batch_size or parse_reward(spec)[0].needs.batch_size
+
+
+def _add_stages(
+    source: ray.data.Dataset,
+    ledger: SharedLedger,
+    options: ScoreOptions,
+    units: Sequence[list[RowRange]],
+    columns: Mapping[AnyPath, PairColumns],
+    specs: Mapping[str, str],
+    models: Mapping[str, RewardModel],
+    sizes: Mapping[str, int],
+) -> ray.data.Dataset:
+    """Decode, then one pool a reward."""
+    prepare = partial(prepare_chunks, units=units, columns=columns, ledger=ledger)
+    dataset = source.map_batches(prepare, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    pools = _pools(options, specs, sizes)
+    for place, (name, pool) in enumerate(pools.items(), start=1):
+        dataset = dataset.map_batches(
+            RewardActor,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={
+                "spec": specs[name],
+                "fingerprint": models[name].fingerprint,
+                "device": options.device,
+                "dtype": options.dtype,
+                "batch_size": _batch_size(options, specs[name]),
+                "ledger": ledger,
+                "share": 1 / len(pools),
+                "last": place == len(pools),
+            },
+            **pool.options(),
+        )
+    # For each worker the chunk that it is at and the next one, and some on their way.
+    workers = sum(pool.size * pool.threads for pool in pools.values())
+    limit_memory(dataset, CHUNK_BYTES * (2 * workers + 8))
+    return dataset
+
+
+def _specs(given: Sequence[str]) -> dict[str, str]:
+    """What ``--reward`` gives, by name; folders as absolute paths, since workers may stand elsewhere."""
+    specs: dict[str, str] = {}
+    for spec in given:
+        reward, model = parse_reward(spec)
+        if reward.name in specs:
+            raise UserError(f"--reward names {reward.name} twice; a scores table has one column a name")
+        specs[reward.name] = f"{spec.partition('=')[0]}={absolute_model(model)}" if model else spec
+    return specs
+
+
+def _describe(reward: Reward, dtype: str) -> RewardModel:
+    return RewardModel(reward.model, reward.fingerprint, reward.unit, dtype)
+
+
+def _refuse_other_weights(out: AnyPath, base: ScoresInfo, models: Mapping[str, RewardModel]) -> None:
+    for name, model in models.items():
+        there = base.rewards.get(name)
+        if there and there.fingerprint != model.fingerprint:
+            raise UserError(
+                f"{out} holds scores of {name} with other weights ({there.model}, fingerprint "
+                f"{there.fingerprint[:12]}; --reward: {model.model}, {model.fingerprint[:12]}); take another --out, or "
+                "--overwrite to begin anew"
+            )
+        if there and there.dtype != model.dtype:
+            raise UserError(
+                f"{out} holds scores of {name} made in {there.dtype}, this is --dtype {model.dtype}; take another "
+                "--out, or --overwrite to begin anew"
+            )
+
+
+def _open_step(
+    options: ScoreOptions, identity: dict[str, Any], rewards: Mapping[str, RewardModel], base: ScoresInfo | None
+) -> Run:
+    """Begin or continue to score with these rewards, after tidying what a kill may have left.
+
+    Raises:
+        UserError: other rewards were begun with and are not finished.
+    """
+    wanted = {name: [model.fingerprint, model.dtype] for name, model in rewards.items()}
+    onto = [part.sha256 for part in base.parts] if base else []
+    step = Run(options.out / SCORE_STEP, SCORES_FILE, identity | {"rewards": wanted, "onto": onto})
+    begun = (step.began_with() or {}).get("rewards", {})
+    if base:
+        remove_leftovers(options.out, base)
+        if begun.keys() <= base.rewards.keys():
+            step.remove()
+            begun = {}
+    if not rewards:
+        return step
+    if begun and begun != wanted and not options.overwrite:
+        mend = f"or remove {step.out}" if base else "take another --out, or --overwrite to begin anew"
+        raise UserError(
+            f"{options.out} holds an unfinished run of other rewards ({', '.join(begun)}; other weights or "
+            f"another --dtype, if the names are the same); finish it with its own command, {mend}"
+        )
+    step.open(overwrite=options.overwrite, patterns=())
+    return step
+
+
+def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int]:
+    """Actors of each reward as ``--concurrency N`` and ``NAME=N`` say; a name that is left out is not in it."""
+    sizes: dict[str, int] = {}
+    named: dict[str, int] = {}
+    for text in given:
+        name, separator, number = text.rpartition("=")
+        if not number.isdecimal() or int(number) < 1 or (separator and name not in specs):
+            raise UserError(f"--concurrency {text}: a number from 1, or NAME=N with a --reward ({', '.join(specs)})")
+        if separator:
+            named[name] = int(number)
+        else:
+            sizes = dict.fromkeys(specs, int(number))
+    return {**sizes, **named}
+
+
+def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, int]) -> dict[str, Pool]:
+    """The actor pool of each reward; where nothing is said, one actor a GPU, or on cpu as many threads as cores."""
+    needs = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
+    if options.device == "cuda":
+        there = gpus_there()
+        sizes = {name: given.get(name, max(1, there)) for name in specs}
+        shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, there)
+        return {name: Pool(sizes[name], share, needs[name].num_cpus) for name, share in shares.items()}
+    cores = cores_there(options.ray_address)
+    pools = {}
+    for name, need in needs.items():
+        on_one = math.ceil(given.get(name, 1) / len(cores))
+        threads = max(1, min(cores) // on_one) if need.num_cpus > 1 else 1
+        pools[name] = Pool(given.get(name, sum(cores) // threads), 0, threads)
+    return pools

@@ -1,0 +1,1 @@
+"""Units of input on their way to the actors."""

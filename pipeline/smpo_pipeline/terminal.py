@@ -1,0 +1,75 @@
+"""Small tables and bars for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from smpo_common.errors import one_line
+
+_BAR_WIDTH = 28
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+QUANTILE_NAMES = ("5 %", "25 %", "median", "75 %", "95 %")
+
+
+def make_table(title: str, columns: Sequence[str], text_columns: int = 1) -> Table:
+    """A plain table whose first ``text_columns`` are set left, the others right."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        if number < text_columns:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def facts(title: str, rows: Mapping[str, str]) -> Table:
+    """A table of names and what they are."""
+    table = Table(title=title, box=None, show_header=False, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, one_line(value))
+    table.add_row()
+    return table
+
+
+def bar(share: float) -> str:
+    """A bar of ``share`` (0 to 1) of the full width, in eighths of a character."""
+    eighths = round(max(0.0, min(1.0, share)) * _BAR_WIDTH * 8)
+    return (_EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
+
+
+def histogram(title: str, values: np.ndarray, edges: Sequence[float], digits: int = 0) -> Table:
+    """Counts of ``values`` between ``edges`` (the last bin closed), with bars relative to the fullest bin."""
+    counts, _ = np.histogram(values, edges)
+    table = make_table(title, ("from .. to", "", "count", "share"), text_columns=2)
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        cells = (f"{low:.{digits}f} .. {high:.{digits}f}", bar(count / max(1, counts.max())), f"{count}")
+        table.add_row(*cells, percent(count, len(values)))
+    return table
+
+
+def counted(counts: Mapping[str, int], most: int = 8) -> str:
+    """``a (12), b (3)``, the most frequent first; the rest is summed up."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{name} ({count})" for name, count in ordered[:most]]
+    if len(ordered) > most:
+        words.append(f"{len(ordered) - most} others ({sum(count for _, count in ordered[most:])})")
+    return ", ".join(words) or "none"
+
+
+def percent(part: float, whole: float) -> str:
+    """``12.5 %``, or a dash of nothing."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def quantile_cells(values: np.ndarray) -> list[str]:
+    """The quantiles that :data:`QUANTILE_NAMES` names, with three digits; dashes where there are no values."""
+    if not len(values):
+        return ["-"] * len(_QUANTILES)
+    return [f"{value:.3g}" for value in np.quantile(values, _QUANTILES)]

@@ -1,0 +1,1 @@
+"""Shards: samples and their tars, single states, the index of where each lies."""

@@ -1,0 +1,178 @@
+"""``index.parquet``: where each walk lies in the shards and what it is, so that a trainer need not read them all first.
+
+Everything in it can be made again from the tars; a directory without it is indexed by reading them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smpo_common.errors import UserError
+from smpo_common.files import arrow_source, atomic_path, read_all, reading_parquet, sha256_file
+from smpo_common.store_path import AnyPath
+from smpo_schemas.manifest import IndexEntry, ShardEntry
+from smpo_schemas.shards.samples import IndexedWalk, SampleLocation, SampleMeta, ShardDirectory
+from smpo_schemas.shards.stored_state import read_walk
+
+INDEX_FILE = "index.parquet"
+
+_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("key", pa.string()),
+        ("meta_offset", pa.int64()),
+        ("meta_bytes", pa.int64()),
+        ("tensors_offset", pa.int64()),
+        ("tensors_bytes", pa.int64()),
+        ("meta", pa.string()),
+        ("timesteps", pa.list_(pa.int32())),
+        ("latent", pa.list_(pa.int32())),
+    ]
+)
+_ROWS = 4096
+_PARTS = 64
+"""Read at once."""
+
+_LONGEST_KEY = 100
+"""Of a tar's names; readers keep keys in arrays as wide as the longest."""
+
+
+def indexed_walks(directory: ShardDirectory) -> Iterator[IndexedWalk]:
+    """All walks of a directory in order, from its index, or from its tars where it has none.
+
+    Raises:
+        UserError: the index differs from the manifest, or a tar is malformed.
+    """
+    return _read(directory, directory.manifest.index) if directory.manifest.index else _scan_all(directory)
+
+
+def write_index(directory: ShardDirectory, parts: Sequence[AnyPath] = ()) -> IndexEntry:
+    """Index the tars of a directory; equal tars give equal bytes.
+
+    Args:
+        directory: the tars, and the manifest that lists them.
+        parts: for each tar what :func:`write_index_part` left when it was written, which saves reading it; a tar
+            without one (not named, or not there) is read.
+
+    Raises:
+        UserError: a tar is malformed, or the index cannot be written.
+    """
+    with atomic_path(directory.path / INDEX_FILE) as temporary:
+        _write(temporary, _from_parts(directory, parts) if parts else _scan_all(directory))
+        return IndexEntry(name=INDEX_FILE, bytes=temporary.stat().st_size, sha256=sha256_file(temporary))
+
+
+def write_index_part(path: AnyPath, walks: Iterable[IndexedWalk]) -> None:
+    """Note what the index will say of one tar."""
+    with atomic_path(path) as temporary:
+        _write(temporary, walks)
+
+
+def _write(path: Path, walks: Iterable[IndexedWalk]) -> None:
+    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+        rows: list[dict[str, object]] = []
+        for walk in walks:
+            rows.append(_row(walk))
+            if len(rows) == _ROWS:
+                writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+
+
+def _from_parts(directory: ShardDirectory, parts: Sequence[AnyPath]) -> Iterator[IndexedWalk]:
+    def walks(shard: int) -> list[IndexedWalk]:
+        if not parts[shard].is_file():
+            return list(_scan(directory, shard))
+        with reading_parquet(parts[shard]):
+            found = _walks(pq.read_table(arrow_source(parts[shard])), directory.manifest.shards[shard : shard + 1])
+            return [replace(walk, location=replace(walk.location, shard=shard)) for walk in found]
+
+    for start in range(0, len(parts), _PARTS):
+        yield from chain.from_iterable(read_all(walks, range(start, min(start + _PARTS, len(parts)))))
+
+
+def _row(walk: IndexedWalk) -> dict[str, object]:
+    place = walk.location
+    return {
+        "shard": place.shard,
+        "key": place.key,
+        "meta_offset": place.meta[0],
+        "meta_bytes": place.meta[1],
+        "tensors_offset": place.tensors[0],
+        "tensors_bytes": place.tensors[1],
+        "meta": walk.meta.model_dump_json(),
+        "timesteps": list(walk.timesteps),
+        "latent": list(walk.latent),
+    }
+
+
+def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedWalk]:
+    path = directory.path / entry.name
+    if not path.is_file():
+        raise UserError(f"{path} is missing; the manifest lists it")
+    if sha256_file(path) != entry.sha256:
+        raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced")
+    with reading_parquet(path):
+        for batch in pq.ParquetFile(arrow_source(path)).iter_batches(_ROWS):
+            yield from _walks(batch, directory.manifest.shards)
+
+
+def _walks(batch: pa.RecordBatch | pa.Table, shards: Sequence[ShardEntry]) -> Iterator[IndexedWalk]:
+    table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
+    table = table.select(_SCHEMA.names).cast(_SCHEMA)
+    table.validate(full=True)
+    for row in table.to_pylist():
+        yield _walk(row, shards)
+
+
+def _walk(row: dict[str, Any], shards: Sequence[ShardEntry]) -> IndexedWalk:
+    """A row of the index; its values are checked, since a wrong one would be found in the middle of a training run.
+
+    Raises:
+        ValueError: a value is missing or cannot be.
+    """
+    places = [row[name] for name in ("shard", "meta_offset", "meta_bytes", "tensors_offset", "tensors_bytes")]
+    if any(place is None or place < 0 for place in places) or places[0] >= len(shards):
+        raise ValueError(f"a walk lies at {places}; there are {len(shards)} shards")
+    key = row["key"]
+    if not (key and key.isascii() and key.isdecimal() and len(key) <= _LONGEST_KEY) or row["meta"] is None:
+        raise ValueError(f"a walk has the key {key!r}, or no meta")
+    shard, meta_offset, meta_bytes, tensors_offset, tensors_bytes = places
+    location = SampleLocation(shard, key, (meta_offset, meta_bytes), (tensors_offset, tensors_bytes))
+    timesteps, latent = _naturals(row["timesteps"]), _naturals(row["latent"])
+    # A reader takes memory for latents of this shape where a sample turns out to be damaged.
+    if len(latent) != 3 or not 0 < 4 * math.prod(latent) <= shards[shard].bytes:  # noqa: PLR2004  (C, h, w of 2 images)
+        raise ValueError(f"a walk has latents of {latent}, its shard {shards[shard].bytes} bytes")
+    return IndexedWalk(location, SampleMeta.model_validate_json(row["meta"]), timesteps, latent)
+
+
+def _naturals(values: object) -> tuple[int, ...]:
+    """A list of numbers from 0.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(values, list) or not all(isinstance(value, int) and value >= 0 for value in values):
+        raise ValueError(f"{values!r} is no list of numbers from 0")
+    return tuple(values)
+
+
+def _scan_all(directory: ShardDirectory) -> Iterator[IndexedWalk]:
+    return chain.from_iterable(_scan(directory, shard) for shard in range(len(directory.manifest.shards)))
+
+
+def _scan(directory: ShardDirectory, shard: int) -> Iterator[IndexedWalk]:
+    """Read a tar's headers, its JSON members, and of the tensors the timesteps alone."""
+    path = directory.path / directory.manifest.shards[shard].name
+    locations = directory.locate(shard)
+    with path.open("rb") as file:
+        for location in locations:
+            yield read_walk(file, location, path)

@@ -1,0 +1,158 @@
+"""One state of a walk, read from where it lies in a tar: the walk's other states, most of a sample, stay on the disk.
+
+Shape suffixes: 2 images, C h w a latent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from pydantic import ValidationError
+
+from smpo_common.errors import UserError, describe_problem
+from smpo_common.store_path import AnyPath
+from smpo_schemas.shards.samples import (
+    IndexedWalk,
+    SampleLocation,
+    SampleMeta,
+    ShardDirectory,
+    layout_problem,
+    read_at,
+    timestep_problem,
+)
+
+_NAMES = ("x0", "noise", "timestep", "ref_error", "residual")
+
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
+"""By safetensors' names; shards have no others."""
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """One state as it is stored.
+
+    Attributes:
+        walk: which it is of.
+        x0_2Chw, noise_2Chw, ref_error_2: of this state, as in :class:`~smpo_schemas.shards.samples.Sample`.
+    """
+
+    walk: IndexedWalk
+    x0_2Chw: torch.Tensor
+    noise_2Chw: torch.Tensor
+    ref_error_2: torch.Tensor
+
+
+def read_walk(file: BinaryIO, location: SampleLocation, path: AnyPath) -> IndexedWalk:
+    """Read a sample without its latents from the tar ``path``, which is open as ``file``.
+
+    Raises:
+        UserError: it is malformed.
+    """
+    with _reading(path, location):
+        return _read_walk(file, location)[0]
+
+
+def read_state(directory: ShardDirectory, location: SampleLocation, k: int) -> StoredState:
+    """Read the ``k``-th state of the walk that lies there, and check what is read: not the walk's other states.
+
+    Raises:
+        UserError: it is malformed or not there.
+    """
+    path = directory.path / directory.manifest.shards[location.shard].name
+    with _reading(path, location), path.open("rb") as file:
+        walk, tensors = _read_walk(file, location)
+        problem = layout_problem({name: (tensors[name].dtype, tensors[name].shape) for name in _NAMES})
+        problem = problem or timestep_problem(walk.timesteps, directory.manifest.model.num_train_timesteps)
+        if problem is None and not 0 <= k < len(walk.timesteps):
+            problem = f"it has {len(walk.timesteps)} states, none with the number {k}"
+        if problem is None:
+            read = {"x0": tensors["x0"].read()} | {name: tensors[name][k].read() for name in ("noise", "ref_error")}
+            bad = [name for name, tensor in read.items() if not torch.isfinite(tensor).all()]
+            if not bad:
+                return StoredState(walk, *read.values())
+            problem = f"{bad[0]} is not finite"
+    raise UserError(f"{path}: sample {location.key} (pair {walk.meta.pair_id}): {problem}")
+
+
+def _read_walk(file: BinaryIO, location: SampleLocation) -> tuple[IndexedWalk, _Tensors]:
+    meta = SampleMeta.model_validate_json(read_at(file, *location.meta))
+    tensors = _Tensors(file, *location.tensors)
+    timesteps = tensors["timestep"]
+    if timesteps.dtype != torch.int64 or len(timesteps.shape) != 1:
+        raise ValueError(f"timestep is {timesteps.dtype} {timesteps.shape}")
+    latent = tensors["x0"].shape[1:]
+    if len(latent) != 3:  # noqa: PLR2004  (C, h, w)
+        raise ValueError(f"x0 has the shape {tensors['x0'].shape}, expected [2, C, h, w]")
+    return IndexedWalk(location, meta, tuple(timesteps.read().tolist()), latent), tensors
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a file, from the byte ``offset`` on."""
+
+    file: BinaryIO
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, row: int) -> _Tensor:
+        """Its ``row``-th part along the first axis."""
+        part = _Tensor(self.file, self.offset, self.dtype, self.shape[1:])
+        return _Tensor(self.file, self.offset + row * part.num_bytes, self.dtype, part.shape)
+
+    def read(self) -> torch.Tensor:
+        # A copy that may be written to, as torch wants it.
+        content = bytearray(read_at(self.file, self.offset, self.num_bytes))
+        return torch.frombuffer(content, dtype=self.dtype).reshape(self.shape)
+
+
+class _Tensors:
+    """The tensors of a safetensors member, by name; https://huggingface.co/docs/safetensors describes the format."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        """Read the header of a member of ``length`` bytes from ``offset`` on."""
+        (size,) = struct.unpack("<Q", read_at(file, offset, 8))
+        self._file, self._begin, self._num_bytes = file, offset + 8 + size, length - 8 - size
+        if self._num_bytes < 0:
+            raise ValueError(f"its header has {size} bytes, it has {length}")
+        self._header = json.loads(read_at(file, offset + 8, size))
+
+    def __getitem__(self, name: str) -> _Tensor:
+        """Where a tensor lies.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not there, or not as the format says.
+        """
+        part = self._header[name]
+        begin, end = part["data_offsets"]
+        tensor = _Tensor(self._file, self._begin + begin, _TYPES[part["dtype"]], tuple(part["shape"]))
+        if not all(type(number) is int and number >= 0 for number in (begin, end, *tensor.shape)):
+            raise ValueError(f"{name} has the shape {part['shape']} and lies at {begin} to {end}")
+        if tensor.num_bytes != end - begin or end > self._num_bytes:
+            raise ValueError(f"{name} of {tensor.num_bytes} bytes lies at {begin} to {end} of {self._num_bytes}")
+        return tensor
+
+
+@contextmanager
+def _reading(path: AnyPath, location: SampleLocation) -> Iterator[None]:
+    """Turn whatever a malformed or hostile sample raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: sample {location.key} cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        problem = describe_problem(error)
+        raise UserError(f"{path}: sample {location.key}: malformed json member: {problem}") from error
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: sample {location.key}: malformed safetensors member: {error}") from error

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+
+import pytest
+import typer
+
+from smpo_common.commandline import run_app
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_puts_things_in_order_says_how_to_go_on_and_tells_the_shell(
+    number, status, monkeypatch, capfd
+):
+    app, done = typer.Typer(), []
+    before = signal.getsignal(signal.SIGTERM)
+
+    @app.command()
+    def work() -> None:
+        assert signal.getsignal(number) is not signal.SIG_DFL  # which would end the tests
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+        finally:
+            if number == signal.SIGTERM:
+                os.kill(os.getpid(), number)  # as schedulers do, to what is already ending
+            done.append("in order")
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    with pytest.raises(SystemExit) as ended:
+        run_app(app)
+    assert ended.value.code == status
+    assert done == ["in order"]
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err == "stopped; the same command goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.EIO, True), (errno.ENOTDIR, False)])
+def test_only_what_passes_by_itself_is_said_to_go_on(number, goes_on, monkeypatch, capfd):
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        raise OSError(number, os.strerror(number), "/there/a")
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    with pytest.raises(SystemExit, match="2"):
+        run_app(app)
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: /there/a: {os.strerror(number)}")
+    assert ("goes on" in said) is goes_on

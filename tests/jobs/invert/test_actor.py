@@ -1,0 +1,191 @@
+"""The actor of ``invert``, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from smpo_common.errors import UserError
+from smpo_models.loading import load_family
+from smpo_models.unet_family import UNetFamily
+from smpo_pipeline import isolation
+from smpo_pipeline.inversion.health import HealthSums
+from smpo_pipeline.jobs.faults import ledger
+from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.invert import actor as invert_unit
+from smpo_pipeline.jobs.invert import job as invert
+from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
+from smpo_pipeline.jobs.record.run_record import Run
+from smpo_schemas.manifest import InversionSettings
+from tests.inversion.helpers import make_pair
+from tests.tiny import make_tiny_model, make_tiny_xl
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_tiny_model(folder / "sd")
+    make_tiny_xl(folder / "xl")
+    make_tiny_model(folder / "walker", seed=1)
+    return folder
+
+
+def make_options(models, out, **changed):
+    options = {
+        "pairs": [out], "scores": out, "model": str(models / "sd"), "out": out, "unet": None, "walker": None,
+        "vae": None, "resolution": None, "settings": InversionSettings(steps=1, dtype="bf16"), "columns": {},
+        "seed": 0, "pairs_per_shard": 8, "shard_bytes": None, "batch_size": 8, "device": "cpu", "concurrency": 1,
+        "ray_address": None, "limit": None, "max_reject_rate": 1.0, "overwrite": False, **changed,
+    }  # fmt: skip
+    return InvertOptions(**options)
+
+
+def make_actor(models, out, monkeypatch, **changed):
+    monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
+    options = make_options(models, out, **changed)
+    model = describe_model(options, *load_models(options))
+    run = Run(out, "manifest.json", {})
+    run.open(overwrite=False, patterns=())
+    return InvertActor(options, model, run, pa.table({}), 8, 32, Counts())
+
+
+def test_what_nobody_asked_for_is_said(models, tmp_path):
+    settings = InversionSettings(dtype="bf16", prompt_dropout=0.25)
+    said = "; ".join(invert.choices(make_options(models, tmp_path, settings=settings, batch_size=None, seed=3), 64, 77))
+    for part in ("77 pairs", "64 x 64", "cpu", "bf16", "seed 3", "25 %", "--prompt-dropout", "50 % mirrored", "trying"):
+        assert part in said
+    settings = InversionSettings(hflip=False, buckets=True)
+    said = "; ".join(invert.choices(make_options(models, tmp_path, settings=settings), 64, 77))
+    for part in (", 0 % mirrored", "aspect", "of 8 walks", "seed 0"):
+        assert part in said
+
+
+@pytest.mark.parametrize("walker", [None, "walker"])
+def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, walker):
+    moved, to = set(), UNetFamily.to
+
+    def watched(family, device):
+        for name, each in family.denoiser.named_parameters():
+            moved.add(("norm" in name, each.dtype, each.device.type, device))
+        to(family, device)
+
+    monkeypatch.setattr(UNetFamily, "to", watched)
+    # The device without memory stands for a GPU.
+    actor = make_actor(models, tmp_path, monkeypatch, walker=walker and models / walker, device="meta")
+    # But for the norms: the reference has theirs as the trainer has.
+    assert moved == {(False, torch.bfloat16, "cpu", "meta"), (True, torch.float32, "cpu", "meta")}
+    own = actor._inverter._walker
+    assert {(each.dtype, each.device.type) for each in own.parameters()} == {(torch.bfloat16, "meta")}
+    reference = dict(actor._family.denoiser.named_parameters())
+    shared = {"norm" in name for name, each in own.named_parameters() if each is reference[name]}
+    assert shared == ({False} if walker is None else set())
+
+
+def test_each_batch_is_reported(models, tmp_path, monkeypatch):
+    """Of pairs with two walks each, three walks at a time."""
+    monkeypatch.setattr(ledger, "_REPORT_SECONDS", 0)
+    settings = InversionSettings(steps=1, walks=2)
+    actor = make_actor(models, tmp_path, monkeypatch, settings=settings, batch_size=3)
+    reported = []
+    monkeypatch.setattr(Counts, "report", lambda _, *what: reported.append(what))
+    list(
+        actor._walks(
+            7, [dataclasses.replace(make_pair(number), measured=False) for number in range(2)], {}, HealthSums()
+        )
+    )
+    assert reported == [(7, None, 1.5), (7, None, 2.0)]
+
+
+def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkeypatch):
+    actor = make_actor(models, tmp_path, monkeypatch)
+    invert, tried = actor._inverter.invert, []
+
+    def small(requests):
+        tried.append(len(requests))
+        if len(requests) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return invert(requests)
+
+    actor._inverter.invert = small
+    pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(12)]
+    for _ in range(2):
+        assert not any(isinstance(each, str) for each in actor._walks(0, pairs, {}, HealthSums()))
+    first = [8, 8, 4, 4, 4, 4, 2, 2, 2, 2]  # what fails is tried twice
+    assert tried == first + [2] * 2 + [2] * 6
+    assert take_batch_sizes(tmp_path) == [2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "name", "value", "said"),
+    [
+        ("sd", "vae/config.json", "scaling_factor", 0.13, r"vae.scaling_factor: 0.18215 there, 0.13 here\)"),
+        ("sd", "unet/config.json", "attention_head_dim", 4, "denoiser.attention_head_dim: 8 there, 4 here; .*walker"),
+        ("sd", "text_encoder/config.json", "hidden_act", "gelu", r"text\)"),
+        ("sd", "tokenizer/tokenizer_config.json", "model_max_length", 20, r"tokenizers\)"),
+        ("xl", "model_index.json", "force_zeros_for_empty_prompt", False, "zeros_for_empty_prompt: True there, False"),
+    ],
+)
+def test_an_unfinished_run_is_not_continued_with_other_settings_of_a_model(
+    models, tmp_path, monkeypatch, kind, file, name, value, said
+):
+    """Of the same weights: shards of one manifest would be of two scales."""
+    monkeypatch.setattr(invert, "read_scores_info", lambda _: SimpleNamespace(parts=[]))
+    monkeypatch.setattr(invert, "_invert", lambda *_: None)  # a kill, before any shard is made
+    pq.write_table(pa.table({"caption": ["a cat"], "jpg_0": [b"0"], "jpg_1": [b"1"]}), tmp_path / "pairs.parquet")
+    shutil.copytree(models / kind, tmp_path / "model")
+    paths = {"pairs": [tmp_path / "pairs.parquet"], "model": str(tmp_path / "model")}
+    options = make_options(models, tmp_path / "out", **paths)
+    for _ in range(2):
+        invert.invert(options)
+    before = describe_model(options, *load_models(options))
+    config = json.loads((tmp_path / "model" / file).read_text())
+    (tmp_path / "model" / file).write_text(json.dumps({**config, name: value}))
+    with pytest.raises(UserError, match=rf"unfinished run with other settings \(model.settings.{said}"):
+        invert.invert(options)
+    after = describe_model(options, *load_models(options))
+    assert (after != before, after.info()) == (True, before.info())
+
+
+def test_a_tokenizers_settings_are_not_those_of_its_last_prompts(models):
+    family = load_family(str(models / "xl"))
+    before = family.settings()
+    family.encode_text(["a cat", "dog " * 60])
+    assert family.settings() == before
+
+
+def test_a_pair_that_fails_while_the_batch_size_is_looked_for_costs_itself_alone(models, tmp_path, monkeypatch):
+    actor = make_actor(models, tmp_path, monkeypatch, batch_size=None)
+    invert = actor._inverter.invert
+
+    def touchy(requests):
+        if "pair-0" in {pair.pair_id for pair, _ in requests}:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return invert(requests)
+
+    actor._inverter.invert = touchy
+    pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(3)]
+    first, *others = actor._walks(0, pairs, {}, HealthSums())
+    assert first == "fails alone: RuntimeError: CUDA error: device-side assert triggered"
+    assert [len(each) for each in others] == [1, 1]
+    assert take_batch_sizes(tmp_path) == [1]
+
+
+def test_memory_that_holds_no_walk_ends_the_job_and_rejects_no_pair(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(isolation, "PAUSES", (0.0,))
+    actor = make_actor(models, tmp_path, monkeypatch, batch_size=2)
+
+    def full(_requests):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    actor._inverter.invert = full
+    with pytest.raises(
+        UserError, match=r"too little memory for a single walk .*out of memory.* the same command goes on$"
+    ):
+        list(actor._walks(0, [make_pair(0), make_pair(1)], {}, HealthSums()))

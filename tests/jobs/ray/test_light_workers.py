@@ -1,0 +1,16 @@
+"""What decodes loads no torch: a worker of either stage starts in a second, and there is one a core."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "module", ["smpo_pipeline.jobs.score.chunks", "smpo_pipeline.jobs.units.prepare", "smpo_pipeline.images.decoder"]
+)
+def test_decoding_workers_load_no_model_library(module):
+    code = f"import sys, {module}; print({{'torch', 'diffusers', 'transformers'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

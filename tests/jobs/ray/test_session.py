@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from smpo_common.errors import UserError
+from smpo_pipeline.jobs.invert import job as invert
+from smpo_pipeline.jobs.ray.session import (
+    Pool,
+    _plain_errors,
+    _reason,
+    connected,
+    plain_arithmetic,
+    share_gpus,
+    task_memory,
+)
+from smpo_pipeline.jobs.score import job as score
+from smpo_pipeline.jobs.score.job import ScoreOptions, _pool_sizes, _pools
+from smpo_pipeline.jobs.units.prepare import cell, values_of
+
+
+def test_gpus_are_shared_so_that_no_stage_waits_for_another():
+    assert share_gpus({"a": (1, 0.25)}, 1) == {"a": 1.0}
+    assert share_gpus({"a": (8, 0.25)}, 8) == {"a": 1.0}
+    assert share_gpus({"a": (1, 0.25), "b": (1, 0.25), "c": (1, 0.25)}, 1) == dict.fromkeys("abc", 0.3333)
+    assert share_gpus({"a": (4, 0.25), "b": (1, 0.25)}, 4) == dict.fromkeys("ab", 0.5)
+    assert share_gpus({"a": (16, 0.25)}, 8) == {"a": 0.5}
+    shares = share_gpus({"small": (2, 0.2), "large": (2, 0.6)}, 2)
+    assert list(shares.items()) == [("large", 0.75), ("small", 0.25)]
+    assert share_gpus({"a": (1, 1.0), "b": (1, 1.0)}, 2) == {"a": 1.0, "b": 1.0}
+
+
+def test_storage_that_goes_on_failing_under_a_worker_is_one_line_and_a_bug_is_not():
+    failure = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/pairs/a")
+    words = "/pairs/a: Stale file handle, tried 6 times; the same command goes on"
+    with pytest.raises(UserError, match=words), _plain_errors():
+        raise RayTaskError("map", "", failure).as_instanceof_cause()
+    with pytest.raises(RayTaskError), _plain_errors():
+        raise RayTaskError("map", "", KeyError("a")).as_instanceof_cause()
+
+
+@pytest.mark.parametrize("wanted", [{"a": (2, 1.0)}, {"a": (1, 0.6), "b": (1, 0.6)}, {"a": (5, 0.25)}])
+def test_what_would_wait_forever_is_refused(wanted):
+    with pytest.raises(UserError, match=r"Ray sees 1 GPUs, too few for the actors \(a "):
+        share_gpus(wanted, 1)
+    if wanted == {"a": (2, 1.0)}:
+        with pytest.raises(UserError, match="too few"):
+            share_gpus({"a": (1, 0.6), "b": (1, 0.6), "c": (1, 0.6)}, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("--reward a: no such file"), "--reward a: no such file"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (ValueError("one\ntwo"), "ValueError: one two"),
+    ],
+)
+def test_what_a_constructor_raised_is_said(error, said):
+    """As Ray hands it over: one text, with the traceback before it."""
+    try:
+        raise error
+    except type(error):
+        cause = RayTaskError("A.__init__", traceback.format_exc(), error, proctitle="A", pid=1, ip="127.0.0.1")
+    assert _reason(ActorDiedError(cause)) == said
+    assert _reason(RayError("first\nsecond")) == "first"
+
+
+def test_float32_is_float32_in_workers(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    plain_arithmetic("cuda")
+    assert not torch.backends.cudnn.allow_tf32
+    # Of matrix products this is the default.
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_concurrency_is_of_all_rewards_or_of_one():
+    specs = {"a": "a", "b": "b=x"}
+    assert _pool_sizes([], specs) == {}
+    assert _pool_sizes(["2"], specs) == {"a": 2, "b": 2}
+    assert _pool_sizes(["b=3", "2"], specs) == {"a": 2, "b": 3}
+    for wrong in ("0", "c=1", "a=", "a=x", "=2"):
+        with pytest.raises(UserError, match="a number from 1, or NAME=N"):
+            _pool_sizes([wrong], specs)
+
+
+def test_cores_of_a_cluster_are_its_machines_not_the_drivers(monkeypatch):
+    """Machines and the cores that their CPU actors use, threads or not."""
+    cluster = [{"Alive": True, "Resources": {"CPU": cores}} for cores in (16.0, 8.0, 16.0)]
+    cluster += [{"Alive": False, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"GPU": 1.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: cluster)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    specs = {"toy-truth": "toy-truth", "pickscore": "pickscore"}
+
+    def pools(address, given):
+        options = ScoreOptions.model_construct(device="cpu", ray_address=address)
+        return {name: (pool.size, pool.threads) for name, pool in _pools(options, specs, given).items()}
+
+    assert pools(None, {}) == {"toy-truth": (6, 1), "pickscore": (1, 6)}
+    assert pools(None, {"toy-truth": 2, "pickscore": 2}) == {"toy-truth": (2, 1), "pickscore": (2, 3)}
+    assert pools("auto", {}) == {"toy-truth": (40, 1), "pickscore": (5, 8)}
+    assert pools("auto", {"pickscore": 6})["pickscore"] == (6, 4)
+    assert pools("auto", {"pickscore": 100})["pickscore"] == (100, 1)
+
+
+UNIT_BYTES = 8 << 20
+
+
+def _decode(row, folder):
+    """A unit of black pixels; leaves a file that says so."""
+    unit = row["unit"][0].as_py()
+    buffers = [None, pa.py_buffer(np.array([0, UNIT_BYTES])), pa.py_buffer(bytes(UNIT_BYTES))]
+    (folder / f"decoded-{unit}").touch()
+    pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
+    return pa.table({"unit": pa.array([unit]), "pixels": cell(pixels)})
+
+
+class _SlowActor:
+    def __init__(self, folder=None, spec="", **_):
+        self._folder = folder or Path(spec.partition("=")[2])
+
+    def __call__(self, row):
+        """How many units wait decoded."""
+        assert len(values_of(row, "pixels")[0].as_buffer()) == UNIT_BYTES
+        time.sleep(0.2)
+        (self._folder / f"made-{row['unit'][0].as_py()}").touch()
+        waiting = len(list(self._folder.glob("decoded-*"))) - len(list(self._folder.glob("made-*")))
+        return pa.table({"waiting": [waiting]})
+
+
+@pytest.mark.slow
+def test_decoded_units_do_not_pile_up_before_a_slow_actor(tmp_path, monkeypatch):
+    monkeypatch.setattr(invert, "InvertActor", _SlowActor)
+    with connected(None):
+        source = ray.data.from_items([{"unit": unit} for unit in range(20)], override_num_blocks=20)
+        decode = partial(_decode, folder=tmp_path)
+        made = invert._add_stages(source, decode, {"folder": tmp_path}, Pool(1, 0), UNIT_BYTES)
+        tables = made.iter_batches(batch_size=None, batch_format="pyarrow")
+        waiting = [each for table in tables for each in table["waiting"].to_pylist()]
+        with pytest.raises(UserError, match=r"1000000\.0 GB of decoded pixels, more than any node has memory for"):
+            task_memory(10**15)
+    assert len(waiting) == 20
+    assert max(waiting) <= 6
+
+
+def _decode_chunk(row, folder, **_):
+    yield _decode(row, folder)
+
+
+@pytest.mark.slow
+def test_decoded_chunks_do_not_pile_up_before_a_slow_reward(tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "RewardActor", _SlowActor)
+    monkeypatch.setattr(score, "prepare_chunks", partial(_decode_chunk, folder=tmp_path))
+    monkeypatch.setattr(score, "CHUNK_BYTES", UNIT_BYTES)
+    options = ScoreOptions.model_construct(device="cpu", dtype="fp32", batch_size=None, ray_address=None)
+    specs = {"toy-truth": f"toy-truth={tmp_path}"}
+    models = {"toy-truth": score.RewardModel("m", "f", "u", "fp32")}
+    with connected(None):
+        source = ray.data.from_items([{"unit": unit} for unit in range(40)], override_num_blocks=40)
+        made = score._add_stages(source, None, options, [], {}, specs, models, {"toy-truth": 1})
+        tables = made.iter_batches(batch_size=None, batch_format="pyarrow")
+        waiting = [each for table in tables for each in table["waiting"].to_pylist()]
+    assert len(waiting) == 40
+    assert max(waiting) <= 14  # ten by the limit, and four tasks that run
+
+
+_STOPPED_IN_RAY = """
+import os, signal, sys, time
+import ray, typer
+from smpo_pipeline.jobs.ray.session import connected
+from smpo_common.commandline import run_app
+
+app = typer.Typer()
+
+@app.command()
+def work():
+    with connected(None):
+        print(ray.get(ray.remote(lambda: "a worker answered").remote()), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+sys.argv = ["work"]
+run_app(app)
+"""
+
+
+@pytest.mark.slow
+def test_ray_starts_without_a_home_and_with_a_long_tmpdir_and_ends_at_sigterm_in_one_line(tmp_path):
+    far = tmp_path / ("far" * 40)
+    far.mkdir()
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", _STOPPED_IN_RAY],
+        env=keep | {"HOME": "/dev/null/nobody", "TMPDIR": str(far)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "a worker answered\n", done.stderr
+    assert done.returncode == 143
+    assert done.stderr == "stopped; the same command goes on\n"

@@ -1,0 +1,219 @@
+"""One run at a time on an object store: fsspec's in-memory one, and an S3 store that is not Amazon's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import pytest
+
+from smpo_common.errors import UserError
+from smpo_common.store_path import StorePath
+from smpo_pipeline.jobs.record import lease
+from smpo_pipeline.jobs.record.lease import LEASE_FILE, leased
+from smpo_pipeline.jobs.record.lock import holder, locked
+from tests.command import assert_one_line, run_here
+from tests.object_store import object_store
+
+
+@pytest.fixture(scope="module")
+def server():
+    with pytest.MonkeyPatch.context() as patch, object_store(patch.setenv) as faults:
+        faults.amazon = False
+        yield faults
+
+
+@pytest.fixture(params=["memory://lease", "s3://bucket"])
+def out(request, server, monkeypatch):
+    monkeypatch.setattr(lease, "_RENEWED_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "_WATCHED_SECONDS", 0.5)
+    return StorePath(f"{request.param}/{uuid.uuid4().hex}")
+
+
+def write(out, **values):
+    (out / LEASE_FILE).overwrite(json.dumps({"host": "elsewhere", "process": 1, "number": 0, **values}).encode())
+
+
+def test_a_lease_is_held_renewed_and_given_back(out):
+    with locked(out):
+        first = (out / LEASE_FILE).read_bytes()
+        assert holder(out) == f"process {os.getpid()} on {socket.gethostname()}"
+        until = time.monotonic() + 30
+        while (out / LEASE_FILE).read_bytes() == first and time.monotonic() < until:
+            time.sleep(0.02)
+        assert (out / LEASE_FILE).read_bytes() != first
+    assert holder(out) is None
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Who lives must be seen to on a busy machine too."""
+    monkeypatch.setattr(lease, "_WATCHED_SECONDS", 3)
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_lease_that_is_renewed_elsewhere_is_refused(out):
+    write(out)
+    beat, stop = iter(range(1, 10_000)), threading.Event()
+
+    def renew():
+        while not stop.wait(0.02):
+            write(out, number=next(beat))
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        words = f"{out} is being written by another run .process 1 on elsewhere"
+        with pytest.raises(UserError, match=words), leased(out):
+            raise AssertionError
+    finally:
+        stop.set()
+        thread.join()
+    assert (out / LEASE_FILE).is_file()
+
+
+def test_a_lease_that_nobody_renews_is_taken_over(out):
+    write(out)
+    with leased(out):
+        assert json.loads((out / LEASE_FILE).read_bytes())["host"] == socket.gethostname()
+    assert list(out.iterdir()) == []
+
+
+def write_of_a_dead_process(out, processes):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    write(out, host=socket.gethostname(), processes=processes, process=process.pid)
+
+
+def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(out, monkeypatch):
+    monkeypatch.setattr(lease, "_WATCHED_SECONDS", 1e9)
+    write_of_a_dead_process(out, lease._processes())
+    with leased(out):
+        pass
+
+
+@pytest.mark.parametrize("processes", ["another container on a host of this name", None])
+def test_a_process_number_that_is_not_of_this_container_says_nothing(out, processes):
+    write_of_a_dead_process(out, processes)
+    started = time.monotonic()
+    with leased(out):
+        assert time.monotonic() - started >= lease._WATCHED_SECONDS
+
+
+def test_a_lease_given_back_while_it_is_watched_is_not_taken_from_who_came_first(out, monkeypatch):
+    """Its run ends, a third one begins, and only then does the second one go on."""
+    write(out)
+    watch, pauses = lease._left_behind, itertools.count()
+
+    def pause(_seconds):
+        number = next(pauses)
+        if number:
+            write(out, host="third", number=number)
+        else:
+            (out / LEASE_FILE).unlink()
+
+    def watch_and_be_late(path):
+        found = watch(path)
+        assert found is None
+        write(out, host="third")
+        return found
+
+    monkeypatch.setattr(lease, "_left_behind", watch_and_be_late)
+    monkeypatch.setattr(lease.time, "sleep", pause)
+    with pytest.raises(UserError, match="process 1 on third"), leased(out):
+        raise AssertionError
+    assert json.loads((out / LEASE_FILE).read_bytes())["host"] == "third"
+
+
+@pytest.mark.usefixtures("patient")
+def test_of_many_who_find_a_dead_lease_one_follows(out):
+    """Threads, each as a process of its own machine; who follows renews, as a run does."""
+    write(out)
+    followed, refused, stop = [], [], threading.Event()
+
+    def contend(name):
+        content = {"host": name, "process": 1, "run": name, "number": 0}
+        try:
+            lease._take(out / LEASE_FILE, json.dumps(content).encode())
+        except UserError as error:
+            refused.append(str(error))
+            return
+        followed.append(name)
+        while not stop.wait(0.02):
+            content["number"] += 1
+            (out / LEASE_FILE).overwrite(json.dumps(content).encode())
+
+    threads = [threading.Thread(target=contend, args=(f"machine-{number}",)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 60
+    while len(refused) < 5 and time.monotonic() < until:
+        time.sleep(0.02)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len(followed) == 1
+    assert len(refused) == 5
+    # Of a heir that was seen on its way, where this is slow.
+    assert all("process 1 on machine-" in words for words in refused)
+    assert [path.name for path in out.iterdir()] == [LEASE_FILE]
+
+
+def test_an_heir_that_was_killed_has_an_heir(out):
+    write(out)
+    heirs = []
+    create = StorePath.create
+
+    class KilledError(Exception):
+        pass
+
+    def killed(path, content):
+        made = create(path, content)
+        if made and path.name != LEASE_FILE:
+            heirs.append(path)
+            raise KilledError
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StorePath, "create", killed)
+        patch.setattr(lease, "_processes", lambda: None)
+        with pytest.raises(KilledError), leased(out):
+            pass
+    assert [path.name for path in out.iterdir()] == [LEASE_FILE, heirs[0].name]
+    with leased(out):
+        assert [path.name for path in out.iterdir()] == [LEASE_FILE]
+    assert list(out.iterdir()) == []
+
+
+def test_a_run_whose_lease_another_has_stops_in_one_line_and_leaves_it(out):
+    with pytest.raises(UserError, match=f"another run .process 1 on elsewhere. took {out} over"), leased(out):
+        write(out, run="follower")
+        time.sleep(60)
+    assert json.loads((out / LEASE_FILE).read_bytes())["run"] == "follower"
+
+
+def test_of_many_who_create_at_once_one_succeeds(out):
+    made = []
+    threads = [
+        threading.Thread(target=lambda number=number: made.append((out / "x").create(str(number).encode())))
+        for number in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(made) == 1
+
+
+@pytest.mark.parametrize("stage", ["score", "invert"])
+def test_a_bucket_that_is_not_there_is_one_line_before_anything_is_read(server, capfd, stage):
+    more = ("--reward", "none") if stage == "score" else ("--scores", "none", "--model", "none")
+    done = run_here(capfd, "smpo-pipeline", stage, "--pairs", "none", *more, "--out", "s3://typo/x", "--device", "cpu")
+    assert_one_line(done, "s3://typo/x: The specified bucket does not exist")

@@ -1,0 +1,140 @@
+"""Samples that are not what the index says of them, and timesteps that no model has: named, or left out and counted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from smpo_common.files import write_json
+from smpo_schemas.manifest import MANIFEST_FILE
+from smpo_schemas.shards.index import INDEX_FILE, write_index
+from smpo_schemas.shards.samples import ShardDirectory, ShardWriter
+from tests.schemas.shards.test_hostile_shards import signed
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, column, run_cli, write_shards
+
+Rows = list[dict[str, Any]]
+Change = Callable[[Rows], None]
+NAMED = "shard-000000.tar: sample 00000001"
+
+
+def with_index(shards: Path, folder: Path, change: Change) -> Path:
+    """The shards with rows of their index changed, and a manifest that vouches for it."""
+    shutil.copytree(shards, folder)
+    table = pq.read_table(folder / INDEX_FILE)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), folder / INDEX_FILE)
+    signed(folder)
+    return folder
+
+
+def one_state_more(rows: Rows) -> None:
+    rows[1]["timesteps"].append(999)
+
+
+def one_state_less(rows: Rows) -> None:
+    rows[1]["timesteps"].pop()
+
+
+def another_timestep(rows: Rows) -> None:
+    rows[1]["timesteps"][1] += 1 if rows[1]["timesteps"][1] + 1 < rows[1]["timesteps"][2] else -1
+
+
+def another_shape(rows: Rows) -> None:
+    rows[1]["latent"] = [4, 4, 4]
+
+
+def another_pair(rows: Rows) -> None:
+    rows[1]["meta"] = rows[2]["meta"]
+
+
+def another_score(rows: Rows) -> None:
+    meta = json.loads(rows[1]["meta"])
+    rows[1]["meta"] = json.dumps(meta | {"scores": {"taste": meta["scores"]["taste"][::-1]}})
+
+
+CHANGES = [one_state_more, one_state_less, another_timestep, another_shape, another_pair, another_score]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_sample_that_the_index_does_not_describe(
+    shards: Path, model: Path, tmp_path: Path, change: Change, batch_size: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = with_index(shards, tmp_path / "changed", change)
+    args = arguments(folder, model, tmp_path / "run", batch_size=batch_size, max_steps=18 // batch_size)
+    assert run_cli(monkeypatch, args) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0
+    assert f"{NAMED} is not what the index says: it is of pair pair-1" in error
+
+
+def test_it_is_left_out_and_counted(train: Train, shards: Path, tmp_path: Path) -> None:
+    folder = with_index(shards, tmp_path / "changed", one_state_less)
+    out = train(on=folder, skip_bad=True, batch_size=1, max_steps=17)
+    assert column(out, "bad_states")[-1] == 2
+    (problem,) = json.loads((out / "training.json").read_text())["bad_states"]["problems"]
+    assert f"{NAMED} is not what the index says" in problem
+
+
+def with_timesteps(shards: Path, folder: Path, timesteps: list[int], *, indexed: bool) -> Path:
+    """The shards with another walk in place of pair-1's, and a manifest that vouches for it."""
+    shutil.copytree(shards, folder)
+    samples = list(ShardDirectory(shards).samples())[:4]
+    samples[1] = replace(samples[1], timestep_K=torch.tensor(timesteps))
+    with ShardWriter(folder / "shard-000000.tar") as writer:
+        for number, sample in enumerate(samples):
+            writer.write(f"{number:08d}", sample)
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["index"] = write_index(ShardDirectory(folder)).model_dump() if indexed else None
+    write_json(folder / MANIFEST_FILE, manifest)
+    signed(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "indexed"),
+    [
+        ([0, 1, 1000], True),
+        ([0, 1, 1000], False),
+        ([1, 2, 2**31 - 1], True),
+        ([1, 2, 2**40], False),  # no index holds these two
+        ([-1, 0, 1], False),
+    ],
+)
+def test_timesteps_that_the_model_does_not_have(
+    train: Train, shards: Path, model: Path, tmp_path: Path, timesteps: list[int], indexed: bool,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = with_timesteps(shards, tmp_path / "changed", timesteps, indexed=indexed)
+    assert run_cli(monkeypatch, arguments(folder, model, tmp_path / "run", max_steps=9)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0
+    assert f"{NAMED} (pair pair-1): timesteps {timesteps[0]} to {timesteps[-1]} are not within 0 to 999" in error
+    assert column(train("left-out", on=folder, skip_bad=True, max_steps=9), "bad_states")[-1] == 3
+
+
+def test_latents_of_another_space_than_the_models(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = [
+        replace(sample, x0_2Chw=sample.x0_2Chw.repeat(1, 2, 1, 1), noise_K2Chw=sample.noise_K2Chw.repeat(1, 1, 2, 1, 1))
+        for sample in ShardDirectory(shards).samples()
+    ]
+    (tmp_path / "wide").mkdir()
+    write_shards(tmp_path / "wide", model, wide, ["taste"])
+    assert run_cli(monkeypatch, arguments(tmp_path / "wide", model, tmp_path / "run")) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0
+    assert "latents of the shape (8, 8, 8)" in error

@@ -1,0 +1,165 @@
+"""FSDP: accelerate's own, over two processes on the CPU, which it is told are GPUs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from smpo_trainer.output.checkpoints import Checkpoints
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, column, dying_after, metrics, run_cli
+from tests.trainer.output.test_resume import ENVIRONMENT, launch_two
+
+# What docs/trainer.md says.
+FSDP = "--num_processes 2 --use_fsdp --fsdp_version 2"
+WRAP = "TRANSFORMER_BASED_WRAP"
+# What accelerate asks for, or says that it chose.
+CHOSEN = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+
+
+def launch(args: list[str], *, wrap: str = WRAP, **environment: str) -> subprocess.CompletedProcess[str]:
+    flags = [*FSDP.split(), "--fsdp_auto_wrap_policy", wrap, *CHOSEN.split()]
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch", *flags]
+    return subprocess.run(
+        [sys.executable, *command, "-m", "tests.trainer.fsdp_driver", *args],
+        check=False,
+        env={**ENVIRONMENT, **environment},
+        text=True,
+        capture_output=True,
+        timeout=180,
+    )
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a cat\na dog\n")
+    return path
+
+
+@pytest.fixture
+def options(prompts: Path) -> dict[str, Any]:
+    """A run in which all happens that differs for a denoiser that is cut up; some checkpoints follow on a backward."""
+    return {
+        "max_steps": 3,
+        "beta": 200,
+        "grad_accum": 2,
+        "save_every": 1,
+        "ema_decay": 0.9,
+        "val_fraction": 0.3,
+        "val_every": 2,
+        "validation_prompts": prompts,
+        "validation_every": 2,
+        "validation_sampling_steps": 2,
+    }
+
+
+def assert_same_course(out: Path, expected: Path) -> None:
+    for name in ("step", "loss", "grad_norm"):
+        np.testing.assert_allclose(column(out, name), column(expected, name), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def assert_same_looks(out: Path, expected: Path) -> None:
+    """At the held-out pairs."""
+    looks = [[line["val/loss"] for line in metrics(each) if "val/loss" in line] for each in (out, expected)]
+    assert len(looks[0]) == 2
+    np.testing.assert_allclose(*looks, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_cut_up_equals_ddp(shards: Path, model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    ddp, cut_up = tmp_path / "ddp", tmp_path / "cut_up"
+    done = launch_two(arguments(shards, model, ddp, **options))
+    assert done.returncode == 0, done.stderr
+    done = launch(arguments(shards, model, cut_up, **options))
+    assert done.returncode == 0, done.stderr
+    assert_same_course(cut_up, ddp)
+    assert_same_looks(cut_up, ddp)
+    # Each process holds its part alone.
+    held = [tuple(map(int, pair)) for pair in re.findall(r"holds (\d+) of (\d+)", done.stderr)]
+    assert len(held) == 2
+    assert all(0.4 < part / total < 0.6 for part, total in held)
+    assert sum(part for part, _ in held) == held[0][1]
+    # What is saved is whole, and diffusers' own.
+    unet = UNet2DConditionModel.from_pretrained(cut_up / "unet")
+    expected = UNet2DConditionModel.from_pretrained(ddp / "unet").state_dict()
+    start = UNet2DConditionModel.from_pretrained(model / "unet").state_dict()
+    assert all(type(each) is torch.nn.Parameter for each in unet.parameters())
+    for name, tensor in unet.state_dict().items():
+        moved, difference = (expected[name] - start[name]).norm(), (tensor - expected[name]).norm()
+        assert difference <= 0.05 * moved, name
+    for step in (0, 2, 3):
+        images = [
+            np.asarray(Image.open(out / "validation" / f"step-{step:06d}.png"), dtype=np.int16) for out in (ddp, cut_up)
+        ]
+        assert np.abs(images[0] - images[1]).max() <= 2
+
+
+@pytest.mark.long
+def test_a_run_goes_on_cut_up_or_not(
+    train: Train,
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    del options["validation_prompts"]
+    whole = train("whole", batch_size=4, **options)
+    out = tmp_path / "run"
+    cut_up = arguments(shards, model, out, **options)
+    assert "error: power cut" in launch(cut_up, POWER_CUT="1").stderr
+    assert (out / "checkpoint-000001").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", dying_after(2))
+        assert run_cli(monkeypatch, arguments(shards, model, out, batch_size=4, **options)) == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    done = launch(cut_up)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 2 of 3" in done.stdout
+    assert_same_course(out, whole)
+    assert_same_looks(out, whole)
+    expected = load_file(whole / "unet/diffusion_pytorch_model.safetensors")
+    for name, tensor in load_file(out / "unet/diffusion_pytorch_model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrap", [WRAP, "NO_WRAP"])
+def test_adapter_with_live_reference(train: Train, shards: Path, model: Path, tmp_path: Path, wrap: str) -> None:
+    options = {"max_steps": 3, "beta": 200, "lora_rank": 2, "reference": "live", "gradient_checkpointing": True}
+    one = train("one", batch_size=4, **options)
+    cut_up = arguments(shards, model, tmp_path / "cut_up", save_every=1, **options)
+    assert "error: power cut" in launch(cut_up, wrap=wrap, POWER_CUT="1").stderr
+    done = launch(cut_up, wrap=wrap)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 1 of 3" in done.stdout
+    assert_same_course(tmp_path / "cut_up", one)
+    tensors, expected = (load_file(out / "pytorch_lora_weights.safetensors") for out in (tmp_path / "cut_up", one))
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-5)
+
+
+@pytest.mark.long
+def test_arithmetic_in_bf16_is_that_of_the_reference(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 1, "mixed_precision": "bf16", "reference": "recomputed"}
+    one = train("one", batch_size=4, **options)
+    done = launch(arguments(shards, model, tmp_path / "cut_up", **options))
+    assert done.returncode == 0, done.stderr
+    # The reference's errors were computed before it was cut up.
+    assert column(tmp_path / "cut_up", "drift") == [0]
+    # Autograd sums gradients of what is used twice in another order.
+    np.testing.assert_allclose(column(tmp_path / "cut_up", "grad_norm"), column(one, "grad_norm"), rtol=1e-2)

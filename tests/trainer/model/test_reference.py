@@ -1,0 +1,105 @@
+"""The reference that a run trains against: in whose arithmetic it was measured, and how far that is from the run's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from smpo_models.loading import load_family
+from smpo_pipeline.inversion.inverter import Inverter
+from smpo_schemas.manifest import InversionSettings, read_manifest
+from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.stored_state import StoredState
+from smpo_trainer.data import loader as batches
+from smpo_trainer.model import reference
+from tests.inversion.helpers import make_pair
+from tests.tiny import make_tiny_model, make_tiny_xl
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import metrics, write_shards
+
+
+def inverted(folder: Path, model: Path, dtype: str) -> Path:
+    """Shards of 48 states as ``invert --dtype`` makes them, all under one prompt.
+
+    Of several prompts, some end on the other side of a bf16 step when they are encoded in other company.
+    """
+    family = load_family(str(model))
+    inverter = Inverter(family, family.denoiser, InversionSettings(dtype=dtype, steps=6, prompt_dropout=0), seed=0)
+    samples, _ = inverter.invert([(replace(make_pair(number), prompt="a cat"), 0) for number in range(8)])
+    folder.mkdir()
+    write_shards(folder, model, samples, ["clipscore"], dtype=dtype)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[make_tiny_model, make_tiny_xl], ids=["sd", "sdxl"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose norms have gains other than 1, as trained ones have: rounding them changes something."""
+    folder: Path = request.param(tmp_path_factory.mktemp("models") / "model")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+def test_bf16_shards_hold_the_errors_that_a_bf16_run_computes(
+    train: Train, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, but where a row's place in its batch moves the last bit of what is rounded next."""
+    computed: list[torch.Tensor] = []
+    monkeypatch.setattr(reference, "write_reference", lambda _path, error_S2, _steps: computed.append(error_S2))
+    shards = inverted(tmp_path / "shards", base, "bf16")
+    options = {"base": base, "max_steps": 3, "batch_size": 16, "mixed_precision": "bf16"}
+    out = train(on=shards, reference="recomputed", **options)
+    stored_S2 = torch.cat([sample.ref_error_K2 for sample in ShardDirectory(shards).samples()])
+    assert (computed[0] == stored_S2).float().mean() > 0.75
+    assert metrics(out)[0]["reference_noise/std"] < 0.2
+
+
+def test_errors_of_other_arithmetic_are_named_and_loud(
+    train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"base": base, "max_steps": 1, "batch_size": 48, "mixed_precision": "bf16", "reference": "stored"}
+    words = ("reference errors were computed in fp32", "this run computes in bf16 autocast")
+    train("same", on=inverted(tmp_path / "bf16", base, "bf16"), **options)
+    assert words[0] not in capsys.readouterr().out
+    out = train("other", on=inverted(tmp_path / "fp32", base, "fp32"), **options)
+    assert metrics(out)[0]["reference_noise/std"] > 0.05
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words)
+
+
+@pytest.mark.parametrize(("noise", "loud"), [(3e-5, False), (1e-4, True)])
+def test_whether_noise_is_loud_does_not_depend_on_the_size_of_a_step(
+    train: Train, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, noise: float, loud: bool
+) -> None:
+    """Margins of std 0.04 or 0.14; the mean loss of few states moves by more than 0.005 with either."""
+    read = batches.read_state
+
+    def noisy(*where: object) -> StoredState:
+        state = read(*where)
+        stream = torch.Generator().manual_seed(int(state.ref_error_2.sum() * 1e6))
+        return replace(state, ref_error_2=state.ref_error_2 + noise * torch.randn(2, generator=stream))
+
+    monkeypatch.setattr(batches, "read_state", noisy)
+    made: list[bool] = []
+    monkeypatch.setattr(reference, "write_reference", lambda *_: made.append(True))
+    for batch_size in (1, 18):
+        train(f"{batch_size}", batch_size=batch_size, max_steps=18 // batch_size, beta=2000)
+    assert len(made) == 2 * loud
+
+
+def test_shards_of_before_say_that_all_weights_were_narrow(shards: Path) -> None:
+    manifest = read_manifest(shards)
+    for dtype, words in (("fp32", "fp32"), ("bf16", "bf16 weights")):
+        old = manifest.model_copy(
+            update={"inversion": manifest.inversion.model_copy(update={"dtype": dtype}), "ref_error_arithmetic": None}
+        )
+        assert old.reference_arithmetic == words

@@ -1,0 +1,237 @@
+"""What is said of a run's health: on made-up records, and of tiny runs that are made to go wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from smpo_schemas.shards.samples import Sample, ShardDirectory
+from smpo_trainer.monitoring.health import Health
+from smpo_trainer.monitoring.metrics import Record
+from smpo_trainer.output.checkpoints import Checkpoints
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import PlainReference, arguments, dying_after, make_shards, run_cli, write_shards
+
+WARM_UP = 5
+STEPS = 60
+
+
+def good(step: int) -> Record:
+    """A run that goes well: what the demo's looks like."""
+    record: Record = {
+        "step": step,
+        "loss": 0.7 - 0.2 * step / STEPS,
+        "rewards/accuracies": 0.5 + 0.25 * step / STEPS,
+        "rewards/margins": 1.0 * step / STEPS,
+        "error_minus_reference/chosen": 0.002,
+        "error_minus_reference/rejected": 0.006,
+    }
+    for image in (0, 1):
+        record[f"error/image_{image}"] = 0.024
+        record[f"error_minus_reference/image_{image}"] = 0.004
+    for band, margin in (("0-249", 1.2), ("250-499", 1.4), ("500-749", 0.9), ("750-999", 0.2)):
+        record[f"rewards/margins/t{band}"] = margin * step / STEPS
+    if step % 10 == 0:
+        record["val/rewards/accuracies"] = 0.5 + 0.2 * step / STEPS
+    return record
+
+
+def said(change: Callable[[int], Record], *, steps: int = STEPS, **settings: float | bool) -> list[str]:
+    """Warnings of a run of good records with changes."""
+    known = {"warmup_steps": WARM_UP, "states_per_step": 50, "num_held_out": 500, "num_train_timesteps": 1000}
+    health = Health(**{**known, "uses_reference": True, **settings})  # type: ignore[arg-type]
+    found = [warning for step in range(1, steps + 1) for warning in health.look(good(step) | change(step))]
+    assert found == health.warnings
+    return found
+
+
+def looked(values: Callable[[int], float], step: int) -> Record:
+    return {"val/rewards/accuracies": values(step)} if step % 10 == 0 else {}
+
+
+def by_heart(step: int) -> Record:
+    return {"loss": 0.7 if step < 20 else 0.05, "rewards/accuracies": 0.95} | looked(lambda _: 0.6, step)
+
+
+def rising(step: int) -> Record:
+    return {"error_minus_reference/chosen": 0.021, "error_minus_reference/rejected": 0.04}
+
+
+def exploding(step: int) -> Record:
+    return {"rewards/margins": 30.0 * (-1) ** step}
+
+
+def guessing(step: int) -> Record:
+    return looked(lambda number: 0.5 + 0.02 * (-1) ** (number // 10), step)
+
+
+def guessing_in_training(step: int) -> Record:
+    return {"rewards/accuracies": 0.5 + 0.1 * (-1) ** step, "val/rewards/accuracies": None}
+
+
+def one_band(step: int) -> Record:
+    return {f"rewards/margins/t{band}": 0.05 for band in ("0-249", "250-499", "500-749")} | {
+        "rewards/margins/t750-999": 0.7
+    }
+
+
+NO_HELD_OUT = {"num_held_out": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "wanted"),
+    [
+        (by_heart, {}, "the training loss is near 0 (0.05, at first 0.7) while the accuracy on held-out pairs"),
+        (
+            rising,
+            {},
+            "both images' errors rise together (of the reference's error: preferred image +105%, other +200%)",
+        ),
+        (exploding, {}, "margins explode (mean 30 over 20 steps"),
+        (guessing, {}, "the implicit accuracy on held-out pairs is at chance after the warm-up (0.50 over 500 states)"),
+        (guessing_in_training, NO_HELD_OUT, "the implicit accuracy in training is at chance after the warm-up (0.50"),
+        (one_band, {}, "one band of timesteps does all the work (t 750 to 999 has 82% of the margin)"),
+    ],
+)
+def test_each_failure_is_said_once(change: Callable[[int], Record], settings: dict[str, float], wanted: str) -> None:
+    found = said(change, **settings)
+    assert len(found) == 1
+    assert found[0].startswith(wanted)
+
+
+@pytest.mark.parametrize("settings", [{}, NO_HELD_OUT])
+def test_a_good_run_is_silent(settings: dict[str, float]) -> None:
+    assert said(lambda _: {}, **settings) == []
+
+
+@pytest.mark.parametrize("change", [rising, exploding, guessing_in_training, one_band])
+def test_nothing_is_judged_too_early(change: Callable[[int], Record]) -> None:
+    assert said(change, steps=WARM_UP + 19, **NO_HELD_OUT) == []
+    assert said(change, steps=STEPS, warmup_steps=STEPS - 19, **NO_HELD_OUT) == []
+    assert len(said(change, steps=WARM_UP + 20, **NO_HELD_OUT)) == 1
+
+
+def test_accuracies_and_bands_wait_for_enough_states() -> None:
+    for change in (guessing_in_training, one_band):
+        assert said(change, states_per_step=20, steps=WARM_UP + 49, **NO_HELD_OUT) == []
+        assert len(said(change, states_per_step=20, steps=WARM_UP + 50, **NO_HELD_OUT)) == 1
+    assert said(guessing, steps=39) == []
+    assert len(said(guessing, steps=40)) == 1
+
+
+def test_what_looks_alike_is_silent() -> None:
+    # One image's error alone rises: the usual way of preference losses.
+    assert said(lambda _: {"error_minus_reference/rejected": 0.05}) == []
+    # A loss near 0 that holds for others.
+    assert said(lambda step: by_heart(step) | looked(lambda number: 0.6 + 0.3 * number / STEPS, step)) == []
+    # Bands without states are the user's choice.
+    alone = {f"rewards/margins/t{band}": None for band in ("0-249", "250-499", "500-749")}
+    assert said(lambda step: one_band(step) | alone) == []
+    # Nothing learned yet: shares of noise.
+    tiny = {f"rewards/margins/t{band}": 1e-5 for band in ("0-249", "250-499", "500-749")}
+    assert said(lambda _: tiny | {"rewards/margins/t750-999": 0.01}) == []
+    # Objectives that do not train a margin against the reference.
+    for change in (exploding, guessing, one_band):
+        assert said(change, uses_reference=False) == []
+
+
+def test_steps_without_values_are_left_out() -> None:
+    empty = dict.fromkeys(good(1))
+    assert said(lambda step: (empty | {"step": step}) if step % 2 else {}) == []
+    assert said(lambda step: empty | {"step": step}) == []
+    assert len(said(lambda step: (empty | {"step": step}) if step % 2 else exploding(step))) == 1
+
+
+OFFSET = 2.0
+"""How far the preferred images' latents lie from the others', which makes tiny pairs learnable."""
+
+
+def learnable(folder: Path, source: Path, model: Path, *, shuffled: bool) -> Path:
+    """Shards whose preferred images' latents lie on one side of 0; shuffled: with labels that know nothing of it."""
+    plain = PlainReference(model)
+    coin = np.random.default_rng(1)
+
+    def changed() -> Iterator[Sample]:
+        for sample in ShardDirectory(source).samples():
+            label = sample.meta.label
+            assert label is not None
+            side = (1 if label else -1) * torch.tensor([1.0, -1.0])
+            x0 = (0.3 * sample.x0_2Chw + OFFSET / 2 * side[:, None, None, None]).half()
+            prompt = "" if sample.meta.prompt_dropped else sample.meta.prompt
+            errors = [
+                [plain.error(x0[i], sample.noise_K2Chw[k, i], int(t), prompt) for i in (0, 1)]
+                for k, t in enumerate(sample.timestep_K)
+            ]
+            meta = sample.meta.model_copy(update={"label": float(coin.integers(2))}) if shuffled else sample.meta
+            yield replace(sample, meta=meta, x0_2Chw=x0, ref_error_K2=torch.tensor(errors))
+
+    folder.mkdir()
+    write_shards(folder, model, list(changed()), ["taste"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("source") / "shards", model, num_pairs=20)
+
+
+@pytest.fixture(scope="module")
+def sided(model: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return learnable(tmp_path_factory.mktemp("sided") / "shards", source, model, shuffled=False)
+
+
+GENTLE = {"objective": "dpo", "beta": 20, "lr": 1e-4, "batch_size": 4, "max_steps": 25, "warmup_steps": 2}
+HELD_OUT = {"val_fraction": 0.4, "val_every": 5}
+
+
+def warnings(out: Path) -> list[str]:
+    return json.loads((out / "training.json").read_text())["warnings"]
+
+
+def test_a_good_tiny_run_is_silent(train: Train, sided: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = train(on=sided, **GENTLE, **HELD_OUT)
+    assert warnings(out) == []
+    assert "WARNING" not in capsys.readouterr().out
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val/rewards/accuracies"] > 0.8  # it has learned
+
+
+@pytest.mark.parametrize(
+    ("wrong", "wanted"),
+    [
+        ({"lr": 0.03}, "both images' errors rise together"),
+        ({"beta": 1e-3, "lr": 1e-2}, "both images' errors rise together"),
+        ({"beta": 1e4, "lr": 1e-3}, "margins explode"),
+    ],
+)
+def test_tiny_runs_that_go_wrong(
+    train: Train, sided: Path, wrong: dict[str, float], wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(on=sided, **GENTLE | wrong)
+    found = [warning for warning in warnings(out) if warning.startswith(wanted)]
+    assert len(found) == 1
+    assert capsys.readouterr().out.count(f"WARNING: {found[0]}") == 1
+
+
+def test_shuffled_labels_are_said_to_teach_nothing(train: Train, source: Path, model: Path, tmp_path: Path) -> None:
+    shuffled = learnable(tmp_path / "shuffled", source, model, shuffled=True)
+    out = train(on=shuffled, **GENTLE, **HELD_OUT)
+    assert any("accuracy on held-out pairs is at chance" in warning for warning in warnings(out))
+
+
+def test_a_run_that_goes_on_warns_as_the_uninterrupted(
+    train: Train, sided: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**GENTLE, "lr": 0.03, "save_every": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", dying_after(12))
+        assert run_cli(patch, arguments(sided, model, tmp_path / "run", **options)) == 2
+    run, whole = train("run", on=sided, **options), train("whole", on=sided, **options)
+    assert warnings(run) == warnings(whole)
+    assert len(warnings(run)) > 0

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.training_utils import compute_snr
+
+from smpo_models.noise_schedule import VariancePreserving
+from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
+
+TIMESTEPS = torch.tensor([1, 50, 200, 500, 800, 999])
+
+
+def process(prediction_type: str, **changes: object) -> VariancePreserving:
+    return VariancePreserving(
+        DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            prediction_type=prediction_type,
+            **changes,
+        )
+    )
+
+
+def weights(kind: str, prediction_type: str, bias: float = 0.0, **changes: object) -> torch.Tensor:
+    like = torch.zeros(len(TIMESTEPS), dtype=torch.float64)
+    return TimestepWeighting(kind, 5.0, bias)(process(prediction_type, **changes), TIMESTEPS, like)
+
+
+def snr() -> torch.Tensor:
+    return compute_snr(process("epsilon").scheduler, TIMESTEPS).double()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_uniform_is_one(prediction_type: str) -> None:
+    assert weights("uniform", prediction_type).tolist() == [1] * len(TIMESTEPS)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "divisor"),
+    # As the paper and diffusers' examples write it: min(SNR, 5) over SNR, over SNR + 1, and on the error of x0 itself.
+    [("epsilon", lambda s: s), ("v_prediction", lambda s: s + 1), ("sample", torch.ones_like)],
+)
+def test_min_snr(prediction_type: str, divisor) -> None:
+    wanted = snr().clamp(max=5) / divisor(snr())
+    np.testing.assert_allclose(weights("min-snr", prediction_type), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [0.0, -2.0, 1.5])
+def test_sigmoid(bias: float) -> None:
+    wanted = [1 / (1 + math.exp(math.log(s) - bias)) for s in snr().tolist()]
+    np.testing.assert_allclose(weights("sigmoid", "epsilon", bias), wanted, rtol=1e-5)
+    assert wanted == sorted(wanted)
+
+
+@pytest.mark.parametrize("kind", ["min-snr", "sigmoid"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_a_prediction_type_changes_nothing(kind: str, prediction_type: str) -> None:
+    """The weighted error of one and the same mistake about the noise, in each model's own space."""
+    at = process(prediction_type)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, mistake = (torch.randn(6, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    a, s = at.levels(TIMESTEPS, x0)
+    guess_noise = noise + mistake
+    guess_x0 = (a * x0 + s * noise - s * guess_noise) / a
+    output = guess_x0 if prediction_type == "sample" else a * guess_noise - s * guess_x0
+    error = (output - at.target(x0, noise, TIMESTEPS)).square().mean(dim=(1, 2, 3))
+    on_noise = mistake.square().mean(dim=(1, 2, 3))
+    weighted = weights(kind, prediction_type) * error
+    np.testing.assert_allclose(weighted, weights(kind, "epsilon") * on_noise, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["min-snr", "sigmoid"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_zero_terminal_snr_is_finite(kind: str, prediction_type: str) -> None:
+    last = weights(kind, prediction_type, rescale_betas_zero_snr=True)[-1]
+    assert last == (1 if prediction_type == "epsilon" else pytest.approx(0, abs=1e-6))

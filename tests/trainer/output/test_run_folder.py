@@ -1,0 +1,203 @@
+"""What a run leaves in its folder, and what it takes up from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from smpo_common.errors import UserError
+from smpo_trainer.model.policy import Policy
+from smpo_trainer.monitoring.metrics import MetricsLog
+from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints
+from smpo_trainer.output.run_folder import OutputFolder
+from smpo_trainer.shards.fetch import ShardStore
+from tests.command import assert_one_line
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, column, dying_after, run_cli
+from tests.trainer.output.test_resume import ENVIRONMENT, OPTIONS, TWO_PROCESSES
+
+
+@pytest.fixture
+def cut(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``cut(options)``: a run of 5 steps in ``run`` that dies right after the checkpoint of step 3."""
+
+    def run(**options: object) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "save", dying_after(3))
+            with pytest.raises(AssertionError):
+                train("run", **OPTIONS, **options)
+        return tmp_path / "run"
+
+    return run
+
+
+def test_what_a_run_left_that_never_saved_is_forgotten(train: Train, cut, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    safetensors.torch.save_file({"ref_error": torch.full((18, 2), 9.0)}, tmp_path / "run/reference.safetensors")
+    (tmp_path / "run/nonfinite.jsonl").write_text('{"step": 1, "bad_pairs": [], "pairs": []}\n')
+    cut()
+    assert train("run", **OPTIONS) == tmp_path / "run"
+    assert column(tmp_path / "run", "loss") == column(train("whole", **OPTIONS), "loss")
+    assert not (tmp_path / "run/nonfinite.jsonl").exists()
+
+
+def test_a_kill_while_a_run_finishes_leaves_nothing_for_ever(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def die(_: OutputFolder) -> None:
+        raise UserError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "tidy", die)
+        with pytest.raises(AssertionError):
+            train(**OPTIONS, mixed_precision="bf16")
+    out = train(**OPTIONS, mixed_precision="bf16")
+    assert "finished; nothing to do" in capsys.readouterr().out
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-000005"]
+
+
+HOLD = """
+import fcntl, os, sys, time
+from pathlib import Path
+from smpo_common.run_lock import hold
+with hold(Path(sys.argv[1]), fcntl.lockf):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_one_run_at_a_time_in_a_folder(
+    train: Train, shards: Path, model: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Held by another process, which is then killed while one that it forked, as loaders are, lives on."""
+    out = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, out, "100"], stdout=subprocess.PIPE, text=True)
+    forked = int(holder.stdout.readline())
+    try:
+        for options in ({}, {"overwrite": True}):
+            assert run_cli(monkeypatch, arguments(shards, model, out, **options)) == 2
+            error = capsys.readouterr().err
+            assert f"{out} is being written by another run (process {holder.pid} on " in error
+            assert error.count("\n") == 1
+        holder.kill()
+        holder.wait()
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        train(max_steps=1)
+    finally:
+        holder.kill()
+        os.kill(forked, signal.SIGKILL)
+    assert not list(out.glob(".*"))
+
+
+def test_a_run_holds_its_folder(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+    save = Checkpoints.save
+
+    def save_and_ask(self: Checkpoints, checkpoint: Checkpoint, policy: Policy) -> Path:
+        path = save(self, checkpoint, policy)
+        asked = [sys.executable, "-c", HOLD, path.parent, "0"]
+        refused.append(subprocess.run(asked, check=False, capture_output=True, text=True).stderr)
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_ask)
+    train(max_steps=1)
+    assert len(refused) == 1
+    assert f"is being written by another run (process {os.getpid()} on " in refused[0]
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 4, "lo', b'{"step": 4, "lo\n', b"\0\0\0\0\n"])
+def test_a_tail_that_was_never_whole_is_dropped(train: Train, cut, tail: bytes) -> None:
+    with (cut() / "metrics.jsonl").open("ab") as file:
+        file.write(tail)
+    assert column(train("run", **OPTIONS), "step") == [1, 2, 3, 4, 5]
+
+
+def test_lost_metrics_are_said(train: Train, cut, capsys: pytest.CaptureFixture[str]) -> None:
+    path = cut() / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    train("run", **OPTIONS)
+    assert "WARNING: metrics.jsonl holds 1 of the 3 finished steps" in capsys.readouterr().out
+
+
+def test_metrics_survive_what_their_checkpoint_does(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, save = MetricsLog.sync, Checkpoints.save
+    monkeypatch.setattr(MetricsLog, "sync", lambda *given: (events.append("sync"), sync(*given)))
+    monkeypatch.setattr(Checkpoints, "save", lambda *given: (events.append("save"), save(*given)))
+    train(**OPTIONS)
+    assert events == ["sync", "save"] * 5
+
+
+def test_the_weights_to_start_from_count_and_not_their_path(
+    cut, train: Train, other_unet: Path, model: Path, shards: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    unet = Path(shutil.copytree(other_unet, tmp_path / "unet"))
+    cut(unet=unet)
+    shutil.rmtree(unet)
+    shutil.copytree(model / "unet", unet)
+    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **OPTIONS, unet=unet)) == 2
+    assert "an unfinished run with other settings: unet (" in capsys.readouterr().err
+    train("run", **OPTIONS, unet=other_unet)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_skipped": 1, "lr": 1e30, "max_steps": 9}])
+def test_fetching_ends_with_the_run(shards: Path, model: Path, tmp_path: Path, monkeypatch, options) -> None:
+    closed: list[int] = []
+    close = ShardStore.close
+    monkeypatch.setattr(ShardStore, "close", lambda store: (closed.append(1), close(store)))
+    status = run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **options))
+    assert (status, closed) == (2 if options else 0, [1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [*(pytest.param(few, marks=pytest.mark.long) for few in (2_000, 20_000)), 100_000])
+def test_a_full_disk_is_one_line(shards: Path, model: Path, tmp_path: Path, limit: int) -> None:
+    """No file can grow beyond a limit: metrics.jsonl, TensorBoard's file, a checkpoint meet it first."""
+    args = arguments(shards, model, tmp_path / "run", save_every=1, max_steps=30)
+    done = subprocess.run(
+        [sys.executable, "-m", "smpo_trainer", *args],
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert_one_line(done, "cannot write", str(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_share_the_folder_are_told(cut, shards: Path, model: Path, tmp_path: Path) -> None:
+    """Each process in a folder of its own, of which only the main one's holds the checkpoint."""
+    shutil.copytree(cut(), tmp_path / "0/run")
+    (tmp_path / "1").mkdir()
+    script = tmp_path / "apart.py"
+    script.write_text("import os\nos.chdir(os.environ['RANK'])\nfrom smpo_trainer.cli import main\nmain()\n")
+    args = arguments(shards, model, Path("run"), **OPTIONS, batch_size=1)
+    done = subprocess.run(
+        [sys.executable, *TWO_PROCESSES, script, *args],
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "process 1 does not see run/checkpoint-000003" in said[0]
+    assert "all machines share" in said[0]
+    assert json.loads((tmp_path / "0/run/checkpoint-000003/state.json").read_text())["step"] == 3

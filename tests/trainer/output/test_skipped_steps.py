@@ -1,0 +1,157 @@
+"""Steps whose loss or gradient is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from smpo_models.fingerprint import fingerprint_module
+from smpo_trainer import run
+from smpo_trainer.data.order import Order
+from smpo_trainer.output.checkpoints import Checkpoints
+from smpo_trainer.settings import TrainSettings
+from tests.tiny import make_tiny_unet
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import PlainReference, arguments, collecting, column, dying_after, metrics, run_cli
+from tests.trainer.objectives.test_objective_flags import write_scores
+
+STEPS = 6
+ORDER = Order((6, 6), seed=0, window=65536)  # two shards with two decided pairs each, three states a pair
+BROKEN = "pair-0"
+
+
+def steps_with(pair: str) -> list[int]:
+    """The steps, from 1, of two states each that take a state of this pair (the pairs are 0, 1, 4, 5)."""
+    first = 3 * ["pair-0", "pair-1", "pair-4", "pair-5"].index(pair)
+    own = range(first, first + 3)
+    return [step + 1 for step in range(STEPS) if any(ORDER.state_at(2 * step + i) in own for i in (0, 1))]
+
+
+def options(scores: Path) -> dict[str, object]:
+    return {"objective": "dpo", "scores": scores, "weight_column": "trust", "max_steps": STEPS, "lr_schedule": "linear"}
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path) -> Path:
+    """A weight that float32 cannot hold makes one pair's loss infinite."""
+    return write_scores(tmp_path / "scores", trust=[1e300, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+
+def lines(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "nonfinite.jsonl").read_text().splitlines()]
+
+
+def test_a_broken_step_is_skipped_and_counted(train: Train, overflowing: Path) -> None:
+    bad = steps_with(BROKEN)
+    assert 0 < len(bad) < STEPS
+    out = train(**options(overflowing))
+    for number, record in enumerate(metrics(out), start=1):
+        assert record["skipped_steps"] == sum(step <= number for step in bad)
+        assert (record["grad_norm"] is None) == (number in bad)
+        assert (record["loss"] is None) == (number in bad)
+    assert [line["step"] for line in lines(out)] == bad
+    assert all(set(line["bad_pairs"]) == {BROKEN} and len(line["pairs"]) == 2 for line in lines(out))
+    # The learning rate falls with each step that is made, and stays where it is at the others.
+    rates = column(out, "lr")
+    assert all((rates[step] == rates[step - 1]) == (step in bad) for step in range(1, STEPS))
+
+
+def test_a_skipped_step_leaves_the_weights(
+    train: Train, overflowing: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = [dict(PlainReference(model).unet.named_parameters())]
+    monkeypatch.setattr(Checkpoints, "save", collecting(seen))
+    train(**options(overflowing), save_every=1)
+    assert len(seen) == 1 + STEPS
+    for step, (before, after) in enumerate(pairwise(seen), start=1):
+        same = all(torch.equal(before[name], after[name]) for name in after)
+        assert same == (step in steps_with(BROKEN))
+
+
+def test_a_gradient_alone_can_be_broken(train: Train, tmp_path: Path) -> None:
+    # beta/2 times a weight not far from float32's largest overflows in the gradient, not in the loss.
+    scores = write_scores(tmp_path / "scores", trust=[1e37, 1.0, 1.0, 1.0, 1.0, 1.0])
+    out = train(**options(scores))
+    assert [line["step"] for line in lines(out)] == steps_with(BROKEN)
+    assert all(line["bad_pairs"] == [] for line in lines(out))
+
+
+def test_too_many_in_a_row_end_the_run(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unet = make_tiny_unet()
+    with torch.no_grad():
+        unet.conv_in.weight.fill_(math.nan)
+    unet.save_pretrained(tmp_path / "nan")
+    for name, limits, steps in (("limit", {"max_skipped": 3, "max_steps": 9}, 3), ("short", {"max_steps": 2}, 2)):
+        with pytest.raises(AssertionError):
+            train(name, unet=tmp_path / "nan", **limits)
+        error = capsys.readouterr().err.strip()
+        assert error.count("\n") == 0
+        assert f"step {steps}: the loss is not finite for pair pair-" in error
+        assert f"{steps} steps in a row were skipped so; their pairs are in" in error
+        assert len(lines(tmp_path / name)) == steps
+        assert not (tmp_path / name / "unet").exists()
+
+
+def test_a_made_step_starts_the_count_anew(train: Train, overflowing: Path) -> None:
+    bad = steps_with(BROKEN)
+    assert all(later - earlier > 1 for earlier, later in pairwise(bad))
+    assert column(train(**options(overflowing), max_skipped=2), "skipped_steps")[-1] == len(bad) == 3
+
+
+def test_the_count_goes_on_where_a_run_does(
+    train: Train, overflowing: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {**options(overflowing), "save_every": 1, "ema_decay": 0.9}
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", dying_after(steps_with(BROKEN)[1]))
+        with pytest.raises(AssertionError):
+            train("killed", **run)
+    # What a killed run wrote after its last checkpoint is gone.
+    with (tmp_path / "killed" / "nonfinite.jsonl").open("a") as file:
+        file.write('{"step": 99, "bad_pairs": [], "pairs": []}\n')
+    killed, whole = train("killed", **run), train("whole", **run)
+    for name in ("loss", "skipped_steps", "lr"):
+        assert column(killed, name) == column(whole, name)
+    assert lines(killed) == lines(whole)
+    ours, theirs = (fingerprint_module(PlainReference(model, out / "unet").unet) for out in (killed, whole))
+    assert ours == theirs
+
+
+def test_overwriting_removes_the_file(
+    train: Train, overflowing: Path, shards: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = train(**options(overflowing))
+    assert (out / "nonfinite.jsonl").is_file()
+    assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1, overwrite=True)) == 0
+    assert not (out / "nonfinite.jsonl").exists()
+
+
+def test_a_step_without_a_state_is_no_overflow(
+    train: Train, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a gradient scaler, as in fp16, which accelerate makes on GPUs alone."""
+    make = run.make_accelerator
+
+    def with_scaler(settings: TrainSettings) -> Accelerator:
+        accelerator, scaler = make(settings), torch.amp.GradScaler("cpu", init_scale=4.0)
+        accelerator.scaler = scaler
+        monkeypatch.setattr(
+            accelerator, "unscale_gradients", lambda: scaler.unscale_(accelerator._optimizers[-1].optimizer)
+        )
+        return accelerator
+
+    gone = Path(shutil.copytree(shards, tmp_path / "gone"))
+    for tar in gone.glob("*.tar"):
+        tar.unlink()
+    monkeypatch.setattr(run, "make_accelerator", with_scaler)
+    assert column(train("whole"), "skipped_steps")[-1] == 0
+    with pytest.raises(AssertionError):
+        train("gone", on=gone, skip_bad=True, max_skipped=3, max_steps=9)
+    assert "step 3: none of its states can be used" in capsys.readouterr().err

@@ -1,0 +1,327 @@
+"""From flags to the preference of every pair: ways of mixing, calibrations, ranges, and scores from a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smpo_common.errors import UserError
+from smpo_schemas.scores import read_scores_info, write_scores_info
+from smpo_schemas.shards.samples import ShardDirectory
+from smpo_trainer.preference.reward_mix import RewardMix, resolve_mix
+from smpo_trainer.settings import parse_ranges
+from smpo_trainer.shards.shard_set import open_shards
+from tests.calibration.helpers import populations, write_scores
+from tests.command import run_command
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, make_shards, resolve_settings, run_cli
+
+Mix = Callable[..., RewardMix]
+NAMES = ("taste", "sharpness")
+
+
+def s(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.fixture(scope="module")
+def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 6 pairs with two rewards."""
+    return make_shards(tmp_path_factory.mktemp("shards") / "two", model, num_states=2, rewards=NAMES)
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``smpo-pipeline calibrate`` writes, of the very rewards of the shards."""
+    found, _, labels, prompts = populations(400)
+    scores = dict(zip(NAMES, found.values(), strict=True))
+    folder = write_scores(tmp_path_factory.mktemp("calibration") / "scores", scores, labels, prompts)
+    done = run_command("smpo-pipeline", "calibrate", "--scores", folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "calibration.json"
+
+
+@pytest.fixture
+def mix(two: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mix:
+    """What these flags resolve to; ``said`` takes the lines that are printed."""
+
+    def resolve(on: Path = two, said: list[str] | None = None, **options: object) -> RewardMix:
+        settings = resolve_settings(monkeypatch, arguments(on, model, tmp_path / "out", **options))
+        return resolve_mix(
+            settings, open_shards([str(on)], tmp_path / "cache"), (said if said is not None else []).append
+        )
+
+    return resolve
+
+
+def table(folder: Path, shards: Path, names: Sequence[str] = NAMES, **changes) -> Path:
+    """A scores table of the shards' own pairs."""
+    metas = [sample.meta for sample in ShardDirectory(shards).samples()]
+    columns = {
+        "scores": {name: np.array([meta.scores[name] for meta in metas]) for name in names},
+        "labels": [None] * len(metas),
+        "prompts": [meta.prompt for meta in metas],
+        "images": [(f"{meta.pair_id}-0", f"{meta.pair_id}-1") for meta in metas],
+        "pair_ids": [meta.pair_id for meta in metas],
+    }
+    return write_scores(folder, **{**columns, **changes})
+
+
+def scored(shards: Path) -> list:
+    return [sample.meta for sample in ShardDirectory(shards).samples()]
+
+
+def test_mixture_takes_shares_and_temperatures_of_the_calibration(mix: Mix, two: Path, calibration: Path) -> None:
+    rewards = json.loads(calibration.read_text())["rewards"]
+    found = mix(preference="mixture", calibration=calibration).preferences(scored(two))
+    for p, meta in zip(found, scored(two), strict=True):
+        terms = [rewards[n]["weight"] * s((meta.scores[n][0] - meta.scores[n][1]) / rewards[n]["tau"]) for n in NAMES]
+        assert p == pytest.approx(sum(terms), rel=1e-12)
+
+
+def test_rewards_that_are_named_override_the_shares(mix: Mix, two: Path, calibration: Path) -> None:
+    rewards = json.loads(calibration.read_text())["rewards"]
+    said: list[str] = []
+    found = mix(preference="mixture", calibration=calibration, reward=["taste:3", "sharpness"], said=said)
+    for p, meta in zip(found.preferences(scored(two)), scored(two), strict=True):
+        of = [s((meta.scores[n][0] - meta.scores[n][1]) / rewards[n]["tau"]) for n in NAMES]
+        assert p == pytest.approx((3 * of[0] + of[1]) / 4, rel=1e-12)
+    assert said == []
+
+
+def test_one_reward_has_the_temperature_that_was_fitted_to_it_alone(mix: Mix, two: Path, calibration: Path) -> None:
+    """As ``calibrate`` judges it, in its row "taste, tau fitted"."""
+    fitted = json.loads(calibration.read_text())["rewards"]["taste"]
+    assert abs(math.log(fitted["tau_alone"] / fitted["tau"])) > 0.1
+    said: list[str] = []
+    found = mix(preference="mixture", calibration=calibration, reward=["taste"], said=said)
+    expected = [s((meta.scores["taste"][0] - meta.scores["taste"][1]) / fitted["tau_alone"]) for meta in scored(two)]
+    np.testing.assert_allclose(found.preferences(scored(two)), expected, rtol=1e-12)
+    assert found.identity()["calibration"] == {"taste": fitted["tau_alone"]}
+    assert said == []
+
+
+def test_some_of_a_mixtures_rewards_keep_its_temperatures_with_a_warning(
+    mix: Mix, two: Path, calibration: Path, tmp_path: Path
+) -> None:
+    value = json.loads(calibration.read_text())
+    value["rewards"]["third"] = {**value["rewards"]["taste"], "weight": 0.0}
+    (tmp_path / "three.json").write_text(json.dumps(value))
+    said: list[str] = []
+    found = mix(preference="mixture", calibration=tmp_path / "three.json", reward=list(NAMES), said=said)
+    assert found.temperatures == {name: value["rewards"][name]["tau"] for name in NAMES}
+    (warning,) = said
+    assert "WARNING: --reward takes 2 of the 3 rewards" in warning
+
+
+def test_a_range_replaces_the_data_sets(mix: Mix, two: Path) -> None:
+    found = mix(reward=["taste:2"], reward_range=["taste=-1:3"])
+    expected = [s(2 * (meta.scores["taste"][0] - meta.scores["taste"][1]) / 4) for meta in scored(two)]
+    np.testing.assert_allclose(found.preferences(scored(two)), expected, rtol=1e-12)
+    assert found.identity()["reward_range"] == {"taste": [-1.0, 3.0]}
+
+
+def test_winrate_counts_all_images_of_a_prompt_in_the_table(mix: Mix, two: Path, tmp_path: Path) -> None:
+    """Pairs 0 and 5 have one prompt and share an image: three images; all other prompts have one pair."""
+    metas = scored(two)
+    assert metas[0].prompt == metas[5].prompt
+    scores = {name: np.array([meta.scores[name] for meta in metas]) for name in NAMES}
+    scores["taste"][5, 0] = scores["taste"][0, 1]
+    images = [(f"{row}-0", f"{row}-1") for row in range(6)]
+    images[5] = ("0-1", "5-1")
+    folder = table(tmp_path / "scores", two, scores=scores, images=images)
+    found = mix(preference="winrate", scores=folder, reward=["taste"]).preferences(metas)
+    stored = scores["taste"].astype(np.float32).astype(float)
+    size = scores["taste"].max() - scores["taste"].min()
+    a, b, c = stored[0, 0] / size, stored[0, 1] / size, stored[5, 1] / size
+    rates = [(s(a - b) + s(a - c)) / 2, (s(b - a) + s(b - c)) / 2, (s(c - a) + s(c - b)) / 2]
+    assert found[0] == pytest.approx((1 + rates[0] - rates[1]) / 2, rel=1e-12)
+    assert found[5] == pytest.approx((1 + rates[1] - rates[2]) / 2, rel=1e-12)
+    assert found[1] == pytest.approx(s((stored[1, 0] - stored[1, 1]) / size), rel=1e-12)
+
+
+def test_scores_from_a_table_give_what_the_shards_own_give(mix: Mix, two: Path, tmp_path: Path) -> None:
+    own = mix(reward=["taste", "sharpness:0.5"], reward_range=["taste=0:1", "sharpness=0:1"])
+    other = mix(
+        reward=["taste", "sharpness:0.5"],
+        reward_range=["taste=0:1", "sharpness=0:1"],
+        scores=table(tmp_path / "t", two),
+    )
+    np.testing.assert_allclose(other.preferences(scored(two)), own.preferences(scored(two)), atol=1e-7)
+
+
+def test_what_is_used_of_a_table_decides_the_runs_identity(mix: Mix, two: Path, tmp_path: Path) -> None:
+    folder = table(tmp_path / "t", two)
+    (part,) = folder.glob("*.parquet")
+    rows = pq.read_table(part)
+
+    def identity(changed: pa.Table) -> object:
+        pq.write_table(changed, part)  # in place: scores.json stays as it is
+        return mix(reward=["taste"], scores=folder).identity()["scores"]
+
+    def replaced(name: str, value: object) -> pa.Table:
+        position = rows.column_names.index(name)
+        values = [value, *rows[name].to_pylist()[1:]]
+        return rows.set_column(position, name, pa.array(values, rows.schema.field(name).type))
+
+    before = identity(rows)
+    assert identity(rows.append_column("trust", pa.array([1.0] * len(rows)))) == before
+    assert identity(replaced("sharpness_0", 0.25)) == before
+    for name, value in (("taste_1", 0.25), ("prompt", "another"), ("pair_id", "another")):
+        assert identity(replaced(name, value)) != before
+
+
+def test_a_pair_with_another_prompt_is_another_pair(mix: Mix, two: Path, tmp_path: Path) -> None:
+    prompts = [meta.prompt for meta in scored(two)]
+    prompts[1] = "a " * 100
+    found = mix(reward=["taste"], scores=table(tmp_path / "t", two, prompts=prompts))
+    with pytest.raises(
+        UserError, match="the prompt of pair pair-1 is 'a a .*' there and 'a dog and a cat' in the shards"
+    ):
+        found.preferences(scored(two))
+
+
+def test_repeated_pair_ids(mix: Mix, two: Path, tmp_path: Path) -> None:
+    """Another label of the same pair is fine, though its scores came from another batch; another pair is not."""
+    metas = [*scored(two), scored(two)[2]]
+    scores = {name: np.array([meta.scores[name] for meta in metas]) for name in NAMES}
+    again = {
+        "labels": [None] * 7,
+        "prompts": [meta.prompt for meta in metas],
+        "images": [("a", "b")] * 7,
+        "pair_ids": [meta.pair_id for meta in metas],
+    }
+    scores["taste"][6] += 2e-5
+    said: list[str] = []
+    found = mix(reward=["taste"], scores=table(tmp_path / "fine", two, scores=scores, **again), said=said)
+    assert len(said) == 1
+    assert "1 of 7 rows" in said[0]
+    assert np.isfinite(found.preferences(scored(two))).all()
+    scores["taste"][6, 1] += 0.01
+    with pytest.raises(
+        UserError, match="pair_id pair-2 stands for different pairs .rows 2 and 6 have different scores of"
+    ):
+        mix(reward=["taste"], scores=table(tmp_path / "apart", two, scores=scores, **again))
+    # In half precision that is rounding.
+    info = read_scores_info(tmp_path / "apart")
+    half = info.rewards["taste"].model_copy(update={"dtype": "bf16"})
+    write_scores_info(tmp_path / "apart", info.model_copy(update={"rewards": {**info.rewards, "taste": half}}))
+    assert np.isfinite(mix(reward=["taste"], scores=tmp_path / "apart").preferences(scored(two))).all()
+    scores["taste"][6] = scores["taste"][2]
+    again["prompts"][6] = "another"
+    with pytest.raises(UserError, match="have different prompts"):
+        mix(reward=["taste"], scores=table(tmp_path / "other", two, scores=scores, **again))
+
+
+def test_flags_that_do_not_fit(mix: Mix, two: Path, calibration: Path, tmp_path: Path) -> None:
+    def refused(match: str, **options: object) -> None:
+        with pytest.raises(UserError, match=match):
+            mix(**options)
+
+    refused("--preference nonsense is not known; known: minmax, mixture, winrate", preference="nonsense")
+    refused("mixture needs --calibration FILE; make it with `smpo-pipeline calibrate`", preference="mixture")
+    refused("minmax takes no --calibration", calibration=calibration)
+    refused("does not exist", preference="mixture", calibration=tmp_path / "none.json")
+    refused("name the output of `smpo-pipeline score` with --scores", preference="winrate", reward=["taste"])
+    unnamed = table(tmp_path / "unnamed", two, images=None)
+    refused("do not name their images; score the pairs again", preference="winrate", reward=["taste"], scores=unnamed)
+    calibrated = {"preference": "mixture", "calibration": calibration}
+    refused("--reward-range does nothing beside --calibration", reward_range=["taste=0:1"], **calibrated)
+    refused("the weight is a share of the annotators", reward=["taste:-1"], **calibrated)
+    refused(
+        "--reward-range sharpness: no such reward is used; used: taste",
+        reward=["taste"],
+        reward_range=["sharpness=0:1"],
+    )
+    value = json.loads(calibration.read_text())
+    value["rewards"]["taste"]["fingerprint"] = "other"
+    (tmp_path / "other.json").write_text(json.dumps(value))
+    refused("its reward 'taste' is of another model", preference="mixture", calibration=tmp_path / "other.json")
+    value["rewards"] = {"lost": {**value["rewards"]["taste"], "weight": 1.0}}
+    (tmp_path / "lost.json").write_text(json.dumps(value))
+    refused("has the reward lost: --shards holds no such", preference="mixture", calibration=tmp_path / "lost.json")
+    refused(
+        "--reward taste: not in --calibration",
+        preference="mixture",
+        calibration=tmp_path / "lost.json",
+        reward=["taste"],
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["taste", "taste=1", "taste=2:1", "taste=1:1", "taste=a:b", "=0:1", "taste=0:inf", "t=0:1:2"]
+)
+def test_ranges_are_two_rising_numbers(text: str) -> None:
+    with pytest.raises(UserError, match="expected NAME=MIN:MAX.*NAME=raw"):
+        parse_ranges([text])
+
+
+def test_raw_scores_are_log_odds_as_they_are(mix: Mix, two: Path) -> None:
+    found = mix(reward=["taste"], reward_range=["taste=raw"]).preferences(scored(two))
+    expected = [s(meta.scores["taste"][0] - meta.scores["taste"][1]) for meta in scored(two)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_win_rates_of_log_odds_by_hand(mix: Mix, two: Path, tmp_path: Path) -> None:
+    """Log-odds 2, 1, 0 of a prompt's three images: R = 0.80593, 0.5, 0.19407. Pairs 0 and 5 hold them."""
+    metas = scored(two)
+    scores = {name: np.array([meta.scores[name] for meta in metas]) for name in NAMES}
+    scores["taste"][[0, 5]] = [[2, 1], [0, 2]]
+    images = [(f"{row}-0", f"{row}-1") for row in range(6)]
+    images[5] = ("5-0", "0-0")
+    folder = table(tmp_path / "scores", two, scores=scores, images=images)
+    found = mix(preference="winrate", scores=folder, reward=["taste"], reward_range=["taste=raw"]).preferences(metas)
+    np.testing.assert_allclose(2 * found[[0, 5]] - 1, [0.80593 - 0.5, 0.19407 - 0.80593], atol=1e-5)
+
+
+def test_ranges_are_given_once() -> None:
+    assert parse_ranges(["a=-1:2.5", "b=0:1e-3"]) == {"a": (-1.0, 2.5), "b": (0.0, 0.001)}
+    with pytest.raises(UserError, match="a is given twice"):
+        parse_ranges(["a=0:1", "a=raw"])
+
+
+def test_from_calibrate_to_a_trained_model(
+    train: Train, two: Path, model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = train("run", on=two, preference="mixture", calibration=calibration, max_steps=2)
+    written = json.loads((out / "training.json").read_text())
+    rewards = json.loads(calibration.read_text())["rewards"]
+    for name in NAMES:
+        assert written["rewards"][name]["scale"] == rewards[name]["tau"]
+        assert written["rewards"][name]["weight"] == pytest.approx(rewards[name]["weight"])
+    assert written["settings"]["preference"] == "mixture"
+    # The same command has nothing to do, wherever the calibration lies; another calibration or way is another run.
+    moved = tmp_path / "moved.json"
+    moved.write_text(calibration.read_text())
+    train("run", on=two, preference="mixture", calibration=moved, max_steps=2)
+    assert "nothing to do" in capsys.readouterr().out
+    value = json.loads(calibration.read_text())
+    value["rewards"]["taste"]["tau"] *= 2
+    moved.write_text(json.dumps(value))
+    for options in ({"preference": "mixture", "calibration": moved}, {"reward": list(NAMES)}):
+        assert run_cli(monkeypatch, arguments(two, model, out, max_steps=2, **options)) == 2
+    error = capsys.readouterr().err
+    assert "calibration ({'taste'" in error
+    assert "preference (mixture -> minmax)" in error
+
+
+def test_a_continued_run_keeps_its_range(
+    train: Train, shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = train("run", reward_range=["taste=0:2"], max_steps=1)
+    assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1)) == 2
+    assert "reward_range ({'taste': [0.0, 2.0]} -> {})" in capsys.readouterr().err
+
+
+def test_labels_need_no_mix(train: Train, calibration: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(objective="dpo", calibration=calibration, max_steps=1)
+    assert "flags about rewards and scores are not used" in capsys.readouterr().out

@@ -1,0 +1,145 @@
+"""Signals: a run that is asked to stop finishes its step and saves, whoever of its processes hears of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from smpo_trainer.interrupts import StopRequest
+from smpo_trainer.monitoring.health import Health
+from smpo_trainer.monitoring.metrics import Record
+from tests.trainer.helpers import arguments, column, run_cli
+from tests.trainer.output.test_resume import TWO_PROCESSES, start, wait_for_steps
+
+LONG = {"max_steps": 500, "save_every": 1000}
+
+
+def assert_saved(out: Path, said: str) -> None:
+    last = column(out, "step")[-1]
+    assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{last:06d}"]
+    assert f"stopped after step {last} of 500; the same command goes on from here" in said
+    assert not (out / "training.json").exists()
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def assert_gone(processes: Sequence[psutil.Process]) -> None:
+    deadline = time.monotonic() + 30
+    while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes):
+        assert time.monotonic() < deadline, processes
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def in_a_terminal() -> Iterator[None]:
+    """Ctrl-C does what it does there; in pytest-xdist's processes SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
+def test_only_a_second_ctrl_c_gives_up() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        assert not stop.requested
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("in_a_terminal")
+def test_a_stopped_run_does_not_pass_for_a_finished_one(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    """What waits for a run that succeeds, as ``&&``, Slurm and Kubernetes do, tells them apart by the status."""
+    look = Health.look
+
+    def look_and_signal(self: Health, record: Record) -> list[str]:
+        if record["step"] == 2:
+            os.kill(os.getpid(), number)
+        return look(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Health, "look", look_and_signal)
+        assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run")) == status
+    assert column(tmp_path / "run", "step") == [1, 2]
+    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run")) == 0
+    assert column(tmp_path / "run", "step") == [1, 2, 3, 4]
+
+
+def to_one(process: subprocess.Popen[str]) -> int:
+    """As Kubernetes does."""
+    process.send_signal(signal.SIGTERM)
+    return 143
+
+
+def ctrl_c(process: subprocess.Popen[str]) -> int:
+    for each in family(process):
+        each.send_signal(signal.SIGINT)
+    return 130
+
+
+def to_all_twice(process: subprocess.Popen[str]) -> int:
+    """As systemd and Slurm do: loaders first."""
+    for _ in range(2):
+        for each in reversed(family(process)):
+            with suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGTERM)
+    return 143
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [to_one, pytest.param(ctrl_c, marks=pytest.mark.long), to_all_twice])
+def test_a_signal_finishes_the_step_and_saves(
+    shards: Path, model: Path, tmp_path: Path, stop: Callable[[subprocess.Popen[str]], int]
+) -> None:
+    process = start(arguments(shards, model, tmp_path / "run", workers=1, **LONG))
+    wait_for_steps(tmp_path / "run", 2, process)
+    everyone = family(process)
+    status = stop(process)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == status, error
+    assert_saved(tmp_path / "run", said)
+    assert_gone(everyone)
+
+
+@pytest.mark.slow
+def test_torchrun_passes_sigterm_on_to_trainers_and_loaders(shards: Path, model: Path, tmp_path: Path) -> None:
+    process = start(arguments(shards, model, tmp_path / "run", workers=1, **LONG), TWO_PROCESSES)
+    wait_for_steps(tmp_path / "run", 2, process)
+    everyone = family(process)
+    assert len(everyone) >= 5
+    process.send_signal(signal.SIGTERM)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "DataLoader worker" not in error
+    assert_saved(tmp_path / "run", said)
+    assert_gone(everyone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["trainer", "loader"])
+def test_loaders_do_not_outlive_a_trainer_that_dies(shards: Path, model: Path, tmp_path: Path, victim: str) -> None:
+    process = start(arguments(shards, model, tmp_path / "run", workers=2, **LONG))
+    wait_for_steps(tmp_path / "run", 2, process)
+    everyone = family(process)
+    assert len(everyone) >= 3
+    everyone[0 if victim == "trainer" else 1].kill()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert_gone(everyone)

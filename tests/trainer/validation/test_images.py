@@ -1,0 +1,184 @@
+"""Images of fixed prompts and noise in the course of a run."""
+
+from __future__ import annotations
+
+from functools import wraps
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import Decoder
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPTextModel
+
+from smpo_trainer.validation import images as validation_images
+from smpo_trainer.validation.images import _noise
+from tests.tiny import IMAGE_SIDE, LATENT_SHAPE
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, column, make_shards, metrics, run_cli
+
+PROMPTS = ("a cat", "a dog and a cat", "ünïcödé 猫")
+CLOCK = ("pairs_per_second", "data_wait_percent", "memory_gib")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module", params=[torch.float16, torch.float32, torch.bfloat16], ids=str)
+def stored(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model folder in each precision that models are published in, and shards of it."""
+    folder = tmp_path_factory.mktemp("stored")
+    StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(request.param).save_pretrained(folder / "m")
+    return folder / "m", make_shards(folder / "shards", folder / "m", num_pairs=2)
+
+
+def drawn(out: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in sorted((out / "validation").iterdir())}
+
+
+def count_made(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[None]:
+    """Has an entry for each object of this class that is made from now on."""
+    made: list[None] = []
+    make = kind.__init__
+
+    @wraps(make)
+    def count(self: object, *args: object, **kwargs: object) -> None:
+        made.append(None)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__init__", count)
+    return made
+
+
+def by_a_stock_pipeline(model: Path, unet: Path, guidance: float) -> list[np.ndarray]:
+    denoiser = UNet2DConditionModel.from_pretrained(unet, dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(model, unet=denoiser, dtype=torch.float32)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    images = []
+    for number, prompt in enumerate(PROMPTS):
+        latents = torch.from_numpy(_noise(0, number, LATENT_SHAPE))[None]
+        found = pipeline(prompt, latents=latents, num_inference_steps=4, guidance_scale=guidance, output_type="np")
+        images.append(found.images[0])
+    return images
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_they_are_what_a_stock_pipeline_draws(
+    train: Train, model: Path, prompts: Path, ema_decay: float | None
+) -> None:
+    """The last ones with the weights that are saved, the first ones with the base model's."""
+    out = train(
+        validation_prompts=prompts, validation_every=2, validation_sampling_steps=4, validation_guidance_scale=3,
+        max_steps=3, ema_decay=ema_decay, lr=1e-2,
+    )  # fmt: skip
+    found = drawn(out)
+    assert list(found) == ["step-000000.png", "step-000002.png", "step-000003.png"]
+    for name, unet in (("step-000000.png", model / "unet"), ("step-000003.png", out / "unet")):
+        grid = found[name]
+        assert grid.shape == (2 * IMAGE_SIDE, 2 * IMAGE_SIDE, 3)
+        wanted = by_a_stock_pipeline(model, unet, 3.0)
+        for number, image in enumerate(wanted):
+            top, left = IMAGE_SIDE * (number // 2), IMAGE_SIDE * (number % 2)
+            ours = grid[top : top + IMAGE_SIDE, left : left + IMAGE_SIDE]
+            assert np.abs(ours - 255.0 * image).max() <= 1.5
+        assert not grid[IMAGE_SIDE:, IMAGE_SIDE:].any()
+    assert not np.array_equal(found["step-000000.png"], found["step-000003.png"])
+    board = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in board.Images("validation")] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_models_stored_precision_does_not_matter(
+    train: Train, stored: tuple[Path, Path], prompts: Path, mixed_precision: str, lora_rank: int | None
+) -> None:
+    model, shards = stored
+    out = train(
+        on=shards, base=model, mixed_precision=mixed_precision, lora_rank=lora_rank, max_steps=1,
+        validation_prompts=prompts, validation_sampling_steps=4, validation_guidance_scale=3,
+    )  # fmt: skip
+    grid = drawn(out)["step-000000.png"].astype(float)
+    wanted = by_a_stock_pipeline(model, model / "unet", 3.0)
+    difference = np.abs(grid[:IMAGE_SIDE] - 255 * np.concatenate(wanted[:2], axis=1))
+    assert difference.max() <= 1.5 if mixed_precision == "no" else difference.mean() <= 3
+
+
+@pytest.mark.parametrize(("text", "loaded"), [("live", 1), ("cache", 3)])
+def test_the_text_encoders_of_the_training_draw(
+    train: Train, prompts: Path, tmp_path: Path, text: str, loaded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = count_made(monkeypatch, CLIPTextModel)
+    train(text=text, cache=tmp_path / "cache", max_steps=1, validation_prompts=prompts, validation_sampling_steps=1)
+    assert len(made) == loaded
+
+
+def test_images_are_decoded_one_by_one_and_in_tiles_where_memory_runs_out(
+    train: Train, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Decoder.forward
+    sizes: list[tuple[int, int]] = []
+
+    def no_memory(self: Decoder, latents: torch.Tensor, *more: object) -> torch.Tensor:
+        sizes.append((len(latents), latents.shape[-1]))
+        if latents.shape[-1] > LATENT_SHAPE[-1] // 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return decode(self, latents, *more)
+
+    monkeypatch.setattr(Decoder, "forward", no_memory)
+    monkeypatch.setattr(validation_images, "_SMALLEST_TILE", 2)
+    options = {"max_steps": 1, "validation_prompts": prompts, "validation_sampling_steps": 1, "batch_size": 3}
+    (_, grid), _ = drawn(train(**options)).items()
+    assert sizes[:2] == [(1, 8), (1, 4)]
+    assert {size for size in sizes if size[1] <= 4} <= {(1, 4), (1, 3), (1, 2), (1, 1)}
+    assert sizes.count((1, 8)) == 2  # once a drawing
+    tiles = grid.reshape(2, IMAGE_SIDE, 2, IMAGE_SIDE, 3).swapaxes(1, 2).reshape(4, -1).std(axis=1)
+    assert (tiles > 0).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "text": "cache"}, {"mixed_precision": "bf16"}])
+def test_drawing_changes_no_training(
+    train: Train, prompts: Path, tmp_path: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {"ema_decay": 0.5, "workers": 1, "cache": tmp_path / "cache", **options}
+    made = count_made(monkeypatch, AutoencoderKL)
+    without = train("without", **common)
+    assert not made
+    drawing = {"validation_prompts": prompts, "validation_every": 1, "validation_sampling_steps": 2}
+    with_images = train("with", **common, **drawing)
+    assert len(made) == len(drawn(with_images)) == 5
+    for ours, theirs in zip(metrics(with_images), metrics(without), strict=True):
+        assert {k: v for k, v in ours.items() if k not in CLOCK} == {k: v for k, v in theirs.items() if k not in CLOCK}
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("\n \n", "has no prompt")])
+def test_a_file_without_prompts_is_one_line(
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    content: str | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_text(content)
+    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", validation_prompts=file)) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"--validation-prompts {file} {message}" in error
+    assert error.count("\n") == 0
+
+
+def test_overwriting_removes_the_images_of_another_run(train: Train, prompts: Path) -> None:
+    out = train(validation_prompts=prompts, validation_sampling_steps=1, max_steps=2)
+    assert len(drawn(out)) == 2
+    train(max_steps=2, overwrite=True)
+    assert not (out / "validation").exists()
+    assert len(column(out, "loss")) == 2

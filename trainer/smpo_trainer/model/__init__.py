@@ -1,0 +1,1 @@
+"""The model in training: policy, reference, text, optimizer, averaging, sharding over processes."""

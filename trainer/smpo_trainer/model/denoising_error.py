@@ -1,0 +1,40 @@
+"""The denoiser's errors at stored states (DESIGN 4.1).
+
+Shape suffixes: B batch, R = 2B rows (image_0 of every state, then image_1), C h w a latent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from smpo_models.family import Conditioning, Family
+from smpo_trainer.data.loader import StateBatch
+from smpo_trainer.model.policy import Policy
+
+
+def condition(policy: Policy, batch: StateBatch) -> Conditioning:
+    """Text and size conditioning of the 2B rows."""
+    sizes = [size[image] for image in (0, 1) for size in batch.sizes]
+    crops = [crop[image] for image in (0, 1) for crop in batch.crops]
+    return policy.family.conditioning(policy.encode_text(batch.prompts * 2), sizes, crops)
+
+
+def pair_errors(family: Family, denoiser: nn.Module, batch: StateBatch, conditioning: Conditioning) -> torch.Tensor:
+    """Mean squared error over C, h, w in the model's own prediction space: float32 [B, 2].
+
+    x_t is rebuilt in float32 from the stored x0 and noise: the very state that ref_error was measured at. Both
+    images of all pairs go through one forward.
+    """
+    x0_RChw = _rows(batch.x0_B2Chw)
+    noise_RChw = _rows(batch.noise_B2Chw)
+    t_R = batch.timestep_B.repeat(2)
+    x_RChw = family.process.noised(x0_RChw, noise_RChw, t_R)
+    output_RChw = family.denoise(denoiser, x_RChw, t_R, conditioning)
+    target_RChw = family.process.target(x0_RChw, noise_RChw, t_R)
+    error_R = (output_RChw - target_RChw).square().mean(dim=(1, 2, 3))
+    return error_R.reshape(2, -1).T
+
+
+def _rows(latents_B2Chw: torch.Tensor) -> torch.Tensor:
+    return torch.cat(latents_B2Chw.float().unbind(1))

@@ -1,0 +1,154 @@
+"""Encoded prompts from a file that was made of all of them once, so that the encoders can be freed (``--text cache``).
+
+The file is a safetensors file whose rows are read where they lie: ``key`` int64 [N], increasing, a hash of each prompt;
+beside it what the family's encoders made of the prompts, [N, ...] each. Its name holds what it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+
+from smpo_common.errors import UserError
+from smpo_common.files import atomic_path, sha256_json
+from smpo_models.family import Family
+from smpo_trainer.monitoring.console import Report
+from smpo_trainer.settings import MixedPrecision, TrainSettings
+from smpo_trainer.shards.shard_set import ShardSet
+
+_KEY = "key"
+_BATCH = 64
+"""Prompts that are encoded at once."""
+
+_DTYPES: dict[MixedPrecision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""In what prompts are kept: autocast rounds them to it before their first use, so that no bit of a step changes."""
+
+_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""As safetensors calls them."""
+
+_TITLE = "encoding all prompts once"
+
+
+class CachedText:
+    """Takes the place of :meth:`smpo_models.family.Family.encode_text`."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        """Open a file that :func:`cache_text` made; tensors come to ``device``.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read ({error}); remove it, and it is made anew") from error
+        self._path, self._device = path, device
+        self._key_N = tensors.pop(_KEY).numpy()
+        self._tensors = tensors
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the encoders made of B prompts.
+
+        Raises:
+            UserError: one is not there.
+        """
+        wanted_B = _keys(prompts)
+        rows = np.searchsorted(self._key_N, wanted_B).clip(max=len(self._key_N) - 1)
+        for prompt, found in zip(prompts, self._key_N[rows] == wanted_B, strict=True):
+            if not found:
+                raise UserError(f"{self._path} lacks the prompt {prompt!r}: the shards' index and tars differ")
+        return {name: value[rows].to(self._device) for name, value in self._tensors.items()}
+
+
+def cache_text(settings: TrainSettings, shards: ShardSet, family: Family, report: Report) -> Path:
+    """Encode the prompts of a data set, unless this machine has done so, and return the file.
+
+    The first process of a machine does it, the others wait.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    dtype = _DTYPES[settings.mixed_precision]
+    made_from = {
+        "model": settings.model,
+        "text": shards.model.text,
+        "shards": shards.manifest_hashes(),
+        "dtype": str(dtype),
+    }
+    path = settings.cache / f"text-{sha256_json(made_from)[:16]}.safetensors"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.is_file():
+                prompts = {"" if walk.meta.prompt_dropped else walk.meta.prompt for _, walk in shards.walks()}
+                # The empty one stands in for states that cannot be used.
+                with report.bar(_TITLE, -(-len(prompts | {""}) // _BATCH)) as done:
+                    _write(path, prompts | {""}, family, dtype, done)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def _keys(prompts: Iterable[str]) -> np.ndarray:
+    """A hash of each, int64."""
+    digests = [hashlib.sha256(prompt.encode()).digest()[:8] for prompt in prompts]
+    return np.frombuffer(b"".join(digests), dtype=np.int64)
+
+
+def _write(path: Path, prompts: set[str], family: Family, dtype: torch.dtype, done: Callable[[], None]) -> None:
+    in_any_order = list(prompts)
+    key_N = _keys(in_any_order)
+    order = np.argsort(key_N)
+    key_N = key_N[order]
+    if (np.diff(key_N) == 0).any():
+        raise UserError("two prompts have one hash; use --text live")
+    batches = _encoded([in_any_order[index] for index in order], family, dtype)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        first = next(batches)
+        tensors = {_KEY: torch.from_numpy(key_N), **first}
+        offsets, header = _header(tensors, len(prompts))
+        file.write(header)
+        file.seek(len(header) + offsets[_KEY])
+        file.write(key_N.tobytes())
+        start = 0
+        batch: dict[str, torch.Tensor] | None = first
+        while batch is not None:
+            for name, value in batch.items():
+                rows = value.contiguous().view(torch.uint8).reshape(len(value), -1).numpy()
+                file.seek(len(header) + offsets[name] + start * rows.shape[1])
+                file.write(rows.data)
+            start += len(rows)
+            done()
+            batch = next(batches, None)
+
+
+def _encoded(prompts: Sequence[str], family: Family, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+    """What the encoders make of the prompts, some at a time, on the CPU."""
+    for start in range(0, len(prompts), _BATCH):
+        text = family.encode_text(prompts[start : start + _BATCH])
+        yield {name: value.to("cpu", dtype) for name, value in text.items()}
+
+
+def _header(tensors: dict[str, torch.Tensor], count: int) -> tuple[dict[str, int], bytes]:
+    """Where the data of each tensor of ``count`` rows like these begin, counted from the end of the file's header.
+
+    Returns:
+        The offsets, and the header (the format is safetensors' own: length, JSON, data).
+    """
+    described, offsets, end = {}, {}, 0
+    for name, value in tensors.items():
+        offsets[name] = end
+        end += count * value[0].numel() * value.element_size()
+        shape = [count, *value.shape[1:]]
+        described[name] = {"dtype": _NAMES[value.dtype], "shape": shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)
+    return offsets, len(text).to_bytes(8, "little") + text

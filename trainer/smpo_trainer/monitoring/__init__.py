@@ -1,0 +1,1 @@
+"""Metrics, their log, health, and what the console shows."""

@@ -1,0 +1,76 @@
+"""The loss of a run: an objective, with what combines with any of them.
+
+In this order: the errors are weighted by timestep, the objective is computed, the budget's hinge is added, and the
+pair's own weight multiplies the sum.
+
+Shape suffixes: B a batch of states, 2 images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from smpo_models.noise_schedule import Process
+from smpo_trainer.objectives import Objective
+from smpo_trainer.objectives.base import Metrics, PairBatch, implicit_rewards, of_preferred
+from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
+
+
+def budget_excess(reward_B2: torch.Tensor, preferred_B: torch.Tensor, budget: float) -> torch.Tensor:
+    """max(0, (beta/2) (e_w - e_w,ref) - budget), [B]; 0 where neither image is preferred.
+
+    Budget-controlled regularization (arXiv 2411.05875): the preferred image may become less likely than under the
+    reference, which preference losses want, but only by so much.
+
+    Args:
+        reward_B2: the implicit rewards, -(beta/2) (e - e_ref).
+        preferred_B: positive where image_0 is the preferred one, negative where image_1 is.
+        budget: in margin units.
+    """
+    return (-of_preferred(reward_B2, preferred_B) - budget).clamp(min=0).where(preferred_B != 0, 0)
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """See the module.
+
+    Attributes:
+        objective: the loss of a pair.
+        process: noise levels.
+        weighting: of the timesteps.
+        budget: of :func:`budget_excess`; None: unlimited.
+        budget_weight: what the excess is multiplied with.
+    """
+
+    objective: Objective
+    process: Process
+    weighting: TimestepWeighting
+    budget: float | None
+    budget_weight: float
+
+    def __call__(self, pairs: PairBatch, weight_B: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """The loss of each pair, [B], and metrics; rewards are those of the weighted errors.
+
+        Args:
+            pairs: the states, with the errors as they were measured.
+            weight_B: the pairs' own weights.
+        """
+        timestep_weight_B = self.timestep_weight(pairs.timestep_B, pairs.error_B2[:, 0])
+        pairs = replace(
+            pairs,
+            error_B2=pairs.error_B2 * timestep_weight_B[:, None],
+            ref_error_B2=pairs.ref_error_B2 * timestep_weight_B[:, None],
+        )
+        loss_B, metrics = self.objective(pairs)
+        if self.budget is not None:
+            reward_B2 = implicit_rewards(pairs.error_B2, pairs.ref_error_B2, self.objective.options.beta)
+            excess_B = budget_excess(reward_B2, self.objective.preferred(pairs), self.budget)
+            loss_B = loss_B + self.budget_weight * excess_B
+            metrics["budget/excess"] = excess_B.detach()
+        return loss_B * weight_B, metrics
+
+    def timestep_weight(self, t_B: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
+        """The timesteps' weights, [B], in the dtype and on the device of ``like_B``."""
+        return self.weighting(self.process, t_B, like_B.detach())

@@ -1,0 +1,150 @@
+"""The output folder of a run: whether it is new, unfinished or finished, and what finishes it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from smpo_common.commandline import CONFIG_FILE
+from smpo_common.errors import UserError
+from smpo_common.files import read_json, write_json
+from smpo_trainer.experiment import differing
+from smpo_trainer.model.policy import LORA_FILE, UNET_FOLDER
+from smpo_trainer.monitoring.metrics import METRICS_FILE, TENSORBOARD_FOLDER
+from smpo_trainer.monitoring.wandb_log import WANDB_FOLDER
+from smpo_trainer.output.checkpoints import Checkpoints, read_state
+from smpo_trainer.output.skipped_steps import NONFINITE_FILE
+from smpo_trainer.validation.images import VALIDATION_FOLDER
+
+TRAINING_FILE = "training.json"
+TRAINING_VERSION = 1
+REFERENCE_FILE = "reference.safetensors"
+
+_PACKAGES = ("smpo-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+class OutputFolder:
+    """``OUT``: the trained model, ``training.json`` (written last), metrics, and what to go on from.
+
+    That is checkpoints and, where the reference's errors were computed anew, these.
+    """
+
+    def __init__(self, path: Path, kept_checkpoints: int, *, keeps_after_the_end: bool) -> None:
+        """Of a run.
+
+        Args:
+            path: the folder.
+            kept_checkpoints: how many there are at once.
+            keeps_after_the_end: also of a finished run; otherwise it keeps its last one.
+        """
+        self.path = path
+        self.checkpoints = Checkpoints(path, kept_checkpoints)
+        self.reference = path / REFERENCE_FILE
+        self._kept_in_the_end = kept_checkpoints if keeps_after_the_end else 1
+
+    def is_finished(self, identity: Mapping[str, Any]) -> bool:
+        """Whether there is a finished run of exactly these settings; not where it, or another, is to be gone on with.
+
+        Raises:
+            UserError: the folder holds a run of other settings, or of more steps.
+        """
+        marker, checkpoint = self.path / TRAINING_FILE, self.checkpoints.latest()
+        if marker.is_file():
+            old = read_json(marker)["settings"]
+            self._require_same(old, identity, "a finished")
+            if old["max_steps"] == identity["max_steps"]:
+                return True
+        if checkpoint is not None:
+            step, old = read_state(checkpoint)
+            self._require_same(old, identity, "an unfinished")
+            if step > identity["max_steps"]:
+                raise self._refuse(f"a run of {step} steps: --max-steps {identity['max_steps']} is fewer")
+        elif marker.is_file():
+            raise self._refuse(f"a finished run without the checkpoint that --max-steps {identity['max_steps']} needs")
+        return False
+
+    def _require_same(self, old: Mapping[str, Any], new: Mapping[str, Any], state: str) -> None:
+        changed = differing({**old, "max_steps": new["max_steps"]}, new)
+        if changed:
+            raise self._refuse(f"{state} run with other settings: {', '.join(changed)}")
+
+    def _refuse(self, what: str) -> UserError:
+        return UserError(f"--out {self.path} holds {what}; choose another --out, or begin anew with --overwrite")
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        # The marker first: a kill in between must not leave a folder that looks finished.
+        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        self._forget()
+        for name in (UNET_FOLDER, TENSORBOARD_FOLDER, WANDB_FOLDER, VALIDATION_FOLDER):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self.checkpoints.drop_all_but(0)
+
+    def begin(self) -> None:
+        """Make the folder that of an unfinished run, which goes on from the last checkpoint if there is one."""
+        (self.path / TRAINING_FILE).unlink(missing_ok=True)
+        if self.checkpoints.latest() is None:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Remove what only belongs to checkpoints: where there are none, it may be of a run with other settings."""
+        for name in (REFERENCE_FILE, NONFINITE_FILE):
+            (self.path / name).unlink(missing_ok=True)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Put the last checkpoint's model in place and write ``training.json``, which finishes the run.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is None:
+            raise RuntimeError("a run ends with a checkpoint")
+        try:
+            for name in (UNET_FOLDER, LORA_FILE):
+                self._copy(checkpoint / name)
+        except OSError as error:
+            raise UserError(f"cannot write the trained weights into {self.path}: {error}") from error
+        write_json(self.path / TRAINING_FILE, {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()})
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Drop what a finished run needs no more; a kill may have kept ``finish`` from it."""
+        self.checkpoints.drop_all_but(self._kept_in_the_end)
+
+    def _copy(self, source: Path) -> None:
+        """Have a file or folder here, too, in the place of one by its name."""
+        target = self.path / source.name
+        staging = self.path / f".{source.name}.tmp"
+        if source.is_dir():
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.copytree(source, staging, copy_function=_link_or_copy)
+            shutil.rmtree(target, ignore_errors=True)
+            staging.replace(target)
+        elif source.is_file():
+            staging.unlink(missing_ok=True)
+            _link_or_copy(source, staging)
+            staging.replace(target)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Two names for one file, which nobody changes in place; a copy where the file system knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            found[package] = "unknown"
+    return found

@@ -1,0 +1,1 @@
+"""Shards on disks and object stores: which belong to a run, fetching, caching."""

@@ -1,0 +1,116 @@
+"""Several directories of shards as one data set, if they belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from smpo_common.errors import UserError
+from smpo_common.files import sha256_file
+from smpo_schemas.manifest import MANIFEST_FILE, ModelInfo
+from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.shards.index import IndexedWalk, indexed_walks
+from smpo_schemas.shards.samples import ShardDirectory
+from smpo_trainer.shards.fetch import ShardSource, open_source
+
+_SAME = {
+    "reference": "the reference denoiser",
+    "scheduler": "the noise levels",
+    "text": "the text encoders",
+    "kind": "the model family",
+}
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """Directories with the same reference, noise levels and text encoders; their walkers may differ."""
+
+    sources: tuple[ShardSource, ...]
+
+    @property
+    def directories(self) -> tuple[ShardDirectory, ...]:
+        """Where the files lie."""
+        return tuple(source.directory for source in self.sources)
+
+    @property
+    def places(self) -> tuple[tuple[ShardSource, int], ...]:
+        """Of each shard of the set its source and its number there; a shard of the set is an index into this."""
+        return tuple(
+            (source, number) for source in self.sources for number in range(len(source.directory.manifest.shards))
+        )
+
+    @property
+    def model(self) -> ModelInfo:
+        """What the shards say of their model; ``id``, ``walker`` and ``vae`` are those of the first directory."""
+        return self.directories[0].manifest.model
+
+    def image_sizes(self) -> set[tuple[int, int]]:
+        """Height and width of the images that were inverted."""
+        sizes: set[tuple[int, int]] = set()
+        for directory in self.directories:
+            manifest = directory.manifest
+            sizes |= {(bucket.height, bucket.width) for bucket in manifest.buckets} or {(manifest.resolution,) * 2}
+        return sizes
+
+    def manifest_hashes(self) -> list[str]:
+        """SHA-256 of each manifest: what the data are, wherever they lie."""
+        return [sha256_file(directory.path / MANIFEST_FILE) for directory in self.directories]
+
+    def walks(self) -> Iterator[tuple[int, IndexedWalk]]:
+        """All walks in order, each with its shard.
+
+        Raises:
+            UserError: an index or a tar is damaged.
+        """
+        first = 0
+        for source in self.sources:
+            if source.remote and source.directory.manifest.index is None:
+                raise UserError(f"--shards {source.name} has no index.parquet; invert again, or copy it to a disk")
+            for walk in indexed_walks(source.directory):
+                yield first + walk.location.shard, walk
+            first += len(source.directory.manifest.shards)
+
+    def reward_statistics(self) -> dict[str, RewardStatistics]:
+        """Statistics of the rewards that all directories hold, over all of them.
+
+        Raises:
+            UserError: a reward of one name is of different models.
+        """
+        per_directory = [directory.manifest.rewards for directory in self.directories]
+        names = [name for name in per_directory[0] if all(name in rewards for rewards in per_directory)]
+        return {name: self._joined(name, per_directory) for name in names}
+
+    def _joined(self, name: str, per_directory: Sequence[Mapping[str, RewardStatistics]]) -> RewardStatistics:
+        parts = [rewards[name] for rewards in per_directory]
+        for directory, part in zip(self.directories, parts, strict=True):
+            if part.fingerprint != parts[0].fingerprint:
+                raise UserError(
+                    f"--shards {self.directories[0].path} and {directory.path}: their reward {name!r} is of different "
+                    f"models ({parts[0].model}, {part.model}); score both with one model and use --scores"
+                )
+        # Only the extremes are used: one scale over the whole data set.
+        extremes = {"min": min(part.min for part in parts), "max": max(part.max for part in parts)}
+        return parts[0].model_copy(update=extremes)
+
+
+def open_shards(names: Sequence[str], cache: Path) -> ShardSet:
+    """Read the manifests of folders or URLs; the latter are read through ``cache``.
+
+    Raises:
+        UserError: a directory has no valid manifest, is named twice, or does not belong to the first one.
+    """
+    sources = tuple(open_source(name, cache) for name in names)
+    resolved = [source.folder.resolve() for source in sources]
+    for index, path in enumerate(resolved):
+        if path in resolved[:index]:
+            raise UserError(f"--shards names {names[index]} twice")
+    first = sources[0]
+    for other in sources[1:]:
+        for field, words in _SAME.items():
+            if getattr(other.directory.manifest.model, field) != getattr(first.directory.manifest.model, field):
+                raise UserError(
+                    f"--shards {first.name} and {other.name} do not belong together: {words} differs; "
+                    "invert both with the same --model and --unet"
+                )
+    return ShardSet(sources)

@@ -1,0 +1,1 @@
+"""Held-out pairs, and images of fixed prompts."""

@@ -1,0 +1,144 @@
+"""Pairs that are not trained on, to see whether what is learned holds for others (``--val-fraction``).
+
+The split is by prompt, so that no image of a held-out prompt is trained on, and by nothing else: every run over the
+same data holds out the same prompts, whatever its seed or objective.
+
+Shape suffixes: P walks, S states, B a batch, 2 images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from smpo_common.errors import UserError
+from smpo_trainer.data.loader import StateBatch, StateDataset, collate, require_usable, usable
+from smpo_trainer.data.state_table import StateTable
+from smpo_trainer.model.denoising_error import condition, pair_errors
+from smpo_trainer.model.policy import Policy
+from smpo_trainer.shards.fetch import ShardStore
+from smpo_trainer.shards.shard_set import ShardSet
+
+_STRETCHES = 32
+"""Of walks, where not all are looked at: the more, the better they sample the table, and the more shards are read."""
+
+
+def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, StateTable]:
+    """The states that are trained on, and those that are held out.
+
+    Args:
+        table: all states.
+        fraction: of the prompts that are held out, about.
+
+    Raises:
+        UserError: one of the two is empty.
+    """
+    held_S = table.prompt_draw_P[table.walk_S] < fraction
+    if not held_S.any() or held_S.all():
+        raise UserError(
+            f"--val-fraction {fraction} holds out {'all' if held_S.any() else 'none'} of the prompts: there are too few"
+        )
+    return table.only(~held_S), table.only(held_S)
+
+
+def spread(table: StateTable, number: int) -> np.ndarray:
+    """At most ``number`` states of a table, of as many walks as possible: increasing indices, int64.
+
+    A walk's states are drawn in a fixed random order. Of more walks than that, stretches are taken that lie evenly over
+    the table: a sample of all directories that reads few shards.
+    """
+    keys_S = np.random.default_rng(0).random(len(table))
+    order = np.lexsort([keys_S, table.walk_S])
+    first_of_walk = np.flatnonzero(np.diff(table.walk_S[order], prepend=-1))
+    rounds = np.arange(len(table)) - np.repeat(first_of_walk, np.diff(first_of_walk, append=len(table)))
+    by_round = order[np.argsort(rounds, kind="stable")]
+    number = min(number, len(table))
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(rounds))])
+    last = np.searchsorted(bounds, number) - 1
+    before, size = bounds[last], bounds[last + 1] - bounds[last]
+    of_last = before + _stretches(size, number - before)
+    return np.sort(np.concatenate([by_round[:before], by_round[of_last]]))
+
+
+def _stretches(size: int, number: int) -> np.ndarray:
+    """``number`` of the indices below ``size``, increasing: stretches of equal length, with equal gaps around them."""
+    count = min(number, _STRETCHES)
+    stretch = np.arange(number) * count // number
+    return np.arange(number) + (2 * stretch + 1) * (size - number) // (2 * count)
+
+
+class HeldOut:
+    """This process's share of the held-out states, in memory.
+
+    Attributes:
+        batches: on the CPU.
+        forwards: how many batches the process with the most has.
+        num_states: in all processes.
+        problems: what is wrong with those of this process's states that cannot be used, one each.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        table: StateTable,
+        chosen: Sequence[int],
+        store: ShardStore,
+        batch_size: int,
+        accelerator: Accelerator,
+        *,
+        skip_bad: bool,
+    ) -> None:
+        """Read the ``chosen`` states of ``table``, whose shards ``store`` brings.
+
+        Raises:
+            UserError: there are fewer than processes, or a shard or a sample is missing or damaged, unless ``skip_bad``
+                leaves such states out of what is measured.
+        """
+        world, rank = accelerator.num_processes, accelerator.process_index
+        if len(chosen) < world:
+            raise UserError(f"{len(chosen)} held-out states are too few for {world} processes; raise --val-fraction")
+        shares = np.array_split(np.asarray(chosen), world)
+        own = shares[rank].tolist()
+        shard_of = table.locations.shard_P[table.walk_S]
+        problems = store.problems(sorted(set(shard_of[own].tolist())))
+        dataset = StateDataset(shards, table)
+        self.batches: list[StateBatch] = []
+        self.problems: list[str] = []
+        for states in _batches(own, table, batch_size):
+            batch = collate([dataset[usable(state, problems.get(int(shard_of[state])))] for state in states])
+            require_usable(batch, skip_bad=skip_bad)
+            self.batches.append(batch)
+            self.problems += batch.problems
+        self.forwards = max(len(_batches(share.tolist(), table, batch_size)) for share in shares)
+        self.num_states = len(chosen)
+        self._accelerator = accelerator
+
+    def recompute_reference(self, policy: Policy) -> None:
+        """Take the reference's errors from this run's own arithmetic; for a model that is still as it starts.
+
+        Args:
+            policy: its ``reference``, or else its ``denoiser``, is the reference.
+        """
+        for number, batch in enumerate(self.batches):
+            error_B2 = _reference_errors(policy, batch.to(self._accelerator.device), self._accelerator)
+            self.batches[number] = replace(batch, ref_error_B2=error_B2.cpu())
+
+
+def _batches(states: Sequence[int], table: StateTable, batch_size: int) -> list[list[int]]:
+    """Cut states into batches, each of one latent shape."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for state in states:
+        by_shape.setdefault(table.latent_of(state), []).append(state)
+    return [some[start : start + batch_size] for some in by_shape.values() for start in range(0, len(some), batch_size)]
+
+
+@torch.no_grad()
+def _reference_errors(policy: Policy, batch: StateBatch, accelerator: Accelerator) -> torch.Tensor:
+    """[B, 2]."""
+    conditioning = condition(policy, batch)
+    with accelerator.autocast():
+        return pair_errors(policy.family, policy.reference or policy.denoiser, batch, conditioning)
