@@ -84,10 +84,10 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (hour
 	$(BIN)/python benchmarks/train.py --shape sd15
 	$(BIN)/python benchmarks/train.py --shape sdxl
 	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin
-	$(BIN)/python benchmarks/walks.py measure "the world" $(DEMO)/thin/good.json
-	$(BIN)/python benchmarks/walks.py measure "its thin copy" $(DEMO)/thin/thin.json --model $(DEMO)/thin
-	$(BIN)/python benchmarks/walks.py page $(DEMO)/thin/good.json $(DEMO)/thin/thin.json
-	$(BIN)/python benchmarks/walk_training.py --work $(DEMO)
+	$(BIN)/python benchmarks/trajectories.py measure "the world" $(DEMO)/thin/good.json
+	$(BIN)/python benchmarks/trajectories.py measure "its thin copy" $(DEMO)/thin/thin.json --model $(DEMO)/thin
+	$(BIN)/python benchmarks/trajectories.py page $(DEMO)/thin/good.json $(DEMO)/thin/thin.json
+	$(BIN)/python benchmarks/trajectory_training.py --work $(DEMO)
 	$(BIN)/python benchmarks/drift.py --work $(DEMO)
 	$(BIN)/python benchmarks/lora.py --work $(DEMO)
 	$(BIN)/python benchmarks/health.py --demo $(DEMO) --work $(DEMO)/health

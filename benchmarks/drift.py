@@ -1,12 +1,12 @@
-"""How far walks move as a model is trained, and whether a second round on fresh ones pays: a section of docs/walks.md.
+"""How far trajectories move in training, and whether a second round pays: a section of docs/trajectories.md.
 
-The states in shards are those of the model that walked, the base. First: the same pairs with the same draws are walked
-by models tuned for 50, 200 and 1000 steps, and the noise is compared. Second: the models that walk_training.py trained
-on `renoise-1` are trained on for as many steps again: on the shards of the first round, on ones that the base has
-walked with other draws, and on ones that the tuned model itself has walked (`invert --walker`), also with other draws.
-The reference is the base throughout.
+The states in shards are those of the model that inverted, the base. First: the same pairs with the same draws are
+inverted by models tuned for 50, 200 and 1000 steps, and the noise is compared. Second: the models that
+trajectory_training.py trained on `renoise-1` are trained on for as many steps again: on the shards of the first round,
+on ones that the base has inverted with other draws, and on ones that the tuned model itself has inverted (`invert
+--inverting-unet`), also with other draws. The reference is the base throughout.
 
-    python benchmarks/walk_training.py --work DIR good-renoise-1
+    python benchmarks/trajectory_training.py --work DIR good-renoise-1
     python benchmarks/drift.py --work DIR [PART ...]
 
 About twenty CPU minutes. With parts (a number of steps: 50, 200, 1000; shards and seed of the second round: old-0,
@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, percent, pooled, results_of, row
 from page import stamp, write_section
-from walk_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
+from trajectory_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
 
 from smpo_schemas.shards.samples import Sample, ShardDirectory
 from smpo_trainer.output.run_folder import TRAINING_FILE
 
-PAGE = ROOT / "docs/walks.md"
+PAGE = ROOT / "docs/trajectories.md"
 TITLE = "Drift, and a second round"
 AFTER = (50, 200, 1000)
 BATCH = 8
@@ -37,8 +37,8 @@ BANDS = 5
 FIRST = VARIANTS["good-renoise-1"]
 ARMS = {
     "old": "the first round's shards",
-    "redrawn": "walked anew by the base",
-    "fresh": "walked anew by the tuned model",
+    "redrawn": "inverted again by the base",
+    "fresh": "inverted again by the tuned model",
 }
 
 
@@ -47,17 +47,17 @@ def tuned_for(work: Path, steps: int) -> Path:
     return work / "runs" / f"drift-{steps}"
 
 
-def walked_by(work: Path, steps: int) -> Path:
-    """Folder of its walks of the first pairs."""
-    return work / "walks" / f"drift-{steps}"
+def inverted_by(work: Path, steps: int) -> Path:
+    """Folder of its trajectories of the first pairs."""
+    return work / "trajectories" / f"drift-{steps}"
 
 
 def make_moved(work: Path, steps: int) -> None:
-    """A model tuned for some steps, and its walks with the draws of the base's."""
+    """A model tuned for some steps, and its trajectories with the draws of the base's."""
     out = tuned_for(work, steps)
     flags = ("--lr-schedule", "constant", "--batch-size", BATCH, "--max-steps", steps)
     train(shards_of(work, FIRST), model_of(work, "good"), out, *flags)
-    invert(work, "good", walked_by(work, steps), "--limit", PAIRS, "--walker", out / "unet")
+    invert(work, "good", inverted_by(work, steps), "--limit", PAIRS, "--inverting-unet", out / "unet")
 
 
 def second(work: Path, arm: str, seed: int) -> Path:
@@ -70,11 +70,11 @@ def make_second(work: Path, arm: str, seed: int) -> None:
     first = runs_of(work, FIRST)[SEEDS.index(seed)]
     shards = {
         "old": shards_of(work, FIRST),
-        "redrawn": work / "walks/second-redrawn",
-        "fresh": work / f"walks/second-fresh-s{seed}",
+        "redrawn": work / "trajectories/second-redrawn",
+        "fresh": work / f"trajectories/second-fresh-s{seed}",
     }[arm]
     if arm != "old":
-        invert(work, "good", shards, "--seed", 1, *(("--walker", first / "unet") if arm == "fresh" else ()))
+        invert(work, "good", shards, "--seed", 1, *(("--inverting-unet", first / "unet") if arm == "fresh" else ()))
     flags = ("--unet", first / "unet", "--seed", 10 + seed)
     train(shards, model_of(work, "good"), second(work, arm, seed), *flags)
 
@@ -92,8 +92,8 @@ def judge(work: Path) -> None:
     evaluate(work / "report-drift", model_of(work, "good"), there, work / "world/prompts/test.txt", images=IMAGES)
 
 
-def walks_in(folder: Path, pairs: int) -> dict[str, Sample]:
-    """The first walks of a folder of shards, by pair."""
+def trajectories_in(folder: Path, pairs: int) -> dict[str, Sample]:
+    """The first trajectories of a folder of shards, by pair."""
     samples = (sample for sample, _ in zip(ShardDirectory(folder).samples(), range(pairs), strict=False))
     return {sample.meta.pair_id: sample for sample in samples}
 
@@ -102,12 +102,12 @@ def moved(base: Sequence[Sample], tuned: Sequence[Sample]) -> tuple[list[float],
     """By timestep band: the rms of tau's difference over tau's rms, and the correlation.
 
     Raises:
-        RuntimeError: the walks are not of the same draws.
+        RuntimeError: the trajectories are not of the same draws.
     """
     sums = np.zeros((BANDS, 4))
     for one, other in zip(base, tuned, strict=True):
         if not (one.x0_2Chw.equal(other.x0_2Chw) and one.timestep_K.equal(other.timestep_K)):
-            raise RuntimeError(f"{one.meta.pair_id}: the walks begin elsewhere or visit other timesteps")
+            raise RuntimeError(f"{one.meta.pair_id}: the trajectories begin elsewhere or visit other timesteps")
         for t, a, b in zip(one.timestep_K.tolist(), one.noise_K2Chw.double(), other.noise_K2Chw.double(), strict=True):
             x, y = a.numpy(), b.numpy()
             sums[t * BANDS // 1000] += ((x - y) ** 2).sum(), (x**2).sum(), (y**2).sum(), (x * y).sum()
@@ -117,10 +117,10 @@ def moved(base: Sequence[Sample], tuned: Sequence[Sample]) -> tuple[list[float],
 
 def moved_row(work: Path, steps: int) -> str:
     """A line of the first table."""
-    tuned = walks_in(walked_by(work, steps), PAIRS)
-    base = walks_in(shards_of(work, FIRST), PAIRS)
+    tuned = trajectories_in(inverted_by(work, steps), PAIRS)
+    base = trajectories_in(shards_of(work, FIRST), PAIRS)
     distances, correlations = moved([base[pair] for pair in tuned], list(tuned.values()))
-    health = ShardDirectory(walked_by(work, steps)).manifest.health
+    health = ShardDirectory(inverted_by(work, steps)).manifest.health
     ratios = " ".join(f"{band.noise_ratio:.2f}" for band in health if band.noise_ratio is not None)
     found, _ = pooled(work / "report-drift", [tuned_for(work, steps).name])
     return (
@@ -133,10 +133,10 @@ def moved_table(work: Path) -> str:
     """The first table."""
     made = [steps for steps in AFTER if is_trained(tuned_for(work, steps))]
     if not made:
-        return "How far walks move was not measured, for want of time."
-    return f"""How far the tuned model's own walks are from those of the base, with the same draws: {PAIRS} pairs of the
-embedded world, by timestep band (0 to 199 first). Trained as above, but at a constant learning rate, with {BATCH}
-pairs a step and one seed. "Noise ratio" is the *reference's* at the tuned model's walks.
+        return "How far trajectories move was not measured, for want of time."
+    return f"""How far the tuned model's own trajectories are from those of the base, with the same draws: {PAIRS} pairs
+of the embedded world, by timestep band (0 to 199 first). Trained as above, but at a constant learning rate, with
+{BATCH} pairs a step and one seed. "Noise ratio" is the *reference's* at the tuned model's trajectories.
 
 {head("steps", "gain over base (95 %)", "rms of tau's difference / rms of tau", "correlation of tau", "noise ratio")}
 {chr(10).join(moved_row(work, steps) for steps in made)}"""
@@ -190,7 +190,7 @@ def main() -> None:
     """Make some parts, or all and the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to make; default: all")
-    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/walk_training.py")
+    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/trajectory_training.py")
     arguments = parser.parse_args()
     work: Path = arguments.work
     parts: dict[str, Callable[[], None]] = {

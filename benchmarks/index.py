@@ -1,9 +1,10 @@
 """What it costs to list the states of a large data set before the first step: writes its section of docs/benchmarks.md.
 
-A synthetic ``index.parquet`` of --walks walks of nine states and two rewards, in shards of 1000, is listed as
-`smpo-train` lists it, in a process of its own: seconds, and the peak of its memory above what the imports take.
+A synthetic ``index.parquet`` of --trajectories trajectories of nine states and two rewards, in shards of 1000, is
+listed as `smpo-train` lists it, in a process of its own: seconds, and the peak of its memory above what the imports
+take.
 
-    python benchmarks/index.py [--walks 1000000]
+    python benchmarks/index.py [--trajectories 1000000]
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ WORDS = (
 )
 
 
-def make(path: Path, walks: int) -> None:
+def make(path: Path, trajectories: int) -> None:
     """An index and a manifest without tars."""
     stream = np.random.default_rng(0)
     with pq.ParquetWriter(path / INDEX_FILE, _SCHEMA, compression="zstd") as writer:
-        for start in range(0, walks, PER_SHARD):
+        for start in range(0, trajectories, PER_SHARD):
             words = stream.choice(WORDS, (PER_SHARD, 12))
             scores = stream.random((PER_SHARD, 2, 2)).tolist()
             timesteps = np.sort(stream.integers(1, 999, (PER_SHARD, STATES))).tolist()
@@ -73,14 +74,14 @@ def make(path: Path, walks: int) -> None:
                     "shard": start // PER_SHARD, "key": f"{start + number:08d}", "meta_offset": 512 + number * 170_000,
                     "meta_bytes": 400, "tensors_offset": 1536 + number * 170_000, "tensors_bytes": 165_000,
                     "meta": json.dumps({
-                        "pair_id": f"{(start + number) * 7919:016x}", "walk": 0, "flipped": False,
+                        "pair_id": f"{(start + number) * 7919:016x}", "trajectory": 0, "flipped": False,
                         "prompt": " ".join(words[number]), "prompt_dropped": number % 5 == 0, "label": 1.0,
                         "annotator": "someone", "scores": dict(zip(REWARDS, scores[number], strict=True)),
                         "size": [[512, 512]] * 2, "crop": [[0, 0]] * 2,
                     }),
                     "timesteps": timesteps[number], "latent": [4, 64, 64],
                 }
-                for number in range(min(PER_SHARD, walks - start))
+                for number in range(min(PER_SHARD, trajectories - start))
             ]  # fmt: skip
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
     statistics = RewardStatistics(
@@ -89,16 +90,18 @@ def make(path: Path, walks: int) -> None:
     shards = [
         ShardEntry(name=f"shard-{number:06d}.tar", pairs=PER_SHARD, samples=PER_SHARD, states=PER_SHARD * STATES,
                    bytes=PER_SHARD * 170_000, sha256="0" * 64)
-        for number in range(walks // PER_SHARD)
+        for number in range(trajectories // PER_SHARD)
     ]  # fmt: skip
     index = IndexEntry(name=INDEX_FILE, bytes=(path / INDEX_FILE).stat().st_size, sha256=sha256_file(path / INDEX_FILE))
     write_manifest(path, Manifest(
         schema_version=MANIFEST_VERSION,
-        model=ModelInfo(id="none", kind="sd15", prediction_type="epsilon", reference="0", walker="0", text="0", vae="0",
+        model=ModelInfo(id="none", kind="sd15", prediction_type="epsilon", reference="0",
+                        inverting_denoiser="0", text="0", vae="0",
                         scheduler="0", num_train_timesteps=1000),
         resolution=512, inversion=InversionSettings(), seed=0, rewards=dict.fromkeys(REWARDS, statistics),
         shards=shards, index=index,
-        totals=Totals(pairs_in=walks, pairs=walks, samples=walks, states=walks * STATES, rejected=0, bytes=1),
+        totals=Totals(pairs_in=trajectories, pairs=trajectories, samples=trajectories, states=trajectories * STATES,
+                      rejected=0, bytes=1),
         rejected_reasons={}, health=[], versions={},
     ))  # fmt: skip
 
@@ -122,20 +125,22 @@ def measure(path: Path) -> None:
 def main() -> None:
     """Make the index, and list it in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--walks", type=int, default=1_000_000)
+    parser.add_argument("--trajectories", type=int, default=1_000_000)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(arguments.measure)
         return
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), arguments.walks)
+        make(Path(folder), arguments.trajectories)
         command = [sys.executable, __file__, "--measure", folder]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         size = (Path(folder) / INDEX_FILE).stat().st_size / 2**20
-    text = stamp(f"python benchmarks/index.py --walks {arguments.walks}", ("torch", "numpy", "pyarrow", "pydantic"))
+    text = stamp(
+        f"python benchmarks/index.py --trajectories {arguments.trajectories}", ("torch", "numpy", "pyarrow", "pydantic")
+    )
     found_text = (
-        f"{arguments.walks:,} walks, {found['states']:,} states, an index of {size:.0f} MiB: listed in "
+        f"{arguments.trajectories:,} trajectories, {found['states']:,} states, an index of {size:.0f} MiB: listed in "
         f"{found['seconds']:.0f} s on one core; memory peaks {found['gib']:.2f} GiB above that of the imports.\n"
         "The machine was shared with other work, which the seconds show and the memory does not."
     )

@@ -1,7 +1,7 @@
 """How much of `smpo-pipeline invert` is the denoiser at work: writes its section of docs/benchmarks.md.
 
-The embedded world's model and pictures, batches of 16 walks, every setting at its default. Measured in turns, each
-program in a process of its own:
+The embedded world's model and pictures, batches of 16 trajectories, every setting at its default. Measured in turns,
+each program in a process of its own:
 
 - actor: the actor's loop without Ray (`InvertActor` on units that are prepared already, tars written and committed);
 - job: the whole Ray job, which also reads, decodes and crops beside the actor, and writes index and manifest.
@@ -105,7 +105,7 @@ def options_of(work: Path, out: Path, device: str) -> InvertOptions:
     """What `invert` is told."""
     return InvertOptions(
         pairs=[work / "pairs.parquet"], scores=work / "scores", model=str(ASSETS / "model"), out=out / "shards",
-        unet=None, walker=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0,
+        unet=None, inverting_unet=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0,
         pairs_per_shard=PAIRS_A_UNIT, shard_bytes=None, batch_size=BATCH, device=device, concurrency=1,
         ray_address=None, limit=None, max_reject_rate=0.0, overwrite=False,
     )  # fmt: skip
@@ -237,7 +237,7 @@ def page(turns: list[dict[str, dict[str, float]]], device: str) -> str:
     libraries = ("torch", "diffusers", "transformers", "ray")
     return f"""{stamp(f"python benchmarks/invert.py --device {device}", libraries, device=device)}
 
-The embedded world's model and pictures ({SIDE} pixels), float32, batches of {BATCH} walks, {UNITS} units of
+The embedded world's model and pictures ({SIDE} pixels), float32, batches of {BATCH} trajectories, {UNITS} units of
 {PAIRS_A_UNIT} pairs with one actor, every setting at its default: {FORWARDS_A_PAIR} forwards of one image a pair, and
 those that measure health on a part of them (the reference's forwards count as the denoiser's). Shares of the clock from
 the end of the first unit to that of the last, and, of the job, also while index and manifest are written; left out are

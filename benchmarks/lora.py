@@ -1,9 +1,9 @@
 """Full training and LoRA on the embedded world, judged by what they generate: a section of docs/trainer.md.
 
-The full runs are those of benchmarks/walk_training.py (`good-renoise-1`). A LoRA wants another learning rate: it is
-chosen on the validation prompts with a training seed of its own; then three others are judged on the test prompts.
+The full runs are those of benchmarks/trajectory_training.py (`good-renoise-1`). A LoRA wants another learning rate: it
+is chosen on the validation prompts with a training seed of its own; then three others are judged on the test prompts.
 
-    python benchmarks/walk_training.py --work DIR good-renoise-1
+    python benchmarks/trajectory_training.py --work DIR good-renoise-1
     python benchmarks/lora.py --work DIR
 
 About six CPU minutes. Every stage continues where it was stopped.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, pooled, results_of, row
 from page import stamp, write_section
-from walk_training import IMAGES, SEEDS, VARIANTS, model_of, runs_of, shards_of, train
+from trajectory_training import IMAGES, SEEDS, VARIANTS, model_of, runs_of, shards_of, train
 
 PAGE = ROOT / "docs/trainer.md"
 TITLE = "Full training and LoRA, judged"
@@ -36,7 +36,7 @@ def lora(work: Path, rate: str, seed: int) -> Path:
 def main() -> None:
     """Choose the learning rate, train, judge, and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/walk_training.py")
+    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/trajectory_training.py")
     work: Path = parser.parse_args().work
     base, prompts = model_of(work, "good"), work / "world/prompts"
     selection, report = work / "report-lora-validation", work / "report-lora"

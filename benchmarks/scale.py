@@ -42,7 +42,7 @@ from score_programs import make_pairs
 import smpo_pipeline.jobs.invert.job as invert_job
 import smpo_pipeline.jobs.score.job as score_job
 from smpo_models.loading import load_family
-from smpo_pipeline.inversion.batch import PreparedPair, draw_walk
+from smpo_pipeline.inversion.batch import PreparedPair, draw_trajectory
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions
 from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, UnitRecord
@@ -86,13 +86,13 @@ class StandIn:
 
     def _sample(self, pair: PreparedPair, number: int) -> Sample:
         settings = self._options.settings
-        walk = draw_walk(pair, number, self._family, settings, self._options.seed)
-        latent, states = self._family.latent_shape(*pair.image_size), len(walk.plan.stored)
+        trajectory = draw_trajectory(pair, number, self._family, settings, self._options.seed)
+        latent, states = self._family.latent_shape(*pair.image_size), len(trajectory.plan.stored)
         return Sample(
-            walk.meta(),
+            trajectory.meta(),
             torch.zeros(2, *latent, dtype=torch.float16),
             torch.zeros(states, 2, *latent, dtype=torch.float16),
-            torch.tensor(walk.plan.used_at),
+            torch.tensor(trajectory.plan.used_at),
             torch.zeros(states, 2),
             torch.zeros(states, 2),
         )
@@ -134,7 +134,8 @@ def invert_options(work: Path, out: Path, pairs: Sequence[Path], limit: int, **m
     """What `invert` is told."""
     return InvertOptions(
         pairs=list(pairs), scores=work / "scores", model=str(ASSETS / "model"), out=out / "shards", unet=None,
-        walker=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0, shard_bytes=None,
+        inverting_unet=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0,
+        shard_bytes=None,
         device="cpu", limit=limit, max_reject_rate=0.0, overwrite=False, **more,
     )  # fmt: skip
 
@@ -321,7 +322,7 @@ def account_page() -> Iterator[str]:
     as_object = held_bytes(lambda: UnitRecord.model_validate_json(record.model_dump_json()))
     yield stamp("python benchmarks/scale.py", ("torch", "pyarrow"))
     yield ""
-    yield f"{MANY:,} pairs in {FILES:,} Parquet files, one walk a pair, every setting at its default but"
+    yield f"{MANY:,} pairs in {FILES:,} Parquet files, one trajectory a pair, every setting at its default but"
     yield "`--shard-size 1GB`; two rewards, ids of 36 and prompts of 80 characters. By formula, and by the size of one"
     yield "real thing of each kind; nothing of this size was run."
     yield ""

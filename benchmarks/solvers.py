@@ -1,10 +1,11 @@
 """What each solver of an inversion step costs and reaches on the embedded world: writes a part of docs/inversion.md.
 
-Walks of a few pairs of the embedded world, no prompt dropped, nothing flipped. Reported are evaluations of the denoiser
-a state (an image at a timestep), the residual of every state, measured by a further evaluation of the float32 model
+Trajectories of a few pairs of the embedded world, no prompt dropped, nothing flipped. Reported are evaluations of the
+denoiser a state (an image at a timestep), the residual of every state, measured by a further evaluation of the float32
+model
 that is not counted, and the round trip: DDIM sampling, by the float32 model too, from the last state back over the
-same nodes, how far it ends from the latents that the walk began with. Further tables: walkers rounded to narrow types,
-guided walks, and the published timesteps.
+same nodes, how far it ends from the latents that the trajectory began with. Further tables: inverting denoisers rounded
+to narrow types, guided trajectories, and the published timesteps.
 
     python benchmarks/solvers.py [--pairs 6]
 
@@ -29,11 +30,11 @@ from smpo_common.files import write_bytes
 from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_models.weights import DTYPES
-from smpo_pipeline.inversion.batch import Batch, PreparedPair, Visit, Walk, draw_walk
+from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
 from smpo_pipeline.inversion.health import NUM_BANDS
 from smpo_pipeline.inversion.sources import renoise_visits
 from smpo_pipeline.inversion.step import carry, distance
-from smpo_pipeline.inversion.timesteps import WalkPlan
+from smpo_pipeline.inversion.timesteps import TrajectoryPlan
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import captions_of, random_centre, render, scene_of
 from smpo_schemas.manifest import InversionSettings
@@ -69,7 +70,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "renoise 0, eta 0.1 (InPO)": {"renoise_steps": 0, "eta": 0.1},
     "anderson 1e-5": {"solver": "anderson", "tolerance": 1e-5},
 }
-WALKS = 6
+TRAJECTORIES = 6
 """A pair, of the published timesteps: each has one state."""
 
 GUIDED = ("renoise 1 (published)", "renoise 5", "adaptive 1e-4", "anderson 1e-4")
@@ -77,12 +78,12 @@ GUIDED = ("renoise 1 (published)", "renoise 5", "adaptive 1e-4", "anderson 1e-4"
 
 @dataclasses.dataclass
 class Measured:
-    """What was found on some walks.
+    """What was found on some trajectories.
 
     Attributes:
         evaluations: a state.
         missed: share of the states whose solver did not reach its tolerance; None for solvers without one.
-        own: all states' residuals by the walker, in its own type.
+        own: all states' residuals by the inverting denoiser, in its own type.
         residuals, timesteps: all states' residuals by the float32 model, and where they are.
         round_trip: all images' errors.
     """
@@ -95,7 +96,7 @@ class Measured:
     round_trip: np.ndarray
 
     def cells(self, *, own: bool = False) -> list[str]:
-        """Cells of a table row; with the walker's own residuals or without."""
+        """Cells of a table row; with the inverting denoiser's own residuals or without."""
         shown = [*([self.own] if own else []), self.residuals, self.round_trip]
         spread = [f"{value:.1e}" for each in shown for value in (np.median(each), each.max())]
         return [f"{self.evaluations:.1f}", *spread, "" if self.missed is None else f"{100 * self.missed:.1f} %"]
@@ -126,19 +127,21 @@ def make_pairs(count: int) -> list[PreparedPair]:
     return pairs
 
 
-def walked(family: Family, walks: Sequence[Walk], settings: InversionSettings) -> tuple[CountingBatch, list[Visit]]:
-    """All visits of some walks, made by a copy of the denoiser in the settings' type."""
-    walker = copy.deepcopy(family.denoiser).to(DTYPES[settings.dtype])
-    batch = CountingBatch(walks, family, walker, settings)
+def inverted(
+    family: Family, trajectories: Sequence[Trajectory], settings: InversionSettings
+) -> tuple[CountingBatch, list[Visit]]:
+    """All visits of some trajectories, made by a copy of the denoiser in the settings' type."""
+    inverting_denoiser = copy.deepcopy(family.denoiser).to(DTYPES[settings.dtype])
+    batch = CountingBatch(trajectories, family, inverting_denoiser, settings)
     return batch, list(renoise_visits(batch))
 
 
 @torch.inference_mode()
 def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings) -> Measured:
-    """Walk, measure every state's residual, and sample back."""
-    walks = [draw_walk(pair, 0, family, settings, 0) for pair in pairs]
-    walker, visits = walked(family, walks, settings)
-    rows, exact = walker.rows, Batch(walks, family, family.denoiser, settings)
+    """Trajectory, measure every state's residual, and sample back."""
+    trajectories = [draw_trajectory(pair, 0, family, settings, 0) for pair in pairs]
+    inverting_denoiser, visits = inverted(family, trajectories, settings)
+    rows, exact = inverting_denoiser.rows, Batch(trajectories, family, family.denoiser, settings)
 
     def residuals(batch: Batch) -> np.ndarray:
         return np.concatenate([
@@ -151,13 +154,13 @@ def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSe
     for visit in reversed(visits):
         eps = exact.predicted_noise(x, visit.t_S, visit.rows_S)
         x = carry(exact.process, x, eps, visit.t_S, visit.origin[1])
-    trip = (x - walker.x0_RChw).flatten(1).norm(dim=1) / walker.x0_RChw.flatten(1).norm(dim=1)
+    trip = (x - inverting_denoiser.x0_RChw).flatten(1).norm(dim=1) / inverting_denoiser.x0_RChw.flatten(1).norm(dim=1)
     missed = [visit.solved_S > settings.tolerance for visit in visits if visit.solved_S is not None]
     timesteps = np.concatenate([visit.t_S.numpy() for visit in visits])
     return Measured(
         evaluations=rows * (2 if settings.guidance_scale != 1 else 1) / len(timesteps),
         missed=float(torch.cat(missed).double().mean()) if missed else None,
-        own=residuals(walker),
+        own=residuals(inverting_denoiser),
         residuals=residuals(exact),
         timesteps=timesteps,
         round_trip=trip.numpy(),
@@ -166,16 +169,20 @@ def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSe
 
 @torch.inference_mode()
 def measure_published(family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings) -> list[str]:
-    """Published states against those that belong to their timestep: a solved walk over the same grid, to t itself."""
-    walks = [draw_walk(pair, number, family, settings, 0) for pair in pairs for number in range(WALKS)]
-    batch, visits = walked(family, walks, settings)
+    """Published states against those that belong to their timestep: solved over the same grid, to t itself."""
+    trajectories = [
+        draw_trajectory(pair, number, family, settings, 0) for pair in pairs for number in range(TRAJECTORIES)
+    ]
+    batch, visits = inverted(family, trajectories, settings)
     grid = family.process.grid(settings.steps)
     exact_settings = settings.model_copy(update={"solver": "anderson", "tolerance": 1e-5, "eta": 0.0})
-    own = [dataclasses.replace(walk, plan=_to_its_t(grid, walk.plan.used_at[0])) for walk in walks]
-    _, exact_visits = walked(family, own, exact_settings)
+    own = [
+        dataclasses.replace(trajectory, plan=_to_its_t(grid, trajectory.plan.used_at[0])) for trajectory in trajectories
+    ]
+    _, exact_visits = inverted(family, own, exact_settings)
     used, exact = (_last_states(found, batch) for found in (visits, exact_visits))
-    t_R = torch.tensor([walk.plan.used_at[0] for walk in walks for _ in range(2)])
-    gap = np.array([walk.plan.nodes[-1] - walk.plan.used_at[0] for walk in walks])
+    t_R = torch.tensor([trajectory.plan.used_at[0] for trajectory in trajectories for _ in range(2)])
+    gap = np.array([trajectory.plan.nodes[-1] - trajectory.plan.used_at[0] for trajectory in trajectories])
     outputs = [family.denoise(family.denoiser, x, t_R, batch.conditioning) for x in (used, exact)]
     a, s = batch.process.levels(t_R, used)
     taus = [(x - a * batch.x0_RChw) / s for x in (used, exact)]
@@ -193,9 +200,9 @@ def measure_published(family: Family, pairs: Sequence[PreparedPair], settings: I
     ]
 
 
-def _to_its_t(grid: Sequence[int], t: int) -> WalkPlan:
+def _to_its_t(grid: Sequence[int], t: int) -> TrajectoryPlan:
     nodes = (*(node for node in grid if node < t), t)
-    return WalkPlan(nodes, nodes, (len(nodes) - 1,), (t,))
+    return TrajectoryPlan(nodes, nodes, (len(nodes) - 1,), (t,))
 
 
 def _last_states(visits: Sequence[Visit], batch: Batch) -> torch.Tensor:
@@ -212,7 +219,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(found: dict[int, dict[str, Measured]]) -> None:
-    """Cost against round trip, and the residual along the walk."""
+    """Cost against round trip, and the residual along the trajectory."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for steps, marker in zip(STEPS, "^os", strict=True):
         for index, (name, measured) in enumerate(found[steps].items()):
@@ -273,12 +280,15 @@ reach its tolerance.
 
 {table(("solver", "steps", *columns), rows)}
 
-The same, {plain.steps} steps, with a walker rounded to a narrow type. "Own residual" is what that walker measures: its
+The same, {
+        plain.steps
+    } steps, with an inverting denoiser rounded to a narrow type. "Own residual" is what that inverting denoiser
+    measures: its
 solver looks at it, and shards store it. Residual and round trip are by the unrounded model, in float32:
 
 {table(("dtype", "solver", columns[0], "own residual, median", "max", *columns[1:]), narrow)}
 
-The same, float32, with classifier-free guidance of scale 3 in the walk (an evaluation is then two forwards, both
+The same, float32, with classifier-free guidance of scale 3 in the trajectory (an evaluation is then two forwards, both
 counted):
 
 {table(("solver", *columns), guided)}
@@ -287,7 +297,9 @@ counted):
 
 `--timesteps published`: the first grid state at or above t (above the last node: that one) is used as if it were at t,
 and each step asks the model at the timestep that it starts from. It is compared with the state that belongs to t: a
-walk over the same grid's nodes below t and then t, asked where steps end, solved to 1e-5. {WALKS} draws of t for each
+trajectory over the same grid's nodes below t and then t, asked where steps end, solved to 1e-5. {
+        TRAJECTORIES
+    } draws of t for each
 pair. "From below" is the share of states whose node is below t. The last two columns are the rms of tau, and of the
 noise predicted at t, of the used states over those of the states that belong to t.
 

@@ -1,4 +1,4 @@
-"""Makes a copy of the embedded world's model whose VAE has a thin posterior, for benchmarks/walks.py.
+"""Makes a copy of the embedded world's model whose VAE has a thin posterior, for benchmarks/trajectories.py.
 
 The world's VAE is made with a posterior of standard deviation 0.35, which gives flat pictures the thickness that grain
 gives to photographs (smpo_pipeline/toy/autoencoder.py). Here that number is replaced (0.05 by default), and the UNet is

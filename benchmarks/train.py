@@ -59,14 +59,14 @@ GAMMA = 10.0
 RUNS = (1, 2, 5, 10)
 
 
-def make_shards(path: Path, model: Path, walks: int) -> None:
+def make_shards(path: Path, model: Path, trajectories: int) -> None:
     """Shards of random latents: what a training step costs does not depend on what they show."""
     stream = torch.Generator().manual_seed(1)
     size = ((8 * SIDE, 8 * SIDE),) * 2
     with ShardWriter(path / "shard-000000.tar") as writer:
-        for number in range(walks):
+        for number in range(trajectories):
             meta = SampleMeta(
-                pair_id=str(number), walk=0, flipped=False, prompt=PROMPT, prompt_dropped=False,
+                pair_id=str(number), trajectory=0, flipped=False, prompt=PROMPT, prompt_dropped=False,
                 label=1.0, annotator=None, scores={"taste": (0.3, 0.7)}, size=size, crop=((0, 0),) * 2,
             )  # fmt: skip
             shapes = ((2, 4, SIDE, SIDE), (STEPS, 2, 4, SIDE, SIDE))
@@ -83,12 +83,14 @@ def make_shards(path: Path, model: Path, walks: int) -> None:
         schema_version=MANIFEST_VERSION,
         model=ModelInfo(
             id=str(model), kind=family.kind, prediction_type=family.process.prediction_type, reference=reference,
-            walker=reference, text=fingerprint_module(*family.text_modules), vae=fingerprint_module(family.vae),
+            inverting_denoiser=reference, text=fingerprint_module(*family.text_modules),
+            vae=fingerprint_module(family.vae),
             scheduler=family.process.fingerprint(), num_train_timesteps=family.process.num_train_timesteps,
         ),
         resolution=8 * SIDE, inversion=InversionSettings(), seed=0, rewards={"taste": statistics}, shards=[entry],
         totals=Totals(
-            pairs_in=walks, pairs=walks, samples=walks, states=entry.states, rejected=0, bytes=entry.bytes
+            pairs_in=trajectories, pairs=trajectories, samples=trajectories, states=entry.states, rejected=0,
+            bytes=entry.bytes
         ),
         rejected_reasons={}, health=[], versions={},
     )  # fmt: skip
@@ -254,7 +256,7 @@ def lines_of(turns: list[dict[str, dict[str, float]]], shape: Shape, divide: int
     yield f"a turn (lowest .. highest). The published way inverts on {shape.grid} nodes, up to the first that is not"
     yield "below a uniform t."
     yield "`published` steps with torch's AdamW as it comes, as those scripts do; `ours` and `bare` with the fused one."
-    yield f"`invert` is our walk of {STEPS} steps, its seconds for as many states as a training step takes."
+    yield f"`invert` is our trajectory of {STEPS} steps, its seconds for as many states as a training step takes."
     yield ""
     yield "| program | seconds a step | peak GiB |"
     yield "| --- | --- | --- |"
@@ -294,7 +296,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_model(work / "model", arguments.shape, arguments.divide, SIDE)
-        make_shards(work / "shards", work / "model", walks=4)
+        make_shards(work / "shards", work / "model", trajectories=4)
         turns = []
         for turn in range(arguments.turns):
             turns.append({each: measure(each, arguments, work) for each in ("published", "ours", "bare", "invert")})

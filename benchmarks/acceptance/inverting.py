@@ -170,7 +170,9 @@ def _rates_by_batch(world: World, report: Report) -> float | None:
     inverter.invert([(pairs[0], 0)])  # what is set up once
     for count in world.size.batches:
         clock, split = _timed(world, family, inverter, pairs[:count])
-        report.note(**{f"{count} walks: pairs/s": count / clock, f"{count} walks: share": _shares(split, clock)})
+        report.note(
+            **{f"{count} trajectories: pairs/s": count / clock, f"{count} trajectories: share": _shares(split, clock)}
+        )
     few = pairs[: world.size.batches[-2]]
     with world.device.tf32():
         clock, split = _timed(world, family, inverter, few)
@@ -216,21 +218,21 @@ def _note_vae_layouts(world: World, report: Report, family: Family) -> None:
 
 
 @torch.no_grad()
-def _seconds_a_pair(world: World, family: Family, inverter: Inverter, walks: int) -> float | None:
-    """What the device's rates allow: forwards of the UNet, the VAE and the text of a batch of SD 1.5's walks."""
-    rows, side = 2 * walks, world.pixels("sd15")
+def _seconds_a_pair(world: World, family: Family, inverter: Inverter, trajectories: int) -> float | None:
+    """What the device's rates allow: forwards of the UNet, the VAE and the text of a batch of SD 1.5's trajectories."""
+    rows, side = 2 * trajectories, world.pixels("sd15")
     x, seen = latents(world, "sd15", rows), conditioned(world, family, "sd15", rows)
     t = torch.full((rows,), 500, device=world.device.name)
     pixels = torch.zeros(rows, 3, side, side)
-    (walker,) = inverter.denoisers - {family.denoiser}
-    estimate = roofline(world, lambda: family.denoise(walker, x, t, seen))
+    (inverting_denoiser,) = inverter.denoisers - {family.denoiser}
+    estimate = roofline(world, lambda: family.denoise(inverting_denoiser, x, t, seen))
     with torch.autocast(world.device.name, torch.bfloat16):
         error = roofline(world, lambda: family.denoise(family.denoiser, x, t, seen))
     others = roofline(world, lambda: (family.posterior(pixels), conditioned(world, family, "sd15", rows)))
     if estimate is None or error is None or others is None:
         return None
     # Two estimates and the reference's error at each step.
-    return (world.size.steps * (2 * estimate + error) + others) / walks
+    return (world.size.steps * (2 * estimate + error) + others) / trajectories
 
 
 # The actor
@@ -283,7 +285,8 @@ def _options(world: World, shape: str, folder: Path, out: Path, unit: int) -> In
     """What `invert` is told."""
     return InvertOptions(
         pairs=[folder / "pairs.parquet"], scores=folder / "scores", model=str(world.model(shape)), out=out,
-        unet=None, walker=None, vae=None, resolution=None, settings=settings_of(world, "bf16"), columns={}, seed=0,
+        unet=None, inverting_unet=None, vae=None, resolution=None, settings=settings_of(world, "bf16"), columns={},
+        seed=0,
         pairs_per_shard=unit, shard_bytes=None, batch_size=min(unit, world.size.batches[-1]),
         device=world.device.name, concurrency=1, ray_address=None, limit=None, max_reject_rate=0.0, overwrite=False,
     )  # fmt: skip

@@ -17,11 +17,11 @@ from smpo_pipeline.isolation import FAILURES, Outcome, make
 from smpo_pipeline.rewards import load_reward
 
 SPARE = 6 * GIB
-"""For activations: the VAE takes about 4 GiB whatever the batch, the denoiser about 8 for 64 walks."""
+"""For activations: the VAE takes about 4 GiB whatever the batch, the denoiser about 8 for 64 trajectories."""
 
 
 def check_memory(world: World, report: Report) -> None:
-    """SD 1.5's walks, then a reward's images, in less memory than they take at once."""
+    """SD 1.5's trajectories, then a reward's images, in less memory than they take at once."""
     words = _Words()
     _invert(world, report, words)
     world.device.clean()
@@ -42,10 +42,10 @@ def _invert(world: World, report: Report, words: _Words) -> None:
         largest = largest_that_fits(lambda count: invert(pairs[:count]), many)
     device.clean()
     report.judge("memory after over before", device.allocated() / baseline, most=1.01, on_cpu=False)
-    _judge(report, "walks", outcome, many)
+    _judge(report, "trajectories", outcome, many)
     samples = [sample for _, (made, _) in outcome.made for sample in made]
-    report.judge("walks that cannot be stored", sum(isinstance(each, str) for each in samples), most=0)
-    report.judge("largest batch of walks that fits", largest, least=1, most=many - 1)
+    report.judge("trajectories that cannot be stored", sum(isinstance(each, str) for each in samples), most=0)
+    report.judge("largest batch of trajectories that fits", largest, least=1, most=many - 1)
 
 
 def _score(world: World, report: Report, words: _Words) -> None:

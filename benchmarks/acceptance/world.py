@@ -44,11 +44,11 @@ class Size:
         shallow: whether SDXL has few layers.
         side: of the latents, by shape.
         clip: of the random ViT-H: parts of its config.
-        steps: of a walk.
+        steps: of a trajectory.
         units, unit: committed by the actor; pairs in each.
-        batches: walks inverted at once, the last as the actor does.
+        batches: trajectories inverted at once, the last as the actor does.
         xl_pairs: SDXL's, in one unit and batch.
-        many: walks for which memory is to be too small.
+        many: trajectories for which memory is to be too small.
         pairs: of a training step.
         train_steps, stop_after: optimizer steps; after how many a run is stopped.
         bare: pairs of the bare training steps.

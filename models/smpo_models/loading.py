@@ -71,7 +71,7 @@ def load_family(
     return loader(model, parts, denoiser=denoiser, vae=vae, variant=variant, device=torch.device(device))
 
 
-def load_walker(family: Family, model: str, path: Path, device: torch.device | str = "cpu") -> nn.Module:
+def load_inverting_denoiser(family: Family, model: str, path: Path, device: torch.device | str = "cpu") -> nn.Module:
     """The denoiser that a training run left behind: a folder of one, or a LoRA file on top of ``family``'s own.
 
     Args:
@@ -86,9 +86,9 @@ def load_walker(family: Family, model: str, path: Path, device: torch.device | s
     lora = path if path.is_file() else path / LORA_FILE
     if not lora.is_file():
         return _own(load_family(model, ("denoiser",), denoiser=path, device=device))
-    walker = copy.deepcopy(_own(family))
-    fuse_lora(walker, lora, f"--walker {path}", f"--model {model}")
-    return walker.requires_grad_(False).eval()
+    inverting_denoiser = copy.deepcopy(_own(family))
+    fuse_lora(inverting_denoiser, lora, f"--inverting-unet {path}", f"--model {model}")
+    return inverting_denoiser.requires_grad_(False).eval()
 
 
 def _own(family: Family) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The diffusion process: noise levels, and the way from a model's output to x0 and noise (DESIGN 4.1).
+"""The diffusion process: noise levels, and the way from a model's output to x0 and noise.
 
 Shape suffixes: B batch, C h w a latent.
 """
@@ -14,7 +14,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 
 START = -1
-"""In place of a timestep: the scheduler's own first level, where its DDIM sampler ends and a walk begins."""
+"""In place of a timestep: the scheduler's own first level, where its DDIM sampler ends and a trajectory begins."""
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

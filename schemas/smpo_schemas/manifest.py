@@ -1,4 +1,4 @@
-"""``manifest.json``: what a directory of shards was made from, with what settings, and what is in it (DESIGN 3.3)."""
+"""``manifest.json``: what a directory of shards was made from, with what settings, and what is in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smpo_common.files import Count, FileName, read_versioned, write_json
 from smpo_common.store_path import AnyPath
 from smpo_schemas.scores import RewardStatistics
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejected.parquet"
 
@@ -28,7 +28,7 @@ class ModelInfo(_Frozen):
         kind: model family, for example ``sd15``.
         prediction_type: what its denoiser predicts: ``epsilon``, ``v_prediction`` or ``sample``.
         reference: fingerprint of the denoiser that ``ref_error`` was measured with.
-        walker: fingerprint of the denoiser that carried the images along.
+        inverting_denoiser: fingerprint of the denoiser that carried the images along.
         text: fingerprint of the text encoders.
         vae: fingerprint of the VAE.
         scheduler: fingerprint of the noise levels and prediction type.
@@ -39,7 +39,7 @@ class ModelInfo(_Frozen):
     kind: str
     prediction_type: str
     reference: str
-    walker: str
+    inverting_denoiser: str
     text: str
     vae: str
     scheduler: str
@@ -47,19 +47,20 @@ class ModelInfo(_Frozen):
 
 
 class InversionSettings(_Frozen):
-    """Everything that decides what is stored, besides the model, the pairs and the seed (DESIGN 4.2).
+    """Everything that decides what is stored, besides the model, the pairs and the seed.
 
     Attributes:
-        source: ``renoise``: walks of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian noise.
+        source: ``renoise``: trajectories of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian
+        noise.
         forward_noise: ``forward``: whether both images of a ``pair`` get the same noise (Diffusion-DPO), or each
             ``image`` its own (CaPO).
-        start: where a walk begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level), or a
-            timestep up to which nodes are reached by forward noising.
+        start: where a trajectory begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level),
+            or a timestep up to which nodes are reached by forward noising.
         timesteps: ``jittered`` (one uniform draw in each of ``steps`` equal strata), ``grid`` (the scheduler's own
             inference grid) or ``published`` (state of the grid's first node at or above a uniform t, or of its last
             one, used as if at t; each step asks the model at the timestep that it starts from).
-        steps: number of steps of a walk.
-        solver: how a walk's step is solved: ``ddim`` (not at all), ``renoise`` (a fixed number of iterations),
+        steps: number of steps of a trajectory.
+        solver: how a trajectory's step is solved: ``ddim`` (not at all), ``renoise`` (a fixed number of iterations),
             ``adaptive`` (iterated until it has converged) or ``anderson`` (the same, accelerated).
         renoise_steps: ``renoise``: iterations a step, one evaluation each after the first; 0 is DDIM inversion.
         renoise_average: ``renoise``: which of the step's ``renoise_steps`` + 1 estimates are averaged; see
@@ -69,19 +70,19 @@ class InversionSettings(_Frozen):
         anderson_depth: ``anderson``: differences that the acceleration looks back on.
         eta: scale of the Gaussian noise added after each step, in DDIM posterior standard deviations
             (DDIM-InPO, arXiv 2503.18454).
-        guidance_scale: classifier-free guidance of the walker; 1 is none.
-        states: how many of a walk's states are stored, drawn anew for each walk; None is all.
-        walks: how many times each pair is walked, each with its own draws.
+        guidance_scale: classifier-free guidance of the inverting denoiser; 1 is none.
+        states: how many of a trajectory's states are stored, drawn anew for each trajectory; None is all.
+        trajectories: how many times each pair is inverted, each with its own draws.
         vae_latent: ``sample`` the VAE's posterior or take its ``mode``.
-        prompt_dropout: probability that a walk is made, and trained, under the empty prompt.
-        hflip: whether half of the walks mirror both images.
+        prompt_dropout: probability that a trajectory is made, and trained, under the empty prompt.
+        hflip: whether half of the trajectories mirror both images.
         size_conditioning: of models that are conditioned on sizes (SDXL): ``image``: each image's own original size and
             crop; ``constant``: the resolution and no crop for all, as the published code.
         storage: what latents and noise are rounded to, before ``ref_error`` is measured; directories that do not say
             it have ``float16``.
         buckets: whether images are brought to one of several sizes of about the resolution's area, by their aspect
             ratio, rather than to the square.
-        dtype: of the walker's forward passes, and of the products in the reference's.
+        dtype: of the inverting denoiser's forward passes, and of the products in the reference's.
     """
 
     source: Literal["renoise", "forward"] = "renoise"
@@ -98,7 +99,7 @@ class InversionSettings(_Frozen):
     eta: float = Field(default=0.0, ge=0)
     guidance_scale: float = Field(default=1.0, ge=0)
     states: int | None = Field(default=None, ge=1)
-    walks: int = Field(default=1, ge=1)
+    trajectories: int = Field(default=1, ge=1)
     vae_latent: Literal["sample", "mode"] = "sample"
     prompt_dropout: float = Field(default=0.2, ge=0, le=1)
     hflip: bool = True
@@ -132,7 +133,7 @@ def averaged_estimates(text: str, renoise_steps: int) -> frozenset[int]:
 
 
 class ShardEntry(_Frozen):
-    """One tar: how many pairs, walks (samples) and states it holds, and its exact bytes."""
+    """One tar: how many pairs, trajectories (samples) and states it holds, and its exact bytes."""
 
     name: FileName
     pairs: Count
@@ -143,7 +144,7 @@ class ShardEntry(_Frozen):
 
 
 class IndexEntry(_Frozen):
-    """The index of all walks (:mod:`smpo_schemas.shards.index`) and its exact bytes."""
+    """The index of all trajectories (:mod:`smpo_schemas.shards.index`) and its exact bytes."""
 
     name: FileName
     bytes: Count
@@ -159,7 +160,7 @@ class Bucket(_Frozen):
 
 
 class BandHealth(_Frozen):
-    """How believable the states of one timestep band are (DESIGN 4.2): all but the last two on a sample of pairs.
+    """How believable the states of one timestep band are: all but the last two on a sample of pairs.
 
     Attributes:
         start, stop: the band's timesteps, ``stop`` excluded.

@@ -1,4 +1,4 @@
-"""Preference pairs: the input of the pipeline, read as they are and normalised row by row (DESIGN 3.1)."""
+"""Preference pairs: the input of the pipeline, read as they are and normalised row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of the pairs that are in no result: one row each, with the reason (DESIGN 3.2)."""
+"""What became of the pairs that are in no result: one row each, with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scores table: what each reward model said of both images of every pair (DESIGN 3.2)."""
+"""The scores table: what each reward model said of both images of every pair."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_a_reward_that_is_none(run, command, spec, hint):
         (("invert", "plan"), "--model", "no/such/folder"),
         (("invert", "plan"), "--vae", "no/such/folder"),
         (("invert", "plan"), "--unet", "nowhere"),
-        (("invert", "plan"), "--walker", "nowhere"),
+        (("invert", "plan"), "--inverting-unet", "nowhere"),
         (("score", "invert", "evaluate", "toy"), "--out", "file"),
         (("score", "invert", "evaluate", "toy"), "--out", "file/below"),
         (("score", "invert", "plan", "evaluate"), "--device", "gpu"),

@@ -17,7 +17,7 @@ from smpo_common.files import arrow_source, atomic_path, read_json, remove_tree,
 from smpo_common.store_path import StorePath, parse_path
 from smpo_schemas.pairs import list_pair_files
 from smpo_schemas.rejects import Reject, read_rejects, write_rejects
-from smpo_schemas.shards.index import indexed_walks, write_index, write_index_part
+from smpo_schemas.shards.index import indexed_trajectories, write_index, write_index_part
 from smpo_schemas.shards.samples import ShardDirectory, ShardWriter
 from tests.object_store import Faults, object_store
 from tests.schemas.shards.test_samples import make_sample, write_directory
@@ -142,7 +142,7 @@ def test_shards_scores_and_index_on_a_store_are_those_on_a_disk(folder: StorePat
         with ShardWriter(path / "part.tar") as writer:
             for number in range(3):
                 writer.write(f"{number:09d}", make_sample(number))
-        write_index_part(path / "part.parquet", writer.walks)
+        write_index_part(path / "part.parquet", writer.trajectories)
         # The first tar's note is there, the second tar is read.
         write_index(ShardDirectory(path), [path / "part.parquet", path / "missing.parquet"])
         write_rejects(path / "rejected.parquet", [Reject(pair_id="a", source="b", stage="c", reason="d")])
@@ -150,7 +150,7 @@ def test_shards_scores_and_index_on_a_store_are_those_on_a_disk(folder: StorePat
         path.name: path.read_bytes() for path in tmp_path.iterdir()
     }
     assert [sample.meta for sample in ShardDirectory(folder).samples()] == [make_sample(n).meta for n in range(6)]
-    assert list(indexed_walks(ShardDirectory(folder))) == list(indexed_walks(ShardDirectory(tmp_path)))
+    assert list(indexed_trajectories(ShardDirectory(folder))) == list(indexed_trajectories(ShardDirectory(tmp_path)))
     assert [each.pair_id for each in read_rejects(folder / "rejected.parquet")] == ["a"]
 
 

@@ -44,7 +44,7 @@ from smpo_schemas.scores import (
     write_part,
     write_scores_info,
 )
-from smpo_schemas.shards.index import INDEX_FILE, indexed_walks, write_index
+from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories, write_index
 from smpo_schemas.shards.samples import ShardDirectory, decode_sample, encode_sample
 from smpo_trainer.data.loader import StateDataset, collate
 from smpo_trainer.data.state_table import index_states
@@ -402,7 +402,7 @@ def _read_shards(folder: Path) -> str:
     """As ``inspect`` and the trainer do; both must be free of anything but one line."""
     directory = ShardDirectory(folder, read_manifest(folder))
     reading = (
-        lambda: [directory.read(walk.location) for walk in list(indexed_walks(directory))],
+        lambda: [directory.read(trajectory.location) for trajectory in list(indexed_trajectories(directory))],
         lambda: list(directory.samples()),
         lambda: _read_states(folder, directory),
     )

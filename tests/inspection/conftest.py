@@ -16,4 +16,4 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards") / "walks", model, load_family(str(model), ("vae",)))
+    return make_shards(tmp_path_factory.mktemp("shards") / "trajectories", model, load_family(str(model), ("vae",)))

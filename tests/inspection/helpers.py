@@ -106,7 +106,7 @@ def make_scores(directory: Path, count: int = 40) -> Path:
 
 
 def make_shards(directory: Path, model: Path, family: Family, ratios: tuple[float, ...] = (1.0,) * 5) -> Path:
-    """Six walks of forward noise of rendered scenes in one tar, with the given noise ratio in each band."""
+    """Six trajectories of forward noise of rendered scenes in one tar, with the given noise ratio in each band."""
     rng = np.random.default_rng(2)
     torch.manual_seed(0)
     scenes = all_scenes()
@@ -119,7 +119,7 @@ def make_shards(directory: Path, model: Path, family: Family, ratios: tuple[floa
             noise = torch.randn(9, 1, *mean.shape[1:]).expand(9, 2, *mean.shape[1:])
             meta = SampleMeta(
                 pair_id=f"pair-{number}",
-                walk=0,
+                trajectory=0,
                 flipped=number % 2 == 0,
                 prompt=scene.caption,
                 prompt_dropped=number == 3,
@@ -156,7 +156,7 @@ def make_shards(directory: Path, model: Path, family: Family, ratios: tuple[floa
                 kind="sd15",
                 prediction_type="epsilon",
                 reference="r" * 64,
-                walker="r" * 64,
+                inverting_denoiser="r" * 64,
                 text="t",
                 vae=fingerprint_module(family.vae),
                 scheduler=family.process.fingerprint(),

@@ -42,8 +42,8 @@ def test_pairs_sheet(tmp_path: Path) -> None:
 
 def test_shards_sheet_in_the_current_folder(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "contact sheet: inspect-walks.png" in call(shards, "--samples", 1)
-    with Image.open("inspect-walks.png") as image:
+    assert "contact sheet: inspect-trajectories.png" in call(shards, "--samples", 1)
+    with Image.open("inspect-trajectories.png") as image:
         image.load()
         assert image.width > 1000
 

@@ -82,7 +82,7 @@ def test_annotators_beyond_the_table_are_the_others(tmp_path: Path) -> None:
 
 def test_shards(shards: Path) -> None:
     summary = summarise_shards(shards, limit=None, samples=2, advance=ignore)
-    assert (summary.walks, summary.flipped, summary.dropped) == (6, 3, 1)
+    assert (summary.trajectories, summary.flipped, summary.dropped) == (6, 3, 1)
     assert [sample.meta.pair_id for sample in summary.chosen] == ["pair-0", "pair-5"]
     text = printed(print_shards, summary, shards)
     for words in (
@@ -90,15 +90,15 @@ def test_shards(shards: Path) -> None:
         "6, 54 states of a pair; read all",
         "50.0 %",
         "16.7 %",
-        "which walked itself",
+        "which inverted itself",
     ):
         assert words in text
     assert "warning" not in text
 
 
-def test_shards_limit_reads_the_first_walks_only(shards: Path) -> None:
+def test_shards_limit_reads_the_first_trajectories_only(shards: Path) -> None:
     summary = summarise_shards(shards, limit=2, samples=9, advance=ignore)
-    assert (summary.walks, len(summary.chosen)) == (2, 2)
+    assert (summary.trajectories, len(summary.chosen)) == (2, 2)
     assert "read the first 2 of them" in printed(print_shards, summary, shards)
 
 

@@ -1,4 +1,4 @@
-"""Pairs for the inverter, and an independent float64 version of the walk."""
+"""Pairs for the inverter, and an independent float64 version of the trajectory."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Oracle:
         eps = estimates[-1] if renoise_steps == 0 else (estimates[-1] + estimates[-2]) / 2
         return self.carry(x_s, eps, s, t)
 
-    def walk(self, x0: torch.Tensor, nodes: list[int], text: torch.Tensor, renoise_steps: int = 1):
+    def trajectory(self, x0: torch.Tensor, nodes: list[int], text: torch.Tensor, renoise_steps: int = 1):
         """Yield (t, x_s, s, x_t) for each node, from the first level (t = 0's noise) on."""
         x, s = x0, -1
         for t in nodes:

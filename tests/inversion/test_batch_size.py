@@ -10,14 +10,14 @@ from smpo_pipeline.inversion.batch_size import (
     batches_of_one_size,
     fastest_by_doubling,
     largest_that_fits,
-    walk_requests,
+    trajectory_requests,
     with_most_pixels,
 )
 from tests.inversion.helpers import make_pair
 
 
 class Device:
-    """Holds so many walks; a batch takes the time that is set down for its size."""
+    """Holds so many trajectories; a batch takes the time that is set down for its size."""
 
     def __init__(self, room: int = 10**9, seconds=lambda size: size, full: Exception | None = None) -> None:
         self.room, self.seconds, self.tried, self.now = room, seconds, [], 0.0
@@ -47,8 +47,8 @@ def test_the_last_doubling_that_fits_is_taken(room, most, size, tried):
     assert device.tried == tried
 
 
-def test_a_device_that_holds_not_one_walk_is_said_so():
-    with pytest.raises(UserError, match="not hold a single walk.*--dtype"):
+def test_a_device_that_holds_not_one_trajectory_is_said_so():
+    with pytest.raises(UserError, match="not hold a single trajectory.*--dtype"):
         largest_that_fits(Device(0), 8)
 
 
@@ -84,9 +84,9 @@ def test_on_cpu_doubling_ends_where_it_gains_less_than_a_twentieth(overhead, mos
     assert max(device.tried) <= most
 
 
-def test_few_pairs_are_walked_again_with_other_draws():
+def test_few_pairs_are_inverted_again_with_other_draws():
     pairs = [make_pair(0), make_pair(1)]
-    requests = walk_requests(pairs, first_walk=3)
+    requests = trajectory_requests(pairs, first_trajectory=3)
     assert [(pair.pair_id, number) for pair, number in (next(requests) for _ in range(5))] == [
         ("pair-0", 3), ("pair-1", 3), ("pair-0", 4), ("pair-1", 4), ("pair-0", 5)
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The warning of walk health on trained models: the embedded world's own, and one with a VAE that does not fit."""
+"""Warnings about trajectories of trained models: the embedded world's own, and one with a VAE that does not fit."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from smpo_pipeline.inversion import timesteps as timesteps_module
 from smpo_pipeline.inversion.advice import health_warnings
 from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_pipeline.inversion.timesteps import plan_walk
+from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards.samples import STORAGE, Sample
@@ -53,9 +53,9 @@ def epsilon_world(tmp_path_factory):
     return load_family(str(folder)), Oracle(folder, "epsilon")
 
 
-def invert(family, settings: InversionSettings, pairs, batch_size: int = 4, seed: int = SEED, walker=None):
-    inverter = Inverter(family, walker or family.denoiser, settings, seed)
-    requests = [(pair, walk) for pair in pairs for walk in range(settings.walks)]
+def invert(family, settings: InversionSettings, pairs, batch_size: int = 4, seed: int = SEED, inverting_denoiser=None):
+    inverter = Inverter(family, inverting_denoiser or family.denoiser, settings, seed)
+    requests = [(pair, trajectory) for pair in pairs for trajectory in range(settings.trajectories)]
     samples: list[Sample] = []
     health = None
     for start in range(0, len(requests), batch_size):
@@ -76,7 +76,7 @@ def expected_x0(oracle: Oracle, sample: Sample, pair, mode: bool) -> torch.Tenso
         pixels = pixels.flip(-1)
     with torch.no_grad():
         posterior = oracle.vae.encode(pixels).latent_dist
-    noise = gaussian(generator(SEED, pair.pair_id, sample.meta.walk, "vae"), tuple(posterior.mean.shape))
+    noise = gaussian(generator(SEED, pair.pair_id, sample.meta.trajectory, "vae"), tuple(posterior.mean.shape))
     latents = posterior.mean if mode else posterior.mean + posterior.std * noise
     return latents * oracle.vae.config.scaling_factor
 
@@ -95,22 +95,22 @@ def check_state(
     assert float(sample.ref_error_K2[k, image]) == pytest.approx(float(error), rel=1e-4)
 
 
-def test_every_stored_tensor_equals_an_independent_float64_walk(world):
+def test_every_stored_tensor_equals_an_independent_float64_trajectory(world):
     """For every family and every prediction type."""
-    check_walks(*world, InversionSettings())
+    check_trajectories(*world, InversionSettings())
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         InversionSettings(renoise_steps=0, vae_latent="mode", timesteps="grid", steps=5),
-        InversionSettings(renoise_steps=3, steps=4, walks=2, prompt_dropout=0.5),
+        InversionSettings(renoise_steps=3, steps=4, trajectories=2, prompt_dropout=0.5),
         InversionSettings(states=3),
     ],
-    ids=["ddim-grid-mode", "renoise3-walks2", "some-states"],
+    ids=["ddim-grid-mode", "renoise3-trajectories2", "some-states"],
 )
 def test_other_settings_too(some_world, settings):
-    check_walks(*some_world, settings)
+    check_trajectories(*some_world, settings)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (64, 16)], ids=str)
@@ -118,28 +118,30 @@ def test_other_shapes_too(some_world, shape):
     """As buckets have them; the model is told their own size as the target."""
     family, oracle = some_world
     oracle.target_size = shape
-    check_walks(family, oracle, InversionSettings(steps=3), [make_pair(number, shape=shape) for number in range(2)])
+    check_trajectories(
+        family, oracle, InversionSettings(steps=3), [make_pair(number, shape=shape) for number in range(2)]
+    )
     oracle.target_size = (32, 32)
 
 
-def check_walks(family, oracle: Oracle, settings: InversionSettings, pairs=None) -> None:
+def check_trajectories(family, oracle: Oracle, settings: InversionSettings, pairs=None) -> None:
     pairs = pairs or [make_pair(number) for number in range(3)]
     samples, _ = invert(family, settings, pairs)
-    assert len(samples) == len(pairs) * settings.walks
+    assert len(samples) == len(pairs) * settings.trajectories
     for index, sample in enumerate(samples):
-        pair = pairs[index // settings.walks]
+        pair = pairs[index // settings.trajectories]
         assert sample.meta.pair_id == pair.pair_id
         mode = settings.vae_latent == "mode"
         x0 = expected_x0(oracle, sample, pair, mode)
         torch.testing.assert_close(sample.x0_2Chw.float(), x0, rtol=2**-10, atol=1e-5)
         prompt = "" if sample.meta.prompt_dropped else pair.prompt
         everything = dataclasses.replace(settings_nodes(settings), states=None)
-        nodes = everything.nodes(family.process, pair.pair_id, sample.meta.walk)
+        nodes = everything.nodes(family.process, pair.pair_id, sample.meta.trajectory)
         for image in range(2):
             kept = 0
             start = sample.x0_2Chw[image].double()
             text = oracle.embed(prompt, pair.size[image], pair.crop[image])
-            for t, x_s, s, x_t in oracle.walk(start, nodes, text, settings.renoise_steps):
+            for t, x_s, s, x_t in oracle.trajectory(start, nodes, text, settings.renoise_steps):
                 if t not in sample.timestep_K.tolist():
                     continue
                 assert int(sample.timestep_K[kept]) == t
@@ -152,7 +154,7 @@ def check_walks(family, oracle: Oracle, settings: InversionSettings, pairs=None)
 
 
 def test_what_is_stored_as_bfloat16_is_rounded_to_it_and_has_the_error_of_what_is_stored(some_world):
-    """The same draws as in float16; the walk begins from the rounded x0, and ref_error is of the rounded state."""
+    """The same draws as in float16; it begins from the rounded x0, and ref_error is of the rounded state."""
     family, oracle = some_world
     settings = InversionSettings(storage="bfloat16", steps=4, prompt_dropout=0)
     pairs = [make_pair(number) for number in range(2)]
@@ -166,25 +168,25 @@ def test_what_is_stored_as_bfloat16_is_rounded_to_it_and_has_the_error_of_what_i
         nodes = settings_nodes(settings).nodes(family.process, pair.pair_id, 0)
         for image in range(2):
             text = oracle.embed(pair.prompt, pair.size[image], pair.crop[image])
-            steps = oracle.walk(sample.x0_2Chw[image].double(), nodes, text, settings.renoise_steps)
+            steps = oracle.trajectory(sample.x0_2Chw[image].double(), nodes, text, settings.renoise_steps)
             for k, (_, _, _, x_t) in enumerate(steps):
                 check_state(oracle, sample, k, image, text, x_t, rounding=2**-8)
 
 
 @dataclasses.dataclass(frozen=True)
 class settings_nodes:
-    """All nodes of a walk, whatever is stored of it."""
+    """All nodes of a trajectory, whatever is stored of it."""
 
     settings: InversionSettings
     states: int | None = None
 
-    def nodes(self, process, pair_id: str, walk: int) -> list[int]:
-        from smpo_pipeline.inversion.timesteps import plan_walk
+    def nodes(self, process, pair_id: str, trajectory: int) -> list[int]:
+        from smpo_pipeline.inversion.timesteps import plan_trajectory
 
-        return list(plan_walk(self.settings, process, SEED, pair_id, walk).nodes)
+        return list(plan_trajectory(self.settings, process, SEED, pair_id, trajectory).nodes)
 
 
-def test_a_grid_walk_equals_diffusers_inverse_scheduler(epsilon_world):
+def test_a_grid_trajectory_equals_diffusers_inverse_scheduler(epsilon_world):
     family, oracle = epsilon_world
     settings = InversionSettings(timesteps="grid", steps=5, prompt_dropout=0)
     (sample,), _ = invert(family, settings, [make_pair(1)])
@@ -237,15 +239,17 @@ def test_published_equals_the_published_loop(tmp_path_factory, monkeypatch, name
     """Of diffusers 0.20.0, to 1e-5: what is stored is left unrounded here."""
     family, oracle = make_world(tmp_path_factory, name, "epsilon")
     inpo = {"renoise_steps": 0, "eta": 0.1} if method == "inpo" else {}
-    settings = InversionSettings(timesteps="published", steps=steps, prompt_dropout=0, walks=len(PUBLISHED_T), **inpo)
+    settings = InversionSettings(
+        timesteps="published", steps=steps, prompt_dropout=0, trajectories=len(PUBLISHED_T), **inpo
+    )
     monkeypatch.setitem(STORAGE, "float16", torch.float32)
-    drawn = lambda _seed, _pair, walk, _purpose: SimpleNamespace(integers=lambda _: PUBLISHED_T[walk])  # noqa: E731
+    drawn = lambda _seed, _pair, trajectory, _purpose: SimpleNamespace(integers=lambda _: PUBLISHED_T[trajectory])  # noqa: E731
     monkeypatch.setattr(timesteps_module, "generator", drawn)
     pair = make_pair(1)
     samples, _ = invert(family, settings, [pair], batch_size=3)
-    for walk, (sample, t) in enumerate(zip(samples, PUBLISHED_T, strict=True)):
+    for trajectory, (sample, t) in enumerate(zip(samples, PUBLISHED_T, strict=True)):
         assert sample.timestep_K.tolist() == [t]
-        stream = generator(SEED, pair.pair_id, walk, "eta")
+        stream = generator(SEED, pair.pair_id, trajectory, "eta")
         noise = [gaussian(stream, (2, 4, 8, 8)).double() for _ in range(steps)]
         for image in range(2):
             x0, text = sample.x0_2Chw[image].double(), oracle.embed(pair.prompt, pair.size[image], pair.crop[image])
@@ -296,7 +300,7 @@ def test_inpo_adds_noise_of_the_ddim_posterior(epsilon_world):
             s = t
 
 
-def test_guidance_moves_the_walk_but_not_what_the_reference_is_asked(epsilon_world):
+def test_guidance_moves_the_trajectory_but_not_what_the_reference_is_asked(epsilon_world):
     family, oracle = epsilon_world
     settings = InversionSettings(guidance_scale=3.0, steps=3, renoise_steps=0, prompt_dropout=0)
     (sample,), _ = invert(family, settings, [make_pair(1)])
@@ -314,8 +318,8 @@ def test_forward_source_gives_both_images_the_same_noise_at_the_same_timesteps(e
     family, oracle = epsilon_world
     pairs = [make_pair(number) for number in range(3)]
     samples, health = invert(family, InversionSettings(source="forward"), pairs)
-    walked, _ = invert(family, InversionSettings(), pairs)
-    for sample, other in zip(samples, walked, strict=True):
+    inverted, _ = invert(family, InversionSettings(), pairs)
+    for sample, other in zip(samples, inverted, strict=True):
         assert torch.equal(sample.timestep_K, other.timestep_K)
         assert torch.equal(sample.x0_2Chw, other.x0_2Chw)
         assert torch.equal(sample.noise_K2Chw[:, 0], sample.noise_K2Chw[:, 1])
@@ -332,14 +336,14 @@ def test_forward_source_gives_both_images_the_same_noise_at_the_same_timesteps(e
 
 @pytest.mark.parametrize(("forward_noise", "purpose"), [("pair", "forward"), ("image", "forward/image")])
 def test_forward_noise_is_drawn_for_the_pair_or_for_each_image(some_world, forward_noise, purpose):
-    """Each state by hand: one draw a node (and one for the start), of the walk's own stream."""
+    """Each state by hand: one draw a node (and one for the start), of the trajectory's own stream."""
     family, oracle = some_world
     pairs = [make_pair(number) for number in range(3)]
     settings = InversionSettings(source="forward", forward_noise=forward_noise, steps=3, states=2)
     samples, _ = invert(family, settings, pairs, batch_size=2)
     for pair, sample in zip(pairs, samples, strict=True):
         stream = generator(SEED, pair.pair_id, 0, purpose)
-        nodes = plan_walk(settings, family.process, SEED, pair.pair_id, 0).nodes
+        nodes = plan_trajectory(settings, family.process, SEED, pair.pair_id, 0).nodes
         shape = (2 if forward_noise == "image" else 1, *sample.x0_2Chw.shape[1:])
         drawn = dict(
             zip((-1, *nodes), [gaussian(stream, shape).expand_as(sample.x0_2Chw) for _ in range(4)], strict=True)
@@ -357,14 +361,14 @@ def test_forward_noise_is_drawn_for_the_pair_or_for_each_image(some_world, forwa
 @pytest.mark.parametrize("timesteps", ["jittered", "published"])
 def test_results_do_not_depend_on_batch_size_or_order(some_world, timesteps):
     family, _ = some_world
-    settings = InversionSettings(timesteps=timesteps, steps=5, walks=2, states=3, prompt_dropout=0.3)
+    settings = InversionSettings(timesteps=timesteps, steps=5, trajectories=2, states=3, prompt_dropout=0.3)
     pairs = [make_pair(number) for number in range(5)]
     one, _ = invert(family, settings, pairs, batch_size=1)
     for size, order in ((3, pairs), (8, pairs), (8, pairs[::-1])):
         other, _ = invert(family, settings, order, batch_size=size)
-        by_name = {(sample.meta.pair_id, sample.meta.walk): sample for sample in other}
+        by_name = {(sample.meta.pair_id, sample.meta.trajectory): sample for sample in other}
         for sample in one:
-            twin = by_name[sample.meta.pair_id, sample.meta.walk]
+            twin = by_name[sample.meta.pair_id, sample.meta.trajectory]
             assert twin.meta == sample.meta
             for name, tensor in sample.tensors().items():
                 torch.testing.assert_close(
@@ -372,9 +376,9 @@ def test_results_do_not_depend_on_batch_size_or_order(some_world, timesteps):
                 )
 
 
-def test_walks_differ_and_are_reproducible(epsilon_world):
+def test_trajectories_differ_and_are_reproducible(epsilon_world):
     family, _ = epsilon_world
-    settings = InversionSettings(walks=2)
+    settings = InversionSettings(trajectories=2)
     first, _ = invert(family, settings, [make_pair(1)])
     again, _ = invert(family, settings, [make_pair(1)])
     assert not torch.equal(first[0].timestep_K, first[1].timestep_K)
@@ -383,17 +387,17 @@ def test_walks_differ_and_are_reproducible(epsilon_world):
         assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
 
 
-def test_a_walker_carries_the_images_and_the_reference_is_what_is_measured(epsilon_world, tmp_path):
+def test_a_inverting_denoiser_carries_the_images_and_the_reference_is_what_is_measured(epsilon_world, tmp_path):
     family, oracle = epsilon_world
-    folder = make_tiny_model(tmp_path / "walker", "epsilon", seed=9)
-    walker, walking = load_family(str(folder)).denoiser, Oracle(folder, "epsilon")
+    folder = make_tiny_model(tmp_path / "inverting_denoiser", "epsilon", seed=9)
+    inverting_denoiser, inverting = load_family(str(folder)).denoiser, Oracle(folder, "epsilon")
     settings = InversionSettings(steps=3, prompt_dropout=0)
-    (sample,), _ = invert(family, settings, [make_pair(1)], walker=walker)
+    (sample,), _ = invert(family, settings, [make_pair(1)], inverting_denoiser=inverting_denoiser)
     text = oracle.embed(sample.meta.prompt)
     x0 = sample.x0_2Chw[0].double()
-    for k, (t, x_s, s, x_t) in enumerate(walking.walk(x0, sample.timestep_K.tolist(), text)):
+    for k, (t, x_s, s, x_t) in enumerate(inverting.trajectory(x0, sample.timestep_K.tolist(), text)):
         check_state(oracle, sample, k, 0, text, x_t)
-        residual = (x_t - walking.carry(x_s, walking.noise(x_t, t, text), s, t)).norm() / x_t.norm()
+        residual = (x_t - inverting.carry(x_s, inverting.noise(x_t, t, text), s, t)).norm() / x_t.norm()
         assert float(sample.residual_K2[k, 0]) == pytest.approx(float(residual), rel=0.02, abs=2e-5)
 
 
@@ -429,14 +433,14 @@ def test_health_is_the_ratio_of_rms_predicted_noise(epsilon_world):
 
 @pytest.fixture(scope="module")
 def embedded():
-    """The embedded world's model, and the float64 fixed points of a pair's walk by plain iteration."""
+    """The embedded world's model, and the float64 fixed points of a pair's trajectory by plain iteration."""
     folder = str(ASSETS / "model")
     family, oracle = load_family(folder), Oracle(folder, "epsilon")
     pair = embedded_pair()
     (sample,), _ = invert(family, InversionSettings(prompt_dropout=0, hflip=False), [pair])
-    text, walks = oracle.embed(pair.prompt), []
+    text, trajectories = oracle.embed(pair.prompt), []
     for image in range(2):
-        x, s, walk = sample.x0_2Chw[image].double(), -1, []
+        x, s, trajectory = sample.x0_2Chw[image].double(), -1, []
         for t in sample.timestep_K.tolist():
             x_s = x
             for _ in range(60):
@@ -444,20 +448,20 @@ def embedded():
                 if (x - before).norm() < 1e-8 * x.norm():
                     break
             assert (x - before).norm() < 1e-8 * x.norm()
-            walk.append(x)
+            trajectory.append(x)
             s = t
-        walks.append(walk)
-    return family, oracle, pair, text, walks
+        trajectories.append(trajectory)
+    return family, oracle, pair, text, trajectories
 
 
 @pytest.mark.parametrize("solver", ["adaptive", "anderson"])
 def test_solvers_with_a_tolerance_store_the_exact_inversion(embedded, solver):
-    family, oracle, pair, text, walks = embedded
+    family, oracle, pair, text, trajectories = embedded
     settings = InversionSettings(solver=solver, tolerance=1e-5, prompt_dropout=0, hflip=False)
     (sample,), health = invert(family, settings, [pair])
     assert float(sample.residual_K2.max()) <= 1e-5
     for image in range(2):
-        for k, x_t in enumerate(walks[image]):
+        for k, x_t in enumerate(trajectories[image]):
             check_state(oracle, sample, k, image, text, x_t)
     assert [band.unconverged for band in health.bands(1000)] == [0] * 5
     assert sum(band.solved for band in health.bands(1000)) == 2 * settings.steps
@@ -522,13 +526,13 @@ def test_a_pair_that_is_no_number_is_rejected_and_changes_no_other(solver, tmp_p
 
 @pytest.mark.parametrize("solver", ["renoise", "adaptive", "anderson"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_walker_that_gives_no_numbers_gives_rejected_pairs(embedded, solver, value):
+def test_a_inverting_denoiser_that_gives_no_numbers_gives_rejected_pairs(embedded, solver, value):
     """Not the unmoved latents, which would have a finite tau and reference error."""
     family, *_ = embedded
-    walker = copy.deepcopy(family.denoiser)
+    inverting_denoiser = copy.deepcopy(family.denoiser)
     with torch.no_grad():
-        walker.conv_out.bias.fill_(value)
-    inverter = Inverter(family, walker, InversionSettings(solver=solver, steps=3), SEED)
+        inverting_denoiser.conv_out.bias.fill_(value)
+    inverter = Inverter(family, inverting_denoiser, InversionSettings(solver=solver, steps=3), SEED)
     (sample,), health = inverter.invert([(embedded_pair(), 0)])
     assert sample.startswith("not finite")
     assert all(value == 0 for band in health.to_lists() for value in band)

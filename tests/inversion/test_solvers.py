@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from smpo_common.errors import UserError
 from smpo_models.loading import load_family
 from smpo_models.noise_schedule import VariancePreserving
-from smpo_pipeline.inversion.batch import Batch, draw_walk
+from smpo_pipeline.inversion.batch import Batch, draw_trajectory
 from smpo_pipeline.inversion.solvers import SOLVERS
 from smpo_pipeline.inversion.sources import renoise_visits
 from smpo_pipeline.inversion.step import Step, carry
@@ -198,7 +198,7 @@ def test_sampling_back_returns_to_x0_from_solved_states_only(solver, exact):
     """On the embedded world's model, float32, over the same nodes, with diffusers' own DDIM formula."""
     family = load_family(str(ASSETS / "model"))
     settings = InversionSettings(solver=solver, prompt_dropout=0, hflip=False)
-    batch = Batch([draw_walk(embedded_pair(), 0, family, settings, 0)], family, family.denoiser, settings)
+    batch = Batch([draw_trajectory(embedded_pair(), 0, family, settings, 0)], family, family.denoiser, settings)
     visits = list(renoise_visits(batch))
     if exact:
         assert max(float(visit.solved_S.max()) for visit in visits) < 1e-4

@@ -1,4 +1,4 @@
-"""Which timesteps walks visit."""
+"""Which timesteps trajectories visit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from smpo_models.noise_schedule import VariancePreserving
 from smpo_pipeline.inversion import timesteps
 from smpo_pipeline.inversion.draws import generator
 from smpo_pipeline.inversion.step import carry
-from smpo_pipeline.inversion.timesteps import plan_walk
+from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_schemas.manifest import InversionSettings
 
 PROCESS = VariancePreserving(DDIMScheduler())
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def nodes(walk: int, process: VariancePreserving = PROCESS, **settings) -> list[int]:
-    return list(plan_walk(InversionSettings(**settings), process, 0, "pair", walk).nodes)
+def nodes(trajectory: int, process: VariancePreserving = PROCESS, **settings) -> list[int]:
+    return list(plan_trajectory(InversionSettings(**settings), process, 0, "pair", trajectory).nodes)
 
 
 def zero_terminal_snr(**more) -> VariancePreserving:
@@ -33,8 +33,8 @@ def zero_terminal_snr(**more) -> VariancePreserving:
 
 @pytest.mark.parametrize("steps", [1, 9, 50, 207, 333, 999])
 def test_jittered_draws_one_timestep_a_stratum_and_none_twice(steps):
-    for walk in range(20):
-        drawn = np.array(nodes(walk, steps=steps))
+    for trajectory in range(20):
+        drawn = np.array(nodes(trajectory, steps=steps))
         assert len(drawn) == steps
         assert (np.diff(drawn) > 0).all()
         # Stratum i holds what lies in [i, i + 1) * 999 / steps, rounded down, and then 1 more.
@@ -44,8 +44,8 @@ def test_jittered_draws_one_timestep_a_stratum_and_none_twice(steps):
 
 
 def test_jittered_timesteps_are_uniform():
-    """Of 2000 walks of 9 steps, which divides 999: 18000 draws, in 27 equal parts, against chi squared at 1 in 10^6."""
-    drawn = np.concatenate([nodes(walk) for walk in range(2000)])
+    """2000 trajectories of 9 steps, which divides 999: 18000 draws in 27 equal parts, chi squared at 1 in 10^6."""
+    drawn = np.concatenate([nodes(trajectory) for trajectory in range(2000)])
     assert (drawn.min(), drawn.max()) == (1, 999)
     counts = np.bincount((drawn - 1) // 37, minlength=27)
     expected = len(drawn) / 27
@@ -63,13 +63,13 @@ def test_the_grid_takes_as_many_as_the_scheduler():
 
 
 def test_draws_of_an_ordinary_schedule_are_what_they_always_were():
-    """Stored walks depend on them: strata of 1 .. 999, as they were before pure noise was left out."""
+    """Stored trajectories depend on them: strata of 1 .. 999, as they were before pure noise was left out."""
     process = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
-    for walk in range(50):
-        stream = generator(0, "pair", walk, "timesteps")
-        assert nodes(walk, process) == [1 + int((i + u) / 9 * 999) for i, u in enumerate(stream.random(9))]
-        t = int(generator(0, "pair", walk, "timesteps").integers(1000))
-        assert plan_walk(InversionSettings(timesteps="published"), process, 0, "pair", walk).used_at == (t,)
+    for trajectory in range(50):
+        stream = generator(0, "pair", trajectory, "timesteps")
+        assert nodes(trajectory, process) == [1 + int((i + u) / 9 * 999) for i, u in enumerate(stream.random(9))]
+        t = int(generator(0, "pair", trajectory, "timesteps").integers(1000))
+        assert plan_trajectory(InversionSettings(timesteps="published"), process, 0, "pair", trajectory).used_at == (t,)
     assert nodes(0, process, timesteps="grid") == list(range(1, 1000, 111))
     trailing = VariancePreserving(DDIMScheduler(**_SD, timestep_spacing="trailing"))
     assert nodes(0, trailing, timesteps="grid", steps=4) == [249, 499, 749, 999]
@@ -95,32 +95,32 @@ def test_published_goes_to_the_first_node_at_or_above_t_asking_where_steps_start
     process = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
     stream = SimpleNamespace(integers=lambda stop: t if stop == 1000 else None)
     monkeypatch.setattr(timesteps, "generator", lambda *_: stream)
-    plan = plan_walk(InversionSettings(timesteps="published", steps=steps), process, 0, "pair", 0)
+    plan = plan_trajectory(InversionSettings(timesteps="published", steps=steps), process, 0, "pair", 0)
     assert (plan.nodes, plan.used_at) == (visited, (t,))
     starts = {5: (-199, 1, 201, 401, 601), 10: (-99, 1, 101, 201, 301, 401, 501, 601, 701, 801)}[steps]
     assert plan.asked_at == starts[: len(visited)]
     assert plan.stored == (len(visited) - 1,)
 
 
-def test_no_walk_steps_to_pure_noise():
-    drawn = [nodes(walk, zero_terminal_snr(), steps=200) for walk in range(50)]
+def test_no_trajectory_steps_to_pure_noise():
+    drawn = [nodes(trajectory, zero_terminal_snr(), steps=200) for trajectory in range(50)]
     assert {len(each) for each in drawn} == {200}
     assert max(t for each in drawn for t in each) == 998
     for spacing, kept in (("trailing", [249, 499, 749]), ("linspace", [0, 333, 666]), ("leading", [1, 251, 501, 751])):
         process = zero_terminal_snr(timestep_spacing=spacing)
         assert nodes(0, process, timesteps="grid", steps=4) == kept
-    for walk in range(50):
-        assert 999 not in nodes(walk, zero_terminal_snr(timestep_spacing="trailing"), timesteps="published")
+    for trajectory in range(50):
+        assert 999 not in nodes(trajectory, zero_terminal_snr(timestep_spacing="trailing"), timesteps="published")
 
 
-def test_a_walk_to_pure_noise_alone_is_refused():
+def test_a_trajectory_to_pure_noise_alone_is_refused():
     with pytest.raises(UserError, match="--steps 1: the scheduler's only timestep, 999, is pure noise"):
         nodes(0, zero_terminal_snr(timestep_spacing="trailing"), timesteps="grid", steps=1)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_at_pure_noise_every_state_is_a_fixed_point(prediction_type):
-    """Why no walk steps there."""
+    """Why no trajectory steps there."""
     process = zero_terminal_snr(prediction_type=prediction_type)
     x, output = torch.randn(2, 3, 4, 8, 8)
     s, t = torch.full((3,), 800), torch.full((3,), 999)

@@ -244,7 +244,9 @@ def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tm
 
 
 def test_the_forward_source_through_the_command_line(inputs, scores, tmp_path, here_on_ray):
-    done = invert(inputs, scores, tmp_path / "out", "--limit", 4, "--source", "forward", "--walks", 2, run=here_on_ray)
+    done = invert(
+        inputs, scores, tmp_path / "out", "--limit", 4, "--source", "forward", "--trajectories", 2, run=here_on_ray
+    )
     assert done.returncode == 0, done.stderr
     totals = ShardDirectory(tmp_path / "out").manifest.totals
     assert (totals.pairs_in, totals.pairs, totals.rejected, totals.samples, totals.states) == (4, 3, 1, 6, 18)
@@ -292,8 +294,8 @@ def test_training_from_these_shards_starts_at_ln_2(inputs, shards, tmp_path):
     assert (out / "unet" / "config.json").is_file()
 
 
-def test_sdxl_solved_by_anderson_and_walked_by_a_lora(inputs, scores, tmp_path, capfd, here_on_ray):
-    """The second round: shards, a LoRA trained on them, and new shards that it walks; the reference stays."""
+def test_sdxl_solved_by_anderson_and_inverted_by_a_lora(inputs, scores, tmp_path, capfd, here_on_ray):
+    """The second round: shards, a LoRA trained on them, and new shards that it trajectories; the reference stays."""
     model = make_tiny_xl(tmp_path / "xl")
     few = ("--model", model, "--limit", 4)
     first, lora, second = (tmp_path / name for name in ("first", "lora", "second"))
@@ -320,10 +322,15 @@ def test_sdxl_solved_by_anderson_and_walked_by_a_lora(inputs, scores, tmp_path, 
         *("--batch-size", 4, "--max-steps", 2, "--lr", 1e-2, "--lora-rank", 4, "--warmup-steps", 0),
     )
     assert done.returncode == 0, done.stderr
-    done = invert(inputs, scores, second, *few, "--walker", lora, run=here_on_ray)
+    done = invert(inputs, scores, second, *few, "--inverting-unet", lora, run=here_on_ray)
     assert done.returncode == 0, done.stderr
     again = ShardDirectory(second).manifest
-    assert again.model.reference == manifest.model.reference == manifest.model.walker != again.model.walker
+    assert (
+        again.model.reference
+        == manifest.model.reference
+        == manifest.model.inverting_denoiser
+        != again.model.inverting_denoiser
+    )
 
 
 def test_flags_that_a_solver_does_not_use_are_one_line(inputs, scores, tmp_path, capfd):
@@ -333,13 +340,13 @@ def test_flags_that_a_solver_does_not_use_are_one_line(inputs, scores, tmp_path,
     done = invert(inputs, scores, out, "--solver", "anderson", "--renoise-steps", 3, run=run)
     assert_one_line(done, "--renoise-steps", "--solver anderson does not use it")
     done = invert(inputs, scores, out, "--source", "forward", "--solver", "ddim", run=run)
-    assert_one_line(done, "--solver: --source forward makes no walk")
-    for flag, value in (("--eta", 0.1), ("--guidance-scale", 3), ("--start", "level0"), ("--walker", tmp_path)):
+    assert_one_line(done, "--solver: --source forward makes no trajectory")
+    for flag, value in (("--eta", 0.1), ("--guidance-scale", 3), ("--start", "level0"), ("--inverting-unet", tmp_path)):
         done = invert(inputs, scores, out, "--source", "forward", flag, value, run=run)
-        assert_one_line(done, f"{flag}: --source forward makes no walk; it is for --source renoise")
+        assert_one_line(done, f"{flag}: --source forward makes no trajectory; it is for --source renoise")
     assert_one_line(
         invert(inputs, scores, out, "--forward-noise", "image", run=run), "--forward-noise: --source renoise"
     )
     assert_one_line(invert(inputs, scores, out, "--renoise-average", "3", run=run), "--renoise-average 3: all, lastN")
-    assert_one_line(invert(inputs, scores, out, "--walker", tmp_path, run=run), "holds no denoiser")
+    assert_one_line(invert(inputs, scores, out, "--inverting-unet", tmp_path, run=run), "holds no denoiser")
     assert not out.exists()

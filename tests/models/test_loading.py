@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer
 
 from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import families, load_family, load_walker
+from smpo_models.loading import families, load_family, load_inverting_denoiser
 from smpo_models.noise_schedule import START, VariancePreserving
 from tests.tiny import make_tiny_model, make_tiny_vae, make_tiny_xl
 
@@ -245,7 +245,7 @@ def save_lora(unet, path, **more) -> None:
     )
 
 
-def test_a_walker_is_a_folder_or_a_lora_on_top(folder, tmp_path):
+def test_a_inverting_denoiser_is_a_folder_or_a_lora_on_top(folder, tmp_path):
     family = load_family(str(folder))
     tuned = load_family(str(folder), ("denoiser",)).denoiser
     save_lora(tuned, tmp_path / "run")
@@ -255,14 +255,16 @@ def test_a_walker_is_a_folder_or_a_lora_on_top(folder, tmp_path):
         expected = family.denoise(tuned, x, t, conditioning)
         assert not torch.allclose(family.denoise(family.denoiser, x, t, conditioning), expected, atol=1e-3)
         for path in (tmp_path / "run", tmp_path / "run" / "pytorch_lora_weights.safetensors"):
-            walker = load_walker(family, str(folder), path)
-            torch.testing.assert_close(family.denoise(walker, x, t, conditioning), expected, rtol=1e-4, atol=1e-5)
-            assert not any(parameter.requires_grad for parameter in walker.parameters())
-            assert fingerprint_module(walker) != fingerprint_module(family.denoiser)
-        assert fingerprint_module(walker) != fingerprint_module(load_family(str(folder)).denoiser)
+            inverting_denoiser = load_inverting_denoiser(family, str(folder), path)
+            torch.testing.assert_close(
+                family.denoise(inverting_denoiser, x, t, conditioning), expected, rtol=1e-4, atol=1e-5
+            )
+            assert not any(parameter.requires_grad for parameter in inverting_denoiser.parameters())
+            assert fingerprint_module(inverting_denoiser) != fingerprint_module(family.denoiser)
+        assert fingerprint_module(inverting_denoiser) != fingerprint_module(load_family(str(folder)).denoiser)
         other = make_tiny_model(tmp_path / "other", seed=8)
-        walker = load_walker(family, str(folder), other)
-        assert fingerprint_module(walker) == fingerprint_module(load_family(str(other)).denoiser)
+        inverting_denoiser = load_inverting_denoiser(family, str(folder), other)
+        assert fingerprint_module(inverting_denoiser) == fingerprint_module(load_family(str(other)).denoiser)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -272,7 +274,7 @@ def test_a_lora_is_added_by_the_settings_in_its_header(folder, tmp_path, dora):
     save_lora(tuned, tmp_path, lora_alpha=8, use_dora=dora)
     layers = get_peft_model_state_dict(tuned)
     family = load_family(str(folder), ("denoiser",))
-    walker = load_walker(family, str(folder), tmp_path).state_dict()
+    inverting_denoiser = load_inverting_denoiser(family, str(folder), tmp_path).state_dict()
     changed = 0
     for name, weight in family.denoiser.state_dict().items():
         layer, expected = name.removesuffix(".weight"), weight
@@ -282,22 +284,22 @@ def test_a_lora_is_added_by_the_settings_in_its_header(folder, tmp_path, dora):
                 expected = expected * (layers[f"{layer}.lora_magnitude_vector"] / expected.norm(dim=1))[:, None]
             assert not torch.allclose(expected, weight, atol=1e-2)
             changed += 1
-        torch.testing.assert_close(walker[name], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(inverting_denoiser[name], expected, rtol=1e-5, atol=1e-6)
     assert changed == len(layers) // (3 if dora else 2) > 0
 
 
-def test_a_walker_that_does_not_fit_is_one_line(folder, tmp_path):
+def test_a_inverting_denoiser_that_does_not_fit_is_one_line(folder, tmp_path):
     family = load_family(str(folder), ("denoiser",))
     other = make_tiny_xl(tmp_path / "xl")
     save_lora(load_family(str(other), ("denoiser",)).denoiser, tmp_path / "run")
     file = tmp_path / "run" / "pytorch_lora_weights.safetensors"
-    with pytest.raises(UserError, match="--walker .*run"):
-        load_walker(family, str(folder), tmp_path / "run")
+    with pytest.raises(UserError, match="--inverting-unet .*run"):
+        load_inverting_denoiser(family, str(folder), tmp_path / "run")
     safetensors.torch.save_file({"text_encoder.a.lora.down.weight": torch.zeros(2, 2)}, file)
-    with pytest.raises(UserError, match="--walker .*run"):
-        load_walker(family, str(folder), tmp_path / "run")
+    with pytest.raises(UserError, match="--inverting-unet .*run"):
+        load_inverting_denoiser(family, str(folder), tmp_path / "run")
     file.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="--walker .*run.* cannot be loaded"):
-        load_walker(family, str(folder), tmp_path / "run")
+    with pytest.raises(UserError, match="--inverting-unet .*run.* cannot be loaded"):
+        load_inverting_denoiser(family, str(folder), tmp_path / "run")
     with pytest.raises(UserError, match="holds no denoiser"):
-        load_walker(family, str(folder), tmp_path)
+        load_inverting_denoiser(family, str(folder), tmp_path)

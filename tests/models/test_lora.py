@@ -53,8 +53,8 @@ def test_a_kohya_file_is_added_by_its_own_alpha(unet, tmp_path):
     layers = attention_layers(unet)
     kohya_file(tmp_path / "kohya.safetensors", layers)
     before = {name: weight.clone() for name, weight in unet.state_dict().items()}
-    check_lora(tmp_path / "kohya.safetensors", unet.config, "--walker x", "--model y")
-    fuse_lora(unet, tmp_path / "kohya.safetensors", "--walker x", "--model y")
+    check_lora(tmp_path / "kohya.safetensors", unet.config, "--inverting-unet x", "--model y")
+    fuse_lora(unet, tmp_path / "kohya.safetensors", "--inverting-unet x", "--model y")
     for name, weight in unet.state_dict().items():
         expected = before[name]
         if name.removesuffix(".weight") in layers and name.endswith(".weight"):
@@ -72,10 +72,10 @@ def test_the_check_loads_no_weights_and_finds_what_fusing_finds(unet, tmp_path):
         (next(iter(layers)), (torch.zeros(_RANK, 999), torch.zeros(999, _RANK)), "cannot be loaded: .*size mismatch"),
     ):
         kohya_file(path, {**layers, name: (down, up)})
-        with pytest.raises(UserError, match=f"--walker x.*{words}"):
-            check_lora(path, unet.config, "--walker x", "M")
-        with pytest.raises(UserError, match=f"--walker x.*{words}"):
-            fuse_lora(make_tiny_unet(), path, "--walker x", "M")
+        with pytest.raises(UserError, match=f"--inverting-unet x.*{words}"):
+            check_lora(path, unet.config, "--inverting-unet x", "M")
+        with pytest.raises(UserError, match=f"--inverting-unet x.*{words}"):
+            fuse_lora(make_tiny_unet(), path, "--inverting-unet x", "M")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_what_is_no_lora_of_the_denoiser_is_named(unet, tmp_path, key, words):
     path = tmp_path / "lora.safetensors"
     own = {"unet.a.lora.down.weight": torch.zeros(2, 2)} if key.startswith(("text", "diffusion")) else {}
     save_file({**own, key: torch.zeros(2, 2)}, path)
-    with pytest.raises(UserError, match=f"--walker x.*{words}"):
-        check_lora(path, unet.config, "--walker x", "--model y")
+    with pytest.raises(UserError, match=f"--inverting-unet x.*{words}"):
+        check_lora(path, unet.config, "--inverting-unet x", "--model y")
 
 
 def test_diffusers_own_conversion_to_kohya_comes_back(folder, unet, tmp_path):
@@ -109,12 +109,14 @@ def test_diffusers_own_conversion_to_kohya_comes_back(folder, unet, tmp_path):
     pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    fuse_lora(unet, path, "--walker x", "--model y")
+    fuse_lora(unet, path, "--inverting-unet x", "--model y")
     for name, weight in unet.state_dict().items():
         torch.testing.assert_close(weight, pipeline.unet.state_dict()[name])
 
 
 def test_a_lora_for_another_architecture_does_not_fit(unet, tmp_path):
     kohya_file(tmp_path / "lora.safetensors", attention_layers(unet))
-    with pytest.raises(UserError, match="--walker x"):
-        check_lora(tmp_path / "lora.safetensors", make_tiny_unet(cross_attention_dim=64).config, "--walker x", "M")
+    with pytest.raises(UserError, match="--inverting-unet x"):
+        check_lora(
+            tmp_path / "lora.safetensors", make_tiny_unet(cross_attention_dim=64).config, "--inverting-unet x", "M"
+        )

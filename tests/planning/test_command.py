@@ -69,14 +69,14 @@ def test_a_shard_size_gives_the_number_of_shards(inputs, tmp_path, capfd, monkey
 
 def test_a_plan_in_words_and_as_json(inputs, tmp_path, capfd):
     out = tmp_path / "plan.json"
-    flags = ("--steps", 3, "--batch-size", 4, "--walks", 2, "--pairs-per-shard", 4, "--gpus", 4, "--price", 2.5)
+    flags = ("--steps", 3, "--batch-size", 4, "--trajectories", 2, "--pairs-per-shard", 4, "--gpus", 4, "--price", 2.5)
     done = run_plan(inputs, capfd, *flags, "--json", out)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     found = json.loads(out.read_text())
     assert (found["batch_size"], found["settings"]["steps"], found["usable"], found["sampled"]) == (4, 3, 1.0, 10)
     # Two images, two evaluations a step and one forward for each state's reference error.
-    assert (found["forwards_a_walk"], found["forwards_measured"]) == (2 * 3 * 3, False)
+    assert (found["forwards_a_trajectory"], found["forwards_measured"]) == (2 * 3 * 3, False)
     own, million, more = found["projections"]
     assert (own["pairs"], own["shards"], own["states"]) == (10, 3, 10 * 2 * 3)
     assert (million["pairs"], million["shards"], more["pairs"]) == (10**6, 250_000, 10**8)
@@ -85,7 +85,7 @@ def test_a_plan_in_words_and_as_json(inputs, tmp_path, capfd):
         assert each["device_hours"] == pytest.approx(hours)
         assert each["wall_hours"] == pytest.approx(hours / 4)
         assert each["dollars"] == pytest.approx(hours * 2.5)
-    rate = found["measured_walks"] / found["measured_seconds"] / 2
+    rate = found["measured_trajectories"] / found["measured_seconds"] / 2
     assert found["pairs_a_second"] == pytest.approx(rate)
     for words in ("100,000,000", "250,000", "CPU hours", "dollars", "18 forwards of the denoiser (exactly)"):
         assert words in done.stdout
@@ -115,7 +115,7 @@ def test_what_the_solver_decides_is_measured(inputs, tmp_path, capfd):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     # No image reaches this tolerance: all use their three evaluations.
-    assert (found["forwards_a_walk"], found["forwards_measured"]) == (2 * 2 * (3 + 1), True)
+    assert (found["forwards_a_trajectory"], found["forwards_measured"]) == (2 * 2 * (3 + 1), True)
     assert "(measured)" in done.stdout
 
 

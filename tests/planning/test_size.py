@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from smpo_models.loading import load_family
-from smpo_pipeline.inversion.batch import draw_walk
+from smpo_pipeline.inversion.batch import draw_trajectory
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.planning.rate import batches_of_units, measure_rate
-from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, walk_bytes
+from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, trajectory_bytes
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards.samples import ShardWriter
 from tests.inversion.helpers import make_pair
@@ -44,55 +44,56 @@ SETTINGS = [
 ]
 
 
-def count(family, walker, settings) -> int:
+def count(family, inverting_denoiser, settings) -> int:
     """Images that the denoisers were given in one batch of all pairs."""
-    inverter = Inverter(family, walker, settings, 0)
+    inverter = Inverter(family, inverting_denoiser, settings, 0)
     batches = iter([[(pair, 0) for pair in PAIRS]])
-    return measure_rate(inverter, {family.denoiser, walker}, batches, 0, "cpu").forwards
+    return measure_rate(inverter, {family.denoiser, inverting_denoiser}, batches, 0, "cpu").forwards
 
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
 def test_forwards_are_those_that_the_inverter_makes(family, other, changes, own):
     settings = InversionSettings(**{"steps": 4, **changes})
-    walks = [draw_walk(pair, 0, family, settings, 0) for pair in PAIRS]
-    expected = sum(2 * forwards(walk.plan, settings, own_walker=own) for walk in walks)
+    trajectories = [draw_trajectory(pair, 0, family, settings, 0) for pair in PAIRS]
+    expected = sum(2 * forwards(trajectory.plan, settings, own_inverting_denoiser=own) for trajectory in trajectories)
     assert count(family, family.denoiser if own else other, settings) == expected
 
 
 def test_by_hand(family):
-    walk = draw_walk(PAIRS[0], 0, family, InversionSettings(), 0)
-    assert forwards(walk.plan, InversionSettings(), own_walker=True) == 9 * 2 + 9
-    assert forwards(walk.plan, InversionSettings(renoise_steps=5), own_walker=False) == 9 * 6 + 9 + 9
-    assert forwards(walk.plan, InversionSettings(solver="anderson"), own_walker=True) is None
+    trajectory = draw_trajectory(PAIRS[0], 0, family, InversionSettings(), 0)
+    assert forwards(trajectory.plan, InversionSettings(), own_inverting_denoiser=True) == 9 * 2 + 9
+    assert forwards(trajectory.plan, InversionSettings(renoise_steps=5), own_inverting_denoiser=False) == 9 * 6 + 9 + 9
+    assert forwards(trajectory.plan, InversionSettings(solver="anderson"), own_inverting_denoiser=True) is None
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"states": 2, "walks": 2}, {"timesteps": "published"}, {"storage": "bfloat16"}], ids=str
+    "changes", [{}, {"states": 2, "trajectories": 2}, {"timesteps": "published"}, {"storage": "bfloat16"}], ids=str
 )
 def test_bytes_are_those_that_are_written(family, tmp_path, changes):
     settings = InversionSettings(**{"steps": 4, "source": "forward", **changes})
     long = dataclasses.replace(PAIRS[1], pair_id="long", prompt="Zürich " * 200, scores={})
     pairs = [*PAIRS, long]
-    requests = [(pair, number) for pair in pairs for number in range(settings.walks)]
+    requests = [(pair, number) for pair in pairs for number in range(settings.trajectories)]
     samples, _ = Inverter(family, family.denoiser, settings, 3).invert(requests)
     with ShardWriter(tmp_path / "shard.tar") as shard:
         for number, sample in enumerate(samples):
             shard.write(f"{number:010d}", sample)
     found = sum(
-        walk_bytes(draw_walk(*request, family, settings, 3), LATENT_SHAPE, settings.storage) for request in requests
+        trajectory_bytes(draw_trajectory(*request, family, settings, 3), LATENT_SHAPE, settings.storage)
+        for request in requests
     )
     assert total_bytes(len(pairs), len(pairs), found / len(pairs)) == shard.entry.bytes
 
 
-@pytest.mark.parametrize("changes", [{}, {"states": 2, "walks": 2, "storage": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"states": 2, "trajectories": 2, "storage": "bfloat16"}], ids=str)
 def test_a_tar_of_the_pairs_that_fit_has_about_the_size_that_was_asked_for(family, tmp_path, changes):
     settings = InversionSettings(**{"steps": 4, "source": "forward", **changes})
     count = pairs_that_fit(200_000, family.latent_shape(IMAGE_SIDE, IMAGE_SIDE), settings, family.process)
     requests = [
-        (dataclasses.replace(PAIRS[0], pair_id=str(number)), walk)
+        (dataclasses.replace(PAIRS[0], pair_id=str(number)), trajectory)
         for number in range(count)
-        for walk in range(settings.walks)
+        for trajectory in range(settings.trajectories)
     ]
     samples, _ = Inverter(family, family.denoiser, settings, 3).invert(requests)
     with ShardWriter(tmp_path / "shard.tar") as shard:
@@ -114,7 +115,7 @@ def test_a_batch_that_is_longer_than_the_time_is_what_is_measured(family):
     rate = measure_rate(
         inverter, [family.denoiser], batches_of_units(PAIRS, 1, 2, 2), 1, "cpu", clock=lambda: next(now)
     )
-    assert (rate.walks, rate.seconds, rate.warm) == (2, 1, False)
+    assert (rate.trajectories, rate.seconds, rate.warm) == (2, 1, False)
     assert rate.forwards == 2 * 2 * 2
 
 
@@ -125,7 +126,7 @@ def test_the_warm_up_is_left_out(family):
     rate = measure_rate(
         inverter, [family.denoiser], batches_of_units(PAIRS, 1, 3, 3), 20, "cpu", clock=lambda: next(times)
     )
-    assert (rate.walks, rate.seconds, rate.warm) == (9, 11, True)
+    assert (rate.trajectories, rate.seconds, rate.warm) == (9, 11, True)
     assert rate.forwards == 9 * 2 * 2
 
 
@@ -150,20 +151,20 @@ def test_the_peak_is_that_of_the_batches_measured_not_of_trials_before(family, m
 
 
 def test_batches_are_those_of_units():
-    """As `invert` cuts them: within a unit, of one image size; all of a unit before the next one, each walk once."""
+    """As `invert` cuts them: within a unit, of one image size; a unit at a time, each trajectory once."""
     shapes = [(32, 32), (24, 40), (32, 32), (32, 32), (40, 24), (24, 40), (32, 32)]
     pairs = [make_pair(number, shape=shape) for number, shape in enumerate(shapes)]
     stream = batches_of_units(pairs, 2, 7, 3)
     units = [[next(stream) for _ in range(6)] for _ in range(20)]
     for turn, unit in enumerate(units):
         assert all(len({pair.image_size for pair, _ in batch}) == 1 for batch in unit)
-        # Of 8, 4 and 2 walks.
+        # Of 8, 4 and 2 trajectories.
         assert sorted(map(len, unit)) == [1, 2, 2, 3, 3, 3]
-        made = sorted((pair.pair_id, walk) for batch in unit for pair, walk in batch)
-        assert made == sorted((pair.pair_id, 2 * turn + walk) for pair in pairs for walk in (0, 1))
+        made = sorted((pair.pair_id, trajectory) for batch in unit for pair, trajectory in batch)
+        assert made == sorted((pair.pair_id, 2 * turn + trajectory) for pair in pairs for trajectory in (0, 1))
     assert len({tuple(map(len, unit)) for unit in units}) > 3, "always in the same order"
     # A unit that ends within the sample goes on where it ended.
     small = batches_of_units(pairs[:3], 1, 2, 9)
-    first, second, third = ([(pair.pair_id, walk) for pair, walk in next(small)] for _ in range(3))
+    first, second, third = ([(pair.pair_id, trajectory) for pair, trajectory in next(small)] for _ in range(3))
     assert sorted(first + second) == [("pair-0", 0), ("pair-1", 0)]
     assert third == [("pair-2", 0), ("pair-0", 1)]

@@ -115,7 +115,7 @@ def make_shards(
             label = None if label is None else 1 - label
         meta = SampleMeta(
             pair_id=f"{prefix}-{number}",
-            walk=0,
+            trajectory=0,
             flipped=False,
             prompt=prompt,
             prompt_dropped=dropped,
@@ -157,7 +157,7 @@ def write_shards(
             kind=family.kind,
             prediction_type=family.process.prediction_type,
             reference=reference,
-            walker=reference,
+            inverting_denoiser=reference,
             text=fingerprint_module(*family.text_modules),
             vae=fingerprint_module(family.vae),
             scheduler=family.process.fingerprint(),

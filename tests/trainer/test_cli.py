@@ -146,7 +146,7 @@ def test_unwritable_output(refused: Refused, tmp_path: Path) -> None:
 
 def test_no_pairs_left(refused: Refused, tmp_path: Path, model: Path) -> None:
     unlabelled = make_shards(tmp_path / "unlabelled", model, num_pairs=2, labels=(None, 0.5))
-    assert "no pair is left to train on: of 2 walks 0 have a label that is no tie" in refused(
+    assert "no pair is left to train on: of 2 trajectories 0 have a label that is no tie" in refused(
         on=unlabelled, objective="dpo"
     )
     assert "none is within timesteps 999 to 999" in refused(min_timestep=999, max_timestep=999)
@@ -156,7 +156,7 @@ def test_timesteps_are_filtered(train: Train, shards: Path, capsys: pytest.Captu
     timesteps = [t for sample in ShardDirectory(shards).samples() for t in sample.timestep_K.tolist()]
     low, high = sorted(timesteps)[4], sorted(timesteps)[11]
     train(min_timestep=low, max_timestep=high, max_steps=1)
-    assert "8 of 18 states of 6 walks are trained on" in capsys.readouterr().out
+    assert "8 of 18 states of 6 trajectories are trained on" in capsys.readouterr().out
 
 
 def test_damaged_shard(refused: Refused, tmp_path: Path, model: Path) -> None:
@@ -180,7 +180,7 @@ def test_several_directories_are_joined(
 ) -> None:
     more = make_shards(tmp_path / "more", model, num_pairs=2, seed=3, prefix="more")
     train(on=[shards, more], max_steps=1)
-    assert "24 of 24 states of 8 walks are trained on" in capsys.readouterr().out
+    assert "24 of 24 states of 8 trajectories are trained on" in capsys.readouterr().out
 
 
 def test_scores_from_a_table(train: Train, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +199,7 @@ def test_scores_from_a_table(train: Train, tmp_path: Path, shards: Path, capsys:
     write_scores_info(folder, info)
     train(scores=folder, max_steps=1)
     said = capsys.readouterr().out
-    assert "2 of 6 walks lack scores and are left out" in said
+    assert "2 of 6 trajectories lack scores and are left out" in said
     assert "12 of 18 states" in said
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import load_family, load_walker
+from smpo_models.loading import load_family, load_inverting_denoiser
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.manifest import InversionSettings
 from tests.inversion.helpers import make_pair
@@ -58,7 +58,7 @@ def test_the_first_loss_is_ln_2_and_the_unet_loads(train: Train, xl: Path, xl_sh
     assert not np.array_equal(picture, generate(StableDiffusionXLPipeline.from_pretrained(xl)))
 
 
-def test_a_lora_loads_and_walks(train: Train, xl: Path, xl_shards: Path) -> None:
+def test_a_lora_loads_and_trajectories(train: Train, xl: Path, xl_shards: Path) -> None:
     out = train(on=xl_shards, base=xl, max_steps=3, batch_size=6, lr=1e-2, lora_rank=4)
     assert column(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-4)
     pipeline = StableDiffusionXLPipeline.from_pretrained(xl)
@@ -68,10 +68,10 @@ def test_a_lora_loads_and_walks(train: Train, xl: Path, xl_shards: Path) -> None
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     family = load_family(str(xl))
-    walker = load_walker(family, str(xl), out)
-    assert fingerprint_module(walker) != fingerprint_module(family.denoiser)
+    inverting_denoiser = load_inverting_denoiser(family, str(xl), out)
+    assert fingerprint_module(inverting_denoiser) != fingerprint_module(family.denoiser)
     for name, expected in pipeline.unet.state_dict().items():
-        torch.testing.assert_close(walker.state_dict()[name], expected)
+        torch.testing.assert_close(inverting_denoiser.state_dict()[name], expected)
 
 
 def generate(pipeline: StableDiffusionXLPipeline) -> np.ndarray:

@@ -75,7 +75,7 @@ class Experiment:
         mirrored = _percent(each.hflip / 2 for each in made)
         lr = f"{settings.peak_lr(states_per_step):g} ({settings.lr_schedule}, warm-up {settings.warmup_steps} steps)"
         return [
-            f"shards: {pairs} pairs at {sizes}; of their walks {emptied} are without their prompt, {mirrored} mirrored",
+            f"shards: {pairs} pairs at {sizes}; trajectories: {emptied} are without their prompt, {mirrored} mirrored",
             f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{own}",
             f"steps: {settings.max_steps} of {states_per_step} pairs; {settings.optimizer}, learning rate {lr}",
         ]

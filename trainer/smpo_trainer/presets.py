@@ -52,9 +52,9 @@ def _script(kind: str, pairs: int, shards: _Values, flags: _Values, *, sft: bool
 
 _FORWARD: _Values = {"source": "forward", "forward_noise": "pair"}
 _ALL_PROMPTS: _Values = {**_FORWARD, "prompt_dropout": 0.0}
-_WALK: _Values = {"source": "renoise", "timesteps": "published"}
-_SMPO_WALK: _Values = {**_WALK, "solver": "renoise", "renoise_steps": 1}
-_INPO_WALK: _Values = {**_WALK, "steps": 10, "solver": "ddim", "eta": 0.1}
+_TRAJECTORY: _Values = {"source": "renoise", "timesteps": "published"}
+_SMPO_TRAJECTORY: _Values = {**_TRAJECTORY, "solver": "renoise", "renoise_steps": 1}
+_INPO_TRAJECTORY: _Values = {**_TRAJECTORY, "steps": 10, "solver": "ddim", "eta": 0.1}
 
 _SMPO: _Values = {
     "objective": "smpo",
@@ -72,13 +72,13 @@ _CAPO: _Values = {"objective": "capo", "preference": "winrate", "sigmoid_bias": 
 _NPO: _Values = {**_LONG, "objective": "npo", "lr": 5e-6, "lora_rank": 8}
 
 PRESETS = {
-    "smpo-sd15": _script("sd15", 1024, {**_SMPO_WALK, "steps": 5}, {**_SMPO, "beta": 2000.0}, sft=True),
-    "smpo-sdxl": _script("sdxl", 1024, {**_SMPO_WALK, "steps": 10}, {**_SMPO, "beta": 5000.0}),
+    "smpo-sd15": _script("sd15", 1024, {**_SMPO_TRAJECTORY, "steps": 5}, {**_SMPO, "beta": 2000.0}, sft=True),
+    "smpo-sdxl": _script("sdxl", 1024, {**_SMPO_TRAJECTORY, "steps": 10}, {**_SMPO, "beta": 5000.0}),
     # The launchers have beta 5000 for both; 2000 is the paper's for Stable Diffusion 1.5.
     "dpo-sd15": _script("sd15", 2048, _FORWARD, {**_DPO, "beta": 2000.0, "warmup_steps": 500}),
     "dpo-sdxl": _script("sdxl", 2048, _FORWARD, {**_DPO, "beta": 5000.0, "warmup_steps": 200}),
-    "inpo-sd15": _script("sd15", 1024, _INPO_WALK, {**_INPO, "beta": 2000.0}, sft=True),
-    "inpo-sdxl": _script("sdxl", 1024, _INPO_WALK, {**_INPO, "beta": 5000.0}),
+    "inpo-sd15": _script("sd15", 1024, _INPO_TRAJECTORY, {**_INPO, "beta": 2000.0}, sft=True),
+    "inpo-sdxl": _script("sdxl", 1024, _INPO_TRAJECTORY, {**_INPO, "beta": 5000.0}),
     # Of AIDC-AI/Diffusion-SDPO, the only public implementation; the authors' own numbers were not found.
     "dmpo-sd15": _script("sd15", 2048, _FORWARD, {**_DMPO, "beta": 2000.0}),
     "dmpo-sdxl": _script("sdxl", 2048, _FORWARD, {**_DMPO, "beta": 6000.0, "lr": 1e-9}),

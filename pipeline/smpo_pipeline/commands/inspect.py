@@ -39,7 +39,8 @@ def inspect(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=0, help="Pairs or walks on the sheet; 0 for none. Default: 12 pairs, 4 walks.")
+        int | None,
+        typer.Option(min=0, help="Pairs or trajectories on the sheet; 0 for none. Default: 12 pairs, 4 trajectories."),
     ] = None,
     model: Annotated[
         str | None,
@@ -52,7 +53,7 @@ def inspect(
             metavar="DIR", parser=local_path, help="For pairs: an output of score, to write their scores on the sheet."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Look only at the first N pairs or walks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Look only at the first N pairs or trajectories.")] = None,
     prompt_column: PromptColumn = None,
     image_0_column: Image0Column = None,
     image_1_column: Image1Column = None,
@@ -123,9 +124,9 @@ def _inspect_shards(
 ) -> None:
     from smpo_pipeline.inspection.shards import print_shards, summarise_shards  # noqa: PLC0415
     from smpo_pipeline.inspection.sheet import save_sheet  # noqa: PLC0415  (torch and diffusers: not for --help)
-    from smpo_pipeline.inspection.walks import draw_shards, load_decoder  # noqa: PLC0415
+    from smpo_pipeline.inspection.trajectories import draw_shards, load_decoder  # noqa: PLC0415
 
-    with _counting(console, "reading walks") as advance:
+    with _counting(console, "reading trajectories") as advance:
         summary = summarise_shards(path, limit=limit, samples=4 if samples is None else samples, advance=advance)
     print_shards(summary, path, console)
     if summary.chosen:

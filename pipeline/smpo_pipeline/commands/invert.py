@@ -17,7 +17,7 @@ from smpo_pipeline.images.buckets import buckets_in_words
 from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings, Manifest, averaged_estimates
 
 _MODEL = "Model"
-_WALK = "Walks"
+_TRAJECTORY = "Trajectories"
 _DEFAULTS = InversionSettings()
 _TOLERANCE = {"fp32": _DEFAULTS.tolerance, "fp16": 3e-4, "bf16": 2e-3}
 """A few times the rounding of the denoiser's output, below which no residual falls (docs/inversion.md)."""
@@ -32,7 +32,7 @@ _SOLVERS_OF_FLAG = {
     "max_evaluations": ("adaptive", "anderson"),
     "anderson_depth": ("anderson",),
 }
-_FLAGS_OF_WALKS = ("start", "eta", "guidance_scale", "walker")
+_FLAGS_OF_TRAJECTORIES = ("start", "eta", "guidance_scale", "inverting_unet")
 """Flags that no state of ``--source forward`` depends on, besides those of the solvers."""
 
 
@@ -65,10 +65,10 @@ def invert(
             rich_help_panel=_MODEL,
         ),
     ] = None,
-    walker: Annotated[
+    inverting_unet: Annotated[
         Path | None,
         typer.Option(
-            callback=opt.existing("--walker"),
+            callback=opt.existing("--inverting-unet"),
             help="Denoiser that carries the images along, for a second round: a folder, or a LoRA of smpo-train on top "
             "of the reference; default: the reference.",
             rich_help_panel=_MODEL,
@@ -102,37 +102,37 @@ def invert(
     source: Annotated[
         Literal["renoise", "forward"],
         typer.Option(
-            help="renoise: the model's own trajectory; forward: Gaussian noise (Diffusion-DPO's estimate, no walk).",
-            rich_help_panel=_WALK,
+            help="renoise: the model's own trajectory; forward: Gaussian noise (Diffusion-DPO's estimate).",
+            rich_help_panel=_TRAJECTORY,
         ),
     ] = "renoise",
     forward_noise: Annotated[
         Literal["pair", "image"],
         typer.Option(
             help="Of --source forward: one noise for both images of a pair, or one an image (CaPO).",
-            rich_help_panel=_WALK,
+            rich_help_panel=_TRAJECTORY,
         ),
     ] = "pair",
     steps: Annotated[
-        int, typer.Option(min=1, help="Steps of a walk, and so its states.", rich_help_panel=_WALK)
+        int, typer.Option(min=1, help="Steps of a trajectory, and so its states.", rich_help_panel=_TRAJECTORY)
     ] = _DEFAULTS.steps,
     solver: Annotated[
         Literal["ddim", "renoise", "adaptive", "anderson"],
         typer.Option(
             help="Of a step: none (ddim), iterations by number (renoise), or until converged (adaptive, anderson).",
-            rich_help_panel=_WALK,
+            rich_help_panel=_TRAJECTORY,
         ),
     ] = "renoise",
     renoise_steps: Annotated[
         int,
         typer.Option(
-            min=0, help="ReNoise iterations a step, one forward each; 0: DDIM inversion.", rich_help_panel=_WALK
+            min=0, help="ReNoise iterations a step, one forward each; 0: DDIM inversion.", rich_help_panel=_TRAJECTORY
         ),
     ] = _DEFAULTS.renoise_steps,
     renoise_average: Annotated[
         str,
         typer.Option(
-            help="ReNoise estimates that are averaged: lastN, all, or their numbers (0,1).", rich_help_panel=_WALK
+            help="ReNoise estimates that are averaged: lastN, all, or their numbers (0,1).", rich_help_panel=_TRAJECTORY
         ),
     ] = _DEFAULTS.renoise_average,
     tolerance: Annotated[
@@ -141,24 +141,26 @@ def invert(
             min=1e-9,
             help="Of adaptive and anderson: the residual (relative) at which an image's step is done; "
             "default: 1e-4 in fp32, 3e-4 in fp16, 2e-3 in bf16.",
-            rich_help_panel=_WALK,
+            rich_help_panel=_TRAJECTORY,
         ),
     ] = None,
     max_evaluations: Annotated[
         int,
         typer.Option(
-            min=1, help="Of adaptive and anderson: forwards after which a step ends as it is.", rich_help_panel=_WALK
+            min=1,
+            help="Of adaptive and anderson: forwards after which a step ends as it is.",
+            rich_help_panel=_TRAJECTORY,
         ),
     ] = _DEFAULTS.max_evaluations,
     anderson_depth: Annotated[
         int,
-        typer.Option(min=1, max=8, help="Of anderson: differences that it looks back on.", rich_help_panel=_WALK),
+        typer.Option(min=1, max=8, help="Of anderson: differences that it looks back on.", rich_help_panel=_TRAJECTORY),
     ] = _DEFAULTS.anderson_depth,
     start: Annotated[
         str,
         typer.Option(
             help="clean: from x0; level0: from x0 noised to the first level; a timestep T: nodes up to T by noising.",
-            rich_help_panel=_WALK,
+            rich_help_panel=_TRAJECTORY,
         ),
     ] = str(_DEFAULTS.start),
     timesteps: Annotated[
@@ -166,45 +168,48 @@ def invert(
         typer.Option(
             help="jittered: one uniform draw a stratum; grid: the scheduler's; published: as the published code, "
             "a grid state at or above a uniform t, used as if at t.",
-            rich_help_panel=_WALK,
+            rich_help_panel=_TRAJECTORY,
         ),
     ] = "jittered",
     eta: Annotated[
         float,
         typer.Option(
-            min=0, help="Noise after each step, in DDIM posterior std (DDIM-InPO: 0.1).", rich_help_panel=_WALK
+            min=0, help="Noise after each step, in DDIM posterior std (DDIM-InPO: 0.1).", rich_help_panel=_TRAJECTORY
         ),
     ] = _DEFAULTS.eta,
     guidance_scale: Annotated[
-        float, typer.Option(min=0, help="Guidance of the walker; 1: none.", rich_help_panel=_WALK)
+        float, typer.Option(min=0, help="Guidance of the inverting denoiser; 1: none.", rich_help_panel=_TRAJECTORY)
     ] = _DEFAULTS.guidance_scale,
     states: Annotated[
-        str, typer.Option(help="States stored a walk: all, or a number drawn from them.", rich_help_panel=_WALK)
+        str,
+        typer.Option(help="States stored a trajectory: all, or a number drawn from them.", rich_help_panel=_TRAJECTORY),
     ] = "all",
-    walks: Annotated[
-        int, typer.Option(min=1, help="Walks a pair, each with draws of its own.", rich_help_panel=_WALK)
-    ] = _DEFAULTS.walks,
+    trajectories: Annotated[
+        int, typer.Option(min=1, help="Trajectories a pair, each with draws of its own.", rich_help_panel=_TRAJECTORY)
+    ] = _DEFAULTS.trajectories,
     vae_latent: Annotated[
-        Literal["sample", "mode"], typer.Option(help="sample or mode of the VAE's posterior.", rich_help_panel=_WALK)
+        Literal["sample", "mode"],
+        typer.Option(help="sample or mode of the VAE's posterior.", rich_help_panel=_TRAJECTORY),
     ] = "sample",
     prompt_dropout: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of walks under the empty prompt.", rich_help_panel=_WALK)
+        float,
+        typer.Option(min=0, max=1, help="Share of trajectories under the empty prompt.", rich_help_panel=_TRAJECTORY),
     ] = _DEFAULTS.prompt_dropout,
     hflip: Annotated[
-        bool, typer.Option("--hflip/--no-hflip", help="Mirror half of the walks.", rich_help_panel=_WALK)
+        bool, typer.Option("--hflip/--no-hflip", help="Mirror half of the trajectories.", rich_help_panel=_TRAJECTORY)
     ] = _DEFAULTS.hflip,
     storage: Annotated[
         Literal["float16", "bfloat16"],
         typer.Option(
             help="Of stored latents and noise: float16 (11 bits of each value, up to 65504) or bfloat16 (8, any size).",
-            rich_help_panel=_WALK,
+            rich_help_panel=_TRAJECTORY,
         ),
     ] = "float16",
     size_conditioning: Annotated[
         Literal["image", "constant"],
         typer.Option(
             help="What SDXL is told: each image's own size and crop, or the resolution and no crop (published code).",
-            rich_help_panel=_WALK,
+            rich_help_panel=_TRAJECTORY,
         ),
     ] = "image",
     seed: Annotated[int, typer.Option(min=0, help="With the pair's id, the source of all randomness.")] = 0,
@@ -258,7 +263,7 @@ def invert(
         eta=eta,
         guidance_scale=guidance_scale,
         states=states,
-        walks=walks,
+        trajectories=trajectories,
         vae_latent=vae_latent,
         prompt_dropout=prompt_dropout,
         hflip=hflip,
@@ -281,7 +286,7 @@ def invert(
             model=model,
             out=directory,
             unet=unet,
-            walker=walker,
+            inverting_unet=inverting_unet,
             vae=vae,
             variant=variant,
             resolution=resolution,
@@ -302,7 +307,7 @@ def invert(
     write_resolved_config(context, directory, directory / MANIFEST_FILE)
     for size in take_batch_sizes(directory):
         why = "auto" if batch_size == "auto" else f"{batch_size}: larger batches failed, for lack of memory as a rule"
-        console.print(f"--batch-size {why}: batches of {size} walks")
+        console.print(f"--batch-size {why}: batches of {size} trajectories")
     _show(console, manifest, directory)
 
 
@@ -329,16 +334,16 @@ def inversion_settings(context: typer.Context, device: str, **flags: Any) -> Inv
 
 
 def _check_unused_flags(context: typer.Context, solver: str | None) -> None:
-    """Refuse flags on the command line that this solver, or a run without walks (None), does not look at."""
+    """Refuse flags on the command line that this solver, or a run without trajectories (None), does not look at."""
     for name, solvers in _SOLVERS_OF_FLAG.items():
         if _given(context, name) and solver not in solvers:
-            used = "--source forward makes no walk" if solver is None else f"--solver {solver} does not use it"
+            used = "--source forward makes no trajectory" if solver is None else f"--solver {solver} does not use it"
             raise UserError(f"{_flag(name)}: {used}; it is for --solver {' and '.join(solvers)}")
-    for name in _FLAGS_OF_WALKS:
+    for name in _FLAGS_OF_TRAJECTORIES:
         if _given(context, name) and solver is None:
-            raise UserError(f"{_flag(name)}: --source forward makes no walk; it is for --source renoise")
+            raise UserError(f"{_flag(name)}: --source forward makes no trajectory; it is for --source renoise")
     if _given(context, "forward_noise") and solver is not None:
-        raise UserError("--forward-noise: --source renoise makes walks; it is for --source forward")
+        raise UserError("--forward-noise: --source renoise makes trajectories; it is for --source forward")
 
 
 def _given(context: typer.Context, name: str) -> bool:

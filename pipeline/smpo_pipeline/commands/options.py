@@ -155,15 +155,15 @@ AnnotatorColumn = _column("annotator", "Who labelled the pair.")
 
 RUNNING = "Running"
 BatchSizeOption = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images or walks a model call.", rich_help_panel=RUNNING)
+    int, typer.Option("--batch-size", min=1, help="Images or trajectories a model call.", rich_help_panel=RUNNING)
 ]
 AutoBatchSizeOption = Annotated[
     str,
     typer.Option(
         "--batch-size",
         callback=_valid_batch_size,
-        help="Walks a model call, or auto: the largest that fits on the GPU; on CPU the one from which on doubling "
-        "gains less than 5 %.",
+        help="Trajectories per model call, or auto: the largest that fits on the GPU; on a CPU the smallest whose "
+        "doubling gains less than 5 %.",
         rich_help_panel=RUNNING,
     ),
 ]

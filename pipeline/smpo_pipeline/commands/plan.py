@@ -70,7 +70,7 @@ def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each f
     device = check_device(flags["device"])
     plain_arithmetic(device)
     settings = inversion_settings(context, device, **{name: flags[name] for name in SETTINGS_FLAGS})
-    same = ("model", "unet", "walker", "vae", "variant", "resolution", "seed", "pairs_per_shard", "limit")
+    same = ("model", "unet", "inverting_unet", "vae", "variant", "resolution", "seed", "pairs_per_shard", "limit")
     columns = opt.columns_by_field(*(flags[f"{name}_column"] for name in opt.COLUMN_FIELDS))
     found = make_plan(
         PlanOptions(
@@ -126,7 +126,7 @@ plan.__annotations__ = {name: each.annotation for name, each in plan.__signature
 
 def _show(console: Console, found: Plan) -> None:
     hours = "GPU hours" if found.peak_memory is not None else "CPU hours"
-    table = Table(title=f"invert on {found.device}, batches of {found.batch_size} walks")
+    table = Table(title=f"invert on {found.device}, batches of {found.batch_size} trajectories")
     for column in ("pairs", hours, f"wall hours on {found.gpus}", "size", "shards", "dollars"):
         table.add_column(column, justify="right", overflow="fold")
     for each in found.projections:
@@ -140,11 +140,12 @@ def _show(console: Console, found: Plan) -> None:
         )
     console.print(table)
     counted = "measured" if found.forwards_measured else "exactly"
-    rate = f"{found.pairs_a_second:.3g} pairs/s on one device, measured over {found.measured_walks} walks"
-    walk = f"{found.states_a_walk:.3g} states, {found.forwards_a_walk:.4g} forwards of the denoiser ({counted})"
+    rate = f"{found.pairs_a_second:.3g} pairs/s on one device, measured over {found.measured_trajectories} trajectories"
+    forwards = f"{found.forwards_a_trajectory:.4g} forwards of the denoiser ({counted})"
+    trajectory = f"{found.states_a_trajectory:.3g} states, {forwards}"
     lines = [
         f"{rate} in {found.measured_seconds:.1f} s (VAE and text encoders included)",
-        f"a walk: {walk}, {_bytes(found.bytes_a_walk)}; rewards: {', '.join(found.rewards)}",
+        f"a trajectory: {trajectory}, {_bytes(found.bytes_a_trajectory)}; rewards: {', '.join(found.rewards)}",
         f"decoding keeps {found.decoding_cores:.2g} CPU cores busy for each device",
     ]
     if found.peak_memory is not None:

@@ -1,6 +1,6 @@
 """What is in a directory of shards.
 
-Shape suffixes: W walks, S states of one image each.
+Shape suffixes: W trajectories, S states of one image each.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _TIMESTEP_BINS = 10
 
 @dataclass
 class ShardsSummary:
-    """Sums over the walks that were read; filled walk by walk.
+    """Sums over the trajectories that were read; filled trajectory by trajectory.
 
     Attributes:
         manifest: of the directory.
-        walks: number of walks read.
+        trajectories: number of trajectories read.
         flipped, dropped: how many of them.
         timesteps: of every stored state, once a pair.
         residual_timesteps, residuals: of every stored state, once an image.
         ref_errors: likewise.
-        scores: per reward, [score of image_0, score of image_1] of every walk.
-        chosen: walks for the contact sheet.
+        scores: per reward, [score of image_0, score of image_1] of every trajectory.
+        chosen: trajectories for the contact sheet.
     """
 
     manifest: Manifest
-    walks: int = 0
+    trajectories: int = 0
     flipped: int = 0
     dropped: int = 0
     timesteps: list[np.ndarray] = field(default_factory=list)
@@ -53,13 +53,13 @@ class ShardsSummary:
 def summarise_shards(
     directory: Path, *, limit: int | None, samples: int, advance: Callable[[int, int], None]
 ) -> ShardsSummary:
-    """Check and read the shards, and keep some walks for the sheet, spread evenly over those read.
+    """Check and read the shards, and keep some trajectories for the sheet, spread evenly over those read.
 
     Args:
         directory: output of invert.
-        limit: read only the first so many walks (tars after them are not checked).
-        samples: walks to keep.
-        advance: told the number of walks read so far and of walks to read.
+        limit: read only the first so many trajectories (tars after them are not checked).
+        samples: trajectories to keep.
+        advance: told the number of trajectories read so far and of trajectories to read.
 
     Raises:
         UserError: unfinished, or a tar is missing or damaged.
@@ -70,9 +70,9 @@ def summarise_shards(
     wanted = set(np.linspace(0, max(0, total - 1), min(samples, total)).round().astype(int).tolist())
     summary = ShardsSummary(shards.manifest, scores={name: [] for name in shards.manifest.rewards})
     for sample in _first(shards.samples(), total):
-        if summary.walks in wanted:
+        if summary.trajectories in wanted:
             summary.chosen.append(sample)
-        summary.walks += 1
+        summary.trajectories += 1
         summary.flipped += sample.meta.flipped
         summary.dropped += sample.meta.prompt_dropped
         summary.timesteps.append(sample.timestep_K.numpy())
@@ -85,7 +85,7 @@ def summarise_shards(
             )
         for name, scores in sample.meta.scores.items():
             summary.scores[name].append(scores)
-        advance(summary.walks, total)
+        advance(summary.trajectories, total)
     return summary
 
 
@@ -99,29 +99,29 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     """Print what was found, warnings last."""
     manifest = summary.manifest
     totals = manifest.totals
-    read = "all" if summary.walks == totals.samples else f"the first {summary.walks}"
+    read = "all" if summary.trajectories == totals.samples else f"the first {summary.trajectories}"
     console.print(
         facts(
             f"shards: {path}",
             {
                 "pairs": f"{totals.pairs_in} in = {totals.pairs} inverted + {totals.rejected} rejected",
                 "rejected": counted(manifest.rejected_reasons),
-                "walks": f"{totals.samples}, {totals.states} states of a pair; read {read} of them",
+                "trajectories": f"{totals.samples}, {totals.states} states of a pair; read {read} of them",
                 "files": f"{len(manifest.shards)} tars, {totals.bytes / 1e6:.1f} MB",
                 "model": f"{manifest.model.id} ({manifest.model.kind}, {manifest.model.prediction_type}), "
                 f"{manifest.resolution} pixels",
                 **_bucket_words(manifest),
-                "reference": f"{manifest.model.reference[:16]}{_walker_words(manifest)}; its errors in "
+                "reference": f"{manifest.model.reference[:16]}{_inverting_denoiser_words(manifest)}; its errors in "
                 f"{manifest.reference_arithmetic}",
                 "states": settings_in_words(manifest.inversion),
                 "seed": f"{manifest.seed}",
-                "flipped": percent(summary.flipped, summary.walks),
-                "empty prompt": percent(summary.dropped, summary.walks),
+                "flipped": percent(summary.flipped, summary.trajectories),
+                "empty prompt": percent(summary.dropped, summary.trajectories),
                 "rewards": ", ".join(manifest.rewards) or "none",
             },
         )
     )
-    if not summary.walks:
+    if not summary.trajectories:
         return
     timesteps = np.concatenate(summary.timesteps)
     edges = np.linspace(0, manifest.model.num_train_timesteps, _TIMESTEP_BINS + 1)
@@ -139,9 +139,9 @@ def _bucket_words(manifest: Manifest) -> dict[str, str]:
     return {"buckets": f"{buckets_in_words(manifest.buckets)}, height x width"} if manifest.buckets else {}
 
 
-def _walker_words(manifest: Manifest) -> str:
-    same = manifest.model.walker == manifest.model.reference
-    return ", which walked itself" if same else f"; walked by {manifest.model.walker[:16]}"
+def _inverting_denoiser_words(manifest: Manifest) -> str:
+    same = manifest.model.inverting_denoiser == manifest.model.reference
+    return ", which inverted itself" if same else f"; inverted by {manifest.model.inverting_denoiser[:16]}"
 
 
 def settings_in_words(settings: InversionSettings) -> str:
@@ -154,21 +154,21 @@ def settings_in_words(settings: InversionSettings) -> str:
             str(settings.start), f"forward noise up to t = {settings.start}"
         )
         how = (
-            f"walks of {settings.steps} {settings.timesteps} steps from {start}, "
+            f"trajectories of {settings.steps} {settings.timesteps} steps from {start}, "
             f"{solver_in_words(settings)}"
             + (f", eta {settings.eta:g}" if settings.eta else "")
             + (f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
         )
-    kept = "all states" if settings.states is None else f"{settings.states} states a walk"
+    kept = "all states" if settings.states is None else f"{settings.states} states a trajectory"
     return (
-        f"{how}; {kept} stored, {settings.walks} walk{'s' if settings.walks > 1 else ''} a pair; "
+        f"{how}; {kept} stored, {settings.trajectories} trajectory{'s' if settings.trajectories > 1 else ''} a pair; "
         f"VAE {settings.vae_latent}; prompt dropped with probability {settings.prompt_dropout:g}; "
         f"{'flips' if settings.hflip else 'no flips'}; {settings.dtype}"
     )
 
 
 def solver_in_words(settings: InversionSettings) -> str:
-    """How the steps of a walk were solved."""
+    """How the steps of a trajectory were solved."""
     if settings.solver == "ddim":
         return "DDIM inversion without correction"
     if settings.solver == "renoise":

@@ -1,4 +1,4 @@
-"""Which inverted states are not to be trusted, and what to do about it (DESIGN 4.2)."""
+"""Which inverted states are not to be trusted, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ HIGHEST_RATIO = 1.25
 
 HIGHEST_RESIDUAL = 0.2
 """Twice the largest mean residual of a band that any solver had on the embedded worlds: DDIM inversion in 5 steps, 0.1
-(docs/walks.md). Beyond, a step was not solved at all."""
+(docs/trajectories.md). Beyond, a step was not solved at all."""
 
 _ENOUGH_STEPS = 5
-"""ReNoise steps that mended every low ratio that was measured with a VAE that fits (docs/walks.md)."""
+"""ReNoise steps that mended every low ratio that was measured with a VAE that fits (docs/trajectories.md)."""
 
 _MOST_UNCONVERGED = 0.05
 """Share of a band's states above which their solver's failure is worth a warning."""
@@ -78,7 +78,7 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
 
 
 def _against_low(settings: InversionSettings) -> list[str]:
-    """What these walks have not tried yet."""
+    """What these trajectories have not tried yet."""
     remedies = []
     if settings.solver == "ddim":
         remedies.append("ReNoise steps (--solver renoise --renoise-steps 5)")

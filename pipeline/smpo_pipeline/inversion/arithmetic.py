@@ -1,4 +1,4 @@
-"""In what arithmetic the denoisers compute: the walker's is narrow throughout, the reference's is the trainer's."""
+"""Arithmetic of the denoisers: the inverting one is narrow throughout, the reference computes as the trainer does."""
 
 from __future__ import annotations
 

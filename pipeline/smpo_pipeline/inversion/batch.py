@@ -1,6 +1,7 @@
-"""A batch of walks under way: what was drawn for each, and what both sources of states need of the models.
+"""A batch of trajectories under way: what was drawn for each, and what both sources of states need of the models.
 
-Shape suffixes: B walks, R = 2B rows (both images of a walk, one after the other), S some of these rows, C h w a latent.
+Shape suffixes: B trajectories, R = 2B rows (both images of a trajectory, one after the other), S some of these rows, C
+h w a latent.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 
 from smpo_models.family import Conditioning, Family
 from smpo_pipeline.inversion.draws import gaussian, generator
-from smpo_pipeline.inversion.timesteps import WalkPlan, plan_walk
+from smpo_pipeline.inversion.timesteps import TrajectoryPlan, plan_trajectory
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards.samples import STORAGE, SampleMeta
 
@@ -27,7 +28,7 @@ class PreparedPair:
         pixels_2HW3: uint8, both images.
         size: both images' original (height, width).
         crop: both crops' (top, left) in the resized images.
-        measured: whether this pair is in the sample that walk health is measured on.
+        measured: whether this pair is in the sample that trajectory health is measured on.
     """
 
     pair_id: str
@@ -47,22 +48,22 @@ class PreparedPair:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """One walk to make, and what was drawn for it.
+class Trajectory:
+    """One trajectory to make, and what was drawn for it.
 
     Attributes:
         pair: the pair.
-        number: 0, 1, ...: which of the pair's walks.
+        number: 0, 1, ...: which of the pair's trajectories.
         plan: timesteps.
         flipped: both images are mirrored.
         dropped: made under the empty prompt.
         size, crop: what a denoiser that takes them is told of both images.
-        stream: source of this walk's further randomness, by purpose.
+        stream: source of this trajectory's further randomness, by purpose.
     """
 
     pair: PreparedPair
     number: int
-    plan: WalkPlan
+    plan: TrajectoryPlan
     flipped: bool
     dropped: bool
     size: tuple[tuple[int, int], tuple[int, int]]
@@ -73,7 +74,7 @@ class Walk:
         """What a shard says of it."""
         return SampleMeta(
             pair_id=self.pair.pair_id,
-            walk=self.number,
+            trajectory=self.number,
             flipped=self.flipped,
             prompt=self.pair.prompt,
             prompt_dropped=self.dropped,
@@ -85,18 +86,20 @@ class Walk:
         )
 
 
-def draw_walk(pair: PreparedPair, number: int, family: Family, settings: InversionSettings, seed: int) -> Walk:
-    """Draw all that is random about one walk, from (seed, pair_id, number) alone."""
+def draw_trajectory(
+    pair: PreparedPair, number: int, family: Family, settings: InversionSettings, seed: int
+) -> Trajectory:
+    """Draw all that is random about one trajectory, from (seed, pair_id, number) alone."""
 
     def stream(purpose: str) -> np.random.Generator:
         return generator(seed, pair.pair_id, number, purpose)
 
     constant = settings.size_conditioning == "constant"
     told = pair.image_size
-    return Walk(
+    return Trajectory(
         pair=pair,
         number=number,
-        plan=plan_walk(settings, family.process, seed, pair.pair_id, number),
+        plan=plan_trajectory(settings, family.process, seed, pair.pair_id, number),
         flipped=settings.hflip and bool(stream("flip").random() < 0.5),  # noqa: PLR2004  (an even coin)
         dropped=bool(stream("dropout").random() < settings.prompt_dropout),
         size=(told, told) if constant else pair.size,
@@ -107,15 +110,15 @@ def draw_walk(pair: PreparedPair, number: int, family: Family, settings: Inversi
 
 @dataclass(frozen=True)
 class Visit:
-    """The walks that reach their ``index``-th node, there.
+    """The trajectories that reach their ``index``-th node, there.
 
     Attributes:
-        index: into the walks' ``plan.nodes``.
+        index: into the trajectories' ``plan.nodes``.
         rows_S: which of the batch's R rows.
         t_S: their nodes' timesteps.
         x_SChw: their states, float32.
-        origin: x_s and s that the step came from, the timestep that the walker was asked at, and which rows took a
-            step at all; None where none did.
+        origin: x_s and s that the step came from, the timestep that the inverting denoiser was asked at, and which rows
+            took a step at all; None where none did.
         solved_S: the residuals at which the solver stopped, before noise of eta, NaN where no step was taken; None
             where the solver does not know them.
         noise_SChw: the noise that the states were made with, which is then their tau to the bit; None for states that
@@ -132,39 +135,50 @@ class Visit:
 
 
 class Batch:
-    """The rows of B walks: latents, conditioning, and the walker's predictions."""
+    """The rows of B trajectories: latents, conditioning, and the inverting denoiser's predictions."""
 
-    def __init__(self, walks: Sequence[Walk], family: Family, walker: nn.Module, settings: InversionSettings) -> None:
-        self.walks, self.family, self.settings = walks, family, settings
+    def __init__(
+        self,
+        trajectories: Sequence[Trajectory],
+        family: Family,
+        inverting_denoiser: nn.Module,
+        settings: InversionSettings,
+    ) -> None:
+        self.trajectories, self.family, self.settings = trajectories, family, settings
         self.process = family.process
-        self._walker = walker
-        self.device = next(walker.parameters()).device
+        self._inverting_denoiser = inverting_denoiser
+        self.device = next(inverting_denoiser.parameters()).device
         self.x0_RChw = self._latents()
-        self.conditioning = self._condition(["" if walk.dropped else walk.pair.prompt for walk in walks])
+        self.conditioning = self._condition(
+            ["" if trajectory.dropped else trajectory.pair.prompt for trajectory in trajectories]
+        )
         guided = settings.source == "renoise" and settings.guidance_scale != 1
-        self._unconditional = self._condition([""] * len(walks)) if guided else None
+        self._unconditional = self._condition([""] * len(trajectories)) if guided else None
 
     def _latents(self) -> torch.Tensor:
-        """x0 of both images, rounded to what is stored, so that the walk begins from the very sample."""
-        images = [walk.pair.pixels_2HW3[:, :, ::-1] if walk.flipped else walk.pair.pixels_2HW3 for walk in self.walks]
+        """x0 of both images, rounded to what is stored, so that the trajectory begins from the very sample."""
+        images = [
+            trajectory.pair.pixels_2HW3[:, :, ::-1] if trajectory.flipped else trajectory.pair.pixels_2HW3
+            for trajectory in self.trajectories
+        ]
         pixels_R3HW = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
         mean, std = self.family.posterior(pixels_R3HW)
         if self.settings.vae_latent == "sample":
             shape = (2, *mean.shape[1:])
-            noise = torch.cat([gaussian(walk.stream("vae"), shape) for walk in self.walks])
+            noise = torch.cat([gaussian(trajectory.stream("vae"), shape) for trajectory in self.trajectories])
             mean = mean + std * noise.to(self.device)
         return mean.to(STORAGE[self.settings.storage]).float()
 
     def _condition(self, prompts: Sequence[str]) -> Conditioning:
         return self.family.condition(
             [prompt for prompt in prompts for _ in range(2)],
-            [size for walk in self.walks for size in walk.size],
-            [crop for walk in self.walks for crop in walk.crop],
+            [size for trajectory in self.trajectories for size in trajectory.size],
+            [crop for trajectory in self.trajectories for crop in trajectory.crop],
         )
 
     def rows_at(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows of the walks that have an ``index``-th node, its timestep, and where the step to it asks: int64 [S]."""
-        active = [(row, walk.plan) for row, walk in self._rows() if index < len(walk.plan.nodes)]
+        """Rows that have an ``index``-th node, its timestep, and where the step to it asks: int64 [S]."""
+        active = [(row, trajectory.plan) for row, trajectory in self._rows() if index < len(trajectory.plan.nodes)]
         return (
             self._indices([row for row, _ in active]),
             self._indices([plan.nodes[index] for _, plan in active]),
@@ -172,23 +186,27 @@ class Batch:
         )
 
     def stored_at(self, index: int, rows_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions in ``rows_S`` whose walks store their ``index``-th node, and the timestep each is used at."""
+        """Positions in ``rows_S`` that store their ``index``-th node, and the timestep each is used at."""
         by_row = dict(self._rows())
         kept = [
-            (position, walk.plan.used_at[walk.plan.stored.index(index)])
-            for position, walk in enumerate(by_row[row] for row in rows_S.tolist())
-            if index in walk.plan.stored
+            (position, trajectory.plan.used_at[trajectory.plan.stored.index(index)])
+            for position, trajectory in enumerate(by_row[row] for row in rows_S.tolist())
+            if index in trajectory.plan.stored
         ]
         return self._indices([position for position, _ in kept]), self._indices([t for _, t in kept])
 
-    def _rows(self) -> list[tuple[int, Walk]]:
-        return [(2 * number + image, walk) for number, walk in enumerate(self.walks) for image in range(2)]
+    def _rows(self) -> list[tuple[int, Trajectory]]:
+        return [
+            (2 * number + image, trajectory)
+            for number, trajectory in enumerate(self.trajectories)
+            for image in range(2)
+        ]
 
     def _indices(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def predicted_noise(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
-        """The noise that the walker sees in ``x`` at ``t``, with classifier-free guidance (arXiv 2207.12598)."""
+        """Predict the noise in ``x`` at ``t`` by the inverting denoiser, with guidance (arXiv 2207.12598)."""
         conditional = self._noise(x_SChw, t_S, self.conditioning[rows_S])
         if self._unconditional is None:
             return conditional
@@ -196,11 +214,11 @@ class Batch:
         return unconditional + self.settings.guidance_scale * (conditional - unconditional)
 
     def _noise(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        output = self.family.denoise(self._walker, x_SChw, t_S, conditioning)
+        output = self.family.denoise(self._inverting_denoiser, x_SChw, t_S, conditioning)
         return self.process.noise_in(output, x_SChw, t_S)
 
     def noise_a_pair(self, purpose: str) -> torch.Tensor:
-        """One Gaussian noise a walk, the same for both images: [R, C, h, w]."""
+        """One Gaussian noise a trajectory, the same for both images: [R, C, h, w]."""
         shape = (1, *self.x0_RChw.shape[1:])
-        noise = [gaussian(walk.stream(purpose), shape).repeat(2, 1, 1, 1) for walk in self.walks]
+        noise = [gaussian(trajectory.stream(purpose), shape).repeat(2, 1, 1, 1) for trajectory in self.trajectories]
         return torch.cat(noise).to(self.device)

@@ -1,7 +1,7 @@
-"""``--batch-size auto``: the largest batch of walks that is worth having on this device.
+"""``--batch-size auto``: the largest batch of trajectories that is worth having on this device.
 
-A walk does not depend on the batch it is made in (but for the rounding of matrix products), so the size is a matter of
-speed alone.
+A trajectory does not depend on the batch it is made in (but for the rounding of matrix products), so the size is a
+matter of speed alone.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.isolation import FAILURES
 
 Request = tuple[PreparedPair, int]
-"""A pair, and the number of the walk of it to make."""
+"""A pair, and the number of the trajectory of it to make."""
 
 WORTHWHILE_GAIN = 1.05
-"""On CPU: a doubling that speeds walks up by less is the last one tried."""
+"""On CPU: a doubling that speeds trajectories up by less is the last one tried."""
 
 
-def walk_requests(pairs: Sequence[PreparedPair], first_walk: int = 0) -> Iterator[Request]:
-    """Endless walks of a few pairs: where these are used up, further walks of them, which have draws of their own."""
-    number = first_walk
+def trajectory_requests(pairs: Sequence[PreparedPair], first_trajectory: int = 0) -> Iterator[Request]:
+    """Yield trajectories of a few pairs without end; further rounds have draws of their own."""
+    number = first_trajectory
     while True:
         yield from ((pair, number) for pair in pairs)
         number += 1
@@ -60,11 +60,11 @@ def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
     """On a GPU: double until memory runs out, or a batch fails otherwise; that is found again where batches count.
 
     Args:
-        try_batch: makes a batch of so many walks, or raises as devices do that have no memory left.
+        try_batch: makes a batch of so many trajectories, or raises as devices do that have no memory left.
         most: no larger batch can be filled.
 
     Raises:
-        UserError: not even one walk fits.
+        UserError: not even one trajectory fits.
     """
     fitting, size = 0, 1
     while fitting < most:
@@ -79,7 +79,7 @@ def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
     torch.cuda.empty_cache()
     if not fitting:
         raise UserError(
-            "--batch-size auto: the device's memory does not hold a single walk; a narrower --dtype, "
+            "--batch-size auto: the device's memory does not hold a single trajectory; a narrower --dtype, "
             "a smaller --resolution, or another device"
         )
     return fitting
@@ -88,17 +88,17 @@ def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
 def fastest_by_doubling(
     try_batch: Callable[[int], object], most: int, clock: Callable[[], float] = time.perf_counter
 ) -> int:
-    """On a CPU, where memory is not the limit: double while that makes walks faster by :data:`WORTHWHILE_GAIN`.
+    """On a CPU, where memory is not the limit: double while that makes trajectories faster by :data:`WORTHWHILE_GAIN`.
 
     A batch that fails ends this: it fails again where batches count.
 
     Args:
-        try_batch: makes a batch of so many walks.
+        try_batch: makes a batch of so many trajectories.
         most: no larger batch can be filled.
         clock: in seconds.
     """
 
-    def walks_a_second(size: int) -> float:
+    def trajectories_a_second(size: int) -> float:
         start = clock()
         try_batch(size)
         return size / (clock() - start)
@@ -106,10 +106,10 @@ def fastest_by_doubling(
     size = 1
     with suppress(*FAILURES):
         try_batch(1)  # the first call pays for what is set up once
-        rate = walks_a_second(1)
+        rate = trajectories_a_second(1)
         while size < most:
             doubled = min(2 * size, most)
-            faster = walks_a_second(doubled)
+            faster = trajectories_a_second(doubled)
             if faster < WORTHWHILE_GAIN * rate:
                 break
             size, rate = doubled, faster

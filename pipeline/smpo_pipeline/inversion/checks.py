@@ -5,7 +5,7 @@ from __future__ import annotations
 from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_pipeline.images.buckets import Size, bucket_sizes
-from smpo_pipeline.inversion.timesteps import plan_walk
+from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_schemas.manifest import InversionSettings
 
 
@@ -24,8 +24,10 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
     if isinstance(start, int) and settings.timesteps == "published":
         raise UserError(f"--start {start}: the published timesteps begin at x0; use --start clean")
     if settings.states is not None and settings.timesteps == "published":
-        raise UserError(f"--states {settings.states}: a walk of --timesteps published has one state; leave it out")
-    plan_walk(settings, family.process, 0, "", 0)  # refuses what no walk can be planned with
+        raise UserError(
+            f"--states {settings.states}: a trajectory of --timesteps published has one state; leave it out"
+        )
+    plan_trajectory(settings, family.process, 0, "", 0)  # refuses what no trajectory can be planned with
     return chosen
 
 

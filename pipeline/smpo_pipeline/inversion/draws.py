@@ -1,4 +1,4 @@
-"""All randomness of a walk, from (seed, pair_id, walk) alone.
+"""All randomness of a trajectory, from (seed, pair_id, trajectory) alone.
 
 Results then depend neither on batch size nor on worker count nor on order. Each purpose has its own stream, so that
 switching one draw off never shifts another.
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 
-def generator(seed: int, pair_id: str, walk: int, purpose: str) -> np.random.Generator:
-    """The stream for one purpose of one walk: counter-based (Philox), keyed by a hash."""
-    digest = hashlib.sha256(f"{seed}/{walk}/{purpose}/{pair_id}".encode()).digest()
+def generator(seed: int, pair_id: str, trajectory: int, purpose: str) -> np.random.Generator:
+    """The stream for one purpose of one trajectory: counter-based (Philox), keyed by a hash."""
+    digest = hashlib.sha256(f"{seed}/{trajectory}/{purpose}/{pair_id}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 

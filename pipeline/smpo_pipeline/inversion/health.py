@@ -1,4 +1,4 @@
-"""Is a walk believable: sums over a sample of pairs, by timestep band (DESIGN 4.2); and how many of all converged.
+"""Is a trajectory believable: sums over a sample of pairs by timestep band, and how many of all converged.
 
 Shape suffixes: S states of one image each, C h w a latent.
 """

@@ -1,6 +1,6 @@
-"""Shard samples from prepared pairs: walks, reference errors, residuals, health (DESIGN 4.2, 4.3).
+"""Shard samples from prepared pairs: trajectories, reference errors, residuals, health.
 
-Shape suffixes: S rows (images) that store a state at one visit, K stored states of a walk, C h w a latent.
+Shape suffixes: S rows (images) that store a state at one visit, K stored states of a trajectory, C h w a latent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from smpo_models.family import Conditioning, Family
 from smpo_models.weights import DTYPES
 from smpo_pipeline.inversion.arithmetic import narrow_products, narrowed
-from smpo_pipeline.inversion.batch import Batch, PreparedPair, Visit, Walk, draw_walk
+from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
 from smpo_pipeline.inversion.draws import gaussian
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.sources import SOURCES
@@ -28,26 +28,26 @@ _State = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Inverter:
-    """Makes samples. Each depends on its pair, the walk's number, the settings and the seed, and on nothing else."""
+    """Makes samples, each from its pair, its trajectory's number, the settings and the seed alone."""
 
     def __init__(
-        self, family: Family, walker: nn.Module, settings: InversionSettings, seed: int, device: str = "cpu"
+        self, family: Family, inverting_denoiser: nn.Module, settings: InversionSettings, seed: int, device: str = "cpu"
     ) -> None:
         """Take a loaded model, all parts, in float32 on the CPU; cast it as the settings say, and carry it to a device.
 
         Args:
             family: the model; its denoiser is the reference that ``ref_error`` is measured with, in the arithmetic of
                 training: products in ``settings.dtype`` by autocast, norms in float32.
-            walker: the denoiser that carries the images along; usually the reference itself. All its weights have
-                ``settings.dtype``.
+            inverting_denoiser: the denoiser that carries the images along; usually the reference itself. All its
+                weights have ``settings.dtype``.
             settings: of the inversion.
             seed: with the pair's id, the source of all randomness.
             device: cpu or cuda.
         """
         if family.denoiser is None:
             raise RuntimeError("the model was loaded without its denoiser")
-        self._family, self._reference, self._walker = family, family.denoiser, walker
-        self._walks_itself = walker is family.denoiser
+        self._family, self._reference, self._inverting_denoiser = family, family.denoiser, inverting_denoiser
+        self._trajectories_itself = inverting_denoiser is family.denoiser
         self._settings, self._seed = settings, seed
         self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         dtype = DTYPES[settings.dtype]
@@ -55,39 +55,41 @@ class Inverter:
         if dtype != torch.float32:
             self._autocast = partial(torch.autocast, device, dtype)
             narrow_products(self._reference, dtype)
-            if not self._walks_itself:
-                self._walker = narrowed(walker, dtype)
+            if not self._trajectories_itself:
+                self._inverting_denoiser = narrowed(inverting_denoiser, dtype)
         family.to(device)
-        self._walker.to(device)
-        if dtype != torch.float32 and self._walks_itself:
-            self._walker = narrowed(self._reference, dtype)  # here, where it shares the weights of products
+        self._inverting_denoiser.to(device)
+        if dtype != torch.float32 and self._trajectories_itself:
+            self._inverting_denoiser = narrowed(self._reference, dtype)  # here, where it shares the weights of products
 
     @property
     def denoisers(self) -> set[nn.Module]:
         """The modules whose forwards it makes."""
-        return {self._reference, self._walker}
+        return {self._reference, self._inverting_denoiser}
 
     @torch.inference_mode()
     def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | str], HealthSums]:
-        """Make the given walks (pair, number of the walk) at once; their images must be of one size.
+        """Make the given trajectories (pair, number of the trajectory) at once; their images must be of one size.
 
         Returns:
             For each its sample, or the reason why there is none; and the health sums of the measured pairs.
         """
-        walks = [draw_walk(pair, number, self._family, self._settings, self._seed) for pair, number in requests]
-        batch = Batch(walks, self._family, self._walker, self._settings)
+        trajectories = [
+            draw_trajectory(pair, number, self._family, self._settings, self._seed) for pair, number in requests
+        ]
+        batch = Batch(trajectories, self._family, self._inverting_denoiser, self._settings)
         health = HealthSums()
-        states: list[list[_State]] = [[] for _ in range(2 * len(walks))]
+        states: list[list[_State]] = [[] for _ in range(2 * len(trajectories))]
         for visit in SOURCES[self._settings.source](batch):
             self._store(batch, visit, states, health)
         samples = [
-            _sample(walk, batch.x0_RChw[2 * i : 2 * i + 2], states[2 * i], states[2 * i + 1])
-            for i, walk in enumerate(walks)
+            _sample(trajectory, batch.x0_RChw[2 * i : 2 * i + 2], states[2 * i], states[2 * i + 1])
+            for i, trajectory in enumerate(trajectories)
         ]
         return samples, health
 
     def _store(self, batch: Batch, visit: Visit, states: list[list[_State]], health: HealthSums) -> None:
-        """Keep the states that the walks' plans store at this visit, with what is measured at them."""
+        """Keep the states that the trajectories' plans store at this visit, with what is measured at them."""
         positions_S, t_S = batch.stored_at(visit.index, visit.rows_S)
         if len(positions_S) == 0:
             return
@@ -127,8 +129,9 @@ class Inverter:
     ) -> torch.Tensor:
         """||x_t - F(x_s, eps(x_t, t))|| / ||x_t|| of each state, NaN where no step was taken: float32 [S].
 
-        eps is the walker's, at the timestep that the step asked it at: the residual says how well that step's equation
-        was solved. No evaluation is spent on it where the solver found it on the way; nor where the walker is the
+        eps is the inverting denoiser's, at the timestep that the step asked it at: the residual says how well that
+        step's equation was solved. No evaluation is spent on it where the solver found it on the way; nor where the
+        inverting denoiser is the
         reference, unguided, and the state is used at that timestep: the forward that measured ``ref_error`` is then
         this one (its input is rounded to what is stored).
         """
@@ -139,7 +142,7 @@ class Inverter:
             return visit.solved_S[positions_S]
         x_s, s, asked, stepped = (value[positions_S] for value in visit.origin)
         rows, node, x_t = (value[positions_S] for value in (visit.rows_S, visit.t_S, visit.x_SChw))
-        own = self._walks_itself and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
+        own = self._trajectories_itself and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
         eps = predicted if own else batch.predicted_noise(x_t, asked, rows)
         return torch.where(stepped, distance(x_t, carry(batch.process, x_s, eps, s, node)), residual)
 
@@ -154,7 +157,9 @@ class Inverter:
         health: HealthSums,
     ) -> None:
         """Compare the measured pairs' states with forward-noised states of the same images at the same timesteps."""
-        measured = [position for position, row in enumerate(rows_S.tolist()) if batch.walks[row // 2].pair.measured]
+        measured = [
+            position for position, row in enumerate(rows_S.tolist()) if batch.trajectories[row // 2].pair.measured
+        ]
         if not measured:
             return
         rows, t, predicted = rows_S[measured], t_S[measured], predicted[measured]
@@ -183,18 +188,18 @@ class Inverter:
 
 def _health_noise(batch: Batch, row: int, t: int) -> torch.Tensor:
     """Fresh noise [C, h, w] for one image at one timestep, whatever else is in the batch."""
-    stream = batch.walks[row // 2].stream(f"health/{row % 2}/{t}")
+    stream = batch.trajectories[row // 2].stream(f"health/{row % 2}/{t}")
     return gaussian(stream, tuple(batch.x0_RChw.shape[1:]))
 
 
-def _sample(walk: Walk, x0_2Chw: torch.Tensor, *images: list[_State]) -> Sample | str:
+def _sample(trajectory: Trajectory, x0_2Chw: torch.Tensor, *images: list[_State]) -> Sample | str:
     """Put both images' states together, or say why they cannot be stored."""
     stored = [torch.stack([torch.stack(each) for each in column]) for column in _columns(images)]
     noise_2KChw, ref_error_2K, residual_2K = stored
     if not all(torch.isfinite(tensor).all() for tensor in (x0_2Chw, noise_2KChw, ref_error_2K)):
         return "not finite: latents, noise or reference error of this pair overflow"
     return Sample(
-        meta=walk.meta(),
+        meta=trajectory.meta(),
         x0_2Chw=x0_2Chw.to(noise_2KChw.dtype).cpu(),
         noise_K2Chw=noise_2KChw.transpose(0, 1),
         timestep_K=torch.tensor([t for t, *_ in images[0]], dtype=torch.int64),

@@ -1,4 +1,4 @@
-"""Where states come from (``--source``): ReNoise walks, or forward noising."""
+"""Where states come from (``--source``): ReNoise trajectories, or forward noising."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smpo_pipeline.inversion.step import Predict, Step, posterior_std
 
 
 def renoise_visits(batch: Batch) -> Iterator[Visit]:
-    """Carry x0 along the walker's sampling trajectory, node by node, with the solver that the settings name.
+    """Carry x0 along the sampling trajectory, node by node, with the solver that the settings name.
 
     With ``--start T`` nodes up to T are reached by forward noising with one Gaussian noise a pair, and inverted from
     there on.
@@ -24,8 +24,8 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
     start_noise = batch.noise_a_pair("start")
     s_R = torch.full((len(batch.x0_RChw),), inverted_from, dtype=torch.int64, device=batch.device)
     x_RChw = batch.x0_RChw.clone() if settings.start == "clean" else process.noised(batch.x0_RChw, start_noise, s_R)
-    eta_streams = [walk.stream("eta") for walk in batch.walks]
-    for index in range(max(len(walk.plan.nodes) for walk in batch.walks)):
+    eta_streams = [trajectory.stream("eta") for trajectory in batch.trajectories]
+    for index in range(max(len(trajectory.plan.nodes) for trajectory in batch.trajectories)):
         rows, t, asked = batch.rows_at(index)
         x_s, s = x_RChw[rows], s_R[rows]
         stepped = t > inverted_from
@@ -49,7 +49,7 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
 
 
 def _predict_at(batch: Batch, t_R: torch.Tensor, rows_R: torch.Tensor) -> Predict:
-    """The walker's predictions for a step of the given rows of the batch, asked at the given timesteps."""
+    """The inverting denoiser's predictions for a step of the given rows of the batch, asked at the given timesteps."""
     return lambda x_NChw, rows_N: batch.predicted_noise(x_NChw, t_R[rows_N], rows_R[rows_N])
 
 
@@ -59,11 +59,11 @@ def forward_visits(batch: Batch) -> Iterator[Visit]:
     With ``--forward-noise image`` each image has its own, as in CaPO (arXiv 2502.02588).
     """
     own = batch.settings.forward_noise == "image"
-    streams = [walk.stream("forward/image" if own else "forward") for walk in batch.walks]
+    streams = [trajectory.stream("forward/image" if own else "forward") for trajectory in batch.trajectories]
     shape = (2 if own else 1, *batch.x0_RChw.shape[1:])
     for stream in streams:
         gaussian(stream, shape)  # not used: it keeps a seed's draws what they were when the start was a state, too
-    for index in range(max(len(walk.plan.nodes) for walk in batch.walks)):
+    for index in range(max(len(trajectory.plan.nodes) for trajectory in batch.trajectories)):
         rows, _, _ = batch.rows_at(index)
         noise = torch.cat([gaussian(stream, shape).expand(2, -1, -1, -1) for stream in streams]).to(batch.device)
         positions, used_at = batch.stored_at(index, rows)

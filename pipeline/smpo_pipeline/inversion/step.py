@@ -16,7 +16,7 @@ import torch
 from smpo_models.noise_schedule import Process
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Noise that the walker sees in x [N, C, h, w] of the rows int64 [N], at the timesteps that their steps ask at."""
+"""Noise that the inverting denoiser predicts in x [N, C, h, w] of the rows int64 [N], at their steps' timesteps."""
 
 
 def carry(process: Process, x_s: torch.Tensor, eps: torch.Tensor, s_R: torch.Tensor, t_R: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Step:
     """R rows that are to be carried from x_s at level s to level t.
 
     Attributes:
-        predict: the walker's noise prediction.
+        predict: the inverting denoiser's noise prediction.
         process: noise levels.
         x_s_RChw: float32, where the rows are.
         s_R, t_R: int64, from and to where.

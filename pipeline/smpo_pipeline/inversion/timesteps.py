@@ -1,4 +1,4 @@
-"""Which timesteps a walk visits, and which of its states are stored as what."""
+"""Which timesteps a trajectory visits, and which of its states are stored as what."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from smpo_schemas.manifest import InversionSettings
 
 
 @dataclass(frozen=True)
-class WalkPlan:
-    """The path of one walk.
+class TrajectoryPlan:
+    """The path of one trajectory.
 
     Attributes:
         nodes: timesteps visited, strictly increasing.
-        asked_at: the timestep that the step to each node asks the walker at; the node's but under ``published``.
+        asked_at: the timestep that the step to each node asks the inverting denoiser at; the node's but under
+        ``published``.
         stored: indices into ``nodes`` of the states that are stored.
         used_at: the timestep that each stored state is used at; its own node's but under ``published``.
     """
@@ -31,7 +32,7 @@ class WalkPlan:
 
 
 def _check_steps(settings: InversionSettings, last: int) -> None:
-    """Whether walks over ``last`` timesteps can have so many steps.
+    """Whether trajectories over ``last`` timesteps can have so many steps.
 
     Raises:
         UserError: they cannot.
@@ -49,15 +50,17 @@ def _check_steps(settings: InversionSettings, last: int) -> None:
         )
 
 
-def plan_walk(settings: InversionSettings, process: Process, seed: int, pair_id: str, walk: int) -> WalkPlan:
-    """Draw the path of one walk.
+def plan_trajectory(
+    settings: InversionSettings, process: Process, seed: int, pair_id: str, trajectory: int
+) -> TrajectoryPlan:
+    """Draw the path of one trajectory.
 
     Raises:
         UserError: more steps than the model has room for, or none that leads anywhere.
     """
     last = _first_pure_noise(process)
     _check_steps(settings, last)
-    stream = generator(seed, pair_id, walk, "timesteps")
+    stream = generator(seed, pair_id, trajectory, "timesteps")
     if settings.timesteps == "jittered":
         nodes = _jittered(stream, settings.steps, last)
     else:
@@ -72,15 +75,16 @@ def plan_walk(settings: InversionSettings, process: Process, seed: int, pair_id:
         return _published(nodes, num_timesteps // settings.steps, int(stream.integers(num_timesteps)))
     stored = list(range(len(nodes)))
     if settings.states is not None and settings.states < len(nodes):
-        choice = generator(seed, pair_id, walk, "states").choice(len(nodes), settings.states, replace=False)
+        choice = generator(seed, pair_id, trajectory, "states").choice(len(nodes), settings.states, replace=False)
         stored = sorted(int(index) for index in choice)
-    return WalkPlan(tuple(nodes), tuple(nodes), tuple(stored), tuple(nodes[index] for index in stored))
+    return TrajectoryPlan(tuple(nodes), tuple(nodes), tuple(stored), tuple(nodes[index] for index in stored))
 
 
 def _first_pure_noise(process: Process) -> int:
     """The timestep from which on a_t is 0 (zero terminal SNR, arXiv 2305.08891); T where there is none.
 
-    No walk steps there. With v or x0 predicted, the noise in x at such a t is x itself, so that every x is a fixed
+    No trajectory steps there. With v or x0 predicted, the noise in x at such a t is x itself, so that every x is a
+    fixed
     point: solvers would stop where they start, and say that they have converged.
     """
     a, _ = process.levels(torch.arange(process.num_train_timesteps), torch.zeros(()))
@@ -91,8 +95,9 @@ def _jittered(stream: np.random.Generator, steps: int, last: int) -> list[int]:
     """One integer in each of ``steps`` equal strata of 1 .. last - 1; over many draws, t is uniform.
 
     Where ``steps`` does not divide ``last - 1``, two neighbouring strata share an integer and may both draw it: the
-    walk is then drawn again. Of 1000 timesteps that is so for no draw of 9 steps, 2 % of those of 50, 15 % of 100, 74 %
-    of 200; and single timesteps become rarer than others, by up to 2.4 % at 50 steps, 4.5 % at 100, 8 % at 200.
+    trajectory is then drawn again. Of 1000 timesteps that is so for no draw of 9 steps, 2 % of those of 50, 15 % of
+    100, 74 % of 200; and single timesteps become rarer than others, by up to 2.4 % at 50 steps, 4.5 % at 100, 8 % at
+    200.
     """
     while True:
         uniform = (np.arange(steps) + stream.random(steps)) / steps
@@ -101,7 +106,7 @@ def _jittered(stream: np.random.Generator, steps: int, last: int) -> list[int]:
             return nodes
 
 
-def _published(grid: list[int], step: int, t: int) -> WalkPlan:
+def _published(grid: list[int], step: int, t: int) -> TrajectoryPlan:
     """The published training code, on the diffusers that it pins, 0.20.0: the first state at or above t, used at t.
 
     That DDIMInverseScheduler's timesteps are where steps start: the grid, one ``step`` down. The code takes the steps
@@ -109,4 +114,4 @@ def _published(grid: list[int], step: int, t: int) -> WalkPlan:
     """
     num_nodes = 1 + sum(node < t for node in grid[:-1])
     asked_at = (grid[0] - step, *grid)[:num_nodes]
-    return WalkPlan(tuple(grid[:num_nodes]), asked_at, (num_nodes - 1,), (t,))
+    return TrajectoryPlan(tuple(grid[:num_nodes]), asked_at, (num_nodes - 1,), (t,))

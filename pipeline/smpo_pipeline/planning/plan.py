@@ -11,13 +11,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from smpo_common.errors import UserError
-from smpo_models.loading import load_family, load_walker
+from smpo_models.loading import load_family, load_inverting_denoiser
 from smpo_models.memory import is_out_of_memory
 from smpo_pipeline.images.buckets import list_buckets
-from smpo_pipeline.inversion.batch import draw_walk
+from smpo_pipeline.inversion.batch import draw_trajectory
 from smpo_pipeline.inversion.batch_size import (
     choose_batch_size,
-    walk_requests,
+    trajectory_requests,
     with_most_pixels,
 )
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
@@ -26,7 +26,7 @@ from smpo_pipeline.isolation import FAILURES
 from smpo_pipeline.jobs.record.paths import AbsolutePathOrUrl
 from smpo_pipeline.planning.rate import batches_of_units, measure_rate
 from smpo_pipeline.planning.sample import sample_pairs
-from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, walk_bytes
+from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, trajectory_bytes
 from smpo_schemas.manifest import Bucket, InversionSettings
 from smpo_schemas.pairs import list_pair_files
 from smpo_schemas.scores import read_scores_info
@@ -48,7 +48,7 @@ class PlanOptions(_Frozen):
     scores: AbsolutePathOrUrl | None
     model: str
     unet: Path | None
-    walker: Path | None
+    inverting_unet: Path | None
     vae: str | None
     variant: str | None
     resolution: int | None
@@ -92,17 +92,17 @@ class Plan(_Frozen):
     Attributes:
         device: its name.
         model, resolution, settings, gpus, price: as asked for.
-        batch_size: walks a batch.
+        batch_size: trajectories a batch.
         pairs_a_second: measured on one device.
-        measured_walks, measured_seconds, warm: see :class:`smpo_pipeline.planning.rate.Rate`.
+        measured_trajectories, measured_seconds, warm: see :class:`smpo_pipeline.planning.rate.Rate`.
         buckets: image sizes of the sampled pairs (with `--buckets`).
         usable: share of the sampled pairs that can be inverted; the rest is rejected.
         sampled: pairs looked at.
         rewards: names of the scores that each sample carries.
-        states_a_walk: mean.
-        forwards_a_walk: of a denoiser, both images; by formula, or measured where the solver decides.
+        states_a_trajectory: mean.
+        forwards_a_trajectory: of a denoiser, both images; by formula, or measured where the solver decides.
         forwards_measured: which of the two.
-        bytes_a_walk: mean.
+        bytes_a_trajectory: mean.
         peak_memory: see :class:`smpo_pipeline.planning.rate.Rate`.
         decoding_cores: CPU cores that decoding for one device keeps busy.
         projections: for this data set, and for larger ones of its kind.
@@ -116,17 +116,17 @@ class Plan(_Frozen):
     price: float | None
     batch_size: int
     pairs_a_second: float
-    measured_walks: int
+    measured_trajectories: int
     measured_seconds: float
     warm: bool
     buckets: list[Bucket]
     usable: float
     sampled: int
     rewards: list[str]
-    states_a_walk: float
-    forwards_a_walk: float
+    states_a_trajectory: float
+    forwards_a_trajectory: float
     forwards_measured: bool
-    bytes_a_walk: float
+    bytes_a_trajectory: float
     peak_memory: int | None
     decoding_cores: float
     projections: list[Projection]
@@ -142,10 +142,10 @@ def make_plan(options: PlanOptions) -> Plan:
     rewards = list(read_scores_info(options.scores).rewards) if options.scores else ["pickscore"]
     family = load_family(options.model, denoiser=options.unet, vae=options.vae, variant=options.variant)
     resolution = check_settings(family, options.model, options.resolution, options.settings)
-    walker = family.denoiser
-    if options.walker is not None:
-        walker = load_walker(family, options.model, options.walker)
-    if family.denoiser is None or walker is None:
+    inverting_denoiser = family.denoiser
+    if options.inverting_unet is not None:
+        inverting_denoiser = load_inverting_denoiser(family, options.model, options.inverting_unet)
+    if family.denoiser is None or inverting_denoiser is None:
         raise RuntimeError("the model was loaded without its denoiser")
     sizes = sizes_of_images(family, resolution, options.settings)
     sampled = sample_pairs(files, options.columns, sizes, count=_SAMPLED, limit=options.limit, rewards=rewards)
@@ -154,40 +154,50 @@ def make_plan(options: PlanOptions) -> Plan:
         latent = family.latent_shape(resolution, resolution)
         fitting = pairs_that_fit(options.shard_bytes, latent, settings, family.process)
         options = options.model_copy(update={"pairs_per_shard": fitting})
-    inverter = Inverter(family, walker, settings, options.seed, options.device)
+    inverter = Inverter(family, inverting_denoiser, settings, options.seed, options.device)
     batch_size = options.batch_size
     if batch_size is None:
-        trials = walk_requests(with_most_pixels(pairs, resolution), first_walk=settings.walks)
+        trials = trajectory_requests(with_most_pixels(pairs, resolution), first_trajectory=settings.trajectories)
         batch_size = choose_batch_size(
             lambda size: inverter.invert([next(trials) for _ in range(size)]),
-            options.pairs_per_shard * settings.walks,
+            options.pairs_per_shard * settings.trajectories,
             options.device,
         )
-    batches = batches_of_units(pairs, settings.walks, options.pairs_per_shard, batch_size)
+    batches = batches_of_units(pairs, settings.trajectories, options.pairs_per_shard, batch_size)
     try:
         rate = measure_rate(inverter, inverter.denoisers, batches, options.seconds, options.device)
     except FAILURES as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"--batch-size {batch_size}: too little memory ({error}); try --batch-size auto") from error
-    walks = [
-        draw_walk(pair, number, family, settings, options.seed) for pair in pairs for number in range(settings.walks)
+    trajectories = [
+        draw_trajectory(pair, number, family, settings, options.seed)
+        for pair in pairs
+        for number in range(settings.trajectories)
     ]
-    formula = [forwards(walk.plan, settings, own_walker=walker is family.denoiser) for walk in walks]
+    formula = [
+        forwards(trajectory.plan, settings, own_inverting_denoiser=inverting_denoiser is family.denoiser)
+        for trajectory in trajectories
+    ]
     by_formula = [each for each in formula if each is not None]
     usable = len(pairs) / sampled.rows
-    states = _mean([len(walk.plan.stored) for walk in walks])
-    size = _mean([walk_bytes(walk, family.latent_shape(*walk.pair.image_size), settings.storage) for walk in walks])
-    pairs_a_second = rate.walks / rate.seconds / settings.walks
+    states = _mean([len(trajectory.plan.stored) for trajectory in trajectories])
+    size = _mean(
+        [
+            trajectory_bytes(trajectory, family.latent_shape(*trajectory.pair.image_size), settings.storage)
+            for trajectory in trajectories
+        ]
+    )
+    pairs_a_second = rate.trajectories / rate.seconds / settings.trajectories
 
     def project(count: int) -> Projection:
         hours = count * usable / pairs_a_second / 3600
         return Projection(
             pairs=count,
-            states=round(count * usable * settings.walks * states),
+            states=round(count * usable * settings.trajectories * states),
             device_hours=hours,
             wall_hours=hours / options.gpus,
-            bytes=total_bytes(count, options.pairs_per_shard, usable * settings.walks * size),
+            bytes=total_bytes(count, options.pairs_per_shard, usable * settings.trajectories * size),
             shards=num_shards(count, options.pairs_per_shard),
             dollars=None if options.price is None else hours * options.price,
         )
@@ -203,19 +213,19 @@ def make_plan(options: PlanOptions) -> Plan:
         price=options.price,
         batch_size=batch_size,
         pairs_a_second=pairs_a_second,
-        measured_walks=rate.walks,
+        measured_trajectories=rate.trajectories,
         measured_seconds=rate.seconds,
         warm=rate.warm,
         buckets=list_buckets(Counter(pair.image_size for pair in pairs)) if settings.buckets else [],
         usable=usable,
         sampled=sampled.rows,
         rewards=rewards,
-        states_a_walk=states,
-        forwards_a_walk=2 * _mean([each for each in formula if each is not None])
+        states_a_trajectory=states,
+        forwards_a_trajectory=2 * _mean([each for each in formula if each is not None])
         if by_formula
-        else rate.forwards / rate.walks,
+        else rate.forwards / rate.trajectories,
         forwards_measured=not by_formula,
-        bytes_a_walk=size,
+        bytes_a_trajectory=size,
         peak_memory=rate.peak_memory,
         decoding_cores=sampled.decode_seconds * pairs_a_second,
         projections=[project(count) for count in (sampled.total, *_PROJECTED)],

@@ -1,4 +1,4 @@
-"""How fast walks are made on this device: measured."""
+"""How fast trajectories are made on this device: measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from smpo_pipeline.inversion.batch import PreparedPair
-from smpo_pipeline.inversion.batch_size import Request, batches_of_one_size, walk_requests
+from smpo_pipeline.inversion.batch_size import Request, batches_of_one_size, trajectory_requests
 from smpo_pipeline.inversion.inverter import Inverter
 
 
@@ -22,7 +22,7 @@ class Rate:
     """What was measured.
 
     Attributes:
-        walks: made in the measured time.
+        trajectories: made in the measured time.
         seconds: that time, from prepared pixels to samples in memory: VAE, text encoders and denoiser.
         forwards: of denoisers, images counted, in that time.
         warm: False where a single batch took longer than there was time: its start-up is then part of the time.
@@ -30,7 +30,7 @@ class Rate:
             trial of too large a batch took before is not among them.
     """
 
-    walks: int
+    trajectories: int
     seconds: float
     forwards: int
     warm: bool
@@ -38,7 +38,7 @@ class Rate:
 
 
 def batches_of_units(
-    pairs: Sequence[PreparedPair], walks: int, pairs_per_unit: int, batch_size: int
+    pairs: Sequence[PreparedPair], trajectories: int, pairs_per_unit: int, batch_size: int
 ) -> Iterator[list[Request]]:
     """Endless batches as `invert` cuts them: of one image size each, and never of two units.
 
@@ -46,15 +46,20 @@ def batches_of_units(
     measured, are as full as the others.
 
     Args:
-        pairs: of a sample; where they are used up, further walks of them are made, which have draws of their own.
-        walks: of each pair.
+        pairs: of a sample; where they are used up, further trajectories of them are made, which have draws of their
+        own.
+        trajectories: of each pair.
         pairs_per_unit: in one unit of work.
-        batch_size: walks a batch, at the most.
+        batch_size: trajectories a batch, at the most.
     """
     order = random.Random(0)
-    shown = walk_requests(pairs)
+    shown = trajectory_requests(pairs)
     while True:
-        unit = [(pair, turn * walks + walk) for pair, turn in islice(shown, pairs_per_unit) for walk in range(walks)]
+        unit = [
+            (pair, turn * trajectories + trajectory)
+            for pair, turn in islice(shown, pairs_per_unit)
+            for trajectory in range(trajectories)
+        ]
         batches = list(batches_of_one_size(unit, lambda: batch_size))
         order.shuffle(batches)
         yield from ([unit[position] for position in batch] for batch in batches)
@@ -100,11 +105,11 @@ def measure_rate(
         warm_up = clock() - start
         if warm_up >= seconds:
             return Rate(size, warm_up, count, warm=False, peak_memory=_peak(device))
-        count = walks = 0
+        count = trajectories = 0
         begin = clock()
-        while not walks or clock() - start < seconds:
-            walks += batch()
-        return Rate(walks, clock() - begin, count, warm=True, peak_memory=_peak(device))
+        while not trajectories or clock() - start < seconds:
+            trajectories += batch()
+        return Rate(trajectories, clock() - begin, count, warm=True, peak_memory=_peak(device))
 
 
 def _peak(device: str) -> int | None:

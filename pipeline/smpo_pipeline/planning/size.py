@@ -1,4 +1,4 @@
-"""What walks hold and cost, by formula: states, forwards of the denoiser, bytes, shards.
+"""What trajectories hold and cost, by formula: states, forwards of the denoiser, bytes, shards.
 
 Shape suffixes: K states, 2 images, C h w a latent.
 """
@@ -11,8 +11,8 @@ from functools import cache
 import torch
 
 from smpo_models.noise_schedule import START, Process
-from smpo_pipeline.inversion.batch import Walk
-from smpo_pipeline.inversion.timesteps import WalkPlan, plan_walk
+from smpo_pipeline.inversion.batch import Trajectory
+from smpo_pipeline.inversion.timesteps import TrajectoryPlan, plan_trajectory
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards.samples import STORAGE, Sample, SampleMeta, encode_sample
 
@@ -25,16 +25,16 @@ _TEXT = 512
 """Of a sample's JSON, about: what a prompt of a few dozen words takes with the rest."""
 
 
-def forwards(plan: WalkPlan, settings: InversionSettings, *, own_walker: bool) -> int | None:
-    """Forwards of a denoiser that one image of a walk takes, those that measure health left out.
+def forwards(plan: TrajectoryPlan, settings: InversionSettings, *, own_inverting_denoiser: bool) -> int | None:
+    """Forwards of a denoiser that one image of a trajectory takes, those that measure health left out.
 
     One for each step's evaluation (two with guidance), one for each stored state's ``ref_error``, and one (or two) for
     its residual where no other forward gives it: see ``Inverter._residual``.
 
     Args:
-        plan: the walk's path.
+        plan: the trajectory's path.
         settings: of the inversion.
-        own_walker: whether the reference is also the walker.
+        own_inverting_denoiser: whether the reference is also the inverting denoiser.
 
     Returns:
         The number, or None for the solvers that iterate until they have converged: it has to be measured.
@@ -47,21 +47,21 @@ def forwards(plan: WalkPlan, settings: InversionSettings, *, own_walker: bool) -
     inverted_from = settings.start if isinstance(settings.start, int) else START
     steps = sum(t > inverted_from for t in plan.nodes)
     evaluations = steps * (1 if settings.solver == "ddim" else settings.renoise_steps + 1)
-    if not own_walker or settings.guidance_scale != 1 or settings.timesteps == "published":
+    if not own_inverting_denoiser or settings.guidance_scale != 1 or settings.timesteps == "published":
         evaluations += stored
     return evaluations * (1 if settings.guidance_scale == 1 else 2) + stored
 
 
-def walk_bytes(walk: Walk, latent: tuple[int, int, int], storage: str) -> int:
-    """Bytes of a walk in its tar: both members with their headers and padding.
+def trajectory_bytes(trajectory: Trajectory, latent: tuple[int, int, int], storage: str) -> int:
+    """Bytes of a trajectory in its tar: both members with their headers and padding.
 
     Args:
-        walk: as drawn; of its pair's scores only the number of digits counts.
+        trajectory: as drawn; of its pair's scores only the number of digits counts.
         latent: C, h, w.
         storage: of x0 and noise, as the manifest names it.
     """
-    text = encode_sample(_blank(walk.meta(), 1, (1, 1, 1), storage))["json"]
-    return _member(len(text)) + _member(_tensor_bytes(len(walk.plan.stored), latent, storage))
+    text = encode_sample(_blank(trajectory.meta(), 1, (1, 1, 1), storage))["json"]
+    return _member(len(text)) + _member(_tensor_bytes(len(trajectory.plan.stored), latent, storage))
 
 
 def pairs_that_fit(size: int, latent: tuple[int, int, int], settings: InversionSettings, process: Process) -> int:
@@ -70,12 +70,12 @@ def pairs_that_fit(size: int, latent: tuple[int, int, int], settings: InversionS
     Args:
         size: bytes.
         latent: C, h, w.
-        settings: of the inversion: walks a pair, states a walk.
+        settings: of the inversion: trajectories a pair, states a trajectory.
         process: of the model.
     """
-    states = len(plan_walk(settings, process, 0, "", 0).stored)
-    walk = _member(_TEXT) + _member(_tensor_bytes(states, latent, settings.storage))
-    return max(1, (size - 2 * _BLOCK) // (settings.walks * walk))
+    states = len(plan_trajectory(settings, process, 0, "", 0).stored)
+    trajectory = _member(_TEXT) + _member(_tensor_bytes(states, latent, settings.storage))
+    return max(1, (size - 2 * _BLOCK) // (settings.trajectories * trajectory))
 
 
 @cache
@@ -83,7 +83,7 @@ def _tensor_bytes(states: int, latent: tuple[int, int, int], storage: str) -> in
     nowhere = ((0, 0), (0, 0))
     meta = SampleMeta(
         pair_id="",
-        walk=0,
+        trajectory=0,
         flipped=False,
         prompt="",
         prompt_dropped=False,
@@ -122,7 +122,7 @@ def total_bytes(pairs: int, pairs_per_shard: int, bytes_a_pair: float) -> int:
     Args:
         pairs: input pairs.
         pairs_per_shard: of all shards but the last.
-        bytes_a_pair: mean over the input, :func:`walk_bytes` of all walks of a pair.
+        bytes_a_pair: mean over the input, :func:`trajectory_bytes` of all trajectories of a pair.
     """
     full, rest = divmod(pairs, pairs_per_shard)
     return full * _tar(pairs_per_shard * bytes_a_pair) + (_tar(rest * bytes_a_pair) if rest else 0)

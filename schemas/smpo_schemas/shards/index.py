@@ -1,4 +1,4 @@
-"""``index.parquet``: where each walk lies in the shards and what it is, so that a trainer need not read them all first.
+"""``index.parquet``: where each trajectory lies in the shards and what it is, so that a trainer need not read all.
 
 Everything in it can be made again from the tars; a directory without it is indexed by reading them.
 """
@@ -19,8 +19,8 @@ from smpo_common.errors import UserError
 from smpo_common.files import arrow_source, atomic_path, read_all, reading_parquet, sha256_file
 from smpo_common.store_path import AnyPath
 from smpo_schemas.manifest import IndexEntry, ShardEntry
-from smpo_schemas.shards.samples import IndexedWalk, SampleLocation, SampleMeta, ShardDirectory
-from smpo_schemas.shards.stored_state import read_walk
+from smpo_schemas.shards.samples import IndexedTrajectory, SampleLocation, SampleMeta, ShardDirectory
+from smpo_schemas.shards.stored_state import read_trajectory
 
 INDEX_FILE = "index.parquet"
 
@@ -45,8 +45,8 @@ _LONGEST_KEY = 100
 """Of a tar's names; readers keep keys in arrays as wide as the longest."""
 
 
-def indexed_walks(directory: ShardDirectory) -> Iterator[IndexedWalk]:
-    """All walks of a directory in order, from its index, or from its tars where it has none.
+def indexed_trajectories(directory: ShardDirectory) -> Iterator[IndexedTrajectory]:
+    """All trajectories of a directory in order, from its index, or from its tars where it has none.
 
     Raises:
         UserError: the index differs from the manifest, or a tar is malformed.
@@ -70,37 +70,39 @@ def write_index(directory: ShardDirectory, parts: Sequence[AnyPath] = ()) -> Ind
         return IndexEntry(name=INDEX_FILE, bytes=temporary.stat().st_size, sha256=sha256_file(temporary))
 
 
-def write_index_part(path: AnyPath, walks: Iterable[IndexedWalk]) -> None:
+def write_index_part(path: AnyPath, trajectories: Iterable[IndexedTrajectory]) -> None:
     """Note what the index will say of one tar."""
     with atomic_path(path) as temporary:
-        _write(temporary, walks)
+        _write(temporary, trajectories)
 
 
-def _write(path: Path, walks: Iterable[IndexedWalk]) -> None:
+def _write(path: Path, trajectories: Iterable[IndexedTrajectory]) -> None:
     with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
         rows: list[dict[str, object]] = []
-        for walk in walks:
-            rows.append(_row(walk))
+        for trajectory in trajectories:
+            rows.append(_row(trajectory))
             if len(rows) == _ROWS:
                 writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
                 rows = []
         writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
 
 
-def _from_parts(directory: ShardDirectory, parts: Sequence[AnyPath]) -> Iterator[IndexedWalk]:
-    def walks(shard: int) -> list[IndexedWalk]:
+def _from_parts(directory: ShardDirectory, parts: Sequence[AnyPath]) -> Iterator[IndexedTrajectory]:
+    def trajectories(shard: int) -> list[IndexedTrajectory]:
         if not parts[shard].is_file():
             return list(_scan(directory, shard))
         with reading_parquet(parts[shard]):
-            found = _walks(pq.read_table(arrow_source(parts[shard])), directory.manifest.shards[shard : shard + 1])
-            return [replace(walk, location=replace(walk.location, shard=shard)) for walk in found]
+            found = _trajectories(
+                pq.read_table(arrow_source(parts[shard])), directory.manifest.shards[shard : shard + 1]
+            )
+            return [replace(trajectory, location=replace(trajectory.location, shard=shard)) for trajectory in found]
 
     for start in range(0, len(parts), _PARTS):
-        yield from chain.from_iterable(read_all(walks, range(start, min(start + _PARTS, len(parts)))))
+        yield from chain.from_iterable(read_all(trajectories, range(start, min(start + _PARTS, len(parts)))))
 
 
-def _row(walk: IndexedWalk) -> dict[str, object]:
-    place = walk.location
+def _row(trajectory: IndexedTrajectory) -> dict[str, object]:
+    place = trajectory.location
     return {
         "shard": place.shard,
         "key": place.key,
@@ -108,13 +110,13 @@ def _row(walk: IndexedWalk) -> dict[str, object]:
         "meta_bytes": place.meta[1],
         "tensors_offset": place.tensors[0],
         "tensors_bytes": place.tensors[1],
-        "meta": walk.meta.model_dump_json(),
-        "timesteps": list(walk.timesteps),
-        "latent": list(walk.latent),
+        "meta": trajectory.meta.model_dump_json(),
+        "timesteps": list(trajectory.timesteps),
+        "latent": list(trajectory.latent),
     }
 
 
-def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedWalk]:
+def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedTrajectory]:
     path = directory.path / entry.name
     if not path.is_file():
         raise UserError(f"{path} is missing; the manifest lists it")
@@ -122,18 +124,18 @@ def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedWalk]
         raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced")
     with reading_parquet(path):
         for batch in pq.ParquetFile(arrow_source(path)).iter_batches(_ROWS):
-            yield from _walks(batch, directory.manifest.shards)
+            yield from _trajectories(batch, directory.manifest.shards)
 
 
-def _walks(batch: pa.RecordBatch | pa.Table, shards: Sequence[ShardEntry]) -> Iterator[IndexedWalk]:
+def _trajectories(batch: pa.RecordBatch | pa.Table, shards: Sequence[ShardEntry]) -> Iterator[IndexedTrajectory]:
     table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
     table = table.select(_SCHEMA.names).cast(_SCHEMA)
     table.validate(full=True)
     for row in table.to_pylist():
-        yield _walk(row, shards)
+        yield _trajectory(row, shards)
 
 
-def _walk(row: dict[str, Any], shards: Sequence[ShardEntry]) -> IndexedWalk:
+def _trajectory(row: dict[str, Any], shards: Sequence[ShardEntry]) -> IndexedTrajectory:
     """A row of the index; its values are checked, since a wrong one would be found in the middle of a training run.
 
     Raises:
@@ -141,17 +143,17 @@ def _walk(row: dict[str, Any], shards: Sequence[ShardEntry]) -> IndexedWalk:
     """
     places = [row[name] for name in ("shard", "meta_offset", "meta_bytes", "tensors_offset", "tensors_bytes")]
     if any(place is None or place < 0 for place in places) or places[0] >= len(shards):
-        raise ValueError(f"a walk lies at {places}; there are {len(shards)} shards")
+        raise ValueError(f"a trajectory lies at {places}; there are {len(shards)} shards")
     key = row["key"]
     if not (key and key.isascii() and key.isdecimal() and len(key) <= _LONGEST_KEY) or row["meta"] is None:
-        raise ValueError(f"a walk has the key {key!r}, or no meta")
+        raise ValueError(f"a trajectory has the key {key!r}, or no meta")
     shard, meta_offset, meta_bytes, tensors_offset, tensors_bytes = places
     location = SampleLocation(shard, key, (meta_offset, meta_bytes), (tensors_offset, tensors_bytes))
     timesteps, latent = _naturals(row["timesteps"]), _naturals(row["latent"])
     # A reader takes memory for latents of this shape where a sample turns out to be damaged.
     if len(latent) != 3 or not 0 < 4 * math.prod(latent) <= shards[shard].bytes:  # noqa: PLR2004  (C, h, w of 2 images)
-        raise ValueError(f"a walk has latents of {latent}, its shard {shards[shard].bytes} bytes")
-    return IndexedWalk(location, SampleMeta.model_validate_json(row["meta"]), timesteps, latent)
+        raise ValueError(f"a trajectory has latents of {latent}, its shard {shards[shard].bytes} bytes")
+    return IndexedTrajectory(location, SampleMeta.model_validate_json(row["meta"]), timesteps, latent)
 
 
 def _naturals(values: object) -> tuple[int, ...]:
@@ -165,14 +167,14 @@ def _naturals(values: object) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _scan_all(directory: ShardDirectory) -> Iterator[IndexedWalk]:
+def _scan_all(directory: ShardDirectory) -> Iterator[IndexedTrajectory]:
     return chain.from_iterable(_scan(directory, shard) for shard in range(len(directory.manifest.shards)))
 
 
-def _scan(directory: ShardDirectory, shard: int) -> Iterator[IndexedWalk]:
+def _scan(directory: ShardDirectory, shard: int) -> Iterator[IndexedTrajectory]:
     """Read a tar's headers, its JSON members, and of the tensors the timesteps alone."""
     path = directory.path / directory.manifest.shards[shard].name
     locations = directory.locate(shard)
     with path.open("rb") as file:
         for location in locations:
-            yield read_walk(file, location, path)
+            yield read_trajectory(file, location, path)

@@ -1,4 +1,4 @@
-"""WebDataset shards: one sample is one walk of one pair, as ``KEY.json`` and ``KEY.safetensors`` (DESIGN 3.3).
+"""WebDataset shards: one sample is one trajectory of one pair, as ``KEY.json`` and ``KEY.safetensors``.
 
 Shape suffixes: K states, 2 images, C h w a latent.
 """
@@ -36,11 +36,11 @@ _MOST_BYTES = 1 << 40
 
 
 class SampleMeta(BaseModel):
-    """``KEY.json``: which pair, which walk of it, and what was drawn for it.
+    """``KEY.json``: which pair, which trajectory of it, and what was drawn for it.
 
     Attributes:
         pair_id, prompt, label, annotator: as in the pairs.
-        walk: 0, 1, ...
+        trajectory: 0, 1, ...
         flipped: both images were mirrored.
         prompt_dropped: inverted, and to be trained, under the empty prompt.
         scores: per reward the raw scores of image_0 and image_1.
@@ -52,7 +52,7 @@ class SampleMeta(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     pair_id: str
-    walk: int
+    trajectory: int
     flipped: bool
     prompt: str
     prompt_dropped: bool
@@ -65,10 +65,10 @@ class SampleMeta(BaseModel):
 
 @dataclass(frozen=True)
 class Sample:
-    """One walk.
+    """One trajectory.
 
     Attributes:
-        x0_2Chw: float16 or bfloat16, scaled VAE latents of both images: the very sample that the walk began from.
+        x0_2Chw: float16 or bfloat16, scaled VAE latents of both images: the very sample that the trajectory began from.
         noise_K2Chw: of the same type, tau_t = (x_t - a_t x0) / s_t.
         timestep_K: int64, increasing.
         ref_error_K2: float32, the reference's error at exactly this stored state.
@@ -161,7 +161,7 @@ def layout_problem(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -
 
 
 def timestep_problem(timesteps: Sequence[int], num_train_timesteps: int) -> str | None:
-    """What is wrong with the timesteps of a walk, of which there is one at least, or None.
+    """What is wrong with the timesteps of a trajectory, of which there is one at least, or None.
 
     Other ones than 0 to T - 1, T = ``num_train_timesteps``, would be looked up as some noise level or other.
     """
@@ -179,11 +179,11 @@ class ShardWriter:
 
     Attributes:
         entry: what the manifest is to say of it.
-        walks: what it holds, in order: where each sample lies (``shard`` 0), and the sample without its latents.
+        trajectories: what it holds, in order: where each sample lies (``shard`` 0), and the sample without its latents.
     """
 
     entry: ShardEntry
-    walks: list[IndexedWalk]
+    trajectories: list[IndexedTrajectory]
 
     def __init__(self, path: AnyPath) -> None:
         self._path = path
@@ -201,7 +201,7 @@ class ShardWriter:
     def write(self, key: str, sample: Sample) -> None:
         """Append a sample under ``key`` (digits, no dots)."""
         self._tar.write({"__key__": key, **encode_sample(sample)})
-        self._pairs += sample.meta.walk == 0
+        self._pairs += sample.meta.trajectory == 0
         self._written.append((sample.meta, tuple(sample.timestep_K.tolist()), tuple(sample.x0_2Chw.shape[1:])))
 
     def __exit__(
@@ -228,8 +228,8 @@ class ShardWriter:
             sha256=sha256_file(self._temporary),
         )
         locations = _locate(self._temporary, self.entry, 0)
-        self.walks = [
-            IndexedWalk(location, *written) for location, written in zip(locations, self._written, strict=True)
+        self.trajectories = [
+            IndexedTrajectory(location, *written) for location, written in zip(locations, self._written, strict=True)
         ]
 
 
@@ -263,12 +263,12 @@ class _PlainMember(tarfile.TarInfo):
 
 
 @dataclass(frozen=True)
-class IndexedWalk:
-    """One walk, without its latents.
+class IndexedTrajectory:
+    """One trajectory, without its latents.
 
     Attributes:
         location: where it lies.
-        meta: which walk of which pair it is.
+        meta: which trajectory of which pair it is.
         timesteps: of its K states, increasing.
         latent: the shape (C, h, w) of its latents.
     """

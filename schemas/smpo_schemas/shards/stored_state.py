@@ -1,4 +1,4 @@
-"""One state of a walk, read from where it lies in a tar: the walk's other states, most of a sample, stay on the disk.
+"""One state of a trajectory, read from where it lies in a tar; the other states, most of a sample, are not read.
 
 Shape suffixes: 2 images, C h w a latent.
 """
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from smpo_common.errors import UserError, describe_problem
 from smpo_common.store_path import AnyPath
 from smpo_schemas.shards.samples import (
-    IndexedWalk,
+    IndexedTrajectory,
     SampleLocation,
     SampleMeta,
     ShardDirectory,
@@ -39,49 +39,49 @@ class StoredState:
     """One state as it is stored.
 
     Attributes:
-        walk: which it is of.
+        trajectory: which it is of.
         x0_2Chw, noise_2Chw, ref_error_2: of this state, as in :class:`~smpo_schemas.shards.samples.Sample`.
     """
 
-    walk: IndexedWalk
+    trajectory: IndexedTrajectory
     x0_2Chw: torch.Tensor
     noise_2Chw: torch.Tensor
     ref_error_2: torch.Tensor
 
 
-def read_walk(file: BinaryIO, location: SampleLocation, path: AnyPath) -> IndexedWalk:
+def read_trajectory(file: BinaryIO, location: SampleLocation, path: AnyPath) -> IndexedTrajectory:
     """Read a sample without its latents from the tar ``path``, which is open as ``file``.
 
     Raises:
         UserError: it is malformed.
     """
     with _reading(path, location):
-        return _read_walk(file, location)[0]
+        return _read_trajectory(file, location)[0]
 
 
 def read_state(directory: ShardDirectory, location: SampleLocation, k: int) -> StoredState:
-    """Read the ``k``-th state of the walk that lies there, and check what is read: not the walk's other states.
+    """Read the ``k``-th state of the trajectory that lies there, without its other states, and check it.
 
     Raises:
         UserError: it is malformed or not there.
     """
     path = directory.path / directory.manifest.shards[location.shard].name
     with _reading(path, location), path.open("rb") as file:
-        walk, tensors = _read_walk(file, location)
+        trajectory, tensors = _read_trajectory(file, location)
         problem = layout_problem({name: (tensors[name].dtype, tensors[name].shape) for name in _NAMES})
-        problem = problem or timestep_problem(walk.timesteps, directory.manifest.model.num_train_timesteps)
-        if problem is None and not 0 <= k < len(walk.timesteps):
-            problem = f"it has {len(walk.timesteps)} states, none with the number {k}"
+        problem = problem or timestep_problem(trajectory.timesteps, directory.manifest.model.num_train_timesteps)
+        if problem is None and not 0 <= k < len(trajectory.timesteps):
+            problem = f"it has {len(trajectory.timesteps)} states, none with the number {k}"
         if problem is None:
             read = {"x0": tensors["x0"].read()} | {name: tensors[name][k].read() for name in ("noise", "ref_error")}
             bad = [name for name, tensor in read.items() if not torch.isfinite(tensor).all()]
             if not bad:
-                return StoredState(walk, *read.values())
+                return StoredState(trajectory, *read.values())
             problem = f"{bad[0]} is not finite"
-    raise UserError(f"{path}: sample {location.key} (pair {walk.meta.pair_id}): {problem}")
+    raise UserError(f"{path}: sample {location.key} (pair {trajectory.meta.pair_id}): {problem}")
 
 
-def _read_walk(file: BinaryIO, location: SampleLocation) -> tuple[IndexedWalk, _Tensors]:
+def _read_trajectory(file: BinaryIO, location: SampleLocation) -> tuple[IndexedTrajectory, _Tensors]:
     meta = SampleMeta.model_validate_json(read_at(file, *location.meta))
     tensors = _Tensors(file, *location.tensors)
     timesteps = tensors["timestep"]
@@ -90,7 +90,7 @@ def _read_walk(file: BinaryIO, location: SampleLocation) -> tuple[IndexedWalk, _
     latent = tensors["x0"].shape[1:]
     if len(latent) != 3:  # noqa: PLR2004  (C, h, w)
         raise ValueError(f"x0 has the shape {tensors['x0'].shape}, expected [2, C, h, w]")
-    return IndexedWalk(location, meta, tuple(timesteps.read().tolist()), latent), tensors
+    return IndexedTrajectory(location, meta, tuple(timesteps.read().tolist()), latent), tensors
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,13 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     make_tiny_model(folder / "sd")
     make_tiny_xl(folder / "xl")
-    make_tiny_model(folder / "walker", seed=1)
+    make_tiny_model(folder / "inverting_denoiser", seed=1)
     return folder
 
 
 def make_options(models, out, **changed):
     options = {
-        "pairs": [out], "scores": out, "model": str(models / "sd"), "out": out, "unet": None, "walker": None,
+        "pairs": [out], "scores": out, "model": str(models / "sd"), "out": out, "unet": None, "inverting_unet": None,
         "vae": None, "resolution": None, "settings": InversionSettings(steps=1, dtype="bf16"), "columns": {},
         "seed": 0, "pairs_per_shard": 8, "shard_bytes": None, "batch_size": 8, "device": "cpu", "concurrency": 1,
         "ray_address": None, "limit": None, "max_reject_rate": 1.0, "overwrite": False, **changed,
@@ -63,12 +63,12 @@ def test_what_nobody_asked_for_is_said(models, tmp_path):
         assert part in said
     settings = InversionSettings(hflip=False, buckets=True)
     said = "; ".join(invert.choices(make_options(models, tmp_path, settings=settings), 64, 77))
-    for part in (", 0 % mirrored", "aspect", "of 8 walks", "seed 0"):
+    for part in (", 0 % mirrored", "aspect", "of 8 trajectories", "seed 0"):
         assert part in said
 
 
-@pytest.mark.parametrize("walker", [None, "walker"])
-def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, walker):
+@pytest.mark.parametrize("inverting_denoiser", [None, "inverting_denoiser"])
+def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, inverting_denoiser):
     moved, to = set(), UNetFamily.to
 
     def watched(family, device):
@@ -78,25 +78,31 @@ def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(UNetFamily, "to", watched)
     # The device without memory stands for a GPU.
-    actor = make_actor(models, tmp_path, monkeypatch, walker=walker and models / walker, device="meta")
+    actor = make_actor(
+        models,
+        tmp_path,
+        monkeypatch,
+        inverting_denoiser=inverting_denoiser and models / inverting_denoiser,
+        device="meta",
+    )
     # But for the norms: the reference has theirs as the trainer has.
     assert moved == {(False, torch.bfloat16, "cpu", "meta"), (True, torch.float32, "cpu", "meta")}
-    own = actor._inverter._walker
+    own = actor._inverter._inverting_denoiser
     assert {(each.dtype, each.device.type) for each in own.parameters()} == {(torch.bfloat16, "meta")}
     reference = dict(actor._family.denoiser.named_parameters())
     shared = {"norm" in name for name, each in own.named_parameters() if each is reference[name]}
-    assert shared == ({False} if walker is None else set())
+    assert shared == ({False} if inverting_denoiser is None else set())
 
 
 def test_each_batch_is_reported(models, tmp_path, monkeypatch):
-    """Of pairs with two walks each, three walks at a time."""
+    """Of pairs with two trajectories each, three trajectories at a time."""
     monkeypatch.setattr(ledger, "_REPORT_SECONDS", 0)
-    settings = InversionSettings(steps=1, walks=2)
+    settings = InversionSettings(steps=1, trajectories=2)
     actor = make_actor(models, tmp_path, monkeypatch, settings=settings, batch_size=3)
     reported = []
     monkeypatch.setattr(Counts, "report", lambda _, *what: reported.append(what))
     list(
-        actor._walks(
+        actor._trajectories(
             7, [dataclasses.replace(make_pair(number), measured=False) for number in range(2)], {}, HealthSums()
         )
     )
@@ -116,7 +122,7 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
     actor._inverter.invert = small
     pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(12)]
     for _ in range(2):
-        assert not any(isinstance(each, str) for each in actor._walks(0, pairs, {}, HealthSums()))
+        assert not any(isinstance(each, str) for each in actor._trajectories(0, pairs, {}, HealthSums()))
     first = [8, 8, 4, 4, 4, 4, 2, 2, 2, 2]  # what fails is tried twice
     assert tried == first + [2] * 2 + [2] * 6
     assert take_batch_sizes(tmp_path) == [2]
@@ -126,7 +132,13 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
     ("kind", "file", "name", "value", "said"),
     [
         ("sd", "vae/config.json", "scaling_factor", 0.13, r"vae.scaling_factor: 0.18215 there, 0.13 here\)"),
-        ("sd", "unet/config.json", "attention_head_dim", 4, "denoiser.attention_head_dim: 8 there, 4 here; .*walker"),
+        (
+            "sd",
+            "unet/config.json",
+            "attention_head_dim",
+            4,
+            "denoiser.attention_head_dim: 8 there, 4 here; .*inverting denoiser",
+        ),
         ("sd", "text_encoder/config.json", "hidden_act", "gelu", r"text\)"),
         ("sd", "tokenizer/tokenizer_config.json", "model_max_length", 20, r"tokenizers\)"),
         ("xl", "model_index.json", "force_zeros_for_empty_prompt", False, "zeros_for_empty_prompt: True there, False"),
@@ -171,13 +183,13 @@ def test_a_pair_that_fails_while_the_batch_size_is_looked_for_costs_itself_alone
 
     actor._inverter.invert = touchy
     pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(3)]
-    first, *others = actor._walks(0, pairs, {}, HealthSums())
+    first, *others = actor._trajectories(0, pairs, {}, HealthSums())
     assert first == "fails alone: RuntimeError: CUDA error: device-side assert triggered"
     assert [len(each) for each in others] == [1, 1]
     assert take_batch_sizes(tmp_path) == [1]
 
 
-def test_memory_that_holds_no_walk_ends_the_job_and_rejects_no_pair(models, tmp_path, monkeypatch):
+def test_memory_that_holds_no_trajectory_ends_the_job_and_rejects_no_pair(models, tmp_path, monkeypatch):
     monkeypatch.setattr(isolation, "PAUSES", (0.0,))
     actor = make_actor(models, tmp_path, monkeypatch, batch_size=2)
 
@@ -186,6 +198,6 @@ def test_memory_that_holds_no_walk_ends_the_job_and_rejects_no_pair(models, tmp_
 
     actor._inverter.invert = full
     with pytest.raises(
-        UserError, match=r"too little memory for a single walk .*out of memory.* the same command goes on$"
+        UserError, match=r"too little memory for a single trajectory .*out of memory.* the same command goes on$"
     ):
-        list(actor._walks(0, [make_pair(0), make_pair(1)], {}, HealthSums()))
+        list(actor._trajectories(0, [make_pair(0), make_pair(1)], {}, HealthSums()))

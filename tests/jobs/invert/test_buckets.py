@@ -22,7 +22,7 @@ from smpo_pipeline.jobs.units.prepare import prepare_unit, unit_row
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.shards.index import indexed_walks
+from smpo_schemas.shards.index import indexed_trajectories
 from smpo_schemas.shards.samples import ShardDirectory, decode_sample
 from tests.command import run_command, run_here
 from tests.pictures import encode, picture
@@ -63,8 +63,8 @@ def scores(inputs, on_ray):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("walks", [1, 2])
-def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, tmp_path, monkeypatch):
+@pytest.mark.parametrize("trajectories", [1, 2])
+def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, trajectories, tmp_path, monkeypatch):
     """The actor, without Ray: pairs stay in their order, each of its own shape."""
     folder, rows = inputs
     monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
@@ -81,8 +81,9 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
     for batch_size in (1, 3, 16):
         out = tmp_path / str(batch_size)
         options = InvertOptions(
-            pairs=[path], scores=folder, model=str(folder / "sd"), out=out, unet=None, walker=None, vae=None,
-            resolution=None, settings=InversionSettings(steps=2, walks=walks, buckets=True), columns={}, seed=0,
+            pairs=[path], scores=folder, model=str(folder / "sd"), out=out, unet=None, inverting_unet=None, vae=None,
+            resolution=None, settings=InversionSettings(steps=2, trajectories=trajectories, buckets=True), columns={},
+            seed=0,
             pairs_per_shard=len(rows), shard_bytes=None, batch_size=batch_size, device="cpu", concurrency=1,
             ray_address=None, limit=None, max_reject_rate=1.0, overwrite=False,
         )  # fmt: skip
@@ -99,7 +100,9 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, walks, 
             [(each["__key__"], decode_sample(each["json"], each["safetensors"], "")) for each in tar],
         )
     record, samples = made[16]
-    assert [sample.meta.pair_id for _, sample in samples] == [row["pair_id"] for row in scored for _ in range(walks)]
+    assert [sample.meta.pair_id for _, sample in samples] == [
+        row["pair_id"] for row in scored for _ in range(trajectories)
+    ]
     shapes = {row["pair_id"]: row["shape"][1:3] for row in table.to_pylist()}
     for _, sample in samples:
         assert [4 * side for side in sample.x0_2Chw.shape[2:]] == shapes[sample.meta.pair_id]
@@ -116,7 +119,7 @@ def test_a_worker_with_other_weights_than_the_drivers_makes_nothing(inputs, tmp_
     folder, _ = inputs
     monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
     options = InvertOptions(
-        pairs=[], scores=folder, model=str(folder / "sd"), out=tmp_path, unet=None, walker=None, vae=None,
+        pairs=[], scores=folder, model=str(folder / "sd"), out=tmp_path, unet=None, inverting_unet=None, vae=None,
         resolution=None, settings=InversionSettings(steps=2), columns={}, seed=0, pairs_per_shard=1, shard_bytes=None,
         batch_size=1, device="cpu", concurrency=1, ray_address=None, limit=None, max_reject_rate=1.0, overwrite=False,
     )  # fmt: skip
@@ -152,10 +155,10 @@ def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path,
         images = [decode_image(row[f"jpg_{index}"]) for index in range(2)]
         wanted[str(row["ranking_id"])] = images, choose_size(images, sizes)
     assert [sample.meta.pair_id for sample in samples] == list(wanted)
-    for sample, walk in zip(samples, indexed_walks(directory), strict=True):
+    for sample, trajectory in zip(samples, indexed_trajectories(directory), strict=True):
         images, (height, width) = wanted[sample.meta.pair_id]
         assert sample.meta.size == tuple((image.height, image.width) for image in images)
-        assert walk.latent == tuple(sample.x0_2Chw.shape[1:]) == (4, height // 4, width // 4)
+        assert trajectory.latent == tuple(sample.x0_2Chw.shape[1:]) == (4, height // 4, width // 4)
     counts = [(each.height, each.width, each.pairs) for each in manifest.buckets]
     assert sum(pairs for _, _, pairs in counts) == manifest.totals.pairs == 12
     assert {(height, width): pairs for height, width, pairs in counts} == {

@@ -125,7 +125,7 @@ def test_what_a_worker_of_another_run_commits_is_not_believed(run):
 def test_an_actor_of_another_run_leaves_the_shard_that_is_there(run):
     actor = object.__new__(InvertActor)
     actor._run = Run(run.out, "marker.json", {"seed": 0})
-    actor._walks = lambda *_: iter(())
+    actor._trajectories = lambda *_: iter(())
     shard = run.out / "shard-000000.tar"
     shard.write_bytes(b"of this run")
     with pytest.raises(UserError, match="this one is over"):

@@ -18,7 +18,7 @@ import torch
 from smpo_common.errors import UserError
 from smpo_common.files import write_json
 from smpo_schemas.manifest import MANIFEST_FILE, read_manifest
-from smpo_schemas.shards.index import INDEX_FILE, indexed_walks, write_index
+from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories, write_index
 from smpo_schemas.shards.samples import SampleLocation, ShardDirectory, decode_sample, encode_sample
 from tests.schemas.shards.test_samples import make_sample, write_directory
 
@@ -41,7 +41,7 @@ def refused(path, tar: bytes, match: str) -> None:
     """Both ways to read a directory say one line about its only tar."""
     write_directory(path, shards=1, samples=1)
     directory = signed(path, **{"shard-000000.tar": tar})
-    for reading in (directory.samples, lambda: indexed_walks(directory)):
+    for reading in (directory.samples, lambda: indexed_trajectories(directory)):
         with pytest.raises(UserError, match=match):
             list(reading())
 
@@ -143,11 +143,11 @@ def test_tensors_that_claim_what_is_not_there(tmp_path, tensors):
     tar = tar_of(member("000000000.json"), member("000000000.safetensors"), contents=(MEMBERS["json"], tensors))
     directory = signed(tmp_path, **{"shard-000000.tar": tar})
     try:
-        walks = list(indexed_walks(directory))  # it reads no more than the timesteps
+        trajectories = list(indexed_trajectories(directory))  # it reads no more than the timesteps
     except UserError as error:
         assert "malformed safetensors" in str(error)  # noqa: PT017  (an index of it is allowed)
     else:
-        assert walks[0].timesteps == (100, 200, 300)
+        assert trajectories[0].timesteps == (100, 200, 300)
 
 
 @pytest.mark.parametrize(
@@ -267,12 +267,12 @@ def indexed(tmp_path):
 )
 def test_an_index_with_wrong_values(indexed, name, values):
     with pytest.raises(UserError, match=INDEX_FILE):
-        list(indexed_walks(indexed(name, values)))
+        list(indexed_trajectories(indexed(name, values)))
 
 
 def test_an_index_that_points_outside_its_tar_takes_no_memory(indexed):
     directory = indexed("tensors_bytes", pa.array([2**62] * 3))
     with pytest.raises(UserError, match="no 4611686018427387904 bytes"):
-        directory.read(next(indexed_walks(directory)).location)
+        directory.read(next(indexed_trajectories(directory)).location)
     with pytest.raises(UserError, match="no 8 bytes at -1"):
         directory.read(SampleLocation(0, "0", (-1, 8), (0, 8)))

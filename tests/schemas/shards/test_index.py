@@ -6,7 +6,7 @@ import pytest
 
 from smpo_common.errors import UserError
 from smpo_schemas.manifest import read_manifest, write_manifest
-from smpo_schemas.shards.index import INDEX_FILE, indexed_walks, write_index
+from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories, write_index
 from smpo_schemas.shards.samples import ShardDirectory
 from tests.schemas.shards.test_samples import make_sample, write_directory
 
@@ -21,20 +21,20 @@ def indexed(tmp_path: Path) -> ShardDirectory:
 
 
 def test_index_holds_what_the_tars_hold(indexed: ShardDirectory) -> None:
-    walks = list(indexed_walks(indexed))
-    assert len(walks) == 6
-    for number, walk in enumerate(walks):
+    trajectories = list(indexed_trajectories(indexed))
+    assert len(trajectories) == 6
+    for number, trajectory in enumerate(trajectories):
         wanted = make_sample(number)
-        assert walk.meta == wanted.meta
-        assert walk.timesteps == tuple(wanted.timestep_K.tolist())
-        assert walk.latent == tuple(wanted.x0_2Chw.shape[1:])
-        read = indexed.read(walk.location)
+        assert trajectory.meta == wanted.meta
+        assert trajectory.timesteps == tuple(wanted.timestep_K.tolist())
+        assert trajectory.latent == tuple(wanted.x0_2Chw.shape[1:])
+        read = indexed.read(trajectory.location)
         assert all((read.tensors()[name] == wanted.tensors()[name]).all() for name in ("x0", "noise", "timestep"))
 
 
 def test_a_directory_without_an_index_reads_the_same(indexed: ShardDirectory) -> None:
     plain = ShardDirectory(indexed.path, indexed.manifest.model_copy(update={"index": None}))
-    assert list(indexed_walks(plain)) == list(indexed_walks(indexed))
+    assert list(indexed_trajectories(plain)) == list(indexed_trajectories(indexed))
 
 
 def test_equal_tars_give_an_equal_index(indexed: ShardDirectory) -> None:
@@ -49,10 +49,10 @@ def test_a_damaged_or_missing_index_is_named(indexed: ShardDirectory) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"index.parquet differs from the SHA-256"):
-        list(indexed_walks(indexed))
+        list(indexed_trajectories(indexed))
     path.unlink()
     with pytest.raises(UserError, match=r"index.parquet is missing"):
-        list(indexed_walks(indexed))
+        list(indexed_trajectories(indexed))
 
 
 @pytest.mark.parametrize("member", ["json", "safetensors"])
@@ -66,4 +66,4 @@ def test_a_malformed_member_is_named(tmp_path: Path, member: str) -> None:
     content[offset : offset + 12] = b"\xff" * 12
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"sample 000000001: malformed {member} member"):
-        list(indexed_walks(directory))
+        list(indexed_trajectories(directory))

@@ -34,7 +34,7 @@ def make_sample(number: int, states: int = 3, **tensors: torch.Tensor) -> Sample
     }
     meta = SampleMeta(
         pair_id=f"pair {number}",
-        walk=0,
+        trajectory=0,
         flipped=number % 2 == 0,
         prompt="Zürich 東京 …",
         prompt_dropped=False,
@@ -59,7 +59,7 @@ def write_directory(path, shards: int = 2, samples: int = 3):
         kind="sd15",
         prediction_type="epsilon",
         reference="r",
-        walker="r",
+        inverting_denoiser="r",
         text="t",
         vae="v",
         scheduler="s",

@@ -33,9 +33,9 @@ def test_a_state_is_that_of_the_whole_sample(tmp_path: Path, storage: torch.dtyp
     directory, location = written(tmp_path, sample)
     for k in range(3):
         state = read_state(directory, location, k)
-        assert state.walk.meta == sample.meta
-        assert state.walk.timesteps == (100, 200, 300)
-        assert state.walk.latent == (4, 8, 8)
+        assert state.trajectory.meta == sample.meta
+        assert state.trajectory.timesteps == (100, 200, 300)
+        assert state.trajectory.latent == (4, 8, 8)
         for found, wanted in (
             (state.x0_2Chw, sample.x0_2Chw),
             (state.noise_2Chw, sample.noise_K2Chw[k]),

@@ -89,7 +89,7 @@ def test_it_is_left_out_and_counted(train: Train, shards: Path, tmp_path: Path) 
 
 
 def with_timesteps(shards: Path, folder: Path, timesteps: list[int], *, indexed: bool) -> Path:
-    """The shards with another walk in place of pair-1's, and a manifest that vouches for it."""
+    """The shards with another trajectory in place of pair-1's, and a manifest that vouches for it."""
     shutil.copytree(shards, folder)
     samples = list(ShardDirectory(shards).samples())[:4]
     samples[1] = replace(samples[1], timestep_K=torch.tensor(timesteps))

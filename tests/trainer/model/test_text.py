@@ -32,7 +32,7 @@ def test_cached_equals_live_to_the_bit(train: Train, tmp_path: Path, mixed_preci
     (file,) = (tmp_path / "cache").glob("text-*.safetensors")
     tensors = safetensors.torch.load_file(file)
     assert tensors["text"].dtype == (torch.bfloat16 if mixed_precision == "bf16" else torch.float32)
-    # Of each prompt of the data set once: the fourth one is dropped in its only walk, the first comes twice.
+    # Of each prompt of the data set once: the fourth one is dropped in its only trajectory, the first comes twice.
     assert len(tensors["key"]) == len(tensors["text"]) == len(PROMPTS) - 1
 
 

@@ -105,7 +105,7 @@ def test_only_capo_has_a_bias_of_its_own(
 
 def test_kept_ties_are_trained_on(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     train(objective="dpo", objective_option=["ties=keep", "label_smoothing=0.1"], max_steps=1)
-    assert "15 of 18 states of 6 walks are trained on" in capsys.readouterr().out
+    assert "15 of 18 states of 6 trajectories are trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["mapo", "capo", "sft"])
@@ -126,8 +126,8 @@ def test_pair_weights_come_from_the_scores_table(
     run = {"objective": "dpo", "scores": scores, "weight_column": "trust", "unet": other_unet, "beta": BETA}
     out = train(**run, max_steps=1, batch_size=6)
     said = capsys.readouterr().out
-    assert "2 of 6 walks have no weight in trust and are left out" in said
-    assert "6 of 18 states of 6 walks are trained on" in said
+    assert "2 of 6 trajectories have no weight in trust and are left out" in said
+    assert "6 of 18 states of 6 trajectories are trained on" in said
     weights = {"pair-0": 2.0, "pair-1": 0.5}
     wanted = [weights[s.pair_id] * s.plain_loss("dpo", s.label) for s in states if s.pair_id in weights]
     assert column(out, "loss")[0] == pytest.approx(np.mean(wanted), rel=1e-5)

@@ -70,7 +70,7 @@ def test_training_from_a_url_equals_training_from_a_folder(train: Train, tmp_pat
 
 def test_only_what_is_asked_for_is_fetched(tmp_path: Path, bucket: object) -> None:
     found = opened(tmp_path)
-    assert sum(1 for _ in found.walks()) == 6
+    assert sum(1 for _ in found.trajectories()) == 6
     assert tars(tmp_path) == set()
     store = ShardStore(found.places, cache_bytes=1 << 30)
     assert store.problems([1]) == {}

@@ -40,20 +40,20 @@ def test_draws_are_even_and_of_the_prompt_alone() -> None:
     assert prompt_draw("a cat") == int(hashlib.sha256(b"a cat").hexdigest()[:12], 16) / 16**12
 
 
-def table(states_of_walks: list[int]) -> StateTable:
-    walk_S = np.repeat(np.arange(len(states_of_walks)), states_of_walks)
-    k_S = np.concatenate([np.arange(count) for count in states_of_walks])
-    nothing = np.zeros(len(states_of_walks))
+def table(states_of_trajectories: list[int]) -> StateTable:
+    trajectory_S = np.repeat(np.arange(len(states_of_trajectories)), states_of_trajectories)
+    k_S = np.concatenate([np.arange(count) for count in states_of_trajectories])
+    nothing = np.zeros(len(states_of_trajectories))
     fields = StateTable.__dataclass_fields__
-    known = {"walk_S": walk_S, "k_S": k_S, "weight_P": nothing, "prompt_draw_P": nothing}
+    known = {"trajectory_S": trajectory_S, "k_S": k_S, "weight_P": nothing, "prompt_draw_P": nothing}
     return StateTable(**{name: known.get(name, nothing) for name in fields})
 
 
-def test_spread_takes_as_many_walks_as_possible() -> None:
+def test_spread_takes_as_many_trajectories_as_possible() -> None:
     of = table([3, 1, 5, 2])
     for number, wanted in ((3, [0, 1, 2]), (4, [0, 1, 2, 3]), (6, [0, 0, 1, 2, 2, 3])):
         chosen = spread(of, number)
-        assert of.walk_S[chosen].tolist() == wanted
+        assert of.trajectory_S[chosen].tolist() == wanted
         assert len(set(chosen.tolist())) == number
     assert spread(of, 99).tolist() == list(range(11))
     assert spread(of, 4).tolist() == spread(of, 4).tolist()
@@ -62,12 +62,12 @@ def test_spread_takes_as_many_walks_as_possible() -> None:
 @pytest.mark.parametrize(("number", "partial_round"), [(317, 317), (1317, 317), (20, 20)])
 def test_spread_samples_the_whole_table_in_few_places(number: int, partial_round: int) -> None:
     of = table([2] * 1000)
-    times = np.bincount(of.walk_S[spread(of, number)], minlength=1000)
+    times = np.bincount(of.trajectory_S[spread(of, number)], minlength=1000)
     assert times.sum() == number
     chosen = np.flatnonzero(times == times.max())
     assert len(chosen) == partial_round
     assert set(times) == {times.max() - 1, times.max()}
-    # In every tenth of the walks there are as many; they lie in a few places, and so in few shards.
+    # In every tenth of the trajectories there are as many; they lie in a few places, and so in few shards.
     tenths, _ = np.histogram(chosen, bins=10, range=(0, 1000))
     assert (abs(tenths - partial_round / 10) <= 10).all()
     assert 10 <= 1 + (np.diff(chosen) > 1).sum() <= 32

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from smpo_common.errors import UserError
 from smpo_schemas.shards.stored_state import read_state
 from smpo_trainer.data.order import Plan, Window
-from smpo_trainer.data.state_table import StateTable, walk_digest
+from smpo_trainer.data.state_table import StateTable, trajectory_digest
 from smpo_trainer.interrupts import leave_signals_to_the_trainer
 from smpo_trainer.shards.fetch import ShardStore
 from smpo_trainer.shards.shard_set import ShardSet
@@ -140,9 +140,9 @@ class StateDataset(Dataset[State]):
             return stand_in(str(error), self._table.latent_of(index))
 
     def _without_reference(self, index: int) -> str:
-        walk = int(self._table.walk_S[index])
-        directory = self._directories[self._table.locations.shard_P[walk]]
-        name = directory.manifest.shards[self._table.locations[walk].shard].name
+        trajectory = int(self._table.trajectory_S[index])
+        directory = self._directories[self._table.locations.shard_P[trajectory]]
+        name = directory.manifest.shards[self._table.locations[trajectory].shard].name
         return (
             f"{directory.path / name} has states without a finite reference error: they could not be used when it was "
             "recomputed; --overwrite begins the run anew"
@@ -150,15 +150,16 @@ class StateDataset(Dataset[State]):
 
     def _read(self, index: int) -> State:
         table = self._table
-        walk, k = int(table.walk_S[index]), int(table.k_S[index])
-        directory, location = self._directories[table.locations.shard_P[walk]], table.locations[walk]
+        trajectory, k = int(table.trajectory_S[index]), int(table.k_S[index])
+        directory, location = self._directories[table.locations.shard_P[trajectory]], table.locations[trajectory]
         state = read_state(directory, location, k)
-        meta = state.walk.meta
-        if walk_digest(state.walk) != table.locations.digest_P[walk]:
+        meta = state.trajectory.meta
+        if trajectory_digest(state.trajectory) != table.locations.digest_P[trajectory]:
             raise UserError(
                 f"{directory.path / directory.manifest.shards[location.shard].name}: sample {location.key} is not what "
-                f"the index says: it is of pair {meta.pair_id}, with the timesteps {list(state.walk.timesteps)} and "
-                f"latents of {state.walk.latent}, the scores {meta.scores} and the label {meta.label}"
+                f"the index says: it is of pair {meta.pair_id}, with the timesteps "
+                f"{list(state.trajectory.timesteps)} and "
+                f"latents of {state.trajectory.latent}, the scores {meta.scores} and the label {meta.label}"
             )
         return State(
             pair_id=meta.pair_id,
@@ -168,10 +169,10 @@ class StateDataset(Dataset[State]):
             x0_2Chw=state.x0_2Chw,
             noise_2Chw=state.noise_2Chw,
             ref_error_2=state.ref_error_2 if self.ref_error_S2 is None else self.ref_error_S2[index].clone(),
-            timestep=state.walk.timesteps[k],
-            preference=float(table.preference_P[walk]),
-            label=float(table.label_P[walk]),
-            weight=float(table.weight_P[walk]),
+            timestep=state.trajectory.timesteps[k],
+            preference=float(table.preference_P[trajectory]),
+            label=float(table.label_P[trajectory]),
+            weight=float(table.weight_P[trajectory]),
         )
 
 

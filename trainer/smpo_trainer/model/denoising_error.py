@@ -1,4 +1,4 @@
-"""The denoiser's errors at stored states (DESIGN 4.1).
+"""The denoiser's errors at stored states.
 
 Shape suffixes: B batch, R = 2B rows (image_0 of every state, then image_1), C h w a latent.
 """

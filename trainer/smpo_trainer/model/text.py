@@ -88,7 +88,10 @@ def cache_text(settings: TrainSettings, shards: ShardSet, family: Family, report
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not path.is_file():
-                prompts = {"" if walk.meta.prompt_dropped else walk.meta.prompt for _, walk in shards.walks()}
+                prompts = {
+                    "" if trajectory.meta.prompt_dropped else trajectory.meta.prompt
+                    for _, trajectory in shards.trajectories()
+                }
                 # The empty one stands in for states that cannot be used.
                 with report.bar(_TITLE, -(-len(prompts | {""}) // _BATCH)) as done:
                     _write(path, prompts | {""}, family, dtype, done)

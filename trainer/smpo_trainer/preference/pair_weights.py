@@ -38,7 +38,7 @@ class PairWeights:
     table: Mapping[str, tuple[str | None, float]]
 
     def of(self, metas: Sequence[SampleMeta]) -> np.ndarray:
-        """The weight of each walk's pair, float64 [P]; 0 where the table lacks the pair.
+        """The weight of each trajectory's pair, float64 [P]; 0 where the table lacks the pair.
 
         Raises:
             UserError: the table has another prompt for a pair.

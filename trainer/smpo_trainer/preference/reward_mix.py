@@ -39,10 +39,10 @@ class RewardMix:
     table: PreferenceTable | None
 
     def preferences(self, metas: Sequence[SampleMeta]) -> np.ndarray:
-        """P(image_0 preferred) of each walk's pair: float64 [P], NaN where ``table`` lacks the pair.
+        """P(image_0 preferred) of each trajectory's pair: float64 [P], NaN where ``table`` lacks the pair.
 
         Raises:
-            UserError: a walk in the shards lacks a reward that its manifest promises, or belongs to another pair.
+            UserError: a trajectory in the shards lacks a reward that its manifest promises, or belongs to another pair.
         """
         if self.table is not None:
             return np.array([self.table.preference(meta) for meta in metas], dtype=np.float64)

@@ -34,7 +34,7 @@ class PreferenceTable:
     pairs: Mapping[str, tuple[str, float]]
 
     def preference(self, meta: SampleMeta) -> float:
-        """P of a walk's pair; NaN where the table lacks it.
+        """P of a trajectory's pair; NaN where the table lacks it.
 
         Raises:
             UserError: the table has another prompt for this pair.
@@ -47,7 +47,7 @@ class PreferenceTable:
 
 
 def require_same_prompt(scores: Path, prompt: str | None, meta: SampleMeta) -> None:
-    """Refuse a walk whose pair has another prompt in the table: pair_ids of two data sets may be alike.
+    """Refuse a trajectory whose pair has another prompt in the table: pair_ids of two data sets may be alike.
 
     Raises:
         UserError: it has.

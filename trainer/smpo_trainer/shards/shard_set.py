@@ -10,7 +10,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import sha256_file
 from smpo_schemas.manifest import MANIFEST_FILE, ModelInfo
 from smpo_schemas.scores import RewardStatistics
-from smpo_schemas.shards.index import IndexedWalk, indexed_walks
+from smpo_schemas.shards.index import IndexedTrajectory, indexed_trajectories
 from smpo_schemas.shards.samples import ShardDirectory
 from smpo_trainer.shards.fetch import ShardSource, open_source
 
@@ -24,7 +24,7 @@ _SAME = {
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Directories with the same reference, noise levels and text encoders; their walkers may differ."""
+    """Directories with the same reference, noise levels and text encoders; their inverting denoisers may differ."""
 
     sources: tuple[ShardSource, ...]
 
@@ -42,7 +42,7 @@ class ShardSet:
 
     @property
     def model(self) -> ModelInfo:
-        """What the shards say of their model; ``id``, ``walker`` and ``vae`` are those of the first directory."""
+        """What the shards say of their model; ``id``, ``inverting_denoiser`` and ``vae`` are the first directory's."""
         return self.directories[0].manifest.model
 
     def image_sizes(self) -> set[tuple[int, int]]:
@@ -57,8 +57,8 @@ class ShardSet:
         """SHA-256 of each manifest: what the data are, wherever they lie."""
         return [sha256_file(directory.path / MANIFEST_FILE) for directory in self.directories]
 
-    def walks(self) -> Iterator[tuple[int, IndexedWalk]]:
-        """All walks in order, each with its shard.
+    def trajectories(self) -> Iterator[tuple[int, IndexedTrajectory]]:
+        """All trajectories in order, each with its shard.
 
         Raises:
             UserError: an index or a tar is damaged.
@@ -67,8 +67,8 @@ class ShardSet:
         for source in self.sources:
             if source.remote and source.directory.manifest.index is None:
                 raise UserError(f"--shards {source.name} has no index.parquet; invert again, or copy it to a disk")
-            for walk in indexed_walks(source.directory):
-                yield first + walk.location.shard, walk
+            for trajectory in indexed_trajectories(source.directory):
+                yield first + trajectory.location.shard, trajectory
             first += len(source.directory.manifest.shards)
 
     def reward_statistics(self) -> dict[str, RewardStatistics]:

@@ -3,7 +3,7 @@
 The split is by prompt, so that no image of a held-out prompt is trained on, and by nothing else: every run over the
 same data holds out the same prompts, whatever its seed or objective.
 
-Shape suffixes: P walks, S states, B a batch, 2 images.
+Shape suffixes: P trajectories, S states, B a batch, 2 images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from smpo_trainer.shards.fetch import ShardStore
 from smpo_trainer.shards.shard_set import ShardSet
 
 _STRETCHES = 32
-"""Of walks, where not all are looked at: the more, the better they sample the table, and the more shards are read."""
+"""Of trajectories, where not all are looked at: more sample the table better, and read more shards."""
 
 
 def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, StateTable]:
@@ -37,7 +37,7 @@ def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, Sta
     Raises:
         UserError: one of the two is empty.
     """
-    held_S = table.prompt_draw_P[table.walk_S] < fraction
+    held_S = table.prompt_draw_P[table.trajectory_S] < fraction
     if not held_S.any() or held_S.all():
         raise UserError(
             f"--val-fraction {fraction} holds out {'all' if held_S.any() else 'none'} of the prompts: there are too few"
@@ -46,15 +46,16 @@ def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, Sta
 
 
 def spread(table: StateTable, number: int) -> np.ndarray:
-    """At most ``number`` states of a table, of as many walks as possible: increasing indices, int64.
+    """At most ``number`` states of a table, of as many trajectories as possible: increasing indices, int64.
 
-    A walk's states are drawn in a fixed random order. Of more walks than that, stretches are taken that lie evenly over
+    A trajectory's states are drawn in a fixed random order. Of more trajectories than that, stretches are taken that
+    lie evenly over
     the table: a sample of all directories that reads few shards.
     """
     keys_S = np.random.default_rng(0).random(len(table))
-    order = np.lexsort([keys_S, table.walk_S])
-    first_of_walk = np.flatnonzero(np.diff(table.walk_S[order], prepend=-1))
-    rounds = np.arange(len(table)) - np.repeat(first_of_walk, np.diff(first_of_walk, append=len(table)))
+    order = np.lexsort([keys_S, table.trajectory_S])
+    first_of_trajectory = np.flatnonzero(np.diff(table.trajectory_S[order], prepend=-1))
+    rounds = np.arange(len(table)) - np.repeat(first_of_trajectory, np.diff(first_of_trajectory, append=len(table)))
     by_round = order[np.argsort(rounds, kind="stable")]
     number = min(number, len(table))
     bounds = np.concatenate([[0], np.cumsum(np.bincount(rounds))])
@@ -103,7 +104,7 @@ class HeldOut:
             raise UserError(f"{len(chosen)} held-out states are too few for {world} processes; raise --val-fraction")
         shares = np.array_split(np.asarray(chosen), world)
         own = shares[rank].tolist()
-        shard_of = table.locations.shard_P[table.walk_S]
+        shard_of = table.locations.shard_P[table.trajectory_S]
         problems = store.problems(sorted(set(shard_of[own].tolist())))
         dataset = StateDataset(shards, table)
         self.batches: list[StateBatch] = []

@@ -22,13 +22,13 @@ from smpo_common.files import list_files, read_json, write_json
 from smpo_common.store_path import AnyPath
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module, settings_of
-from smpo_models.loading import load_family, load_walker
+from smpo_models.loading import load_family, load_inverting_denoiser
 from smpo_pipeline.images.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import (
     batches_of_one_size,
     choose_batch_size,
-    walk_requests,
+    trajectory_requests,
     with_most_pixels,
 )
 from smpo_pipeline.inversion.health import HealthSums
@@ -48,7 +48,7 @@ from smpo_schemas.shards.samples import Sample, ShardWriter
 
 STAGE = "invert"
 _MEASURED_PAIRS = 128
-"""About how many pairs walk health is measured on; one more forward for each of their states."""
+"""About how many pairs trajectory health is measured on; one more forward for each of their states."""
 
 _BATCH_SIZES = ".batch-size-*.json"
 
@@ -63,7 +63,7 @@ class InvertOptions(BaseModel):
     model: HubIdOrFolder
     out: AbsolutePathOrUrl
     unet: AbsolutePath | None
-    walker: AbsolutePath | None
+    inverting_unet: AbsolutePath | None
     vae: HubIdOrFolder | None
     variant: str | None = None
     resolution: int | None
@@ -82,11 +82,11 @@ class InvertOptions(BaseModel):
 
 
 def load_models(options: InvertOptions) -> tuple[Family, nn.Module]:
-    """The model with its reference denoiser, and the walker (the reference itself unless --walker is given): on CPU."""
+    """Load the model with its reference denoiser, and the inverting denoiser (by default the reference), on the CPU."""
     family = load_family(options.model, denoiser=options.unet, vae=options.vae, variant=options.variant)
-    if options.walker is None:
+    if options.inverting_unet is None:
         return family, family.denoiser
-    return family, load_walker(family, options.model, options.walker)
+    return family, load_inverting_denoiser(family, options.model, options.inverting_unet)
 
 
 class ModelIdentity(ModelInfo):
@@ -99,7 +99,7 @@ class ModelIdentity(ModelInfo):
         return ModelInfo(**self.model_dump(exclude={"settings"}))
 
 
-def describe_model(options: InvertOptions, family: Family, walker: nn.Module) -> ModelIdentity:
+def describe_model(options: InvertOptions, family: Family, inverting_denoiser: nn.Module) -> ModelIdentity:
     """What the models are, which are still in float32."""
     reference = fingerprint_module(family.denoiser)
     return ModelIdentity(
@@ -107,12 +107,14 @@ def describe_model(options: InvertOptions, family: Family, walker: nn.Module) ->
         kind=family.kind,
         prediction_type=family.process.prediction_type,
         reference=reference,
-        walker=reference if walker is family.denoiser else fingerprint_module(walker),
+        inverting_denoiser=reference
+        if inverting_denoiser is family.denoiser
+        else fingerprint_module(inverting_denoiser),
         text=fingerprint_module(*family.text_modules),
         vae=fingerprint_module(family.vae),
         scheduler=family.process.fingerprint(),
         num_train_timesteps=family.process.num_train_timesteps,
-        settings={**family.settings(), "walker": settings_of(walker)},
+        settings={**family.settings(), "inverting_denoiser": settings_of(inverting_denoiser)},
     )
 
 
@@ -130,10 +132,10 @@ class InvertActor:
         ledger: Ledger,
     ) -> None:
         plain_arithmetic(options.device)
-        family, walker = load_models(options)
+        family, inverting_denoiser = load_models(options)
         # Not raised here: what leaves a constructor is tried again five times, for it may pass.
-        self._others = describe_model(options, family, walker) != model
-        self._inverter = Inverter(family, walker, options.settings, options.seed, options.device)
+        self._others = describe_model(options, family, inverting_denoiser) != model
+        self._inverter = Inverter(family, inverting_denoiser, options.settings, options.seed, options.device)
         self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
@@ -149,7 +151,8 @@ class InvertActor:
         """
         if self._others:
             raise UserError(
-                f"--model {self._options.model}: its files on {socket.gethostname()} (or those of --unet, --walker, "
+                f"--model {self._options.model}: its files on {socket.gethostname()} "
+                "(or those of --unet, --inverting-unet, "
                 "--vae) are others than where the command was started; give every machine the same"
             )
         unit = row["unit"][0].as_py()
@@ -172,8 +175,8 @@ class InvertActor:
         kept = prompts_cut = 0
         sizes: Counter[Size] = Counter()
         with ShardWriter(self._run.out / f"shard-{unit:06d}.tar") as shard:
-            walks = self._walks(unit, [pair for _, _, pair in pairs], killers, health)
-            for (number, source, pair), samples in zip(pairs, walks, strict=True):
+            trajectories = self._trajectories(unit, [pair for _, _, pair in pairs], killers, health)
+            for (number, source, pair), samples in zip(pairs, trajectories, strict=True):
                 if isinstance(samples, str):
                     rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=samples))
                     continue
@@ -181,7 +184,7 @@ class InvertActor:
                 sizes[pair.image_size] += 1
                 prompts_cut += self._family.cuts(pair.prompt)
                 for sample in samples:
-                    shard.write(f"{number * self._options.settings.walks + sample.meta.walk:010d}", sample)
+                    shard.write(f"{number * self._options.settings.trajectories + sample.meta.trajectory:010d}", sample)
             self._run.refuse_if_over()
         record = UnitRecord(
             unit=unit,
@@ -195,7 +198,7 @@ class InvertActor:
             seconds=(self._model_seconds, time.monotonic() - self._ready),
         )
         if kept:
-            write_index_part(index_part(self._run, unit), shard.walks)
+            write_index_part(index_part(self._run, unit), shard.trajectories)
         else:
             (self._run.out / shard.entry.name).unlink()
         self._run.commit(record)
@@ -246,41 +249,42 @@ class InvertActor:
         found = known.take(rows)
         return dict(zip(reversed(found.to_pylist()), reversed(rows.to_pylist()), strict=True))
 
-    def _walks(
+    def _trajectories(
         self, unit: int, pairs: Sequence[PreparedPair], killers: dict[int, str], health: HealthSums
     ) -> Iterator[list[Sample] | str]:
-        """All walks of each pair, made ``batch_size`` walks at a time, or the reason why there are none."""
+        """Make all trajectories of each pair, ``batch_size`` at a time, or give the reason why there are none."""
         well = [pair for position, pair in enumerate(pairs) if position not in killers]
-        requests = [(pair, walk) for pair in well for walk in range(self._options.settings.walks)]
+        requests = [(pair, trajectory) for pair in well for trajectory in range(self._options.settings.trajectories)]
         if requests and self._batch_size is None:
             self._find_batch_size(well)
         made: dict[int, Sample | str] = {}
         for positions in batches_of_one_size(requests, lambda: self._batch_size or 1):
             batch = self._make_batch([requests[position] for position in positions], health)
             made |= zip(positions, batch, strict=True)
-            self._reporter.report(unit, None, len(made) / self._options.settings.walks)
-        each_walk = iter([made[position] for position in range(len(requests))])
+            self._reporter.report(unit, None, len(made) / self._options.settings.trajectories)
+        each_trajectory = iter([made[position] for position in range(len(requests))])
         for position in range(len(pairs)):
             if position in killers:
                 yield killers[position]
                 continue
-            of_pair = list(islice(each_walk, self._options.settings.walks))
+            of_pair = list(islice(each_trajectory, self._options.settings.trajectories))
             problems = [each for each in of_pair if isinstance(each, str)]
             yield problems[0] if problems else [each for each in of_pair if isinstance(each, Sample)]
 
     def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | str]:
-        """Walks, or the reasons why they cannot be made, in order.
+        """Trajectories, or the reasons why they cannot be made, in order.
 
         Raises:
-            UserError: memory does not hold one walk.
+            UserError: memory does not hold one trajectory.
         """
         began = time.monotonic()
         outcome = make(self._inverter.invert, requests, self._options.device)
         self._model_seconds += time.monotonic() - began
         if outcome.short:
-            # One walk takes about what another does: it is not the pair's fault.
+            # One trajectory takes about what another does: it is not the pair's fault.
             raise UserError(
-                f"too little memory for a single walk on {socket.gethostname()}, also after pauses: {outcome.short}; "
+                f"too little memory for a single trajectory on {socket.gethostname()}, also after pauses: "
+                f"{outcome.short}; "
                 "has another program taken it? what is committed stays, the same command goes on"
             )
         if outcome.fits:
@@ -292,15 +296,15 @@ class InvertActor:
         return [made[position] for position in range(len(requests))]
 
     def _invert_alone(self, pair: PreparedPair) -> None:
-        for walk in range(self._options.settings.walks):
-            run_alone(self._inverter.invert, (pair, walk), self._options.device)
+        for trajectory in range(self._options.settings.trajectories):
+            run_alone(self._inverter.invert, (pair, trajectory), self._options.device)
 
     def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> None:
         """``--batch-size auto``, for the device that this actor is on."""
-        trials = walk_requests(with_most_pixels(pairs, self._resolution))
+        trials = trajectory_requests(with_most_pixels(pairs, self._resolution))
         size = choose_batch_size(
             lambda count: self._inverter.invert([next(trials) for _ in range(count)]),
-            self._options.pairs_per_shard * self._options.settings.walks,
+            self._options.pairs_per_shard * self._options.settings.trajectories,
             self._options.device,
         )
         self._use_batches_of(size)

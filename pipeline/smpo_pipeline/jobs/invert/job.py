@@ -94,11 +94,11 @@ def choices(options: InvertOptions, resolution: int, pairs: int) -> list[str]:
     """What is done to how many pairs, with what nobody asked for by name: lines for the user."""
     settings = options.settings
     size = f"{resolution} x {resolution}" + (", by aspect ratio" if settings.buckets else "")
-    batches = "found by trying" if options.batch_size is None else f"of {options.batch_size} walks"
+    batches = "found by trying" if options.batch_size is None else f"of {options.batch_size} trajectories"
     emptied, mirrored = f"{100 * settings.prompt_dropout:g} %", f"{100 * settings.hflip / 2:g} %"
     return [
         f"{pairs} pairs at {size} pixels; {options.device}, {settings.dtype}; batches {batches}; seed {options.seed}",
-        f"of the walks {emptied} are without their prompt (--prompt-dropout), {mirrored} mirrored (--hflip)",
+        f"of the trajectories {emptied} are without their prompt (--prompt-dropout), {mirrored} mirrored (--hflip)",
     ]
 
 
@@ -207,15 +207,15 @@ class _Checked:
 
 def _check_model(options: InvertOptions) -> _Checked:
     """Load the model once."""
-    family, walker = load_models(options)
+    family, inverting_denoiser = load_models(options)
     resolution = check_settings(family, options.model, options.resolution, options.settings)
-    model = describe_model(options, family, walker)
+    model = describe_model(options, family, inverting_denoiser)
     sizes = sizes_of_images(family, resolution, options.settings)
     pairs_per_shard = options.pairs_per_shard
     if options.shard_bytes is not None:
         latent = family.latent_shape(resolution, resolution)
         pairs_per_shard = pairs_that_fit(options.shard_bytes, latent, options.settings, family.process)
-    modules = {family.denoiser, walker, family.vae, *family.text_modules}
+    modules = {family.denoiser, inverting_denoiser, family.vae, *family.text_modules}
     weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
     return _Checked(model, resolution, sizes, pairs_per_shard, weights)
 

@@ -56,7 +56,7 @@ class UnitRecord(BaseModel):
         rejects: the others, with reasons.
         entry: its file's ``name`` within the run's directory, ``bytes`` and ``sha256``, and what else the finished
             directory says of it; None where nothing was left to write.
-        health: sums of walk health (``invert`` only).
+        health: sums of trajectory health (``invert`` only).
         prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
         committed: when, in seconds since 1970 by the clock of whoever committed it; in no result.
         buckets: pairs in its output by image size (``invert --buckets`` only).

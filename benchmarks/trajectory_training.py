@@ -1,10 +1,10 @@
-"""What walks do to the model that is trained on them, judged by what it generates: a section of docs/walks.md.
+"""What trajectories do to a model trained on them, by what it generates: a section of docs/trajectories.md.
 
 The demo's pairs are inverted in several ways with the embedded world's model and with a copy that has a thin posterior
 (made by benchmarks/thin_world.py). On each set of shards SmPO is trained with three seeds and the demo's settings, and
 judged on the test prompts under the true reward, against the model that it started from.
 
-    python benchmarks/walk_training.py --work DIR [LABEL ...]
+    python benchmarks/trajectory_training.py --work DIR [LABEL ...]
 
 Six CPU minutes a variant. With labels, only these variants are made; without, all that are missing. The section shows
 what there is, and names what there is not. Every stage continues where it was stopped.
@@ -42,7 +42,7 @@ from smpo_trainer.output.run_folder import TRAINING_FILE
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-PAGE, PLOT = ROOT / "docs/walks.md", ROOT / "docs/images/walk_training.png"
+PAGE, PLOT = ROOT / "docs/trajectories.md", ROOT / "docs/images/trajectory_training.png"
 TITLE = "What they do to a tuned model"
 SEEDS = (0, 1, 2)
 IMAGES = 4
@@ -95,7 +95,7 @@ def model_of(work: Path, world: str) -> Path:
 
 def shards_of(work: Path, variant: Variant) -> Path:
     """A variant's shards."""
-    return work / "walks" / variant.label
+    return work / "trajectories" / variant.label
 
 
 def runs_of(work: Path, variant: Variant) -> list[Path]:
@@ -141,12 +141,12 @@ def finished(work: Path, world: str) -> list[Variant]:
 
 
 def bands_of(work: Path, variant: Variant) -> list[BandHealth]:
-    """Health of a variant's walks, as `invert` measured it."""
+    """Health of a variant's trajectories, as `invert` measured it."""
     return read_manifest(shards_of(work, variant)).health
 
 
 def cells(variant: Variant, bands: list[BandHealth]) -> str:
-    """Its name and its walks' health, the first cells of its line."""
+    """Its name and its trajectories' health, the first cells of its line."""
     if variant.name == "forward":
         return "forward | 1 by construction | - | "
     ratios = " ".join("-" if band.noise_ratio is None else f"{band.noise_ratio:.2f}" for band in bands)
@@ -211,7 +211,7 @@ def write(work: Path) -> None:
     tables = "\n\n".join(table(work, world) for world in WORLDS)
     missing = sorted(set(VARIANTS) - {variant.label for world in WORLDS for variant in finished(work, world)})
     missing_line = f"\n\nNot made, for want of time: {', '.join(missing)}." if missing else ""
-    text = f"""{stamp("python benchmarks/walk_training.py", ("torch", "diffusers", "numpy"), cores=1)}
+    text = f"""{stamp("python benchmarks/trajectory_training.py", ("torch", "diffusers", "numpy"), cores=1)}
 
 The demo's 600 pairs and training for all: SmPO with two rewards, beta 300, 150 steps of 24 pairs, lr 5e-5 (cosine, 10
 warm-up steps). These settings were chosen on the validation prompts for `renoise-1` on the embedded world
@@ -220,7 +220,7 @@ warm-up steps). These settings were chosen on the validation prompts for `renois
 over prompts; they do not cover the choice of training seeds, whose win rates stand beside them. Noise ratio by timestep
 band (0 to 199 first) and the largest residual of a band are the manifest's.
 
-![gain in true reward over the noise ratio of the worst band](images/walk_training.png)
+![gain in true reward over the noise ratio of the worst band](images/trajectory_training.png)
 
 {tables}{missing_line}"""
     write_section(TITLE, text, PAGE)

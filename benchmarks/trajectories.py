@@ -1,13 +1,13 @@
-"""Which walks are believable: noise ratios, residuals and correlations on two worlds; writes a part of docs/walks.md.
+"""Which trajectories are believable, measured on two worlds; writes a part of docs/trajectories.md.
 
 The same pairs, drawn by the embedded world's base model from held-out captions, are inverted with the world's own model
 and with a copy that has a thin posterior (made by benchmarks/thin_world.py), with every number of steps, solver and
 start. What is reported is what `invert` writes into its manifest, with all pairs measured, and whether it would warn.
 
     python benchmarks/thin_world.py --out DIR
-    python benchmarks/walks.py measure "the world" good.json
-    python benchmarks/walks.py measure "its thin copy" thin.json --model DIR
-    python benchmarks/walks.py page good.json thin.json
+    python benchmarks/trajectories.py measure "the world" good.json
+    python benchmarks/trajectories.py measure "its thin copy" thin.json --model DIR
+    python benchmarks/trajectories.py page good.json thin.json
 
 Three to four CPU minutes a world.
 """
@@ -42,11 +42,11 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[1]
-PAGE, PLOT = ROOT / "docs/walks.md", ROOT / "docs/images/walks.png"
-BEGIN, END = "<!-- benchmarks/walks.py: begin -->", "<!-- benchmarks/walks.py: end -->"
+PAGE, PLOT = ROOT / "docs/trajectories.md", ROOT / "docs/images/trajectories.png"
+BEGIN, END = "<!-- benchmarks/trajectories.py: begin -->", "<!-- benchmarks/trajectories.py: end -->"
 
 PAIRS_OF_STEPS = {5: 8, 9: 8, 20: 4, 50: 2}
-"""Longer walks have more states in a band, so that fewer of them do."""
+"""Longer trajectories have more states in a band, so that fewer of them do."""
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "ReNoise 0 (DDIM)": {"renoise_steps": 0},
@@ -74,7 +74,7 @@ def make_pairs(count: int) -> list[PreparedPair]:
 
 
 def measure(family: Family, pairs: Sequence[PreparedPair], cell: Cell) -> list[BandHealth]:
-    """Health of the walks of some pairs, by band."""
+    """Health of the trajectories of some pairs, by band."""
     steps, solver, start = cell
     settings = InversionSettings(steps=steps, start=start, prompt_dropout=0, hflip=False, **SOLVERS[solver])
     requests = [(pair, 0) for pair in pairs[: PAIRS_OF_STEPS[steps]]]
@@ -187,10 +187,10 @@ def write_page(files: Sequence[Path]) -> None:
     used = ", ".join(f"{count} for {steps} steps" for steps, count in PAIRS_OF_STEPS.items())
     minutes = sum(world["seconds"] for world in worlds) / 60
     text = f"""{BEGIN}
-{stamp("python benchmarks/walks.py", ("torch", "diffusers"), cores=1)}
+{stamp("python benchmarks/trajectories.py", ("torch", "diffusers"), cores=1)}
 Measured in {minutes:.0f} CPU minutes.
 
-![noise ratio of the worst band](images/walks.png)
+![noise ratio of the worst band](images/trajectories.png)
 
 The last columns but one hold the five timestep bands, 0 to 199 first. float32, jittered timesteps, no prompt dropped,
 nothing mirrored. Pairs: {used}.

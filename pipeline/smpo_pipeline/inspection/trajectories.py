@@ -1,4 +1,4 @@
-"""The contact sheet of shards: decoded states along a few walks.
+"""The contact sheet of shards: decoded states along a few trajectories.
 
 Shape suffixes: K states, 2 images, C h w a latent, H W an image.
 """
@@ -20,7 +20,7 @@ from smpo_schemas.manifest import Manifest
 from smpo_schemas.shards.samples import Sample
 
 _TILE = 104
-_MOST_STATES = 9  # of a walk, in a row; of longer walks, so many spread evenly
+_MOST_STATES = 9  # of a trajectory, in a row; of longer trajectories, so many spread evenly
 _NOISE_SPAN = 2.5
 """Noise is drawn from minus to plus this many rms values."""
 
@@ -53,13 +53,14 @@ def load_decoder(manifest: Manifest, model: str | None, vae: str | None, device:
 
 
 def draw_shards(samples: list[Sample], manifest: Manifest, family: Family, path: Path) -> Image.Image:
-    """The sheet: of each walk, both images' x0, decoded states x_t, and the noise tau that they are stored as."""
+    """The sheet: of each trajectory, both images' x0, decoded states x_t, and the noise tau that they are stored as."""
     cards = [_card(sample, family) for sample in samples]
     subtitle = (
-        f"{len(cards)} of {manifest.totals.samples} walks, spread evenly. For each image: the states x_t, decoded; "
+        f"{len(cards)} of {manifest.totals.samples} trajectories, spread evenly. "
+        "For each image: the states x_t, decoded; "
         "below them the noise tau that they are stored as (three channels, divided by its rms)"
     )
-    return sheet.page(f"Walks: {path.resolve().name}", subtitle, cards, columns=1)
+    return sheet.page(f"Trajectories: {path.resolve().name}", subtitle, cards, columns=1)
 
 
 def _card(sample: Sample, family: Family) -> Image.Image:
@@ -80,7 +81,7 @@ def _card(sample: Sample, family: Family) -> Image.Image:
     width = rows[0].width
     meta = sample.meta
     words = [
-        f"pair {meta.pair_id}, walk {meta.walk}",
+        f"pair {meta.pair_id}, trajectory {meta.trajectory}",
         "no label" if meta.label is None else f"label {meta.label:g}",
         *(["flipped"] if meta.flipped else []),
         *(["inverted under the empty prompt"] if meta.prompt_dropped else []),
@@ -93,7 +94,7 @@ def _card(sample: Sample, family: Family) -> Image.Image:
 
 
 def _decode(family: Family, latents_KChw: torch.Tensor) -> list[Image.Image]:
-    """One at a time: a whole walk of large images would not fit."""
+    """One at a time: a whole trajectory of large images would not fit."""
     images = []
     for latent_Chw in latents_KChw:
         pixels_3HW = family.decode(latent_Chw[None])[0]
