@@ -43,6 +43,8 @@ class Family(ABC):
         denoiser: the model's own denoiser (or the one that replaced it at loading), in evaluation mode.
         text_modules: the frozen text encoders.
         vae: the autoencoder.
+        encodes_empty_prompt: whether the empty prompt is what the text encoders make of it, rather than the embedding
+            that the model's own pipeline guides with. They differ where that one is zeros (SDXL). Set it after loading.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -51,6 +53,7 @@ class Family(ABC):
     denoiser: nn.Module | None
     text_modules: tuple[nn.Module, ...]
     vae: nn.Module | None
+    encodes_empty_prompt: bool = False
 
     @abstractmethod
     def to(self, device: torch.device | str) -> None:

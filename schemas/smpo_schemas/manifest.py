@@ -75,6 +75,8 @@ class InversionSettings(_Frozen):
         trajectories: how many times each pair is inverted, each with its own draws.
         vae_latent: ``sample`` the VAE's posterior or take its ``mode``.
         prompt_dropout: probability that a trajectory is made, and trained, under the empty prompt.
+        empty_prompt: ``model``: the embedding that the model's own pipeline guides with (zeros for SDXL);
+            ``encoded``: what the text encoders make of "", as SmPO's published SDXL code.
         hflip: whether half of the trajectories mirror both images.
         size_conditioning: of models that are conditioned on sizes (SDXL): ``image``: each image's own original size and
             crop; ``constant``: the resolution and no crop for all, as the published code.
@@ -102,6 +104,7 @@ class InversionSettings(_Frozen):
     trajectories: int = Field(default=1, ge=1)
     vae_latent: Literal["sample", "mode"] = "sample"
     prompt_dropout: float = Field(default=0.2, ge=0, le=1)
+    empty_prompt: Literal["model", "encoded"] = "model"
     hflip: bool = True
     size_conditioning: Literal["image", "constant"] = "image"
     storage: Literal["float16", "bfloat16"] = "float16"

@@ -79,6 +79,28 @@ def test_the_empty_prompt_is_what_the_pipeline_guides_with(folder, tmp_path, zer
     assert bool((ours["encoder_hidden_states"][0] == 0).all()) == zeros
 
 
+def test_the_empty_prompt_may_be_encoded_as_any_other(folder):
+    """Against transformers alone: the states before the last layer of both encoders, and the second one's embedding."""
+    family = load_family(str(folder), ("text",))
+    family.encodes_empty_prompt = True
+    text = family.encode_text(["", "a cat"])
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    states, pooled = [], None
+    for tokenizer, encoder in (
+        (pipeline.tokenizer, pipeline.text_encoder),
+        (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        ids = tokenizer(
+            [""], padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+        ).input_ids
+        output = encoder(ids, output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+        pooled = output.get("text_embeds")
+    torch.testing.assert_close(text["text"][:1], torch.cat(states, dim=-1))
+    torch.testing.assert_close(text["pooled"][:1], pooled)
+    assert not torch.equal(text["text"][0], torch.zeros_like(text["text"][0]))
+
+
 def test_the_target_size_is_what_the_latents_decode_to(folder):
     theirs = pipeline_call(folder, prompt="a cat", guidance_scale=1, height=48, width=32, original_size=(90, 60))
     family = load_family(str(folder))

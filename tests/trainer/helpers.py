@@ -132,9 +132,14 @@ def make_shards(
 
 
 def write_shards(
-    directory: Path, model: Path, samples: list[Sample], rewards: Sequence[str], dtype: str = "fp32"
+    directory: Path,
+    model: Path,
+    samples: list[Sample],
+    rewards: Sequence[str],
+    dtype: str = "fp32",
+    empty_prompt: str = "model",
 ) -> None:
-    """Write samples, four a tar, and a manifest that says they are of ``model``, made with ``--dtype``."""
+    """Write samples, four a tar, and a manifest of ``model`` and these flags of ``invert``."""
     entries = []
     for shard, start in enumerate(range(0, len(samples), 4)):
         with ShardWriter(directory / f"shard-{shard:06d}.tar") as writer:
@@ -164,7 +169,7 @@ def write_shards(
             num_train_timesteps=family.process.num_train_timesteps,
         ),
         resolution=32,
-        inversion=InversionSettings(dtype=dtype),
+        inversion=InversionSettings(dtype=dtype, empty_prompt=empty_prompt),
         ref_error_arithmetic=autocast_arithmetic(dtype),
         seed=0,
         rewards=statistics,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +174,11 @@ def test_shards_that_do_not_belong_together(refused: Refused, tmp_path: Path, sh
     foreign = make_shards(tmp_path / "foreign", other, num_pairs=1)
     assert "do not belong together: the reference denoiser differs" in refused(on=[shards, foreign])
     assert "twice" in refused(on=[shards, shards])
+    encoded = shutil.copytree(shards, tmp_path / "encoded")
+    manifest = json.loads((encoded / "manifest.json").read_text())
+    manifest["inversion"]["empty_prompt"] = "encoded"
+    (encoded / "manifest.json").write_text(json.dumps(manifest))
+    assert "--empty-prompt differs" in refused(on=[shards, encoded])
 
 
 def test_several_directories_are_joined(

@@ -26,11 +26,13 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_xl(tmp_path_factory.mktemp("models") / "xl")
 
 
-@pytest.fixture(scope="module", params=["image", "constant"])
+@pytest.fixture(scope="module", params=[("image", "model"), ("constant", "model"), ("image", "encoded")])
 def xl_shards(request: pytest.FixtureRequest, xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six pairs whose images have sizes and crops of their own."""
+    sizes, empty = request.param
     family = load_family(str(xl))
-    settings = InversionSettings(steps=3, size_conditioning=request.param, prompt_dropout=0.4)
+    family.encodes_empty_prompt = empty == "encoded"
+    settings = InversionSettings(steps=3, size_conditioning=sizes, prompt_dropout=0.4, empty_prompt=empty)
     inverter = Inverter(family, family.denoiser, settings, seed=0)
     pairs = [
         dataclasses.replace(
@@ -45,7 +47,7 @@ def xl_shards(request: pytest.FixtureRequest, xl: Path, tmp_path_factory: pytest
     assert {sample.meta.prompt_dropped for sample in samples} == {True, False}
     directory = tmp_path_factory.mktemp("shards") / "xl"
     directory.mkdir()
-    write_shards(directory, xl, samples, ["taste"])
+    write_shards(directory, xl, samples, ["taste"], empty_prompt=empty)
     return directory
 
 
@@ -58,7 +60,7 @@ def test_the_first_loss_is_ln_2_and_the_unet_loads(train: Train, xl: Path, xl_sh
     assert not np.array_equal(picture, generate(StableDiffusionXLPipeline.from_pretrained(xl)))
 
 
-def test_a_lora_loads_and_trajectories(train: Train, xl: Path, xl_shards: Path) -> None:
+def test_a_lora_loads_and_inverts(train: Train, xl: Path, xl_shards: Path) -> None:
     out = train(on=xl_shards, base=xl, max_steps=3, batch_size=6, lr=1e-2, lora_rank=4)
     assert column(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-4)
     pipeline = StableDiffusionXLPipeline.from_pretrained(xl)

@@ -313,6 +313,7 @@ class _Run:
 def _load(experiment: Experiment, accelerator: Accelerator, report: Report) -> Policy:
     settings = experiment.settings
     policy = load_policy(settings, experiment.shards.model, accelerator.device, report.say)
+    policy.family.encodes_empty_prompt = experiment.shards.encodes_empty_prompt
     if settings.compile:
         policy.compile()
     if settings.text == "cache":

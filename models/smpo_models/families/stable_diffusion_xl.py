@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from smpo_models.family import Conditioning
@@ -31,7 +32,7 @@ class StableDiffusionXL(UNetFamily):
         self._zeros_for_empty = bool(index.get("force_zeros_for_empty_prompt", True))
         self._tokenizers = [self._load_tokenizer(name) for name in ("tokenizer", "tokenizer_2")]
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        return [
+        encoders = [
             load_weights(
                 kind.from_pretrained,
                 self._model,
@@ -42,6 +43,8 @@ class StableDiffusionXL(UNetFamily):
             )
             for name, kind in kinds.items()
         ]
+        encoders[1].text_projection.register_forward_hook(_project_in_float64)
+        return encoders
 
     def settings(self) -> dict[str, Any]:
         """See the base class."""
@@ -52,7 +55,7 @@ class StableDiffusionXL(UNetFamily):
         """See the base class.
 
         The empty prompt stands for the unconditional embedding that the model's pipeline guides with: zeros, where its
-        ``force_zeros_for_empty_prompt`` says so, as the published model does.
+        ``force_zeros_for_empty_prompt`` says so, as the published model does, and ``encodes_empty_prompt`` is off.
         """
         states = [
             encoder(self._tokens(tokenizer, prompts), output_hidden_states=True)
@@ -60,7 +63,7 @@ class StableDiffusionXL(UNetFamily):
         ]
         text_NLD = torch.cat([state.hidden_states[-2] for state in states], dim=-1)
         pooled_ND = states[1].text_embeds
-        if self._zeros_for_empty:
+        if self._zeros_for_empty and not self.encodes_empty_prompt:
             empty = [row for row, prompt in enumerate(prompts) if not prompt]
             text_NLD[empty] = 0.0
             pooled_ND[empty] = 0.0
@@ -83,3 +86,8 @@ class StableDiffusionXL(UNetFamily):
             "text_embeds": conditioning.added["text_embeds"],
             "time_ids": torch.cat([origin_B4, target_B2], dim=1),
         }
+
+
+def _project_in_float64(projection: nn.Linear, inputs: tuple[torch.Tensor], _output: torch.Tensor) -> torch.Tensor:
+    """The pooled embedding, rounded once: float32 products of so few rows have other last bits in other batches."""
+    return functional.linear(inputs[0].double(), projection.weight.double()).float()

@@ -212,6 +212,14 @@ def invert(
             rich_help_panel=_TRAJECTORY,
         ),
     ] = "image",
+    empty_prompt: Annotated[
+        Literal["model", "encoded"],
+        typer.Option(
+            help="What a dropped prompt is. model: what the model's own pipeline guides with, zeros for SDXL. encoded: "
+            "what the text encoders make of an empty text (published code). The trainer does as the shards say.",
+            rich_help_panel=_TRAJECTORY,
+        ),
+    ] = "model",
     seed: Annotated[int, typer.Option(min=0, help="With the pair's id, the source of all randomness.")] = 0,
     pairs_per_shard: Annotated[int, typer.Option(min=1, help="Pairs a tar, and a unit of work.")] = 128,
     shard_size: Annotated[
@@ -268,6 +276,7 @@ def invert(
         prompt_dropout=prompt_dropout,
         hflip=hflip,
         size_conditioning=size_conditioning,
+        empty_prompt=empty_prompt,
         storage=storage,
         buckets=buckets,
         dtype=dtype,

@@ -141,6 +141,7 @@ def make_plan(options: PlanOptions) -> Plan:
     files = list_pair_files(options.pairs)
     rewards = list(read_scores_info(options.scores).rewards) if options.scores else ["pickscore"]
     family = load_family(options.model, denoiser=options.unet, vae=options.vae, variant=options.variant)
+    family.encodes_empty_prompt = options.settings.empty_prompt == "encoded"
     resolution = check_settings(family, options.model, options.resolution, options.settings)
     inverting_denoiser = family.denoiser
     if options.inverting_unet is not None:

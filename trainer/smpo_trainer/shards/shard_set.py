@@ -57,6 +57,11 @@ class ShardSet:
         """SHA-256 of each manifest: what the data are, wherever they lie."""
         return [sha256_file(directory.path / MANIFEST_FILE) for directory in self.directories]
 
+    @property
+    def encodes_empty_prompt(self) -> bool:
+        """Whether a dropped prompt is what the text encoders make of an empty text: see ``invert --empty-prompt``."""
+        return _empty_prompt(self.directories[0]) == "encoded"
+
     def trajectories(self) -> Iterator[tuple[int, IndexedTrajectory]]:
         """All trajectories in order, each with its shard.
 
@@ -94,6 +99,10 @@ class ShardSet:
         return parts[0].model_copy(update=extremes)
 
 
+def _empty_prompt(directory: ShardDirectory) -> str:
+    return directory.manifest.inversion.empty_prompt
+
+
 def open_shards(names: Sequence[str], cache: Path) -> ShardSet:
     """Read the manifests of folders or URLs; the latter are read through ``cache``.
 
@@ -113,4 +122,9 @@ def open_shards(names: Sequence[str], cache: Path) -> ShardSet:
                     f"--shards {first.name} and {other.name} do not belong together: {words} differs; "
                     "invert both with the same --model and --unet"
                 )
+        if _empty_prompt(other.directory) != _empty_prompt(first.directory):
+            raise UserError(
+                f"--shards {first.name} and {other.name} do not belong together: --empty-prompt differs; invert both "
+                "with the same"
+            )
     return ShardSet(sources)

@@ -84,6 +84,7 @@ class InvertOptions(BaseModel):
 def load_models(options: InvertOptions) -> tuple[Family, nn.Module]:
     """Load the model with its reference denoiser, and the inverting denoiser (by default the reference), on the CPU."""
     family = load_family(options.model, denoiser=options.unet, vae=options.vae, variant=options.variant)
+    family.encodes_empty_prompt = options.settings.empty_prompt == "encoded"
     if options.inverting_unet is None:
         return family, family.denoiser
     return family, load_inverting_denoiser(family, options.model, options.inverting_unet)
