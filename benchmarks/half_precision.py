@@ -24,9 +24,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 from tests.tiny_rewards import make_tiny_aesthetic, make_tiny_hpsv2, make_tiny_image_reward
 
 from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.prepare import read_ranges
 from smpo_pipeline.jobs.score.chunks import cut_chunks, scores_of
 from smpo_pipeline.jobs.score.units import RewardActor
-from smpo_pipeline.jobs.units.prepare import read_ranges
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 

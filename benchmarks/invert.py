@@ -38,8 +38,8 @@ from smpo_pipeline.jobs.faults.ledger import Counts
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
+from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run
-from smpo_pipeline.jobs.units.prepare import prepare_unit, unit_row
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
 from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings

@@ -45,11 +45,11 @@ from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair, draw_trajectory
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, UnitRecord
 from smpo_pipeline.jobs.score.chunks import with_scores, without_images
 from smpo_pipeline.jobs.score.table import _UNITS_PER_PART
 from smpo_pipeline.jobs.score.units import RewardActor
-from smpo_pipeline.jobs.units.prepare import values_of
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.manifest import InversionSettings, ShardEntry

@@ -28,10 +28,10 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from smpo_models.weights import DTYPES
 from smpo_pipeline.images.decode import decode_image
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.score import job
 from smpo_pipeline.jobs.score.chunks import with_scores, without_images
 from smpo_pipeline.jobs.score.units import RewardActor
-from smpo_pipeline.jobs.units.prepare import values_of
 from smpo_pipeline.rewards import load_reward
 
 TOY = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/rewards/pickscore"

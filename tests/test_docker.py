@@ -12,6 +12,7 @@ import tomllib
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import fsspec
@@ -85,14 +86,15 @@ def flags_in(words: list[str]) -> set[str]:
 
 
 def parse_as_ours(words: list[str]) -> None:
-    """As the command line does it: names, types and choices of its flags."""
+    """As the command line does it: names, types and choices of its flags; their paths are those of the containers."""
     program, *arguments = words
     assert program in PROJECT["scripts"]
     command = get_command({"smpo-pipeline": pipeline, "smpo-train": trainer}[program])
     if program == "smpo-pipeline":
         name, *arguments = arguments
         command = command.commands[name]
-    command.make_context(program, arguments)
+    with patch.object(Path, "exists", return_value=True), patch.object(Path, "is_dir", return_value=True):
+        command.make_context(program, arguments)
 
 
 def pods() -> list[dict[str, Any]]:

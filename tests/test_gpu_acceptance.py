@@ -143,7 +143,7 @@ def test_all_that_the_gpu_layer_names_in_torch_is_there(module) -> None:
     """On the CPU nothing would tell of a name that is wrong."""
     device = module("device")
     tree = ast.parse(inspect.getsource(device.Cuda))
-    named = {ast.unparse(node) for node in ast.trajectory(tree) if isinstance(node, ast.Attribute)}
+    named = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     chains = sorted(each for each in named if each.startswith("torch.") and each.replace(".", "_").isidentifier())
     assert "torch.cuda.set_per_process_memory_fraction" in chains
     for chain in chains:

@@ -17,9 +17,9 @@ from acceptance.runner import Report
 from acceptance.world import World
 from smpo_pipeline.images.decoder import Decoder
 from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.prepare import read_ranges, values_of
 from smpo_pipeline.jobs.score.chunks import cut_chunks
 from smpo_pipeline.jobs.score.units import RewardActor
-from smpo_pipeline.jobs.units.prepare import read_ranges, values_of
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 
 TURNS = 3

@@ -50,11 +50,11 @@ def test_the_fingerprint_is_of_the_weights(folder, tmp_path):
 
 
 def test_wrong_use_is_one_line(folder, tmp_path):
-    with pytest.raises(UserError, match=r"--reward pickscore:1: write --reward pickscore;"):
+    with pytest.raises(UserError, match=r"--reward pickscore:1: weights of rewards"):
         parse_reward("pickscore:1")
     with pytest.raises(UserError, match=r"--reward pickscore clipscore$"):
         parse_reward("pickscore,clipscore")
-    with pytest.raises(UserError, match=r"no reward is called 'pikscore'; known: .*pickscore"):
+    with pytest.raises(UserError, match="--reward pikscore: .*pickscore"):
         load_reward("pikscore", "cpu")
     with pytest.raises(UserError, match=f"no such folder: {tmp_path / 'nothing'}"):
         load_reward(f"pickscore={tmp_path / 'nothing'}", "cpu")
@@ -62,7 +62,7 @@ def test_wrong_use_is_one_line(folder, tmp_path):
     with pytest.raises(UserError, match=r"is a 'clip_text_model' model|cannot be loaded"):
         load_reward(f"pickscore={model / 'text_encoder'}", "cpu")
     with pytest.raises(UserError, match="takes no model"):
-        load_reward("toy-truth=x", "cpu")
+        load_reward(f"toy-truth={folder}", "cpu")
     # A checkpoint of another depth: what it lacks would silently be random.
     bad = make_tiny_clip(tmp_path / "bad")
     config = CLIPConfig.from_pretrained(bad)

@@ -14,7 +14,6 @@ import pytest
 
 from smpo_common.errors import UserError
 from smpo_common.store_path import StorePath
-from smpo_schemas import pairs as pairs_module
 from smpo_schemas.pairs import (
     MAX_TEXT,
     Pair,
@@ -24,7 +23,9 @@ from smpo_schemas.pairs import (
     column_names,
     list_pair_files,
     normalise,
+    normalising,
     read_rows,
+    reading,
     resolve_columns,
 )
 
@@ -91,7 +92,7 @@ def test_a_prompt_of_control_characters_is_kept_as_it_is(tmp_path, line):
 
 
 def test_an_overlong_line_is_one_reject_and_the_next_is_read(tmp_path, line, monkeypatch):
-    monkeypatch.setattr(pairs_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1000)
     long = line | {"prompt": "w" * 5000}
     exact = json.dumps(line | {"prompt": ""}).encode()
     exact = exact.replace(b'"prompt": ""', b'"prompt": "' + b"w" * (999 - len(exact)) + b'"')
@@ -135,7 +136,7 @@ def test_only_plain_files_are_opened_as_images(tmp_path, line, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "large").write_bytes(b"x" * 101)
-    monkeypatch.setattr(pairs_module, "MAX_IMAGE_BYTES", 100)
+    monkeypatch.setattr(normalising, "MAX_IMAGE_BYTES", 100)
     names = ["/dev/zero", "pipe", "empty", ".", "/proc/self/mem", "large"]
     found = read(write_lines(tmp_path / "p.jsonl", *({**line, "image_1": name} for name in names)))
     assert all(isinstance(each, PairRejectedError) for each in found)

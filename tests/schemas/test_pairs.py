@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_common.errors import UserError
-from smpo_schemas import pairs as pairs_module
 from smpo_schemas.pairs import (
     PICK_A_PIC,
     Pair,
@@ -21,6 +20,7 @@ from smpo_schemas.pairs import (
     column_names,
     list_pair_files,
     read_rows,
+    reading,
     resolve_columns,
     slice_files,
 )
@@ -160,7 +160,7 @@ def test_a_jsonl_file_has_the_columns_of_all_its_rows(tmp_path):
 @pytest.mark.parametrize("rows_a_unit", [1, 100, 2000])
 def test_a_unit_of_a_jsonl_file_reads_little_before_its_own_rows(tmp_path, monkeypatch, rows_a_unit):
     """With blank, broken and overlong lines, which shift bytes but not rows (a blank one is no row)."""
-    monkeypatch.setattr(pairs_module, "MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 200)
     path, lines, number = tmp_path / "a.jsonl", [], 0
     for line in range(2500):
         if line % 7 == 3:
@@ -175,7 +175,7 @@ def test_a_unit_of_a_jsonl_file_reads_little_before_its_own_rows(tmp_path, monke
     read = []
     for (part,) in slice_files([file], rows_a_unit):
         assert 0 <= part.start - part.near[0] < 1024
-        rows = list(pairs_module._jsonl_rows(part))
+        rows = list(reading._jsonl_rows(part))
         assert len(rows) == part.stop - part.start
         read += rows
     expected = [{} if row % 60 == 8 or row % 50 == 9 else row for row in range(2500)]

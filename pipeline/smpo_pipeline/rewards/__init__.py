@@ -92,10 +92,6 @@ def parse_reward(spec: str) -> tuple[type[Reward], str | None]:
     name, _, model = check_reward(spec).partition("=")
     if name in reward_classes():
         kind = reward_classes()[name]
-    elif "," in name:
-        raise UserError(f"--reward {spec}: several rewards are written --reward {' '.join(spec.split(','))}")
-    elif name.partition(":")[0] in reward_classes():
-        raise UserError(f"--reward {spec}: write --reward {name.partition(':')[0]}; weights are for smpo-train")
     elif ":" in name:
         kind = _checked(_import(name), f"--reward {spec}")
     else:

@@ -14,7 +14,8 @@ from ray.cluster_utils import Cluster
 
 from smpo_common.errors import UserError
 from smpo_pipeline.jobs.invert import job as invert
-from smpo_pipeline.jobs.ray.session import Pool, check_device, connected, model_pool
+from smpo_pipeline.jobs.ray.pools import Pool, model_pool
+from smpo_pipeline.jobs.ray.session import check_device, connected
 
 pytestmark = pytest.mark.long
 

@@ -82,7 +82,7 @@ def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, 
         models,
         tmp_path,
         monkeypatch,
-        inverting_denoiser=inverting_denoiser and models / inverting_denoiser,
+        inverting_unet=inverting_denoiser and models / inverting_denoiser,
         device="meta",
     )
     # But for the norms: the reference has theirs as the trainer has.
@@ -137,7 +137,7 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
             "unet/config.json",
             "attention_head_dim",
             4,
-            "denoiser.attention_head_dim: 8 there, 4 here; .*inverting denoiser",
+            "denoiser.attention_head_dim: 8 there, 4 here; .*inverting_denoiser",
         ),
         ("sd", "text_encoder/config.json", "hidden_act", "gelu", r"text\)"),
         ("sd", "tokenizer/tokenizer_config.json", "model_max_length", 20, r"tokenizers\)"),

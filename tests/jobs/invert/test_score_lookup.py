@@ -12,7 +12,7 @@ import pytest
 from smpo_common.errors import UserError
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.invert.job import _score_table
-from smpo_pipeline.jobs.units.prepare import prepare_unit, unit_row
+from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_schemas.pairs import PairColumns, RowRange
 from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
 from tests.pictures import encode, picture

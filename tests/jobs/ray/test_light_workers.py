@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["smpo_pipeline.jobs.score.chunks", "smpo_pipeline.jobs.units.prepare", "smpo_pipeline.images.decoder"]
+    "module", ["smpo_pipeline.jobs.score.chunks", "smpo_pipeline.jobs.prepare", "smpo_pipeline.images.decoder"]
 )
 def test_decoding_workers_load_no_model_library(module):
     code = f"import sys, {module}; print({{'torch', 'diffusers', 'transformers'}} & set(sys.modules))"

@@ -18,18 +18,12 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from smpo_common.errors import UserError
 from smpo_pipeline.jobs.invert import job as invert
-from smpo_pipeline.jobs.ray.session import (
-    Pool,
-    _plain_errors,
-    _reason,
-    connected,
-    plain_arithmetic,
-    share_gpus,
-    task_memory,
-)
+from smpo_pipeline.jobs.prepare import cell, values_of
+from smpo_pipeline.jobs.ray.errors import _reason, plain_errors
+from smpo_pipeline.jobs.ray.pools import Pool, share_gpus, task_memory
+from smpo_pipeline.jobs.ray.session import connected, plain_arithmetic
 from smpo_pipeline.jobs.score import job as score
 from smpo_pipeline.jobs.score.job import ScoreOptions, _pool_sizes, _pools
-from smpo_pipeline.jobs.units.prepare import cell, values_of
 
 
 def test_gpus_are_shared_so_that_no_stage_waits_for_another():
@@ -46,9 +40,9 @@ def test_gpus_are_shared_so_that_no_stage_waits_for_another():
 def test_storage_that_goes_on_failing_under_a_worker_is_one_line_and_a_bug_is_not():
     failure = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/pairs/a")
     words = "/pairs/a: Stale file handle, tried 6 times; the same command goes on"
-    with pytest.raises(UserError, match=words), _plain_errors():
+    with pytest.raises(UserError, match=words), plain_errors():
         raise RayTaskError("map", "", failure).as_instanceof_cause()
-    with pytest.raises(RayTaskError), _plain_errors():
+    with pytest.raises(RayTaskError), plain_errors():
         raise RayTaskError("map", "", KeyError("a")).as_instanceof_cause()
 
 

@@ -213,7 +213,8 @@ def test_of_many_who_create_at_once_one_succeeds(out):
 
 
 @pytest.mark.parametrize("stage", ["score", "invert"])
-def test_a_bucket_that_is_not_there_is_one_line_before_anything_is_read(server, capfd, stage):
-    more = ("--reward", "none") if stage == "score" else ("--scores", "none", "--model", "none")
-    done = run_here(capfd, "smpo-pipeline", stage, "--pairs", "none", *more, "--out", "s3://typo/x", "--device", "cpu")
+def test_a_bucket_that_is_not_there_is_one_line_before_anything_is_read(server, capfd, tmp_path, stage):
+    more = ("--reward", "clipscore") if stage == "score" else ("--scores", tmp_path, "--model", tmp_path)
+    out = ("--out", "s3://typo/x", "--device", "cpu")
+    done = run_here(capfd, "smpo-pipeline", stage, "--pairs", tmp_path, *more, *out)
     assert_one_line(done, "s3://typo/x: The specified bucket does not exist")

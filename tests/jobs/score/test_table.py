@@ -13,12 +13,12 @@ import pytest
 
 from smpo_common import retry as passing
 from smpo_common.errors import UserError
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.score import table as score_table
 from smpo_pipeline.jobs.score.chunks import cut_chunks, images_of, with_scores, without_images
 from smpo_pipeline.jobs.score.table import RewardModel, write_table
 from smpo_pipeline.jobs.score.units import UnitCollector
-from smpo_pipeline.jobs.units.prepare import values_of
 from smpo_schemas.pairs import Pair, PairRejectedError
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info

@@ -36,10 +36,10 @@ from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import make, run_alone
 from smpo_pipeline.jobs.faults.guard import Guard
 from smpo_pipeline.jobs.faults.ledger import Ledger, Reporter
+from smpo_pipeline.jobs.prepare import pairs_of, values_of
 from smpo_pipeline.jobs.ray.session import plain_arithmetic
 from smpo_pipeline.jobs.record.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
-from smpo_pipeline.jobs.units.prepare import pairs_of, values_of
 from smpo_schemas.manifest import InversionSettings, ModelInfo
 from smpo_schemas.rejects import Reject
 from smpo_schemas.scores import IMAGE_IDS

@@ -29,10 +29,11 @@ from smpo_pipeline.jobs.invert.actor import (
     index_part,
     load_models,
 )
-from smpo_pipeline.jobs.ray.session import Pool, limit_memory, model_pool, run_units, task_memory
+from smpo_pipeline.jobs.prepare import prepare_row
+from smpo_pipeline.jobs.ray.pools import Pool, limit_memory, model_pool, task_memory
+from smpo_pipeline.jobs.ray.run_units import run_units
 from smpo_pipeline.jobs.record.lock import locked, refuse_unknown_bucket
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
-from smpo_pipeline.jobs.units.prepare import prepare_row
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_schemas.manifest import (
     MANIFEST_FILE,

@@ -24,7 +24,7 @@ from smpo_pipeline.images.decode import ImageRejectedError
 from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.jobs.faults.guard import Guard
 from smpo_pipeline.jobs.faults.ledger import Ledger
-from smpo_pipeline.jobs.units.prepare import bytes_of, cell, read_ranges, reading_words, values_of
+from smpo_pipeline.jobs.prepare import bytes_of, cell, read_ranges, reading_words, values_of
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id
 from smpo_schemas.scores import IMAGE_IDS
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from smpo_common.errors import UserError
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.faults.ledger import SharedLedger
-from smpo_pipeline.jobs.ray.session import Pool, cores_there, gpus_there, limit_memory, run_units, share_gpus
+from smpo_pipeline.jobs.ray.pools import Pool, cores_there, gpus_there, limit_memory, share_gpus
+from smpo_pipeline.jobs.ray.run_units import run_units
 from smpo_pipeline.jobs.record.lock import locked, refuse_unknown_bucket
 from smpo_pipeline.jobs.record.paths import AbsolutePathOrUrl, absolute_model
 from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, SCORE_STEP, Run, describe_input

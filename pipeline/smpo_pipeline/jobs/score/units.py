@@ -24,6 +24,7 @@ from smpo_models.weights import DTYPES
 from smpo_pipeline.isolation import make, run_alone
 from smpo_pipeline.jobs.faults.guard import Guard
 from smpo_pipeline.jobs.faults.ledger import Ledger, Reporter
+from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.ray.session import plain_arithmetic
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.score.chunks import (
@@ -35,7 +36,6 @@ from smpo_pipeline.jobs.score.chunks import (
     without_images,
 )
 from smpo_pipeline.jobs.score.pair_ids import RepeatedIds
-from smpo_pipeline.jobs.units.prepare import values_of
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 from smpo_schemas.rejects import Reject
 

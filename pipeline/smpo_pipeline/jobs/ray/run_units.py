@@ -1,0 +1,80 @@
+"""Running a job's units through Ray Data, with progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import pyarrow as pa
+import ray
+
+from smpo_common.errors import UserError
+from smpo_pipeline.jobs.faults.ledger import SharedLedger
+from smpo_pipeline.jobs.ray.errors import plain_errors
+from smpo_pipeline.jobs.ray.session import connected
+from smpo_pipeline.jobs.record.progress import Pace, job_progress, shown_under_way
+from smpo_pipeline.jobs.record.reject_rate import RejectRate
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+
+Build = Callable[[ray.data.Dataset, SharedLedger], ray.data.Dataset]
+"""Adds a job's stages to a dataset of rows {"unit": number}; the ledger is for their workers."""
+
+Collect = Callable[[pa.Table], Iterable[UnitRecord]]
+"""Takes what the last stage yields, on the driver; returns the records of the units that are committed with it."""
+
+
+def run_units(
+    run: Run,
+    sizes: Sequence[int],
+    build: Build,
+    collect: Collect,
+    *,
+    title: str,
+    address: str | None,
+    max_reject_rate: float,
+) -> list[UnitRecord]:
+    """Run the units that are not committed yet.
+
+    Args:
+        run: where units are committed, opened.
+        sizes: number of input rows of each unit.
+        build: the job's stages.
+        collect: from what they yield to records.
+        title: for the progress bar.
+        address: of a Ray cluster, or None.
+        max_reject_rate: rejects a row above which the job stops.
+
+    Returns:
+        The records of all units, in order.
+
+    Raises:
+        UserError: raised by a stage, passed on without Ray's wrapping; or too many rows were rejected.
+    """
+    records = run.records()
+    rate = RejectRate(max_reject_rate, run.out)
+    for record in records.values():
+        rate.add(record)
+    todo = [unit for unit in range(len(sizes)) if unit not in records]
+    pace = Pace()
+    with job_progress() as progress:
+        done = sum(sizes[unit] for unit in records)
+        task = progress.add_task(title, total=sum(sizes), completed=done, note="", under_way="")
+        if todo:
+            with connected(address), plain_errors():
+                source = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
+                # Named, and so kept: Ray ends an actor that its driver has no handle of any more.
+                ledger = SharedLedger()
+                tables = build(source, ledger).iter_batches(batch_size=None, batch_format="pyarrow")
+                with shown_under_way(progress, task, ledger.under_way):
+                    for record in (record for table in tables for record in collect(table)):
+                        if record.pairs_in != sizes[record.unit]:
+                            run.record_path(record.unit).unlink()
+                            raise UserError(
+                                f"an input file changed while it was read: unit {record.unit} has {record.pairs_in} "
+                                f"rows, expected {sizes[record.unit]}; run again with --overwrite"
+                            )
+                        records[record.unit] = record
+                        rate.add(record)
+                        pace.add(record)
+                        ledger.retire(record.unit)
+                        progress.update(task, advance=record.pairs_in, note=pace.words(rate.rejected))
+    return [records[unit] for unit in range(len(sizes))]

@@ -1,1 +1,0 @@
-"""Units of input on their way to the actors."""

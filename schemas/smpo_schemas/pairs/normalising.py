@@ -1,0 +1,159 @@
+"""One input row as a pair, or the reason why it is none."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from smpo_common.errors import UserError, one_line
+from smpo_common.retry import PASSING_ERRNOS
+from smpo_common.store_path import AnyPath
+from smpo_schemas.pairs.columns import PairColumns
+
+MAX_TEXT = 100_000
+"""Characters of a longer prompt, id or annotator's name are nobody's text: the row is rejected."""
+
+MAX_IMAGE_BYTES = 256 << 20
+"""Larger image files are rejected, before they are read where a path names them."""
+
+
+class PairRejectedError(Exception):
+    """A row that cannot become a pair; the message is the reason that the rejects table records.
+
+    Attributes:
+        pair_id: what its id column says, or None where there is none or it is no text.
+    """
+
+    def __init__(self, reason: str, pair_id: str | None = None) -> None:
+        super().__init__(one_line(reason))
+        self.pair_id = pair_id
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images of one prompt, and what an annotator said of them.
+
+    Attributes:
+        pair_id: stable name; all of a pair's randomness comes from it and a run's seed.
+        prompt: the text both images were made for.
+        image_0, image_1: encoded image files, as bytes.
+        label: the annotator's P(image_0 preferred): 1, 0, or 0.5 for a tie; None where nobody labelled.
+        annotator: who labelled it, or None.
+    """
+
+    pair_id: str
+    prompt: str
+    image_0: bytes
+    image_1: bytes
+    label: float | None
+    annotator: str | None
+
+
+def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath) -> Pair:
+    """Turn one input row into a :class:`Pair`.
+
+    Raises:
+        PairRejectedError: a field is missing or of the wrong kind.
+    """
+    pair_id = _text(row, columns.pair_id, "pair_id")
+    try:
+        return _pair(row, columns, folder, pair_id)
+    except PairRejectedError as error:
+        raise PairRejectedError(str(error), pair_id) from error
+
+
+def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id: str | None) -> Pair:
+    if not isinstance(row.get(columns.prompt), str):
+        raise PairRejectedError(f"no text: prompt column {columns.prompt!r} is empty or of another type")
+    prompt = _text(row, columns.prompt, "prompt") or ""
+    images = [_image_bytes(row.get(name), name, folder) for name in (columns.image_0, columns.image_1)]
+    return Pair(
+        pair_id=_content_id(prompt, *images) if pair_id is None else pair_id,
+        prompt=prompt,
+        image_0=images[0],
+        image_1=images[1],
+        label=_label(row.get(columns.label)) if columns.label else None,
+        annotator=_text(row, columns.annotator, "annotator"),
+    )
+
+
+def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
+    """A value as text; None where there is none: null, NaN or blank."""
+    value = row.get(column) if column else None
+    # pandas writes NaN where a number is missing, and a CSV's empty cell may become an empty text.
+    if value is None or (isinstance(value, str) and not value.strip()) or _is_nan(value):
+        return None
+    if isinstance(value, (list, dict)):
+        raise PairRejectedError(f"{what} is no text: {type(value).__name__}")
+    text = str(value)
+    if len(text) > MAX_TEXT:
+        raise PairRejectedError(f"{what} too long: {len(text)} characters, above {MAX_TEXT}")
+    if not is_unicode(text):
+        raise PairRejectedError(f"{what} is not valid Unicode")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a file can hold a text: half surrogate pairs, which Python and JSON can, are none of UTF-8's."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _image_bytes(value: object, name: str, folder: AnyPath) -> bytes:
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        value = _file_bytes(folder / value, name)
+    if not isinstance(value, bytes) or not value:
+        raise PairRejectedError(f"no image: {name} holds no bytes and no path")
+    if len(value) > MAX_IMAGE_BYTES:
+        raise PairRejectedError(f"image too large: {name} has {len(value)} bytes, above {MAX_IMAGE_BYTES}")
+    return value
+
+
+def _file_bytes(path: AnyPath, name: str) -> bytes:
+    """The content of a plain file; a device or a pipe may have no end, or wait for ever, and is not opened."""
+    shown = repr(str(path)[-200:])
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or not size:
+            raise PairRejectedError(f"image not readable: {name} {shown}: no plain file, or empty")
+        if size > MAX_IMAGE_BYTES:
+            raise PairRejectedError(f"image too large: {name} {shown} has {size} bytes, above {MAX_IMAGE_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in PASSING_ERRNOS:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        # An object store's error for a missing file has no words.
+        reason = error.strerror or "no such file"
+        raise PairRejectedError(f"image not readable: {name} {shown}: {reason}") from error
+    except ValueError as error:  # a name that no file can have
+        raise PairRejectedError(f"image not readable: {name} {shown}: {error}") from error
+
+
+def image_id(data: bytes) -> str:
+    """Name an image by its encoded file: equal bytes, equal name, whatever pair it stands in."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _label(value: object) -> float | None:
+    if value is None or _is_nan(value):
+        return None
+    if isinstance(value, (int, float)) and 0 <= value <= 1:
+        return float(value)
+    raise PairRejectedError(f"bad label: {value!r} is not a number from 0 to 1")
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _content_id(prompt: str, image_0: bytes, image_1: bytes) -> str:
+    """Name a pair by what it holds; lengths keep the three parts apart."""
+    digest = hashlib.sha256()
+    for part in (prompt.encode(), image_0, image_1):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:32]
