@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Collection, Sequence
@@ -41,8 +42,10 @@ _OTHER_NAMES = {
     "pretrained_model_name_or_path": "model",
     "output_dir": "out",
     "num_inference_steps": "steps",
+    "walks": "trajectories",
+    "walker": "inverting_unet",
 }
-"""What diffusers' and transformers' training scripts call our flags."""
+"""What diffusers' and transformers' training scripts, and earlier versions, call our flags."""
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
@@ -167,7 +170,7 @@ def run_app(app: typer.Typer) -> None:
         app(_prepare(app, sys.argv[1:]))
     except SystemExit as ended:
         if ended.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            typer.secho("stopped; the same command goes on", err=True)
+            _say_stopped()
         raise
     except UserError as error:
         _fail(str(error))
@@ -180,6 +183,13 @@ def run_app(app: typer.Typer) -> None:
         _fail(f"{error.filename or 'storage'}: {error.strerror}{goes_on}")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _say_stopped() -> None:
+    """One line, of one of the processes that a launcher started."""
+    if os.environ.get("RANK", "0") == "0":
+        without = " without --overwrite" if "--overwrite" in sys.argv else ""
+        typer.secho(f"stopped; the same command{without} goes on", err=True)
 
 
 def _terminate(*_signal: object) -> NoReturn:

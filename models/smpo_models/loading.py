@@ -71,21 +71,21 @@ def load_family(
     return loader(model, parts, denoiser=denoiser, vae=vae, variant=variant, device=torch.device(device))
 
 
-def load_inverting_denoiser(family: Family, model: str, path: Path, device: torch.device | str = "cpu") -> nn.Module:
+def load_inverting_denoiser(family: Family, model: str, path: Path, variant: str | None = None) -> nn.Module:
     """The denoiser that a training run left behind: a folder of one, or a LoRA file on top of ``family``'s own.
 
     Args:
         family: the model, with the denoiser that training started from.
         model: its hub id or folder.
         path: a denoiser folder, a training run's output folder, or a LoRA file.
-        device: for the denoiser.
+        variant: of a folder's files of weights, where it has several.
 
     Raises:
         UserError: there is neither, or it does not fit the model.
     """
     lora = path if path.is_file() else path / LORA_FILE
     if not lora.is_file():
-        return _own(load_family(model, ("denoiser",), denoiser=path, device=device))
+        return _own(load_family(model, ("denoiser",), denoiser=path, variant=variant))
     inverting_denoiser = copy.deepcopy(_own(family))
     fuse_lora(inverting_denoiser, lora, f"--inverting-unet {path}", f"--model {model}")
     return inverting_denoiser.requires_grad_(False).eval()

@@ -137,7 +137,7 @@ class UNetFamily(Family):
             UNet2DConditionModel.from_pretrained,
             source,
             what,
-            variant=None if folder else self._variant,
+            variant=self._variant,
             torch_dtype=torch.float32,
             **_subfolder("unet", folder is None),
         )

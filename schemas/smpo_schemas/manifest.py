@@ -51,7 +51,7 @@ class InversionSettings(_Frozen):
 
     Attributes:
         source: ``renoise``: trajectories of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian
-        noise.
+            noise.
         forward_noise: ``forward``: whether both images of a ``pair`` get the same noise (Diffusion-DPO), or each
             ``image`` its own (CaPO).
         start: where a trajectory begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level),

@@ -134,6 +134,7 @@ def twelve_bits(values: np.ndarray) -> bytes:
         (12, UNSIGNED, 4095, None),
         (16, UNSIGNED, 65535, "<u2"),
         (16, SIGNED, 255, "<i2"),
+        (16, SIGNED, 32767, "<i2"),
         (32, UNSIGNED, 65535, "<u4"),
         (32, SIGNED, 255, "<i4"),
         (32, FLOAT, 1, "<f4"),
@@ -170,7 +171,7 @@ def test_a_negative_is_turned(bits, kind, packed):
 )
 def test_grey_whose_white_nobody_knows_is_rejected_not_clipped(packed, values):
     samples = np.resize(np.array(values, packed), 1200)
-    with pytest.raises(ImageRejectedError, match="white of a 32-bit image unknown"):
+    with pytest.raises(ImageRejectedError, match="white of a deep grey image unknown"):
         decode_image(tiff(samples.tobytes(), 32, FLOAT if packed == "<f4" else SIGNED))
 
 
@@ -245,6 +246,28 @@ def test_a_png_is_turned_as_its_texts_say():
     ]
     for note in notes:
         assert decode_image(png(40, 30, note)).size == (30, 40), note
+
+
+def test_orientation_in_a_text_too_large_for_pillow_is_left_out():
+    """It refuses the whole image for a text that unpacks to more than a megabyte."""
+    long = zlib.compress(b"\nexif\n" + bytes(2 * PngImagePlugin.MAX_TEXT_CHUNK))
+    for note in (
+        (b"zTXt", b"Raw profile type exif\0\0" + long),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + long),
+    ):
+        assert decode_image(png(40, 30, note)).size == (40, 30), note
+
+
+def test_the_transparent_grey_of_sixteen_bits_is_white():
+    values = np.full((30, 40), 30000, np.uint16)
+    values[:15] = 0
+    encoded = encode(Image.fromarray(values), "PNG")
+    clear = b"tRNS" + struct.pack(">H", 30000)
+    chunk = struct.pack(">I", 2) + clear + struct.pack(">I", zlib.crc32(clear))
+    at = encoded.index(b"IDAT") - 4
+    decoded = np.asarray(decode_image(encoded[:at] + chunk + encoded[at:]))[..., 0]
+    assert (decoded[:15] == 0).all()
+    assert (decoded[15:] == 255).all()
 
 
 def test_pixels_are_counted_before_any_is_decoded():

@@ -74,7 +74,7 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
     with ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(hold(settings.out, fcntl.lockf)))
         if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
-            on_main(accelerator, output.tidy)
+            on_main(accelerator, output.checkpoints.drop_leftovers)
             report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
         else:
             set_seed(settings.seed)
@@ -246,7 +246,8 @@ class _Run:
                     if self.stopped_by or (step + 1) % self._settings.save_every == 0 or step + 1 == last:
                         self._save(step + 1, log)
                     if self.stopped_by:
-                        self._report.say(f"stopped after step {step + 1} of {last}; the same command goes on from here")
+                        same = "the same command" + (" without --overwrite" if self._settings.overwrite else "")
+                        self._report.say(f"stopped after step {step + 1} of {last}; {same} goes on from here")
                         return record
         finally:
             self._report.stop()

@@ -246,7 +246,6 @@ def invert(
     Writes OUT/shard-*.tar, OUT/rejected.parquet and OUT/manifest.json (written last). `smpo-train --shards OUT` trains
     from them, as often as you like.
     """
-    from smpo_models.hub import require_source  # noqa: PLC0415
     from smpo_models.weights import variant_remark  # noqa: PLC0415
     from smpo_pipeline.jobs.invert.actor import InvertOptions, take_batch_sizes  # noqa: PLC0415
     from smpo_pipeline.jobs.invert.job import invert  # noqa: PLC0415
@@ -285,7 +284,6 @@ def invert(
         prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column
     )
     console = Console(markup=False)
-    require_source(model, f"--model {model}")  # before Ray starts
     if remark := variant_remark(model, variant):
         console.print(remark, highlight=False, soft_wrap=True)
     manifest = invert(

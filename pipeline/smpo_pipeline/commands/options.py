@@ -154,9 +154,6 @@ PairIdColumn = _column(
 AnnotatorColumn = _column("annotator", "Who labelled the pair.")
 
 RUNNING = "Running"
-BatchSizeOption = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images or trajectories a model call.", rich_help_panel=RUNNING)
-]
 AutoBatchSizeOption = Annotated[
     str,
     typer.Option(

@@ -10,11 +10,13 @@ from __future__ import annotations
 import io
 import re
 import warnings
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import MARKER
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 from PIL.TiffImagePlugin import TiffImageFile
 
 from smpo_common.errors import one_line
@@ -59,8 +61,11 @@ _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _WHITES = {"F": (1, 255), "I": (255, 65535)}
 """Of grey whose depth does not say it: in floating point, in integers of 32 bits or with a sign."""
 
-_BITS, _PHOTOMETRIC, _PARTS, _PART_BYTES = 258, 262, (273, 324), (279, 325)
-"""Tags of a TIFF: strips or tiles."""
+_SIGNED_WHITES = (255, 32767)
+"""The same in 16 bits with a sign, which Pillow gives as 32 bits."""
+
+_BITS, _PHOTOMETRIC, _PARTS, _PART_BYTES, _FORMAT = 258, 262, (273, 324), (279, 325), 339
+"""Tags of a TIFF; parts are strips or tiles."""
 
 _OVERLAP = 2
 """Bytes of a TIFF's strips or tiles, over those of the file."""
@@ -126,12 +131,28 @@ def _without_ballast(data: bytes) -> bytes:
         kind, content = data[at + 4 : at + 8], at + 8
         end = content + int.from_bytes(data[at : at + 4]) + 4
         exif = kind in _TEXT and data.startswith(_EXIF_IN_TEXT, content)
+        exif = exif and _fits_in_text(kind, data[content : end - 4])
         if exif or kind in _OF_PIXELS or not (kind.isalpha() and kind[:1].islower()):
             kept.append(data[at:end])
         if kind == b"IEND" or end >= len(data):
             return b"".join(kept)
         at = end
     raise ImageRejectedError(f"image too slow: a PNG of more than {MAX_CHUNKS} chunks")
+
+
+def _fits_in_text(kind: bytes, text: bytes) -> bool:
+    """Whether Pillow unpacks a text chunk; it refuses the whole image for one that is larger than its limit."""
+    rest = text.partition(b"\0")[2]
+    if kind == b"zTXt":
+        packed = rest[1:]
+    elif kind == b"iTXt" and rest[:1].strip(b"\0"):
+        packed = rest[2:].split(b"\0", 2)[-1]
+    else:
+        return True
+    try:
+        return len(zlib.decompressobj().decompress(packed, MAX_TEXT_CHUNK + 1)) <= MAX_TEXT_CHUNK
+    except zlib.error:  # which Pillow passes over
+        return True
 
 
 def _check_segments(data: bytes) -> None:
@@ -188,33 +209,41 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more bits, scaled so that its white is 255.
+    """Grey of more bits, scaled so that its white is 255; what is transparent is white.
 
     Raises:
         ImageRejectedError: what its white is can be told neither from its depth nor from its values.
     """
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    white = _white_of(image) if image.mode in _WHITES else 2 ** tags.get(_BITS, (16,))[0] - 1
+    bits = tags.get(_BITS, (16,))[0]
+    if image.mode in _WHITES:
+        signed = image.mode == "I" and bits == 16 and tags.get(_FORMAT, (1,))[0] == 2  # noqa: PLR2004  (the tag's word)
+        white = _white_of(image, _SIGNED_WHITES if signed else _WHITES[image.mode])
+    else:
+        white = 2**bits - 1
     grey = Image.new("L", image.size)
     for top, rows in _rows_of(image):
         scaled = np.clip(np.asarray(rows) / np.float32(white), 0, 1)
         # Pillow turns negatives of 8 bits alone.
         scaled = 1 - scaled if tags.get(_PHOTOMETRIC) == 0 else scaled
+        # The one grey that a PNG calls transparent, over white.
+        scaled[np.asarray(rows) == image.info.get("transparency", -1)] = 1
         grey.paste(Image.fromarray(np.rint(scaled * 255).astype(np.uint8)), (0, top))
     return grey
 
 
-def _white_of(image: Image.Image) -> int:
+def _white_of(image: Image.Image, whites: tuple[int, int]) -> int:
     """The smaller white that is possible if no value is above it, the larger one if some value is near it."""
     values = [(part.min(), part.max()) for _, rows in _rows_of(image) for part in [np.asarray(rows)]]
     low, high = np.min(values), np.max(values)  # NaN where there is one
-    first, second = _WHITES[image.mode]
+    first, second = whites
     if low >= 0 and high <= first:
         return first
     if low >= 0 and second / 16 <= high <= second:
         return second
     raise ImageRejectedError(
-        f"white of a 32-bit image unknown: values from {low:g} to {high:g}, expected 0 to {first} or to {second}"
+        f"white of a deep grey image unknown: values from {low:g} to {high:g}; its largest is expected to be at most "
+        f"{first}, or from {second // 16} to {second}"
     )
 
 

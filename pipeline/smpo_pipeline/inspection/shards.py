@@ -160,8 +160,9 @@ def settings_in_words(settings: InversionSettings) -> str:
             + (f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
         )
     kept = "all states" if settings.states is None else f"{settings.states} states a trajectory"
+    times = f"{settings.trajectories} {'trajectories' if settings.trajectories > 1 else 'trajectory'}"
     return (
-        f"{how}; {kept} stored, {settings.trajectories} trajectory{'s' if settings.trajectories > 1 else ''} a pair; "
+        f"{how}; {kept} stored, {times} a pair; "
         f"VAE {settings.vae_latent}; prompt dropped with probability {settings.prompt_dropout:g}; "
         f"{'flips' if settings.hflip else 'no flips'}; {settings.dtype}"
     )

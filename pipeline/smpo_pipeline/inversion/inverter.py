@@ -47,7 +47,7 @@ class Inverter:
         if family.denoiser is None:
             raise RuntimeError("the model was loaded without its denoiser")
         self._family, self._reference, self._inverting_denoiser = family, family.denoiser, inverting_denoiser
-        self._trajectories_itself = inverting_denoiser is family.denoiser
+        self._reference_inverts = inverting_denoiser is family.denoiser
         self._settings, self._seed = settings, seed
         self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         dtype = DTYPES[settings.dtype]
@@ -55,11 +55,11 @@ class Inverter:
         if dtype != torch.float32:
             self._autocast = partial(torch.autocast, device, dtype)
             narrow_products(self._reference, dtype)
-            if not self._trajectories_itself:
+            if not self._reference_inverts:
                 self._inverting_denoiser = narrowed(inverting_denoiser, dtype)
         family.to(device)
         self._inverting_denoiser.to(device)
-        if dtype != torch.float32 and self._trajectories_itself:
+        if dtype != torch.float32 and self._reference_inverts:
             self._inverting_denoiser = narrowed(self._reference, dtype)  # here, where it shares the weights of products
 
     @property
@@ -142,7 +142,7 @@ class Inverter:
             return visit.solved_S[positions_S]
         x_s, s, asked, stepped = (value[positions_S] for value in visit.origin)
         rows, node, x_t = (value[positions_S] for value in (visit.rows_S, visit.t_S, visit.x_SChw))
-        own = self._trajectories_itself and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
+        own = self._reference_inverts and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
         eps = predicted if own else batch.predicted_noise(x_t, asked, rows)
         return torch.where(stepped, distance(x_t, carry(batch.process, x_s, eps, s, node)), residual)
 

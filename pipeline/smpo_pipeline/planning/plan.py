@@ -145,7 +145,7 @@ def make_plan(options: PlanOptions) -> Plan:
     resolution = check_settings(family, options.model, options.resolution, options.settings)
     inverting_denoiser = family.denoiser
     if options.inverting_unet is not None:
-        inverting_denoiser = load_inverting_denoiser(family, options.model, options.inverting_unet)
+        inverting_denoiser = load_inverting_denoiser(family, options.model, options.inverting_unet, options.variant)
     if family.denoiser is None or inverting_denoiser is None:
         raise RuntimeError("the model was loaded without its denoiser")
     sizes = sizes_of_images(family, resolution, options.settings)

@@ -69,6 +69,9 @@ def test_a_checkpoint_is_what_a_run_of_so_many_steps_leaves(
         assert source.kind == ("lora" if "lora_rank" in options else "unet")
         # Those in training are in the checkpoint a second time only where the model is their average.
         assert len(list(checkpoint.rglob("*.safetensors"))) == (2 if "ema_decay" in options else 1)
+    # What is finished is left as it is, whatever these flags say now.
+    train(max_steps=3, save_every=1, **options)
+    assert len(list(out.glob("checkpoint-*"))) == 3
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     if "lora_rank" in options:
         pipeline.load_lora_weights(out / "checkpoint-000002")

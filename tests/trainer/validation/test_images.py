@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import wraps
 from pathlib import Path
 
@@ -108,6 +110,24 @@ def test_the_models_stored_precision_does_not_matter(
     wanted = by_a_stock_pipeline(model, model / "unet", 3.0)
     difference = np.abs(grid[:IMAGE_SIDE] - 255 * np.concatenate(wanted[:2], axis=1))
     assert difference.max() <= 1.5 if mixed_precision == "no" else difference.mean() <= 3
+
+
+def test_a_folder_with_one_variant_and_no_size_draws_the_same(
+    train: Train, shards: Path, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """The size is that of the shards."""
+    odd = shutil.copytree(model, tmp_path / "odd")
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (odd / part).glob("*.safetensors")
+        file.rename(file.with_name(f"{file.stem}.fp32.safetensors"))
+    config = odd / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    options = {"max_steps": 1, "validation_prompts": prompts, "validation_sampling_steps": 2, "text": "cache"}
+    found = [
+        drawn(train(str(number), base=base, cache=tmp_path / "cache", **options))["step-000000.png"]
+        for number, base in enumerate((model, odd))
+    ]
+    assert np.array_equal(*found)
 
 
 @pytest.mark.parametrize(("text", "loaded"), [("live", 1), ("cache", 3)])

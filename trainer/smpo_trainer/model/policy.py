@@ -19,6 +19,7 @@ from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
+from smpo_models.lora import LORA_FILE
 from smpo_models.weights import variant_remark
 from smpo_schemas.manifest import ModelInfo
 from smpo_trainer.model.fsdp import like, plain_class
@@ -27,7 +28,6 @@ from smpo_trainer.settings import TrainSettings
 
 UNET_FOLDER = "unet"
 _LORA_PREFIX = "unet"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 

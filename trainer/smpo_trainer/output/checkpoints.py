@@ -78,6 +78,10 @@ class Checkpoints:
         self.drop_all_but(self._kept)
         return target
 
+    def drop_leftovers(self) -> None:
+        """Remove what a killed run left of a checkpoint."""
+        self.drop_all_but(len(self._all()))
+
     def drop_all_but(self, kept: int) -> None:
         """Remove all checkpoints but the last ``kept``, and what a killed run left of one."""
         found = self._all()

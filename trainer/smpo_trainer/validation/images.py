@@ -16,13 +16,14 @@ from collections.abc import Iterator, Sequence
 import diffusers
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from smpo_common.files import write_bytes
 from smpo_models.memory import is_out_of_memory
-from smpo_models.weights import load_part
+from smpo_models.weights import load_part, load_weights
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.model.policy import Policy
 
@@ -41,6 +42,7 @@ class ValidationImages:
     def __init__(self, experiment: Experiment, policy: Policy, accelerator: Accelerator) -> None:
         self._settings, self._prompts = experiment.settings, experiment.validation_prompts
         self._policy, self._accelerator = policy, accelerator
+        self._side = experiment.shards.directories[0].manifest.resolution
 
     def due(self, step: int) -> bool:
         """Whether to draw after ``step`` steps: before the first, every ``validation_every`` and after the last."""
@@ -70,26 +72,13 @@ class ValidationImages:
     def _batches(self) -> Iterator[np.ndarray]:
         """The images, some at a time: uint8 [B, H, W, 3]."""
         settings, family = self._settings, self._policy.family
-        kind = getattr(diffusers, family.pipelines[0])
-        index = load_part(kind.load_config, settings.model, f"--model {settings.model}")
-        without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = load_part(
-            kind.from_pretrained,
-            settings.model,
-            f"--model {settings.model}",
-            # As in training: by themselves, text encoders come in the precision that they are stored in.
-            dtype=torch.float32,
-            unet=self._policy.denoiser,
-            **dict(zip(_TEXT_ENCODERS, family.text_modules, strict=False)),
-            **(without if "safety_checker" in index else {}),
-        )
+        pipeline = self._load_pipeline()
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self._accelerator.device)
         pipeline.vae.enable_slicing()  # an image at a time
         # As `smpo-pipeline evaluate` samples; clip_sample defaults to True, and latents must not be clipped.
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-        config = pipeline.unet.config
-        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+        shape = family.latent_shape(self._side, self._side)
         for start in range(0, len(self._prompts), settings.batch_size):
             prompts = list(self._prompts[start : start + settings.batch_size])
             noise_BChw = np.stack([_noise(settings.seed, start + row, shape) for row in range(len(prompts))])
@@ -97,6 +86,8 @@ class ValidationImages:
             with self._accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 latents_BChw = pipeline(
                     prompt=prompts,
+                    height=self._side,
+                    width=self._side,
                     latents=torch.from_numpy(noise_BChw).to(self._accelerator.device),
                     num_inference_steps=settings.validation_sampling_steps,
                     guidance_scale=settings.validation_guidance_scale,
@@ -104,6 +95,34 @@ class ValidationImages:
                 ).images
             pixels_BHW3 = _decode(pipeline.vae, latents_BChw).permute(0, 2, 3, 1).cpu().nan_to_num().numpy()
             yield ((pixels_BHW3 + 1) * 127.5).round().astype(np.uint8)
+
+    def _load_pipeline(self) -> DiffusionPipeline:
+        """The model's pipeline around the denoiser in training, all in float32.
+
+        Raises:
+            UserError: a part cannot be loaded, or lacks weights.
+        """
+        model, what = self._settings.model, f"--model {self._settings.model}"
+        family = self._policy.family
+        kind = getattr(diffusers, family.pipelines[0])
+        index = load_part(kind.load_config, model, what)
+        parts = {"unet": self._policy.denoiser, **dict(zip(_TEXT_ENCODERS, family.text_modules, strict=False))}
+        for name in ("vae", *_TEXT_ENCODERS):
+            if name in index and name not in parts:
+                library, class_name = index[name]
+                loader = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+                parts[name] = load_weights(
+                    loader.from_pretrained,
+                    model,
+                    what,
+                    variant=self._settings.variant,
+                    subfolder=name,
+                    # As in training: by themselves, text encoders come in the precision that they are stored in.
+                    dtype=torch.float32,
+                )
+        if "safety_checker" in index:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return load_part(kind.from_pretrained, model, what, dtype=torch.float32, **parts)
 
 
 def _decode(vae: AutoencoderKL, latents_BChw: torch.Tensor) -> torch.Tensor:

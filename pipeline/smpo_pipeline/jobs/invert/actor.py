@@ -87,7 +87,7 @@ def load_models(options: InvertOptions) -> tuple[Family, nn.Module]:
     family.encodes_empty_prompt = options.settings.empty_prompt == "encoded"
     if options.inverting_unet is None:
         return family, family.denoiser
-    return family, load_inverting_denoiser(family, options.model, options.inverting_unet)
+    return family, load_inverting_denoiser(family, options.model, options.inverting_unet, options.variant)
 
 
 class ModelIdentity(ModelInfo):

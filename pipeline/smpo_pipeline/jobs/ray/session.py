@@ -61,7 +61,8 @@ def connected(address: str | None) -> Iterator[None]:
         with _native_stderr_silenced():
             ray.init(**options)
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"--ray-address {address}: {error}") from error
+        where = f"--ray-address {address}" if address else "Ray cannot start here"
+        raise UserError(f"{where}: {error}") from error
     except SystemExit as ended:
         # What Ray does at SIGTERM while it starts.
         raise SystemExit(128 + signal.SIGTERM) from ended

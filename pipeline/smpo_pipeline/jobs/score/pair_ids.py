@@ -24,8 +24,8 @@ class PairIds:
     """What each id stands for, of the rows so far."""
 
     def __init__(self) -> None:
-        self._ids, self._contents = np.empty(0, np.uint64), np.empty(0, np.uint64)
-        """Digests; of the ids in ascending order."""
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
+        """Digests of ids, in ascending order, and of what they stand for; each run more than the next one."""
 
     def taken(self, rows: pa.Table) -> np.ndarray:
         """Bool [R]: whether an earlier row (or one of these, before it) has the id for another prompt or other images.
@@ -34,15 +34,24 @@ class PairIds:
         """
         ids_R, contents_R = _digests(rows, ["pair_id"]), _digests(rows, _CONTENT)
         ids, firsts, number_R = np.unique(ids_R, return_index=True, return_inverse=True)
-        at = np.searchsorted(self._ids, ids)
-        known = at < len(self._ids)
-        known[known] = self._ids[at[known]] == ids[known]
-        contents = contents_R[firsts]
-        contents[known] = self._contents[at[known]]
-        new = ~known
-        self._ids = np.insert(self._ids, at[new], ids[new])
-        self._contents = np.insert(self._contents, at[new], contents[new])
+        contents, new = contents_R[firsts], np.ones(len(ids), bool)
+        for run_ids, run_contents in self._runs:
+            at = np.minimum(np.searchsorted(run_ids, ids), len(run_ids) - 1)
+            known = run_ids[at] == ids
+            contents[known] = run_contents[at[known]]
+            new &= ~known
+        self._keep(ids[new], contents[new])
         return contents[number_R] != contents_R
+
+    def _keep(self, ids: np.ndarray, contents: np.ndarray) -> None:
+        """Add a run, merged with those that are no larger: each id is moved as often as the runs have doubled."""
+        while self._runs and len(self._runs[-1][0]) <= len(ids):
+            more_ids, more_contents = self._runs.pop()
+            ids, contents = np.concatenate([more_ids, ids]), np.concatenate([more_contents, contents])
+            order = np.argsort(ids, kind="stable")  # of two sorted runs: one merge
+            ids, contents = ids[order], contents[order]
+        if len(ids):
+            self._runs.append((ids, contents))
 
 
 class RepeatedIds:
