@@ -31,7 +31,7 @@ from tests.tiny import make_tiny_clip, make_tiny_model
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FAILING = encode(Image.new("RGB", (20, 20), "#0f0"), "PNG")
 
 
@@ -168,8 +168,8 @@ def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_wi
     assert done.returncode == 0, done.stderr
     few = ("--steps", 2, "--batch-size", 4, "--concurrency", 1)
     command = ("invert", *common, "--scores", scores, "--model", model, *few, "--out")
-    patch = "from tests.poison import TouchyInvertActor; from smpo_pipeline.jobs import invert; "
-    patch += "invert.InvertActor = TouchyInvertActor"
+    patch = "from tests.poison import TouchyInvertActor; from smpo_pipeline.jobs.invert import job; "
+    patch += "job.InvertActor = TouchyInvertActor"
     done = on_ray("smpo-pipeline", *command, tmp_path / "touchy", cwd=ROOT, patch=patch)
     assert done.returncode == 0, done.stderr
     rejects = {reject.pair_id: reject.reason for reject in read_rejects(tmp_path / "touchy" / "rejected.parquet")}
