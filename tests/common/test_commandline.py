@@ -12,6 +12,15 @@ import typer
 from smpo_common.commandline import run_app
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as at a terminal: what a shell starts in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_command_puts_things_in_order_says_how_to_go_on_and_tells_the_shell(
     number, status, monkeypatch, capfd

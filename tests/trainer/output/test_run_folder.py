@@ -51,9 +51,7 @@ def test_what_a_run_left_that_never_saved_is_forgotten(train: Train, cut, tmp_pa
     assert not (tmp_path / "run/nonfinite.jsonl").exists()
 
 
-def test_a_kill_while_a_run_finishes_leaves_nothing_for_ever(
-    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_kill_while_a_run_finishes_leaves_nothing_for_ever(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(_: OutputFolder) -> None:
         raise UserError("power cut")
 
@@ -62,7 +60,7 @@ def test_a_kill_while_a_run_finishes_leaves_nothing_for_ever(
         with pytest.raises(AssertionError):
             train(**OPTIONS, mixed_precision="bf16")
     out = train(**OPTIONS, mixed_precision="bf16")
-    assert "finished; nothing to do" in capsys.readouterr().out
+    assert (out / "training.json").is_file()
     assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-000005"]
 
 

@@ -110,11 +110,12 @@ class OutputFolder:
                 self._copy(checkpoint / name)
         except OSError as error:
             raise UserError(f"cannot write the trained weights into {self.path}: {error}") from error
-        write_json(self.path / TRAINING_FILE, {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()})
+        # Before the marker: what is finished is left as it is.
         self.tidy()
+        write_json(self.path / TRAINING_FILE, {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()})
 
     def tidy(self) -> None:
-        """Drop what a finished run needs no more; a kill may have kept ``finish`` from it."""
+        """Drop the checkpoints that a finished run does not keep."""
         self.checkpoints.drop_all_but(self._kept_in_the_end)
 
     def _copy(self, source: Path) -> None:
