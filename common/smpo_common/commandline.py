@@ -56,7 +56,7 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     return next(iter(get_close_matches(name, sorted(known), n=1)), None)
 
 
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of this command; flags on the command line still win."""
     if path is None:
         return None
@@ -83,7 +83,7 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         help="YAML file with a key for each flag (dashes as underscores); flags given here override it.",
-        callback=_read_config,
+        callback=read_config,
         is_eager=True,
     ),
 ]

@@ -1,0 +1,227 @@
+"""Command-line flags from a pydantic model: a flag is declared once, as a field.
+
+From a model come the Typer command with its help, the keys of a ``--config`` file, the resolved ``config.yaml`` and the
+reference page of docs/. The command's function takes the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+import typer
+import yaml
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
+
+from smpo_common.commandline import CONFIG_FILE, read_config
+from smpo_common.errors import UserError
+from smpo_common.files import write_bytes
+from smpo_common.store_path import AnyPath
+
+
+class Options(BaseModel):
+    """The settings of a command; each field is a flag of its name.
+
+    A field's description is the flag's help, its bounds are checked, :class:`Flag` in its annotation says more. A field
+    that is an :class:`Options` itself is a group of flags: its ``title`` heads them in ``--help``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    _typed: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _on_command_line: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @classmethod
+    def parse(cls, typed: Mapping[str, Any], on_command_line: frozenset[str] = frozenset()) -> Self:
+        """Make the settings from the values of all flags.
+
+        Args:
+            typed: by flag name, flat whatever the groups.
+            on_command_line: names of the flags that were given there, not in a config file.
+
+        Raises:
+            UserError: a value is of the wrong type, out of its bounds or refused by a validator.
+        """
+        values: dict[str, Any] = {}
+        for name, field in cls.model_fields.items():
+            group = group_of(field)
+            value = group.parse(typed, on_command_line) if group else typed[name]
+            if value is not None:
+                values[name] = value
+        try:
+            made = cls(**values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise UserError(f"{flag_name(str(problem['loc'][0]))} {problem['input']}: {problem['msg']}") from error
+        made._typed, made._on_command_line = dict(typed), on_command_line
+        return made
+
+    def was_typed(self, name: str) -> bool:
+        """Whether the flag was given on the command line itself."""
+        return name in self._on_command_line
+
+    def write(self, directory: AnyPath, result: AnyPath | None = None) -> None:
+        """Write every flag, defaults included, as a config file that repeats this run from any working directory.
+
+        Args:
+            directory: where to.
+            result: the file that the run wrote last; a config that is not older is kept: this run had nothing to do.
+        """
+        target = directory / CONFIG_FILE
+        if result and target.is_file() and target.stat().st_mtime_ns >= result.stat().st_mtime_ns:
+            return
+        recorded = {name: flag for name, _, _, flag in fields_of(type(self)) if flag.recorded}
+        values = {
+            name: _portable(self._typed[name], place=flag.place)
+            for name, flag in recorded.items()
+            if self._typed.get(name) is not None
+        }
+        write_bytes(target, yaml.safe_dump(values, sort_keys=True, allow_unicode=True).encode())
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a flag is besides its field's type, default, bounds and description.
+
+    Attributes:
+        metavar: stands for the value in the help.
+        typed: what a user types, where a validator makes the field's type from it, for example ``list[str]``.
+        place: the value is a path, or ``NAME=PATH``, or else a URL or a hub id: absolute in the resolved config.
+        recorded: whether it stands in the resolved config.
+        positional: an argument without a name.
+        hidden: taken, but not in the help.
+        off: the flag that turns a boolean off, for example ``--no-hflip``.
+        eager: called with the context and the value before other flags are read.
+    """
+
+    metavar: str | None = None
+    typed: Any = None
+    place: bool = False
+    recorded: bool = True
+    positional: bool = False
+    hidden: bool = False
+    off: str | None = None
+    eager: Callable[[typer.Context, Any], Any] | None = None
+
+
+Overwrite = Annotated[bool, Flag(recorded=False)]
+"""A flag that a config file does not repeat: running from it must not delete what the run made."""
+
+
+def add_command(
+    app: typer.Typer, function: Callable[[Any], None], *, examples: str = "", actions: Mapping[str, Any] | None = None
+) -> None:
+    """Make a function of one :class:`Options` a command of ``app``; its docstring is the help.
+
+    Args:
+        app: the program.
+        function: takes the settings.
+        examples: printed below the help.
+        actions: further flags by name, as Typer's annotations: what they do is their callback.
+    """
+    model = next(iter(get_type_hints(function).values()))
+
+    def command(context: typer.Context, **typed: Any) -> None:  # noqa: ANN401  (each flag's type is in the signature)
+        sources = {name: context.get_parameter_source(name) for name in typed}
+        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        function(model.parse(typed, frozenset(given)))
+
+    # Typer reads a function's signature and has no other public way to declare parameters.
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += [_parameter(*each) for each in fields_of(model)]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
+        for name, kind in {**(actions or {}), "config": _CONFIG}.items()
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__doc__ = function.__doc__
+    app.command(function.__name__, epilog=examples)(command)
+
+
+def fields_of(model: type[Options], group: str | None = None) -> Iterator[tuple[str, FieldInfo, str | None, Flag]]:
+    """Each flag of a model, groups resolved: name, field, title of its group, and what else it is."""
+    for name, field in model.model_fields.items():
+        nested = group_of(field)
+        if nested:
+            yield from fields_of(nested, nested.model_config.get("title"))
+        else:
+            yield name, field, group, next((each for each in field.metadata if isinstance(each, Flag)), Flag())
+
+
+def group_of(field: FieldInfo) -> type[Options] | None:
+    """The model of a field that is a group of flags."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Options) else None
+
+
+def flag_name(field: str) -> str:
+    """``--max-steps`` of ``max_steps``."""
+    return "--" + field.replace("_", "-")
+
+
+_CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file with a key for each flag (dashes as underscores); flags given here override it.",
+        callback=read_config,
+        is_eager=True,
+        expose_value=False,
+    ),
+]
+
+
+def _parameter(name: str, field: FieldInfo, group: str | None, flag: Flag) -> inspect.Parameter:
+    """A field as Typer reads it."""
+    bounds: dict[str, Any] = {
+        "min": next((each.ge for each in field.metadata if isinstance(each, Ge)), None),
+        "max": next((each.le for each in field.metadata if isinstance(each, Le)), None),
+    }
+    shown: dict[str, Any] = {
+        "help": field.description,
+        "metavar": flag.metavar,
+        "hidden": flag.hidden,
+        "rich_help_panel": group,
+    }
+    kind = flag.typed or _typed_as(field.annotation)
+    if flag.positional:
+        option: Any = typer.Argument(**shown)
+    else:
+        names = "/".join(filter(None, (flag_name(name), flag.off)))
+        option = typer.Option(names, callback=flag.eager, is_eager=flag.eager is not None, **shown, **bounds)
+    required = field.is_required()
+    default = inspect.Parameter.empty if required else field.get_default(call_default_factory=True)
+    if isinstance(default, Sequence) and not isinstance(default, str):
+        default = list(default) or None
+    if default is None:
+        kind = kind | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option], default=default)
+
+
+def _typed_as(kind: Any) -> Any:  # noqa: ANN401  (a type or a typing construct)
+    """What Typer makes of the words on the command line, from which pydantic makes ``kind``."""
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(each for each in get_args(kind) if each is not NoneType)
+    if get_origin(kind) in (list, tuple):
+        return list[_typed_as(get_args(kind)[0])]  # type: ignore[misc]
+    return kind if kind in (bool, int, float, str, Path) or get_origin(kind) is Literal else str
+
+
+def _portable(value: Any, *, place: bool) -> Any:  # noqa: ANN401  (a command line value of any type)
+    """As YAML has it; paths of this machine are absolute."""
+    if isinstance(value, (list, tuple)):
+        return [_portable(item, place=place) for item in value]
+    if isinstance(value, Path):
+        return str(value if value.parts[:1] == ("~",) else value.absolute())
+    if place and isinstance(value, str):
+        name, equals, path = value.rpartition("=")
+        if path and Path(path).exists():
+            return f"{name}{equals}{Path(path).absolute()}"
+    return value
