@@ -32,9 +32,8 @@ from smpo_models.loading import load_family
 from smpo_pipeline.inversion.advice import HIGHEST_RATIO, LOWEST_RATIO, believable
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_pipeline.toy.build import load_pipeline
 from smpo_pipeline.toy.create import ASSETS
-from smpo_pipeline.toy.sampling import sample_images
+from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.world import captions_of
 from smpo_schemas.manifest import BandHealth, InversionSettings
 

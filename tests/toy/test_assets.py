@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from toy_world.autoencoder import POSTERIOR_STD
+from toy_world.rewards import TASTES, normalise, score
+from toy_world.tokenizer import MAX_TOKENS, build_tokenizer
+from toy_world.training import to_pixels, training_renders
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from smpo_pipeline.toy.autoencoder import POSTERIOR_STD
-from smpo_pipeline.toy.build import load_pipeline
 from smpo_pipeline.toy.create import ASSETS
-from smpo_pipeline.toy.rewards import TASTES, normalise, score
-from smpo_pipeline.toy.sampling import sample_images
-from smpo_pipeline.toy.tokenizer import MAX_TOKENS, build_tokenizer
-from smpo_pipeline.toy.training import to_pixels, training_renders
+from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.world import all_captions, words
 
 MAX_BYTES = 12_000_000

@@ -13,9 +13,8 @@ from PIL import Image
 
 from smpo_common.errors import UserError
 from smpo_pipeline.toy.annotators import ANNOTATORS
-from smpo_pipeline.toy.build import load_pipeline
 from smpo_pipeline.toy.create import ASSETS, PAIR_SCHEMA, create_world
-from smpo_pipeline.toy.sampling import sample_images
+from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.world import SPLITS, captions_of
 
 NUM_PAIRS = 8

@@ -19,13 +19,12 @@ from PIL import Image
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
 from smpo_pipeline.toy.annotators import ANNOTATORS, TIE, choose, qualities, utility
-from smpo_pipeline.toy.build import load_pipeline
-from smpo_pipeline.toy.sampling import sample_images
+from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.truth import true_reward
 from smpo_pipeline.toy.world import SPLITS, captions_of
 
 ASSETS = Path(__file__).parent / "assets"
-"""The checkpoints that `smpo_pipeline.toy.build` made."""
+"""The world's checkpoints, made by benchmarks/build_toy_world.py."""
 
 WORLD_FILE = "world.json"
 _UNFINISHED_FILE = "unfinished"

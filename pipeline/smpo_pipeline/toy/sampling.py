@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-
-from smpo_pipeline.toy.training import from_pixels
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 _BATCH = 64
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """The base model that was written to a folder, in float32 on the CPU, for `sample_images`."""
+    with _no_loading_bars():
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Bars of a tenth of a second say nothing."""
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+def from_pixels(pixels: torch.Tensor) -> np.ndarray:
+    """Convert float [N, 3, H, W] pixels, clipped to -1 to 1, to uint8 [N, H, W, 3] pictures."""
+    scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 @torch.no_grad()

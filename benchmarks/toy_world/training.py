@@ -33,12 +33,6 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def from_pixels(pixels: torch.Tensor) -> np.ndarray:
-    """The inverse of `to_pixels`; values outside -1 to 1 are clipped."""
-    scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-
-
 def steps(
     name: str, parameters: Iterable[torch.nn.Parameter], count: int, lr: float, report: Report
 ) -> Iterator[Callable[[torch.Tensor], None]]:

@@ -1,4 +1,4 @@
-"""Trains the world's checkpoints: ``python -m smpo_pipeline.toy.build --out DIR`` (about 25 minutes on two cores).
+"""Trains the world's checkpoints: ``python benchmarks/build_toy_world.py --out DIR`` (about 25 minutes on two cores).
 
 The package ships such a result: the same code and settings, but run stage by stage with other seeds for the base's
 rounds, so that a build gives a world of the same kind and not the shipped bytes.
@@ -13,24 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
+from toy_world.autoencoder import train_autoencoder
+from toy_world.base import train_base
+from toy_world.rewards import TASTES, SampledPairs, image_processor, train_matcher, train_taste
+from toy_world.tokenizer import build_tokenizer
+from toy_world.training import Report
 from transformers import CLIPModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from smpo_common.files import write_json
-from smpo_pipeline.toy.autoencoder import train_autoencoder
-from smpo_pipeline.toy.base import train_base
-from smpo_pipeline.toy.rewards import TASTES, SampledPairs, image_processor, train_matcher, train_taste
-from smpo_pipeline.toy.sampling import sample_images
-from smpo_pipeline.toy.tokenizer import build_tokenizer
-from smpo_pipeline.toy.training import Report
+from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.world import captions_of
 
 AUTOENCODER_STEPS = 1500
@@ -55,27 +51,6 @@ def build(out: Path, report: Report = print) -> None:
     if not all((out / "rewards" / name / "config.json").exists() for name in TASTES):
         _build_rewards(out / "rewards", pipeline, report)
     _forget_paths(out)
-
-
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """The base model that was written to a folder, in float32 on the CPU, for `sample_images`."""
-    with _no_loading_bars():
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Bars of a tenth of a second say nothing."""
-    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
 
 
 def _build_rewards(out: Path, pipeline: StableDiffusionPipeline, report: Report) -> None:
@@ -125,7 +100,7 @@ def main() -> None:
     start = time.monotonic()
 
     def report(line: str) -> None:
-        print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)  # noqa: T201  (this command's own output)
+        print(f"{time.monotonic() - start:6.0f} s  {line}", flush=True)
 
     build(arguments.out, report)
 
