@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -42,6 +43,7 @@ _OTHER_NAMES = {
     "pretrained_model_name_or_path": "model",
     "output_dir": "out",
     "num_inference_steps": "steps",
+    "mixed_precision": "dtype",
     "walks": "trajectories",
     "walker": "inverting_unet",
 }
@@ -64,7 +66,9 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
-    known = {str(parameter.name) for parameter in context.command.params} - {"config"}
+    # What is not handed to the command is no setting: --version, --install-completion and their like.
+    settings = (parameter for parameter in context.command.params if getattr(parameter, "expose_value", True))
+    known = {str(parameter.name) for parameter in settings} - {"config"}
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold keys and values, as config.yaml of a finished run does")
     unknown = sorted(set(map(str, values)) - known)
@@ -87,6 +91,21 @@ ConfigOption = Annotated[
         is_eager=True,
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"smpo-diffusion {version('smpo-diffusion')}")
+        raise typer.Exit
+
+
+VERSION = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=_print_version, is_eager=True, expose_value=False, help="Print the version and exit."
+    ),
+]
+"""The flag ``--version`` of a program."""
 
 
 def write_resolved_config(context: typer.Context, directory: AnyPath, result: AnyPath | None = None) -> None:

@@ -34,7 +34,6 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
-    _typed: dict[str, Any] = PrivateAttr(default_factory=dict)
     _on_command_line: frozenset[str] = PrivateAttr(default=frozenset())
 
     @classmethod
@@ -59,7 +58,7 @@ class Options(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             raise UserError(f"{flag_name(str(problem['loc'][0]))} {problem['input']}: {problem['msg']}") from error
-        made._typed, made._on_command_line = dict(typed), on_command_line
+        made._on_command_line = on_command_line
         return made
 
     def was_typed(self, name: str) -> bool:
@@ -76,13 +75,21 @@ class Options(BaseModel):
         target = directory / CONFIG_FILE
         if result and target.is_file() and target.stat().st_mtime_ns >= result.stat().st_mtime_ns:
             return
-        recorded = {name: flag for name, _, _, flag in fields_of(type(self)) if flag.recorded}
-        values = {
-            name: _portable(self._typed[name], place=flag.place)
-            for name, flag in recorded.items()
-            if self._typed.get(name) is not None
+        values = self.flat_values()
+        recorded = {
+            name: _portable(values[name], place=flag.place)
+            for name, _, _, flag in fields_of(type(self))
+            if flag.recorded and values[name] is not None
         }
-        write_bytes(target, yaml.safe_dump(values, sort_keys=True, allow_unicode=True).encode())
+        write_bytes(target, yaml.safe_dump(recorded, sort_keys=True, allow_unicode=True).encode())
+
+    def flat_values(self) -> dict[str, Any]:
+        """The values by flag name, flat whatever the groups, as a user would type them."""
+        dumped = self.model_dump()
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            found |= getattr(self, name).flat_values() if group_of(field) else {name: dumped[name]}
+        return found
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ class Flag:
 
     Attributes:
         metavar: stands for the value in the help.
-        typed: what a user types, where a validator makes the field's type from it, for example ``list[str]``.
+        typed: what a user types, for example ``list[str]``, where a validator makes the field's type from it; a
+            serializer of the field (:class:`pydantic.PlainSerializer`) does the reverse for the resolved config.
         place: the value is a path, or ``NAME=PATH``, or else a URL or a hub id: absolute in the resolved config.
         recorded: whether it stands in the resolved config.
         positional: an argument without a name.

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import pytest
 import typer
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from smpo_common.commandline import run_app
+from smpo_common.commandline import VERSION, run_app
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options, Overwrite, add_command
 
@@ -20,6 +20,10 @@ def _weights(texts):
     if isinstance(texts, dict):
         return texts
     return {name: float(weight or 1) for name, _, weight in (text.partition(":") for text in texts)}
+
+
+def _as_typed(weights):
+    return [f"{name}:{weight:g}" for name, weight in weights.items()]
 
 
 def _known(name):
@@ -42,6 +46,7 @@ class Job(Options):
     reward: Annotated[
         dict[str, float],
         BeforeValidator(_weights),
+        PlainSerializer(_as_typed),
         Flag(typed=list[str], metavar="NAME[:WEIGHT]"),
         Field(description="Weights.", default_factory=dict),
     ]
@@ -63,7 +68,7 @@ def run(monkeypatch, capfd):
             """Train a job."""
             got.append(job)
 
-        add_command(app, train, examples="Example: train --steps 3")
+        add_command(app, train, examples="Example: train --steps 3", actions={"version": VERSION})
         monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             run_app(app)
@@ -130,6 +135,10 @@ def test_the_command_line_wins_over_the_config(run, tmp_path):
     got, status, said = run(*_LEAST, "--config", config)
     assert (got, status) == ([], 2)
     assert "unknown key 'step'; did you mean 'steps'?" in said
+    config.write_text("version: true\n")
+    got, status, said = run(*_LEAST, "--config", config)
+    assert (got, status) == ([], 2)
+    assert "unknown key 'version'" in said
 
 
 def test_the_resolved_config_repeats_the_run_from_anywhere(run, tmp_path, monkeypatch):
@@ -141,12 +150,26 @@ def test_the_resolved_config_repeats_the_run_from_anywhere(run, tmp_path, monkey
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["shards"] == [str(tmp_path / "a"), "b"]
     assert written["out"] == str(tmp_path / "o")
+    assert written["reward"] == ["x:2"]
     assert "overwrite" not in written
     monkeypatch.chdir("/")
     (again,), _, _ = run("--config", tmp_path / "config.yaml")
     assert again.model_dump(exclude={"shards", "model", "out", "overwrite"}) == job.model_dump(
         exclude={"shards", "model", "out", "overwrite"}
     )
+
+
+def test_settings_made_in_python_are_written_as_a_config_too(run, tmp_path):
+    made = Job(shards=("a",), model="m", out=Path("/o"), reward={"x": 2}, speed=Speed(lr=0.5))
+    made.model_copy(update={"steps": 3}).write(tmp_path)
+    (again,), _, _ = run("--config", tmp_path / "config.yaml")
+    assert again.model_dump() == made.model_dump() | {"steps": 3}
+
+
+def test_the_version_is_printed(run):
+    got, status, said = run("--version")
+    assert (got, status) == ([], 0)
+    assert re.fullmatch(r"smpo-diffusion \d+\.\d+\.\d+\n", said)
 
 
 def test_a_config_that_is_not_older_than_the_result_is_kept(run, tmp_path):
