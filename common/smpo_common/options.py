@@ -28,8 +28,9 @@ from smpo_common.store_path import AnyPath
 class Options(BaseModel):
     """The settings of a command; each field is a flag of its name.
 
-    A field's description is the flag's help, its bounds are checked, :class:`Flag` in its annotation says more. A field
-    that is an :class:`Options` itself is a group of flags: its ``title`` heads them in ``--help``.
+    A field's description is the flag's help, its bounds are checked, :class:`Flag` in its annotation says more. With an
+    alias the flag has that name. A field that is an :class:`Options` itself is a group of flags: its ``title`` heads
+    them in ``--help``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -49,21 +50,31 @@ class Options(BaseModel):
         """
         values: dict[str, Any] = {}
         for name, field in cls.model_fields.items():
-            group = group_of(field)
-            value = group.parse(typed, on_command_line) if group else typed[name]
+            group, key = group_of(field), field.alias or name
+            value = group.parse(typed, on_command_line) if group else typed[key]
             if value is not None:
-                values[name] = value
+                values[key] = value
         try:
-            made = cls(**values)
+            return cls.model_validate(values, context=on_command_line)
         except ValidationError as error:
             problem = error.errors()[0]
             raise UserError(f"{flag_name(str(problem['loc'][0]))} {problem['input']}: {problem['msg']}") from error
-        made._on_command_line = on_command_line
-        return made
+
+    def model_post_init(self, context: frozenset[str] | None, /) -> None:
+        """Keep which flags were given on the command line, for :meth:`was_typed`; before validators of the model."""
+        self._on_command_line = context or frozenset()
 
     def was_typed(self, name: str) -> bool:
         """Whether the flag was given on the command line itself."""
         return name in self._on_command_line
+
+    def replace(self, **values: Any) -> Self:  # noqa: ANN401  (each flag's type is its field's)
+        """The same settings but for these values, by field name whatever the groups; they are not validated."""
+        update = {name: value for name, value in values.items() if name in type(self).model_fields}
+        for name, field in type(self).model_fields.items():
+            if group_of(field):
+                update[name] = getattr(self, name).replace(**values)
+        return self.model_copy(update=update)
 
     def write(self, directory: AnyPath, result: AnyPath | None = None) -> None:
         """Write every flag, defaults included, as a config file that repeats this run from any working directory.
@@ -88,7 +99,8 @@ class Options(BaseModel):
         dumped = self.model_dump()
         found: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            found |= getattr(self, name).flat_values() if group_of(field) else {name: dumped[name]}
+            value = {field.alias or name: dumped[name]}
+            found |= getattr(self, name).flat_values() if group_of(field) else value
         return found
 
 
@@ -160,7 +172,8 @@ def fields_of(model: type[Options], group: str | None = None) -> Iterator[tuple[
         if nested:
             yield from fields_of(nested, nested.model_config.get("title"))
         else:
-            yield name, field, group, next((each for each in field.metadata if isinstance(each, Flag)), Flag())
+            flag = next((each for each in field.metadata if isinstance(each, Flag)), Flag())
+            yield field.alias or name, field, group, flag
 
 
 def group_of(field: FieldInfo) -> type[Options] | None:

@@ -9,7 +9,15 @@ from typing import Annotated, Literal
 import pytest
 import typer
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from smpo_common.commandline import VERSION, run_app
 from smpo_common.errors import UserError
@@ -37,6 +45,7 @@ class Speed(Options):
 
     lr: Annotated[float | None, Field(ge=0, description="Learning rate.")] = None
     schedule: Annotated[Literal["constant", "cosine"], Field(description="Of the learning rate.")] = "constant"
+    log_file: Annotated[Path | None, Field(alias="json", description="Where to log, as JSON.")] = None
 
 
 class Job(Options):
@@ -55,6 +64,12 @@ class Job(Options):
     overwrite: Overwrite = False
     speed: Speed = Speed()
     secret: Annotated[int, Flag(hidden=True), Field(description="Not shown.")] = 1
+
+    @model_validator(mode="after")
+    def _refuse_two(self):
+        if self.was_typed("steps") and self.was_typed("lr"):
+            raise UserError("--steps and --lr: give one of them")
+        return self
 
 
 @pytest.fixture
@@ -115,6 +130,7 @@ def test_help_shows_groups_defaults_choices_and_examples(run):
         (("--model", "unknown"), ("--model unknown: no such model",)),
         (("--reward", "x:y"), ("--reward", "x:y")),
         (("--schedule", "none"), ("--schedule", "none", "cosine")),
+        (("--steps", "3", "--lr", "1"), ("--steps and --lr: give one of them",)),
     ],
 )
 def test_a_wrong_value_names_its_flag(run, flags, parts):
@@ -191,3 +207,18 @@ def test_python_gets_the_same_checks():
         Job(shards=("a",), model="m", out=Path("o"), steps=0)
     with pytest.raises(ValidationError, match="stepz"):
         Job(shards=("a",), model="m", out=Path("o"), stepz=3)
+
+
+def test_an_alias_is_the_name_of_the_flag_and_of_the_key(run, tmp_path):
+    (job,), _, _ = run(*_LEAST, "--json", "/log")
+    assert job.speed.log_file == Path("/log")
+    job.write(tmp_path)
+    (again,), _, _ = run("--config", tmp_path / "config.yaml")
+    assert again.speed.log_file == Path("/log")
+
+
+def test_values_are_replaced_in_whichever_group(run):
+    (job,), _, _ = run(*_LEAST, "--steps", "3")
+    other = job.replace(steps=4, lr=0.5)
+    assert (other.steps, other.speed.lr, other.was_typed("steps")) == (4, 0.5, True)
+    assert (job.steps, job.speed.lr) == (3, None)
