@@ -42,7 +42,7 @@ def test_interval_matches_the_exact_distribution_of_resampled_means() -> None:
 def test_level_widens_with_few_prompts_and_tends_to_the_usual_one() -> None:
     # Student's 97.5 % point with 9 degrees of freedom is 2.262157.
     expected = 0.5 * math.erfc(math.sqrt(10 / 9) * 2.262157 / math.sqrt(2))
-    assert expanded_level(10) == pytest.approx(expected, rel=1e-4)
+    assert expanded_level(10) == pytest.approx(expected, rel=1e-5)
     assert expanded_level(100_000) == pytest.approx(0.025, abs=1e-5)
     assert expanded_level(2) < expanded_level(3) < expanded_level(4) < expanded_level(64) < 0.025
 

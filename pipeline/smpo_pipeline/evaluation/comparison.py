@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -106,24 +106,7 @@ def expanded_level(num_prompts: int) -> float:
     for many prompts, smaller for few.
     """
     widening = math.sqrt(num_prompts / (num_prompts - 1))
-    return NormalDist().cdf(-widening * _student_quantile(0.5 + CONFIDENCE / 2, num_prompts - 1))
-
-
-def _student_quantile(p: float, freedom: int) -> float:
-    """Student's quantile: exact for 1 and 2 degrees of freedom, else Cornish-Fisher (Abramowitz and Stegun 26.7.5)."""
-    if freedom == 1:
-        return math.tan(math.pi * (p - 0.5))
-    if freedom == 2:  # noqa: PLR2004  (degrees of freedom with a closed form)
-        return (2 * p - 1) / math.sqrt(2 * p * (1 - p))
-    z = NormalDist().inv_cdf(p)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return float(ndtr(-widening * stdtrit(num_prompts - 1, 0.5 + CONFIDENCE / 2)))
 
 
 def _widen_near_unanimity(rate: Estimate, num_prompts: int) -> Estimate:
