@@ -28,12 +28,14 @@ from smpo_common.store_path import AnyPath
 class Options(BaseModel):
     """The settings of a command; each field is a flag of its name.
 
-    A field's description is the flag's help, its bounds are checked, :class:`Flag` in its annotation says more. With an
-    alias the flag has that name. A field that is an :class:`Options` itself is a group of flags: its ``title`` heads
-    them in ``--help``.
+    The docstring below a field (or its description) is the flag's help, its bounds are checked, :class:`Flag` in its
+    annotation says more. With an alias the flag has that name. A field that is an :class:`Options` itself is a group of
+    flags: its ``title`` heads them in ``--help``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     _on_command_line: frozenset[str] = PrivateAttr(default=frozenset())
 
@@ -206,7 +208,7 @@ def _parameter(name: str, field: FieldInfo, group: str | None, flag: Flag) -> in
         "max": next((each.le for each in field.metadata if isinstance(each, Le)), None),
     }
     shown: dict[str, Any] = {
-        "help": field.description,
+        "help": " ".join((field.description or "").split()),
         "metavar": flag.metavar,
         "hidden": flag.hidden,
         "rich_help_panel": group,

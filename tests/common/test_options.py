@@ -44,7 +44,9 @@ class Speed(Options):
     model_config = ConfigDict(title="How fast")
 
     lr: Annotated[float | None, Field(ge=0, description="Learning rate.")] = None
-    schedule: Annotated[Literal["constant", "cosine"], Field(description="Of the learning rate.")] = "constant"
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Course of the learning
+    rate."""
     log_file: Annotated[Path | None, Field(alias="json", description="Where to log, as JSON.")] = None
 
 
@@ -116,7 +118,16 @@ def test_a_command_gets_its_model(run):
 def test_help_shows_groups_defaults_choices_and_examples(run):
     _, status, said = run("--help")
     assert status == 0
-    for part in ("Train a job.", "How fast", "NAME[:WEIGHT]", "constant", "cosine", "1<=x<=10", "[default: 5]"):
+    for part in (
+        "Train a job.",
+        "How fast",
+        "NAME[:WEIGHT]",
+        "constant",
+        "cosine",
+        "1<=x<=10",
+        "[default: 5]",
+        "Course of the learning rate.",
+    ):
         assert part in said
     assert "Example: train --steps 3" in said
     assert "--secret" not in said
