@@ -159,6 +159,4 @@ def random_states(world: World, shape: str, count: int) -> StateBatch:
         preference_B=0.4 * ones,
         label_B=ones,
         weight_B=ones,
-        counts_B=ones.bool(),
-        problems=[],
     )

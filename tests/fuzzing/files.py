@@ -46,7 +46,7 @@ from smpo_schemas.scores import (
 )
 from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories, write_index
 from smpo_schemas.shards.samples import ShardDirectory, decode_sample, encode_sample
-from smpo_trainer.data.loader import StateDataset, collate
+from smpo_trainer.data.loader import StateDataset, collate, require_batch
 from smpo_trainer.data.state_table import index_states
 from smpo_trainer.objectives.dpo import DPO
 from smpo_trainer.shards.fetch import ShardSource
@@ -417,10 +417,9 @@ def _read_states(folder: Path, directory: ShardDirectory) -> None:
     shards = ShardSet((ShardSource(str(folder), folder, directory, None),))
     table = index_states(shards, _objective(), None, None, (None, None), say=lambda _: None)
     dataset, buckets = StateDataset(shards, table), table.buckets()
-    for bucket in range(len(table.latents)):
-        batch = collate([dataset[int(state)] for state in (buckets == bucket).nonzero()[0]])
-        assert len(batch.problems) == int((~batch.counts_B).sum())
-        assert all(problem.isprintable() for problem in batch.problems)
+    of_buckets = [(buckets == bucket).nonzero()[0] for bucket in range(len(table.latents))]
+    for batch in [collate([dataset[int(state)] for state in states]) for states in of_buckets]:
+        require_batch(batch)
 
 
 @cache

@@ -151,14 +151,6 @@ _CacheGib = Annotated[
     ),
 ]
 _Workers = Annotated[int, typer.Option(min=0, help="Processes that read ahead; 0: the training process reads.")]
-_SkipBad = Annotated[
-    bool,
-    typer.Option(
-        "--skip-bad",
-        help="Go on without shards and samples that are missing or damaged: each is named once, and its states are "
-        "counted (bad_states) and left out. Without it the first one ends the run.",
-    ),
-]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Begin anew. Without it an unfinished run goes on from its checkpoint.")
 ]
@@ -224,7 +216,6 @@ def train(
     cache: _Cache = Path("~/.cache/smpo-diffusion"),
     cache_gib: _CacheGib = 100.0,
     workers: _Workers = 2,
-    skip_bad: _SkipBad = False,
     overwrite: _Overwrite = False,
     preset: flags.Preset = None,
     wandb_project: flags.WandbProject = None,
@@ -294,7 +285,6 @@ def train(
         cache=cache.expanduser(),
         cache_gib=cache_gib,
         workers=workers,
-        skip_bad=skip_bad,
         overwrite=overwrite,
         preset=preset,
         wandb_project=wandb_project,

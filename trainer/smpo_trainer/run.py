@@ -13,7 +13,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 
 from smpo_common.errors import UserError
 from smpo_common.run_lock import hold
@@ -35,7 +35,6 @@ from smpo_trainer.monitoring.console import Report
 from smpo_trainer.monitoring.health import Health
 from smpo_trainer.monitoring.metrics import METRICS_FILE, MetricsLog, Record, plain
 from smpo_trainer.monitoring.wandb_log import WandbLog
-from smpo_trainer.output.bad_states import BadStates
 from smpo_trainer.output.checkpoints import load_checkpoint
 from smpo_trainer.output.run_folder import OutputFolder
 from smpo_trainer.preference.reward_mix import RewardMix
@@ -102,19 +101,17 @@ def _train(
         The number of the signal that stopped the run before its end; 0: none did.
     """
     settings = experiment.settings
-    bad = BadStates(report.say)
     policy = together(accelerator, lambda: _load(experiment, accelerator, report))
     table = together(accelerator, lambda: _index(experiment, policy.family, report))
     held_out = None
     if settings.val_fraction:
         table, held_out_table = together(accelerator, lambda: split_by_prompt(table, settings.val_fraction))
         held_out = together(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, report))
-        bad.note(gather_object(held_out.problems))
     on_main(accelerator, lambda: _begin(settings, output, write_config))
     checkpoint = _find_checkpoint(output, accelerator)
     plan = _make_plan(settings, table, accelerator, report)
     dataset = StateDataset(experiment.shards, table)
-    feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers, skip_bad=settings.skip_bad)
+    feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers)
     going_on = checkpoint is not None
     noise = settle_reference(experiment, policy, feed, accelerator, output, report, going_on=going_on)
     if held_out and dataset.ref_error_S2 is not None:
@@ -122,12 +119,11 @@ def _train(
     if settings.reference != "live":
         policy = replace(policy, reference=None)  # what it was for is done
     images = ValidationImages(experiment, policy, accelerator) if experiment.validation_prompts else None
-    run = _Run(experiment, policy, feed, held_out, images, bad, accelerator, output, report, identity)
+    run = _Run(experiment, policy, feed, held_out, images, accelerator, output, report, identity)
     last = run.train(noise, checkpoint)
     if run.stopped_by:
         return run.stopped_by
     found = {
-        "bad_states": {"total": bad.total, "problems": bad.problems},
         "warnings": run.health.warnings,
         "metrics": last,
     }
@@ -190,14 +186,13 @@ class _Run:
         feed: Feed,
         held_out: HeldOut | None,
         images: ValidationImages | None,
-        bad: BadStates,
         accelerator: Accelerator,
         output: OutputFolder,
         report: Report,
         identity: dict[str, Any],
     ) -> None:
         self._settings = experiment.settings
-        self._trainer = Trainer(experiment, policy, feed.plan, accelerator, bad)
+        self._trainer = Trainer(experiment, policy, feed.plan, accelerator)
         self._policy, self._feed, self._held_out, self._images = policy, feed, held_out, images
         self._accelerator, self._output = accelerator, output
         self._report, self._identity = report, identity
@@ -355,9 +350,7 @@ def _hold_out(
     settings = experiment.settings
     chosen = spread(table, settings.val_states).tolist()
     report.say(f"{len(table)} states are held out by their prompts; {len(chosen)} of them are looked at")
-    return HeldOut(
-        experiment.shards, table, chosen, store, settings.batch_size, accelerator, skip_bad=settings.skip_bad
-    )
+    return HeldOut(experiment.shards, table, chosen, store, settings.batch_size, accelerator)
 
 
 def _number(value: float | None) -> str:

@@ -105,7 +105,6 @@ class TrainSettings:
         cache: folder for shards that are fetched from URLs, and for encoded prompts.
         cache_gib: what fetched shards may take there.
         workers: loader processes; 0 reads in the training process.
-        skip_bad: go on without shards and samples that are missing or damaged.
         overwrite: begin anew where the output folder holds a run.
         preset: name of the published settings that the flags' defaults come from, or None.
         wandb_project: project to log to besides the output folder, or None.
@@ -168,7 +167,6 @@ class TrainSettings:
     cache: Path
     cache_gib: float
     workers: int
-    skip_bad: bool
     overwrite: bool
     preset: str | None
     wandb_project: str | None

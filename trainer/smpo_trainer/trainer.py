@@ -32,7 +32,6 @@ from smpo_trainer.monitoring.bands import by_band
 from smpo_trainer.monitoring.metrics import Record, StepMeter
 from smpo_trainer.monitoring.utilization import Utilization, peak_memory_gib
 from smpo_trainer.objectives.base import Metrics, PairBatch, of_preferred
-from smpo_trainer.output.bad_states import BadStates
 from smpo_trainer.output.checkpoints import Checkpoint
 from smpo_trainer.output.skipped_steps import SkippedStep, SkippedSteps
 from smpo_trainer.validation.held_out import HeldOut
@@ -41,11 +40,9 @@ Losses = list[tuple[str, float]]
 """Pair id and loss of every state that a process has taken in a step."""
 
 
-def _metered(loss_B: torch.Tensor, metrics: Metrics, batch: StateBatch) -> Metrics:
-    """What is averaged: metrics and loss, with NaN, which a mean leaves out, for the states that cannot be used."""
-    # A loss that is no number is not one that is missing.
-    values = {"loss": loss_B.where(loss_B.isfinite(), math.inf), **metrics}
-    return {name: value_B.where(batch.counts_B, math.nan) for name, value_B in values.items()}
+def _metered(loss_B: torch.Tensor, metrics: Metrics) -> Metrics:
+    """What is averaged: a mean leaves NaN out, but a loss that is not a number is not one that is missing."""
+    return {"loss": loss_B.where(loss_B.isfinite(), math.inf), **metrics}
 
 
 def _prepare(accelerator: Accelerator, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
@@ -58,10 +55,8 @@ def _prepare(accelerator: Accelerator, policy: Policy, optimizer: Optimizer) -> 
 class Trainer:
     """Denoiser, optimizer and schedule of a run; ``train_step`` is one optimizer step."""
 
-    def __init__(
-        self, experiment: Experiment, policy: Policy, plan: Plan, accelerator: Accelerator, bad: BadStates
-    ) -> None:
-        """Prepare the first step; ``bad`` counts the states that cannot be used."""
+    def __init__(self, experiment: Experiment, policy: Policy, plan: Plan, accelerator: Accelerator) -> None:
+        """Prepare the first step."""
         settings = experiment.settings
         self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.process)
         self._policy, self._plan, self._accelerator = policy, plan, accelerator
@@ -71,7 +66,6 @@ class Trainer:
         # Not prepared by accelerate, which would step it once a process.
         self._schedule = make_schedule(settings, optimizer)
         self._skipped = SkippedSteps(settings.out, min(settings.max_skipped, settings.max_steps))
-        self._bad = bad
         self._utilization = Utilization.of(policy, accelerator)
         self._denoiser, self._optimizer = together(accelerator, lambda: _prepare(accelerator, policy, optimizer))
         self._parameters = list(policy.trained().values())  # others than before, where the denoiser is cut up
@@ -80,9 +74,8 @@ class Trainer:
     def train_step(self, step: int, batches: Iterator[StateBatch]) -> Record:
         """Make optimizer step ``step`` (from 0) and return what is logged of it.
 
-        The gradient is that of the mean loss over all states of the step that can be used, however they are cut into
-        micro-batches and processes. If there is none, or if it or a loss is not finite, the weights and the learning
-        rate's course stay as they were.
+        The gradient is that of the mean loss over all states of the step, however they are cut into micro-batches and
+        processes. If it or a loss is not finite, the weights and the learning rate's course stay as they were.
 
         Raises:
             UserError: too many steps in a row were skipped so.
@@ -90,7 +83,6 @@ class Trainer:
         started, waited = time.perf_counter(), 0.0
         meter = StepMeter()
         losses: Losses = []
-        problems: list[str] = []
         for accumulation in range(self._plan.grad_accum):
             asked = time.perf_counter()
             batch = next(batches)
@@ -101,23 +93,19 @@ class Trainer:
             syncs = is_last or self._accelerator.is_fsdp2
             with nullcontext() if syncs else self._accelerator.no_sync(self._denoiser):
                 loss_B, metrics = self._forward(batch)
-                # Processes' gradients are averaged: each gives its share of the sum times their number. States that
-                # cannot be used add 0, and are not yet known of other processes: see _leave_out.
+                # Processes' gradients are averaged: each gives its share of the sum times their number.
                 share = self._accelerator.num_processes / self._plan.states_per_step
                 self._accelerator.backward(loss_B.sum() * share)
             loss_B = loss_B.detach()
-            meter.add(_metered(loss_B, metrics, batch))
+            meter.add(_metered(loss_B, metrics))
             # Only what the end of the step needs: the latents and the graph of a micro-batch are freed here.
-            of_states = zip(batch.pair_ids, loss_B.tolist(), batch.counts_B.tolist(), strict=True)
-            losses += [(pair_id, loss) for pair_id, loss, counts in of_states if counts]
-            problems += batch.problems
+            losses += zip(batch.pair_ids, loss_B.tolist(), strict=True)
         lr = self._schedule.get_last_lr()[0]
-        num_bad = self._leave_out(problems)
-        grad_norm = self._update(step, losses, num_bad)
+        grad_norm = self._update(step, losses)
         record: Record = {"step": step + 1, **meter.means(self._accelerator), "grad_norm": grad_norm, "lr": lr}
-        record["skipped_steps"], record["bad_states"] = self._skipped.total, self._bad.total
+        record["skipped_steps"] = self._skipped.total
         elapsed = time.perf_counter() - started
-        record["pairs_per_second"] = (self._plan.states_per_step - num_bad) / elapsed
+        record["pairs_per_second"] = self._plan.states_per_step / elapsed
         record["data_wait_percent"] = 100 * waited / elapsed
         record["memory_gib"] = peak_memory_gib(self._accelerator.device)
         if self._utilization:
@@ -134,7 +122,7 @@ class Trainer:
                 batch = held_out.batches[min(number, len(held_out.batches) - 1)].to(self._accelerator.device)
                 loss_B, metrics = self._forward(batch)
                 if number < len(held_out.batches):
-                    meter.add(_metered(loss_B, metrics, batch))
+                    meter.add(_metered(loss_B, metrics))
         return {f"val/{name}": value for name, value in meter.means(self._accelerator).items()}
 
     def _forward(self, batch: StateBatch) -> tuple[torch.Tensor, Metrics]:
@@ -161,33 +149,14 @@ class Trainer:
         metrics["error_minus_reference/rejected"] = of_preferred(moved_B2, -preferred_B)
         return loss_B, metrics | by_band(metrics, batch.timestep_B, family.process.num_train_timesteps)
 
-    def _leave_out(self, problems: list[str]) -> int:
-        """Count the step's states that cannot be used, over all processes, and make the gradient a mean of the rest.
-
-        Args:
-            problems: one for each of them in this process.
-
-        Returns:
-            Their number.
-        """
-        count = torch.tensor(float(len(problems)), device=self._accelerator.device)
-        num_bad = int(self._accelerator.reduce(count, "sum").item())
-        if num_bad:
-            self._bad.skip(gather_object(problems))
-            total = self._plan.states_per_step
-            for parameter in self._parameters if num_bad < total else ():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(total / (total - num_bad))
-        return num_bad
-
-    def _update(self, step: int, losses: Losses, num_bad: int) -> float:
+    def _update(self, step: int, losses: Losses) -> float:
         """Clip, and make the step if all is finite; returns the gradient's norm before clipping."""
         limit = self._settings.max_grad_norm or float("inf")
         grad_norm = float(whole(self._accelerator.clip_grad_norm_(self._parameters, limit)))
         bad = [pair_id for pair_id, value in losses if not math.isfinite(value)]
         count = torch.tensor(float(len(bad)), device=self._accelerator.device)
         any_bad = bool(self._accelerator.reduce(count, "sum").item())
-        if math.isfinite(grad_norm) and not any_bad and num_bad < self._plan.states_per_step:
+        if math.isfinite(grad_norm) and not any_bad:
             self._optimizer.step()
             self._schedule.step()
             if self._average:
@@ -237,7 +206,6 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler else None,
             "average": self._average.state_dict() if self._average else None,
             "skipped": self._skipped.state_dict(),
-            "bad": self._bad.state_dict(),
         }
         keep = self._accelerator.is_main_process
         trained = self._policy.trained()
@@ -273,7 +241,6 @@ class Trainer:
             tensors = [averaged[name] for name in self._policy.trained()]
             self._average.load_state_dict(checkpoint.optimizer["average"], tensors)
         self._skipped.load_state_dict(checkpoint.optimizer["skipped"])
-        self._bad.load_state_dict(checkpoint.optimizer["bad"])
         on_main(self._accelerator, self._skipped.write)
 
     def _cut_up(self, optimizer: dict[str, Any]) -> dict[str, Any]:

@@ -78,21 +78,6 @@ def test_held_out_states_of_several_shapes(
     assert len({tuple(batch.x0_B2Chw.shape[2:]) for batch in seen}) == 3
 
 
-def test_a_missing_shard_leaves_batches_of_their_shape(
-    train: Train, shaped: list[Path], seen: list[StateBatch]
-) -> None:
-    tar = shaped[1] / "shard-000001.tar"
-    kept = tar.read_bytes()
-    tar.unlink()
-    try:
-        out = train(on=shaped, batch_size=4, max_steps=12, skip_bad=True)
-    finally:
-        tar.write_bytes(kept)
-    # The second directory's fifth pair: three states, each once an epoch.
-    assert column(out, "bad_states")[-1] >= 3
-    assert {tuple(batch.x0_B2Chw.shape[2:]) for batch in seen} == set(SHAPES)
-
-
 def test_a_run_goes_on_with_another_batch_size_but_not_with_other_groups(
     train: Train, shaped: list[Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

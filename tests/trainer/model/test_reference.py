@@ -96,6 +96,18 @@ def test_whether_noise_is_loud_does_not_depend_on_the_size_of_a_step(
     assert len(made) == 2 * loud
 
 
+def test_recomputed_errors_that_are_not_finite_end_the_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    computed = reference.pair_errors
+    monkeypatch.setattr(reference, "pair_errors", lambda *args: computed(*args) * torch.inf)
+    with pytest.raises(AssertionError):
+        train(reference="recomputed")
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0
+    assert "errors are not finite in this run; use a wider --mixed-precision" in error
+
+
 def test_shards_of_before_say_that_all_weights_were_narrow(shards: Path) -> None:
     manifest = read_manifest(shards)
     for dtype, words in (("fp32", "fp32"), ("bf16", "bf16 weights")):

@@ -73,16 +73,16 @@ def test_only_what_is_asked_for_is_fetched(tmp_path: Path, bucket: object) -> No
     assert sum(1 for _ in found.trajectories()) == 6
     assert tars(tmp_path) == set()
     store = ShardStore(found.places, cache_bytes=1 << 30)
-    assert store.problems([1]) == {}
+    store.require([1])
     assert tars(tmp_path) == {"shard-000001.tar"}
 
 
 def test_the_cache_keeps_its_bound_and_what_is_in_use(tmp_path: Path, bucket: object) -> None:
     store = ShardStore(opened(tmp_path).places, cache_bytes=1)
-    assert store.problems([0, 1]) == {}
+    store.require([0, 1])
     store.release([1])
     assert tars(tmp_path) == {"shard-000001.tar"}
-    assert store.problems([0]) == {}
+    store.require([0])
     assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
 
 
@@ -92,7 +92,7 @@ def test_failures_that_pass_are_tried_again(
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(shard_store, "_FIRST_PAUSE_SECONDS", 0.0)
     found = opened(tmp_path, "flaky://bucket/shards")
-    assert ShardStore(found.places, cache_bytes=1 << 30).problems([0, 1]) == {}
+    ShardStore(found.places, cache_bytes=1 << 30).require([0, 1])
     assert len(tars(tmp_path)) == 2
 
 
@@ -100,18 +100,16 @@ def test_a_damaged_copy_is_named_and_not_kept(tmp_path: Path, bucket: MemoryFile
     name = "/bucket/shards/shard-000000.tar"
     whole = bucket.cat_file(name)
     bucket.pipe_file(name, whole[:-1] + bytes([whole[-1] ^ 1]))
-    found = ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).problems([0, 1])
-    assert list(found) == [0]
-    assert "shard-000000.tar differs from the SHA-256" in found[0]
+    with pytest.raises(UserError, match=r"shard-000000\.tar differs from the SHA-256"):
+        ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).require([0, 1])
     bucket.pipe_file(name, whole)
-    assert ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).problems([0]) == {}
+    ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).require([0])
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, bucket: MemoryFileSystem) -> None:
     bucket.rm_file("/bucket/shards/shard-000001.tar")
-    found = ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).problems([0, 1])
-    assert list(found) == [1]
-    assert "shard-000001.tar does not exist" in found[1]
+    with pytest.raises(UserError, match=r"shard-000001\.tar does not exist"):
+        ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).require([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +131,8 @@ def store_of(cache: Path, cache_bytes: int = 1) -> ShardStore:
 
 def test_what_another_run_uses_is_kept(tmp_path: Path, bucket: object) -> None:
     one, other = store_of(tmp_path), store_of(tmp_path)
-    assert one.problems([0]) == other.problems([0, 1]) == {}
+    one.require([0])
+    other.require([0, 1])
     one.release([])
     assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
     other.release([1])
@@ -158,7 +157,7 @@ def test_what_another_run_is_fetching_is_kept(tmp_path: Path, bucket: object, mo
     assert begun.wait(30)
     one.release([])
     go_on.set()
-    assert other.problems([0]) == {}
+    other.require([0])
     assert tars(tmp_path) == {"shard-000000.tar"}
 
 
@@ -166,7 +165,7 @@ def test_the_bound_is_of_all_runs_and_the_longest_unused_goes_first(tmp_path: Pa
     sizes = [entry.bytes for entry in opened(tmp_path).directories[0].manifest.shards]
     for shard in (1, 0, 1):  # three runs, one after the other
         one = store_of(tmp_path, sum(sizes))
-        assert one.problems([shard]) == {}
+        one.require([shard])
         one.release([])
         one.close()
     assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
@@ -204,7 +203,7 @@ def test_files_that_the_cache_did_not_fetch_are_left_alone(tmp_path: Path, bucke
     for path in own:
         path.write_bytes(bytes(1000))
     store = store_of(tmp_path)
-    assert store.problems([0, 1]) == {}
+    store.require([0, 1])
     store.release([])
     assert tars(tmp_path) == set()
     assert all(path.is_file() for path in own)

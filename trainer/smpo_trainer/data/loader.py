@@ -22,10 +22,7 @@ from smpo_trainer.shards.shard_set import ShardSet
 
 @dataclass(frozen=True)
 class State:
-    """One state; the tensors as they are stored.
-
-    ``problem`` says why it cannot be used, where it cannot; everything else is then made up, see :func:`stand_in`.
-    """
+    """One state; the tensors as they are stored."""
 
     pair_id: str
     prompt: str
@@ -38,7 +35,6 @@ class State:
     preference: float
     label: float
     weight: float
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,6 @@ class StateBatch:
         timestep_B: int64.
         preference_B, label_B: float32, NaN where there is none.
         weight_B: float32, the pair's own weight in the loss.
-        counts_B: bool, whether the state can be used: the others take part in the forward, and in nothing else.
-        problems: why they cannot be used.
     """
 
     pair_ids: list[str]
@@ -68,8 +62,6 @@ class StateBatch:
     preference_B: torch.Tensor
     label_B: torch.Tensor
     weight_B: torch.Tensor
-    counts_B: torch.Tensor
-    problems: list[str]
 
     def to(self, device: torch.device) -> StateBatch:
         """The same with all tensors on ``device``."""
@@ -77,45 +69,11 @@ class StateBatch:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def stand_in(problem: str, latent: tuple[int, ...]) -> State:
-    """What takes the place of a state that cannot be used: it keeps batches, and the processes' forwards, alike.
-
-    Its weight is 0 and everything in it is finite, so that it adds exactly 0 to a loss and its gradient.
-
-    Args:
-        problem: why.
-        latent: the shape (C, h, w) of its latents, which are those of its batch.
-    """
-    nothing_2Chw = torch.zeros(2, *latent, dtype=torch.float16)
-    return State(
-        pair_id="",
-        prompt="",
-        size=((1, 1), (1, 1)),
-        crop=((0, 0), (0, 0)),
-        x0_2Chw=nothing_2Chw,
-        noise_2Chw=nothing_2Chw,
-        ref_error_2=torch.zeros(2),
-        timestep=0,
-        preference=1.0,  # a tie would have no preferred image, and NaN for its error
-        label=1.0,
-        weight=0.0,
-        problem=problem,
-    )
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """A state, by its number, of which it is known before it is read why it cannot be used."""
-
-    state: int
-    problem: str
-
-
-class StateDataset(Dataset[State]):
+class StateDataset(Dataset[State | UserError]):
     """The states of a table by their number.
 
-    The problem of an :class:`Unusable` one, and what is found when one is read, becomes the ``problem`` of a
-    :func:`stand_in`: an exception would come out of a loader process with that process's traceback in its message.
+    What is wrong with a state is returned, not raised: an exception in a loader process would come out of it with that
+    process's traceback in its message.
 
     Attributes:
         ref_error_S2: float32 [S, 2] to give instead of the stored reference errors; None: those.
@@ -129,24 +87,11 @@ class StateDataset(Dataset[State]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int | Unusable) -> State:
-        if isinstance(index, Unusable):
-            return stand_in(index.problem, self._table.latent_of(index.state))
-        if self.ref_error_S2 is not None and not self.ref_error_S2[index].isfinite().all():
-            return stand_in(self._without_reference(index), self._table.latent_of(index))
+    def __getitem__(self, index: int) -> State | UserError:
         try:
             return self._read(index)
         except UserError as error:
-            return stand_in(str(error), self._table.latent_of(index))
-
-    def _without_reference(self, index: int) -> str:
-        trajectory = int(self._table.trajectory_S[index])
-        directory = self._directories[self._table.locations.shard_P[trajectory]]
-        name = directory.manifest.shards[self._table.locations[trajectory].shard].name
-        return (
-            f"{directory.path / name} has states without a finite reference error: they could not be used when it was "
-            "recomputed; --overwrite begins the run anew"
-        )
+            return error
 
     def _read(self, index: int) -> State:
         table = self._table
@@ -176,8 +121,13 @@ class StateDataset(Dataset[State]):
         )
 
 
-def collate(states: Sequence[State]) -> StateBatch:
-    """Stack states into a batch, in order."""
+def collate(read: Sequence[State | UserError]) -> StateBatch | UserError:
+    """Stack states into a batch, in order; the first error, if there is one."""
+    states: list[State] = []
+    for state in read:
+        if isinstance(state, UserError):
+            return state
+        states.append(state)
     return StateBatch(
         pair_ids=[state.pair_id for state in states],
         prompts=[state.prompt for state in states],
@@ -190,32 +140,24 @@ def collate(states: Sequence[State]) -> StateBatch:
         preference_B=torch.tensor([state.preference for state in states], dtype=torch.float32),
         label_B=torch.tensor([state.label for state in states], dtype=torch.float32),
         weight_B=torch.tensor([state.weight for state in states], dtype=torch.float32),
-        counts_B=torch.tensor([state.problem is None for state in states]),
-        problems=[state.problem for state in states if state.problem is not None],
     )
 
 
-def require_usable(batch: StateBatch, *, skip_bad: bool) -> None:
-    """Refuse a batch with a state that cannot be used, unless such states are to be skipped.
+def require_batch(batch: StateBatch | UserError) -> StateBatch:
+    """Raise what :func:`collate` returned in place of a batch.
 
     Raises:
-        UserError: there is one.
+        UserError: a state of the batch is missing or damaged.
     """
-    if batch.problems and not skip_bad:
-        raise UserError(f"{batch.problems[0]} (--skip-bad goes on without what is damaged)")
-
-
-def usable(state: int, problem: str | None) -> int | Unusable:
-    """A state, with what is wrong with its shard, if anything is."""
-    return state if problem is None else Unusable(state, problem)
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 class Feed:
     """A process's batches, in exactly the order of the plan, from shards that are here and found whole."""
 
-    def __init__(
-        self, dataset: StateDataset, plan: Plan, store: ShardStore, rank: int, workers: int, *, skip_bad: bool
-    ) -> None:
+    def __init__(self, dataset: StateDataset, plan: Plan, store: ShardStore, rank: int, workers: int) -> None:
         """Serve process ``rank``.
 
         Args:
@@ -224,16 +166,15 @@ class Feed:
             store: brings the shards.
             rank: process.
             workers: processes that read ahead; 0: this one reads, when it is asked.
-            skip_bad: whether states that cannot be used are given as such, rather than end the run.
         """
         self.dataset, self.plan = dataset, plan
-        self._store, self._rank, self._workers, self._skip_bad = store, rank, workers, skip_bad
+        self._store, self._rank, self._workers = store, rank, workers
 
     def batches(self, first_step: int, last_step: int) -> Iterator[StateBatch]:
         """The micro-batches of the steps ``first_step`` to ``last_step`` (excluded).
 
         Raises:
-            UserError: a shard or a sample is missing or damaged, and is not to be skipped.
+            UserError: a shard or a sample is missing or damaged.
         """
         loader = DataLoader(
             self.dataset,
@@ -243,11 +184,10 @@ class Feed:
             worker_init_fn=leave_signals_to_the_trainer if self._workers else None,
         )
         for batch in loader:
-            require_usable(batch, skip_bad=self._skip_bad)
-            yield batch
+            yield require_batch(batch)
 
-    def _brought(self, first_step: int, last_step: int) -> Iterator[list[int | Unusable]]:
-        """The states of each micro-batch, given out when their shards are here; of one of a bad shard what is wrong.
+    def _brought(self, first_step: int, last_step: int) -> Iterator[list[int]]:
+        """The states of each micro-batch, given out when their shards are here.
 
         One window of shards is fetched ahead of the one in use, and the one before is kept for batches under way.
         """
@@ -263,8 +203,8 @@ class Feed:
                 for each in (window, *ahead):
                     self._store.expect(self._needed(each, max(each.first, first), end))
             states = self.plan.states(positions)
-            problems = self._store.problems(sorted({order.shard_of(state) for state in states}))
-            yield [usable(state, problems.get(order.shard_of(state))) for state in states]
+            self._store.require(sorted({order.shard_of(state) for state in states}))
+            yield states
 
     def _needed(self, window: Window, first: int, end: int) -> set[int]:
         """The shards of a window that this process reads between two global positions."""

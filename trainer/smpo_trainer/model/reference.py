@@ -10,7 +10,6 @@ Shape suffixes: B a micro-batch of states, S all states of a run, 2 images.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,14 +148,13 @@ class _Pass:
         self._policy, self._feed, self._plan, self.accelerator = policy, feed, feed.plan, accelerator
 
     def measure(self, pair_loss: PairLoss, max_steps: int) -> ReferenceNoise:
-        """Compare stored errors with errors computed now; NaN if no state can be used.
+        """Compare stored errors with errors computed now.
 
         As many steps' states as make :data:`MEASURED_STATES`, or all that a run of ``max_steps`` visits.
         """
         margins: list[torch.Tensor] = []
         losses: list[torch.Tensor] = []
         evens: list[torch.Tensor] = []
-        counts: list[torch.Tensor] = []
         steps = min(self.steps(max_steps), -(-MEASURED_STATES // self._plan.states_per_step))
         for batch, error_B2 in self._batches(steps):
             noisy = PairBatch(error_B2, batch.ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
@@ -167,12 +165,8 @@ class _Pass:
             margin_B = implicit_margin(error_B2, batch.ref_error_B2, pair_loss.objective.options.beta)
             margins.append(margin_B * pair_loss.timestep_weight(batch.timestep_B, margin_B))
             losses.append(loss_B)
-            counts.append(batch.counts_B)
         own_B3 = torch.stack([torch.cat(each) for each in (margins, losses, evens)], dim=1)
-        noise_B3 = self.accelerator.gather(own_B3)[self.accelerator.gather(torch.cat(counts))]
-        margin_B, loss_B, even_B = noise_B3.double().unbind(1)
-        if not len(margin_B):
-            return ReferenceNoise(math.nan, math.nan, math.nan, math.nan)
+        margin_B, loss_B, even_B = self.accelerator.gather(own_B3).double().unbind(1)
         return ReferenceNoise(
             std=float(margin_B.square().mean().sqrt()),
             max=float(margin_B.abs().max()),
@@ -188,12 +182,17 @@ class _Pass:
         """The reference's errors at every state that a run of ``max_steps`` visits.
 
         Returns:
-            float32 [S, 2] on the CPU, the same in all processes; NaN at states that are not visited or not usable.
+            float32 [S, 2] on the CPU, the same in all processes; NaN at states that are not visited.
+
+        Raises:
+            UserError: an error is not finite.
         """
         error_S2 = torch.full((self._plan.num_states, 2), torch.nan)
-        for number, (batch, error_B2) in enumerate(self._batches(self.steps(max_steps))):
+        for number, (_, error_B2) in enumerate(self._batches(self.steps(max_steps))):
             step, accumulation = divmod(number, self._plan.grad_accum)
-            gathered_G2 = self.accelerator.gather(error_B2.where(batch.counts_B[:, None], torch.nan)).cpu()
+            gathered_G2 = self.accelerator.gather(error_B2).cpu()
+            if not gathered_G2.isfinite().all():
+                raise UserError("the reference's errors are not finite in this run; use a wider --mixed-precision")
             positions = [
                 position
                 for rank in range(self._plan.world_size)

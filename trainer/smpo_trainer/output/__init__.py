@@ -1,1 +1,1 @@
-"""A run's folder: the result, checkpoints, records of what was left out."""
+"""A run's folder: the result, checkpoints, steps that were skipped."""

@@ -35,8 +35,6 @@ class SkippedStep:
 
     def describe(self) -> str:
         """What is wrong with it."""
-        if not self.pairs:
-            return "none of its states can be used"
         if not self.bad_pairs:
             return "the gradient is not finite"
         named = ", ".join(self.bad_pairs[:_NAMED_PAIRS])

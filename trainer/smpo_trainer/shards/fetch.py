@@ -141,17 +141,16 @@ class ShardStore:
         for shard in new:
             self._ready[shard] = self._pool.submit(self._bring, shard)
 
-    def problems(self, shards: Iterable[int]) -> dict[int, str]:
-        """Wait until shards are here and checked; what is wrong, in words, with those that are missing or damaged."""
+    def require(self, shards: Iterable[int]) -> None:
+        """Wait until shards are here and checked.
+
+        Raises:
+            UserError: one is missing or damaged.
+        """
         wanted = list(shards)
         self.expect(wanted)
-        found: dict[int, str] = {}
         for shard in wanted:
-            try:
-                self._ready[shard].result()
-            except UserError as error:
-                found[shard] = str(error)
-        return found
+            self._ready[shard].result()
 
     def release(self, in_use: Iterable[int]) -> None:
         """Let fetched shards go but those in use: they are removed when the cache needs room, or checked again."""

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from smpo_common.errors import UserError
-from smpo_trainer.data.loader import StateBatch, StateDataset, collate, require_usable, usable
+from smpo_trainer.data.loader import StateBatch, StateDataset, collate, require_batch
 from smpo_trainer.data.state_table import StateTable
 from smpo_trainer.model.denoising_error import condition, pair_errors
 from smpo_trainer.model.policy import Policy
@@ -79,7 +79,6 @@ class HeldOut:
         batches: on the CPU.
         forwards: how many batches the process with the most has.
         num_states: in all processes.
-        problems: what is wrong with those of this process's states that cannot be used, one each.
     """
 
     def __init__(
@@ -90,30 +89,22 @@ class HeldOut:
         store: ShardStore,
         batch_size: int,
         accelerator: Accelerator,
-        *,
-        skip_bad: bool,
     ) -> None:
         """Read the ``chosen`` states of ``table``, whose shards ``store`` brings.
 
         Raises:
-            UserError: there are fewer than processes, or a shard or a sample is missing or damaged, unless ``skip_bad``
-                leaves such states out of what is measured.
+            UserError: there are fewer than processes, or a shard or a sample is missing or damaged.
         """
         world, rank = accelerator.num_processes, accelerator.process_index
         if len(chosen) < world:
             raise UserError(f"{len(chosen)} held-out states are too few for {world} processes; raise --val-fraction")
         shares = np.array_split(np.asarray(chosen), world)
         own = shares[rank].tolist()
-        shard_of = table.locations.shard_P[table.trajectory_S]
-        problems = store.problems(sorted(set(shard_of[own].tolist())))
+        store.require(np.unique(table.locations.shard_P[table.trajectory_S[own]]).tolist())
         dataset = StateDataset(shards, table)
-        self.batches: list[StateBatch] = []
-        self.problems: list[str] = []
-        for states in _batches(own, table, batch_size):
-            batch = collate([dataset[usable(state, problems.get(int(shard_of[state])))] for state in states])
-            require_usable(batch, skip_bad=skip_bad)
-            self.batches.append(batch)
-            self.problems += batch.problems
+        self.batches: list[StateBatch] = [
+            require_batch(collate([dataset[state] for state in states])) for states in _batches(own, table, batch_size)
+        ]
         self.forwards = max(len(_batches(share.tolist(), table, batch_size)) for share in shares)
         self.num_states = len(chosen)
         self._accelerator = accelerator
