@@ -70,7 +70,11 @@ def test_what_a_constructor_raised_is_said(error, said):
     except type(error):
         cause = RayTaskError("A.__init__", traceback.format_exc(), error, proctitle="A", pid=1, ip="127.0.0.1")
     assert _reason(ActorDiedError(cause)) == said
-    assert _reason(RayError("first\nsecond")) == "first"
+
+
+def test_which_worker_died_of_what_is_said():
+    died = RayError("The actor died unexpectedly.\n\tclass_name: A\n\tip: 10.0.0.1\nIts worker was killed by SIGKILL.")
+    assert _reason(died) == "The actor died unexpectedly. class_name: A ip: 10.0.0.1 Its worker was killed by SIGKILL."
 
 
 def test_float32_is_float32_in_workers(monkeypatch):

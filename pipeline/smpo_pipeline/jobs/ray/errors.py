@@ -31,11 +31,14 @@ def plain_errors() -> Iterator[None]:
 
 
 def _reason(error: RayError) -> str:
-    """What an actor's constructor raised, which Ray writes behind its traceback; of anything else the first line."""
+    """The exception of an actor's constructor, which Ray writes behind its traceback; else all that Ray says.
+
+    Its first line alone does not tell which actor died, where, and of what.
+    """
     lines = str(error).strip().splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
     if not frames:
-        return lines[0]
+        return " ".join(map(str.strip, lines))
     said = " ".join(dropwhile(lambda line: line.startswith(" "), lines[frames[-1] :]))
     return said.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
 
