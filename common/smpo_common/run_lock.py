@@ -19,7 +19,7 @@ from smpo_common.errors import UserError
 
 LOCK_FILE = ".lock"
 
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system says that has no locks."""
 
 _BY_FILE = "by this file alone"
@@ -47,12 +47,10 @@ def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = _lock_current(path, lock)
     except BlockingIOError:
-        raise UserError(
-            f"{directory} is being written by another run ({holder_of(path)}): wait for it, or take another --out"
-        ) from None
+        raise refusal(directory, _owner(path)) from None
     except _HeldByFileError:
         raise UserError(
-            f"{path}: another run ({holder_of(path)}) writes here, or was killed, which cannot be told without the "
+            f"{path}: another run ({_owner(path)}) writes here, or was killed, which cannot be told without the "
             "file system's locks: wait for it, or, if it is gone, remove that file"
         ) from None
     except OSError as error:
@@ -65,15 +63,34 @@ def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
         os.close(descriptor)
 
 
-def holder_of(path: Path) -> str:
-    """Who says, in a locked file, that it is theirs."""
+def holder(directory: Path) -> str | None:
+    """Name the process that holds ``directory``, or None; where the file is the lock, also one that was killed."""
+    path = directory / LOCK_FILE
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return _owner(path) if _is_lock(file.fileno()) else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or error.errno in _NO_LOCKS:
+            return _owner(path)
+        raise
+
+
+def refusal(directory: object, owner: str) -> UserError:
+    """Say that another run writes into ``directory``."""
+    return UserError(f"{directory} is being written by another run ({owner}): wait for it, or take another --out")
+
+
+def _owner(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8") or "which has just begun"
     except OSError:
         return "which is just ending"
 
 
-def is_lock(descriptor: int) -> bool:
+def _is_lock(descriptor: int) -> bool:
     """Whether a file that the kernel does not hold locked is a lock by being there."""
     return _BY_FILE.encode() in os.pread(descriptor, 1000, 0)
 
@@ -88,7 +105,7 @@ def _lock_current(path: Path, lock: Callable[[int, int], object]) -> int:
         descriptor, created = _open(path)
         try:
             by_file = not _locked(descriptor, lock)
-            if not created and (by_file or is_lock(descriptor)):
+            if not created and (by_file or _is_lock(descriptor)):
                 raise _HeldByFileError
             if _is_at(path, descriptor):
                 how = f", {_BY_FILE}" if by_file else ""
@@ -115,7 +132,7 @@ def _locked(descriptor: int, lock: Callable[[int, int], object]) -> bool:
     try:
         lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in _NO_LOCKS:
             raise
         return False
     return True

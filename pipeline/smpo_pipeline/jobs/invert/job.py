@@ -32,7 +32,7 @@ from smpo_pipeline.jobs.invert.actor import (
 from smpo_pipeline.jobs.prepare import prepare_row
 from smpo_pipeline.jobs.ray.pools import Pool, limit_memory, model_pool, task_memory
 from smpo_pipeline.jobs.ray.run_units import run_units
-from smpo_pipeline.jobs.record.lock import locked, refuse_unknown_bucket
+from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_schemas.manifest import (
@@ -60,7 +60,7 @@ def invert(options: InvertOptions) -> Manifest:
     Raises:
         UserError: an input, the model or the output directory cannot be used, or no pair is left.
     """
-    refuse_unknown_bucket(options.out)
+    options.out.exists()  # asks an object store, so that an unknown bucket is refused before any work
     files = list_pair_files(options.pairs)
     columns = columns_of(files, options.columns)
     info = read_scores_info(options.scores)

@@ -1,45 +1,208 @@
-"""One run at a time in a directory: a lock, or on object storage, which has none, a lease."""
+"""One run at a time in a directory: the kernel's lock, or a lease on an object store, which has no locks.
+
+A run creates the lease, an object that only one run can create, and rewrites it every few seconds. A run that finds a
+lease watches it: it is refused where the lease changes, and takes over where it does not, since its run was killed. No
+clock is compared with another machine's. Of several runs that find the same stale lease, the one that creates the claim
+takes over.
+"""
 
 from __future__ import annotations
 
 import fcntl
-from contextlib import AbstractContextManager
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 
-from smpo_common.run_lock import LOCK_FILE, NO_LOCKS, hold, holder_of, is_lock
+from smpo_common import run_lock
+from smpo_common.errors import UserError
 from smpo_common.store_path import AnyPath, StorePath
-from smpo_pipeline.jobs.record.lease import lease_holder, leased
+
+LEASE_FILE = ".lease"
+
+_RENEWED_SECONDS = 15.0
+_WATCHED_SECONDS = 50.0
+"""Three renewals may fail."""
+
+_INTERRUPT = signal.SIGUSR1
+"""Interrupts the main thread of a run that has lost its lease; SIGINT is ignored in what a script runs with ``&``."""
 
 
 def locked(directory: AnyPath) -> AbstractContextManager[None]:
-    """Hold ``directory`` (made where it is missing) for this run.
+    """Hold ``directory`` (made where it is missing) for this run, in the main thread.
 
     Raises:
-        UserError: another run holds it, or it cannot be written.
+        UserError: another run holds it, or has taken it over, or it cannot be written.
     """
-    return leased(directory) if isinstance(directory, StorePath) else hold(directory, fcntl.flock)
-
-
-def refuse_unknown_bucket(directory: AnyPath) -> None:
-    """Ask an object store for ``directory``, before work that would be lost.
-
-    Raises:
-        UserError: there is no such bucket, or the store cannot be reached.
-    """
-    directory.exists()
+    return _leased(directory) if isinstance(directory, StorePath) else run_lock.hold(directory, fcntl.flock)
 
 
 def holder(directory: AnyPath) -> str | None:
-    """Who holds ``directory``, in words, or None; without locks also a run that was killed and not followed."""
-    if isinstance(directory, StorePath):
-        return lease_holder(directory)
-    path = directory / LOCK_FILE
+    """Name the process that holds ``directory``, or None. Without locks, a killed run still holds it."""
+    if not isinstance(directory, StorePath):
+        return run_lock.holder(directory)
+    content = _read(directory / LEASE_FILE)
+    return None if content is None else _name(_fields(content))
+
+
+class _LostError(BaseException):
+    """The lease is another run's."""
+
+
+def _interrupt(*_signal: object) -> None:
+    raise _LostError
+
+
+@contextmanager
+def _leased(directory: StorePath) -> Iterator[None]:
+    lease = _Lease(directory / LEASE_FILE)
+    _take(lease.path, lease.content())
+    before = signal.signal(_INTERRUPT, _interrupt)
+    stop = threading.Event()
+    renewing = threading.Thread(target=lease.renew, args=(stop,), name="lease", daemon=True)
+    renewing.start()
     try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return holder_of(path) if is_lock(file.fileno()) else None
+        yield
+    except BaseException:
+        stop.set()
+        if lease.lost_to is None:
+            raise
+        raise UserError(
+            f"stopped: another run ({lease.lost_to}) took {directory} over, since this one could not be seen any more"
+        ) from None
+    finally:
+        stop.set()
+        renewing.join()
+        signal.signal(_INTERRUPT, before)
+        if lease.is_mine(_read(lease.path)):
+            lease.path.unlink(missing_ok=True)
+
+
+class _Lease:
+    """This run's lease: the process that holds it, and a number that rises."""
+
+    def __init__(self, path: StorePath) -> None:
+        self.path = path
+        self.lost_to: str | None = None
+        self._run, self._number = uuid.uuid4().hex, 0
+
+    def content(self) -> bytes:
+        return json.dumps(
+            {
+                "host": socket.gethostname(),
+                "processes": _process_namespace(),
+                "process": os.getpid(),
+                "run": self._run,
+                "number": self._number,
+            }
+        ).encode()
+
+    def is_mine(self, content: bytes | None) -> bool:
+        return content is not None and _fields(content).get("run") == self._run
+
+    def renew(self, stop: threading.Event) -> None:
+        """Rewrite the lease until ``stop``; interrupt the main thread where the lease is another run's."""
+        while not stop.wait(_RENEWED_SECONDS):
+            # What fails for long ends the run elsewhere; the next renewal may succeed.
+            with suppress(UserError, OSError):
+                found = _read(self.path)
+                if not self.is_mine(found):
+                    self.lost_to = "which has ended" if found is None else _name(_fields(found))
+                    break
+                self._number += 1
+                self.path.overwrite(self.content())
+        while self.lost_to is not None and not stop.is_set():
+            # Repeated, since Python drops what is raised in a finalizer that happens to run.
+            os.kill(os.getpid(), _INTERRUPT)
+            stop.wait(4 * _RENEWED_SECONDS)
+
+
+def _take(path: StorePath, content: bytes) -> None:
+    """Create the object at ``path``, or replace the one that a killed run left.
+
+    Raises:
+        UserError: it belongs to a run that lives.
+    """
+    while not path.create(content):
+        stale = _stale_content(path)
+        if stale is None:
+            continue
+        # A temporary by its name: one that a kill leaves is removed with the others.
+        claim = path.parent / f"{path.name}.tmp"
+        _take(claim, content)
+        try:
+            # An earlier claim may have replaced it by now.
+            if _read(path) == stale:
+                path.overwrite(content)
+                return
+        finally:
+            claim.unlink(missing_ok=True)
+
+
+def _stale_content(path: StorePath) -> bytes | None:
+    """Watch a lease: return its content if its run was killed, None if it goes.
+
+    Raises:
+        UserError: it is renewed.
+    """
+    first = _read(path)
+    if first is None or _is_dead(_fields(first)):
+        return first
+    until = time.monotonic() + _WATCHED_SECONDS
+    while time.monotonic() < until:
+        time.sleep(_WATCHED_SECONDS / 25)
+        now = _read(path)
+        if now is None:
+            return None
+        if now != first:
+            raise run_lock.refusal(path.parent, _name(_fields(now)))
+    return first
+
+
+def _read(path: StorePath) -> bytes | None:
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
         return None
-    except OSError as error:
-        if isinstance(error, BlockingIOError) or error.errno in NO_LOCKS:
-            return holder_of(path)
-        raise
+
+
+def _fields(content: bytes) -> dict[str, object]:
+    """Parse a lease; a damaged one has no fields."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+def _name(lease: dict[str, object]) -> str:
+    return f"process {lease.get('process')} on {lease.get('host')}"
+
+
+def _process_namespace() -> str | None:
+    """Name what process ids are unique in: a container, which may share its host's name, or have one of its own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def _is_dead(lease: dict[str, object]) -> bool:
+    """Whether the lease's process is known to have ended, which only its own machine and container can say."""
+    process, here = lease.get("process"), _process_namespace()
+    if here is None or lease.get("processes") != here or not isinstance(process, int):
+        return False
+    if process == os.getpid():
+        return True  # of an earlier process with this one's number, as the first of a container has
+    try:
+        os.kill(process, 0)
+    except OSError as error:  # PermissionError: another user's, which lives
+        return isinstance(error, ProcessLookupError)
+    return False

@@ -16,7 +16,7 @@ from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.faults.ledger import SharedLedger
 from smpo_pipeline.jobs.ray.pools import Pool, cores_there, gpus_there, limit_memory, share_gpus
 from smpo_pipeline.jobs.ray.run_units import run_units
-from smpo_pipeline.jobs.record.lock import locked, refuse_unknown_bucket
+from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.paths import AbsolutePathOrUrl, absolute_model
 from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, SCORE_STEP, Run, describe_input
 from smpo_pipeline.jobs.score.chunks import CHUNK_BYTES, prepare_chunks
@@ -52,7 +52,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
     Raises:
         UserError: an input, a reward or the output directory cannot be used, or no pair could be scored.
     """
-    refuse_unknown_bucket(options.out)
+    options.out.exists()  # asks an object store, so that an unknown bucket is refused before any work
     files = list_pair_files(options.pairs)
     columns = columns_of(files, options.columns)
     units = slice_files(files, SCORE_ROWS, options.limit)

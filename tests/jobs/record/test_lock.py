@@ -16,9 +16,8 @@ import pytest
 
 from smpo_common.errors import UserError
 from smpo_common.store_path import StorePath
-from smpo_pipeline.jobs.record import lease
-from smpo_pipeline.jobs.record.lease import LEASE_FILE, leased
-from smpo_pipeline.jobs.record.lock import holder, locked
+from smpo_pipeline.jobs.record import lock
+from smpo_pipeline.jobs.record.lock import LEASE_FILE, holder, locked
 from tests.command import assert_one_line, run_here
 from tests.object_store import object_store
 
@@ -32,8 +31,8 @@ def server():
 
 @pytest.fixture(params=["memory://lease", "s3://bucket"])
 def out(request, server, monkeypatch):
-    monkeypatch.setattr(lease, "_RENEWED_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "_WATCHED_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "_RENEWED_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "_WATCHED_SECONDS", 0.5)
     return StorePath(f"{request.param}/{uuid.uuid4().hex}")
 
 
@@ -55,7 +54,7 @@ def test_a_lease_is_held_renewed_and_given_back(out):
 @pytest.fixture
 def patient(monkeypatch):
     """Who lives must be seen to on a busy machine too."""
-    monkeypatch.setattr(lease, "_WATCHED_SECONDS", 3)
+    monkeypatch.setattr(lock, "_WATCHED_SECONDS", 3)
 
 
 @pytest.mark.usefixtures("patient")
@@ -71,7 +70,7 @@ def test_a_lease_that_is_renewed_elsewhere_is_refused(out):
     thread.start()
     try:
         words = f"{out} is being written by another run .process 1 on elsewhere"
-        with pytest.raises(UserError, match=words), leased(out):
+        with pytest.raises(UserError, match=words), locked(out):
             raise AssertionError
     finally:
         stop.set()
@@ -81,7 +80,7 @@ def test_a_lease_that_is_renewed_elsewhere_is_refused(out):
 
 def test_a_lease_that_nobody_renews_is_taken_over(out):
     write(out)
-    with leased(out):
+    with locked(out):
         assert json.loads((out / LEASE_FILE).read_bytes())["host"] == socket.gethostname()
     assert list(out.iterdir()) == []
 
@@ -93,9 +92,9 @@ def write_of_a_dead_process(out, processes):
 
 
 def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(out, monkeypatch):
-    monkeypatch.setattr(lease, "_WATCHED_SECONDS", 1e9)
-    write_of_a_dead_process(out, lease._processes())
-    with leased(out):
+    monkeypatch.setattr(lock, "_WATCHED_SECONDS", 1e9)
+    write_of_a_dead_process(out, lock._process_namespace())
+    with locked(out):
         pass
 
 
@@ -103,14 +102,14 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(out, mo
 def test_a_process_number_that_is_not_of_this_container_says_nothing(out, processes):
     write_of_a_dead_process(out, processes)
     started = time.monotonic()
-    with leased(out):
-        assert time.monotonic() - started >= lease._WATCHED_SECONDS
+    with locked(out):
+        assert time.monotonic() - started >= lock._WATCHED_SECONDS
 
 
 def test_a_lease_given_back_while_it_is_watched_is_not_taken_from_who_came_first(out, monkeypatch):
     """Its run ends, a third one begins, and only then does the second one go on."""
     write(out)
-    watch, pauses = lease._left_behind, itertools.count()
+    watch, pauses = lock._stale_content, itertools.count()
 
     def pause(_seconds):
         number = next(pauses)
@@ -125,15 +124,15 @@ def test_a_lease_given_back_while_it_is_watched_is_not_taken_from_who_came_first
         write(out, host="third")
         return found
 
-    monkeypatch.setattr(lease, "_left_behind", watch_and_be_late)
-    monkeypatch.setattr(lease.time, "sleep", pause)
-    with pytest.raises(UserError, match="process 1 on third"), leased(out):
+    monkeypatch.setattr(lock, "_stale_content", watch_and_be_late)
+    monkeypatch.setattr(lock.time, "sleep", pause)
+    with pytest.raises(UserError, match="process 1 on third"), locked(out):
         raise AssertionError
     assert json.loads((out / LEASE_FILE).read_bytes())["host"] == "third"
 
 
 @pytest.mark.usefixtures("patient")
-def test_of_many_who_find_a_dead_lease_one_follows(out):
+def test_of_many_runs_that_find_a_stale_lease_one_takes_over(out):
     """Threads, each as a process of its own machine; who follows renews, as a run does."""
     write(out)
     followed, refused, stop = [], [], threading.Event()
@@ -141,7 +140,7 @@ def test_of_many_who_find_a_dead_lease_one_follows(out):
     def contend(name):
         content = {"host": name, "process": 1, "run": name, "number": 0}
         try:
-            lease._take(out / LEASE_FILE, json.dumps(content).encode())
+            lock._take(out / LEASE_FILE, json.dumps(content).encode())
         except UserError as error:
             refused.append(str(error))
             return
@@ -161,14 +160,14 @@ def test_of_many_who_find_a_dead_lease_one_follows(out):
         thread.join()
     assert len(followed) == 1
     assert len(refused) == 5
-    # Of a heir that was seen on its way, where this is slow.
+    # Of a claim that was seen on its way, where this is slow.
     assert all("process 1 on machine-" in words for words in refused)
     assert [path.name for path in out.iterdir()] == [LEASE_FILE]
 
 
-def test_an_heir_that_was_killed_has_an_heir(out):
+def test_a_claim_whose_run_was_killed_is_claimed(out):
     write(out)
-    heirs = []
+    claims = []
     create = StorePath.create
 
     class KilledError(Exception):
@@ -177,23 +176,23 @@ def test_an_heir_that_was_killed_has_an_heir(out):
     def killed(path, content):
         made = create(path, content)
         if made and path.name != LEASE_FILE:
-            heirs.append(path)
+            claims.append(path)
             raise KilledError
         return made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StorePath, "create", killed)
-        patch.setattr(lease, "_processes", lambda: None)
-        with pytest.raises(KilledError), leased(out):
+        patch.setattr(lock, "_process_namespace", lambda: None)
+        with pytest.raises(KilledError), locked(out):
             pass
-    assert [path.name for path in out.iterdir()] == [LEASE_FILE, heirs[0].name]
-    with leased(out):
+    assert [path.name for path in out.iterdir()] == [LEASE_FILE, claims[0].name]
+    with locked(out):
         assert [path.name for path in out.iterdir()] == [LEASE_FILE]
     assert list(out.iterdir()) == []
 
 
 def test_a_run_whose_lease_another_has_stops_in_one_line_and_leaves_it(out):
-    with pytest.raises(UserError, match=f"another run .process 1 on elsewhere. took {out} over"), leased(out):
+    with pytest.raises(UserError, match=f"another run .process 1 on elsewhere. took {out} over"), locked(out):
         write(out, run="follower")
         time.sleep(60)
     assert json.loads((out / LEASE_FILE).read_bytes())["run"] == "follower"
