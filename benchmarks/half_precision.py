@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from tests.tiny_rewards import make_tiny_aesthetic, make_tiny_hpsv2, make_tiny_image_reward
 
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.prepare import read_ranges
 from smpo_pipeline.jobs.score.chunks import cut_chunks, scores_of
 from smpo_pipeline.jobs.score.units import RewardActor
@@ -38,7 +38,7 @@ def scores(pairs: Path, name: str, model: Path, dtype: str) -> np.ndarray:
     """float64 [P, 2]."""
     spec = f"{name}={model}"
     fingerprint = load_reward(spec, "cpu").fingerprint
-    actor = RewardActor(spec, fingerprint, "cpu", dtype, batch_size=32, ledger=Counts(), last=False)
+    actor = RewardActor(spec, fingerprint, "cpu", dtype, batch_size=32, work_log=WorkLog(), last=False)
     files = list_pair_files([pairs])
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
     found = []

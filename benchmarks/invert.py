@@ -34,7 +34,7 @@ from clock import now
 from page import stamp, write_section
 from PIL import Image
 
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
@@ -130,7 +130,13 @@ def run_actor(work: Path, out: Path, device: str) -> float:
     run.open(overwrite=False, patterns=())
     model = describe_model(options, *load_models(options))
     actor = TimedActor(
-        options, model=model, run=run, scores=scores, rows=len(units) * PAIRS_A_UNIT, resolution=SIDE, ledger=Counts()
+        options,
+        model=model,
+        run=run,
+        scores=scores,
+        rows=len(units) * PAIRS_A_UNIT,
+        resolution=SIDE,
+        work_log=WorkLog(),
     )
     for row in prepared:
         actor(row)

@@ -44,6 +44,7 @@ import smpo_pipeline.jobs.score.job as score_job
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair, draw_trajectory
 from smpo_pipeline.inversion.health import HealthSums
+from smpo_pipeline.isolation import Failure
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions
 from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, UnitRecord
@@ -79,7 +80,7 @@ class StandIn:
         self._seconds = seconds
         self._family, self._options = actor._family, actor._options  # noqa: SLF001  (stands in its place)
 
-    def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | str], HealthSums]:
+    def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | Failure], HealthSums]:
         """A batch."""
         time.sleep(self._seconds * len(requests) / PAIRS_A_UNIT)
         return [self._sample(pair, number) for pair, number in requests], HealthSums()

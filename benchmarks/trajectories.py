@@ -32,6 +32,7 @@ from smpo_models.loading import load_family
 from smpo_pipeline.inversion.advice import HIGHEST_RATIO, LOWEST_RATIO, believable
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.isolation import Failure
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.world import captions_of
@@ -78,9 +79,9 @@ def measure(family: Family, pairs: Sequence[PreparedPair], cell: Cell) -> list[B
     settings = InversionSettings(steps=steps, start=start, prompt_dropout=0, hflip=False, **SOLVERS[solver])
     requests = [(pair, 0) for pair in pairs[: PAIRS_OF_STEPS[steps]]]
     samples, health = Inverter(family, family.denoiser, settings, 0).invert(requests)
-    failed = [sample for sample in samples if isinstance(sample, str)]
+    failed = [sample for sample in samples if isinstance(sample, Failure)]
     if failed:
-        raise RuntimeError(f"{cell}: {failed[0]}")
+        raise RuntimeError(f"{cell}: {failed[0].reason}")
     return health.bands(family.process.num_train_timesteps)
 
 

@@ -44,8 +44,8 @@ KILLS = 5
 WAIT_SECONDS = 300
 READ_TIMEOUT_SECONDS = 3
 FAULTS_EVERY = 9
-JOBS_OWN = ("ray::Map", "ray::Read", "ray::Counts")
-"""Names of processes that do a job's work: actors and tasks of Ray Data's stages, and the ledger."""
+JOBS_OWN = ("ray::Map", "ray::Read", "ray::WorkLog")
+"""Names of processes that do a job's work: actors and tasks of Ray Data's stages, and the log of their work."""
 
 NODE = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
 

@@ -21,7 +21,8 @@ from smpo_pipeline.images.buckets import Size as ImageSize
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import batches_of_one_size
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.isolation import Failure
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
@@ -65,14 +66,14 @@ def check_inversion(world: World, report: Report) -> None:
     made = [
         inverter.invert([requests[each] for each in batch])[0] for batch in batches_of_one_size(requests, lambda: 8)
     ]
-    rejected = sum(isinstance(each, str) for batch in made for each in batch)
+    rejected = sum(isinstance(each, Failure) for batch in made for each in batch)
     report.judge("rejected of mixed sizes", rejected, most=0)
 
 
 def _stacked(report: Report, name: str, inverter: Inverter, pairs: Sequence[PreparedPair]) -> dict[str, torch.Tensor]:
     """What the samples hold, one row a pair."""
     samples = inverter.invert([(pair, 0) for pair in pairs])[0]
-    report.judge(f"{name}: rejected", sum(isinstance(each, str) for each in samples), most=0)
+    report.judge(f"{name}: rejected", sum(isinstance(each, Failure) for each in samples), most=0)
     whole = [each for each in samples if isinstance(each, Sample)]
     return {
         "tau": torch.stack([each.noise_K2Chw for each in whole]).float(),
@@ -259,7 +260,7 @@ def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, 
     ):
         # Of so many rows that health, which costs forwards of its own, is measured on the first alone.
         actor = InvertActor(
-            options, model=model, run=run, scores=scores, rows=10**6, resolution=resolution, ledger=Counts()
+            options, model=model, run=run, scores=scores, rows=10**6, resolution=resolution, work_log=WorkLog()
         )
     records, clocks, splits = [], [], []
     for row in rows:

@@ -13,7 +13,7 @@ from acceptance.runner import Report
 from acceptance.world import GIB, World, random_pair
 from smpo_models.memory import is_out_of_memory
 from smpo_pipeline.inversion.batch_size import largest_that_fits
-from smpo_pipeline.isolation import FAILURES, Outcome, make
+from smpo_pipeline.isolation import FAILURES, Failure, Outcome, make
 from smpo_pipeline.rewards import load_reward
 
 SPARE = 6 * GIB
@@ -44,7 +44,7 @@ def _invert(world: World, report: Report, words: _Words) -> None:
     report.judge("memory after over before", device.allocated() / baseline, most=1.01, on_cpu=False)
     _judge(report, "trajectories", outcome, many)
     samples = [sample for _, (made, _) in outcome.made for sample in made]
-    report.judge("trajectories that cannot be stored", sum(isinstance(each, str) for each in samples), most=0)
+    report.judge("trajectories that cannot be stored", sum(isinstance(each, Failure) for each in samples), most=0)
     report.judge("largest batch of trajectories that fits", largest, least=1, most=many - 1)
 
 

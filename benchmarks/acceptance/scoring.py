@@ -16,7 +16,7 @@ from acceptance.ceilings import operations
 from acceptance.runner import Report
 from acceptance.world import World
 from smpo_pipeline.images.decoder import Decoder
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.prepare import read_ranges, values_of
 from smpo_pipeline.jobs.score.chunks import cut_chunks
 from smpo_pipeline.jobs.score.units import RewardActor
@@ -39,7 +39,7 @@ def check_scoring(world: World, report: Report) -> None:
         world.device.name,
         "bf16",
         size.score_batch,
-        Counts(),
+        WorkLog(),
         share=1,
         last=True,
     )

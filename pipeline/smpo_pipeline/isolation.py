@@ -25,8 +25,11 @@ PAUSES = (2.0, 10.0)
 """Seconds to wait before the next tries of an item that found too little memory alone: others may have taken it."""
 
 
-def _in_words(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+@dataclass(frozen=True)
+class Failure:
+    """Why an item has no result."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: s
             can use it again.
     """
     made = _try(run, items, device)
-    if not isinstance(made, str):
+    if not isinstance(made, Failure):
         return Outcome([(list(range(len(items))), made)], {})
-    parts, said = _bisect(run, items, device) if len(items) > 1 else ([], {0: made})
+    parts, said = _bisect(run, items, device) if len(items) > 1 else ([], {0: made.reason})
     late, said = _after_pauses(run, items, said, device)
     if not said:
         # Where memory came back, the batch may not have been too large.
@@ -103,8 +106,8 @@ def _after_pauses(
         time.sleep(pause)
         for position in waiting:
             made = _try(run, [items[position]], device)
-            if isinstance(made, str):
-                still[position] = made
+            if isinstance(made, Failure):
+                still[position] = made.reason
             else:
                 late.append(([position], made))
                 del still[position]
@@ -123,25 +126,25 @@ def _bisect(
         middle = len(positions) // 2
         for half in filter(None, (positions[:middle], positions[middle:])):
             made = _try(run, [items[position] for position in half], device)
-            if not isinstance(made, str):
+            if not isinstance(made, Failure):
                 parts.append((half, made))
             elif len(half) == 1:
-                said[half[0]] = made
+                said[half[0]] = made.reason
             else:
                 left.append(half)
     return parts, said
 
 
-def _try(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str) -> Made | str:
-    """What was made, or the error, which must not be kept: it holds the tensors of the frames that it passed."""
-    said = ""
+def _try(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str) -> Made | Failure:
+    """Run a batch. Of an error only the text is kept: its traceback would hold the tensors of its frames."""
+    failure = Failure("")
     for _ in range(_TRIES):
         try:
             return run(items)
         except FAILURES as error:
-            said = _in_words(error)
+            failure = Failure(" ".join(f"{type(error).__name__}: {error}".split())[:300])
         _leave_broken_gpu(device)
-    return said
+    return failure
 
 
 def _leave_broken_gpu(device: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.advice import believable, health_warnings
 from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.isolation import Failure
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.manifest import InversionSettings
 from tests.inversion.helpers import embedded_pair, make_pair
@@ -23,7 +24,7 @@ def test_the_warning_is_silent_on_the_world_and_fires_on_latents_thinner_than_it
 
     def bands():
         samples, health = Inverter(family, family.denoiser, settings, 0).invert(requests)
-        assert not any(isinstance(sample, str) for sample in samples)
+        assert not any(isinstance(sample, Failure) for sample in samples)
         return health.bands(1000)
 
     good = bands()

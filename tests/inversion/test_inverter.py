@@ -407,7 +407,7 @@ def test_latents_that_overflow_are_rejected_with_a_reason(epsilon_world, tmp_pat
     with torch.no_grad():
         family.vae.quant_conv.bias.fill_(torch.nan)
     (sample,), health = Inverter(family, family.denoiser, InversionSettings(), 0).invert([(make_pair(0), 0)])
-    assert sample.startswith("not finite")
+    assert sample.reason.startswith("not finite")
     assert all(value == 0 for band in health.to_lists() for value in band)
 
 
@@ -518,7 +518,7 @@ def test_a_pair_that_is_no_number_is_rejected_and_changes_no_other(solver, tmp_p
 
     monkeypatch.setattr(family, "posterior", broken)
     (rejected, kept), health = invert_all(family, settings, [make_pair(0), make_pair(1)])
-    assert rejected.startswith("not finite")
+    assert rejected.reason.startswith("not finite")
     torch.testing.assert_close(kept.noise_K2Chw, expected.noise_K2Chw, rtol=2e-3, atol=1e-3)
     assert sum(band.states for band in health.bands(1000)) == 2 * 3
     assert sum(band.solved for band in health.bands(1000)) == (0 if solver == "renoise" else 2 * 3)
@@ -534,7 +534,7 @@ def test_a_inverting_denoiser_that_gives_no_numbers_gives_rejected_pairs(embedde
         inverting_denoiser.conv_out.bias.fill_(value)
     inverter = Inverter(family, inverting_denoiser, InversionSettings(solver=solver, steps=3), SEED)
     (sample,), health = inverter.invert([(embedded_pair(), 0)])
-    assert sample.startswith("not finite")
+    assert sample.reason.startswith("not finite")
     assert all(value == 0 for band in health.to_lists() for value in band)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from smpo_common.errors import UserError
 from smpo_models.weights import DTYPES
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.score.chunks import cut_chunks, images_of, scores_of
 from smpo_pipeline.jobs.score.job import _refuse_other_weights
 from smpo_pipeline.jobs.score.table import RewardModel
@@ -36,7 +36,7 @@ def chunk():
 def test_scores_differ_by_rounding_alone(folders, name, dtype):
     spec, images = f"{name}={folders[name]}", chunk()
     reward = load_reward(spec, "cpu")
-    options = {"batch_size": 5, "ledger": Counts(), "share": 1, "last": False}
+    options = {"batch_size": 5, "work_log": WorkLog(), "share": 1, "last": False}
     scored = RewardActor(spec, reward.fingerprint, "cpu", dtype, **options)(images)
     found = scores_of(scored, name).reshape(-1)
     pictures, prompts = zip(*images_of(images), strict=True)

@@ -20,6 +20,7 @@ from smpo_pipeline.inversion.draws import gaussian
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.sources import SOURCES
 from smpo_pipeline.inversion.step import carry, distance
+from smpo_pipeline.isolation import Failure
 from smpo_schemas.manifest import InversionSettings
 from smpo_schemas.shards.samples import STORAGE, Sample
 
@@ -68,11 +69,11 @@ class Inverter:
         return {self._reference, self._inverting_denoiser}
 
     @torch.inference_mode()
-    def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | str], HealthSums]:
+    def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | Failure], HealthSums]:
         """Make the given trajectories (pair, number of the trajectory) at once; their images must be of one size.
 
         Returns:
-            For each its sample, or the reason why there is none; and the health sums of the measured pairs.
+            For each its sample, or why there is none; and the health sums of the measured pairs.
         """
         trajectories = [
             draw_trajectory(pair, number, self._family, self._settings, self._seed) for pair, number in requests
@@ -192,12 +193,12 @@ def _health_noise(batch: Batch, row: int, t: int) -> torch.Tensor:
     return gaussian(stream, tuple(batch.x0_RChw.shape[1:]))
 
 
-def _sample(trajectory: Trajectory, x0_2Chw: torch.Tensor, *images: list[_State]) -> Sample | str:
+def _sample(trajectory: Trajectory, x0_2Chw: torch.Tensor, *images: list[_State]) -> Sample | Failure:
     """Put both images' states together, or say why they cannot be stored."""
     stored = [torch.stack([torch.stack(each) for each in column]) for column in _columns(images)]
     noise_2KChw, ref_error_2K, residual_2K = stored
     if not all(torch.isfinite(tensor).all() for tensor in (x0_2Chw, noise_2KChw, ref_error_2K)):
-        return "not finite: latents, noise or reference error of this pair overflow"
+        return Failure("not finite: latents, noise or reference error of this pair overflow")
     return Sample(
         meta=trajectory.meta(),
         x0_2Chw=x0_2Chw.to(noise_2KChw.dtype).cpu(),

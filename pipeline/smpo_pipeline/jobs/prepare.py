@@ -22,8 +22,7 @@ from smpo_common.store_path import AnyPath
 from smpo_pipeline.images.buckets import Size, resize_pair
 from smpo_pipeline.images.decode import ImageRejectedError
 from smpo_pipeline.images.decoder import worker_decoder
-from smpo_pipeline.jobs.faults.guard import Guard
-from smpo_pipeline.jobs.faults.ledger import Ledger
+from smpo_pipeline.jobs.faults.crashes import CrashGuard, WorkLog
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id, read_rows
 from smpo_schemas.rejects import Reject
@@ -76,7 +75,7 @@ def prepare_row(
     sizes: Sequence[Size],
     stage: str,
     run: Run,
-    ledger: Ledger,
+    work_log: WorkLog,
 ) -> pa.Table:
     """Read and decode the unit that a one-row table names, as :func:`unit_row` carries it.
 
@@ -86,7 +85,7 @@ def prepare_row(
     # Asked for again, because what came of it was lost on its way to the driver: the actor knows what to say.
     ranges = [] if run.committed(unit) else units[unit]
     names = [columns[part.path] for part in ranges]
-    with Guard(ledger).working(("read", unit), reading_words(ranges)):
+    with CrashGuard(work_log).working(("read", unit), reading_words(ranges)):
         table, rejects = prepare_unit(ranges, names, unit * pairs_per_unit, sizes, stage)
     return unit_row(unit, table, rejects)
 

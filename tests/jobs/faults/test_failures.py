@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from smpo_pipeline.images.decode import decode_image
-from smpo_pipeline.jobs.faults.guard import CONVICTED, SUSPECTED
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.faults.crashes import REJECT_AFTER, RETRY_ONE_BY_ONE_AFTER, WorkLog
 from smpo_pipeline.jobs.score.chunks import cut_chunks, failures_of, scores_of
 from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_schemas.pairs import Pair
@@ -87,11 +86,11 @@ def test_a_file_that_crashes_the_decoder_and_an_image_that_a_device_fails_on_cos
     np.testing.assert_allclose(table["touchy_1"].to_numpy(), mean, rtol=1e-6)
 
 
-@pytest.mark.parametrize("deaths", [1, SUSPECTED])
+@pytest.mark.parametrize("deaths", [1, RETRY_ONE_BY_ONE_AFTER])
 def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill(deaths):
     """In this process: the actor after its predecessors died, ``deaths`` times of the chunk, then of image 2 alone."""
-    ledger = Counts()
-    actor = RewardActor("tests.poison:Touchy", "0", "cpu", "fp32", 4, ledger, share=1, last=True)
+    work_log = WorkLog()
+    actor = RewardActor("tests.poison:Touchy", "0", "cpu", "fp32", 4, work_log, share=1, last=True)
     rows = [
         (f"f:{row}", Pair(str(row), "a cat", *(encode(picture(seed=9 * row + i)) for i in (0, 1)), None, None))
         for row in range(4)
@@ -101,19 +100,19 @@ def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill
     assert np.isfinite(whole).all()
     key = ("touchy", 0, 0)
     for _ in range(deaths):
-        ledger.begin(key)
-    for _ in range(CONVICTED):
-        ledger.begin((key, 2))
+        work_log.begin(key)
+    for _ in range(REJECT_AFTER):
+        work_log.begin((key, 2))
     again = actor(chunk)
     failures = failures_of(again, "touchy")
-    if deaths < SUSPECTED:
+    if deaths < RETRY_ONE_BY_ONE_AFTER:
         np.testing.assert_array_equal(scores_of(again, "touchy"), whole)
         assert failures == [None] * 4
     else:
         assert failures[1].startswith("kills its worker: ")
         assert [failures[pair] for pair in (0, 2, 3)] == [None] * 3
         np.testing.assert_array_equal(scores_of(again, "touchy")[[0, 2, 3]], whole[[0, 2, 3]])
-    assert ledger.deaths(key) == 0
+    assert work_log.crashes(key) == 0
 
 
 ELSEWHERE = """

@@ -17,11 +17,12 @@ from smpo_models.loading import load_family
 from smpo_models.unet_family import UNetFamily
 from smpo_pipeline import isolation
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.faults import ledger
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.isolation import Failure
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job as invert
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
+from smpo_pipeline.jobs.record import progress
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_schemas.manifest import InversionSettings
 from tests.inversion.helpers import make_pair
@@ -53,7 +54,7 @@ def make_actor(models, out, monkeypatch, **changed):
     model = describe_model(options, *load_models(options))
     run = Run(out, "manifest.json", {})
     run.open(overwrite=False, patterns=())
-    return InvertActor(options, model, run, pa.table({}), 8, 32, Counts())
+    return InvertActor(options, model, run, pa.table({}), 8, 32, WorkLog())
 
 
 def test_what_nobody_asked_for_is_said(models, tmp_path):
@@ -96,11 +97,11 @@ def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, 
 
 def test_each_batch_is_reported(models, tmp_path, monkeypatch):
     """Of pairs with two trajectories each, three trajectories at a time."""
-    monkeypatch.setattr(ledger, "_REPORT_SECONDS", 0)
+    monkeypatch.setattr(progress, "_REPORT_SECONDS", 0)
     settings = InversionSettings(steps=1, trajectories=2)
     actor = make_actor(models, tmp_path, monkeypatch, settings=settings, batch_size=3)
     reported = []
-    monkeypatch.setattr(Counts, "report", lambda _, *what: reported.append(what))
+    monkeypatch.setattr(WorkLog, "report", lambda _, *what: reported.append(what))
     list(
         actor._trajectories(
             7, [dataclasses.replace(make_pair(number), measured=False) for number in range(2)], {}, HealthSums()
@@ -122,7 +123,7 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
     actor._inverter.invert = small
     pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(12)]
     for _ in range(2):
-        assert not any(isinstance(each, str) for each in actor._trajectories(0, pairs, {}, HealthSums()))
+        assert not any(isinstance(each, Failure) for each in actor._trajectories(0, pairs, {}, HealthSums()))
     first = [8, 8, 4, 4, 4, 4, 2, 2, 2, 2]  # what fails is tried twice
     assert tried == first + [2] * 2 + [2] * 6
     assert take_batch_sizes(tmp_path) == [2]
@@ -184,7 +185,7 @@ def test_a_pair_that_fails_while_the_batch_size_is_looked_for_costs_itself_alone
     actor._inverter.invert = touchy
     pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(3)]
     first, *others = actor._trajectories(0, pairs, {}, HealthSums())
-    assert first == "fails alone: RuntimeError: CUDA error: device-side assert triggered"
+    assert first.reason == "fails alone: RuntimeError: CUDA error: device-side assert triggered"
     assert [len(each) for each in others] == [1, 1]
     assert take_batch_sizes(tmp_path) == [1]
 

@@ -14,7 +14,7 @@ import webdataset
 from smpo_common.errors import UserError
 from smpo_pipeline.images.buckets import bucket_sizes, choose_size
 from smpo_pipeline.images.decode import decode_image
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
 from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
@@ -90,7 +90,7 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, traject
         run, table_of_scores = Run(out, "manifest.json", {}), pa.Table.from_pylist(scored)
         run.open(overwrite=False, patterns=())
         model = describe_model(options, *load_models(options))
-        actor = InvertActor(options, model, run, table_of_scores, len(rows), 32, Counts())
+        actor = InvertActor(options, model, run, table_of_scores, len(rows), 32, WorkLog())
         record = UnitRecord.model_validate_json(actor(unit_row(0, table, []))["record"][0].as_py())
         of_the_model, whole = record.seconds
         assert 0 < of_the_model < whole
@@ -125,7 +125,7 @@ def test_a_worker_with_other_weights_than_the_drivers_makes_nothing(inputs, tmp_
     )  # fmt: skip
     model = describe_model(options, *load_models(options))
     other = model.model_copy(update={"vae": "another"})
-    actor = InvertActor(options, other, Run(tmp_path, "manifest.json", {}), pa.table({}), 1, 32, Counts())
+    actor = InvertActor(options, other, Run(tmp_path, "manifest.json", {}), pa.table({}), 1, 32, WorkLog())
     with pytest.raises(UserError, match=r"its files on .* are others than where the command was started"):
         actor(pa.table({"unit": [0]}))
     assert list(tmp_path.iterdir()) == []

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import time
 
-from smpo_pipeline.jobs.faults.ledger import Counts, Reporter
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.record import progress
-from smpo_pipeline.jobs.record.progress import Pace, job_progress, shown_under_way
+from smpo_pipeline.jobs.record.progress import Pace, Reporter, job_progress, shown_under_way
 from smpo_pipeline.jobs.record.run_record import UnitRecord
 
 
@@ -24,7 +24,7 @@ def test_pace_in_words():
 
 
 def test_reports_are_a_second_apart():
-    now, counts = [0.0], Counts()
+    now, counts = [0.0], WorkLog()
     reporter = Reporter(counts, lambda: now[0])
     seen = []
     for now[0] in (0.5, 1.0, 1.5, 2.5):
@@ -35,7 +35,7 @@ def test_reports_are_a_second_apart():
 
 def test_what_is_under_way_is_shown_between_two_commits(monkeypatch):
     monkeypatch.setattr(progress, "_ASK_SECONDS", 0.01)
-    counts, bar = Counts(), job_progress()
+    counts, bar = WorkLog(), job_progress()
     task = bar.add_task("invert", total=256, completed=128, note="", under_way="")
     with shown_under_way(bar, task, counts.under_way):
         counts.report(1, None, 37.5)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from smpo_pipeline.images.decoder import Decoder
-from smpo_pipeline.jobs.faults import ledger
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.faults.crashes import WorkLog
+from smpo_pipeline.jobs.record import progress
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.score.chunks import cut_chunks, failures_of, images_of, scores_of, with_scores, without_images
 from smpo_pipeline.jobs.score.units import RewardActor, UnitCollector
@@ -50,9 +50,9 @@ def ranking(files, prompt: str = "a cat") -> list[tuple[str, Pair]]:
     return [(f"f:{number}", Pair(str(number), prompt, *pair, 1.0, None)) for number, pair in pairs]
 
 
-def actor(ledger: Counts | None = None) -> RewardActor:
+def actor(work_log: WorkLog | None = None) -> RewardActor:
     seen.clear()
-    return RewardActor(f"{__name__}:Means", "0", "cpu", "fp32", 3, ledger or Counts(), share=0.5, last=True)
+    return RewardActor(f"{__name__}:Means", "0", "cpu", "fp32", 3, work_log or WorkLog(), share=0.5, last=True)
 
 
 def means(*pairs: tuple[int, int]) -> np.ndarray:
@@ -69,8 +69,8 @@ def test_each_image_of_a_ranking_is_decoded_and_scored_once_for_six_pairs(decode
 
 def test_each_batch_is_reported_as_a_part_of_the_pairs(monkeypatch):
     """Four images of six pairs, three at a time; there is another reward, which has the other half to report."""
-    monkeypatch.setattr(ledger, "_REPORT_SECONDS", 0)
-    counts, reported = Counts(), []
+    monkeypatch.setattr(progress, "_REPORT_SECONDS", 0)
+    counts, reported = WorkLog(), []
     report = counts.report
     monkeypatch.setattr(counts, "report", lambda *what: (report(*what), reported.append(counts.under_way())))
     (chunk,) = cut_chunks(5, ranking(FILES))

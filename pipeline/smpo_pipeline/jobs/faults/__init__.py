@@ -1,1 +1,1 @@
-"""What crashes workers: which pair was at work, and which pair it is."""
+"""Faults of a job that Ray does not handle."""

@@ -33,12 +33,12 @@ from smpo_pipeline.inversion.batch_size import (
 )
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_pipeline.isolation import make, run_alone
-from smpo_pipeline.jobs.faults.guard import Guard
-from smpo_pipeline.jobs.faults.ledger import Ledger, Reporter
+from smpo_pipeline.isolation import Failure, make, run_alone
+from smpo_pipeline.jobs.faults.crashes import CrashGuard, WorkLog
 from smpo_pipeline.jobs.prepare import pairs_of, values_of
 from smpo_pipeline.jobs.ray.session import plain_arithmetic
 from smpo_pipeline.jobs.record.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
+from smpo_pipeline.jobs.record.progress import Reporter
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_schemas.manifest import InversionSettings, ModelInfo
 from smpo_schemas.rejects import Reject
@@ -130,7 +130,7 @@ class InvertActor:
         scores: ray.ObjectRef,
         rows: int,
         resolution: int,
-        ledger: Ledger,
+        work_log: WorkLog,
     ) -> None:
         plain_arithmetic(options.device)
         family, inverting_denoiser = load_models(options)
@@ -141,7 +141,7 @@ class InvertActor:
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
         self._batch_size, self._resolution = options.batch_size, resolution
-        self._guard, self._reporter = Guard(ledger), Reporter(ledger)
+        self._guard, self._reporter = CrashGuard(work_log), Reporter(work_log)
         self._model_seconds, self._ready = 0.0, time.monotonic()
 
     def __call__(self, row: pa.Table) -> pa.Table:
@@ -164,22 +164,22 @@ class InvertActor:
     def _make(self, unit: int, row: pa.Table) -> UnitRecord:
         rejects = [Reject(**each) for each in json.loads(row["rejects"][0].as_py())]
         pairs = list(self._pairs(row, rejects))
-        killers = self._guard.killers(unit, self._invert_alone, (pair for _, _, pair in pairs))
+        crashing = self._guard.crashing_items(unit, self._invert_alone, (pair for _, _, pair in pairs))
         words = f"unit {unit} was inverted: too little memory? use a smaller --batch-size"
         with self._guard.working(unit, words):
-            return self._commit(unit, pairs, rejects, killers)
+            return self._commit(unit, pairs, rejects, crashing)
 
     def _commit(
-        self, unit: int, pairs: Sequence[tuple[int, str, PreparedPair]], rejects: list[Reject], killers: dict[int, str]
+        self, unit: int, pairs: Sequence[tuple[int, str, PreparedPair]], rejects: list[Reject], crashing: dict[int, str]
     ) -> UnitRecord:
         health = HealthSums()
         kept = prompts_cut = 0
         sizes: Counter[Size] = Counter()
         with ShardWriter(self._run.out / f"shard-{unit:06d}.tar") as shard:
-            trajectories = self._trajectories(unit, [pair for _, _, pair in pairs], killers, health)
+            trajectories = self._trajectories(unit, [pair for _, _, pair in pairs], crashing, health)
             for (number, source, pair), samples in zip(pairs, trajectories, strict=True):
-                if isinstance(samples, str):
-                    rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=samples))
+                if isinstance(samples, Failure):
+                    rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=samples.reason))
                     continue
                 kept += 1
                 sizes[pair.image_size] += 1
@@ -251,28 +251,28 @@ class InvertActor:
         return dict(zip(reversed(found.to_pylist()), reversed(rows.to_pylist()), strict=True))
 
     def _trajectories(
-        self, unit: int, pairs: Sequence[PreparedPair], killers: dict[int, str], health: HealthSums
-    ) -> Iterator[list[Sample] | str]:
+        self, unit: int, pairs: Sequence[PreparedPair], crashing: dict[int, str], health: HealthSums
+    ) -> Iterator[list[Sample] | Failure]:
         """Make all trajectories of each pair, ``batch_size`` at a time, or give the reason why there are none."""
-        well = [pair for position, pair in enumerate(pairs) if position not in killers]
+        well = [pair for position, pair in enumerate(pairs) if position not in crashing]
         requests = [(pair, trajectory) for pair in well for trajectory in range(self._options.settings.trajectories)]
         if requests and self._batch_size is None:
             self._find_batch_size(well)
-        made: dict[int, Sample | str] = {}
+        made: dict[int, Sample | Failure] = {}
         for positions in batches_of_one_size(requests, lambda: self._batch_size or 1):
             batch = self._make_batch([requests[position] for position in positions], health)
             made |= zip(positions, batch, strict=True)
             self._reporter.report(unit, None, len(made) / self._options.settings.trajectories)
         each_trajectory = iter([made[position] for position in range(len(requests))])
         for position in range(len(pairs)):
-            if position in killers:
-                yield killers[position]
+            if position in crashing:
+                yield Failure(crashing[position])
                 continue
             of_pair = list(islice(each_trajectory, self._options.settings.trajectories))
-            problems = [each for each in of_pair if isinstance(each, str)]
+            problems = [each for each in of_pair if isinstance(each, Failure)]
             yield problems[0] if problems else [each for each in of_pair if isinstance(each, Sample)]
 
-    def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | str]:
+    def _make_batch(self, requests: Sequence[tuple[PreparedPair, int]], health: HealthSums) -> list[Sample | Failure]:
         """Trajectories, or the reasons why they cannot be made, in order.
 
         Raises:
@@ -290,7 +290,7 @@ class InvertActor:
             )
         if outcome.fits:
             self._use_batches_of(outcome.fits)
-        made: dict[int, Sample | str] = dict(outcome.failed)
+        made: dict[int, Sample | Failure] = {position: Failure(reason) for position, reason in outcome.failed.items()}
         for positions, (samples, sums) in outcome.made:
             made |= dict(zip(positions, samples, strict=True))
             health += sums

@@ -19,7 +19,7 @@ from smpo_common.store_path import AnyPath
 from smpo_pipeline.images.buckets import Size, list_buckets
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.faults.ledger import SharedLedger
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert.actor import (
     STAGE,
     InvertActor,
@@ -115,7 +115,7 @@ def _invert(
     scores = _score_table(options.scores, info)
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
 
-    def build(source: ray.data.Dataset, ledger: SharedLedger) -> ray.data.Dataset:
+    def build(source: ray.data.Dataset, work_log: WorkLog) -> ray.data.Dataset:
         pool = model_pool(options.device, options.concurrency, options.ray_address, checked.weights, len(units))
         prepare = partial(
             prepare_row,
@@ -125,7 +125,7 @@ def _invert(
             sizes=checked.image_sizes,
             stage=STAGE,
             run=run,
-            ledger=ledger,
+            work_log=work_log,
         )
         kwargs = {
             "options": options,
@@ -134,7 +134,7 @@ def _invert(
             "scores": ray.put(scores),
             "rows": sum(sizes),
             "resolution": checked.resolution,
-            "ledger": ledger,
+            "work_log": work_log,
         }
         pixels = max(sizes) * 2 * 3 * max(height * width for height, width in checked.image_sizes)
         return _add_stages(source, prepare, kwargs, pool, pixels)

@@ -8,15 +8,15 @@ import pyarrow as pa
 import ray
 
 from smpo_common.errors import UserError
-from smpo_pipeline.jobs.faults.ledger import SharedLedger
+from smpo_pipeline.jobs.faults.crashes import WorkLog, shared_work_log
 from smpo_pipeline.jobs.ray.errors import plain_errors
 from smpo_pipeline.jobs.ray.session import connected
 from smpo_pipeline.jobs.record.progress import Pace, job_progress, shown_under_way
 from smpo_pipeline.jobs.record.reject_rate import RejectRate
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 
-Build = Callable[[ray.data.Dataset, SharedLedger], ray.data.Dataset]
-"""Adds a job's stages to a dataset of rows {"unit": number}; the ledger is for their workers."""
+Build = Callable[[ray.data.Dataset, WorkLog], ray.data.Dataset]
+"""Adds a job's stages to a dataset of rows {"unit": number}; the log is for their workers."""
 
 Collect = Callable[[pa.Table], Iterable[UnitRecord]]
 """Takes what the last stage yields, on the driver; returns the records of the units that are committed with it."""
@@ -62,9 +62,9 @@ def run_units(
             with connected(address), plain_errors():
                 source = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
                 # Named, and so kept: Ray ends an actor that its driver has no handle of any more.
-                ledger = SharedLedger()
-                tables = build(source, ledger).iter_batches(batch_size=None, batch_format="pyarrow")
-                with shown_under_way(progress, task, ledger.under_way):
+                work_log = shared_work_log()
+                tables = build(source, work_log).iter_batches(batch_size=None, batch_format="pyarrow")
+                with shown_under_way(progress, task, work_log.under_way):
                     for record in (record for table in tables for record in collect(table)):
                         if record.pairs_in != sizes[record.unit]:
                             run.record_path(record.unit).unlink()
@@ -75,6 +75,6 @@ def run_units(
                         records[record.unit] = record
                         rate.add(record)
                         pace.add(record)
-                        ledger.retire(record.unit)
+                        work_log.retire(record.unit)
                         progress.update(task, advance=record.pairs_in, note=pace.words(rate.rejected))
     return [records[unit] for unit in range(len(sizes))]

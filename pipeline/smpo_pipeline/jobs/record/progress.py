@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
 
@@ -18,12 +18,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.record.run_record import UnitRecord
 
 _SPEED_SECONDS = 3600
 """The remaining time goes by the last hour; units may be minutes apart."""
 
 _ASK_SECONDS = 2.0
+_REPORT_SECONDS = 1.0
+
+
+class Reporter:
+    """Reports a worker's progress, at most once a second: batches may be faster."""
+
+    def __init__(self, work_log: WorkLog, clock: Callable[[], float] = time.monotonic) -> None:
+        """``clock`` is in seconds."""
+        self._log, self._clock, self._next = work_log, clock, clock() + _REPORT_SECONDS
+
+    def report(self, unit: int, part: Hashable, pairs: float) -> None:
+        """See :meth:`WorkLog.report`."""
+        if self._clock() >= self._next:
+            self._next = self._clock() + _REPORT_SECONDS
+            self._log.report(unit, part, pairs)
 
 
 class Pace:

@@ -22,8 +22,7 @@ from PIL import Image
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.images.decode import ImageRejectedError
 from smpo_pipeline.images.decoder import worker_decoder
-from smpo_pipeline.jobs.faults.guard import Guard
-from smpo_pipeline.jobs.faults.ledger import Ledger
+from smpo_pipeline.jobs.faults.crashes import CrashGuard, WorkLog
 from smpo_pipeline.jobs.prepare import bytes_of, cell, read_ranges, reading_words, values_of
 from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id
 from smpo_schemas.scores import IMAGE_IDS
@@ -52,11 +51,11 @@ _SHOWN = "shown"
 
 
 def prepare_chunks(
-    table: pa.Table, units: Sequence[Sequence[RowRange]], columns: Mapping[AnyPath, PairColumns], ledger: Ledger
+    table: pa.Table, units: Sequence[Sequence[RowRange]], columns: Mapping[AnyPath, PairColumns], work_log: WorkLog
 ) -> Iterator[pa.Table]:
     """Read, decode and cut the unit that a one-row ``table`` names; ``columns`` are those of each file."""
     unit = table["unit"][0].as_py()
-    with Guard(ledger).working(("read", unit), reading_words(units[unit])):
+    with CrashGuard(work_log).working(("read", unit), reading_words(units[unit])):
         yield from cut_chunks(unit, read_ranges(units[unit], [columns[part.path] for part in units[unit]]))
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from smpo_common.errors import UserError
 from smpo_common.store_path import AnyPath
-from smpo_pipeline.jobs.faults.ledger import SharedLedger
+from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.ray.pools import Pool, cores_there, gpus_there, limit_memory, share_gpus
 from smpo_pipeline.jobs.ray.run_units import run_units
 from smpo_pipeline.jobs.record.lock import locked
@@ -113,7 +113,7 @@ def _batch_size(options: ScoreOptions, spec: str) -> int:
 
 def _add_stages(
     source: ray.data.Dataset,
-    ledger: SharedLedger,
+    work_log: WorkLog,
     options: ScoreOptions,
     units: Sequence[list[RowRange]],
     columns: Mapping[AnyPath, PairColumns],
@@ -122,7 +122,7 @@ def _add_stages(
     sizes: Mapping[str, int],
 ) -> ray.data.Dataset:
     """Decode, then one pool a reward."""
-    prepare = partial(prepare_chunks, units=units, columns=columns, ledger=ledger)
+    prepare = partial(prepare_chunks, units=units, columns=columns, work_log=work_log)
     dataset = source.map_batches(prepare, batch_size=1, batch_format="pyarrow", num_cpus=1)
     pools = _pools(options, specs, sizes)
     for place, (name, pool) in enumerate(pools.items(), start=1):
@@ -136,7 +136,7 @@ def _add_stages(
                 "device": options.device,
                 "dtype": options.dtype,
                 "batch_size": _batch_size(options, specs[name]),
-                "ledger": ledger,
+                "work_log": work_log,
                 "share": 1 / len(pools),
                 "last": place == len(pools),
             },

@@ -22,10 +22,10 @@ from smpo_common.retry import trying_again
 from smpo_common.store_path import AnyPath
 from smpo_models.weights import DTYPES
 from smpo_pipeline.isolation import make, run_alone
-from smpo_pipeline.jobs.faults.guard import Guard
-from smpo_pipeline.jobs.faults.ledger import Ledger, Reporter
+from smpo_pipeline.jobs.faults.crashes import CrashGuard, WorkLog
 from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.ray.session import plain_arithmetic
+from smpo_pipeline.jobs.record.progress import Reporter
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.score.chunks import (
     ROWS,
@@ -52,7 +52,7 @@ class RewardActor:
         device: str,
         dtype: str,
         batch_size: int,
-        ledger: Ledger,
+        work_log: WorkLog,
         *,
         share: float,
         last: bool,
@@ -65,7 +65,7 @@ class RewardActor:
             device: cpu or cuda.
             dtype: of matrix products; autocast leaves the weights, and what half precision would spoil, in float32.
             batch_size: images a model call, at most.
-            ledger: of the job.
+            work_log: of the job.
             share: of a pair's work that is this reward's, 0 to 1, for the progress that is shown.
             last: no other reward needs the images.
         """
@@ -74,7 +74,7 @@ class RewardActor:
         self._spec, self._fingerprint = spec, fingerprint
         self._autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, DTYPES[dtype])
         self._device, self._batch_size, self._last = device, batch_size, last
-        self._guard, self._reporter, self._share = Guard(ledger), Reporter(ledger), share
+        self._guard, self._reporter, self._share = CrashGuard(work_log), Reporter(work_log), share
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Score all images of a chunk, ``batch_size`` at a time.
@@ -93,7 +93,7 @@ class RewardActor:
         key = (name, unit, number)
         with self._autocast():
             alone = partial(run_alone, self._score, device=self._device)
-            failed = self._guard.killers(key, alone, images_of(chunk))
+            failed = self._guard.crashing_items(key, alone, images_of(chunk))
         words = f"--reward {name} scored chunk {number} of unit {unit}: too little memory? use a smaller --batch-size"
         with self._autocast(), self._guard.working(key, words):
             scores = self._scores(chunk, failed)

@@ -5,17 +5,16 @@ import threading
 import pytest
 
 from smpo_common.errors import UserError
-from smpo_pipeline.jobs.faults.guard import CONVICTED, GIVEN_UP, SUSPECTED, Guard
-from smpo_pipeline.jobs.faults.ledger import Counts
+from smpo_pipeline.jobs.faults.crashes import REJECT_AFTER, RETRY_ONE_BY_ONE_AFTER, STOP_AFTER, CrashGuard, WorkLog
 
 
 class Death(BaseException):
     """What nobody catches, as a kill."""
 
 
-def work(ledger: Counts, items, deadly) -> tuple[dict[int, str], list]:
+def work(work_log: WorkLog, items, deadly) -> tuple[dict[int, str], list]:
     """One life of a worker: what is found, and what is made of the rest."""
-    guard = Guard(ledger)
+    guard = CrashGuard(work_log)
     tried = []
 
     def run(item):
@@ -23,20 +22,20 @@ def work(ledger: Counts, items, deadly) -> tuple[dict[int, str], list]:
         if item in deadly:
             raise Death
 
-    found = guard.killers("unit", run, items)
-    ledger.begin("unit")
+    found = guard.crashing_items("unit", run, items)
+    work_log.begin("unit")
     for position, item in enumerate(items):
         if position not in found and item in deadly:
             raise Death
-    ledger.end("unit")
+    work_log.end("unit")
     return found, tried
 
 
 def lives(items, deadly):
-    ledger, deaths = Counts(), 0
+    work_log, deaths = WorkLog(), 0
     while True:
         try:
-            return *work(ledger, items, deadly), deaths
+            return *work(work_log, items, deadly), deaths
         except Death:
             deaths += 1
 
@@ -51,18 +50,18 @@ def test_those_that_kill_are_found_and_nobody_else(deadly):
     found, tried, deaths = lives(items, deadly)
     assert {items[position] for position in found} == set(deadly)
     assert all(reason.startswith("kills its worker: ") for reason in found.values())
-    assert deaths == SUSPECTED + CONVICTED * len(deadly)
+    assert deaths == RETRY_ONE_BY_ONE_AFTER + REJECT_AFTER * len(deadly)
     # In the last life only those that nobody had come to before are tried.
     assert tried == [item for item in items[max(items.index(each) for each in deadly) :] if item not in deadly]
 
 
 def test_a_piece_that_kills_though_none_of_its_items_does_ends_the_job():
-    ledger = Counts()
-    guard = Guard(ledger)
-    for _ in range(GIVEN_UP):
+    work_log = WorkLog()
+    guard = CrashGuard(work_log)
+    for _ in range(STOP_AFTER):
         with guard.working("other", "x"):
             pass
-        ledger.begin("unit")
+        work_log.begin("unit")
     with (
         pytest.raises(UserError, match="6 workers died, each while unit 1 was made"),
         guard.working("unit", "unit 1 was made"),
@@ -73,17 +72,17 @@ def test_a_piece_that_kills_though_none_of_its_items_does_ends_the_job():
 
 
 def test_an_error_is_no_death():
-    ledger = Counts()
-    with pytest.raises(ValueError, match="seen"), Guard(ledger).working("unit", "x"):
+    work_log = WorkLog()
+    with pytest.raises(ValueError, match="seen"), CrashGuard(work_log).working("unit", "x"):
         raise ValueError("seen")
-    assert ledger.deaths("unit") == 0
+    assert work_log.crashes("unit") == 0
 
 
 def test_while_one_thread_looks_for_a_killer_no_other_works():
-    ledger = Counts()
-    ledger.begin("b")
-    ledger.begin("b")
-    guard, order, inside = Guard(ledger), [], threading.Event()
+    work_log = WorkLog()
+    work_log.begin("b")
+    work_log.begin("b")
+    guard, order, inside = CrashGuard(work_log), [], threading.Event()
 
     def first():
         with guard.working("a", "a"):
@@ -94,20 +93,20 @@ def test_while_one_thread_looks_for_a_killer_no_other_works():
     thread = threading.Thread(target=first)
     thread.start()
     inside.wait()
-    guard.killers("b", lambda _: order.append("b tried"), "b")
+    guard.crashing_items("b", lambda _: order.append("b tried"), "b")
     thread.join()
     assert order == ["a worked", "b tried"]
 
 
 def test_an_error_that_is_seen_forgets_no_deaths():
     """A commit that fails for a moment is tried again: what killed before it would else kill again, and for ever."""
-    ledger = Counts()
-    guard = Guard(ledger)
-    for _ in range(SUSPECTED):
-        ledger.begin("unit")
+    work_log = WorkLog()
+    guard = CrashGuard(work_log)
+    for _ in range(RETRY_ONE_BY_ONE_AFTER):
+        work_log.begin("unit")
     with pytest.raises(OSError, match="away"), guard.working("unit", "x"):
         raise OSError("away")
-    assert ledger.deaths("unit") == SUSPECTED
+    assert work_log.crashes("unit") == RETRY_ONE_BY_ONE_AFTER
     with guard.working("unit", "x"):
         pass
-    assert ledger.deaths("unit") == 0
+    assert work_log.crashes("unit") == 0
