@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import time
-from collections.abc import Callable
-from functools import wraps
-from typing import ParamSpec, TypeVar
+
+import tenacity
 
 from smpo_common.errors import UserError
 
@@ -32,28 +30,22 @@ PASSING_ERRNOS = (
 or too little memory. A full disk, or one that may not be written, is another
 matter: somebody has to do something about it first."""
 
-_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+def _is_passing(error: BaseException) -> bool:
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    return isinstance(cause, OSError) and cause.errno in PASSING_ERRNOS
 
 
-def trying_again(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A function that may be begun anew, called again up to five times where storage fails for a moment.
+PASSING_RETRY = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(_is_passing),
+    wait=tenacity.wait_exponential(),
+    stop=tenacity.stop_after_attempt(6),
+    reraise=True,
+)
+"""Retries after 1, 2, 4, 8 and 16 seconds.
 
-    For the driver; what workers do Ray tries again. An object store's failures were tried again where they occurred.
-    """
+For the driver; what workers do Ray tries again. An object store's failures were tried again where they occurred.
+"""
 
-    @wraps(function)
-    def tried(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        for pause in _PAUSES_SECONDS:
-            try:
-                return function(*args, **kwargs)
-            except (OSError, UserError) as error:
-                cause = error.__cause__ if isinstance(error, UserError) else error
-                if not isinstance(cause, OSError) or cause.errno not in PASSING_ERRNOS:
-                    raise
-            time.sleep(pause)
-        return function(*args, **kwargs)
-
-    return tried
+trying_again = PASSING_RETRY.wraps
+"""Decorates a function that may be called again where storage fails for a moment."""

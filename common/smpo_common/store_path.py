@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import io
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,12 +21,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+import tenacity
 
 from smpo_common.errors import UserError
 
 _ATTEMPTS = 4
-_FIRST_PAUSE_SECONDS = 1.0
-"""Tripled after each failed attempt: 13 s in all, besides what the store's client waits between its own."""
+_LASTING = (FileExistsError, FileNotFoundError, PermissionError)
+_RETRY = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, _LASTING)),
+    wait=tenacity.wait_exponential(exp_base=3),
+    stop=tenacity.stop_after_attempt(_ATTEMPTS),
+    reraise=True,
+)
+"""Pauses of 1, 3 and 9 seconds, besides what the store's client waits between its own attempts."""
 
 _TIMES = ("LastModified", "mtime", "last_modified", "created")
 """When a file was written, by the names that s3fs, gcsfs, adlfs and fsspec's memory give it."""
@@ -238,27 +244,21 @@ class StorePath:
             UserError: the store does not permit it, has no such bucket, cannot be reached, or still fails.
         """
         filesystem, path = self._place
-        pause = _FIRST_PAUSE_SECONDS
-        for left in reversed(range(_ATTEMPTS)):
-            try:
-                return operation(filesystem, path)
-            except FileExistsError:
-                raise
-            except FileNotFoundError as error:
-                # No bucket is no missing file, but a mistake in its name.
-                if what == "write" or _said(error).get("Error", {}).get("Code") == "NoSuchBucket":
-                    raise UserError(f"cannot {what} {self}: {error}") from None
-                raise
-            except PermissionError as error:
-                raise UserError(f"cannot {what} {self}: the store does not permit it: {error}") from error
-            except Exception as error:  # noqa: BLE001  (each store has errors of its own)
-                if not left:
-                    reason = f"{type(error).__name__}: {error}"
-                    # Without its cause: it has been tried again, and often enough.
-                    raise UserError(f"cannot {what} {self}, tried {_ATTEMPTS} times: {reason}") from None
-            time.sleep(pause)
-            pause *= 3
-        raise AssertionError
+        try:
+            return _RETRY(operation, filesystem, path)
+        except FileExistsError:
+            raise
+        except FileNotFoundError as error:
+            # No bucket is no missing file, but a mistake in its name.
+            if what == "write" or _said(error).get("Error", {}).get("Code") == "NoSuchBucket":
+                raise UserError(f"cannot {what} {self}: {error}") from None
+            raise
+        except PermissionError as error:
+            raise UserError(f"cannot {what} {self}: the store does not permit it: {error}") from error
+        except Exception as error:  # noqa: BLE001  (each store has errors of its own)
+            reason = f"{type(error).__name__}: {error}"
+            # Without its cause: it has been tried again, and often enough.
+            raise UserError(f"cannot {what} {self}, tried {_ATTEMPTS} times: {reason}") from None
 
 
 def _create(filesystem: Any, path: str, content: bytes) -> None:  # noqa: ANN401  (of any store)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tenacity
 
 from smpo_common import store_path as store
 from smpo_common.errors import UserError
@@ -31,7 +32,7 @@ def server():
 
 @pytest.fixture
 def folder(server: Faults, request, monkeypatch):
-    monkeypatch.setattr(store, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(store._RETRY, "wait", tenacity.wait_fixed(0.01))
     server.every = 0
     yield StorePath(f"s3://bucket/{request.node.name}")
     server.every = 0

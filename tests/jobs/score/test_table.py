@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tenacity
 
 from smpo_common import retry as passing
 from smpo_common.errors import UserError
@@ -72,7 +73,7 @@ def _several_parts(monkeypatch):
 
 def test_storage_that_fails_for_a_moment_under_the_driver_changes_nothing(tmp_path, monkeypatch):
     expected = write_table(tmp_path / "whole", commit(tmp_path / "whole", "a"), UNITS, models("a"), None)
-    monkeypatch.setattr(passing, "_PAUSES_SECONDS", (0, 0))
+    monkeypatch.setattr(passing.PASSING_RETRY, "wait", tenacity.wait_none())
     calls, failing = itertools.count(), {3, 9, 12, 30, 36}
     fsync = os.fsync
 

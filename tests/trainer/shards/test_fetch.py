@@ -12,11 +12,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import tenacity
 from fsspec.implementations.memory import MemoryFileSystem
 
+from smpo_common import store_path
 from smpo_common.errors import UserError
-from smpo_trainer.shards import fetch as shard_store
-from smpo_trainer.shards.fetch import Remote, ShardStore
+from smpo_common.store_path import StorePath
+from smpo_trainer.shards.fetch import ShardStore
 from smpo_trainer.shards.shard_set import ShardSet, open_shards
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import column
@@ -90,7 +92,7 @@ def test_failures_that_pass_are_tried_again(
     tmp_path: Path, bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(shard_store, "_FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(store_path._RETRY, "wait", tenacity.wait_none())
     found = opened(tmp_path, "flaky://bucket/shards")
     ShardStore(found.places, cache_bytes=1 << 30).require([0, 1])
     assert len(tars(tmp_path)) == 2
@@ -116,7 +118,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, bucket: MemoryFileSystem) -> N
     ("url", "message"),
     [
         ("memory://bucket/nothing", "manifest.json does not exist"),
-        ("nosuch://bucket/x", "--shards nosuch://bucket/x: Protocol not known"),
+        ("nosuch://bucket/x", "nosuch://bucket/x/manifest.json: Protocol not known"),
     ],
 )
 def test_a_wrong_url_is_one_line(tmp_path: Path, bucket: object, url: str, message: str) -> None:
@@ -144,15 +146,15 @@ def test_what_another_run_uses_is_kept(tmp_path: Path, bucket: object) -> None:
 
 def test_what_another_run_is_fetching_is_kept(tmp_path: Path, bucket: object, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on = threading.Event(), threading.Event()
-    copy = Remote._copy
+    copy = StorePath.download
 
-    def slowly(self: Remote, name: str, temporary: Path) -> None:
-        copy(self, name, temporary)
+    def slowly(self: StorePath, temporary: Path) -> None:
+        copy(self, temporary)
         begun.set()
         go_on.wait(30)
 
     one, other = store_of(tmp_path), store_of(tmp_path)
-    monkeypatch.setattr(Remote, "_copy", slowly)
+    monkeypatch.setattr(StorePath, "download", slowly)
     other.expect([0])
     assert begun.wait(30)
     one.release([])

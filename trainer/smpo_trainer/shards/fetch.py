@@ -8,70 +8,22 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import fsspec
 from filelock import FileLock
 
 from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, write_bytes
+from smpo_common.store_path import StorePath
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.shards.samples import ShardDirectory
 from smpo_trainer.shards.cache import ShardCache
 
 _THREADS = 4
-_ATTEMPTS = 5
-_FIRST_PAUSE_SECONDS = 0.5
-"""Doubled after each failed attempt."""
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A directory on an object store.
-
-    Attributes:
-        url: as the user gave it.
-        filesystem: of fsspec.
-        root: the directory's path there.
-    """
-
-    url: str
-    filesystem: Any
-    root: str
-
-    def fetch(self, name: str, target: Path) -> None:
-        """Copy a file of the directory to ``target``, which is then whole; other processes may ask for the same.
-
-        Raises:
-            UserError: it is not there, or the store still fails after several attempts.
-        """
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if target.is_file():
-                return
-            with atomic_path(target) as temporary:
-                self._copy(name, temporary)
-
-    def _copy(self, name: str, temporary: Path) -> None:
-        pause = _FIRST_PAUSE_SECONDS
-        for attempt in range(_ATTEMPTS):
-            try:
-                self.filesystem.get_file(f"{self.root}/{name}", str(temporary))
-            except FileNotFoundError as error:
-                raise UserError(f"{self.url}/{name} does not exist") from error
-            except Exception as error:  # each store has errors of its own
-                if attempt == _ATTEMPTS - 1:
-                    raise UserError(f"{self.url}/{name} cannot be fetched ({_ATTEMPTS} attempts): {error}") from error
-                time.sleep(pause)
-                pause *= 2
-            else:
-                return
 
 
 @dataclass(frozen=True)
@@ -88,7 +40,7 @@ class ShardSource:
     name: str
     folder: Path
     directory: ShardDirectory
-    remote: Remote | None
+    remote: StorePath | None
 
 
 def open_source(name: str, cache: Path) -> ShardSource:
@@ -99,22 +51,34 @@ def open_source(name: str, cache: Path) -> ShardSource:
     """
     if "://" not in name:
         return ShardSource(name, Path(name), ShardDirectory(Path(name)), None)
-    url = name.rstrip("/")
-    try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"--shards {name}: {error}") from error
-    remote = Remote(url, filesystem, root)
+    remote = StorePath(name.rstrip("/"))
     # A directory that was made anew has another manifest: its tars must not be taken from what was fetched before.
     with tempfile.TemporaryDirectory(prefix="smpo-") as private:
-        remote.fetch(MANIFEST_FILE, Path(private) / MANIFEST_FILE)
+        _fetch(remote, Path(private) / MANIFEST_FILE)
         manifest = (Path(private) / MANIFEST_FILE).read_bytes()
     folder = cache / hashlib.sha256(manifest).hexdigest()[:16]
     write_bytes(folder / MANIFEST_FILE, manifest)
     directory = ShardDirectory(folder)
     if directory.manifest.index:
-        remote.fetch(directory.manifest.index.name, folder / directory.manifest.index.name)
+        _fetch(remote, folder / directory.manifest.index.name)
     return ShardSource(name, folder, directory, remote)
+
+
+def _fetch(directory: StorePath, target: Path) -> None:
+    """Copy the file of ``target``'s name to ``target``, which is then whole; other processes may ask for the same.
+
+    Raises:
+        UserError: it is not there, or the store still fails after several attempts.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if target.is_file():
+            return
+        with atomic_path(target) as temporary:
+            try:
+                (directory / target.name).download(temporary)
+            except FileNotFoundError as error:
+                raise UserError(f"{directory / target.name} does not exist") from error
 
 
 class ShardStore:
@@ -182,7 +146,7 @@ class ShardStore:
             source.directory.verify(number)
             return
         path = self._path(shard)
-        source.remote.fetch(path.name, path)
+        _fetch(source.remote, path)
         try:
             source.directory.verify(number)
         except UserError:
