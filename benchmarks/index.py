@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from page import stamp, write_section
 
 from smpo_common.files import sha256_file
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
     IndexEntry,
-    InversionSettings,
     Manifest,
     ModelInfo,
     ShardEntry,
@@ -102,7 +102,7 @@ def make(path: Path, trajectories: int) -> None:
         shards=shards, index=index,
         totals=Totals(pairs_in=trajectories, pairs=trajectories, samples=trajectories, states=trajectories * STATES,
                       rejected=0, bytes=1),
-        rejected_reasons={}, health=[], versions={},
+        rejected_reasons={}, health=[], versions={}, ref_error_arithmetic="fp32",
     ))  # fmt: skip
 
 

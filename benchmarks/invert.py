@@ -42,7 +42,8 @@ from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
-from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
 

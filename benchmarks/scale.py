@@ -53,7 +53,8 @@ from smpo_pipeline.jobs.score.table import _UNITS_PER_PART
 from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_pipeline.toy.create import ASSETS
-from smpo_schemas.manifest import InversionSettings, ShardEntry
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import ShardEntry
 from smpo_schemas.pairs import PairFile, slice_files
 from smpo_schemas.rejects import Reject
 from smpo_schemas.scores import IMAGE_IDS, score_schema

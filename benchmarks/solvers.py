@@ -37,7 +37,7 @@ from smpo_pipeline.inversion.step import carry, distance
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import captions_of, random_centre, render, scene_of
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -44,7 +44,8 @@ from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_schemas.manifest import MANIFEST_VERSION, InversionSettings, Manifest, ModelInfo, Totals, write_manifest
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import MANIFEST_VERSION, Manifest, ModelInfo, Totals, write_manifest
 from smpo_schemas.scores import RewardStatistics
 from smpo_schemas.shards.index import write_index
 from smpo_schemas.shards.samples import Sample, SampleMeta, ShardDirectory, ShardWriter
@@ -92,7 +93,7 @@ def make_shards(path: Path, model: Path, trajectories: int) -> None:
             pairs_in=trajectories, pairs=trajectories, samples=trajectories, states=entry.states, rejected=0,
             bytes=entry.bytes
         ),
-        rejected_reasons={}, health=[], versions={},
+        rejected_reasons={}, health=[], versions={}, ref_error_arithmetic="fp32",
     )  # fmt: skip
     index = write_index(ShardDirectory(path, manifest))
     write_manifest(path, manifest.model_copy(update={"index": index}))

@@ -36,7 +36,8 @@ from smpo_pipeline.isolation import Failure
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.world import captions_of
-from smpo_schemas.manifest import BandHealth, InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import BandHealth
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -28,7 +28,8 @@ from smpo_pipeline.jobs.invert import job
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
 from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
-from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.scores import read_scores_info
 from smpo_schemas.shards.samples import Sample

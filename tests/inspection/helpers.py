@@ -14,10 +14,10 @@ from PIL import Image
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
     BandHealth,
-    InversionSettings,
     Manifest,
     ModelInfo,
     Totals,
@@ -171,6 +171,7 @@ def make_shards(directory: Path, model: Path, family: Family, ratios: tuple[floa
             rejected_reasons={"image not readable": 1},
             health=health,
             versions={},
+            ref_error_arithmetic="fp32",
         ),
     )
     return directory

@@ -4,7 +4,8 @@ import pytest
 
 from smpo_pipeline.inspection.shards import settings_in_words
 from smpo_pipeline.inversion.advice import health_warnings
-from smpo_schemas.manifest import BandHealth, InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import BandHealth
 
 
 def band(ratio: float | None, start: int = 0) -> BandHealth:

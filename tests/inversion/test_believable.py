@@ -12,7 +12,7 @@ from smpo_pipeline.inversion.advice import believable, health_warnings
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import Failure
 from smpo_pipeline.toy.create import ASSETS
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import embedded_pair, make_pair
 from tests.tiny import make_tiny_model
 

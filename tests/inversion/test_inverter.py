@@ -18,7 +18,7 @@ from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_pipeline.toy.create import ASSETS
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.shards.samples import STORAGE, Sample
 from tests.inversion.helpers import Oracle, OracleXL, embedded_pair, make_pair
 from tests.tiny import make_tiny_model, make_tiny_xl

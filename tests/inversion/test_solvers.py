@@ -14,7 +14,7 @@ from smpo_pipeline.inversion.solvers import SOLVERS
 from smpo_pipeline.inversion.sources import renoise_visits
 from smpo_pipeline.inversion.step import Step, carry
 from smpo_pipeline.toy.create import ASSETS
-from smpo_schemas.manifest import InversionSettings, averaged_estimates
+from smpo_schemas.inversion_settings import InversionSettings, averaged_estimates
 from tests.inversion.helpers import embedded_pair
 
 PROCESS = VariancePreserving(DDIMScheduler(set_alpha_to_one=False))

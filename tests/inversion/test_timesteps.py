@@ -15,7 +15,7 @@ from smpo_pipeline.inversion import timesteps
 from smpo_pipeline.inversion.draws import generator
 from smpo_pipeline.inversion.step import carry
 from smpo_pipeline.inversion.timesteps import plan_trajectory
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 
 PROCESS = VariancePreserving(DDIMScheduler())
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

@@ -18,9 +18,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
-    InversionSettings,
     Manifest,
     ModelInfo,
     Totals,

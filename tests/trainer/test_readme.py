@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
 from tests.tiny import IMAGE_SIDE, make_tiny_model, make_tiny_xl
 from tests.trainer.conftest import Train

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family, load_inverting_denoiser
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
 from tests.tiny import make_tiny_xl
 from tests.trainer.conftest import Train

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.presets import PRESETS, Preset
 

@@ -14,7 +14,8 @@ from smpo_common.errors import UserError
 from smpo_common.store_path import AnyPath, parse_path
 from smpo_pipeline.commands import options as opt
 from smpo_pipeline.images.buckets import buckets_in_words
-from smpo_schemas.manifest import MANIFEST_FILE, InversionSettings, Manifest, averaged_estimates
+from smpo_schemas.inversion_settings import InversionSettings, averaged_estimates
+from smpo_schemas.manifest import MANIFEST_FILE, Manifest
 
 _MODEL = "Model"
 _TRAJECTORY = "Trajectories"

@@ -17,7 +17,8 @@ from smpo_pipeline.images.buckets import buckets_in_words
 from smpo_pipeline.inspection.scores import print_sharpness
 from smpo_pipeline.inversion.advice import believable, health_warnings, unsolved
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
-from smpo_schemas.manifest import InversionSettings, Manifest
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import Manifest
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.shards.samples import Sample, ShardDirectory
 
@@ -112,7 +113,7 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
                 f"{manifest.resolution} pixels",
                 **_bucket_words(manifest),
                 "reference": f"{manifest.model.reference[:16]}{_inverting_denoiser_words(manifest)}; its errors in "
-                f"{manifest.reference_arithmetic}",
+                f"{manifest.ref_error_arithmetic}",
                 "states": settings_in_words(manifest.inversion),
                 "seed": f"{manifest.seed}",
                 "flipped": percent(summary.flipped, summary.trajectories),

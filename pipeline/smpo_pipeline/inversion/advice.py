@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smpo_schemas.manifest import BandHealth, InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import BandHealth
 
 LOWEST_RATIO = 0.8
 HIGHEST_RATIO = 1.25

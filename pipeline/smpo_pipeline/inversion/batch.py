@@ -16,7 +16,7 @@ from torch import nn
 from smpo_models.family import Conditioning, Family
 from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan, plan_trajectory
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.shards.samples import STORAGE, SampleMeta
 
 

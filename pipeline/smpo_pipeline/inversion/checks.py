@@ -6,7 +6,7 @@ from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_pipeline.images.buckets import Size, bucket_sizes
 from smpo_pipeline.inversion.timesteps import plan_trajectory
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 
 
 def check_settings(family: Family, model: str, resolution: int | None, settings: InversionSettings) -> int:

@@ -21,7 +21,7 @@ from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.sources import SOURCES
 from smpo_pipeline.inversion.step import carry, distance
 from smpo_pipeline.isolation import Failure
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.shards.samples import STORAGE, Sample
 
 _State = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]

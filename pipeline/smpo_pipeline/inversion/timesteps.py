@@ -10,7 +10,7 @@ import torch
 from smpo_common.errors import UserError
 from smpo_models.noise_schedule import Process
 from smpo_pipeline.inversion.draws import generator
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 
 
 @dataclass(frozen=True)

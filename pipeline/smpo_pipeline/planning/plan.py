@@ -27,7 +27,8 @@ from smpo_pipeline.jobs.record.paths import AbsolutePathOrUrl
 from smpo_pipeline.planning.rate import batches_of_units, measure_rate
 from smpo_pipeline.planning.sample import sample_pairs
 from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, trajectory_bytes
-from smpo_schemas.manifest import Bucket, InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import Bucket
 from smpo_schemas.pairs import list_pair_files
 from smpo_schemas.scores import read_scores_info
 

@@ -13,7 +13,7 @@ import torch
 from smpo_models.noise_schedule import START, Process
 from smpo_pipeline.inversion.batch import Trajectory
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan, plan_trajectory
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.shards.samples import STORAGE, Sample, SampleMeta, encode_sample
 
 _BLOCK = 512

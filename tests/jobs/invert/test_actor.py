@@ -24,7 +24,7 @@ from smpo_pipeline.jobs.invert import job as invert
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
 from smpo_pipeline.jobs.record import progress
 from smpo_pipeline.jobs.record.run_record import Run
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
 from tests.tiny import make_tiny_model, make_tiny_xl
 

@@ -19,7 +19,7 @@ from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
 from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.shards.index import indexed_trajectories

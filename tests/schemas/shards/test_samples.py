@@ -11,9 +11,9 @@ import torch
 import webdataset
 
 from smpo_common.errors import UserError
+from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
-    InversionSettings,
     Manifest,
     ModelInfo,
     Totals,
@@ -79,6 +79,7 @@ def write_directory(path, shards: int = 2, samples: int = 3):
         rejected_reasons={},
         health=[],
         versions={},
+        ref_error_arithmetic="fp32",
     )
     write_manifest(path, manifest)
     return manifest

@@ -133,7 +133,7 @@ def _compare_arithmetic(experiment: Experiment, device: torch.device, report: Re
     if own == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         own = "fp32 with TF32 convolutions"
     for source in experiment.shards.sources:
-        theirs = source.directory.manifest.reference_arithmetic
+        theirs = source.directory.manifest.ref_error_arithmetic
         if theirs != own:
             report.say(
                 f"--shards {source.name}: their reference errors were computed in {theirs}, this run computes in "

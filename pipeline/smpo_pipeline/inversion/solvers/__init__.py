@@ -9,7 +9,7 @@ from smpo_pipeline.inversion.solvers.anderson import anderson
 from smpo_pipeline.inversion.solvers.ddim import ddim
 from smpo_pipeline.inversion.solvers.renoise import renoise
 from smpo_pipeline.inversion.step import Solution, Step
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 
 SOLVERS: dict[str, Callable[[Step, InversionSettings], Solution]] = {
     "ddim": ddim,

@@ -9,7 +9,7 @@ import torch
 
 from smpo_pipeline.inversion.solvers.best import GROWTH, Best
 from smpo_pipeline.inversion.step import Solution, Step
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 
 _SMALLEST_WEIGHT = 0.125
 _QUICK = 0.5

@@ -9,7 +9,7 @@ import torch
 
 from smpo_pipeline.inversion.solvers.best import GROWTH, Best
 from smpo_pipeline.inversion.step import Solution, Step
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 
 _RIDGE = 1e-10
 """Of the least-squares problem, relative to its trace. Float32 differences carry no more than that."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smpo_pipeline.inversion.step import Solution, Step
-from smpo_schemas.manifest import InversionSettings
+from smpo_schemas.inversion_settings import InversionSettings
 
 
 def ddim(step: Step, _settings: InversionSettings) -> Solution:

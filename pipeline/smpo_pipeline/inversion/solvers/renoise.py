@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smpo_pipeline.inversion.step import Solution, Step
-from smpo_schemas.manifest import InversionSettings, averaged_estimates
+from smpo_schemas.inversion_settings import InversionSettings, averaged_estimates
 
 
 def renoise(step: Step, settings: InversionSettings) -> Solution:

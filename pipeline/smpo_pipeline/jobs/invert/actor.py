@@ -40,7 +40,8 @@ from smpo_pipeline.jobs.ray.session import plain_arithmetic
 from smpo_pipeline.jobs.record.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
 from smpo_pipeline.jobs.record.progress import Reporter
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
-from smpo_schemas.manifest import InversionSettings, ModelInfo
+from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import ModelInfo
 from smpo_schemas.rejects import Reject
 from smpo_schemas.scores import IMAGE_IDS
 from smpo_schemas.shards.index import write_index_part
