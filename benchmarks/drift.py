@@ -25,7 +25,8 @@ from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, p
 from page import stamp, write_section
 from trajectory_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
 
-from smpo_schemas.shards.samples import Sample, ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.samples import Sample
 from smpo_trainer.output.run_folder import TRAINING_FILE
 
 PAGE = ROOT / "docs/trajectories.md"

@@ -48,7 +48,9 @@ from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import MANIFEST_VERSION, Manifest, ModelInfo, Totals, write_manifest
 from smpo_schemas.scores import RewardStatistics
 from smpo_schemas.shards.index import write_index
-from smpo_schemas.shards.samples import Sample, SampleMeta, ShardDirectory, ShardWriter
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.samples import Sample, SampleMeta
+from smpo_schemas.shards.writer import ShardWriter
 
 ROOT = Path(__file__).parents[1]
 SIDE = 64

@@ -19,7 +19,8 @@ from smpo_common.store_path import StorePath, parse_path
 from smpo_schemas.pairs import list_pair_files
 from smpo_schemas.rejects import Reject, read_rejects, write_rejects
 from smpo_schemas.shards.index import indexed_trajectories, write_index, write_index_part
-from smpo_schemas.shards.samples import ShardDirectory, ShardWriter
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.writer import ShardWriter
 from tests.object_store import Faults, object_store
 from tests.schemas.shards.test_samples import make_sample, write_directory
 

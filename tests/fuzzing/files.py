@@ -45,7 +45,8 @@ from smpo_schemas.scores import (
     write_scores_info,
 )
 from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories, write_index
-from smpo_schemas.shards.samples import ShardDirectory, decode_sample, encode_sample
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.samples import decode_sample, encode_sample
 from smpo_trainer.data.loader import StateDataset, collate, require_batch
 from smpo_trainer.data.state_table import index_states
 from smpo_trainer.objectives.dpo import DPO

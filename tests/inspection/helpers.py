@@ -32,7 +32,8 @@ from smpo_schemas.scores import (
     write_part,
     write_scores_info,
 )
-from smpo_schemas.shards.samples import Sample, SampleMeta, ShardWriter
+from smpo_schemas.shards.samples import Sample, SampleMeta
+from smpo_schemas.shards.writer import ShardWriter
 
 LABELS = (1.0, 0.0, 0.5, None)
 

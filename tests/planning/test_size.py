@@ -12,7 +12,7 @@ from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.planning.rate import batches_of_units, measure_rate
 from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, trajectory_bytes
 from smpo_schemas.inversion_settings import InversionSettings
-from smpo_schemas.shards.samples import ShardWriter
+from smpo_schemas.shards.writer import ShardWriter
 from tests.inversion.helpers import make_pair
 from tests.tiny import IMAGE_SIDE, LATENT_SHAPE, make_tiny_model
 

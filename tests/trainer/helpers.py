@@ -29,7 +29,9 @@ from smpo_schemas.manifest import (
 )
 from smpo_schemas.scores import RewardStatistics
 from smpo_schemas.shards.index import write_index
-from smpo_schemas.shards.samples import Sample, SampleMeta, ShardDirectory, ShardWriter
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.samples import Sample, SampleMeta
+from smpo_schemas.shards.writer import ShardWriter
 from smpo_trainer.cli import main
 from smpo_trainer.model.policy import Policy
 from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints

@@ -15,7 +15,7 @@ import yaml
 
 from smpo_common.files import sha256_file
 from smpo_schemas.scores import ScoresInfo, ScoresPart, write_scores_info
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from tests.tiny import make_tiny_model
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PROMPTS, arguments, make_shards, run_cli

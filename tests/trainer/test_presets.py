@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.presets import PRESETS
 from tests.trainer.conftest import Train

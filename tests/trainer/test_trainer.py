@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from smpo_schemas.manifest import read_manifest
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.data.order import Order
 from smpo_trainer.output.run_folder import REFERENCE_FILE
 from tests.tiny import make_tiny_model

@@ -20,7 +20,8 @@ from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, histogram, ma
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import Manifest
 from smpo_schemas.preference.minmax import minmax
-from smpo_schemas.shards.samples import Sample, ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.samples import Sample
 
 _TIMESTEP_BINS = 10
 

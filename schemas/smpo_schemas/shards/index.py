@@ -19,7 +19,8 @@ from smpo_common.errors import UserError
 from smpo_common.files import arrow_source, atomic_path, read_all, reading_parquet, sha256_file
 from smpo_common.store_path import AnyPath
 from smpo_schemas.manifest import IndexEntry, ShardEntry
-from smpo_schemas.shards.samples import IndexedTrajectory, SampleLocation, SampleMeta, ShardDirectory
+from smpo_schemas.shards.reader import IndexedTrajectory, SampleLocation, ShardDirectory
+from smpo_schemas.shards.samples import SampleMeta
 from smpo_schemas.shards.stored_state import read_trajectory
 
 INDEX_FILE = "index.parquet"

@@ -18,15 +18,8 @@ from pydantic import ValidationError
 
 from smpo_common.errors import UserError, describe_problem
 from smpo_common.store_path import AnyPath
-from smpo_schemas.shards.samples import (
-    IndexedTrajectory,
-    SampleLocation,
-    SampleMeta,
-    ShardDirectory,
-    layout_problem,
-    read_at,
-    timestep_problem,
-)
+from smpo_schemas.shards.reader import IndexedTrajectory, SampleLocation, ShardDirectory, read_at
+from smpo_schemas.shards.samples import SampleMeta, layout_problem, timestep_problem
 
 _NAMES = ("x0", "noise", "timestep", "ref_error", "residual")
 

@@ -21,7 +21,7 @@ from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_schemas.pairs import Pair
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from tests.command import assert_one_line, run_command
 from tests.jobs.conftest import pair_rows
 from tests.pictures import encode, picture

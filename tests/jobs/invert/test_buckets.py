@@ -23,7 +23,8 @@ from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.shards.index import indexed_trajectories
-from smpo_schemas.shards.samples import ShardDirectory, decode_sample
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.samples import decode_sample
 from tests.command import run_command, run_here
 from tests.pictures import encode, picture
 from tests.tiny import make_tiny_clip, make_tiny_model, make_tiny_xl

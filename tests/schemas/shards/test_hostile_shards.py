@@ -19,7 +19,8 @@ from smpo_common.errors import UserError
 from smpo_common.files import write_json
 from smpo_schemas.manifest import MANIFEST_FILE, read_manifest
 from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories, write_index
-from smpo_schemas.shards.samples import SampleLocation, ShardDirectory, decode_sample, encode_sample
+from smpo_schemas.shards.reader import SampleLocation, ShardDirectory
+from smpo_schemas.shards.samples import decode_sample, encode_sample
 from tests.schemas.shards.test_samples import make_sample, write_directory
 
 MEMBERS = encode_sample(make_sample(0))

@@ -7,7 +7,7 @@ import pytest
 from smpo_common.errors import UserError
 from smpo_schemas.manifest import read_manifest, write_manifest
 from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories, write_index
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from tests.schemas.shards.test_samples import make_sample, write_directory
 
 

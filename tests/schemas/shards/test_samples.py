@@ -20,7 +20,9 @@ from smpo_schemas.manifest import (
     read_manifest,
     write_manifest,
 )
-from smpo_schemas.shards.samples import Sample, SampleMeta, ShardDirectory, ShardWriter, decode_sample, encode_sample
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.samples import Sample, SampleMeta, decode_sample, encode_sample
+from smpo_schemas.shards.writer import ShardWriter
 
 
 def make_sample(number: int, states: int = 3, **tensors: torch.Tensor) -> Sample:

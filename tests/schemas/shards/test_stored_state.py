@@ -10,8 +10,10 @@ import torch
 
 from smpo_common.errors import UserError
 from smpo_schemas.shards import stored_state
-from smpo_schemas.shards.samples import Sample, SampleLocation, ShardDirectory, ShardWriter
+from smpo_schemas.shards.reader import SampleLocation, ShardDirectory
+from smpo_schemas.shards.samples import Sample
 from smpo_schemas.shards.stored_state import read_state
+from smpo_schemas.shards.writer import ShardWriter
 from tests.schemas.shards.test_hostile_shards import HEADER, MEMBERS, member, signed, tar_of, with_header
 from tests.schemas.shards.test_samples import make_sample, write_directory
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from smpo_schemas.shards.samples import Sample, ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.samples import Sample
 from smpo_trainer.data.order import Order
 from smpo_trainer.data.state_table import prompt_draw
 from tests.trainer.conftest import Train

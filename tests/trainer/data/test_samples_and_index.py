@@ -17,7 +17,8 @@ import torch
 from smpo_common.files import write_json
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.shards.index import INDEX_FILE, write_index
-from smpo_schemas.shards.samples import ShardDirectory, ShardWriter
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.writer import ShardWriter
 from tests.schemas.shards.test_hostile_shards import signed
 from tests.trainer.helpers import arguments, run_cli, write_shards
 

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.inversion_settings import InversionSettings
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.stored_state import StoredState
 from smpo_trainer.data import loader as batches
 from smpo_trainer.model import reference

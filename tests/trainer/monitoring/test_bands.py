@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.monitoring.bands import BANDED, bands, by_band
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PlainReference, metrics

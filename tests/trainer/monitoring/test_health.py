@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from smpo_schemas.shards.samples import Sample, ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.samples import Sample
 from smpo_trainer.monitoring.health import Health
 from smpo_trainer.monitoring.metrics import Record
 from smpo_trainer.output.checkpoints import Checkpoints

@@ -14,7 +14,7 @@ import pytest
 
 from smpo_common.errors import UserError
 from smpo_schemas.scores import read_scores_info, write_scores_info
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.preference.reward_mix import RewardMix, resolve_mix
 from smpo_trainer.settings import parse_ranges
 from smpo_trainer.shards.shard_set import open_shards

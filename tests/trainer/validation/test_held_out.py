@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.data.state_table import StateTable, prompt_draw
 from smpo_trainer.output.checkpoints import Checkpoints
 from smpo_trainer.trainer import Trainer

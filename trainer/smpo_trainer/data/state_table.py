@@ -15,7 +15,7 @@ import numpy as np
 
 from smpo_common.errors import UserError
 from smpo_schemas.shards.index import IndexedTrajectory
-from smpo_schemas.shards.samples import SampleLocation
+from smpo_schemas.shards.reader import SampleLocation
 from smpo_trainer.objectives import Objective
 from smpo_trainer.preference.pair_weights import PairWeights
 from smpo_trainer.preference.reward_mix import RewardMix

@@ -20,7 +20,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, write_bytes
 from smpo_common.store_path import StorePath
 from smpo_schemas.manifest import MANIFEST_FILE
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.shards.cache import ShardCache
 
 _THREADS = 4

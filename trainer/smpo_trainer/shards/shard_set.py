@@ -11,7 +11,7 @@ from smpo_common.files import sha256_file
 from smpo_schemas.manifest import MANIFEST_FILE, ModelInfo
 from smpo_schemas.scores import RewardStatistics
 from smpo_schemas.shards.index import IndexedTrajectory, indexed_trajectories
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.shards.fetch import ShardSource, open_source
 
 _SAME = {

@@ -45,7 +45,8 @@ from smpo_schemas.manifest import ModelInfo
 from smpo_schemas.rejects import Reject
 from smpo_schemas.scores import IMAGE_IDS
 from smpo_schemas.shards.index import write_index_part
-from smpo_schemas.shards.samples import Sample, ShardWriter
+from smpo_schemas.shards.samples import Sample
+from smpo_schemas.shards.writer import ShardWriter
 
 STAGE = "invert"
 _MEASURED_PAIRS = 128

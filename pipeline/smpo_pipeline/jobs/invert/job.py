@@ -51,7 +51,7 @@ from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_file
 from smpo_schemas.rejects import count_reasons, write_rejects
 from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, same_score
 from smpo_schemas.shards.index import INDEX_FILE, write_index
-from smpo_schemas.shards.samples import ShardDirectory
+from smpo_schemas.shards.reader import ShardDirectory
 
 
 def invert(options: InvertOptions) -> Manifest:

@@ -1,0 +1,172 @@
+"""Reading shards: where samples lie in the tars of a directory, and the samples, each tar checked before it is read."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, Self
+
+from smpo_common.errors import UserError
+from smpo_common.files import sha256_file
+from smpo_common.store_path import AnyPath
+from smpo_schemas.manifest import Manifest, ShardEntry, read_manifest
+from smpo_schemas.shards.samples import (
+    META,
+    TENSORS,
+    Sample,
+    SampleMeta,
+    decode_sample,
+    timestep_problem,
+)
+
+_MOST_BYTES = 1 << 40
+"""Of a member: offsets beyond any file make seeking fail in ways of its own."""
+
+
+@dataclass(frozen=True)
+class SampleLocation:
+    """Where a sample's two members lie in the tars of a directory: byte offsets and lengths."""
+
+    shard: int
+    key: str
+    meta: tuple[int, int]
+    tensors: tuple[int, int]
+
+
+class _PlainMember(tarfile.TarInfo):
+    """A member that is a plain file, as all of a shard are.
+
+    Links, devices, folders, sparse files and extended headers are refused before tarfile acts on them.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Parse a member's header.
+
+        Raises:
+            tarfile.ReadError: it is of another kind, or of a size that no member has.
+        """
+        member = super().frombuf(buf, encoding, errors)
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 <= member.size <= _MOST_BYTES:
+            raise tarfile.ReadError(f"member {member.name[:100]!r} is no plain file of at most {_MOST_BYTES} bytes")
+        return member
+
+
+@dataclass(frozen=True)
+class IndexedTrajectory:
+    """One trajectory, without its latents.
+
+    Attributes:
+        location: where it lies.
+        meta: which trajectory of which pair it is.
+        timesteps: of its K states, increasing.
+        latent: the shape (C, h, w) of its latents.
+    """
+
+    location: SampleLocation
+    meta: SampleMeta
+    timesteps: tuple[int, ...]
+    latent: tuple[int, ...]
+
+
+def locate_samples(path: AnyPath, entry: ShardEntry, shard: int) -> list[SampleLocation]:
+    """The samples of one tar, in order; see :meth:`ShardDirectory.locate`."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_PlainMember) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if not (key.isascii() and key.isdecimal()) or extension in members.setdefault(key, {}):
+                    raise UserError(f"{path}: member {member.name[:100]!r} is no member of a shard, or there twice")
+                members[key][extension] = (member.offset_data, member.size)
+    except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for key, parts in members.items():
+        if set(parts) != {META, TENSORS}:
+            raise UserError(f"{path}: sample {key} has the members {sorted(parts)}, expected {[META, TENSORS]}")
+    if len(members) != entry.samples:
+        raise UserError(f"{path} holds {len(members)} samples, the manifest says {entry.samples}")
+    return [SampleLocation(shard, key, parts[META], parts[TENSORS]) for key, parts in members.items()]
+
+
+def read_at(file: BinaryIO, offset: int, length: int) -> bytes:
+    """The bytes of a member, or of a part of it.
+
+    Raises:
+        OSError: they lie outside the file; they are not asked for, since memory would be taken.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if not (0 <= offset <= size and 0 <= length <= size - offset):
+        raise OSError(f"it has no {length} bytes at {offset}")
+    file.seek(offset)
+    return file.read(length)
+
+
+class ShardDirectory:
+    """A finished output of ``invert``: its manifest, and its samples by location or in order."""
+
+    def __init__(self, directory: AnyPath, manifest: Manifest | None = None) -> None:
+        """Open a directory.
+
+        Args:
+            directory: where the tars lie.
+            manifest: what is about to be written there; None: read it from there.
+
+        Raises:
+            UserError: there is no valid manifest.
+        """
+        self.path = directory
+        self.manifest = manifest or read_manifest(directory)
+
+    def verify(self, shard: int) -> None:
+        """Check one tar's size and SHA-256 against the manifest.
+
+        Raises:
+            UserError: it is missing, cut, or differs by a bit.
+        """
+        entry = self.manifest.shards[shard]
+        path = self.path / entry.name
+        if not path.is_file():
+            raise UserError(f"{path} is missing; the manifest lists it")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise UserError(f"{path} has {size} bytes, the manifest says {entry.bytes}: truncated or replaced")
+        if sha256_file(path) != entry.sha256:
+            raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced")
+
+    def locate(self, shard: int) -> list[SampleLocation]:
+        """List the samples of one tar, in order; every sample must have both members.
+
+        Raises:
+            UserError: the tar is malformed, or holds another number of samples than the manifest says.
+        """
+        entry = self.manifest.shards[shard]
+        return locate_samples(self.path / entry.name, entry, shard)
+
+    def read(self, location: SampleLocation) -> Sample:
+        """Read one sample by its location.
+
+        Raises:
+            UserError: its members are malformed, or the tar is not there any more.
+        """
+        path = self.path / self.manifest.shards[location.shard].name
+        try:
+            with path.open("rb") as file:
+                meta, tensors = (read_at(file, *part) for part in (location.meta, location.tensors))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        source = f"{path}: sample {location.key}"
+        sample = decode_sample(meta, tensors, source)
+        problem = timestep_problem(sample.timestep_K.tolist(), self.manifest.model.num_train_timesteps)
+        if problem:
+            raise UserError(f"{source} (pair {sample.meta.pair_id}): {problem}")
+        return sample
+
+    def samples(self, shards: Sequence[int] | None = None) -> Iterator[Sample]:
+        """All samples of the given tars (default: all), in order, each tar checked before it is read."""
+        for shard in range(len(self.manifest.shards)) if shards is None else shards:
+            self.verify(shard)
+            for location in self.locate(shard):
+                yield self.read(location)
