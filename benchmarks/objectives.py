@@ -129,23 +129,11 @@ def write_report(work: Path, chosen: dict[str, int], selection: Results, target:
     flat = [model for group in models.values() for model in group]
     names = {label: [model.name for model in group] for label, group in models.items()}
     results = judge(work, "report-test", flat, "test", 8, 1)
-    demo, demo_validation = choose_demo(work)
-    demo_names = [model.name for model in demo]
-    plain, strong = f"report-{demo_names[0]}", f"report-{demo_names[0]}-guidance-2"
-    judge(work, plain, demo, "test", 8, 1)
-    guided = judge(work, strong, demo, "test", 8, 2)
     columns = head("condition", *COLUMNS)
     final = [
         row(work / "report-test", f"{c.source}, {c.name}, beta {chosen[c.label]}", names[c.label]) for c in CONDITIONS
     ]
-    single = demo_rows(work / plain, demo_names)
-    guided_rows = demo_rows(work / strong, demo_names)
-    selected = ["| condition | " + " | ".join(f"beta {beta}" for beta in BETAS) + " |", "|---" * (len(BETAS) + 1) + "|"]
-    for c in CONDITIONS:
-        gains = [f"{gain(selection, f'{c.label}-b{beta}-s{SELECTION_SEED}'):+.3f}" for beta in BETAS]
-        selected.append(f"| {c.source}, {c.name} | {' | '.join(gains)} |")
     base = results.finding(BASE, TRUTH).mean
-    base_guided = guided.finding(BASE, TRUTH).mean
     text = f"""# Objectives and state sources on the embedded world
 
 {stamp("python benchmarks/objectives.py", ("torch", "diffusers", "transformers", "numpy"))}
@@ -163,7 +151,26 @@ The base's mean true reward is {base:.3f}. Three training seeds a condition, poo
 {columns}
 {chr(10).join(final)}
 
-## The demo's settings, seed by seed
+{demo_section(work)}
+
+{choice_section(selection)}
+"""
+    write_bytes(target, text.encode())
+    print(text)
+
+
+def demo_section(work: Path) -> str:
+    """The demo's settings: chosen on validation prompts, judged on test prompts."""
+    demo, demo_validation = choose_demo(work)
+    demo_names = [model.name for model in demo]
+    plain, strong = f"report-{demo_names[0]}", f"report-{demo_names[0]}-guidance-2"
+    judge(work, plain, demo, "test", 8, 1)
+    guided = judge(work, strong, demo, "test", 8, 2)
+    columns = head("condition", *COLUMNS)
+    single = demo_rows(work / plain, demo_names)
+    guided_rows = demo_rows(work / strong, demo_names)
+    base_guided = guided.finding(BASE, TRUTH).mean
+    return f"""## The demo's settings, seed by seed
 
 ReNoise states, smpo-2. One selection seed, as above, is a weak guide; here both betas were trained with three seeds,
 and the one whose worst seed's win rate on the validation prompts has the higher lower end was taken, since a win rate
@@ -182,17 +189,21 @@ Test prompts, guidance 1:
 Test prompts, guidance 2 (the base's mean true reward is {base_guided:.3f}):
 
 {columns}
-{chr(10).join(guided_rows)}
+{chr(10).join(guided_rows)}"""
 
-## How beta was chosen
+
+def choice_section(selection: Results) -> str:
+    """Gains of every condition and beta on validation prompts."""
+    selected = ["| condition | " + " | ".join(f"beta {beta}" for beta in BETAS) + " |", "|---" * (len(BETAS) + 1) + "|"]
+    for c in CONDITIONS:
+        gains = [f"{gain(selection, f'{c.label}-b{beta}-s{SELECTION_SEED}'):+.3f}" for beta in BETAS]
+        selected.append(f"| {c.source}, {c.name} | {' | '.join(gains)} |")
+    return f"""## How beta was chosen
 
 Gain in mean true reward on {selection.num_images} images of {selection.num_prompts} validation prompts, one training
 seed ({SELECTION_SEED}) that is not among those above. The largest was taken; nothing else was tuned by condition.
 
-{chr(10).join(selected)}
-"""
-    write_bytes(target, text.encode())
-    print(text)
+{chr(10).join(selected)}"""
 
 
 def main() -> None:

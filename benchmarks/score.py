@@ -191,11 +191,6 @@ def page(results: Results) -> str:
     """The section of docs/benchmarks.md."""
     counts = "; ".join(f"{name} {', '.join(map(str, each))}" for name, each in results.counts.items())
     memory, turns = results.memory, max(map(len, results.turns.values()))
-    lines = [
-        f"| {count} | {count * 2 * MEMORY_SIDE**2 * 3 / 1e9:.1f} | {peak / 1e3:.2f} | {seconds:.0f} |"
-        for count, (peak, seconds) in memory.items()
-    ]
-    growth = memory[max(memory)][0] / memory[min(memory)][0] - 1
     command = f"python benchmarks/score.py --turns {turns}"
     return f"""{stamp(command, ("torch", "transformers", "ray", "pyarrow", "pillow"))}
 
@@ -235,7 +230,17 @@ loop, whatever Ray costs; the one that decodes too tells what Ray, processes of 
 What a second reward costs is the difference of four runs. Nothing here was measured on a GPU, nor with a
 model of ViT-H/14's size.
 
-### Memory behind a slow reward
+{memory_section(memory)}"""
+
+
+def memory_section(memory: dict[int, tuple[float, float]]) -> str:
+    """Peak memory by number of pairs; ``memory`` holds peaks in MB and seconds."""
+    lines = [
+        f"| {count} | {count * 2 * MEMORY_SIDE**2 * 3 / 1e9:.1f} | {peak / 1e3:.2f} | {seconds:.0f} |"
+        for count, (peak, seconds) in memory.items()
+    ]
+    growth = memory[max(memory)][0] / memory[min(memory)][0] - 1
+    return f"""### Memory behind a slow reward
 
 Two actors in place of rewards, the first of which costs nothing, the second sleeps {SLEEP * 1e3:.0f} ms an image;
 {MEMORY_SIDE} x {MEMORY_SIDE} JPEGs. Peak of the proportional resident memory of all processes (Ray's own, workers,

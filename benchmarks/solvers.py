@@ -241,59 +241,14 @@ def draw(found: dict[int, dict[str, Measured]]) -> None:
     figure.savefig(PLOT, dpi=110)
 
 
-def main() -> None:
-    """Measure, draw, and replace the generated part of the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=6)
-    pairs = make_pairs(parser.parse_args().pairs)
-    torch.set_num_threads(1)
-    family = load_family(str(ASSETS / "model"))
-    plain = InversionSettings(prompt_dropout=0, hflip=False)
-
-    def run(title: str, **changes: Any) -> Measured:  # noqa: ANN401
-        measured = measure(family, pairs, plain.model_copy(update=changes))
-        print(title, changes, measured.cells(own=True), flush=True)
-        return measured
-
-    found = {steps: {name: run(name, steps=steps, **options) for name, options in SOLVERS.items()} for steps in STEPS}
-    draw(found)
-    columns = ("evaluations a state", "residual, median", "max", "round trip, median", "max", "not converged")
-    rows = [[name, f"{steps}", *found[steps][name].cells()] for steps in STEPS for name in SOLVERS]
-    narrow = [
-        [dtype, name, *run(name, dtype=dtype, **options).cells(own=True)]
-        for dtype in ("fp16", "bf16")
-        for name, options in NARROW.items()
-    ]
-    guided = [[name, *run(name, guidance_scale=3.0, **SOLVERS[name]).cells()] for name in GUIDED]
+def published_section(family: Family, pairs: Sequence[PreparedPair], plain: InversionSettings) -> str:
+    """What the published timesteps cost: the section's text."""
     published = [
         [f"{steps}", name, *measure_published(family, pairs, plain.model_copy(update={
             "timesteps": "published", "steps": steps, **options}))]
         for steps in (5, 10) for name, options in PUBLISHED.items()
     ]  # fmt: skip
-    text = f"""{BEGIN}
-{stamp("python benchmarks/solvers.py", ("torch", "diffusers"), cores=1)}
-
-![cost and accuracy of the solvers](images/solvers.png)
-
-{len(pairs)} pairs, float32, jittered timesteps, guidance 1. "Not converged" is the share of states whose solver did not
-reach its tolerance.
-
-{table(("solver", "steps", *columns), rows)}
-
-The same, {
-        plain.steps
-    } steps, with an inverting denoiser rounded to a narrow type. "Own residual" is what that inverting denoiser
-    measures: its
-solver looks at it, and shards store it. Residual and round trip are by the unrounded model, in float32:
-
-{table(("dtype", "solver", columns[0], "own residual, median", "max", *columns[1:]), narrow)}
-
-The same, float32, with classifier-free guidance of scale 3 in the trajectory (an evaluation is then two forwards, both
-counted):
-
-{table(("solver", *columns), guided)}
-
-### What the published timesteps cost
+    return f"""### What the published timesteps cost
 
 `--timesteps published`: the first grid state at or above t (above the last node: that one) is used as if it were at t,
 and each step asks the model at the timestep that it starts from. It is compared with the state that belongs to t: a
@@ -321,7 +276,57 @@ noise predicted at t, of the used states over those of the states that belong to
             ),
             published,
         )
-    }
+    }"""
+
+
+def main() -> None:
+    """Measure, draw, and replace the generated part of the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=6)
+    pairs = make_pairs(parser.parse_args().pairs)
+    torch.set_num_threads(1)
+    family = load_family(str(ASSETS / "model"))
+    plain = InversionSettings(prompt_dropout=0, hflip=False)
+
+    def run(title: str, **changes: Any) -> Measured:  # noqa: ANN401
+        measured = measure(family, pairs, plain.model_copy(update=changes))
+        print(title, changes, measured.cells(own=True), flush=True)
+        return measured
+
+    found = {steps: {name: run(name, steps=steps, **options) for name, options in SOLVERS.items()} for steps in STEPS}
+    draw(found)
+    columns = ("evaluations a state", "residual, median", "max", "round trip, median", "max", "not converged")
+    rows = [[name, f"{steps}", *found[steps][name].cells()] for steps in STEPS for name in SOLVERS]
+    narrow = [
+        [dtype, name, *run(name, dtype=dtype, **options).cells(own=True)]
+        for dtype in ("fp16", "bf16")
+        for name, options in NARROW.items()
+    ]
+    guided = [[name, *run(name, guidance_scale=3.0, **SOLVERS[name]).cells()] for name in GUIDED]
+    text = f"""{BEGIN}
+{stamp("python benchmarks/solvers.py", ("torch", "diffusers"), cores=1)}
+
+![cost and accuracy of the solvers](images/solvers.png)
+
+{len(pairs)} pairs, float32, jittered timesteps, guidance 1. "Not converged" is the share of states whose solver did not
+reach its tolerance.
+
+{table(("solver", "steps", *columns), rows)}
+
+The same, {
+        plain.steps
+    } steps, with an inverting denoiser rounded to a narrow type. "Own residual" is what that inverting denoiser
+    measures: its
+solver looks at it, and shards store it. Residual and round trip are by the unrounded model, in float32:
+
+{table(("dtype", "solver", columns[0], "own residual, median", "max", *columns[1:]), narrow)}
+
+The same, float32, with classifier-free guidance of scale 3 in the trajectory (an evaluation is then two forwards, both
+counted):
+
+{table(("solver", *columns), guided)}
+
+{published_section(family, pairs, plain)}
 {END}"""
     page = PAGE.read_text()
     write_bytes(PAGE, (page[: page.index(BEGIN)] + text + page[page.index(END) + len(END) :]).encode())
