@@ -12,7 +12,7 @@ from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.noise_schedule import Process
 from smpo_trainer.data.bucketed_order import group_size
-from smpo_trainer.monitoring.wandb_log import import_wandb
+from smpo_trainer.monitoring.trackers import import_wandb
 from smpo_trainer.objectives import Objective, find_objective
 from smpo_trainer.objectives.pair_loss import PairLoss
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting

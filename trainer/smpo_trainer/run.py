@@ -34,7 +34,7 @@ from smpo_trainer.model.text import CachedText, cache_text
 from smpo_trainer.monitoring.console import Report
 from smpo_trainer.monitoring.health import Health
 from smpo_trainer.monitoring.metrics import METRICS_FILE, MetricsLog, Record, plain
-from smpo_trainer.monitoring.wandb_log import WandbLog
+from smpo_trainer.monitoring.trackers import start_wandb
 from smpo_trainer.output.checkpoints import load_checkpoint
 from smpo_trainer.output.run_folder import OutputFolder
 from smpo_trainer.preference.reward_mix import RewardMix
@@ -275,7 +275,7 @@ class _Run:
 
     def _open_log(self, finished_steps: int) -> MetricsLog:
         project, out = self._settings.wandb_project, self._output.path
-        return MetricsLog(out, finished_steps, WandbLog(project, out, self._identity) if project else None)
+        return MetricsLog(out, finished_steps, start_wandb(project, out, self._identity) if project else None)
 
     def _resume(self, path: Path) -> int:
         """Go back to a checkpoint; returns the number of finished steps."""

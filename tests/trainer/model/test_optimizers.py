@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch.utils import checkpoint as torch_checkpoint
 
 from smpo_trainer.model import optimizers
@@ -250,8 +251,10 @@ class _Run:
         self.finished = True
 
 
-def test_wandb_gets_what_the_file_gets(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_what_the_file_gets(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """wandb itself needs an account: in its place a module that records how it is called."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
     runs: list[tuple[dict[str, object], _Run]] = []
 
     def init(**options: object) -> _Run:
@@ -259,18 +262,23 @@ def test_wandb_gets_what_the_file_gets(train: Train, monkeypatch: pytest.MonkeyP
         return runs[-1][1]
 
     fake = types.ModuleType("wandb")
-    fake.init, fake.Error = init, RuntimeError
+    fake.init, fake.Error, fake.Image = init, RuntimeError, np.asarray
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    out = train(wandb_project="aligned", max_steps=2)
+    out = train(wandb_project="aligned", max_steps=2, validation_prompts=prompts, validation_sampling_steps=1)
     (options, run), *_ = runs
     assert (options["project"], options["name"], options["resume"]) == ("aligned", "run", "allow")
     assert options["config"]["beta"] == 2000
     assert run.finished
     lines = metrics(out)
-    assert [step for step, _ in run.logged] == [1, 2]
-    for (_, values), line in zip(run.logged, lines, strict=True):
+    images = [(step, values["validation"]) for step, values in run.logged if "validation" in values]
+    assert [step for step, _ in images] == [0, 2]
+    for step, (image,) in images:
+        assert np.array_equal(image, np.asarray(Image.open(out / "validation" / f"step-{step:06d}.png")))
+    logged = [(step, values) for step, values in run.logged if "validation" not in values]
+    assert [step for step, _ in logged] == [1, 2]
+    for (_, values), line in zip(logged, lines, strict=True):
         assert values == {name: value for name, value in line.items() if value is not None and name != "step"}
-    # A run that goes on goes on there; one that begins anew is another.
+    # A run that is resumed is resumed there; one that is overwritten is another.
     (out / "training.json").unlink()
     train(wandb_project="aligned", max_steps=2)
     train(wandb_project="aligned", max_steps=2, overwrite=True)

@@ -1,4 +1,4 @@
-"""What is logged of a step: means over the effective batch, as JSON lines and in TensorBoard."""
+"""What is logged of a step: means over the effective batch, as JSON lines and by accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.tensorboard import SummaryWriter
+from accelerate.tracking import WandBTracker
 
 from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
-from smpo_trainer.monitoring.wandb_log import WandbLog
+from smpo_trainer.monitoring.trackers import start_tensorboard
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 
 Record = dict[str, float | int | None]
 """One step's values by name; None where no pair of the step had such a value, or it is not finite."""
@@ -55,22 +54,22 @@ class StepMeter:
 
 
 class MetricsLog:
-    """``metrics.jsonl`` (one object a step) and TensorBoard files of one run, and its log elsewhere.
+    """``metrics.jsonl`` (one object a step) of one run, TensorBoard's files, and its run at Weights & Biases.
 
     Attributes:
         earlier: the records of the steps that were finished before.
     """
 
-    def __init__(self, out: Path, finished_steps: int, elsewhere: WandbLog | None = None) -> None:
+    def __init__(self, out: Path, finished_steps: int, wandb: WandBTracker | None = None) -> None:
         """Open for appending, after dropping what was logged beyond ``finished_steps`` by a run that was killed."""
-        self._elsewhere = elsewhere
+        self._wandb = wandb
         path = out / METRICS_FILE
         kept = {line: record for line, record in _records(path) if (record["step"] or 0) <= finished_steps}
         self.earlier: list[Record] = list(kept.values())
         write_bytes(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._before, threading.excepthook = threading.excepthook, self._report_thread
-        self._board = SummaryWriter(str(out / TENSORBOARD_FOLDER), purge_step=finished_steps and finished_steps + 1)
+        self._board = start_tensorboard(out, finished_steps)
 
     def write(self, record: Record) -> None:
         """Append one step; it has left this process on return.
@@ -78,14 +77,14 @@ class MetricsLog:
         Raises:
             UserError: the file cannot be written.
         """
+        step = record["step"]
+        values = {name: value for name, value in record.items() if value is not None and name != "step"}
         with self._writing():
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-            for name, value in record.items():
-                if value is not None and name != "step":
-                    self._board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
-        if self._elsewhere:
-            self._elsewhere.write(record)
+            self._board.log({name if "/" in name else f"train/{name}": value for name, value in values.items()}, step)
+        if self._wandb:
+            self._wandb.log(values, step)
 
     def sync(self) -> None:
         """Have all steps survive a power cut, as a checkpoint of them will.
@@ -97,13 +96,15 @@ class MetricsLog:
             os.fsync(self._file.fileno())
 
     def draw(self, step: int, image_HW3: np.ndarray) -> None:
-        """Show an image, uint8 [H, W, 3], in TensorBoard.
+        """Show an image, uint8 [H, W, 3], in TensorBoard and Weights & Biases.
 
         Raises:
             UserError: the file cannot be written.
         """
         with self._writing():
-            self._board.add_image("validation", image_HW3, step, dataformats="HWC")
+            self._board.log_images({"validation": image_HW3[None]}, step, dataformats="NHWC")
+        if self._wandb:
+            self._wandb.log_images({"validation": [image_HW3]}, step)
 
     def close(self) -> None:
         """Close all of them.
@@ -113,10 +114,10 @@ class MetricsLog:
         """
         with ExitStack() as stack:
             stack.callback(setattr, threading, "excepthook", self._before)
-            if self._elsewhere:
-                stack.callback(self._elsewhere.close)
+            if self._wandb:
+                stack.callback(self._wandb.finish)
             stack.enter_context(self._writing())
-            stack.callback(self._board.close)
+            stack.callback(self._board.finish)
             stack.callback(self._file.close)
 
     @contextmanager
@@ -125,7 +126,7 @@ class MetricsLog:
             yield
         except OSError as error:  # of TensorBoard's files too
             reason = error.strerror or error
-            raise UserError(f"cannot write {self._file.name} or {self._board.log_dir}: {reason}") from error
+            raise UserError(f"cannot write {self._file.name} or {self._board.logging_dir}: {reason}") from error
 
     def _report_thread(self, given: threading.ExceptHookArgs) -> None:
         """Print the traceback of a thread, but not of TensorBoard's, whose error the next write to it raises again."""

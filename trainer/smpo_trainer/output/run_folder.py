@@ -14,8 +14,8 @@ from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
 from smpo_trainer.experiment import differing
 from smpo_trainer.model.policy import LORA_FILE, UNET_FOLDER
-from smpo_trainer.monitoring.metrics import METRICS_FILE, TENSORBOARD_FOLDER
-from smpo_trainer.monitoring.wandb_log import WANDB_FOLDER
+from smpo_trainer.monitoring.metrics import METRICS_FILE
+from smpo_trainer.monitoring.trackers import TENSORBOARD_FOLDER, WANDB_FOLDER
 from smpo_trainer.output.checkpoints import Checkpoints, read_state
 from smpo_trainer.output.skipped_steps import NONFINITE_FILE
 from smpo_trainer.validation.images import VALIDATION_FOLDER
