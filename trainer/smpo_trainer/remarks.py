@@ -1,9 +1,11 @@
-"""What a user should know where a run departs from what its objective or its preset was published with."""
+"""What a user should know: where a run departs from what was published, and states of rare shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_trainer.experiment import Experiment
@@ -72,3 +74,17 @@ def _as_flags(settings: Mapping[str, object]) -> str:
         f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
         for name, value in settings.items()
     )
+
+
+def bucket_remark(bucket_S: np.ndarray, group: int) -> str | None:
+    """What to tell the user of several buckets."""
+    sizes = np.unique(bucket_S, return_counts=True)[1]
+    if len(sizes) == 1:
+        return None
+    rare = sizes[sizes < group]
+    waits = (
+        f"; of {len(rare)} there are fewer states than that, {rare.sum()} in all, which wait for later epochs"
+        if len(rare)
+        else ""
+    )
+    return f"latents of {len(sizes)} shapes, {group} states of one at a time{waits}"

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from smpo_common.errors import UserError
 from smpo_common.run_lock import hold
 from smpo_models.family import Family
-from smpo_trainer.data.bucketed_order import bucket_remark, group_size, make_order
+from smpo_trainer.data.bucketed_order import group_size, make_order
 from smpo_trainer.data.loader import Feed, StateDataset
 from smpo_trainer.data.order import Plan
 from smpo_trainer.data.state_table import StateTable, index_states
@@ -38,7 +38,7 @@ from smpo_trainer.monitoring.trackers import start_wandb
 from smpo_trainer.output.checkpoints import load_checkpoint
 from smpo_trainer.output.run_folder import OutputFolder
 from smpo_trainer.preference.reward_mix import RewardMix
-from smpo_trainer.remarks import remarks
+from smpo_trainer.remarks import bucket_remark, remarks
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shards.fetch import ShardStore
 from smpo_trainer.trainer import Trainer

@@ -8,8 +8,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from smpo_trainer.data.bucketed_order import BucketedOrder, bucket_remark, group_size, make_order
+from smpo_trainer.data.bucketed_order import BucketedOrder, group_size, make_order
 from smpo_trainer.data.order import Order, Plan
+from smpo_trainer.remarks import bucket_remark
 from tests.trainer.data.test_order import SHARDS, WORLDS, consumed
 
 # 101 states in four buckets of 60, 30, 8 and 3, in no order.
@@ -82,7 +83,7 @@ def test_what_waits_is_less_than_a_group_of_each_bucket() -> None:
     for group in (2, 7, 16):
         order = bucketed(group)
         for epoch in range(1, 6):
-            done = order._finished(epoch)[0] * group
+            done = order._finished(epoch) * group
             counts = np.bincount([BUCKETS[order.state_at(p)] for p in range(done)], minlength=4)
             waiting = epoch * np.array([60, 30, 8, 3]) - counts
             assert (waiting >= 0).all()

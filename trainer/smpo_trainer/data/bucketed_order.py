@@ -12,7 +12,9 @@ wait, from the fewer shards, and the more shapes share a step.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -50,106 +52,68 @@ class BucketedOrder(Order):
         """
         super().__init__(states_per_shard, seed, window)
         self._bucket_S, self._group = bucket_S, group
-        shards = np.repeat(np.arange(len(states_per_shard)), states_per_shard)
-        self._states_HB = np.zeros((len(states_per_shard), int(bucket_S.max()) + 1), dtype=np.int64)
-        np.add.at(self._states_HB, (shards, bucket_S), 1)
-        self._states_B = self._states_HB.sum(0)
-        self._flows = lru_cache(maxsize=4)(self._flow)
-        self._groups = lru_cache(maxsize=4)(self._fill)
-        # Asked for each state of a group, and for each of its micro-batches.
-        self._places = lru_cache(maxsize=4)(self._place)
-        self._named = lru_cache(maxsize=4)(self._name)
+        self._states_B = np.bincount(bucket_S)
+        # The queues before each epoch that is known.
+        self._queues: list[list[list[int]]] = [[[] for _ in self._states_B]]
+        # A batch, or the window ahead of it, may reach over the end of an epoch.
+        self._epoch = lru_cache(maxsize=3)(self._simulate)
 
     def state_at(self, position: int) -> int:
         """See the base class."""
-        epoch, index, place = self._places(position // self._group)
-        return int(self._groups(epoch, index)[0][place, position % self._group])
+        states, windows = self._epoch_of(position)
+        return int(states[position - windows[0].first])
 
     def window_at(self, position: int) -> Window:
         """The window whose states complete the group of a global position.
 
         Its ``shards`` are also those of earlier windows whose states have waited for one of its groups.
         """
-        epoch, index, _ = self._places(position // self._group)
-        return self._named(epoch, index)
-
-    def _name(self, epoch: int, index: int) -> Window:
-        """See :meth:`window_at`."""
-        first, stop = (int(number) * self._group for number in self._finished(epoch)[index : index + 2])
-        states = self._groups(epoch, index)[0].ravel()
-        own = self._windows(epoch)[0][index].shards
-        waited = set(np.searchsorted(self._first_states, np.unique(states), side="right") - 1) - set(own)
-        return Window(epoch, index, first, stop, (*own, *(int(shard) for shard in sorted(waited))))
+        windows = self._epoch_of(position)[1]
+        return windows[bisect_right(windows, position, key=lambda window: window.stop)]
 
     def positions_to_see_all(self) -> int:
         """See the base class: of a bucket smaller than a group, this takes several epochs."""
-        return max(self._seen(int(bucket)) for bucket in np.flatnonzero(self._states_B))
+        unseen, position = set(range(self.num_states)), 0
+        while unseen:
+            states, windows = self._epoch_of(position)
+            first = position - windows[0].first
+            unseen.difference_update(states[first : first + self._group].tolist())
+            position += self._group
+        return position
 
-    def _seen(self, bucket: int) -> int:
-        """The position after the group in which a bucket's last state comes for the first time."""
-        total = int(self._states_B[bucket])
-        number = -(-total // self._group) - 1  # of its groups, from 0
-        epoch, rank = divmod((number + 1) * self._group - 1, total)
-        before_WB = self._flows(epoch) - epoch * self._states_B
-        index = int(np.searchsorted(before_WB[:, bucket], rank, side="right")) - 1
-        within = number - int(self._flows(epoch)[index, bucket]) // self._group
-        place = int(np.flatnonzero(self._groups(epoch, index)[1] == bucket)[within])
-        return (int(self._finished(epoch)[index]) + place + 1) * self._group
+    def _finished(self, epoch: int) -> int:
+        """How many groups are complete before an epoch."""
+        return int((epoch * self._states_B // self._group).sum())
 
-    def _place(self, number: int) -> tuple[int, int, int]:
-        """Epoch and window in which the group of this number is completed, and which of the window's groups it is."""
-        epoch = number * self._group // self.num_states  # or a later one, since states wait
-        while self._finished(epoch)[-1] <= number:
+    def _epoch_of(self, position: int) -> tuple[np.ndarray, list[Window]]:
+        """What :meth:`_simulate` gives of the epoch in which the group of a global position is completed."""
+        epoch = position // self.num_states  # or a later one, since states wait
+        while self._finished(epoch + 1) <= position // self._group:
             epoch += 1
-        finished = self._finished(epoch)
-        index = int(np.searchsorted(finished, number, side="right")) - 1
-        return epoch, index, number - int(finished[index])
+        return self._epoch(epoch)
 
-    def _flow(self, epoch: int) -> np.ndarray:
-        """How many states of each bucket come before each of an epoch's windows, and before the next: [W + 1, B]."""
-        windows, _ = self._windows(epoch)
-        counts_WB = np.stack([self._states_HB[list(window.shards)].sum(0) for window in windows])
-        return epoch * self._states_B + np.concatenate([np.zeros_like(counts_WB[:1]), counts_WB.cumsum(0)])
-
-    def _finished(self, epoch: int) -> np.ndarray:
-        """How many groups are complete before each of an epoch's windows, and before the next: [W + 1]."""
-        return (self._flows(epoch) // self._group).sum(1)
-
-    def _fill(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The groups that a window completes: their states, int64 [groups, states of one], and buckets [groups]."""
-        states = self._states(self._windows(epoch)[0][index])
-        buckets = self._bucket_S[states]
-        found: list[tuple[int, int, np.ndarray]] = []
-        for bucket in np.unique(buckets).tolist():
-            places = np.flatnonzero(buckets == bucket)
-            waiting = int(self._flows(epoch)[index, bucket]) % self._group
-            if waiting + len(places) < self._group:
-                continue
-            queue = np.concatenate([self._last_before(epoch, index, bucket, waiting), states[places]])
-            stops = range(self._group, len(queue) + 1, self._group)
-            found += [(int(places[stop - waiting - 1]), bucket, queue[stop - self._group : stop]) for stop in stops]
-        found.sort(key=lambda group: group[0])
-        filled = [group for _, _, group in found]
-        return (
-            np.stack(filled) if filled else np.zeros((0, self._group), dtype=np.int64),
-            np.array([bucket for _, bucket, _ in found], dtype=np.int64),
-        )
-
-    def _last_before(self, epoch: int, index: int, bucket: int, number: int) -> np.ndarray:
-        """The last states of a bucket that come before a window, in their order: int64 [number]."""
-        parts: list[np.ndarray] = []
-        while number:
-            if index == 0:
-                epoch -= 1
-                index = len(self._windows(epoch)[0])
-            index -= 1
-            flow_W = self._flows(epoch)[index : index + 2, bucket]
-            if flow_W[0] == flow_W[1]:
-                continue
-            states = self._states(self._windows(epoch)[0][index])
-            parts.insert(0, states[self._bucket_S[states] == bucket][-number:])
-            number -= len(parts[0])
-        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+    def _simulate(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
+        """The states of the groups that an epoch completes, int64, and its windows with the positions of theirs."""
+        while len(self._queues) <= epoch:
+            self._simulate(len(self._queues) - 1)
+        queues = [queue.copy() for queue in self._queues[epoch]]
+        states: list[int] = []
+        windows: list[Window] = []
+        first = stop = self._finished(epoch) * self._group
+        for window in self._windows(epoch)[0]:
+            own = self._shuffle(window)
+            for state, bucket in zip(own.tolist(), self._bucket_S[own].tolist(), strict=True):
+                queues[bucket].append(state)
+                if len(queues[bucket]) == self._group:
+                    states += queues[bucket]
+                    queues[bucket].clear()
+            start, stop = stop, first + len(states)
+            read = np.unique(np.searchsorted(self._first_states, states[start - first :], side="right") - 1)
+            shards = tuple(dict.fromkeys([*window.shards, *read.tolist()]))
+            windows.append(replace(window, first=start, stop=stop, shards=shards))
+        if len(self._queues) == epoch + 1:
+            self._queues.append(queues)
+        return np.array(states, dtype=np.int64), windows
 
 
 def make_order(bucket_S: np.ndarray, states_per_shard: Sequence[int], seed: int, window: int, group: int) -> Order:
@@ -157,17 +121,3 @@ def make_order(bucket_S: np.ndarray, states_per_shard: Sequence[int], seed: int,
     if len(np.unique(bucket_S)) == 1:
         return Order(states_per_shard, seed, window)
     return BucketedOrder(bucket_S, states_per_shard, seed, window, group)
-
-
-def bucket_remark(bucket_S: np.ndarray, group: int) -> str | None:
-    """What to tell the user of several buckets."""
-    sizes = np.unique(bucket_S, return_counts=True)[1]
-    if len(sizes) == 1:
-        return None
-    rare = sizes[sizes < group]
-    waits = (
-        f"; of {len(rare)} there are fewer states than that, {rare.sum()} in all, which wait for later epochs"
-        if len(rare)
-        else ""
-    )
-    return f"latents of {len(sizes)} shapes, {group} states of one at a time{waits}"
