@@ -21,7 +21,7 @@ from acceptance.device import resident
 from acceptance.runner import Report
 from acceptance.training import around_steps, train
 from acceptance.world import PROMPT, World
-from smpo_trainer import run
+from smpo_trainer.train_loop import TrainLoop
 from smpo_trainer.trainer import Trainer
 
 _COMPARED = ("loss", "grad_norm", "drift")
@@ -39,7 +39,7 @@ def check_resume(world: World, report: Report) -> None:
             signal.raise_signal(signal.SIGTERM)
         return record
 
-    with around_steps(stop), patch.object(run._Run, "_save", _timed(run._Run._save, "writing", costs)):  # noqa: SLF001
+    with around_steps(stop), patch.object(TrainLoop, "_save", _timed(TrainLoop._save, "writing", costs)):  # noqa: SLF001
         records, status = train(world, "sd15", out, *flags)
     report.judge("steps when it was stopped", len(records), least=size.stop_after, most=size.stop_after)
     report.judge("exit status of the stopped run", status, least=128 + signal.SIGTERM, most=128 + signal.SIGTERM)
@@ -49,7 +49,7 @@ def check_resume(world: World, report: Report) -> None:
     seconds = median(size.pairs / each["pairs_per_second"] for each in records)
     stall = costs["writing"] / (costs["writing"] + 50 * seconds)
     report.note(stall_share_of_a_checkpoint_every_50_steps=stall)
-    with patch.object(run._Run, "_resume", _timed(run._Run._resume, "reading", costs)):  # noqa: SLF001
+    with patch.object(TrainLoop, "_resume", _timed(TrainLoop._resume, "reading", costs)):  # noqa: SLF001
         records, _ = train(world, "sd15", out, *flags)
     report.note(reading_seconds=costs["reading"])
     report.judge("memory added by reading, over the bytes", costs["reading bytes"] / written, most=2, on_cpu=False)

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from smpo_trainer.cli import main
 from smpo_trainer.output.checkpoints import Checkpoints
-from smpo_trainer.run import _Run
+from smpo_trainer.train_loop import TrainLoop
 from tests.trainer.helpers import dying_after
 
-train = _Run.train
+train = TrainLoop.train
 
 
 def train_and_tell(self, *given):
@@ -31,7 +31,7 @@ def train_and_tell(self, *given):
     return record
 
 
-_Run.train = train_and_tell
+TrainLoop.train = train_and_tell
 Checkpoints.save = dying_after(int(os.environ.get("POWER_CUT", "0")))
 PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 main()

@@ -1,4 +1,4 @@
-"""The training loop.
+"""A run's optimizer steps: forward, backward, update, and what a checkpoint holds of them.
 
 Shape suffixes: B a micro-batch of states, 2 images.
 """

@@ -3,9 +3,9 @@
 What is saved is whole, so that a run may go on cut up otherwise, or not at all. The same calls on a denoiser that is
 not cut up leave everything as it is.
 
-torch.distributed.checkpoint.state_dict is not used. It takes an optimizer step (learning rate 0) where the optimizer has
-no state yet, which counts in AdamW's bias correction if a run's first steps were skipped. Where it loads, it holds the
-moments on the device twice, so that a run that fits may not resume. A moving average is not a module.
+torch.distributed.checkpoint.state_dict is not used. It takes an optimizer step (learning rate 0) where the optimizer
+has no state yet, which counts in AdamW's bias correction if a run's first steps were skipped. Where it loads, it holds
+the moments on the device twice, so that a run that fits may not resume. A moving average is not a module.
 """
 
 from __future__ import annotations

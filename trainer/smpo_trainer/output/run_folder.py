@@ -12,12 +12,14 @@ from typing import Any
 from smpo_common.commandline import CONFIG_FILE
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
-from smpo_trainer.experiment import differing
-from smpo_trainer.model.policy import LORA_FILE, UNET_FOLDER
+from smpo_trainer.data.order import Plan
+from smpo_trainer.experiment import Experiment, differing
+from smpo_trainer.model.policy import LORA_FILE, UNET_FOLDER, Policy
 from smpo_trainer.monitoring.metrics import METRICS_FILE
 from smpo_trainer.monitoring.trackers import TENSORBOARD_FOLDER, WANDB_FOLDER
 from smpo_trainer.output.checkpoints import Checkpoints, read_state
 from smpo_trainer.output.skipped_steps import NONFINITE_FILE
+from smpo_trainer.preference.reward_mix import RewardMix
 from smpo_trainer.validation.images import VALIDATION_FOLDER
 
 TRAINING_FILE = "training.json"
@@ -149,3 +151,36 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a source tree that is not installed
             found[package] = "unknown"
     return found
+
+
+def training_summary(experiment: Experiment, policy: Policy, plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+    """What ``training.json`` says of how the run was made, besides versions."""
+    settings, shards = experiment.settings, experiment.shards
+    return {
+        "settings": identity,
+        "model": settings.model,
+        "kind": shards.model.kind,
+        "objective": experiment.objective.name,
+        "rewards": _described(experiment.mix) if experiment.mix else {},
+        "shards": [
+            {"path": source.name, "manifest_sha256": digest}
+            for source, digest in zip(shards.sources, shards.manifest_hashes(), strict=True)
+        ],
+        "starts_from_reference": policy.starts_from_reference,
+        "states": plan.num_states,
+        "states_per_step": plan.states_per_step,
+        "steps": settings.max_steps,
+        "epochs": settings.max_steps * plan.states_per_step / plan.num_states,
+    }
+
+
+def _described(mix: RewardMix) -> dict[str, Any]:
+    """Of each reward its weight, its model, and what its score differences were divided by in the mix."""
+    return {
+        name: {
+            "weight": weight,
+            "scale": mix.preference.scales[name],
+            **mix.statistics[name].model_dump(include={"model", "unit", "min", "max"}),
+        }
+        for name, weight in mix.preference.weights.items()
+    }
