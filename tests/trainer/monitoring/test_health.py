@@ -60,10 +60,6 @@ def by_heart(step: int) -> Record:
     return {"loss": 0.7 if step < 20 else 0.05, "rewards/accuracies": 0.95} | looked(lambda _: 0.6, step)
 
 
-def rising(step: int) -> Record:
-    return {"error_minus_reference/chosen": 0.021, "error_minus_reference/rejected": 0.04}
-
-
 def exploding(step: int) -> Record:
     return {"rewards/margins": 30.0 * (-1) ** step}
 
@@ -89,11 +85,6 @@ NO_HELD_OUT = {"num_held_out": 0}
     ("change", "settings", "wanted"),
     [
         (by_heart, {}, "the training loss is near 0 (0.05, at first 0.7) while the accuracy on held-out pairs"),
-        (
-            rising,
-            {},
-            "both images' errors rise together (of the reference's error: preferred image +105%, other +200%)",
-        ),
         (exploding, {}, "margins explode (mean 30 over 20 steps"),
         (guessing, {}, "the implicit accuracy on held-out pairs is at chance after the warm-up (0.50 over 500 states)"),
         (guessing_in_training, NO_HELD_OUT, "the implicit accuracy in training is at chance after the warm-up (0.50"),
@@ -111,7 +102,7 @@ def test_a_good_run_is_silent(settings: dict[str, float]) -> None:
     assert said(lambda _: {}, **settings) == []
 
 
-@pytest.mark.parametrize("change", [rising, exploding, guessing_in_training, one_band])
+@pytest.mark.parametrize("change", [exploding, guessing_in_training, one_band])
 def test_nothing_is_judged_too_early(change: Callable[[int], Record]) -> None:
     assert said(change, steps=WARM_UP + 19, **NO_HELD_OUT) == []
     assert said(change, steps=STEPS, warmup_steps=STEPS - 19, **NO_HELD_OUT) == []
@@ -127,8 +118,8 @@ def test_accuracies_and_bands_wait_for_enough_states() -> None:
 
 
 def test_what_looks_alike_is_silent() -> None:
-    # One image's error alone rises: the usual way of preference losses.
-    assert said(lambda _: {"error_minus_reference/rejected": 0.05}) == []
+    # Errors of both images that rise: such runs gained most in our measurements.
+    assert said(lambda _: {f"error_minus_reference/{image}": 0.05 for image in ("chosen", "rejected")}) == []
     # A loss near 0 that holds for others.
     assert said(lambda step: by_heart(step) | looked(lambda number: 0.6 + 0.3 * number / STEPS, step)) == []
     # Bands without states are the user's choice.
@@ -203,19 +194,12 @@ def test_a_good_tiny_run_is_silent(train: Train, sided: Path, capsys: pytest.Cap
     assert last["val/rewards/accuracies"] > 0.8  # it has learned
 
 
-@pytest.mark.parametrize(
-    ("wrong", "wanted"),
-    [
-        ({"lr": 0.03}, "both images' errors rise together"),
-        ({"beta": 1e-3, "lr": 1e-2}, "both images' errors rise together"),
-        ({"beta": 1e4, "lr": 1e-3}, "margins explode"),
-    ],
-)
-def test_tiny_runs_that_go_wrong(
-    train: Train, sided: Path, wrong: dict[str, float], wanted: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = train(on=sided, **GENTLE | wrong)
-    found = [warning for warning in warnings(out) if warning.startswith(wanted)]
+EXPLODING = {"beta": 1e4, "lr": 1e-3}
+
+
+def test_margins_of_a_tiny_run_that_explode(train: Train, sided: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = train(on=sided, **GENTLE | EXPLODING)
+    found = [warning for warning in warnings(out) if warning.startswith("margins explode")]
     assert len(found) == 1
     assert capsys.readouterr().out.count(f"WARNING: {found[0]}") == 1
 
@@ -229,7 +213,7 @@ def test_shuffled_labels_are_said_to_teach_nothing(train: Train, source: Path, m
 def test_a_run_that_goes_on_warns_as_the_uninterrupted(
     train: Train, sided: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**GENTLE, "lr": 0.03, "save_every": 6}
+    options = {**GENTLE, **EXPLODING, "save_every": 6}
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", dying_after(12))
         assert run_cli(patch, arguments(sided, model, tmp_path / "run", **options)) == 2

@@ -15,7 +15,7 @@ from smpo_trainer.monitoring.bands import banded_name, bands
 from smpo_trainer.monitoring.metrics import Record
 
 MIN_STEPS = 20
-"""Steps after the warm-up over which errors and margins are averaged."""
+"""Steps after the warm-up over which losses and margins are averaged."""
 
 MIN_STATES = 1000
 """States after the warm-up over which accuracies and bands are averaged, at least: fewer tell nothing from chance."""
@@ -31,10 +31,6 @@ STANDING_STILL = 0.03
 
 HELD_OUT_BEHIND = 0.1
 """And only matters if it is behind the accuracy in training by this."""
-
-RISEN_ERROR = 1.0
-"""Share of the reference's error by which both images' errors must have risen: they have doubled. The demo's good run
-reached 0.6 for the preferred image and 0.9 for the other."""
 
 EXPLODED_MARGIN = 10.0
 """Mean absolute margin. At 10 a pair is decided to 1 in 20 000; good runs end near 1."""
@@ -87,7 +83,7 @@ class Health:
         self._looks: deque[float] = deque(maxlen=MIN_LOOKS)
         self._first_look: float | None = None
         self._first_loss: float | None = None
-        self._rules: list[Rule] = [self._memorises, self._forgets]
+        self._rules: list[Rule] = [self._memorises]
         if uses_reference:
             self._rules += [self._explodes, self._guesses, self._one_band]
         self.warnings: list[str] = []
@@ -127,21 +123,6 @@ class Health:
             f"the training loss is near 0 ({loss:.2g}, at first {self._first_loss:.2g}) while the accuracy on held-out "
             f"pairs stands still ({held_out:.2f}, at first {self._first_look:.2f}): the run learns its pairs by heart; "
             "stop earlier, lower --lr, or train on more pairs"
-        )
-
-    def _forgets(self, recent: Sequence[Record]) -> str | None:
-        """Both images' errors rising together."""
-        reference = mean(recent, "error/image_0", "error/image_1") - mean(
-            recent, "error_minus_reference/image_0", "error_minus_reference/image_1"
-        )
-        chosen, rejected = (
-            mean(recent, f"error_minus_reference/{image}") / reference for image in ("chosen", "rejected")
-        )
-        if not (chosen > RISEN_ERROR and rejected > RISEN_ERROR):
-            return None
-        return (
-            f"both images' errors rise together (of the reference's error: preferred image {chosen:+.0%}, other "
-            f"{rejected:+.0%}): the model forgets how to denoise; lower --lr, raise --beta, or set --budget"
         )
 
     def _explodes(self, recent: Sequence[Record]) -> str | None:
@@ -189,7 +170,7 @@ class Health:
         )
 
 
-def mean(records: Iterable[Record], *names: str) -> float:
-    """Mean of what the records have of these metrics; NaN where none has any."""
-    values = [value for record in records for name in names if (value := record.get(name)) is not None]
+def mean(records: Iterable[Record], name: str) -> float:
+    """Mean of what the records have of a metric; NaN where none has any."""
+    values = [value for record in records if (value := record.get(name)) is not None]
     return sum(values) / len(values) if values else math.nan
