@@ -116,11 +116,8 @@ def _train(
     last = loop.train(noise, checkpoint)
     if loop.stopped_by:
         return loop.stopped_by
-    found = {
-        "warnings": loop.health.warnings,
-        "metrics": last,
-    }
-    on_main(accelerator, lambda: output.finish({**training_summary(experiment, policy, plan, identity), **found}))
+    made = training_summary(experiment, policy, plan, identity)
+    on_main(accelerator, lambda: output.finish({**made, "warnings": loop.health.warnings, "metrics": last}))
     report.say(f"saved {settings.out / (LORA_FILE if policy.lora_rank else UNET_FOLDER)}")
     return 0
 
