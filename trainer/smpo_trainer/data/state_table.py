@@ -152,9 +152,8 @@ def index_states(
     if len(trajectory_S) == 0:
         raise UserError(
             f"no pair is left to train on: of {num_trajectories} trajectories {int(usable_P.sum())} have "
-            f"{objective.needs}"
-            f"{' and a weight' if weights else ''}, as "
-            f"--objective {objective.name} needs, and of their states none is within {_range(low, high)}"
+            f"{objective.needs}{' and a weight' if weights else ''}, as --objective {objective.name} needs, and of "
+            f"their states none is within {_range(low, high)}"
         )
     say(
         f"{len(trajectory_S)} of {len(trajectories.timestep_A)} states of {num_trajectories} trajectories "

@@ -40,7 +40,6 @@ class Report:
     """Speaks for the main process only. Between ``start`` and ``stop`` there is a progress bar."""
 
     def __init__(self, *, is_main: bool) -> None:
-        self._is_main = is_main
         self._console = _Console(highlight=False, soft_wrap=True, quiet=not is_main)
         self._progress = Progress(
             BarColumn(bar_width=_BAR_WIDTH),
