@@ -73,11 +73,13 @@ class BucketedOrder(Order):
 
     def positions_to_see_all(self) -> int:
         """See the base class: of a bucket smaller than a group, this takes several epochs."""
-        unseen, position = set(range(self.num_states)), 0
-        while unseen:
+        unseen_S, left, position = np.ones(self.num_states, dtype=bool), self.num_states, 0
+        while left:
             states, windows = self._epoch_of(position)
             first = position - windows[0].first
-            unseen.difference_update(states[first : first + self._group].tolist())
+            group = np.unique(states[first : first + self._group])
+            left -= int(unseen_S[group].sum())
+            unseen_S[group] = False
             position += self._group
         return position
 
