@@ -39,6 +39,7 @@ class _OneRay(LoadFileScheduling):
         return "ray" if file in ON_ONE_RAY else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> _OneRay:
     """What ``--dist loadfile`` does, but for the files of :data:`ON_ONE_RAY`."""
     return _OneRay(config, log)
