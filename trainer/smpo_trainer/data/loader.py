@@ -72,8 +72,8 @@ class StateBatch:
 class StateDataset(Dataset[State | UserError]):
     """The states of a table by their number.
 
-    What is wrong with a state is returned, not raised: an exception in a loader process would come out of it with that
-    process's traceback in its message.
+    What is wrong with a state, or is known of it before it is read, is returned, not raised: an exception in a loader
+    process would come out of it with that process's traceback in its message.
 
     Attributes:
         ref_error_S2: float32 [S, 2] to give instead of the stored reference errors; None: those.
@@ -87,7 +87,9 @@ class StateDataset(Dataset[State | UserError]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int) -> State | UserError:
+    def __getitem__(self, index: int | UserError) -> State | UserError:
+        if isinstance(index, UserError):
+            return index
         try:
             return self._read(index)
         except UserError as error:
@@ -186,8 +188,8 @@ class Feed:
         for batch in loader:
             yield require_batch(batch)
 
-    def _brought(self, first_step: int, last_step: int) -> Iterator[list[int]]:
-        """The states of each micro-batch, given out when their shards are here.
+    def _brought(self, first_step: int, last_step: int) -> Iterator[Sequence[int | UserError]]:
+        """The states of each micro-batch, given out when their shards are here; what is wrong with one of these.
 
         One window of shards is fetched ahead of the one in use, and the one before is kept for batches under way.
         """
@@ -203,8 +205,12 @@ class Feed:
                 for each in (window, *ahead):
                     self._store.expect(self._needed(each, max(each.first, first), end))
             states = self.plan.states(positions)
-            self._store.require(sorted({order.shard_of(state) for state in states}))
-            yield states
+            try:
+                self._store.require(sorted({order.shard_of(state) for state in states}))
+            except UserError as error:
+                yield [error]  # raised when this batch is due: steps before it are made, though it is read ahead
+            else:
+                yield states
 
     def _needed(self, window: Window, first: int, end: int) -> set[int]:
         """The shards of a window that this process reads between two global positions."""
