@@ -7,7 +7,7 @@ DEMO := demo
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-fast chaos fuzz lint format bench gpu-acceptance clean
+.PHONY: help setup demo test test-fast chaos fuzz lint docs format bench gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -60,11 +60,15 @@ chaos: $(READY) ## Training and 50 runs of stages 1 and 2, killed at random mome
 	SMPO_KILLS=20 $(BIN)/python -m pytest -q -m long
 	$(BIN)/python -m tests.chaos --runs 50
 
-lint: $(READY) ## ruff, mypy, import-linter
+lint: $(READY) ## ruff, mypy, import-linter; is docs/reference/cli.md up to date?
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/reference/generate_cli.py --check
+
+docs: $(READY) ## Write docs/reference/cli.md from the commands
+	$(BIN)/python docs/reference/generate_cli.py
 
 format: $(READY) ## Format and mend what ruff can
 	$(BIN)/ruff format .

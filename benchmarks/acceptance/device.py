@@ -35,7 +35,7 @@ class Device(ABC):
     Attributes:
         name: ``cuda`` or ``cpu``, as torch and our flags call it.
         judges_rates: whether rates and memory of this device are what the checks want to know.
-        trains_in_fp16: whether smpo-train takes ``--mixed-precision fp16`` here.
+        trains_in_fp16: whether smpo-train takes ``--dtype fp16`` here.
         fsdp: environment that has accelerate cut up a denoiser in a single process; empty where it does not.
         profiler_name: as the profiler's times call it.
         rounds, turns, warm_up: of :meth:`seconds`: rounds, and in each turns that count and such before them.

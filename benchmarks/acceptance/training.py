@@ -38,7 +38,7 @@ def arguments(world: World, shape: str, out: Path, *flags: object, precision: st
     """Of smpo-train, for a run whose steps change the weights little."""
     fixed = ["--shards", world.work / f"shards-{shape}", "--model", world.model(shape), "--out", out]
     fixed += ["--device", world.device.name]
-    fixed += ["--mixed-precision", precision, "--warmup-steps", 0, "--lr", 1e-6, "--workers", 2]
+    fixed += ["--dtype", precision, "--warmup-steps", 0, "--lr", 1e-6, "--workers", 2]
     return [str(each) for each in (*fixed, *flags)]
 
 
@@ -52,7 +52,7 @@ def train(
         shape: of the model.
         out: of the run.
         flags: further ones.
-        precision: of ``--mixed-precision``.
+        precision: of ``--dtype``.
         leave_before: the number of the step at which the run is left, so that nothing is saved: 10 GB of SD 1.5, 30 of
             SDXL.
     """

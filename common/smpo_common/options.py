@@ -221,7 +221,7 @@ def _parameter(name: str, field: FieldInfo, group: str | None, flag: Flag) -> in
         option = typer.Option(names, callback=flag.eager, is_eager=flag.eager is not None, **shown, **bounds)
     required = field.is_required()
     default = inspect.Parameter.empty if required else field.get_default(call_default_factory=True)
-    if isinstance(default, Sequence) and not isinstance(default, str):
+    if isinstance(default, (Sequence, Mapping)) and not isinstance(default, str):
         default = list(default) or None
     if default is None:
         kind = kind | None

@@ -131,6 +131,7 @@ def test_help_shows_groups_defaults_choices_and_examples(run):
         assert part in said
     assert "Example: train --steps 3" in said
     assert "--secret" not in said
+    assert "{}" not in said
 
 
 @pytest.mark.parametrize(

@@ -246,9 +246,14 @@ def resolve_settings(monkeypatch: pytest.MonkeyPatch, args: Sequence[str]) -> Tr
     """What ``smpo-train`` makes of these arguments, before it looks at any file."""
     found: list[TrainSettings] = []
     with monkeypatch.context() as patch:
-        patch.setattr("smpo_trainer.run.run_training", lambda settings, _write: found.append(settings))
+        patch.setattr("smpo_trainer.run.run_training", found.append)
         assert run_cli(patch, args) == 0
     return found[0]
+
+
+def make_settings(**values: Any) -> TrainSettings:
+    """Settings made in Python, with these values of flags."""
+    return TrainSettings(shards=("shards",), model="model", out=Path("out")).replace(**values)
 
 
 def with_manifest(shards: Path, directory: Path, *, kind: str | None = None, **inversion: Any) -> Path:

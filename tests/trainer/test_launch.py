@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from smpo_models import devices
 from smpo_trainer import launch
+from smpo_trainer.settings import Device
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, run_cli
+from tests.trainer.helpers import arguments, make_settings, run_cli
 from tests.trainer.output.test_resume import ENVIRONMENT, TWO_PROCESSES
 
 Refused = Callable[..., str]
@@ -45,10 +47,34 @@ def refused(
 
 
 def test_the_device_and_the_precision_are_said_first(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    train(max_steps=1, mixed_precision="bf16")
+    train(max_steps=1, dtype="bf16")
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("device: cpu")
-    assert "bf16" in first
+    assert "dtype: bf16" in first
+
+
+@pytest.mark.parametrize(
+    ("launched", "device", "gpu", "dtype"),
+    [
+        (None, None, "no GPU", "fp32"),
+        (None, None, "bfloat16", "bf16"),
+        (None, None, "no bfloat16", "fp32"),
+        (None, "cpu", "bfloat16", "fp32"),
+        ("no", None, "bfloat16", "fp32"),
+        ("fp16", None, "bfloat16", "fp16"),
+    ],
+)
+@pytest.mark.usefixtures("unasked")
+def test_the_dtype_that_nobody_chose(
+    launched: str | None, device: Device | None, gpu: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu != "no GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: gpu == "bfloat16")
+    assert launch.choose_dtype(make_settings(device=device)).compute.dtype == dtype
+    assert launch.choose_dtype(make_settings(device=device, dtype="fp16")).compute.dtype == "fp16"
 
 
 @pytest.mark.usefixtures("unasked")
@@ -120,12 +146,12 @@ def test_the_precision_of_accelerate_launch_is_taken(
     train: Train, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def precision(out: Path) -> str:
-        return str(yaml.safe_load((out / "config.yaml").read_text())["mixed_precision"])
+        return str(yaml.safe_load((out / "config.yaml").read_text())["dtype"])
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     out = train("launched", max_steps=1)
     assert precision(out) == "bf16"
-    assert precision(train("flag", max_steps=1, mixed_precision="no")) == "no"
+    assert precision(train("flag", max_steps=1, dtype="fp32")) == "fp32"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert precision(train("config", config=out / "config.yaml", max_steps=1)) == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
@@ -141,14 +167,16 @@ def test_without_a_compiler_compiling_is_refused_before_training(
 
 
 _TIMEOUT = """
-from types import SimpleNamespace
+from pathlib import Path
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_group
 
 from smpo_trainer.launch import make_accelerator
+from smpo_trainer.settings import TrainSettings
 
-make_accelerator(SimpleNamespace(device="cpu", mixed_precision="no", tf32=False, compile=False))
+settings = TrainSettings(shards=("shards",), model="model", out=Path("out"))
+make_accelerator(settings.replace(device="cpu", dtype="fp32"))
 print(_get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from smpo_trainer import trainer as loop
 from smpo_trainer.memory import remedies
 from smpo_trainer.model.denoising_error import pair_errors
-from tests.trainer.helpers import arguments, run_cli
+from tests.trainer.helpers import arguments, make_settings, run_cli
 
 RAN_OUT = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 80 GiB"),
@@ -49,7 +48,7 @@ def test_one_line_says_what_to_try(
     said = capsys.readouterr().err.strip()
     assert said.count("\n") == 0
     assert "cpu" in said
-    for flags in ("--batch-size 3 --grad-accum 6", "--mixed-precision bf16", "--optimizer adafactor"):
+    for flags in ("--batch-size 3 --grad-accum 6", "--dtype bf16", "--optimizer adafactor"):
         assert flags in said
     assert "--gradient-checkpointing" not in said
 
@@ -63,10 +62,9 @@ def test_other_errors_keep_their_traceback(
 
 
 def test_a_smaller_batch_divides_the_batch() -> None:
-    given = SimpleNamespace(
+    given = make_settings(
         batch_size=9, grad_accum=2, gradient_checkpointing=True, text="cache", reference="auto", lora_rank=4,
-        mixed_precision="bf16", optimizer="adamw",
+        dtype="bf16", optimizer="adamw",
     )  # fmt: skip
     assert remedies(given)[0] == "--batch-size 3 --grad-accum 6"
-    given.batch_size = 1
-    assert not any(remedy.startswith("--") for remedy in remedies(given))
+    assert not any(remedy.startswith("--") for remedy in remedies(given.replace(batch_size=1)))

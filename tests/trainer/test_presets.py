@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from smpo_common.options import fields_of
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.presets import PRESETS
+from smpo_trainer.settings import TrainSettings
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, make_shards, resolve_settings, run_cli, with_manifest
 from tests.trainer.preference.test_reward_mix import table
 
 Resolve = Callable[..., Experiment]
 
-DPO = {"scale_lr": True, "lr": 1e-8, "mixed_precision": "fp16", "lora_rank": None}
+DPO = {"scale_lr": True, "lr": 1e-8, "dtype": "fp16", "lora_rank": None}
 NPO = {"scale_lr": False, "lr": 5e-6, "lora_rank": 8, "optimizer": "adamw8bit", "warmup_steps": 0, "max_steps": 2000}
 SD15, SDXL = {"optimizer": "adamw"}, {"optimizer": "adafactor", "gradient_checkpointing": True}
 PUBLISHED: dict[str, dict[str, object]] = {
@@ -27,10 +29,9 @@ PUBLISHED: dict[str, dict[str, object]] = {
     "dpo-sdxl": {**DPO, **SDXL, "objective": "dpo", "beta": 5000, "max_steps": 2000, "warmup_steps": 200},
     "inpo-sd15": {**DPO, **SD15, "objective": "dpo", "beta": 2000, "max_steps": 400, "warmup_steps": 200},
     "inpo-sdxl": {**DPO, **SDXL, "objective": "dpo", "beta": 5000, "max_steps": 400, "warmup_steps": 200},
-    "dmpo-sd15": {**DPO, "objective": "dmpo", "beta": 2000, "max_steps": 2000, "warmup_steps": 500}
-    | {"mixed_precision": "bf16"},
+    "dmpo-sd15": {**DPO, "objective": "dmpo", "beta": 2000, "max_steps": 2000, "warmup_steps": 500} | {"dtype": "bf16"},
     "dmpo-sdxl": {**DPO, "objective": "dmpo", "beta": 6000, "max_steps": 2000, "warmup_steps": 500}
-    | {"mixed_precision": "bf16", "lr": 1e-9},
+    | {"dtype": "bf16", "lr": 1e-9},
     "mapo-sdxl": {"objective": "mapo", "lr": 1e-5, "scale_lr": False, "optimizer": "adamw8bit", "max_steps": 2000},
     "capo-sdxl": {"objective": "capo", "preference": "winrate"},
     "npo-sd15": {**NPO, "objective": "npo", "beta": 1000},
@@ -72,15 +73,14 @@ def test_settings_are_the_published_ones(
     on = with_manifest(shards, tmp_path / "shards", kind=kind)
     scores = {"scores": table(tmp_path / "scores", on, names=("taste",))} if name == "capo-sdxl" else {}
     experiment = resolve(name, on, **scores)
-    settings = experiment.settings
-    found = {field: getattr(settings, field) for field in PUBLISHED[name]}
-    assert found == PUBLISHED[name]
-    assert (settings.lr_schedule, settings.weight_decay, settings.max_grad_norm) == ("constant", 0.01, 1.0)
+    settings = experiment.settings.flat_values()
+    assert {field: settings[field] for field in PUBLISHED[name]} == PUBLISHED[name]
+    assert (settings["lr_schedule"], settings["weight_decay"], settings["max_grad_norm"]) == ("constant", 0.01, 1.0)
     if "beta" in PUBLISHED[name]:  # ... which is also what the objective takes by itself
         assert experiment.objective.resolve_beta(None, kind) == PUBLISHED[name]["beta"]
     pairs = PAIRS.get(name.split("-", maxsplit=1)[0])
     if pairs:
-        assert settings.batch_size * settings.grad_accum * 8 == PRESETS[name].pairs == pairs
+        assert settings["batch_size"] * settings["grad_accum"] * 8 == PRESETS[name].pairs == pairs
     assert PRESETS[name].kind == kind
     published = {**experiment.objective.published_shards, **PRESETS[name].shards}
     assert published.items() >= SHARDS.get(name, {}).items()
@@ -92,9 +92,9 @@ def test_numbers_of_the_objectives_own(resolve: Resolve, shards: Path, tmp_path:
     assert (mapo.margin_weight, mapo.scale) == (0.1, 0.5)
     capo = resolve("capo-sdxl", shards, scores=table(tmp_path / "scores", shards, names=("taste",)))
     assert (capo.weighting.kind, capo.weighting.bias) == ("sigmoid", 1.5)
-    npo = resolve("npo-sd15", shards).settings
+    npo = resolve("npo-sd15", shards).settings.steps
     assert npo.batch_size * npo.grad_accum == 64
-    npo = resolve("npo-sdxl", shards).settings
+    npo = resolve("npo-sdxl", shards).settings.steps
     assert npo.batch_size * npo.grad_accum == 60
 
 
@@ -128,14 +128,47 @@ def test_an_unknown_preset_is_one_line(
     assert all(name in error for name in PUBLISHED)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_keys_are_flags(name: str) -> None:
+    flags = {flag for flag, *_ in fields_of(TrainSettings)}
+    assert PRESETS[name].flags.keys() <= flags
+
+
+def test_a_preset_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(monkeypatch, ["--show-preset", "smpo-sdxl"]) == 0
+    said = capsys.readouterr().out
+    assert "sdxl" in said
+    for part in ("--objective smpo", "--beta 5000", "--lr 1e-08 --scale-lr", "--reward-range pickscore=0.1", "--dtype"):
+        assert part in said
+    for part in ("--source renoise", "--steps 10", "--renoise-steps 1", "--prompt-dropout 0.2"):
+        assert part in said
+    # What the objective's own shards were made with, too.
+    assert run_cli(monkeypatch, ["--show-preset", "capo-sdxl"]) == 0
+    assert "--forward-noise image" in capsys.readouterr().out
+    assert run_cli(monkeypatch, ["--show-preset", "smpo"]) == 2
+    assert "--preset smpo is not known" in capsys.readouterr().err
+
+
+def test_what_a_preset_shows_is_what_it_does(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in PRESETS:
+        assert run_cli(monkeypatch, ["--show-preset", name]) == 0
+        (line,) = (each for each in capsys.readouterr().out.splitlines() if each.startswith("smpo-train: "))
+        given = ["--shards", str(shards), "--model", str(model), "--out", str(tmp_path)]
+        shown = resolve_settings(monkeypatch, [*given, *line.split()[1:]])
+        preset = resolve_settings(monkeypatch, [*given, "--preset", name])
+        assert shown.replace(preset=name).model_dump() == preset.model_dump()
+
+
 def test_a_preset_is_overridden_by_flags_and_config_files(train: Train, tmp_path: Path) -> None:
     small = {"lr": None, "warmup_steps": None, "batch_size": None, "max_steps": 1, "grad_accum": 2}
-    out = train("flags", preset="smpo-sdxl", mixed_precision="no", beta=100, **small)
+    out = train("flags", preset="smpo-sdxl", dtype="fp32", beta=100, **small)
     settings = json.loads((out / "training.json").read_text())["settings"]
     assert (settings["optimizer"], settings["beta"], settings["warmup_steps"]) == ("adafactor", 100, 100)
     assert settings["lr"] == pytest.approx(2e-8)
     config = tmp_path / "config.yaml"
-    config.write_text("beta: 300\nmixed_precision: 'no'\n")
+    config.write_text("beta: 300\ndtype: fp32\n")
     for order in (
         ["--config", str(config), "--preset", "smpo-sd15"],
         ["--preset", "smpo-sd15", "--config", str(config)],

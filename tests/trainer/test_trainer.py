@@ -60,7 +60,7 @@ def test_shards_in_bfloat16_begin_at_ln_2(train: Train, tmp_path: Path, model: P
 
 @pytest.mark.parametrize("beta", [20, 2000, 50_000])
 def test_bf16_begins_at_ln_2(train: Train, beta: float) -> None:
-    out = train(mixed_precision="bf16", beta=beta, max_steps=1)
+    out = train(dtype="bf16", beta=beta, max_steps=1)
     first = metrics(out)[0]
     assert first["loss"] == pytest.approx(LN2, abs=5e-3)
     assert (abs(first["reference_noise/loss"]) > 5e-3) == (beta > 20)
@@ -68,10 +68,10 @@ def test_bf16_begins_at_ln_2(train: Train, beta: float) -> None:
 
 
 def test_a_loud_stored_reference_is_warned_of(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    loud = metrics(train("loud", mixed_precision="bf16", reference="stored", max_steps=1))[0]
+    loud = metrics(train("loud", dtype="bf16", reference="stored", max_steps=1))[0]
     assert "WARNING: margins grow" in capsys.readouterr().out
     assert loud["loss"] - LN2 == pytest.approx(loud["reference_noise/loss"], abs=1e-6)
-    train("quiet", mixed_precision="bf16", reference="stored", beta=20, max_steps=1)
+    train("quiet", dtype="bf16", reference="stored", beta=20, max_steps=1)
     assert "WARNING" not in capsys.readouterr().out
 
 

@@ -82,11 +82,11 @@ def generate(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
     return pipeline("a cat", num_inference_steps=2, output_type="np", generator=generator).images
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_cached_text_equals_live_to_the_bit(
-    train: Train, xl: Path, xl_shards: Path, tmp_path: Path, mixed_precision: str
+    train: Train, xl: Path, xl_shards: Path, tmp_path: Path, dtype: str
 ) -> None:
-    options = {"on": xl_shards, "base": xl, "mixed_precision": mixed_precision, "max_steps": 2}
+    options = {"on": xl_shards, "base": xl, "dtype": dtype, "max_steps": 2}
     live = train("live", **options)
     cached = train("cached", text="cache", cache=tmp_path / "cache", **options)
     for name in ("loss", "grad_norm"):
@@ -97,5 +97,5 @@ def test_validation_images_are_drawn(train: Train, xl: Path, xl_shards: Path, tm
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
     drawing = {"validation_prompts": prompts, "validation_sampling_steps": 2}
-    out = train(on=xl_shards, base=xl, max_steps=1, mixed_precision="bf16", **drawing)
+    out = train(on=xl_shards, base=xl, max_steps=1, dtype="bf16", **drawing)
     assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-000000.png", "step-000001.png"]

@@ -21,6 +21,27 @@ from smpo_trainer.preference.reward_mix import RewardMix, resolve_mix
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shards.shard_set import ShardSet, open_shards
 
+_IDENTITY = (
+    "objective",
+    "budget",
+    "max_steps",
+    "optimizer",
+    "warmup_steps",
+    "lr_schedule",
+    "weight_decay",
+    "max_grad_norm",
+    "ema_decay",
+    "lora_rank",
+    "seed",
+    "shuffle_window",
+    "dtype",
+    "reference",
+    "min_timestep",
+    "max_timestep",
+    "val_fraction",
+)
+"""Flags that decide the numbers of a run by their values alone."""
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -47,18 +68,18 @@ class Experiment:
     @property
     def uses_reference(self) -> bool:
         """Whether the loss depends on the reference; without, the reference only serves what is logged."""
-        return self.objective.uses_reference or self.settings.budget is not None
+        return self.objective.uses_reference or self.settings.loss.budget is not None
 
     def pair_loss(self, process: Process) -> PairLoss:
         """The objective with everything that the settings combine with it."""
-        settings = self.settings
-        return PairLoss(self.objective, process, self.weighting, settings.budget, settings.budget_weight)
+        loss = self.settings.loss
+        return PairLoss(self.objective, process, self.weighting, loss.budget, loss.budget_weight)
 
     def _group(self, states_per_step: int) -> dict[str, int]:
         """Where images have several sizes, how many states are of one at a time: it decides their order."""
         if len(self.shards.image_sizes()) == 1:
             return {}
-        return {"states of one shape at a time": group_size(states_per_step, self.settings.batch_size)}
+        return {"states of one shape at a time": group_size(states_per_step, self.settings.steps.batch_size)}
 
     def describe(self, states_per_step: int) -> list[str]:
         """What is trained on, and how, with what nobody asked for by name: lines for the user."""
@@ -70,14 +91,15 @@ class Experiment:
         learns_from = "labels"
         if self.mix:
             weights = " ".join(f"{name}:{weight:g}" for name, weight in self.mix.preference.weights.items())
-            learns_from = f"--reward {weights} by --preference {settings.preference}"
+            learns_from = f"--reward {weights} by --preference {settings.rewards.preference}"
         emptied = _percent(each.prompt_dropout for each in made)
         mirrored = _percent(each.hflip / 2 for each in made)
-        lr = f"{settings.peak_lr(states_per_step):g} ({settings.lr_schedule}, warm-up {settings.warmup_steps} steps)"
+        optimizer, peak_lr = settings.optimizer, settings.peak_lr(states_per_step)
+        lr = f"{peak_lr:g} ({optimizer.lr_schedule}, warm-up {optimizer.warmup_steps} steps)"
         return [
             f"shards: {pairs} pairs at {sizes}; trajectories: {emptied} are without their prompt, {mirrored} mirrored",
             f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{own}",
-            f"steps: {settings.max_steps} of {states_per_step} pairs; {settings.optimizer}, learning rate {lr}",
+            f"steps: {settings.steps.max_steps} of {states_per_step} pairs; {optimizer.optimizer}, learning rate {lr}",
         ]
 
     def identity(self, states_per_step: int) -> dict[str, Any]:
@@ -86,39 +108,23 @@ class Experiment:
         Batch size, accumulation and processes count only by their product: the order of the states and the loss, a
         mean over the product, do not depend on the parts.
         """
-        settings = self.settings
+        settings, values = self.settings, self.settings.flat_values()
         return {
             "shards": self.shards.manifest_hashes(),
-            "objective": settings.objective,
+            **{name: values[name] for name in _IDENTITY},
             **(self.mix.identity() if self.mix else {}),
             "beta": self.objective.options.beta,
             "gamma": self.objective.options.gamma,
             **{name: getattr(self.objective.options, name) for name in self.objective.options.own()},
             **self.weighting.identity(),
-            "budget": settings.budget,
-            "budget_weight": settings.budget_weight if settings.budget is not None else None,
+            "budget_weight": values["budget_weight"] if values["budget"] is not None else None,
             "weight_column": self.weights.identity() if self.weights else None,
-            "max_steps": settings.max_steps,
             "batch_size x grad_accum x processes": states_per_step,
             **self._group(states_per_step),
-            "optimizer": settings.optimizer,
             "lr": settings.peak_lr(states_per_step),
-            "warmup_steps": settings.warmup_steps,
-            "lr_schedule": settings.lr_schedule,
-            "weight_decay": settings.weight_decay,
-            "max_grad_norm": settings.max_grad_norm,
-            "ema_decay": settings.ema_decay,
-            "lora_rank": settings.lora_rank,
-            "unet": _fingerprint(settings.model, settings.unet) if settings.unet else None,
-            "seed": settings.seed,
-            "shuffle_window": settings.shuffle_window,
-            "mixed_precision": settings.mixed_precision,
-            "tf32": settings.tf32 or None,
-            "compile": settings.compile or None,
-            "reference": settings.reference,
-            "min_timestep": settings.min_timestep,
-            "max_timestep": settings.max_timestep,
-            "val_fraction": settings.val_fraction,
+            "unet": _fingerprint(settings.model, settings.denoiser.unet) if settings.denoiser.unet else None,
+            "tf32": values["tf32"] or None,
+            "compile": values["compile"] or None,
         }
 
 
@@ -128,30 +134,31 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     Raises:
         UserError: one of them is not there, or they do not belong together.
     """
-    if settings.wandb_project:
-        import_wandb(settings.wandb_project)  # hours before its first use
-    kind = find_objective(settings.objective)
-    shards = open_shards(settings.shards, settings.cache)
-    mix = resolve_mix(settings, shards, say) if kind.uses_rewards else None
-    scores_unused = settings.scores and not settings.weight_column
-    if mix is None and (settings.rewards or scores_unused or settings.calibration or settings.reward_ranges):
+    if settings.output.wandb_project:
+        import_wandb(settings.output.wandb_project)  # hours before its first use
+    rewards, loss = settings.rewards, settings.loss
+    kind = find_objective(loss.objective)
+    shards = open_shards(settings.shards, settings.data.cache_folder)
+    mix = resolve_mix(rewards, settings.preset, shards, say) if kind.uses_rewards else None
+    scores_unused = rewards.scores and not rewards.weight_column
+    if mix is None and (rewards.reward or scores_unused or rewards.calibration or rewards.reward_range):
         say(f"--objective {kind.name} learns from labels: flags about rewards and scores are not used")
-    weights = read_pair_weights(settings.scores, settings.weight_column) if settings.weight_column else None
+    weights = read_pair_weights(rewards.scores, rewards.weight_column) if rewards.weight_column else None
     options = kind.Options.parse(
         kind.name,
-        settings.objective_options,
-        beta=kind.resolve_beta(settings.beta, shards.model.kind),
-        gamma=settings.gamma,
+        loss.objective_option,
+        beta=kind.resolve_beta(loss.beta, shards.model.kind),
+        gamma=loss.gamma,
         num_train_timesteps=shards.model.num_train_timesteps,
     )
     weighting = TimestepWeighting(
-        settings.timestep_weighting or kind.timestep_weighting,
-        settings.snr_gamma,
-        kind.sigmoid_bias if settings.sigmoid_bias is None else settings.sigmoid_bias,
+        loss.timestep_weighting or kind.timestep_weighting,
+        loss.snr_gamma,
+        kind.sigmoid_bias if loss.sigmoid_bias is None else loss.sigmoid_bias,
     )
-    prompts = _read_prompts(settings.validation_prompts) if settings.validation_prompts else []
+    prompts = _read_prompts(settings.images.validation_prompts) if settings.images.validation_prompts else []
     experiment = Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
-    if not experiment.uses_reference and settings.reference == "live":
+    if not experiment.uses_reference and settings.compute.reference == "live":
         say(f"--objective {kind.name} needs no reference: --reference live only serves what is logged")
     return experiment
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import cast, get_args
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from smpo_common.errors import UserError
 from smpo_models.devices import gpus_are_hidden, no_gpu, refuse_silent_cpu
 from smpo_trainer.model.fsdp import fsdp_plugin
-from smpo_trainer.settings import Device, TrainSettings
+from smpo_trainer.settings import ComputeOptions, Device, Dtype, TrainSettings
 
 _TIMEOUT = timedelta(hours=6)
 """How long a process waits for the others. They wait for what one does alone (loading over a slow network, encoding all
@@ -30,8 +31,32 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """A process's number, by the launchers that accelerate knows."""
 
 
+def choose_dtype(settings: TrainSettings) -> TrainSettings:
+    """The same settings with a dtype: the flag's, or what `accelerate launch` says, or what suits the device.
+
+    Raises:
+        UserError: accelerate is configured for a precision that is not supported.
+    """
+    if settings.compute.dtype is not None:
+        return settings
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    dtype = {"no": "fp32", None: "bf16" if _has_bf16(settings.compute.device) else "fp32"}.get(launched, launched)
+    if dtype not in get_args(Dtype):
+        raise UserError(f"accelerate's mixed_precision {launched} is not supported; give --dtype bf16, fp16 or fp32")
+    return settings.replace(dtype=cast("Dtype", dtype))
+
+
+def _has_bf16(device: Device | None) -> bool:
+    """Whether the run will be on a GPU that computes in bfloat16 itself."""
+    on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def make_accelerator(settings: TrainSettings) -> Accelerator:
     """Join the processes of the run, each on its device.
+
+    Args:
+        settings: with a dtype, as :func:`choose_dtype` returns them.
 
     Raises:
         UserError: the device, or a setting that needs another one, is not to be had; or a launcher's environment is
@@ -40,43 +65,43 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     fsdp = fsdp_plugin(settings)
     _require_whole_environment()
     # Not told, it lets the processes of torchrun train each by itself where there is no GPU.
-    on_cpu = _uses_cpu(settings.device)
-    if settings.compile:
+    compute = settings.compute
+    on_cpu = _uses_cpu(compute.device)
+    if compute.compile:
         _require_compiler()
     try:
         with _patience():
             accelerator = Accelerator(
                 cpu=on_cpu,
-                mixed_precision=settings.mixed_precision,
+                mixed_precision="no" if compute.dtype == "fp32" else compute.dtype,
                 fsdp_plugin=fsdp,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
                 # Not told, it takes a number from the environment and divides every loss by it.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             )
     except ValueError as error:  # a device that lacks this dtype
-        raise UserError(f"--mixed-precision {settings.mixed_precision}: {error}") from error
+        raise UserError(f"--dtype {compute.dtype}: {error}") from error
     if fsdp and not accelerator.is_fsdp2:
         raise UserError("accelerate is configured for FSDP, which needs several processes, each with a GPU of its own")
     # Accelerate would train in float32 without a word.
-    if settings.mixed_precision == "fp16" and accelerator.device.type != "cuda":
-        raise UserError(f"--mixed-precision fp16 needs a GPU, the device is {accelerator.device}; use bf16 or no")
-    if settings.tf32:
+    if compute.dtype == "fp16" and accelerator.device.type != "cuda":
+        raise UserError(f"--dtype fp16 needs a GPU, the device is {accelerator.device}; use bf16 or fp32")
+    if compute.tf32:
         if accelerator.device.type != "cuda":
             raise UserError(f"--tf32 needs an NVIDIA GPU, the device is {accelerator.device}; leave it out")
         torch.set_float32_matmul_precision("high")
     # Float32 is float32, as in the jobs that made the reference: by default cuDNN convolves in TF32.
-    torch.backends.cudnn.allow_tf32 = settings.tf32
+    torch.backends.cudnn.allow_tf32 = compute.tf32
     return accelerator
 
 
-def describe(accelerator: Accelerator, settings: TrainSettings) -> str:
-    """One line for the user: device, processes and precision."""
+def describe(accelerator: Accelerator, options: ComputeOptions) -> str:
+    """One line for the user: device, processes and dtype."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    half = settings.mixed_precision != "no"
-    precision = settings.mixed_precision if half else "float32 (products in TF32)" if settings.tf32 else "float32"
-    return f"device: {device.type} ({name}){processes}; forward and backward in {precision}, weights in float32"
+    tf32 = " with products in TF32" if options.tf32 else ""
+    return f"device: {device.type} ({name}){processes}; dtype: {options.dtype}{tf32} (weights and optimizer: fp32)"
 
 
 def _uses_cpu(device: Device | None) -> bool:

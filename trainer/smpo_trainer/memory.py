@@ -30,18 +30,19 @@ def memory_in_a_line(settings: TrainSettings, device: str) -> Iterator[None]:
 
 def remedies(settings: TrainSettings) -> list[str]:
     """The flags that would need less memory and are not given yet; first those that leave the run's numbers alone."""
-    half = settings.batch_size // 2
+    steps, compute, lora_rank = settings.steps, settings.compute, settings.denoiser.lora_rank
+    half = steps.batch_size // 2
     # A divisor of the pairs of a step, which stay the same.
-    smaller = next((size for size in range(half, 0, -1) if settings.batch_size % size == 0), 1)
-    accumulated = settings.grad_accum * settings.batch_size // smaller
+    smaller = next((size for size in range(half, 0, -1) if steps.batch_size % size == 0), 1)
+    accumulated = steps.grad_accum * steps.batch_size // smaller
     found = {
-        f"--batch-size {smaller} --grad-accum {accumulated}": settings.batch_size > 1,
-        "--gradient-checkpointing": not settings.gradient_checkpointing,
-        "--text cache": settings.text != "cache",
-        "--reference auto": settings.reference == "live" and settings.lora_rank is None,
-        "--mixed-precision bf16": settings.mixed_precision == "no",
-        "--optimizer adafactor": settings.optimizer == "adamw" and settings.lora_rank is None,
-        "--lora-rank 16": settings.lora_rank is None,
+        f"--batch-size {smaller} --grad-accum {accumulated}": steps.batch_size > 1,
+        "--gradient-checkpointing": not compute.gradient_checkpointing,
+        "--text cache": compute.text != "cache",
+        "--reference auto": compute.reference == "live" and lora_rank is None,
+        "--dtype bf16": compute.dtype == "fp32",
+        "--optimizer adafactor": settings.optimizer.optimizer == "adamw" and lora_rank is None,
+        "--lora-rank 16": lora_rank is None,
         "several GPUs with FSDP (docs/trainer.md)": True,
     }
     return [name for name, helps in found.items() if helps]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from smpo_common.errors import UserError
+
 PICKSCORE_RANGE = "pickscore=0.11543526500463486:0.28201571106910706"
 """The extremes of PickScore, as a cosine, in SmPO-Diffusion's code."""
 
@@ -40,7 +42,7 @@ _Values = dict[str, object]
 _ADAMW: _Values = {"optimizer": "adamw"}
 _ADAFACTOR: _Values = {"optimizer": "adafactor", "gradient_checkpointing": True}
 _EIGHT_BIT: _Values = {"optimizer": "adamw8bit", "gradient_checkpointing": True}
-_COMMON: _Values = {"lr_schedule": "constant", "weight_decay": 0.01, "max_grad_norm": 1.0, "mixed_precision": "fp16"}
+_COMMON: _Values = {"lr_schedule": "constant", "weight_decay": 0.01, "max_grad_norm": 1.0, "dtype": "fp16"}
 
 
 def _script(kind: str, pairs: int, shards: _Values, flags: _Values, *, sft: bool = False) -> Preset:
@@ -65,7 +67,7 @@ _SMPO: _Values = {
 }
 _DPO: _Values = {"objective": "dpo", "max_steps": 2000}
 _INPO: _Values = {"objective": "dpo", "max_steps": 400, "warmup_steps": 200}
-_DMPO: _Values = {"objective": "dmpo", "max_steps": 2000, "warmup_steps": 500, "mixed_precision": "bf16"}
+_DMPO: _Values = {"objective": "dmpo", "max_steps": 2000, "warmup_steps": 500, "dtype": "bf16"}
 _LONG: _Values = {**_COMMON, **_EIGHT_BIT, "max_steps": 2000, "warmup_steps": 0}
 _MAPO: _Values = {**_LONG, "objective": "mapo", "lr": 1e-5, "batch_size": 8, "grad_accum": 2}
 _CAPO: _Values = {"objective": "capo", "preference": "winrate", "sigmoid_bias": 1.5}
@@ -89,3 +91,26 @@ PRESETS = {
     "npo-sd15": Preset("sd15", {**_NPO, "beta": 1000.0, "batch_size": 64, "grad_accum": 1}, 64, _ALL_PROMPTS),
     "npo-sdxl": Preset("sdxl", {**_NPO, "beta": 2000.0, "batch_size": 30, "grad_accum": 2}, 60, _ALL_PROMPTS),
 }
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in PRESETS:
+        raise UserError(f"--preset {name} is not known; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def as_flags(settings: Mapping[str, object]) -> str:
+    """Values by flag name as a command line."""
+    return " ".join(_as_flag(f"--{name.replace('_', '-')}", value) for name, value in settings.items())
+
+
+def _as_flag(flag: str, value: object) -> str:
+    if value is True:
+        return flag
+    values = value if isinstance(value, list) else [value]
+    return " ".join([flag, *(f"{each:g}" if isinstance(each, float) else str(each) for each in values)])

@@ -9,7 +9,7 @@ import numpy as np
 
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_trainer.experiment import Experiment
-from smpo_trainer.presets import PRESETS, Preset
+from smpo_trainer.presets import PRESETS, Preset, as_flags
 
 
 def remarks(experiment: Experiment, states_per_step: int) -> list[str]:
@@ -37,12 +37,12 @@ def _of_preset(preset: Preset, experiment: Experiment, states_per_step: int) -> 
     if preset.kind != kind:
         lines.append(f"these are settings published for {preset.kind}, the shards are of {kind}")
     if preset.pairs and states_per_step != preset.pairs:
-        scaled = ", and the learning rate is scaled by them" if experiment.settings.scale_lr else ""
+        scaled = ", and the learning rate is scaled by them" if experiment.settings.optimizer.scale_lr else ""
         lines.append(
             f"published are {preset.pairs} pairs a step, here are {states_per_step} "
             f"(--batch-size x --grad-accum x devices){scaled}"
         )
-    if preset.starts_from_sft and experiment.settings.unet is None:
+    if preset.starts_from_sft and experiment.settings.denoiser.unet is None:
         lines.append(
             "the published run and its reference start from a denoiser that was fine-tuned on the preferred images "
             "(--objective sft); give it as --unet, here and to `smpo-pipeline invert`"
@@ -57,8 +57,8 @@ def _of_shards(published: Mapping[str, object], experiment: Experiment) -> list[
     other = [name for name, value in published.items() if any(each[name] != value for each in made)]
     if not other:
         return []
-    here = sorted({_as_flags({name: each[name] for name in other}) for each in made})
-    return [f"published with shards of {_as_flags({name: published[name] for name in other})}; here {', '.join(here)}"]
+    here = sorted({as_flags({name: each[name] for name in other}) for each in made})
+    return [f"published with shards of {as_flags({name: published[name] for name in other})}; here {', '.join(here)}"]
 
 
 def _as_made(inversion: InversionSettings) -> dict[str, Any]:
@@ -67,13 +67,6 @@ def _as_made(inversion: InversionSettings) -> dict[str, Any]:
     if made["solver"] == "renoise" and made["renoise_steps"] == 0:
         made["solver"] = "ddim"
     return made
-
-
-def _as_flags(settings: Mapping[str, object]) -> str:
-    return " ".join(
-        f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
-        for name, value in settings.items()
-    )
 
 
 def bucket_remark(bucket_S: np.ndarray, group: int) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +22,14 @@ from smpo_trainer.data.order import Plan
 from smpo_trainer.data.state_table import StateTable, index_states
 from smpo_trainer.distributed import leave, on_main, together
 from smpo_trainer.experiment import Experiment, resolve_experiment
-from smpo_trainer.launch import describe, make_accelerator
+from smpo_trainer.launch import choose_dtype, describe, make_accelerator
 from smpo_trainer.memory import memory_in_a_line
 from smpo_trainer.model.optimizers import require_optimizer
 from smpo_trainer.model.policy import LORA_FILE, UNET_FOLDER, Policy, load_policy
 from smpo_trainer.model.reference import settle_reference
 from smpo_trainer.model.text import CachedText, cache_text
 from smpo_trainer.monitoring.console import Report
-from smpo_trainer.output.run_folder import OutputFolder, training_summary
+from smpo_trainer.output.run_folder import OutputFolder, evaluation_command, training_summary
 from smpo_trainer.remarks import bucket_remark, remarks
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shards.fetch import ShardStore
@@ -39,29 +38,28 @@ from smpo_trainer.validation.held_out import HeldOut, split_by_prompt, spread
 from smpo_trainer.validation.images import ValidationImages
 
 
-def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) -> None:
+def run_training(settings: TrainSettings) -> None:
     """Train as ``settings`` say, go on with an unfinished run, or leave a finished one alone.
 
-    Args:
-        settings: the experiment.
-        write_config: writes the resolved configuration into the folder that it is given.
-
     Raises:
-        UserError: anything that the user can mend.
+        UserError: anything that the user can change.
         SystemExit: the run was asked to stop and can go on; the status is 130 for Ctrl-C, 143 for SIGTERM.
     """
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+    settings = choose_dtype(settings)
     accelerator = make_accelerator(settings)
     report = Report(is_main=accelerator.is_main_process)
-    report.say(describe(accelerator, settings))
-    together(accelerator, lambda: require_optimizer(settings, accelerator.device))
+    report.say(describe(accelerator, settings.compute))
+    together(accelerator, lambda: require_optimizer(settings.optimizer, accelerator.device))
     experiment = together(accelerator, lambda: resolve_experiment(settings, report.say))
-    states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
+    states_per_step = settings.steps.batch_size * settings.steps.grad_accum * accelerator.num_processes
     identity = on_main(accelerator, lambda: experiment.identity(states_per_step))
     for line in [*experiment.describe(states_per_step), *remarks(experiment, states_per_step)]:
         report.say(line)
-    output = OutputFolder(settings.out, settings.checkpoints_total_limit, keeps_after_the_end=settings.keep_checkpoints)
+    output = OutputFolder(
+        settings.out, settings.output.checkpoints_total_limit, keeps_after_the_end=settings.output.keep_checkpoints
+    )
     stopped_by = 0
     with ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(hold(settings.out, fcntl.lockf)))
@@ -69,11 +67,13 @@ def run_training(settings: TrainSettings, write_config: Callable[[Path], None]) 
             on_main(accelerator, output.checkpoints.drop_leftovers)
             report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
         else:
-            set_seed(settings.seed)
+            set_seed(settings.steps.seed)
             # Without the end of its fetches, a run that failed would wait for all of them.
-            store = held.enter_context(closing(ShardStore(experiment.shards.places, int(settings.cache_gib * 2**30))))
+            store = held.enter_context(
+                closing(ShardStore(experiment.shards.places, int(settings.data.cache_gib * 2**30)))
+            )
             with memory_in_a_line(settings, str(accelerator.device)):
-                stopped_by = _train(experiment, identity, store, output, write_config, accelerator, report)
+                stopped_by = _train(experiment, identity, store, output, accelerator, report)
     leave(accelerator)
     if stopped_by:
         raise SystemExit(128 + stopped_by)  # as a shell says it: not 0, which would be a finished run
@@ -84,7 +84,6 @@ def _train(
     identity: dict[str, Any],
     store: ShardStore,
     output: OutputFolder,
-    write_config: Callable[[Path], None],
     accelerator: Accelerator,
     report: Report,
 ) -> int:
@@ -97,19 +96,19 @@ def _train(
     policy = together(accelerator, lambda: _load(experiment, accelerator, report))
     table = together(accelerator, lambda: _index(experiment, policy.family, report))
     held_out = None
-    if settings.val_fraction:
-        table, held_out_table = together(accelerator, lambda: split_by_prompt(table, settings.val_fraction))
+    if settings.held_out.val_fraction:
+        table, held_out_table = together(accelerator, lambda: split_by_prompt(table, settings.held_out.val_fraction))
         held_out = together(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, report))
-    on_main(accelerator, lambda: _begin(settings, output, write_config))
+    on_main(accelerator, lambda: _begin(settings, output))
     checkpoint = _find_checkpoint(output, accelerator)
     plan = _make_plan(settings, table, accelerator, report)
     dataset = StateDataset(experiment.shards, table)
-    feed = Feed(dataset, plan, store, accelerator.process_index, settings.workers)
+    feed = Feed(dataset, plan, store, accelerator.process_index, settings.data.workers)
     going_on = checkpoint is not None
     noise = settle_reference(experiment, policy, feed, accelerator, output, report, going_on=going_on)
     if held_out and dataset.ref_error_S2 is not None:
         held_out.recompute_reference(policy)  # which is as it starts, also where the run goes on
-    if settings.reference != "live":
+    if settings.compute.reference != "live":
         policy = replace(policy, reference=None)  # what it was for is done
     images = ValidationImages(experiment, policy, accelerator) if experiment.validation_prompts else None
     loop = TrainLoop(experiment, policy, feed, held_out, images, accelerator, output, report, identity)
@@ -119,15 +118,16 @@ def _train(
     made = training_summary(experiment, policy, plan, identity)
     on_main(accelerator, lambda: output.finish({**made, "warnings": loop.health.warnings, "metrics": last}))
     report.say(f"saved {settings.out / (LORA_FILE if policy.lora_rank else UNET_FOLDER)}")
+    report.say(f"next: {evaluation_command(experiment)}")
     return 0
 
 
-def _begin(settings: TrainSettings, output: OutputFolder, write_config: Callable[[Path], None]) -> None:
+def _begin(settings: TrainSettings, output: OutputFolder) -> None:
     if settings.overwrite:
         output.clear()
     else:
         output.begin()
-    write_config(settings.out)
+    settings.write(settings.out)
 
 
 def _find_checkpoint(output: OutputFolder, accelerator: Accelerator) -> Path | None:
@@ -150,23 +150,23 @@ def _find_checkpoint(output: OutputFolder, accelerator: Accelerator) -> Path | N
 
 
 def _make_plan(settings: TrainSettings, table: StateTable, accelerator: Accelerator, report: Report) -> Plan:
-    states_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
+    states_per_step = settings.steps.batch_size * settings.steps.grad_accum * accelerator.num_processes
     bucket_S = table.buckets()
-    group = group_size(states_per_step, settings.batch_size)
+    group = group_size(states_per_step, settings.steps.batch_size)
     remark = bucket_remark(bucket_S, group)
     if remark:
         report.say(remark)
-    order = make_order(bucket_S, table.states_per_shard, settings.seed, settings.shuffle_window, group)
-    return Plan(order, settings.batch_size, settings.grad_accum, accelerator.num_processes)
+    order = make_order(bucket_S, table.states_per_shard, settings.steps.seed, settings.data.shuffle_window, group)
+    return Plan(order, settings.steps.batch_size, settings.steps.grad_accum, accelerator.num_processes)
 
 
 def _load(experiment: Experiment, accelerator: Accelerator, report: Report) -> Policy:
     settings = experiment.settings
     policy = load_policy(settings, experiment.shards.model, accelerator.device, report.say)
     policy.family.encodes_empty_prompt = experiment.shards.encodes_empty_prompt
-    if settings.compile:
+    if settings.compute.compile:
         policy.compile()
-    if settings.text == "cache":
+    if settings.compute.text == "cache":
         path = cache_text(settings, experiment.shards, policy.family, report)
         policy = policy.with_cached_text(CachedText(path, accelerator.device))
     return policy
@@ -184,7 +184,7 @@ def _index(experiment: Experiment, family: Family, report: Report) -> StateTable
         experiment.objective,
         experiment.mix,
         experiment.weights,
-        (settings.min_timestep, settings.max_timestep),
+        (settings.data.min_timestep, settings.data.max_timestep),
         say=report.say,
     )
     channels = family.latent_shape(0, 0)[0]
@@ -202,6 +202,6 @@ def _hold_out(
     experiment: Experiment, table: StateTable, store: ShardStore, accelerator: Accelerator, report: Report
 ) -> HeldOut:
     settings = experiment.settings
-    chosen = spread(table, settings.val_states).tolist()
+    chosen = spread(table, settings.held_out.val_states).tolist()
     report.say(f"{len(table)} states are held out by their prompts; {len(chosen)} of them are looked at")
-    return HeldOut(experiment.shards, table, chosen, store, settings.batch_size, accelerator)
+    return HeldOut(experiment.shards, table, chosen, store, settings.steps.batch_size, accelerator)

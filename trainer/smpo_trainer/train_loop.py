@@ -64,7 +64,7 @@ class TrainLoop:
         self._accelerator, self._output = accelerator, output
         self._report, self._identity = report, identity
         self.health = Health(
-            warmup_steps=self._settings.warmup_steps,
+            warmup_steps=self._settings.optimizer.warmup_steps,
             states_per_step=feed.plan.states_per_step,
             num_held_out=held_out.num_states if held_out else 0,
             num_train_timesteps=policy.family.process.num_train_timesteps,
@@ -78,7 +78,7 @@ class TrainLoop:
             noise: what was measured before the first step, logged with it.
             checkpoint: what to go on from; None: this is the start.
         """
-        first, last = self._resume(checkpoint) if checkpoint else 0, self._settings.max_steps
+        first, last = self._resume(checkpoint) if checkpoint else 0, self._settings.steps.max_steps
         batches = self._feed.batches(first, last)
         is_main = self._accelerator.is_main_process
         log = together(self._accelerator, lambda: self._open_log(first) if is_main else None)
@@ -105,7 +105,7 @@ class TrainLoop:
                         self._report.say(f"WARNING: {warning}")
                     self._draw(step + 1, log)
                     self.stopped_by = self._agree(stop.requested) if step + 1 < last else 0
-                    if self.stopped_by or (step + 1) % self._settings.save_every == 0 or step + 1 == last:
+                    if self.stopped_by or (step + 1) % self._settings.output.save_every == 0 or step + 1 == last:
                         self._save(step + 1, log)
                     if self.stopped_by:
                         same = "the same command" + (" without --overwrite" if self._settings.overwrite else "")
@@ -119,7 +119,9 @@ class TrainLoop:
 
     def _look_at_held_out(self, step: int) -> Record:
         """After ``step`` steps: what is logged of the held-out pairs, where it is time for it."""
-        if self._held_out is None or (step % self._settings.val_every and step != self._settings.max_steps):
+        if self._held_out is None or (
+            step % self._settings.held_out.val_every and step != self._settings.steps.max_steps
+        ):
             return {}
         record = self._trainer.validate(self._held_out)
         self._report.say(
@@ -141,7 +143,7 @@ class TrainLoop:
             log.draw(step, image_HW3)
 
     def _open_log(self, finished_steps: int) -> MetricsLog:
-        project, out = self._settings.wandb_project, self._output.path
+        project, out = self._settings.output.wandb_project, self._output.path
         return MetricsLog(out, finished_steps, start_wandb(project, out, self._identity) if project else None)
 
     def _resume(self, path: Path) -> int:
@@ -149,11 +151,11 @@ class TrainLoop:
         checkpoint = together(self._accelerator, lambda: load_checkpoint(path, self._policy))
         self._trainer.restore(checkpoint)
         settings, before = self._settings, checkpoint.identity["max_steps"]
-        self._report.say(f"going on after step {checkpoint.step} of {settings.max_steps}")
-        if before != settings.max_steps and settings.lr_schedule != "constant":
+        self._report.say(f"going on after step {checkpoint.step} of {settings.steps.max_steps}")
+        if before != settings.steps.max_steps and settings.optimizer.lr_schedule != "constant":
             self._report.say(
-                f"--lr-schedule {settings.lr_schedule}: from here on it is that of {settings.max_steps} steps, so far "
-                f"it was that of {before}"
+                f"--lr-schedule {settings.optimizer.lr_schedule}: from here on it is that of "
+                f"{settings.steps.max_steps} steps, so far it was that of {before}"
             )
         return checkpoint.step
 

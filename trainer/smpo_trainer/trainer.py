@@ -60,16 +60,20 @@ class Trainer:
         settings = experiment.settings
         self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.process)
         self._policy, self._plan, self._accelerator = policy, plan, accelerator
-        if settings.gradient_checkpointing:
+        if settings.compute.gradient_checkpointing:
             policy.denoiser.enable_gradient_checkpointing()
-        optimizer = make_optimizer(settings, list(policy.trained().values()), settings.peak_lr(plan.states_per_step))
+        optimizer = make_optimizer(
+            settings.optimizer, list(policy.trained().values()), settings.peak_lr(plan.states_per_step)
+        )
         # Not prepared by accelerate, which would step it once a process.
-        self._schedule = make_schedule(settings, optimizer)
-        self._skipped = SkippedSteps(settings.out, min(settings.max_skipped, settings.max_steps))
+        self._schedule = make_schedule(settings.optimizer, optimizer, settings.steps.max_steps)
+        self._skipped = SkippedSteps(settings.out, min(settings.steps.max_skipped, settings.steps.max_steps))
         self._utilization = Utilization.of(policy, accelerator)
         self._denoiser, self._optimizer = together(accelerator, lambda: _prepare(accelerator, policy, optimizer))
         self._parameters = list(policy.trained().values())  # others than before, where the denoiser is cut up
-        self._average = WeightAverage(self._parameters, settings.ema_decay) if settings.ema_decay else None
+        self._average = (
+            WeightAverage(self._parameters, settings.optimizer.ema_decay) if settings.optimizer.ema_decay else None
+        )
 
     def train_step(self, step: int, batches: Iterator[StateBatch]) -> Record:
         """Make optimizer step ``step`` (from 0) and return what is logged of it.
@@ -151,7 +155,7 @@ class Trainer:
 
     def _update(self, step: int, losses: Losses) -> float:
         """Clip, and make the step if all is finite; returns the gradient's norm before clipping."""
-        limit = self._settings.max_grad_norm or float("inf")
+        limit = self._settings.optimizer.max_grad_norm or float("inf")
         grad_norm = float(whole(self._accelerator.clip_grad_norm_(self._parameters, limit)))
         bad = [pair_id for pair_id, value in losses if not math.isfinite(value)]
         count = torch.tensor(float(len(bad)), device=self._accelerator.device)

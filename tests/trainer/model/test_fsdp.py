@@ -155,7 +155,7 @@ def test_adapter_with_live_reference(train: Train, shards: Path, model: Path, tm
 
 @pytest.mark.long
 def test_arithmetic_in_bf16_is_that_of_the_reference(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
-    options = {"max_steps": 1, "mixed_precision": "bf16", "reference": "recomputed"}
+    options = {"max_steps": 1, "dtype": "bf16", "reference": "recomputed"}
     one = train("one", batch_size=4, **options)
     done = launch(arguments(shards, model, tmp_path / "cut_up", **options))
     assert done.returncode == 0, done.stderr

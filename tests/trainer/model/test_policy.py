@@ -26,7 +26,7 @@ def picture(pipeline: StableDiffusionPipeline) -> np.ndarray:
 
 
 def test_trained_unet_generates_in_a_stock_pipeline(train: Train, model: Path) -> None:
-    out = train(mixed_precision="no", max_steps=2)
+    out = train(dtype="fp32", max_steps=2)
     unet = UNet2DConditionModel.from_pretrained(out / "unet")
     assert unet.dtype == torch.float32
     assert fingerprint_module(unet) != fingerprint_module(UNet2DConditionModel.from_pretrained(model / "unet"))
@@ -84,7 +84,7 @@ def test_a_checkpoint_is_what_a_run_of_so_many_steps_leaves(
 def test_others_may_read_what_a_run_writes(train: Train, options: dict[str, object]) -> None:
     before = os.umask(0o022)
     try:
-        out = train(max_steps=1, mixed_precision="bf16", **options)
+        out = train(max_steps=1, dtype="bf16", **options)
     finally:
         os.umask(before)
     files = [path for path in out.rglob("*") if path.is_file()]

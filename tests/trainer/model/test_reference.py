@@ -56,7 +56,7 @@ def test_bf16_shards_hold_the_errors_that_a_bf16_run_computes(
     computed: list[torch.Tensor] = []
     monkeypatch.setattr(reference, "write_reference", lambda _path, error_S2, _steps: computed.append(error_S2))
     shards = inverted(tmp_path / "shards", base, "bf16")
-    options = {"base": base, "max_steps": 3, "batch_size": 16, "mixed_precision": "bf16"}
+    options = {"base": base, "max_steps": 3, "batch_size": 16, "dtype": "bf16"}
     out = train(on=shards, reference="recomputed", **options)
     stored_S2 = torch.cat([sample.ref_error_K2 for sample in ShardDirectory(shards).samples()])
     assert (computed[0] == stored_S2).float().mean() > 0.75
@@ -66,7 +66,7 @@ def test_bf16_shards_hold_the_errors_that_a_bf16_run_computes(
 def test_errors_of_other_arithmetic_are_named_and_loud(
     train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"base": base, "max_steps": 1, "batch_size": 48, "mixed_precision": "bf16", "reference": "stored"}
+    options = {"base": base, "max_steps": 1, "batch_size": 48, "dtype": "bf16", "reference": "stored"}
     words = ("reference errors were computed in fp32", "this run computes in bf16 autocast")
     train("same", on=inverted(tmp_path / "bf16", base, "bf16"), **options)
     assert words[0] not in capsys.readouterr().out
@@ -105,4 +105,4 @@ def test_recomputed_errors_that_are_not_finite_end_the_run(
         train(reference="recomputed")
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0
-    assert "errors are not finite in this run; use a wider --mixed-precision" in error
+    assert "errors are not finite in this run; use a wider --dtype" in error

@@ -22,16 +22,16 @@ NAMES = ("loss", "grad_norm", "val/loss", "error/image_0")
 OPTIONS = {"val_fraction": 0.3, "val_every": 1, "beta": 200, "lr": 1e-5}
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_cached_equals_live_to_the_bit(train: Train, tmp_path: Path, mixed_precision: str) -> None:
-    options = {**OPTIONS, "mixed_precision": mixed_precision}
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_cached_equals_live_to_the_bit(train: Train, tmp_path: Path, dtype: str) -> None:
+    options = {**OPTIONS, "dtype": dtype}
     live = train("live", **options)
     cached = train("cached", text="cache", cache=tmp_path / "cache", **options)
     for name in NAMES:
         assert column(cached, name) == column(live, name)
     (file,) = (tmp_path / "cache").glob("text-*.safetensors")
     tensors = safetensors.torch.load_file(file)
-    assert tensors["text"].dtype == (torch.bfloat16 if mixed_precision == "bf16" else torch.float32)
+    assert tensors["text"].dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
     # Of each prompt of the data set once: the fourth one is dropped in its only trajectory, the first comes twice.
     assert len(tensors["key"]) == len(tensors["text"]) == len(PROMPTS) - 1
 

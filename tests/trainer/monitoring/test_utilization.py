@@ -20,7 +20,7 @@ from smpo_trainer.monitoring import utilization
 from smpo_trainer.monitoring.utilization import Utilization, operations
 from tests.tiny import LATENT_SHAPE
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, column, metrics, run_cli
+from tests.trainer.helpers import arguments, column, make_settings, metrics, run_cli
 
 
 def policy_of(model: Path, lora_rank: int | None) -> Policy:
@@ -138,7 +138,7 @@ def test_float32_is_float32_unless_asked_otherwise(tf32: bool, monkeypatch: pyte
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
     asked: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
-    launch.make_accelerator(SimpleNamespace(device="cpu", mixed_precision="no", tf32=tf32, compile=False))
+    launch.make_accelerator(make_settings(device="cpu", dtype="fp32", tf32=tf32))
     assert torch.backends.cudnn.allow_tf32 == tf32
     # Of matrix products float32 is the default.
     assert asked == ["high"] * tf32

@@ -253,7 +253,7 @@ def test_each_setting_is_part_of_the_runs_identity(
 
 
 def test_a_budget_makes_every_objective_use_the_reference(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"objective": "sft", "mixed_precision": "bf16", "max_steps": 1, "batch_size": 12}
+    options = {"objective": "sft", "dtype": "bf16", "max_steps": 1, "batch_size": 12}
     assert "reference_noise/std" not in metrics(train("without", **options))[0]
     train("without-live", reference="live", **options)
     said = capsys.readouterr().out

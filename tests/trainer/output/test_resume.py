@@ -61,13 +61,11 @@ def wait_for_steps(out: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mixed_precision", ["no", pytest.param("bf16", marks=pytest.mark.long)]
+    "dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)]
 )  # in bf16 the reference is computed anew, once
-def test_killed_and_continued_equals_uninterrupted(
-    shards: Path, model: Path, tmp_path: Path, mixed_precision: str
-) -> None:
+def test_killed_and_continued_equals_uninterrupted(shards: Path, model: Path, tmp_path: Path, dtype: str) -> None:
     options = {"max_steps": 12, "save_every": 2, "lr_schedule": "cosine", "warmup_steps": 3, "workers": 2}
-    options["mixed_precision"] = mixed_precision
+    options["dtype"] = dtype
     whole = start(arguments(shards, model, tmp_path / "whole", **options))
     assert whole.wait() == 0
     for steps in (3, 7):
@@ -88,7 +86,7 @@ def test_killed_and_continued_equals_uninterrupted(
         assert column(tmp_path / "killed", name) == column(tmp_path / "whole", name)
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
-    assert ("computing the reference anew" in whole.communicate()[0]) == (mixed_precision == "bf16")
+    assert ("computing the reference anew" in whole.communicate()[0]) == (dtype == "bf16")
     assert [path.name for path in (tmp_path / "killed").glob("*checkpoint*")] == ["checkpoint-000012"]
 
 
@@ -197,7 +195,7 @@ def test_finished_run_is_left_alone(
         {"ema_decay": 0.8, "val_fraction": 0.3, "val_every": 4},
         {
             "lora_rank": 2,
-            "mixed_precision": "bf16",
+            "dtype": "bf16",
             "batch_size": 1,
         },  # the reference is computed anew, as far as it goes
     ],
@@ -211,7 +209,7 @@ def test_more_steps_of_a_finished_run_equal_so_many_at_once(train: Train, option
     file = "pytorch_lora_weights.safetensors" if "lora_rank" in options else "unet/diffusion_pytorch_model.safetensors"
     assert (out / file).read_bytes() == (whole / file).read_bytes()
     assert json.loads((out / "training.json").read_text())["steps"] == 7
-    assert (out / "reference.safetensors").is_file() == ("mixed_precision" in options)
+    assert (out / "reference.safetensors").is_file() == ("dtype" in options)
 
 
 def test_a_course_of_another_length_is_said_and_begun_at_once(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,8 +58,8 @@ def test_a_kill_while_a_run_finishes_leaves_nothing_for_ever(train: Train, monke
     with monkeypatch.context() as patch:
         patch.setattr(OutputFolder, "tidy", die)
         with pytest.raises(AssertionError):
-            train(**OPTIONS, mixed_precision="bf16")
-    out = train(**OPTIONS, mixed_precision="bf16")
+            train(**OPTIONS, dtype="bf16")
+    out = train(**OPTIONS, dtype="bf16")
     assert (out / "training.json").is_file()
     assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-000005"]
 

@@ -15,8 +15,8 @@ import pytest
 from smpo_common.errors import UserError
 from smpo_schemas.scores import read_scores_info, write_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
+from smpo_trainer.named_values import parse_ranges
 from smpo_trainer.preference.reward_mix import RewardMix, resolve_mix
-from smpo_trainer.settings import parse_ranges
 from smpo_trainer.shards.shard_set import open_shards
 from tests.calibration.helpers import populations, write_scores
 from tests.command import run_command
@@ -54,9 +54,8 @@ def mix(two: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def resolve(on: Path = two, said: list[str] | None = None, **options: object) -> RewardMix:
         settings = resolve_settings(monkeypatch, arguments(on, model, tmp_path / "out", **options))
-        return resolve_mix(
-            settings, open_shards([str(on)], tmp_path / "cache"), (said if said is not None else []).append
-        )
+        found = open_shards([str(on)], tmp_path / "cache")
+        return resolve_mix(settings.rewards, settings.preset, found, (said if said is not None else []).append)
 
     return resolve
 

@@ -97,19 +97,19 @@ def test_they_are_what_a_stock_pipeline_draws(
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_models_stored_precision_does_not_matter(
-    train: Train, stored: tuple[Path, Path], prompts: Path, mixed_precision: str, lora_rank: int | None
+    train: Train, stored: tuple[Path, Path], prompts: Path, dtype: str, lora_rank: int | None
 ) -> None:
     model, shards = stored
     out = train(
-        on=shards, base=model, mixed_precision=mixed_precision, lora_rank=lora_rank, max_steps=1,
+        on=shards, base=model, dtype=dtype, lora_rank=lora_rank, max_steps=1,
         validation_prompts=prompts, validation_sampling_steps=4, validation_guidance_scale=3,
     )  # fmt: skip
     grid = drawn(out)["step-000000.png"].astype(float)
     wanted = by_a_stock_pipeline(model, model / "unet", 3.0)
     difference = np.abs(grid[:IMAGE_SIDE] - 255 * np.concatenate(wanted[:2], axis=1))
-    assert difference.max() <= 1.5 if mixed_precision == "no" else difference.mean() <= 3
+    assert difference.max() <= 1.5 if dtype == "fp32" else difference.mean() <= 3
 
 
 def test_a_folder_with_one_variant_and_no_size_draws_the_same(
@@ -162,7 +162,7 @@ def test_images_are_decoded_one_by_one_and_in_tiles_where_memory_runs_out(
     assert (tiles > 0).tolist() == [True, True, True, False]
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "text": "cache"}, {"mixed_precision": "bf16"}])
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "text": "cache"}, {"dtype": "bf16"}])
 def test_drawing_changes_no_training(
     train: Train, prompts: Path, tmp_path: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

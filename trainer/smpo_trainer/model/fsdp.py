@@ -47,9 +47,9 @@ def fsdp_plugin(settings: TrainSettings) -> FullyShardedDataParallelPlugin | Non
         "--fsdp_activation_checkpointing (use --gradient-checkpointing)": parse_flag_from_env(
             "FSDP_ACTIVATION_CHECKPOINTING"
         ),
-        f"--optimizer {settings.optimizer} (use adamw)": settings.optimizer != "adamw",
-        "--mixed-precision fp16 (use bf16)": settings.mixed_precision == "fp16",
-        "--compile": settings.compile,
+        f"--optimizer {settings.optimizer.optimizer} (use adamw)": settings.optimizer.optimizer != "adamw",
+        "--dtype fp16 (use bf16)": settings.compute.dtype == "fp16",
+        "--compile": settings.compute.compile,
     }
     found = [name for name, is_given in unsupported.items() if is_given]
     if found:

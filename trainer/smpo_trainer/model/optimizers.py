@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import Adafactor
 
 from smpo_common.errors import UserError
-from smpo_trainer.settings import TrainSettings
+from smpo_trainer.settings import OptimizerOptions
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """Our names to diffusers'; all of them begin with the warm-up."""
@@ -25,39 +25,39 @@ _EIGHT_BIT = ("cuda",)
 """Devices for which bitsandbytes has 8-bit optimizers; elsewhere it would fail at the first step."""
 
 
-def require_optimizer(settings: TrainSettings, device: torch.device) -> None:
+def require_optimizer(options: OptimizerOptions, device: torch.device) -> None:
     """Find out whether there can be the optimizer that ``--optimizer`` names, before a model is loaded for it.
 
     Raises:
         UserError: it needs a package that is not installed, or another device.
     """
-    if settings.optimizer == "adamw8bit":
+    if options.optimizer == "adamw8bit":
         if device.type not in _EIGHT_BIT:
             raise UserError(f"--optimizer adamw8bit needs a GPU, the device is {device.type}; use adamw or adafactor")
         _bitsandbytes()
 
 
 def make_optimizer(
-    settings: TrainSettings, parameters: Sequence[nn.Parameter], peak_lr: float
+    options: OptimizerOptions, parameters: Sequence[nn.Parameter], peak_lr: float
 ) -> torch.optim.Optimizer:
     """The optimizer that ``--optimizer`` names, over the trained weights."""
     device = parameters[0].device.type
-    common = {"lr": peak_lr, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "adafactor":
+    common = {"lr": peak_lr, "weight_decay": options.weight_decay}
+    if options.optimizer == "adafactor":
         # As in the published SDXL training: a learning rate from outside, not one relative to step and weights.
         return Adafactor(list(parameters), **common, scale_parameter=False, relative_step=False, warmup_init=False)
-    if settings.optimizer == "adamw8bit":
+    if options.optimizer == "adamw8bit":
         return _bitsandbytes().optim.AdamW8bit(list(parameters), **common)
     return torch.optim.AdamW(parameters, **common, fused=device in _FUSED)
 
 
-def make_schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> LRScheduler:
+def make_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer, max_steps: int) -> LRScheduler:
     """The learning rate over the optimizer's steps."""
     return get_scheduler(
-        _SCHEDULES[settings.lr_schedule],
+        _SCHEDULES[options.lr_schedule],
         optimizer,
-        num_warmup_steps=settings.warmup_steps,
-        num_training_steps=settings.max_steps,
+        num_warmup_steps=options.warmup_steps,
+        num_training_steps=max_steps,
     )
 
 

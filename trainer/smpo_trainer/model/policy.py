@@ -155,10 +155,15 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
     Raises:
         UserError: the model is not the one that the shards were made with.
     """
-    if remark := variant_remark(settings.model, settings.variant):
+    start = settings.denoiser
+    if remark := variant_remark(settings.model, start.variant):
         say(remark)
     family = load_family(
-        settings.model, ("denoiser", "text"), denoiser=settings.unet, variant=settings.variant, device=device
+        settings.model,
+        ("denoiser", "text"),
+        denoiser=start.unet,
+        variant=start.variant,
+        device=device,
     )
     denoiser = family.denoiser
     if denoiser is None:
@@ -168,23 +173,23 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
     if fingerprint_module(*family.text_modules) != info.text:
         raise UserError(_mismatch(settings, info, "its text encoder has other weights"))
     is_reference = fingerprint_module(denoiser) == info.reference
-    if not is_reference and settings.unet is None:
+    if not is_reference and start.unet is None:
         raise UserError(
             _mismatch(settings, info, "its denoiser is not the reference that their ref_error was measured with")
             + ", or start from other weights on purpose with --unet DIR"
         )
     if not is_reference:
-        say(f"starting from --unet {settings.unet}, which is not the shards' reference: the first margins are not 0")
+        say(f"starting from --unet {start.unet}, which is not the shards' reference: the first margins are not 0")
     reference = None
-    if settings.reference == "live" and is_reference:
-        reference = denoiser if settings.lora_rank else copy.deepcopy(denoiser)
-    elif settings.reference in {"live", "recomputed"} and not is_reference:
+    if settings.compute.reference == "live" and is_reference:
+        reference = denoiser if start.lora_rank else copy.deepcopy(denoiser)
+    elif settings.compute.reference in {"live", "recomputed"} and not is_reference:
         reference = _load_reference(settings, info, device)
-    if settings.lora_rank is None:
+    if start.lora_rank is None:
         denoiser.requires_grad_(True)
     else:
-        add_lora(denoiser, settings.lora_rank)
-    return Policy(family, denoiser, reference, is_reference, settings.lora_rank, family.encode_text)
+        add_lora(denoiser, start.lora_rank)
+    return Policy(family, denoiser, reference, is_reference, start.lora_rank, family.encode_text)
 
 
 def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
@@ -196,11 +201,11 @@ def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
 
 def _load_reference(settings: TrainSettings, info: ModelInfo, device: torch.device) -> nn.Module:
     """The model's own denoiser, if it is the reference."""
-    reference = load_family(settings.model, ("denoiser",), variant=settings.variant, device=device).denoiser
+    reference = load_family(settings.model, ("denoiser",), variant=settings.denoiser.variant, device=device).denoiser
     if reference is None or fingerprint_module(reference) != info.reference:
         raise UserError(
-            f"--reference {settings.reference} needs the reference's weights, and neither --unet {settings.unet} nor "
-            f"the denoiser of --model {settings.model} are those; use --reference stored"
+            f"--reference {settings.compute.reference} needs the reference's weights, and neither --unet "
+            f"{settings.denoiser.unet} nor the denoiser of --model {settings.model} are those; use --reference stored"
         )
     return reference
 

@@ -103,33 +103,32 @@ def settle_reference(
     if going_on:
         if on_main(accelerator, output.reference.is_file):
             error_S2, steps = together(accelerator, lambda: read_reference(output.reference))
-            if steps < settings.max_steps:
-                error_S2 = _recompute(_Pass(policy, feed, accelerator), settings.max_steps, output, report)
+            if steps < settings.steps.max_steps:
+                error_S2 = _recompute(_Pass(policy, feed, accelerator), settings.steps.max_steps, output, report)
             feed.dataset.ref_error_S2 = error_S2
         return {}
     if not (policy.starts_from_reference or policy.reference):
         return {}
-    if not experiment.uses_reference and settings.reference != "recomputed":
+    if not experiment.uses_reference and settings.compute.reference != "recomputed":
         return {}  # no noise of it reaches the loss
-    if settings.reference in {"auto", "stored"}:
+    if settings.compute.reference in {"auto", "stored"}:
         _compare_arithmetic(experiment, accelerator.device, report)
     reference = _Pass(policy, feed, accelerator)
-    noise = reference.measure(experiment.pair_loss(policy.family.process), settings.max_steps)
+    noise = reference.measure(experiment.pair_loss(policy.family.process), settings.steps.max_steps)
     report.say(noise.describe())
-    if settings.reference == "recomputed" or (settings.reference == "auto" and noise.is_loud):
-        feed.dataset.ref_error_S2 = _recompute(reference, settings.max_steps, output, report)
-    elif settings.reference == "stored" and noise.is_loud:
+    if settings.compute.reference == "recomputed" or (settings.compute.reference == "auto" and noise.is_loud):
+        feed.dataset.ref_error_S2 = _recompute(reference, settings.steps.max_steps, output, report)
+    elif settings.compute.reference == "stored" and noise.is_loud:
         report.say(
             "WARNING: margins grow to about 1 in training, so this drowns a part of the signal; use --reference auto, "
-            "a wider dtype in --mixed-precision, or a smaller --beta"
+            "a wider --dtype, or a smaller --beta"
         )
     return {"reference_noise/std": noise.std, "reference_noise/max": noise.max, "reference_noise/loss": noise.loss}
 
 
 def _compare_arithmetic(experiment: Experiment, device: torch.device, report: Report) -> None:
     """Say where the stored errors were computed in other arithmetic than this run's."""
-    precision = experiment.settings.mixed_precision
-    own = autocast_arithmetic("fp32" if precision == "no" else precision)
+    own = autocast_arithmetic(experiment.settings.compute.dtype or "fp32")
     if own == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         own = "fp32 with TF32 convolutions"
     for source in experiment.shards.sources:
@@ -137,7 +136,7 @@ def _compare_arithmetic(experiment: Experiment, device: torch.device, report: Re
         if theirs != own:
             report.say(
                 f"--shards {source.name}: their reference errors were computed in {theirs}, this run computes in "
-                f"{own}: the difference is noise in its margins (--mixed-precision here, --dtype of `invert`)"
+                f"{own}: the difference is noise in its margins (--dtype here and of `invert`)"
             )
 
 
@@ -192,7 +191,7 @@ class _Pass:
             step, accumulation = divmod(number, self._plan.grad_accum)
             gathered_G2 = self.accelerator.gather(error_B2).cpu()
             if not gathered_G2.isfinite().all():
-                raise UserError("the reference's errors are not finite in this run; use a wider --mixed-precision")
+                raise UserError("the reference's errors are not finite in this run; use a wider --dtype")
             positions = [
                 position
                 for rank in range(self._plan.world_size)

@@ -20,14 +20,14 @@ from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, sha256_json
 from smpo_models.family import Family
 from smpo_trainer.monitoring.console import Report
-from smpo_trainer.settings import MixedPrecision, TrainSettings
+from smpo_trainer.settings import Dtype, TrainSettings
 from smpo_trainer.shards.shard_set import ShardSet
 
 _KEY = "key"
 _BATCH = 64
 """Prompts that are encoded at once."""
 
-_DTYPES: dict[MixedPrecision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """In what prompts are kept: autocast rounds them to it before their first use, so that no bit of a step changes."""
 
 _NAMES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -76,14 +76,14 @@ def cache_text(settings: TrainSettings, shards: ShardSet, family: Family, report
     Raises:
         UserError: it cannot be written.
     """
-    dtype = _DTYPES[settings.mixed_precision]
+    dtype = _DTYPES[settings.compute.dtype or "fp32"]
     made_from = {
         "model": settings.model,
         "text": shards.model.text,
         "shards": shards.manifest_hashes(),
         "dtype": str(dtype),
     }
-    path = settings.cache / f"text-{sha256_json(made_from)[:16]}.safetensors"
+    path = settings.data.cache_folder / f"text-{sha256_json(made_from)[:16]}.safetensors"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):

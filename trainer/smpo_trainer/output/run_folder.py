@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -169,8 +170,8 @@ def training_summary(experiment: Experiment, policy: Policy, plan: Plan, identit
         "starts_from_reference": policy.starts_from_reference,
         "states": plan.num_states,
         "states_per_step": plan.states_per_step,
-        "steps": settings.max_steps,
-        "epochs": settings.max_steps * plan.states_per_step / plan.num_states,
+        "steps": settings.steps.max_steps,
+        "epochs": settings.steps.max_steps * plan.states_per_step / plan.num_states,
     }
 
 
@@ -184,3 +185,12 @@ def _described(mix: RewardMix) -> dict[str, Any]:
         }
         for name, weight in mix.preference.weights.items()
     }
+
+
+def evaluation_command(experiment: Experiment) -> str:
+    """The command that compares a run's result with the model it was made from."""
+    settings = experiment.settings
+    words = ["smpo-pipeline", "evaluate", "--model", f"base={settings.model}", f"tuned={settings.out}"]
+    words += ["--prompts", str(settings.images.validation_prompts or "FILE")]
+    words += ["--reward", *(experiment.mix.preference.weights if experiment.mix else ["NAME"])]
+    return shlex.join([*words, "--out", f"{settings.out}-evaluation"])

@@ -86,7 +86,7 @@ class SkippedSteps:
             raise UserError(
                 f"step {last.step}: {last.describe()}, and {self._in_a_row} steps in a row were skipped so; "
                 f"their pairs are in {self._path}. Training has diverged, or these pairs are broken: lower --lr, raise "
-                "--warmup-steps, or use a wider --mixed-precision (the last checkpoint is kept)"
+                "--warmup-steps, or use a wider --dtype (the last checkpoint is kept)"
             )
 
     def state_dict(self) -> dict[str, Any]:

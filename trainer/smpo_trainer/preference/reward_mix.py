@@ -14,10 +14,14 @@ from smpo_schemas.calibration import Calibration, read_calibration
 from smpo_schemas.preference import Preference, ScoredPairs, find_preference
 from smpo_schemas.scores import RewardStatistics, read_scores_info
 from smpo_schemas.shards.samples import SampleMeta
+from smpo_trainer.named_values import parse_ranges
 from smpo_trainer.preference.scores_table import PreferenceTable, preference_table
 from smpo_trainer.presets import PRESETS
-from smpo_trainer.settings import TrainSettings, parse_ranges
+from smpo_trainer.settings import RewardOptions
 from smpo_trainer.shards.shard_set import ShardSet
+
+Range = tuple[float, float]
+"""Minimum and maximum of a reward."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class RewardMix:
 
     preference: Preference
     statistics: Mapping[str, RewardStatistics]
-    ranges: Mapping[str, tuple[float, float]]
+    ranges: Mapping[str, Range]
     temperatures: Mapping[str, float] | None
     table: PreferenceTable | None
 
@@ -69,53 +73,55 @@ def _of(name: str, meta: SampleMeta) -> tuple[float, float]:
     return meta.scores[name]
 
 
-def resolve_mix(settings: TrainSettings, shards: ShardSet, say: Callable[[str], None]) -> RewardMix:
+def resolve_mix(options: RewardOptions, preset: str | None, shards: ShardSet, say: Callable[[str], None]) -> RewardMix:
     """Find the rewards in the shards, or in ``--scores``, and fix how they are mixed.
 
     Args:
-        settings: rewards, their ranges, the way of mixing, its calibration, the scores.
+        options: rewards, their ranges, the way of mixing, its calibration, the scores.
+        preset: name of the preset; its ranges are no mistake where its reward is not used.
         shards: where the scores come from if no others are named.
         say: takes a line about rows that repeat a pair, or temperatures that were fitted to more rewards.
 
     Raises:
         UserError: a reward is not there, or none is named and there are several, or the flags do not fit.
     """
-    info = read_scores_info(settings.scores) if settings.scores else None
+    info = read_scores_info(options.scores) if options.scores else None
     statistics = info.rewards if info else shards.reward_statistics()
-    source = f"--scores {settings.scores}" if info else "--shards"
-    calibration = _read_calibration(settings)
-    weights = _weights(settings, calibration, statistics, source)
-    temperatures = _temperatures(calibration, weights, statistics, settings.calibration, say) if calibration else None
-    ranges = _ranges(settings, weights)
-    preference = find_preference(settings.preference)(weights, _with_ranges(statistics, ranges), temperatures)
+    source = f"--scores {options.scores}" if info else "--shards"
+    given = _given_ranges(options, preset)
+    calibration = _read_calibration(options, given)
+    weights = _weights(options, calibration, statistics, source)
+    temperatures = _temperatures(calibration, weights, statistics, options.calibration, say) if calibration else None
+    ranges = _ranges(options, given, weights)
+    preference = find_preference(options.preference)(weights, _with_ranges(statistics, ranges), temperatures)
     if preference.needs_images and info is None:
         raise UserError(
             f"--preference {preference.name} compares all images of a prompt, which the shards may not hold; "
             "name the output of `smpo-pipeline score` with --scores"
         )
-    table = preference_table(settings.scores, info, preference, say) if settings.scores and info else None
+    table = preference_table(options.scores, info, preference, say) if options.scores and info else None
     return RewardMix(preference, statistics, ranges, temperatures, table)
 
 
-def _read_calibration(settings: TrainSettings) -> Calibration | None:
+def _read_calibration(options: RewardOptions, given: Mapping[str, Range]) -> Calibration | None:
     """The calibration, if the way of mixing takes one."""
-    way = find_preference(settings.preference)
-    if settings.calibration is None:
+    way = find_preference(options.preference)
+    if options.calibration is None:
         if way.calibration == "required":
             raise UserError(f"--preference {way.name} needs --calibration FILE; make it with `smpo-pipeline calibrate`")
         return None
     if way.calibration == "refused":
         raise UserError(f"--preference {way.name} takes no --calibration; use it with --preference mixture or winrate")
-    if _given_ranges(settings):
-        raise UserError(f"--reward-range does nothing beside --calibration {settings.calibration}, whose tau scales")
-    return read_calibration(settings.calibration)
+    if given:
+        raise UserError(f"--reward-range does nothing beside --calibration {options.calibration}, whose tau scales")
+    return read_calibration(options.calibration)
 
 
 def _weights(
-    settings: TrainSettings, calibration: Calibration | None, statistics: Mapping[str, RewardStatistics], source: str
+    options: RewardOptions, calibration: Calibration | None, statistics: Mapping[str, RewardStatistics], source: str
 ) -> dict[str, float]:
     """Weights by name: as given, else the calibration's, else of the only reward."""
-    weights = dict(settings.rewards)
+    weights = dict(options.reward)
     if not weights and calibration:
         weights = {name: reward.weight for name, reward in calibration.rewards.items()}
     listed = ", ".join(statistics) or "none"
@@ -124,8 +130,8 @@ def _weights(
     weights = weights or dict.fromkeys(statistics, 1.0)
     for name in weights:
         if name not in statistics:
-            flag = f"--reward {name}" if name in settings.rewards else f"--calibration has the reward {name}"
-            mend = "" if settings.scores else "; a table that has it is named with --scores"
+            flag = f"--reward {name}" if name in options.reward else f"--calibration has the reward {name}"
+            mend = "" if options.scores else "; a table that has it is named with --scores"
             raise UserError(f"{flag}: {source} holds no such reward; it holds: {listed}{mend}")
     return weights
 
@@ -156,29 +162,29 @@ def _temperatures(
     return {name: calibration.rewards[name].tau for name in weights}
 
 
-def _ranges(settings: TrainSettings, weights: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+def _ranges(options: RewardOptions, given: Mapping[str, Range], weights: Mapping[str, float]) -> dict[str, Range]:
     """Of the rewards in use; a calibration's temperatures take the place of all.
 
     Raises:
         UserError: a range was given of a reward that is not used.
     """
-    for name in _given_ranges(settings):
+    for name in given:
         if name not in weights:
             raise UserError(f"--reward-range {name}: no such reward is used; used: {', '.join(weights)}")
-    if settings.calibration:
+    if options.calibration:
         return {}
-    return {name: limits for name, limits in settings.reward_ranges.items() if name in weights}
+    return {name: limits for name, limits in options.reward_range.items() if name in weights}
 
 
-def _given_ranges(settings: TrainSettings) -> dict[str, tuple[float, float]]:
+def _given_ranges(options: RewardOptions, preset: str | None) -> dict[str, Range]:
     """Without those of a preset, which holds them for its own reward and is no mistake beside others."""
-    of_preset = PRESETS[settings.preset].flags.get("reward_range", []) if settings.preset else []
+    of_preset = PRESETS[preset].flags.get("reward_range", []) if preset else []
     known = parse_ranges(cast("list[str]", of_preset))
-    return {name: limits for name, limits in settings.reward_ranges.items() if known.get(name) != limits}
+    return {name: limits for name, limits in options.reward_range.items() if known.get(name) != limits}
 
 
 def _with_ranges(
-    statistics: Mapping[str, RewardStatistics], ranges: Mapping[str, tuple[float, float]]
+    statistics: Mapping[str, RewardStatistics], ranges: Mapping[str, Range]
 ) -> dict[str, RewardStatistics]:
     return {
         name: found.model_copy(update=dict(zip(("min", "max"), ranges[name], strict=True))) if name in ranges else found

@@ -46,7 +46,7 @@ class ValidationImages:
 
     def due(self, step: int) -> bool:
         """Whether to draw after ``step`` steps: before the first, every ``validation_every`` and after the last."""
-        return step % self._settings.validation_every == 0 or step == self._settings.max_steps
+        return step % self._settings.images.validation_every == 0 or step == self._settings.steps.max_steps
 
     def draw(self, step: int) -> np.ndarray:
         """Draw after ``step`` steps, save the images as one PNG, and return it: uint8 [H, W, 3].
@@ -79,9 +79,9 @@ class ValidationImages:
         # As `smpo-pipeline evaluate` samples; clip_sample defaults to True, and latents must not be clipped.
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         shape = family.latent_shape(self._side, self._side)
-        for start in range(0, len(self._prompts), settings.batch_size):
-            prompts = list(self._prompts[start : start + settings.batch_size])
-            noise_BChw = np.stack([_noise(settings.seed, start + row, shape) for row in range(len(prompts))])
+        for start in range(0, len(self._prompts), settings.steps.batch_size):
+            prompts = list(self._prompts[start : start + settings.steps.batch_size])
+            noise_BChw = np.stack([_noise(settings.steps.seed, start + row, shape) for row in range(len(prompts))])
             # Without compiling the denoiser for the shapes of a drawing.
             with self._accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 latents_BChw = pipeline(
@@ -89,8 +89,8 @@ class ValidationImages:
                     height=self._side,
                     width=self._side,
                     latents=torch.from_numpy(noise_BChw).to(self._accelerator.device),
-                    num_inference_steps=settings.validation_sampling_steps,
-                    guidance_scale=settings.validation_guidance_scale,
+                    num_inference_steps=settings.images.validation_sampling_steps,
+                    guidance_scale=settings.images.validation_guidance_scale,
                     output_type="latent",
                 ).images
             pixels_BHW3 = _decode(pipeline.vae, latents_BChw).permute(0, 2, 3, 1).cpu().nan_to_num().numpy()
@@ -115,7 +115,7 @@ class ValidationImages:
                     loader.from_pretrained,
                     model,
                     what,
-                    variant=self._settings.variant,
+                    variant=self._settings.denoiser.variant,
                     subfolder=name,
                     # As in training: by themselves, text encoders come in the precision that they are stored in.
                     dtype=torch.float32,
