@@ -29,8 +29,9 @@ class Options(BaseModel):
     """The settings of a command; each field is a flag of its name.
 
     The docstring below a field (or its description) is the flag's help, its bounds are checked, :class:`Flag` in its
-    annotation says more. With an alias the flag has that name. A field that is an :class:`Options` itself is a group of
-    flags: its ``title`` heads them in ``--help``.
+    annotation says more. An underscore at the end of a name is for Python, which has something of the name: the flag of
+    ``json_`` is ``--json``. A field that is an :class:`Options` itself is a group of flags: its ``title`` heads them in
+    ``--help``.
     """
 
     model_config = ConfigDict(
@@ -52,10 +53,10 @@ class Options(BaseModel):
         """
         values: dict[str, Any] = {}
         for name, field in cls.model_fields.items():
-            group, key = group_of(field), field.alias or name
-            value = group.parse(typed, on_command_line) if group else typed[key]
+            group = group_of(field)
+            value = group.parse(typed, on_command_line) if group else typed[name.rstrip("_")]
             if value is not None:
-                values[key] = value
+                values[name] = value
         try:
             return cls.model_validate(values, context=on_command_line)
         except ValidationError as error:
@@ -101,8 +102,7 @@ class Options(BaseModel):
         dumped = self.model_dump()
         found: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            value = {field.alias or name: dumped[name]}
-            found |= getattr(self, name).flat_values() if group_of(field) else value
+            found |= getattr(self, name).flat_values() if group_of(field) else {name.rstrip("_"): dumped[name]}
         return found
 
 
@@ -175,7 +175,7 @@ def fields_of(model: type[Options], group: str | None = None) -> Iterator[tuple[
             yield from fields_of(nested, nested.model_config.get("title"))
         else:
             flag = next((each for each in field.metadata if isinstance(each, Flag)), Flag())
-            yield field.alias or name, field, group, flag
+            yield name.rstrip("_"), field, group, flag
 
 
 def group_of(field: FieldInfo) -> type[Options] | None:
@@ -186,7 +186,7 @@ def group_of(field: FieldInfo) -> type[Options] | None:
 
 def flag_name(field: str) -> str:
     """``--max-steps`` of ``max_steps``."""
-    return "--" + field.replace("_", "-")
+    return "--" + field.rstrip("_").replace("_", "-")
 
 
 _CONFIG = Annotated[

@@ -21,7 +21,7 @@ from pydantic import (
 
 from smpo_common.commandline import VERSION, run_app
 from smpo_common.errors import UserError
-from smpo_common.options import Flag, Options, Overwrite, add_command
+from smpo_common.options import Flag, Options, Overwrite, add_command, flag_name
 
 
 def _weights(texts):
@@ -47,7 +47,7 @@ class Speed(Options):
     schedule: Literal["constant", "cosine"] = "constant"
     """Course of the learning
     rate."""
-    log_file: Annotated[Path | None, Field(alias="json", description="Where to log, as JSON.")] = None
+    json_: Annotated[Path | None, Field(description="Where to log, as JSON.")] = None
 
 
 class Job(Options):
@@ -221,12 +221,13 @@ def test_python_gets_the_same_checks():
         Job(shards=("a",), model="m", out=Path("o"), stepz=3)
 
 
-def test_an_alias_is_the_name_of_the_flag_and_of_the_key(run, tmp_path):
+def test_an_underscore_at_the_end_is_in_neither_the_flag_nor_the_key(run, tmp_path):
     (job,), _, _ = run(*_LEAST, "--json", "/log")
-    assert job.speed.log_file == Path("/log")
+    assert job.speed.json_ == Path("/log")
     job.write(tmp_path)
     (again,), _, _ = run("--config", tmp_path / "config.yaml")
-    assert again.speed.log_file == Path("/log")
+    assert again.speed.json_ == Path("/log")
+    assert flag_name("json_") == "--json"
 
 
 def test_values_are_replaced_in_whichever_group(run):
