@@ -37,12 +37,13 @@ from PIL import Image
 from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job
-from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
+from smpo_pipeline.jobs.invert.actor import InvertActor
+from smpo_pipeline.jobs.invert.models import describe_model, load_models
+from smpo_pipeline.jobs.invert.options import InvertJobOptions, InvertOptions, ModelOptions, StorageOptions
 from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
-from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
@@ -105,11 +106,13 @@ class TimedActor(InvertActor):
 def options_of(work: Path, out: Path, device: str) -> InvertOptions:
     """What `invert` is told."""
     return InvertOptions(
-        pairs=[work / "pairs.parquet"], scores=work / "scores", model=str(ASSETS / "model"), out=out / "shards",
-        unet=None, inverting_unet=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0,
-        pairs_per_shard=PAIRS_A_UNIT, shard_bytes=None, batch_size=BATCH, device=device, concurrency=1,
-        ray_address=None, limit=None, max_reject_rate=0.0, overwrite=False,
-    )  # fmt: skip
+        pairs=[work / "pairs.parquet"],
+        scores=work / "scores",
+        out=out / "shards",
+        models=ModelOptions(model=str(ASSETS / "model")),
+        storing=StorageOptions(pairs_per_shard=PAIRS_A_UNIT),
+        running=InvertJobOptions(batch_size=BATCH, device=device, dtype="fp32", concurrency=1, max_reject_rate=0.0),
+    )
 
 
 def run_actor(work: Path, out: Path, device: str) -> float:

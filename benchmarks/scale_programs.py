@@ -24,12 +24,13 @@ import smpo_pipeline.jobs.score.job as score_job
 from smpo_pipeline.inversion.batch import PreparedPair, draw_trajectory
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.isolation import Failure
-from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions
+from smpo_pipeline.jobs.invert.actor import InvertActor
+from smpo_pipeline.jobs.invert.options import InvertJobOptions, InvertOptions, ModelOptions
 from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.score.chunks import with_scores, without_images
+from smpo_pipeline.jobs.score.options import ScoreJobOptions, ScoreOptions
 from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_pipeline.toy.create import ASSETS
-from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.shards.samples import Sample
 
 SECONDS = 1.0
@@ -55,7 +56,7 @@ class StandIn:
 
     def _sample(self, pair: PreparedPair, number: int) -> Sample:
         settings = self._options.settings
-        trajectory = draw_trajectory(pair, number, self._family, settings, self._options.seed)
+        trajectory = draw_trajectory(pair, number, self._family, settings, self._options.trajectory.seed)
         latent, states = self._family.latent_shape(*pair.image_size), len(trajectory.plan.stored)
         return Sample(
             trajectory.meta(),
@@ -100,13 +101,15 @@ class FreeActor(RewardActor):
 
 
 def invert_options(work: Path, out: Path, pairs: Sequence[Path], limit: int, **more: Any) -> InvertOptions:  # noqa: ANN401
-    """What `invert` is told."""
-    return InvertOptions(
-        pairs=list(pairs), scores=work / "scores", model=str(ASSETS / "model"), out=out / "shards", unet=None,
-        inverting_unet=None, vae=None, resolution=None, settings=InversionSettings(), columns={}, seed=0,
-        shard_bytes=None,
-        device="cpu", limit=limit, max_reject_rate=0.0, overwrite=False, **more,
-    )  # fmt: skip
+    """What `invert` is told; ``more``: by flag name."""
+    options = InvertOptions(
+        pairs=tuple(pairs),
+        scores=work / "scores",
+        out=out / "shards",
+        models=ModelOptions(model=str(ASSETS / "model")),
+        running=InvertJobOptions(device="cpu", limit=limit, max_reject_rate=0.0),
+    )
+    return options.replace(**more)
 
 
 def run_workers(work: Path, workers: int) -> None:
@@ -152,19 +155,11 @@ def run_score_memory(work: Path, pairs: int) -> None:
     files = input_files(work, "score", pairs)
     with tempfile.TemporaryDirectory() as folder:
         score_job.score(
-            score_job.ScoreOptions(
-                pairs=files,
+            ScoreOptions(
+                pairs=tuple(files),
                 out=Path(folder) / "scores",
-                reward=[f"pickscore={ASSETS / 'rewards/pickscore'}"],
-                columns={},
-                batch_size=None,
-                device="cpu",
-                dtype="fp32",
-                concurrency=[],
-                ray_address=None,
-                limit=pairs,
-                max_reject_rate=0.0,
-                overwrite=False,
+                reward=(f"pickscore={ASSETS / 'rewards/pickscore'}",),
+                running=ScoreJobOptions(device="cpu", limit=pairs, max_reject_rate=0.0),
             )
         )
 

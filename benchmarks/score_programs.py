@@ -31,6 +31,7 @@ from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.score import job
 from smpo_pipeline.jobs.score.chunks import with_scores, without_images
+from smpo_pipeline.jobs.score.options import ScoreJobOptions, ScoreOptions
 from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_pipeline.rewards import load_reward
 
@@ -174,19 +175,11 @@ def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, dtype: str,
     if slow:
         job.RewardActor = SlowActor
     with tempfile.TemporaryDirectory() as out:
-        options = job.ScoreOptions(
-            pairs=list(pairs),
+        options = ScoreOptions(
+            pairs=tuple(pairs),
             out=Path(out) / "scores",
-            reward=list(specs),
-            columns={},
-            batch_size=BATCH,
-            device="cpu",
-            dtype=dtype,
-            concurrency=[],
-            ray_address=None,
-            limit=count,
-            max_reject_rate=0.05,
-            overwrite=False,
+            reward=tuple(specs),
+            running=ScoreJobOptions(batch_size=BATCH, device="cpu", dtype=dtype, limit=count),
         )
         with Stopwatch() as watch:
             job.score(options)

@@ -25,7 +25,15 @@ from smpo_pipeline.isolation import Failure
 from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job
-from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
+from smpo_pipeline.jobs.invert.actor import InvertActor
+from smpo_pipeline.jobs.invert.models import describe_model, load_models
+from smpo_pipeline.jobs.invert.options import (
+    InvertJobOptions,
+    InvertOptions,
+    ModelOptions,
+    StorageOptions,
+    TrajectoryOptions,
+)
 from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_schemas.inversion_settings import InversionSettings
@@ -285,13 +293,18 @@ def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, 
 
 def _options(world: World, shape: str, folder: Path, out: Path, unit: int) -> InvertOptions:
     """What `invert` is told."""
+    batch_size = min(unit, world.size.batches[-1])
     return InvertOptions(
-        pairs=[folder / "pairs.parquet"], scores=folder / "scores", model=str(world.model(shape)), out=out,
-        unet=None, inverting_unet=None, vae=None, resolution=None, settings=settings_of(world, "bf16"), columns={},
-        seed=0,
-        pairs_per_shard=unit, shard_bytes=None, batch_size=min(unit, world.size.batches[-1]),
-        device=world.device.name, concurrency=1, ray_address=None, limit=None, max_reject_rate=0.0, overwrite=False,
-    )  # fmt: skip
+        pairs=(folder / "pairs.parquet",),
+        scores=folder / "scores",
+        out=out,
+        models=ModelOptions(model=str(world.model(shape))),
+        trajectory=TrajectoryOptions(steps=world.size.steps),
+        storing=StorageOptions(pairs_per_shard=unit),
+        running=InvertJobOptions(
+            batch_size=batch_size, device=world.device.name, dtype="bf16", concurrency=1, max_reject_rate=0.0
+        ),
+    )
 
 
 def _prepared(world: World, shape: str, pairs: Path, unit: int) -> list[pa.Table]:

@@ -7,6 +7,7 @@ import logging
 import typer
 
 from smpo_common.commandline import run_app
+from smpo_common.options import add_command
 from smpo_pipeline.commands.calibrate import calibrate
 from smpo_pipeline.commands.evaluate import evaluate
 from smpo_pipeline.commands.inspect import inspect
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
 )
 for command in (score, calibrate, plan, invert, status, evaluate, inspect, toy):
-    app.command()(command)
+    add_command(app, command)
 
 
 def main() -> None:

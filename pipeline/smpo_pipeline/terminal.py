@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from smpo_common.errors import one_line
@@ -61,6 +63,12 @@ def counted(counts: Mapping[str, int], most: int = 8) -> str:
     if len(ordered) > most:
         words.append(f"{len(ordered) - most} others ({sum(count for _, count in ordered[most:])})")
     return ", ".join(words) or "none"
+
+
+def print_next(console: Console, *command: object) -> None:
+    """Print the command to run next, quoted as a shell takes it; of what is still to be chosen, a name in capitals."""
+    text = f"next: {shlex.join(map(str, command))}"
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def percent(part: float, whole: float) -> str:

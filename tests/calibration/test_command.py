@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from smpo_common.errors import UserError
+from smpo_pipeline.commands.calibrate import CalibrateOptions
 from smpo_pipeline.commands.calibrate import calibrate as calibrate_command
 from smpo_schemas.calibration import Calibration, read_calibration
 from tests.calibration.helpers import populations, write_scores
@@ -34,6 +35,8 @@ def test_it_writes_and_says_what_it_found(capfd, scores, monkeypatch):
     for name, fit in found.held_out.items():
         assert f"{fit.log_loss:.4f}" in done.stdout, name
     assert "228 decided, 12 ties" in done.stdout
+    assert "rewards: all of them; 5 folds of the prompts; seed 0" in done.stdout
+    assert f"--preference mixture --calibration {scores / 'calibration.json'} --out" in done.stdout
     assert "person 1" in done.stdout
     assert "no pair was labelled more than once" in done.stdout
     assert f"{found.rewards['one'].tau:.4g}" in done.stdout
@@ -84,7 +87,7 @@ def test_the_calibration_is_written_before_its_picture(scores, monkeypatch):
 
     monkeypatch.setattr("smpo_pipeline.calibration.plot.save_plot", fails)
     with pytest.raises(RuntimeError, match="no picture"):
-        calibrate_command(scores)
+        calibrate_command(CalibrateOptions(scores=scores))
     assert read_calibration(scores / "calibration.json").folds == 5
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smpo_pipeline.evaluation import run as run_module
+from smpo_pipeline.evaluation.options import EvaluateJobOptions, EvaluateOptions, SamplingOptions
 from smpo_pipeline.evaluation.plan import Plan, make_plan
 from tests.evaluation.stubs import STUBS, PlanMaker
 from tests.tiny import make_tiny_model, make_tiny_unet
@@ -42,23 +43,15 @@ def plan_of(models: dict[str, Path], prompts: Path, tmp_path: Path) -> PlanMaker
     """Make a plan of base against tuned, with some settings replaced."""
 
     def make(**changes: Any) -> Plan:
-        arguments = {
-            "out": tmp_path / "out",
-            "models": [f"base={models['base']}", f"tuned={models['tuned']}"],
-            "base": None,
-            "prompts": prompts,
-            "rewards": ["brightness"],
-            "limit": None,
-            "images_per_prompt": 3,
-            "steps": 2,
-            "guidance_scale": 1.0,
-            "seed": 0,
-            "dtype": "fp32",
-            "resolution": None,
-            "variant": None,
-            "batch_size": 4,
-            "device": "cpu",
-        }
-        return make_plan(**{**arguments, **changes})
+        # Not validated: the rewards are stubs, which no name stands for.
+        options = EvaluateOptions.model_construct(
+            model=(f"base={models['base']}", f"tuned={models['tuned']}"),
+            prompts=prompts,
+            reward=("brightness",),
+            out=tmp_path / "out",
+            sampling=SamplingOptions(images_per_prompt=3, steps=2, guidance_scale=1.0),
+            running=EvaluateJobOptions(batch_size=4, device="cpu"),
+        )
+        return make_plan(options.replace(**changes))
 
     return make

@@ -124,7 +124,7 @@ def test_a_model_without_a_size_takes_the_one_that_is_given(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
     images = []
     for source, resolution in ((models["base"], None), (sizeless, 32)):
-        plan = plan_of(models=[f"base={source}"], resolution=resolution)
+        plan = plan_of(model=[f"base={source}"], resolution=resolution)
         (model,) = plan.models
         assert check_generator(model, None, plan.settings) == (4, 8, 8)
         picture = Picture("a cat", 0, tmp_path / f"{resolution}.png")
@@ -132,4 +132,4 @@ def test_a_model_without_a_size_takes_the_one_that_is_given(
         images.append(picture.path.read_bytes())
     assert images[0] == images[1]
     with pytest.raises(UserError, match="--resolution"):
-        check_generator(model, None, plan_of(models=[f"base={sizeless}"]).settings)
+        check_generator(model, None, plan_of(model=[f"base={sizeless}"]).settings)

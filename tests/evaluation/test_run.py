@@ -35,7 +35,7 @@ def quiet() -> Console:
 
 
 def test_the_whole_evaluation(plan_of: PlanMaker, quiet: Console, models: dict[str, Path]) -> None:
-    plan = plan_of(rewards=["brightness", "redness"])
+    plan = plan_of(reward=["brightness", "redness"])
     assert finished_results(plan, overwrite=False) is None
     results = run(plan, quiet)
     assert read_results(plan.out) == results
@@ -66,7 +66,7 @@ def test_the_whole_evaluation(plan_of: PlanMaker, quiet: Console, models: dict[s
 
 
 def test_report_is_self_contained(plan_of: PlanMaker, quiet: Console) -> None:
-    plan = plan_of(rewards=["brightness", "redness"])
+    plan = plan_of(reward=["brightness", "redness"])
     run(plan, quiet)
     page = (plan.out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[^\"]*", "", page))
@@ -79,7 +79,7 @@ def test_report_is_self_contained(plan_of: PlanMaker, quiet: Console) -> None:
 
 
 def test_same_model_twice_ties(plan_of: PlanMaker, quiet: Console, models: dict[str, Path]) -> None:
-    plan = plan_of(models=[f"one={models['base']}", f"two={models['base']}"])
+    plan = plan_of(model=[f"one={models['base']}", f"two={models['base']}"])
     versus = run(plan, quiet).finding("two", "brightness").versus_baseline
     assert versus is not None
     assert (versus.win_rate.value, versus.ties) == (0.5, 9)
@@ -98,6 +98,19 @@ def test_an_unfinished_run_is_continued(plan_of: PlanMaker, quiet: Console) -> N
     assert kept.stat().st_mtime_ns == before
 
 
+def test_the_models_are_in_half_precision_on_a_gpu_unless_asked_otherwise(plan_of: PlanMaker) -> None:
+    for device, dtype, expected in (("cuda", None, "bf16"), ("cpu", None, "fp32"), ("cuda", "fp16", "fp16")):
+        assert plan_of(device=device, dtype=dtype).settings.dtype == expected
+
+
+def test_what_nobody_asked_for_is_said(plan_of: PlanMaker) -> None:
+    console = Console(record=True, width=200)
+    run(plan_of(), console)
+    said = console.export_text()
+    for part in ("device: cpu", "fp32", "3 prompts, 3 images each of 32 x 32 pixels", "batches of 4", "seed 0"):
+        assert part in said
+
+
 def test_other_settings_need_overwrite(plan_of: PlanMaker, quiet: Console) -> None:
     run(plan_of(), quiet)
     other = plan_of(steps=3)
@@ -111,7 +124,7 @@ def test_other_settings_need_overwrite(plan_of: PlanMaker, quiet: Console) -> No
 
 def test_another_reward_keeps_the_images(plan_of: PlanMaker, quiet: Console) -> None:
     run(plan_of(), quiet)
-    other = plan_of(rewards=["brightness", "redness"])
+    other = plan_of(reward=["brightness", "redness"])
     before = other.file("base", 0, 0).stat().st_mtime_ns
     assert finished_results(other, overwrite=True) is None
     run(other, quiet)
@@ -125,11 +138,11 @@ def test_replaced_weights_of_a_reward_are_another_evaluation(
     weights.write_bytes(b"1")
     spec = f"brightness={weights}"
     monkeypatch.setitem(STUBS, spec, STUBS["brightness"])
-    run(plan_of(rewards=[spec]), quiet)
-    assert finished_results(plan_of(rewards=[spec]), overwrite=False)
+    run(plan_of(reward=[spec]), quiet)
+    assert finished_results(plan_of(reward=[spec]), overwrite=False)
     weights.write_bytes(b"2")
     with pytest.raises(UserError, match="holds an evaluation with other settings .other rewards"):
-        finished_results(plan_of(rewards=[spec]), overwrite=False)
+        finished_results(plan_of(reward=[spec]), overwrite=False)
 
 
 def test_overwrite_scores_anew_and_keeps_images(
@@ -200,11 +213,11 @@ def test_a_later_models_mistake_is_found_before_anything_is_sampled(
     name = "lora_unet_down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file({f"{name}.lora_down.weight": torch.zeros(2, 8), f"{name}.lora_up.weight": torch.zeros(8, 2)}, kohya)
     for changes, words in (
-        ({"models": [base, f"flow={flow}"]}, "its scheduler, FlowMatchEulerDiscreteScheduler, has no beta schedule"),
-        ({"models": [base, "tuned=runs/mistyped"]}, "--model tuned=runs/mistyped(: no such folder| cannot be loaded)"),
-        ({"models": [base, f"tuned={larger}"]}, "latents differ in shape"),
-        ({"models": [base, f"inpainting={nine}"]}, "its UNet takes 9 channels and gives 4"),
-        ({"models": [base, f"kohya={kohya}"]}, "--model kohya=.*kohya.safetensors.*down_blocks.7"),
+        ({"model": [base, f"flow={flow}"]}, "its scheduler, FlowMatchEulerDiscreteScheduler, has no beta schedule"),
+        ({"model": [base, "tuned=runs/mistyped"]}, "--model tuned=runs/mistyped(: no such folder| cannot be loaded)"),
+        ({"model": [base, f"tuned={larger}"]}, "latents differ in shape"),
+        ({"model": [base, f"inpainting={nine}"]}, "its UNet takes 9 channels and gives 4"),
+        ({"model": [base, f"kohya={kohya}"]}, "--model kohya=.*kohya.safetensors.*down_blocks.7"),
         ({"resolution": 20}, "--resolution 20"),
         ({"variant": "fp61"}, "--variant fp61"),
         ({"steps": 1001}, "--steps 1001: --model base=.* knows 1000 timesteps"),
@@ -217,7 +230,7 @@ def test_a_later_models_mistake_is_found_before_anything_is_sampled(
 
 def test_swapped_models_are_another_evaluation(plan_of: PlanMaker, models: dict[str, Path]) -> None:
     specs = [f"base={models['base']}", f"tuned={models['tuned']}"]
-    assert plan_of(models=specs).settings.digest() != plan_of(models=specs[::-1]).settings.digest()
+    assert plan_of(model=specs).settings.digest() != plan_of(model=specs[::-1]).settings.digest()
 
 
 def test_foreign_files_are_not_touched(plan_of: PlanMaker) -> None:
@@ -230,7 +243,7 @@ def test_foreign_files_are_not_touched(plan_of: PlanMaker) -> None:
 
 def test_a_score_that_is_no_number_is_named(plan_of: PlanMaker, quiet: Console) -> None:
     with pytest.raises(UserError, match="no finite score"):
-        run(plan_of(rewards=["broken"]), quiet)
+        run(plan_of(reward=["broken"]), quiet)
 
 
 def test_headline_and_table(plan_of: PlanMaker) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import pyarrow as pa
@@ -10,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from smpo_pipeline.commands.invert import invert
-from smpo_pipeline.commands.plan import plan
+from smpo_common.options import fields_of
+from smpo_pipeline.jobs.invert.options import InvertOptions
+from smpo_pipeline.planning.options import PlanOptions
 from smpo_schemas.manifest import read_manifest
 from tests.command import assert_one_line, run_here
 from tests.pictures import encode, picture
@@ -19,7 +19,7 @@ from tests.tiny import make_tiny_clip, make_tiny_model
 
 
 def test_every_flag_of_invert_is_there():
-    mine, theirs = (set(inspect.signature(command).parameters) for command in (plan, invert))
+    mine, theirs = ({name for name, *_ in fields_of(model)} for model in (PlanOptions, InvertOptions))
     assert theirs <= mine
     assert mine - theirs == {"gpus", "price", "seconds", "json"}
 
@@ -87,7 +87,14 @@ def test_a_plan_in_words_and_as_json(inputs, tmp_path, capfd):
         assert each["dollars"] == pytest.approx(hours * 2.5)
     rate = found["measured_trajectories"] / found["measured_seconds"] / 2
     assert found["pairs_a_second"] == pytest.approx(rate)
-    for words in ("100,000,000", "250,000", "CPU hours", "dollars", "18 forwards of the denoiser (exactly)"):
+    for words in (
+        "10 pairs at 32 x 32 pixels; cpu, fp32; batches of 4 trajectories",
+        "100,000,000",
+        "250,000",
+        "CPU hours",
+        "dollars",
+        "18 forwards of the denoiser (exactly)",
+    ):
         assert words in done.stdout
 
 
@@ -169,11 +176,14 @@ def test_bytes_shards_and_states_are_those_of_the_shards(inputs, tmp_path, capfd
     common = ("--pairs", inputs / "pairs", "--device", "cpu")
     scored = here_on_ray("smpo-pipeline", "score", *common, "--reward", reward, "--out", tmp_path / "scores")
     assert scored.returncode == 0, scored.stderr
+    next_flags = f"--pairs {inputs / 'pairs'} --scores {tmp_path / 'scores'} --model MODEL"
+    assert f"next: smpo-pipeline invert {next_flags}" in scored.stdout
     flags = ("--scores", tmp_path / "scores", "--model", inputs / "model", "--steps", 3, "--pairs-per-shard", 4)
     out = tmp_path / "shards"
     made = here_on_ray("smpo-pipeline", "invert", *common, *flags, "--batch-size", "auto", "--out", out)
     assert made.returncode == 0, made.stderr
     assert "--batch-size auto: batches of" in made.stdout
+    assert f"next: smpo-train --shards {out} --model {inputs / 'model'} --reward clipscore" in made.stdout
     assert not list(out.glob(".batch-size*"))
     assert run_plan(inputs, capfd, *flags[:2], *flags[4:], "--json", tmp_path / "plan.json").returncode == 0
     own = json.loads((tmp_path / "plan.json").read_text())["projections"][0]

@@ -2,126 +2,39 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from smpo_common.files import write_json
-from smpo_common.store_path import parse_path
-from smpo_pipeline.commands import options as opt
-from smpo_pipeline.commands.invert import SETTINGS_FLAGS, inversion_settings, invert, parse_shard_size
 from smpo_pipeline.images.buckets import buckets_in_words
+from smpo_pipeline.planning.options import PlanOptions
 
 if TYPE_CHECKING:
     from smpo_pipeline.planning.plan import Plan
 
-_PLAN = "Plan"
-_IDLE = {"out": None, "concurrency": None, "ray_address": None, "overwrite": False}
-"""Flags of `invert` that change nothing of what a device does, with their defaults: taken, so that its command line and
-its config file are."""
 
-ScoresOption = Annotated[
-    str | None,
-    typer.Option(
-        "--scores",
-        metavar="DIR|URL",
-        callback=opt.existing("--scores"),
-        help="Output of `score`: which rewards the shards will carry; default: one.",
-        rich_help_panel=_PLAN,
-    ),
-]
-GpusOption = Annotated[
-    int, typer.Option("--gpus", min=1, help="Devices (on cpu: cores) at work at once.", rich_help_panel=_PLAN)
-]
-PriceOption = Annotated[
-    float | None, typer.Option("--price", min=0, help="Dollars for one device hour.", rich_help_panel=_PLAN)
-]
-SecondsOption = Annotated[
-    float,
-    typer.Option("--seconds", min=0.1, help="How long to measure, warm-up included.", rich_help_panel=_PLAN),
-]
-FileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        metavar="FILE",
-        parser=opt.local_path,
-        callback=opt.writable("--json", file=True),
-        help="Write the plan as JSON, too.",
-        rich_help_panel=_PLAN,
-    ),
-]
-
-
-def plan(context: typer.Context, **flags: Any) -> None:  # noqa: ANN401  (each flag's type is in the signature below)
+def plan(options: PlanOptions) -> None:
     """Measure what `invert` with the same flags would cost: device hours, bytes, shards, dollars.
 
     Inverts some of the pairs on this machine's device for a minute and projects: for these pairs, for 1 and for 100
     million. Nothing is stored; --out, --concurrency, --ray-address and --overwrite may be given, and do nothing.
     """
     from smpo_pipeline.jobs.ray.session import check_device, plain_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
-    from smpo_pipeline.planning.plan import PlanOptions, make_plan  # noqa: PLC0415
+    from smpo_pipeline.planning.plan import make_plan  # noqa: PLC0415
 
-    device = check_device(flags["device"])
+    device = check_device(options.running.device)
     plain_arithmetic(device)
-    settings = inversion_settings(context, device, **{name: flags[name] for name in SETTINGS_FLAGS})
-    same = ("model", "unet", "inverting_unet", "vae", "variant", "resolution", "seed", "pairs_per_shard", "limit")
-    columns = opt.columns_by_field(*(flags[f"{name}_column"] for name in opt.COLUMN_FIELDS))
-    found = make_plan(
-        PlanOptions(
-            pairs=[parse_path(path) for path in flags["pairs"]],
-            scores=parse_path(flags["scores"]) if flags["scores"] else None,
-            **{name: flags[name] for name in (*same, "gpus", "price", "seconds")},
-            settings=settings,
-            columns=columns,
-            shard_bytes=parse_shard_size(context, flags["shard_size"]),
-            batch_size=opt.parse_batch_size(flags["batch_size"]),
-            device=device,
-        )
-    )
     console = Console(markup=False)
+    found = make_plan(options.replace(device=device), console)
     _show(console, found)
-    if 1 - found.usable > flags["max_reject_rate"]:
-        stops = f"above --max-reject-rate {flags['max_reject_rate']:g}: invert will stop"
+    bearable = options.running.max_reject_rate
+    if 1 - found.usable > bearable:
+        stops = f"above --max-reject-rate {bearable:g}: invert will stop"
         console.print(f"WARNING: that is {stops}", highlight=False, soft_wrap=True)
-    if flags["json"]:
-        write_json(flags["json"], found.model_dump())
-
-
-def _flags() -> inspect.Signature:
-    """The flags of `invert` that change what it costs, whatever they come to be, and those of this command."""
-    own = {
-        "scores": (ScoresOption, None),
-        "gpus": (GpusOption, 1),
-        "price": (PriceOption, None),
-        "seconds": (SecondsOption, 60.0),
-        "json": (FileOption, None),
-    }
-    parameters = inspect.signature(invert, eval_str=True).parameters
-    kept = [each for name, each in parameters.items() if name not in own and name not in _IDLE]
-    kept += [_hidden(parameters[name]).replace(default=default) for name, default in _IDLE.items()]
-    added = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind, default=default)
-        for name, (kind, default) in own.items()
-    ]
-    return inspect.Signature([*kept, *added])
-
-
-def _hidden(parameter: inspect.Parameter) -> inspect.Parameter:
-    """The same flag, left out of the help."""
-    kind, option = get_args(parameter.annotation)
-    shown = copy.copy(option)
-    shown.hidden = True
-    return parameter.replace(annotation=Annotated[kind, shown])
-
-
-plan.__signature__ = _flags()  # type: ignore[attr-defined]
-plan.__annotations__ = {name: each.annotation for name, each in plan.__signature__.parameters.items()}  # type: ignore[attr-defined]
+    if options.projection.json_:
+        write_json(options.projection.json_, found.model_dump())
 
 
 def _show(console: Console, found: Plan) -> None:

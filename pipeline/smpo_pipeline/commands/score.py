@@ -2,55 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from smpo_common.commandline import ConfigOption, write_resolved_config
-from smpo_common.store_path import AnyPath, parse_path
-from smpo_pipeline.commands import options as opt
+from smpo_common.store_path import AnyPath
+from smpo_pipeline.jobs.score.options import ScoreOptions
+from smpo_pipeline.terminal import print_next
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo
 
 
-def score(
-    context: typer.Context,
-    pairs: opt.PairsOption,
-    reward: opt.RewardsOption,
-    out: opt.OutOrUrlOption,
-    prompt_column: opt.PromptColumn = None,
-    image_0_column: opt.Image0Column = None,
-    image_1_column: opt.Image1Column = None,
-    label_column: opt.LabelColumn = None,
-    pair_id_column: opt.PairIdColumn = None,
-    annotator_column: opt.AnnotatorColumn = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images a model call; default: each reward's own.", rich_help_panel=opt.RUNNING),
-    ] = None,
-    device: opt.DeviceOption = None,
-    dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"],
-        typer.Option(
-            help="Of the reward models' matrix products. Half precision is faster on a GPU and rounds scores.",
-            rich_help_panel=opt.RUNNING,
-        ),
-    ] = "fp32",
-    concurrency: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Actors of each reward: N, or NAME=N for one of them, repeatable. Default: one a GPU, or what keeps "
-            "all cores busy.",
-            rich_help_panel=opt.RUNNING,
-        ),
-    ] = None,
-    ray_address: opt.RayAddressOption = None,
-    limit: opt.LimitOption = None,
-    max_reject_rate: opt.MaxRejectRateOption = 0.05,
-    overwrite: opt.OverwriteOption = False,
-    config: ConfigOption = None,  # noqa: ARG001  (read by its callback)
-) -> None:
+def score(options: ScoreOptions) -> None:
     """Score both images of every pair with one or more reward models.
 
     Into a finished OUT of the same pairs, rewards that it lacks are added: what is there is not scored again.
@@ -58,31 +19,14 @@ def score(
     Writes OUT/scores-*.parquet (one row a pair, raw scores), OUT/rejected.parquet (pairs left out, with the reason)
     and OUT/scores.json (statistics; written last).
     """
-    from smpo_pipeline.jobs.ray.session import check_device  # noqa: PLC0415  (keeps --help free of torch and Ray)
-    from smpo_pipeline.jobs.score.job import ScoreOptions, score  # noqa: PLC0415
+    from smpo_pipeline.jobs.score.job import score as run_job  # noqa: PLC0415  (keeps --help free of torch and Ray)
 
-    columns = opt.columns_by_field(
-        prompt_column, image_0_column, image_1_column, label_column, pair_id_column, annotator_column
-    )
-    directory = parse_path(out)
-    info = score(
-        ScoreOptions(
-            pairs=[parse_path(path) for path in pairs],
-            out=directory,
-            reward=reward,
-            columns=columns,
-            batch_size=batch_size,
-            device=check_device(device, ray_address),
-            dtype=dtype,
-            concurrency=concurrency or [],
-            ray_address=ray_address,
-            limit=limit,
-            max_reject_rate=max_reject_rate,
-            overwrite=overwrite,
-        )
-    )
-    write_resolved_config(context, directory, directory / SCORES_FILE)
-    _show(Console(markup=False), info, directory)
+    info = run_job(options)
+    options.write(options.out, options.out / SCORES_FILE)
+    console = Console(markup=False)
+    _show(console, info, options.out)
+    invert = ("smpo-pipeline", "invert", "--pairs", *options.pairs, *options.columns.as_flags())
+    print_next(console, *invert, "--scores", options.out, "--model", "MODEL", "--out", "shards")
 
 
 def _show(console: Console, info: ScoresInfo, out: AnyPath) -> None:

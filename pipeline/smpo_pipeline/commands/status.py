@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
+from smpo_common.options import Flag, Options
 from smpo_common.store_path import parse_path
 
 if TYPE_CHECKING:
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 _REASONS = 5
 
 
-def status(
-    out: Annotated[str, typer.Argument(metavar="DIR|URL", help="What `score` or `invert` has as --out.")],
-) -> None:
+class StatusOptions(Options):
+    """The settings of ``status``."""
+
+    out: Annotated[str, Flag(positional=True, metavar="DIR|URL")]
+    """What `score` or `invert` has as --out."""
+
+
+def status(options: StatusOptions) -> None:
     """Say how far a run of score or invert is: units, pairs, rejects and why, rate, remaining time.
 
     Reads what the run has committed, from any machine that sees it, and changes nothing.
     """
     from smpo_pipeline.jobs.record.status import read_status  # noqa: PLC0415  (keeps --help quick)
 
-    found = read_status(parse_path(out))
+    found = read_status(parse_path(options.out))
     console = Console(markup=False)
     console.print(_table(found, time.time()))
     if not found.finished and not found.holder:

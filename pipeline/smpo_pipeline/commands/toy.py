@@ -4,30 +4,46 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from pydantic import Field
+from rich.console import Console
 from rich.progress import Progress
 
-from smpo_pipeline.commands import options as opt
+from smpo_common.options import Options
+from smpo_pipeline.options import Out
+from smpo_pipeline.terminal import print_next
 
 
-def toy(
-    out: opt.OutOption,
-    pairs: Annotated[int, typer.Option("--pairs", min=1, help="Preference pairs to sample.")] = 600,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same pairs.")] = 0,
-) -> None:
+class ToyOptions(Options):
+    """The settings of ``toy``."""
+
+    out: Out
+    pairs: Annotated[int, Field(ge=1)] = 600
+    """Preference pairs to sample."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Same seed, same pairs."""
+
+
+def toy(options: ToyOptions) -> None:
     """Write the embedded world: a small model of coloured shapes, reward models, and preference pairs of its samples.
 
     Everything that `score`, `invert`, `smpo-train` and `evaluate` need to be tried out in minutes on two CPU cores.
     """
     import smpo_models  # noqa: F401, PLC0415  (quiets transformers before it is used)
     from smpo_pipeline.toy.create import create_world  # noqa: PLC0415  (keeps --help free of torch)
+    from smpo_pipeline.toy.world import IMAGE_SIZE  # noqa: PLC0415
 
-    with Progress() as progress:
+    console, out = Console(markup=False), options.out
+    sizes = f"{options.pairs} pairs at {IMAGE_SIZE} x {IMAGE_SIZE} pixels"
+    console.print(f"{sizes}; cpu, fp32; seed {options.seed}", highlight=False)
+    with Progress(console=console) as progress:
         task = progress.add_task("sampling pairs", total=None)
         create_world(
             out,
-            num_pairs=pairs,
-            seed=seed,
+            num_pairs=options.pairs,
+            seed=options.seed,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    typer.echo(f"world of {pairs} pairs: {out}")
+    console.print(f"world of {options.pairs} pairs: {out}", highlight=False, soft_wrap=True)
+    pickscore = f"pickscore={out / 'rewards' / 'pickscore'}"
+    scores = out.with_name("scores")
+    print_next(console, "smpo-pipeline", "score", "--pairs", out / "pairs", "--reward", pickscore, "--out", scores)

@@ -175,7 +175,8 @@ def generate(
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise UserError(f"too little memory to sample one image: {error}; --dtype fp16 takes half") from error
+                half = "; --dtype fp16 takes half" if settings.dtype == "fp32" else ""
+                raise UserError(f"too little memory to sample one image: {error}{half}") from error
             batch_size = len(batch) // 2
             continue
         for each, image in zip(batch, images, strict=True):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, sha256_json
+from smpo_pipeline.evaluation.options import EvaluateOptions
 from smpo_pipeline.evaluation.prompts import read_prompts
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
 from smpo_pipeline.evaluation.sources import ModelSource, choose_base, identity, parse_models, reward_identity
+from smpo_pipeline.options import default_dtype
 
 IMAGES_FOLDER = "images"
 ORIGIN_FILE = "made_from.json"
@@ -50,50 +51,40 @@ class Plan:
         return sha256_json({**values, "model": self.settings.models[model]})
 
 
-def make_plan(
-    out: Path,
-    models: Sequence[str],
-    base: str | None,
-    prompts: Path,
-    rewards: Sequence[str],
-    *,
-    limit: int | None,
-    images_per_prompt: int,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    dtype: str,
-    resolution: int | None,
-    variant: str | None,
-    batch_size: int,
-    device: str | None,
-) -> Plan:
-    """Check the command line's values and find out which files they stand for.
+def make_plan(options: EvaluateOptions) -> Plan:
+    """Check what is to be compared, and find out which files it stands for.
 
     Raises:
-        UserError: one of them is wrong.
+        UserError: one of the settings is wrong.
     """
-    sources = parse_models(models)
-    whole = choose_base(sources, base)
+    sources = parse_models(options.model)
+    whole = choose_base(sources, options.base)
     if not sources:
         raise UserError("name at least one model with --model NAME=DIR")
-    if not rewards:
+    if not options.reward:
         raise UserError("name at least one reward with --reward NAME[=MODEL]")
-    if len(set(rewards)) != len(rewards):
+    if len(set(options.reward)) != len(options.reward):
         raise UserError("--reward names the same reward twice")
+    sampling, running = options.sampling, options.running
     settings = Settings(
         models={model.name: identity(model, whole) for model in sources},
-        rewards={spec: reward_identity(spec) for spec in rewards},
-        prompts=read_prompts(prompts, limit),
-        images_per_prompt=images_per_prompt,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        dtype=dtype,
-        resolution=resolution,
-        variant=variant,
+        rewards={spec: reward_identity(spec) for spec in options.reward},
+        prompts=read_prompts(options.prompts, running.limit),
+        images_per_prompt=sampling.images_per_prompt,
+        steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        seed=sampling.seed,
+        dtype=running.dtype or default_dtype(running.device or _device_here()),
+        resolution=sampling.resolution,
+        variant=sampling.variant,
     )
-    return Plan(out, sources, whole, settings, batch_size, device)
+    return Plan(options.out, sources, whole, settings, running.batch_size, running.device)
+
+
+def _device_here() -> str:
+    from smpo_models.devices import choose_device  # noqa: PLC0415  (loads torch: only where the dtype depends on it)
+
+    return choose_device(None)
 
 
 def finished_results(plan: Plan, *, overwrite: bool) -> Results | None:

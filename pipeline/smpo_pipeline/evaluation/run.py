@@ -19,6 +19,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
 from smpo_models.devices import choose_device, device_in_words
 from smpo_models.hub import require_source
+from smpo_models.unet_family import latent_factor
 from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
 from smpo_pipeline.evaluation.generate import Picture, check_generator, denoiser_fingerprint, generate, load_generator
@@ -66,6 +67,7 @@ def run(plan: Plan, console: Console) -> Results:
             f"--model: latents differ in shape ({shapes}), so the models cannot begin from the same noise; "
             "compare models of one resolution and family"
         )
+    console.print(_sizes(plan, shapes[plan.models[0].name]), highlight=False, soft_wrap=True)
     rewards = [load_reward(spec, device) for spec in plan.settings.rewards]
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
@@ -82,6 +84,15 @@ def run(plan: Plan, console: Console) -> Results:
     write_report(plan, results, scores)
     write_results(plan.out, results)
     return results
+
+
+def _sizes(plan: Plan, shape: tuple[int, int, int]) -> str:
+    """How many images of what size are made: a line for the user."""
+    settings, first = plan.settings, plan.models[0]
+    whole = first.source if first.kind == "pipeline" else str(plan.base)
+    height, width = (latent_factor(whole, f"--model {first.name}") * side for side in shape[1:])
+    images = f"{len(settings.prompts)} prompts, {settings.images_per_prompt} images each of {height} x {width} pixels"
+    return f"{images}; batches of {plan.batch_size}; seed {settings.seed}"
 
 
 def _quiet_libraries() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
 
 from smpo_common.errors import UserError
-from smpo_models.loading import load_family, load_inverting_denoiser
+from smpo_models.family import Family
 from smpo_models.memory import is_out_of_memory
 from smpo_pipeline.images.buckets import list_buckets
 from smpo_pipeline.inversion.batch import draw_trajectory
@@ -23,9 +24,10 @@ from smpo_pipeline.inversion.batch_size import (
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import FAILURES
-from smpo_pipeline.jobs.record.paths import AbsolutePathOrUrl
-from smpo_pipeline.planning.rate import batches_of_units, measure_rate
-from smpo_pipeline.planning.sample import sample_pairs
+from smpo_pipeline.jobs.invert.models import load_models
+from smpo_pipeline.planning.options import PlanOptions
+from smpo_pipeline.planning.rate import Rate, batches_of_units, measure_rate
+from smpo_pipeline.planning.sample import SampledPairs, sample_pairs
 from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, trajectory_bytes
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import Bucket
@@ -40,30 +42,6 @@ _PROJECTED = (1_000_000, 100_000_000)
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
-
-
-class PlanOptions(_Frozen):
-    """Everything ``plan`` is told; fields as the command line's flags."""
-
-    pairs: list[AbsolutePathOrUrl]
-    scores: AbsolutePathOrUrl | None
-    model: str
-    unet: Path | None
-    inverting_unet: Path | None
-    vae: str | None
-    variant: str | None
-    resolution: int | None
-    settings: InversionSettings
-    columns: dict[str, str | None]
-    seed: int
-    pairs_per_shard: int
-    shard_bytes: int | None
-    batch_size: int | None
-    device: str
-    limit: int | None
-    gpus: int
-    price: float | None
-    seconds: float
 
 
 class Projection(_Frozen):
@@ -87,7 +65,16 @@ class Projection(_Frozen):
     dollars: float | None
 
 
-class Plan(_Frozen):
+class _Measured(_Frozen):
+    """Rates and means that the projections are made of; fields of :class:`Plan`."""
+
+    usable: float
+    pairs_a_second: float
+    states_a_trajectory: float
+    bytes_a_trajectory: float
+
+
+class Plan(_Measured):
     """What was measured, and what follows.
 
     Attributes:
@@ -116,121 +103,145 @@ class Plan(_Frozen):
     gpus: int
     price: float | None
     batch_size: int
-    pairs_a_second: float
     measured_trajectories: int
     measured_seconds: float
     warm: bool
     buckets: list[Bucket]
-    usable: float
     sampled: int
     rewards: list[str]
-    states_a_trajectory: float
     forwards_a_trajectory: float
     forwards_measured: bool
-    bytes_a_trajectory: float
     peak_memory: int | None
     decoding_cores: float
     projections: list[Projection]
 
 
-def make_plan(options: PlanOptions) -> Plan:
-    """Measure the model on the device, and project.
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured: the model, which is on the device, and pairs for it."""
+
+    family: Family
+    inverter: Inverter
+    resolution: int
+    sampled: SampledPairs
+    pairs_per_shard: int
+    rewards: list[str]
+
+
+def make_plan(options: PlanOptions, console: Console) -> Plan:
+    """Measure the model on the device, and project; says first what nobody asked for by name.
 
     Raises:
         UserError: an input, the model or the device cannot be used.
     """
-    files = list_pair_files(options.pairs)
-    rewards = list(read_scores_info(options.scores).rewards) if options.scores else ["pickscore"]
-    family = load_family(options.model, denoiser=options.unet, vae=options.vae, variant=options.variant)
-    family.encodes_empty_prompt = options.settings.empty_prompt == "encoded"
-    resolution = check_settings(family, options.model, options.resolution, options.settings)
-    inverting_denoiser = family.denoiser
-    if options.inverting_unet is not None:
-        inverting_denoiser = load_inverting_denoiser(family, options.model, options.inverting_unet, options.variant)
-    if family.denoiser is None or inverting_denoiser is None:
-        raise RuntimeError("the model was loaded without its denoiser")
-    sizes = sizes_of_images(family, resolution, options.settings)
-    sampled = sample_pairs(files, options.columns, sizes, count=_SAMPLED, limit=options.limit, rewards=rewards)
-    settings, pairs = options.settings, sampled.pairs
-    if options.shard_bytes:
-        latent = family.latent_shape(resolution, resolution)
-        fitting = pairs_that_fit(options.shard_bytes, latent, settings, family.process)
-        options = options.model_copy(update={"pairs_per_shard": fitting})
-    inverter = Inverter(family, inverting_denoiser, settings, options.seed, options.device)
-    batch_size = options.batch_size
-    if batch_size is None:
-        trials = trajectory_requests(with_most_pixels(pairs, resolution), first_trajectory=settings.trajectories)
-        batch_size = choose_batch_size(
-            lambda size: inverter.invert([next(trials) for _ in range(size)]),
-            options.pairs_per_shard * settings.trajectories,
-            options.device,
-        )
-    batches = batches_of_units(pairs, settings.trajectories, options.pairs_per_shard, batch_size)
+    device = options.running.chosen_device
+    subject = _prepare(options)
+    for line in options.choices(subject.resolution, subject.sampled.total):
+        console.print(line, highlight=False, soft_wrap=True)
+    trajectories = options.trajectory.trajectories
+    batch_size = options.running.batch_size or _find_batch_size(subject, trajectories, device)
+    batches = batches_of_units(subject.sampled.pairs, trajectories, subject.pairs_per_shard, batch_size)
     try:
-        rate = measure_rate(inverter, inverter.denoisers, batches, options.seconds, options.device)
+        rate = measure_rate(subject.inverter, subject.inverter.denoisers, batches, options.projection.seconds, device)
     except FAILURES as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"--batch-size {batch_size}: too little memory ({error}); try --batch-size auto") from error
+    return _plan(options, subject, rate, batch_size)
+
+
+def _prepare(options: PlanOptions) -> _Subject:
+    """Load the model, and decode some of the pairs."""
+    files = list_pair_files(options.pairs)
+    scores, settings = options.projection.scores, options.settings
+    rewards = list(read_scores_info(scores).rewards) if scores else ["pickscore"]
+    family, inverting_denoiser = load_models(options)
+    resolution = check_settings(family, options.models.model, options.models.resolution, settings)
+    sampled = sample_pairs(
+        files,
+        options.columns.by_field(),
+        sizes_of_images(family, resolution, settings),
+        count=_SAMPLED,
+        limit=options.running.limit,
+        rewards=rewards,
+    )
+    pairs_per_shard = options.storing.pairs_per_shard
+    if options.storing.shard_size:
+        latent = family.latent_shape(resolution, resolution)
+        pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, settings, family.process)
+    device, seed = options.running.chosen_device, options.trajectory.seed
+    inverter = Inverter(family, inverting_denoiser, settings, seed, device)
+    return _Subject(family, inverter, resolution, sampled, pairs_per_shard, rewards)
+
+
+def _find_batch_size(subject: _Subject, trajectories: int, device: str) -> int:
+    """``--batch-size auto``."""
+    largest = with_most_pixels(subject.sampled.pairs, subject.resolution)
+    trials = trajectory_requests(largest, first_trajectory=trajectories)
+    return choose_batch_size(
+        lambda size: subject.inverter.invert([next(trials) for _ in range(size)]),
+        subject.pairs_per_shard * trajectories,
+        device,
+    )
+
+
+def _plan(options: PlanOptions, subject: _Subject, rate: Rate, batch_size: int) -> Plan:
+    """Project a measured rate, with sizes by formula."""
+    settings, family, sampled, asked = options.settings, subject.family, subject.sampled, options.projection
     trajectories = [
-        draw_trajectory(pair, number, family, settings, options.seed)
-        for pair in pairs
+        draw_trajectory(pair, number, family, settings, options.trajectory.seed)
+        for pair in sampled.pairs
         for number in range(settings.trajectories)
     ]
     formula = [
-        forwards(trajectory.plan, settings, own_inverting_denoiser=inverting_denoiser is family.denoiser)
+        forwards(trajectory.plan, settings, own_inverting_denoiser=options.models.inverting_unet is None)
         for trajectory in trajectories
     ]
     by_formula = [each for each in formula if each is not None]
-    usable = len(pairs) / sampled.rows
-    states = _mean([len(trajectory.plan.stored) for trajectory in trajectories])
-    size = _mean(
-        [
-            trajectory_bytes(trajectory, family.latent_shape(*trajectory.pair.image_size), settings.storage)
-            for trajectory in trajectories
-        ]
+    shapes = [family.latent_shape(*trajectory.pair.image_size) for trajectory in trajectories]
+    sizes = [trajectory_bytes(*each, settings.storage) for each in zip(trajectories, shapes, strict=True)]
+    found = _Measured(
+        usable=len(sampled.pairs) / sampled.rows,
+        pairs_a_second=rate.trajectories / rate.seconds / settings.trajectories,
+        states_a_trajectory=_mean([len(trajectory.plan.stored) for trajectory in trajectories]),
+        bytes_a_trajectory=_mean(sizes),
     )
-    pairs_a_second = rate.trajectories / rate.seconds / settings.trajectories
-
-    def project(count: int) -> Projection:
-        hours = count * usable / pairs_a_second / 3600
-        return Projection(
-            pairs=count,
-            states=round(count * usable * settings.trajectories * states),
-            device_hours=hours,
-            wall_hours=hours / options.gpus,
-            bytes=total_bytes(count, options.pairs_per_shard, usable * settings.trajectories * size),
-            shards=num_shards(count, options.pairs_per_shard),
-            dollars=None if options.price is None else hours * options.price,
-        )
-
-    on_gpu = options.device == "cuda"
     cpu = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
     return Plan(
-        device=torch.cuda.get_device_name() if on_gpu else cpu,
-        model=options.model,
-        resolution=resolution,
+        **found.model_dump(),
+        device=torch.cuda.get_device_name() if options.running.device == "cuda" else cpu,
+        model=options.models.model,
+        resolution=subject.resolution,
         settings=settings,
-        gpus=options.gpus,
-        price=options.price,
+        gpus=asked.gpus,
+        price=asked.price,
         batch_size=batch_size,
-        pairs_a_second=pairs_a_second,
         measured_trajectories=rate.trajectories,
         measured_seconds=rate.seconds,
         warm=rate.warm,
-        buckets=list_buckets(Counter(pair.image_size for pair in pairs)) if settings.buckets else [],
-        usable=usable,
+        buckets=list_buckets(Counter(pair.image_size for pair in sampled.pairs)) if settings.buckets else [],
         sampled=sampled.rows,
-        rewards=rewards,
-        states_a_trajectory=states,
-        forwards_a_trajectory=2 * _mean([each for each in formula if each is not None])
-        if by_formula
-        else rate.forwards / rate.trajectories,
+        rewards=subject.rewards,
+        forwards_a_trajectory=2 * _mean(by_formula) if by_formula else rate.forwards / rate.trajectories,
         forwards_measured=not by_formula,
-        bytes_a_trajectory=size,
         peak_memory=rate.peak_memory,
-        decoding_cores=sampled.decode_seconds * pairs_a_second,
-        projections=[project(count) for count in (sampled.total, *_PROJECTED)],
+        decoding_cores=sampled.decode_seconds * found.pairs_a_second,
+        projections=[_project(count, found, options, subject) for count in (sampled.total, *_PROJECTED)],
+    )
+
+
+def _project(count: int, found: _Measured, options: PlanOptions, subject: _Subject) -> Projection:
+    """What ``count`` input pairs come to."""
+    asked, trajectories_a_pair = options.projection, found.usable * options.trajectory.trajectories
+    hours = count * found.usable / found.pairs_a_second / 3600
+    return Projection(
+        pairs=count,
+        states=round(count * trajectories_a_pair * found.states_a_trajectory),
+        device_hours=hours,
+        wall_hours=hours / asked.gpus,
+        bytes=total_bytes(count, subject.pairs_per_shard, trajectories_a_pair * found.bytes_a_trajectory),
+        shards=num_shards(count, subject.pairs_per_shard),
+        dollars=None if asked.price is None else hours * asked.price,
     )
 
 

@@ -21,10 +21,11 @@ from smpo_pipeline.isolation import Failure
 from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job as invert
-from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models, take_batch_sizes
+from smpo_pipeline.jobs.invert.actor import InvertActor, take_batch_sizes
+from smpo_pipeline.jobs.invert.models import describe_model, load_models
+from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.record import progress
 from smpo_pipeline.jobs.record.run_record import Run
-from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
 from tests.tiny import make_tiny_model, make_tiny_xl
 
@@ -39,13 +40,17 @@ def models(tmp_path_factory):
 
 
 def make_options(models, out, **changed):
-    options = {
-        "pairs": [out], "scores": out, "model": str(models / "sd"), "out": out, "unet": None, "inverting_unet": None,
-        "vae": None, "resolution": None, "settings": InversionSettings(steps=1, dtype="bf16"), "columns": {},
-        "seed": 0, "pairs_per_shard": 8, "shard_bytes": None, "batch_size": 8, "device": "cpu", "concurrency": 1,
-        "ray_address": None, "limit": None, "max_reject_rate": 1.0, "overwrite": False, **changed,
-    }  # fmt: skip
-    return InvertOptions(**options)
+    """``changed``: by flag name, not validated."""
+    options = InvertOptions(
+        pairs=[],
+        scores=models,
+        out=out,
+        models={"model": str(models / "sd")},
+        trajectory={"steps": 1},
+        storing={"pairs_per_shard": 8},
+        running={"batch_size": 8, "device": "cpu", "dtype": "bf16", "concurrency": 1, "max_reject_rate": 1.0},
+    )
+    return options.replace(**changed)
 
 
 def make_actor(models, out, monkeypatch, **changed):
@@ -58,12 +63,11 @@ def make_actor(models, out, monkeypatch, **changed):
 
 
 def test_what_nobody_asked_for_is_said(models, tmp_path):
-    settings = InversionSettings(dtype="bf16", prompt_dropout=0.25)
-    said = "; ".join(invert.choices(make_options(models, tmp_path, settings=settings, batch_size=None, seed=3), 64, 77))
+    options = make_options(models, tmp_path, prompt_dropout=0.25, batch_size=None, seed=3)
+    said = "; ".join(options.choices(64, 77))
     for part in ("77 pairs", "64 x 64", "cpu", "bf16", "seed 3", "25 %", "--prompt-dropout", "50 % mirrored", "trying"):
         assert part in said
-    settings = InversionSettings(hflip=False, buckets=True)
-    said = "; ".join(invert.choices(make_options(models, tmp_path, settings=settings), 64, 77))
+    said = "; ".join(make_options(models, tmp_path, hflip=False, buckets=True).choices(64, 77))
     for part in (", 0 % mirrored", "aspect", "of 8 trajectories", "seed 0"):
         assert part in said
 
@@ -98,8 +102,7 @@ def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, 
 def test_each_batch_is_reported(models, tmp_path, monkeypatch):
     """Of pairs with two trajectories each, three trajectories at a time."""
     monkeypatch.setattr(progress, "_REPORT_SECONDS", 0)
-    settings = InversionSettings(steps=1, trajectories=2)
-    actor = make_actor(models, tmp_path, monkeypatch, settings=settings, batch_size=3)
+    actor = make_actor(models, tmp_path, monkeypatch, trajectories=2, dtype="fp32", batch_size=3)
     reported = []
     monkeypatch.setattr(WorkLog, "report", lambda _, *what: reported.append(what))
     list(
@@ -153,7 +156,7 @@ def test_an_unfinished_run_is_not_continued_with_other_settings_of_a_model(
     monkeypatch.setattr(invert, "_invert", lambda *_: None)  # a kill, before any shard is made
     pq.write_table(pa.table({"caption": ["a cat"], "jpg_0": [b"0"], "jpg_1": [b"1"]}), tmp_path / "pairs.parquet")
     shutil.copytree(models / kind, tmp_path / "model")
-    paths = {"pairs": [tmp_path / "pairs.parquet"], "model": str(tmp_path / "model")}
+    paths = {"pairs": (tmp_path / "pairs.parquet",), "model": str(tmp_path / "model")}
     options = make_options(models, tmp_path / "out", **paths)
     for _ in range(2):
         invert.invert(options)
@@ -164,6 +167,24 @@ def test_an_unfinished_run_is_not_continued_with_other_settings_of_a_model(
         invert.invert(options)
     after = describe_model(options, *load_models(options))
     assert (after != before, after.info()) == (True, before.info())
+
+
+def test_a_shard_size_decides_the_pairs_of_every_shard(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(invert, "read_scores_info", lambda _: SimpleNamespace(parts=[]))
+    given = []
+    monkeypatch.setattr(invert, "_invert", lambda options, run, units, *_: given.append((options, run, units)))
+    rows = {"caption": ["a cat"] * 9, "jpg_0": [b"0"] * 9, "jpg_1": [b"1"] * 9}
+    pq.write_table(pa.table(rows), tmp_path / "pairs.parquet")
+    pairs = (tmp_path / "pairs.parquet",)
+    # x0 and one noise of 1024 bytes each and some headers, in about 4 kB.
+    invert.invert(make_options(models, tmp_path / "out", shard_size=20_000, pairs=pairs))
+    ((options, run, units),) = given
+    assert (
+        options.storing.pairs_per_shard
+        == run._identity["pairs_per_shard"]
+        == sum(part.stop - part.start for part in units[0])
+    )
+    assert 2 <= options.storing.pairs_per_shard <= 5
 
 
 def test_a_tokenizers_settings_are_not_those_of_its_last_prompts(models):

@@ -16,10 +16,11 @@ from smpo_pipeline.images.buckets import bucket_sizes, choose_size
 from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
-from smpo_pipeline.jobs.invert.actor import InvertActor, InvertOptions, describe_model, load_models
+from smpo_pipeline.jobs.invert.actor import InvertActor
+from smpo_pipeline.jobs.invert.models import describe_model, load_models
+from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
-from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.shards.index import indexed_trajectories
@@ -82,12 +83,14 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, traject
     for batch_size in (1, 3, 16):
         out = tmp_path / str(batch_size)
         options = InvertOptions(
-            pairs=[path], scores=folder, model=str(folder / "sd"), out=out, unet=None, inverting_unet=None, vae=None,
-            resolution=None, settings=InversionSettings(steps=2, trajectories=trajectories, buckets=True), columns={},
-            seed=0,
-            pairs_per_shard=len(rows), shard_bytes=None, batch_size=batch_size, device="cpu", concurrency=1,
-            ray_address=None, limit=None, max_reject_rate=1.0, overwrite=False,
-        )  # fmt: skip
+            pairs=[path],
+            scores=folder,
+            out=out,
+            models={"model": str(folder / "sd"), "buckets": True},
+            trajectory={"steps": 2, "trajectories": trajectories},
+            storing={"pairs_per_shard": len(rows)},
+            running={"batch_size": batch_size, "device": "cpu", "concurrency": 1, "max_reject_rate": 1.0},
+        )
         run, table_of_scores = Run(out, "manifest.json", {}), pa.Table.from_pylist(scored)
         run.open(overwrite=False, patterns=())
         model = describe_model(options, *load_models(options))
@@ -120,10 +123,14 @@ def test_a_worker_with_other_weights_than_the_drivers_makes_nothing(inputs, tmp_
     folder, _ = inputs
     monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
     options = InvertOptions(
-        pairs=[], scores=folder, model=str(folder / "sd"), out=tmp_path, unet=None, inverting_unet=None, vae=None,
-        resolution=None, settings=InversionSettings(steps=2), columns={}, seed=0, pairs_per_shard=1, shard_bytes=None,
-        batch_size=1, device="cpu", concurrency=1, ray_address=None, limit=None, max_reject_rate=1.0, overwrite=False,
-    )  # fmt: skip
+        pairs=[],
+        scores=folder,
+        out=tmp_path,
+        models={"model": str(folder / "sd")},
+        trajectory={"steps": 2},
+        storing={"pairs_per_shard": 1},
+        running={"batch_size": 1, "device": "cpu", "concurrency": 1, "max_reject_rate": 1.0},
+    )
     model = describe_model(options, *load_models(options))
     other = model.model_copy(update={"vae": "another"})
     actor = InvertActor(options, other, Run(tmp_path, "manifest.json", {}), pa.table({}), 1, 32, WorkLog())

@@ -23,7 +23,8 @@ from smpo_pipeline.jobs.ray.errors import _reason, plain_errors
 from smpo_pipeline.jobs.ray.pools import Pool, share_gpus, task_memory
 from smpo_pipeline.jobs.ray.session import connected, plain_arithmetic
 from smpo_pipeline.jobs.score import job as score
-from smpo_pipeline.jobs.score.job import ScoreOptions, _pool_sizes, _pools
+from smpo_pipeline.jobs.score.job import _pool_sizes, _pools
+from smpo_pipeline.jobs.score.options import ScoreJobOptions, ScoreOptions
 
 
 def test_gpus_are_shared_so_that_no_stage_waits_for_another():
@@ -104,7 +105,8 @@ def test_cores_of_a_cluster_are_its_machines_not_the_drivers(monkeypatch):
     specs = {"toy-truth": "toy-truth", "pickscore": "pickscore"}
 
     def pools(address, given):
-        options = ScoreOptions.model_construct(device="cpu", ray_address=address)
+        running = ScoreJobOptions(device="cpu", ray_address=address)
+        options = ScoreOptions.model_construct(running=running)
         return {name: (pool.size, pool.threads) for name, pool in _pools(options, specs, given).items()}
 
     assert pools(None, {}) == {"toy-truth": (6, 1), "pickscore": (1, 6)}
@@ -163,7 +165,7 @@ def test_decoded_chunks_do_not_pile_up_before_a_slow_reward(tmp_path, monkeypatc
     monkeypatch.setattr(score, "RewardActor", _SlowActor)
     monkeypatch.setattr(score, "prepare_chunks", partial(_decode_chunk, folder=tmp_path))
     monkeypatch.setattr(score, "CHUNK_BYTES", UNIT_BYTES)
-    options = ScoreOptions.model_construct(device="cpu", dtype="fp32", batch_size=None, ray_address=None)
+    options = ScoreOptions.model_construct(running=ScoreJobOptions(device="cpu"))
     specs = {"toy-truth": f"toy-truth={tmp_path}"}
     models = {"toy-truth": score.RewardModel("m", "f", "u", "fp32")}
     with connected(None):

@@ -14,15 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from pydantic import BaseModel, ConfigDict
-from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_common.files import list_files, read_json, write_json
 from smpo_common.store_path import AnyPath
-from smpo_models.family import Family
-from smpo_models.fingerprint import fingerprint_module, settings_of
-from smpo_models.loading import load_family, load_inverting_denoiser
 from smpo_pipeline.images.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import (
@@ -35,13 +30,12 @@ from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import Failure, make, run_alone
 from smpo_pipeline.jobs.faults.crashes import CrashGuard, WorkLog
+from smpo_pipeline.jobs.invert.models import ModelIdentity, describe_model, load_models
+from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.prepare import pairs_of, values_of
 from smpo_pipeline.jobs.ray.session import plain_arithmetic
-from smpo_pipeline.jobs.record.paths import AbsolutePath, AbsolutePathOrUrl, HubIdOrFolder
 from smpo_pipeline.jobs.record.progress import Reporter
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
-from smpo_schemas.inversion_settings import InversionSettings
-from smpo_schemas.manifest import ModelInfo
 from smpo_schemas.rejects import Reject
 from smpo_schemas.scores import IMAGE_IDS
 from smpo_schemas.shards.index import write_index_part
@@ -53,72 +47,6 @@ _MEASURED_PAIRS = 128
 """About how many pairs trajectory health is measured on; one more forward for each of their states."""
 
 _BATCH_SIZES = ".batch-size-*.json"
-
-
-class InvertOptions(BaseModel):
-    """Everything ``invert`` is told; fields as the command line's flags."""
-
-    model_config = ConfigDict(frozen=True)
-
-    pairs: list[AbsolutePathOrUrl]
-    scores: AbsolutePathOrUrl
-    model: HubIdOrFolder
-    out: AbsolutePathOrUrl
-    unet: AbsolutePath | None
-    inverting_unet: AbsolutePath | None
-    vae: HubIdOrFolder | None
-    variant: str | None = None
-    resolution: int | None
-    settings: InversionSettings
-    columns: dict[str, str | None]
-    seed: int
-    pairs_per_shard: int
-    shard_bytes: int | None
-    batch_size: int | None
-    device: str
-    concurrency: int | None
-    ray_address: str | None
-    limit: int | None
-    max_reject_rate: float
-    overwrite: bool
-
-
-def load_models(options: InvertOptions) -> tuple[Family, nn.Module]:
-    """Load the model with its reference denoiser, and the inverting denoiser (by default the reference), on the CPU."""
-    family = load_family(options.model, denoiser=options.unet, vae=options.vae, variant=options.variant)
-    family.encodes_empty_prompt = options.settings.empty_prompt == "encoded"
-    if options.inverting_unet is None:
-        return family, family.denoiser
-    return family, load_inverting_denoiser(family, options.model, options.inverting_unet, options.variant)
-
-
-class ModelIdentity(ModelInfo):
-    """What the manifest says of the models, and the settings that they compute by, which no fingerprint holds."""
-
-    settings: dict[str, Any]
-
-    def info(self) -> ModelInfo:
-        """What the manifest says."""
-        return ModelInfo(**self.model_dump(exclude={"settings"}))
-
-
-def describe_model(options: InvertOptions, family: Family, inverting_denoiser: nn.Module) -> ModelIdentity:
-    """What the models are, which are still in float32."""
-    reference = fingerprint_module(family.denoiser)
-    return ModelIdentity(
-        id=options.model,
-        kind=family.kind,
-        prediction_type=family.process.prediction_type,
-        reference=reference,
-        inverting_denoiser=reference
-        if inverting_denoiser is family.denoiser
-        else fingerprint_module(inverting_denoiser),
-        text=fingerprint_module(*family.text_modules),
-        vae=fingerprint_module(family.vae),
-        scheduler=family.process.fingerprint(),
-        num_train_timesteps=family.process.num_train_timesteps,
-        settings={**family.settings(), "inverting_denoiser": settings_of(inverting_denoiser)},
-    )
 
 
 class InvertActor:
@@ -134,15 +62,17 @@ class InvertActor:
         resolution: int,
         work_log: WorkLog,
     ) -> None:
-        plain_arithmetic(options.device)
+        self._device = options.running.chosen_device
+        plain_arithmetic(self._device)
         family, inverting_denoiser = load_models(options)
         # Not raised here: what leaves a constructor is tried again five times, for it may pass.
         self._others = describe_model(options, family, inverting_denoiser) != model
-        self._inverter = Inverter(family, inverting_denoiser, options.settings, options.seed, options.device)
+        seed, self._trajectories_a_pair = options.trajectory.seed, options.trajectory.trajectories
+        self._inverter = Inverter(family, inverting_denoiser, options.settings, seed, self._device)
         self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
-        self._batch_size, self._resolution = options.batch_size, resolution
+        self._batch_size, self._resolution = options.running.batch_size, resolution
         self._guard, self._reporter = CrashGuard(work_log), Reporter(work_log)
         self._model_seconds, self._ready = 0.0, time.monotonic()
 
@@ -154,7 +84,7 @@ class InvertActor:
         """
         if self._others:
             raise UserError(
-                f"--model {self._options.model}: its files on {socket.gethostname()} "
+                f"--model {self._options.models.model}: its files on {socket.gethostname()} "
                 "(or those of --unet, --inverting-unet, "
                 "--vae) are others than where the command was started; give every machine the same"
             )
@@ -187,7 +117,7 @@ class InvertActor:
                 sizes[pair.image_size] += 1
                 prompts_cut += self._family.cuts(pair.prompt)
                 for sample in samples:
-                    shard.write(f"{number * self._options.settings.trajectories + sample.meta.trajectory:010d}", sample)
+                    shard.write(f"{number * self._trajectories_a_pair + sample.meta.trajectory:010d}", sample)
             self._run.refuse_if_over()
         record = UnitRecord(
             unit=unit,
@@ -197,7 +127,7 @@ class InvertActor:
             entry=shard.entry.model_dump() if kept else None,
             health=health.to_lists(),
             prompts_cut=prompts_cut,
-            buckets=list_buckets(sizes) if self._options.settings.buckets else [],
+            buckets=list_buckets(sizes) if self._options.models.buckets else [],
             seconds=(self._model_seconds, time.monotonic() - self._ready),
         )
         if kept:
@@ -257,20 +187,20 @@ class InvertActor:
     ) -> Iterator[list[Sample] | Failure]:
         """Make all trajectories of each pair, ``batch_size`` at a time, or give the reason why there are none."""
         well = [pair for position, pair in enumerate(pairs) if position not in crashing]
-        requests = [(pair, trajectory) for pair in well for trajectory in range(self._options.settings.trajectories)]
+        requests = [(pair, trajectory) for pair in well for trajectory in range(self._trajectories_a_pair)]
         if requests and self._batch_size is None:
             self._find_batch_size(well)
         made: dict[int, Sample | Failure] = {}
         for positions in batches_of_one_size(requests, lambda: self._batch_size or 1):
             batch = self._make_batch([requests[position] for position in positions], health)
             made |= zip(positions, batch, strict=True)
-            self._reporter.report(unit, None, len(made) / self._options.settings.trajectories)
+            self._reporter.report(unit, None, len(made) / self._trajectories_a_pair)
         each_trajectory = iter([made[position] for position in range(len(requests))])
         for position in range(len(pairs)):
             if position in crashing:
                 yield Failure(crashing[position])
                 continue
-            of_pair = list(islice(each_trajectory, self._options.settings.trajectories))
+            of_pair = list(islice(each_trajectory, self._trajectories_a_pair))
             problems = [each for each in of_pair if isinstance(each, Failure)]
             yield problems[0] if problems else [each for each in of_pair if isinstance(each, Sample)]
 
@@ -281,7 +211,7 @@ class InvertActor:
             UserError: memory does not hold one trajectory.
         """
         began = time.monotonic()
-        outcome = make(self._inverter.invert, requests, self._options.device)
+        outcome = make(self._inverter.invert, requests, self._device)
         self._model_seconds += time.monotonic() - began
         if outcome.short:
             # One trajectory takes about what another does: it is not the pair's fault.
@@ -299,16 +229,16 @@ class InvertActor:
         return [made[position] for position in range(len(requests))]
 
     def _invert_alone(self, pair: PreparedPair) -> None:
-        for trajectory in range(self._options.settings.trajectories):
-            run_alone(self._inverter.invert, (pair, trajectory), self._options.device)
+        for trajectory in range(self._trajectories_a_pair):
+            run_alone(self._inverter.invert, (pair, trajectory), self._device)
 
     def _find_batch_size(self, pairs: Sequence[PreparedPair]) -> None:
         """``--batch-size auto``, for the device that this actor is on."""
         trials = trajectory_requests(with_most_pixels(pairs, self._resolution))
         size = choose_batch_size(
             lambda count: self._inverter.invert([next(trials) for _ in range(count)]),
-            self._options.pairs_per_shard * self._options.settings.trajectories,
-            self._options.device,
+            self._options.storing.pairs_per_shard * self._trajectories_a_pair,
+            self._device,
         )
         self._use_batches_of(size)
 

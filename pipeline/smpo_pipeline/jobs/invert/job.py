@@ -20,18 +20,13 @@ from smpo_pipeline.images.buckets import Size, list_buckets
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.faults.crashes import WorkLog
-from smpo_pipeline.jobs.invert.actor import (
-    STAGE,
-    InvertActor,
-    InvertOptions,
-    ModelIdentity,
-    describe_model,
-    index_part,
-    load_models,
-)
+from smpo_pipeline.jobs.invert.actor import STAGE, InvertActor, index_part
+from smpo_pipeline.jobs.invert.models import ModelIdentity, describe_model, load_models
+from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.prepare import prepare_row
 from smpo_pipeline.jobs.ray.pools import Pool, limit_memory, model_pool, task_memory
 from smpo_pipeline.jobs.ray.run_units import run_units
+from smpo_pipeline.jobs.ray.session import check_device
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
 from smpo_pipeline.planning.size import pairs_that_fit
@@ -60,47 +55,36 @@ def invert(options: InvertOptions) -> Manifest:
     Raises:
         UserError: an input, the model or the output directory cannot be used, or no pair is left.
     """
+    running = options.running
+    options = options.replace(device=check_device(running.device, running.ray_address))
     options.out.exists()  # asks an object store, so that an unknown bucket is refused before any work
     files = list_pair_files(options.pairs)
-    columns = columns_of(files, options.columns)
+    columns = columns_of(files, options.columns.by_field())
     info = read_scores_info(options.scores)
     checked = _check_model(options)
-    options = options.model_copy(update={"pairs_per_shard": checked.pairs_per_shard})
-    units = slice_files(files, checked.pairs_per_shard, options.limit)
+    options = options.replace(pairs_per_shard=checked.pairs_per_shard)
+    units = slice_files(files, checked.pairs_per_shard, running.limit)
     identity = {
         "job": "invert",
         "schema_version": MANIFEST_VERSION,
-        "input": describe_input(files, options.limit),
-        "columns": {key: value for key, value in options.columns.items() if value},
+        "input": describe_input(files, running.limit),
+        "columns": {key: value for key, value in options.columns.by_field().items() if value},
         "scores": [part.sha256 for part in info.parts],
         "model": checked.model.model_dump(),
         "resolution": checked.resolution,
         "inversion": options.settings.model_dump(),
         "ref_error_arithmetic": autocast_arithmetic(options.settings.dtype),
-        "seed": options.seed,
+        "seed": options.trajectory.seed,
         "pairs_per_shard": checked.pairs_per_shard,
     }
     run = Run(options.out, MANIFEST_FILE, identity)
     with locked(options.out):
-        if not run.open(overwrite=options.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
+        if not run.open(overwrite=running.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
             return read_manifest(options.out)
-        for line in choices(
-            options, checked.resolution, sum(part.stop - part.start for unit in units for part in unit)
-        ):
+        rows = sum(part.stop - part.start for unit in units for part in unit)
+        for line in options.choices(checked.resolution, rows):
             Console(markup=False).print(line, highlight=False, soft_wrap=True)
         return _invert(options, run, units, columns, info, checked)
-
-
-def choices(options: InvertOptions, resolution: int, pairs: int) -> list[str]:
-    """What is done to how many pairs, with what nobody asked for by name: lines for the user."""
-    settings = options.settings
-    size = f"{resolution} x {resolution}" + (", by aspect ratio" if settings.buckets else "")
-    batches = "found by trying" if options.batch_size is None else f"of {options.batch_size} trajectories"
-    emptied, mirrored = f"{100 * settings.prompt_dropout:g} %", f"{100 * settings.hflip / 2:g} %"
-    return [
-        f"{pairs} pairs at {size} pixels; {options.device}, {settings.dtype}; batches {batches}; seed {options.seed}",
-        f"of the trajectories {emptied} are without their prompt (--prompt-dropout), {mirrored} mirrored (--hflip)",
-    ]
 
 
 def _invert(
@@ -112,16 +96,16 @@ def _invert(
     checked: _Checked,
 ) -> Manifest:
     """Make the shards that are missing, and finish."""
-    scores = _score_table(options.scores, info)
+    running, scores = options.running, _score_table(options.scores, info)
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
 
     def build(source: ray.data.Dataset, work_log: WorkLog) -> ray.data.Dataset:
-        pool = model_pool(options.device, options.concurrency, options.ray_address, checked.weights, len(units))
+        pool = model_pool(running.chosen_device, running.concurrency, running.ray_address, checked.weights, len(units))
         prepare = partial(
             prepare_row,
             units=units,
             columns=columns,
-            pairs_per_unit=options.pairs_per_shard,
+            pairs_per_unit=options.storing.pairs_per_shard,
             sizes=checked.image_sizes,
             stage=STAGE,
             run=run,
@@ -139,8 +123,8 @@ def _invert(
         pixels = max(sizes) * 2 * 3 * max(height * width for height, width in checked.image_sizes)
         return _add_stages(source, prepare, kwargs, pool, pixels)
 
-    rate = options.max_reject_rate
-    records = run_units(run, sizes, build, _records, title="invert", address=options.ray_address, max_reject_rate=rate)
+    rate = running.max_reject_rate
+    records = run_units(run, sizes, build, _records, title="invert", address=running.ray_address, max_reject_rate=rate)
     manifest = _finish(options, run, records, info, checked.model.info(), checked.resolution)
     run.finish()
     return manifest
@@ -209,13 +193,13 @@ class _Checked:
 def _check_model(options: InvertOptions) -> _Checked:
     """Load the model once."""
     family, inverting_denoiser = load_models(options)
-    resolution = check_settings(family, options.model, options.resolution, options.settings)
+    resolution = check_settings(family, options.models.model, options.models.resolution, options.settings)
     model = describe_model(options, family, inverting_denoiser)
     sizes = sizes_of_images(family, resolution, options.settings)
-    pairs_per_shard = options.pairs_per_shard
-    if options.shard_bytes is not None:
+    pairs_per_shard = options.storing.pairs_per_shard
+    if options.storing.shard_size is not None:
         latent = family.latent_shape(resolution, resolution)
-        pairs_per_shard = pairs_that_fit(options.shard_bytes, latent, options.settings, family.process)
+        pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, options.settings, family.process)
     modules = {family.denoiser, inverting_denoiser, family.vae, *family.text_modules}
     weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
     return _Checked(model, resolution, sizes, pairs_per_shard, weights)
@@ -249,7 +233,7 @@ def _finish(
         resolution=resolution,
         inversion=options.settings,
         ref_error_arithmetic=autocast_arithmetic(options.settings.dtype),
-        seed=options.seed,
+        seed=options.trajectory.seed,
         rewards=info.rewards,
         shards=shards,
         totals=Totals(

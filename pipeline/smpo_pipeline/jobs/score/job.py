@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from smpo_common.errors import UserError
@@ -16,34 +15,17 @@ from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.ray.pools import Pool, cores_there, gpus_there, limit_memory, share_gpus
 from smpo_pipeline.jobs.ray.run_units import run_units
+from smpo_pipeline.jobs.ray.session import check_device
 from smpo_pipeline.jobs.record.lock import locked
-from smpo_pipeline.jobs.record.paths import AbsolutePathOrUrl, absolute_model
 from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, SCORE_STEP, Run, describe_input
 from smpo_pipeline.jobs.score.chunks import CHUNK_BYTES, prepare_chunks
+from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.jobs.score.table import PART_FILES, RewardModel, remove_leftovers, write_table
 from smpo_pipeline.jobs.score.units import RewardActor, UnitCollector
+from smpo_pipeline.options import absolute_model
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
-
-
-class ScoreOptions(BaseModel):
-    """Everything ``score`` is told; fields as the command line's flags."""
-
-    model_config = ConfigDict(frozen=True)
-
-    pairs: list[AbsolutePathOrUrl]
-    out: AbsolutePathOrUrl
-    reward: list[str]
-    columns: dict[str, str | None]
-    batch_size: int | None
-    device: str
-    dtype: str
-    concurrency: list[str]
-    ray_address: str | None
-    limit: int | None
-    max_reject_rate: float
-    overwrite: bool
 
 
 def score(options: ScoreOptions) -> ScoresInfo:
@@ -52,22 +34,24 @@ def score(options: ScoreOptions) -> ScoresInfo:
     Raises:
         UserError: an input, a reward or the output directory cannot be used, or no pair could be scored.
     """
+    running, columns = options.running, options.columns.by_field()
+    options = options.replace(device=check_device(running.device, running.ray_address))
     options.out.exists()  # asks an object store, so that an unknown bucket is refused before any work
     files = list_pair_files(options.pairs)
-    columns = columns_of(files, options.columns)
-    units = slice_files(files, SCORE_ROWS, options.limit)
+    columns_by_file = columns_of(files, columns)
+    units = slice_files(files, SCORE_ROWS, running.limit)
     specs = _specs(options.reward)
-    sizes = _pool_sizes(options.concurrency, specs)
-    models = {name: _describe(load_reward(spec, "cpu"), options.dtype) for name, spec in specs.items()}
+    sizes = _pool_sizes(running.concurrency, specs)
+    models = {name: _describe(load_reward(spec, "cpu"), running.dtype) for name, spec in specs.items()}
     identity = {
         "job": "score",
         "schema_version": SCORES_VERSION,
-        "input": describe_input(files, options.limit),
-        "columns": {key: value for key, value in options.columns.items() if value},
+        "input": describe_input(files, running.limit),
+        "columns": {key: value for key, value in columns.items() if value},
     }
     run = Run(options.out, SCORES_FILE, identity)
     with locked(options.out):
-        left = run.open(overwrite=options.overwrite, patterns=(PART_FILES, REJECTS_FILE))
+        left = run.open(overwrite=running.overwrite, patterns=(PART_FILES, REJECTS_FILE))
         base = None if left else read_scores_info(options.out)
         if base:
             _refuse_other_weights(options.out, base, models)
@@ -75,26 +59,25 @@ def score(options: ScoreOptions) -> ScoresInfo:
         step = _open_step(options, identity, new, base)
         if base and not new:
             return base
-        rows = sum(part.stop - part.start for unit in units for part in unit)
-        line = choices(options, {name: specs[name] for name in new}, rows)
-        Console(markup=False).print(line, highlight=False, soft_wrap=True)
-        build = partial(
-            _add_stages,
-            options=options,
-            units=units,
-            columns=columns,
-            specs={name: specs[name] for name in new},
-            models=new,
-            sizes=sizes,
-        )
+        specs = {name: specs[name] for name in new}
+        rows = [sum(part.stop - part.start for part in unit) for unit in units]
+        Console(markup=False).print(choices(options, specs, sum(rows)), highlight=False, soft_wrap=True)
         run_units(
             step,
-            [sum(part.stop - part.start for part in unit) for unit in units],
-            build,
-            UnitCollector(step, list(new), options.max_reject_rate),
+            rows,
+            partial(
+                _add_stages,
+                options=options,
+                units=units,
+                columns=columns_by_file,
+                specs=specs,
+                models=new,
+                sizes=sizes,
+            ),
+            UnitCollector(step, list(new), running.max_reject_rate),
             title="score",
-            address=options.ray_address,
-            max_reject_rate=options.max_reject_rate,
+            address=running.ray_address,
+            max_reject_rate=running.max_reject_rate,
         )
         info = write_table(options.out, step, len(units), new, base)
         step.remove()
@@ -104,11 +87,12 @@ def score(options: ScoreOptions) -> ScoresInfo:
 def choices(options: ScoreOptions, specs: Mapping[str, str], pairs: int) -> str:
     """What is done to how many pairs, with what nobody asked for by name: a line for the user."""
     batches = ", ".join(f"{name} {_batch_size(options, spec)}" for name, spec in specs.items())
-    return f"{pairs} pairs, images in their own size; {options.device}, {options.dtype}; images a batch: {batches}"
+    computing = f"{options.running.device}, {options.running.dtype}"
+    return f"{pairs} pairs, images in their own size; {computing}; images a batch: {batches}"
 
 
 def _batch_size(options: ScoreOptions, spec: str) -> int:
-    return options.batch_size or parse_reward(spec)[0].needs.batch_size
+    return options.running.batch_size or parse_reward(spec)[0].needs.batch_size
 
 
 def _add_stages(
@@ -133,8 +117,8 @@ def _add_stages(
             fn_constructor_kwargs={
                 "spec": specs[name],
                 "fingerprint": models[name].fingerprint,
-                "device": options.device,
-                "dtype": options.dtype,
+                "device": options.running.device,
+                "dtype": options.running.dtype,
                 "batch_size": _batch_size(options, specs[name]),
                 "work_log": work_log,
                 "share": 1 / len(pools),
@@ -198,13 +182,13 @@ def _open_step(
             begun = {}
     if not rewards:
         return step
-    if begun and begun != wanted and not options.overwrite:
+    if begun and begun != wanted and not options.running.overwrite:
         mend = f"or remove {step.out}" if base else "take another --out, or --overwrite to begin anew"
         raise UserError(
             f"{options.out} holds an unfinished run of other rewards ({', '.join(begun)}; other weights or "
             f"another --dtype, if the names are the same); finish it with its own command, {mend}"
         )
-    step.open(overwrite=options.overwrite, patterns=())
+    step.open(overwrite=options.running.overwrite, patterns=())
     return step
 
 
@@ -226,12 +210,12 @@ def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int
 def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, int]) -> dict[str, Pool]:
     """The actor pool of each reward; where nothing is said, one actor a GPU, or on cpu as many threads as cores."""
     needs = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
-    if options.device == "cuda":
+    if options.running.device == "cuda":
         there = gpus_there()
         sizes = {name: given.get(name, max(1, there)) for name in specs}
         shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, there)
         return {name: Pool(sizes[name], share, needs[name].num_cpus) for name, share in shares.items()}
-    cores = cores_there(options.ray_address)
+    cores = cores_there(options.running.ray_address)
     pools = {}
     for name, need in needs.items():
         on_one = math.ceil(given.get(name, 1) / len(cores))

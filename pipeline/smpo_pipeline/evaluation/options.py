@@ -1,0 +1,59 @@
+"""What ``smpo-pipeline evaluate`` is told: its flags. Does not import torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+from smpo_common.options import Flag, Options
+from smpo_pipeline.options import FILE, Device, LocalPath, ModelDtype, Out, Rewards, Variant
+
+
+class SamplingOptions(Options):
+    """How images are made."""
+
+    model_config = ConfigDict(title="Sampling")
+
+    images_per_prompt: Annotated[int, Field(ge=1)] = 8
+    """Images of each prompt, each from its own noise."""
+    steps: Annotated[int, Field(ge=1)] = 50
+    """DDIM steps of an image."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance; 1 is none."""
+    seed: int = 0
+    """Of the initial noise, which is the same for all models."""
+    resolution: Annotated[int | None, Flag(metavar="PIXELS"), Field(ge=8)] = None
+    """Side of the images. Default: what the models were made for."""
+    variant: Variant = None
+
+
+class EvaluateJobOptions(Options):
+    """How the evaluation runs."""
+
+    model_config = ConfigDict(title="Running")
+
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Images made, and scored, at once."""
+    device: Device = None
+    dtype: ModelDtype = None
+    limit: Annotated[int | None, Field(ge=1)] = None
+    """Only the first N prompts."""
+    overwrite: Annotated[bool, Flag(recorded=False)] = False
+    """Evaluate again, whatever is there; images made with the very same settings are kept."""
+
+
+class EvaluateOptions(Options):
+    """The settings of ``evaluate``."""
+
+    model: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place=True)]
+    """A model to compare: a diffusers pipeline (folder or hub id) or an output of smpo-train. The first one is the
+    baseline. Repeatable."""
+    prompts: Annotated[LocalPath, FILE]
+    """Prompts: .txt with one a line, or .jsonl or .parquet with a column prompt or caption."""
+    reward: Rewards
+    out: Out
+    base: Annotated[str | None, Flag(metavar="MODEL", place=True)] = None
+    """The whole model that completes outputs of smpo-train. Default: the first --model that is whole."""
+    sampling: SamplingOptions = SamplingOptions()
+    running: EvaluateJobOptions = EvaluateJobOptions()

@@ -1,0 +1,52 @@
+"""The models that ``smpo-pipeline invert`` is told to use: loading them, and what identifies them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from smpo_models.family import Family
+from smpo_models.fingerprint import fingerprint_module, settings_of
+from smpo_models.loading import load_family, load_inverting_denoiser
+from smpo_pipeline.jobs.invert.options import InversionOptions
+from smpo_schemas.manifest import ModelInfo
+
+
+def load_models(options: InversionOptions) -> tuple[Family, nn.Module]:
+    """Load the model with its reference denoiser, and the inverting denoiser (by default the reference), on the CPU."""
+    models = options.models
+    family = load_family(models.model, denoiser=models.unet, vae=models.vae, variant=models.variant)
+    family.encodes_empty_prompt = options.storing.empty_prompt == "encoded"
+    if models.inverting_unet is None:
+        return family, family.denoiser
+    return family, load_inverting_denoiser(family, models.model, models.inverting_unet, models.variant)
+
+
+class ModelIdentity(ModelInfo):
+    """What the manifest says of the models, and the settings that they compute by, which no fingerprint holds."""
+
+    settings: dict[str, Any]
+
+    def info(self) -> ModelInfo:
+        """What the manifest says."""
+        return ModelInfo(**self.model_dump(exclude={"settings"}))
+
+
+def describe_model(options: InversionOptions, family: Family, inverting_denoiser: nn.Module) -> ModelIdentity:
+    """What the models are, which are still in float32."""
+    reference = fingerprint_module(family.denoiser)
+    return ModelIdentity(
+        id=options.models.model,
+        kind=family.kind,
+        prediction_type=family.process.prediction_type,
+        reference=reference,
+        inverting_denoiser=reference
+        if inverting_denoiser is family.denoiser
+        else fingerprint_module(inverting_denoiser),
+        text=fingerprint_module(*family.text_modules),
+        vae=fingerprint_module(family.vae),
+        scheduler=family.process.fingerprint(),
+        num_train_timesteps=family.process.num_train_timesteps,
+        settings={**family.settings(), "inverting_denoiser": settings_of(inverting_denoiser)},
+    )
