@@ -114,7 +114,7 @@ class Flag:
         metavar: stands for the value in the help.
         typed: what a user types, for example ``list[str]``, where a validator makes the field's type from it; a
             serializer of the field (:class:`pydantic.PlainSerializer`) does the reverse for the resolved config.
-        place: the value is a path, or ``NAME=PATH``, or else a URL or a hub id: absolute in the resolved config.
+        place: a path, or else a URL or hub id, absolute in the resolved config; ``named``: it follows ``NAME=``.
         recorded: whether it stands in the resolved config.
         positional: an argument without a name.
         hidden: taken, but not in the help.
@@ -124,7 +124,7 @@ class Flag:
 
     metavar: str | None = None
     typed: Any = None
-    place: bool = False
+    place: bool | Literal["named"] = False
     recorded: bool = True
     positional: bool = False
     hidden: bool = False
@@ -237,14 +237,14 @@ def _typed_as(kind: Any) -> Any:  # noqa: ANN401  (a type or a typing construct)
     return kind if kind in (bool, int, float, str, Path) or get_origin(kind) is Literal else str
 
 
-def _portable(value: Any, *, place: bool) -> Any:  # noqa: ANN401  (a command line value of any type)
+def _portable(value: Any, *, place: bool | str) -> Any:  # noqa: ANN401  (a command line value of any type)
     """As YAML has it; paths of this machine are absolute."""
     if isinstance(value, (list, tuple)):
         return [_portable(item, place=place) for item in value]
     if isinstance(value, Path):
         return str(value if value.parts[:1] == ("~",) else value.absolute())
     if place and isinstance(value, str):
-        name, equals, path = value.rpartition("=")
+        name, equals, path = value.partition("=") if place == "named" else ("", "", value)
         if path and Path(path).exists():
             return f"{name}{equals}{Path(path).absolute()}"
     return value

@@ -137,7 +137,7 @@ OutOrUrl = Annotated[
 Rewards = Annotated[
     tuple[str, ...],
     AfterValidator(_known_rewards),
-    Flag(metavar="NAME[=MODEL]", place=True),
+    Flag(metavar="NAME[=MODEL]", place="named"),
     Field(
         description="NAME, NAME=MODEL (hub id, folder or file) or your own MODULE:CLASS, repeatable, for example "
         "pickscore or pickscore=./my-pickscore. Which there are and what each says: docs/rewards.md."

@@ -13,9 +13,10 @@ import typer
 import yaml
 
 from smpo_common import retry as passing
-from smpo_common.commandline import ConfigOption, expand_repeated, run_app, write_resolved_config
+from smpo_common.commandline import expand_repeated, run_app
 from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, follow_umask, read_json, write_json
+from smpo_common.options import Flag, Options, add_command
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -66,25 +67,24 @@ def test_repeated_options():
     ]
 
 
+class Work(Options):
+    pairs: tuple[str, ...]
+    number: int = 3
+
+
 @pytest.fixture
 def app(tmp_path):
     app = typer.Typer(pretty_exceptions_enable=False)
 
-    @app.command()
-    def work(
-        context: typer.Context,
-        pairs: Annotated[list[str], typer.Option()],
-        number: int = 3,
-        config: ConfigOption = None,
-    ) -> None:
-        if number == 13:
+    def work(options: Work) -> None:
+        if options.number == 13:
             raise UserError("two\n  lines")
-        if number == 17:
+        if options.number == 17:
             raise OSError(errno.EIO, os.strerror(errno.EIO), "/there/a")
-        result = tmp_path / "result"
-        write_resolved_config(context, tmp_path, result if result.exists() else None)
-        typer.echo(f"{pairs} {number}")
+        options.write(tmp_path)
+        typer.echo(f"{list(options.pairs)} {options.number}")
 
+    add_command(app, work)
     return app
 
 
@@ -104,22 +104,23 @@ def test_a_resolved_config_repeats_the_run_and_flags_override_it(app, tmp_path, 
     assert capsys.readouterr().out.splitlines() == ["['a', 'b'] 5", "['a', 'b'] 5", "['a', 'b'] 6"]
 
 
+class Places(Options):
+    pairs: Annotated[tuple[str, ...], Flag(place=True)]
+    model: Annotated[tuple[str, ...], Flag(place=True)]
+    reward: Annotated[tuple[str, ...], Flag(place="named")]
+    prompt_column: str
+    unet: Path
+    cache: Path = Path("~/cache")
+
+
 def test_a_resolved_config_means_the_same_from_elsewhere(tmp_path, monkeypatch):
     app = typer.Typer(pretty_exceptions_enable=False)
 
-    @app.command()
-    def work(
-        context: typer.Context,
-        pairs: Annotated[list[str], typer.Option()],
-        model: Annotated[list[str], typer.Option()],
-        reward: Annotated[list[str], typer.Option()],
-        prompt_column: Annotated[str, typer.Option()],
-        unet: Annotated[Path, typer.Option()],
-        cache: Path = Path("~/cache"),
-    ) -> None:
-        write_resolved_config(context, Path("run"))
+    def work(options: Places) -> None:
+        options.write(Path("run"))
 
-    for name in ("a", "org", "run"):
+    add_command(app, work)
+    for name in ("a", "org", "run", "x=a"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     args = ["--pairs", "a", "s3://there/a", "--model", "a", "x=a", "org/name", "--reward", "a", "p=a", "q=org/r"]
@@ -127,7 +128,7 @@ def test_a_resolved_config_means_the_same_from_elsewhere(tmp_path, monkeypatch):
     here = str(tmp_path)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == {
         "pairs": [f"{here}/a", "s3://there/a"],
-        "model": [f"{here}/a", f"x={here}/a", "org/name"],
+        "model": [f"{here}/a", f"{here}/x=a", "org/name"],
         "reward": ["a", f"p={here}/a", "q=org/r"],
         "prompt_column": "a",
         "unet": f"{here}/not-yet",
@@ -154,13 +155,17 @@ def test_a_config_may_name_one_of_several(app, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "['abc'] 3\n"
 
 
+class Rate(Options):
+    lr: float = 1.0
+
+
 def test_names_of_other_programs_are_known(tmp_path, monkeypatch, capsys):
     app = typer.Typer(pretty_exceptions_enable=False)
 
-    @app.command()
-    def work(lr: float = 1.0, config: ConfigOption = None) -> None:
-        typer.echo(lr)
+    def work(options: Rate) -> None:
+        typer.echo(options.lr)
 
+    add_command(app, work)
     config = tmp_path / "mine.yaml"
     config.write_text("learning_rate: 3")
     for arguments in (["--config", str(config)], ["--learning-rate", "3"], ["--learning-rate=3"]):
@@ -174,18 +179,6 @@ def test_names_of_other_programs_are_known(tmp_path, monkeypatch, capsys):
 def test_a_failure_of_storage_is_one_line(app, monkeypatch, capsys):
     assert run(app, monkeypatch, "--pairs", "a", "--number", "17") == 2
     assert capsys.readouterr().err == "error: /there/a: Input/output error; the same command goes on\n"
-
-
-def test_the_config_of_a_finished_run_is_left_as_it_was(app, tmp_path, monkeypatch):
-    result, config = tmp_path / "result", tmp_path / "config.yaml"
-    result.write_text("")
-    run(app, monkeypatch, "--pairs", "a", "--number", "1")
-    before = config.stat().st_ino
-    run(app, monkeypatch, "--pairs", "a", "--number", "2")
-    assert (config.stat().st_ino, "number: 1" in config.read_text()) == (before, True)
-    os.utime(result, (2e9, 2e9))  # another run has ended
-    run(app, monkeypatch, "--pairs", "a", "--number", "2")
-    assert "number: 2" in config.read_text()
 
 
 def test_a_failure_that_passes_is_tried_again_and_others_are_not(monkeypatch):

@@ -46,7 +46,7 @@ class EvaluateJobOptions(Options):
 class EvaluateOptions(Options):
     """The settings of ``evaluate``."""
 
-    model: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place=True)]
+    model: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")]
     """A model to compare: a diffusers pipeline (folder or hub id) or an output of smpo-train. The first one is the
     baseline. Repeatable."""
     prompts: Annotated[LocalPath, FILE]
