@@ -177,7 +177,9 @@ from smpo_trainer.settings import TrainSettings
 
 settings = TrainSettings(shards=("shards",), model="model", out=Path("out"))
 make_accelerator(settings.replace(device="cpu", dtype="fp32"))
-print(_get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+timeout = _get_default_group()._get_backend(torch.device("cpu")).options._timeout
+# In one write, or the lines of two processes mix.
+print(f"{timeout.total_seconds()}\\n", end="")
 """
 
 
