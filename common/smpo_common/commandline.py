@@ -15,18 +15,9 @@ import typer
 import yaml
 
 from smpo_common.errors import UserError
-from smpo_common.files import write_bytes
 from smpo_common.retry import PASSING_ERRNOS
-from smpo_common.store_path import AnyPath
 
 CONFIG_FILE = "config.yaml"
-
-_PLACES = {"pairs", "shards", "scores", "model", "base", "vae", "out"}
-"""Flags that take a path, or else a URL or a hub id."""
-
-_NAMED_PLACES = {"model", "reward"}
-"""Flags that take NAME=PATH, or else NAME=ID."""
-
 
 _OTHER_NAMES = {
     "learning_rate": "lr",
@@ -82,17 +73,6 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        help="YAML file with a key for each flag (dashes as underscores); flags given here override it.",
-        callback=read_config,
-        is_eager=True,
-    ),
-]
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"smpo-diffusion {version('smpo-diffusion')}")
@@ -106,42 +86,6 @@ VERSION = Annotated[
     ),
 ]
 """The flag ``--version`` of a program."""
-
-
-def write_resolved_config(context: typer.Context, directory: AnyPath, result: AnyPath | None = None) -> None:
-    """Write every setting of this run, defaults included, as a config file that repeats it from wherever it is given.
-
-    Args:
-        context: of the command.
-        directory: where to.
-        result: the file that the run wrote last; where a config is not older than that, this run had nothing to do.
-    """
-    target = directory / CONFIG_FILE
-    if result and target.is_file() and target.stat().st_mtime_ns >= result.stat().st_mtime_ns:
-        return
-    # Not --overwrite: repeating a run from its config must not wipe it.
-    left_out = ("config", "overwrite")
-    values = {
-        name: _plain(name, value)
-        for name, value in context.params.items()
-        if name not in left_out and value is not None
-    }
-    write_bytes(target, yaml.safe_dump(values, sort_keys=True, allow_unicode=True).encode())
-
-
-def _plain(flag: str, value: Any) -> Any:  # noqa: ANN401  (a command line value of any type)
-    """As YAML has it; paths of this machine are absolute."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(flag, item) for item in value]
-    if isinstance(value, Path):
-        return str(value if value.parts[:1] == ("~",) else value.absolute())
-    if flag in _PLACES and Path(value).exists():
-        return str(Path(value).absolute())
-    if flag in _NAMED_PLACES:
-        name, equals, place = value.partition("=")
-        if place and Path(place).exists():
-            return f"{name}{equals}{Path(place).absolute()}"
-    return value
 
 
 def _prepare(app: typer.Typer, arguments: Sequence[str]) -> list[str]:
