@@ -24,7 +24,9 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 ON_ONE_RAY = {
     "tests/jobs/faults/test_failures.py",
     "tests/jobs/invert/test_buckets.py",
+    "tests/jobs/ray/test_session.py",
     "tests/jobs/test_jobs.py",
+    "tests/jobs/test_object_store.py",
     "tests/planning/test_command.py",
     "tests/rewards/test_through_score.py",
 }

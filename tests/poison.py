@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from smpo_pipeline.jobs.faults import crashes
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.rewards import Reward
 from tests.pictures import encode, picture
@@ -72,6 +73,8 @@ class TouchyInvertActor(InvertActor):
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
+        # Each crash costs the start of a worker.
+        crashes.RETRY_ONE_BY_ONE_AFTER = crashes.REJECT_AFTER = 1
         invert = self._inverter.invert
 
         def touchy(requests):

@@ -39,15 +39,17 @@ def run(*arguments: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def scores(inputs, tmp_path_factory):
+def scores(inputs, tmp_path_factory, on_ray):
     """On a disk."""
     out = tmp_path_factory.mktemp("scores") / "out"
-    run(*score(inputs, inputs / "pairs", out))
+    done = on_ray("smpo-pipeline", *score(inputs, inputs / "pairs", out))
+    assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture(scope="module")
 def faults(inputs):
+    """A store of its own process; workers find it by their environment, so its jobs have a Ray of their own."""
     with pytest.MonkeyPatch.context() as patch, object_store(patch.setenv) as faults:
         fsspec.filesystem("s3").put(str(inputs / "pairs"), "bucket/pairs", recursive=True)
         faults.every = 9
@@ -85,8 +87,12 @@ def test_scores_on_a_store_that_fails_are_those_on_a_disk(inputs, scores, faults
     assert (out / "scores.json").stat().st_mtime == written
 
 
-def test_a_killed_invert_on_a_store_that_fails_goes_on_to_what_a_disk_has(inputs, scores, faults: Faults, tmp_path):
-    run(*invert(inputs, inputs / "pairs", scores, tmp_path / "shards"))
+@pytest.mark.long
+def test_a_killed_invert_on_a_store_that_fails_goes_on_to_what_a_disk_has(
+    inputs, scores, faults: Faults, tmp_path, here_on_ray
+):
+    done = here_on_ray("smpo-pipeline", *invert(inputs, inputs / "pairs", scores, tmp_path / "shards"))
+    assert done.returncode == 0, done.stderr
     fsspec.filesystem("s3").put(str(scores), "bucket/copied", recursive=True)
     out = BUCKET / "shards"
     command = invert(inputs, BUCKET / "pairs", BUCKET / "copied", out)

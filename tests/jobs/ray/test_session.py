@@ -142,9 +142,9 @@ class _SlowActor:
 
 
 @pytest.mark.slow
-def test_decoded_units_do_not_pile_up_before_a_slow_actor(tmp_path, monkeypatch):
+def test_decoded_units_do_not_pile_up_before_a_slow_actor(tmp_path, monkeypatch, ray_address):
     monkeypatch.setattr(invert, "InvertActor", _SlowActor)
-    with connected(None):
+    with connected(ray_address):
         source = ray.data.from_items([{"unit": unit} for unit in range(20)], override_num_blocks=20)
         decode = partial(_decode, folder=tmp_path)
         made = invert._add_stages(source, decode, {"folder": tmp_path}, Pool(1, 0), UNIT_BYTES)
@@ -161,14 +161,14 @@ def _decode_chunk(row, folder, **_):
 
 
 @pytest.mark.slow
-def test_decoded_chunks_do_not_pile_up_before_a_slow_reward(tmp_path, monkeypatch):
+def test_decoded_chunks_do_not_pile_up_before_a_slow_reward(tmp_path, monkeypatch, ray_address):
     monkeypatch.setattr(score, "RewardActor", _SlowActor)
     monkeypatch.setattr(score, "prepare_chunks", partial(_decode_chunk, folder=tmp_path))
     monkeypatch.setattr(score, "CHUNK_BYTES", UNIT_BYTES)
     options = ScoreOptions.model_construct(running=ScoreJobOptions(device="cpu"))
     specs = {"toy-truth": f"toy-truth={tmp_path}"}
     models = {"toy-truth": score.RewardModel("m", "f", "u", "fp32")}
-    with connected(None):
+    with connected(ray_address):
         source = ray.data.from_items([{"unit": unit} for unit in range(40)], override_num_blocks=40)
         made = score._add_stages(source, None, options, [], {}, specs, models, {"toy-truth": 1})
         tables = made.iter_batches(batch_size=None, batch_format="pyarrow")
