@@ -21,7 +21,7 @@ from page import stamp
 
 from smpo_common.files import write_bytes
 from smpo_pipeline.calibration.calibrate import Report, calibrate
-from smpo_pipeline.calibration.held_out import COIN
+from smpo_pipeline.calibration.cross_validation import COIN
 from smpo_pipeline.calibration.measures import agreement, calibration_error, log_loss, reliability
 from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.toy.annotators import ANNOTATORS, expected_label

@@ -27,7 +27,7 @@ from trajectory_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_
 
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample
-from smpo_trainer.output.run_folder import TRAINING_FILE
+from smpo_schemas.trained_model import TRAINING_FILE
 
 PAGE = ROOT / "docs/trajectories.md"
 TITLE = "Drift, and a second round"

@@ -21,8 +21,7 @@ from page import stamp
 
 from smpo_common.files import write_bytes
 from smpo_schemas.scores import read_scores, read_scores_info, write_part, write_scores_info
-from smpo_trainer.monitoring.metrics import METRICS_FILE
-from smpo_trainer.output.run_folder import TRAINING_FILE
+from smpo_schemas.trained_model import METRICS_FILE, TRAINING_FILE
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs/health.md"

@@ -37,7 +37,7 @@ from page import stamp, write_section
 
 from smpo_pipeline.inversion.advice import believable
 from smpo_schemas.manifest import MANIFEST_FILE, BandHealth, read_manifest
-from smpo_trainer.output.run_folder import TRAINING_FILE
+from smpo_schemas.trained_model import TRAINING_FILE
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

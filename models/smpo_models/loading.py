@@ -15,8 +15,9 @@ import smpo_models.families
 from smpo_common.discovery import subclasses_in
 from smpo_common.errors import UserError
 from smpo_models.family import Family
-from smpo_models.lora import LORA_FILE, fuse_lora
+from smpo_models.lora import fuse_lora
 from smpo_models.weights import load_part
+from smpo_schemas.trained_model import LORA_FILE
 
 
 class _Loader(Protocol):

@@ -18,9 +18,6 @@ from safetensors import safe_open
 from smpo_common.errors import UserError
 from smpo_models.weights import loading_errors
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What a LoRA training run leaves behind, under the name that diffusers knows."""
-
 _PREFIX = "unet"
 
 _SETTINGS = "lora_adapter_metadata"

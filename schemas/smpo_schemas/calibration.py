@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from smpo_common.errors import UserError
 from smpo_common.files import read_versioned, write_json
+from smpo_schemas.frozen import FrozenModel
 
 CALIBRATION_VERSION = 1
 CALIBRATION_FILE = "calibration.json"
@@ -17,11 +18,7 @@ CALIBRATION_FILE = "calibration.json"
 _ROUNDING = 1e-6
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CalibratedReward(_Frozen):
+class CalibratedReward(FrozenModel):
     """One reward of the mixture.
 
     Attributes:
@@ -39,7 +36,7 @@ class CalibratedReward(_Frozen):
     tau_alone: float = Field(gt=0, allow_inf_nan=False)
 
 
-class Bin(_Frozen):
+class Bin(FrozenModel):
     """Labels of pairs of which p prefers one image with ``start`` to ``stop``.
 
     Attributes:
@@ -55,7 +52,7 @@ class Bin(_Frozen):
     share_chosen: float
 
 
-class Fit(_Frozen):
+class Fit(FrozenModel):
     """How well a p does by labels that it was not fitted to.
 
     Attributes:
@@ -71,7 +68,7 @@ class Fit(_Frozen):
     bins: list[Bin]
 
 
-class Calibration(_Frozen):
+class Calibration(FrozenModel):
     """The whole of ``calibration.json``.
 
     Attributes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from smpo_common.errors import UserError
 from smpo_common.files import Count, FileName, read_versioned, write_json
 from smpo_common.store_path import AnyPath
+from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.scores import RewardStatistics
 
@@ -15,11 +16,11 @@ MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejected.parquet"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class _Part(FrozenModel):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
-class ModelInfo(_Frozen):
+class ModelInfo(_Part):
     """The diffusion model that made the shards.
 
     Attributes:
@@ -45,7 +46,7 @@ class ModelInfo(_Frozen):
     num_train_timesteps: int = Field(ge=1, le=2**31)
 
 
-class ShardEntry(_Frozen):
+class ShardEntry(_Part):
     """One tar: how many pairs, trajectories (samples) and states it holds, and its exact bytes."""
 
     name: FileName
@@ -56,7 +57,7 @@ class ShardEntry(_Frozen):
     sha256: str
 
 
-class IndexEntry(_Frozen):
+class IndexEntry(_Part):
     """The index of all trajectories (:mod:`smpo_schemas.shards.index`) and its exact bytes."""
 
     name: FileName
@@ -64,7 +65,7 @@ class IndexEntry(_Frozen):
     sha256: str
 
 
-class Bucket(_Frozen):
+class Bucket(_Part):
     """An image size, in pixels, and how many pairs have it."""
 
     height: int
@@ -72,7 +73,7 @@ class Bucket(_Frozen):
     pairs: int
 
 
-class BandHealth(_Frozen):
+class BandHealth(_Part):
     """How believable the states of one timestep band are: all but the last two on a sample of pairs.
 
     Attributes:
@@ -96,7 +97,7 @@ class BandHealth(_Frozen):
     unconverged: Count = 0
 
 
-class Totals(_Frozen):
+class Totals(_Part):
     """Sums over the directory; ``pairs_in = pairs + rejected``.
 
     ``prompts_cut`` pairs have prompts longer than the text encoders take; they are cut, as the model's pipeline does.
@@ -111,7 +112,7 @@ class Totals(_Frozen):
     prompts_cut: Count = 0
 
 
-class Manifest(_Frozen):
+class Manifest(_Part):
     """The whole of ``manifest.json``; ``index`` is None in directories that have none.
 
     ``buckets`` are the image sizes that occur, by rising aspect ratio; without ``--buckets`` the list is empty, and all
@@ -130,7 +131,7 @@ class Manifest(_Frozen):
     health: list[BandHealth]
     versions: dict[str, str]
     index: IndexEntry | None = None
-    buckets: list[Bucket] = []
+    buckets: list[Bucket] = Field(default_factory=list)
     ref_error_arithmetic: str
 
 

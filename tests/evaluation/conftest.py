@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from smpo_pipeline.evaluation import run as run_module
+from smpo_pipeline.evaluation.evaluation import Evaluation, prepare_evaluation
 from smpo_pipeline.evaluation.options import EvaluateJobOptions, EvaluateOptions, SamplingOptions
-from smpo_pipeline.evaluation.plan import Plan, make_plan
-from tests.evaluation.stubs import STUBS, PlanMaker
+from tests.evaluation.stubs import STUBS, EvaluationMaker
 from tests.tiny import make_tiny_model, make_tiny_unet
 
 
@@ -39,10 +39,10 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def plan_of(models: dict[str, Path], prompts: Path, tmp_path: Path) -> PlanMaker:
-    """Make a plan of base against tuned, with some settings replaced."""
+def plan_of(models: dict[str, Path], prompts: Path, tmp_path: Path) -> EvaluationMaker:
+    """Make a evaluation of base against tuned, with some settings replaced."""
 
-    def make(**changes: Any) -> Plan:
+    def make(**changes: Any) -> Evaluation:
         # Not validated: the rewards are stubs, which no name stands for.
         options = EvaluateOptions.model_construct(
             model=(f"base={models['base']}", f"tuned={models['tuned']}"),
@@ -52,6 +52,6 @@ def plan_of(models: dict[str, Path], prompts: Path, tmp_path: Path) -> PlanMaker
             sampling=SamplingOptions(images_per_prompt=3, steps=2, guidance_scale=1.0),
             running=EvaluateJobOptions(batch_size=4, device="cpu"),
         )
-        return make_plan(options.replace(**changes))
+        return prepare_evaluation(options.replace(**changes))
 
     return make

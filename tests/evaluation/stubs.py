@@ -8,10 +8,10 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from smpo_pipeline.evaluation.plan import Plan
+from smpo_pipeline.evaluation.evaluation import Evaluation
 from smpo_pipeline.rewards import Reward
 
-PlanMaker = Callable[..., Plan]
+EvaluationMaker = Callable[..., Evaluation]
 
 
 class Brightness(Reward):

@@ -12,43 +12,45 @@ import torch
 from PIL import Image
 
 from smpo_common.errors import UserError
+from smpo_models.draws import image_noise
 from smpo_pipeline.evaluation import generate as generate_module
 from smpo_pipeline.evaluation.generate import (
     Picture,
     check_generator,
     generate,
-    initial_noise,
     latent_shape,
     load_generator,
 )
-from smpo_pipeline.evaluation.sources import parse_models
-from tests.evaluation.stubs import PlanMaker
+from smpo_pipeline.evaluation.model_sources import parse_models
+from tests.evaluation.stubs import EvaluationMaker
 
 
 def test_noise_depends_on_seed_prompt_and_index_alone() -> None:
-    noise = initial_noise(0, "a cat", 1, (4, 8, 8))
-    assert np.array_equal(noise, initial_noise(0, "a cat", 1, (4, 8, 8)))
+    noise = image_noise(0, "a cat", 1, (4, 8, 8)).numpy()
+    assert np.array_equal(noise, image_noise(0, "a cat", 1, (4, 8, 8)))
     for other in ((1, "a cat", 1), (0, "a dog", 1), (0, "a cat", 2)):
-        assert abs(np.corrcoef(noise.ravel(), initial_noise(*other, (4, 8, 8)).ravel())[0, 1]) < 0.2
-    many = initial_noise(3, "Über 猫", 0, (4, 128, 128))
+        assert abs(np.corrcoef(noise.ravel(), image_noise(*other, (4, 8, 8)).numpy().ravel())[0, 1]) < 0.2
+    many = image_noise(3, "Über 猫", 0, (4, 128, 128)).numpy()
     assert many.dtype == np.float32
     assert abs(many.mean()) < 0.01
     assert many.std() == pytest.approx(1, abs=0.01)
 
 
-def test_models_begin_from_the_same_noise(plan_of: PlanMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_of()
+def test_models_begin_from_the_same_noise(
+    plan_of: EvaluationMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = plan_of()
     seen: dict[str, list[np.ndarray]] = {}
-    for model in plan.models:
-        pipeline = load_generator(model, plan.base, "cpu", "fp32")
+    for model in evaluation.models:
+        pipeline = load_generator(model, evaluation.base, "cpu", "fp32")
         inner = pipeline.unet.forward
         noises = seen.setdefault(model.name, [])
         monkeypatch.setattr(pipeline.unet, "forward", _recording(inner, noises))
         pictures = [Picture("a cat", index, tmp_path / f"{model.name}{index}.png") for index in range(3)]
-        generate(pipeline, pictures, plan.settings, 3, lambda _: None)
+        generate(pipeline, pictures, evaluation.settings, 3, lambda _: None)
         assert latent_shape(pipeline) == (4, 8, 8)
     assert np.array_equal(seen["base"][0], seen["tuned"][0])
-    assert np.array_equal(seen["base"][0][1], initial_noise(0, "a cat", 1, (4, 8, 8)))
+    assert np.array_equal(seen["base"][0][1], image_noise(0, "a cat", 1, (4, 8, 8)))
     assert not np.array_equal(seen["base"][1], seen["tuned"][1])
 
 
@@ -60,16 +62,16 @@ def _recording(inner: Callable[..., Any], noises: list[np.ndarray]) -> Callable[
     return forward
 
 
-def test_images_do_not_depend_on_batch_size_or_order(plan_of: PlanMaker, tmp_path: Path) -> None:
-    plan = plan_of()
-    pipeline = load_generator(plan.models[0], plan.base, "cpu", "fp32")
+def test_images_do_not_depend_on_batch_size_or_order(plan_of: EvaluationMaker, tmp_path: Path) -> None:
+    evaluation = plan_of()
+    pipeline = load_generator(evaluation.models[0], evaluation.base, "cpu", "fp32")
     keys = [(prompt, index) for prompt in ("a cat", "a dog and a cat") for index in range(3)]
     made = {}
     for batch_size, order in ((1, keys), (4, keys), (6, keys[::-1])):
         folder = tmp_path / f"{batch_size}"
         pictures = [Picture(prompt, index, folder / f"{prompt}-{index}.png") for prompt, index in order]
         counted: list[int] = []
-        generate(pipeline, pictures, plan.settings, batch_size, counted.append)
+        generate(pipeline, pictures, evaluation.settings, batch_size, counted.append)
         assert sum(counted) == 6
         made[batch_size] = [np.asarray(Image.open(folder / f"{prompt}-{index}.png"), int) for prompt, index in keys]
     for batch_size in (4, 6):
@@ -85,10 +87,10 @@ def test_images_do_not_depend_on_batch_size_or_order(plan_of: PlanMaker, tmp_pat
     ],
 )
 def test_where_memory_runs_out_batches_are_halved(
-    plan_of: PlanMaker, tmp_path: Path, monkeypatch: Any, error: RuntimeError
+    plan_of: EvaluationMaker, tmp_path: Path, monkeypatch: Any, error: RuntimeError
 ) -> None:
-    plan = plan_of()
-    pipeline = load_generator(plan.models[0], plan.base, "cpu", "fp32")
+    evaluation = plan_of()
+    pipeline = load_generator(evaluation.models[0], evaluation.base, "cpu", "fp32")
     inner, fitting, sizes = generate_module._sample, 2, []
 
     def sample(pipeline: Any, batch: list[Picture], settings: Any) -> list[Image.Image]:
@@ -100,12 +102,12 @@ def test_where_memory_runs_out_batches_are_halved(
     monkeypatch.setattr(generate_module, "_sample", sample)
     pictures = [Picture("a cat", index, tmp_path / f"{index}.png") for index in range(5)]
     counted: list[int] = []
-    generate(pipeline, pictures, plan.settings, 5, counted.append)
+    generate(pipeline, pictures, evaluation.settings, 5, counted.append)
     assert sizes == counted == [2, 2, 1]
     assert all(picture.path.is_file() for picture in pictures)
     fitting = 0
     with pytest.raises(UserError, match=f"too little memory to sample one image: {error}.*--dtype fp16"):
-        generate(pipeline, pictures, plan.settings, 5, counted.append)
+        generate(pipeline, pictures, evaluation.settings, 5, counted.append)
 
 
 def test_ddim_without_clipping_whatever_the_scheduler(models: dict[str, Path]) -> None:
@@ -117,18 +119,18 @@ def test_ddim_without_clipping_whatever_the_scheduler(models: dict[str, Path]) -
 
 
 def test_a_model_without_a_size_takes_the_one_that_is_given(
-    plan_of: PlanMaker, models: dict[str, Path], tmp_path: Path
+    plan_of: EvaluationMaker, models: dict[str, Path], tmp_path: Path
 ) -> None:
     sizeless = shutil.copytree(models["base"], tmp_path / "sizeless")
     config = sizeless / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
     images = []
     for source, resolution in ((models["base"], None), (sizeless, 32)):
-        plan = plan_of(model=[f"base={source}"], resolution=resolution)
-        (model,) = plan.models
-        assert check_generator(model, None, plan.settings) == (4, 8, 8)
+        evaluation = plan_of(model=[f"base={source}"], resolution=resolution)
+        (model,) = evaluation.models
+        assert check_generator(model, None, evaluation.settings) == (4, 8, 8)
         picture = Picture("a cat", 0, tmp_path / f"{resolution}.png")
-        generate(load_generator(model, None, "cpu", "fp32"), [picture], plan.settings, 1, print)
+        generate(load_generator(model, None, "cpu", "fp32"), [picture], evaluation.settings, 1, print)
         images.append(picture.path.read_bytes())
     assert images[0] == images[1]
     with pytest.raises(UserError, match="--resolution"):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.generate import denoiser_fingerprint, load_generator
-from smpo_pipeline.evaluation.sources import parse_models
+from smpo_pipeline.evaluation.model_sources import parse_models
 
 
 @pytest.fixture

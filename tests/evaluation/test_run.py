@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_pipeline.evaluation.plan import finished_results
+from smpo_pipeline.evaluation.evaluation import finished_results
 from smpo_pipeline.evaluation.results import read_results
 from smpo_pipeline.evaluation.run import run
 from smpo_pipeline.evaluation.summary import headline, print_results
 from smpo_pipeline.rewards import Reward
-from tests.evaluation.stubs import STUBS, PlanMaker
+from tests.evaluation.stubs import STUBS, EvaluationMaker
 from tests.tiny import make_tiny_unet
 
 pytestmark = pytest.mark.usefixtures("stub_rewards")
@@ -34,17 +34,17 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def test_the_whole_evaluation(plan_of: PlanMaker, quiet: Console, models: dict[str, Path]) -> None:
-    plan = plan_of(reward=["brightness", "redness"])
-    assert finished_results(plan, overwrite=False) is None
-    results = run(plan, quiet)
-    assert read_results(plan.out) == results
-    assert finished_results(plan, overwrite=False) == results
+def test_the_whole_evaluation(plan_of: EvaluationMaker, quiet: Console, models: dict[str, Path]) -> None:
+    evaluation = plan_of(reward=["brightness", "redness"])
+    assert finished_results(evaluation, overwrite=False) is None
+    results = run(evaluation, quiet)
+    assert read_results(evaluation.out) == results
+    assert finished_results(evaluation, overwrite=False) == results
     assert (results.num_prompts, results.num_images, results.baseline) == (3, 9, "base")
 
-    table = pq.read_table(plan.out / "scores.parquet").to_pydict()
+    table = pq.read_table(evaluation.out / "scores.parquet").to_pydict()
     assert len(table["model"]) == 18
-    assert all((plan.out / file).is_file() for file in table["file"])
+    assert all((evaluation.out / file).is_file() for file in table["file"])
     scores = {
         model: np.array([value for name, value in zip(table["model"], table["redness"], strict=True) if name == model])
         for model in ("base", "tuned")
@@ -65,10 +65,10 @@ def test_the_whole_evaluation(plan_of: PlanMaker, quiet: Console, models: dict[s
     assert (results.models[0].base, results.models[1].base) == (None, str(models["base"]))
 
 
-def test_report_is_self_contained(plan_of: PlanMaker, quiet: Console) -> None:
-    plan = plan_of(reward=["brightness", "redness"])
-    run(plan, quiet)
-    page = (plan.out / "report.html").read_text(encoding="utf-8")
+def test_report_is_self_contained(plan_of: EvaluationMaker, quiet: Console) -> None:
+    evaluation = plan_of(reward=["brightness", "redness"])
+    run(evaluation, quiet)
+    page = (evaluation.out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[^\"]*", "", page))
     assert set(re.findall(r'src="(\w+:\w+/\w+)', page)) == {"data:image/png"}
     assert "cat and dog &lt;b&gt;" in page
@@ -78,32 +78,32 @@ def test_report_is_self_contained(plan_of: PlanMaker, quiet: Console) -> None:
     assert "<strong>loss</strong>" in page
 
 
-def test_same_model_twice_ties(plan_of: PlanMaker, quiet: Console, models: dict[str, Path]) -> None:
-    plan = plan_of(model=[f"one={models['base']}", f"two={models['base']}"])
-    versus = run(plan, quiet).finding("two", "brightness").versus_baseline
+def test_same_model_twice_ties(plan_of: EvaluationMaker, quiet: Console, models: dict[str, Path]) -> None:
+    evaluation = plan_of(model=[f"one={models['base']}", f"two={models['base']}"])
+    versus = run(evaluation, quiet).finding("two", "brightness").versus_baseline
     assert versus is not None
     assert (versus.win_rate.value, versus.ties) == (0.5, 9)
 
 
-def test_an_unfinished_run_is_continued(plan_of: PlanMaker, quiet: Console) -> None:
-    plan = plan_of()
-    first = run(plan, quiet)
-    (plan.out / "results.json").unlink()
-    plan.file("tuned", 1, 2).unlink()
-    kept = plan.file("tuned", 1, 1)
+def test_an_unfinished_run_is_continued(plan_of: EvaluationMaker, quiet: Console) -> None:
+    evaluation = plan_of()
+    first = run(evaluation, quiet)
+    (evaluation.out / "results.json").unlink()
+    evaluation.file("tuned", 1, 2).unlink()
+    kept = evaluation.file("tuned", 1, 1)
     before = kept.stat().st_mtime_ns
-    assert finished_results(plan, overwrite=False) is None
-    assert run(plan, quiet) == first
-    assert plan.file("tuned", 1, 2).is_file()
+    assert finished_results(evaluation, overwrite=False) is None
+    assert run(evaluation, quiet) == first
+    assert evaluation.file("tuned", 1, 2).is_file()
     assert kept.stat().st_mtime_ns == before
 
 
-def test_the_models_are_in_half_precision_on_a_gpu_unless_asked_otherwise(plan_of: PlanMaker) -> None:
+def test_the_models_are_in_half_precision_on_a_gpu_unless_asked_otherwise(plan_of: EvaluationMaker) -> None:
     for device, dtype, expected in (("cuda", None, "bf16"), ("cpu", None, "fp32"), ("cuda", "fp16", "fp16")):
         assert plan_of(device=device, dtype=dtype).settings.dtype == expected
 
 
-def test_what_nobody_asked_for_is_said(plan_of: PlanMaker) -> None:
+def test_what_nobody_asked_for_is_said(plan_of: EvaluationMaker) -> None:
     console = Console(record=True, width=200)
     run(plan_of(), console)
     said = console.export_text()
@@ -111,10 +111,10 @@ def test_what_nobody_asked_for_is_said(plan_of: PlanMaker) -> None:
         assert part in said
 
 
-def test_other_settings_need_overwrite(plan_of: PlanMaker, quiet: Console) -> None:
+def test_other_settings_need_overwrite(plan_of: EvaluationMaker, quiet: Console) -> None:
     run(plan_of(), quiet)
     other = plan_of(steps=3)
-    with pytest.raises(UserError, match="steps 2 there, 3 now"):
+    with pytest.raises(UserError, match="steps: 2 there, 3 here"):
         finished_results(other, overwrite=False)
     assert finished_results(other, overwrite=True) is None
     old = other.file("base", 0, 0).read_bytes()
@@ -122,7 +122,7 @@ def test_other_settings_need_overwrite(plan_of: PlanMaker, quiet: Console) -> No
     assert other.file("base", 0, 0).read_bytes() != old
 
 
-def test_another_reward_keeps_the_images(plan_of: PlanMaker, quiet: Console) -> None:
+def test_another_reward_keeps_the_images(plan_of: EvaluationMaker, quiet: Console) -> None:
     run(plan_of(), quiet)
     other = plan_of(reward=["brightness", "redness"])
     before = other.file("base", 0, 0).stat().st_mtime_ns
@@ -132,7 +132,7 @@ def test_another_reward_keeps_the_images(plan_of: PlanMaker, quiet: Console) -> 
 
 
 def test_replaced_weights_of_a_reward_are_another_evaluation(
-    plan_of: PlanMaker, quiet: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan_of: EvaluationMaker, quiet: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tmp_path / "w.pt"
     weights.write_bytes(b"1")
@@ -146,21 +146,21 @@ def test_replaced_weights_of_a_reward_are_another_evaluation(
 
 
 def test_overwrite_scores_anew_and_keeps_images(
-    plan_of: PlanMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
+    plan_of: EvaluationMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The code of somebody's own reward may have changed, which no hash tells."""
     first = run(plan_of(), quiet)
-    plan = plan_of()
-    before = plan.file("base", 0, 0).stat().st_mtime_ns
+    evaluation = plan_of()
+    before = evaluation.file("base", 0, 0).stat().st_mtime_ns
     monkeypatch.setitem(STUBS, "brightness", type("Other", (STUBS["redness"],), {"name": "brightness"}))
-    assert finished_results(plan, overwrite=False) == first
-    assert finished_results(plan, overwrite=True) is None
-    assert run(plan, quiet).finding("base", "brightness") != first.finding("base", "brightness")
-    assert plan.file("base", 0, 0).stat().st_mtime_ns == before
+    assert finished_results(evaluation, overwrite=False) == first
+    assert finished_results(evaluation, overwrite=True) is None
+    assert run(evaluation, quiet).finding("base", "brightness") != first.finding("base", "brightness")
+    assert evaluation.file("base", 0, 0).stat().st_mtime_ns == before
 
 
 def test_a_reward_that_too_little_memory_is_left_for_scores_fewer_at_once(
-    plan_of: PlanMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
+    plan_of: EvaluationMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(plan_of(), quiet)
     plain, at_once = STUBS["brightness"], []
@@ -175,31 +175,31 @@ def test_a_reward_that_too_little_memory_is_left_for_scores_fewer_at_once(
 
     broken = False
     monkeypatch.setitem(STUBS, "brightness", type("Large", (plain,), {"score": score}))
-    plan = plan_of()
-    assert finished_results(plan, overwrite=True) is None
-    assert run(plan, quiet).findings == whole.findings
+    evaluation = plan_of()
+    assert finished_results(evaluation, overwrite=True) is None
+    assert run(evaluation, quiet).findings == whole.findings
     assert max(at_once) == 2
     broken = True
     with pytest.raises(UserError, match=r"--reward brightness: .*00000-0\d.png fails alone: RuntimeError: CUBLAS"):
-        run(plan, quiet)
+        run(evaluation, quiet)
 
 
-def test_images_of_another_denoiser_under_the_same_name_are_not_kept(plan_of: PlanMaker, quiet: Console) -> None:
+def test_images_of_another_denoiser_under_the_same_name_are_not_kept(plan_of: EvaluationMaker, quiet: Console) -> None:
     """As where a hub id stands for another revision by now."""
-    plan = plan_of()
-    run(plan, quiet)
-    (plan.out / "results.json").unlink()
-    origin = plan.folder("tuned") / "made_from.json"
+    evaluation = plan_of()
+    run(evaluation, quiet)
+    (evaluation.out / "results.json").unlink()
+    origin = evaluation.folder("tuned") / "made_from.json"
     origin.write_text(json.dumps(json.loads(origin.read_text()) | {"denoiser": "another"}))
-    before = {name: plan.file(name, 0, 0).stat().st_mtime_ns for name in ("base", "tuned")}
-    run(plan, quiet)
-    after = {name: plan.file(name, 0, 0).stat().st_mtime_ns for name in ("base", "tuned")}
+    before = {name: evaluation.file(name, 0, 0).stat().st_mtime_ns for name in ("base", "tuned")}
+    run(evaluation, quiet)
+    after = {name: evaluation.file(name, 0, 0).stat().st_mtime_ns for name in ("base", "tuned")}
     assert after["base"] == before["base"]
     assert after["tuned"] > before["tuned"]
 
 
 def test_a_later_models_mistake_is_found_before_anything_is_sampled(
-    plan_of: PlanMaker, quiet: Console, models: dict[str, Path], tmp_path: Path
+    plan_of: EvaluationMaker, quiet: Console, models: dict[str, Path], tmp_path: Path
 ) -> None:
     larger = shutil.copytree(models["tuned"], tmp_path / "larger")
     config = larger / "unet" / "config.json"
@@ -222,31 +222,31 @@ def test_a_later_models_mistake_is_found_before_anything_is_sampled(
         ({"variant": "fp61"}, "--variant fp61"),
         ({"steps": 1001}, "--steps 1001: --model base=.* knows 1000 timesteps"),
     ):
-        plan = plan_of(**changes)
+        evaluation = plan_of(**changes)
         with pytest.raises(UserError, match=words):
-            run(plan, quiet)
-        assert not (plan.out / "images").exists()
+            run(evaluation, quiet)
+        assert not (evaluation.out / "images").exists()
 
 
-def test_swapped_models_are_another_evaluation(plan_of: PlanMaker, models: dict[str, Path]) -> None:
+def test_swapped_models_are_another_evaluation(plan_of: EvaluationMaker, models: dict[str, Path]) -> None:
     specs = [f"base={models['base']}", f"tuned={models['tuned']}"]
     assert plan_of(model=specs).settings.digest() != plan_of(model=specs[::-1]).settings.digest()
 
 
-def test_foreign_files_are_not_touched(plan_of: PlanMaker) -> None:
-    plan = plan_of()
-    plan.folder("base").mkdir(parents=True)
-    (plan.folder("base") / "holiday.png").write_bytes(b"x")
+def test_foreign_files_are_not_touched(plan_of: EvaluationMaker) -> None:
+    evaluation = plan_of()
+    evaluation.folder("base").mkdir(parents=True)
+    (evaluation.folder("base") / "holiday.png").write_bytes(b"x")
     with pytest.raises(UserError, match="not written by evaluate"):
-        finished_results(plan, overwrite=True)
+        finished_results(evaluation, overwrite=True)
 
 
-def test_a_score_that_is_no_number_is_named(plan_of: PlanMaker, quiet: Console) -> None:
+def test_a_score_that_is_no_number_is_named(plan_of: EvaluationMaker, quiet: Console) -> None:
     with pytest.raises(UserError, match="no finite score"):
         run(plan_of(reward=["broken"]), quiet)
 
 
-def test_headline_and_table(plan_of: PlanMaker) -> None:
+def test_headline_and_table(plan_of: EvaluationMaker) -> None:
     console = Console(record=True, width=100)
     results = run(plan_of(), Console(quiet=True))
     print_results(results, console)

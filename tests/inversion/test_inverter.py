@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler
 
+from smpo_models.draws import gaussian, trajectory_stream
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion import inverter as inverter_module
 from smpo_pipeline.inversion import timesteps as timesteps_module
 from smpo_pipeline.inversion.advice import health_warnings
-from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_pipeline.toy.create import ASSETS
@@ -76,7 +76,7 @@ def expected_x0(oracle: Oracle, sample: Sample, pair, mode: bool) -> torch.Tenso
         pixels = pixels.flip(-1)
     with torch.no_grad():
         posterior = oracle.vae.encode(pixels).latent_dist
-    noise = gaussian(generator(SEED, pair.pair_id, sample.meta.trajectory, "vae"), tuple(posterior.mean.shape))
+    noise = gaussian(trajectory_stream(SEED, pair.pair_id, sample.meta.trajectory, "vae"), tuple(posterior.mean.shape))
     latents = posterior.mean if mode else posterior.mean + posterior.std * noise
     return latents * oracle.vae.config.scaling_factor
 
@@ -244,12 +244,12 @@ def test_published_equals_the_published_loop(tmp_path_factory, monkeypatch, name
     )
     monkeypatch.setitem(STORAGE, "float16", torch.float32)
     drawn = lambda _seed, _pair, trajectory, _purpose: SimpleNamespace(integers=lambda _: PUBLISHED_T[trajectory])  # noqa: E731
-    monkeypatch.setattr(timesteps_module, "generator", drawn)
+    monkeypatch.setattr(timesteps_module, "trajectory_stream", drawn)
     pair = make_pair(1)
     samples, _ = invert(family, settings, [pair], batch_size=3)
     for trajectory, (sample, t) in enumerate(zip(samples, PUBLISHED_T, strict=True)):
         assert sample.timestep_K.tolist() == [t]
-        stream = generator(SEED, pair.pair_id, trajectory, "eta")
+        stream = trajectory_stream(SEED, pair.pair_id, trajectory, "eta")
         noise = [gaussian(stream, (2, 4, 8, 8)).double() for _ in range(steps)]
         for image in range(2):
             x0, text = sample.x0_2Chw[image].double(), oracle.embed(pair.prompt, pair.size[image], pair.crop[image])
@@ -270,7 +270,7 @@ def test_other_starts(epsilon_world, start):
     settings = InversionSettings(start=start, steps=6, prompt_dropout=0)
     (sample,), _ = invert(family, settings, [make_pair(1)])
     text = oracle.embed(sample.meta.prompt)
-    shared = gaussian(generator(SEED, "pair-1", 0, "start"), (1, 4, 8, 8))[0].double()
+    shared = gaussian(trajectory_stream(SEED, "pair-1", 0, "start"), (1, 4, 8, 8))[0].double()
     first = -1 if start == "level0" else start
     for image in range(2):
         x0 = sample.x0_2Chw[image].double()
@@ -288,7 +288,7 @@ def test_inpo_adds_noise_of_the_ddim_posterior(epsilon_world):
     settings = InversionSettings(renoise_steps=0, eta=0.1, steps=4, prompt_dropout=0)
     (sample,), _ = invert(family, settings, [make_pair(1)])
     text = oracle.embed(sample.meta.prompt)
-    stream = generator(SEED, "pair-1", 0, "eta")
+    stream = trajectory_stream(SEED, "pair-1", 0, "eta")
     drawn = [gaussian(stream, (2, 4, 8, 8)).double() for _ in range(4)]
     for image in range(2):
         x, s = sample.x0_2Chw[image].double(), -1
@@ -342,7 +342,7 @@ def test_forward_noise_is_drawn_for_the_pair_or_for_each_image(some_world, forwa
     settings = InversionSettings(source="forward", forward_noise=forward_noise, steps=3, states=2)
     samples, _ = invert(family, settings, pairs, batch_size=2)
     for pair, sample in zip(pairs, samples, strict=True):
-        stream = generator(SEED, pair.pair_id, 0, purpose)
+        stream = trajectory_stream(SEED, pair.pair_id, 0, purpose)
         nodes = plan_trajectory(settings, family.process, SEED, pair.pair_id, 0).nodes
         shape = (2 if forward_noise == "image" else 1, *sample.x0_2Chw.shape[1:])
         drawn = dict(
@@ -425,7 +425,7 @@ def test_health_is_the_ratio_of_rms_predicted_noise(epsilon_world):
         for image in range(2):
             x0 = sample.x0_2Chw[image].double()
             x_t = oracle.a(t) * x0 + oracle.s(t) * sample.noise_K2Chw[k, image].double()
-            drawn = gaussian(generator(SEED, "pair-1", 0, f"health/{image}/{t}"), (4, 8, 8)).double()
+            drawn = gaussian(trajectory_stream(SEED, "pair-1", 0, f"health/{image}/{t}"), (4, 8, 8)).double()
             at_states += float(oracle.noise(x_t, t, text).square().sum())
             at_noised += float(oracle.noise(oracle.a(t) * x0 + oracle.s(t) * drawn, t, text).square().sum())
         assert bands[t * 5 // 1000].noise_ratio == pytest.approx((at_states / at_noised) ** 0.5, rel=1e-3)

@@ -10,9 +10,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from smpo_common.errors import UserError
+from smpo_models.draws import trajectory_stream
 from smpo_models.noise_schedule import VariancePreserving
 from smpo_pipeline.inversion import timesteps
-from smpo_pipeline.inversion.draws import generator
 from smpo_pipeline.inversion.step import carry
 from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_schemas.inversion_settings import InversionSettings
@@ -66,9 +66,9 @@ def test_draws_of_an_ordinary_schedule_are_what_they_always_were():
     """Stored trajectories depend on them: strata of 1 .. 999, as they were before pure noise was left out."""
     process = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
     for trajectory in range(50):
-        stream = generator(0, "pair", trajectory, "timesteps")
+        stream = trajectory_stream(0, "pair", trajectory, "timesteps")
         assert nodes(trajectory, process) == [1 + int((i + u) / 9 * 999) for i, u in enumerate(stream.random(9))]
-        t = int(generator(0, "pair", trajectory, "timesteps").integers(1000))
+        t = int(trajectory_stream(0, "pair", trajectory, "timesteps").integers(1000))
         assert plan_trajectory(InversionSettings(timesteps="published"), process, 0, "pair", trajectory).used_at == (t,)
     assert nodes(0, process, timesteps="grid") == list(range(1, 1000, 111))
     trailing = VariancePreserving(DDIMScheduler(**_SD, timestep_spacing="trailing"))
@@ -94,7 +94,7 @@ def test_draws_of_an_ordinary_schedule_are_what_they_always_were():
 def test_published_goes_to_the_first_node_at_or_above_t_asking_where_steps_start(monkeypatch, t, steps, visited):
     process = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
     stream = SimpleNamespace(integers=lambda stop: t if stop == 1000 else None)
-    monkeypatch.setattr(timesteps, "generator", lambda *_: stream)
+    monkeypatch.setattr(timesteps, "trajectory_stream", lambda *_: stream)
     plan = plan_trajectory(InversionSettings(timesteps="published", steps=steps), process, 0, "pair", 0)
     assert (plan.nodes, plan.used_at) == (visited, (t,))
     starts = {5: (-199, 1, 201, 401, 601), 10: (-99, 1, 101, 201, 301, 401, 501, 601, 701, 801)}[steps]

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from smpo_pipeline.toy.fit import fit_captions
+from smpo_pipeline.toy.caption_fit import fit_captions
 from smpo_pipeline.toy.truth import COLOUR_TOLERANCE, true_reward
 from smpo_pipeline.toy.world import IMAGE_SIZE, RGB_OF_COLOUR, Scene, all_scenes, random_centre, render
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,9 +187,3 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"--validation-prompts {path} has no prompt; write one a line")
     return prompts
-
-
-def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings that differ between two identities, each as ``name (old -> new)``."""
-    names = [*new, *(name for name in old if name not in new)]
-    return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if old.get(name) != new.get(name)]

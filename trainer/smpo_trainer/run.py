@@ -16,19 +16,20 @@ from accelerate.utils import set_seed
 from smpo_common.errors import UserError
 from smpo_common.run_lock import hold
 from smpo_models.family import Family
+from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER
 from smpo_trainer.data.bucketed_order import group_size, make_order
 from smpo_trainer.data.loader import Feed, StateDataset
-from smpo_trainer.data.order import Plan
+from smpo_trainer.data.order import Batching
 from smpo_trainer.data.state_table import StateTable, index_states
 from smpo_trainer.distributed import leave, on_main, together
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.launch import choose_dtype, describe, make_accelerator
 from smpo_trainer.memory import memory_in_a_line
 from smpo_trainer.model.optimizers import require_optimizer
-from smpo_trainer.model.policy import LORA_FILE, UNET_FOLDER, Policy, load_policy
+from smpo_trainer.model.policy import Policy, load_policy
 from smpo_trainer.model.reference import settle_reference
 from smpo_trainer.model.text import CachedText, cache_text
-from smpo_trainer.monitoring.console import Report
+from smpo_trainer.monitoring.console import RunConsole
 from smpo_trainer.output.run_folder import OutputFolder, evaluation_command, training_summary
 from smpo_trainer.remarks import bucket_remark, remarks
 from smpo_trainer.settings import TrainSettings
@@ -49,7 +50,7 @@ def run_training(settings: TrainSettings) -> None:
     diffusers.utils.logging.disable_progress_bar()
     settings = choose_dtype(settings)
     accelerator = make_accelerator(settings)
-    report = Report(is_main=accelerator.is_main_process)
+    report = RunConsole(is_main=accelerator.is_main_process)
     report.say(describe(accelerator, settings.compute))
     together(accelerator, lambda: require_optimizer(settings.optimizer, accelerator.device))
     experiment = together(accelerator, lambda: resolve_experiment(settings, report.say))
@@ -85,7 +86,7 @@ def _train(
     store: ShardStore,
     output: OutputFolder,
     accelerator: Accelerator,
-    report: Report,
+    report: RunConsole,
 ) -> int:
     """Train from the start, or from where the run was left, and write the result.
 
@@ -101,7 +102,7 @@ def _train(
         held_out = together(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, report))
     on_main(accelerator, lambda: _begin(settings, output))
     checkpoint = _find_checkpoint(output, accelerator)
-    plan = _make_plan(settings, table, accelerator, report)
+    plan = _make_batching(settings, table, accelerator, report)
     dataset = StateDataset(experiment.shards, table)
     feed = Feed(dataset, plan, store, accelerator.process_index, settings.data.workers)
     going_on = checkpoint is not None
@@ -149,7 +150,9 @@ def _find_checkpoint(output: OutputFolder, accelerator: Accelerator) -> Path | N
     return path
 
 
-def _make_plan(settings: TrainSettings, table: StateTable, accelerator: Accelerator, report: Report) -> Plan:
+def _make_batching(
+    settings: TrainSettings, table: StateTable, accelerator: Accelerator, report: RunConsole
+) -> Batching:
     states_per_step = settings.steps.batch_size * settings.steps.grad_accum * accelerator.num_processes
     bucket_S = table.buckets()
     group = group_size(states_per_step, settings.steps.batch_size)
@@ -157,10 +160,10 @@ def _make_plan(settings: TrainSettings, table: StateTable, accelerator: Accelera
     if remark:
         report.say(remark)
     order = make_order(bucket_S, table.states_per_shard, settings.steps.seed, settings.data.shuffle_window, group)
-    return Plan(order, settings.steps.batch_size, settings.steps.grad_accum, accelerator.num_processes)
+    return Batching(order, settings.steps.batch_size, settings.steps.grad_accum, accelerator.num_processes)
 
 
-def _load(experiment: Experiment, accelerator: Accelerator, report: Report) -> Policy:
+def _load(experiment: Experiment, accelerator: Accelerator, report: RunConsole) -> Policy:
     settings = experiment.settings
     policy = load_policy(settings, experiment.shards.model, accelerator.device, report.say)
     policy.family.encodes_empty_prompt = experiment.shards.encodes_empty_prompt
@@ -172,7 +175,7 @@ def _load(experiment: Experiment, accelerator: Accelerator, report: Report) -> P
     return policy
 
 
-def _index(experiment: Experiment, family: Family, report: Report) -> StateTable:
+def _index(experiment: Experiment, family: Family, report: RunConsole) -> StateTable:
     """List the states to train on.
 
     Raises:
@@ -199,7 +202,7 @@ def _index(experiment: Experiment, family: Family, report: Report) -> StateTable
 
 
 def _hold_out(
-    experiment: Experiment, table: StateTable, store: ShardStore, accelerator: Accelerator, report: Report
+    experiment: Experiment, table: StateTable, store: ShardStore, accelerator: Accelerator, report: RunConsole
 ) -> HeldOut:
     settings = experiment.settings
     chosen = spread(table, settings.held_out.val_states).tolist()

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from smpo_schemas.trained_model import METRICS_FILE
 from smpo_trainer.data.loader import Feed
 from smpo_trainer.distributed import on_main, together
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.interrupts import StopRequest
 from smpo_trainer.model.policy import Policy
-from smpo_trainer.monitoring.console import Report
+from smpo_trainer.monitoring.console import RunConsole
 from smpo_trainer.monitoring.health import Health
-from smpo_trainer.monitoring.metrics import METRICS_FILE, MetricsLog, Record, plain
+from smpo_trainer.monitoring.metrics import MetricsLog, Record, plain
 from smpo_trainer.monitoring.trackers import start_wandb
 from smpo_trainer.output.checkpoints import load_checkpoint
 from smpo_trainer.output.run_folder import OutputFolder
@@ -42,7 +43,7 @@ class TrainLoop:
         images: ValidationImages | None,
         accelerator: Accelerator,
         output: OutputFolder,
-        report: Report,
+        report: RunConsole,
         identity: dict[str, Any],
     ) -> None:
         """Prepare the first step.

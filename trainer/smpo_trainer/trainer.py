@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from smpo_common.errors import UserError
 from smpo_trainer.data.loader import StateBatch
-from smpo_trainer.data.order import Plan
+from smpo_trainer.data.order import Batching
 from smpo_trainer.distributed import on_main, together
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.model.denoising_error import condition, pair_errors
@@ -55,7 +55,7 @@ def _prepare(accelerator: Accelerator, policy: Policy, optimizer: Optimizer) -> 
 class Trainer:
     """Denoiser, optimizer and schedule of a run; ``train_step`` is one optimizer step."""
 
-    def __init__(self, experiment: Experiment, policy: Policy, plan: Plan, accelerator: Accelerator) -> None:
+    def __init__(self, experiment: Experiment, policy: Policy, plan: Batching, accelerator: Accelerator) -> None:
         """Prepare the first step."""
         settings = experiment.settings
         self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.process)

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from smpo_common.files import sha256_file
-from smpo_pipeline.calibration.annotators import AnnotatorAgreement, between_annotators, by_annotator
-from smpo_pipeline.calibration.held_out import (
+from smpo_pipeline.calibration.agreement import AnnotatorAgreement, between_annotators, by_annotator
+from smpo_pipeline.calibration.cross_validation import (
     COIN,
     EQUAL_MIXTURE,
     FITTED,
     MIXTURE,
     SHARP_MINMAX,
-    HeldOut,
+    CrossValidation,
     cross_validate,
 )
 from smpo_pipeline.calibration.labels import LabelledPairs, read_labelled
@@ -28,7 +28,7 @@ _MOST_ANNOTATORS = 10
 
 
 @dataclass(frozen=True)
-class Report:
+class CalibrationResult:
     """Everything that is shown.
 
     Attributes:
@@ -43,14 +43,14 @@ class Report:
 
     calibration: Calibration
     data: LabelledPairs
-    held_out: HeldOut
+    held_out: CrossValidation
     annotators: dict[str, dict[str, tuple[int, int]]]
     people: AnnotatorAgreement
 
 
 def calibrate(
     scores: Path, rewards: Sequence[str], *, folds: int, seed: int, done: Callable[[int], None] = lambda _: None
-) -> Report:
+) -> CalibrationResult:
     """Calibrate rewards to the labels of an output of ``score``.
 
     Args:
@@ -95,4 +95,4 @@ def calibrate(
     annotators = {
         name: by_annotator(data, p_P, _MOST_ANNOTATORS) for name, p_P in held_out.p.items() if name not in left_out
     }
-    return Report(calibration, data, held_out, annotators, between_annotators(data))
+    return CalibrationResult(calibration, data, held_out, annotators, between_annotators(data))

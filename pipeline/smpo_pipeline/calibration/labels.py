@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from smpo_common.errors import UserError
+from smpo_schemas.labels import TIE
 from smpo_schemas.preference import ScoredPairs
 from smpo_schemas.scores import (
     RewardStatistics,
@@ -18,8 +19,6 @@ from smpo_schemas.scores import (
     reward_scores,
     table_labels,
 )
-
-TIE = 0.5
 
 
 @dataclass(frozen=True)

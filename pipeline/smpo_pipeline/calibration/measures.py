@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from smpo_schemas.calibration import Bin, Fit
+from smpo_schemas.labels import TIE
 
 NUM_BINS = 10
 """Equal bins of P(the preferred image), from one half to 1."""
 
-_TIE = 0.5
 _SMALLEST = 1e-12
 
 
@@ -24,8 +24,8 @@ def log_loss(p_P: np.ndarray, label_P: np.ndarray) -> float:
 
 def agreement(p_P: np.ndarray, label_P: np.ndarray) -> tuple[int, int]:
     """How many decided labels are ordered alike, and how many decided labels there are; p = 0.5 orders none."""
-    decided = label_P != _TIE
-    alike = np.sign(p_P - 0.5) == np.sign(label_P - _TIE)
+    decided = label_P != TIE
+    alike = np.sign(p_P - 0.5) == np.sign(label_P - TIE)
     return int((alike & decided).sum()), int(decided.sum())
 
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from smpo_common.errors import one_line
 from smpo_common.files import write_bytes
-from smpo_pipeline.calibration.calibrate import Report
-from smpo_pipeline.calibration.held_out import COIN
+from smpo_pipeline.calibration.calibrate import CalibrationResult
+from smpo_pipeline.calibration.cross_validation import COIN
 from smpo_schemas.calibration import Fit
 
 _COLUMNS = 4
@@ -26,7 +26,7 @@ _BLUE, _GREY = "#2a6fbb", "#999999"
 
 
 @rc_context({"text.parse_math": False})
-def save_plot(report: Report, target: Path) -> None:
+def save_plot(report: CalibrationResult, target: Path) -> None:
     """Write the PNG; a dollar in a name is a dollar."""
     panels = {name: fit for name, fit in report.calibration.held_out.items() if name != COIN}
     rows = math.ceil(len(panels) / _COLUMNS)
@@ -73,7 +73,7 @@ def _losses(axis: Axes, losses: dict[str, float], chosen: str) -> None:
     axis.set_title("held-out log-loss (nats; lower is better, the axis is cut)", fontsize=9)
 
 
-def _annotators(axis: Axes, report: Report) -> None:
+def _annotators(axis: Axes, report: CalibrationResult) -> None:
     mixture = report.annotators[report.held_out.chosen]
     people = list(mixture)
     if not people:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 
 from smpo_common.errors import one_line
-from smpo_pipeline.calibration.annotators import Repeats
-from smpo_pipeline.calibration.calibrate import Report
-from smpo_pipeline.calibration.held_out import COIN, MIXTURE
+from smpo_pipeline.calibration.agreement import Repeats
+from smpo_pipeline.calibration.calibrate import CalibrationResult
+from smpo_pipeline.calibration.cross_validation import COIN, MIXTURE
 from smpo_pipeline.terminal import facts, make_table, percent
 
 
-def print_report(report: Report, scores: str, console: Console) -> None:
+def print_report(report: CalibrationResult, scores: str, console: Console) -> None:
     """Print everything."""
     found = report.calibration
     console.print(
@@ -30,13 +30,13 @@ def print_report(report: Report, scores: str, console: Console) -> None:
     console.print(verdict(report), style="bold", highlight=False, soft_wrap=True)
 
 
-def best(report: Report) -> str:
+def best(report: CalibrationResult) -> str:
     """The reward or mix with the lowest held-out log-loss."""
     fits = report.calibration.held_out
     return min(fits, key=lambda name: fits[name].log_loss)
 
 
-def verdict(report: Report) -> str:
+def verdict(report: CalibrationResult) -> str:
     """What to prefer by, in a sentence."""
     fits = report.calibration.held_out
     name = best(report)
@@ -45,7 +45,7 @@ def verdict(report: Report) -> str:
     return sentence if name == written else f"{sentence}; the calibrated mixture has {fits[written].log_loss:.4f}"
 
 
-def _print_measures(report: Report, console: Console) -> None:
+def _print_measures(report: CalibrationResult, console: Console) -> None:
     title = "held out: each label predicted from the prompts of the other folds"
     table = make_table(title, ("reward or mix", "agrees", "log-loss", "calibration error"))
     for name, fit in report.calibration.held_out.items():
@@ -55,7 +55,7 @@ def _print_measures(report: Report, console: Console) -> None:
     console.print(table)
 
 
-def _print_rewards(report: Report, console: Console) -> None:
+def _print_rewards(report: CalibrationResult, console: Console) -> None:
     weights = "equal weights did better" if report.calibration.weights == "equal" else "fitted weights"
     title = f"the mixture, of all labels ({weights})"
     table = make_table(title, ("reward", "unit", "weight", "over folds", "tau", "tau alone"), 2)
@@ -73,7 +73,7 @@ def _print_rewards(report: Report, console: Console) -> None:
     console.print(table)
 
 
-def _print_annotators(report: Report, console: Console) -> None:
+def _print_annotators(report: CalibrationResult, console: Console) -> None:
     names = list(report.annotators)
     mixture = report.annotators[report.held_out.chosen]
     people = list(mixture)
@@ -89,7 +89,7 @@ def _print_annotators(report: Report, console: Console) -> None:
     console.print(table)
 
 
-def _print_people(report: Report, console: Console) -> None:
+def _print_people(report: CalibrationResult, console: Console) -> None:
     people = report.people
     if not people.pairs:
         console.print("no pair was labelled more than once: how far people agree with each other is not known\n")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from smpo_pipeline.evaluation.evaluation import finished_results, prepare_evaluation
 from smpo_pipeline.evaluation.options import EvaluateOptions
-from smpo_pipeline.evaluation.plan import finished_results, make_plan
 from smpo_pipeline.evaluation.results import REPORT_FILE
 from smpo_pipeline.evaluation.summary import print_results
 from smpo_pipeline.terminal import print_next
@@ -17,14 +17,16 @@ def evaluate(options: EvaluateOptions) -> None:
     A finished evaluation with the same settings is left alone, an unfinished one is continued.
     """
     console = Console(markup=False)
-    plan = make_plan(options)
-    results = finished_results(plan, overwrite=options.running.overwrite)
+    evaluation = prepare_evaluation(options)
+    results = finished_results(evaluation, overwrite=options.running.overwrite)
     if results:
-        console.print(f"{plan.out} is finished with these settings; nothing to do.", highlight=False, soft_wrap=True)
+        console.print(
+            f"{evaluation.out} is finished with these settings; nothing to do.", highlight=False, soft_wrap=True
+        )
     else:
         from smpo_pipeline.evaluation.run import run  # noqa: PLC0415  (loads torch: not for a finished evaluation)
 
-        options.write(plan.out)
-        results = run(plan, console)
+        options.write(evaluation.out)
+        results = run(evaluation, console)
     print_results(results, console)
-    print_next(console, "open", plan.out / REPORT_FILE)
+    print_next(console, "open", evaluation.out / REPORT_FILE)

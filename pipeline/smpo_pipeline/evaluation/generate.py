@@ -5,33 +5,31 @@ Shape suffixes: B batch, C h w a latent.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
-import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
+from smpo_models.draws import image_noise
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.lora import check_lora, fuse_lora
 from smpo_models.memory import is_out_of_memory
 from smpo_models.noise_schedule import check_scheduler
+from smpo_models.sampling import load_pipeline, sample
 from smpo_models.unet_family import latent_factor, load_unet_config, native_resolution
-from smpo_models.weights import DTYPES, load_part, load_weights, loading_errors
+from smpo_models.weights import DTYPES, load_part, loading_errors
+from smpo_pipeline.evaluation.model_sources import ModelSource
 from smpo_pipeline.evaluation.results import Settings
-from smpo_pipeline.evaluation.sources import UNET_FOLDER, ModelSource
 from smpo_pipeline.isolation import FAILURES
+from smpo_schemas.trained_model import UNET_FOLDER
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,6 @@ class Picture:
     prompt: str
     index: int
     path: Path
-
-
-def initial_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal noise, float32 of ``shape``, that depends on the arguments and on nothing else.
-
-    So every model begins an image from the same noise, whatever the batch size, order, device or other prompts.
-    """
-    key = hashlib.sha256(f"{seed}\n{index}\n{prompt}".encode()).digest()[:16]
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return generator.standard_normal(tuple(shape), dtype=np.float32)
 
 
 def check_generator(model: ModelSource, base: str | None, settings: Settings) -> tuple[int, int, int]:
@@ -83,22 +71,11 @@ def load_generator(
     Raises:
         UserError: it cannot be loaded, or has no UNet; or a part lacks weights, which diffusers would draw at random.
     """
-    what, whole, index = _read_index(model, base)
-    parts: dict[str, Any] = {}
-    if "safety_checker" in index:
-        parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    what, whole, _ = _read_index(model, base)
+    parts = {}
     if model.kind != "pipeline":
         parts[UNET_FOLDER] = _tuned_denoiser(model, whole, what, variant).to(DTYPES[dtype])
-    for name, (library, kind) in ((name, of) for name, of in index.items() if isinstance(of, (list, tuple))):
-        loader = _class_with_weights(str(library), str(kind))
-        if loader and name not in parts:
-            parts[name] = load_weights(loader.from_pretrained, whole, what, variant=variant, subfolder=name, **options)
-    pipeline = load_part(DiffusionPipeline.from_pretrained, whole, what, **options, **parts)
-    # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return load_pipeline(whole, what, parts, dtype=DTYPES[dtype], variant=variant).to(device)
 
 
 def _read_index(model: ModelSource, base: str | None) -> tuple[str, str, dict[str, Any]]:
@@ -110,12 +87,6 @@ def _read_index(model: ModelSource, base: str | None) -> tuple[str, str, dict[st
     if UNET_FOLDER not in index:
         raise UserError(f"{what}: a {index.get('_class_name', 'model')} has no unet; only such models can be evaluated")
     return what, whole, index
-
-
-def _class_with_weights(library: str, name: str) -> Any:  # noqa: ANN401  (of either library)
-    """A class of models by the names in a pipeline's index; None for what is no model, such as a tokenizer."""
-    found = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
-    return found if inspect.isclass(found) and issubclass(found, torch.nn.Module) else None
 
 
 def _tuned_denoiser(model: ModelSource, whole: str, what: str, variant: str | None) -> torch.nn.Module:
@@ -189,13 +160,11 @@ def generate(
 
 def _sample(pipeline: DiffusionPipeline, batch: Sequence[Picture], settings: Settings) -> list[Image.Image]:
     shape = latent_shape(pipeline, settings.resolution)
-    noise_BChw = np.stack([initial_noise(settings.seed, each.prompt, each.index, shape) for each in batch])
+    noise = [image_noise(settings.seed, each.prompt, each.index, shape) for each in batch]
+    noise_BChw = torch.stack(noise).to(pipeline.device, pipeline.unet.dtype)
+    prompts = [each.prompt for each in batch]
     with torch.inference_mode():
-        return pipeline(
-            prompt=[each.prompt for each in batch],
-            height=shape[1] * pipeline.vae_scale_factor,
-            width=shape[2] * pipeline.vae_scale_factor,
-            latents=torch.from_numpy(noise_BChw).to(pipeline.device, pipeline.unet.dtype),
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-        ).images
+        images: list[Image.Image] = sample(
+            pipeline, prompts, noise_BChw, steps=settings.steps, guidance_scale=settings.guidance_scale
+        )
+    return images

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from smpo_common.files import write_bytes
 from smpo_pipeline.evaluation.charts import curve, distribution
+from smpo_pipeline.evaluation.evaluation import Evaluation
 from smpo_pipeline.evaluation.gallery import Shown, Spot, embed, select_extremes, select_random
-from smpo_pipeline.evaluation.plan import Plan
 from smpo_pipeline.evaluation.results import REPORT_FILE, Results
 from smpo_pipeline.evaluation.summary import headlines, percent_interval, signed_interval
 from smpo_pipeline.evaluation.training import read_curves
@@ -48,11 +48,11 @@ class Section:
     folded: list[Gallery] = field(default_factory=list)
 
 
-def write_report(plan: Plan, results: Results, scores: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def write_report(evaluation: Evaluation, results: Results, scores: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Render the page into the evaluation's folder.
 
     Args:
-        plan: the evaluation.
+        evaluation: the evaluation.
         results: what it found.
         scores: per reward and model, float [P, I].
     """
@@ -69,10 +69,10 @@ def write_report(plan: Plan, results: Results, scores: Mapping[str, Mapping[str,
         headlines=headlines(results),
         colours={model.name: f"series-{number}" for number, model in enumerate(results.models)},
         distributions=_distributions(results, scores),
-        sections=[_section(plan, results, scores, model.name) for model in results.models[1:]],
-        training=_training(plan),
+        sections=[_section(evaluation, results, scores, model.name) for model in results.models[1:]],
+        training=_training(evaluation),
     )
-    write_bytes(plan.out / REPORT_FILE, page.encode())
+    write_bytes(evaluation.out / REPORT_FILE, page.encode())
 
 
 def _distributions(results: Results, scores: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
@@ -86,10 +86,10 @@ def _distributions(results: Results, scores: Mapping[str, Mapping[str, np.ndarra
     ]
 
 
-def _training(plan: Plan) -> list[tuple[str, list[tuple[str, Markup]]]]:
+def _training(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, Markup]]]]:
     """Per model that has a ``metrics.jsonl``, its curves by name."""
     curves = []
-    for model in plan.models:
+    for model in evaluation.models:
         if model.metrics:
             found = read_curves(model.metrics).items()
             charts = [(name, curve(*points, f"{name} of {model.name} over optimizer steps")) for name, points in found]
@@ -97,12 +97,14 @@ def _training(plan: Plan) -> list[tuple[str, list[tuple[str, Markup]]]]:
     return curves
 
 
-def _section(plan: Plan, results: Results, scores: Mapping[str, Mapping[str, np.ndarray]], model: str) -> Section:
+def _section(
+    evaluation: Evaluation, results: Results, scores: Mapping[str, Mapping[str, np.ndarray]], model: str
+) -> Section:
     pair = (results.baseline, model)
     cache: dict[Path, tuple[str, bool]] = {}
 
     def gallery(title: str, note: str, spots: Sequence[Spot]) -> Gallery:
-        return Gallery(title, note, [_example(plan, scores, pair, spot, cache) for spot in spots])
+        return Gallery(title, note, [_example(evaluation, scores, pair, spot, cache) for spot in spots])
 
     by_reward: list[list[Gallery]] = []
     for reward, by_model in scores.items():
@@ -120,7 +122,7 @@ def _section(plan: Plan, results: Results, scores: Mapping[str, Mapping[str, np.
 
 
 def _example(
-    plan: Plan,
+    evaluation: Evaluation,
     scores: Mapping[str, Mapping[str, np.ndarray]],
     models: Sequence[str],
     spot: Spot,
@@ -128,9 +130,9 @@ def _example(
 ) -> Example:
     shown = []
     for model in models:
-        path = plan.file(model, spot.prompt, spot.image)
+        path = evaluation.file(model, spot.prompt, spot.image)
         if path not in cache:
             cache[path] = embed(path)
         own = {reward: float(by_model[model][spot.prompt, spot.image]) for reward, by_model in scores.items()}
         shown.append(Shown(model, *cache[path][:1], own, cache[path][1]))
-    return Example(plan.settings.prompts[spot.prompt], shown)
+    return Example(evaluation.settings.prompts[spot.prompt], shown)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from smpo_common.files import atomic_path, read_versioned, sha256_json, write_json
 from smpo_pipeline.evaluation.comparison import Comparison
+from smpo_schemas.frozen import FrozenModel
 
 RESULTS_VERSION = 1
 RESULTS_FILE = "results.json"
@@ -20,11 +20,7 @@ SCORES_FILE = "scores.parquet"
 REPORT_FILE = "report.html"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Settings(_Frozen):
+class Settings(FrozenModel):
     """Everything that decides the numbers; two evaluations with equal settings are the same evaluation.
 
     Attributes:
@@ -54,20 +50,14 @@ class Settings(_Frozen):
 
     def digest(self) -> str:
         """Identity of these settings; the order of the models counts, since the first is the baseline."""
-        return sha256_json({**self.model_dump(exclude_none=True), "models": list(self.models.items())})
+        return sha256_json(self.identity())
 
-    def difference(self, other: Settings) -> str:
-        """The first setting in which two evaluations differ, in words."""
-        for name in type(self).model_fields:
-            old, new = getattr(self, name), getattr(other, name)
-            if name == "models":
-                old, new = list(old.items()), list(new.items())
-            if old != new:
-                return f"{name} {old} there, {new} now" if isinstance(old, (int, float, str)) else f"other {name}"
-        return "nothing"
+    def identity(self) -> dict[str, Any]:
+        """What :meth:`digest` is of."""
+        return {**self.model_dump(exclude_none=True), "models": [list(each) for each in self.models.items()]}
 
 
-class ModelEntry(_Frozen):
+class ModelEntry(FrozenModel):
     """One model: where it came from, the model that completed it, and its denoiser's fingerprint."""
 
     name: str
@@ -76,7 +66,7 @@ class ModelEntry(_Frozen):
     denoiser: str
 
 
-class RewardEntry(_Frozen):
+class RewardEntry(FrozenModel):
     """One reward: its unit, the model behind it, and that model's fingerprint."""
 
     name: str
@@ -85,7 +75,7 @@ class RewardEntry(_Frozen):
     fingerprint: str
 
 
-class Finding(_Frozen):
+class Finding(FrozenModel):
     """One model under one reward, over all images, in the reward's unit; the baseline has no ``versus``."""
 
     model: str
@@ -96,7 +86,7 @@ class Finding(_Frozen):
     versus_baseline: Comparison | None
 
 
-class Results(_Frozen):
+class Results(FrozenModel):
     """The whole of ``results.json``; written last, so that its absence marks an unfinished evaluation.
 
     Attributes:

@@ -22,8 +22,8 @@ from smpo_models.hub import require_source
 from smpo_models.unet_family import latent_factor
 from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
+from smpo_pipeline.evaluation.evaluation import ORIGIN_FILE, Evaluation
 from smpo_pipeline.evaluation.generate import Picture, check_generator, denoiser_fingerprint, generate, load_generator
-from smpo_pipeline.evaluation.plan import ORIGIN_FILE, Plan
 from smpo_pipeline.evaluation.report import write_report
 from smpo_pipeline.evaluation.results import (
     REPORT_FILE,
@@ -43,56 +43,61 @@ Scores = dict[str, dict[str, np.ndarray]]
 """Per reward and model, float64 [P, I]: P prompts, I images a prompt."""
 
 
-def run(plan: Plan, console: Console) -> Results:
+def run(evaluation: Evaluation, console: Console) -> Results:
     """Make the evaluation; images that are there from the very same settings are kept.
 
     Raises:
         UserError: a model or a reward cannot be loaded, or a folder not written.
     """
-    device = choose_device(plan.device)
-    console.print(f"device: {device_in_words(device)}, models in {plan.settings.dtype}", highlight=False)
+    device = choose_device(evaluation.device)
+    console.print(f"device: {device_in_words(device)}, models in {evaluation.settings.dtype}", highlight=False)
     _quiet_libraries()
     # Float32 is float32, as in the workers of `score`: by default cuDNN convolves in TF32.
     torch.backends.cudnn.allow_tf32 = False
-    wholes = {plan.base: f"--base {plan.base}"} if plan.base else {}
-    wholes |= {each.source: f"--model {each.name}={each.source}" for each in plan.models if each.kind == "pipeline"}
+    wholes = {evaluation.base: f"--base {evaluation.base}"} if evaluation.base else {}
+    wholes |= {
+        each.source: f"--model {each.name}={each.source}" for each in evaluation.models if each.kind == "pipeline"
+    }
     for whole, what in wholes.items():
         require_source(whole, what)
-        if remark := variant_remark(whole, plan.settings.variant):
+        if remark := variant_remark(whole, evaluation.settings.variant):
             console.print(remark, highlight=False, soft_wrap=True)
     # Before the hours of sampling: a reward or a later model that cannot be loaded is found out first.
-    shapes = {model.name: check_generator(model, plan.base, plan.settings) for model in plan.models}
+    shapes = {model.name: check_generator(model, evaluation.base, evaluation.settings) for model in evaluation.models}
     if len(set(shapes.values())) > 1:
         raise UserError(
             f"--model: latents differ in shape ({shapes}), so the models cannot begin from the same noise; "
             "compare models of one resolution and family"
         )
-    console.print(_sizes(plan, shapes[plan.models[0].name]), highlight=False, soft_wrap=True)
-    rewards = [load_reward(spec, device) for spec in plan.settings.rewards]
+    console.print(_sizes(evaluation, shapes[evaluation.models[0].name]), highlight=False, soft_wrap=True)
+    rewards = [load_reward(spec, device) for spec in evaluation.settings.rewards]
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
         raise UserError(f"--reward: two of {', '.join(names)} share a name; evaluate them one at a time")
     for stale in (RESULTS_FILE, REPORT_FILE):
-        (plan.out / stale).unlink(missing_ok=True)
+        (evaluation.out / stale).unlink(missing_ok=True)
     with _progress(console) as progress:
-        entries = _generate_all(plan, device, progress)
-        scores = {reward.name: _score_all(plan, reward, device, progress) for reward in rewards}
-    results = _results(plan, entries, rewards, scores)
+        entries = _generate_all(evaluation, device, progress)
+        scores = {reward.name: _score_all(evaluation, reward, device, progress) for reward in rewards}
+    results = _results(evaluation, entries, rewards, scores)
     write_scores(
-        plan.out, scores, plan.settings.prompts, {model.name: _files(plan, model.name) for model in plan.models}
+        evaluation.out,
+        scores,
+        evaluation.settings.prompts,
+        {model.name: _files(evaluation, model.name) for model in evaluation.models},
     )
-    write_report(plan, results, scores)
-    write_results(plan.out, results)
+    write_report(evaluation, results, scores)
+    write_results(evaluation.out, results)
     return results
 
 
-def _sizes(plan: Plan, shape: tuple[int, int, int]) -> str:
+def _sizes(evaluation: Evaluation, shape: tuple[int, int, int]) -> str:
     """How many images of what size are made: a line for the user."""
-    settings, first = plan.settings, plan.models[0]
-    whole = first.source if first.kind == "pipeline" else str(plan.base)
+    settings, first = evaluation.settings, evaluation.models[0]
+    whole = first.source if first.kind == "pipeline" else str(evaluation.base)
     height, width = (latent_factor(whole, f"--model {first.name}") * side for side in shape[1:])
     images = f"{len(settings.prompts)} prompts, {settings.images_per_prompt} images each of {height} x {width} pixels"
-    return f"{images}; batches of {plan.batch_size}; seed {settings.seed}"
+    return f"{images}; batches of {evaluation.batch_size}; seed {settings.seed}"
 
 
 def _quiet_libraries() -> None:
@@ -107,32 +112,34 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _pictures(plan: Plan, model: str) -> list[Picture]:
+def _pictures(evaluation: Evaluation, model: str) -> list[Picture]:
     """All images of a model, prompt by prompt."""
     return [
-        Picture(prompt, index, plan.file(model, number, index))
-        for number, prompt in enumerate(plan.settings.prompts)
-        for index in range(plan.settings.images_per_prompt)
+        Picture(prompt, index, evaluation.file(model, number, index))
+        for number, prompt in enumerate(evaluation.settings.prompts)
+        for index in range(evaluation.settings.images_per_prompt)
     ]
 
 
-def _files(plan: Plan, model: str) -> list[str]:
-    return [str(picture.path.relative_to(plan.out)) for picture in _pictures(plan, model)]
+def _files(evaluation: Evaluation, model: str) -> list[str]:
+    return [str(picture.path.relative_to(evaluation.out)) for picture in _pictures(evaluation, model)]
 
 
-def _generate_all(plan: Plan, device: str, progress: Progress) -> list[ModelEntry]:
+def _generate_all(evaluation: Evaluation, device: str, progress: Progress) -> list[ModelEntry]:
     """Make what is missing of every model's images, one model in memory at a time."""
     entries: list[ModelEntry] = []
-    for model in plan.models:
-        pictures = _pictures(plan, model.name)
+    for model in evaluation.models:
+        pictures = _pictures(evaluation, model.name)
         task = progress.add_task(f"sample {model.name}", total=len(pictures))
-        pipeline = load_generator(model, plan.base, device, plan.settings.dtype, plan.settings.variant)
+        pipeline = load_generator(
+            model, evaluation.base, device, evaluation.settings.dtype, evaluation.settings.variant
+        )
         denoiser = denoiser_fingerprint(pipeline)
-        _claim_folder(plan, model.name, denoiser)
+        _claim_folder(evaluation, model.name, denoiser)
         missing = [picture for picture in pictures if not picture.path.is_file()]
         progress.update(task, completed=len(pictures) - len(missing))
-        generate(pipeline, missing, plan.settings, plan.batch_size, _advancing(progress, task))
-        base = plan.base if model.kind != "pipeline" else None
+        generate(pipeline, missing, evaluation.settings, evaluation.batch_size, _advancing(progress, task))
+        base = evaluation.base if model.kind != "pipeline" else None
         entries.append(ModelEntry(name=model.name, source=model.source, base=base, denoiser=denoiser))
         del pipeline
         gc.collect()
@@ -143,33 +150,33 @@ def _advancing(progress: Progress, task: object) -> Callable[[int], None]:
     return lambda count: progress.advance(task, count)  # type: ignore[arg-type]
 
 
-def _claim_folder(plan: Plan, model: str, denoiser: str) -> None:
+def _claim_folder(evaluation: Evaluation, model: str, denoiser: str) -> None:
     """Mark a model's image folder with what its images are made from; images from anything else are removed.
 
     The denoiser is part of it, for what a hub id stands for may change.
     """
-    folder = plan.folder(model)
-    file, origin = folder / ORIGIN_FILE, {"origin": plan.origin(model), "denoiser": denoiser}
+    folder = evaluation.folder(model)
+    file, origin = folder / ORIGIN_FILE, {"origin": evaluation.origin(model), "denoiser": denoiser}
     if file.is_file() and read_json(file) != origin:
         for stale in folder.glob("*.png"):
             stale.unlink()
     write_json(file, origin)
 
 
-def _score_all(plan: Plan, reward: Reward, device: str, progress: Progress) -> dict[str, np.ndarray]:
+def _score_all(evaluation: Evaluation, reward: Reward, device: str, progress: Progress) -> dict[str, np.ndarray]:
     """Scores of all images of all models under one reward: per model float64 [P, I].
 
     Raises:
         UserError: the reward has no score for an image, or there is too little memory for a single one.
     """
     scores: dict[str, np.ndarray] = {}
-    shape = (len(plan.settings.prompts), plan.settings.images_per_prompt)
-    for model in plan.models:
-        pictures = _pictures(plan, model.name)
+    shape = (len(evaluation.settings.prompts), evaluation.settings.images_per_prompt)
+    for model in evaluation.models:
+        pictures = _pictures(evaluation, model.name)
         task = progress.add_task(f"score {model.name} with {reward.name}", total=len(pictures))
         values = np.empty(len(pictures))
-        for start in range(0, len(pictures), plan.batch_size):
-            batch = pictures[start : start + plan.batch_size]
+        for start in range(0, len(pictures), evaluation.batch_size):
+            batch = pictures[start : start + evaluation.batch_size]
             outcome = make(partial(_score_batch, reward), batch, device)
             if outcome.failed:
                 position, reason = min(outcome.failed.items())
@@ -196,8 +203,8 @@ def _score_batch(reward: Reward, batch: Sequence[Picture]) -> np.ndarray:
     return values
 
 
-def _results(plan: Plan, entries: list[ModelEntry], rewards: Sequence[Reward], scores: Scores) -> Results:
-    baseline = plan.models[0].name
+def _results(evaluation: Evaluation, entries: list[ModelEntry], rewards: Sequence[Reward], scores: Scores) -> Results:
+    baseline = evaluation.models[0].name
     findings = []
     for reward, by_model in scores.items():
         for model, scores_PI in by_model.items():
@@ -214,10 +221,10 @@ def _results(plan: Plan, entries: list[ModelEntry], rewards: Sequence[Reward], s
             )
     return Results(
         schema_version=RESULTS_VERSION,
-        digest=plan.settings.digest(),
-        settings=plan.settings,
-        num_prompts=len(plan.settings.prompts),
-        num_images=len(plan.settings.prompts) * plan.settings.images_per_prompt,
+        digest=evaluation.settings.digest(),
+        settings=evaluation.settings,
+        num_prompts=len(evaluation.settings.prompts),
+        num_images=len(evaluation.settings.prompts) * evaluation.settings.images_per_prompt,
         baseline=baseline,
         models=entries,
         rewards=[

@@ -18,6 +18,7 @@ from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.inspection import sheet
 from smpo_pipeline.inspection.headers import ImageHeader, read_header
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
+from smpo_schemas.labels import TIE
 from smpo_schemas.pairs import (
     Pair,
     PairColumns,
@@ -30,7 +31,6 @@ from smpo_schemas.pairs import (
 )
 from smpo_schemas.rejects import Reject, count_reasons
 
-_TIE = 0.5
 _TILE = 176
 
 
@@ -112,7 +112,7 @@ def _count(summary: PairsSummary, source: str, found: Pair | PairRejectedError, 
 def _label_word(label: float | None) -> str:
     if label is None:
         return "none"
-    return {1.0: "image_0", 0.0: "image_1", _TIE: "tie"}.get(label, "soft")
+    return {1.0: "image_0", 0.0: "image_1", TIE: "tie"}.get(label, "soft")
 
 
 def print_pairs(summary: PairsSummary, path: Path, console: Console) -> None:

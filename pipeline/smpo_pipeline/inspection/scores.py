@@ -17,11 +17,11 @@ from rich.console import Console
 from smpo_common.errors import one_line
 from smpo_pipeline.inspection.pairs import print_rejects
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
+from smpo_schemas.labels import TIE
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.rejects import Reject, read_rejects
 from smpo_schemas.scores import REJECTS_FILE, ScoresInfo, read_scores, read_scores_info, reward_scores, table_labels
 
-_TIE = 0.5
 _MOST_ANNOTATORS = 10
 
 
@@ -64,8 +64,8 @@ def summarise_scores(directory: Path) -> ScoresSummary:
 
 def label_agreement(scores_P2: np.ndarray, labels_P: np.ndarray) -> tuple[int, int]:
     """How many decided labels a reward orders alike, and how many decided labels there are."""
-    decided = ~np.isnan(labels_P) & (labels_P != _TIE)
-    alike = np.sign(scores_P2[:, 0] - scores_P2[:, 1]) == np.sign(labels_P - _TIE)
+    decided = ~np.isnan(labels_P) & (labels_P != TIE)
+    alike = np.sign(scores_P2[:, 0] - scores_P2[:, 1]) == np.sign(labels_P - TIE)
     return int((alike & decided).sum()), int(decided.sum())
 
 
@@ -80,7 +80,7 @@ def print_scores(summary: ScoresSummary, path: Path, console: Console) -> None:
     """Print what was found."""
     info = summary.info
     labels = summary.labels_P
-    ties, unlabelled = int((labels == _TIE).sum()), int(np.isnan(labels).sum())
+    ties, unlabelled = int((labels == TIE).sum()), int(np.isnan(labels).sum())
     console.print(
         facts(
             f"scores: {path}",

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from smpo_models.draws import gaussian, trajectory_stream
 from smpo_models.family import Conditioning, Family
-from smpo_pipeline.inversion.draws import gaussian, generator
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan, plan_trajectory
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.shards.samples import STORAGE, SampleMeta
@@ -92,7 +92,7 @@ def draw_trajectory(
     """Draw all that is random about one trajectory, from (seed, pair_id, number) alone."""
 
     def stream(purpose: str) -> np.random.Generator:
-        return generator(seed, pair.pair_id, number, purpose)
+        return trajectory_stream(seed, pair.pair_id, number, purpose)
 
     constant = settings.size_conditioning == "constant"
     told = pair.image_size

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from smpo_common.errors import UserError
+from smpo_models.draws import trajectory_stream
 from smpo_models.noise_schedule import Process
-from smpo_pipeline.inversion.draws import generator
 from smpo_schemas.inversion_settings import InversionSettings
 
 
@@ -60,7 +60,7 @@ def plan_trajectory(
     """
     last = _first_pure_noise(process)
     _check_steps(settings, last)
-    stream = generator(seed, pair_id, trajectory, "timesteps")
+    stream = trajectory_stream(seed, pair_id, trajectory, "timesteps")
     if settings.timesteps == "jittered":
         nodes = _jittered(stream, settings.steps, last)
     else:
@@ -75,7 +75,9 @@ def plan_trajectory(
         return _published(nodes, num_timesteps // settings.steps, int(stream.integers(num_timesteps)))
     stored = list(range(len(nodes)))
     if settings.states is not None and settings.states < len(nodes):
-        choice = generator(seed, pair_id, trajectory, "states").choice(len(nodes), settings.states, replace=False)
+        choice = trajectory_stream(seed, pair_id, trajectory, "states").choice(
+            len(nodes), settings.states, replace=False
+        )
         stored = sorted(int(index) for index in choice)
     return TrajectoryPlan(tuple(nodes), tuple(nodes), tuple(stored), tuple(nodes[index] for index in stored))
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from smpo_common.errors import UserError
@@ -29,6 +28,7 @@ from smpo_pipeline.planning.options import PlanOptions
 from smpo_pipeline.planning.rate import Rate, batches_of_units, measure_rate
 from smpo_pipeline.planning.sample import SampledPairs, sample_pairs
 from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, trajectory_bytes
+from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import Bucket
 from smpo_schemas.pairs import list_pair_files
@@ -40,11 +40,7 @@ _SAMPLED = 256
 _PROJECTED = (1_000_000, 100_000_000)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Projection(_Frozen):
+class Projection(FrozenModel):
     """What one number of input pairs comes to.
 
     Attributes:
@@ -65,7 +61,7 @@ class Projection(_Frozen):
     dollars: float | None
 
 
-class _Measured(_Frozen):
+class _Measured(FrozenModel):
     """Rates and means that the projections are made of; fields of :class:`Plan`."""
 
     usable: float

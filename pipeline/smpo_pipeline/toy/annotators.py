@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smpo_pipeline.toy.fit import fit_captions
+from smpo_pipeline.toy.caption_fit import fit_captions
 from smpo_pipeline.toy.world import IMAGE_SIZE
-
-TIE = 0.5
-"""The label of a pair whose pictures are equally good."""
+from smpo_schemas.labels import TIE
 
 TIE_MARGIN = 0.06
 """An annotator whose P(first preferred) is this close to one half says "tie"."""

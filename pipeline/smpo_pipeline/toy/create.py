@@ -18,10 +18,11 @@ from PIL import Image
 
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
-from smpo_pipeline.toy.annotators import ANNOTATORS, TIE, choose, qualities, utility
+from smpo_pipeline.toy.annotators import ANNOTATORS, choose, qualities, utility
 from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.truth import true_reward
 from smpo_pipeline.toy.world import SPLITS, captions_of
+from smpo_schemas.labels import TIE
 
 ASSETS = Path(__file__).parent / "assets"
 """The world's checkpoints, made by benchmarks/build_toy_world.py."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smpo_pipeline.toy.fit import fit_captions
+from smpo_pipeline.toy.caption_fit import fit_captions
 
 COLOUR_TOLERANCE = 0.06
 """Mean squared RGB error (values in [0, 1]) at which the reward falls to 1/e."""

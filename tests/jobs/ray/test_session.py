@@ -19,8 +19,8 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from smpo_common.errors import UserError
 from smpo_pipeline.jobs.invert import job as invert
 from smpo_pipeline.jobs.prepare import cell, values_of
-from smpo_pipeline.jobs.ray.errors import _reason, plain_errors
 from smpo_pipeline.jobs.ray.pools import Pool, share_gpus, task_memory
+from smpo_pipeline.jobs.ray.ray_errors import _reason, plain_errors
 from smpo_pipeline.jobs.ray.session import connected, plain_arithmetic
 from smpo_pipeline.jobs.score import job as score
 from smpo_pipeline.jobs.score.job import _pool_sizes, _pools

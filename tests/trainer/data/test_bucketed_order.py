@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smpo_trainer.data.bucketed_order import BucketedOrder, group_size, make_order
-from smpo_trainer.data.order import Order, Plan
+from smpo_trainer.data.order import Batching, Order
 from smpo_trainer.remarks import bucket_remark
 from tests.trainer.data.test_order import SHARDS, WORLDS, consumed
 
@@ -52,7 +52,7 @@ def test_a_group_has_one_shape_and_every_state_comes_once(world_size: int) -> No
     """Whatever the number of processes: here they share a step of 48 states, 3000 where there are too many."""
     step = 48 if 48 % world_size == 0 else 3 * world_size
     batch = 1 if step == 48 else 3
-    plan = Plan(bucketed(group_size(step, batch)), batch, step // world_size // batch, world_size)
+    plan = Batching(bucketed(group_size(step, batch)), batch, step // world_size // batch, world_size)
     assert plan.states_per_step == step
     steps = max(4, -(-4 * 101 // step))
     order = consumed(plan, steps)
@@ -92,7 +92,7 @@ def test_what_waits_is_less_than_a_group_of_each_bucket() -> None:
 
 def test_order_depends_on_the_effective_batch_alone() -> None:
     def of(*cut: int) -> list[int]:
-        return consumed(Plan(bucketed(24), *cut), 9)
+        return consumed(Batching(bucketed(24), *cut), 9)
 
     wanted = of(24, 1, 1)
     for cut in ((1, 24, 1), (1, 1, 24), (3, 4, 2), (2, 3, 4)):
@@ -102,7 +102,7 @@ def test_order_depends_on_the_effective_batch_alone() -> None:
 @pytest.mark.parametrize("world_size", WORLDS[:8])
 def test_resuming_gives_the_same_order_element_by_element(world_size: int) -> None:
     def taken(first: int, rank: int) -> list[list[int]]:
-        plan = Plan(bucketed(2 * 3 * world_size), batch_size=2, grad_accum=3, world_size=world_size)
+        plan = Batching(bucketed(2 * 3 * world_size), batch_size=2, grad_accum=3, world_size=world_size)
         return [plan.states(positions) for positions in plan.micro_batches(first, 6, rank)]
 
     for rank in range(world_size):

@@ -86,4 +86,4 @@ def test_a_run_goes_on_with_another_batch_size_but_not_with_other_groups(
     assert "nothing to do" in capfd.readouterr().out
     changed = arguments(shaped, read_manifest(shaped[0]).model.id, out, batch_size=8, grad_accum=9, max_steps=1)
     assert run_cli(monkeypatch, changed) == 2
-    assert "states of one shape at a time (36 -> 72)" in capfd.readouterr().err
+    assert "states of one shape at a time: 36 there, 72 here" in capfd.readouterr().err

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from smpo_trainer.data.loader import Feed, State
-from smpo_trainer.data.order import Order, Plan
+from smpo_trainer.data.order import Batching, Order
 from tests.tiny import LATENT_SHAPE
 
 WORLDS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 1000)
 SHARDS = (13, 0, 7, 21, 1, 30, 9, 20)  # 101 states
 
 
-def consumed(plan: Plan, steps: int) -> list[int]:
+def consumed(plan: Batching, steps: int) -> list[int]:
     """All states of the first steps, in the order of their global positions."""
     places = sorted(
         (position, state)
@@ -32,7 +32,7 @@ def consumed(plan: Plan, steps: int) -> list[int]:
 @pytest.mark.parametrize("window", [1, 25, 1000])
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_every_state_once_an_epoch(world_size: int, window: int) -> None:
-    plan = Plan(Order(SHARDS, 3, window), batch_size=3, grad_accum=2, world_size=world_size)
+    plan = Batching(Order(SHARDS, 3, window), batch_size=3, grad_accum=2, world_size=world_size)
     steps = -(-3 * 101 // plan.states_per_step)
     order = consumed(plan, steps)
     for epoch in range(3):
@@ -42,7 +42,7 @@ def test_every_state_once_an_epoch(world_size: int, window: int) -> None:
 
 def test_order_depends_on_the_effective_batch_alone() -> None:
     def of(*cut: int) -> list[int]:
-        return consumed(Plan(Order((20, 30), 1, 20), *cut), 5)
+        return consumed(Batching(Order((20, 30), 1, 20), *cut), 5)
 
     wanted = of(24, 1, 1)
     for cut in ((1, 24, 1), (1, 1, 24), (3, 4, 2), (2, 3, 4)):
@@ -52,7 +52,7 @@ def test_order_depends_on_the_effective_batch_alone() -> None:
 @pytest.mark.parametrize("world_size", WORLDS[:8])
 def test_resuming_gives_the_same_order_element_by_element(world_size: int) -> None:
     def taken(first: int, rank: int) -> list[list[int]]:
-        plan = Plan(Order((9, 9, 11), 0, 10), batch_size=2, grad_accum=3, world_size=world_size)
+        plan = Batching(Order((9, 9, 11), 0, 10), batch_size=2, grad_accum=3, world_size=world_size)
         return [plan.states(positions) for positions in plan.micro_batches(first, 6, rank)]
 
     for rank in range(world_size):
@@ -121,7 +121,7 @@ class Reads:
 def test_resuming_at_any_position_reads_no_shard_that_is_not_needed(world_size: int, window: int) -> None:
     """One more would be allowed. Shards without states are in windows, and may be checked with them."""
     order = Order(SHARDS, 5, window)
-    plan = Plan(order, batch_size=2, grad_accum=1, world_size=world_size)
+    plan = Batching(order, batch_size=2, grad_accum=1, world_size=world_size)
     last = 120 // plan.states_per_step
     for first in range(last):
         for rank in range(world_size):

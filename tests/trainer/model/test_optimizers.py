@@ -228,9 +228,9 @@ def test_each_setting_is_part_of_the_runs_identity(
 ) -> None:
     out = train(max_steps=1)
     for name, value, message in (
-        ("optimizer", "adafactor", "optimizer (adamw -> adafactor)"),
-        ("ema_decay", 0.9, "ema_decay (None -> 0.9)"),
-        ("scale_lr", True, "lr (0.0001 -> 0.0002)"),
+        ("optimizer", "adafactor", "optimizer: adamw there, adafactor here"),
+        ("ema_decay", 0.9, "ema_decay: None there, 0.9 here"),
+        ("scale_lr", True, "lr: 0.0001 there, 0.0002 here"),
     ):
         assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1, **{name: value})) == 2
         assert message in capsys.readouterr().err

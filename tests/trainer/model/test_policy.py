@@ -13,8 +13,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_pipeline.evaluation.sources import parse_models
-from smpo_trainer.model.policy import LORA_FILE, UNET_FOLDER
+from smpo_pipeline.evaluation.model_sources import parse_models
+from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import column
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smpo_trainer.monitoring.console import Report
+from smpo_trainer.monitoring.console import RunConsole
 from tests.trainer.helpers import arguments, column
 from tests.trainer.output.test_resume import start
 
@@ -18,7 +18,7 @@ def test_it_falls_silent_where_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> 
     os.close(reader)
     with os.fdopen(writer, "w") as nobody:
         monkeypatch.setattr(sys, "stdout", nobody)
-        report = Report(is_main=True)
+        report = RunConsole(is_main=True)
         for _ in range(2):
             report.say("hello")
 

@@ -236,11 +236,14 @@ def test_each_setting_is_part_of_the_runs_identity(
     scores = write_scores(tmp_path / "scores", trust=[1.0] * PAIRS)
     out = train(objective="dpo", max_steps=1)
     changes = {
-        "objective": ("npo", "objective (dpo -> npo)"),
-        "objective_option": (["label_smoothing=0.1"], "label_smoothing (0.0 -> 0.1)"),
-        "timestep_weighting": ("min-snr", "timestep_weighting (uniform -> min-snr), snr_gamma (None -> 5.0)"),
-        "budget": (1, "budget (None -> 1.0), budget_weight (None -> 1.0)"),
-        "weight_column": ("trust", "weight_column (None -> "),
+        "objective": ("npo", "objective: dpo there, npo here"),
+        "objective_option": (["label_smoothing=0.1"], "label_smoothing: 0.0 there, 0.1 here"),
+        "timestep_weighting": (
+            "min-snr",
+            "timestep_weighting: uniform there, min-snr here; snr_gamma: None there, 5.0 here",
+        ),
+        "budget": (1, "budget: None there, 1.0 here; budget_weight: None there, 1.0 here"),
+        "weight_column": ("trust", "weight_column: None there, "),
     }
     for name, (value, message) in changes.items():
         extra = {"scores": scores} if name == "weight_column" else {}

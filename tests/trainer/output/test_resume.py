@@ -168,7 +168,9 @@ def test_changed_settings_are_refused_by_name(
     changed = arguments(shards, model, interrupted, **{**OPTIONS, "beta": 500, "lr": 1e-3})
     assert run_cli(monkeypatch, changed) == 2
     error = capsys.readouterr().err
-    assert "an unfinished run with other settings: beta (2000.0 -> 500.0), lr (0.0001 -> 0.001);" in error
+    assert (
+        "an unfinished run with other settings (beta: 2000.0 there, 500.0 here; lr: 0.0001 there, 0.001 here);" in error
+    )
     train("run", **OPTIONS, overwrite=True, beta=500)
     assert column(interrupted, "step") == [1, 2, 3, 4, 5]
 
@@ -186,7 +188,7 @@ def test_finished_run_is_left_alone(
     assert "finished; nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1, beta=500)) == 2
-    assert "a finished run with other settings: beta (2000.0 -> 500.0);" in capsys.readouterr().err
+    assert "a finished run with other settings (beta: 2000.0 there, 500.0 here);" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_held_out_pairs_are_part_of_the_runs_identity(
     out = train(on=many, max_steps=1)
     assert json.loads((out / "training.json").read_text())["states"] == 30
     assert run_cli(monkeypatch, arguments(many, model, out, max_steps=1, val_fraction=FRACTION)) == 2
-    assert "val_fraction (0.0 -> 0.4)" in capsys.readouterr().err
+    assert "val_fraction: 0.0 there, 0.4 here" in capsys.readouterr().err
 
 
 def test_too_few_prompts(

@@ -16,8 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPTextModel
 
+from smpo_models.draws import gaussian, named_stream
 from smpo_trainer.validation import images as validation_images
-from smpo_trainer.validation.images import _noise
 from tests.tiny import IMAGE_SIDE, LATENT_SHAPE
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, make_shards, metrics, run_cli
@@ -65,7 +65,7 @@ def by_a_stock_pipeline(model: Path, unet: Path, guidance: float) -> list[np.nda
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     images = []
     for number, prompt in enumerate(PROMPTS):
-        latents = torch.from_numpy(_noise(0, number, LATENT_SHAPE))[None]
+        latents = gaussian(named_stream(f"validation\n0\n{number}"), LATENT_SHAPE)[None]
         found = pipeline(prompt, latents=latents, num_inference_steps=4, guidance_scale=guidance, output_type="np")
         images.append(found.images[0])
     return images

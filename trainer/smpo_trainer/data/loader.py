@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from smpo_common.errors import UserError
 from smpo_schemas.shards.stored_state import read_state
-from smpo_trainer.data.order import Plan, Window
+from smpo_trainer.data.order import Batching, Window
 from smpo_trainer.data.state_table import StateTable, trajectory_digest
 from smpo_trainer.interrupts import leave_signals_to_the_trainer
 from smpo_trainer.shards.fetch import ShardStore
@@ -159,7 +159,7 @@ def require_batch(batch: StateBatch | UserError) -> StateBatch:
 class Feed:
     """A process's batches, in exactly the order of the plan, from shards that are here and found whole."""
 
-    def __init__(self, dataset: StateDataset, plan: Plan, store: ShardStore, rank: int, workers: int) -> None:
+    def __init__(self, dataset: StateDataset, plan: Batching, store: ShardStore, rank: int, workers: int) -> None:
         """Serve process ``rank``.
 
         Args:

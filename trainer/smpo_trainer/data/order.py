@@ -102,7 +102,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Batching:
     """How a run's positions fall to its steps and processes.
 
     Attributes:

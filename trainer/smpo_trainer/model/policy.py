@@ -19,14 +19,13 @@ from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_models.lora import LORA_FILE
 from smpo_models.weights import variant_remark
 from smpo_schemas.manifest import ModelInfo
+from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER
 from smpo_trainer.model.fsdp import like, plain_class
 from smpo_trainer.model.text import CachedText
 from smpo_trainer.settings import TrainSettings
 
-UNET_FOLDER = "unet"
 _LORA_PREFIX = "unet"
 
 _ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -27,7 +27,7 @@ from smpo_trainer.distributed import on_main, together
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.model.denoising_error import condition, pair_errors
 from smpo_trainer.model.policy import Policy
-from smpo_trainer.monitoring.console import Report
+from smpo_trainer.monitoring.console import RunConsole
 from smpo_trainer.monitoring.metrics import Record
 from smpo_trainer.objectives.base import PairBatch, implicit_margin
 from smpo_trainer.objectives.pair_loss import PairLoss
@@ -83,7 +83,7 @@ def settle_reference(
     feed: Feed,
     accelerator: Accelerator,
     output: OutputFolder,
-    report: Report,
+    report: RunConsole,
     *,
     going_on: bool,
 ) -> Record:
@@ -126,7 +126,7 @@ def settle_reference(
     return {"reference_noise/std": noise.std, "reference_noise/max": noise.max, "reference_noise/loss": noise.loss}
 
 
-def _compare_arithmetic(experiment: Experiment, device: torch.device, report: Report) -> None:
+def _compare_arithmetic(experiment: Experiment, device: torch.device, report: RunConsole) -> None:
     """Say where the stored errors were computed in other arithmetic than this run's."""
     own = autocast_arithmetic(experiment.settings.compute.dtype or "fp32")
     if own == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
@@ -215,7 +215,7 @@ class _Pass:
             yield moved, error_B2
 
 
-def _recompute(reference: _Pass, max_steps: int, output: OutputFolder, report: Report) -> torch.Tensor:
+def _recompute(reference: _Pass, max_steps: int, output: OutputFolder, report: RunConsole) -> torch.Tensor:
     """The reference's errors in this run's arithmetic, [S, 2], also kept for a run that goes on."""
     with report.bar(_TITLE, reference.steps(max_steps)) as step_done:
         error_S2 = reference.recompute(max_steps, step_done)

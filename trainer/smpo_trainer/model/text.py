@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, sha256_json
 from smpo_models.family import Family
-from smpo_trainer.monitoring.console import Report
+from smpo_trainer.monitoring.console import RunConsole
 from smpo_trainer.settings import Dtype, TrainSettings
 from smpo_trainer.shards.shard_set import ShardSet
 
@@ -68,7 +68,7 @@ class CachedText:
         return {name: value[rows].to(self._device) for name, value in self._tensors.items()}
 
 
-def cache_text(settings: TrainSettings, shards: ShardSet, family: Family, report: Report) -> Path:
+def cache_text(settings: TrainSettings, shards: ShardSet, family: Family, report: RunConsole) -> Path:
     """Encode the prompts of a data set, unless this machine has done so, and return the file.
 
     The first process of a machine does it, the others wait.

@@ -36,7 +36,7 @@ class _Console(Console):
             super().on_broken_pipe()
 
 
-class Report:
+class RunConsole:
     """Speaks for the main process only. Between ``start`` and ``stop`` there is a progress bar."""
 
     def __init__(self, *, is_main: bool) -> None:

@@ -17,9 +17,8 @@ from accelerate.tracking import WandBTracker
 
 from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
+from smpo_schemas.trained_model import METRICS_FILE
 from smpo_trainer.monitoring.trackers import start_tensorboard
-
-METRICS_FILE = "metrics.jsonl"
 
 Record = dict[str, float | int | None]
 """One step's values by name; None where no pair of the step had such a value, or it is not finite."""

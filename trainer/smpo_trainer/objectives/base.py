@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smpo_common.errors import UserError
+from smpo_schemas.labels import TIE
 from smpo_trainer.settings import TimestepWeightingKind
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ DPO_BETAS = {"sd15": 2000.0, "sd2": 2000.0, "sdxl": 5000.0}
 
 FORWARD = {"source": "forward", "forward_noise": "pair"}
 """States of Diffusion-DPO, and of those that took them over: one forward noise for both images."""
-
-TIE = 0.5
-"""The label of a pair whose images its annotator could not tell apart."""
 
 
 class ObjectiveOptions(BaseModel):

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from smpo_trainer.objectives.base import TIE, LabelObjective, PairBatch
+from smpo_schemas.labels import TIE
+from smpo_trainer.objectives.base import LabelObjective, PairBatch
 
 
 def ipo_loss(margin_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch.nn import functional
 
-from smpo_trainer.objectives.base import FORWARD, TIE, LabelObjective, ObjectiveOptions, PairBatch, of_preferred
+from smpo_schemas.labels import TIE
+from smpo_trainer.objectives.base import FORWARD, LabelObjective, ObjectiveOptions, PairBatch, of_preferred
 
 _SMALL = 0.01
 """Below, the quotient and its gradient cancel, down to 0/0, and the series' next term, x^6 / 30240, is below 1e-16."""

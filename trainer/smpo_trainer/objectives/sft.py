@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from smpo_trainer.objectives.base import TIE, LabelObjective, PairBatch, of_preferred
+from smpo_schemas.labels import TIE
+from smpo_trainer.objectives.base import LabelObjective, PairBatch, of_preferred
 
 
 def sft_loss(error_B2: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:

@@ -13,17 +13,17 @@ from typing import Any
 from smpo_common.commandline import CONFIG_FILE
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
-from smpo_trainer.data.order import Plan
-from smpo_trainer.experiment import Experiment, differing
-from smpo_trainer.model.policy import LORA_FILE, UNET_FOLDER, Policy
-from smpo_trainer.monitoring.metrics import METRICS_FILE
+from smpo_common.same_settings import require_same_settings
+from smpo_schemas.trained_model import LORA_FILE, METRICS_FILE, TRAINING_FILE, UNET_FOLDER
+from smpo_trainer.data.order import Batching
+from smpo_trainer.experiment import Experiment
+from smpo_trainer.model.policy import Policy
 from smpo_trainer.monitoring.trackers import TENSORBOARD_FOLDER, WANDB_FOLDER
 from smpo_trainer.output.checkpoints import Checkpoints, read_state
 from smpo_trainer.output.skipped_steps import NONFINITE_FILE
 from smpo_trainer.preference.reward_mix import RewardMix
 from smpo_trainer.validation.images import VALIDATION_FOLDER
 
-TRAINING_FILE = "training.json"
 TRAINING_VERSION = 1
 REFERENCE_FILE = "reference.safetensors"
 
@@ -71,9 +71,7 @@ class OutputFolder:
         return False
 
     def _require_same(self, old: Mapping[str, Any], new: Mapping[str, Any], state: str) -> None:
-        changed = differing({**old, "max_steps": new["max_steps"]}, new)
-        if changed:
-            raise self._refuse(f"{state} run with other settings: {', '.join(changed)}")
+        require_same_settings(f"--out {self.path}", f"{state} run", {**old, "max_steps": new["max_steps"]}, new)
 
     def _refuse(self, what: str) -> UserError:
         return UserError(f"--out {self.path} holds {what}; choose another --out, or begin anew with --overwrite")
@@ -154,7 +152,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def training_summary(experiment: Experiment, policy: Policy, plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+def training_summary(
+    experiment: Experiment, policy: Policy, plan: Batching, identity: dict[str, Any]
+) -> dict[str, Any]:
     """What ``training.json`` says of how the run was made, besides versions."""
     settings, shards = experiment.settings, experiment.shards
     return {

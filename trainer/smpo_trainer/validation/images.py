@@ -8,7 +8,6 @@ Shape suffixes: B batch, C h w a latent, H W an image.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -16,14 +15,14 @@ from collections.abc import Iterator, Sequence
 import diffusers
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from smpo_common.files import write_bytes
+from smpo_models.draws import gaussian, named_stream
 from smpo_models.memory import is_out_of_memory
-from smpo_models.weights import load_part, load_weights
+from smpo_models.sampling import load_pipeline, sample
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.model.policy import Policy
 
@@ -73,26 +72,24 @@ class ValidationImages:
         """The images, some at a time: uint8 [B, H, W, 3]."""
         settings, family = self._settings, self._policy.family
         pipeline = self._load_pipeline()
-        pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self._accelerator.device)
         pipeline.vae.enable_slicing()  # an image at a time
-        # As `smpo-pipeline evaluate` samples; clip_sample defaults to True, and latents must not be clipped.
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         shape = family.latent_shape(self._side, self._side)
         for start in range(0, len(self._prompts), settings.steps.batch_size):
             prompts = list(self._prompts[start : start + settings.steps.batch_size])
-            noise_BChw = np.stack([_noise(settings.steps.seed, start + row, shape) for row in range(len(prompts))])
+            numbers = range(start, start + len(prompts))
+            streams = [named_stream(f"validation\n{settings.steps.seed}\n{number}") for number in numbers]
+            noise_BChw = torch.stack([gaussian(stream, shape) for stream in streams]).to(self._accelerator.device)
             # Without compiling the denoiser for the shapes of a drawing.
             with self._accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-                latents_BChw = pipeline(
-                    prompt=prompts,
-                    height=self._side,
-                    width=self._side,
-                    latents=torch.from_numpy(noise_BChw).to(self._accelerator.device),
-                    num_inference_steps=settings.images.validation_sampling_steps,
+                latents_BChw = sample(
+                    pipeline,
+                    prompts,
+                    noise_BChw,
+                    steps=settings.images.validation_sampling_steps,
                     guidance_scale=settings.images.validation_guidance_scale,
                     output_type="latent",
-                ).images
+                )
             pixels_BHW3 = _decode(pipeline.vae, latents_BChw).permute(0, 2, 3, 1).cpu().nan_to_num().numpy()
             yield ((pixels_BHW3 + 1) * 127.5).round().astype(np.uint8)
 
@@ -102,27 +99,17 @@ class ValidationImages:
         Raises:
             UserError: a part cannot be loaded, or lacks weights.
         """
-        model, what = self._settings.model, f"--model {self._settings.model}"
-        family = self._policy.family
-        kind = getattr(diffusers, family.pipelines[0])
-        index = load_part(kind.load_config, model, what)
+        settings, family = self._settings, self._policy.family
         parts = {"unet": self._policy.denoiser, **dict(zip(_TEXT_ENCODERS, family.text_modules, strict=False))}
-        for name in ("vae", *_TEXT_ENCODERS):
-            if name in index and name not in parts:
-                library, class_name = index[name]
-                loader = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-                parts[name] = load_weights(
-                    loader.from_pretrained,
-                    model,
-                    what,
-                    variant=self._settings.denoiser.variant,
-                    subfolder=name,
-                    # As in training: by themselves, text encoders come in the precision that they are stored in.
-                    dtype=torch.float32,
-                )
-        if "safety_checker" in index:
-            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return load_part(kind.from_pretrained, model, what, dtype=torch.float32, **parts)
+        return load_pipeline(
+            settings.model,
+            f"--model {settings.model}",
+            parts,
+            # As in training: by themselves, text encoders come in the precision that they are stored in.
+            dtype=torch.float32,
+            variant=settings.denoiser.variant,
+            kind=getattr(diffusers, family.pipelines[0]),
+        )
 
 
 def _decode(vae: AutoencoderKL, latents_BChw: torch.Tensor) -> torch.Tensor:
@@ -142,13 +129,6 @@ def _decode(vae: AutoencoderKL, latents_BChw: torch.Tensor) -> torch.Tensor:
         vae.enable_tiling()
         vae.tile_latent_min_size = tile
         vae.tile_sample_min_size = tile * 2 ** (len(vae.config["block_out_channels"]) - 1)
-
-
-def _noise(seed: int, number: int, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal noise, float32 of ``shape``, for the prompt of this number, whatever the device or batch."""
-    key = hashlib.sha256(f"validation\n{seed}\n{number}".encode()).digest()[:16]
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return generator.standard_normal(tuple(shape), dtype=np.float32)
 
 
 def _grid(images: Sequence[np.ndarray]) -> np.ndarray:

@@ -9,7 +9,7 @@ import ray
 
 from smpo_common.errors import UserError
 from smpo_pipeline.jobs.faults.crashes import WorkLog, shared_work_log
-from smpo_pipeline.jobs.ray.errors import plain_errors
+from smpo_pipeline.jobs.ray.ray_errors import plain_errors
 from smpo_pipeline.jobs.ray.session import connected
 from smpo_pipeline.jobs.record.progress import Pace, job_progress, shown_under_way
 from smpo_pipeline.jobs.record.reject_rate import RejectRate

@@ -31,6 +31,7 @@ from smpo_common.files import (
     write_json,
 )
 from smpo_common.retry import trying_again
+from smpo_common.same_settings import require_same_settings
 from smpo_common.store_path import AnyPath
 from smpo_schemas.manifest import Bucket
 from smpo_schemas.pairs import PairFile
@@ -110,13 +111,8 @@ class Run:
         if overwrite:
             self._remove(patterns)
         if path.is_file():
-            changed = _difference(read_json(path), self._identity)
-            if changed:
-                state = "a finished" if self._marker.is_file() else "an unfinished"
-                raise UserError(
-                    f"{self.out} holds {state} run with other settings ({changed}); "
-                    "take another --out, or --overwrite to begin anew"
-                )
+            state = "a finished run" if self._marker.is_file() else "an unfinished run"
+            require_same_settings(self.out, state, read_json(path), self._identity)
         elif self._marker.is_file():
             raise UserError(f"{self.out} holds {self._marker.name} but no {_IDENTITY}; take another --out")
         if self._marker.is_file():
@@ -266,18 +262,3 @@ def describe_input(files: Sequence[PairFile], limit: int | None) -> dict[str, An
     """The input listing as part of a run's identity: paths, sizes, and what the files hold."""
     listing = [[str(file.path), file.rows, file.bytes, file.digest] for file in files]
     return {"files": listing, "limit": limit}
-
-
-def _difference(old: Any, new: Mapping[str, Any], prefix: str = "") -> str:  # noqa: ANN401  (any JSON value)
-    """The settings that differ, in words; empty where none does."""
-    if not isinstance(old, dict):
-        return f"{prefix or 'run.json'} is malformed"
-    parts = []
-    for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, Mapping):
-            parts.append(_difference(before, after, f"{prefix}{key}."))
-        elif before != after:
-            shown = "" if len(f"{before}{after}") > 100 else f": {before} there, {after} here"  # noqa: PLR2004
-            parts.append(f"{prefix}{key}{shown}")
-    return "; ".join(part for part in parts if part)

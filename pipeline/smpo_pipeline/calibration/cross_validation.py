@@ -46,7 +46,7 @@ class Fits:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class CrossValidation:
     """Cross-validated predictions.
 
     Attributes:
@@ -75,7 +75,7 @@ class HeldOut:
         return self.final.mixture(equal_weights=self.equal_weights)
 
 
-def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[int], None]) -> HeldOut:
+def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[int], None]) -> CrossValidation:
     """Fit and predict, fold by fold.
 
     What else takes a calibration is given that of the mixture which did better, as ``smpo-train`` is.
@@ -119,7 +119,7 @@ def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[i
             for fold, fits in enumerate(found):
                 calibrated = way(*_learned(data, fits.mixture(equal_weights=equal)))
                 p[f"{way.name}, calibrated"][fold_P == fold] = calibrated.probability(data.pairs)[fold_P == fold]
-    return HeldOut(p, fold_P, found, final, equal)
+    return CrossValidation(p, fold_P, found, final, equal)
 
 
 def _check_margins(data: LabelledPairs, name: str, rows_P: np.ndarray) -> None:

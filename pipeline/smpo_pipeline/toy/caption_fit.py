@@ -17,7 +17,7 @@ _PHASES = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class CaptionFit:
     """How N pictures fit their N captions; every array is float64 [N] unless said otherwise."""
 
     dice: np.ndarray
@@ -28,7 +28,7 @@ class Fit:
     """[N, 2]: x and y of the best position, in pixels from the middle of the picture."""
 
 
-def fit_captions(images: Sequence[np.ndarray], captions: Sequence[str]) -> Fit:
+def fit_captions(images: Sequence[np.ndarray], captions: Sequence[str]) -> CaptionFit:
     """Finds each caption's shape in its picture.
 
     Args:
@@ -56,7 +56,7 @@ def fit_captions(images: Sequence[np.ndarray], captions: Sequence[str]) -> Fit:
         pixels_NHWC = np.stack([images[index] for index in indices]).astype(np.float64) / 255
         part = _fit_shape(pixels_NHWC, [scenes[index] for index in indices], _templates(shape, radius))
         dice[indices], colour_error[indices], offset[indices] = part.dice, part.colour_error, part.offset
-    return Fit(dice, colour_error, offset)
+    return CaptionFit(dice, colour_error, offset)
 
 
 @functools.lru_cache(maxsize=2 * len(SHAPES))
@@ -68,7 +68,7 @@ def _templates(shape: str, radius: float) -> np.ndarray:
     ).astype(np.float64)
 
 
-def _fit_shape(pixels_NHWC: np.ndarray, scenes: list[Scene], templates_PKK: np.ndarray) -> Fit:
+def _fit_shape(pixels_NHWC: np.ndarray, scenes: list[Scene], templates_PKK: np.ndarray) -> CaptionFit:
     colour_N3 = np.array([RGB_OF_COLOUR[scene.colour] for scene in scenes]) / 255
     background_N3 = np.array([RGB_OF_COLOUR[scene.background] for scene in scenes]) / 255
     axis_N3 = colour_N3 - background_N3
@@ -95,7 +95,7 @@ def _fit_shape(pixels_NHWC: np.ndarray, scenes: list[Scene], templates_PKK: np.n
     middle = (IMAGE_SIZE - (width - 1)) / 2
     x = left_N + np.array(_PHASES)[phase_N % len(_PHASES)] - middle
     y = top_N + np.array(_PHASES)[phase_N // len(_PHASES)] - middle
-    return Fit(dice_NPYX.reshape(len(scenes), -1).max(axis=1), colour_error, np.stack([x, y], axis=1))
+    return CaptionFit(dice_NPYX.reshape(len(scenes), -1).max(axis=1), colour_error, np.stack([x, y], axis=1))
 
 
 def _weighted_mean(values_NHW: np.ndarray, weights_NHW: np.ndarray) -> np.ndarray:

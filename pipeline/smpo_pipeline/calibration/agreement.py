@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smpo_pipeline.calibration.labels import TIE, LabelledPairs
+from smpo_pipeline.calibration.labels import LabelledPairs
 from smpo_pipeline.calibration.measures import agreement
+from smpo_schemas.labels import TIE
 
 
 @dataclass(frozen=True)

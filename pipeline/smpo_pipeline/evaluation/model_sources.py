@@ -11,11 +11,9 @@ from typing import Literal
 
 from smpo_common.errors import UserError
 from smpo_common.files import files_below, sha256_file, sha256_json
+from smpo_schemas.trained_model import LORA_FILE, METRICS_FILE, UNET_FOLDER
 
 INDEX_FILE = "model_index.json"
-UNET_FOLDER = "unet"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-METRICS_FILE = "metrics.jsonl"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -6,8 +6,7 @@ import pytest
 from smpo_common.files import sha256_file
 from smpo_pipeline.calibration import held_out
 from smpo_pipeline.calibration.calibrate import calibrate
-from smpo_pipeline.calibration.fit import fit_mixture
-from smpo_pipeline.calibration.held_out import (
+from smpo_pipeline.calibration.cross_validation import (
     COIN,
     EQUAL_MIXTURE,
     FITTED,
@@ -16,6 +15,7 @@ from smpo_pipeline.calibration.held_out import (
     SHARP_MINMAX,
     cross_validate,
 )
+from smpo_pipeline.calibration.fit import fit_mixture
 from smpo_pipeline.calibration.labels import read_labelled
 from smpo_pipeline.calibration.measures import log_loss
 from tests.calibration.helpers import labelled, populations, write_scores

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, sha256_json
+from smpo_common.same_settings import require_same_settings
+from smpo_pipeline.evaluation.model_sources import ModelSource, choose_base, identity, parse_models, reward_identity
 from smpo_pipeline.evaluation.options import EvaluateOptions
 from smpo_pipeline.evaluation.prompts import read_prompts
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
-from smpo_pipeline.evaluation.sources import ModelSource, choose_base, identity, parse_models, reward_identity
 from smpo_pipeline.options import default_dtype
 
 IMAGES_FOLDER = "images"
@@ -18,7 +19,7 @@ ORIGIN_FILE = "made_from.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Evaluation:
     """An evaluation to be made.
 
     Attributes:
@@ -51,7 +52,7 @@ class Plan:
         return sha256_json({**values, "model": self.settings.models[model]})
 
 
-def make_plan(options: EvaluateOptions) -> Plan:
+def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     """Check what is to be compared, and find out which files it stands for.
 
     Raises:
@@ -78,7 +79,7 @@ def make_plan(options: EvaluateOptions) -> Plan:
         resolution=sampling.resolution,
         variant=sampling.variant,
     )
-    return Plan(options.out, sources, whole, settings, running.batch_size, running.device)
+    return Evaluation(options.out, sources, whole, settings, running.batch_size, running.device)
 
 
 def _device_here() -> str:
@@ -87,7 +88,7 @@ def _device_here() -> str:
     return choose_device(None)
 
 
-def finished_results(plan: Plan, *, overwrite: bool) -> Results | None:
+def finished_results(evaluation: Evaluation, *, overwrite: bool) -> Results | None:
     """The results of this very evaluation where it has been made before, else None: it is to be made.
 
     With ``overwrite`` it always is: nothing here sees the code of somebody's own reward.
@@ -96,27 +97,25 @@ def finished_results(plan: Plan, *, overwrite: bool) -> Results | None:
         UserError: the folder holds results or images of other settings (and ``overwrite`` is off), or files that no
             evaluation wrote.
     """
-    results = None if overwrite else read_results(plan.out)
+    results = None if overwrite else read_results(evaluation.out)
     if results is not None:
-        if results.digest == plan.settings.digest():
+        if results.digest == evaluation.settings.digest():
             return results
-        raise UserError(
-            f"--out {plan.out} holds an evaluation with other settings "
-            f"({results.settings.difference(plan.settings)}): choose another folder, or replace it with --overwrite"
-        )
-    for model in plan.models:
-        _check_images(plan, model.name, overwrite=overwrite)
+        there, here = results.settings.identity(), evaluation.settings.identity()
+        require_same_settings(f"--out {evaluation.out}", "an evaluation", there, here)
+    for model in evaluation.models:
+        _check_images(evaluation, model.name, overwrite=overwrite)
     return None
 
 
-def _check_images(plan: Plan, model: str, *, overwrite: bool) -> None:
-    folder = plan.folder(model)
+def _check_images(evaluation: Evaluation, model: str, *, overwrite: bool) -> None:
+    folder = evaluation.folder(model)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / ORIGIN_FILE).is_file():
         raise UserError(f"{folder} is not empty and was not written by evaluate; choose another --out")
-    if read_json(folder / ORIGIN_FILE).get("origin") != plan.origin(model) and not overwrite:
+    if read_json(folder / ORIGIN_FILE).get("origin") != evaluation.origin(model) and not overwrite:
         raise UserError(
-            f"--out {plan.out} holds unfinished images of {model!r} with other settings: "
+            f"--out {evaluation.out} holds unfinished images of {model!r} with other settings: "
             "choose another folder, or replace them with --overwrite"
         )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from smpo_pipeline.calibration.annotators import Repeats, between_annotators, by_annotator
+from smpo_pipeline.calibration.agreement import Repeats, between_annotators, by_annotator
 from tests.calibration.helpers import labelled
 
 PROMPTS = ["x", "x", "x", "y", "x", "x"]

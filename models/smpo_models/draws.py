@@ -1,0 +1,30 @@
+"""Random draws that depend on their name alone, not on batch size, worker count, order or device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def named_stream(name: str) -> np.random.Generator:
+    """A counter-based stream (Philox), keyed by the first 16 bytes of the name's SHA-256."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def trajectory_stream(seed: int, pair_id: str, trajectory: int, purpose: str) -> np.random.Generator:
+    """The stream for one purpose of one trajectory: a draw that is switched off shifts no other."""
+    return named_stream(f"{seed}/{trajectory}/{purpose}/{pair_id}")
+
+
+def gaussian(stream: np.random.Generator, shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal float32 of this shape, on the CPU whatever the device, so that devices agree."""
+    return torch.from_numpy(stream.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def image_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> torch.Tensor:
+    """The initial noise of image ``index`` of a prompt: every model begins the image from the same."""
+    return gaussian(named_stream(f"{seed}\n{index}\n{prompt}"), shape)

@@ -1,0 +1,90 @@
+"""Sampling images with a model's own pipeline and DDIM, from initial noise that the caller draws."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from smpo_models.weights import load_part, load_weights
+
+
+def load_pipeline(
+    model: str,
+    what: str,
+    parts: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    variant: str | None,
+    kind: type[DiffusionPipeline] = DiffusionPipeline,
+) -> DiffusionPipeline:
+    """Load a model's pipeline with a DDIM scheduler and without safety checker, on the CPU.
+
+    Args:
+        model: hub id or folder.
+        what: names the model in errors.
+        parts: by their names in the pipeline, those that are loaded already, such as a denoiser in training.
+        dtype: of the other parts.
+        variant: of the files of weights; None: those without one, or the only one there.
+        kind: class of the pipeline; by default the one that the model names.
+
+    Raises:
+        UserError: it cannot be loaded; or a part lacks weights, which diffusers would draw at random.
+    """
+    index = load_part(kind.load_config, model, what)
+    loaded = dict(parts)
+    if "safety_checker" in index:
+        loaded |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    for name, (library, class_name) in ((name, of) for name, of in index.items() if isinstance(of, (list, tuple))):
+        loader = _class_with_weights(str(library), str(class_name))
+        if loader and name not in loaded:
+            loaded[name] = load_weights(
+                loader.from_pretrained, model, what, variant=variant, subfolder=name, dtype=dtype
+            )
+    pipeline = load_part(kind.from_pretrained, model, what, dtype=dtype, **loaded)
+    # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    noise_BChw: torch.Tensor,
+    *,
+    steps: int,
+    guidance_scale: float,
+    output_type: str = "pil",
+) -> Any:  # noqa: ANN401  (PIL images or a tensor)
+    """Sample one image a prompt from its initial noise, on the noise's device and in its dtype.
+
+    Args:
+        pipeline: from :func:`load_pipeline`.
+        prompts: B of them.
+        noise_BChw: standard normal noise of the latents' shape.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        output_type: ``pil``, or ``latent`` for scaled latents [B, C, h, w].
+    """
+    height, width = (side * pipeline.vae_scale_factor for side in noise_BChw.shape[2:])
+    return pipeline(
+        prompt=list(prompts),
+        height=height,
+        width=width,
+        latents=noise_BChw,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        output_type=output_type,
+    ).images
+
+
+def _class_with_weights(library: str, name: str) -> Any:  # noqa: ANN401  (of either library)
+    """A class of models by the names in a pipeline's index; None for what is no model, such as a tokenizer."""
+    found = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
+    return found if inspect.isclass(found) and issubclass(found, torch.nn.Module) else None
