@@ -38,7 +38,7 @@ def scores(pairs: Path, name: str, model: Path, dtype: str) -> np.ndarray:
     """float64 [P, 2]."""
     spec = f"{name}={model}"
     fingerprint = load_reward(spec, "cpu").fingerprint
-    actor = RewardActor(spec, fingerprint, "cpu", dtype, batch_size=32, work_log=WorkLog(), last=False)
+    actor = RewardActor(spec, fingerprint, "cpu", dtype, batch_size=32, work_log=WorkLog(), share=1, last=False)
     files = list_pair_files([pairs])
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
     found = []

@@ -136,6 +136,9 @@ def main() -> None:
 The embedded world's 600 pairs, {COMMON[1]} pairs a step, {COMMON[3]} warm-up steps. Each run but the first is made to
 go wrong in one way. Numbers are means over the last {LAST} steps (held-out accuracy: over the looks within them).
 
+A rule about both images' errors rising together was removed after the runs of 2026-11: it warned of runs that gained
+most under the true reward ([trajectories.md](trajectories.md#drift-and-a-second-round)).
+
 | what is wrong | loss | accuracy | held-out accuracy | margin | what the trainer said |
 |---|---|---|---|---|---|
 {lines}

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 from tests.command import run_command, run_here
 
@@ -33,18 +32,17 @@ ON_ONE_RAY = {
 """Files with tests on the shared Ray: one process of pytest-xdist runs them all, so that there is only one."""
 
 
-class _OneRay(LoadFileScheduling):
-    """A file's tests run in one process, and so do those on the shared Ray."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "ray" if file in ON_ONE_RAY else file
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log) -> _OneRay:
-    """What ``--dist loadfile`` does, but for the files of :data:`ON_ONE_RAY`."""
-    return _OneRay(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Run a file's tests in one process, and so those of all files in :data:`ON_ONE_RAY`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if file in ON_ONE_RAY else file
+
+    return OneRay(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

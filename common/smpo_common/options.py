@@ -61,7 +61,9 @@ class Options(BaseModel):
             return cls.model_validate(values, context=on_command_line)
         except ValidationError as error:
             problem = error.errors()[0]
-            raise UserError(f"{flag_name(str(problem['loc'][0]))} {problem['input']}: {problem['msg']}") from error
+            # A validator of the whole model has no field.
+            flag = f"{flag_name(str(problem['loc'][0]))} {problem['input']}: " if problem["loc"] else ""
+            raise UserError(f"{flag}{problem['msg']}") from error
 
     def model_post_init(self, context: frozenset[str] | None, /) -> None:
         """Keep which flags were given on the command line, for :meth:`was_typed`; before validators of the model."""

@@ -23,8 +23,8 @@ PROGRAMS = {"smpo-train": trainer, "smpo-pipeline": pipeline}
 
 _HEAD = """# Flags
 
-Every flag of both programs, as `--help` shows them. In a `--config` file a flag's key is its name with underscores for
-dashes. A flag whose value is followed by `...` takes several values.
+Every flag of both programs, as `--help` shows them, but for shell completion. In a `--config` file a flag's key is its
+name with underscores for dashes. A flag whose value is followed by `...` takes several values.
 
 Made by `python docs/reference/generate_cli.py`. Do not edit by hand.
 """
@@ -59,8 +59,9 @@ def _program(name: str, app: typer.Typer) -> Iterator[str]:
 
 
 def _row(name: str, kind: Any, info: OptionInfo | ArgumentInfo, default: Any) -> str:  # noqa: ANN401
-    dashed = f"--{name.replace('_', '-')}"
-    names = name.upper() if isinstance(info, ArgumentInfo) else ", ".join(info.param_decls or (dashed,))
+    # In an annotation Typer keeps a flag's name, and its opposite's behind a slash, as the default.
+    declared = info.default if isinstance(info.default, str) else f"--{name.replace('_', '-')}"
+    names = name.upper() if isinstance(info, ArgumentInfo) else declared.replace("/", "`, `")
     cells = [f"`{names}`", _value(kind, info), _default(default), " ".join((info.help or "").split())]
     escaped = [cell.replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(escaped)} |"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from smpo_common.errors import UserError
+from smpo_schemas.dtypes import Dtype
 
 _DEVICES = Path("/dev")
 
@@ -28,6 +29,16 @@ def choose_device(given: str | None) -> str:
         raise UserError(f"--device cuda: {no_gpu()}; see docs/deploy.md, or use --device cpu")
     refuse_silent_cpu()
     return "cpu"
+
+
+def default_dtype(device: str) -> Dtype:
+    """The dtype of a diffusion model where none is asked for: bf16 on GPUs, but for those that emulate it.
+
+    Args:
+        device: ``cpu`` or ``cuda``; a cluster's GPUs, where this machine has none, count as having bf16.
+    """
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp32" if device == "cpu" or emulated else "bf16"
 
 
 def refuse_silent_cpu() -> None:

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationInfo
 
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options, flag_name
 from smpo_common.store_path import AnyPath, parse_path
-
-Dtype = Literal["bf16", "fp16", "fp32"]
-
-
-def default_dtype(device: str) -> Dtype:
-    """The number type of a diffusion model where none is asked for."""
-    return "bf16" if device == "cuda" else "fp32"
-
+from smpo_schemas.dtypes import Dtype
 
 # Validators; each names the flag in a UserError
 
@@ -156,7 +149,8 @@ Device = Annotated[
     Field(description="cpu or cuda; default: cuda where this machine (with --ray-address: the cluster) has a GPU."),
 ]
 ModelDtype = Annotated[
-    Dtype | None, Field(description="Number type of the diffusion model; default: bf16 on cuda, fp32 on cpu.")
+    Dtype | None,
+    Field(description="Number type of the diffusion model; default: bf16 on GPUs that have it, else fp32."),
 ]
 AutoBatchSize = Annotated[
     int | None,

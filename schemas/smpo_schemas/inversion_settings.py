@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from smpo_common.errors import UserError
+from smpo_schemas.dtypes import Dtype
 
 
 class InversionSettings(BaseModel):
@@ -74,7 +75,7 @@ class InversionSettings(BaseModel):
     size_conditioning: Literal["image", "constant"] = "image"
     storage: Literal["float16", "bfloat16"] = "float16"
     buckets: bool = False
-    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
+    dtype: Dtype = "fp32"
 
 
 def averaged_estimates(text: str, renoise_steps: int) -> frozenset[int]:

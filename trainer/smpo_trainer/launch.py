@@ -16,9 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 
 from smpo_common.errors import UserError
-from smpo_models.devices import gpus_are_hidden, no_gpu, refuse_silent_cpu
+from smpo_models.devices import default_dtype, gpus_are_hidden, no_gpu, refuse_silent_cpu
+from smpo_schemas.dtypes import Dtype
 from smpo_trainer.model.fsdp import fsdp_plugin
-from smpo_trainer.settings import ComputeOptions, Device, Dtype, TrainSettings
+from smpo_trainer.output.run_folder import dtype_of_run
+from smpo_trainer.settings import ComputeOptions, Device, TrainSettings
 
 _TIMEOUT = timedelta(hours=6)
 """How long a process waits for the others. They wait for what one does alone (loading over a slow network, encoding all
@@ -32,24 +34,26 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def choose_dtype(settings: TrainSettings) -> TrainSettings:
-    """The same settings with a dtype: the flag's, or what `accelerate launch` says, or what suits the device.
+    """The same settings with a dtype: the flag's, or that of the run that is continued, or what the launcher says.
+
+    Where none of these says one, it is what suits the device. A run is continued in its own dtype whatever the launcher
+    says: `accelerate launch` says fp32 where it was not configured.
 
     Raises:
         UserError: accelerate is configured for a precision that is not supported.
     """
     if settings.compute.dtype is not None:
         return settings
+    earlier = None if settings.overwrite else dtype_of_run(settings.out)
+    if earlier is not None:
+        return settings.replace(dtype=earlier)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    dtype = {"no": "fp32", None: "bf16" if _has_bf16(settings.compute.device) else "fp32"}.get(launched, launched)
+    on_cpu = settings.compute.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    device = "cpu" if on_cpu or not torch.cuda.is_available() else "cuda"
+    dtype = {"no": "fp32", None: default_dtype(device)}.get(launched, launched)
     if dtype not in get_args(Dtype):
         raise UserError(f"accelerate's mixed_precision {launched} is not supported; give --dtype bf16, fp16 or fp32")
     return settings.replace(dtype=cast("Dtype", dtype))
-
-
-def _has_bf16(device: Device | None) -> bool:
-    """Whether the run will be on a GPU that computes in bfloat16 itself."""
-    on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
-    return not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:

@@ -66,7 +66,7 @@ def run_training(settings: TrainSettings) -> None:
         on_main(accelerator, lambda: held.enter_context(hold(settings.out, fcntl.lockf)))
         if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
             on_main(accelerator, output.checkpoints.drop_leftovers)
-            report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite begins anew)")
+            report.say(f"{settings.out} holds this run, finished; nothing to do (--overwrite starts over)")
         else:
             set_seed(settings.steps.seed)
             # Without the end of its fetches, a run that failed would wait for all of them.
@@ -196,7 +196,7 @@ def _index(experiment: Experiment, family: Family, report: RunConsole) -> StateT
         # The manifest says that they are of this model, or the run would not have come this far.
         raise UserError(
             f"{' '.join(map(str, settings.shards))}: there are latents of the shape {others[0]}, but --model "
-            f"{settings.model} takes {channels} channels; the shards are not what their manifest says, make them anew"
+            f"{settings.model} takes {channels} channels; the shards are not what their manifest says, make them again"
         )
     return table
 

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options, Overwrite
+from smpo_schemas.dtypes import Dtype
 from smpo_trainer.named_values import (
     parse_options,
     parse_ranges,
@@ -23,7 +24,6 @@ from smpo_trainer.named_values import (
 )
 from smpo_trainer.presets import PICKSCORE_RANGE, PRESETS, find_preset
 
-Dtype = Literal["bf16", "fp16", "fp32"]
 Device = Literal["cpu", "cuda"]
 ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
 TextSource = Literal["live", "cache"]
@@ -175,8 +175,9 @@ class ComputeOptions(Options):
     device: Device | None = None
     """What to train on. Default: a GPU if torch sees one, otherwise the CPU."""
     dtype: Dtype | None = None
-    """Dtype of forward and backward; weights and optimizer stay in fp32. Default: what `accelerate launch` or its
-    config file says, otherwise bf16 on a GPU that supports it and fp32 elsewhere."""
+    """Dtype of forward and backward; weights and optimizer stay in fp32. Default: that of the run that is
+    continued; or what `accelerate launch` or its config file says; otherwise bf16 on a GPU that supports it and fp32
+    elsewhere."""
     tf32: bool = False
     """On NVIDIA GPUs, multiply float32 matrices, and convolve, in TF32: faster, to about three digits."""
     compile: bool = False
@@ -191,6 +192,17 @@ class ComputeOptions(Options):
     text: TextSource = "live"
     """Encode prompts live, as they come, or once, into a file in --cache that later runs find: the text encoders are
     then freed. Same numbers."""
+
+    @property
+    def chosen_dtype(self) -> Dtype:
+        """The dtype, once the run has chosen one.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        if self.dtype is None:
+            raise RuntimeError("no dtype is chosen yet")
+        return self.dtype
 
 
 class DataOptions(Options):

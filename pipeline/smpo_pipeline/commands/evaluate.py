@@ -8,7 +8,6 @@ from smpo_pipeline.evaluation.evaluation import finished_results, prepare_evalua
 from smpo_pipeline.evaluation.options import EvaluateOptions
 from smpo_pipeline.evaluation.results import REPORT_FILE
 from smpo_pipeline.evaluation.summary import print_results
-from smpo_pipeline.terminal import print_next
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -26,7 +25,8 @@ def evaluate(options: EvaluateOptions) -> None:
     else:
         from smpo_pipeline.evaluation.run import run  # noqa: PLC0415  (loads torch: not for a finished evaluation)
 
-        options.write(evaluation.out)
+        # With the dtype that was chosen, so that the config repeats the numbers on any machine.
+        options.replace(dtype=evaluation.settings.dtype).write(evaluation.out)
         results = run(evaluation, console)
     print_results(results, console)
-    print_next(console, "open", evaluation.out / REPORT_FILE)
+    console.print(f"report: {evaluation.out / REPORT_FILE}", highlight=False, soft_wrap=True)

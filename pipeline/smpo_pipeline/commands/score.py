@@ -10,6 +10,9 @@ from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.terminal import print_next
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo
 
+_MOST_SHOWN = 4
+"""Paths of pairs in the command that is printed at the end."""
+
 
 def score(options: ScoreOptions) -> None:
     """Score both images of every pair with one or more reward models.
@@ -25,7 +28,8 @@ def score(options: ScoreOptions) -> None:
     options.write(options.out, options.out / SCORES_FILE)
     console = Console(markup=False)
     _show(console, info, options.out)
-    invert = ("smpo-pipeline", "invert", "--pairs", *options.pairs, *options.columns.as_flags())
+    pairs = options.pairs if len(options.pairs) <= _MOST_SHOWN else ("PAIRS",)
+    invert = ("smpo-pipeline", "invert", "--pairs", *pairs, *options.columns.as_flags())
     print_next(console, *invert, "--scores", options.out, "--model", "MODEL", "--out", "shards")
 
 

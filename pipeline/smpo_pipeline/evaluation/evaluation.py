@@ -12,7 +12,7 @@ from smpo_pipeline.evaluation.model_sources import ModelSource, choose_base, ide
 from smpo_pipeline.evaluation.options import EvaluateOptions
 from smpo_pipeline.evaluation.prompts import read_prompts
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
-from smpo_pipeline.options import default_dtype
+from smpo_schemas.dtypes import Dtype
 
 IMAGES_FOLDER = "images"
 ORIGIN_FILE = "made_from.json"
@@ -75,17 +75,17 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,
         seed=sampling.seed,
-        dtype=running.dtype or default_dtype(running.device or _device_here()),
+        dtype=running.dtype or _default_dtype(running.device),
         resolution=sampling.resolution,
         variant=sampling.variant,
     )
     return Evaluation(options.out, sources, whole, settings, running.batch_size, running.device)
 
 
-def _device_here() -> str:
-    from smpo_models.devices import choose_device  # noqa: PLC0415  (loads torch: only where the dtype depends on it)
+def _default_dtype(device: str | None) -> Dtype:
+    from smpo_models.devices import choose_device, default_dtype  # noqa: PLC0415  (loads torch: only where it decides)
 
-    return choose_device(None)
+    return default_dtype(choose_device(device))
 
 
 def finished_results(evaluation: Evaluation, *, overwrite: bool) -> Results | None:

@@ -14,7 +14,7 @@ from smpo_pipeline.options import FILE, FOLDER_OR_URL, ExistingPathOrUrl, OutFil
 class PlanJobOptions(InvertJobOptions):
     """The flags of `invert` that change what a device does; the others are taken, so that its command line is."""
 
-    concurrency: Annotated[int | None, Flag(hidden=True)] = None
+    concurrency: Annotated[int | None, Flag(hidden=True), Field(ge=1)] = None
     ray_address: Annotated[str | None, Flag(hidden=True)] = None
     overwrite: Annotated[bool, Flag(hidden=True)] = False
 

@@ -49,7 +49,7 @@ def test_those_that_kill_are_found_and_nobody_else(deadly):
     items = [*"abcde"]
     found, tried, deaths = lives(items, deadly)
     assert {items[position] for position in found} == set(deadly)
-    assert all(reason.startswith("kills its worker: ") for reason in found.values())
+    assert all(reason.startswith("crashes its worker: ") for reason in found.values())
     assert deaths == RETRY_ONE_BY_ONE_AFTER + REJECT_AFTER * len(deadly)
     # In the last life only those that nobody had come to before are tried.
     assert tried == [item for item in items[max(items.index(each) for each in deadly) :] if item not in deadly]

@@ -109,7 +109,7 @@ def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill
         np.testing.assert_array_equal(scores_of(again, "touchy"), whole)
         assert failures == [None] * 4
     else:
-        assert failures[1].startswith("kills its worker: ")
+        assert failures[1].startswith("crashes its worker: ")
         assert [failures[pair] for pair in (0, 2, 3)] == [None] * 3
         np.testing.assert_array_equal(scores_of(again, "touchy")[[0, 2, 3]], whole[[0, 2, 3]])
     assert work_log.crashes(key) == 0
@@ -172,7 +172,7 @@ def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_wi
     done = on_ray("smpo-pipeline", *command, tmp_path / "touchy", cwd=ROOT, patch=patch)
     assert done.returncode == 0, done.stderr
     rejects = {reject.pair_id: reject.reason for reject in read_rejects(tmp_path / "touchy" / "rejected.parquet")}
-    assert rejects["3"].startswith("kills its worker: 1 died of it alone")
+    assert rejects["3"].startswith("crashes its worker: 1 workers died")
     assert rejects["5"].startswith("fails alone: RuntimeError: CUDA error: device-side assert")
     assert len(rejects) == 2
     kept = [sample.meta.pair_id for sample in ShardDirectory(tmp_path / "touchy").samples()]

@@ -77,7 +77,7 @@ def test_a_damaged_file_and_a_prompt_that_is_not_there_are_named(
         cached(["", "another"])
     file.chmod(0o644)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be read .* it is made anew"):
+    with pytest.raises(UserError, match="cannot be read .* the next run makes it again"):
         CachedText(file, torch.device("cpu"))
 
 

@@ -93,7 +93,7 @@ class Policy:
         """
         trained = self.trained()
         if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in tensors.items()}:
-            raise UserError("the checkpoint's weights are not those of this model; begin anew with --overwrite")
+            raise UserError("the checkpoint's weights are not those of this model; start over with --overwrite")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(like(tensors[name], parameter))

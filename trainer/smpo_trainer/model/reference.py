@@ -128,7 +128,7 @@ def settle_reference(
 
 def _compare_arithmetic(experiment: Experiment, device: torch.device, report: RunConsole) -> None:
     """Say where the stored errors were computed in other arithmetic than this run's."""
-    own = autocast_arithmetic(experiment.settings.compute.dtype or "fp32")
+    own = autocast_arithmetic(experiment.settings.compute.chosen_dtype)
     if own == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         own = "fp32 with TF32 convolutions"
     for source in experiment.shards.sources:
@@ -251,4 +251,4 @@ def read_reference(path: Path) -> tuple[torch.Tensor, int]:
         tensors = safetensors.torch.load_file(path)
         return tensors[_TENSOR], int(tensors[_STEPS])
     except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}); begin the run anew with --overwrite") from error
+        raise UserError(f"{path} cannot be read ({error}); start over with --overwrite") from error

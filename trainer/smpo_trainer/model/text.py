@@ -49,7 +49,7 @@ class CachedText:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); remove it, and it is made anew") from error
+            raise UserError(f"{path} cannot be read ({error}); remove it: the next run makes it again") from error
         self._path, self._device = path, device
         self._key_N = tensors.pop(_KEY).numpy()
         self._tensors = tensors
@@ -76,7 +76,7 @@ def cache_text(settings: TrainSettings, shards: ShardSet, family: Family, report
     Raises:
         UserError: it cannot be written.
     """
-    dtype = _DTYPES[settings.compute.dtype or "fp32"]
+    dtype = _DTYPES[settings.compute.chosen_dtype]
     made_from = {
         "model": settings.model,
         "text": shards.model.text,

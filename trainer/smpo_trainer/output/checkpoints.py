@@ -22,7 +22,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import follow_umask, read_json, write_json
 from smpo_trainer.model.policy import Policy
 
-_VERSION = 2
+_VERSION = 3
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS, _OPTIMIZER, _STATE = "weights_in_training.safetensors", "optimizer.pt", "state.json"
 
@@ -118,7 +118,7 @@ def read_state(checkpoint: Path) -> tuple[int, dict[str, Any]]:
     state = read_json(checkpoint / _STATE)
     if state.get("version") != _VERSION:
         raise UserError(
-            f"{checkpoint} was written by another version of smpo-train; begin anew with --overwrite, or choose "
+            f"{checkpoint} was written by another version of smpo-train; start over with --overwrite, or choose "
             "another --out"
         )
     return state["step"], state["identity"]

@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from smpo_common.commandline import CONFIG_FILE
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
 from smpo_common.same_settings import require_same_settings
+from smpo_schemas.dtypes import Dtype
 from smpo_schemas.trained_model import LORA_FILE, METRICS_FILE, TRAINING_FILE, UNET_FOLDER
 from smpo_trainer.data.order import Batching
 from smpo_trainer.experiment import Experiment
@@ -28,6 +29,15 @@ TRAINING_VERSION = 1
 REFERENCE_FILE = "reference.safetensors"
 
 _PACKAGES = ("smpo-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def dtype_of_run(out: Path) -> Dtype | None:
+    """The dtype of the run that a folder holds, finished or not; None: it holds none."""
+    checkpoint = Checkpoints(out, 1).latest()
+    if checkpoint is not None:
+        return cast("Dtype", read_state(checkpoint)[1]["dtype"])
+    marker = out / TRAINING_FILE
+    return cast("Dtype | None", read_json(marker)["settings"].get("dtype")) if marker.is_file() else None
 
 
 class OutputFolder:
@@ -74,7 +84,7 @@ class OutputFolder:
         require_same_settings(f"--out {self.path}", f"{state} run", {**old, "max_steps": new["max_steps"]}, new)
 
     def _refuse(self, what: str) -> UserError:
-        return UserError(f"--out {self.path} holds {what}; choose another --out, or begin anew with --overwrite")
+        return UserError(f"--out {self.path} holds {what}; choose another --out, or start over with --overwrite")
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
@@ -187,10 +197,16 @@ def _described(mix: RewardMix) -> dict[str, Any]:
     }
 
 
+def _reward_words(mix: RewardMix) -> list[str]:
+    """Each reward as ``--reward`` takes it: with its model, where that is a folder or a hub id."""
+    models = {name: mix.statistics[name].model for name in mix.preference.weights}
+    return [f"{name}={model}" if "/" in model else name for name, model in models.items()]
+
+
 def evaluation_command(experiment: Experiment) -> str:
     """The command that compares a run's result with the model it was made from."""
     settings = experiment.settings
     words = ["smpo-pipeline", "evaluate", "--model", f"base={settings.model}", f"tuned={settings.out}"]
     words += ["--prompts", str(settings.images.validation_prompts or "FILE")]
-    words += ["--reward", *(experiment.mix.preference.weights if experiment.mix else ["NAME"])]
+    words += ["--reward", *(_reward_words(experiment.mix) if experiment.mix else ["NAME"])]
     return shlex.join([*words, "--out", f"{settings.out}-evaluation"])

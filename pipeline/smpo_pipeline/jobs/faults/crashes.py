@@ -155,7 +155,7 @@ class CrashGuard:
             for position, item in enumerate(items):
                 alone = (key, position)
                 if self._log.crashes(alone) >= REJECT_AFTER:
-                    found[position] = f"kills its worker: {REJECT_AFTER} died of it alone, without a word"
+                    found[position] = f"crashes its worker: {REJECT_AFTER} workers died while they processed it alone"
                 elif not self._log.is_harmless(alone):
                     self._log.begin(alone)
                     run(item)

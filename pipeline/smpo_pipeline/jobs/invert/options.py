@@ -20,7 +20,6 @@ from smpo_pipeline.options import (
     OutOrUrl,
     Pairs,
     Variant,
-    default_dtype,
 )
 from smpo_schemas.inversion_settings import InversionSettings, averaged_estimates
 
@@ -202,6 +201,8 @@ class InversionOptions(Options):
         """What a manifest says of these flags; those that have no default of their own follow from the device."""
         groups = (self.models, self.trajectory, self.solving, self.storing, self.running)
         flags = {name: value for group in groups for name, value in group}
+        from smpo_models.devices import default_dtype  # noqa: PLC0415  (torch: not for --help)
+
         dtype = self.running.dtype or default_dtype(self.running.chosen_device)
         flags |= {"dtype": dtype, "tolerance": self.solving.tolerance or _TOLERANCE[dtype]}
         return InversionSettings(**{name: flags[name] for name in InversionSettings.model_fields})

@@ -142,7 +142,8 @@ def _take(path: StorePath, content: bytes) -> None:
                 path.overwrite(content)
                 return
         finally:
-            claim.unlink(missing_ok=True)
+            if _read(claim) == content:  # not a later run's
+                claim.unlink(missing_ok=True)
 
 
 def _stale_content(path: StorePath) -> bytes | None:

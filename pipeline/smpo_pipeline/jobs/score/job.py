@@ -154,12 +154,12 @@ def _refuse_other_weights(out: AnyPath, base: ScoresInfo, models: Mapping[str, R
             raise UserError(
                 f"{out} holds scores of {name} with other weights ({there.model}, fingerprint "
                 f"{there.fingerprint[:12]}; --reward: {model.model}, {model.fingerprint[:12]}); take another --out, or "
-                "--overwrite to begin anew"
+                "--overwrite to start over"
             )
         if there and there.dtype != model.dtype:
             raise UserError(
                 f"{out} holds scores of {name} made in {there.dtype}, this is --dtype {model.dtype}; take another "
-                "--out, or --overwrite to begin anew"
+                "--out, or --overwrite to start over"
             )
 
 
@@ -183,7 +183,7 @@ def _open_step(
     if not rewards:
         return step
     if begun and begun != wanted and not options.running.overwrite:
-        mend = f"or remove {step.out}" if base else "take another --out, or --overwrite to begin anew"
+        mend = f"or remove {step.out}" if base else "take another --out, or --overwrite to start over"
         raise UserError(
             f"{options.out} holds an unfinished run of other rewards ({', '.join(begun)}; other weights or "
             f"another --dtype, if the names are the same); finish it with its own command, {mend}"

@@ -187,7 +187,7 @@ class _PartsBefore:
     def _refuse(self, source: str) -> NoReturn:
         raise UserError(
             f"--pairs: rows from {source} on are not those that {self._out} holds scores of: a file was changed in "
-            "place; take another --out, or --overwrite to begin anew"
+            "place; take another --out, or --overwrite to start over"
         )
 
 

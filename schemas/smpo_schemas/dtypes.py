@@ -1,0 +1,6 @@
+"""Number types that models compute in."""
+
+from typing import Literal
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+"""As ``--dtype`` takes them."""
