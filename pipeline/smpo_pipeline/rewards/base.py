@@ -37,7 +37,8 @@ class Needs:
 class Reward(ABC):
     """A function of an image and its prompt; the larger, the better.
 
-    A subclass in a file of this folder is found by the file's name, which is its ``name`` with underscores for dashes. Its constructor loads the weights and checks them.
+    A subclass in a file of this folder is found by the file's name, which is its ``name`` with underscores for dashes.
+    Its constructor loads the weights and checks them.
 
     Attributes:
         name: what ``--reward`` calls it, and the scores table its columns.
