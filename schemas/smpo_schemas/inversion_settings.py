@@ -35,7 +35,7 @@ class InversionSettings(BaseModel):
         eta: scale of the Gaussian noise added after each step, in DDIM posterior standard deviations
             (DDIM-InPO, arXiv 2503.18454).
         guidance_scale: classifier-free guidance of the inverting denoiser; 1 is none.
-        states: how many of a trajectory's states are stored, drawn anew for each trajectory; None is all.
+        states: how many of a trajectory's states are stored, drawn for each trajectory; None is all.
         trajectories: how many times each pair is inverted, each with its own draws.
         vae_latent: ``sample`` the VAE's posterior or take its ``mode``.
         prompt_dropout: probability that a trajectory is made, and trained, under the empty prompt.

@@ -25,7 +25,7 @@ LONG = {"max_steps": 500, "save_every": 1000}
 def assert_saved(out: Path, said: str) -> None:
     last = column(out, "step")[-1]
     assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{last:06d}"]
-    assert f"stopped after step {last} of 500; the same command goes on from here" in said
+    assert f"stopped after step {last} of 500; the same command continues from here" in said
     assert not (out / "training.json").exists()
 
 

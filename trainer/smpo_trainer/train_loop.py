@@ -110,7 +110,7 @@ class TrainLoop:
                         self._save(step + 1, log)
                     if self.stopped_by:
                         same = "the same command" + (" without --overwrite" if self._settings.overwrite else "")
-                        self._report.say(f"stopped after step {step + 1} of {last}; {same} goes on from here")
+                        self._report.say(f"stopped after step {step + 1} of {last}; {same} continues from here")
                         return record
         finally:
             self._report.stop()

@@ -38,7 +38,7 @@ class InspectOptions(Options):
 
 
 def inspect(options: InspectOptions) -> None:
-    """Say what is in pairs, scores or shards, in words and as a contact sheet."""
+    """Describe pairs, scores or shards: numbers, and a contact sheet."""
     console = Console(markup=False)  # what is printed comes from the files
     kind, folder = recognise(options.path)
     target = options.out or Path(f"inspect-{folder.resolve().stem}.png")

@@ -3,7 +3,7 @@
 A prompt's images resemble each other, so the prompt, not the image, is the unit that is drawn at random. Intervals
 come from a bootstrap that draws whole prompts: 10,000 resamples with a fixed seed, and percentiles at the expanded
 levels of Hesterberg, "What Teachers Should Know About the Bootstrap" (The American Statistician 69, 2015, section
-3.4), which mend the plain percentile interval's being too narrow with few prompts.
+3.4), which fix the plain percentile interval's being too narrow with few prompts.
 
 Shape suffixes: P prompts, I images a prompt, V quantities.
 """

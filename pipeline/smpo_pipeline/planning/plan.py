@@ -125,7 +125,7 @@ class _Subject:
 
 
 def make_plan(options: PlanOptions, console: Console) -> Plan:
-    """Measure the model on the device, and project; says first what nobody asked for by name.
+    """Measure the model on the device, and project; first print the settings that were chosen by default.
 
     Raises:
         UserError: an input, the model or the device cannot be used.

@@ -41,8 +41,8 @@ class Aesthetic(Reward):
 
     def __init__(self, model: str | None, device: str) -> None:
         if model is None:
-            mend = "aesthetic=PATH of sac+logos+ava1-l14-linearMSE.pth from its authors' repository"
-            raise UserError(f"--reward {self.name}: the head is on no hub by its authors; give {mend}")
+            fix = "aesthetic=PATH of sac+logos+ava1-l14-linearMSE.pth from its authors' repository"
+            raise UserError(f"--reward {self.name}: the head is on no hub by its authors; give {fix}")
         self.model = model
         what = f"--reward {self.name}={self.model}"
         checkpoint = find_checkpoint(self.model, what, ignore=_CLIP_FILES)

@@ -45,7 +45,7 @@ MEASURED_STATES = 512
 """States that the noise is measured on, however many a step has."""
 
 _TENSOR, _STEPS = "ref_error", "steps"
-_TITLE = "computing the reference anew, once, in this run's own arithmetic"
+_TITLE = "recomputing the reference's errors, once, in this run's own arithmetic"
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,8 @@ def _weights(
     for name in weights:
         if name not in statistics:
             flag = f"--reward {name}" if name in options.reward else f"--calibration has the reward {name}"
-            mend = "" if options.scores else "; a table that has it is named with --scores"
-            raise UserError(f"{flag}: {source} holds no such reward; it holds: {listed}{mend}")
+            fix = "" if options.scores else "; a table that has it is named with --scores"
+            raise UserError(f"{flag}: {source} holds no such reward; it holds: {listed}{fix}")
     return weights
 
 

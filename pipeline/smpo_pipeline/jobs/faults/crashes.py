@@ -115,7 +115,7 @@ class CrashGuard:
 
         Args:
             key: of the piece.
-            what: the piece in words, and what to do if it crashes workers.
+            what: describes the piece, and what to do if it crashes workers.
 
         Raises:
             UserError: it has crashed too many workers already.

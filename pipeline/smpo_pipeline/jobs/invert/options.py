@@ -208,7 +208,7 @@ class InversionOptions(Options):
         return InversionSettings(**{name: flags[name] for name in InversionSettings.model_fields})
 
     def choices(self, resolution: int, pairs: int) -> list[str]:
-        """What is done to how many pairs, with what nobody asked for by name: lines for the user."""
+        """Describe the job for the user: its pairs and the settings that were chosen by default."""
         settings, batch_size = self.settings, self.running.batch_size
         size = f"{resolution} x {resolution}" + (", by aspect ratio" if settings.buckets else "")
         batches = "found by trying" if batch_size is None else f"of {batch_size} trajectories"

@@ -15,7 +15,7 @@ from smpo_pipeline.jobs.ray.session import RETRIES
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """What a stage found or the cluster could not mend, without what Ray wraps around it."""
+    """What a stage found or the cluster could not fix, without what Ray wraps around it."""
     try:
         yield
     except RayTaskError as error:

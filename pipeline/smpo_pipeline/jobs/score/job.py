@@ -183,10 +183,10 @@ def _open_step(
     if not rewards:
         return step
     if begun and begun != wanted and not options.running.overwrite:
-        mend = f"or remove {step.out}" if base else "take another --out, or --overwrite to start over"
+        fix = f"or remove {step.out}" if base else "take another --out, or --overwrite to start over"
         raise UserError(
             f"{options.out} holds an unfinished run of other rewards ({', '.join(begun)}; other weights or "
-            f"another --dtype, if the names are the same); finish it with its own command, {mend}"
+            f"another --dtype, if the names are the same); finish it with its own command, {fix}"
         )
     step.open(overwrite=options.running.overwrite, patterns=())
     return step
