@@ -20,42 +20,15 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 # By default Ray's workers are niced: beside other test processes on two cores they hardly run.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-ON_ONE_RAY = {
-    "tests/jobs/faults/test_failures.py",
-    "tests/jobs/invert/test_buckets.py",
-    "tests/jobs/ray/test_session.py",
-    "tests/jobs/test_jobs.py",
-    "tests/jobs/test_object_store.py",
-    "tests/planning/test_command.py",
-    "tests/rewards/test_through_score.py",
-}
-"""Files with tests on the shared Ray: one process of pytest-xdist runs them all, so that there is only one."""
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Run a file's tests in one process, and so those of all files in :data:`ON_ONE_RAY`."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class OneRay(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "ray" if file in ON_ONE_RAY else file
-
-    return OneRay(config, log)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files on the shared Ray come first, then others that take minutes: at the end no process waits for another's.
+    """Files on Ray come first, then others that take minutes: at the end no process waits for another's long file.
 
     pytest-xdist would put those with the most tests first; ``--no-loadscope-reorder`` in the Makefile keeps this order.
     """
-    files = {item: item.nodeid.partition("::")[0] for item in items}
-    on_ray = {files[item] for item in items if "ray_address" in getattr(item, "fixturenames", ())}
-    if missing := on_ray - ON_ONE_RAY:
-        raise pytest.UsageError(f"tests/conftest.py: ON_ONE_RAY lacks {', '.join(sorted(missing))}")
+    on_ray = {item.path for item in items if "ray_address" in getattr(item, "fixturenames", ())}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (files[item] not in ON_ONE_RAY, item.path not in slow))
+    items.sort(key=lambda item: (item.path not in on_ray, item.path not in slow))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +39,7 @@ def _one_thread(monkeypatch):
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """One Ray for the jobs of all tests in :data:`ON_ONE_RAY`: each start of one is 10 s of CPU.
+    """One Ray for the jobs of all tests of this process: each start of one is 10 s of CPU.
 
     Its workers have a command's working directory but not its environment, and outlive the command: what is about
     Ray's start, killed commands or workers' environment keeps a Ray of its own.
