@@ -27,7 +27,7 @@ from acceptance.device import Device
 from smpo_models.family import Conditioning, Family
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair
-from smpo_pipeline.jobs.invert import actor as invert_unit
+from smpo_pipeline.jobs.invert import models as invert_models
 from smpo_trainer.model import policy
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "pyarrow", "numpy")
@@ -247,7 +247,7 @@ def known_fingerprints() -> Iterator[None]:
         return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
     with (
-        patch.object(invert_unit, "fingerprint_module", fingerprint),
+        patch.object(invert_models, "fingerprint_module", fingerprint),
         patch.object(policy, "fingerprint_module", fingerprint),
     ):
         yield

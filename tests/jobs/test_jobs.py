@@ -113,6 +113,7 @@ def test_a_reward_added_to_a_finished_table_gives_what_both_give_together(inputs
     assert {path.name for path in out.iterdir()} == left
 
 
+@pytest.mark.long
 def test_a_killed_score_is_continued_and_ends_the_same(inputs, tmp_path, here_on_ray):
     """Really killed, in the middle of units, with small chunks; then the same command with another concurrency."""
     rows = [row | {"ranking_id": 10_000 * copy + row["ranking_id"]} for copy in range(30) for row in pair_rows()[:12]]

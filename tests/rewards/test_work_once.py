@@ -63,7 +63,7 @@ PngImageFile.load_end = counted
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_images_are_decoded_once_for_all_rewards_and_a_new_one_redoes_none(tmp_path):
     images = [encode(picture(seed=number), "PNG") for number in range(16)]
     rows = [{"prompt": "a", "image_0": one, "image_1": two} for one, two in zip(images[::2], images[1::2], strict=True)]

@@ -190,7 +190,7 @@ def test_processes_wait_for_hours(tmp_path: Path) -> None:
     program.write_text(_TIMEOUT)
     done = subprocess.run(
         [sys.executable, *TWO_PROCESSES, program],
-        check=False, capture_output=True, text=True, timeout=120, env={**os.environ, **ENVIRONMENT},
+        check=False, capture_output=True, text=True, timeout=400, env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [float(line) for line in done.stdout.split()] == [6 * 3600.0] * 2

@@ -156,6 +156,7 @@ def test_a_reward_that_cannot_be_loaded_or_is_another_one_on_a_worker_is_one_lin
     assert not (tmp_path / "out" / "scores.json").exists()
 
 
+@pytest.mark.long
 def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_without_them(
     tmp_path, on_ray, here_on_ray
 ):

@@ -37,7 +37,7 @@ def launch(args: list[str], *, wrap: str = WRAP, **environment: str) -> subproce
         env={**ENVIRONMENT, **environment},
         text=True,
         capture_output=True,
-        timeout=180,
+        timeout=400,
     )
 
 

@@ -46,13 +46,13 @@ def launch_two(args: Sequence[str]) -> subprocess.CompletedProcess[str]:
         env=ENVIRONMENT,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=400,
     )
 
 
 def wait_for_steps(out: Path, count: int, process: subprocess.Popen[str]) -> None:
     path = out / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not path.is_file() or path.read_bytes().count(b"\n") < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_line(shards: Path, model: Path, tmp_path: Path, limi
         text=True,
         capture_output=True,
         check=False,
-        timeout=120,
+        timeout=400,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert_one_line(done, "cannot write", str(tmp_path / "run"))
@@ -191,7 +191,7 @@ def test_machines_that_do_not_share_the_folder_are_told(cut, shards: Path, model
         capture_output=True,
         check=False,
         cwd=tmp_path,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
