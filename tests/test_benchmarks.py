@@ -47,7 +47,7 @@ def test_every_program_of_a_training_step_is_on_the_device_that_is_named(program
 def test_the_job_of_an_inversion_is_on_the_device_that_is_named(load, tmp_path):
     (tmp_path / "pairs.parquet").touch()
     (tmp_path / "scores").mkdir()
-    assert load("invert").options_of(tmp_path, tmp_path, "cuda").device == "cuda"
+    assert load("invert").options_of(tmp_path, tmp_path, "cuda").running.device == "cuda"
 
 
 @pytest.mark.parametrize("module", ["train", "invert"])
