@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from smpo_common.files import sha256_file
-from smpo_pipeline.calibration import held_out
+from smpo_pipeline.calibration import cross_validation
 from smpo_pipeline.calibration.calibrate import calibrate
 from smpo_pipeline.calibration.cross_validation import (
     COIN,
@@ -119,4 +119,4 @@ def test_only_some_rewards(tmp_path):
     scores, _, labels, prompts = populations(100)
     folder = write_scores(tmp_path / "s", scores, labels, prompts)
     assert list(read_labelled(folder, ["two"]).statistics) == ["two"]
-    assert held_out.MIXTURE in validate(read_labelled(folder, ["two"])).p
+    assert cross_validation.MIXTURE in validate(read_labelled(folder, ["two"])).p

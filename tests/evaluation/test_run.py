@@ -141,7 +141,7 @@ def test_replaced_weights_of_a_reward_are_another_evaluation(
     run(plan_of(reward=[spec]), quiet)
     assert finished_results(plan_of(reward=[spec]), overwrite=False)
     weights.write_bytes(b"2")
-    with pytest.raises(UserError, match="holds an evaluation with other settings .other rewards"):
+    with pytest.raises(UserError, match="holds an evaluation with other settings .rewards"):
         finished_results(plan_of(reward=[spec]), overwrite=False)
 
 

@@ -85,7 +85,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
 def _default_dtype(device: str | None) -> Dtype:
     from smpo_models.devices import choose_device, default_dtype  # noqa: PLC0415  (loads torch: only where it decides)
 
-    return default_dtype(choose_device(device))
+    return default_dtype(device or choose_device(None))
 
 
 def finished_results(evaluation: Evaluation, *, overwrite: bool) -> Results | None:

@@ -146,7 +146,7 @@ def test_the_weights_to_start_from_count_and_not_their_path(
     shutil.rmtree(unet)
     shutil.copytree(model / "unet", unet)
     assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **OPTIONS, unet=unet)) == 2
-    assert "an unfinished run with other settings: unet (" in capsys.readouterr().err
+    assert "an unfinished run with other settings (unet" in capsys.readouterr().err
     train("run", **OPTIONS, unet=other_unet)
 
 

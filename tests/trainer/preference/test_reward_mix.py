@@ -308,7 +308,7 @@ def test_from_calibrate_to_a_trained_model(
     for options in ({"preference": "mixture", "calibration": moved}, {"reward": list(NAMES)}):
         assert run_cli(monkeypatch, arguments(two, model, out, max_steps=2, **options)) == 2
     error = capsys.readouterr().err
-    assert "calibration ({'taste'" in error
+    assert "other settings (calibration.taste" in error
     assert "preference: mixture there, minmax here" in error
 
 
@@ -318,7 +318,7 @@ def test_a_continued_run_keeps_its_range(
 ) -> None:  # fmt: skip
     out = train("run", reward_range=["taste=0:2"], max_steps=1)
     assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1)) == 2
-    assert "reward_range: {'taste': [0.0, 2.0]} there, {} here" in capsys.readouterr().err
+    assert "reward_range.taste: [0.0, 2.0] there, None here" in capsys.readouterr().err
 
 
 def test_labels_need_no_mix(train: Train, calibration: Path, capsys: pytest.CaptureFixture[str]) -> None:
