@@ -96,7 +96,7 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (hour
 	$(BIN)/python benchmarks/lora.py --work $(DEMO)
 	$(BIN)/python benchmarks/health.py --demo $(DEMO) --work $(DEMO)/health
 
-gpu-acceptance: $(READY) ## Are numbers and rates right on this machine's GPU? (nine minutes; docs/deploy.md)
+gpu-acceptance: $(READY) ## Are numbers and rates right on this machine's GPU? (nine minutes; docs/guide/deploy.md)
 	$(BIN)/python benchmarks/gpu_acceptance.py --out gpu-acceptance
 
 clean: ## Remove .venv and the demo's output

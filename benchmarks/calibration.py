@@ -1,4 +1,6 @@
-"""Rewards and mixes against the true mix of annotators of the embedded world: writes docs/calibration.md and .png.
+"""Measure rewards and mixes against the true mix of annotators of the embedded world.
+
+Writes docs/results/calibration.md and calibration.png.
 
 The world's annotators are code: the exact probability that one of them, drawn at random, prefers image_0 is known.
 `smpo-pipeline calibrate` sees one label a pair; here its held-out predictions are also judged by that probability.
@@ -170,8 +172,8 @@ and the uncalibrated win rate, by log-loss against the true mix:
 |---|---|---|---|---|
 {chr(10).join(over_seeds(work, true_P))}
 """
-    shutil.copyfile(work / "calibration.png", ROOT / "docs" / "calibration.png")
-    write_bytes(ROOT / "docs" / "calibration.md", text.encode())
+    shutil.copyfile(work / "calibration.png", ROOT / "docs" / "results" / "calibration.png")
+    write_bytes(ROOT / "docs" / "results" / "calibration.md", text.encode())
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""How far trajectories move in training, and whether a second round pays: a section of docs/trajectories.md.
+"""How far trajectories move in training, and whether a second round pays: a section of docs/results/trajectories.md.
 
 The states in shards are those of the model that inverted, the base. First: the same pairs with the same draws are
 inverted by models tuned for 50, 200 and 1000 steps, and the noise is compared. Second: the models that
@@ -29,7 +29,7 @@ from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample
 from smpo_schemas.trained_model import TRAINING_FILE
 
-PAGE = ROOT / "docs/trajectories.md"
+PAGE = ROOT / "docs/results/trajectories.md"
 TITLE = "Drift, and a second round"
 AFTER = (50, 200, 1000)
 BATCH = 8

@@ -2,7 +2,7 @@
 
     python benchmarks/forward.py [--batch 32] [--turns 20]
 
-Writes its section of docs/benchmarks.md. A minute or two.
+Writes its section of docs/results/benchmarks.md. A minute or two.
 """
 
 from __future__ import annotations

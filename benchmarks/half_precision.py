@@ -1,4 +1,4 @@
-"""What half precision does to scores: writes its section of docs/benchmarks.md.
+"""What half precision does to scores: writes its section of docs/results/benchmarks.md.
 
 The embedded world's reward models, and small random ones of the other rewards, score its pairs in float32 and by
 autocast in bf16 and fp16.

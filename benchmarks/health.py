@@ -1,4 +1,4 @@
-"""What the trainer says of runs that are made to go wrong, and of a good one: writes docs/health.md.
+"""What the trainer says of runs that are made to go wrong, and of a good one: writes docs/results/health.md.
 
     python benchmarks/health.py [--demo DIR] [--work DIR]
 
@@ -24,7 +24,7 @@ from smpo_schemas.scores import read_scores, read_scores_info, write_part, write
 from smpo_schemas.trained_model import METRICS_FILE, TRAINING_FILE
 
 ROOT = Path(__file__).parents[1]
-TARGET = ROOT / "docs/health.md"
+TARGET = ROOT / "docs/results/health.md"
 COMMON = ("--batch-size", 24, "--warmup-steps", 10, "--val-every", 20, "--val-states", 256)
 GOOD = ("--beta", 300, "--lr", "5e-5", "--lr-schedule", "cosine", "--max-steps", 150, "--val-fraction", 0.1)
 NOISIEST = ("--timestep-weighting", "sigmoid", "--sigmoid-bias", -8)

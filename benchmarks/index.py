@@ -1,4 +1,4 @@
-"""What it costs to list the states of a large data set before the first step: writes its section of docs/benchmarks.md.
+"""Measure listing the states of a large data set before the first step: a section of docs/results/benchmarks.md.
 
 A synthetic ``index.parquet`` of --trajectories trajectories of nine states and two rewards, in shards of 1000, is
 listed as `smpo-train` lists it, in a process of its own: seconds, and the peak of its memory above what the imports

@@ -1,4 +1,4 @@
-"""What must not change the numbers of a training: measured through the command line, a section of docs/trainer.md.
+"""Measure what must not change the numbers of a training: a section of docs/guide/training.md.
 
 The demo's model and shards; each variant against the same plain run, step by step.
 
@@ -21,7 +21,7 @@ import numpy as np
 from experiment import ROOT, head
 from page import stamp, write_section
 
-PAGE = ROOT / "docs/trainer.md"
+PAGE = ROOT / "docs/guide/training.md"
 TITLE = "What changes no number, measured"
 STEPS = 20
 PLAIN = {"device": "cpu", "batch-size": 8, "workers": 0, "reference": "stored"}

@@ -1,4 +1,4 @@
-"""How much of `smpo-pipeline invert` is the denoiser at work: writes its section of docs/benchmarks.md.
+"""How much of `smpo-pipeline invert` is the denoiser at work: writes its section of docs/results/benchmarks.md.
 
 The embedded world's model and pictures, batches of 16 trajectories, every setting at its default. Measured in turns,
 each program in a process of its own:
@@ -226,7 +226,7 @@ def measure(program: str, work: Path, device: str) -> dict[str, float]:
 
 
 def page(turns: list[dict[str, dict[str, float]]], device: str) -> str:
-    """The section of docs/benchmarks.md."""
+    """The section of docs/results/benchmarks.md."""
     pairs = PAIRS_A_UNIT * (UNITS - 1)
 
     def spread(program: str, value: Callable[[Mapping[str, float]], float], digits: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Full training and LoRA on the embedded world, judged by what they generate: a section of docs/trainer.md.
+"""Full training and LoRA on the embedded world, judged by what they generate: a section of docs/guide/training.md.
 
 The full runs are those of benchmarks/trajectory_training.py (`good-renoise-1`). A LoRA wants another learning rate: it
 is chosen on the validation prompts with a training seed of its own; then three others are judged on the test prompts.
@@ -18,7 +18,7 @@ from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, p
 from page import stamp, write_section
 from trajectory_training import IMAGES, SEEDS, VARIANTS, model_of, runs_of, shards_of, train
 
-PAGE = ROOT / "docs/trainer.md"
+PAGE = ROOT / "docs/guide/training.md"
 TITLE = "Full training and LoRA, judged"
 FIRST = VARIANTS["good-renoise-1"]
 RANK = 8

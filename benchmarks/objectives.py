@@ -1,4 +1,4 @@
-"""What objectives and state sources do to a model, judged by what it generates: writes docs/objectives.md.
+"""What objectives and state sources do to a model, judged by what it generates: writes docs/results/objectives.md.
 
 Six conditions on the embedded world (dpo, smpo with one reward, smpo with two; each on ReNoise and on forward states),
 all from one set of pairs. For each, beta is chosen on the validation prompts with a training seed of its own, then
@@ -210,7 +210,7 @@ def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder for world, shards, runs and reports")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/objectives.md", help="page to write")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/objectives.md", help="page to write")
     arguments = parser.parse_args()
     prepare(arguments.work)
     chosen, selection = choose_betas(arguments.work)

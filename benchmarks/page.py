@@ -1,4 +1,4 @@
-"""How measured pages say what made them; and pages, such as docs/benchmarks.md, with a section for each measurement."""
+"""Write measured pages, such as docs/results/benchmarks.md, with what made them and a section for each measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from smpo_common.files import write_bytes
 from smpo_models.devices import device_in_words
 
-BENCHMARKS = Path(__file__).parents[1] / "docs/benchmarks.md"
+BENCHMARKS = Path(__file__).parents[1] / "docs/results/benchmarks.md"
 _TITLE = "# Benchmarks\n\nRatios are taken within one run; rates of one run say little of another machine.\n"
 
 

@@ -1,4 +1,4 @@
-"""How the jobs grow: with workers, and with the size of the input. Writes three sections of docs/benchmarks.md.
+"""How the jobs grow: with workers, and with the size of the input. Writes three sections of docs/results/benchmarks.md.
 
 - Workers: `invert` with a stand-in for the model that takes a fixed time for a batch, by 1, 2, 4 and 8 actors of a
   simulated cluster with a worker node for each: pairs a second from the end of the first unit of each actor on.

@@ -1,4 +1,4 @@
-"""What `smpo-pipeline score` makes of a machine: writes its section of docs/benchmarks.md.
+"""What `smpo-pipeline score` makes of a machine: writes its section of docs/results/benchmarks.md.
 
 Images a second of the job, of the published one-at-a-time loops over the same model, and of a bare loop over our own
 scorer on decoded batches (what Ray costs); what a second reward costs; and peak memory at ten times the data behind an
@@ -188,7 +188,7 @@ def drift(results: Results) -> float:
 
 
 def page(results: Results) -> str:
-    """The section of docs/benchmarks.md."""
+    """The section of docs/results/benchmarks.md."""
     counts = "; ".join(f"{name} {', '.join(map(str, each))}" for name, each in results.counts.items())
     memory, turns = results.memory, max(map(len, results.turns.values()))
     command = f"python benchmarks/score.py --turns {turns}"

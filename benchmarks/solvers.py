@@ -1,4 +1,4 @@
-"""What each solver of an inversion step costs and reaches on the embedded world: writes a part of docs/inversion.md.
+"""Measure what each solver of an inversion step costs and reaches: a part of docs/guide/inversion.md.
 
 Trajectories of a few pairs of the embedded world, no prompt dropped, nothing flipped. Reported are evaluations of the
 denoiser a state (an image at a timestep), the residual of every state, measured by a further evaluation of the float32
@@ -43,7 +43,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[1]
-PAGE, PLOT = ROOT / "docs/inversion.md", ROOT / "docs/images/solvers.png"
+PAGE, PLOT = ROOT / "docs/guide/inversion.md", ROOT / "docs/results/images/solvers.png"
 BEGIN, END = "<!-- benchmarks/solvers.py: begin -->", "<!-- benchmarks/solvers.py: end -->"
 
 SOLVERS: dict[str, dict[str, Any]] = {
@@ -306,7 +306,7 @@ def main() -> None:
     text = f"""{BEGIN}
 {stamp("python benchmarks/solvers.py", ("torch", "diffusers"), cores=1)}
 
-![cost and accuracy of the solvers](images/solvers.png)
+![cost and accuracy of the solvers](../results/images/solvers.png)
 
 {len(pairs)} pairs, float32, jittered timesteps, guidance 1. "Not converged" is the share of states whose solver did not
 reach its tolerance.

@@ -1,4 +1,4 @@
-"""What a training step costs, against the published way: writes sections of docs/benchmarks.md.
+"""What a training step costs, against the published way: writes sections of docs/results/benchmarks.md.
 
 On one denoiser of a published model's shape (`--shape`; all widths divided by `--divide`, so that two CPU cores can
 hold it):

@@ -1,4 +1,4 @@
-"""Which trajectories are believable, measured on two worlds; writes a part of docs/trajectories.md.
+"""Which trajectories are believable, measured on two worlds; writes a part of docs/results/trajectories.md.
 
 The same pairs, drawn by the embedded world's base model from held-out captions, are inverted with the world's own model
 and with a copy that has a thin posterior (made by benchmarks/thin_world.py), with every number of steps, solver and
@@ -43,7 +43,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[1]
-PAGE, PLOT = ROOT / "docs/trajectories.md", ROOT / "docs/images/trajectories.png"
+PAGE, PLOT = ROOT / "docs/results/trajectories.md", ROOT / "docs/results/images/trajectories.png"
 BEGIN, END = "<!-- benchmarks/trajectories.py: begin -->", "<!-- benchmarks/trajectories.py: end -->"
 
 PAIRS_OF_STEPS = {5: 8, 9: 8, 20: 4, 50: 2}

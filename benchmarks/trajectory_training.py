@@ -1,4 +1,4 @@
-"""What trajectories do to a model trained on them, by what it generates: a section of docs/trajectories.md.
+"""What trajectories do to a model trained on them, by what it generates: a section of docs/results/trajectories.md.
 
 The demo's pairs are inverted in several ways with the embedded world's model and with a copy that has a thin posterior
 (made by benchmarks/thin_world.py). On each set of shards SmPO is trained with three seeds and the demo's settings, and
@@ -42,7 +42,7 @@ from smpo_schemas.trained_model import TRAINING_FILE
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-PAGE, PLOT = ROOT / "docs/trajectories.md", ROOT / "docs/images/trajectory_training.png"
+PAGE, PLOT = ROOT / "docs/results/trajectories.md", ROOT / "docs/results/images/trajectory_training.png"
 TITLE = "What they do to a tuned model"
 SEEDS = (0, 1, 2)
 IMAGES = 4

@@ -26,7 +26,7 @@ def choose_device(given: str | None) -> str:
     if torch.cuda.is_available():
         return "cuda"
     if given == "cuda":
-        raise UserError(f"--device cuda: {no_gpu()}; see docs/deploy.md, or use --device cpu")
+        raise UserError(f"--device cuda: {no_gpu()}; see docs/guide/deploy.md, or use --device cpu")
     refuse_silent_cpu()
     return "cpu"
 
@@ -50,7 +50,7 @@ def refuse_silent_cpu() -> None:
     gpu = None if gpus_are_hidden() else next(iter(sorted(_DEVICES.glob("nvidia[0-9]*"))), None)
     if gpu:
         raise UserError(
-            f"this machine has an NVIDIA GPU ({gpu}), but {no_gpu()}; see docs/deploy.md, or use --device cpu"
+            f"this machine has an NVIDIA GPU ({gpu}), but {no_gpu()}; see docs/guide/deploy.md, or use --device cpu"
         )
 
 

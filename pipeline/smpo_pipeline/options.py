@@ -125,7 +125,7 @@ OutOrUrl = Annotated[
     AfterValidator(_writable),
     _AsText,
     FOLDER_OR_URL,
-    Field(description="Output directory; made where it is missing. URLs: docs/storage.md."),
+    Field(description="Output directory; made where it is missing. URLs: docs/guide/storage.md."),
 ]
 Rewards = Annotated[
     tuple[str, ...],
@@ -133,7 +133,7 @@ Rewards = Annotated[
     Flag(metavar="NAME[=MODEL]", place="named"),
     Field(
         description="NAME, NAME=MODEL (hub id, folder or file) or your own MODULE:CLASS, repeatable, for example "
-        "pickscore or pickscore=./my-pickscore. Which there are and what each says: docs/rewards.md."
+        "pickscore or pickscore=./my-pickscore. Which there are and what each says: docs/guide/scoring.md."
     ),
 ]
 Variant = Annotated[

@@ -36,8 +36,8 @@ _SAME = 1e-4
 """Share of a reward's range by which two float32 scores of one image may differ."""
 
 _SAME_HALF = 0.2
-"""The same of half precision, in standard deviations of the reward: twice the largest difference from float32 that was
-measured (0.0825: ``hpsv2`` in bf16, 1200 images; docs/benchmarks.md), and some room for more images than that."""
+"""The same in half precision, in standard deviations of the reward: twice the largest difference from float32 that was
+measured (0.0825: ``hpsv2`` in bf16, 1200 images; docs/results/benchmarks.md), and some room for more images."""
 
 
 class RewardStatistics(BaseModel):

@@ -13,7 +13,7 @@ from PIL import Image
 from smpo_common.errors import UserError
 from smpo_pipeline.rewards import checked_scores, load_reward, parse_reward, reward_classes
 
-GUIDE = Path(__file__).parents[2] / "docs" / "rewards.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "scoring.md"
 
 
 def guide_code() -> str:

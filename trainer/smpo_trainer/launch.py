@@ -115,7 +115,7 @@ def _uses_cpu(device: Device | None) -> bool:
         UserError: nobody asked for it, but there is no other choice, although a GPU or a launcher speaks for another.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda: {no_gpu()}; see docs/deploy.md, or use --device cpu")
+        raise UserError(f"--device cuda: {no_gpu()}; see docs/guide/deploy.md, or use --device cpu")
     if device is not None or torch.accelerator.is_available():
         return device == "cpu"
     # `accelerate launch --cpu`, or GPUs that are hidden on purpose.
@@ -125,7 +125,7 @@ def _uses_cpu(device: Device | None) -> bool:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise UserError(
-            f"a launcher started {processes} processes, but {no_gpu()}; see docs/deploy.md, or use --device cpu"
+            f"a launcher started {processes} processes, but {no_gpu()}; see docs/guide/deploy.md, or use --device cpu"
         )
     return True
 

@@ -43,6 +43,6 @@ def remedies(settings: TrainSettings) -> list[str]:
         "--dtype bf16": compute.dtype == "fp32",
         "--optimizer adafactor": settings.optimizer.optimizer == "adamw" and lora_rank is None,
         "--lora-rank 16": lora_rank is None,
-        "several GPUs with FSDP (docs/trainer.md)": True,
+        "several GPUs with FSDP (docs/guide/training.md)": True,
     }
     return [name for name, helps in found.items() if helps]

@@ -12,10 +12,10 @@ HIGHEST_RATIO = 1.25
 
 HIGHEST_RESIDUAL = 0.2
 """Twice the largest mean residual of a band that any solver had on the embedded worlds: DDIM inversion in 5 steps, 0.1
-(docs/trajectories.md). Beyond, a step was not solved at all."""
+(docs/results/trajectories.md). Beyond, a step was not solved at all."""
 
 _ENOUGH_STEPS = 5
-"""ReNoise steps that mended every low ratio that was measured with a VAE that fits (docs/trajectories.md)."""
+"""ReNoise steps that mended every low ratio that was measured with a VAE that fits (docs/results/trajectories.md)."""
 
 _MOST_UNCONVERGED = 0.05
 """Share of a band's states above which their solver's failure is worth a warning."""

@@ -21,7 +21,7 @@ from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, metrics, run_cli
 from tests.trainer.output.test_resume import ENVIRONMENT, launch_two
 
-# What docs/trainer.md says.
+# What docs/guide/training.md says.
 FSDP = "--num_processes 2 --use_fsdp --fsdp_version 2"
 WRAP = "TRANSFORMER_BASED_WRAP"
 # What accelerate asks for, or says that it chose.

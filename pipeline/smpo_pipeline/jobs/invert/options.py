@@ -25,7 +25,7 @@ from smpo_schemas.inversion_settings import InversionSettings, averaged_estimate
 
 _DEFAULTS = InversionSettings()
 _TOLERANCE = {"fp32": _DEFAULTS.tolerance, "fp16": 3e-4, "bf16": 2e-3}
-"""A few times the rounding of the denoiser's output, below which no residual falls (docs/inversion.md)."""
+"""A few times the rounding of the denoiser's output, below which no residual falls (docs/guide/inversion.md)."""
 
 _SOLVERS_OF_FLAG = {
     "solver": ("ddim", "renoise", "adaptive", "anderson"),

@@ -17,7 +17,7 @@ class ScoreJobOptions(JobOptions):
     """Images a model call; default: each reward's own."""
     dtype: Dtype = "fp32"
     """Of the reward models' matrix products. Half precision is faster on a GPU and rounds scores: by how much is in
-    docs/benchmarks.md."""
+    docs/results/benchmarks.md."""
     concurrency: Annotated[tuple[str, ...], Flag(metavar="N|NAME=N")] = ()
     """Actors of each reward: N, or NAME=N for one of them, repeatable. Default: one a GPU, or what keeps all cores
     busy."""
