@@ -1,6 +1,6 @@
 """Measure rewards and mixes against the true mix of annotators of the embedded world.
 
-Writes docs/results/calibration.md and calibration.png.
+Writes docs/results/calibration.md and its picture.
 
 The world's annotators are code: the exact probability that one of them, drawn at random, prefers image_0 is known.
 `smpo-pipeline calibrate` sees one label a pair; here its held-out predictions are also judged by that probability.
@@ -19,9 +19,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from page import stamp
+from page import IMAGES, RESULTS, stamp, write_page
 
-from smpo_common.files import write_bytes
 from smpo_pipeline.calibration.calibrate import Report, calibrate
 from smpo_pipeline.calibration.cross_validation import COIN
 from smpo_pipeline.calibration.measures import agreement, calibration_error, log_loss, reliability
@@ -142,9 +141,7 @@ def main() -> None:
     columns = ("held out", "log-loss, true mix", "less the mixture's (95 %)", "ECE, true mix", "orders as true mix %")
     floor = log_loss(true_P, true_P), log_loss(true_P, report.data.labels_P)
     labels = ("log-loss, labels", "ECE, labels", "agrees with labels %")
-    text = f"""# Calibrated rewards on the embedded world
-
-{stamp("python benchmarks/calibration.py", ("torch", "numpy", "transformers"))}
+    text = f"""{stamp("python benchmarks/calibration.py", ("torch", "numpy", "transformers"))}
 
 {NUM_PAIRS} pairs of {found.prompts} prompts, each labelled once by one of {len(ANNOTATORS)} annotators with tastes of
 their own ({found.labels - found.ties} decided labels, {found.ties} ties). `{COMMAND}` fits on four fifths of the
@@ -163,7 +160,7 @@ minimum and maximum. Intervals are 95 % bootstraps over prompts.
 In bold the mixture that is written ({found.weights} weights, which had the lower held-out log-loss by the labels):
 {mixed}.
 
-![Reliability of each reward and mix, log-loss, agreement by annotator](calibration.png)
+![Reliability of each reward and mix, log-loss, agreement by annotator](images/calibration.png)
 
 With the prompts dealt to the folds in other ways, the mixture, and the best of the single rewards, the min-max mixes
 and the uncalibrated win rate, by log-loss against the true mix:
@@ -172,9 +169,8 @@ and the uncalibrated win rate, by log-loss against the true mix:
 |---|---|---|---|---|
 {chr(10).join(over_seeds(work, true_P))}
 """
-    shutil.copyfile(work / "calibration.png", ROOT / "docs" / "results" / "calibration.png")
-    write_bytes(ROOT / "docs" / "results" / "calibration.md", text.encode())
-    print(text)
+    shutil.copyfile(work / "calibration.png", IMAGES / "calibration.png")
+    write_page(RESULTS / "calibration.md", "Calibrated rewards on the embedded world", text)
 
 
 if __name__ == "__main__":

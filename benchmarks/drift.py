@@ -1,4 +1,4 @@
-"""How far trajectories move in training, and whether a second round pays: a section of docs/results/trajectories.md.
+"""How far trajectories move in training, and whether a second round pays: writes docs/results/drift.md.
 
 The states in shards are those of the model that inverted, the base. First: the same pairs with the same draws are
 inverted by models tuned for 50, 200 and 1000 steps, and the noise is compared. Second: the models that
@@ -21,15 +21,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, percent, pooled, results_of, row
-from page import stamp, write_section
+from experiment import BASE, COLUMNS, TRUTH, difference, evaluate, head, percent, pooled, results_of, row
+from page import RESULTS, stamp, write_page
 from trajectory_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
 
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample
 from smpo_schemas.trained_model import TRAINING_FILE
 
-PAGE = ROOT / "docs/results/trajectories.md"
+PAGE = RESULTS / "drift.md"
 TITLE = "Drift, and a second round"
 AFTER = (50, 200, 1000)
 BATCH = 8
@@ -172,7 +172,8 @@ def write(work: Path) -> None:
 
 {moved_table(work)}
 
-A second round: the three models that were trained on `renoise-1` above, each trained on for 150 steps with the same
+A second round: the three models that were trained on `renoise-1`
+([trajectory_training.md](trajectory_training.md)), each trained on for 150 steps with the same
 settings (optimizer, warm-up and schedule anew, another order). The base's mean true reward is
 {results.finding(BASE, TRUTH).mean:.3f}; {results.num_images} images of {results.num_prompts} test prompts a model.
 
@@ -183,12 +184,11 @@ Against each other, image by image, seed by seed:
 
 {head("second round on shards", "against", "win rate % (95 %)", "difference (95 %)")}
 {chr(10).join(against)}{missing}"""
-    write_section(TITLE, text, PAGE)
-    print(text)
+    write_page(PAGE, TITLE, text)
 
 
 def main() -> None:
-    """Make some parts, or all and the section."""
+    """Make some parts, or all and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to make; default: all")
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/trajectory_training.py")

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from page import stamp
+from page import RESULTS, stamp, write_page
 
-from smpo_common.files import write_bytes
 from smpo_schemas.scores import read_scores, read_scores_info, write_part, write_scores_info
 from smpo_schemas.trained_model import METRICS_FILE, TRAINING_FILE
 
 ROOT = Path(__file__).parents[1]
-TARGET = ROOT / "docs/results/health.md"
+PAGE = RESULTS / "health.md"
+TITLE = "What the trainer says of a run's health"
 COMMON = ("--batch-size", 24, "--warmup-steps", 10, "--val-every", 20, "--val-states", 256)
 GOOD = ("--beta", 300, "--lr", "5e-5", "--lr-schedule", "cosine", "--max-steps", 150, "--val-fraction", 0.1)
 NOISIEST = ("--timestep-weighting", "sigmoid", "--sigmoid-bias", -8)
@@ -129,22 +129,19 @@ def main() -> None:
         print("\n".join(rows))
         return
     lines = "\n".join(rows)
-    text = f"""# What the trainer says of a run's health
-
-{stamp("python benchmarks/health.py", ("torch", "diffusers", "numpy"), cores=1)}
+    text = f"""{stamp("python benchmarks/health.py", ("torch", "diffusers", "numpy"), cores=1)}
 
 The embedded world's 600 pairs, {COMMON[1]} pairs a step, {COMMON[3]} warm-up steps. Each run but the first is made to
 go wrong in one way. Numbers are means over the last {LAST} steps (held-out accuracy: over the looks within them).
 
 A rule about both images' errors rising together was removed after the runs of 2026-11: it warned of runs that gained
-most under the true reward ([trajectories.md](trajectories.md#drift-and-a-second-round)).
+most under the true reward ([drift.md](drift.md)).
 
 | what is wrong | loss | accuracy | held-out accuracy | margin | what the trainer said |
 |---|---|---|---|---|---|
 {lines}
 """
-    write_bytes(TARGET, text.encode())
-    print(text)
+    write_page(PAGE, TITLE, text)
 
 
 if __name__ == "__main__":

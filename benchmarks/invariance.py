@@ -1,4 +1,4 @@
-"""Measure what must not change the numbers of a training: a section of docs/guide/training.md.
+"""Measure what must not change the numbers of a training run: writes docs/results/invariance.md.
 
 The demo's model and shards; each variant against the same plain run, step by step.
 
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 from experiment import ROOT, head
-from page import stamp, write_section
+from page import RESULTS, stamp, write_page
 
-PAGE = ROOT / "docs/guide/training.md"
-TITLE = "What changes no number, measured"
+PAGE = RESULTS / "invariance.md"
+TITLE = "What does not change the numbers of a training run"
 STEPS = 20
 PLAIN = {"device": "cpu", "batch-size": 8, "workers": 0, "reference": "stored"}
 VARIANTS = {
@@ -59,7 +59,7 @@ def row(label: str, found_S2: np.ndarray, plain_S2: np.ndarray) -> str:
 
 
 def main() -> None:
-    """Train all variants, compare, and write the section."""
+    """Train all variants, compare, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="folder of world and shards")
     demo: Path = parser.parse_args().demo.resolve()
@@ -80,8 +80,7 @@ rounding, which the steps then carry on; `0` is equal to the bit.
 
 {head("variant", "loss, max", "loss, mean", "gradient norm, max", "gradient norm, mean")}
 {chr(10).join(rows)}"""
-    write_section(TITLE, text, PAGE)
-    print(text)
+    write_page(PAGE, TITLE, text)
 
 
 if __name__ == "__main__":

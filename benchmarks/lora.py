@@ -1,4 +1,4 @@
-"""Full training and LoRA on the embedded world, judged by what they generate: a section of docs/guide/training.md.
+"""Full training and LoRA on the embedded world, judged by what they generate: writes docs/results/lora.md.
 
 The full runs are those of benchmarks/trajectory_training.py (`good-renoise-1`). A LoRA wants another learning rate: it
 is chosen on the validation prompts with a training seed of its own; then three others are judged on the test prompts.
@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiment import BASE, COLUMNS, ROOT, TRUTH, difference, evaluate, head, pooled, results_of, row
-from page import stamp, write_section
+from experiment import BASE, COLUMNS, TRUTH, difference, evaluate, head, pooled, results_of, row
+from page import RESULTS, stamp, write_page
 from trajectory_training import IMAGES, SEEDS, VARIANTS, model_of, runs_of, shards_of, train
 
-PAGE = ROOT / "docs/guide/training.md"
-TITLE = "Full training and LoRA, judged"
+PAGE = RESULTS / "lora.md"
+TITLE = "Full training and LoRA"
 FIRST = VARIANTS["good-renoise-1"]
 RANK = 8
 RATES = ("3e-4", "1e-3")
@@ -34,7 +34,7 @@ def lora(work: Path, rate: str, seed: int) -> Path:
 
 
 def main() -> None:
-    """Choose the learning rate, train, judge, and write the section."""
+    """Choose the learning rate, train, judge, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/trajectory_training.py")
     work: Path = parser.parse_args().work
@@ -66,8 +66,7 @@ tried, so a larger one than the best may be better still:
 
 {head("lr", "gain over base (95 %)")}
 {chr(10).join(f"| {each} | {difference(found)} |" for each, found in gains.items())}"""
-    write_section(TITLE, text, PAGE)
-    print(text)
+    write_page(PAGE, TITLE, text)
 
 
 if __name__ == "__main__":

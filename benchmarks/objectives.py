@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment import BASE, COLUMNS, ROOT, TRUTH, comparison, evaluate, gain, head, row, run
-from page import stamp
+from page import RESULTS, stamp, write_page
 
-from smpo_common.files import write_bytes
 from smpo_pipeline.evaluation.results import Results
 
 BETAS = (100, 300, 1000)
@@ -134,9 +133,7 @@ def write_report(work: Path, chosen: dict[str, int], selection: Results, target:
         row(work / "report-test", f"{c.source}, {c.name}, beta {chosen[c.label]}", names[c.label]) for c in CONDITIONS
     ]
     base = results.finding(BASE, TRUTH).mean
-    text = f"""# Objectives and state sources on the embedded world
-
-{stamp("python benchmarks/objectives.py", ("torch", "diffusers", "transformers", "numpy"))}
+    text = f"""{stamp("python benchmarks/objectives.py", ("torch", "diffusers", "transformers", "numpy"))}
 
 600 pairs; {STEPS} steps of {BATCH} pairs, AdamW, lr {LR} ({SCHEDULE}, {WARMUP} warm-up steps), gamma 10, all weights
 trained. `dpo` learns from the annotators' labels, `smpo-1` from pickscore, `smpo-2` from pickscore and clipscore with
@@ -155,8 +152,7 @@ The base's mean true reward is {base:.3f}. Three training seeds a condition, poo
 
 {choice_section(selection)}
 """
-    write_bytes(target, text.encode())
-    print(text)
+    write_page(target, "Objectives and state sources on the embedded world", text)
 
 
 def demo_section(work: Path) -> str:
@@ -210,7 +206,7 @@ def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder for world, shards, runs and reports")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/objectives.md", help="page to write")
+    parser.add_argument("--out", type=Path, default=RESULTS / "objectives.md", help="page to write")
     arguments = parser.parse_args()
     prepare(arguments.work)
     chosen, selection = choose_betas(arguments.work)

@@ -1,4 +1,4 @@
-"""Write measured pages, such as docs/results/benchmarks.md, with what made them and a section for each measurement."""
+"""Write the pages of docs/results: each one begins with the command, date, machine and versions that made it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 from smpo_common.files import write_bytes
 from smpo_models.devices import device_in_words
 
-BENCHMARKS = Path(__file__).parents[1] / "docs/results/benchmarks.md"
+RESULTS = Path(__file__).parents[1] / "docs/results"
+IMAGES = RESULTS / "images"
+BENCHMARKS = RESULTS / "benchmarks.md"
 _TITLE = "# Benchmarks\n\nRatios are taken within one run; rates of one run say little of another machine.\n"
 
 
@@ -29,10 +31,16 @@ def stamp(command: str, libraries: Sequence[str], cores: int = os.cpu_count() or
     )
 
 
-def write_section(title: str, text: str, page: Path = BENCHMARKS) -> None:
-    """Put a section of a page in the place of the one of this title, or at the end."""
-    written = page.read_text(encoding="utf-8") if page.is_file() else _TITLE
+def write_page(page: Path, title: str, text: str) -> None:
+    """Write a whole page, and print it."""
+    print(text)
+    write_bytes(page, f"# {title}\n\n{text.strip()}\n".encode())
+
+
+def write_section(title: str, text: str) -> None:
+    """Replace the section of this title in docs/results/benchmarks.md, or append it."""
+    written = BENCHMARKS.read_text(encoding="utf-8") if BENCHMARKS.is_file() else _TITLE
     head, *sections = written.rstrip().split("\n\n## ")
     by_title = {section.partition("\n")[0]: section for section in sections}
     by_title[title] = f"{title}\n\n{text.strip()}"
-    write_bytes(page, ("\n\n## ".join([head.rstrip(), *by_title.values()]) + "\n").encode())
+    write_bytes(BENCHMARKS, ("\n\n## ".join([head.rstrip(), *by_title.values()]) + "\n").encode())

@@ -1,11 +1,13 @@
-"""Measure what each solver of an inversion step costs and reaches: a part of docs/guide/inversion.md.
+"""Measure what each solver of an inversion step costs and reaches: writes docs/results/solvers.md.
 
-Trajectories of a few pairs of the embedded world, no prompt dropped, nothing flipped. Reported are evaluations of the
-denoiser a state (an image at a timestep), the residual of every state, measured by a further evaluation of the float32
-model
-that is not counted, and the round trip: DDIM sampling, by the float32 model too, from the last state back over the
-same nodes, how far it ends from the latents that the trajectory began with. Further tables: inverting denoisers rounded
-to narrow types, guided trajectories, and the published timesteps.
+On a few pairs of the embedded world, without dropped prompts or flips, this reports for each solver:
+
+- evaluations of the denoiser per state (one image at one timestep);
+- the residual of every state, by one more evaluation of the float32 model, which is not counted;
+- the round trip: DDIM sampling with the float32 model from the last state back over the same nodes, and how far it ends
+  from the latents that the trajectory began with.
+
+Further tables: inverting denoisers rounded to narrow types, guided trajectories, and the published timesteps.
 
     python benchmarks/solvers.py [--pairs 6]
 
@@ -18,15 +20,13 @@ import argparse
 import copy
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import torch
-from page import stamp
+from page import IMAGES, RESULTS, stamp, write_page
 
-from smpo_common.files import write_bytes
 from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_models.weights import DTYPES
@@ -42,9 +42,8 @@ from smpo_schemas.inversion_settings import InversionSettings
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).parents[1]
-PAGE, PLOT = ROOT / "docs/guide/inversion.md", ROOT / "docs/results/images/solvers.png"
-BEGIN, END = "<!-- benchmarks/solvers.py: begin -->", "<!-- benchmarks/solvers.py: end -->"
+PAGE, PLOT = RESULTS / "solvers.md", IMAGES / "solvers.png"
+TITLE = "What the solvers reach"
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "ddim": {"solver": "ddim"},
@@ -248,7 +247,7 @@ def published_section(family: Family, pairs: Sequence[PreparedPair], plain: Inve
             "timesteps": "published", "steps": steps, **options}))]
         for steps in (5, 10) for name, options in PUBLISHED.items()
     ]  # fmt: skip
-    return f"""### What the published timesteps cost
+    return f"""## What the published timesteps cost
 
 `--timesteps published`: the first grid state at or above t (above the last node: that one) is used as if it were at t,
 and each step asks the model at the timestep that it starts from. It is compared with the state that belongs to t: a
@@ -280,7 +279,7 @@ noise predicted at t, of the used states over those of the states that belong to
 
 
 def main() -> None:
-    """Measure, draw, and replace the generated part of the page."""
+    """Measure, draw, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=6)
     pairs = make_pairs(parser.parse_args().pairs)
@@ -303,10 +302,9 @@ def main() -> None:
         for name, options in NARROW.items()
     ]
     guided = [[name, *run(name, guidance_scale=3.0, **SOLVERS[name]).cells()] for name in GUIDED]
-    text = f"""{BEGIN}
-{stamp("python benchmarks/solvers.py", ("torch", "diffusers"), cores=1)}
+    text = f"""{stamp("python benchmarks/solvers.py", ("torch", "diffusers"), cores=1)}
 
-![cost and accuracy of the solvers](../results/images/solvers.png)
+![cost and accuracy of the solvers](images/solvers.png)
 
 {len(pairs)} pairs, float32, jittered timesteps, guidance 1. "Not converged" is the share of states whose solver did not
 reach its tolerance.
@@ -326,10 +324,8 @@ counted):
 
 {table(("solver", *columns), guided)}
 
-{published_section(family, pairs, plain)}
-{END}"""
-    page = PAGE.read_text()
-    write_bytes(PAGE, (page[: page.index(BEGIN)] + text + page[page.index(END) + len(END) :]).encode())
+{published_section(family, pairs, plain)}"""
+    write_page(PAGE, TITLE, text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which trajectories are believable, measured on two worlds; writes a part of docs/results/trajectories.md.
+"""Which trajectories are believable, measured on two worlds: writes docs/results/noise_ratio.md.
 
 The same pairs, drawn by the embedded world's base model from held-out captions, are inverted with the world's own model
 and with a copy that has a thin posterior (made by benchmarks/thin_world.py), with every number of steps, solver and
@@ -24,9 +24,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from page import stamp
+from page import IMAGES, RESULTS, stamp, write_page
 
-from smpo_common.files import read_json, write_bytes, write_json
+from smpo_common.files import read_json, write_json
 from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.advice import HIGHEST_RATIO, LOWEST_RATIO, believable
@@ -42,9 +42,8 @@ from smpo_schemas.manifest import BandHealth
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).parents[1]
-PAGE, PLOT = ROOT / "docs/results/trajectories.md", ROOT / "docs/results/images/trajectories.png"
-BEGIN, END = "<!-- benchmarks/trajectories.py: begin -->", "<!-- benchmarks/trajectories.py: end -->"
+PAGE, PLOT = RESULTS / "noise_ratio.md", IMAGES / "noise_ratio.png"
+TITLE = "Noise ratios by solver, steps and start"
 
 PAIRS_OF_STEPS = {5: 8, 9: 8, 20: 4, 50: 2}
 """Longer trajectories have more states in a band, so that fewer of them do."""
@@ -171,8 +170,8 @@ def measure_world(name: str, model: str, target: Path) -> None:
     write_json(target, result)
 
 
-def write_page(files: Sequence[Path]) -> None:
-    """Draw, and replace the generated part of the page."""
+def write(files: Sequence[Path]) -> None:
+    """Draw, and write the page."""
     worlds = [read_json(file) for file in files]
     found = {
         world["name"]: {(*cell,): [BandHealth(**band) for band in bands] for *cell, bands in world["cells"]}
@@ -181,27 +180,24 @@ def write_page(files: Sequence[Path]) -> None:
     draw(found)
     columns = ("steps", "solver", "start", "noise ratio", "residual", "neighbour correlation", "warns")
     tables = "\n\n".join(
-        f"### {name[0].upper()}{name[1:]}\n\nThe posterior's standard deviation is {world['spread']:.2f} of that of "
+        f"## {name[0].upper()}{name[1:]}\n\nThe posterior's standard deviation is {world['spread']:.2f} of that of "
         f"the latents' means.\n\n{table(columns, [row(*each) for each in of_cell.items()])}"
         for world, (name, of_cell) in zip(worlds, found.items(), strict=True)
     )
     used = ", ".join(f"{count} for {steps} steps" for steps, count in PAIRS_OF_STEPS.items())
     minutes = sum(world["seconds"] for world in worlds) / 60
-    text = f"""{BEGIN}
-{stamp("python benchmarks/trajectories.py", ("torch", "diffusers"), cores=1)}
+    text = f"""{stamp("python benchmarks/trajectories.py", ("torch", "diffusers"), cores=1)}
 Measured in {minutes:.0f} CPU minutes.
 
-![noise ratio of the worst band](images/trajectories.png)
+![noise ratio of the worst band](images/noise_ratio.png)
 
 The last columns but one hold the five timestep bands, 0 to 199 first. float32, jittered timesteps, no prompt dropped,
 nothing mirrored. Pairs: {used}.
 "warns": a band's noise ratio is outside {LOWEST_RATIO} to {HIGHEST_RATIO}. "-": no step was taken there, so there is no
 residual.
 
-{tables}
-{END}"""
-    page = PAGE.read_text()
-    write_bytes(PAGE, (page[: page.index(BEGIN)] + text + page[page.index(END) + len(END) :]).encode())
+{tables}"""
+    write_page(PAGE, TITLE, text)
 
 
 def main() -> None:
@@ -217,7 +213,7 @@ def main() -> None:
     if arguments.command == "measure":
         measure_world(arguments.name, arguments.model, arguments.target)
     else:
-        write_page(arguments.files)
+        write(arguments.files)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What trajectories do to a model trained on them, by what it generates: a section of docs/results/trajectories.md.
+"""What trajectories do to a model trained on them, by what it generates: writes docs/results/trajectory_training.md.
 
 The demo's pairs are inverted in several ways with the embedded world's model and with a copy that has a thin posterior
 (made by benchmarks/thin_world.py). On each set of shards SmPO is trained with three seeds and the demo's settings, and
@@ -6,7 +6,7 @@ judged on the test prompts under the true reward, against the model that it star
 
     python benchmarks/trajectory_training.py --work DIR [LABEL ...]
 
-Six CPU minutes a variant. With labels, only these variants are made; without, all that are missing. The section shows
+Six CPU minutes a variant. With labels, only these variants are made; without, all that are missing. The page shows
 what there is, and names what there is not. Every stage continues where it was stopped.
 """
 
@@ -21,7 +21,6 @@ import matplotlib as mpl
 from experiment import (
     BASE,
     COLUMNS,
-    ROOT,
     TRUTH,
     difference,
     evaluate,
@@ -33,7 +32,8 @@ from experiment import (
     row,
     run,
 )
-from page import stamp, write_section
+from page import IMAGES as PICTURES
+from page import RESULTS, stamp, write_page
 
 from smpo_pipeline.inversion.advice import believable
 from smpo_schemas.manifest import MANIFEST_FILE, BandHealth, read_manifest
@@ -42,8 +42,8 @@ from smpo_schemas.trained_model import TRAINING_FILE
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-PAGE, PLOT = ROOT / "docs/results/trajectories.md", ROOT / "docs/results/images/trajectory_training.png"
-TITLE = "What they do to a tuned model"
+PAGE, PLOT = RESULTS / "trajectory_training.md", PICTURES / "trajectory_training.png"
+TITLE = "What trajectories do to a tuned model"
 SEEDS = (0, 1, 2)
 IMAGES = 4
 TRAINING = (
@@ -195,7 +195,7 @@ def table(work: Path, world: str) -> str:
         for found, _ in [pooled(report, *([out.name for out in runs_of(work, each)] for each in (variant, default)))]
     ]
     return (
-        f"### {WORLDS[world]}, trained\n\nThe base's mean true reward is {base:.3f}.\n\n"
+        f"## {WORLDS[world]}, trained\n\nThe base's mean true reward is {base:.3f}.\n\n"
         f"{head('states', 'noise ratio', 'largest residual', 'warns', *COLUMNS)}\n"
         + "\n".join(lines)
         + "\n\nAgainst `renoise-1`, image by image, seed by seed:\n\n"
@@ -205,7 +205,7 @@ def table(work: Path, world: str) -> str:
 
 
 def write(work: Path) -> None:
-    """The section."""
+    """Draw, and write the page."""
     draw(work)
     results = results_of(work / "report-good")
     tables = "\n\n".join(table(work, world) for world in WORLDS)
@@ -223,12 +223,11 @@ band (0 to 199 first) and the largest residual of a band are the manifest's.
 ![gain in true reward over the noise ratio of the worst band](images/trajectory_training.png)
 
 {tables}{missing_line}"""
-    write_section(TITLE, text, PAGE)
-    print(text)
+    write_page(PAGE, TITLE, text)
 
 
 def main() -> None:
-    """Make some variants, or all and the section."""
+    """Make some variants, or all and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("labels", nargs="*", metavar="LABEL", help=", ".join(VARIANTS))
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder for world, shards, runs and reports")
