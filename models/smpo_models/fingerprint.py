@@ -30,6 +30,7 @@ def settings_of(module: Any) -> dict[str, Any]:  # noqa: ANN401  (diffusers has 
 
     Without notes on the file that it came from, and without what is there by default: a newer library has more of it.
     """
+    # Compared when `invert` continues a run; the manifest holds fingerprints only.
     config = module.config
     given = {name: value for name, value in config.items() if name not in config.get("_use_default_values", ())}
     return json.loads(json.dumps({name: value for name, value in given.items() if not name.startswith("_")}))

@@ -86,6 +86,7 @@ class LossOptions(Options):
     objective: str = "smpo"
     """Loss: smpo (smoothed preferences of rewards), dpo (labels), ipo, capo, dmpo, mapo, npo or sft; see
     --list-objectives."""
+    # One repeatable flag: a flag for each option would make --help import every objective, and so torch.
     objective_option: Annotated[
         dict[str, str],
         BeforeValidator(parse_options),

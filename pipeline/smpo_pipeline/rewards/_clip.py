@@ -26,6 +26,7 @@ from smpo_models.weights import load_part, load_tokenizer, load_weights, loading
 from smpo_pipeline.rewards.base import Needs, Reward
 
 _TEXT_STEP = 16
+# CLIP attends causally, so padding changes no number. Padding all prompts to 77 made texts cost as much as images.
 
 _HIGHEST = 2
 """With this as its end token, a CLIPModel looks for the end of a text at its highest token, as older ones all did."""

@@ -86,6 +86,7 @@ def _read_trajectory(file: BinaryIO, location: SampleLocation) -> tuple[IndexedT
     return IndexedTrajectory(location, meta, tuple(timesteps.read().tolist()), latent), tensors
 
 
+# Not by the safetensors library: it opens whole files, and reads all of the bytes that it is given.
 @dataclass(frozen=True)
 class _Tensor:
     """A tensor in a file, from the byte ``offset`` on."""

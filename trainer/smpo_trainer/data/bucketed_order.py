@@ -21,6 +21,7 @@ import numpy as np
 
 from smpo_trainer.data.order import Order, Window
 
+# A whole step of one shape would be simpler, but a step of 1024 states of a rare shape needs as many shards.
 MAX_GROUP = 64
 """States of a group at most, unless micro-batches ask for more: all processes of most runs together take no more."""
 

@@ -52,6 +52,7 @@ class Order:
             seed: decides the order.
             window: the fewest states that are shuffled together; an epoch's last window may have fewer.
         """
+        # Windows: one permutation over everything would touch every shard in each batch, so no cache could be bounded.
         self._seed, self._window = seed, window
         # The first state of each shard, and after the last shard N.
         self._first_states = np.concatenate([[0], np.cumsum(states_per_shard, dtype=np.int64)])

@@ -21,6 +21,8 @@ from smpo_common.errors import UserError
 _LOCK = ".lock"
 """Held while somebody says what is used, and while something is removed."""
 
+# Not a lock per shard: a window of small shards would keep a thousand files open. Not on the tars themselves: loader
+# processes would inherit the locks and keep their space taken.
 _USES = ".uses-"
 _FOLDERS = "[0-9a-f]" * 16
 """Matches what :func:`smpo_trainer.shards.fetch.open_source` calls the folder of a directory of shards; nothing else

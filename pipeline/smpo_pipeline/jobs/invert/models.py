@@ -16,6 +16,7 @@ from smpo_schemas.manifest import ModelInfo
 def load_models(options: InversionOptions) -> tuple[Family, nn.Module]:
     """Load the model with its reference denoiser, and the inverting denoiser (by default the reference), on the CPU."""
     models = options.models
+    # Not on the GPU: before they are cast, the two denoisers take twice the memory that they need later.
     family = load_family(models.model, denoiser=models.unet, vae=models.vae, variant=models.variant)
     family.encodes_empty_prompt = options.storing.empty_prompt == "encoded"
     if models.inverting_unet is None:

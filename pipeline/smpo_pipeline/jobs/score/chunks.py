@@ -29,6 +29,8 @@ from smpo_schemas.scores import IMAGE_IDS
 
 CHUNK_BYTES = 64 << 20
 """Of decoded images in a chunk: 21 of 1024 pixels; but never less than one pair."""
+# An image is scored once per chunk, not once per run: with scores kept beyond a chunk, batches, and so rounding, would
+# depend on which worker had which chunk.
 
 ROWS = pa.schema(
     [

@@ -109,6 +109,7 @@ def _add_stages(
     prepare = partial(prepare_chunks, units=units, columns=columns, work_log=work_log)
     dataset = source.map_batches(prepare, batch_size=1, batch_format="pyarrow", num_cpus=1)
     pools = _pools(options, specs, sizes)
+    # A chain, not branches: Ray Data cannot feed one stream to several stages. Each reward costs a copy of the pixels.
     for place, (name, pool) in enumerate(pools.items(), start=1):
         dataset = dataset.map_batches(
             RewardActor,
