@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one call of nine minutes: are the numbers right, the rates what they should be?
+r"""What only a GPU can show, in one call of nine minutes: are the numbers right, the rates what they should be?
 
     python benchmarks/gpu_acceptance.py --out DIR [--budget 510]
     python benchmarks/gpu_acceptance.py --out DIR --device cpu --shape tiny
@@ -9,6 +9,16 @@ next one goes on. Written at once into --out: results.jsonl (a line a check), ta
 
 `--device cpu --shape tiny` passes through the same code with models that are an eighth as wide; what a CPU cannot say
 is "not judged" there, and table.md lists the lines that only a GPU runs.
+
+On a machine without network that has torch, transformers, accelerate and peft, bring the other packages as wheels, made
+elsewhere for its version of Python, and run it beside them. A missing package is named at the start.
+
+    pip download -c constraints.txt --no-deps --only-binary :all: --python-version 3.12 -d wheels \
+      diffusers webdataset braceexpand importlib_metadata zipp pydantic pydantic_core annotated_types \
+      typing_inspection typing_extensions ftfy wcwidth pyarrow tensorboard tenacity
+    python3 -m pip install --no-index --no-deps --upgrade --target site wheels/*.whl
+    python3 -m pip install --no-index --no-deps --no-build-isolation --target site .
+    HF_HUB_OFFLINE=1 PYTHONPATH=site timeout 525 python3 benchmarks/gpu_acceptance.py --out gpu-acceptance
 """
 
 from __future__ import annotations
