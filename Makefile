@@ -1,9 +1,16 @@
-# Everything runs in .venv, which each target makes where it is missing or older than what it is made from.
-PYTHON ?= python3.11
+# Everything runs in .venv. `make demo` installs what the pipeline and the trainer need; `make setup`, and every target
+# for development, add the tools and the test lab.
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
 DEMO := demo
+
+# The first of these that is Python 3.11 to 3.13 and can make environments; `make PYTHON=...` names another.
+PYTHONS := python3.13 python3.12 python3.11 python3
+SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(firstword $(foreach name,$(PYTHONS),$(shell $(name) -c '$(SUITABLE)' 2>/dev/null && echo $(name))))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export HF_HUB_OFFLINE := 1
 
@@ -13,16 +20,23 @@ export HF_HUB_OFFLINE := 1
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-setup: $(READY) ## Make .venv with everything, at the pinned versions
+setup: $(READY_DEV) ## Make .venv with everything, at the pinned versions
 
-$(READY): pyproject.toml constraints.txt tests/authors.txt tests/torchvision_beside_cpu_torch.py
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; name yours: make PYTHON=python3 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+$(BIN)/pip:
+	$(if $(strip $(PYTHON)),,$(error No Python 3.11, 3.12 or 3.13 with venv was found (looked for: $(PYTHONS)). Install one, on Debian with its python3-venv, or name yours: make PYTHON=/path/to/python3 $(MAKECMDGOALS)))
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo 'Installing into $(VENV): minutes, mostly the download of torch.'
+	$(PIP) -c constraints.txt -e '.[pipeline]'
+	@touch $@
+
+$(READY_DEV): $(READY) tests/authors.txt tests/torchvision_beside_cpu_torch.py
 	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  cp tests/torchvision_beside_cpu_torch.py "$$site" && \
 	  echo 'import torchvision_beside_cpu_torch' > "$$site/torchvision_beside_cpu_torch.pth"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/authors.txt
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps -r tests/authors.txt
 	@touch $@
 
 demo: $(DEMO)/tuned/training.json ## The whole way on the embedded world: score, invert, train, evaluate (minutes)
@@ -47,34 +61,34 @@ $(DEMO)/tuned/training.json: $(DEMO)/shards/manifest.json
 	  --reward pickscore clipscore --beta 300 --lr 5e-5 --lr-schedule cosine --warmup-steps 10 \
 	  --batch-size 24 --max-steps 150
 
-test: $(READY) ## All tests but those of minutes each, which `make chaos` runs
+test: $(READY_DEV) ## All tests but those of minutes each, which `make chaos` runs
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not long'
 
-test-fast: $(READY) ## The everyday tests: no Ray, no long training
+test-fast: $(READY_DEV) ## The everyday tests: no Ray, no long training
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not long'
 
-fuzz: $(READY) ## 10,000 hostile images and 1,000 hostile files (minutes)
+fuzz: $(READY_DEV) ## 10,000 hostile images and 1,000 hostile files (minutes)
 	$(BIN)/python -m tests.fuzz
 
-chaos: $(READY) ## Training and 50 runs of stages 1 and 2, killed at random moments and compared (hours)
+chaos: $(READY_DEV) ## Training and 50 runs of stages 1 and 2, killed at random moments and compared (hours)
 	SMPO_KILLS=20 $(BIN)/python -m pytest -q -m long
 	$(BIN)/python -m tests.chaos --runs 50
 
-lint: $(READY) ## ruff, mypy, import-linter; is docs/reference/cli.md up to date?
+lint: $(READY_DEV) ## ruff, mypy, import-linter; is docs/reference/cli.md up to date?
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python docs/reference/generate_cli.py --check
 
-docs: $(READY) ## Write docs/reference/cli.md from the commands
+docs: $(READY_DEV) ## Write docs/reference/cli.md from the commands
 	$(BIN)/python docs/reference/generate_cli.py
 
-format: $(READY) ## Format and mend what ruff can
+format: $(READY_DEV) ## Format, and fix what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## The experiments and timings behind the numbers in docs/ (hours on 2 cores)
+bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (hours on 2 cores)
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/solvers.py
@@ -96,7 +110,7 @@ bench: $(READY) ## The experiments and timings behind the numbers in docs/ (hour
 	$(BIN)/python benchmarks/lora.py --work $(DEMO)
 	$(BIN)/python benchmarks/health.py --demo $(DEMO) --work $(DEMO)/health
 
-gpu-acceptance: $(READY) ## Are numbers and rates right on this machine's GPU? (nine minutes; docs/guide/deploy.md)
+gpu-acceptance: $(READY_DEV) ## Are numbers and rates right on this machine's GPU? (nine minutes; docs/guide/deploy.md)
 	$(BIN)/python benchmarks/gpu_acceptance.py --out gpu-acceptance
 
 clean: ## Remove .venv and the demo's output
