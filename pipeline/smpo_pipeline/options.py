@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationInfo
+from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationInfo, model_validator
 
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options, flag_name
@@ -110,7 +110,7 @@ Pairs = Annotated[
     Flag(typed=list[str], metavar="PATH|URL", place=True),
     Field(
         description="Parquet or JSONL files, or folders of them (links are followed, hidden names left out), one row a "
-        "pair. Pick-a-Pic v2's columns are known."
+        "pair. Pick-a-Pic v2's columns are known; others are named by flags (--image-0-column, --chosen-column, ...)."
     ),
 ]
 Out = Annotated[
@@ -196,6 +196,29 @@ class ColumnOptions(Options):
     """Stable name of the pair; without one (null, NaN and blank are none), a hash of prompt and images."""
     annotator_column: str | None = None
     """Who labelled the pair."""
+    chosen_column: str | None = None
+    """The preferred image, of data sets that have chosen and rejected images instead of a label. Which of the two
+    becomes image_0 is drawn from the pair's content."""
+    rejected_column: str | None = None
+    """The other image; with --chosen-column."""
+
+    @model_validator(mode="after")
+    def _refuse_two_layouts(self) -> Self:
+        given = {name: column for name, column in self if column is not None}
+        if "chosen_column" not in given and "rejected_column" not in given:
+            return self
+        for name in ("chosen_column", "rejected_column"):
+            if name not in given:
+                raise UserError(f"--chosen-column and --rejected-column belong together: {flag_name(name)} is missing")
+        if self.chosen_column == self.rejected_column:
+            raise UserError(f"--chosen-column and --rejected-column both name {self.chosen_column!r}")
+        for name in ("image_0_column", "image_1_column", "label_column"):
+            if name in given:
+                raise UserError(
+                    f"{flag_name(name)} {given[name]}: --chosen-column and --rejected-column name both images and say "
+                    f"which one is preferred; leave out {flag_name(name)}"
+                )
+        return self
 
     def by_field(self) -> dict[str, str | None]:
         """The columns by the fields of :class:`smpo_schemas.pairs.PairColumns`."""

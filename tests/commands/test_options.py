@@ -87,6 +87,22 @@ def test_what_is_not_there_or_cannot_be(run, commands, flag, value):
         assert_one_line(run(command, {flag: value}), flag, value)
 
 
+@pytest.mark.parametrize("command", ["score", "invert", "plan"])
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ({"--chosen-column": "a"}, ("--rejected-column is missing",)),
+        ({"--rejected-column": "b"}, ("--chosen-column is missing",)),
+        ({"--chosen-column": "a", "--rejected-column": "a"}, ("both name 'a'",)),
+        ({"--chosen-column": "a", "--rejected-column": "b", "--image-0-column": "c"}, ("leave out --image-0-column",)),
+        ({"--chosen-column": "a", "--rejected-column": "b", "--image-1-column": "c"}, ("leave out --image-1-column",)),
+        ({"--chosen-column": "a", "--rejected-column": "b", "--label-column": "c"}, ("leave out --label-column",)),
+    ],
+)
+def test_two_layouts_of_columns_at_once(run, command, flags, parts):
+    assert_one_line(run(command, flags), "--chosen-column", "--rejected-column", *parts)
+
+
 def test_a_file_on_the_hub_may_be_a_rewards_model(run):
     with pytest.raises(ImportError, match="job"):
         run("score", {"--reward": "hpsv2=owner/repository/file.pt"})

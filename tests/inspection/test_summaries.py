@@ -53,6 +53,14 @@ def test_pairs_without_the_named_column(tmp_path: Path) -> None:
         summarise_pairs(path, {"prompt": "text"}, limit=None, samples=1, advance=ignore)
 
 
+def test_pairs_of_chosen_and_rejected(tmp_path: Path) -> None:
+    path = make_pairs(tmp_path / "pairs.parquet")
+    given = {"chosen": "jpg_0", "rejected": "jpg_1"}
+    summary = summarise_pairs(path, given, limit=None, samples=1, advance=ignore)
+    assert summary.labels["image_0"] + summary.labels["image_1"] == summary.looked_at
+    assert "images from jpg_0 (preferred) and jpg_1" in printed(print_pairs, summary, path)
+
+
 def test_agreement_by_hand() -> None:
     scores = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
     labels = np.array([1.0, 1.0, 0.5, np.nan, 0.0])

@@ -156,8 +156,11 @@ def print_pairs(summary: PairsSummary, path: Path, console: Console) -> None:
 
 
 def _column_words(columns: PairColumns) -> str:
-    optional = {"label": columns.label, "pair id": columns.pair_id, "annotator": columns.annotator}
-    named = {"prompt": columns.prompt, "images": f"{columns.image_0} and {columns.image_1}", **optional}
+    images, label = f"{columns.image_0} and {columns.image_1}", columns.label
+    if columns.chosen:
+        images = label = f"{columns.chosen} (preferred) and {columns.rejected}"
+    optional = {"label": label, "pair id": columns.pair_id, "annotator": columns.annotator}
+    named = {"prompt": columns.prompt, "images": images, **optional}
     return ", ".join(f"{what} from {name}" if name else f"no {what}" for what, name in named.items())
 
 

@@ -55,6 +55,10 @@ class Pair:
 def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath) -> Pair:
     """Turn one input row into a :class:`Pair`.
 
+    Of a row with a chosen and a rejected image, a draw from the prompt and the images decides which one is
+    ``image_0``, and the label says which one was chosen. The draw does not know who won, so a position says nothing
+    about it, and it is the same in every run, slice and order of the rows.
+
     Raises:
         PairRejectedError: a field is missing or of the wrong kind.
     """
@@ -69,15 +73,26 @@ def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id
     if not isinstance(row.get(columns.prompt), str):
         raise PairRejectedError(f"no text: prompt column {columns.prompt!r} is empty or of another type")
     prompt = _text(row, columns.prompt, "prompt") or ""
-    images = [_image_bytes(row.get(name), name, folder) for name in (columns.image_0, columns.image_1)]
+    names = (columns.chosen or columns.image_0 or "", columns.rejected or columns.image_1 or "")
+    image_0, image_1 = (_image_bytes(row.get(name), name, folder) for name in names)
+    label = _label(row.get(columns.label)) if columns.label else None
+    if columns.chosen:
+        label = 1.0
+        if _draw(prompt, image_1) < _draw(prompt, image_0):
+            image_0, image_1, label = image_1, image_0, 0.0
     return Pair(
-        pair_id=_content_id(prompt, *images) if pair_id is None else pair_id,
+        pair_id=_content_id(prompt, image_0, image_1) if pair_id is None else pair_id,
         prompt=prompt,
-        image_0=images[0],
-        image_1=images[1],
-        label=_label(row.get(columns.label)) if columns.label else None,
+        image_0=image_0,
+        image_1=image_1,
+        label=label,
         annotator=_text(row, columns.annotator, "annotator"),
     )
+
+
+def _draw(prompt: str, image: bytes) -> bytes:
+    """A number of an image under a prompt, as good as random; of a pair, the smaller one's image comes first."""
+    return hashlib.sha256(hashlib.sha256(prompt.encode()).digest() + image).digest()
 
 
 def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
