@@ -1,12 +1,17 @@
-"""How a new objective, model family or way of mixing is found: by the file that it is in."""
+"""How a new reward, objective, model family or way of mixing is found: by its file, its place or its package."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
+
+from smpo_common.errors import UserError
 
 Base = TypeVar("Base")
 
@@ -22,3 +27,33 @@ def _below(base: type[Base]) -> Iterator[type[Base]]:
     for subclass in base.__subclasses__():
         yield subclass
         yield from _below(subclass)
+
+
+def offered_by_packages(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group in the installed packages by name, not loaded."""
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def import_object(place: str, flag: str) -> object:
+    """Import what ``MODULE:NAME`` names; modules in the working directory are found too.
+
+    Args:
+        place: ``MODULE:NAME``.
+        flag: the flag that named it, for errors.
+
+    Raises:
+        UserError: there is no such module, or nothing of that name in it.
+    """
+    module_name, _, name = place.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"{flag} {place}: {module_name!r} is no module's name, such as my_module or package.module")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError, ValueError) as error:
+        raise UserError(f"{flag} {place}: {module_name} cannot be imported: {error}") from error
+    if not hasattr(module, name):
+        raise UserError(f"{flag} {place}: {getattr(module, '__file__', None) or module_name} has no {name!r}")
+    return getattr(module, name)

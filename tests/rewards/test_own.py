@@ -91,7 +91,7 @@ def test_a_class_that_is_no_reward_is_one_line(here):
         "nowhere:Sharpness": "nowhere cannot be imported: No module named 'nowhere'",
         "syntax:Sharpness": "syntax cannot be imported: invalid syntax",
         ":Sharpness": "'' is no module's name",
-        "./bad.py:Sharpness": "'./bad.py' is no module's name, such as my_rewards or package.module",
+        "./bad.py:Sharpness": "'./bad.py' is no module's name, such as my_module or package.module",
         "sys:Sharpness": "sys has no 'Sharpness'",
         "folder:Sharpness": "folder has no 'Sharpness'",
         "bad:Missing": "bad.py has no 'Missing'",

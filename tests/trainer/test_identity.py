@@ -8,7 +8,16 @@ from smpo_trainer.settings import TrainSettings
 
 BY_WHAT_IT_MEANS = {
     *("shards", "reward", "preference", "calibration", "reward_range", "scores", "weight_column"),
-    *("objective_option", "beta", "gamma", "timestep_weighting", "snr_gamma", "sigmoid_bias", "budget_weight"),
+    *(
+        "objective",
+        "objective_option",
+        "beta",
+        "gamma",
+        "timestep_weighting",
+        "snr_gamma",
+        "sigmoid_bias",
+        "budget_weight",
+    ),
     *("batch_size", "grad_accum", "lr", "scale_lr", "unet", "tf32", "compile"),
 }
 """In the identity by what they resolve to: hashes of shards, a learning rate, the product of sizes."""

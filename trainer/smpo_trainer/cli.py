@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from smpo_common.commandline import VERSION, run_app
+from smpo_common.errors import UserError
 from smpo_common.options import add_command
 from smpo_trainer.presets import as_flags, find_preset
 from smpo_trainer.settings import TrainSettings
@@ -29,12 +30,19 @@ accelerate launch --num_processes 8 -m smpo_trainer --shards s3://bucket/shards 
 def _list_objectives(wanted: bool) -> None:
     if not wanted:
         return
-    from smpo_trainer.objectives import objectives  # noqa: PLC0415  (seconds of torch, which --help saves)
+    # Seconds of torch, which --help saves.
+    from smpo_trainer.objectives import find_objective, objectives, offered_objectives  # noqa: PLC0415
 
-    for name, objective in sorted(objectives().items()):
+    for name in (*sorted(objectives()), *offered_objectives()):
+        try:
+            objective = find_objective(name)
+        except UserError as error:  # one broken package must not hide the others
+            typer.echo(f"{name:6} cannot be used: {error}")
+            continue
         typer.echo(f"{name:6} {objective.summary}")
         for option in objective.Options.own():
             typer.echo(f"       {option}: {objective.Options.model_fields[option].description}")
+    typer.echo("Your own: --objective MODULE:CLASS; see docs/guide/python.md.")
     raise typer.Exit
 
 

@@ -13,7 +13,7 @@ from smpo_models.loading import load_family
 from smpo_models.noise_schedule import Process
 from smpo_trainer.data.bucketed_order import group_size
 from smpo_trainer.monitoring.trackers import import_wandb
-from smpo_trainer.objectives import Objective, find_objective
+from smpo_trainer.objectives import Objective, code_fingerprint, find_objective
 from smpo_trainer.objectives.pair_loss import PairLoss
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
 from smpo_trainer.preference.pair_weights import PairWeights, read_pair_weights
@@ -22,7 +22,6 @@ from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shards.shard_set import ShardSet, open_shards
 
 _IDENTITY = (
-    "objective",
     "budget",
     "max_steps",
     "optimizer",
@@ -111,6 +110,8 @@ class Experiment:
         settings, values = self.settings, self.settings.flat_values()
         return {
             "shards": self.shards.manifest_hashes(),
+            "objective": self.objective.name,
+            "objective's code": code_fingerprint(type(self.objective)),
             **{name: values[name] for name in _IDENTITY},
             **(self.mix.identity() if self.mix else {}),
             "beta": self.objective.options.beta,

@@ -84,8 +84,8 @@ class LossOptions(Options):
     model_config = ConfigDict(title="Objective")
 
     objective: str = "smpo"
-    """Loss: smpo (smoothed preferences of rewards), dpo (labels), ipo, capo, dmpo, mapo, npo or sft; see
-    --list-objectives."""
+    """Loss: smpo (smoothed preferences of rewards), dpo (labels), ipo, capo, dmpo, mapo, npo or sft, or your own as
+    MODULE:CLASS; see --list-objectives."""
     # One repeatable flag: a flag for each option would make --help import every objective, and so torch.
     objective_option: Annotated[
         dict[str, str],

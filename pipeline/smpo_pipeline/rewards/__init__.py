@@ -6,13 +6,12 @@ import importlib
 import inspect
 import pkgutil
 import re
-import sys
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from smpo_common.commandline import nearest
+from smpo_common.discovery import import_object, offered_by_packages
 from smpo_common.errors import UserError
 from smpo_models.hub import require_source
 from smpo_pipeline.rewards.base import Needs, Reward, checked_scores
@@ -37,11 +36,6 @@ def reward_classes() -> dict[str, type[Reward]]:
     return found
 
 
-def _entry_points() -> dict[str, EntryPoint]:
-    """Rewards that installed packages offer, not loaded."""
-    return {point.name: point for point in entry_points(group=_GROUP)}
-
-
 def check_reward(spec: str) -> str:
     """``spec``, if it can name a reward as :func:`parse_reward` reads it; nothing is imported for that.
 
@@ -49,7 +43,7 @@ def check_reward(spec: str) -> str:
         UserError: no reward has this name, or what follows it is no model.
     """
     name, equals, model = spec.partition("=")
-    known = sorted({*_file_names(), *_entry_points()})
+    known = sorted({*_file_names(), *offered_by_packages(_GROUP)})
     if name not in known and (":" not in name or name.partition(":")[0] in known):
         raise UserError(f"--reward {spec}: {_no_reward(name, known)}")
     if equals and name in _file_names():  # what others take as their MODEL is theirs
@@ -93,33 +87,12 @@ def parse_reward(spec: str) -> tuple[type[Reward], str | None]:
     if name in reward_classes():
         kind = reward_classes()[name]
     elif ":" in name:
-        kind = _checked(_import(name), f"--reward {spec}")
+        kind = _checked(import_object(name, "--reward"), f"--reward {spec}")
     else:
-        kind = _checked(_import(_entry_points()[name].value), f"--reward {spec}")
+        kind = _checked(import_object(offered_by_packages(_GROUP)[name].value, "--reward"), f"--reward {spec}")
         if kind.name != name:
             raise UserError(f"--reward {spec}: the package's class calls itself {kind.name!r}; both names must agree")
     return kind, model or None
-
-
-def _import(place: str) -> object:
-    """What ``MODULE:CLASS`` names; modules beside which the command was started are found too.
-
-    Raises:
-        UserError: there is no such module or class.
-    """
-    module_name, _, class_name = place.partition(":")
-    if not all(part.isidentifier() for part in module_name.split(".")):
-        raise UserError(f"--reward {place}: {module_name!r} is no module's name, such as my_rewards or package.module")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError, ValueError) as error:
-        raise UserError(f"--reward {place}: {module_name} cannot be imported: {error}") from error
-    if not hasattr(module, class_name):
-        raise UserError(f"--reward {place}: {getattr(module, '__file__', None) or module_name} has no {class_name!r}")
-    return getattr(module, class_name)
 
 
 def _checked(kind: object, what: str) -> type[Reward]:
