@@ -1,10 +1,35 @@
-"""What both stages must do alike with a diffusion model."""
+"""What both stages must do alike with a diffusion model.
+
+The names below are for notebooks (docs/guide/python.md); they are imported when they are first used.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from transformers.utils import logging
+
+from smpo_common.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from smpo_models.draws import image_noise
+    from smpo_models.family import Conditioning, Family
+    from smpo_models.loading import load_family
+    from smpo_models.sampling import load_pipeline, sample
+
+__all__ = ["Conditioning", "Family", "image_noise", "load_family", "load_pipeline", "sample"]
 
 # A bar for every weight file would tear our own progress bars apart; what is wrong with a checkpoint, the code that
 # loads it checks and says itself.
 logging.disable_progress_bar()
 logging.set_verbosity_error()
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "smpo_models.draws": ["image_noise"],
+        "smpo_models.family": ["Conditioning", "Family"],
+        "smpo_models.loading": ["load_family"],
+        "smpo_models.sampling": ["load_pipeline", "sample"],
+    },
+)

@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from smpo_common.errors import UserError
-from smpo_pipeline.images.buckets import Size, resize_pair
+from smpo_pipeline.images.buckets import Size
 from smpo_pipeline.images.decode import ImageRejectedError
 from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.inversion.batch import PreparedPair
+from smpo_pipeline.inversion.prepare_pair import prepare_pair
 from smpo_schemas.pairs import (
     Pair,
     PairFile,
@@ -101,17 +102,14 @@ def _parts(files: Sequence[PairFile], total: int, count: int, limit: int | None)
 
 def _prepared(pair: Pair, sizes: Sequence[Size], rewards: Sequence[str]) -> PreparedPair:
     images = [Image.fromarray(worker_decoder().decode(data)) for data in (pair.image_0, pair.image_1)]
-    pixels, crops = resize_pair(images, sizes)
     # As many digits as a float32 has in JSON.
     score = float(np.float32(0.2123456))
-    return PreparedPair(
+    return prepare_pair(
+        pair.prompt,
+        images,
+        sizes,
         pair_id=pair.pair_id,
-        prompt=pair.prompt,
         label=pair.label,
         annotator=pair.annotator,
         scores=dict.fromkeys(rewards, (score, score)),
-        pixels_2HW3=np.stack(pixels),
-        size=((images[0].height, images[0].width), (images[1].height, images[1].width)),
-        crop=(crops[0], crops[1]),
-        measured=False,
     )

@@ -10,7 +10,7 @@ from typing import BinaryIO, Self
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_file
-from smpo_common.store_path import AnyPath
+from smpo_common.store_path import AnyPath, parse_path
 from smpo_schemas.manifest import Manifest, ShardEntry, read_manifest
 from smpo_schemas.shards.samples import (
     META,
@@ -107,18 +107,18 @@ def read_at(file: BinaryIO, offset: int, length: int) -> bytes:
 class ShardDirectory:
     """A finished output of ``invert``: its manifest, and its samples by location or in order."""
 
-    def __init__(self, directory: AnyPath, manifest: Manifest | None = None) -> None:
+    def __init__(self, directory: AnyPath | str, manifest: Manifest | None = None) -> None:
         """Open a directory.
 
         Args:
-            directory: where the tars lie.
+            directory: where the tars lie: a path or a URL.
             manifest: what is about to be written there; None: read it from there.
 
         Raises:
             UserError: there is no valid manifest.
         """
-        self.path = directory
-        self.manifest = manifest or read_manifest(directory)
+        self.path = parse_path(directory) if isinstance(directory, str) else directory
+        self.manifest = manifest or read_manifest(self.path)
 
     def verify(self, shard: int) -> None:
         """Check one tar's size and SHA-256 against the manifest.
