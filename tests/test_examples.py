@@ -1,0 +1,96 @@
+"""The YAML files of examples/ are read by the commands that they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+from typer.testing import CliRunner
+
+from smpo_common.options import Options, add_command
+from smpo_pipeline.evaluation.options import EvaluateOptions
+from smpo_pipeline.jobs.invert.options import InvertOptions
+from smpo_pipeline.jobs.score.options import ScoreOptions
+from smpo_trainer.settings import TrainSettings
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FILES = sorted(EXAMPLES.glob("*/*.yaml"))
+MODELS: dict[str, type[Options]] = {
+    "score": ScoreOptions,
+    "invert": InvertOptions,
+    "train": TrainSettings,
+    "evaluate": EvaluateOptions,
+}
+HUB_MODELS = (
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    "madebyollin/sdxl-vae-fp16-fix",
+)
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Parse a file as its command does, in a folder where the data, earlier outputs and cached models are."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    for model in HUB_MODELS:
+        (cache / repo_folder_name(repo_id=model, repo_type="model")).mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    for folder in FILES:
+        (tmp_path / "runs" / folder.parent.name / "scores").mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+    def parse(file: Path) -> Options:
+        app, seen = typer.Typer(), []
+
+        def command(options: Any) -> None:
+            seen.append(options)
+
+        command.__annotations__["options"] = MODELS[file.stem]
+        add_command(app, command)
+        done = CliRunner().invoke(app, ["--config", str(file)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        (options,) = seen
+        return options
+
+    return parse
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_it_is_read_as_it_stands(read: Any, file: Path) -> None:
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = read(file).flat_values()
+    for name, value in written.items():
+        if not isinstance(value, list | str):  # paths become absolute, rewards mappings
+            assert values[name] == value, name
+    command = {"train": "smpo-train"}.get(file.stem, f"smpo-pipeline {file.stem}")
+    assert file.read_text().startswith(f"# {command} --config examples/{file.parent.name}/{file.name}\n")
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent.name for file in FILES}))
+def test_the_stages_fit_together(folder: str) -> None:
+    """Each stage reads what the one before it writes, of the same model and pairs."""
+    stages = {
+        file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in FILES if file.parent.name == folder
+    }
+    invert, train, evaluate = stages["invert"], stages["train"], stages["evaluate"]
+    score = stages.get("score") or yaml.safe_load((EXAMPLES / "sd15" / "score.yaml").read_text(encoding="utf-8"))
+    assert invert["scores"] == score["out"]
+    assert {key: invert[key] for key in ("pairs", "chosen_column", "rejected_column")}.items() <= score.items()
+    assert train["shards"] == [invert["out"]]
+    assert train["model"] == invert["model"]
+    assert {reward.partition(":")[0] for reward in train.get("reward", [])} <= set(score["reward"])
+    (base, tuned) = (each.partition("=")[2] for each in evaluate["model"])
+    assert (base, tuned) == (train["model"], train["out"])
+    assert Path(evaluate["prompts"]).name == "prompts.txt"
+
+
+def test_prompts_are_distinct() -> None:
+    prompts = (EXAMPLES / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(prompts)) == len(prompts) == 32
