@@ -19,7 +19,11 @@ from tests.trainer.conftest import Train
 from tests.trainer.helpers import make_shards
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guide" / "python.md").read_text(encoding="utf-8")
-SNIPPETS = dict(re.findall(r"^## (.*?)\n(?:(?!^## ).*\n)*?```python\n(.*?)```", GUIDE, re.DOTALL | re.MULTILINE))
+SNIPPETS = {
+    section.partition("\n")[0]: code
+    for section in GUIDE.split("\n## ")[1:]
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+}
 """By the heading they stand under."""
 
 PACKAGES = ("smpo_schemas", "smpo_models", "smpo_pipeline", "smpo_trainer")
