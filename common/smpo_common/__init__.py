@@ -1,1 +1,1 @@
-"""What any program needs: user errors, files and URLs, retries, a run lock, discovery, command lines."""
+"""Utilities that know nothing of diffusion: user errors, files and URLs, retries, a run lock, command lines."""

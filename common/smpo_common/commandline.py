@@ -1,4 +1,4 @@
-"""What both command lines do alike: config files, repeated options, resolved settings, one-line errors."""
+"""Shared by both command lines: config files, repeated options, one-line errors, stopping on signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from smpo_common.errors import UserError
-from smpo_common.retry import PASSING_ERRNOS
+from smpo_common.retry import TRANSIENT_ERRNOS
 
 CONFIG_FILE = "config.yaml"
 
@@ -38,11 +38,11 @@ _OTHER_NAMES = {
     "walks": "trajectories",
     "walker": "inverting_unet",
 }
-"""What diffusers' and transformers' training scripts, and earlier versions, call our flags."""
+"""Names that diffusers' and transformers' scripts, and earlier versions, use for our flags, for "did you mean"."""
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The one of ``known`` that is most likely meant by a name that is none of them; None: no guess."""
+    """Guess which of ``known`` a misspelt or foreign name means, or None."""
     other = _OTHER_NAMES.get(name)
     if other in known:
         return other
@@ -50,24 +50,24 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make a YAML file's values the defaults of this command; flags on the command line still win."""
+    """Make a YAML file's values the defaults of this command; flags on the command line override them."""
     if path is None:
         return None
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
-    # What is not handed to the command is no setting: --version, --install-completion and their like.
+    # --version, --install-completion and the like are not passed to the command, so they are not settings.
     settings = (parameter for parameter in context.command.params if getattr(parameter, "expose_value", True))
     known = {str(parameter.name) for parameter in settings} - {"config"}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold keys and values, as config.yaml of a finished run does")
+        raise UserError(f"--config {path} must be a YAML mapping of flags to values, like a finished run's config.yaml")
     unknown = sorted(set(map(str, values)) - known)
     if unknown:
         meant = nearest(unknown[0], known)
         hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(sorted(known))}"
         raise UserError(f"--config {path}: unknown key {unknown[0]!r}; {hint}")
-    repeatable = {each.name for each in context.command.params if getattr(each, "multiple", False)}
+    repeatable = {option.name for option in context.command.params if getattr(option, "multiple", False)}
     lists = {name: [value] for name, value in values.items() if name in repeatable and not isinstance(value, list)}
     context.default_map = {**(context.default_map or {}), **values, **lists}
     return path
@@ -85,14 +85,14 @@ VERSION = Annotated[
         "--version", callback=_print_version, is_eager=True, expose_value=False, help="Print the version and exit."
     ),
 ]
-"""The flag ``--version`` of a program."""
+"""A program's ``--version`` flag."""
 
 
 def _prepare(app: typer.Typer, arguments: Sequence[str]) -> list[str]:
-    """Arguments for ``app`` from what a user typed.
+    """Expand repeated options and suggest our name for another program's flag.
 
     Raises:
-        UserError: a flag by the name that other programs have for it.
+        UserError: a flag has the name that another program uses for it.
     """
     command: Any = typer.main.get_command(app)
     chosen = getattr(command, "commands", {}).get(arguments[0] if arguments else "", command)
@@ -100,13 +100,13 @@ def _prepare(app: typer.Typer, arguments: Sequence[str]) -> list[str]:
     for flag in (argument.partition("=")[0] for argument in arguments):
         meant = f"--{_OTHER_NAMES.get(flag[2:].replace('-', '_'), '')}".replace("_", "-")
         if flag.startswith("--") and flag not in known and meant in known:
-            raise UserError(f"{flag}: no such flag; did you mean {meant}?")
+            raise UserError(f"unknown flag {flag}; did you mean {meant}?")
     multiple = (parameter for parameter in chosen.params if getattr(parameter, "multiple", False))
     return expand_repeated(arguments, {name for parameter in multiple for name in parameter.opts})
 
 
 def expand_repeated(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
-    """Let ``--pairs a b c`` mean ``--pairs a --pairs b --pairs c``, so that a shell's ``*.parquet`` works."""
+    """Rewrite ``--pairs a b c`` as ``--pairs a --pairs b --pairs c``, so that a shell's ``*.parquet`` works."""
     expanded: list[str] = []
     option: str | None = None
     filled = False
@@ -123,40 +123,39 @@ def expand_repeated(arguments: Sequence[str], repeatable: set[str]) -> list[str]
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line.
+    """Run a command line and exit with its status.
 
-    A user's mistake and a failure of storage print one line and exit with status 2; Ctrl-C and SIGTERM print how to go
-    on, and exit with 130 and 143, as does a command that ends with one of these.
+    A user's mistake or a storage failure prints one line and exits with 2. Ctrl-C and SIGTERM print how to resume and
+    exit with 130 and 143; so does a command that exits with one of these itself.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app(_prepare(app, sys.argv[1:]))
     except SystemExit as ended:
         if ended.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            _say_stopped()
+            _print_how_to_resume()
         raise
     except UserError as error:
         _fail(str(error))
     except PermissionError as error:
         _fail(f"no permission for {error.filename}: {error.strerror}")
     except OSError as error:
-        if error.errno is None:  # of a library, which means something else by it
+        if error.errno is None:  # a library's own subclass, for something other than a system call
             raise
-        goes_on = "; the same command goes on" if error.errno in PASSING_ERRNOS else ""
-        _fail(f"{error.filename or 'storage'}: {error.strerror}{goes_on}")
+        remedy = "; run the same command again to resume" if error.errno in TRANSIENT_ERRNOS else ""
+        _fail(f"{error.filename or 'storage'}: {error.strerror}{remedy}")
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _say_stopped() -> None:
-    """One line, of one of the processes that a launcher started."""
-    if os.environ.get("RANK", "0") == "0":
+def _print_how_to_resume() -> None:
+    if os.environ.get("RANK", "0") == "0":  # once for all processes of a launcher
         without = " without --overwrite" if "--overwrite" in sys.argv else ""
-        typer.secho(f"stopped; the same command{without} goes on", err=True)
+        typer.secho(f"stopped; run the same command again{without} to resume", err=True)
 
 
 def _terminate(*_signal: object) -> NoReturn:
-    """End the process as Ctrl-C does, so that what it began is put in order; once, whoever sends the signal again."""
+    """Exit by an exception, as Ctrl-C does, so that cleanup code runs; ignore further SIGTERMs meanwhile."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + signal.SIGTERM)
 

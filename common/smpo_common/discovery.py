@@ -1,4 +1,4 @@
-"""How a new reward, objective, model family or way of mixing is found: by its file, its place or its package."""
+"""Find rewards, objectives, model families and reward mixes: by their file, as MODULE:CLASS or by a package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Base = TypeVar("Base")
 
 
 def subclasses_in(package: ModuleType, base: type[Base]) -> list[type[Base]]:
-    """All subclasses of ``base``, at any depth, once every module of ``package`` is imported."""
+    """Import every module of ``package`` and list all subclasses of ``base``, at any depth."""
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return list(_below(base))

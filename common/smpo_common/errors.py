@@ -1,17 +1,16 @@
-"""The one exception that is shown to users as a single line."""
+"""The exception that is shown to users as a single line."""
 
 from __future__ import annotations
 
 from pydantic import ValidationError
 
-_LONGEST = 1500
-"""Characters of a line that people read."""
+_MAX_CHARACTERS = 1500
 
 
 def one_line(text: str) -> str:
-    """Text as one printable line: untrusted files may put control characters, or megabytes, into a message."""
+    """Make text one printable line: untrusted files may put control characters, or megabytes, into a message."""
     words = " ".join(text.split())
-    shown = words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."
+    shown = words if len(words) <= _MAX_CHARACTERS else f"{words[:_MAX_CHARACTERS]} ..."
     return shown if shown.isprintable() else "".join(_printable(character) for character in shown)
 
 
@@ -20,9 +19,9 @@ def _printable(character: str) -> str:
 
 
 class UserError(Exception):
-    """A user's mistake or a condition of their machine: one line that names the file, the value and the mend.
+    """A user's mistake or a problem of their machine: one line that names the file, the value and the remedy.
 
-    Both command lines print it without a traceback and exit with status 2. Everything else is a bug and keeps its
+    Both command lines print it without a traceback and exit with status 2. Any other exception is a bug and keeps its
     traceback.
     """
 
@@ -31,6 +30,6 @@ class UserError(Exception):
 
 
 def describe_problem(error: ValidationError) -> str:
-    """The first problem of a validation error, as ``field: what is wrong``."""
+    """Describe a validation error's first problem, as ``field: what is wrong``."""
     problem = error.errors()[0]
     return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside the target, fsynced, renamed; or put on an object store."""
+"""Read and write files here or on an object store; a written file is complete or absent, whatever kills the program."""
 
 from __future__ import annotations
 
@@ -21,20 +21,18 @@ from smpo_common.errors import UserError, describe_problem
 from smpo_common.store_path import AnyPath, FileStatus, StorePath
 
 _READ_BYTES = 1 << 20
-_REQUESTS = 16
-"""To an object store, at once."""
+_THREADS = 16
 
 MAX_JSON_BYTES = 256 << 20
-"""Larger JSON files are refused: the manifest of a million shards has 200 MB."""
+"""Limit for JSON files; the manifest of a million shards has 200 MB."""
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)]
-"""A plain file name, as records name the files beside them: no folder, so that nothing outside is read or written."""
+"""A file name without a folder, so that a record from an untrusted file cannot name a file elsewhere."""
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
-"""How many there are of something, or bytes."""
+"""A number of items or bytes, exact as a float64."""
 
 Statuses = dict[AnyPath, FileStatus | os.stat_result]
-"""Size and time of files."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Item = TypeVar("Item")
@@ -43,18 +41,17 @@ Result = TypeVar("Result")
 
 @contextmanager
 def atomic_path(target: AnyPath) -> Iterator[Path]:
-    """Yield a local path to write to, which becomes ``target`` on success, and is removed on failure.
+    """Yield a local path to write to; it becomes ``target`` on success and is removed on failure.
 
     Raises:
         UserError: the folder or the store cannot be written, or the disk is full.
     """
-    with _put(target) if isinstance(target, StorePath) else _renamed(target) as temporary:
+    with _uploaded(target) if isinstance(target, StorePath) else _renamed(target) as temporary:
         yield temporary
 
 
 @contextmanager
-def _put(target: StorePath) -> Iterator[Path]:
-    """Written in a folder of its own, then put on the store at once."""
+def _uploaded(target: StorePath) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(prefix="smpo-") as folder:
             temporary = Path(folder) / target.name
@@ -66,8 +63,8 @@ def _put(target: StorePath) -> Iterator[Path]:
 
 @contextmanager
 def _renamed(target: Path) -> Iterator[Path]:
-    """Written beside ``target``, fsynced, renamed."""
-    # Not the process's number: in containers on different nodes, two writers of one file may well share it.
+    """Yield a path beside ``target``, then fsync and rename it."""
+    # A random name, not the process id: containers on different nodes may use the same ids.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +84,9 @@ def _renamed(target: Path) -> Iterator[Path]:
 
 
 def follow_umask(directory: Path) -> None:
-    """Give every file in a folder the mode that a file opened there gets.
+    """Give every file in a folder the mode that a new file gets there.
 
-    safetensors, and so diffusers, writes files that their owner alone may read, whatever the umask.
+    safetensors, and so diffusers, writes files with mode 0600 whatever the umask.
     """
     probe = directory / f".{uuid.uuid4().hex}.tmp"
     probe.touch()
@@ -101,7 +98,7 @@ def follow_umask(directory: Path) -> None:
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    if path.stat().st_mode != mode:  # some file systems refuse to be asked
+    if path.stat().st_mode != mode:  # some file systems refuse chmod even where it changes nothing
         path.chmod(mode)
 
 
@@ -121,7 +118,7 @@ def write_bytes(target: AnyPath, content: bytes) -> None:
 
 
 def write_json(target: AnyPath, value: Any) -> None:  # noqa: ANN401  (any JSON value)
-    """Write ``value`` atomically as indented JSON; NaN and infinity are refused, since JSON has neither."""
+    """Write ``value`` atomically as indented JSON; NaN and infinity raise ValueError, since JSON has neither."""
     write_bytes(target, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
@@ -134,43 +131,39 @@ def read_json(path: AnyPath) -> Any:  # noqa: ANN401  (any JSON value)
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
-            raise UserError(f"{path} has {size} bytes; no JSON file above {MAX_JSON_BYTES} is read")
+            raise UserError(f"{path} has {size} bytes; the limit for a JSON file is {MAX_JSON_BYTES}")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested deeper than any of our files
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: a hostile file, nested too deep
         raise UserError(f"{path} is not a readable JSON file: {error}") from error
 
 
-def read_versioned(path: AnyPath, kind: type[Model], version: int, mend: str) -> Model:
-    """Read a JSON file that a pydantic model describes and that carries a ``schema_version``.
+def read_versioned(path: AnyPath, model: type[Model], version: int, remedy: str) -> Model:
+    """Read a JSON file with a ``schema_version`` into a pydantic model.
 
     Args:
         path: the file.
-        kind: the model.
+        model: describes its content.
         version: the schema version that this program reads.
-        mend: what to do about another one, in two or three words.
+        remedy: ends the error message about another version, for example ``invert again``.
 
     Raises:
-        UserError: it is missing, malformed or of another schema version.
+        UserError: the file is missing, malformed or of another schema version.
     """
     value = read_json(path)
-    found = value.get("schema_version") if isinstance(value, dict) else None
-    if found != version:
-        raise UserError(f"{path} has schema version {found}, this program reads {version}; {mend}")
+    file_version = value.get("schema_version") if isinstance(value, dict) else None
+    if file_version != version:
+        raise UserError(f"{path} has schema version {file_version}, this program reads {version}; {remedy}")
     try:
-        return kind.model_validate(value)
+        return model.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{path} is malformed: {describe_problem(error)}") from error
 
 
 @contextmanager
 def reading_parquet(path: AnyPath) -> Iterator[None]:
-    """Turn whatever a damaged or hostile Parquet file makes pyarrow (or a check of its values) raise into one line.
-
-    Raises:
-        UserError: anything of that happened.
-    """
+    """Turn what pyarrow, or a check of values, raises on a damaged or hostile Parquet file into :class:`UserError`."""
     try:
         yield
     except ValidationError as error:
@@ -189,21 +182,21 @@ def sha256_file(path: AnyPath) -> str:
 
 
 def arrow_source(path: AnyPath) -> Path | BinaryIO:
-    """What pyarrow reads a file from: itself, or a stream of it where pyarrow has no path for it."""
+    """Return what pyarrow can read: a local path as it is, a file on an object store as a stream."""
     return path if isinstance(path, Path) else path.open()
 
 
 def list_files(directory: AnyPath, pattern: str) -> list[AnyPath]:
-    """Files of a folder whose names match, in order; none where there is no folder."""
-    found: Iterable[AnyPath] = directory.glob(pattern)
-    return sorted(found, key=str)
+    """List a folder's files whose names match, sorted; empty if the folder does not exist."""
+    files: Iterable[AnyPath] = directory.glob(pattern)
+    return sorted(files, key=str)
 
 
 def files_below(folder: AnyPath) -> list[AnyPath]:
-    """Files in a folder and below it, in order, without what is hidden (a name that begins with a dot).
+    """List the files in a folder and its subfolders, sorted, without hidden ones (a name that begins with a dot).
 
-    Links to folders are followed. A folder that several names lead to is read once, under the first of them, so that
-    links may form circles.
+    Links to folders are followed. A folder with several names is listed once, under the first, so that circular links
+    end.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -211,30 +204,30 @@ def files_below(folder: AnyPath) -> list[AnyPath]:
     if isinstance(folder, StorePath):
         names = (path.url.removeprefix(f"{folder.url}/") for path in folder.rglob("*"))
         return sorted(folder / name for name in names if not _is_hidden(*name.split("/")))
-    found: list[AnyPath] = []
+    paths: list[AnyPath] = []
     seen = {os.path.realpath(folder)}
-    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
-        found += [Path(place, name) for name in files if not _is_hidden(name)]
-        inside = {name: os.path.realpath(Path(place, name)) for name in sorted(folders) if not _is_hidden(name)}
-        # Changed in place, which tells os.walk where to go.
+    for parent, folders, files in os.walk(folder, onerror=_raise_unlistable, followlinks=True):
+        paths += [Path(parent, name) for name in files if not _is_hidden(name)]
+        targets = {name: os.path.realpath(Path(parent, name)) for name in sorted(folders) if not _is_hidden(name)}
+        # os.walk descends into what is left in this list.
         folders[:] = []
-        for name, real in inside.items():
-            if real not in seen:
-                seen.add(real)
+        for name, target in targets.items():
+            if target not in seen:
+                seen.add(target)
                 folders.append(name)
-    return sorted(found)
+    return sorted(paths)
 
 
 def _is_hidden(*names: str) -> bool:
     return any(name.startswith(".") for name in names)
 
 
-def _refuse(error: OSError) -> NoReturn:
+def _raise_unlistable(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
 
 
 def statuses(directory: AnyPath, pattern: str) -> Statuses:
-    """Size and time of the files of a folder whose names match; on an object store the listing says them."""
+    """Read size and time of a folder's files whose names match; on an object store in one listing."""
     if isinstance(directory, StorePath):
         return {**directory.statuses(pattern)}
     paths = list(directory.glob(pattern))
@@ -244,18 +237,18 @@ def statuses(directory: AnyPath, pattern: str) -> Statuses:
 def _status(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except FileNotFoundError:  # gone since it was listed
+    except FileNotFoundError:  # removed since it was listed
         return None
 
 
 def read_all(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """``read`` of each item, in order, several at a time: an object store takes its time for each answer."""
-    with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="read") as pool:
+    """Map ``read`` over items in threads, which hides an object store's latency; results are in order."""
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="read") as pool:
         return list(pool.map(read, items))
 
 
 def remove_tree(directory: AnyPath) -> None:
-    """Remove a folder and all that is in it, if it is there."""
+    """Remove a folder with its content, if it exists."""
     if isinstance(directory, StorePath):
         directory.remove_tree()
     elif directory.is_dir():
@@ -263,6 +256,6 @@ def remove_tree(directory: AnyPath) -> None:
 
 
 def sha256_json(value: Any) -> str:  # noqa: ANN401  (any JSON value)
-    """Hex SHA-256 of a value's canonical JSON (sorted keys, no blanks): the identity of a group of settings."""
+    """Hex SHA-256 of a value's canonical JSON (sorted keys, no blanks)."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Command-line flags from a pydantic model: a flag is declared once, as a field.
 
-From a model come the Typer command with its help, the keys of a ``--config`` file, the resolved ``config.yaml`` and the
-reference page of docs/. The command's function takes the model.
+The model gives the Typer command with its help, the keys of a ``--config`` file, the resolved ``config.yaml`` and the
+reference page in docs/. The command's function takes the model.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from smpo_common.store_path import AnyPath
 
 
 class Options(BaseModel):
-    """The settings of a command; each field is a flag of its name.
+    """The settings of a command; each field is a flag of the same name.
 
-    The docstring below a field (or its description) is the flag's help, its bounds are checked, :class:`Flag` in its
-    annotation says more. An underscore at the end of a name is for Python, which has something of the name: the flag of
-    ``json_`` is ``--json``. A field that is an :class:`Options` itself is a group of flags: its ``title`` heads them in
-    ``--help``.
+    The docstring below a field, or its description, is the flag's help. Bounds are checked. :class:`Flag` in the
+    annotation sets further properties. A trailing underscore avoids a name that pydantic or Python uses: ``json_`` is
+    the flag ``--json``. A field whose type is an :class:`Options` is a group of flags, with the group's ``title`` as
+    heading in ``--help``.
     """
 
     model_config = ConfigDict(
@@ -45,11 +45,11 @@ class Options(BaseModel):
         """Make the settings from the values of all flags.
 
         Args:
-            typed: by flag name, flat whatever the groups.
-            on_command_line: names of the flags that were given there, not in a config file.
+            typed: values by flag name, without groups.
+            on_command_line: names of the flags given on the command line, not in a config file.
 
         Raises:
-            UserError: a value is of the wrong type, out of its bounds or refused by a validator.
+            UserError: a value has the wrong type, is out of bounds or refused by a validator.
         """
         values: dict[str, Any] = {}
         for name, field in cls.model_fields.items():
@@ -61,32 +61,45 @@ class Options(BaseModel):
             return cls.model_validate(values, context=on_command_line)
         except ValidationError as error:
             problem = error.errors()[0]
-            # A validator of the whole model has no field.
+            # An error of a validator of the whole model names no field.
             flag = f"{flag_name(str(problem['loc'][0]))} {problem['input']}: " if problem["loc"] else ""
             raise UserError(f"{flag}{problem['msg']}") from error
 
     def model_post_init(self, context: frozenset[str] | None, /) -> None:
-        """Keep which flags were given on the command line, for :meth:`was_typed`; before validators of the model."""
+        """Store which flags were given on the command line; runs before model validators, which use it."""
         self._on_command_line = context or frozenset()
 
     def was_typed(self, name: str) -> bool:
-        """Whether the flag was given on the command line itself."""
+        """Whether the flag was given on the command line, not in a config file."""
         return name in self._on_command_line
 
     def replace(self, **values: Any) -> Self:  # noqa: ANN401  (each flag's type is its field's)
-        """The same settings but for these values, by field name whatever the groups; they are not validated."""
-        update = {name: value for name, value in values.items() if name in type(self).model_fields}
+        """Copy the settings with these values, by field name in whichever group; values are not validated.
+
+        Raises:
+            TypeError: no field has that name.
+        """
+        settings = self._replace_own(values)
+        if values:
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(values)}")
+        return settings
+
+    def _replace_own(self, values: dict[str, Any]) -> Self:
+        """Copy the settings with those of ``values`` that are its fields, and remove them from ``values``."""
+        update: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            if group_of(field):
-                update[name] = getattr(self, name).replace(**values)
+            if name in values:
+                update[name] = values.pop(name)
+            elif group_of(field):
+                update[name] = getattr(self, name)._replace_own(values)  # noqa: SLF001  (the same class)
         return self.model_copy(update=update)
 
     def write(self, directory: AnyPath, result: AnyPath | None = None) -> None:
         """Write every flag, defaults included, as a config file that repeats this run from any working directory.
 
         Args:
-            directory: where to.
-            result: the file that the run wrote last; a config that is not older is kept: this run had nothing to do.
+            directory: the run's folder.
+            result: the run's last file; an existing config that is not older is kept, since this run changed nothing.
         """
         target = directory / CONFIG_FILE
         if result and target.is_file() and target.stat().st_mtime_ns >= result.stat().st_mtime_ns:
@@ -100,28 +113,29 @@ class Options(BaseModel):
         write_bytes(target, yaml.safe_dump(recorded, sort_keys=True, allow_unicode=True).encode())
 
     def flat_values(self) -> dict[str, Any]:
-        """The values by flag name, flat whatever the groups, as a user would type them."""
+        """Return the values by flag name, without groups, as a user would type them."""
         dumped = self.model_dump()
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            found |= getattr(self, name).flat_values() if group_of(field) else {name.rstrip("_"): dumped[name]}
-        return found
+            values |= getattr(self, name).flat_values() if group_of(field) else {name.rstrip("_"): dumped[name]}
+        return values
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What a flag is besides its field's type, default, bounds and description.
+    """A flag's properties besides its field's type, default, bounds and description.
 
     Attributes:
         metavar: stands for the value in the help.
-        typed: what a user types, for example ``list[str]``, where a validator makes the field's type from it; a
-            serializer of the field (:class:`pydantic.PlainSerializer`) does the reverse for the resolved config.
-        place: a path, or else a URL or hub id, absolute in the resolved config; ``named``: it follows ``NAME=``.
-        recorded: whether it stands in the resolved config.
+        typed: the type on the command line, for example ``list[str]``, if a validator converts it to the field's type;
+            a :class:`pydantic.PlainSerializer` of the field converts it back for the resolved config.
+        place: the value is a path, a URL or a hub id; paths become absolute in the resolved config. ``named``: the
+            value is ``NAME=PATH``.
+        recorded: whether the resolved config has it.
         positional: an argument without a name.
-        hidden: taken, but not in the help.
+        hidden: accepted, but not shown in the help.
         off: the flag that turns a boolean off, for example ``--no-hflip``.
-        eager: called with the context and the value before other flags are read.
+        eager: called with the context and the value before other flags are parsed.
     """
 
     metavar: str | None = None
@@ -135,19 +149,19 @@ class Flag:
 
 
 Overwrite = Annotated[bool, Flag(recorded=False)]
-"""A flag that a config file does not repeat: running from it must not delete what the run made."""
+"""Not recorded in the resolved config: repeating a run from it must not delete the run."""
 
 
 def add_command(
     app: typer.Typer, function: Callable[[Any], None], *, examples: str = "", actions: Mapping[str, Any] | None = None
 ) -> None:
-    """Make a function of one :class:`Options` a command of ``app``; its docstring is the help.
+    """Add a command to ``app``.
 
     Args:
         app: the program.
-        function: takes the settings.
+        function: takes one :class:`Options`; its docstring is the help.
         examples: printed below the help.
-        actions: further flags by name, as Typer's annotations: what they do is their callback.
+        actions: further flags by name, as Typer annotations whose callbacks do the work.
     """
     model = next(iter(get_type_hints(function).values()))
 
@@ -156,38 +170,38 @@ def add_command(
         given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
         function(model.parse(typed, frozenset(given)))
 
-    # Typer reads a function's signature and has no other public way to declare parameters.
+    # Typer reads parameters from a function's signature and has no other public way to declare them.
     parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    parameters += [_parameter(*each) for each in fields_of(model)]
+    parameters += [_parameter(*declaration) for declaration in fields_of(model)]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
         for name, kind in {**(actions or {}), "config": _CONFIG}.items()
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = function.__doc__
     app.command(function.__name__, epilog=examples)(command)
 
 
 def fields_of(model: type[Options], group: str | None = None) -> Iterator[tuple[str, FieldInfo, str | None, Flag]]:
-    """Each flag of a model, groups resolved: name, field, title of its group, and what else it is."""
+    """Yield name, field, group title and :class:`Flag` of each flag of a model and its groups."""
     for name, field in model.model_fields.items():
         nested = group_of(field)
         if nested:
             yield from fields_of(nested, nested.model_config.get("title"))
         else:
-            flag = next((each for each in field.metadata if isinstance(each, Flag)), Flag())
+            flag = next((item for item in field.metadata if isinstance(item, Flag)), Flag())
             yield name.rstrip("_"), field, group, flag
 
 
 def group_of(field: FieldInfo) -> type[Options] | None:
-    """The model of a field that is a group of flags."""
+    """Return the model of a field that is a group of flags, else None."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Options) else None
 
 
 def flag_name(field: str) -> str:
-    """``--max-steps`` of ``max_steps``."""
+    """Convert ``max_steps`` to ``--max-steps``."""
     return "--" + field.rstrip("_").replace("_", "-")
 
 
@@ -204,10 +218,10 @@ _CONFIG = Annotated[
 
 
 def _parameter(name: str, field: FieldInfo, group: str | None, flag: Flag) -> inspect.Parameter:
-    """A field as Typer reads it."""
+    """Convert a field to a parameter that Typer understands."""
     bounds: dict[str, Any] = {
-        "min": next((each.ge for each in field.metadata if isinstance(each, Ge)), None),
-        "max": next((each.le for each in field.metadata if isinstance(each, Le)), None),
+        "min": next((item.ge for item in field.metadata if isinstance(item, Ge)), None),
+        "max": next((item.le for item in field.metadata if isinstance(item, Le)), None),
     }
     shown: dict[str, Any] = {
         "help": " ".join((field.description or "").split()),
@@ -231,16 +245,16 @@ def _parameter(name: str, field: FieldInfo, group: str | None, flag: Flag) -> in
 
 
 def _typed_as(kind: Any) -> Any:  # noqa: ANN401  (a type or a typing construct)
-    """What Typer makes of the words on the command line, from which pydantic makes ``kind``."""
+    """Return the type that Typer parses, from whose values pydantic makes ``kind``."""
     if get_origin(kind) in (Union, UnionType):
-        kind = next(each for each in get_args(kind) if each is not NoneType)
+        kind = next(member for member in get_args(kind) if member is not NoneType)
     if get_origin(kind) in (list, tuple):
         return list[_typed_as(get_args(kind)[0])]  # type: ignore[misc]
     return kind if kind in (bool, int, float, str, Path) or get_origin(kind) is Literal else str
 
 
 def _portable(value: Any, *, place: bool | str) -> Any:  # noqa: ANN401  (a command line value of any type)
-    """As YAML has it; paths of this machine are absolute."""
+    """Convert a value for YAML, with local paths made absolute."""
     if isinstance(value, (list, tuple)):
         return [_portable(item, place=place) for item in value]
     if isinstance(value, Path):

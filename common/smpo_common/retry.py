@@ -1,4 +1,4 @@
-"""Failures of storage and of the machine that pass: worth another try, and never a reason to reject a pair."""
+"""Transient I/O errors: retry them, and never reject a pair for one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tenacity
 
 from smpo_common.errors import UserError
 
-PASSING_ERRNOS = (
+TRANSIENT_ERRNOS = (
     errno.EIO,
     errno.EAGAIN,
     errno.EBUSY,
@@ -18,7 +18,7 @@ PASSING_ERRNOS = (
     errno.ECONNREFUSED,
     errno.ECONNRESET,
     errno.ENOTCONN,
-    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux only
     errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
     errno.ENETUNREACH,
@@ -26,26 +26,25 @@ PASSING_ERRNOS = (
     errno.ENFILE,
     errno.ENOMEM,
 )
-"""What network file systems say while their server is away, and what a machine says while it has too many open files,
-or too little memory. A full disk, or one that may not be written, is another
-matter: somebody has to do something about it first."""
+"""Errors of network file systems whose server is away, and of a machine with too many open files or too little memory.
+A full or read-only disk is not among them: waiting does not help."""
 
 
-def _is_passing(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, UserError) else error
-    return isinstance(cause, OSError) and cause.errno in PASSING_ERRNOS
+    return isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNOS
 
 
-PASSING_RETRY = tenacity.Retrying(
-    retry=tenacity.retry_if_exception(_is_passing),
+TRANSIENT_RETRY = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(_is_transient),
     wait=tenacity.wait_exponential(),
     stop=tenacity.stop_after_attempt(6),
     reraise=True,
 )
 """Retries after 1, 2, 4, 8 and 16 seconds.
 
-For the driver; what workers do Ray tries again. An object store's failures were tried again where they occurred.
+For the driver: Ray itself retries workers' tasks, and :class:`smpo_common.store_path.StorePath` its requests.
 """
 
-trying_again = PASSING_RETRY.wraps
-"""Decorates a function that may be called again where storage fails for a moment."""
+retry_transient = TRANSIENT_RETRY.wraps
+"""Decorate a function that is safe to call again, to retry it on transient errors."""

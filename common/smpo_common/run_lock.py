@@ -1,8 +1,8 @@
-"""One run at a time in a directory of this machine's file systems.
+"""Let one run at a time write into a directory of a mounted file system.
 
-The lock is the kernel's, not the file: it ends with the process that holds it, however that ends, so that a killed run
-blocks nobody. Between machines it holds where the file system carries such locks (NFS 4, Lustre and GPFS so mounted).
-Where a file system has none, the file itself is the lock, which only one run can create; a killed run leaves it.
+The lock is the kernel's (flock or lockf): it ends with its process, so that a killed run does not block the next one.
+It works between machines where the file system supports it (NFS 4, Lustre and GPFS mounted for it). On a file system
+without locks the file itself is the lock: only one run can create it, and a killed run leaves it behind.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from smpo_common.errors import UserError
 LOCK_FILE = ".lock"
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system says that has no locks."""
+"""Errors of a file system without locks."""
 
 _BY_FILE = "by this file alone"
+"""In a lock file's text: its existence is the lock."""
 
 
 class _HeldByFileError(Exception):
-    """The file is the lock, and was there."""
+    """The file itself is the lock, and exists."""
 
 
 @contextmanager
 def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
-    """Hold ``directory`` (made where it is missing) for this run.
+    """Lock ``directory`` for this run; create it if it is missing.
 
     Args:
-        directory: nobody else may write it meanwhile.
-        lock: ``fcntl.flock``, or ``fcntl.lockf`` for a process that forks: its children inherit flock's locks, and may
-            live on for seconds where it is killed. Nothing else in that process may open the file then: closing it
-            would end the lock.
+        directory: where the run writes.
+        lock: ``fcntl.flock``, or ``fcntl.lockf`` for a process that forks: its children inherit flock's locks and may
+            outlive it by seconds where it is killed. With lockf nothing else in the process may open the file: closing
+            it would release the lock.
 
     Raises:
-        UserError: another run holds it, or it cannot be written.
+        UserError: another run holds the lock, or the directory cannot be written.
     """
     path = directory / LOCK_FILE
     try:
@@ -50,8 +51,8 @@ def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
         raise refusal(directory, _owner(path)) from None
     except _HeldByFileError:
         raise UserError(
-            f"{path}: another run ({_owner(path)}) writes here, or was killed, which cannot be told without the "
-            "file system's locks: wait for it, or, if it is gone, remove that file"
+            f"{path}: another run ({_owner(path)}) writes here or was killed; this file system has no locks to tell "
+            "which. Wait for it, or remove that file if it is gone"
         ) from None
     except OSError as error:
         raise UserError(f"--out: cannot write {path}: {error.strerror}") from error
@@ -64,7 +65,7 @@ def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
 
 
 def holder(directory: Path) -> str | None:
-    """Name the process that holds ``directory``, or None; where the file is the lock, also one that was killed."""
+    """Name the process that holds ``directory``, or None. Without file system locks a killed one is named too."""
     path = directory / LOCK_FILE
     try:
         with path.open("rb") as file:
@@ -79,38 +80,38 @@ def holder(directory: Path) -> str | None:
 
 
 def refusal(directory: object, owner: str) -> UserError:
-    """Say that another run writes into ``directory``."""
-    return UserError(f"{directory} is being written by another run ({owner}): wait for it, or take another --out")
+    """Make the error that another run is writing into ``directory``."""
+    return UserError(f"{directory} is being written by another run ({owner}): wait for it, or choose another --out")
 
 
 def _owner(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8") or "which has just begun"
+        return path.read_text(encoding="utf-8") or "just started"
     except OSError:
-        return "which is just ending"
+        return "just ending"
 
 
 def _is_lock(descriptor: int) -> bool:
-    """Whether a file that the kernel does not hold locked is a lock by being there."""
+    """Whether the file's existence is the lock, rather than the kernel's lock on it."""
     return _BY_FILE.encode() in os.pread(descriptor, 1000, 0)
 
 
 def _lock_current(path: Path, lock: Callable[[int, int], object]) -> int:
-    """Lock the file that stands at ``path``: who had it before may have removed it while we were opening it.
+    """Lock the file at ``path`` and write this process's name into it.
 
     Raises:
-        _HeldByFileError: it is the lock itself, another run's or a killed one's.
+        _HeldByFileError: the file itself is the lock, of another run or of a killed one.
     """
-    while True:
+    while True:  # until the locked file is the one at path: the last holder may remove it after we opened it
         descriptor, created = _open(path)
         try:
             by_file = not _locked(descriptor, lock)
             if not created and (by_file or _is_lock(descriptor)):
                 raise _HeldByFileError
             if _is_at(path, descriptor):
-                how = f", {_BY_FILE}" if by_file else ""
+                suffix = f", {_BY_FILE}" if by_file else ""
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}{how}".encode())
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}{suffix}".encode())
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -119,8 +120,8 @@ def _lock_current(path: Path, lock: Callable[[int, int], object]) -> int:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """The file, and whether it was made here."""
-    while True:
+    """Open or create the file; the flag tells whether this call created it."""
+    while True:  # another run may remove it between the two attempts
         with suppress(FileExistsError):
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
         with suppress(FileNotFoundError):
@@ -128,7 +129,7 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _locked(descriptor: int, lock: Callable[[int, int], object]) -> bool:
-    """Lock a file; False where the file system has no locks."""
+    """Lock a file; return False if the file system has no locks."""
     try:
         lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -139,6 +140,7 @@ def _locked(descriptor: int, lock: Callable[[int, int], object]) -> bool:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` still names the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

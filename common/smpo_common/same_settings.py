@@ -1,4 +1,4 @@
-"""Whether a run belongs into an output that is already there: their settings must be the same."""
+"""Refuse to continue an existing output with other settings."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from typing import Any
 
 from smpo_common.errors import UserError
 
-_LONGEST = 100
-"""Characters of both values that are shown; of longer ones only the name is."""
+_MAX_CHARACTERS = 100
+"""If both values together are longer, only the setting's name is shown."""
 
 
-def require_same_settings(out: object, state: str, there: Any, here: Mapping[str, Any]) -> None:  # noqa: ANN401  (JSON)
-    """Refuse to continue an output that was made with other settings.
+def require_same_settings(out: object, state: str, stored: Any, current: Mapping[str, Any]) -> None:  # noqa: ANN401  (JSON)
+    """Raise an error that names each difference between an output's settings and this run's.
 
     Args:
         out: names the output.
-        state: what it holds, for example ``a finished run``.
-        there: its settings, as they were read from a file.
-        here: the settings of this run, JSON values.
+        state: its state, for example ``a finished run``.
+        stored: the output's settings, as read from a file.
+        current: this run's settings, JSON values.
 
     Raises:
-        UserError: they differ; the error names each difference.
+        UserError: they differ.
     """
-    changed = "; ".join(_differences(there, here))
+    changed = "; ".join(_differences(stored, current))
     if changed:
         raise UserError(
-            f"{out} holds {state} with other settings ({changed}); choose another --out, or --overwrite to replace it"
+            f"{out} holds {state} with other settings ({changed}); choose another --out, or replace it with --overwrite"
         )
 
 
-def _differences(there: Any, here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:  # noqa: ANN401  (JSON)
-    if not isinstance(there, Mapping):
+def _differences(stored: Any, current: Mapping[str, Any], prefix: str = "") -> Iterator[str]:  # noqa: ANN401  (JSON)
+    if not isinstance(stored, Mapping):
         yield f"{prefix or 'its record '}is malformed"
         return
-    for name in dict.fromkeys((*here, *there)):
-        old, new = there.get(name), here.get(name)
+    for name in dict.fromkeys((*current, *stored)):
+        old, new = stored.get(name), current.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from _differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            shown = f": {old} there, {new} here" if len(f"{old}{new}") <= _LONGEST else ""
+            shown = f": {old} there, {new} here" if len(f"{old}{new}") <= _MAX_CHARACTERS else ""
             yield f"{prefix}{name}{shown}"

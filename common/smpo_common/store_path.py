@@ -1,8 +1,8 @@
 """Files on an object store, with the part of pathlib's interface that this project uses.
 
-A folder is nothing but the beginning of names: it exists while a file in it does. A PUT makes a file whole or not at
-all, so that nothing is renamed. A failure that passes is tried again here, after the client of the store has tried
-itself; one that does not pass ends the run in one line, and is never taken for a file that is not there.
+A folder is only a prefix of names: it exists while a file in it does. A PUT is atomic, so that no file is written under
+a temporary name and renamed. A failed request is retried here, beyond the retries of the store's client; one that keeps
+failing raises :class:`UserError`, and is never mistaken for a missing file.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ import tenacity
 from smpo_common.errors import UserError
 
 _ATTEMPTS = 4
-_LASTING = (FileExistsError, FileNotFoundError, PermissionError)
+_FINAL = (FileExistsError, FileNotFoundError, PermissionError)
+"""Answers of the store that another attempt does not change."""
+
 _RETRY = tenacity.Retrying(
-    retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, _LASTING)),
+    retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, _FINAL)),
     wait=tenacity.wait_exponential(exp_base=3),
     stop=tenacity.stop_after_attempt(_ATTEMPTS),
     reraise=True,
 )
-"""Pauses of 1, 3 and 9 seconds, besides what the store's client waits between its own attempts."""
+"""Retries after 1, 3 and 9 seconds, besides the client's own retries."""
 
-_TIMES = ("LastModified", "mtime", "last_modified", "created")
-"""When a file was written, by the names that s3fs, gcsfs, adlfs and fsspec's memory give it."""
+_TIME_KEYS = ("LastModified", "mtime", "last_modified", "created")
+"""Keys of the modification time in s3fs, gcsfs, adlfs and fsspec's memory store."""
 
 _BUFFER = 1 << 20
 Result = TypeVar("Result")
@@ -44,7 +46,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class FileStatus:
-    """Bytes of a file and when it was written (since 1970, in seconds and in nanoseconds), by pathlib's names."""
+    """A file's bytes and modification time (Unix, in seconds and in nanoseconds), with ``os.stat_result``'s names."""
 
     st_size: int
     st_mtime: float
@@ -53,7 +55,7 @@ class FileStatus:
 
 @dataclass(frozen=True, order=True)
 class StorePath:
-    """A file or folder by its URL (``s3://``, ``gs://`` and what else fsspec knows), without a slash at its end."""
+    """A file or folder by its URL (``s3://``, ``gs://`` or another of fsspec's), without a trailing slash."""
 
     url: str
 
@@ -65,53 +67,53 @@ class StorePath:
 
     @property
     def name(self) -> str:
-        """What follows the last slash."""
+        """The last part of the URL."""
         return self.url.rpartition("/")[2]
 
     @property
     def suffix(self) -> str:
-        """The end of the name, from its last dot."""
+        """The end of the name, from the last dot."""
         return Path(self.name).suffix
 
     @property
     def parent(self) -> StorePath:
-        """The folder."""
+        """The folder that holds this."""
         return StorePath(self.url.rpartition("/")[0])
 
     def with_suffix(self, suffix: str) -> StorePath:
-        """The same with another suffix."""
+        """Replace the suffix."""
         return self.parent / Path(self.name).with_suffix(suffix).name
 
     def absolute(self) -> StorePath:
-        """Itself: a URL means the same everywhere."""
+        """Return itself: URLs are already absolute."""
         return self
 
     def is_file(self) -> bool:
-        """Whether there is such a file."""
+        """Whether this is an existing file."""
         return self._type() == "file"
 
     def is_dir(self) -> bool:
-        """Whether the name of any file begins with this folder."""
+        """Whether a file exists in this folder."""
         return self._type() == "directory"
 
     def exists(self) -> bool:
-        """Whether it is either."""
+        """Whether this is an existing file or folder."""
         return self._type() is not None
 
     def stat(self) -> FileStatus:
-        """The file's size and time."""
+        """Read the file's size and modification time."""
         return self._status(self._info())
 
     def size(self) -> int:
-        """Bytes of the file."""
+        """Read the file's size in bytes."""
         return int(self._info()["size"])
 
     def iterdir(self) -> Iterator[StorePath]:
-        """Files and folders in this folder."""
+        """List the files and folders in this folder, sorted."""
         return (self / name for name in sorted(self._list()))
 
     def statuses(self, pattern: str) -> dict[AnyPath, FileStatus]:
-        """Size and time of the files in this folder whose names match, all from the listing."""
+        """Read size and time of the files in this folder whose names match, in one listing."""
         return {
             self / name: self._status(info)
             for name, info in self._list().items()
@@ -119,30 +121,30 @@ class StorePath:
         }
 
     def glob(self, pattern: str) -> Iterator[StorePath]:
-        """Those in this folder whose names match."""
+        """List the files and folders in this folder whose names match."""
         return (path for path in self.iterdir() if fnmatch(path.name, pattern))
 
     def rglob(self, pattern: str) -> Iterator[StorePath]:
-        """Files in this folder and below whose names match."""
+        """List the files in this folder and its subfolders whose names match."""
         for name in self._call("list", lambda fs, path: fs.find(path)):
             path = self / name[len(self._root) :].lstrip("/")
             if fnmatch(path.name, pattern):
                 yield path
 
     def read_bytes(self) -> bytes:
-        """The whole file."""
+        """Read the whole file."""
         return self.read_range(None, None)
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """The whole file as text."""
+        """Read the whole file as text."""
         return self.read_bytes().decode(encoding)
 
     def read_range(self, start: int | None, stop: int | None) -> bytes:
-        """Bytes ``start`` (included) to ``stop`` (excluded)."""
+        """Read bytes ``start`` (included) to ``stop`` (excluded)."""
         return bytes(self._call("read", lambda fs, path: fs.cat_file(path, start=start, end=stop)))
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """The file for reading, with seeks; each read is a request for a range."""
+        """Open the file for reading, with seeks; each read requests a range."""
         if mode != "rb":
             raise ValueError(f"{self}: objects are read as bytes and written whole, not opened as {mode!r}")
         return io.BufferedReader(_Ranges(self), _BUFFER)
@@ -152,22 +154,22 @@ class StorePath:
         self._call("read", lambda fs, path: fs.get_file(path, str(target)))
 
     def upload(self, source: Path) -> None:
-        """Put a local file here, in one PUT or, where it is large, as one upload of several parts."""
+        """Upload a local file, in one PUT or, if it is large, in several parts."""
         self._call("write", lambda fs, path: fs.put_file(str(source), path))
 
     def create(self, content: bytes) -> bool:
-        """Write the file if there is none; of several who try at once, one succeeds. Returns whether it is this one."""
+        """Write the file unless it exists; return whether it was written. Of several writers at once, one succeeds."""
         try:
             self._call("write", lambda fs, path: _create(fs, path, content))
         except FileExistsError:
-            # An answer may have been lost, and the second attempt have found what the first one wrote.
+            # If the store's answer was lost, the second attempt finds the file that the first one wrote.
             with suppress(FileNotFoundError):
                 return self.read_bytes() == content
             return False
         return True
 
     def overwrite(self, content: bytes) -> None:
-        """Write the file, whatever is there."""
+        """Write the file, replacing an existing one."""
         self._call("write", lambda fs, path: fs.pipe_file(path, content))
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -181,46 +183,47 @@ class StorePath:
     def remove_tree(self) -> None:
         """Remove all files of this folder, with as few requests as the store allows."""
         if self.is_dir():
-            # It is taken for a pattern, in which *, ? and [ would stand for others' folders too.
+            # fsspec takes the path as a pattern: an unescaped *, ? or [ would match other folders too.
             self._call("remove", lambda fs, path: fs.rm(glob.escape(path), recursive=True))
 
     def rmdir(self) -> None:
-        """Nothing: a folder is gone with its last file."""
+        """Do nothing: object stores have no directories."""
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
-        """The file system, and the path there. What others write must be seen: listings are not kept."""
+        """The fsspec file system and this path on it."""
         try:
+            # A cached listing would hide files that other machines write.
             return fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
             raise UserError(f"{self}: {error}") from error
         except ValueError as error:
-            raise UserError(f"{self}: {error}; paths and URLs that fsspec knows (s3://, gs://) can be named") from error
+            raise UserError(f"{self}: {error}; give a local path or a URL that fsspec knows (s3://, gs://)") from error
 
     @property
     def _root(self) -> str:
         return self._place[1]
 
     def __reduce__(self) -> tuple[type[StorePath], tuple[str]]:
-        # Not the file system: each process has connections of its own.
+        # Without the cached file system: each process opens its own connections.
         return StorePath, (self.url,)
 
     def _list(self) -> dict[str, dict[str, Any]]:
-        """What the store says of each file and folder in this folder, by name."""
+        """List the store's records of the files and folders in this folder, by name."""
         try:
-            found = self._call("list", lambda fs, path: fs.ls(path, detail=True))
+            entries = self._call("list", lambda fs, path: fs.ls(path, detail=True))
         except FileNotFoundError:
             return {}
-        inside = f"{self._root}/"
-        # An empty object may stand for the folder itself.
+        prefix = f"{self._root}/"
+        # Some tools mark a folder by an empty object of the folder's own name: skip it.
         return {
-            each["name"][len(inside) :].rstrip("/"): each
-            for each in found
-            if each["name"].startswith(inside) and each["name"] != inside
+            entry["name"][len(prefix) :].rstrip("/"): entry
+            for entry in entries
+            if entry["name"].startswith(prefix) and entry["name"] != prefix
         }
 
     def _status(self, info: Mapping[str, Any]) -> FileStatus:
-        modified = next((info[name] for name in _TIMES if info.get(name)), None)
+        modified = next((info[key] for key in _TIME_KEYS if info.get(key)), None)
         if modified is None:
             modified = self._call("read", lambda fs, _: fs.modified(info["name"]))
         seconds = modified.timestamp() if isinstance(modified, datetime) else float(modified)
@@ -235,13 +238,13 @@ class StorePath:
         except FileNotFoundError:
             return None
 
-    def _call(self, what: str, operation: Callable[[Any, str], Result]) -> Result:
-        """Do something on the store, up to ``_ATTEMPTS`` times.
+    def _call(self, verb: str, operation: Callable[[Any, str], Result]) -> Result:
+        """Call ``operation(filesystem, path)``, up to ``_ATTEMPTS`` times; ``verb`` names it in errors.
 
         Raises:
-            FileNotFoundError: the file, or what it lies in, is not there.
-            FileExistsError: it was to be made, and is there.
-            UserError: the store does not permit it, has no such bucket, cannot be reached, or still fails.
+            FileNotFoundError: the file or its folder does not exist.
+            FileExistsError: the operation creates a file that exists.
+            UserError: no permission, no such bucket, or the store keeps failing or cannot be reached.
         """
         filesystem, path = self._place
         try:
@@ -249,40 +252,41 @@ class StorePath:
         except FileExistsError:
             raise
         except FileNotFoundError as error:
-            # No bucket is no missing file, but a mistake in its name.
-            if what == "write" or _said(error).get("Error", {}).get("Code") == "NoSuchBucket":
-                raise UserError(f"cannot {what} {self}: {error}") from None
+            # A missing bucket is a mistake in the URL, not a missing file that the caller expects.
+            if verb == "write" or _response(error).get("Error", {}).get("Code") == "NoSuchBucket":
+                raise UserError(f"cannot {verb} {self}: {error}") from None
             raise
         except PermissionError as error:
-            raise UserError(f"cannot {what} {self}: the store does not permit it: {error}") from error
-        except Exception as error:  # noqa: BLE001  (each store has errors of its own)
+            raise UserError(f"cannot {verb} {self}: the store does not permit it: {error}") from error
+        except Exception as error:  # noqa: BLE001  (each store raises its own errors)
             reason = f"{type(error).__name__}: {error}"
-            # Without its cause: it has been tried again, and often enough.
-            raise UserError(f"cannot {what} {self}, tried {_ATTEMPTS} times: {reason}") from None
+            # Without its cause, so that retry_transient does not retry it a second time.
+            raise UserError(f"cannot {verb} {self}, tried {_ATTEMPTS} times: {reason}") from None
 
 
-def _create(filesystem: Any, path: str, content: bytes) -> None:  # noqa: ANN401  (of any store)
-    """Write a file if there is none.
+def _create(filesystem: Any, path: str, content: bytes) -> None:  # noqa: ANN401  (any store's)
+    """Write a file unless it exists.
 
     Raises:
-        FileExistsError: there is one. s3fs says so of Amazon's answer alone; others have its status, not its words.
+        FileExistsError: it exists.
     """
     try:
         filesystem.pipe_file(path, content, mode="create")
     except OSError as error:
-        if _said(error).get("ResponseMetadata", {}).get("HTTPStatusCode") == HTTPStatus.PRECONDITION_FAILED:
+        # s3fs recognises the error by Amazon's wording; other stores send only the same status.
+        if _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode") == HTTPStatus.PRECONDITION_FAILED:
             raise FileExistsError(path) from error
         raise
 
 
-def _said(error: BaseException) -> Mapping[str, Any]:
-    """The answer of an S3 store that s3fs made an error of; empty where there is none."""
-    answer = getattr(error.__cause__, "response", None)
-    return answer if isinstance(answer, dict) else {}
+def _response(error: BaseException) -> Mapping[str, Any]:
+    """Return the S3 response behind an error of s3fs, or an empty one."""
+    response = getattr(error.__cause__, "response", None)
+    return response if isinstance(response, dict) else {}
 
 
 class _Ranges(io.RawIOBase):
-    """A file on a store as a stream that can seek."""
+    """A seekable stream of a file on a store."""
 
     def __init__(self, path: StorePath) -> None:
         self._path, self._size, self._at = path, path.size(), 0
@@ -301,7 +305,7 @@ class _Ranges(io.RawIOBase):
         return self._at
 
     def readall(self) -> bytes:
-        """The rest in one request; the base class asks for a few kilobytes at a time."""
+        """Read the rest in one request; the base class requests a few kilobytes at a time."""
         data = self._path.read_range(self._at, self._size) if self._at < self._size else b""
         self._at += len(data)
         return data
@@ -318,11 +322,11 @@ class _Ranges(io.RawIOBase):
 
 
 AnyPath = Path | StorePath
-"""A file or folder here or on an object store."""
+"""A file or folder on a mounted file system or on an object store."""
 
 
 def parse_path(text: str) -> AnyPath:
-    """What a user wrote: a URL, or a path of this machine."""
+    """Parse a user's URL or path."""
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
     return StorePath(text.rstrip("/")) if "://" in text else Path(text)

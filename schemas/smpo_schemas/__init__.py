@@ -1,6 +1,6 @@
-"""The data contract: pairs, scores, shards, manifest, and what scores mean.
+"""The data formats (pairs, scores, shards, manifest) and the conversion of scores to preferences.
 
-The names below are for notebooks (docs/guide/python.md); they are imported when they are first used.
+The names below are for notebooks (docs/guide/python.md); they are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``calibration.json``: how sharply each reward speaks for people, fitted to labels, and how well mixes do by them."""
+"""``calibration.json``: each reward's temperature and weight, fitted to labels, and how well mixes fit them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class CalibratedReward(FrozenModel):
     """One reward of the mixture.
 
     Attributes:
-        model, fingerprint, unit: of the reward, as in ``scores.json``; another model's scores need another calibration.
+        model, fingerprint, unit: as in ``scores.json``; scores of another model need another calibration.
         tau: temperature in the mixture, in units of the raw score.
-        weight: share of the annotators that the mixture gives it; the shares sum to 1.
-        tau_alone: temperature of this reward if it were the only one.
+        weight: share of the annotators in the mixture; the shares sum to 1.
+        tau_alone: temperature if this were the only reward.
     """
 
     model: str
@@ -37,12 +37,12 @@ class CalibratedReward(FrozenModel):
 
 
 class Bin(FrozenModel):
-    """Labels of pairs of which p prefers one image with ``start`` to ``stop``.
+    """One bin of the reliability diagram: pairs whose preferred image has a p from ``start`` to ``stop``.
 
     Attributes:
-        labels: how many.
-        mean_p: of the preferred image.
-        share_chosen: how often people chose that image; a tie counts half.
+        labels: number of labels.
+        mean_p: mean p of the preferred image.
+        share_chosen: share of labels that chose this image; a tie counts half.
     """
 
     start: float
@@ -53,11 +53,11 @@ class Bin(FrozenModel):
 
 
 class Fit(FrozenModel):
-    """How well a p does by labels that it was not fitted to.
+    """How well p predicts labels that it was not fitted to.
 
     Attributes:
-        agreement: share of the decided labels that it orders alike; p = 0.5 orders none.
-        log_loss: mean cross-entropy of the labels, ties as 0.5, in nats; p = 0.5 everywhere has ln 2.
+        agreement: share of decided labels that p orders the same way; p = 0.5 orders none.
+        log_loss: mean cross-entropy of the labels, ties as 0.5, in nats; p = 0.5 everywhere gives ln 2.
         calibration_error: expected calibration error over ``bins``.
         bins: the reliability diagram, without empty bins.
     """
@@ -73,11 +73,11 @@ class Calibration(FrozenModel):
 
     Attributes:
         rewards: the mixture, by reward name.
-        weights: whether ``weight`` was fitted, or equal weights did better on held-out prompts.
-        held_out: by name of a reward or mix, over all labels, each predicted from the folds that it is not in.
-        labels: number of labels, ties included; ``ties`` of them are ties.
-        prompts, folds, seed: the prompts were dealt to ``folds`` folds by ``seed``.
-        scores_sha256: of the ``scores.json`` of the scores.
+        weights: ``fitted``, or ``equal`` where equal weights did better on held-out prompts.
+        held_out: by name of a reward or mix, over all labels, each predicted by a fit to the other folds.
+        labels: number of labels, including ``ties`` ties.
+        prompts, folds, seed: ``seed`` assigned the prompts to ``folds`` folds.
+        scores_sha256: hash of ``scores.json``.
     """
 
     schema_version: int

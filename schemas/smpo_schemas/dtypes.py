@@ -3,4 +3,4 @@
 from typing import Literal
 
 Dtype = Literal["bf16", "fp16", "fp32"]
-"""As ``--dtype`` takes them."""
+"""The values of ``--dtype``."""

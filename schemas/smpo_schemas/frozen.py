@@ -1,4 +1,4 @@
-"""The base of models that are written to JSON files and read back."""
+"""The base class of records that are written to JSON files and read back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FrozenModel(BaseModel):
-    """Values that do not change; a field that the model does not have is an error."""
+    """Immutable; unknown fields, NaN and infinity are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

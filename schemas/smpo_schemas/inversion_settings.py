@@ -1,57 +1,56 @@
-"""The settings of an inversion: what decides what is stored, besides the model, the pairs and the seed."""
+"""The settings of an inversion, as the manifest records them."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from smpo_common.errors import UserError
 from smpo_schemas.dtypes import Dtype
+from smpo_schemas.frozen import FrozenModel
 
 
-class InversionSettings(BaseModel):
-    """Everything that decides what is stored, besides the model, the pairs and the seed.
+class InversionSettings(FrozenModel):
+    """Everything that determines the stored states, besides the model, the pairs and the seed.
 
     Attributes:
         source: ``renoise``: trajectories of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian
             noise.
-        forward_noise: ``forward``: whether both images of a ``pair`` get the same noise (Diffusion-DPO), or each
-            ``image`` its own (CaPO).
+        forward_noise: for ``forward``: both images of a ``pair`` get the same noise (Diffusion-DPO), or each ``image``
+            its own (CaPO).
         start: where a trajectory begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level),
             or a timestep up to which nodes are reached by forward noising.
         timesteps: ``jittered`` (one uniform draw in each of ``steps`` equal strata), ``grid`` (the scheduler's own
-            inference grid) or ``published`` (state of the grid's first node at or above a uniform t, or of its last
-            one, used as if at t; each step asks the model at the timestep that it starts from).
-        steps: number of steps of a trajectory.
-        solver: how a trajectory's step is solved: ``ddim`` (not at all), ``renoise`` (a fixed number of iterations),
-            ``adaptive`` (iterated until it has converged) or ``anderson`` (the same, accelerated).
-        renoise_steps: ``renoise``: iterations a step, one evaluation each after the first; 0 is DDIM inversion.
-        renoise_average: ``renoise``: which of the step's ``renoise_steps`` + 1 estimates are averaged; see
+            inference grid) or ``published`` (the state of the grid's first node at or above a uniform t, or of its last
+            node, used as if it were at t; each step evaluates the model at the timestep that it starts from).
+        steps: steps per trajectory.
+        solver: solves a step's implicit equation: ``ddim`` (one evaluation, no solving), ``renoise`` (a fixed number of
+            iterations), ``adaptive`` (iterated to convergence) or ``anderson`` (the same, accelerated).
+        renoise_steps: for ``renoise``: iterations per step, one evaluation each after the first; 0 is DDIM inversion.
+        renoise_average: for ``renoise``: which of the step's ``renoise_steps`` + 1 estimates are averaged; see
             :func:`averaged_estimates`.
-        tolerance: ``adaptive``, ``anderson``: residual at which an image's step is done.
-        max_evaluations: ``adaptive``, ``anderson``: evaluations after which an image's step ends as it is.
-        anderson_depth: ``anderson``: differences that the acceleration looks back on.
+        tolerance: for ``adaptive`` and ``anderson``: stop iterating an image's step at this residual.
+        max_evaluations: for ``adaptive`` and ``anderson``: limit of evaluations for an image's step.
+        anderson_depth: for ``anderson``: previous differences that the acceleration uses.
         eta: scale of the Gaussian noise added after each step, in DDIM posterior standard deviations
             (DDIM-InPO, arXiv 2503.18454).
         guidance_scale: classifier-free guidance of the inverting denoiser; 1 is none.
-        states: how many of a trajectory's states are stored, drawn for each trajectory; None is all.
-        trajectories: how many times each pair is inverted, each with its own draws.
+        states: number of a trajectory's states that are stored, drawn per trajectory; None is all.
+        trajectories: inversions of each pair, each with its own draws.
         vae_latent: ``sample`` the VAE's posterior or take its ``mode``.
-        prompt_dropout: probability that a trajectory is made, and trained, under the empty prompt.
-        empty_prompt: ``model``: the embedding that the model's own pipeline guides with (zeros for SDXL);
-            ``encoded``: what the text encoders make of "", as SmPO's published SDXL code.
+        prompt_dropout: probability that a trajectory uses the empty prompt, in inversion and training.
+        empty_prompt: ``model``: the embedding that the model's own pipeline uses for guidance (zeros for SDXL);
+            ``encoded``: the text encoders' output for "", as in SmPO's published SDXL code.
         hflip: whether half of the trajectories mirror both images.
-        size_conditioning: of models that are conditioned on sizes (SDXL): ``image``: each image's own original size and
-            crop; ``constant``: the resolution and no crop for all, as the published code.
-        storage: what latents and noise are rounded to, before ``ref_error`` is measured; directories that do not say
-            it have ``float16``.
-        buckets: whether images are brought to one of several sizes of about the resolution's area, by their aspect
-            ratio, rather than to the square.
-        dtype: of the inverting denoiser's forward passes, and of the products in the reference's.
+        size_conditioning: for models with size conditioning (SDXL): ``image``: each image's original size and crop;
+            ``constant``: the resolution and no crop for all, as in the published code.
+        storage: dtype of stored latents and noise; ``ref_error`` is measured after this rounding. A manifest without
+            this key means ``float16``.
+        buckets: whether images are resized by aspect ratio to one of several sizes of about the resolution's area,
+            instead of to a square.
+        dtype: of the inverting denoiser's forward passes, and of matrix products in the reference's.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     source: Literal["renoise", "forward"] = "renoise"
     forward_noise: Literal["pair", "image"] = "pair"
@@ -79,14 +78,14 @@ class InversionSettings(BaseModel):
 
 
 def averaged_estimates(text: str, renoise_steps: int) -> frozenset[int]:
-    """Which of ReNoise's estimates e_0 .. e_renoise_steps are averaged.
+    """Parse which of ReNoise's estimates e_0 .. e_renoise_steps are averaged.
 
     Args:
-        text: ``all``, ``lastN`` (of fewer than N estimates all) or their numbers, as in ``0,1``.
+        text: ``all``, ``lastN`` (all if there are fewer than N estimates) or their numbers, as in ``0,1``.
         renoise_steps: iterations.
 
     Raises:
-        UserError: none of these, or a number that is not there.
+        UserError: the text is malformed, or names an estimate above ``renoise_steps``.
     """
     if text == "all":
         return frozenset(range(renoise_steps + 1))
@@ -95,7 +94,7 @@ def averaged_estimates(text: str, renoise_steps: int) -> frozenset[int]:
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) <= renoise_steps for part in parts):
         raise UserError(
-            f"--renoise-average {text}: all, lastN (last2), or numbers from 0 to {renoise_steps} (0,1); "
-            f"--renoise-steps {renoise_steps} makes {renoise_steps + 1} estimates"
+            f"--renoise-average {text}: give all, lastN (for example last2) or numbers from 0 to {renoise_steps} "
+            f"(for example 0,1); --renoise-steps {renoise_steps} makes {renoise_steps + 1} estimates"
         )
     return frozenset(int(part) for part in parts)

@@ -1,8 +1,8 @@
-"""``manifest.json``: what a directory of shards was made from, with what settings, and what is in it."""
+"""``manifest.json``: the model, the settings and the content of a directory of shards."""
 
 from __future__ import annotations
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from smpo_common.errors import UserError
 from smpo_common.files import Count, FileName, read_versioned, write_json
@@ -16,19 +16,15 @@ MANIFEST_FILE = "manifest.json"
 REJECTS_FILE = "rejected.parquet"
 
 
-class _Part(FrozenModel):
-    model_config = ConfigDict(allow_inf_nan=False)
-
-
-class ModelInfo(_Part):
+class ModelInfo(FrozenModel):
     """The diffusion model that made the shards.
 
     Attributes:
-        id: hub id or folder, as it was given.
+        id: hub id or folder, as the user gave it.
         kind: model family, for example ``sd15``.
-        prediction_type: what its denoiser predicts: ``epsilon``, ``v_prediction`` or ``sample``.
+        prediction_type: what the denoiser predicts: ``epsilon``, ``v_prediction`` or ``sample``.
         reference: fingerprint of the denoiser that ``ref_error`` was measured with.
-        inverting_denoiser: fingerprint of the denoiser that carried the images along.
+        inverting_denoiser: fingerprint of the denoiser that made the trajectories.
         text: fingerprint of the text encoders.
         vae: fingerprint of the VAE.
         scheduler: fingerprint of the noise levels and prediction type.
@@ -46,8 +42,8 @@ class ModelInfo(_Part):
     num_train_timesteps: int = Field(ge=1, le=2**31)
 
 
-class ShardEntry(_Part):
-    """One tar: how many pairs, trajectories (samples) and states it holds, and its exact bytes."""
+class ShardEntry(FrozenModel):
+    """One tar: its numbers of pairs, trajectories (``samples``) and states, its size and hash."""
 
     name: FileName
     pairs: Count
@@ -57,34 +53,34 @@ class ShardEntry(_Part):
     sha256: str
 
 
-class IndexEntry(_Part):
-    """The index of all trajectories (:mod:`smpo_schemas.shards.index`) and its exact bytes."""
+class IndexEntry(FrozenModel):
+    """The index of all trajectories (:mod:`smpo_schemas.shards.index`): its size and hash."""
 
     name: FileName
     bytes: Count
     sha256: str
 
 
-class Bucket(_Part):
-    """An image size, in pixels, and how many pairs have it."""
+class Bucket(FrozenModel):
+    """An image size, in pixels, and its number of pairs."""
 
     height: int
     width: int
     pairs: int
 
 
-class BandHealth(_Part):
-    """How believable the states of one timestep band are: all but the last two on a sample of pairs.
+class BandHealth(FrozenModel):
+    """Quality of the states of one timestep band; all but the last two fields are measured on a sample of pairs.
 
     Attributes:
         start, stop: the band's timesteps, ``stop`` excluded.
-        states: number of images' states in the sample.
+        states: number of measured states, counted per image.
         noise_ratio: rms of the reference's predicted noise at the stored states over its rms at forward-noised states
             of the same images; exact inversion gives 1.
-        residual: mean distance from the fixed point; None where no inversion step was taken.
+        residual: mean relative distance from the inversion's fixed point; None without inversion steps.
         neighbour_correlation: mean correlation of tau between neighbouring latent positions; 0 for white noise.
-        solved: of all stored images' states of the band, those that a solver with a tolerance made.
-        unconverged: of these, those whose solver did not reach it; their ``residual`` is above the tolerance.
+        solved: number of all stored states of the band, per image, that a solver with a tolerance made.
+        unconverged: number of these whose ``residual`` stayed above the tolerance.
     """
 
     start: Count
@@ -97,10 +93,10 @@ class BandHealth(_Part):
     unconverged: Count = 0
 
 
-class Totals(_Part):
+class Totals(FrozenModel):
     """Sums over the directory; ``pairs_in = pairs + rejected``.
 
-    ``prompts_cut`` pairs have prompts longer than the text encoders take; they are cut, as the model's pipeline does.
+    ``prompts_cut`` is the number of pairs whose prompt the text encoders truncate, as the model's pipeline does.
     """
 
     pairs_in: Count
@@ -112,11 +108,12 @@ class Totals(_Part):
     prompts_cut: Count = 0
 
 
-class Manifest(_Part):
-    """The whole of ``manifest.json``; ``index`` is None in directories that have none.
+class Manifest(FrozenModel):
+    """The whole of ``manifest.json``.
 
-    ``buckets`` are the image sizes that occur, by rising aspect ratio; without ``--buckets`` the list is empty, and all
-    images have the ``resolution``. ``ref_error_arithmetic`` says in what arithmetic ``ref_error`` was computed.
+    ``index`` is None in older directories. ``buckets`` lists the image sizes by rising aspect ratio; it is empty
+    without ``--buckets``, where all images have the ``resolution``. ``ref_error_arithmetic`` names the arithmetic of
+    ``ref_error`` (:func:`autocast_arithmetic`).
     """
 
     schema_version: int
@@ -136,7 +133,7 @@ class Manifest(_Part):
 
 
 def autocast_arithmetic(dtype: str) -> str:
-    """What a manifest calls the arithmetic of training: products in ``dtype`` by autocast, the rest in float32."""
+    """Name the arithmetic of training: matrix products in ``dtype`` by autocast, the rest in float32."""
     return dtype if dtype == "fp32" else f"{dtype} autocast"
 
 
@@ -149,12 +146,12 @@ def read_manifest(directory: AnyPath) -> Manifest:
     """Read and validate ``manifest.json``.
 
     Raises:
-        UserError: there is none (no shards, or an unfinished run), or it is malformed or of another schema version.
+        UserError: it is missing (no shards, or an unfinished run), malformed or of another schema version.
     """
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise UserError(
-            f"{directory} holds no {MANIFEST_FILE}: not the output of `smpo-pipeline invert`, "
-            "or unfinished (run invert again)"
+            f"{directory} has no {MANIFEST_FILE}: it is not the output of `smpo-pipeline invert`, or unfinished; run "
+            "`smpo-pipeline invert` again"
         )
     return read_versioned(path, Manifest, MANIFEST_VERSION, "invert again")

@@ -1,4 +1,4 @@
-"""What became of the pairs that are in no result: one row each, with the reason."""
+"""``rejected.parquet``: the pairs that were left out, with the reason."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from smpo_common.files import arrow_source, atomic_path, reading_parquet
 from smpo_common.store_path import AnyPath
+from smpo_schemas.frozen import FrozenModel
 
 REJECT_SCHEMA = pa.schema(
     [("pair_id", pa.string()), ("source", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
 )
 
 
-class Reject(BaseModel):
-    """One pair that was left out, where it stood, in which stage, and why in a sentence."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Reject(FrozenModel):
+    """One pair that was left out: its file and row, the stage that rejected it, and the reason in one sentence."""
 
     pair_id: str | None
     source: str
@@ -29,7 +27,7 @@ class Reject(BaseModel):
 
 
 def write_rejects(path: AnyPath, rejects: Sequence[Reject]) -> None:
-    """Write ``rejected.parquet``, empty where nothing was rejected."""
+    """Write ``rejected.parquet``; without rejects it has no rows."""
     table = pa.Table.from_pylist([reject.model_dump() for reject in rejects], schema=REJECT_SCHEMA)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
@@ -39,7 +37,7 @@ def read_rejects(path: AnyPath) -> list[Reject]:
     """Read ``rejected.parquet``.
 
     Raises:
-        UserError: it is missing or damaged, or its columns are others.
+        UserError: it is missing or damaged, or has other columns.
     """
     with reading_parquet(path):
         table = pq.ParquetFile(arrow_source(path)).read().select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)
@@ -48,5 +46,5 @@ def read_rejects(path: AnyPath) -> list[Reject]:
 
 
 def count_reasons(rejects: Sequence[Reject]) -> dict[str, int]:
-    """How often each kind of reason occurred, most frequent first; a kind is the text before the first colon."""
+    """Count each kind of reason, most frequent first; a kind is the text before the first colon."""
     return dict(Counter(reject.reason.split(":")[0] for reject in rejects).most_common())

@@ -1,13 +1,13 @@
-"""Files of a trained model: what ``smpo-train`` writes and ``evaluate`` reads."""
+"""Names of a trained model's files, which ``smpo-train`` writes and ``evaluate`` reads."""
 
 UNET_FOLDER = "unet"
-"""The denoiser, by the name that diffusers pipelines have for it."""
+"""The denoiser; the name is that of diffusers' pipelines."""
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The adapter in place of a denoiser, by the name that ``load_lora_weights`` looks for."""
+"""The adapter, instead of a denoiser; the name is what ``load_lora_weights`` looks for."""
 
 METRICS_FILE = "metrics.jsonl"
-"""One JSON object an optimizer step."""
+"""One JSON object per optimizer step."""
 
 TRAINING_FILE = "training.json"
 """Settings and result; written last."""

@@ -100,7 +100,7 @@ def test_mistakes_are_one_line(capfd, scores, tmp_path):
     constant = write_scores(tmp_path / "constant", {"flat": np.ones((20, 2))}, labels, prompts)
     lone = [0.5] * 19 + [1.0]
     lonely = write_scores(tmp_path / "lonely", found, lone, [f"p{row}" for row in range(20)])
-    assert_one_line(calibrate(capfd, "--scores", tmp_path / "nothing"), "holds no scores.json")
+    assert_one_line(calibrate(capfd, "--scores", tmp_path / "nothing"), "no scores.json")
     assert_one_line(calibrate(capfd, "--scores", none), "none of the 20 pairs has a label")
     assert_one_line(calibrate(capfd, "--scores", ties), "all 20 labels are ties")
     assert_one_line(calibrate(capfd, "--scores", one), "labels are of 1 prompts, too few for --folds 5")

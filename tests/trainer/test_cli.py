@@ -46,7 +46,7 @@ def refused(
 
 
 def test_no_manifest(refused: Refused, tmp_path: Path) -> None:
-    assert "holds no manifest.json" in refused(on=tmp_path)
+    assert "no manifest.json" in refused(on=tmp_path)
 
 
 def test_missing_model(refused: Refused, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from smpo_pipeline.calibration.folds import split_by_prompt
 from smpo_pipeline.calibration.labels import LabelledPairs
 from smpo_pipeline.calibration.measures import log_loss
 from smpo_schemas.preference import Preference, preferences
-from smpo_schemas.preference.base import spread
+from smpo_schemas.preference.base import score_range
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.preference.mixture import Mixture
 from smpo_schemas.scores import RewardStatistics
@@ -90,7 +90,7 @@ def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[i
         UserError: too few prompts, or a reward that cannot be used.
     """
     for name, statistics in data.statistics.items():
-        spread(statistics)
+        score_range(statistics)
         _check_margins(data, name, data.labelled)
     labelled = np.flatnonzero(data.labelled).tolist()
     fold_P = np.full(len(data.labels_P), -1)
@@ -135,7 +135,7 @@ def fit_all(data: LabelledPairs, rows_P: np.ndarray) -> Fits:
     labels = data.labels_P[rows_P]
     scores = {name: scores_P2[rows_P] for name, scores_P2 in data.pairs.scores.items()}
     margins_PK = np.stack([each[:, 0] - each[:, 1] for each in scores.values()], axis=1)
-    spread_K = np.array([spread(each) for each in data.statistics.values()])
+    spread_K = np.array([score_range(each) for each in data.statistics.values()])
     return Fits(
         alone={name: fit_temperature(margins_PK[:, k], labels) for k, name in enumerate(scores)},
         fitted=fit_mixture(margins_PK, labels),

@@ -1,4 +1,4 @@
-"""Reward models, one file each; a new file here is found by itself, a user's own class by where it is."""
+"""Reward models, one file each, and how ``--reward`` finds them, including a user's own classes."""
 
 from __future__ import annotations
 
@@ -25,54 +25,56 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @cache
 def reward_classes() -> dict[str, type[Reward]]:
-    """Every reward of this folder by its name."""
-    found = {}
+    """Import the rewards of this folder, by name."""
+    classes = {}
     for file in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{file.name}")
-        for each in vars(module).values():
-            # Bases that several rewards share have no name.
-            if inspect.isclass(each) and issubclass(each, Reward) and "name" in vars(each):
-                found[each.name] = each
-    return found
+        for item in vars(module).values():
+            # Base classes that rewards share have no name.
+            if inspect.isclass(item) and issubclass(item, Reward) and "name" in vars(item):
+                classes[item.name] = item
+    return classes
 
 
 def check_reward(spec: str) -> str:
-    """``spec``, if it can name a reward as :func:`parse_reward` reads it; nothing is imported for that.
+    """Check the form of a value of ``--reward`` (see :func:`parse_reward`) and return it, without importing rewards.
 
     Raises:
-        UserError: no reward has this name, or what follows it is no model.
+        UserError: there is no reward of this name, or the model is not a file, folder or hub id.
     """
     name, equals, model = spec.partition("=")
     known = sorted({*_file_names(), *offered_by_packages(_GROUP)})
     if name not in known and (":" not in name or name.partition(":")[0] in known):
         raise UserError(f"--reward {spec}: {_no_reward(name, known)}")
-    if equals and name in _file_names():  # what others take as their MODEL is theirs
+    if equals and name in _file_names():  # a user's own reward decides what its MODEL may be
         _check_model(spec, name, model)
     return spec
 
 
 def _check_model(spec: str, name: str, model: str) -> None:
     if not model:
-        raise UserError(f"--reward {spec}: no model follows; without the = it is the reward's own")
+        raise UserError(f"--reward {spec}: the model is missing; give a model after =, or leave out = for the default")
     if _NUMBER.fullmatch(model) and not Path(model).exists():
-        raise UserError(f"--reward {spec}: {model} is no model; weights of rewards are smpo-train's ({name}:{model})")
-    if model.count("/") < 2 or model.startswith(("/", ".")):  # noqa: PLR2004  (OWNER/REPO/FILE is looked for on the hub)
+        raise UserError(
+            f"--reward {spec}: {model} is not a model; give reward weights to smpo-train, as --reward {name}:{model}"
+        )
+    if model.count("/") < 2 or model.startswith(("/", ".")):  # noqa: PLR2004  (OWNER/REPO/FILE is a hub file)
         require_source(model, f"--reward {spec}")
 
 
 def _no_reward(name: str, known: Sequence[str]) -> str:
-    """Why ``name`` is no reward's, and what may be meant."""
+    """Describe why there is no such reward and what the user may mean."""
     if set(name.split(",")) <= {*known}:
-        return f"one reward each: --reward {name.replace(',', ' ')}"
+        return f"separate rewards by spaces: --reward {name.replace(',', ' ')}"
     if name.partition(":")[0] in known:
-        return "weights of rewards are smpo-train's; here NAME or NAME=MODEL"
+        return "give NAME or NAME=MODEL; NAME:WEIGHT is for smpo-train"
     meant = nearest(name, known)
     hint = f"did you mean {meant}? " if meant else ""
-    return f"no reward is called {name!r}; {hint}known: {', '.join(known)}, or your own as MODULE:CLASS"
+    return f"there is no reward {name!r}; {hint}known: {', '.join(known)}, or your own as MODULE:CLASS"
 
 
 def _file_names() -> set[str]:
-    """Names of this folder's rewards, by its files."""
+    """List the names of this folder's rewards by their files, without importing them."""
     files = {file.name for file in pkgutil.iter_modules(__path__) if not file.name.startswith("_")}
     return {name.replace("_", "-") for name in files - {"base"}}
 
@@ -81,7 +83,7 @@ def parse_reward(spec: str) -> tuple[type[Reward], str | None]:
     """Split ``NAME``, ``NAME=MODEL``, ``MODULE:CLASS`` or ``MODULE:CLASS=MODEL`` into class and model (None: default).
 
     Raises:
-        UserError: no reward has this name, or what has it is no reward; or what follows it is no model.
+        UserError: there is no such reward, its class is unusable, or the model is not a file, folder or hub id.
     """
     name, _, model = check_reward(spec).partition("=")
     if name in reward_classes():
@@ -91,39 +93,42 @@ def parse_reward(spec: str) -> tuple[type[Reward], str | None]:
     else:
         kind = _checked(import_object(offered_by_packages(_GROUP)[name].value, "--reward"), f"--reward {spec}")
         if kind.name != name:
-            raise UserError(f"--reward {spec}: the package's class calls itself {kind.name!r}; both names must agree")
+            raise UserError(
+                f"--reward {spec}: the class of this entry point has the name {kind.name!r}; both names must agree"
+            )
     return kind, model or None
 
 
 def _checked(kind: object, what: str) -> type[Reward]:
-    """``kind``, if it is a reward that a scores table can hold.
+    """Check that a class is a complete reward whose name can be a column of the scores table.
 
     Raises:
         UserError: it is not.
     """
     if not (inspect.isclass(kind) and issubclass(kind, Reward)):
-        raise UserError(f"{what} is no subclass of smpo_pipeline.rewards.Reward")
-    lacking = [each for each in ("name", "unit") if not isinstance(getattr(kind, each, None), str)]
-    lacking += sorted(kind.__abstractmethods__)
-    if lacking:
-        raise UserError(f"{what}: the class does not define {', '.join(lacking)}")
+        raise UserError(f"{what} is not a subclass of smpo_pipeline.rewards.Reward")
+    missing = [attribute for attribute in ("name", "unit") if not isinstance(getattr(kind, attribute, None), str)]
+    missing += sorted(kind.__abstractmethods__)
+    if missing:
+        raise UserError(f"{what}: the class does not define {', '.join(missing)}")
     if not _NAME.fullmatch(kind.name):
         raise UserError(f"{what}: the name {kind.name!r} cannot be a column; use letters, digits, '-', '_' and '.'")
     if reward_classes().get(kind.name, kind) is not kind:
-        raise UserError(f"{what}: the name {kind.name!r} is that of a reward of this program; give it its own")
+        raise UserError(f"{what}: a built-in reward has the name {kind.name!r}; choose another name")
     return kind
 
 
 def load_reward(spec: str, device: str) -> Reward:
-    """Load the reward that ``spec`` names, see :func:`parse_reward`.
+    """Load a reward, see :func:`parse_reward`.
 
     Raises:
-        UserError: no such reward, its weights cannot be loaded, or it does not say what was loaded.
+        UserError: there is no such reward, its weights cannot be loaded, or its constructor sets no ``model`` or
+            ``fingerprint``.
     """
     kind, model = parse_reward(spec)
     reward = kind(model, device)
     for attribute in ("model", "fingerprint"):
         value = getattr(reward, attribute, None)
         if not (isinstance(value, str) and value):
-            raise UserError(f"--reward {spec}: its constructor must set self.{attribute} to a text; it is {value!r}")
+            raise UserError(f"--reward {spec}: its constructor must set self.{attribute} to a string; it is {value!r}")
     return reward

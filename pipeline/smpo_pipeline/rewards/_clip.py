@@ -1,4 +1,4 @@
-"""What the rewards that are a CLIP cosine share: loading, preprocessing, the cosine."""
+"""The base class of rewards that are a CLIP cosine."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import load_part, load_tokenizer, load_weights, loading_errors
 from smpo_pipeline.rewards.base import Needs, Reward
 
-_TEXT_STEP = 16
-# CLIP attends causally, so padding changes no number. Padding all prompts to 77 made texts cost as much as images.
+_PAD_MULTIPLE = 16
+# CLIP attends causally, so padding changes no score. Padding all prompts to 77 made texts as expensive as images.
 
 _HIGHEST = 2
-"""With this as its end token, a CLIPModel looks for the end of a text at its highest token, as older ones all did."""
+"""A config with this end token makes CLIPModel take the highest token id as the end, as old checkpoints need."""
 
 
 class ClipCosineReward(Reward):
-    """Cosine between a CLIP model's image and text embeddings, raw: no logit scale, no softmax, no offset.
+    """Raw cosine of a CLIP model's image and text embeddings: no logit scale, no softmax, no offset.
 
-    Images go through the model's own image processor (its PIL implementation); prompts are cut at the tokenizer's
-    length, as the PickScore model card does.
+    Images go through the PIL version of the model's image processor; prompts are truncated at the tokenizer's length,
+    as in the PickScore model card.
     """
 
     unit: ClassVar[str] = "cosine"
-    needs: ClassVar[Needs] = Needs(num_cpus=2)
+    needs: ClassVar[Needs] = Needs(threads=2)
     processor_model: ClassVar[str | None] = None
-    """Hub id of the processor where the weights' repository holds none."""
+    """Hub id of the processor, if the default model's repository has none."""
 
     def __init__(self, model: str | None, device: str) -> None:
         self.model = model or str(self.default_model)
@@ -58,7 +58,7 @@ class ClipCosineReward(Reward):
         )
         _check_fit(self._processor, self._tokenizer, loaded.config, what)
         self._clip = loaded.requires_grad_(False).eval().to(device)
-        # A tokenizer keeps its padding as state, which two threads may not set at once.
+        # A tokenizer stores its padding setting, so two threads must not call it at once.
         self._tokenizing = Lock()
         self._max_tokens = self._clip.config.text_config.max_position_embeddings
         self._device = device
@@ -77,7 +77,7 @@ class ClipCosineReward(Reward):
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """See the base class."""
-        # The layout is named because it is guessed otherwise, wrongly for images one or three pixels high.
+        # Without the layout the processor guesses it, wrongly for images one or three pixels high.
         pixels = self._processor(
             images=[np.asarray(image) for image in images], input_data_format="channels_last", return_tensors="pt"
         ).pixel_values.to(self._device)
@@ -88,50 +88,50 @@ class ClipCosineReward(Reward):
         return torch.nn.functional.cosine_similarity(image_ND, text_ND).cpu().numpy()
 
     def _text_features(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Float64 [M, D] of M distinct prompts.
+        """Encode M distinct prompts: float64 [M, D].
 
-        A prompt is padded to the next multiple of :data:`_TEXT_STEP`, whatever its neighbours' lengths, so that its
-        score never depends on them; what follows a prompt's end changes nothing, since attention is causal. Padding all
-        to the tokenizer's full length would make short prompts cost as much as long ones.
+        Each prompt is padded to the next multiple of :data:`_PAD_MULTIPLE`, independently of the other prompts, so that
+        its score does not depend on them. Attention is causal: padding does not change the result. Padding all prompts
+        to the tokenizer's full length would make short prompts as expensive as long ones.
         """
         with self._tokenizing:
             ids = self._tokenizer(prompts, truncation=True, max_length=self._max_tokens).input_ids
-        lengths = [min(self._max_tokens, -(-len(each) // _TEXT_STEP) * _TEXT_STEP) for each in ids]
+        lengths = [min(self._max_tokens, -(-len(tokens) // _PAD_MULTIPLE) * _PAD_MULTIPLE) for tokens in ids]
         features: list[torch.Tensor] = [torch.empty(0)] * len(ids)
         for length in sorted(set(lengths)):
             rows = [row for row, padded in enumerate(lengths) if padded == length]
             padding = [[self._tokenizer.pad_token_id] * (length - len(ids[row])) for row in rows]
-            tokens = torch.tensor([ids[row] + more for row, more in zip(rows, padding, strict=True)])
-            found_MD = self._clip.get_text_features(input_ids=tokens.to(self._device)).pooler_output.double()
-            for row, feature in zip(rows, found_MD, strict=True):
+            batch = torch.tensor([ids[row] + more for row, more in zip(rows, padding, strict=True)])
+            features_MD = self._clip.get_text_features(input_ids=batch.to(self._device)).pooler_output.double()
+            for row, feature in zip(rows, features_MD, strict=True):
                 features[row] = feature
         return torch.stack(features)
 
 
 def tower_settings(config: CLIPTextConfig | CLIPVisionConfig) -> dict[str, float | str]:
-    """What a tower computes by besides its weights: the same weights give other features under others."""
+    """Return the settings, besides sizes and weights, that a tower's output depends on."""
     return {name: getattr(config, name) for name in ("hidden_act", "layer_norm_eps", "num_attention_heads")}
 
 
 def _check_fit(processor: CLIPImageProcessorPil, tokenizer: CLIPTokenizer, config: CLIPConfig, what: str) -> None:
-    """Compare what prepares images and prompts to the model that takes them.
+    """Check that image processor and tokenizer fit the model.
 
     Raises:
-        UserError: they are another model's, so that scores would fail, or look right and be wrong.
+        UserError: they are another model's, so that scoring would fail or give wrong scores.
     """
-    known, needed = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
-    if known > needed:
-        raise UserError(f"{what}: the tokenizer knows {known} tokens, the model {needed}")
+    tokens, vocabulary = max(tokenizer.get_vocab().values()) + 1, config.text_config.vocab_size
+    if tokens > vocabulary:
+        raise UserError(f"{what}: the tokenizer has {tokens} tokens, the model {vocabulary}")
     end = config.text_config.eos_token_id
-    if tokenizer.eos_token_id != (known - 1 if end == _HIGHEST else end):
-        words = "the highest" if end == _HIGHEST else end
+    if tokenizer.eos_token_id != (tokens - 1 if end == _HIGHEST else end):
+        model_end = "the highest token" if end == _HIGHEST else f"token {end}"
         raise UserError(
-            f"{what}: the tokenizer ends a prompt with token {tokenizer.eos_token_id}, the model by {words}"
+            f"{what}: the tokenizer ends a prompt with token {tokenizer.eos_token_id}, the model expects {model_end}"
         )
     with loading_errors(f"{what}: its image processor"):
-        # Of no square: it must be cropped, too.
+        # Not a square, so that a processor that does not crop is found out.
         pixels = processor(images=[np.zeros((8, 5, 3), np.uint8)], input_data_format="channels_last").pixel_values[0]
     side = config.vision_config.image_size
     if pixels.shape != (3, side, side):
-        shapes = " x ".join(str(length) for length in pixels.shape)
-        raise UserError(f"{what}: the image processor gives {shapes} numbers, the model takes 3 x {side} x {side}")
+        shape = " x ".join(str(length) for length in pixels.shape)
+        raise UserError(f"{what}: the image processor returns {shape}, the model takes 3 x {side} x {side}")

@@ -1,15 +1,15 @@
-"""The bridge to the package ``image-reward`` 1.5, its newest release, which was written for transformers 4.
+"""Adapter for the package ``image-reward`` 1.5, its newest release, which was written for transformers 4.
 
 Why it is needed (upstream: ImageReward's issue 122, open, no release since):
 
-- Importing the package imports its training code and other scorers too, and with them ``datasets`` and an undeclared
-  ``clip``. Only the files that score are imported here, as a package of our own name: the real one stays untouched.
-- They ask ``transformers.modeling_utils`` for functions that moved or are gone, and their BERT inherits methods that
-  are gone from ``PreTrainedModel``.
-- Importing them silences all warnings and transformers' log for the whole process. Both are put back.
-- Their tokenizer is fetched by a fixed hub id and prepared by a method that is gone.
-- Their image tower comes in two sizes only; here its sizes are those of the weights.
-- Their loader ignores weights that are missing or do not fit.
+- Importing the package also imports its training code and other scorers, which need ``datasets`` and an undeclared
+  ``clip``. Only the scoring files are imported here, under another package name.
+- These files import functions that ``transformers.modeling_utils`` moved or removed, and their BERT uses methods that
+  ``PreTrainedModel`` removed.
+- Importing them silences all warnings and transformers' log for the whole process. Both are restored.
+- They download the tokenizer by a fixed hub id and prepare it by a removed method.
+- Their image tower has two fixed sizes; here the sizes are read off the weights.
+- Their loader ignores missing and misshapen weights.
 """
 
 from __future__ import annotations
@@ -37,39 +37,38 @@ from smpo_models.weights import loading_errors
 
 _PACKAGE = "smpo_image_reward"
 _MOVED = ("apply_chunking_to_forward", "prune_linear_layer")
-_GONE = ("find_pruneable_heads_and_indices",)
+_REMOVED = ("find_pruneable_heads_and_indices",)
 _HEAD_WIDTH = 64
-_IMAGE_SIDE = 224
 _BLOCK = re.compile(r"blip\.visual_encoder\.blocks\.(\d+)\..*")
 
 
 def build_image_reward(
     state: dict[str, torch.Tensor], med_config: Path, tokenizer: BertTokenizer, what: str, device: str
 ) -> nn.Module:
-    """The package's own model with these weights, all of them and no others, ready to score on ``device``.
+    """Build the package's model on ``device``; the state dict must have exactly its weights.
 
     Args:
         state: weights, by the package's names, in float32.
         med_config: configuration of its BERT.
-        tokenizer: BERT's; the two tokens that BLIP adds are added to it.
-        what: starts the error.
-        device: where it scores.
+        tokenizer: BERT's; BLIP's two extra tokens are added to it.
+        what: starts the error message.
+        device: where the model scores.
 
     Raises:
         UserError: the package cannot be imported, or the weights are not those of an ImageReward.
     """
     package = _import()
     blip: Any = sys.modules[f"{_PACKAGE}.models.BLIP.blip_pretrain"]
-    # BLIP's; a prompt that holds their names is cut up as the authors' tokenizer does.
+    # As in the authors' tokenizer, these strings in a prompt become the tokens.
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     with loading_errors(f"{what}: {med_config}"):
         vocabulary = json.loads(med_config.read_text(encoding="utf-8")).get("vocab_size")
     if len(tokenizer) != vocabulary:
-        raise UserError(f"{what}: the tokenizer knows {len(tokenizer)} tokens, {med_config} says {vocabulary}")
-    pixels = state.get("blip.visual_encoder.patch_embed.proj.weight")
-    if pixels is None:
-        raise UserError(f"{what} is no ImageReward: it has no image tower (blip.visual_encoder)")
-    width, patch = pixels.shape[0], pixels.shape[-1]
+        raise UserError(f"{what}: the tokenizer has {len(tokenizer)} tokens, {med_config} says {vocabulary}")
+    patches = state.get("blip.visual_encoder.patch_embed.proj.weight")
+    if patches is None:
+        raise UserError(f"{what} is not an ImageReward: it has no image tower (blip.visual_encoder)")
+    width, patch = patches.shape[0], patches.shape[-1]
     depth = 1 + max((int(match[1]) for name in state if (match := _BLOCK.fullmatch(name))), default=-1)
 
     def create_vit(_size: str, image_size: int, *_: object) -> tuple[nn.Module, int]:
@@ -94,30 +93,30 @@ def build_image_reward(
 
 def _load_all(model: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
     expected = model.state_dict()
-    lacking = sorted(set(expected) - set(state))
-    if lacking:
-        raise UserError(f"{what} is no ImageReward: it lacks {len(lacking)} weights, first {lacking[0]}")
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise UserError(f"{what} is not an ImageReward: it lacks {len(missing)} weights, first {missing[0]}")
     unknown = sorted(set(state) - set(expected))
     if unknown:
-        raise UserError(f"{what} is no ImageReward: it has {len(unknown)} weights too many, first {unknown[0]}")
+        raise UserError(f"{what} is not an ImageReward: it has {len(unknown)} unknown weights, first {unknown[0]}")
     for name, value in expected.items():
         if state[name].shape != value.shape:
             shapes = f"{list(state[name].shape)} instead of {list(value.shape)}"
-            raise UserError(f"{what} is no ImageReward: {name} is {shapes}")
+            raise UserError(f"{what} is not an ImageReward: {name} is {shapes}")
     model.load_state_dict(state)
 
 
 @cache
 def _import() -> Any:  # noqa: ANN401  (the package has no types)
-    """The package's module ``ImageReward``, with the process's warnings, log and other modules left as they were."""
-    found = importlib.util.find_spec("ImageReward")
-    if not found or not found.submodule_search_locations:
+    """Import the package's module ``ImageReward``; restore the process's warnings, log and other modules."""
+    spec = importlib.util.find_spec("ImageReward")
+    if not spec or not spec.submodule_search_locations:
         raise UserError(
             "--reward imagereward needs the package image-reward: pip install 'smpo-diffusion[imagereward]'"
         )
-    root = Path(found.submodule_search_locations[0])
+    root = Path(spec.submodule_search_locations[0])
     for folder in ("", ".models", ".models.BLIP"):
-        # Packages without the __init__ files, which import what scoring does not need.
+        # Empty packages instead of the __init__ files, which import what scoring does not need.
         module = types.ModuleType(_PACKAGE + folder)
         module.__path__ = [str(root.joinpath(*folder.split(".")))]
         sys.modules[module.__name__] = module
@@ -139,10 +138,10 @@ def _import() -> Any:  # noqa: ANN401  (the package has no types)
 
 @contextmanager
 def _old_transformers() -> Iterator[None]:
-    """``transformers.modeling_utils`` with the names of old, for as long as an import takes."""
-    added = [name for name in (*_MOVED, *_GONE) if not hasattr(modeling_utils, name)]
+    """Restore moved and removed names of ``transformers.modeling_utils`` during an import."""
+    added = [name for name in (*_MOVED, *_REMOVED) if not hasattr(modeling_utils, name)]
     for name in added:
-        # What is gone served pruning only, which scoring never does: nothing calls it.
+        # The removed function is for pruning; scoring never calls it, so None will do.
         setattr(modeling_utils, name, getattr(pytorch_utils, name, None))
     try:
         yield
@@ -152,10 +151,10 @@ def _old_transformers() -> Iterator[None]:
 
 
 def _get_head_mask(_model: nn.Module, head_mask: None, num_hidden_layers: int) -> list[None]:
-    """No head is ever masked in scoring."""
+    """Replace a removed method of transformers; scoring masks no head."""
     return [head_mask] * num_hidden_layers
 
 
 def _invert_attention_mask(model: Any, mask_NL: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-    """0 where attention goes, the smallest number where not, to be added to attention's logits: [N, 1, 1, L]."""
+    """Replace a removed method of transformers: additive attention mask [N, 1, 1, L], 0 or the dtype's minimum."""
     return (1 - mask_NL[:, None, None, :].to(model.dtype)) * torch.finfo(model.dtype).min

@@ -1,4 +1,4 @@
-"""OpenCLIP's ViT-H-14 as transformers' CLIPModel: sizes from the shapes of its weights, weights name by name."""
+"""Convert an OpenCLIP ViT-H-14 state dict to a transformers CLIPModel."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from smpo_common.errors import UserError
 from smpo_models.weights import load_weights, loading_errors
 
 _NUM_HEADS = 16
-"""Of both towers of ViT-H-14; the one number that a state dict does not tell."""
+"""Of both towers; the only size that the weights' shapes do not give."""
 _PROPORTIONS = (5, 4, 4)
-"""Widths of ViT-H-14's image tower, text tower and embedding: 1280, 1024, 1024. No other OpenCLIP model has them."""
+"""Of the widths of image tower, text tower and embedding (1280, 1024, 1024), which identify ViT-H-14."""
 
 _NAMES = {
     "logit_scale": "logit_scale",
@@ -45,16 +45,16 @@ _TOWERS = {None: "text_model", "visual.": "vision_model"}
 
 
 def load_open_clip(state: dict[str, torch.Tensor], what: str) -> CLIPModel:
-    """The model with these weights, all that it needs and no others.
+    """Build the model; the state dict must have exactly its weights.
 
     Args:
         state: an OpenCLIP state dict, in float32.
-        what: starts the error.
+        what: starts the error message.
 
     Raises:
-        UserError: they are not those of a ViT-H-14.
+        UserError: the weights are not those of a ViT-H-14.
     """
-    with loading_errors(what):  # a weight may have fewer dimensions than its name promises
+    with loading_errors(what):  # a hostile weight may have too few dimensions
         config, renamed = _config(state, what), _renamed(state, what)
     return load_weights(
         CLIPModel.from_pretrained,
@@ -68,21 +68,21 @@ def load_open_clip(state: dict[str, torch.Tensor], what: str) -> CLIPModel:
 
 
 def _config(state: dict[str, torch.Tensor], what: str) -> CLIPConfig:
-    """Read off all sizes from the shapes of the weights."""
+    """Derive all sizes from the shapes of the weights."""
     needed = ("token_embedding.weight", "positional_embedding", "text_projection", "visual.conv1.weight", "visual.proj")
-    lacking = [name for name in (*needed, "visual.positional_embedding") if name not in state]
-    if lacking:
-        raise UserError(f"{what} is no OpenCLIP state dict: it has no {lacking[0]}")
+    missing = [name for name in (*needed, "visual.positional_embedding") if name not in state]
+    if missing:
+        raise UserError(f"{what} is not an OpenCLIP state dict: it has no {missing[0]}")
     vocabulary, text_width = state["token_embedding.weight"].shape
     width, embedding = state["visual.proj"].shape
     unit = width // _PROPORTIONS[0]
     if (width, text_width, embedding) != tuple(unit * part for part in _PROPORTIONS):
         widths = f"{width}, {text_width} and {embedding}"
-        raise UserError(f"{what} is no ViT-H-14: widths of image tower, text tower and embedding are {widths}")
+        raise UserError(f"{what} is not a ViT-H-14: the widths of image tower, text tower and embedding are {widths}")
     patch = state["visual.conv1.weight"].shape[-1]
     grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
     blocks = [match for name in state if (match := _BLOCK.fullmatch(name))]
-    depths = {tower: 1 + max((int(each[2]) for each in blocks if each[1] == tower), default=-1) for tower in _TOWERS}
+    depths = {tower: 1 + max((int(match[2]) for match in blocks if match[1] == tower), default=-1) for tower in _TOWERS}
     shared = {"num_attention_heads": _NUM_HEADS, "hidden_act": "gelu"}
     return CLIPConfig(
         text_config={
@@ -91,7 +91,7 @@ def _config(state: dict[str, torch.Tensor], what: str) -> CLIPConfig:
             "intermediate_size": 4 * text_width,
             "num_hidden_layers": depths[None],
             "max_position_embeddings": len(state["positional_embedding"]),
-            # 2 means: the embedding of a text is at its highest token, which is how OpenCLIP finds its end.
+            # With 2, transformers takes a text's embedding at its highest token id, as OpenCLIP does.
             "eos_token_id": 2,
             **shared,
         },
@@ -108,7 +108,7 @@ def _config(state: dict[str, torch.Tensor], what: str) -> CLIPConfig:
 
 
 def _renamed(state: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
-    """The weights under transformers' names: the fused attention inputs split, the projections turned round."""
+    """Rename the weights as transformers does, split fused attention inputs and transpose projections."""
     renamed = {}
     for name, value in state.items():
         match = _BLOCK.fullmatch(name)
@@ -122,6 +122,6 @@ def _renamed(state: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tenso
             layer = f"{_TOWERS[match[1]]}.encoder.layers.{match[2]}"
             renamed[f"{layer}.{_BLOCK_NAMES[match[3]]}.{match[4]}"] = value
         else:
-            raise UserError(f"{what} is no ViT-H-14: it has a weight called {name}")
-    # transformers stores rows of memory as they are; a transposed view would be hashed and moved slowly.
+            raise UserError(f"{what} is not a ViT-H-14: it has a weight called {name}")
+    # Hashing and moving a transposed view would be slow.
     return {name: value.contiguous() for name, value in renamed.items()}

@@ -1,6 +1,6 @@
-"""Image preprocessing of OpenAI's CLIP, which several rewards took over: torchvision's steps on PIL images, without it.
+"""Image preprocessing of OpenAI's CLIP, as several rewards use it: torchvision's steps, without torchvision.
 
-transformers' CLIP processor crops one pixel off where the difference of the sides is odd, so it cannot stand in.
+transformers' CLIP processor cannot replace it: its crop is off by one pixel where the sides' difference is odd.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ _STD_311 = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def normalise(pixels_3hw: torch.Tensor) -> torch.Tensor:
-    """Float32 values of 0 to 1, standardised by CLIP's mean and standard deviation."""
+    """Standardise float32 values from 0 to 1 by CLIP's mean and standard deviation."""
     return (pixels_3hw - _MEAN_311) / _STD_311
 
 
 def clip_pixels(image: Image.Image, side: int) -> torch.Tensor:
-    """Shorter side to ``side`` with PIL's bicubic filter, centre crop, [0, 1], standardised.
+    """Resize the shorter side to ``side`` (PIL's bicubic), crop the centre and standardise.
 
     Returns:
         Float32 [3, side, side].
     """
     width, height = image.size
     shorter = min(width, height)
-    # The longer side is cut to whole pixels, and the crop's corner rounded half to even, as torchvision does.
+    # As torchvision: truncate the longer side to whole pixels, round the crop's corner half to even.
     size = (width * side // shorter, height * side // shorter)
     resized = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((length - side) / 2) for length in size)

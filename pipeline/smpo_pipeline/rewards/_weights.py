@@ -1,4 +1,4 @@
-"""Where a reward's files lie, and what is in a checkpoint file: for rewards whose models are no transformers folder."""
+"""Find and read checkpoint files, for rewards whose models are not transformers folders."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def find_checkpoint(model: str, what: str, ignore: Collection[str] = ()) -> Path:
-    """The checkpoint file that ``model`` names: a file, a folder that holds one, or ``OWNER/REPO/FILE`` on the hub.
+    """Find a checkpoint file.
 
     Args:
-        model: what the user gave.
-        what: starts the error, for example ``--reward hpsv2=PATH``.
-        ignore: file names of a folder that are weights of something else.
+        model: a file, a folder that holds one checkpoint, or ``OWNER/REPO/FILE`` on the hub.
+        what: starts the error message, for example ``--reward hpsv2=PATH``.
+        ignore: file names in the folder that are other weights.
 
     Raises:
         UserError: there is none, or a folder holds several.
@@ -30,19 +30,19 @@ def find_checkpoint(model: str, what: str, ignore: Collection[str] = ()) -> Path
     if path.is_file():
         return path
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.name not in ignore)
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
+        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.name not in ignore)
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
             raise UserError(f"{what}: the folder must hold one checkpoint ({' '.join(_SUFFIXES)}), found {names}")
-        return found[0]
+        return files[0]
     return hub_file(model, what)
 
 
 def hub_file(model: str, what: str) -> Path:
-    """The local copy of ``OWNER/REPO/FILE``.
+    """Download ``OWNER/REPO/FILE`` from the hub, or find it in the local cache.
 
     Raises:
-        UserError: the name is no such thing, or the file cannot be had.
+        UserError: the name has another form, or the file cannot be downloaded.
     """
     owner, _, rest = model.partition("/")
     repository, _, file = rest.partition("/")
@@ -53,18 +53,18 @@ def hub_file(model: str, what: str) -> Path:
 
 
 def read_checkpoint(path: Path, what: str) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, in float32 and without the name that data parallel training puts before theirs.
+    """Read a checkpoint's weights in float32, without the ``module.`` prefix of data parallel training.
 
-    Nothing in the file is executed: safetensors, or tensors of a torch file loaded with ``weights_only``.
+    No code in the file is executed: torch files are loaded with ``weights_only``.
 
     Raises:
-        UserError: the file is damaged, or holds anything but weights.
+        UserError: the file is damaged, or is not a state dict.
     """
     with loading_errors(f"{what}: {path}"):
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(name, str) and isinstance(each, torch.Tensor) for name, each in state.items()):
-        raise UserError(f"{what}: {path} holds no weights by name (a state dict)")
+    if not state or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
+        raise UserError(f"{what}: {path} is not a state dict (weights by name)")
     return {
         name.removeprefix("module."): value.float() if value.is_floating_point() else value
         for name, value in state.items()

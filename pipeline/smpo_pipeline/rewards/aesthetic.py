@@ -28,21 +28,21 @@ _LAYER = re.compile(r"layers\.(\d+)\.(?:weight|bias)")
 
 
 class Aesthetic(Reward):
-    """How pleasing an image is, from about 1 to 10; the prompt plays no part.
+    """Rates how pleasing an image looks, from about 1 to 10; the prompt is ignored.
 
-    The model is the head: a file, a folder that holds it, or OWNER/REPO/FILE on the hub. Where its folder also holds a
-    CLIP (config.json), that one is used, otherwise OpenAI's ViT-L/14 from the hub.
+    The model is the head: a file, a folder that holds it, or OWNER/REPO/FILE on the hub. If the folder also holds a
+    CLIP (config.json), this CLIP is used, otherwise OpenAI's ViT-L/14 from the hub.
     """
 
     name: ClassVar[str] = "aesthetic"
     unit: ClassVar[str] = "rating from 1 to 10"
     default_model: ClassVar[str | None] = None
-    needs: ClassVar[Needs] = Needs(num_cpus=2)
+    needs: ClassVar[Needs] = Needs(threads=2)
 
     def __init__(self, model: str | None, device: str) -> None:
         if model is None:
-            fix = "aesthetic=PATH of sac+logos+ava1-l14-linearMSE.pth from its authors' repository"
-            raise UserError(f"--reward {self.name}: the head is on no hub by its authors; give {fix}")
+            fix = "aesthetic=PATH of sac+logos+ava1-l14-linearMSE.pth, from the authors' repository"
+            raise UserError(f"--reward {self.name}: the authors did not publish the head on the hub; give {fix}")
         self.model = model
         what = f"--reward {self.name}={self.model}"
         checkpoint = find_checkpoint(self.model, what, ignore=_CLIP_FILES)
@@ -52,9 +52,9 @@ class Aesthetic(Reward):
             CLIPModel.from_pretrained, source, f"{what}: {source}", dtype=torch.float32, ignore_mismatched_sizes=True
         )
         if clip.config.projection_dim != head[0].in_features:
-            sizes = f"{clip.config.projection_dim} numbers, the head takes {head[0].in_features}"
+            sizes = f"{clip.config.projection_dim} dimensions, the head takes {head[0].in_features}"
             raise UserError(f"{what}: the image embedding of {source} has {sizes}")
-        # The text tower is not kept: no score depends on it.
+        # Drop the text tower, which no score depends on.
         self._tower = clip.vision_model.requires_grad_(False).eval().to(device)
         self._projection = clip.visual_projection.requires_grad_(False).to(device)
         self._head = head.requires_grad_(False).eval().to(device)
@@ -68,32 +68,35 @@ class Aesthetic(Reward):
         """See the base class."""
         pixels = torch.stack([clip_pixels(image, self._side) for image in images]).to(self._device)
         embedding_ND = self._projection(self._tower(pixel_values=pixels).pooler_output)
-        # Half precision would leave of a rating about 5 steps of 1/32.
+        # Half precision would round a rating of about 5 to multiples of 1/32.
         with torch.autocast(self._device, enabled=False):
             ratings_N1 = self._head(nn.functional.normalize(embedding_ND.float()))
         return ratings_N1.squeeze(1).double().cpu().numpy()
 
 
 def _head(state: dict[str, torch.Tensor], what: str) -> nn.Sequential:
-    """Linear layers one after another, with nothing between them but dropout, which scoring leaves out.
+    """Build the head: linear layers without activations (the authors train with dropout between them).
 
     Raises:
-        UserError: the file is no such head.
+        UserError: the file is not such a head.
     """
     numbers = sorted({int(match[1]) for name in state if (match := _LAYER.fullmatch(name))})
     names = [f"layers.{number}.{kind}" for number in numbers for kind in ("weight", "bias")]
     if not names or set(names) != set(state):
         other = min(set(state) ^ set(names), default="nothing")
-        raise UserError(f"{what} is no aesthetic head (layers.N.weight, layers.N.bias); the first difference: {other}")
+        raise UserError(
+            f"{what} is not an aesthetic head (layers.N.weight, layers.N.bias); the first difference: {other}"
+        )
     head = nn.Sequential()
     for number in numbers:
         weight, bias = state[f"layers.{number}.weight"], state[f"layers.{number}.bias"]
         if weight.ndim != 2 or bias.shape != weight.shape[:1]:  # noqa: PLR2004  (a matrix)
-            raise UserError(f"{what} is no aesthetic head: layers.{number} is no linear layer")
+            raise UserError(f"{what} is not an aesthetic head: layers.{number} is not a linear layer")
         layer = nn.Linear(weight.shape[1], weight.shape[0])
         layer.weight.data, layer.bias.data = weight, bias
         head.append(layer)
     sizes = [(layer.in_features, layer.out_features) for layer in head]
     if any(before[1] != after[0] for before, after in pairwise(sizes)) or sizes[-1][1] != 1:
-        raise UserError(f"{what} is no aesthetic head: its layers go {' '.join(f'{i} to {o}' for i, o in sizes)}")
+        shown = ", ".join(f"{inputs} to {outputs}" for inputs, outputs in sizes)
+        raise UserError(f"{what} is not an aesthetic head: its layers map {shown}")
     return head

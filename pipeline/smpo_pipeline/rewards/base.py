@@ -1,4 +1,4 @@
-"""What a reward model is to this project, and how one is found by its name."""
+"""The interface of a reward model."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from PIL import Image
 
 from smpo_common.errors import UserError
 
-_SHOWN = 200
+_MAX_PROMPT = 200
 """Characters of a prompt in a message."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What one actor of a reward takes of a machine.
+    """Resources of one actor of a reward.
 
     Attributes:
-        num_cpus: how many threads may call ``score`` at once, so that the images of one batch are scaled while the
-            model runs on another. 1 for a reward that is not safe to call so. On cpu there are as many as cores, each
-            computing on one: threads of one actor where this is more than 1, or actors.
-        num_gpus: the least share of a GPU that holds the weights and these batches. On cuda only; what the rewards of
-            a job leave over is shared out between them.
-        batch_size: images a model call, where ``--batch-size`` says nothing.
+        threads: threads that may call ``score`` at once, so that one batch is resized while the model runs on another;
+            1 if ``score`` is not thread-safe. On a CPU any number above 1 means one thread per core, and 1 means one
+            actor per core.
+        num_gpus: smallest share of a GPU that holds the weights and a batch; on CUDA only. A job divides unused GPU
+            memory among its rewards.
+        batch_size: images per model call, unless ``--batch-size`` is given.
     """
 
-    num_cpus: int = 1
+    threads: int = 1
     num_gpus: float = 0.25
     batch_size: int = 32
 
 
 class Reward(ABC):
-    """A function of an image and its prompt; the larger, the better.
+    """Scores images for prompts; higher is better.
 
-    A subclass in a file of this folder is found by the file's name, which is its ``name`` with underscores for dashes.
-    Its constructor loads the weights and checks them.
+    To add one to this folder, name its file after it, with underscores for dashes. The constructor loads the weights
+    and checks them.
 
     Attributes:
-        name: what ``--reward`` calls it, and the scores table its columns.
-        unit: what one unit of the raw score is.
-        default_model: hub id used where ``--reward NAME`` names no model; None where it needs none.
-        needs: what one actor of it takes of a machine.
+        name: the NAME in ``--reward NAME`` and in the columns of the scores table.
+        unit: unit of the raw score.
+        default_model: hub id that ``--reward NAME`` loads; None if the reward needs no model.
+        needs: resources of one actor.
         model: the hub id or folder that was loaded.
-        fingerprint: hash of the weights, and of everything else in the files that the score depends on.
+        fingerprint: hash of the weights and of everything else in the files that affects scores.
     """
 
     name: ClassVar[str]
@@ -66,15 +66,18 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-        """Raw scores of N RGB images under N prompts: float64 [N], independent of what else is in the batch."""
+        """Return the raw scores of N RGB images for N prompts, float64 [N], each independent of the rest of the batch.
+
+        NaN means that an image has no score.
+        """
 
 
 def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-    """What ``reward`` says of a batch: float64 [N], NaN where it has no score.
+    """Score a batch with a reward, which may be a user's own code, and check the result: float64 [N].
 
     Raises:
-        UserError: it gave something else than one number an image; the reward may be anybody's code. Where it raises
-            for one image of several, the line is about that one.
+        UserError: ``score`` failed, or did not return one number per image. If it fails for one image alone, the
+            message describes that image.
     """
     try:
         scores_N = np.asarray(reward.score(images, prompts), dtype=np.float64)
@@ -82,13 +85,13 @@ def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Seque
         if len(images) > 1:
             for image, prompt in zip(images, prompts, strict=True):
                 checked_scores(reward, [image], [prompt])
-            where = f"{len(images)} images together, but of none alone"
+            batch = f"{len(images)} images together, though for none of them alone"
         else:
-            where = f"an image of {images[0].width} x {images[0].height} pixels, prompt {prompts[0][:_SHOWN]!r}"
-        raise UserError(f"--reward {reward.name}: score failed: {error}; of {where}") from error
+            batch = f"an image of {images[0].width} x {images[0].height} pixels, prompt {prompts[0][:_MAX_PROMPT]!r}"
+        raise UserError(f"--reward {reward.name}: score failed: {error}; for {batch}") from error
     if scores_N.shape != (len(images),):
         raise UserError(
-            f"--reward {reward.name}: score gave an array of shape {scores_N.shape} for {len(images)} images; "
+            f"--reward {reward.name}: score returned an array of shape {scores_N.shape} for {len(images)} images; "
             f"expected ({len(images)},)"
         )
     return scores_N

@@ -1,4 +1,4 @@
-"""CLIPScore (arXiv 2104.08718) without its 2.5 x max(0, .): the raw cosine of a stock CLIP."""
+"""CLIPScore (arXiv 2104.08718) without its rescaling 2.5 max(0, cosine): the raw cosine of a stock CLIP."""
 
 from __future__ import annotations
 

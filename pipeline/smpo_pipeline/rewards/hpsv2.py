@@ -30,12 +30,12 @@ _TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class HpsV2(Reward):
-    """Raw cosine of image and prompt; the authors print the same number (some papers 100 times it)."""
+    """Raw cosine of image and prompt, as the authors report it; some papers report 100 times this."""
 
     name: ClassVar[str] = "hpsv2"
     unit: ClassVar[str] = "cosine"
     default_model: ClassVar[str | None] = "xswu/HPSv2/HPS_v2_compressed.pt"
-    needs: ClassVar[Needs] = Needs(num_cpus=2)
+    needs: ClassVar[Needs] = Needs(threads=2)
 
     def __init__(self, model: str | None, device: str) -> None:
         self.model = model or str(self.default_model)
@@ -43,13 +43,13 @@ class HpsV2(Reward):
         checkpoint = find_checkpoint(self.model, what)
         own = any((checkpoint.parent / file).is_file() for file in ("tokenizer.json", "vocab.json"))
         self._tokenizer = load_part(CLIPTokenizer.from_pretrained, str(checkpoint.parent) if own else _TOKENIZER, what)
-        # A tokenizer keeps its padding as state, which two threads may not set at once.
+        # A tokenizer stores its padding setting, so two threads must not call it at once.
         self._tokenizing = Lock()
         loaded = load_open_clip(read_checkpoint(checkpoint, what), what)
         config = loaded.config
         if len(self._tokenizer) != config.text_config.vocab_size:
-            known, needed = len(self._tokenizer), config.text_config.vocab_size
-            raise UserError(f"{what}: the tokenizer knows {known} tokens, the checkpoint {needed}")
+            sizes = f"the tokenizer has {len(self._tokenizer)} tokens, the checkpoint {config.text_config.vocab_size}"
+            raise UserError(f"{what}: {sizes}")
         self._side = config.vision_config.image_size
         self._max_tokens = config.text_config.max_position_embeddings
         self._clip = loaded.requires_grad_(False).eval().to(device)
@@ -71,7 +71,7 @@ class HpsV2(Reward):
                 split_special_tokens=True,
                 return_tensors="pt",
             )
-        # OpenCLIP pads with 0 and hides nothing: no token attends to what comes after it.
+        # OpenCLIP pads with 0 and masks nothing: attention is causal, so padding does not affect the text's tokens.
         padded = (tokens.input_ids * tokens.attention_mask).to(self._device)
         text_MD = self._clip.get_text_features(input_ids=padded).pooler_output.double()
         text_ND = text_MD[[rows[prompt] for prompt in prompts]]
@@ -79,15 +79,15 @@ class HpsV2(Reward):
 
 
 def clean(prompt: str) -> str:
-    """OpenCLIP's cleaning before its tokenizer: broken Unicode and HTML entities mended."""
+    """Clean a prompt as OpenCLIP does before its tokenizer: fix broken Unicode, decode HTML entities."""
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
 
 
 def fit_into_square(image: Image.Image, side: int) -> torch.Tensor:
-    """Longer side to ``side`` (bicubic, antialiased, on values and without clipping), black borders, standardised.
+    """Resize the longer side to ``side`` (bicubic, antialiased, not clipped to [0, 1]), pad with black, standardise.
 
-    As HPSv2's own transform does with torchvision 0.17 or newer. Older ones did not antialias tensors, and gave
-    another number. An image whose longer side is right already gets its borders too; there, theirs fails.
+    The same as HPSv2's transform with torchvision 0.17 or newer; older versions did not antialias tensors, and gave
+    other scores. HPSv2's transform fails where the longer side already has the right length; here it is padded.
 
     Returns:
         Float32 [3, side, side].
@@ -98,7 +98,7 @@ def fit_into_square(image: Image.Image, side: int) -> torch.Tensor:
     values_hw3 = np.asarray(image)
     pixels_3hw = torch.zeros(3, side, side)
     top, left = (side - new_height) // 2, (side - new_width) // 2
-    for channel in range(3):  # one at a time: of a large image, the values take four times the bytes of the pixels
+    for channel in range(3):  # one at a time, to save memory: float32 takes four times the bytes of the pixels
         plane_11hw = torch.from_numpy(values_hw3[..., channel].copy())[None, None].float() / 255
         if scale != 1:
             plane_11hw = torch.nn.functional.interpolate(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smpo_common.errors import UserError, one_line
-from smpo_common.retry import PASSING_ERRNOS
+from smpo_common.retry import TRANSIENT_ERRNOS
 from smpo_common.store_path import AnyPath
 from smpo_schemas.pairs.columns import PairColumns
 
@@ -139,7 +139,7 @@ def _file_bytes(path: AnyPath, name: str) -> bytes:
             raise PairRejectedError(f"image too large: {name} {shown} has {size} bytes, above {MAX_IMAGE_BYTES}")
         return path.read_bytes()
     except OSError as error:
-        if error.errno in PASSING_ERRNOS:
+        if error.errno in TRANSIENT_ERRNOS:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         # An object store's error for a missing file has no words.
         reason = error.strerror or "no such file"

@@ -1,7 +1,4 @@
-"""What scores mean: from raw rewards to P(image_0 preferred).
-
-One file a way of mixing; a new file is found by itself.
-"""
+"""Reward mixes: from raw scores to P(image_0 preferred). To add one, add a file with a :class:`Preference` here."""
 
 from __future__ import annotations
 
@@ -15,18 +12,18 @@ __all__ = ["Preference", "ScoredPairs", "find_preference", "preferences"]
 
 
 def preferences() -> dict[str, type[Preference]]:
-    """Every way of mixing by its name."""
-    found = subclasses_in(sys.modules[__name__], Preference)  # type: ignore[type-abstract]
-    return {way.name: way for way in found if "name" in vars(way)}
+    """Return every reward mix by name."""
+    mixes = subclasses_in(sys.modules[__name__], Preference)  # type: ignore[type-abstract]
+    return {mix.name: mix for mix in mixes if "name" in vars(mix)}
 
 
 def find_preference(name: str) -> type[Preference]:
-    """The way of mixing of that name.
+    """Return the reward mix of that name.
 
     Raises:
         UserError: there is none.
     """
     known = preferences()
     if name not in known:
-        raise UserError(f"--preference {name} is not known; known: {', '.join(sorted(known))}")
+        raise UserError(f"unknown --preference {name}; known: {', '.join(sorted(known))}")
     return known[name]

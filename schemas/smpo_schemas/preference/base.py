@@ -1,4 +1,4 @@
-"""What a way of mixing rewards is to this project.
+"""The interface of a reward mix.
 
 Shape suffixes: P pairs, 2 images of a pair, K rewards.
 """
@@ -19,12 +19,12 @@ from smpo_schemas.scores import RewardStatistics
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """P pairs and what rewards say of them.
+    """P pairs and their scores.
 
     Attributes:
-        scores: per reward float [P, 2], raw scores of image_0 and image_1.
-        prompts: of each pair; None where only the scores are known.
-        images_P2: str [P, 2], names of the images: equal names of one prompt are one image; None where unknown.
+        scores: per reward, float [P, 2], raw scores of image_0 and image_1.
+        prompts: one per pair; None where unknown.
+        images_P2: str [P, 2], content hashes: equal hashes of one prompt are one image; None where unknown.
     """
 
     scores: Mapping[str, np.ndarray]
@@ -33,16 +33,16 @@ class ScoredPairs:
 
 
 class Preference(ABC):
-    """A way from the scores of both images of a pair to P(image_0 preferred).
+    """Converts the scores of both images of a pair to P(image_0 preferred).
 
-    A subclass in a file of this folder is found by itself. Swapping the images must give 1 - p.
+    Swapping the images must give 1 - p.
 
     Attributes:
-        name: what ``--preference`` calls it.
-        calibration: whether it takes the temperatures that ``smpo-pipeline calibrate`` fits to labels.
-        needs_images: whether a pair's p depends on the other images of its prompt, so that all of them must be known.
+        name: the value of ``--preference``.
+        calibration: whether it uses the temperatures that ``smpo-pipeline calibrate`` fits to labels.
+        needs_images: whether a pair's p depends on the other images of its prompt, so that all pairs must be given.
         weights: by reward name, as the mix uses them.
-        scales: by reward name, what its differences are divided by, in units of its raw score.
+        scales: by reward name, the divisor of score differences, in units of the raw score.
     """
 
     name: ClassVar[str]
@@ -61,63 +61,60 @@ class Preference(ABC):
 
         Args:
             weights: by reward name, at least one.
-            statistics: by reward name, the extremes that bring its scores to one scale.
-            temperatures: by reward name, tau from a calibration; None: each reward's extremes are its scale.
+            statistics: by reward name; without a calibration, max - min is the reward's scale.
+            temperatures: by reward name, tau from a calibration, which then is the scale.
 
         Raises:
-            UserError: a weight does not fit, or a reward is unknown, or it is constant over the data set.
+            UserError: a weight is invalid, or a reward is unknown or constant over the data set.
         """
         for name in weights:
             if name not in statistics:
-                raise UserError(f"reward {name!r} is not among the scored ones ({', '.join(statistics) or 'none'})")
+                raise UserError(f"reward {name!r} was not scored (scored: {', '.join(statistics) or 'none'})")
             if temperatures is not None and name not in temperatures:
-                raise UserError(f"reward {name!r} is not among the calibrated ones ({', '.join(temperatures)})")
+                raise UserError(f"reward {name!r} was not calibrated (calibrated: {', '.join(temperatures)})")
         self.weights = dict(weights)
         self.scales = {
-            name: spread(statistics[name]) if temperatures is None else temperatures[name] for name in weights
+            name: score_range(statistics[name]) if temperatures is None else temperatures[name] for name in weights
         }
 
     @abstractmethod
     def probability(self, pairs: ScoredPairs) -> np.ndarray:
-        """P(image_0 preferred): float64 [P], from 0 to 1."""
+        """Return P(image_0 preferred), float64 [P], from 0 to 1."""
 
     def margins(self, pairs: ScoredPairs) -> np.ndarray:
-        """(r_0 - r_1) / scale of each reward: float64 [P, K], in the order of ``weights``."""
-        columns = [np.asarray(pairs.scores[name], dtype=np.float64) for name in self.weights]
-        return np.stack(
-            [(each[:, 0] - each[:, 1]) / self.scales[name] for name, each in zip(self.weights, columns, strict=True)],
-            axis=1,
-        )
+        """Return (r_0 - r_1) / scale of each reward, float64 [P, K], in the order of ``weights``."""
+        scores = {name: np.asarray(pairs.scores[name], dtype=np.float64) for name in self.weights}
+        return np.stack([(s[:, 0] - s[:, 1]) / self.scales[name] for name, s in scores.items()], axis=1)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """Logistic function that does not overflow."""
+    """Logistic function, without overflow."""
     return np.exp(-np.logaddexp(0.0, -np.asarray(x, dtype=np.float64)))
 
 
-def spread(statistics: RewardStatistics) -> float:
-    """Max - min of a reward over the data set.
+def score_range(statistics: RewardStatistics) -> float:
+    """Return max - min of a reward over the data set.
 
     Raises:
         UserError: the reward is constant.
     """
-    found = statistics.max - statistics.min
-    if found <= 0:
+    extent = statistics.max - statistics.min
+    if extent <= 0:
         raise UserError(
             f"reward model {statistics.model}: all images have the score {statistics.min}, so it prefers none of them"
         )
-    return found
+    return extent
 
 
-def shares(weights: Mapping[str, float]) -> dict[str, float]:
-    """Weights as shares of a population: they sum to 1.
+def normalised(weights: Mapping[str, float]) -> dict[str, float]:
+    """Scale weights to sum to 1.
 
     Raises:
         UserError: one is negative, or all are 0.
     """
     for name, weight in weights.items():
         if weight < 0:
-            raise UserError(f"--reward {name}:{weight:g}: the weight is a share of the annotators, so not negative")
+            raise UserError(f"--reward {name}:{weight:g}: this mix's weights are shares; give 0 or more")
     total = math.fsum(weights.values())
     if total <= 0:
         raise UserError(f"--reward {', '.join(weights)}: the weights are all 0")

@@ -1,8 +1,7 @@
-"""The weighted min-max mix: of one reward that of SmPO-Diffusion's code (arXiv 2506.02698).
+"""The weighted min-max mix; with one reward, that of SmPO-Diffusion's code (arXiv 2506.02698).
 
-With r' = (r - min) / (max - min) over the data set, p = sigmoid(sum_k w_k (r'_k0 - r'_k1)). The weights are used as
-given, not normalised: twice the weight is twice as sharp. Whether the paper means this sum over several rewards was not
-verified.
+With r' = (r - min) / (max - min) over the data set, p = sigmoid(sum_k w_k (r'_k0 - r'_k1)). The weights are not
+normalised: doubling them doubles the logit. Whether the paper means this sum for several rewards was not verified.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from smpo_schemas.scores import RewardStatistics
 def minmax(
     scores: Mapping[str, np.ndarray], statistics: Mapping[str, RewardStatistics], weights: Mapping[str, float]
 ) -> np.ndarray:
-    """P(image_0 preferred) of scores, per reward float [P, 2]: float64 [P], in (0, 1).
+    """Return P(image_0 preferred), float64 [P] in (0, 1), of each reward's scores, float [P, 2].
 
     Raises:
         UserError: a weighted reward was not scored, or is constant over the data set.
@@ -28,7 +27,7 @@ def minmax(
 
 
 class MinMax(Preference):
-    """One scale for all rewards, then a weighted sum."""
+    """Scales each reward to [0, 1] and sums them by weight."""
 
     name: ClassVar[str] = "minmax"
     calibration: ClassVar[Literal["refused", "optional", "required"]] = "refused"

@@ -4,12 +4,12 @@ For the N images of a prompt, R_i = mean over j != i of sigmoid((r_i - r_j) / sc
 samples for the same prompt. CaPO regresses the difference of a pair's implicit rewards on R_0 - R_1, so this
 difference takes the place of SmPO's 2p - 1:
 
-    p = (1 + R_0 - R_1) / 2,    of several rewards the mean of their p, by weights that are scaled to sum to 1.
+    p = (1 + R_0 - R_1) / 2,    for several rewards the mean of their p, by weights that are scaled to sum to 1.
 
-With two images R_1 = 1 - R_0, and p is plainly sigmoid((r_0 - r_1) / scale): a prompt with only one pair has the p of
-``minmax`` of that reward, or with a calibration that of ``mixture``. The scale is max - min over the data set, what
-``--reward-range`` gives (``raw``: 1, as CaPO, whose rewards are log-odds), or a calibration's tau. (For several rewards
-CaPO chooses its pairs on the Pareto front, where ours are given.)
+With two images R_1 = 1 - R_0, and p is sigmoid((r_0 - r_1) / scale): a prompt with only one pair has the same p as
+under ``minmax``, or with a calibration as under ``mixture``. The scale is max - min over the data set, the value of
+``--reward-range`` (``raw``: 1, as in CaPO, whose rewards are log-odds), or a calibration's tau. (With several rewards
+CaPO selects its pairs on the Pareto front; here the pairs are given.)
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from smpo_common.errors import UserError
-from smpo_schemas.preference.base import Preference, ScoredPairs, shares, sigmoid
+from smpo_schemas.preference.base import Preference, ScoredPairs, normalised, sigmoid
 from smpo_schemas.scores import RewardStatistics
 
 _COMPARISONS_AT_ONCE = 1 << 20
-"""Memory for a prompt with very many images stays bounded."""
+"""Bounds the memory for a prompt with very many images."""
 
 
 class WinRate(Preference):
-    """An image that stands in several pairs of a prompt counts once."""
+    """Compares all images of a prompt; an image in several pairs counts once."""
 
     name: ClassVar[str] = "winrate"
     calibration: ClassVar[Literal["refused", "optional", "required"]] = "optional"
@@ -40,20 +40,20 @@ class WinRate(Preference):
         statistics: Mapping[str, RewardStatistics],
         temperatures: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(shares(weights), statistics, temperatures)
+        super().__init__(normalised(weights), statistics, temperatures)
 
     def probability(self, pairs: ScoredPairs) -> np.ndarray:
         """See the base class; ``pairs`` must hold all pairs of a prompt.
 
         Raises:
-            UserError: the images have no names.
+            UserError: the images' hashes are unknown.
         """
         if pairs.prompts is None or pairs.images_P2 is None:
             raise UserError(
-                "--preference winrate compares all images of a prompt, and these scores do not name their images; "
-                "score the pairs again"
+                "--preference winrate compares all images of a prompt, but these scores do not identify their images; "
+                "run `smpo-pipeline score` again"
             )
-        # An image is one of a prompt: the same file under another prompt has other scores.
+        # Images are told apart per prompt: the same file has other scores under another prompt.
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(pairs.prompts))}
         prompt_P = np.array([numbers[prompt] for prompt in pairs.prompts], dtype=np.int64)
         _, name_P2 = np.unique(pairs.images_P2, return_inverse=True)
@@ -69,11 +69,11 @@ class WinRate(Preference):
 
 
 def _win_rates(scores: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-    """Mean of sigmoid(score - other's) over the other images of the same prompt; one half where there is none.
+    """Average sigmoid(score - other score) over the other images of the same prompt; 0.5 if there is none.
 
     Args:
-        scores: float64 [I], in units of the scale, one an image.
-        prompts: int [I], sorted.
+        scores: float64 [I], in units of the scale.
+        prompts: int [I], each image's prompt, sorted.
     """
     rates = np.full(len(scores), 0.5)
     starts = np.flatnonzero(np.diff(prompts, prepend=-1))
@@ -84,7 +84,7 @@ def _win_rates(scores: np.ndarray, prompts: np.ndarray) -> np.ndarray:
         rows = max(1, _COMPARISONS_AT_ONCE // len(group))
         for begin in range(0, len(group), rows):
             part = group[begin : begin + rows]
-            # An image against itself gives one half, which is taken out again.
+            # Subtract the comparison of each image with itself, which is 0.5.
             wins = sigmoid(part[:, None] - group[None, :]).sum(axis=1) - 0.5
             rates[start + begin : start + begin + len(part)] = wins / (len(group) - 1)
     return rates

@@ -1,1 +1,1 @@
-"""Shards: samples and their tars, single states, the index of where each lies."""
+"""Shards: write and read tars of samples, read single states, index all samples."""

@@ -1,6 +1,6 @@
-"""``index.parquet``: where each trajectory lies in the shards and what it is, so that a trainer need not read all.
+"""``index.parquet``: each trajectory's place in the tars and its metadata, so that a trainer need not read all tars.
 
-Everything in it can be made again from the tars; a directory without it is indexed by reading them.
+The tars contain everything in it; a directory without an index is indexed by reading them.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ _SCHEMA = pa.schema(
     ]
 )
 _ROWS = 4096
-_PARTS = 64
-"""Read at once."""
+_PARTS_AT_ONCE = 64
 
-_LONGEST_KEY = 100
-"""Of a tar's names; readers keep keys in arrays as wide as the longest."""
+_MAX_KEY_LENGTH = 100
+"""Limit of tar names; readers keep keys in fixed-width arrays, which a longer key would make huge."""
 
 
 def indexed_trajectories(directory: ShardDirectory) -> Iterator[IndexedTrajectory]:
-    """All trajectories of a directory in order, from its index, or from its tars where it has none.
+    """Yield all trajectories of a directory in order, from its index or, without one, from its tars.
 
     Raises:
         UserError: the index differs from the manifest, or a tar is malformed.
@@ -60,8 +59,7 @@ def write_index(directory: ShardDirectory, parts: Sequence[AnyPath] = ()) -> Ind
 
     Args:
         directory: the tars, and the manifest that lists them.
-        parts: for each tar what :func:`write_index_part` left when it was written, which saves reading it; a tar
-            without one (not named, or not there) is read.
+        parts: for each tar the file of :func:`write_index_part`; a tar whose file is missing is read.
 
     Raises:
         UserError: a tar is malformed, or the index cannot be written.
@@ -72,7 +70,7 @@ def write_index(directory: ShardDirectory, parts: Sequence[AnyPath] = ()) -> Ind
 
 
 def write_index_part(path: AnyPath, trajectories: Iterable[IndexedTrajectory]) -> None:
-    """Note what the index will say of one tar."""
+    """Write one tar's rows of the index, so that :func:`write_index` need not read the tar."""
     with atomic_path(path) as temporary:
         _write(temporary, trajectories)
 
@@ -93,24 +91,27 @@ def _from_parts(directory: ShardDirectory, parts: Sequence[AnyPath]) -> Iterator
         if not parts[shard].is_file():
             return list(_scan(directory, shard))
         with reading_parquet(parts[shard]):
-            found = _trajectories(
-                pq.read_table(arrow_source(parts[shard])), directory.manifest.shards[shard : shard + 1]
-            )
-            return [replace(trajectory, location=replace(trajectory.location, shard=shard)) for trajectory in found]
+            table = pq.read_table(arrow_source(parts[shard]))
+            # A part's rows say shard 0: its writer does not know the tar's number.
+            entries = directory.manifest.shards[shard : shard + 1]
+            return [
+                replace(trajectory, location=replace(trajectory.location, shard=shard))
+                for trajectory in _trajectories(table, entries)
+            ]
 
-    for start in range(0, len(parts), _PARTS):
-        yield from chain.from_iterable(read_all(trajectories, range(start, min(start + _PARTS, len(parts)))))
+    for start in range(0, len(parts), _PARTS_AT_ONCE):
+        yield from chain.from_iterable(read_all(trajectories, range(start, min(start + _PARTS_AT_ONCE, len(parts)))))
 
 
 def _row(trajectory: IndexedTrajectory) -> dict[str, object]:
-    place = trajectory.location
+    location = trajectory.location
     return {
-        "shard": place.shard,
-        "key": place.key,
-        "meta_offset": place.meta[0],
-        "meta_bytes": place.meta[1],
-        "tensors_offset": place.tensors[0],
-        "tensors_bytes": place.tensors[1],
+        "shard": location.shard,
+        "key": location.key,
+        "meta_offset": location.meta[0],
+        "meta_bytes": location.meta[1],
+        "tensors_offset": location.tensors[0],
+        "tensors_bytes": location.tensors[1],
         "meta": trajectory.meta.model_dump_json(),
         "timesteps": list(trajectory.timesteps),
         "latent": list(trajectory.latent),
@@ -137,34 +138,34 @@ def _trajectories(batch: pa.RecordBatch | pa.Table, shards: Sequence[ShardEntry]
 
 
 def _trajectory(row: dict[str, Any], shards: Sequence[ShardEntry]) -> IndexedTrajectory:
-    """A row of the index; its values are checked, since a wrong one would be found in the middle of a training run.
+    """Parse a row of the index and check its values now, rather than fail in the middle of a training run.
 
     Raises:
-        ValueError: a value is missing or cannot be.
+        ValueError: a value is missing or impossible.
     """
-    places = [row[name] for name in ("shard", "meta_offset", "meta_bytes", "tensors_offset", "tensors_bytes")]
-    if any(place is None or place < 0 for place in places) or places[0] >= len(shards):
-        raise ValueError(f"a trajectory lies at {places}; there are {len(shards)} shards")
+    numbers = [row[name] for name in ("shard", "meta_offset", "meta_bytes", "tensors_offset", "tensors_bytes")]
+    if any(number is None or number < 0 for number in numbers) or numbers[0] >= len(shards):
+        raise ValueError(f"a trajectory lies at {numbers}; there are {len(shards)} shards")
     key = row["key"]
-    if not (key and key.isascii() and key.isdecimal() and len(key) <= _LONGEST_KEY) or row["meta"] is None:
+    if not (key and key.isascii() and key.isdecimal() and len(key) <= _MAX_KEY_LENGTH) or row["meta"] is None:
         raise ValueError(f"a trajectory has the key {key!r}, or no meta")
-    shard, meta_offset, meta_bytes, tensors_offset, tensors_bytes = places
+    shard, meta_offset, meta_bytes, tensors_offset, tensors_bytes = numbers
     location = SampleLocation(shard, key, (meta_offset, meta_bytes), (tensors_offset, tensors_bytes))
     timesteps, latent = _naturals(row["timesteps"]), _naturals(row["latent"])
-    # A reader takes memory for latents of this shape where a sample turns out to be damaged.
+    # Bounds the memory: the trainer allocates placeholder latents of this shape for a damaged sample.
     if len(latent) != 3 or not 0 < 4 * math.prod(latent) <= shards[shard].bytes:  # noqa: PLR2004  (C, h, w of 2 images)
         raise ValueError(f"a trajectory has latents of {latent}, its shard {shards[shard].bytes} bytes")
     return IndexedTrajectory(location, SampleMeta.model_validate_json(row["meta"]), timesteps, latent)
 
 
 def _naturals(values: object) -> tuple[int, ...]:
-    """A list of numbers from 0.
+    """Check that the value is a list of integers from 0.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is not.
     """
     if not isinstance(values, list) or not all(isinstance(value, int) and value >= 0 for value in values):
-        raise ValueError(f"{values!r} is no list of numbers from 0")
+        raise ValueError(f"{values!r} is not a list of integers from 0")
     return tuple(values)
 
 
@@ -173,7 +174,7 @@ def _scan_all(directory: ShardDirectory) -> Iterator[IndexedTrajectory]:
 
 
 def _scan(directory: ShardDirectory, shard: int) -> Iterator[IndexedTrajectory]:
-    """Read a tar's headers, its JSON members, and of the tensors the timesteps alone."""
+    """Read a tar's headers, its JSON members and the timesteps, without latents."""
     path = directory.path / directory.manifest.shards[shard].name
     locations = directory.locate(shard)
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Reading shards: where samples lie in the tars of a directory, and the samples, each tar checked before it is read."""
+"""Read shards: find the samples in a directory's tars, check a tar against the manifest, read samples."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from smpo_schemas.shards.samples import (
     timestep_problem,
 )
 
-_MOST_BYTES = 1 << 40
-"""Of a member: offsets beyond any file make seeking fail in ways of its own."""
+_MAX_MEMBER_BYTES = 1 << 40
+"""A size that no member has; seek() fails in various ways on absurd ones."""
 
 
 @dataclass(frozen=True)
 class SampleLocation:
-    """Where a sample's two members lie in the tars of a directory: byte offsets and lengths."""
+    """The tar that holds a sample, its key, and the (offset, length) in bytes of its two members."""
 
     shard: int
     key: str
@@ -35,8 +35,8 @@ class SampleLocation:
     tensors: tuple[int, int]
 
 
-class _PlainMember(tarfile.TarInfo):
-    """A member that is a plain file, as all of a shard are.
+class _RegularFile(tarfile.TarInfo):
+    """Accepts only regular files.
 
     Links, devices, folders, sparse files and extended headers are refused before tarfile acts on them.
     """
@@ -46,11 +46,13 @@ class _PlainMember(tarfile.TarInfo):
         """Parse a member's header.
 
         Raises:
-            tarfile.ReadError: it is of another kind, or of a size that no member has.
+            tarfile.ReadError: it is not a regular file, or impossibly large.
         """
         member = super().frombuf(buf, encoding, errors)
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 <= member.size <= _MOST_BYTES:
-            raise tarfile.ReadError(f"member {member.name[:100]!r} is no plain file of at most {_MOST_BYTES} bytes")
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 <= member.size <= _MAX_MEMBER_BYTES:
+            raise tarfile.ReadError(
+                f"member {member.name[:100]!r} is not a regular file of at most {_MAX_MEMBER_BYTES} bytes"
+            )
         return member
 
 
@@ -59,10 +61,10 @@ class IndexedTrajectory:
     """One trajectory, without its latents.
 
     Attributes:
-        location: where it lies.
-        meta: which trajectory of which pair it is.
+        location: its place in the tars.
+        meta: its metadata.
         timesteps: of its K states, increasing.
-        latent: the shape (C, h, w) of its latents.
+        latent: shape (C, h, w) of its latents.
     """
 
     location: SampleLocation
@@ -72,14 +74,14 @@ class IndexedTrajectory:
 
 
 def locate_samples(path: AnyPath, entry: ShardEntry, shard: int) -> list[SampleLocation]:
-    """The samples of one tar, in order; see :meth:`ShardDirectory.locate`."""
+    """List the samples of one tar, in order; see :meth:`ShardDirectory.locate`."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_PlainMember) as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_RegularFile) as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 if not (key.isascii() and key.isdecimal()) or extension in members.setdefault(key, {}):
-                    raise UserError(f"{path}: member {member.name[:100]!r} is no member of a shard, or there twice")
+                    raise UserError(f"{path}: member {member.name[:100]!r} does not belong in a shard, or is repeated")
                 members[key][extension] = (member.offset_data, member.size)
     except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -92,27 +94,28 @@ def locate_samples(path: AnyPath, entry: ShardEntry, shard: int) -> list[SampleL
 
 
 def read_at(file: BinaryIO, offset: int, length: int) -> bytes:
-    """The bytes of a member, or of a part of it.
+    """Read ``length`` bytes from ``offset`` on.
 
     Raises:
-        OSError: they lie outside the file; they are not asked for, since memory would be taken.
+        OSError: the range is outside the file.
     """
+    # Check first: read() would allocate an absurd length of a damaged index.
     size = file.seek(0, os.SEEK_END)
     if not (0 <= offset <= size and 0 <= length <= size - offset):
-        raise OSError(f"it has no {length} bytes at {offset}")
+        raise OSError(f"the file has no {length} bytes at {offset}")
     file.seek(offset)
     return file.read(length)
 
 
 class ShardDirectory:
-    """A finished output of ``invert``: its manifest, and its samples by location or in order."""
+    """A finished output of ``invert``: gives its manifest, and its samples by location or in order."""
 
     def __init__(self, directory: AnyPath | str, manifest: Manifest | None = None) -> None:
         """Open a directory.
 
         Args:
-            directory: where the tars lie: a path or a URL.
-            manifest: what is about to be written there; None: read it from there.
+            directory: path or URL of the folder of tars.
+            manifest: for a writer, the manifest that it is about to write; None: read the directory's.
 
         Raises:
             UserError: there is no valid manifest.
@@ -124,7 +127,7 @@ class ShardDirectory:
         """Check one tar's size and SHA-256 against the manifest.
 
         Raises:
-            UserError: it is missing, cut, or differs by a bit.
+            UserError: it is missing, truncated or damaged.
         """
         entry = self.manifest.shards[shard]
         path = self.path / entry.name
@@ -149,7 +152,7 @@ class ShardDirectory:
         """Read one sample by its location.
 
         Raises:
-            UserError: its members are malformed, or the tar is not there any more.
+            UserError: a member is malformed, or the tar cannot be read.
         """
         path = self.path / self.manifest.shards[location.shard].name
         try:
@@ -165,7 +168,7 @@ class ShardDirectory:
         return sample
 
     def samples(self, shards: Sequence[int] | None = None) -> Iterator[Sample]:
-        """All samples of the given tars (default: all), in order, each tar checked before it is read."""
+        """Yield all samples of the given tars (default: all), in order; each tar is verified before it is read."""
         for shard in range(len(self.manifest.shards)) if shards is None else shards:
             self.verify(shard)
             for location in self.locate(shard):

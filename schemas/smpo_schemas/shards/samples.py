@@ -13,33 +13,32 @@ from itertools import pairwise
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from smpo_common.errors import UserError, describe_problem
+from smpo_schemas.frozen import FrozenModel
 
 META, TENSORS = "json", "safetensors"
 """Extensions of a sample's two members."""
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-"""What latents and noise can be stored as, by the manifest's name for it."""
+"""Dtypes of stored latents and noise, by their names in the manifest."""
 
 
-class SampleMeta(BaseModel):
-    """``KEY.json``: which pair, which trajectory of it, and what was drawn for it.
+class SampleMeta(FrozenModel):
+    """``KEY.json``: a trajectory's pair and the trajectory's random choices.
 
     Attributes:
         pair_id, prompt, label, annotator: as in the pairs.
-        trajectory: 0, 1, ...
+        trajectory: number of the trajectory within its pair, from 0.
         flipped: both images were mirrored.
         prompt_dropped: inverted, and to be trained, under the empty prompt.
-        scores: per reward the raw scores of image_0 and image_1.
+        scores: per reward, the raw scores of image_0 and image_1.
         size: original height and width of both images, in pixels; under ``--size-conditioning constant`` those of the
-            crop. It is what a denoiser that takes sizes was and is to be told.
-        crop: top and left of both images' crops, in pixels of the resized image; likewise 0.
+            crop. A denoiser with size conditioning gets them, in inversion and in training.
+        crop: top and left of both images' crops, in pixels of the resized image; 0 under ``constant``.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     pair_id: str
     trajectory: int
@@ -58,11 +57,11 @@ class Sample:
     """One trajectory.
 
     Attributes:
-        x0_2Chw: float16 or bfloat16, scaled VAE latents of both images: the very sample that the trajectory began from.
+        x0_2Chw: float16 or bfloat16, scaled VAE latents of both images, from which the trajectory started.
         noise_K2Chw: of the same type, tau_t = (x_t - a_t x0) / s_t.
         timestep_K: int64, increasing.
-        ref_error_K2: float32, the reference's error at exactly this stored state.
-        residual_K2: float32, relative distance from the inversion's fixed point; NaN where no step was taken.
+        ref_error_K2: float32, the reference's error at the stored, rounded state.
+        residual_K2: float32, relative distance from the inversion's fixed point; NaN without an inversion step.
     """
 
     meta: SampleMeta
@@ -73,7 +72,7 @@ class Sample:
     residual_K2: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by their stored names."""
+        """Return the tensors by their stored names."""
         return {
             "x0": self.x0_2Chw,
             "noise": self.noise_K2Chw,
@@ -84,14 +83,14 @@ class Sample:
 
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
-    """The two members of a sample, by extension; equal samples give equal bytes."""
+    """Encode a sample's two members, by extension; equal samples give equal bytes."""
     meta = json.dumps(sample.meta.model_dump(), ensure_ascii=False, sort_keys=True, allow_nan=False)
     tensors = {name: tensor.contiguous() for name, tensor in sample.tensors().items()}
     return {META: meta.encode(), TENSORS: safetensors.torch.save(tensors)}
 
 
 def decode_sample(meta: bytes, tensors: bytes, source: str) -> Sample:
-    """Rebuild a sample from its two members; checks names, types, shapes and that all latents are finite.
+    """Decode a sample from its two members; check names, types, shapes and that all latents are finite.
 
     Raises:
         UserError: a member is malformed; the message names ``source``.
@@ -131,7 +130,7 @@ def _tensor_problem(sample: Sample) -> str | None:
 
 
 def layout_problem(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str | None:
-    """What is wrong with the types and shapes of a sample's tensors (by their stored names), or None."""
+    """Describe what is wrong with the types and shapes of a sample's tensors (by their stored names), or None."""
     x0_dtype, latent = tensors["x0"]
     count = math.prod(tensors["timestep"][1])
     stored = x0_dtype if x0_dtype in STORAGE.values() else torch.float16
@@ -151,9 +150,9 @@ def layout_problem(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -
 
 
 def timestep_problem(timesteps: Sequence[int], num_train_timesteps: int) -> str | None:
-    """What is wrong with the timesteps of a trajectory, of which there is one at least, or None.
+    """Return an error if the timesteps (at least one) are not strictly increasing in [0, T), else None.
 
-    Other ones than 0 to T - 1, T = ``num_train_timesteps``, would be looked up as some noise level or other.
+    A timestep outside, T = ``num_train_timesteps``, would silently index a wrong noise level.
     """
     if any(later <= earlier for earlier, later in pairwise(timesteps)):
         return "timesteps do not increase"

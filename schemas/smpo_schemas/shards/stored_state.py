@@ -1,4 +1,4 @@
-"""One state of a trajectory, read from where it lies in a tar; the other states, most of a sample, are not read.
+"""Read one state of a trajectory from a tar, without the trajectory's other states, which are most of a sample.
 
 Shape suffixes: 2 images, C h w a latent.
 """
@@ -24,16 +24,16 @@ from smpo_schemas.shards.samples import SampleMeta, layout_problem, timestep_pro
 _NAMES = ("x0", "noise", "timestep", "ref_error", "residual")
 
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-"""By safetensors' names; shards have no others."""
+"""Dtypes of shards, by safetensors' names."""
 
 
 @dataclass(frozen=True)
 class StoredState:
-    """One state as it is stored.
+    """One stored state.
 
     Attributes:
-        trajectory: which it is of.
-        x0_2Chw, noise_2Chw, ref_error_2: of this state, as in :class:`~smpo_schemas.shards.samples.Sample`.
+        trajectory: the state's trajectory.
+        x0_2Chw, noise_2Chw, ref_error_2: as in :class:`~smpo_schemas.shards.samples.Sample`, of this state.
     """
 
     trajectory: IndexedTrajectory
@@ -43,7 +43,7 @@ class StoredState:
 
 
 def read_trajectory(file: BinaryIO, location: SampleLocation, path: AnyPath) -> IndexedTrajectory:
-    """Read a sample without its latents from the tar ``path``, which is open as ``file``.
+    """Read a sample, without its latents, from ``file``, the opened tar ``path``.
 
     Raises:
         UserError: it is malformed.
@@ -53,10 +53,10 @@ def read_trajectory(file: BinaryIO, location: SampleLocation, path: AnyPath) -> 
 
 
 def read_state(directory: ShardDirectory, location: SampleLocation, k: int) -> StoredState:
-    """Read the ``k``-th state of the trajectory that lies there, without its other states, and check it.
+    """Read and check the ``k``-th state of the trajectory at ``location``.
 
     Raises:
-        UserError: it is malformed or not there.
+        UserError: it is malformed or missing.
     """
     path = directory.path / directory.manifest.shards[location.shard].name
     with _reading(path, location), path.open("rb") as file:
@@ -64,12 +64,12 @@ def read_state(directory: ShardDirectory, location: SampleLocation, k: int) -> S
         problem = layout_problem({name: (tensors[name].dtype, tensors[name].shape) for name in _NAMES})
         problem = problem or timestep_problem(trajectory.timesteps, directory.manifest.model.num_train_timesteps)
         if problem is None and not 0 <= k < len(trajectory.timesteps):
-            problem = f"it has {len(trajectory.timesteps)} states, none with the number {k}"
+            problem = f"there is no state {k} among its {len(trajectory.timesteps)}"
         if problem is None:
-            read = {"x0": tensors["x0"].read()} | {name: tensors[name][k].read() for name in ("noise", "ref_error")}
-            bad = [name for name, tensor in read.items() if not torch.isfinite(tensor).all()]
+            state = {"x0": tensors["x0"].read()} | {name: tensors[name][k].read() for name in ("noise", "ref_error")}
+            bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
             if not bad:
-                return StoredState(trajectory, *read.values())
+                return StoredState(trajectory, *state.values())
             problem = f"{bad[0]} is not finite"
     raise UserError(f"{path}: sample {location.key} (pair {trajectory.meta.pair_id}): {problem}")
 
@@ -89,7 +89,7 @@ def _read_trajectory(file: BinaryIO, location: SampleLocation) -> tuple[IndexedT
 # Not by the safetensors library: it opens whole files, and reads all of the bytes that it is given.
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor in a file, from the byte ``offset`` on."""
+    """A tensor in a file, at byte ``offset``."""
 
     file: BinaryIO
     offset: int
@@ -101,21 +101,21 @@ class _Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, row: int) -> _Tensor:
-        """Its ``row``-th part along the first axis."""
+        """Select ``row`` along the first axis."""
         part = _Tensor(self.file, self.offset, self.dtype, self.shape[1:])
         return _Tensor(self.file, self.offset + row * part.num_bytes, self.dtype, part.shape)
 
     def read(self) -> torch.Tensor:
-        # A copy that may be written to, as torch wants it.
+        # torch.frombuffer warns unless the buffer is writable, which bytes is not.
         content = bytearray(read_at(self.file, self.offset, self.num_bytes))
         return torch.frombuffer(content, dtype=self.dtype).reshape(self.shape)
 
 
 class _Tensors:
-    """The tensors of a safetensors member, by name; https://huggingface.co/docs/safetensors describes the format."""
+    """The tensors of a safetensors member, by name (format: https://huggingface.co/docs/safetensors)."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        """Read the header of a member of ``length`` bytes from ``offset`` on."""
+        """Read the header of a member of ``length`` bytes at ``offset``."""
         (size,) = struct.unpack("<Q", read_at(file, offset, 8))
         self._file, self._begin, self._num_bytes = file, offset + 8 + size, length - 8 - size
         if self._num_bytes < 0:
@@ -123,16 +123,16 @@ class _Tensors:
         self._header = json.loads(read_at(file, offset + 8, size))
 
     def __getitem__(self, name: str) -> _Tensor:
-        """Where a tensor lies.
+        """Locate a tensor and check its header entry.
 
         Raises:
-            ValueError, KeyError, TypeError: it is not there, or not as the format says.
+            ValueError, KeyError, TypeError: it is missing, or its entry is malformed.
         """
-        part = self._header[name]
-        begin, end = part["data_offsets"]
-        tensor = _Tensor(self._file, self._begin + begin, _TYPES[part["dtype"]], tuple(part["shape"]))
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        tensor = _Tensor(self._file, self._begin + begin, _TYPES[entry["dtype"]], tuple(entry["shape"]))
         if not all(type(number) is int and number >= 0 for number in (begin, end, *tensor.shape)):
-            raise ValueError(f"{name} has the shape {part['shape']} and lies at {begin} to {end}")
+            raise ValueError(f"{name} has the shape {entry['shape']} and lies at {begin} to {end}")
         if tensor.num_bytes != end - begin or end > self._num_bytes:
             raise ValueError(f"{name} of {tensor.num_bytes} bytes lies at {begin} to {end} of {self._num_bytes}")
         return tensor
@@ -140,7 +140,7 @@ class _Tensors:
 
 @contextmanager
 def _reading(path: AnyPath, location: SampleLocation) -> Iterator[None]:
-    """Turn whatever a malformed or hostile sample raises into one line."""
+    """Turn what a malformed or hostile sample raises into :class:`UserError`."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Writing shards."""
+"""Write shards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from smpo_schemas.shards.samples import Sample, SampleMeta, encode_sample
 
 
 class ShardWriter:
-    """Writes one tar that appears under its name only when whole; equal samples give equal bytes.
+    """Writes one tar atomically; equal samples give equal bytes.
 
-    Use as a context manager; what follows is there after a successful exit. An exception leaves no file.
+    Use as a context manager; an exception leaves no file. The attributes are set by a successful exit.
 
     Attributes:
-        entry: what the manifest is to say of it.
-        trajectories: what it holds, in order: where each sample lies (``shard`` 0), and the sample without its latents.
+        entry: the tar's entry in the manifest.
+        trajectories: the samples' places (in shard 0) and metadata, in order.
     """
 
     entry: ShardEntry
@@ -36,7 +36,7 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._temporary = self._atomic.__enter__()
-        # A fixed time and no owner: the bytes then depend on the samples alone.
+        # A fixed time and no owner, so that the bytes depend on the samples alone.
         self._stream = self._temporary.open("wb")
         self._tar = TarWriter(self._stream, mtime=0, user="", group="", mode=0o444)
         return self
@@ -56,12 +56,12 @@ class ShardWriter:
             if error is None:
                 self._describe()
         except (OSError, UserError) as closing:
-            # A full disk may show only here; the file must then not be renamed into place.
+            # A full disk may show only here: pass the error on, so that the file is not renamed into place.
             kind, error, trace = (kind, error, trace) if error else (type(closing), closing, closing.__traceback__)
         self._atomic.__exit__(kind, error, trace)
 
     def _describe(self) -> None:
-        """Read back what was written, while it is on this machine."""
+        """Read back the tar's hash and offsets, before it is moved to its place or uploaded."""
         self.entry = ShardEntry(
             name=self._path.name,
             pairs=self._pairs,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tenacity
 
-from smpo_common import retry as passing
+from smpo_common import retry
 from smpo_common.errors import UserError
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.record.lock import holder, locked
@@ -38,7 +38,7 @@ def test_a_directory_has_one_run_and_a_killed_one_does_not_hold_it(tmp_path):
     out = tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
-        holder = rf"written by another run \(process {process.pid} on .*take another --out"
+        holder = rf"written by another run \(process {process.pid} on .*--out"
         with pytest.raises(UserError, match=holder), locked(out):
             pass
         process.kill()
@@ -152,8 +152,8 @@ def failing_once_each(monkeypatch, number):
 
 
 def test_records_are_read_again_where_storage_fails_for_a_moment(run, monkeypatch):
-    monkeypatch.setattr(passing.PASSING_RETRY, "wait", tenacity.wait_none())
-    monkeypatch.setattr(passing.PASSING_RETRY, "stop", tenacity.stop_never)
+    monkeypatch.setattr(retry.TRANSIENT_RETRY, "wait", tenacity.wait_none())
+    monkeypatch.setattr(retry.TRANSIENT_RETRY, "stop", tenacity.stop_never)
     failed = failing_once_each(monkeypatch, errno.ESTALE)
     assert sorted(run.records()) == list(range(6))
     assert len(failed) == 6

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tenacity
 
-from smpo_common import retry as passing
+from smpo_common import retry
 from smpo_common.errors import UserError
 from smpo_pipeline.jobs.prepare import values_of
 from smpo_pipeline.jobs.record.run_record import Run
@@ -73,7 +73,7 @@ def _several_parts(monkeypatch):
 
 def test_storage_that_fails_for_a_moment_under_the_driver_changes_nothing(tmp_path, monkeypatch):
     expected = write_table(tmp_path / "whole", commit(tmp_path / "whole", "a"), UNITS, models("a"), None)
-    monkeypatch.setattr(passing.PASSING_RETRY, "wait", tenacity.wait_none())
+    monkeypatch.setattr(retry.TRANSIENT_RETRY, "wait", tenacity.wait_none())
     calls, failing = itertools.count(), {3, 9, 12, 30, 36}
     fsync = os.fsync
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smpo_common.errors import UserError
-from smpo_schemas.preference.base import spread
+from smpo_schemas.preference.base import score_range
 from smpo_schemas.preference.minmax import minmax
 from tests.schemas.helpers import statistics
 
@@ -37,7 +37,7 @@ def test_published_constants_of_pickscore():
 
 
 def test_wrong_use_is_one_line():
-    with pytest.raises(UserError, match="'nothing' is not among"):
+    with pytest.raises(UserError, match="'nothing'"):
         minmax({}, {}, {"nothing": 1.0})
     with pytest.raises(UserError, match="all images have the score"):
-        spread(statistics([[1.0, 1.0]]))
+        score_range(statistics([[1.0, 1.0]]))

@@ -40,7 +40,7 @@ def make(name, pairs, weights=WEIGHTS):
 
 def test_all_are_found():
     assert set(preferences()) >= {"minmax", "mixture", "winrate"}
-    with pytest.raises(UserError, match="--preference nonsense is not known; known: minmax, mixture, winrate"):
+    with pytest.raises(UserError, match="--preference nonsense.*minmax, mixture, winrate"):
         find_preference("nonsense")
 
 
@@ -90,7 +90,7 @@ def test_the_order_of_pairs_and_rewards_does_not_matter(name, pairs):
 
 @pytest.mark.parametrize("name", sorted(preferences()))
 def test_an_unknown_reward_is_one_line(name, pairs):
-    with pytest.raises(UserError, match="'nothing' is not among the scored ones"):
+    with pytest.raises(UserError, match="'nothing'.*scored"):
         make(name, pairs, {"nothing": 1.0})
 
 
@@ -118,9 +118,9 @@ def test_sure_populations_that_disagree_leave_one_half():
 
 
 def test_shares_are_checked(pairs):
-    with pytest.raises(UserError, match="--reward two:-1: the weight is a share of the annotators"):
+    with pytest.raises(UserError, match="--reward two:-1:"):
         make("mixture", pairs, {"one": 1.0, "two": -1.0})
     with pytest.raises(UserError, match="the weights are all 0"):
         make("winrate", pairs, {"one": 0.0})
-    with pytest.raises(UserError, match="'one' is not among the calibrated ones .two."):
+    with pytest.raises(UserError, match="'one' .*calibrated.*two"):
         Mixture({"one": 1.0}, {"one": statistics([[0.0, 1.0]])}, {"two": 1.0})

@@ -77,5 +77,5 @@ def test_with_two_images_it_is_the_sigmoid_of_minmax():
 
 def test_needs_names():
     scores = {"r": np.array([[0.0, 1.0]])}
-    with pytest.raises(UserError, match="do not name their images; score the pairs again"):
+    with pytest.raises(UserError, match="--preference winrate .*smpo-pipeline score"):
         WinRate({"r": 1.0}, {"r": statistics(scores["r"])}).probability(ScoredPairs(scores, ["x"]))

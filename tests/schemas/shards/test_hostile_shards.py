@@ -67,13 +67,13 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
     ["../000000000.json", "/000000000.json", "a/000000000.json", "key.json", "\u0661.json", ".json", "x" * 150],
 )
 def test_names_that_no_shard_has(tmp_path, name):
-    refused(tmp_path, tar_of(member(name), member("000000000.safetensors")), "no member of a shard|no plain file")
+    refused(tmp_path, tar_of(member(name), member("000000000.safetensors")), "member .*(shard|regular file)")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
 def test_members_that_are_no_files(tmp_path, kind):
     tar = tar_of(member("000000000.json", kind, "/etc/passwd"), member("000000000.safetensors"))
-    refused(tmp_path, tar, "no plain file")
+    refused(tmp_path, tar, "member .*regular file")
 
 
 def test_a_member_that_is_there_twice(tmp_path):

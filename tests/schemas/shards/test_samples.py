@@ -206,7 +206,7 @@ def test_damage_is_named(tmp_path):
 
 
 def test_manifest_problems_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds no manifest.json"):
+    with pytest.raises(UserError, match="no manifest.json: .*smpo-pipeline invert"):
         read_manifest(tmp_path)
     path = tmp_path / "manifest.json"
     path.write_text("{")

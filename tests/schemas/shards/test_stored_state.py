@@ -94,7 +94,7 @@ def test_timesteps_are_the_models(tmp_path: Path, timesteps: list[int], message:
 @pytest.mark.parametrize("k", [3, -1, 2**40])
 def test_a_state_that_is_not_there(tmp_path: Path, k: int) -> None:
     directory, location = written(tmp_path, make_sample(0))
-    with pytest.raises(UserError, match=f"it has 3 states, none with the number {k}"):
+    with pytest.raises(UserError, match=f"sample 000000000 .*state {k} .*3"):
         read_state(directory, location, k)
 
 
@@ -154,7 +154,7 @@ def test_a_sample_that_lies_elsewhere(tmp_path: Path) -> None:
         replace(location, tensors=(-1, 8)),
         replace(location, meta=(10**9, 9)),
     ):
-        with pytest.raises(UserError, match="shard-000000.tar: sample 000000000 cannot be read: it has no"):
+        with pytest.raises(UserError, match="shard-000000.tar: sample 000000000 cannot be read: .*no"):
             read_state(directory, place, 0)
     (tmp_path / "shard-000000.tar").unlink()
     with pytest.raises(UserError, match="cannot be read: No such file"):

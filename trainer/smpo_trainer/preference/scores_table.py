@@ -12,7 +12,7 @@ import numpy as np
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_schemas.preference import Preference, ScoredPairs
-from smpo_schemas.scores import ScoresInfo, image_ids, read_scores, reward_scores, same_score
+from smpo_schemas.scores import ScoresInfo, image_ids, read_scores, reward_scores, score_tolerance
 from smpo_schemas.shards.samples import SampleMeta
 
 _LONGEST = 60
@@ -78,7 +78,7 @@ def preference_table(
     scores = {name: reward_scores(table, name) for name in preference.weights}
     scored = ScoredPairs(scores, prompts, image_ids(table) if preference.needs_images else None)
     p_P = preference.probability(scored)
-    allowed = {name: same_score(info.rewards[name]) for name in scores}
+    allowed = {name: score_tolerance(info.rewards[name]) for name in scores}
     first: dict[str, int] = {}
     for row, pair_id in enumerate(ids):
         other = first.setdefault(pair_id, row)

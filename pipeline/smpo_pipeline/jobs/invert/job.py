@@ -14,7 +14,7 @@ import ray
 from rich.console import Console
 
 from smpo_common.errors import UserError
-from smpo_common.retry import trying_again
+from smpo_common.retry import retry_transient
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.images.buckets import Size, list_buckets
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
@@ -44,7 +44,7 @@ from smpo_schemas.manifest import (
 )
 from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
 from smpo_schemas.rejects import count_reasons, write_rejects
-from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, same_score
+from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, score_tolerance
 from smpo_schemas.shards.index import INDEX_FILE, write_index
 from smpo_schemas.shards.reader import ShardDirectory
 
@@ -167,7 +167,7 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
     found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
     for name in names:
         between = pc.subtract(found[f"{name}_max"], found[f"{name}_min"])
-        apart = pc.greater(between, same_score(info.rewards[name[:-2]]))
+        apart = pc.greater(between, score_tolerance(info.rewards[name[:-2]]))
         clash = found.filter(apart)
         if clash.num_rows:
             raise UserError(
@@ -205,7 +205,7 @@ def _check_model(options: InvertOptions) -> _Checked:
     return _Checked(model, resolution, sizes, pairs_per_shard, weights)
 
 
-@trying_again
+@retry_transient
 def _finish(
     options: InvertOptions,
     run: Run,

@@ -9,7 +9,7 @@ from itertools import dropwhile
 from ray.exceptions import RayError, RayTaskError
 
 from smpo_common.errors import UserError
-from smpo_common.retry import PASSING_ERRNOS
+from smpo_common.retry import TRANSIENT_ERRNOS
 from smpo_pipeline.jobs.ray.session import RETRIES
 
 
@@ -52,7 +52,7 @@ def _user_error(error: BaseException) -> UserError | None:
             return UserError(
                 str(getattr(current, "cause", current)).partition("Failed to apply UDF transform")[0].strip()
             )
-        if isinstance(current, OSError) and current.errno in PASSING_ERRNOS:
+        if isinstance(current, OSError) and current.errno in TRANSIENT_ERRNOS:
             where = current.filename or "storage"
             return UserError(f"{where}: {current.strerror}, tried {RETRIES + 1} times; the same command goes on")
         current = getattr(current, "cause", None) or current.__cause__

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from smpo_common.errors import UserError
-from smpo_common.retry import PASSING_ERRNOS
+from smpo_common.retry import TRANSIENT_ERRNOS
 from smpo_models.devices import choose_device, device_in_words
 from smpo_pipeline.jobs.ray.pools import gpus_there
 
@@ -78,7 +78,7 @@ def connected(address: str | None) -> Iterator[None]:
     # A worker that dies later is started again without limit; by default one that dies while it loads ends the job.
     context.max_consecutive_actor_init_deaths = _DEATHS_LOADING
     # With pauses that double. A unit's task gives the same from its start on, as this asks for.
-    context.retried_map_errors = [os.strerror(number) for number in PASSING_ERRNOS]
+    context.retried_map_errors = [os.strerror(number) for number in TRANSIENT_ERRNOS]
     context.max_map_retries = RETRIES
     # What Ray would put in its place loses its cause on the way from an actor with threads.
     context.raise_original_map_exception = True

@@ -30,7 +30,7 @@ from smpo_common.files import (
     statuses,
     write_json,
 )
-from smpo_common.retry import trying_again
+from smpo_common.retry import retry_transient
 from smpo_common.same_settings import require_same_settings
 from smpo_common.store_path import AnyPath
 from smpo_schemas.manifest import Bucket
@@ -93,7 +93,7 @@ class Run:
         self.out, self._marker, self._identity = out, out / marker, dict(identity)
         self._digest = _digest(self._identity)
 
-    @trying_again
+    @retry_transient
     def open(self, *, overwrite: bool, patterns: Sequence[str]) -> bool:
         """Begin, continue, or find finished; returns whether there is work to do.
 
@@ -146,7 +146,7 @@ class Run:
         """The identity of the run that is there, or None."""
         return read_identity(self.out)
 
-    @trying_again
+    @retry_transient
     def remove(self) -> None:
         """Remove what is there, the folder included; a part of it that is left by a kill is never taken for a run's."""
         self._remove(())
@@ -171,7 +171,7 @@ class Run:
         if there is None or _digest(there) != self._digest:
             raise UserError(f"another run was begun in {self.out}: this one is over")
 
-    @trying_again
+    @retry_transient
     def records(self) -> dict[int, UnitRecord]:
         """The committed units' records, by number.
 
@@ -213,7 +213,7 @@ class Run:
             return False
         return written.st_mtime_ns <= files[path].st_mtime_ns or sha256_file(file) == record.entry["sha256"]
 
-    @trying_again
+    @retry_transient
     def finish(self) -> None:
         """Remove what is of no use once the marker, which holds all that the records say, is written."""
         self._remove_temporaries()

@@ -215,11 +215,11 @@ def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, 
         there = gpus_there()
         sizes = {name: given.get(name, max(1, there)) for name in specs}
         shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, there)
-        return {name: Pool(sizes[name], share, needs[name].num_cpus) for name, share in shares.items()}
+        return {name: Pool(sizes[name], share, needs[name].threads) for name, share in shares.items()}
     cores = cores_there(options.running.ray_address)
     pools = {}
     for name, need in needs.items():
         on_one = math.ceil(given.get(name, 1) / len(cores))
-        threads = max(1, min(cores) // on_one) if need.num_cpus > 1 else 1
+        threads = max(1, min(cores) // on_one) if need.threads > 1 else 1
         pools[name] = Pool(given.get(name, sum(cores) // threads), 0, threads)
     return pools

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from smpo_common.errors import UserError
 from smpo_common.files import arrow_source, read_all
-from smpo_common.retry import trying_again
+from smpo_common.retry import retry_transient
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.score.pair_ids import PairIds
@@ -53,7 +53,7 @@ class RewardModel:
     dtype: str
 
 
-@trying_again
+@retry_transient
 def write_table(
     out: AnyPath, step: Run, units: int, rewards: Mapping[str, RewardModel], base: ScoresInfo | None
 ) -> ScoresInfo:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, sha256_file
-from smpo_common.retry import trying_again
+from smpo_common.retry import retry_transient
 from smpo_common.store_path import AnyPath
 from smpo_models.weights import DTYPES
 from smpo_pipeline.isolation import make, run_alone
@@ -155,7 +155,7 @@ class UnitCollector:
                 yield self._commit(unit, rows, chunks)
                 self._repeated.add(rows.filter(pc.is_null(rows["reason"])))
 
-    @trying_again
+    @retry_transient
     def _commit(self, unit: int, rows: pa.Table, chunks: Sequence[pa.Table]) -> UnitRecord:
         scores = {name: np.concatenate([scores_of(chunk, name) for chunk in chunks]) for name in self._rewards}
         failed = {name: [each for chunk in chunks for each in failures_of(chunk, name)] for name in self._rewards}
