@@ -61,7 +61,7 @@ def test_people_who_agree_are_shown(capfd, tmp_path):
     folder = write_scores(tmp_path / "scores", twice, labels * 2, prompts * 2, people, pair_ids=ids)
     done = calibrate(capfd, "--scores", folder)
     assert "60 pairs were labelled more than once" in done.stdout
-    assert "100.0 % of 57 decided twos of labels agree, and 3 with a tie" in done.stdout
+    assert "100.0 % of 57 repeated decided labels agree; 3 with a tie" in done.stdout
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -103,11 +103,11 @@ def test_mistakes_are_one_line(capfd, scores, tmp_path):
     assert_one_line(calibrate(capfd, "--scores", tmp_path / "nothing"), "no scores.json")
     assert_one_line(calibrate(capfd, "--scores", none), "none of the 20 pairs has a label")
     assert_one_line(calibrate(capfd, "--scores", ties), "all 20 labels are ties")
-    assert_one_line(calibrate(capfd, "--scores", one), "labels are of 1 prompts, too few for --folds 5")
-    assert_one_line(calibrate(capfd, "--scores", same), "reward flat: it gives both images the same score in all 20")
+    assert_one_line(calibrate(capfd, "--scores", one), "--folds 5")
+    assert_one_line(calibrate(capfd, "--scores", same), "reward flat gives both images the same score in all 20")
     assert_one_line(calibrate(capfd, "--scores", constant), "all images have the score 1.0")
     assert_one_line(calibrate(capfd, "--scores", lonely), "all labels are ties: too few decided labels for --folds 5")
-    assert_one_line(calibrate(capfd, "--scores", scores, "--reward", "three"), "--reward three", "it holds: one, two")
+    assert_one_line(calibrate(capfd, "--scores", scores, "--reward", "three"), "--reward three", "one, two")
 
 
 def test_what_would_be_overwritten_and_urls_are_one_line(capfd, scores):

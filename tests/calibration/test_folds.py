@@ -29,5 +29,5 @@ def test_the_order_of_rows_does_not_matter_but_the_seed_does():
 
 def test_as_many_prompts_as_folds():
     assert sorted(split_by_prompt(["a", "b", "b", "c"], 3, 0)) in ([0, 1, 1, 2], [0, 0, 1, 2], [0, 1, 2, 2])
-    with pytest.raises(UserError, match="of 3 prompts, too few for --folds 4"):
+    with pytest.raises(UserError, match="--folds 4 .* 3$"):
         split_by_prompt(["a", "b", "b", "c"], 4, 0)

@@ -257,7 +257,7 @@ def test_wrong_use_is_one_line(inputs, scores, tmp_path, capfd):
     run = partial(run_here, capfd)
     out = tmp_path / "out"
     assert_one_line(score(inputs, out, "--pairs", tmp_path / "no", run=run), "does not exist")
-    assert_one_line(score(inputs, out, "--reward", "nothing", run=run), "no reward is called 'nothing'")
+    assert_one_line(score(inputs, out, "--reward", "nothing", run=run), "--reward nothing")
     assert_one_line(score(inputs, out, "--prompt-column", "text", run=run), "no column 'text'")
     assert_one_line(score(inputs, out, "--reward", f"pickscore={inputs / 'model'}", run=run), "twice")
     assert_one_line(invert(inputs, tmp_path, out, run=run), "no scores.json")

@@ -1,4 +1,4 @@
-"""Rewards against people's labels: temperatures, shares, and how well each mix does on prompts it was not fitted to.
+"""Fit rewards' temperatures and weights to people's labels, and measure each mix on held-out prompts.
 
 Shape suffixes: P rows of a scores table (all, or those with a label), K rewards.
 """

@@ -1,4 +1,4 @@
-"""People against each other: each annotator's agreement with a p, and labels of one pair by several."""
+"""Agreement of annotators with a predicted p, and with each other on pairs that were labelled more than once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from smpo_schemas.labels import TIE
 
 @dataclass(frozen=True)
 class Repeats:
-    """Two labels of one pair, over all such twos.
+    """Counts of two labels of the same pair.
 
     Attributes:
-        alike: both prefer the same image.
-        decided: both prefer an image.
-        with_tie: at least one is a tie.
+        alike: both labels prefer the same image.
+        decided: both labels prefer an image.
+        with_tie: at least one label is a tie.
     """
 
     alike: int = 0
@@ -30,11 +30,11 @@ class Repeats:
 
 @dataclass(frozen=True)
 class AnnotatorAgreement:
-    """How people agree where a pair was labelled more than once.
+    """How people agree on pairs that were labelled more than once.
 
     Attributes:
-        pairs: such pairs.
-        others: labels by different people; one who is not named counts as another.
+        pairs: number of such pairs.
+        others: labels by different people; an unnamed annotator counts as a different one.
         selves: labels by the same person.
     """
 
@@ -44,9 +44,9 @@ class AnnotatorAgreement:
 
 
 def by_annotator(data: LabelledPairs, p_P: np.ndarray, most: int) -> dict[str, tuple[int, int]]:
-    """Per annotator, of the ``most`` with the most decided labels: labels ordered as p does, and decided labels."""
+    """Count, for the ``most`` annotators with most decided labels, the labels that p orders alike and all decided."""
     decided = data.decided
-    counts = Counter(name for name, counted in zip(data.annotators, decided, strict=True) if counted and name)
+    counts = Counter(name for name, is_decided in zip(data.annotators, decided, strict=True) if is_decided and name)
     names = np.array([name or "" for name in data.annotators], dtype=object)
     return {
         name: agreement(p_P[decided & (names == name)], data.labels_P[decided & (names == name)])
@@ -57,8 +57,8 @@ def by_annotator(data: LabelledPairs, p_P: np.ndarray, most: int) -> dict[str, t
 def between_annotators(data: LabelledPairs) -> AnnotatorAgreement:
     """Compare all labels of the same pair.
 
-    The same pair has the same prompt and the same two images, whichever comes first; where the table does not name
-    its images, the same pair_id.
+    Rows are the same pair if they have the same prompt and the same two images, in either order; if the table has no
+    image hashes, if they have the same pair_id.
     """
     groups: dict[object, list[tuple[float, str | None]]] = defaultdict(list)
     images_P2 = data.pairs.images_P2
@@ -74,12 +74,13 @@ def between_annotators(data: LabelledPairs) -> AnnotatorAgreement:
     others: list[tuple[float, float]] = []
     selves: list[tuple[float, float]] = []
     for labels in repeated:
-        for (one, who), (other, whom) in itertools.combinations(labels, 2):
-            (selves if who is not None and who == whom else others).append((one, other))
+        for (first_label, annotator), (second_label, other) in itertools.combinations(labels, 2):
+            same = annotator is not None and annotator == other
+            (selves if same else others).append((first_label, second_label))
     return AnnotatorAgreement(len(repeated), _count(others), _count(selves))
 
 
-def _count(twos: list[tuple[float, float]]) -> Repeats:
-    decided = [(one, other) for one, other in twos if TIE not in (one, other)]
-    alike = sum((one > TIE) == (other > TIE) for one, other in decided)
-    return Repeats(alike=alike, decided=len(decided), with_tie=len(twos) - len(decided))
+def _count(label_pairs: list[tuple[float, float]]) -> Repeats:
+    decided = [labels for labels in label_pairs if TIE not in labels]
+    alike = sum((first > TIE) == (second > TIE) for first, second in decided)
+    return Repeats(alike=alike, decided=len(decided), with_tie=len(label_pairs) - len(decided))

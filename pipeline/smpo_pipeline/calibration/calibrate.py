@@ -1,4 +1,4 @@
-"""What ``smpo-pipeline calibrate`` does: read, cross-validate, measure; the rest shows it."""
+"""Calibrate: read the scores, cross-validate, measure."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _MOST_ANNOTATORS = 10
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """Everything that is shown.
+    """The calibration and what the report and the plot show.
 
     Attributes:
-        calibration: what is written.
-        data: the labels.
-        held_out: predictions and fits behind it.
-        annotators: by name of a reward or mix, per annotator the labels ordered alike and the decided labels; of the
-            two mixtures the chosen one, and none that differs from another only in its temperature, which changes
-            nobody's order.
+        calibration: the content of ``calibration.json``.
+        data: scores and labels.
+        held_out: predictions and fits of the folds.
+        annotators: by name of a reward or mix, per annotator the number of labels ordered alike and of decided labels.
+            Without mixes that order pairs as another one here does (they differ in temperature only), and with the
+            chosen one of the two mixtures.
         people: how people agree with each other.
     """
 
@@ -54,11 +54,11 @@ def calibrate(
     """Calibrate rewards to the labels of an output of ``score``.
 
     Args:
-        scores: the output.
-        rewards: names; empty: all that it holds.
-        folds: parts of the prompts, each held out once.
-        seed: deals the prompts to the folds.
-        done: told how many of ``folds`` + 1 fits are done.
+        scores: the output's folder.
+        rewards: names of rewards; empty: all.
+        folds: number of parts of the prompts, each held out once.
+        seed: assigns the prompts to folds.
+        done: called with the number of finished fits, of ``folds`` + 1.
 
     Raises:
         UserError: the scores or labels cannot be used.

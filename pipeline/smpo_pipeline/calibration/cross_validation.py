@@ -1,4 +1,4 @@
-"""Every reward and every mix, fitted on some prompts and judged on the others."""
+"""Fit every reward and mix on some prompts and predict the labels of the others."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SHARP_MINMAX = f"{MINMAX}, sharpness fitted"
 
 @dataclass(frozen=True)
 class Fits:
-    """What was learned from some labels.
+    """Parameters fitted to some labels.
 
     Attributes:
         alone: by reward name, tau of the reward by itself.
         fitted, equal: the mixture, with fitted and with equal weights.
-        sharpness: what all weights of the even ``minmax`` mix are to be multiplied by.
+        sharpness: factor for all weights of the ``minmax`` mix with weights 1.
     """
 
     alone: dict[str, float]
@@ -41,7 +41,7 @@ class Fits:
     sharpness: float
 
     def mixture(self, *, equal_weights: bool) -> MixtureFit:
-        """One of the two."""
+        """Return ``equal`` or ``fitted``."""
         return self.equal if equal_weights else self.fitted
 
 
@@ -50,11 +50,11 @@ class CrossValidation:
     """Cross-validated predictions.
 
     Attributes:
-        p: by name of a reward or mix, P(image_0 preferred) of every labelled row, float64 [P], each from the fits
-            of the folds that the row's prompt is not in; NaN in rows without a label.
+        p: by name of a reward or mix, P(image_0 preferred), float64 [P], each predicted by a fit without the row's
+            fold; NaN in rows without a label.
         fold_P: the fold of each row, -1 without a label.
-        folds: the fits without each fold.
-        final: the fits to all labels.
+        folds: for each fold, the fit to the other folds.
+        final: the fit to all labels.
         equal_weights: whether equal weights had the lower held-out log-loss.
     """
 
@@ -66,28 +66,28 @@ class CrossValidation:
 
     @property
     def chosen(self) -> str:
-        """The better of the two mixtures, by its name in ``p``."""
+        """The name in ``p`` of the mixture with the lower held-out log-loss."""
         return EQUAL_MIXTURE if self.equal_weights else MIXTURE
 
     @property
     def mixture(self) -> MixtureFit:
-        """The mixture to use: fitted to all labels, with the weights that did better on held-out prompts."""
+        """The mixture with the lower held-out log-loss, fitted to all labels."""
         return self.final.mixture(equal_weights=self.equal_weights)
 
 
 def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[int], None]) -> CrossValidation:
     """Fit and predict, fold by fold.
 
-    What else takes a calibration is given that of the mixture which did better, as ``smpo-train`` is.
+    Other mixes that take a calibration get the chosen mixture's, as in ``smpo-train``.
 
     Args:
         data: scores and labels.
-        folds: how many.
-        seed: deals the prompts to them.
-        done: told how many of ``folds`` + 1 fits are done.
+        folds: number of folds.
+        seed: assigns the prompts to folds.
+        done: called with the number of finished fits, of ``folds`` + 1.
 
     Raises:
-        UserError: too few prompts, or a reward that cannot be used.
+        UserError: there are too few prompts, or a reward does not tell images apart.
     """
     for name, statistics in data.statistics.items():
         score_range(statistics)
@@ -97,7 +97,7 @@ def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[i
     fold_P[labelled] = split_by_prompt([data.prompts[row] for row in labelled], folds, seed)
     unfitted = predict_unfitted(data)
     p: dict[str, np.ndarray] = {}
-    found = []
+    fold_fits = []
     for fold in range(folds):
         train_P = data.labelled & (fold_P != fold)
         if not (train_P & data.decided).any():
@@ -105,7 +105,7 @@ def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[i
         for name in data.statistics:
             _check_margins(data, name, train_P)
         fits = fit_all(data, train_P)
-        found.append(fits)
+        fold_fits.append(fits)
         for name, p_P in predict(data, fits, unfitted).items():
             p.setdefault(name, np.full(len(fold_P), np.nan))[fold_P == fold] = p_P[fold_P == fold]
         done(fold + 1)
@@ -113,78 +113,75 @@ def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[i
     done(folds + 1)
     labels = data.labels_P[labelled]
     equal = EQUAL_MIXTURE in p and log_loss(p[EQUAL_MIXTURE][labelled], labels) < log_loss(p[MIXTURE][labelled], labels)
-    for way in _other_ways(data):
-        if way.calibration != "refused":
-            p[f"{way.name}, calibrated"] = np.full(len(fold_P), np.nan)
-            for fold, fits in enumerate(found):
-                calibrated = way(*_learned(data, fits.mixture(equal_weights=equal)))
-                p[f"{way.name}, calibrated"][fold_P == fold] = calibrated.probability(data.pairs)[fold_P == fold]
-    return CrossValidation(p, fold_P, found, final, equal)
+    for mix in _other_mixes(data):
+        if mix.calibration != "refused":
+            p[f"{mix.name}, calibrated"] = np.full(len(fold_P), np.nan)
+            for fold, fits in enumerate(fold_fits):
+                calibrated = mix(*_parameters(data, fits.mixture(equal_weights=equal)))
+                p[f"{mix.name}, calibrated"][fold_P == fold] = calibrated.probability(data.pairs)[fold_P == fold]
+    return CrossValidation(p, fold_P, fold_fits, final, equal)
 
 
 def _check_margins(data: LabelledPairs, name: str, rows_P: np.ndarray) -> None:
     scores_P2 = data.pairs.scores[name][rows_P]
     if not (scores_P2[:, 0] != scores_P2[:, 1]).any():
-        raise UserError(
-            f"reward {name}: it gives both images the same score in all {len(scores_P2)} pairs with a label"
-        )
+        raise UserError(f"reward {name} gives both images the same score in all {len(scores_P2)} pairs with a label")
 
 
 def fit_all(data: LabelledPairs, rows_P: np.ndarray) -> Fits:
-    """Fit everything to the labels of some rows (bool [P])."""
+    """Fit everything to the labels of the rows that ``rows_P`` (bool [P]) selects."""
     labels = data.labels_P[rows_P]
     scores = {name: scores_P2[rows_P] for name, scores_P2 in data.pairs.scores.items()}
-    margins_PK = np.stack([each[:, 0] - each[:, 1] for each in scores.values()], axis=1)
-    spread_K = np.array([score_range(each) for each in data.statistics.values()])
+    margins_PK = np.stack([scores_P2[:, 0] - scores_P2[:, 1] for scores_P2 in scores.values()], axis=1)
+    range_K = np.array([score_range(statistics) for statistics in data.statistics.values()])
     return Fits(
         alone={name: fit_temperature(margins_PK[:, k], labels) for k, name in enumerate(scores)},
         fitted=fit_mixture(margins_PK, labels),
         equal=fit_mixture(margins_PK, labels, equal_weights=True),
-        sharpness=1 / fit_temperature((margins_PK / spread_K).sum(axis=1), labels),
+        sharpness=1 / fit_temperature((margins_PK / range_K).sum(axis=1), labels),
     )
 
 
 def predict_unfitted(data: LabelledPairs) -> dict[str, np.ndarray]:
-    """P(image_0 preferred) of every row, by name of a reward or mix that learns nothing: as ``smpo-train`` mixes."""
+    """Predict P(image_0 preferred) of every row, by name of each reward and mix that needs no fit."""
     pairs, statistics = data.pairs, data.statistics
     even = dict.fromkeys(statistics, 1.0)
-    found = {COIN: np.full(len(data.labels_P), 0.5)}
-    found |= {name: minmax(pairs.scores, statistics, {name: 1.0}) for name in statistics}
+    p = {COIN: np.full(len(data.labels_P), 0.5)}
+    p |= {name: minmax(pairs.scores, statistics, {name: 1.0}) for name in statistics}
     if len(even) > 1:
-        found[MINMAX] = minmax(pairs.scores, statistics, even)
-    for way in _other_ways(data):
-        if way.calibration != "required":
-            found[way.name] = way(even, statistics).probability(pairs)
-    return found
+        p[MINMAX] = minmax(pairs.scores, statistics, even)
+    for mix in _other_mixes(data):
+        if mix.calibration != "required":
+            p[mix.name] = mix(even, statistics).probability(pairs)
+    return p
 
 
 def predict(data: LabelledPairs, fits: Fits, unfitted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """P(image_0 preferred) of every row, by name of a reward or mix, in the order in which they are shown."""
+    """Predict P(image_0 preferred) of every row, by name of a reward or mix, in the order of the report."""
     pairs, statistics = data.pairs, data.statistics
     names = list(statistics)
-    found = {COIN: unfitted[COIN]}
+    p = {COIN: unfitted[COIN]}
     for name in names:
-        found[name] = unfitted[name]
-        found[name + FITTED] = Mixture({name: 1.0}, statistics, {name: fits.alone[name]}).probability(pairs)
+        p[name] = unfitted[name]
+        p[name + FITTED] = Mixture({name: 1.0}, statistics, {name: fits.alone[name]}).probability(pairs)
     if len(names) > 1:
-        found[MINMAX] = unfitted[MINMAX]
-        found[SHARP_MINMAX] = minmax(pairs.scores, statistics, dict.fromkeys(names, fits.sharpness))
-        found[EQUAL_MIXTURE] = Mixture(*_learned(data, fits.equal)).probability(pairs)
-    found[MIXTURE] = Mixture(*_learned(data, fits.fitted)).probability(pairs)
-    return found | {name: p_P for name, p_P in unfitted.items() if name not in found}
+        p[MINMAX] = unfitted[MINMAX]
+        p[SHARP_MINMAX] = minmax(pairs.scores, statistics, dict.fromkeys(names, fits.sharpness))
+        p[EQUAL_MIXTURE] = Mixture(*_parameters(data, fits.equal)).probability(pairs)
+    p[MIXTURE] = Mixture(*_parameters(data, fits.fitted)).probability(pairs)
+    return p | {name: p_P for name, p_P in unfitted.items() if name not in p}
 
 
-def _other_ways(data: LabelledPairs) -> list[type[Preference]]:
-    """What else ``--preference`` offers and these pairs allow."""
-    ways = [way for way in preferences().values() if way.name not in (MINMAX, MIXTURE)]
-    return [way for way in ways if data.pairs.images_P2 is not None or not way.needs_images]
+def _other_mixes(data: LabelledPairs) -> list[type[Preference]]:
+    """List the mixes besides ``minmax`` and ``mixture`` that these pairs allow."""
+    mixes = [mix for mix in preferences().values() if mix.name not in (MINMAX, MIXTURE)]
+    return [mix for mix in mixes if data.pairs.images_P2 is not None or not mix.needs_images]
 
 
-def _learned(
+def _parameters(
     data: LabelledPairs, mixture: MixtureFit
 ) -> tuple[dict[str, float], Mapping[str, RewardStatistics], dict[str, float]]:
-    """What a way of mixing is made of: weights, statistics and temperatures by reward name."""
-    weights, taus = (
-        dict(zip(data.statistics, each.tolist(), strict=True)) for each in (mixture.weight_K, mixture.tau_K)
-    )
+    """Return a mix's constructor arguments: weights, statistics and temperatures by reward name."""
+    weights = dict(zip(data.statistics, mixture.weight_K.tolist(), strict=True))
+    taus = dict(zip(data.statistics, mixture.tau_K.tolist(), strict=True))
     return weights, data.statistics, taus

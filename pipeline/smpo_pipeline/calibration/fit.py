@@ -1,9 +1,9 @@
-"""Temperatures and shares of the mixture, by maximum likelihood of the labels.
+"""Fit the mixture's temperatures and weights to labels, by maximum likelihood.
 
 The loss is the mean cross-entropy of the labels (a tie counts half for either image) with
-p = sum_k w_k sigmoid(m_k / tau_k), over log tau and the logits of w: L-BFGS in float64, deterministic. A wide normal
-prior on both (standard deviation 3, together worth less than one label) keeps the optimum finite where labels would
-have tau at 0 (a reward that is never wrong) or infinity (one that says nothing).
+p = sum_k w_k sigmoid(m_k / tau_k), minimised over log tau and the logits of w by L-BFGS in float64, which is
+deterministic. A wide normal prior on both (standard deviation 3, less than one label's weight in all) keeps the optimum
+finite where the labels alone would give a tau of 0 (a reward that is never wrong) or infinity (an uninformative one).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 _PRIOR_STD = 3.0
 _MAX_ITERATIONS = 200
 _HEAD_START = 2.0
-"""Logit by which one reward leads in the starts besides the even one: the loss may have several valleys."""
+"""Logit of one reward above the others in the starts besides the even one: the loss may have several minima."""
 
 
 @dataclass(frozen=True)
 class MixtureFit:
-    """tau_K in units of the margins, weight_K summing to 1: float64 [K]; ``loss`` is the mean cross-entropy."""
+    """Float64 [K] tau_K in units of the margins and weight_K that sum to 1; ``loss`` is the mean cross-entropy."""
 
     tau_K: np.ndarray
     weight_K: np.ndarray
@@ -34,11 +34,11 @@ def fit_mixture(margins_PK: np.ndarray, labels_P: np.ndarray, *, equal_weights: 
     """Fit the mixture to labels.
 
     Args:
-        margins_PK: score of image_0 less that of image_1; no column may be all 0.
+        margins_PK: score of image_0 minus score of image_1; no column may be all 0.
         labels_P: P(image_0 preferred), without NaN.
         equal_weights: keep all weights the same.
     """
-    # Temperatures are sought relative to the size of the margins: the unit of a score then changes nothing else.
+    # Divide by the margins' size, so that a score's unit does not affect the fit.
     size_K = np.sqrt(np.mean(np.square(margins_PK, dtype=np.float64), axis=0))
     unit_PK = torch.from_numpy(margins_PK / size_K)
     labels = torch.from_numpy(np.asarray(labels_P, dtype=np.float64))
@@ -65,8 +65,7 @@ def fit_mixture(margins_PK: np.ndarray, labels_P: np.ndarray, *, equal_weights: 
             start = even.clone()
             start[count + leader] = _HEAD_START
             starts.append(start)
-    found = [_minimise(penalised, start) for start in starts]
-    best = min(found, key=lambda x: penalised(x).item())
+    best = min((_minimise(penalised, start) for start in starts), key=lambda x: penalised(x).item())
     log_tau, logits = split(best)
     return MixtureFit(
         tau_K=torch.exp(log_tau).numpy() * size_K,
@@ -76,7 +75,7 @@ def fit_mixture(margins_PK: np.ndarray, labels_P: np.ndarray, *, equal_weights: 
 
 
 def fit_temperature(margins_P: np.ndarray, labels_P: np.ndarray) -> float:
-    """Temperature tau of sigmoid(margin / tau), in units of the margin."""
+    """Fit the temperature tau of sigmoid(margin / tau), in units of the margin."""
     return float(fit_mixture(margins_P[:, None], labels_P, equal_weights=True).tau_K[0])
 
 
@@ -94,5 +93,5 @@ def _minimise(loss: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor)
 
     optimizer.step(evaluate)
     if not math.isfinite(loss(x).item()):
-        raise ArithmeticError(f"the fit of {start.tolist()} diverged")
+        raise ArithmeticError(f"the fit from {start.tolist()} diverged")
     return x.detach()

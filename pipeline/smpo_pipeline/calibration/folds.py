@@ -1,4 +1,4 @@
-"""Which prompts are held out together."""
+"""Assign prompts to folds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from smpo_common.errors import UserError
 
 
 def split_by_prompt(prompts: Sequence[str], folds: int, seed: int) -> np.ndarray:
-    """The fold of each row: int [P], 0 to ``folds`` - 1. All rows of a prompt are in one fold.
+    """Assign each row to a fold: int [P], 0 to ``folds`` - 1. All rows of a prompt are in one fold.
 
-    Prompts are taken in an order that (seed, prompt) decides, each into the fold with the fewest rows so far: the
-    folds do not depend on the order of the rows, and no fold is empty.
+    Prompts are ordered by a hash of (seed, prompt), and each goes into the fold with the fewest rows so far. The folds
+    do not depend on the order of the rows, and no fold is empty.
 
     Raises:
         UserError: there are fewer prompts than folds.
@@ -23,8 +23,8 @@ def split_by_prompt(prompts: Sequence[str], folds: int, seed: int) -> np.ndarray
     counts = Counter(prompts)
     if len(counts) < folds:
         raise UserError(
-            f"the labels are of {len(counts)} prompts, too few for --folds {folds}: a prompt is never on both sides, "
-            "so that each fold needs one of its own"
+            f"--folds {folds} needs at least {folds} prompts with labels, since all pairs of a prompt are in one fold; "
+            f"there are {len(counts)}"
         )
     sizes = [0] * folds
     fold_of: dict[str, int] = {}

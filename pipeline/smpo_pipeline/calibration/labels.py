@@ -1,4 +1,4 @@
-"""A scores table and its labels, checked to be enough to calibrate by."""
+"""Read a scores table and check that its labels suffice for a calibration."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from smpo_schemas.scores import (
 
 @dataclass(frozen=True)
 class LabelledPairs:
-    """All rows of a table: those without a label still tell which images a prompt has.
+    """All rows of a table; mixes that compare all images of a prompt need rows without a label too.
 
     Attributes:
-        pairs: the rewards' scores, prompts and names of the images.
+        pairs: the rewards' scores, the prompts and the images' hashes.
         statistics: by reward name.
-        labels_P: P(image_0 preferred), NaN where nobody labelled.
-        annotators: of each row, None where unnamed.
-        pair_ids: of each row.
+        labels_P: P(image_0 preferred), NaN without a label.
+        annotators: one per row, None if unnamed.
+        pair_ids: one per row.
     """
 
     pairs: ScoredPairs
@@ -41,17 +41,17 @@ class LabelledPairs:
 
     @property
     def prompts(self) -> Sequence[str]:
-        """Of each row."""
+        """The prompt of each row."""
         return self.pairs.prompts or []
 
     @property
     def labelled(self) -> np.ndarray:
-        """Which rows have a label: bool [P]."""
+        """Whether each row has a label: bool [P]."""
         return ~np.isnan(self.labels_P)
 
     @property
     def decided(self) -> np.ndarray:
-        """Which rows have a label that is no tie: bool [P]."""
+        """Whether each row has a label that is not a tie: bool [P]."""
         return self.labelled & (self.labels_P != TIE)
 
 
@@ -59,19 +59,19 @@ def read_labelled(directory: Path, rewards: Sequence[str]) -> LabelledPairs:
     """Read an output of ``score``.
 
     Args:
-        directory: the output.
-        rewards: which rewards to read; empty: all.
+        directory: the output's folder.
+        rewards: names of rewards; empty: all.
 
     Raises:
-        UserError: it is no finished output, a reward is not in it, or no label says which image is better.
+        UserError: the output is unfinished, lacks a reward, or has no decided label.
     """
     info = read_scores_info(directory)
     for name in rewards:
         if name not in info.rewards:
-            raise UserError(f"--reward {name}: {directory} holds no such reward; it holds: {', '.join(info.rewards)}")
+            raise UserError(f"--reward {name}: {directory} has no such reward; it has: {', '.join(info.rewards)}")
     names = list(dict.fromkeys(rewards)) or list(info.rewards)
     table = read_scores(directory, info)
-    found = LabelledPairs(
+    data = LabelledPairs(
         pairs=ScoredPairs(
             {name: reward_scores(table, name) for name in names}, table["prompt"].to_pylist(), image_ids(table)
         ),
@@ -80,11 +80,11 @@ def read_labelled(directory: Path, rewards: Sequence[str]) -> LabelledPairs:
         annotators=table["annotator"].to_pylist(),
         pair_ids=table["pair_id"].to_pylist(),
     )
-    if not found.labelled.any():
+    if not data.labelled.any():
         raise UserError(
-            f"{directory}: none of the {table.num_rows} pairs has a label, and rewards are calibrated by people's "
-            "labels; score pairs that have them (`score --label-column NAME` where the column is not known)"
+            f"{directory}: none of the {table.num_rows} pairs has a label; score pairs that people labelled "
+            "(`smpo-pipeline score --label-column NAME` if the column has another name than `label`)"
         )
-    if not found.decided.any():
-        raise UserError(f"{directory}: all {int(found.labelled.sum())} labels are ties, which prefer no image")
-    return found
+    if not data.decided.any():
+        raise UserError(f"{directory}: all {int(data.labelled.sum())} labels are ties; calibrate needs decided labels")
+    return data

@@ -1,4 +1,4 @@
-"""How well probabilities fit labels. All are the same whichever image of a pair comes first."""
+"""Measures of how well probabilities predict labels. Swapping the images of a pair changes none of them."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from smpo_schemas.calibration import Bin, Fit
 from smpo_schemas.labels import TIE
 
 NUM_BINS = 10
-"""Equal bins of P(the preferred image), from one half to 1."""
+"""Equal bins of the preferred image's p, from 0.5 to 1."""
 
 _SMALLEST = 1e-12
 
 
 def log_loss(p_P: np.ndarray, label_P: np.ndarray) -> float:
-    """Mean cross-entropy in nats; a label is the probability that image_0 is preferred, 0.5 for a tie.
+    """Compute the mean cross-entropy in nats; a label is P(image_0 preferred), 0.5 for a tie.
 
-    p is kept 1e-12 away from 0 and 1, so that one label cannot make it infinite.
+    p is clipped 1e-12 away from 0 and 1, so that one label cannot make the loss infinite.
     """
     p = np.clip(p_P, _SMALLEST, 1 - _SMALLEST)
     return float(np.mean(-label_P * np.log(p) - (1 - label_P) * np.log1p(-p)))
 
 
 def agreement(p_P: np.ndarray, label_P: np.ndarray) -> tuple[int, int]:
-    """How many decided labels are ordered alike, and how many decided labels there are; p = 0.5 orders none."""
+    """Count the decided labels that p orders alike, and all decided labels; p = 0.5 orders none."""
     decided = label_P != TIE
     alike = np.sign(p_P - 0.5) == np.sign(label_P - TIE)
     return int((alike & decided).sum()), int(decided.sum())
 
 
 def reliability(p_P: np.ndarray, label_P: np.ndarray) -> list[Bin]:
-    """How often people choose the image that p prefers, by how sure p is; bins without labels are left out."""
-    sure_P = np.maximum(p_P, 1 - p_P)
+    """Bin labels by the p of the preferred image; empty bins are left out."""
+    preferred_P = np.maximum(p_P, 1 - p_P)
     chosen_P = np.where(p_P > 0.5, label_P, np.where(p_P < 0.5, 1 - label_P, 0.5))  # noqa: PLR2004  (one half)
     edges = np.linspace(0.5, 1, NUM_BINS + 1)
-    number_P = np.clip(np.searchsorted(edges, sure_P, side="right") - 1, 0, NUM_BINS - 1)
+    number_P = np.clip(np.searchsorted(edges, preferred_P, side="right") - 1, 0, NUM_BINS - 1)
     bins = []
     for number in np.unique(number_P):
         inside = number_P == number
@@ -43,7 +43,7 @@ def reliability(p_P: np.ndarray, label_P: np.ndarray) -> list[Bin]:
                 start=float(edges[number]),
                 stop=float(edges[number + 1]),
                 labels=int(inside.sum()),
-                mean_p=float(sure_P[inside].mean()),
+                mean_p=float(preferred_P[inside].mean()),
                 share_chosen=float(chosen_P[inside].mean()),
             )
         )
@@ -51,13 +51,13 @@ def reliability(p_P: np.ndarray, label_P: np.ndarray) -> list[Bin]:
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Expected calibration error: mean of abs(mean p - share chosen) over bins, weighted by their labels."""
-    total = sum(each.labels for each in bins)
-    return sum(each.labels * abs(each.mean_p - each.share_chosen) for each in bins) / total
+    """Compute the expected calibration error: mean of abs(mean p - share chosen) over bins, weighted by labels."""
+    total = sum(item.labels for item in bins)
+    return sum(item.labels * abs(item.mean_p - item.share_chosen) for item in bins) / total
 
 
 def measure(p_P: np.ndarray, label_P: np.ndarray) -> Fit:
-    """All of it."""
+    """Compute all measures."""
     bins = reliability(p_P, label_P)
     alike, decided = agreement(p_P, label_P)
     return Fit(

@@ -1,4 +1,4 @@
-"""A calibration as a picture: reliability of each reward and mix, their log-loss, agreement by annotator."""
+"""Plot a calibration: reliability of each reward and mix, their log-loss, agreement by annotator."""
 
 from __future__ import annotations
 
@@ -20,44 +20,46 @@ from smpo_schemas.calibration import Fit
 _COLUMNS = 4
 _SIDE = 3.0  # inches of a panel
 _DPI = 110
-_LARGEST = 220  # points squared: the dot of a bin with all labels
-_LONGEST = 30  # characters of an annotator's name
+_MAX_DOT = 220  # points squared: the dot of a bin with all labels
+_MAX_NAME = 30  # characters of an annotator's name
 _BLUE, _GREY = "#2a6fbb", "#999999"
 
 
 @rc_context({"text.parse_math": False})
 def save_plot(report: CalibrationResult, target: Path) -> None:
-    """Write the PNG; a dollar in a name is a dollar."""
+    """Write the PNG; a dollar sign in a name does not start a formula."""
     panels = {name: fit for name, fit in report.calibration.held_out.items() if name != COIN}
     rows = math.ceil(len(panels) / _COLUMNS)
     figure = Figure(figsize=(_COLUMNS * _SIDE, (rows + 1.3) * _SIDE), layout="constrained", dpi=_DPI)
     above, below = figure.subfigures(2, 1, height_ratios=[rows, 1.3])
     axes = above.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
-    above.suptitle("How often people choose the image that p prefers (held out; a dot's area is its share of labels)")
+    above.suptitle(
+        "How often people choose the image that p prefers (held out; a dot's area shows its number of labels)"
+    )
     for axis, (name, fit) in zip(axes, panels.items(), strict=False):
         _reliability(axis, name, fit)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     above.supxlabel("p of the preferred image")
-    above.supylabel("share that chose it")
+    above.supylabel("share of labels that prefer it")
     left, right = below.subplots(1, 2)
     _losses(left, {name: fit.log_loss for name, fit in report.calibration.held_out.items()}, report.held_out.chosen)
     _annotators(right, report)
     picture = io.BytesIO()
-    # No software name and date in the file: equal calibrations give equal bytes.
+    # Without software name and date, so that equal calibrations give equal bytes.
     figure.savefig(picture, format="png", metadata={"Software": None})
     write_bytes(target, picture.getvalue())
 
 
 def _reliability(axis: Axes, name: str, fit: Fit) -> None:
-    total = sum(each.labels for each in fit.bins)
-    mean_p = [each.mean_p for each in fit.bins]
-    chosen = [each.share_chosen for each in fit.bins]
+    labels = np.array([item.labels for item in fit.bins])
+    mean_p = np.array([item.mean_p for item in fit.bins])
+    chosen = [item.share_chosen for item in fit.bins]
     # Standard error of a share, as if all labels were decided.
-    error = [math.sqrt(max(each.mean_p * (1 - each.mean_p), 0) / each.labels) for each in fit.bins]
+    error = np.sqrt(np.maximum(mean_p * (1 - mean_p), 0) / labels)
     axis.plot([0.5, 1], [0.5, 1], color=_GREY, linewidth=1, linestyle="--")
     axis.errorbar(mean_p, chosen, yerr=error, color=_BLUE, linewidth=1.2, elinewidth=0.8)
-    axis.scatter(mean_p, chosen, [6 + _LARGEST * each.labels / total for each in fit.bins], color=_BLUE, alpha=0.6)
+    axis.scatter(mean_p, chosen, 6 + _MAX_DOT * labels / labels.sum(), color=_BLUE, alpha=0.6)
     axis.set_xlim(0.48, 1.02)
     axis.set_ylim(0, 1.05)
     agrees = "" if fit.agreement is None else f"agrees {100 * fit.agreement:.1f} %, "
@@ -70,7 +72,7 @@ def _losses(axis: Axes, losses: dict[str, float], chosen: str) -> None:
     axis.barh(places, list(losses.values()), color=colours)
     axis.set_yticks(places, list(losses), fontsize=8)
     axis.set_xlim(min(losses.values()) * 0.9, max(losses.values()) * 1.02)
-    axis.set_title("held-out log-loss (nats; lower is better, the axis is cut)", fontsize=9)
+    axis.set_title("held-out log-loss (nats; lower is better; the axis does not start at 0)", fontsize=9)
 
 
 def _annotators(axis: Axes, report: CalibrationResult) -> None:
@@ -80,9 +82,9 @@ def _annotators(axis: Axes, report: CalibrationResult) -> None:
         axis.set_axis_off()
         return
     places = np.arange(len(people))[::-1]
-    for number, (name, found) in enumerate(report.annotators.items()):
-        shares = [alike / max(decided, 1) for alike, decided in (found[person] for person in people)]
-        # Equal shares would hide each other.
+    for number, (name, by_person) in enumerate(report.annotators.items()):
+        shares = [alike / max(decided, 1) for alike, decided in (by_person[person] for person in people)]
+        # Shift the dots, since equal shares would hide each other.
         shifted = places + 0.1 * ((len(report.annotators) - 1) / 2 - number)
         axis.plot(shares, shifted, marker="o", linestyle="none", alpha=0.8, label=name)
     between = report.people.others
@@ -95,4 +97,4 @@ def _annotators(axis: Axes, report: CalibrationResult) -> None:
 
 def _short(name: str) -> str:
     shown = one_line(name)
-    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} ..."
+    return shown if len(shown) <= _MAX_NAME else f"{shown[:_MAX_NAME]} ..."

@@ -1,4 +1,4 @@
-"""A calibration in words and tables."""
+"""Print a calibration."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ from smpo_pipeline.terminal import facts, make_table, percent
 
 
 def print_report(report: CalibrationResult, scores: str, console: Console) -> None:
-    """Print everything."""
-    found = report.calibration
-    console.print(
-        facts(
-            f"calibration: {scores}",
-            {
-                "labels": f"{found.labels - found.ties} decided, {found.ties} ties (each counts half for either image)",
-                "prompts": f"{found.prompts}, in {found.folds} folds; no prompt is on both sides",
-            },
-        )
-    )
+    """Print all tables and the verdict."""
+    result = report.calibration
+    labels = f"{result.labels - result.ties} decided, {result.ties} ties (each counts half for either image)"
+    prompts = f"{result.prompts}, in {result.folds} folds; all pairs of a prompt are in one fold"
+    console.print(facts(f"calibration: {scores}", {"labels": labels, "prompts": prompts}))
     _print_measures(report, console)
     _print_rewards(report, console)
     _print_annotators(report, console)
@@ -31,13 +25,13 @@ def print_report(report: CalibrationResult, scores: str, console: Console) -> No
 
 
 def best(report: CalibrationResult) -> str:
-    """The reward or mix with the lowest held-out log-loss."""
+    """Return the reward or mix with the lowest held-out log-loss."""
     fits = report.calibration.held_out
     return min(fits, key=lambda name: fits[name].log_loss)
 
 
 def verdict(report: CalibrationResult) -> str:
-    """What to prefer by, in a sentence."""
+    """Name the best reward or mix in one sentence."""
     fits = report.calibration.held_out
     name = best(report)
     sentence = f"lowest held-out log-loss: {name} ({fits[name].log_loss:.4f})"
@@ -46,7 +40,7 @@ def verdict(report: CalibrationResult) -> str:
 
 
 def _print_measures(report: CalibrationResult, console: Console) -> None:
-    title = "held out: each label predicted from the prompts of the other folds"
+    title = "held out: each label is predicted by a fit to the other folds"
     table = make_table(title, ("reward or mix", "agrees", "log-loss", "calibration error"))
     for name, fit in report.calibration.held_out.items():
         error = "-" if name == COIN else f"{fit.calibration_error:.3f}"
@@ -56,17 +50,17 @@ def _print_measures(report: CalibrationResult, console: Console) -> None:
 
 
 def _print_rewards(report: CalibrationResult, console: Console) -> None:
-    weights = "equal weights did better" if report.calibration.weights == "equal" else "fitted weights"
-    title = f"the mixture, of all labels ({weights})"
+    weights = "equal weights, which did better" if report.calibration.weights == "equal" else "fitted weights"
+    title = f"the mixture, fitted to all labels ({weights})"
     table = make_table(title, ("reward", "unit", "weight", "over folds", "tau", "tau alone"), 2)
     for k, (name, reward) in enumerate(report.calibration.rewards.items()):
         equal = report.held_out.equal_weights
-        over = [float(fits.mixture(equal_weights=equal).weight_K[k]) for fits in report.held_out.folds]
+        weights_of_folds = [float(fits.mixture(equal_weights=equal).weight_K[k]) for fits in report.held_out.folds]
         table.add_row(
             name,
             one_line(reward.unit),
             f"{reward.weight:.3f}",
-            f"{min(over):.2f} .. {max(over):.2f}",
+            f"{min(weights_of_folds):.2f} .. {max(weights_of_folds):.2f}",
             f"{reward.tau:.4g}",
             f"{reward.tau_alone:.4g}",
         )
@@ -92,17 +86,14 @@ def _print_annotators(report: CalibrationResult, console: Console) -> None:
 def _print_people(report: CalibrationResult, console: Console) -> None:
     people = report.people
     if not people.pairs:
-        console.print("no pair was labelled more than once: how far people agree with each other is not known\n")
+        console.print("no pair was labelled more than once: people's agreement with each other is unknown\n")
         return
-    lines = {
-        "different people": _words(people.others),
-        "the same person": _words(people.selves),
-    }
+    lines = {"different people": _describe(people.others), "the same person": _describe(people.selves)}
     console.print(facts(f"{people.pairs} pairs were labelled more than once", lines))
 
 
-def _words(found: Repeats) -> str:
-    if not found.decided and not found.with_tie:
-        return "no two labels"
-    ties = f", and {found.with_tie} with a tie" if found.with_tie else ""
-    return f"{percent(found.alike, found.decided)} of {found.decided} decided twos of labels agree{ties}"
+def _describe(repeats: Repeats) -> str:
+    if not repeats.decided and not repeats.with_tie:
+        return "none"
+    ties = f"; {repeats.with_tie} with a tie" if repeats.with_tie else ""
+    return f"{percent(repeats.alike, repeats.decided)} of {repeats.decided} repeated decided labels agree{ties}"

@@ -1,1 +1,1 @@
-"""``smpo-pipeline evaluate``: images of several models from the same prompts and noise, scored and compared."""
+"""``smpo-pipeline evaluate``: generate images of several models from the same prompts and noise, score and compare."""

@@ -1,6 +1,6 @@
-"""Small inline SVG charts that take their colours from the page, so that they follow its light or dark scheme.
+"""Small inline SVG charts; their colours come from the page's style, so that they follow its light or dark scheme.
 
-Every chart is :data:`WIDTH` units wide; at that width a unit is a pixel, and text is readable down to phone width.
+A chart is :data:`WIDTH` pixels wide at scale 1, so that its text is readable on a phone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _HEIGHT = 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 10, 24
 _BINS = 32
 _MAX_POINTS = 400
-_SMOOTHING_SHARE = 0.08  # of all points go into one point of the smoothed line
+_SMOOTHING_SHARE = 0.08  # window of the running mean, as a share of all points
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About ``count`` round numbers inside [low, high]."""
+    """Choose about ``count`` round numbers in [low, high]."""
     raw = (high - low) / count
     if not raw > 0:
         return [low]
@@ -32,24 +32,24 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 class _Axes:
-    """Maps data to chart coordinates and draws frame, grid and labels."""
+    """Maps data to chart coordinates and draws grid and labels."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float]) -> None:
-        self.x, self.y = _spread(x), _spread(y)
+        self.x, self.y = _non_empty(x), _non_empty(y)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Chart coordinates of a data point."""
+        """Convert a data point to chart coordinates."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
     def path(self, xs: np.ndarray, ys: np.ndarray) -> str:
-        """SVG path data through the points."""
+        """Make SVG path data through the points."""
         points = (self.place(x, y) for x, y in zip(xs, ys, strict=True))
         return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
     def frame(self, percent: bool = False) -> list[str]:
-        """Grid lines and tick labels."""
+        """Draw grid lines and tick labels."""
         parts = []
         for value in ticks(*self.y):
             x, y = self.place(self.x[0], value)
@@ -62,7 +62,7 @@ class _Axes:
         return parts
 
 
-def _spread(limits: tuple[float, float]) -> tuple[float, float]:
+def _non_empty(limits: tuple[float, float]) -> tuple[float, float]:
     low, high = limits
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
@@ -75,9 +75,9 @@ def _svg(parts: Sequence[str], description: str) -> Markup:
 
 
 def distribution(scores: Mapping[str, np.ndarray], description: str) -> Markup:
-    """Histograms of the models' scores over common bins, as share of images, with a dashed line at each median."""
-    together = np.concatenate([np.ravel(values) for values in scores.values()])
-    edges = np.linspace(*_spread((float(together.min()), float(together.max()))), _BINS + 1)
+    """Draw histograms of the models' scores over common bins, as shares of images, with dashed lines at the medians."""
+    pooled = np.concatenate([np.ravel(values) for values in scores.values()])
+    edges = np.linspace(*_non_empty((float(pooled.min()), float(pooled.max()))), _BINS + 1)
     shares = {name: np.histogram(values, edges)[0] / np.size(values) for name, values in scores.items()}
     axes = _Axes((edges[0], edges[-1]), (0.0, max(float(share.max()) for share in shares.values()) * 1.05))
     parts = axes.frame(percent=True)
@@ -91,14 +91,14 @@ def distribution(scores: Mapping[str, np.ndarray], description: str) -> Markup:
 
 
 def curve(steps: np.ndarray, values: np.ndarray, description: str) -> Markup:
-    """One quantity over optimizer steps: every value faintly, a running mean on top."""
+    """Draw one quantity over optimizer steps: the values faintly, their running mean on top."""
     window = max(1, round(len(values) * _SMOOTHING_SHARE))
     kernel = np.ones(window)
-    # Dividing by the number of values under the window keeps the ends from bending towards zero.
+    # Divide by the number of values under the window, which is smaller at the ends.
     smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-    kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), _MAX_POINTS)).round().astype(int))
+    drawn = np.unique(np.linspace(0, len(values) - 1, min(len(values), _MAX_POINTS)).round().astype(int))
     axes = _Axes((float(steps[0]), float(steps[-1])), (float(values.min()), float(values.max())))
     parts = axes.frame()
-    parts.append(f'<path class="line faint series-1" d="{axes.path(steps[kept], values[kept])}"/>')
-    parts.append(f'<path class="line series-1" d="{axes.path(steps[kept], smooth[kept])}"/>')
+    parts.append(f'<path class="line faint series-1" d="{axes.path(steps[drawn], values[drawn])}"/>')
+    parts.append(f'<path class="line series-1" d="{axes.path(steps[drawn], smooth[drawn])}"/>')
     return _svg(parts, description)

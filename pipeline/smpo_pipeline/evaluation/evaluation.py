@@ -1,4 +1,4 @@
-"""What an evaluation is to do, checked before anything heavy is imported or loaded."""
+"""Check the settings of an evaluation before torch is imported or a model loaded."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ ORIGIN_FILE = "made_from.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation to be made.
+    """A checked evaluation.
 
     Attributes:
-        out: the folder for everything it writes.
+        out: the output folder.
         models: the first is the baseline.
-        base: folder or hub id of the whole model that completes outputs of smpo-train, where there are any.
-        settings: all that decides the numbers.
+        base: folder or hub id of the whole model that completes outputs of smpo-train; None without such outputs.
+        settings: everything that affects the results.
         batch_size: images at once.
-        device: ``cpu`` or ``cuda``; None is ``cuda`` where there is one.
+        device: ``cpu`` or ``cuda``; None is ``cuda`` if available.
     """
 
     out: Path
@@ -39,24 +39,24 @@ class Evaluation:
     device: str | None
 
     def folder(self, model: str) -> Path:
-        """Where a model's images lie."""
+        """Return the folder of a model's images."""
         return self.out / IMAGES_FOLDER / model
 
     def file(self, model: str, prompt_number: int, index: int) -> Path:
-        """One image."""
+        """Return the file of one image."""
         return self.folder(model) / f"{prompt_number:05d}-{index:02d}.png"
 
     def origin(self, model: str) -> str:
-        """Hash of all that decides the content of a model's image files, except how many there are."""
+        """Hash everything that affects the content of a model's images, though not their number."""
         values = self.settings.model_dump(exclude={"models", "rewards", "images_per_prompt"}, exclude_none=True)
         return sha256_json({**values, "model": self.settings.models[model]})
 
 
 def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
-    """Check what is to be compared, and find out which files it stands for.
+    """Check the settings and hash the files that they name.
 
     Raises:
-        UserError: one of the settings is wrong.
+        UserError: a setting is wrong.
     """
     sources = parse_models(options.model)
     whole = choose_base(sources, options.base)
@@ -83,26 +83,26 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
 
 
 def _default_dtype(device: str | None) -> Dtype:
-    from smpo_models.devices import choose_device, default_dtype  # noqa: PLC0415  (loads torch: only where it decides)
+    from smpo_models.devices import choose_device, default_dtype  # noqa: PLC0415  (imports torch: only if needed)
 
     return default_dtype(device or choose_device(None))
 
 
 def finished_results(evaluation: Evaluation, *, overwrite: bool) -> Results | None:
-    """The results of this very evaluation where it has been made before, else None: it is to be made.
+    """Return the results if this evaluation is finished; None if it must run, as always with ``overwrite``.
 
-    With ``overwrite`` it always is: nothing here sees the code of somebody's own reward.
+    A change in the code of a user's own reward is not noticed.
 
     Raises:
-        UserError: the folder holds results or images of other settings (and ``overwrite`` is off), or files that no
-            evaluation wrote.
+        UserError: without ``overwrite``, the folder holds results or images of other settings; or it holds files that
+            no evaluation wrote.
     """
     results = None if overwrite else read_results(evaluation.out)
     if results is not None:
         if results.digest == evaluation.settings.digest():
             return results
-        there, here = results.settings.identity(), evaluation.settings.identity()
-        require_same_settings(f"--out {evaluation.out}", "an evaluation", there, here)
+        stored, current = results.settings.identity(), evaluation.settings.identity()
+        require_same_settings(f"--out {evaluation.out}", "an evaluation", stored, current)
     for model in evaluation.models:
         _check_images(evaluation, model.name, overwrite=overwrite)
     return None
@@ -113,9 +113,9 @@ def _check_images(evaluation: Evaluation, model: str, *, overwrite: bool) -> Non
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / ORIGIN_FILE).is_file():
-        raise UserError(f"{folder} is not empty and was not written by evaluate; choose another --out")
+        raise UserError(f"{folder} holds files that were not written by evaluate; choose another --out")
     if read_json(folder / ORIGIN_FILE).get("origin") != evaluation.origin(model) and not overwrite:
         raise UserError(
-            f"--out {evaluation.out} holds unfinished images of {model!r} with other settings: "
-            "choose another folder, or replace them with --overwrite"
+            f"--out {evaluation.out} holds an unfinished evaluation of {model!r} with other settings; "
+            "choose another --out, or replace it with --overwrite"
         )

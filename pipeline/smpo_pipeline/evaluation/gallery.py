@@ -1,6 +1,6 @@
-"""Which images the report shows side by side, and how they are embedded in it.
+"""Select the images that the report shows side by side, and embed them.
 
-Shape suffixes: P prompts, I images a prompt.
+Shape suffixes: P prompts, I images per prompt.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _EXTREMES = 6
 _RANDOM = 12
 _SELECTION_SEED = 0
 _SMALL_SIDE = 128
-"""Images up to this side are embedded losslessly and shown enlarged with hard pixels."""
+"""Images up to this side are embedded losslessly and enlarged without smoothing."""
 _THUMBNAIL_SIDE = 384
 _QUALITY = 85
 
 
 @dataclass(frozen=True)
 class Spot:
-    """One image of a comparison: number of the prompt, number of the image."""
+    """One image of a comparison: the prompt's number and the image's number within it."""
 
     prompt: int
     image: int
@@ -33,27 +33,27 @@ class Spot:
 
 @dataclass(frozen=True)
 class Selection:
-    """The images to show of a model against the baseline under one reward; each prompt at most once in a list."""
+    """A model's largest gains and losses against the baseline under one reward; a list has a prompt at most once."""
 
     best: list[Spot]
     worst: list[Spot]
 
 
 def select_extremes(difference_PI: np.ndarray) -> Selection:
-    """The largest gains and the largest losses; a list is shorter where fewer prompts gain or lose at all."""
+    """Select the largest gains and losses; the lists are shorter if fewer prompts gain or lose."""
     gains, losses = _per_prompt(difference_PI), _per_prompt(-difference_PI)
     return Selection(best=gains[:_EXTREMES], worst=losses[:_EXTREMES])
 
 
 def _per_prompt(difference_PI: np.ndarray) -> list[Spot]:
-    """Each prompt's largest positive difference, the largest first."""
+    """List each prompt's largest difference, if positive, in descending order."""
     image_P = difference_PI.argmax(axis=1)
     value_P = difference_PI.max(axis=1)
     return [Spot(int(p), int(image_P[p])) for p in np.argsort(-value_P, kind="stable") if value_P[p] > 0]
 
 
 def select_random(num_prompts: int, images_per_prompt: int) -> list[Spot]:
-    """Images drawn without regard to any score, each of another prompt; the same ones for the same numbers."""
+    """Draw images of different prompts with a fixed seed, regardless of scores."""
     rng = np.random.default_rng(_SELECTION_SEED)
     prompts = rng.permutation(num_prompts)[:_RANDOM]
     return [Spot(int(prompt), int(rng.integers(images_per_prompt))) for prompt in prompts]
@@ -61,7 +61,7 @@ def select_random(num_prompts: int, images_per_prompt: int) -> list[Spot]:
 
 @dataclass(frozen=True)
 class Shown:
-    """One image in the report: the model's name, a data URI, its scores by reward, whether pixels are kept hard."""
+    """One image in the report: the model's name, a data URI, scores by reward, whether to enlarge without smoothing."""
 
     model: str
     uri: str
@@ -70,7 +70,7 @@ class Shown:
 
 
 def embed(path: Path) -> tuple[str, bool]:
-    """The image as a data URI, and whether it is small enough to be shown with hard pixels."""
+    """Encode an image as a data URI; also return whether it is small, to be enlarged without smoothing."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Images of one model: real diffusers pipelines, DDIM, noise that depends on seed, prompt and image index alone.
+"""Generate one model's images with a diffusers pipeline and DDIM; noise depends on seed, prompt and index alone.
 
 Shape suffixes: B batch, C h w a latent.
 """
@@ -34,7 +34,7 @@ from smpo_schemas.trained_model import UNET_FOLDER
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: its prompt, which of the prompt's images it is, and its file."""
+    """One image: its prompt, its number within the prompt, and its file."""
 
     prompt: str
     index: int
@@ -42,21 +42,21 @@ class Picture:
 
 
 def check_generator(model: ModelSource, base: str | None, settings: Settings) -> tuple[int, int, int]:
-    """Read a model's configuration, and of a LoRA its layers, which is all that is loaded of it.
+    """Check a model by its configuration (and a LoRA's layers), without loading other weights.
 
     Returns:
         (C, h, w) of the latents that it samples.
 
     Raises:
-        UserError: there is no such model, it has no UNet, or one that does more than make images of texts, knows fewer
-            timesteps than ``settings.steps``, or is a LoRA that does not fit.
+        UserError: the model does not exist, has no text-to-image UNet, has fewer timesteps than ``settings.steps``, or
+            is a LoRA that does not fit.
     """
     what, whole, _ = _read_index(model, base)
     scheduler = load_part(DDIMScheduler.load_config, whole, what, subfolder="scheduler")
     check_scheduler(scheduler, what)
-    known = scheduler.get("num_train_timesteps", settings.steps)
-    if settings.steps > known:
-        raise UserError(f"--steps {settings.steps}: {what} knows {known} timesteps")
+    timesteps = scheduler.get("num_train_timesteps", settings.steps)
+    if settings.steps > timesteps:
+        raise UserError(f"--steps {settings.steps}: {what} has only {timesteps} timesteps")
     config = load_unet_config(model.source if model.kind == "unet" else whole, what)
     if model.kind == "lora":
         check_lora(model.lora_file, config, what, whole)
@@ -69,7 +69,7 @@ def load_generator(
     """Load a model for sampling with DDIM, without safety checker.
 
     Raises:
-        UserError: it cannot be loaded, or has no UNet; or a part lacks weights, which diffusers would draw at random.
+        UserError: it cannot be loaded, has no UNet, or lacks weights, which diffusers would initialise at random.
     """
     what, whole, _ = _read_index(model, base)
     parts = {}
@@ -79,7 +79,7 @@ def load_generator(
 
 
 def _read_index(model: ModelSource, base: str | None) -> tuple[str, str, dict[str, Any]]:
-    """What to call a model in errors, the whole model that it is or is completed from, and that one's index."""
+    """Return the model's name in errors, its whole model (itself or its base), and the whole model's index."""
     what = f"--model {model.name}={model.source}"
     whole = model.source if model.kind == "pipeline" else str(base)
     with loading_errors(what if model.kind == "pipeline" else f"--base {whole}"):
@@ -90,7 +90,7 @@ def _read_index(model: ModelSource, base: str | None) -> tuple[str, str, dict[st
 
 
 def _tuned_denoiser(model: ModelSource, whole: str, what: str, variant: str | None) -> torch.nn.Module:
-    """What smpo-train made of the denoiser of ``whole``, in float32."""
+    """Load the denoiser that smpo-train made from that of ``whole``, in float32."""
     folder = Path(model.source) if model.kind == "unet" else None
     family = load_family(whole, ("denoiser",), denoiser=folder, variant=variant)
     if family.denoiser is None:
@@ -101,7 +101,7 @@ def _tuned_denoiser(model: ModelSource, whole: str, what: str, variant: str | No
 
 
 def latent_shape(pipeline: DiffusionPipeline, resolution: int | None = None) -> tuple[int, int, int]:
-    """(C, h, w) of the latents that the pipeline samples: of images of ``resolution`` pixels, else of its own size."""
+    """Return (C, h, w) of the pipeline's latents for ``resolution`` pixels (None: its native resolution)."""
     return _latent_shape(pipeline.unet.config, pipeline.vae_scale_factor, resolution, "--model")
 
 
@@ -114,7 +114,7 @@ def _latent_shape(config: Mapping[str, Any], factor: int, resolution: int | None
 
 
 def denoiser_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """The denoiser's fingerprint, comparable with a shard manifest's where it was loaded in fp32."""
+    """Fingerprint the denoiser; if it was loaded in fp32, this is the fingerprint in manifests of shards."""
     return fingerprint_module(pipeline.unet)
 
 
@@ -125,17 +125,17 @@ def generate(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Make the pictures and write each as a PNG, atomically.
+    """Generate the pictures and write each as a PNG, atomically.
 
     Args:
         pipeline: from :func:`load_generator`.
-        pictures: what to make.
-        settings: how.
-        batch_size: images at once; fewer from where memory runs out.
-        advance: told how many images have been finished, after each batch.
+        pictures: the images to generate.
+        settings: of the sampling.
+        batch_size: images at once; halved when memory runs out.
+        advance: called after each batch with its number of images.
 
     Raises:
-        UserError: there is too little memory for a single image.
+        UserError: memory is too small for a single image.
     """
     done = 0
     while done < len(pictures):
@@ -146,23 +146,23 @@ def generate(
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                half = "; --dtype fp16 takes half" if settings.dtype == "fp32" else ""
+                half = "; --dtype fp16 needs half" if settings.dtype == "fp32" else ""
                 raise UserError(f"too little memory to sample one image: {error}{half}") from error
             batch_size = len(batch) // 2
             continue
-        for each, image in zip(batch, images, strict=True):
+        for picture, image in zip(batch, images, strict=True):
             buffer = io.BytesIO()
             image.save(buffer, format="PNG")
-            write_bytes(each.path, buffer.getvalue())
+            write_bytes(picture.path, buffer.getvalue())
         done += len(batch)
         advance(len(batch))
 
 
 def _sample(pipeline: DiffusionPipeline, batch: Sequence[Picture], settings: Settings) -> list[Image.Image]:
     shape = latent_shape(pipeline, settings.resolution)
-    noise = [image_noise(settings.seed, each.prompt, each.index, shape) for each in batch]
+    noise = [image_noise(settings.seed, picture.prompt, picture.index, shape) for picture in batch]
     noise_BChw = torch.stack(noise).to(pipeline.device, pipeline.unet.dtype)
-    prompts = [each.prompt for each in batch]
+    prompts = [picture.prompt for picture in batch]
     with torch.inference_mode():
         images: list[Image.Image] = sample(
             pipeline, prompts, noise_BChw, steps=settings.steps, guidance_scale=settings.guidance_scale

@@ -1,4 +1,4 @@
-"""The models to compare, as named on the command line, before anything is loaded."""
+"""Parse ``--model`` and ``--reward`` and hash the files behind them, without loading a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INDEX_FILE = "model_index.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _READ_SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".model")
-_BESIDE_A_CHECKPOINT = (
+_CHECKPOINT_COMPANIONS = (
     "*config.json",
     "*token*.json",
     "vocab.*",
@@ -26,7 +26,7 @@ _BESIDE_A_CHECKPOINT = (
     "model*.safetensors*",
     "pytorch_model*",
 )
-"""What a reward whose MODEL is a file may read beside it: configurations, a tokenizer, a CLIP."""
+"""Files that a reward may read beside its checkpoint: configurations, a tokenizer, a CLIP."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class ModelSource:
     """One model of the comparison.
 
     Attributes:
-        name: what tables and folders call it.
-        source: folder or hub id, as it was given.
-        kind: ``pipeline`` is whole; ``unet`` and ``lora`` are outputs of smpo-train, completed from a whole one.
+        name: its name in tables and folders.
+        source: folder, file or hub id, as the user gave it.
+        kind: ``pipeline`` is a whole model; ``unet`` and ``lora`` are outputs of smpo-train, which need a base.
     """
 
     name: str
@@ -45,13 +45,13 @@ class ModelSource:
 
     @property
     def metrics(self) -> Path | None:
-        """The training run's metrics, where the folder holds them."""
+        """The training run's metrics file, if the folder has one."""
         path = Path(self.source) / METRICS_FILE
         return path if path.is_file() else None
 
     @property
     def lora_file(self) -> Path:
-        """The file of a ``lora``: the source itself, or in the folder that smpo-train left behind."""
+        """The file of a ``lora``: the source itself, or in smpo-train's output folder."""
         path = Path(self.source)
         return path if path.is_file() else path / LORA_FILE
 
@@ -60,17 +60,17 @@ def parse_models(specs: Sequence[str]) -> list[ModelSource]:
     """Read ``NAME=DIR_OR_ID`` specifications; the first one is the baseline.
 
     Raises:
-        UserError: a malformed or repeated name, or a folder that is missing or holds no model.
+        UserError: a name is malformed or repeated, or a folder is missing or holds no model.
     """
     models: list[ModelSource] = []
     for spec in specs:
         name, equals, source = spec.partition("=")
         if not equals or not source or not _NAME.fullmatch(name):
             raise UserError(
-                f"--model {spec}: write NAME=DIR, for example tuned=runs/a; a name is made of letters, digits, . _ -"
+                f"--model {spec}: write NAME=DIR, for example tuned=runs/a; a name has letters, digits and . _ - only"
             )
         if name in (model.name for model in models):
-            raise UserError(f"--model {spec}: two models are called {name!r}; give each its own name")
+            raise UserError(f"--model {spec}: the name {name!r} is used twice; give each model its own name")
         models.append(ModelSource(name, source, _kind(spec, source)))
     return models
 
@@ -89,30 +89,33 @@ def _kind(spec: str, source: str) -> Literal["pipeline", "unet", "lora"]:
         return "unet"
     if (folder / LORA_FILE).is_file():
         return "lora"
-    raise UserError(f"--model {spec}: {source} holds neither {INDEX_FILE}, {UNET_FOLDER}/config.json nor {LORA_FILE}")
+    raise UserError(
+        f"--model {spec}: {source} is neither a pipeline ({INDEX_FILE}) nor an output of smpo-train "
+        f"({UNET_FOLDER}/config.json or {LORA_FILE})"
+    )
 
 
 def choose_base(models: Sequence[ModelSource], given: str | None) -> str | None:
-    """The whole model that completes the ``unet`` and ``lora`` ones: the one given, else the first whole one.
+    """Choose the whole model that completes ``unet`` and ``lora`` ones: ``given``, else the first whole one.
 
     Raises:
-        UserError: one is needed and there is none.
+        UserError: it is needed and there is none.
     """
     whole = [model.source for model in models if model.kind == "pipeline"]
     base = given or (whole[0] if whole else None)
     partial = [model for model in models if model.kind != "pipeline"]
     if partial and base is None:
         raise UserError(
-            f"--model {partial[0].name}={partial[0].source} is an output of smpo-train without the rest of its model: "
-            "name the model that it was trained from with --base"
+            f"--model {partial[0].name}={partial[0].source} is an output of smpo-train, not a whole pipeline; name the "
+            "model that it was trained from with --base"
         )
     return base if partial else None
 
 
 def identity(model: ModelSource, base: str | None) -> str:
-    """Hash of everything that ``model`` is loaded from; of a hub id, the id alone.
+    """Hash all files that ``model`` is loaded from; a hub id stands for itself.
 
-    It is taken from the files, so that a finished evaluation is recognised without loading a model.
+    Hashing the files recognises a finished evaluation without loading a model.
     """
     folder = Path(model.source)
     if model.kind == "pipeline":
@@ -126,7 +129,7 @@ def identity(model: ModelSource, base: str | None) -> str:
 
 
 def whole_identity(source: str, without: str | None = None) -> str:
-    """Hash of a model folder's files (leaving out one sub-folder), or the hub id itself."""
+    """Hash a model folder's files, except those of one subfolder; return a hub id as it is."""
     folder = Path(source)
     if not folder.is_dir():
         return source
@@ -138,22 +141,22 @@ def whole_identity(source: str, without: str | None = None) -> str:
 
 
 def reward_identity(spec: str) -> str:
-    """Hash of the files behind the MODEL of ``NAME=MODEL``; a hub id itself; without a MODEL, the specification.
+    """Hash the files of MODEL in ``NAME=MODEL``; return a hub id, or ``spec`` without a MODEL, as it is.
 
-    Of a folder all files that are not hidden count, since a reward may be anybody's code. Code is not looked at.
+    All files of a folder count, except hidden ones, since a user's own reward may read any. Its code is not hashed.
     """
     model = spec.partition("=")[2]
     path = Path(model)
     if model and path.is_dir():
         return sha256_json(_digest(path, _files_below(path)))
     if path.is_file():
-        beside = {each for pattern in _BESIDE_A_CHECKPOINT for each in path.parent.glob(pattern) if each.is_file()}
+        beside = {file for pattern in _CHECKPOINT_COMPANIONS for file in path.parent.glob(pattern) if file.is_file()}
         return sha256_json(_digest(path.parent, [*{path, *beside}]))
     return model or spec
 
 
 def _parts(folder: Path) -> list[str]:
-    """Sub-folders that hold a pipeline's parts; a folder without an index has none."""
+    """List the subfolders of a pipeline's parts, as its index names them."""
     index = folder / INDEX_FILE
     try:
         names = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}

@@ -1,4 +1,4 @@
-"""What ``smpo-pipeline evaluate`` is told: its flags. Does not import torch."""
+"""The flags of ``smpo-pipeline evaluate``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from smpo_pipeline.options import FILE, Device, LocalPath, ModelDtype, Out, Rewa
 
 
 class SamplingOptions(Options):
-    """How images are made."""
+    """How images are generated."""
 
     model_config = ConfigDict(title="Sampling")
 
     images_per_prompt: Annotated[int, Field(ge=1)] = 8
-    """Images of each prompt, each from its own noise."""
+    """Images per prompt, each from its own noise."""
     steps: Annotated[int, Field(ge=1)] = 50
-    """DDIM steps of an image."""
+    """DDIM steps per image."""
     guidance_scale: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance; 1 is none."""
     seed: int = 0
-    """Of the initial noise, which is the same for all models."""
+    """Seed of the initial noise, which is the same for all models."""
     resolution: Annotated[int | None, Flag(metavar="PIXELS"), Field(ge=8)] = None
-    """Side of the images. Default: what the models were made for."""
+    """Side of the images. Default: the models' native resolution."""
     variant: Variant = None
 
 
@@ -34,26 +34,27 @@ class EvaluateJobOptions(Options):
     model_config = ConfigDict(title="Running")
 
     batch_size: Annotated[int, Field(ge=1)] = 8
-    """Images made, and scored, at once."""
+    """Images generated, and scored, at once."""
     device: Device = None
     dtype: ModelDtype = None
     limit: Annotated[int | None, Field(ge=1)] = None
-    """Only the first N prompts."""
+    """Use only the first N prompts."""
     overwrite: Annotated[bool, Flag(recorded=False)] = False
-    """Evaluate again, whatever is there; images made with the very same settings are kept."""
+    """Replace an evaluation in --out; images of the same settings are reused."""
 
 
 class EvaluateOptions(Options):
     """The settings of ``evaluate``."""
 
     model: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")]
-    """A model to compare: a diffusers pipeline (folder or hub id) or an output of smpo-train. The first one is the
+    """A model to compare: a diffusers pipeline (folder or hub id) or an output of smpo-train. The first is the
     baseline. Repeatable."""
     prompts: Annotated[LocalPath, FILE]
-    """Prompts: .txt with one a line, or .jsonl or .parquet with a column prompt or caption."""
+    """Prompts: .txt with one per line, or .jsonl or .parquet with a column prompt or caption."""
     reward: Rewards
     out: Out
     base: Annotated[str | None, Flag(metavar="MODEL", place=True)] = None
-    """The whole model that completes outputs of smpo-train. Default: the first --model that is whole."""
+    """The pipeline that an output of smpo-train was trained from. Default: the first --model that is a whole
+    pipeline."""
     sampling: SamplingOptions = SamplingOptions()
     running: EvaluateJobOptions = EvaluateJobOptions()

@@ -1,4 +1,4 @@
-"""The prompts that models are compared on: a text file, JSONL or Parquet."""
+"""Read the prompts that models are compared on, from a text file, JSONL or Parquet."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ _COLUMNS = ("prompt", "caption")
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     """Read the distinct prompts of a file, in the order of their first appearance.
 
-    ``.txt`` holds one a line; ``.jsonl`` and ``.parquet`` a column ``prompt`` or ``caption`` (so a file of pairs
-    will do). Blank ones are left out. A prompt that is there twice would be given the same noise, hence the same
-    images, twice: it is taken once.
+    ``.txt`` holds one prompt per line; ``.jsonl`` and ``.parquet`` a column ``prompt`` or ``caption``, as files of
+    pairs do. Blank prompts are skipped. A repeated prompt is taken once: it would get the same noise, hence the same
+    images.
 
     Args:
         path: the file.
-        limit: take only the first so many.
+        limit: maximum number of prompts.
 
     Raises:
-        UserError: the file is missing, of another kind, malformed, or holds no prompt.
+        UserError: the file is missing, of another type, malformed, or has no prompt.
     """
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if not path.is_file():
-        raise UserError(f"--prompts {path} is no file")
+        raise UserError(f"--prompts {path} is not a file")
     if path.suffix not in readers:
-        raise UserError(f"--prompts {path}: only {', '.join(readers)} files are read")
+        raise UserError(f"--prompts {path}: give a {', '.join(readers)} file")
     try:
-        found = [_checked(prompt, path) for prompt in readers[path.suffix](path) if prompt is not None]
+        texts = [_checked(prompt, path) for prompt in readers[path.suffix](path) if prompt is not None]
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"--prompts {path} cannot be read: {error}") from error
-    prompts = [prompt for prompt in dict.fromkeys(found) if prompt]
+    prompts = [prompt for prompt in dict.fromkeys(texts) if prompt]
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt")
     return prompts[:limit]
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    # Not splitlines, which also cuts at what a prompt may hold, such as U+2028.
+    # Not splitlines, which also splits at characters that a prompt may contain, such as U+2028.
     yield from path.read_text(encoding="utf-8-sig").split("\n")
 
 
@@ -54,7 +54,7 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
         if line.strip():
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise UserError(f"--prompts {path}: line {number} is no JSON object")
+                raise UserError(f"--prompts {path}: line {number} is not a JSON object")
             yield row[_column(list(row), path)]
 
 
@@ -65,8 +65,8 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
 def _checked(prompt: Any, path: Path) -> str:  # noqa: ANN401  (anything that a file may hold)
     if not isinstance(prompt, str):
-        raise UserError(f"--prompts {path}: a prompt is no text: {str(prompt)[:100]}")
-    prompt.encode()  # half a character, as \ud83d in JSON, is a ValueError
+        raise UserError(f"--prompts {path}: a prompt is not text: {str(prompt)[:100]}")
+    prompt.encode()  # raises ValueError for a lone surrogate, such as \ud83d in JSON
     return prompt.strip()
 
 

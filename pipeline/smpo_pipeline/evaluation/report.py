@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page (inline style, images as data URIs, no script, no request)."""
+"""``report.html``: a self-contained page (inline style, images as data URIs, no scripts)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEMPLATE = "report.html.j2"
 
 @dataclass(frozen=True)
 class Example:
-    """The same prompt and noise under the baseline and one model."""
+    """One image of the baseline and one of a model, from the same prompt and noise."""
 
     prompt: str
     shown: list[Shown]
@@ -32,7 +32,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A titled list of examples; ``note`` says how they were chosen."""
+    """A titled list of examples; ``note`` says how they were selected."""
 
     title: str
     note: str
@@ -41,7 +41,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Section:
-    """Everything that is shown of one model: galleries in the open, the other rewards' folded, training curves."""
+    """One model's galleries; those of all rewards but the first are folded."""
 
     model: str
     galleries: list[Gallery]
@@ -53,7 +53,7 @@ def write_report(evaluation: Evaluation, results: Results, scores: Mapping[str, 
 
     Args:
         evaluation: the evaluation.
-        results: what it found.
+        results: its results.
         scores: per reward and model, float [P, I].
     """
     environment = jinja2.Environment(
@@ -87,14 +87,14 @@ def _distributions(results: Results, scores: Mapping[str, Mapping[str, np.ndarra
 
 
 def _training(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, Markup]]]]:
-    """Per model that has a ``metrics.jsonl``, its curves by name."""
-    curves = []
+    """Draw the training curves, by name, of each model that has a ``metrics.jsonl``."""
+    training = []
     for model in evaluation.models:
         if model.metrics:
-            found = read_curves(model.metrics).items()
-            charts = [(name, curve(*points, f"{name} of {model.name} over optimizer steps")) for name, points in found]
-            curves.append((model.name, charts))
-    return curves
+            curves = read_curves(model.metrics).items()
+            charts = [(name, curve(*points, f"{name} of {model.name} over optimizer steps")) for name, points in curves]
+            training.append((model.name, charts))
+    return training
 
 
 def _section(
@@ -109,16 +109,16 @@ def _section(
     by_reward: list[list[Gallery]] = []
     for reward, by_model in scores.items():
         extremes = select_extremes(by_model[model] - by_model[results.baseline])
-        note = f"by difference in {reward}, one image a prompt"
+        note = f"by difference in {reward}, at most one image per prompt"
         by_reward.append(
             [
                 gallery(f"Largest gains under {reward}", note, extremes.best),
                 gallery(f"Largest losses under {reward}", note, extremes.worst),
             ]
         )
-    drawn = select_random(results.num_prompts, results.settings.images_per_prompt)
-    chance = gallery("Drawn at random", "without regard to any score", drawn)
-    return Section(model, [*by_reward[0], chance], [each for galleries in by_reward[1:] for each in galleries])
+    spots = select_random(results.num_prompts, results.settings.images_per_prompt)
+    random = gallery("Drawn at random", "regardless of scores", spots)
+    return Section(model, [*by_reward[0], random], [folded for galleries in by_reward[1:] for folded in galleries])
 
 
 def _example(

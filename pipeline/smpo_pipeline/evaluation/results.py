@@ -1,4 +1,4 @@
-"""``results.json`` and ``scores.parquet``: what an evaluation found, and everything it was made from."""
+"""``results.json`` and ``scores.parquet``: an evaluation's results and settings."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ REPORT_FILE = "report.html"
 
 
 class Settings(FrozenModel):
-    """Everything that decides the numbers; two evaluations with equal settings are the same evaluation.
+    """Everything that affects the results; two evaluations with equal settings are the same evaluation.
 
     Attributes:
-        models: per name, the identity of the files that it was loaded from (a hub id: the id); the first is the
-            baseline.
-        rewards: per specification, as given, the identity of its model's files (a hub id, or no model: that text).
+        models: by name, a hash of the model's files, or its hub id; the first is the baseline.
+        rewards: by the value of ``--reward``, a hash of the model's files, or its hub id, or without a model this
+            value.
         prompts: the prompts.
         images_per_prompt: each from its own noise.
         steps: DDIM steps.
         guidance_scale: classifier-free guidance; 1 is none.
         seed: of all noise.
         dtype: of the models, a key of :data:`smpo_models.weights.DTYPES`.
-        resolution: side of the images in pixels; None: what the models were made for.
-        variant: of the files of weights; None: those without one, or the only one there.
+        resolution: side of the images in pixels; None: the models' native resolution.
+        variant: variant of the weight files; None: files without a variant, or the only variant.
     """
 
     models: dict[str, str]
@@ -49,16 +49,16 @@ class Settings(FrozenModel):
     variant: str | None = None
 
     def digest(self) -> str:
-        """Identity of these settings; the order of the models counts, since the first is the baseline."""
+        """Hash :meth:`identity`."""
         return sha256_json(self.identity())
 
     def identity(self) -> dict[str, Any]:
-        """What :meth:`digest` is of."""
-        return {**self.model_dump(exclude_none=True), "models": [list(each) for each in self.models.items()]}
+        """Return the settings as JSON values; the models as a list, since their order matters."""
+        return {**self.model_dump(exclude_none=True), "models": [list(item) for item in self.models.items()]}
 
 
 class ModelEntry(FrozenModel):
-    """One model: where it came from, the model that completed it, and its denoiser's fingerprint."""
+    """One model: its source, the model that completes it, and its denoiser's fingerprint."""
 
     name: str
     source: str
@@ -67,7 +67,7 @@ class ModelEntry(FrozenModel):
 
 
 class RewardEntry(FrozenModel):
-    """One reward: its unit, the model behind it, and that model's fingerprint."""
+    """One reward: its unit, its model, and the model's fingerprint."""
 
     name: str
     unit: str
@@ -76,7 +76,7 @@ class RewardEntry(FrozenModel):
 
 
 class Finding(FrozenModel):
-    """One model under one reward, over all images, in the reward's unit; the baseline has no ``versus``."""
+    """One model under one reward, over all images, in the reward's unit; the baseline has no ``versus_baseline``."""
 
     model: str
     reward: str
@@ -90,8 +90,8 @@ class Results(FrozenModel):
     """The whole of ``results.json``; written last, so that its absence marks an unfinished evaluation.
 
     Attributes:
-        digest: of ``settings``.
-        num_prompts, num_images: of each model.
+        digest: hash of ``settings``.
+        num_prompts, num_images: per model.
         baseline: the model that the others are compared with.
     """
 
@@ -107,12 +107,12 @@ class Results(FrozenModel):
     versions: dict[str, str]
 
     def finding(self, model: str, reward: str) -> Finding:
-        """What was found of ``model`` under ``reward``."""
-        return next(each for each in self.findings if (each.model, each.reward) == (model, reward))
+        """Return the finding of ``model`` under ``reward``."""
+        return next(finding for finding in self.findings if (finding.model, finding.reward) == (model, reward))
 
 
 def read_results(directory: Path) -> Results | None:
-    """Read ``results.json``; None where there is none.
+    """Read ``results.json``, or return None if it is missing.
 
     Raises:
         UserError: it is malformed or of another schema version.
@@ -134,13 +134,13 @@ def write_scores(
     prompts: Sequence[str],
     files: Mapping[str, list[str]],
 ) -> None:
-    """Write ``scores.parquet``: a row an image.
+    """Write ``scores.parquet``: one row per image.
 
     Args:
-        directory: of the evaluation.
+        directory: the evaluation's folder.
         scores: per reward and model, float [P, I].
-        prompts: P texts.
-        files: per model, the images' paths below ``directory``, P * I of them in order.
+        prompts: P prompts.
+        files: per model, the P * I image files, relative to ``directory``.
     """
     first = next(iter(scores.values()))
     tables = []

@@ -1,4 +1,4 @@
-"""Making an evaluation: images of every model, scores of every reward, comparison, report."""
+"""Run an evaluation: generate every model's images, score them with every reward, compare, write the report."""
 
 from __future__ import annotations
 
@@ -40,33 +40,33 @@ from smpo_pipeline.isolation import make
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 
 Scores = dict[str, dict[str, np.ndarray]]
-"""Per reward and model, float64 [P, I]: P prompts, I images a prompt."""
+"""Per reward and model, float64 [P, I]: P prompts, I images per prompt."""
 
 
 def run(evaluation: Evaluation, console: Console) -> Results:
-    """Make the evaluation; images that are there from the very same settings are kept.
+    """Run the evaluation; existing images of the same settings are reused.
 
     Raises:
-        UserError: a model or a reward cannot be loaded, or a folder not written.
+        UserError: a model or a reward cannot be loaded, or a folder cannot be written.
     """
     device = choose_device(evaluation.device)
     console.print(f"device: {device_in_words(device)}, models in {evaluation.settings.dtype}", highlight=False)
     _quiet_libraries()
-    # Float32 is float32, as in the workers of `score`: by default cuDNN convolves in TF32.
+    # True float32, as in the workers of `score`: by default cuDNN convolves in TF32.
     torch.backends.cudnn.allow_tf32 = False
     wholes = {evaluation.base: f"--base {evaluation.base}"} if evaluation.base else {}
     wholes |= {
-        each.source: f"--model {each.name}={each.source}" for each in evaluation.models if each.kind == "pipeline"
+        model.source: f"--model {model.name}={model.source}" for model in evaluation.models if model.kind == "pipeline"
     }
     for whole, what in wholes.items():
         require_source(whole, what)
         if remark := variant_remark(whole, evaluation.settings.variant):
             console.print(remark, highlight=False, soft_wrap=True)
-    # Before the hours of sampling: a reward or a later model that cannot be loaded is found out first.
+    # Check all models and rewards first: an error must not show after hours of sampling.
     shapes = {model.name: check_generator(model, evaluation.base, evaluation.settings) for model in evaluation.models}
     if len(set(shapes.values())) > 1:
         raise UserError(
-            f"--model: latents differ in shape ({shapes}), so the models cannot begin from the same noise; "
+            f"--model: latents differ in shape ({shapes}), so the models cannot start from the same noise; "
             "compare models of one resolution and family"
         )
     console.print(_sizes(evaluation, shapes[evaluation.models[0].name]), highlight=False, soft_wrap=True)
@@ -92,16 +92,16 @@ def run(evaluation: Evaluation, console: Console) -> Results:
 
 
 def _sizes(evaluation: Evaluation, shape: tuple[int, int, int]) -> str:
-    """How many images of what size are made: a line for the user."""
+    """Describe the numbers and sizes of images in one line."""
     settings, first = evaluation.settings, evaluation.models[0]
     whole = first.source if first.kind == "pipeline" else str(evaluation.base)
     height, width = (latent_factor(whole, f"--model {first.name}") * side for side in shape[1:])
-    images = f"{len(settings.prompts)} prompts, {settings.images_per_prompt} images each of {height} x {width} pixels"
-    return f"{images}; batches of {evaluation.batch_size}; seed {settings.seed}"
+    images = f"{len(settings.prompts)} prompts x {settings.images_per_prompt} images of {height} x {width} pixels"
+    return f"{images}; batch size {evaluation.batch_size}; seed {settings.seed}"
 
 
 def _quiet_libraries() -> None:
-    """Stop what diffusers and transformers print for every model and every long prompt from tearing up the display."""
+    """Silence diffusers and transformers: what they print per model and long prompt breaks the progress bars."""
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
@@ -113,7 +113,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _pictures(evaluation: Evaluation, model: str) -> list[Picture]:
-    """All images of a model, prompt by prompt."""
+    """List all images of a model, prompt by prompt."""
     return [
         Picture(prompt, index, evaluation.file(model, number, index))
         for number, prompt in enumerate(evaluation.settings.prompts)
@@ -126,7 +126,7 @@ def _files(evaluation: Evaluation, model: str) -> list[str]:
 
 
 def _generate_all(evaluation: Evaluation, device: str, progress: Progress) -> list[ModelEntry]:
-    """Make what is missing of every model's images, one model in memory at a time."""
+    """Generate every model's missing images, with one model in memory at a time."""
     entries: list[ModelEntry] = []
     for model in evaluation.models:
         pictures = _pictures(evaluation, model.name)
@@ -151,11 +151,9 @@ def _advancing(progress: Progress, task: object) -> Callable[[int], None]:
 
 
 def _claim_folder(evaluation: Evaluation, model: str, denoiser: str) -> None:
-    """Mark a model's image folder with what its images are made from; images from anything else are removed.
-
-    The denoiser is part of it, for what a hub id stands for may change.
-    """
+    """Record the settings and weights of a model's images in its folder; remove images of other settings or weights."""
     folder = evaluation.folder(model)
+    # With the denoiser's fingerprint, since the weights behind a hub id may change.
     file, origin = folder / ORIGIN_FILE, {"origin": evaluation.origin(model), "denoiser": denoiser}
     if file.is_file() and read_json(file) != origin:
         for stale in folder.glob("*.png"):
@@ -164,10 +162,10 @@ def _claim_folder(evaluation: Evaluation, model: str, denoiser: str) -> None:
 
 
 def _score_all(evaluation: Evaluation, reward: Reward, device: str, progress: Progress) -> dict[str, np.ndarray]:
-    """Scores of all images of all models under one reward: per model float64 [P, I].
+    """Score all images of all models with one reward: per model, float64 [P, I].
 
     Raises:
-        UserError: the reward has no score for an image, or there is too little memory for a single one.
+        UserError: the reward has no score for an image, or memory is too small for a single image.
     """
     scores: dict[str, np.ndarray] = {}
     shape = (len(evaluation.settings.prompts), evaluation.settings.images_per_prompt)
@@ -181,8 +179,8 @@ def _score_all(evaluation: Evaluation, reward: Reward, device: str, progress: Pr
             if outcome.failed:
                 position, reason = min(outcome.failed.items())
                 raise UserError(f"--reward {reward.name}: {batch[position].path} {reason}")
-            for positions, made in outcome.made:
-                values[start + np.array(positions)] = made
+            for positions, batch_scores in outcome.made:
+                values[start + np.array(positions)] = batch_scores
             progress.advance(task, len(batch))
         scores[model.name] = values.reshape(shape)
     return scores
@@ -195,11 +193,13 @@ def _score_batch(reward: Reward, batch: Sequence[Picture]) -> np.ndarray:
             with Image.open(picture.path) as image:
                 images.append(image.convert("RGB"))
         except OSError as error:
-            raise UserError(f"{picture.path} cannot be read ({error}); delete it and evaluate again") from error
+            raise UserError(
+                f"{picture.path} cannot be read ({error}); delete it and run the same command again"
+            ) from error
     values = checked_scores(reward, images, [picture.prompt for picture in batch])
     if not np.isfinite(values).all():
-        worst = batch[int(np.flatnonzero(~np.isfinite(values))[0])]
-        raise UserError(f"--reward {reward.name} has no finite score for {worst.path} ({worst.prompt!r})")
+        bad = batch[int(np.flatnonzero(~np.isfinite(values))[0])]
+        raise UserError(f"--reward {reward.name} has no finite score for {bad.path} (prompt {bad.prompt!r})")
     return values
 
 
@@ -228,8 +228,8 @@ def _results(evaluation: Evaluation, entries: list[ModelEntry], rewards: Sequenc
         baseline=baseline,
         models=entries,
         rewards=[
-            RewardEntry(name=each.name, unit=each.unit, model=each.model, fingerprint=each.fingerprint)
-            for each in rewards
+            RewardEntry(name=reward.name, unit=reward.unit, model=reward.model, fingerprint=reward.fingerprint)
+            for reward in rewards
         ],
         findings=findings,
         versions={name: importlib.metadata.version(name) for name in ("smpo-diffusion", "diffusers", "torch", "numpy")},

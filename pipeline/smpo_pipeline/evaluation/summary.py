@@ -1,4 +1,4 @@
-"""The outcome in words and as a table for the terminal."""
+"""Print an evaluation's results as sentences and as a table."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from smpo_pipeline.evaluation.results import Results
 
 
 def percent_interval(estimate: Estimate) -> str:
-    """``74.1 .. 82.0 %``, or why there is none."""
+    """Format as ``74.1 .. 82.0 %``; one prompt gives no interval."""
     if estimate.low is None or estimate.high is None:
-        return "none from one prompt"
+        return "none with one prompt"
     return f"{100 * estimate.low:.1f} .. {100 * estimate.high:.1f} %"
 
 
 def signed_interval(estimate: Estimate) -> str:
-    """``+0.12 (+0.08 .. +0.16)``."""
+    """Format as ``+0.12 (+0.08 .. +0.16)``."""
     if estimate.low is None or estimate.high is None:
         return f"{estimate.value:+.3g}"
     return f"{estimate.value:+.3g} ({estimate.low:+.3g} .. {estimate.high:+.3g})"
 
 
 def headline(results: Results, model: str, reward: str) -> str:
-    """One sentence: how often ``model`` beats the baseline under ``reward``, and how sure that is.
+    """Describe in one sentence how often ``model`` beats the baseline under ``reward``, with the interval.
 
     Raises:
         ValueError: ``model`` is the baseline.
@@ -43,7 +43,7 @@ def headline(results: Results, model: str, reward: str) -> str:
 
 
 def headlines(results: Results) -> list[str]:
-    """A sentence for each model but the baseline and each reward."""
+    """Describe every model but the baseline under every reward."""
     return [
         headline(results, finding.model, finding.reward)
         for finding in results.findings
@@ -54,7 +54,7 @@ def headlines(results: Results) -> list[str]:
 def print_results(results: Results, console: Console) -> None:
     """Print a table of all findings and the headlines."""
     table = Table(
-        title=f"{results.num_images} images of {results.num_prompts} prompts a model",
+        title=f"{results.num_images} images of {results.num_prompts} prompts per model",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
         pad_edge=False,

@@ -1,4 +1,4 @@
-"""Curves of a training run, from the ``metrics.jsonl`` beside its model."""
+"""Read a training run's curves from the ``metrics.jsonl`` beside its model."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ import numpy as np
 
 from smpo_common.errors import UserError
 
-_NOT_DRAWN = "step"
-_DRAWN_FIRST = ("loss", "rewards/accuracies", "rewards/margins")
-_FEWEST_POINTS = 2
+_STEP = "step"
+_FIRST = ("loss", "rewards/accuracies", "rewards/margins")
+_MIN_POINTS = 2
 
 
 def read_curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Read every number that changes over a run: per name, the optimizer steps and the values.
+    """Read the metrics that change over a run: per name, the optimizer steps and the values.
 
-    The ones that matter most come first. Of a step that was logged twice (a resumed run) the later line counts.
-    Values that are not finite are left out.
+    The most important ones come first. If a resumed run logged a step twice, the later line counts. Values that are
+    not finite are dropped.
 
     Raises:
         UserError: a line is not a JSON object.
     """
     by_step: dict[float, dict[str, float]] = {}
-    # What follows the last line break is empty, or the half line of a run that was killed.
+    # After the last line break comes nothing, or a killed run's half line.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
-            by_step[row.get("step", number)] = row
+            by_step[row.get(_STEP, number)] = row
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path}: line {number} is not a JSON object: {error}") from error
-    found = dict.fromkeys(name for row in by_step.values() for name in row if name != _NOT_DRAWN)
-    names = [name for name in _DRAWN_FIRST if name in found] + [name for name in found if name not in _DRAWN_FIRST]
+    names = dict.fromkeys(name for row in by_step.values() for name in row if name != _STEP)
     curves = {}
-    for name in names:
+    for name in [name for name in _FIRST if name in names] + [name for name in names if name not in _FIRST]:
         points = [(step, row[name]) for step, row in sorted(by_step.items()) if _is_number(row.get(name))]
         points_N2 = np.array(points, dtype=np.float64).reshape(-1, 2)
-        if len(points_N2) >= _FEWEST_POINTS and np.ptp(points_N2[:, 1]) > 0:
+        if len(points_N2) >= _MIN_POINTS and np.ptp(points_N2[:, 1]) > 0:
             curves[name] = (points_N2[:, 0], points_N2[:, 1])
     return curves
 
