@@ -195,6 +195,18 @@ def table_labels(table: pa.Table) -> np.ndarray:
     return np.array([np.nan if label is None else label for label in table["label"].to_pylist()], dtype=np.float64)
 
 
+def label_agreement(preference_P: np.ndarray, labels_P: np.ndarray) -> tuple[int, int]:
+    """Count the decided labels that a preference orders alike, and all decided labels.
+
+    Args:
+        preference_P: float [P], positive where image_0 is preferred, negative where image_1 is.
+        labels_P: float [P], P(image_0 preferred), NaN where there is no label.
+    """
+    decided = ~np.isnan(labels_P) & (labels_P != TIE)
+    alike = np.sign(preference_P) == np.sign(labels_P - TIE)
+    return int((alike & decided).sum()), int(decided.sum())
+
+
 def reward_statistics(
     scores_P2: np.ndarray, labels_P: np.ndarray, *, model: str, fingerprint: str, unit: str, dtype: str = "fp32"
 ) -> RewardStatistics:
@@ -209,10 +221,7 @@ def reward_statistics(
         dtype: of the model's matrix products.
     """
     scores_P2 = np.asarray(scores_P2, dtype=np.float64)
-    decided = ~np.isnan(labels_P) & (labels_P != TIE)
-    order = np.sign(scores_P2[:, 0] - scores_P2[:, 1])
-    label_order = np.sign(labels_P - TIE)
-    agreement = float(np.mean(order[decided] == label_order[decided])) if decided.any() else None
+    alike, decided = label_agreement(scores_P2[:, 0] - scores_P2[:, 1], labels_P)
     return RewardStatistics(
         model=model,
         fingerprint=fingerprint,
@@ -221,7 +230,7 @@ def reward_statistics(
         max=float(scores_P2.max()),
         mean=float(scores_P2.mean()),
         std=float(scores_P2.std()),
-        agreement=agreement,
-        num_labelled=int(decided.sum()),
+        agreement=alike / decided if decided else None,
+        num_labelled=decided,
         dtype=dtype,
     )

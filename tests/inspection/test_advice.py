@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from smpo_pipeline.inspection.shards import settings_in_words
+from smpo_pipeline.inspection.shards import describe_settings
 from smpo_pipeline.inversion.advice import health_warnings
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import BandHealth
@@ -95,12 +95,15 @@ def test_solvers_that_failed_are_not_advised_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "1 ReNoise steps each"),
-        ({"renoise_steps": 5, "renoise_average": "3,5"}, "5 ReNoise steps each, the mean of 3,5 taken"),
+        ({}, "1 ReNoise iterations each"),
+        ({"renoise_steps": 5, "renoise_average": "3,5"}, "5 ReNoise iterations each, mean of estimates 3,5"),
         ({"solver": "ddim"}, "DDIM inversion without correction"),
-        ({"solver": "adaptive"}, "each solved by adaptive iteration to 0.0001 or 30 evaluations"),
-        ({"solver": "anderson", "tolerance": 1e-5}, "each solved by anderson iteration of depth 3 to 1e-05 or 30 eval"),
+        ({"solver": "adaptive"}, "each solved by adaptive iteration to residual 0.0001 or 30 evaluations"),
+        (
+            {"solver": "anderson", "tolerance": 1e-5},
+            "each solved by anderson iteration of depth 3 to residual 1e-05 or 30 eval",
+        ),
     ],
 )
-def test_solvers_in_words(settings: dict[str, object], words: str) -> None:
-    assert words in settings_in_words(InversionSettings(**settings))
+def test_solvers_are_described(settings: dict[str, object], words: str) -> None:
+    assert words in describe_settings(InversionSettings(**settings))

@@ -61,4 +61,4 @@ def test_shards_with_other_scores_than_their_manifest_names(tmp_path, capfd, sha
     manifest["rewards"] = {}
     write_json(tmp_path / "manifest.json", manifest)
     done = run_here(capfd, "smpo-pipeline", "inspect", tmp_path, "--samples", 0)
-    assert_one_line(done, "has scores of", "the manifest names []")
+    assert_one_line(done, "has scores of", "manifest", "[]")

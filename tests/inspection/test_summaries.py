@@ -9,9 +9,10 @@ from rich.console import Console
 
 from smpo_common.errors import UserError
 from smpo_pipeline.inspection.pairs import print_pairs, summarise_pairs
-from smpo_pipeline.inspection.scores import label_agreement, print_scores, reward_agreement, summarise_scores
+from smpo_pipeline.inspection.scores import print_scores, reward_agreement, summarise_scores
 from smpo_pipeline.inspection.shards import print_shards, summarise_shards
 from smpo_schemas.manifest import read_manifest, write_manifest
+from smpo_schemas.scores import label_agreement
 from tests.inspection.helpers import make_pairs, make_scores
 
 
@@ -28,7 +29,7 @@ def printed(show, summary, path: Path) -> str:
 def test_pairs(tmp_path: Path) -> None:
     path = make_pairs(tmp_path / "pairs.parquet")
     summary = summarise_pairs(path, {}, limit=None, samples=4, advance=ignore)
-    assert (summary.files, summary.rows, summary.looked_at) == (1, 10, 10)
+    assert (summary.files, summary.rows, summary.rows_read) == (1, 10, 10)
     assert summary.labels == {"image_0": 3, "image_1": 3, "tie": 2, "none": 2}
     assert summary.annotators == {"0": 4, "1": 3, "2": 3}
     assert [reject.pair_id for reject in summary.rejects] == ["1"]
@@ -36,7 +37,7 @@ def test_pairs(tmp_path: Path) -> None:
     assert len(summary.headers) == 18
     assert [pair.pair_id for pair in summary.chosen] == ["0", "3", "6", "9"]
     text = printed(print_pairs, summary, path)
-    assert "9 pairs, 1 to be rejected" in text
+    assert "9 pairs; 1 would be rejected" in text
     assert "image_0 3 (30.0 %)" in text
     assert "image not readable" in text
 
@@ -44,7 +45,7 @@ def test_pairs(tmp_path: Path) -> None:
 def test_pairs_limit(tmp_path: Path) -> None:
     path = make_pairs(tmp_path / "pairs.parquet")
     summary = summarise_pairs(path, {}, limit=3, samples=12, advance=ignore)
-    assert (summary.rows, summary.looked_at, len(summary.chosen)) == (10, 3, 3)
+    assert (summary.rows, summary.rows_read, len(summary.chosen)) == (10, 3, 3)
 
 
 def test_pairs_without_the_named_column(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_pairs_of_chosen_and_rejected(tmp_path: Path) -> None:
 def test_agreement_by_hand() -> None:
     scores = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
     labels = np.array([1.0, 1.0, 0.5, np.nan, 0.0])
-    assert label_agreement(scores, labels) == (1, 3)
+    assert label_agreement(scores[:, 0] - scores[:, 1], labels) == (1, 3)
     other = np.array([[2.0, 0.0], [3.0, 1.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
     assert reward_agreement(scores, other) == (1, 3)
 
@@ -95,10 +96,10 @@ def test_shards(shards: Path) -> None:
     text = printed(print_shards, summary, shards)
     for words in (
         "7 in = 6 inverted + 1 rejected",
-        "6, 54 states of a pair; read all",
+        "6 with 54 states; all read",
         "50.0 %",
         "16.7 %",
-        "which inverted itself",
+        "the reference",
     ):
         assert words in text
     assert "warning" not in text
@@ -107,7 +108,7 @@ def test_shards(shards: Path) -> None:
 def test_shards_limit_reads_the_first_trajectories_only(shards: Path) -> None:
     summary = summarise_shards(shards, limit=2, samples=9, advance=ignore)
     assert (summary.trajectories, len(summary.chosen)) == (2, 2)
-    assert "read the first 2 of them" in printed(print_shards, summary, shards)
+    assert "the first 2 read" in printed(print_shards, summary, shards)
 
 
 def test_unbelievable_states_are_warned_of(shards: Path, tmp_path: Path) -> None:

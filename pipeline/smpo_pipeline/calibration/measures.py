@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from smpo_schemas.calibration import Bin, Fit
-from smpo_schemas.labels import TIE
+from smpo_schemas.scores import label_agreement
 
 NUM_BINS = 10
 """Equal bins of the preferred image's p, from 0.5 to 1."""
@@ -24,9 +24,7 @@ def log_loss(p_P: np.ndarray, label_P: np.ndarray) -> float:
 
 def agreement(p_P: np.ndarray, label_P: np.ndarray) -> tuple[int, int]:
     """Count the decided labels that p orders alike, and all decided labels; p = 0.5 orders none."""
-    decided = label_P != TIE
-    alike = np.sign(p_P - 0.5) == np.sign(label_P - TIE)
-    return int((alike & decided).sum()), int(decided.sum())
+    return label_agreement(p_P - 0.5, label_P)
 
 
 def reliability(p_P: np.ndarray, label_P: np.ndarray) -> list[Bin]:

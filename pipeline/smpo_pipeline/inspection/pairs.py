@@ -1,7 +1,8 @@
-"""What is in a file or folder of pairs."""
+"""Describe a file or folder of pairs."""
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from smpo_common.errors import one_line
 from smpo_pipeline.images.decode import ImageRejectedError
 from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.inspection import sheet
-from smpo_pipeline.inspection.headers import ImageHeader, read_header
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
 from smpo_schemas.labels import TIE
 from smpo_schemas.pairs import (
@@ -34,25 +34,36 @@ from smpo_schemas.rejects import Reject, count_reasons
 _TILE = 176
 
 
+@dataclass(frozen=True)
+class ImageHeader:
+    """Format and PIL mode of the file; width and height in pixels after its EXIF rotation; file size in bytes."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    bytes: int
+
+
 @dataclass
 class PairsSummary:
-    """Counts over the rows that were looked at; filled row by row.
+    """Counts over the rows that were read.
 
     Attributes:
-        files, rows: number of files; rows in all of them.
-        columns: per distinct choice of columns, the number of files.
-        looked_at: rows that were read.
-        rejects: rows that are no pair or have an unusable image.
-        labels: ``image_0``, ``image_1``, ``tie``, ``soft`` (between), ``none``.
-        annotators, prompts, pair_ids: how many rows each has.
-        headers: of every image that could be decoded.
+        files, rows: number of files, and of rows in all of them.
+        columns: number of files by the columns that are used.
+        rows_read: number of rows that were read.
+        rejects: rows that are malformed or have an unusable image.
+        labels: number of rows by label: ``image_0``, ``image_1``, ``tie``, ``soft`` (between), ``none``.
+        annotators, prompts, pair_ids: number of rows by value.
+        headers: one per image that could be decoded.
         chosen: pairs for the contact sheet.
     """
 
     files: int
     rows: int
     columns: Counter[PairColumns] = field(default_factory=Counter)
-    looked_at: int = 0
+    rows_read: int = 0
     rejects: list[Reject] = field(default_factory=list)
     labels: Counter[str] = field(default_factory=Counter)
     annotators: Counter[str] = field(default_factory=Counter)
@@ -70,70 +81,83 @@ def summarise_pairs(
     samples: int,
     advance: Callable[[int, int], None],
 ) -> PairsSummary:
-    """Read every row, decode every image, and keep some pairs for the sheet, spread evenly over the rows.
+    """Read every row, decode every image, and choose evenly spaced pairs for the sheet.
 
     Args:
         path: file or folder.
         given: columns named by flags.
-        limit: look at the first so many rows only.
-        samples: pairs to keep.
-        advance: told the number of rows read so far and of rows to read.
+        limit: maximum number of rows to read.
+        samples: number of pairs for the sheet.
+        advance: called with the number of rows read so far and the number of rows to read.
     """
     files = list_pair_files([path])
     summary = PairsSummary(len(files), sum(file.rows for file in files))
     columns = {file.path: resolve_columns(column_names(file.path), given, file.path) for file in files if file.rows}
     summary.columns.update(columns.values())
     total = min(summary.rows, limit) if limit else summary.rows
-    wanted = set(np.linspace(0, max(0, total - 1), min(samples, total)).round().astype(int).tolist())
-    for rows in (each for unit in slice_files(files, max(1, summary.rows), limit) for each in unit):
-        for source, found in read_rows(rows, columns[rows.path]):
-            _count(summary, source, found, keep=summary.looked_at in wanted)
-            summary.looked_at += 1
-            advance(summary.looked_at, total)
+    chosen = set(np.linspace(0, max(0, total - 1), min(samples, total)).round().astype(int).tolist())
+    for rows in (rows for unit in slice_files(files, max(1, summary.rows), limit) for rows in unit):
+        for source, pair in read_rows(rows, columns[rows.path]):
+            if isinstance(pair, PairRejectedError):
+                summary.rejects.append(Reject(pair_id=None, source=source, stage="inspect", reason=str(pair)))
+            else:
+                _count(summary, source, pair)
+                if summary.rows_read in chosen:
+                    summary.chosen.append(pair)
+            summary.rows_read += 1
+            advance(summary.rows_read, total)
     return summary
 
 
-def _count(summary: PairsSummary, source: str, found: Pair | PairRejectedError, *, keep: bool) -> None:
-    if isinstance(found, PairRejectedError):
-        summary.rejects.append(Reject(pair_id=None, source=source, stage="inspect", reason=str(found)))
-        return
-    summary.labels[_label_word(found.label)] += 1
-    summary.annotators[found.annotator or ""] += 1
-    summary.prompts[found.prompt] += 1
-    summary.pair_ids[found.pair_id] += 1
-    if keep:
-        summary.chosen.append(found)
+def _count(summary: PairsSummary, source: str, pair: Pair) -> None:
+    summary.labels[_label_name(pair.label)] += 1
+    summary.annotators[pair.annotator or ""] += 1
+    summary.prompts[pair.prompt] += 1
+    summary.pair_ids[pair.pair_id] += 1
     try:
-        summary.headers += [read_header(data) for data in (found.image_0, found.image_1)]
+        summary.headers += [_read_header(data) for data in (pair.image_0, pair.image_1)]
     except ImageRejectedError as reason:
-        summary.rejects.append(Reject(pair_id=found.pair_id, source=source, stage="inspect", reason=str(reason)))
+        summary.rejects.append(Reject(pair_id=pair.pair_id, source=source, stage="inspect", reason=str(reason)))
 
 
-def _label_word(label: float | None) -> str:
+def _read_header(data: bytes) -> ImageHeader:
+    """Decode the whole image, as the pipeline does, and describe it.
+
+    Raises:
+        ImageRejectedError: the pipeline would reject it.
+    """
+    height, width, _ = worker_decoder().decode(data).shape
+    with Image.open(io.BytesIO(data)) as image:
+        return ImageHeader(image.format or "?", image.mode, width, height, len(data))
+
+
+def _label_name(label: float | None) -> str:
     if label is None:
         return "none"
     return {1.0: "image_0", 0.0: "image_1", TIE: "tie"}.get(label, "soft")
 
 
 def print_pairs(summary: PairsSummary, path: Path, console: Console) -> None:
-    """Print what was found."""
-    total = summary.looked_at
+    """Print the summary."""
+    total = summary.rows_read
     labels = ", ".join(f"{name} {count} ({percent(count, total)})" for name, count in summary.labels.most_common())
     repeated = sum(count - 1 for count in summary.pair_ids.values())
-    columns = "; ".join(_column_words(chosen) for chosen in summary.columns)
+    columns = "; ".join(_describe_columns(columns) for columns in summary.columns)
     people = {name: count for name, count in summary.annotators.items() if name}
     anonymous = summary.annotators[""]
     console.print(
         facts(
             f"pairs: {path}",
             {
-                "rows": f"{summary.rows} in {summary.files} files; looked at {total}",
-                "usable": f"{total - len(summary.rejects)} pairs, {len(summary.rejects)} to be rejected",
+                "rows": f"{summary.rows} in {summary.files} files; {total} read",
+                "usable": f"{total - len(summary.rejects)} pairs; {len(summary.rejects)} would be rejected",
                 "columns": columns,
                 "preferred": labels,
                 "annotators": f"{len(people)}: {counted(people)}" + (f"; {anonymous} unnamed" if anonymous else ""),
-                "prompts": f"{len(summary.prompts)} distinct, {summary.prompts.get('', 0)} rows with an empty one",
-                "pair ids": f"{len(summary.pair_ids)} distinct, {repeated} rows repeat one" if repeated else "distinct",
+                "prompts": f"{len(summary.prompts)} distinct; {summary.prompts.get('', 0)} rows have an empty prompt",
+                "pair ids": f"{len(summary.pair_ids)} distinct; {repeated} rows repeat an id"
+                if repeated
+                else "all distinct",
                 "formats": counted(Counter(header.format for header in summary.headers)),
                 "modes": counted(Counter(header.mode for header in summary.headers)),
                 "sizes": counted(Counter(f"{header.width}x{header.height}" for header in summary.headers)),
@@ -141,7 +165,7 @@ def print_pairs(summary: PairsSummary, path: Path, console: Console) -> None:
         )
     )
     lengths = np.array([len(prompt.split()) for prompt in summary.prompts.elements()])
-    table = make_table("how long, how large", ("", "smallest", *QUANTILE_NAMES, "largest"))
+    table = make_table("lengths and sizes", ("", "smallest", *QUANTILE_NAMES, "largest"))
     numbers: dict[str, np.ndarray] = {
         "prompt, words": lengths,
         "width, pixels": np.array([header.width for header in summary.headers]),
@@ -155,41 +179,41 @@ def print_pairs(summary: PairsSummary, path: Path, console: Console) -> None:
     print_rejects(summary.rejects, console)
 
 
-def _column_words(columns: PairColumns) -> str:
+def _describe_columns(columns: PairColumns) -> str:
     images, label = f"{columns.image_0} and {columns.image_1}", columns.label
     if columns.chosen:
         images = label = f"{columns.chosen} (preferred) and {columns.rejected}"
-    optional = {"label": label, "pair id": columns.pair_id, "annotator": columns.annotator}
-    named = {"prompt": columns.prompt, "images": images, **optional}
+    named = {"prompt": columns.prompt, "images": images, "label": label}
+    named |= {"pair id": columns.pair_id, "annotator": columns.annotator}
     return ", ".join(f"{what} from {name}" if name else f"no {what}" for what, name in named.items())
 
 
 def print_rejects(rejects: list[Reject], console: Console) -> None:
-    """Print how many rows were left out for which kind of reason, with one example of each."""
+    """Print the number of rejected rows by kind of reason, with one example of each."""
     if not rejects:
         return
     table = make_table("rejected", ("reason", "example", "rows"), text_columns=2)
     for reason, count in count_reasons(rejects).items():
-        example = next(each for each in rejects if each.reason.split(":")[0] == reason)
+        example = next(reject for reject in rejects if reject.reason.split(":")[0] == reason)
         table.add_row(one_line(reason), one_line(f"{example.source}: {example.reason}"), f"{count}")
     console.print(table)
 
 
 def draw_pairs(summary: PairsSummary, path: Path, scores: Mapping[str, Mapping[str, Any]]) -> Image.Image:
-    """The contact sheet: both images of a pair, the preferred one framed, with prompt, label and scores.
+    """Draw the contact sheet: both images of each chosen pair, with prompt, label and scores.
 
     Args:
-        summary: with the chosen pairs.
-        path: where they come from.
-        scores: per pair id, its row of the scores table where there is one.
+        summary: has the chosen pairs.
+        path: the file or folder of pairs.
+        scores: by pair id, the rows of a scores table; may lack pairs.
     """
     cards = [_card(pair, scores.get(pair.pair_id, {})) for pair in summary.chosen]
-    subtitle = f"{len(cards)} of {summary.looked_at} pairs, spread evenly; the preferred image is framed in green"
+    subtitle = f"{len(cards)} of {summary.rows_read} pairs, evenly spaced; the preferred image is framed in green"
     return sheet.page(f"Pairs: {path.resolve().name}", subtitle, cards, columns=3)
 
 
 def _card(pair: Pair, scores: Mapping[str, Any]) -> Image.Image:
-    preferred = {"image_0": 0, "image_1": 1}.get(_label_word(pair.label))
+    preferred = {"image_0": 0, "image_1": 1}.get(_label_name(pair.label))
     tiles = []
     for number, data in enumerate((pair.image_0, pair.image_1)):
         try:
@@ -198,13 +222,13 @@ def _card(pair: Pair, scores: Mapping[str, Any]) -> Image.Image:
             image, note = None, str(reason)
         tiles.append(sheet.tile(image, _TILE, frame=sheet.WINNER if preferred == number else None, note=note))
     images = sheet.row(tiles)
-    who = f", says {pair.annotator}" if pair.annotator else ""
-    word = {"none": "no label", "tie": "tie", "soft": f"P(left) = {pair.label}"}.get(
-        _label_word(pair.label), "left preferred" if preferred == 0 else "right preferred"
+    annotator = f", by {pair.annotator}" if pair.annotator else ""
+    label = {"none": "no label", "tie": "tie", "soft": f"P(left) = {pair.label}"}.get(
+        _label_name(pair.label), "left preferred" if preferred == 0 else "right preferred"
     )
     lines = [
         sheet.text_block(pair.prompt or "(empty prompt)", images.width, lines=3),
-        sheet.text_block(word + who, images.width, size=12, colour=sheet.SOFT, lines=1),
+        sheet.text_block(label + annotator, images.width, size=12, colour=sheet.SOFT, lines=1),
     ]
     for name in (column.removesuffix("_0") for column in scores if column.endswith("_0")):
         values = f"{name}: {scores[f'{name}_0']:.4g} | {scores[f'{name}_1']:.4g}"

@@ -1,4 +1,4 @@
-"""What a path holds, told from its content."""
+"""Recognise what a path holds by its content."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Kind = Literal["pairs", "scores", "shards"]
 
 
 def recognise(path: Path) -> tuple[Kind, Path]:
-    """Tell pairs, scores and shards apart; also the folder that a manifest, ``scores.json`` or tar lies in.
+    """Tell pairs, scores and shards apart; for a manifest, ``scores.json`` or tar, return its folder.
 
-    An unfinished output of invert or score is recognised too, so that its reader can say what is missing.
+    An unfinished output of invert or score is recognised too; its reader reports what is missing.
 
     Raises:
         UserError: the path does not exist or holds none of them.
@@ -28,7 +28,7 @@ def recognise(path: Path) -> tuple[Kind, Path]:
     if path.is_file():
         if path.suffix in PAIR_SUFFIXES:
             return "pairs", path
-        raise UserError(f"{path} is neither pairs ({', '.join(PAIR_SUFFIXES)}) nor a folder")
+        raise UserError(f"{path} is neither a file of pairs ({', '.join(PAIR_SUFFIXES)}) nor a folder")
     if (path / MANIFEST_FILE).is_file():
         return "shards", path
     if (path / SCORES_FILE).is_file():
@@ -39,4 +39,7 @@ def recognise(path: Path) -> tuple[Kind, Path]:
         return "scores", path
     if find_pair_files(path):
         return "pairs", path
-    raise UserError(f"{path} holds neither pairs, nor scores ({SCORES_FILE}), nor shards ({MANIFEST_FILE})")
+    raise UserError(
+        f"{path} holds neither pairs ({', '.join(PAIR_SUFFIXES)}), nor scores ({SCORES_FILE}), nor shards "
+        f"({MANIFEST_FILE})"
+    )

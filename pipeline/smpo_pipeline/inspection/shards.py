@@ -1,6 +1,6 @@
-"""What is in a directory of shards.
+"""Describe a directory of shards.
 
-Shape suffixes: W trajectories, S states of one image each.
+Shape suffixes: S states, 2 images.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ _TIMESTEP_BINS = 10
 
 @dataclass
 class ShardsSummary:
-    """Sums over the trajectories that were read; filled trajectory by trajectory.
+    """Values of the trajectories that were read.
 
     Attributes:
         manifest: of the directory.
         trajectories: number of trajectories read.
-        flipped, dropped: how many of them.
-        timesteps: of every stored state, once a pair.
-        residual_timesteps, residuals: of every stored state, once an image.
-        ref_errors: likewise.
-        scores: per reward, [score of image_0, score of image_1] of every trajectory.
+        flipped, dropped: number of trajectories that are mirrored, or under the empty prompt.
+        timesteps: per trajectory, [K].
+        residuals, ref_errors: per trajectory, [K, 2].
+        scores: per reward and trajectory, the scores of image_0 and image_1.
         chosen: trajectories for the contact sheet.
     """
 
@@ -55,24 +54,24 @@ class ShardsSummary:
 def summarise_shards(
     directory: Path, *, limit: int | None, samples: int, advance: Callable[[int, int], None]
 ) -> ShardsSummary:
-    """Check and read the shards, and keep some trajectories for the sheet, spread evenly over those read.
+    """Verify and read the shards, and choose evenly spaced trajectories for the sheet.
 
     Args:
         directory: output of invert.
-        limit: read only the first so many trajectories (tars after them are not checked).
-        samples: trajectories to keep.
-        advance: told the number of trajectories read so far and of trajectories to read.
+        limit: maximum number of trajectories to read; tars after them are not verified.
+        samples: number of trajectories for the sheet.
+        advance: called with the number of trajectories read so far and the number to read.
 
     Raises:
-        UserError: unfinished, or a tar is missing or damaged.
+        UserError: the output is unfinished, or a tar is missing or damaged.
     """
     shards = ShardDirectory(directory)
     total = shards.manifest.totals.samples
     total = min(total, limit) if limit else total
-    wanted = set(np.linspace(0, max(0, total - 1), min(samples, total)).round().astype(int).tolist())
+    chosen = set(np.linspace(0, max(0, total - 1), min(samples, total)).round().astype(int).tolist())
     summary = ShardsSummary(shards.manifest, scores={name: [] for name in shards.manifest.rewards})
     for sample in _first(shards.samples(), total):
-        if summary.trajectories in wanted:
+        if summary.trajectories in chosen:
             summary.chosen.append(sample)
         summary.trajectories += 1
         summary.flipped += sample.meta.flipped
@@ -83,7 +82,7 @@ def summarise_shards(
         if set(sample.meta.scores) != set(summary.scores):
             raise UserError(
                 f"{directory}: pair {sample.meta.pair_id} has scores of {sorted(sample.meta.scores)}, "
-                f"the manifest names {sorted(summary.scores)}"
+                f"the manifest has {sorted(summary.scores)}"
             )
         for name, scores in sample.meta.scores.items():
             summary.scores[name].append(scores)
@@ -92,32 +91,33 @@ def summarise_shards(
 
 
 def _first(samples: Iterator[Sample], count: int) -> Iterator[Sample]:
-    """The first ``count``; unlike islice it does not touch what comes after them, where a tar would be checked."""
+    """Yield the first ``count`` samples; unlike islice, do not start on the next one, which may verify a large tar."""
     for _, sample in zip(range(count), samples, strict=False):
         yield sample
 
 
 def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
-    """Print what was found, warnings last."""
+    """Print the summary, warnings last."""
     manifest = summary.manifest
     totals = manifest.totals
     read = "all" if summary.trajectories == totals.samples else f"the first {summary.trajectories}"
+    own = manifest.model.inverting_denoiser == manifest.model.reference
     console.print(
         facts(
             f"shards: {path}",
             {
                 "pairs": f"{totals.pairs_in} in = {totals.pairs} inverted + {totals.rejected} rejected",
                 "rejected": counted(manifest.rejected_reasons),
-                "trajectories": f"{totals.samples}, {totals.states} states of a pair; read {read} of them",
+                "trajectories": f"{totals.samples} with {totals.states} states; {read} read",
                 "files": f"{len(manifest.shards)} tars, {totals.bytes / 1e6:.1f} MB",
                 "model": f"{manifest.model.id} ({manifest.model.kind}, {manifest.model.prediction_type}), "
                 f"{manifest.resolution} pixels",
-                **_bucket_words(manifest),
-                "reference": f"{manifest.model.reference[:16]}{_inverting_denoiser_words(manifest)}; its errors in "
-                f"{manifest.ref_error_arithmetic}",
-                "states": settings_in_words(manifest.inversion),
+                **({"buckets": f"{buckets_in_words(manifest.buckets)}, height x width"} if manifest.buckets else {}),
+                "reference": f"{manifest.model.reference[:16]}; its errors in {manifest.ref_error_arithmetic}",
+                "inverted by": "the reference" if own else manifest.model.inverting_denoiser[:16],
+                "inversion": describe_settings(manifest.inversion),
                 "seed": f"{manifest.seed}",
-                "flipped": percent(summary.flipped, summary.trajectories),
+                "mirrored": percent(summary.flipped, summary.trajectories),
                 "empty prompt": percent(summary.dropped, summary.trajectories),
                 "rewards": ", ".join(manifest.rewards) or "none",
             },
@@ -137,57 +137,46 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
         console.print(f"warning: {warning}", style="bold red", highlight=False, soft_wrap=True)
 
 
-def _bucket_words(manifest: Manifest) -> dict[str, str]:
-    return {"buckets": f"{buckets_in_words(manifest.buckets)}, height x width"} if manifest.buckets else {}
-
-
-def _inverting_denoiser_words(manifest: Manifest) -> str:
-    same = manifest.model.inverting_denoiser == manifest.model.reference
-    return ", which inverted itself" if same else f"; inverted by {manifest.model.inverting_denoiser[:16]}"
-
-
-def settings_in_words(settings: InversionSettings) -> str:
-    """The inversion settings as a sentence."""
+def describe_settings(settings: InversionSettings) -> str:
+    """Describe the inversion settings in one sentence."""
     if settings.source == "forward":
-        noise = {"pair": "one noise a pair", "image": "one noise an image"}[settings.forward_noise]
-        how = f"forward noise ({noise}) at {settings.steps} {settings.timesteps} timesteps"
+        noise = {"pair": "the same noise for both images", "image": "separate noise for each image"}
+        source = f"forward noise ({noise[settings.forward_noise]}) at {settings.steps} {settings.timesteps} timesteps"
     else:
         start = {"clean": "x0", "level0": "x0 at the first noise level"}.get(
             str(settings.start), f"forward noise up to t = {settings.start}"
         )
-        how = (
-            f"trajectories of {settings.steps} {settings.timesteps} steps from {start}, "
-            f"{solver_in_words(settings)}"
+        source = (
+            f"{settings.steps} {settings.timesteps} steps from {start}, {_describe_solver(settings)}"
             + (f", eta {settings.eta:g}" if settings.eta else "")
             + (f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
         )
-    kept = "all states" if settings.states is None else f"{settings.states} states a trajectory"
-    times = f"{settings.trajectories} {'trajectories' if settings.trajectories > 1 else 'trajectory'}"
+    states = "all states" if settings.states is None else f"{settings.states} states per trajectory"
+    count = f"{settings.trajectories} {'trajectories' if settings.trajectories > 1 else 'trajectory'}"
     return (
-        f"{how}; {kept} stored, {times} a pair; "
+        f"{source}; {states} stored; {count} per pair; "
         f"VAE {settings.vae_latent}; prompt dropped with probability {settings.prompt_dropout:g}; "
-        f"{'flips' if settings.hflip else 'no flips'}; {settings.dtype}"
+        f"{'half mirrored' if settings.hflip else 'not mirrored'}; {settings.dtype}"
     )
 
 
-def solver_in_words(settings: InversionSettings) -> str:
-    """How the steps of a trajectory were solved."""
+def _describe_solver(settings: InversionSettings) -> str:
     if settings.solver == "ddim":
         return "DDIM inversion without correction"
     if settings.solver == "renoise":
-        average = "" if settings.renoise_average == "last2" else f", the mean of {settings.renoise_average} taken"
-        return f"{settings.renoise_steps} ReNoise steps each{average}"
+        average = "" if settings.renoise_average == "last2" else f", mean of estimates {settings.renoise_average}"
+        return f"{settings.renoise_steps} ReNoise iterations each{average}"
     depth = f" of depth {settings.anderson_depth}" if settings.solver == "anderson" else ""
     return (
-        f"each solved by {settings.solver} iteration{depth} to {settings.tolerance:g} "
+        f"each solved by {settings.solver} iteration{depth} to residual {settings.tolerance:g} "
         f"or {settings.max_evaluations} evaluations"
     )
 
 
 def _print_bands(summary: ShardsSummary, timesteps: np.ndarray, console: Console) -> None:
-    """Quantiles of residual and reference error by timestep band."""
+    """Print quantiles of residual and reference error by timestep band."""
     for title, values, note in (
-        ("residual", summary.residuals, "distance from the exact inversion, relative to the state"),
+        ("residual", summary.residuals, "distance from the fixed point of exact inversion, relative to the state"),
         ("ref_error", summary.ref_errors, "the reference's mean squared error at the stored state"),
     ):
         values_S2 = np.concatenate(values)
@@ -205,8 +194,8 @@ def _print_health(manifest: Manifest, console: Console) -> None:
     columns = ["timesteps", "states", "noise ratio", "residual", "neighbour correlation"]
     with_tolerance = any(band.solved for band in health)
     if with_tolerance:
-        columns.append("not converged, of all")
-    table = make_table("are the states believable (on a sample; an exact inversion has noise ratio 1)", columns)
+        columns.append("not converged (all states)")
+    table = make_table("quality of the states, on a sample of pairs (exact inversion has noise ratio 1)", columns)
     for band in health:
         numbers = [
             "-" if value is None else f"{value:.3f}"

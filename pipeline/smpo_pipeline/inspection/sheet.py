@@ -1,6 +1,6 @@
-"""Contact sheets: pictures and text put together with PIL.
+"""Draw contact sheets of pictures and text with PIL.
 
-Every function returns an RGB image; a sheet is images stacked on images. Sizes are pixels.
+Every function returns an RGB image, and larger images are put together from smaller ones. Sizes are in pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SIDE_BY_SIDE_GAP = 8
 
 @cache
 def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more, but no Chinese or Japanese."""
+    """Load DejaVu Sans, which matplotlib includes; it has Latin, Greek and Cyrillic, but no Chinese or Japanese."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / name), size)
 
@@ -38,9 +38,9 @@ def text_block(
     lines: int = 2,
     background: str = CARD,
 ) -> Image.Image:
-    """Text wrapped to ``width``, cut with an ellipsis after ``lines`` lines; as high as its lines need."""
+    """Wrap text to ``width``, with an ellipsis after ``lines`` lines."""
     font = _font(size, bold)
-    # A visible character is at least a pixel wide: what cannot be seen need not be measured.
+    # Characters are at least a pixel wide: measuring a hostile text of megabytes would be slow.
     wrapped = _wrapped(text[: lines * width], font, width)
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], wrapped[lines - 1] + " …"]
@@ -53,7 +53,7 @@ def text_block(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Words filled into lines by their real width; a word that is wider than a line stands alone."""
+    """Wrap words into lines; a word that is wider than a line gets its own."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -71,10 +71,10 @@ def _fitted(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def tile(image: Image.Image | None, side: int, *, frame: str | None = None, note: str = "") -> Image.Image:
-    """A picture fitted into a square, small ones enlarged with hard pixels; without one, ``note`` on grey.
+    """Fit a picture into a square; small ones are enlarged without smoothing.
 
     Args:
-        image: the picture, or None.
+        image: the picture; None: draw ``note`` on grey.
         side: of the square.
         frame: colour of a frame around it.
         note: why there is no picture.
@@ -93,7 +93,7 @@ def tile(image: Image.Image | None, side: int, *, frame: str | None = None, note
 
 
 def row(parts: Sequence[Image.Image], gap: int = _SIDE_BY_SIDE_GAP, background: str = CARD) -> Image.Image:
-    """Pictures side by side, tops aligned."""
+    """Put pictures side by side, aligned at the top."""
     size = (sum(part.width for part in parts) + gap * (len(parts) - 1), max(part.height for part in parts))
     joined = Image.new("RGB", size, background)
     left = 0
@@ -104,7 +104,7 @@ def row(parts: Sequence[Image.Image], gap: int = _SIDE_BY_SIDE_GAP, background: 
 
 
 def column(parts: Sequence[Image.Image], gap: int = 6, padding: int = 0, background: str = CARD) -> Image.Image:
-    """Pictures below each other, left sides aligned, with a margin around them."""
+    """Put pictures below each other, aligned at the left, with a margin around them."""
     width = max(part.width for part in parts) + 2 * padding
     joined = Image.new(
         "RGB", (width, sum(part.height for part in parts) + gap * (len(parts) - 1) + 2 * padding), background
@@ -117,7 +117,7 @@ def column(parts: Sequence[Image.Image], gap: int = 6, padding: int = 0, backgro
 
 
 def page(title: str, subtitle: str, cards: Sequence[Image.Image], columns: Literal[1, 2, 3]) -> Image.Image:
-    """A whole sheet: a heading and cards in rows; the cards of a row are made equally high."""
+    """Make a sheet: a heading, and cards in rows of equal height."""
     width = max(max((card.width for card in cards), default=0) * columns + 16 * (columns - 1), 640)
     heading = [
         text_block(title, width, size=20, bold=True, lines=1, background=PAGE),

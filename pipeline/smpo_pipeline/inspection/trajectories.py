@@ -1,4 +1,4 @@
-"""The contact sheet of shards: decoded states along a few trajectories.
+"""Draw the contact sheet of shards: decoded states along a few trajectories.
 
 Shape suffixes: K states, 2 images, C h w a latent, H W an image.
 """
@@ -20,22 +20,22 @@ from smpo_schemas.manifest import Manifest
 from smpo_schemas.shards.samples import Sample
 
 _TILE = 104
-_MOST_STATES = 9  # of a trajectory, in a row; of longer trajectories, so many spread evenly
+_MAX_STATES = 9  # per row; longer trajectories show this number of states, evenly spaced
 _NOISE_SPAN = 2.5
-"""Noise is drawn from minus to plus this many rms values."""
+"""The colour range of noise ends at plus and minus this many rms values."""
 
 
 def load_decoder(manifest: Manifest, model: str | None, vae: str | None, device: str) -> Family:
-    """Load the VAE and the noise levels that the shards were made with.
+    """Load the VAE and the noise schedule that the shards were made with.
 
     Args:
         manifest: of the shards.
-        model: hub id or folder; None for the one that the manifest names.
+        model: hub id or folder; None: the manifest's.
         vae: as ``--vae`` of invert.
         device: to decode on.
 
     Raises:
-        UserError: it cannot be loaded, or is another one.
+        UserError: the model cannot be loaded, or has another VAE or noise schedule.
     """
     source = model or manifest.model.id
     try:
@@ -48,24 +48,25 @@ def load_decoder(manifest: Manifest, model: str | None, vae: str | None, device:
             "name the right one with --model or --vae"
         )
     if family.process.fingerprint() != manifest.model.scheduler:
-        raise UserError(f"no contact sheet: {source} has other noise levels than these shards; name another --model")
+        raise UserError(
+            f"no contact sheet: {source} has another noise schedule than these shards; name the right one with --model"
+        )
     return family
 
 
 def draw_shards(samples: list[Sample], manifest: Manifest, family: Family, path: Path) -> Image.Image:
-    """The sheet: of each trajectory, both images' x0, decoded states x_t, and the noise tau that they are stored as."""
+    """Draw, for each trajectory and image, x0 and the states x_t, decoded, and below them the stored noise tau."""
     cards = [_card(sample, family) for sample in samples]
     subtitle = (
-        f"{len(cards)} of {manifest.totals.samples} trajectories, spread evenly. "
-        "For each image: the states x_t, decoded; "
-        "below them the noise tau that they are stored as (three channels, divided by its rms)"
+        f"{len(cards)} of {manifest.totals.samples} trajectories, evenly spaced. "
+        "For each image: the states x_t, decoded; below them the stored noise tau (three channels, divided by its rms)"
     )
     return sheet.page(f"Trajectories: {path.resolve().name}", subtitle, cards, columns=1)
 
 
 def _card(sample: Sample, family: Family) -> Image.Image:
-    kept = np.unique(np.linspace(0, len(sample.timestep_K) - 1, _MOST_STATES).round().astype(int))
-    x0_2Chw, noise_K2Chw, t_K = sample.x0_2Chw.float(), sample.noise_K2Chw[kept].float(), sample.timestep_K[kept]
+    drawn = np.unique(np.linspace(0, len(sample.timestep_K) - 1, _MAX_STATES).round().astype(int))
+    x0_2Chw, noise_K2Chw, t_K = sample.x0_2Chw.float(), sample.noise_K2Chw[drawn].float(), sample.timestep_K[drawn]
     titles = ["x0", *(f"t = {int(t)}" for t in t_K)]
     rows = [sheet.row([sheet.text_block(title, _TILE, size=12, bold=True, lines=1) for title in titles])]
     for number in (0, 1):
@@ -94,9 +95,9 @@ def _card(sample: Sample, family: Family) -> Image.Image:
 
 
 def _decode(family: Family, latents_KChw: torch.Tensor) -> list[Image.Image]:
-    """One at a time: a whole trajectory of large images would not fit."""
+    """Decode latents to images."""
     images = []
-    for latent_Chw in latents_KChw:
+    for latent_Chw in latents_KChw:  # one at a time: a whole trajectory of large images would not fit in memory
         pixels_3HW = family.decode(latent_Chw[None])[0]
         values_HW3 = ((pixels_3HW + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         images.append(Image.fromarray(values_HW3))
@@ -104,7 +105,7 @@ def _decode(family: Family, latents_KChw: torch.Tensor) -> list[Image.Image]:
 
 
 def _noise_tile(noise_Chw: torch.Tensor) -> Image.Image:
-    """The first three channels as colours around grey, with the rms below."""
+    """Draw the first three channels as colours around grey, with the rms below."""
     values = noise_Chw.numpy()
     rms = float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
     shown = values[:3] if len(values) >= 3 else np.repeat(values[:1], 3, axis=0)  # noqa: PLR2004  (red, green, blue)

@@ -1,1 +1,1 @@
-"""The embedded world: a small text-to-image world whose true reward can be computed exactly."""
+"""The embedded world: a small text-to-image world whose true reward is known exactly."""

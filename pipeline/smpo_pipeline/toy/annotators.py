@@ -1,4 +1,4 @@
-"""Simulated annotators: people with different tastes, who are less sure the closer two pictures are."""
+"""Simulated annotators with different tastes, who choose at random more often the closer two pictures are."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from smpo_pipeline.toy.world import IMAGE_SIZE
 from smpo_schemas.labels import TIE
 
 TIE_MARGIN = 0.06
-"""An annotator whose P(first preferred) is this close to one half says "tie"."""
+"""An annotator whose P(first preferred) is this close to 0.5 calls it a tie."""
 
 
 @dataclass(frozen=True, slots=True)
 class Annotator:
-    """How much each quality of a picture weighs for one person, in units of log-odds for each unit of quality."""
+    """One person's weights of a picture's qualities, in log-odds per unit of :class:`Qualities`."""
 
     name: str
     match: float
-    """The caption's shape and size are there."""
+    """For the caption's shape and size."""
     colour: float
-    """The caption's colours are there."""
+    """For the caption's colours."""
     sharpness: float
-    """Edges are crisp."""
+    """For crisp edges."""
     placement: float
-    """The shape stands in the middle."""
+    """For a shape in the middle."""
 
 
 ANNOTATORS: tuple[Annotator, ...] = (
@@ -37,32 +37,32 @@ ANNOTATORS: tuple[Annotator, ...] = (
     Annotator("curator", match=4.0, colour=3.0, sharpness=0.5, placement=4.0),
     Annotator("passer-by", match=2.0, colour=2.0, sharpness=0.5, placement=0.5),
 )
-"""Each row of a data set names one by its index. The last one hardly looks: all weights are small."""
+"""``user_id`` in the pairs indexes this tuple. The last annotator chooses almost at random: all weights are small."""
 
 
 @dataclass(frozen=True, slots=True)
 class Qualities:
-    """What annotators see in N pictures with their captions; every array is float64 [N]."""
+    """Qualities of N pictures with their captions; every array is float64 [N]."""
 
     match: np.ndarray
-    """0 (no such shape) to 1."""
+    """From 0 (no such shape) to 1."""
     colour: np.ndarray
-    """0 (perfect) downwards: minus the root mean squared RGB error."""
+    """Minus the root mean squared RGB error; 0 is perfect."""
     sharpness: np.ndarray
-    """Strongest edges against the picture's own contrast: about 0.3 (blurred) to 1 (crisp)."""
+    """Strongest edges relative to the picture's contrast: about 0.3 (blurred) to 1 (crisp)."""
     placement: np.ndarray
     """1 in the middle, 0 at the edge of the picture."""
 
 
 def qualities(images: Sequence[np.ndarray], captions: Sequence[str]) -> Qualities:
-    """What annotators look at.
+    """Measure the qualities that annotators judge by.
 
     Args:
         images: N pictures, uint8 [32, 32, 3], RGB.
         captions: N captions of the world.
 
     Raises:
-        ValueError: as `fit_captions`.
+        ValueError: as :func:`fit_captions`.
     """
     fit = fit_captions(images, captions)
     grey = np.stack(images).astype(np.float64).mean(axis=-1)
@@ -76,20 +76,20 @@ def qualities(images: Sequence[np.ndarray], captions: Sequence[str]) -> Qualitie
     )
 
 
-def utility(annotator: Annotator, seen: Qualities) -> np.ndarray:
-    """How much an annotator likes each picture, in log-odds: float64 [N]."""
+def utility(annotator: Annotator, pictures: Qualities) -> np.ndarray:
+    """Compute how much an annotator likes each picture, in log-odds: float64 [N]."""
     return (
-        annotator.match * seen.match
-        + annotator.colour * seen.colour
-        + annotator.sharpness * seen.sharpness
-        + annotator.placement * seen.placement
+        annotator.match * pictures.match
+        + annotator.colour * pictures.colour
+        + annotator.sharpness * pictures.sharpness
+        + annotator.placement * pictures.placement
     )
 
 
 def expected_label(
     images_0: Sequence[np.ndarray], images_1: Sequence[np.ndarray], captions: Sequence[str]
 ) -> np.ndarray:
-    """The true mix of annotators: the mean label of each pair over all annotators and all their moods.
+    """Compute the expected label of each pair, over annotators and chance.
 
     Args:
         images_0: N pictures, uint8 [32, 32, 3], RGB.
@@ -97,14 +97,14 @@ def expected_label(
         captions: N captions of the world.
 
     Returns:
-        float64 [N], in (0, 1): P(the first is preferred), a tie counting half.
+        float64 [N], in (0, 1): P(the first is preferred); a tie counts half.
 
     Raises:
-        ValueError: as `fit_captions`.
+        ValueError: as :func:`fit_captions`.
     """
-    seen_0, seen_1 = qualities(images_0, captions), qualities(images_1, captions)
-    probabilities = [_prefers_first(utility(person, seen_0), utility(person, seen_1)) for person in ANNOTATORS]
-    return np.mean([np.where(_is_tie(each), TIE, each) for each in probabilities], axis=0)
+    first, second = qualities(images_0, captions), qualities(images_1, captions)
+    probabilities = [_prefers_first(utility(person, first), utility(person, second)) for person in ANNOTATORS]
+    return np.mean([np.where(_is_tie(p), TIE, p) for p in probabilities], axis=0)
 
 
 def _prefers_first(utility_0: np.ndarray, utility_1: np.ndarray) -> np.ndarray:
@@ -116,12 +116,12 @@ def _is_tie(probability: np.ndarray) -> np.ndarray:
 
 
 def choose(utility_0: np.ndarray, utility_1: np.ndarray, mood: np.ndarray) -> np.ndarray:
-    """Bradley-Terry choices between two pictures: noisy where they are close, ties where they are nearly equal.
+    """Draw Bradley-Terry choices between two pictures; nearly equal utilities give a tie.
 
     Args:
         utility_0: float64 [N], of the first picture of each pair, in log-odds.
-        utility_1: the same of the second.
-        mood: float64 [N], uniform in [0, 1): the chance in each choice.
+        utility_1: likewise of the second.
+        mood: float64 [N], uniform in [0, 1): the random number of each choice.
 
     Returns:
         float64 [N]: 1 (the first is preferred), 0 (the second) or TIE.

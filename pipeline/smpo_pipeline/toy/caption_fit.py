@@ -1,4 +1,4 @@
-"""How well pictures fit their captions: the shape at its best position, and the colours there."""
+"""Fit pictures to their captions: find the shape's best position and compare the colours."""
 
 from __future__ import annotations
 
@@ -13,42 +13,41 @@ import torch
 from smpo_pipeline.toy.world import IMAGE_SIZE, RGB_OF_COLOUR, SHAPES, Scene, coverage, scene_of
 
 _PHASES = (0.0, 0.25, 0.5, 0.75)
-"""Shapes are tried at every quarter pixel: a render lies at most an eighth of a pixel off a tried place."""
+"""Sub-pixel offsets that are tried; no true position is more than an eighth of a pixel off."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionFit:
-    """How N pictures fit their N captions; every array is float64 [N] unless said otherwise."""
+    """The fit of N pictures to their N captions; arrays are float64 [N] unless noted."""
 
     dice: np.ndarray
-    """Soft Dice of the shape at its best position: 1 where the picture shows exactly the caption's shape."""
+    """Soft Dice of the shape at its best position; 1 if the picture shows exactly the caption's shape."""
     colour_error: np.ndarray
-    """Mean squared error of the RGB values in [0, 1] there, shape and background weighing the same."""
+    """Mean squared error of RGB values in [0, 1] at this position; shape and background have equal weights."""
     offset: np.ndarray
     """[N, 2]: x and y of the best position, in pixels from the middle of the picture."""
 
 
 def fit_captions(images: Sequence[np.ndarray], captions: Sequence[str]) -> CaptionFit:
-    """Finds each caption's shape in its picture.
+    """Find each caption's shape in its picture.
 
     Args:
         images: N pictures, uint8 [32, 32, 3], RGB.
         captions: N captions of the world.
 
     Raises:
-        ValueError: numbers, shapes or types that do not fit, or a caption that is not of this world.
+        ValueError: lengths, shapes or types are wrong, or a caption is not the world's.
     """
     if len(images) != len(captions):
-        message = f"{len(images)} images but {len(captions)} captions"
-        raise ValueError(message)
+        raise ValueError(f"{len(images)} images but {len(captions)} captions")
     scenes = [scene_of(caption) for caption in captions]
     for image in images:
         if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
-            message = f"images must be uint8 [{IMAGE_SIZE}, {IMAGE_SIZE}, 3], got {image.dtype} {list(image.shape)}"
-            raise ValueError(message)
+            got = f"{image.dtype} {list(image.shape)}"
+            raise ValueError(f"images must be uint8 [{IMAGE_SIZE}, {IMAGE_SIZE}, 3], got {got}")
 
     dice, colour_error, offset = np.zeros(len(scenes)), np.zeros(len(scenes)), np.zeros((len(scenes), 2))
-    # One pass for each (shape, size): all its pictures share the templates that are slid over them.
+    # Pictures of the same shape and size share their templates.
     members: dict[tuple[str, float], list[int]] = defaultdict(list)
     for index, scene in enumerate(scenes):
         members[scene.shape, scene.radius].append(index)
@@ -61,7 +60,7 @@ def fit_captions(images: Sequence[np.ndarray], captions: Sequence[str]) -> Capti
 
 @functools.lru_cache(maxsize=2 * len(SHAPES))
 def _templates(shape: str, radius: float) -> np.ndarray:
-    """The shape's coverage at each sub-pixel phase: float64 [P, k, k], k its width and a pixel for the phase."""
+    """Draw the shape at each sub-pixel offset: float64 [P, k, k], where k is its width plus one pixel."""
     width = int(2 * radius) + 1
     return np.stack(
         [coverage(shape, radius, (radius + dx, radius + dy), canvas=width) for dy in _PHASES for dx in _PHASES]
@@ -72,7 +71,7 @@ def _fit_shape(pixels_NHWC: np.ndarray, scenes: list[Scene], templates_PKK: np.n
     colour_N3 = np.array([RGB_OF_COLOUR[scene.colour] for scene in scenes]) / 255
     background_N3 = np.array([RGB_OF_COLOUR[scene.background] for scene in scenes]) / 255
     axis_N3 = colour_N3 - background_N3
-    # Membership of a pixel: where it lies between the caption's two colours, 0 background to 1 shape.
+    # Project each pixel on the line between the caption's two colours: 0 is background, 1 is shape.
     membership = np.einsum("nhwc,nc->nhw", pixels_NHWC - background_N3[:, None, None], axis_N3)
     membership = np.clip(membership / (axis_N3**2).sum(axis=1)[:, None, None], 0, 1)
 
@@ -88,8 +87,8 @@ def _fit_shape(pixels_NHWC: np.ndarray, scenes: list[Scene], templates_PKK: np.n
     width = templates_PKK.shape[-1]
     for index, (phase, top, left) in enumerate(zip(phase_N, top_N, left_N, strict=True)):
         mask_NHW[index, top : top + width, left : left + width] = templates_PKK[phase]
-    wanted = mask_NHW[..., None] * colour_N3[:, None, None] + (1 - mask_NHW[..., None]) * background_N3[:, None, None]
-    error_NHW = ((pixels_NHWC - wanted) ** 2).mean(axis=-1)
+    target = mask_NHW[..., None] * colour_N3[:, None, None] + (1 - mask_NHW[..., None]) * background_N3[:, None, None]
+    error_NHW = ((pixels_NHWC - target) ** 2).mean(axis=-1)
     colour_error = (_weighted_mean(error_NHW, mask_NHW) + _weighted_mean(error_NHW, 1 - mask_NHW)) / 2
 
     middle = (IMAGE_SIZE - (width - 1)) / 2

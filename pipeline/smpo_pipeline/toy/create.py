@@ -1,4 +1,4 @@
-"""Makes an embedded world on disk: its models, its preference pairs and its prompts."""
+"""Write an embedded world: its models, preference pairs and prompts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ROWS_PER_FILE = 256
 _JPEG_QUALITY = 95
 
 Progress = Callable[[int, int], None]
-"""Takes the number of pictures sampled so far, and how many there will be."""
+"""Called with the number of pictures sampled so far and their total number."""
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -52,12 +52,12 @@ PAIR_SCHEMA = pa.schema(
         ("user_id", pa.int64()),
     ]
 )
-"""The columns of Pick-a-Pic v2 that say something about these pairs."""
+"""The columns of Pick-a-Pic v2 that apply to these pairs."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """What chance decides about one pair, from the world's seed and the pair's number alone."""
+    """The random choices of one pair, from the world's seed and the pair's number alone."""
 
     caption: str
     image_seeds: tuple[int, int]
@@ -66,20 +66,20 @@ class _Draw:
 
 
 def create_world(out: Path, num_pairs: int = 600, seed: int = 0, progress: Progress | None = None) -> None:
-    """Writes a world: ``model/``, ``rewards/NAME/``, ``pairs/*.parquet``, ``prompts/SPLIT.txt``, ``world.json``.
+    """Write a world: ``model/``, ``rewards/NAME/``, ``pairs/*.parquet``, ``prompts/SPLIT.txt``, ``world.json``.
 
-    The pictures of the pairs are samples of the base model for captions of the train split, labelled by simulated
-    annotators. A pair depends on its number and the seed only, not on how many there are. ``world.json`` is written
-    last; a world that is there already, with the same settings, is left alone, and an unfinished one is made anew.
+    The pairs' pictures are samples of the base model for captions of the train split, labelled by simulated annotators.
+    A pair depends on its number and the seed only, not on the number of pairs. ``world.json`` is written last. A
+    finished world of the same settings is left alone; an unfinished one is replaced.
 
     Args:
-        out: where; made if it is not there.
-        num_pairs: preference pairs, at least 1.
+        out: the folder; created if missing.
+        num_pairs: number of preference pairs, at least 1.
         seed: of the pairs. The models and the splits are the same in every world.
-        progress: told about the sampling, which takes nearly all of the time.
+        progress: called while sampling, which takes nearly all of the time.
 
     Raises:
-        UserError: a world with other settings is there, or other files are in the way, or it cannot be written.
+        UserError: the folder holds a world of other settings or other files, or cannot be written.
     """
     if num_pairs < 1 or seed < 0:
         raise UserError(f"a world needs at least 1 pair and a seed of 0 or more, got {num_pairs} pairs and seed {seed}")
@@ -97,23 +97,25 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     path = out / WORLD_FILE
     if not path.exists():
         return False
-    found = read_json(path)
+    stored = read_json(path)
+    stored = stored if isinstance(stored, dict) else {}
     for name, value in settings.items():
-        if not isinstance(found, dict) or found.get(name) != value:
-            there = found.get(name) if isinstance(found, dict) else None
-            raise UserError(f"{out} holds a world with {name} {there}, not {value}: remove it or choose another folder")
+        if stored.get(name) != value:
+            raise UserError(
+                f"{out} holds a world with {name} {stored.get(name)}, not {value}; remove it or choose another --out"
+            )
     return True
 
 
 def _clear(out: Path) -> None:
-    """Removes what an interrupted run left; refuses to touch anything else."""
+    """Remove an interrupted run's files; refuse to touch other files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         unfinished = out / _UNFINISHED_FILE
         for name in _FOLDERS:
             if (out / name).exists():
                 if not unfinished.exists():
-                    raise UserError(f"{out / name} exists but is not part of a world: choose another folder")
+                    raise UserError(f"{out / name} exists but is not part of an embedded world; choose another --out")
                 shutil.rmtree(out / name)
         unfinished.touch()
     except OSError as error:
@@ -165,7 +167,7 @@ def _draw(seed: int, number: int) -> _Draw:
 
 
 def _sample(model: Path, draws: list[_Draw], progress: Progress | None) -> np.ndarray:
-    """Both pictures of every pair: uint8 [2, N, 32, 32, 3]."""
+    """Sample both pictures of every pair: uint8 [2, N, 32, 32, 3]."""
     captions = [draw.caption for draw in draws] * 2
     seeds = [draw.image_seeds[side] for side in (0, 1) for draw in draws]
 
@@ -178,11 +180,11 @@ def _sample(model: Path, draws: list[_Draw], progress: Progress | None) -> np.nd
 
 
 def _label(draws: list[_Draw], images_2N: np.ndarray) -> np.ndarray:
-    """What each pair's annotator says: float64 [N]."""
+    """Label each pair by its annotator: float64 [N]."""
     captions = [draw.caption for draw in draws]
-    seen_0, seen_1 = (qualities(list(images), captions) for images in images_2N)
+    first, second = (qualities(list(images), captions) for images in images_2N)
     mood = np.array([draw.mood for draw in draws])
-    choices_AN = np.stack([choose(utility(person, seen_0), utility(person, seen_1), mood) for person in ANNOTATORS])
+    choices_AN = np.stack([choose(utility(person, first), utility(person, second), mood) for person in ANNOTATORS])
     return choices_AN[[draw.annotator for draw in draws], np.arange(len(draws))]
 
 
@@ -206,13 +208,13 @@ def _row(seed: int, number: int, draw: _Draw, images: tuple[np.ndarray, np.ndarr
 
 def _jpeg(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    # Full colour resolution: halving it would blur a small shape's colour more than any annotator's doubt.
+    # Full colour resolution: subsampling would blur a small shape's colour visibly.
     Image.fromarray(image).save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
 def _fingerprint(folder: Path) -> str:
-    """SHA-256 over the names and bytes of all files under a folder, as hexadecimal digits."""
+    """Hex SHA-256 over the names and bytes of all files in a folder and its subfolders."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():

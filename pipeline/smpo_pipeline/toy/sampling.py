@@ -1,4 +1,4 @@
-"""Sampling pictures from a Stable-Diffusion-layout model: one seed a picture, whatever the batch size."""
+"""Sample pictures from a model in the layout of Stable Diffusion, with one seed per picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BATCH = 64
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """The base model that was written to a folder, in float32 on the CPU, for `sample_images`."""
+    """Load a model folder for :func:`sample_images`, in float32 on the CPU."""
     with _no_loading_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -25,7 +25,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
 
 @contextmanager
 def _no_loading_bars() -> Iterator[None]:
-    """Bars of a tenth of a second say nothing."""
+    """Hide the libraries' progress bars, which would last a tenth of a second."""
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in libraries:
         library.disable_progress_bar()
@@ -53,25 +53,25 @@ def sample_images(
     batch_size: int = _BATCH,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Samples one picture for each caption with the pipeline's own scheduler.
+    """Sample one picture per caption with the pipeline's own scheduler.
 
     Args:
         pipeline: the model, on the CPU.
         captions: N prompts.
-        seeds: N seeds; each alone decides its picture's initial noise.
+        seeds: N seeds of the pictures' initial noise.
         guidance_scale: classifier-free guidance; 1 is none.
         num_steps: denoising steps.
-        batch_size: pictures at a time; changes speed, not results (but for the rounding of sums).
-        progress: told the number of pictures done after each batch.
+        batch_size: pictures at once; affects speed, and results only by rounding.
+        progress: called after each batch with the number of pictures done.
 
     Returns:
         uint8 [N, H, W, 3], RGB.
     """
     batches = []
     for start in range(0, len(captions), batch_size):
-        chosen = slice(start, start + batch_size)
-        latents = torch.stack([_initial_noise(pipeline, seed) for seed in seeds[chosen]])
-        decoded = _sample_batch(pipeline, list(captions[chosen]), latents, guidance_scale, num_steps)
+        batch = slice(start, start + batch_size)
+        latents = torch.stack([_initial_noise(pipeline, seed) for seed in seeds[batch]])
+        decoded = _sample_batch(pipeline, list(captions[batch]), latents, guidance_scale, num_steps)
         batches.append(from_pixels(decoded))
         if progress is not None:
             progress(min(start + batch_size, len(captions)))

@@ -1,6 +1,6 @@
-"""The true reward of the embedded world, computed exactly from a picture and its caption.
+"""The embedded world's true reward, computed exactly from a picture and its caption.
 
-It is for evaluation only: no training step, no label and no reward model may see it.
+For evaluation only: no training step, label or reward model may use it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ COLOUR_TOLERANCE = 0.06
 
 
 def true_reward(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """How well each picture shows what its caption says.
+    """Measure how well each picture shows its caption.
 
-    Soft Dice squared of the caption's shape at its best position, times exp(-colour error / COLOUR_TOLERANCE).
-    Where in the picture the shape lies does not matter.
+    The squared soft Dice of the caption's shape at its best position, times exp(-colour error / COLOUR_TOLERANCE). The
+    shape's position does not matter.
 
     Args:
         images: N pictures, uint8 [32, 32, 3], RGB.
         captions: N captions of the world.
 
     Returns:
-        float64 [N], 0 (nothing fits) to 1 (a perfect render).
+        float64 [N], from 0 (nothing fits) to 1 (a perfect render).
 
     Raises:
-        ValueError: numbers, shapes or types that do not fit, or a caption that is not of this world.
+        ValueError: lengths, shapes or types are wrong, or a caption is not the world's.
     """
     fit = fit_captions(images, captions)
     return fit.dice**2 * np.exp(-fit.colour_error / COLOUR_TOLERANCE)

@@ -1,4 +1,4 @@
-"""The embedded world: scenes of one flat shape on a plain background, their captions, their pictures."""
+"""The embedded world's scenes (one flat shape on a plain background), their captions and their pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 IMAGE_SIZE = 32
 WORLD_SEED = 20250602
-"""Decides which captions are held out. Part of the world's identity: other seeds (of pairs, of runs) do not move it."""
+"""Draws the held-out captions, which are the same in every world, whatever the seed of its pairs."""
 
 HELD_OUT_CAPTIONS = 64
 """Captions in each of the two held-out splits."""
@@ -34,12 +34,12 @@ RGB_OF_COLOUR: dict[str, tuple[int, int, int]] = {
 }
 
 _SUBPIXELS = 4
-_MARGIN = 1.0  # pixels kept free between a shape and the border
+_MARGIN = 1.0  # pixels between a shape and the border
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a caption says, and all that a picture must show. `colour` and `background` differ."""
+    """The content of a caption, which a picture must show; ``colour`` and ``background`` differ."""
 
     size: str
     colour: str
@@ -48,7 +48,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The one caption of this scene, for example "a small red circle on a blue background"."""
+        """The scene's only caption, for example "a small red circle on a blue background"."""
         return f"a {self.size} {self.colour} {self.shape} on a {self.background} background"
 
     @property
@@ -58,7 +58,7 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene of the world, in a fixed order."""
+    """List every scene of the world, in a fixed order."""
     return [
         Scene(size, colour, shape, background)
         for size, colour, shape, background in itertools.product(RADIUS_OF_SIZE, RGB_OF_COLOUR, SHAPES, RGB_OF_COLOUR)
@@ -70,61 +70,59 @@ _SCENE_OF_CAPTION: dict[str, Scene] = {scene.caption: scene for scene in all_sce
 
 
 def scene_of(caption: str) -> Scene:
-    """The scene that a caption describes.
+    """Parse a caption.
 
     Raises:
-        ValueError: the caption is not one of the world's.
+        ValueError: the world has no such caption.
     """
     try:
         return _SCENE_OF_CAPTION[caption]
     except KeyError:
-        message = (
-            f"not a caption of the embedded world: {caption!r} (its captions read like {all_scenes()[0].caption!r})"
-        )
-        raise ValueError(message) from None
+        example = all_scenes()[0].caption
+        raise ValueError(f"not a caption of the embedded world: {caption!r} (an example is {example!r})") from None
 
 
 def all_captions() -> list[str]:
-    """The captions of `all_scenes()`, in the same order."""
+    """List the captions of :func:`all_scenes`, in the same order."""
     return list(_SCENE_OF_CAPTION)
 
 
 def captions_of(split: Split) -> list[str]:
-    """The captions of one split, in the world's order; the splits are disjoint and cover all captions.
+    """List the captions of one split, in the world's order; the splits are disjoint and cover all captions.
 
-    `train` is what the base model, the reward models and the pairs know; settings are chosen on `validation`;
-    `test` is for the numbers that are reported.
+    The base model, the reward models and the pairs use ``train``. Choose settings on ``validation`` and report numbers
+    on ``test``.
     """
     captions = all_captions()
     order = np.random.default_rng(WORLD_SEED).permutation(len(captions))
     held_out = {"validation": order[:HELD_OUT_CAPTIONS], "test": order[HELD_OUT_CAPTIONS : 2 * HELD_OUT_CAPTIONS]}
-    chosen = held_out.get(split, order[2 * HELD_OUT_CAPTIONS :])
-    return [captions[index] for index in sorted(chosen)]
+    indices = held_out.get(split, order[2 * HELD_OUT_CAPTIONS :])
+    return [captions[index] for index in sorted(indices)]
 
 
 def words() -> list[str]:
-    """Every word that a caption can contain, sorted."""
+    """List every word that a caption can contain, sorted."""
     return sorted({word for caption in all_captions() for word in caption.split()})
 
 
 def random_centre(scene: Scene, rng: np.random.Generator) -> tuple[float, float]:
-    """A place (x, y), in pixels, at which the whole shape lies inside the picture."""
+    """Draw a centre (x, y), in pixels, such that the whole shape is inside the picture."""
     reach = scene.radius + _MARGIN
     x, y = rng.uniform(reach, IMAGE_SIZE - reach, size=2)
     return float(x), float(y)
 
 
 def coverage(shape: str, radius: float, centre: tuple[float, float], canvas: int = IMAGE_SIZE) -> np.ndarray:
-    """How much of each pixel a shape covers.
+    """Compute the share of each pixel that a shape covers.
 
     Args:
-        shape: one of SHAPES.
+        shape: one of :data:`SHAPES`.
         radius: half the shape's width, in pixels.
         centre: (x, y) in pixels from the picture's top left corner.
         canvas: height and width of the picture, in pixels.
 
     Returns:
-        float32 [canvas, canvas], 0 (outside) to 1 (inside), fractions at the edge.
+        float32 [canvas, canvas], from 0 (outside) to 1 (inside).
     """
     ticks = (np.arange(canvas * _SUBPIXELS) + 0.5) / _SUBPIXELS
     x = (ticks[None, :] - centre[0]) / radius
@@ -135,7 +133,7 @@ def coverage(shape: str, radius: float, centre: tuple[float, float], canvas: int
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether points lie in a shape of half-width 1 around the origin; y points down."""
+    """Whether points are in a shape of half-width 1 around the origin; y points down."""
     box = (abs(x) <= 1) & (abs(y) <= 1)
     match shape:
         case "circle":
@@ -148,19 +146,18 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
             arm = 0.34
             return box & ((abs(x) <= arm) | (abs(y) <= arm))
         case _:
-            message = f"unknown shape: {shape!r} (known: {', '.join(SHAPES)})"
-            raise ValueError(message)
+            raise ValueError(f"unknown shape: {shape!r} (known: {', '.join(SHAPES)})")
 
 
 def render(scene: Scene, centre: tuple[float, float] | None = None) -> np.ndarray:
-    """The picture of a scene.
+    """Draw a scene.
 
     Args:
-        scene: what to draw.
-        centre: (x, y) of the shape in pixels; the middle of the picture if None.
+        scene: the scene.
+        centre: (x, y) of the shape in pixels; None: the middle of the picture.
 
     Returns:
-        uint8 [32, 32, 3], RGB, edges antialiased.
+        uint8 [32, 32, 3], RGB, antialiased.
     """
     middle = IMAGE_SIZE / 2
     mask = coverage(scene.shape, scene.radius, centre or (middle, middle))[..., None]
