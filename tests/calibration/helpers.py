@@ -1,4 +1,4 @@
-"""Scores tables without images, and people who label them."""
+"""Scores tables without images, and simulated labels."""
 
 from __future__ import annotations
 

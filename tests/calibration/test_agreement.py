@@ -13,14 +13,14 @@ SCORES = {"r": np.array([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0], [1.0, 2.0], [0.0, 1
 
 
 def test_the_same_pair_has_the_same_images_of_one_prompt_in_any_order(tmp_path):
-    """Rows 0, 1 and 2 are one pair: ann prefers a, bob (images swapped) prefers a too, ann again says tie."""
+    """Rows 0, 1 and 2 are one pair: ann prefers a, bob (images swapped) prefers a too, ann's second label is a tie."""
     found = between_annotators(labelled(tmp_path / "s", SCORES, LABELS, PROMPTS, PEOPLE, IMAGES))
     assert found.pairs == 1
     assert found.others == Repeats(alike=1, decided=1, with_tie=1)
     assert found.selves == Repeats(alike=0, decided=0, with_tie=1)
 
 
-def test_without_names_of_images_the_pair_id_says_it(tmp_path):
+def test_without_image_hashes_pairs_are_matched_by_id(tmp_path):
     ids = ["p", "p", "q", "r", "p", "q"]
     found = between_annotators(labelled(tmp_path / "s", SCORES, LABELS, PROMPTS, PEOPLE, pair_ids=ids))
     assert found.pairs == 2

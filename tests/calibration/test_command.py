@@ -27,7 +27,7 @@ def calibrate(capfd, *arguments):
     return run_here(capfd, "smpo-pipeline", "calibrate", *arguments)
 
 
-def test_it_writes_and_says_what_it_found(capfd, scores, monkeypatch):
+def test_the_calibration_is_written_and_printed(capfd, scores, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     done = calibrate(capfd, "--scores", scores)
     assert (done.returncode, done.stderr) == (0, "")
@@ -44,7 +44,7 @@ def test_it_writes_and_says_what_it_found(capfd, scores, monkeypatch):
         assert np.asarray(picture.convert("L")).std() > 10
 
 
-def test_out_and_the_same_bytes_again(capfd, scores, tmp_path):
+def test_equal_runs_write_equal_bytes(capfd, scores, tmp_path):
     for name in ("a", "b"):
         calibrate(capfd, "--scores", scores, "--out", tmp_path / name / "c.json", "--folds", 3, "--seed", 5)
     for suffix in (".json", ".png"):
@@ -110,7 +110,7 @@ def test_mistakes_are_one_line(capfd, scores, tmp_path):
     assert_one_line(calibrate(capfd, "--scores", scores, "--reward", "three"), "--reward three", "one, two")
 
 
-def test_what_would_be_overwritten_and_urls_are_one_line(capfd, scores):
+def test_out_over_the_scores_and_urls_are_one_line(capfd, scores):
     before = {path: path.read_bytes() for path in scores.iterdir()}
     for name in ("scores.json", "calibration.png", "calibration"):
         assert_one_line(calibrate(capfd, "--scores", scores, "--out", scores / name), "name a file that ends in .json")

@@ -26,7 +26,7 @@ def validate(data, folds=4):
 
 
 def test_a_fold_is_predicted_from_the_others_alone(tmp_path):
-    """Labels of one fold are turned round: its own predictions stay, those of the other folds change."""
+    """Invert the labels of one fold: its own predictions stay, those of the other folds change."""
     scores, _, labels, prompts = populations(300)
     data = labelled(tmp_path / "s", scores, labels, prompts)
     found = validate(data)
@@ -40,7 +40,7 @@ def test_a_fold_is_predicted_from_the_others_alone(tmp_path):
         assert (other.p[name][~inside] != found.p[name][~inside]).mean() > 0.9
 
 
-def test_predictions_by_a_plain_version(tmp_path):
+def test_predictions_by_a_simple_implementation(tmp_path):
     scores, _, labels, prompts = populations(200)
     found = validate(labelled(tmp_path / "s", scores, labels, prompts))
     margin = np.stack([each[:, 0] - each[:, 1] for each in scores.values()], axis=1)
@@ -81,13 +81,13 @@ def test_the_mixture_that_made_the_labels_is_the_best_and_is_written(tmp_path):
     assert found.held_out["one"].agreement == np.mean(
         (scores["one"][decided, 0] > scores["one"][decided, 1]) == (np.array(labels)[decided] == 1)
     )
-    # All runs of the same are the same.
+    # Equal runs give equal results.
     assert calibrate(folder, [], folds=5, seed=0).calibration == found
 
 
 @pytest.mark.parametrize(("seed", "equal_is_better"), [(4, False), (5, True)])
 def test_equal_weights_are_taken_where_they_do_better(tmp_path, seed, equal_is_better):
-    """Few labels of two like rewards: fitted weights mostly follow chance."""
+    """With few labels and two similar rewards, fitted weights mostly follow chance."""
     stream = np.random.default_rng(seed)
     quality = stream.normal(size=(60, 2))
     scores = {name: quality + 0.3 * stream.normal(size=(60, 2)) for name in ("one", "two")}
@@ -100,11 +100,11 @@ def test_equal_weights_are_taken_where_they_do_better(tmp_path, seed, equal_is_b
     assert found.equal_weights == (equal < fitted) == equal_is_better
     assert found.chosen == (EQUAL_MIXTURE if equal_is_better else MIXTURE)
     assert found.mixture is (found.final.equal if equal_is_better else found.final.fitted)
-    # Of prompts with two images, the win rate by that calibration is the mixture itself.
+    # With two images per prompt, the calibrated win rate equals the mixture.
     np.testing.assert_allclose(found.p["winrate, calibrated"], found.p[found.chosen], rtol=1e-12)
 
 
-def test_winrate_is_there_where_images_have_names_and_one_reward_needs_no_mix(tmp_path):
+def test_winrate_needs_image_hashes_and_one_reward_needs_no_mix(tmp_path):
     scores, _, labels, prompts = populations(100)
     images = [(f"{row}-0", f"{row}-1") for row in range(100)]
     found = validate(labelled(tmp_path / "s", scores, labels, prompts, images=images))

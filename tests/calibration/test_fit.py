@@ -14,7 +14,7 @@ def margins(scores):
     return np.stack([each[:, 0] - each[:, 1] for each in scores.values()], axis=1)
 
 
-def test_expected_labels_give_back_what_they_were_made_of():
+def test_expected_labels_give_back_the_mixture_that_made_them():
     scores, p, _, _ = populations(4000)
     fit = fit_mixture(margins(scores), p)
     np.testing.assert_allclose(fit.tau_K, [0.1, 2.0], rtol=0.01)
@@ -24,7 +24,7 @@ def test_expected_labels_give_back_what_they_were_made_of():
     assert fit.loss == pytest.approx(entropy, abs=1e-5)
 
 
-def test_drawn_labels_do_so_nearly():
+def test_drawn_labels_give_back_about_the_same():
     scores, p, _, _ = populations(10_000, seed=3)
     labels = (np.random.default_rng(4).random(len(p)) < p).astype(float)
     fit = fit_mixture(margins(scores), labels)
@@ -48,7 +48,7 @@ def test_one_temperature_is_the_best_of_a_fine_grid():
     assert fit_temperature(margin, labels) == pytest.approx(grid[int(np.argmin(losses))], rel=4e-4)
 
 
-def test_loss_by_a_plain_version():
+def test_loss_by_a_simple_implementation():
     scores, _, labels, _ = populations(50)
     fit = fit_mixture(margins(scores), np.array(labels))
     total = 0.0
@@ -73,7 +73,7 @@ def test_swapped_images_and_other_units_change_nothing():
     other = fit_mixture(np.where(swap[:, None], -own, own) * [1000, 1], np.where(swap, 1 - labels, labels))
     np.testing.assert_allclose(other.tau_K, fit.tau_K * [1000, 1], rtol=1e-5)
     np.testing.assert_allclose(other.weight_K, fit.weight_K, rtol=1e-5)
-    # So labels that all prefer image_0, as data sets of winners and losers have them, are no different.
+    # So a data set of winners and losers, whose labels all prefer image_0, gives the same fit.
     winners = fit_mixture(np.where((labels < 0.5)[:, None], -own, own), np.maximum(labels, 1 - labels))
     np.testing.assert_allclose(winners.tau_K, fit.tau_K, rtol=1e-5)
 

@@ -21,7 +21,7 @@ def test_log_loss_by_hand():
 
 
 def test_agreement_by_hand():
-    """Four decided labels; 0.9 and 0.64 agree, 0.62 does not, and one half prefers none."""
+    """Of four decided labels, those with p 0.9 and 0.64 agree, 0.62 does not, and 0.5 prefers neither image."""
     assert agreement(P, LABELS) == (2, 4)
     assert measure(np.array([0.7]), np.array([0.5])).agreement is None
 
@@ -30,7 +30,7 @@ def test_reliability_by_hand():
     bins = reliability(P, LABELS)
     assert [(round(each.start, 9), each.labels) for each in bins] == [(0.5, 1), (0.6, 2), (0.8, 1), (0.9, 1)]
     assert [each.mean_p for each in bins] == pytest.approx([0.5, 0.63, 0.8, 0.9])
-    # At one half neither image is preferred: it was chosen by half.
+    # A p of 0.5 prefers neither image: the share that chose it is one half.
     assert [each.share_chosen for each in bins] == [0.5, 0.5, 0.5, 1.0]
     assert calibration_error(bins) == pytest.approx((0 + 2 * 0.13 + 0.3 + 0.1) / 5)
 
@@ -40,7 +40,7 @@ def test_the_edges_of_bins():
     assert [(round(each.start, 9), each.labels) for each in bins] == [(0.55, 1), (0.95, 3)]
 
 
-def test_all_are_the_same_whichever_image_comes_first():
+def test_swapping_the_images_changes_no_measure():
     stream = np.random.default_rng(0)
     p, labels = stream.random(200), stream.choice([0, 0.5, 1], size=200)
     swap = stream.random(200) < 0.5
@@ -50,7 +50,7 @@ def test_all_are_the_same_whichever_image_comes_first():
     assert other.agreement == one.agreement
 
 
-def test_true_probabilities_have_no_calibration_error_but_chance():
+def test_true_probabilities_have_only_chance_calibration_error():
     stream = np.random.default_rng(1)
     p = stream.random(200_000)
     assert measure(p, (stream.random(200_000) < p).astype(float)).calibration_error < 0.005

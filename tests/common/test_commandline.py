@@ -15,7 +15,7 @@ from smpo_common.commandline import run_app
 
 @pytest.fixture
 def interruptible():
-    """SIGINT as at a terminal: what a shell starts in the background has it ignored."""
+    """Handle SIGINT as at a terminal; a shell's background processes ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -35,7 +35,7 @@ def test_a_stopped_command_cleans_up_says_how_to_resume_and_exits_with_the_signa
             time.sleep(30)
         finally:
             if number == signal.SIGTERM:
-                os.kill(os.getpid(), number)  # as schedulers do, to what is already ending
+                os.kill(os.getpid(), number)  # as schedulers do, to a process that is already ending
             done.append("in order")
 
     monkeypatch.setattr(sys, "argv", ["work"])

@@ -32,15 +32,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 @pytest.fixture
 def umask():
-    """Set the umask to what others may read, whatever that of the tests is."""
+    """Set the usual umask, 022."""
     before = os.umask(0o022)
     yield
     os.umask(before)
 
 
 @pytest.mark.usefixtures("umask")
-def test_others_may_read_what_safetensors_writes(tmp_path):
-    """It puts a file of mode 0600 in the place of the path that it is given."""
+def test_files_of_safetensors_get_the_usual_mode(tmp_path):
+    """safetensors replaces the file at a path by one of mode 0600."""
     tensors = {"a": torch.zeros(2)}
     with atomic_path(tmp_path / "whole.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary)

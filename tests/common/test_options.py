@@ -76,7 +76,7 @@ class Job(Options):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Run a program of one command; returns what its function got, the status and what was printed."""
+    """Run a program with one command; return the options that its function got, the exit status and the output."""
 
     def call(*arguments):
         app, got = typer.Typer(pretty_exceptions_enable=False), []
@@ -98,7 +98,7 @@ def run(monkeypatch, capfd):
 _LEAST = ("--shards", "a", "b", "--model", "m", "--out", "o")
 
 
-def test_a_command_gets_its_model(run):
+def test_a_command_receives_its_options(run):
     (job,), status, _ = run(*_LEAST, "--reward", "x:2", "y", "--lr", "0.1", "--no-flip")
     assert status == 0
     made = Job(
@@ -230,7 +230,7 @@ def test_an_underscore_at_the_end_is_in_neither_the_flag_nor_the_key(run, tmp_pa
     assert flag_name("json_") == "--json"
 
 
-def test_values_are_replaced_in_whichever_group(run):
+def test_replace_sets_values_in_any_group(run):
     (job,), _, _ = run(*_LEAST, "--steps", "3")
     other = job.replace(steps=4, lr=0.5)
     assert (other.steps, other.speed.lr, other.was_typed("steps")) == (4, 0.5, True)

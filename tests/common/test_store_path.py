@@ -1,4 +1,4 @@
-"""Paths on an object store: an S3-speaking server on loopback, sound and failing."""
+"""Paths on an object store: an S3 server on loopback that works or fails."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_names_are_those_of_pathlib(tmp_path: Path):
     assert pickle.loads(pickle.dumps(url)) == url  # noqa: S301  (our own)
 
 
-def test_what_is_written_is_there_and_what_is_removed_is_not(folder: StorePath):
+def test_write_list_read_and_remove(folder: StorePath):
     assert not folder.exists()
     assert list(folder.iterdir()) == list(folder.glob("*")) == list(folder.rglob("*")) == []
     write_json(folder / "a.json", {"x": 1})
@@ -72,7 +72,7 @@ def test_what_is_written_is_there_and_what_is_removed_is_not(folder: StorePath):
     assert not folder.exists()
 
 
-def test_hidden_objects_below_a_folder_are_no_pair_files(folder: StorePath):
+def test_hidden_objects_are_not_pair_files(folder: StorePath):
     row = pa.table({"prompt": ["a"], "image_0": ["x"], "image_1": ["y"]})
     names = ("a.parquet", ".a.parquet", ".ipynb_checkpoints/a.parquet", "train.parquet/part-0.parquet")
     for name in names:
@@ -81,7 +81,7 @@ def test_hidden_objects_below_a_folder_are_no_pair_files(folder: StorePath):
     assert [file.path for file in list_pair_files([folder])] == [folder / "a.parquet", folder / names[-1]]
 
 
-def test_a_file_that_was_not_finished_is_not_put(folder: StorePath):
+def test_an_unfinished_file_is_not_uploaded(folder: StorePath):
     with pytest.raises(KeyError), atomic_path(folder / "a") as temporary:
         temporary.write_bytes(b"half")
         raise KeyError
@@ -89,7 +89,7 @@ def test_a_file_that_was_not_finished_is_not_put(folder: StorePath):
 
 
 @pytest.mark.parametrize("amazon", [True, False])
-def test_what_is_there_is_not_created_again_whatever_words_the_store_has_for_it(folder, server: Faults, amazon):
+def test_create_refuses_an_existing_file_whatever_the_stores_error(folder, server: Faults, amazon):
     server.amazon = amazon
     try:
         assert (folder / "a").create(b"first")
@@ -100,14 +100,14 @@ def test_what_is_there_is_not_created_again_whatever_words_the_store_has_for_it(
     assert (folder / "a").read_bytes() == b"first"
 
 
-def test_what_goes_while_it_is_looked_at_was_not_created(folder: StorePath, monkeypatch):
+def test_create_returns_false_for_a_file_that_is_removed_meanwhile(folder: StorePath, monkeypatch):
     (folder / "a").overwrite(b"other")
     read = StorePath.read_bytes
     monkeypatch.setattr(StorePath, "read_bytes", lambda path: (path.unlink(), read(path))[1])
     assert not (folder / "a").create(b"mine")
 
 
-def test_size_and_time_take_one_request_and_a_listing_gives_those_of_all(folder: StorePath, server: Faults):
+def test_one_request_reads_size_and_time_and_one_listing_those_of_all_files(folder: StorePath, server: Faults):
     for name in ("a.json", "b.json", "c.tar", "deep/d.json"):
         write_bytes(folder / name, name.encode())
     before = server.requests
@@ -145,7 +145,7 @@ def test_shards_scores_and_index_on_a_store_are_those_on_a_disk(folder: StorePat
             for number in range(3):
                 writer.write(f"{number:09d}", make_sample(number))
         write_index_part(path / "part.parquet", writer.trajectories)
-        # The first tar's note is there, the second tar is read.
+        # The first tar has its part of the index; the second tar is read.
         write_index(ShardDirectory(path), [path / "part.parquet", path / "missing.parquet"])
         write_rejects(path / "rejected.parquet", [Reject(pair_id="a", source="b", stage="c", reason="d")])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
@@ -166,7 +166,7 @@ def test_a_large_file_goes_up_in_parts(folder: StorePath, tmp_path: Path, server
 
 
 @pytest.mark.slow
-def test_failures_that_pass_change_nothing(folder: StorePath, server: Faults, tmp_path: Path):
+def test_transient_failures_change_nothing(folder: StorePath, server: Faults, tmp_path: Path):
     server.every, server.injected = 3, type(server.injected)()
     contents = {f"{number}.bin": bytes([number]) * (1 << 18) for number in range(12)}
     for name, content in contents.items():
@@ -179,7 +179,7 @@ def test_failures_that_pass_change_nothing(folder: StorePath, server: Faults, tm
 
 
 @pytest.mark.slow
-def test_a_store_that_goes_on_failing_is_one_line_and_not_a_missing_file(folder: StorePath, server: Faults):
+def test_a_store_that_keeps_failing_is_one_line_and_not_a_missing_file(folder: StorePath, server: Faults):
     write_bytes(folder / "a", b"x")
     server.every = 1
     ways, server.ways = server.ways, itertools.repeat("500")
@@ -190,7 +190,7 @@ def test_a_store_that_goes_on_failing_is_one_line_and_not_a_missing_file(folder:
         server.every, server.ways = 0, ways
 
 
-def test_a_bucket_that_is_not_there_and_an_unknown_protocol_are_one_line(server: Faults):
+def test_a_missing_bucket_and_an_unknown_protocol_are_one_line(server: Faults):
     nothing = StorePath("s3://nobucket/a")
     for what, use in {
         "write": lambda: write_bytes(nothing, b"x"),

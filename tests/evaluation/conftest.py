@@ -15,7 +15,7 @@ from tests.tiny import make_tiny_model, make_tiny_unet
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A whole model, and an output of smpo-train: another denoiser for it, with metrics."""
+    """Make a whole model and an output of smpo-train: another denoiser for it, with metrics."""
     folder = tmp_path_factory.mktemp("models")
     base = make_tiny_model(folder / "base")
     with torch.random.fork_rng():
@@ -40,10 +40,10 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plan_of(models: dict[str, Path], prompts: Path, tmp_path: Path) -> EvaluationMaker:
-    """Make a evaluation of base against tuned, with some settings replaced."""
+    """Prepare an evaluation of base against tuned, with some settings replaced."""
 
     def make(**changes: Any) -> Evaluation:
-        # Not validated: the rewards are stubs, which no name stands for.
+        # replace() does not validate, which the stubs' names would not pass.
         options = EvaluateOptions.model_construct(
             model=(f"base={models['base']}", f"tuned={models['tuned']}"),
             prompts=prompts,

@@ -48,7 +48,7 @@ def test_level_widens_with_few_prompts_and_tends_to_the_usual_one() -> None:
 
 
 def test_the_prompt_is_the_unit() -> None:
-    # The same 16 images, once as 16 prompts and once as 4 prompts whose images agree: fewer prompts say less.
+    # The same 16 images, as 16 prompts and as 4 prompts whose images agree: fewer prompts give a wider interval.
     outcomes = np.array([1.0, 0.0] * 8)
     apart = compare(outcomes.reshape(16, 1), np.full((16, 1), 0.5)).win_rate
     together = compare(np.repeat([[1.0], [0.0], [1.0], [0.0]], 4, axis=1), np.full((4, 4), 0.5)).win_rate
@@ -67,7 +67,7 @@ def test_coverage_by_simulation() -> None:
 
 
 def test_an_interval_by_images_would_not_cover() -> None:
-    # The check above has teeth: treating the 8 images of a prompt as independent covers far too seldom.
+    # The check above can fail: with the 8 images of a prompt treated as independent, coverage is far too low.
     rng = np.random.default_rng(6)
     rates = (rng.binomial(8, rng.beta(0.6, 0.3, size=(16, 1500))) / 8).mean(axis=0)
     half_width = 1.96 * np.sqrt(rates * (1 - rates) / (16 * 8))
@@ -81,7 +81,7 @@ def test_losing_once_is_not_surer_than_never() -> None:
     assert [rate.low for rate in rates] == sorted((rate.low for rate in rates), reverse=True)
     mirrored = [compare(0 * scores, np.where(np.arange(64)[:, None] < n, -scores, scores)).win_rate for n in range(33)]
     np.testing.assert_allclose([rate.low for rate in rates], [1 - rate.high for rate in mirrored])
-    # Nothing but the ends is touched: 63 of 64 won has the limit of 64 of 64, 60 of 64 its own.
+    # Only the ends are widened: 63 of 64 wins get the limit of 64 of 64, 60 of 64 their own.
     assert rates[1].low == rates[0].low == pytest.approx(0.025 ** (1 / 64))
     assert rates[4].low < rates[1].low
 

@@ -17,7 +17,7 @@ from smpo_pipeline.evaluation.model_sources import parse_models
 
 @pytest.fixture
 def lora(models: dict[str, Path], tmp_path: Path) -> Path:
-    """LoRA weights that change the denoiser, saved as smpo-train saves them."""
+    """Save LoRA weights that change the denoiser, as smpo-train does."""
     unet = UNet2DConditionModel.from_pretrained(models["base"], subfolder="unet")
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
@@ -26,7 +26,7 @@ def lora(models: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def test_layers_that_do_not_fit_are_refused(models: dict[str, Path], lora: Path, tmp_path: Path) -> None:
-    """diffusers would leave them out, and the base would be judged in place of the tuned model."""
+    """diffusers would ignore them, and the base would be evaluated instead of the tuned model."""
     name = "pytorch_lora_weights.safetensors"
     layers = load_file(lora / name)
     (tmp_path / "bare").mkdir()

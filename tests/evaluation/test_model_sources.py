@@ -109,7 +109,7 @@ def test_identity_of_a_tuned_model_covers_its_base(models: dict[str, Path], tmp_
     assert identity(tuned, str(copy)) != before
 
 
-def test_a_reward_is_recognised_by_what_its_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_is_recognised_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     (folder / "part").mkdir(parents=True)
     files = {name: folder / name for name in ("w.pt", "config.json", "tokenizer.json", "other.pt", "part/w.npz")}
@@ -117,7 +117,7 @@ def test_a_reward_is_recognised_by_what_its_files_hold(tmp_path: Path, monkeypat
         file.write_bytes(b"1")
 
     def changed(spec: str) -> set[str]:
-        """Which of the files another content of makes it another reward."""
+        """List the files whose content is part of the reward's identity."""
         before, found = reward_identity(spec), set()
         for name, file in files.items():
             file.write_bytes(b"2")
@@ -128,14 +128,14 @@ def test_a_reward_is_recognised_by_what_its_files_hold(tmp_path: Path, monkeypat
 
     assert changed(f"hpsv2={folder / 'w.pt'}") == {"w.pt", "config.json", "tokenizer.json"}
     assert changed(f"mine:Own={folder}") == set(files)
-    # A reward without a model, or of a hub id, has nothing to do with the folder where the command starts.
+    # A reward without a model, or with a hub id, does not depend on the working directory.
     monkeypatch.chdir(folder)
     for spec in ("toy-truth", "hpsv2", "pickscore=owner/model", "mine:Own="):
         assert changed(spec) == set()
     assert len({reward_identity(spec) for spec in ("toy-truth", "hpsv2", "pickscore=owner/model")}) == 3
 
 
-def test_what_lies_behind_a_linked_folder_is_part_of_an_identity(models: dict[str, Path], tmp_path: Path) -> None:
+def test_linked_folders_are_part_of_an_identity(models: dict[str, Path], tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "reward", tmp_path / "elsewhere"
     shutil.copytree(models["base"], folder / "model")
     shutil.copytree(folder / "model" / "unet", elsewhere / "deep")

@@ -103,7 +103,7 @@ def test_the_models_are_in_half_precision_on_a_gpu_unless_asked_otherwise(plan_o
         assert plan_of(device=device, dtype=dtype).settings.dtype == expected
 
 
-def test_what_nobody_asked_for_is_said(plan_of: EvaluationMaker) -> None:
+def test_defaults_are_printed(plan_of: EvaluationMaker) -> None:
     console = Console(record=True, width=200)
     run(plan_of(), console)
     said = console.export_text()
@@ -145,10 +145,10 @@ def test_replaced_weights_of_a_reward_are_another_evaluation(
         finished_results(plan_of(reward=[spec]), overwrite=False)
 
 
-def test_overwrite_scores_anew_and_keeps_images(
+def test_overwrite_scores_again_and_keeps_images(
     plan_of: EvaluationMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The code of somebody's own reward may have changed, which no hash tells."""
+    """The code of a user's own reward, which no hash covers, may have changed."""
     first = run(plan_of(), quiet)
     evaluation = plan_of()
     before = evaluation.file("base", 0, 0).stat().st_mtime_ns
@@ -159,7 +159,7 @@ def test_overwrite_scores_anew_and_keeps_images(
     assert evaluation.file("base", 0, 0).stat().st_mtime_ns == before
 
 
-def test_a_reward_that_too_little_memory_is_left_for_scores_fewer_at_once(
+def test_a_reward_that_runs_out_of_memory_scores_smaller_batches(
     plan_of: EvaluationMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(plan_of(), quiet)
@@ -185,7 +185,7 @@ def test_a_reward_that_too_little_memory_is_left_for_scores_fewer_at_once(
 
 
 def test_images_of_another_denoiser_under_the_same_name_are_not_kept(plan_of: EvaluationMaker, quiet: Console) -> None:
-    """As where a hub id stands for another revision by now."""
+    """As if a hub id had another revision by now."""
     evaluation = plan_of()
     run(evaluation, quiet)
     (evaluation.out / "results.json").unlink()
@@ -241,7 +241,7 @@ def test_foreign_files_are_not_touched(plan_of: EvaluationMaker) -> None:
         finished_results(evaluation, overwrite=True)
 
 
-def test_a_score_that_is_no_number_is_named(plan_of: EvaluationMaker, quiet: Console) -> None:
+def test_a_score_that_is_not_finite_is_named(plan_of: EvaluationMaker, quiet: Console) -> None:
     with pytest.raises(UserError, match="no finite score"):
         run(plan_of(reward=["broken"]), quiet)
 

@@ -18,7 +18,7 @@ DEFAULT = InversionSettings()
 
 
 @pytest.mark.parametrize("ratio", [0.8, 1.0, 1.25, None])
-def test_good_bands_say_nothing(ratio: float | None) -> None:
+def test_good_bands_give_no_warning(ratio: float | None) -> None:
     assert health_warnings([band(ratio)], DEFAULT) == []
 
 
@@ -46,7 +46,7 @@ def test_bad_bands_are_named_and_remedies_follow_by_side_and_solver(
     assert not any(word in remedies for word in absent)
 
 
-def test_remedies_are_named_once_a_side() -> None:
+def test_remedies_are_named_once_per_side() -> None:
     assert len(health_warnings([band(0.5), band(0.5, 200), band(0.6, 400)], DEFAULT)) == 4
     *_, low, high = health_warnings([band(0.5), band(2.0, 200), band(0.5, 400)], DEFAULT)
     assert "low ratio" in low
@@ -84,7 +84,7 @@ def test_solvers_that_failed_often_are_named(unconverged: int, warned: bool) -> 
     assert all(f"0 to 199: {unconverged} of 100" in line and "--solver anderson" in line for line in warnings)
 
 
-def test_solvers_that_failed_are_not_advised_what_they_are() -> None:
+def test_a_solver_that_failed_is_not_recommended() -> None:
     failed = [band(1.0).model_copy(update={"solved": 100, "unconverged": 50})]
     (line,) = health_warnings(failed, InversionSettings(solver="anderson", dtype="fp16"))
     assert line.endswith("Remedies: more --steps, a wider --dtype.")

@@ -91,7 +91,7 @@ def test_text_is_wrapped_and_cut() -> None:
     assert many.height == 3 * one.height
 
 
-def test_tiles_enlarge_small_pictures_with_hard_pixels() -> None:
+def test_tiles_enlarge_small_pictures_without_smoothing() -> None:
     picture = Image.new("RGB", (2, 2), "red")
     picture.putpixel((0, 0), (0, 0, 255))
     shown = tile(picture, 64)

@@ -1,4 +1,4 @@
-"""``inspect`` on files that somebody made to do harm: one line, or a page that shows what is there as text."""
+"""``inspect`` on hostile files: one line of error, or output that shows their texts harmlessly."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_shards_limit_reads_the_first_trajectories_only(shards: Path) -> None:
     assert "the first 2 read" in printed(print_shards, summary, shards)
 
 
-def test_unbelievable_states_are_warned_of(shards: Path, tmp_path: Path) -> None:
+def test_a_bad_noise_ratio_gives_a_warning(shards: Path, tmp_path: Path) -> None:
     manifest = read_manifest(shards)
     bad = manifest.health[1].model_copy(update={"noise_ratio": 0.5})
     (tmp_path / "shard-000000.tar").write_bytes((shards / "shard-000000.tar").read_bytes())

@@ -1,4 +1,4 @@
-"""Pictures and prompts that break scorers, and what every reward must withstand."""
+"""Pictures and prompts that break scorers, and checks for every reward."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ PROMPTS = [
 
 
 def odd_pictures() -> list[Image.Image]:
-    """Decoded images of all kinds, and sizes around those that models take."""
+    """Make decoded images of all kinds, with sizes near those of models."""
     sizes = [(32, 32), (31, 33), (33, 32), (32, 17), (45, 32), (32, 47), (224, 225), (301, 200), (500, 7)]
     shapes = [picture(width, height, seed) for seed, (width, height) in enumerate(sizes)]
     return [decode_image(data) for data in all_kinds().values()] + shapes + [Image.new("RGB", (50, 40))]
 
 
 def batch() -> tuple[list[Image.Image], list[str]]:
-    """Every odd picture under some prompt; every prompt at least twice."""
+    """Pair every odd picture with a prompt; every prompt occurs at least twice."""
     pictures = odd_pictures()
     return pictures, [PROMPTS[number % len(PROMPTS)] for number in range(len(pictures))]
 
 
 def assert_independent(reward) -> None:
-    """A score depends on its own image and prompt alone."""
+    """Assert that a score depends on its own image and prompt alone."""
     pictures, prompts = batch()
     whole = reward.score(pictures, prompts)
     assert whole.dtype == np.float64

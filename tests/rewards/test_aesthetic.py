@@ -1,4 +1,4 @@
-"""Against the published steps: OpenAI's preprocessing by torchvision, CLIP's embedding, normalisation, the head."""
+"""Compare with the published steps: OpenAI's preprocessing by torchvision, CLIP's embedding, the head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny_rewards import make_tiny_aesthetic
 
 
 def openai_transform(side: int) -> Compose:
-    """OpenAI's CLIP, ``clip.py``: what ``clip.load`` returns beside the model."""
+    """The transform that ``clip.load`` of OpenAI's CLIP returns, from ``clip.py``."""
     return Compose(
         [
             Resize(side, interpolation=InterpolationMode.BICUBIC),
@@ -32,7 +32,7 @@ def openai_transform(side: int) -> Compose:
 
 
 class PublishedHead(nn.Module):
-    """The authors' module, with their dropouts, of the tiny one's sizes."""
+    """The authors' module with their dropout layers, in the tiny model's sizes."""
 
     def __init__(self, sizes=(16, 24, 12, 8, 4, 1)):
         super().__init__()

@@ -17,14 +17,14 @@ def folder(folders):
 
 
 def test_equals_the_model_cards_recipe_one_image_at_a_time(folder):
-    """The PickScore model card's steps, less its logit scale, in float64 where it counts."""
+    """The steps of the PickScore model card without its logit scale, in float64 from the features on."""
     pictures, prompts = batch()
-    # Not AutoProcessor: beside torchvision it now takes another implementation than the one the card was written for.
+    # Not AutoProcessor: with torchvision installed it now uses another implementation than when the card was written.
     processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
     model = CLIPModel.from_pretrained(folder).eval()
     expected = []
     for image, prompt in zip(pictures, prompts, strict=True):
-        # The card hands the processor PIL images, whose layout it then guesses; here it is told.
+        # The card passes PIL images, whose layout the processor guesses; here it is given.
         pixels = processor.image_processor(np.asarray(image), input_data_format="channels_last", return_tensors="pt")
         tokens = processor.tokenizer(prompt, padding=True, truncation=True, max_length=24, return_tensors="pt")
         with torch.no_grad():
@@ -63,7 +63,7 @@ def test_wrong_use_is_one_line(folder, tmp_path):
         load_reward(f"pickscore={model / 'text_encoder'}", "cpu")
     with pytest.raises(UserError, match="takes no model"):
         load_reward(f"toy-truth={folder}", "cpu")
-    # A checkpoint of another depth: what it lacks would silently be random.
+    # A checkpoint with fewer layers: transformers would silently initialise the missing ones at random.
     bad = make_tiny_clip(tmp_path / "bad")
     config = CLIPConfig.from_pretrained(bad)
     config.vision_config.num_hidden_layers = 3

@@ -1,4 +1,4 @@
-"""Torch files that are cut anywhere, or damaged: one line, whatever the unpickler trips over."""
+"""Truncated or damaged torch files are one line, whatever the unpickler raises."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_file_cut_or_overwritten_anywhere_is_read_or_refused(tmp_path, zipped)
     torch.save({"weight": torch.zeros(2, 2)}, buffer, _use_new_zipfile_serialization=zipped)
     whole, path, said = buffer.getvalue(), tmp_path / "weights.pt", list[str]()
     cut = [whole[:size] for size in range(0, len(whole), 1 if len(whole) < 1000 else 7)]
-    # LONG4, LONG1, BINUNICODE, BINGET, STOP, and no opcode at all: lengths and places that are not there.
+    # LONG4, LONG1, BINUNICODE, BINGET, STOP, and an invalid opcode: lengths and offsets beyond the file.
     written = [
         whole[:place] + code + whole[place + 1 :]
         for place in range(0, len(whole), 11)

@@ -1,4 +1,4 @@
-"""A fingerprint is of all that a score depends on, the same wherever the files lie."""
+"""A fingerprint covers everything that affects scores, and does not depend on the folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smpo_pipeline.rewards import load_reward
 
 
 def change(file, *keys, to):
-    """Set what ``keys`` lead to in a JSON file to ``to``, a function of what it was."""
+    """Replace the value at ``keys`` in a JSON file by ``to(value)``."""
     content = json.loads(file.read_text())
     place = content
     for key in keys[:-1]:
@@ -53,7 +53,7 @@ def test_settings_are_in_it(name, file, keys, to, folders, tmp_path):
     assert load_reward(f"{name}={folder}", "cpu").fingerprint != before
 
 
-def test_how_a_prompt_is_cut_up_is_in_it(folders, tmp_path):
+def test_the_tokenizer_is_in_it(folders, tmp_path):
     folder = shutil.copytree(folders["hpsv2"], tmp_path / "copy")
     before = load_reward(f"hpsv2={folder}", "cpu").fingerprint
     merges = folder / "merges.txt"

@@ -1,4 +1,4 @@
-"""Scores in half precision: near those in float32, from the same weights, and never beside them under one name."""
+"""Scores in half precision: close to float32 with the same weights, and never in one table under the same name."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_scores_differ_by_rounding_alone(folders, name, dtype):
         return
     apart = np.abs(found - exact)
     assert apart.max() > 0
-    # Some dozens of matrix products one after another, each rounded once.
+    # Dozens of matrix products in a row, each rounded once.
     assert apart.max() < 16 * ROUNDING[dtype] * max(1.0, np.abs(exact).max())
-    # The products are rounded, the score itself is not: of a rating of 5, bf16 would leave steps of 1/32.
+    # The products are rounded, the score is not: bf16 would round a rating of 5 to multiples of 1/32.
     assert (torch.tensor(found).to(DTYPES[dtype]).double().numpy() != found).all()
 
 

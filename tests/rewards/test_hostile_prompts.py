@@ -1,4 +1,4 @@
-"""Prompts that nobody types get a score, the same in any company."""
+"""Odd prompts get a score that does not depend on the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Against the authors' package ``hpsv2`` and against OpenCLIP, on the same weights."""
+"""Compare with the authors' package ``hpsv2`` and with OpenCLIP, on the same weights."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def authors():
 
 @pytest.fixture(scope="module")
 def their_model(authors, tmp_path_factory):
-    """Model and transform, made as the authors' ``img_score.py`` makes them."""
+    """Make model and transform as the authors' ``img_score.py`` does."""
     (config := tmp_path_factory.mktemp("config") / "tiny.json").write_text(json.dumps(open_clip_config()))
     authors.add_model_config(config)
     model, _, transform = authors.create_model_and_transforms("tiny", light_augmentation=True, output_dict=True)
@@ -58,7 +58,7 @@ def their_model(authors, tmp_path_factory):
 
 
 def theirs_works(image, side) -> bool:
-    """Not where the longer side needs no scaling (it forgets the borders), nor where the shorter rounds to nothing."""
+    """Whether the authors' transform works: it adds no borders if the longer side fits, and fails on a side of 0."""
     return (max(image.size) != side or image.size == (side, side)) and round(
         min(image.size) * side / max(image.size)
     ) > 0
@@ -83,7 +83,7 @@ def test_does_not_depend_on_neighbours_or_order(folders):
 
 
 def test_equals_todays_open_clip(folders):
-    """The same weights in OpenCLIP's current release, on the pixels that the transform above gives."""
+    """The same weights in OpenCLIP's current release, on the pixels of the transform above."""
     import open_clip
 
     model = open_clip.CLIP(**open_clip_config()).eval()
@@ -106,7 +106,7 @@ def test_the_transform_is_the_authors(authors, side):
 
 
 def test_an_image_that_needs_no_scaling_gets_its_borders(authors):
-    """Where the authors' transform leaves an oblong one; checked by its own arithmetic on the padded image."""
+    """The authors' transform would not pad it; the expected value is their arithmetic on the padded image."""
     image, padded = picture(32, 17), Image.new("RGB", (32, 32))
     padded.paste(image, (0, 7))
     expected = authors.image_transform(32, is_train=False, resize_longest_max=True)(padded)

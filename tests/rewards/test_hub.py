@@ -1,4 +1,4 @@
-"""Models by their hub names, out of a hub cache as downloads leave it: parts in repositories of their own."""
+"""Load rewards by their hub ids, from a hub cache in the layout of downloads, with parts in several repositories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(json.dumps([(reward.model, reward.fingerprint) for reward in (load_reward(
 
 
 def put(cache, repository, *files) -> None:
-    """Place files in the cache as one commit of a repository: pairs of the name there and where it is now."""
+    """Put files into the cache as one commit of a repository: (name in the repository, source file) each."""
     folder = cache / f"models--{repository.replace('/', '--')}"
     commit = "0" * 40
     (folder / "refs").mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def test_each_reward_is_found_by_its_hub_name(folders, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    # PickScore's tokenizer comes from another repository than its weights, here as there.
+    # PickScore's tokenizer comes from another repository than its weights.
     both = tmp_path / "both"
     both.mkdir()
     for name, path in (*pick_weights, *words, *pixels):

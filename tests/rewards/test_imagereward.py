@@ -1,4 +1,4 @@
-"""Against the authors' package, here through our bridge, and as it ran unpatched beside transformers 4.55.4."""
+"""Compare with the authors' package: through our adapter, and as it ran unpatched with transformers 4.55.4."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_does_not_depend_on_neighbours_or_order(reward):
 
 @pytest.mark.slow
 def test_only_this_reward_needs_torchvision_and_the_process_is_left_as_it_was(folders):
-    """The others load where torchvision cannot be imported. Then: warnings, transformers' log, modules, names."""
+    """Load the other rewards without torchvision; then check that ImageReward restores warnings, log and modules."""
     others = [f"{name}={folder}" for name, folder in folders.items() if name != "imagereward"]
     code = f"""
 import sys

@@ -17,13 +17,13 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "scoring.md"
 
 
 def guide_code() -> str:
-    """The example of the guide: its first block of Python."""
+    """Read the guide's example: its first block of Python."""
     return re.search(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)[1]
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder to start commands in, from which modules are imported; both forgotten afterwards."""
+    """Change to a temporary working directory, from which modules are imported; undo both afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
@@ -60,7 +60,7 @@ def test_a_model_may_be_given(here):
 
 
 def test_an_installed_package_may_offer_one(here, monkeypatch):
-    """As pip leaves it: metadata with an entry point."""
+    """Write a package's metadata with an entry point, as pip does."""
     (here / "offered.py").write_text(guide_code())
     info = here / "offered-1.0.dist-info"
     info.mkdir()
@@ -77,7 +77,7 @@ def test_an_installed_package_may_offer_one(here, monkeypatch):
         load_reward("shrapness", "cpu")
 
 
-def test_a_class_that_is_no_reward_is_one_line(here):
+def test_an_unusable_class_is_one_line(here):
     base = guide_code()
     (here / "bad.py").write_text(
         base
@@ -108,7 +108,7 @@ def test_a_class_that_is_no_reward_is_one_line(here):
     ("given", "message"),
     [("[1.0]", r"shape \(1,\) for 2 images; expected \(2,\)"), ("['good', 'bad']", "score failed: could not convert")],
 )
-def test_what_is_not_one_number_an_image_is_one_line(here, given, message):
+def test_a_result_other_than_one_number_per_image_is_one_line(here, given, message):
     (here / "odd.py").write_text(
         "from smpo_pipeline.rewards import Reward\n\n\nclass Odd(Reward):\n    name, unit = 'odd', 'none'\n"
         "    def __init__(self, model, device):\n        self.model = self.fingerprint = 'odd'\n"
@@ -127,7 +127,7 @@ def test_what_is_not_one_number_an_image_is_one_line(here, given, message):
         ("self.model, self.fingerprint = 'm', ''", "must set self.fingerprint to a string; it is ''"),
     ],
 )
-def test_what_does_not_say_what_it_is_is_refused_before_any_work(here, set_there, message):
+def test_a_reward_without_model_or_fingerprint_is_refused_before_any_work(here, set_there, message):
     (here / "unnamed.py").write_text(
         guide_code().replace('self.model = "Laplacian"', set_there).replace('self.fingerprint = "1"  #', "#")
     )

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def odd_rows() -> list[dict]:
-    """Pairs with one odd thing each, among plain ones."""
+    """Write pairs with one oddity each, among normal ones."""
     good, whole = encode(picture(60, 44, seed=9)), encode(picture(200, 200))
     buffer = io.BytesIO()
     picture(10_000, 6_000).save(buffer, "JPEG", quality=60)
@@ -48,7 +48,7 @@ def test_odd_rows_are_scored_rightly_or_rejected_and_change_nothing_else(folders
     rows = odd_rows()
     (tmp_path / "my_rewards.py").write_text(guide_code())
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
-    # clipscore is pickscore's class under another name; one process fewer to start.
+    # Without clipscore, which is pickscore's class under another name: one process less to start.
     specs = [f"{name}={folder}" for name, folder in folders.items() if name != "clipscore"]
     specs.append("my_rewards:Sharpness")
     common = ("score", "--pairs", tmp_path / "pairs.parquet", "--out", tmp_path / "out", "--device", "cpu")
@@ -62,7 +62,7 @@ def test_odd_rows_are_scored_rightly_or_rejected_and_change_nothing_else(folders
     assert set(rejects) == {"corrupted", "one pixel", "10 MB prompt"}
     assert rejects["10 MB prompt"] == "prompt too long: 10000000 characters, above 100000"
     assert rejects["corrupted"].startswith("image not readable")
-    # One pixel has no Laplacian: the user's reward gave NaN, and the pair is left out rather than scored by the others.
+    # One pixel has no Laplacian: the user's reward returned NaN, and the pair is rejected for all rewards.
     assert rejects["one pixel"] == "not finite: sharpness gave no number for an image of this pair"
     assert list(table) == [row["pair_id"] for row in rows if row["pair_id"] not in rejects]
 
@@ -82,7 +82,7 @@ def test_odd_rows_are_scored_rightly_or_rejected_and_change_nothing_else(folders
 
 
 def test_one_pixel_has_a_right_score_where_the_reward_can_tell(folders):
-    """Scaled up it is a plain area of its colour: the score of a plain square, wherever it is cut."""
+    """Resized it is one colour: its score is that of a square of this colour, whatever the crop."""
     pixel, square = picture(1, 1), picture(1, 1).resize((64, 64), Image.Resampling.NEAREST)
     for name, folder in folders.items():
         first, second = load_reward(f"{name}={folder}", "cpu").score([pixel, square], ["a cat"] * 2)

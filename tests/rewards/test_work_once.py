@@ -1,4 +1,4 @@
-"""What is done once: images decoded, weights loaded, prompts encoded; and no reward again for another's sake."""
+"""Images are decoded once, weights loaded once, prompts encoded once; adding a reward does not repeat the others."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_images_are_decoded_once_for_all_rewards_and_a_new_one_redoes_none(tmp_p
 
     def score(*names):
         notes = tmp_path / "-".join(names)
-        # Pools grow while they have more to do than their actors, so that otherwise there may be more than one each.
+        # Pools grow with their backlog, so that each could start more than one actor.
         common = ("--out", tmp_path / "out", "--device", "cpu", "--concurrency", 1)
         pairs = ("--pairs", tmp_path / "pairs.parquet")
         specs = [f"noted:{name}" for name in names]
@@ -91,7 +91,7 @@ def test_images_are_decoded_once_for_all_rewards_and_a_new_one_redoes_none(tmp_p
     counts = Counter((who, what) for who, what, _ in notes)
     assert counts["somebody", "decodes"] == counts["first", "scores"] == counts["second", "scores"] == len(images)
     loaded = [(who, process) for who, what, process in notes if what == "loads"]
-    # By the command, which wants the fingerprint, and by the one actor.
+    # Once by the command, for the fingerprint, and once by the only actor.
     assert len(loaded) == len(set(loaded)) == 4
 
     counts = Counter((who, what) for who, what, _ in score("First", "Second", "Third"))

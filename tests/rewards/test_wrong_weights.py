@@ -1,4 +1,4 @@
-"""Weights that are missing, damaged or another model's: one line, before any work starts."""
+"""Missing or damaged weights, and those of another model, are one line before any work starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKPOINTS = {
 
 @pytest.fixture
 def refused(tmp_path, capfd):
-    """Asserts that ``score`` says one line that holds these parts, and leaves nothing behind."""
+    """Assert that ``score`` prints one line with these parts and writes nothing."""
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "x", "image_0": "a.png", "image_1": "b.png"}\n')
 
     def check(spec, *parts):
@@ -62,7 +62,7 @@ OTHERS = {
     "aesthetic": ("hpsv2", "HPS_v2_compressed.pt"),
     "imagereward": ("aesthetic", "sac+logos+ava1-l14-linearMSE.pth"),
 }
-"""Whose checkpoint a reward is given in place of its own."""
+"""The reward whose checkpoint replaces a reward's own."""
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -120,8 +120,8 @@ def test_clip_of_another_depth_width_or_kind(refused, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pickscore", "clipscore"])
-def test_clip_beside_what_prepares_for_another_model(name, refused, folders, tmp_path):
-    """Where nothing else would fail, scores would look right and be wrong."""
+def test_clip_with_another_models_tokenizer_or_processor(name, refused, folders, tmp_path):
+    """Without this check nothing would fail, and scores would be wrong."""
 
     def copied(to, change):
         folder = shutil.copytree(folders[name], tmp_path / to)
@@ -159,5 +159,5 @@ def test_an_open_clip_weight_of_too_few_dimensions(refused, folders, tmp_path):
         refused(f"hpsv2={folder}", f"--reward hpsv2={folder} cannot be loaded")
 
 
-def test_the_list_of_makers_is_whole():
+def test_the_list_of_makers_is_complete():
     assert set(MAKERS) == set(CHECKPOINTS)

@@ -1,4 +1,4 @@
-"""Pair files that somebody made to do harm, or that are badly damaged: findings of ``python -m tests.fuzz``."""
+"""Hostile or badly damaged pair files: findings of ``python -m tests.fuzz``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GOOD = {"prompt": "x", "image_0": b"one", "image_1": b"two", "pair_id": "p", "la
 
 
 def read(path, columns=None):
-    """Every row of a file, a pair or the reason why it is none."""
+    """Read every row of a file: a pair, or the error that rejects it."""
     rows = list_pair_files([path])[0].rows
     columns = columns or resolve_columns(column_names(path), {}, path)
     return [pair for _, pair in read_rows(RowRange(path, 0, rows), columns)]
@@ -47,12 +47,12 @@ def write_lines(path, *rows):
 
 @pytest.fixture
 def line(tmp_path):
-    """A row of JSONL that is a pair."""
+    """Make a valid JSONL row."""
     (tmp_path / "i.png").write_bytes(b"image")
     return {"prompt": "x", "image_0": "i.png", "image_1": "i.png", "pair_id": "p"}
 
 
-def test_json_that_is_deep_giant_or_of_other_kinds_is_that_rows_reject(tmp_path, line):
+def test_unusable_json_rejects_its_row_only(tmp_path, line):
     deep = b'{"pair_id": ' + b"[" * 900 + b"]" * 900 + b"}"
     path = write_lines(
         tmp_path / "p.jsonl",
@@ -107,7 +107,7 @@ def test_an_overlong_line_is_one_reject_and_the_next_is_read(tmp_path, line, mon
     [(name, True) for name in ("EIO", "ENOTCONN", "EREMOTEIO", "EHOSTDOWN", "EMFILE", "ENFILE", "ENOMEM")]
     + [("EACCES", False), ("ENAMETOOLONG", False)],
 )
-def test_no_pair_is_rejected_for_what_passes(tmp_path, line, monkeypatch, name, passes):
+def test_no_pair_is_rejected_for_a_transient_error(tmp_path, line, monkeypatch, name, passes):
     number = getattr(errno, name)
 
     def fails(_path):
@@ -154,7 +154,7 @@ def test_only_plain_files_are_opened_as_images(tmp_path, line, monkeypatch):
         ("pair_id", pa.array(["p", "x" * (MAX_TEXT + 1)]), "pair_id too long"),
     ],
 )
-def test_a_value_that_is_none_in_python_is_that_rows_reject(tmp_path, name, column, reason):
+def test_a_value_that_python_cannot_hold_rejects_its_row_only(tmp_path, name, column, reason):
     table = pa.Table.from_pylist([GOOD, GOOD])
     table = table.set_column(table.column_names.index(name), name, column)
     pq.write_table(table, tmp_path / "p.parquet")
@@ -180,7 +180,7 @@ def test_columns_of_other_types_reject_every_row(tmp_path, name, column):
     assert all(isinstance(each, PairRejectedError) for each in read(tmp_path / "p.parquet"))
 
 
-def test_dictionaries_are_read_as_what_they_stand_for(tmp_path):
+def test_dictionary_encoded_columns_are_decoded(tmp_path):
     table = pa.Table.from_pylist([GOOD, GOOD])
     encoded = pa.table({name: table[name].dictionary_encode() for name in table.column_names})
     pq.write_table(encoded, tmp_path / "p.parquet")
@@ -209,7 +209,7 @@ def test_damage_anywhere_in_a_parquet_file_is_one_line(tmp_path):
     assert "refused" in outcomes
 
 
-def test_a_footer_that_claims_rows_that_are_not_there_is_refused(tmp_path):
+def test_a_footer_with_too_many_rows_is_refused(tmp_path):
     path = tmp_path / "p.parquet"
     pq.write_table(pa.Table.from_pylist([GOOD] * 21), path)
     data = path.read_bytes()

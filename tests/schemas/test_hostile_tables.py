@@ -1,4 +1,4 @@
-"""Scores tables and rejects that are damaged or hostile: findings of ``python -m tests.fuzz``."""
+"""Damaged or hostile tables of scores and rejects: findings of ``python -m tests.fuzz``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = [
 
 @pytest.fixture
 def changed(tmp_path):
-    """Writes a scores table with another column in place of its own, or without it; returns a function to read it."""
+    """Write a scores table with a column replaced or removed; return a function that reads it."""
     part = write_part(tmp_path / "scores-0.parquet", ROWS, ["a"])
     rewards = {"a": statistics([[0.5, 0.25]])}
     info = ScoresInfo(schema_version=SCORES_VERSION, rewards=rewards, parts=[part], scored=3, rejected=0)

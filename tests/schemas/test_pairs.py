@@ -108,8 +108,8 @@ def test_without_an_id_the_content_names_the_pair(tmp_path):
 
 
 @pytest.mark.parametrize("ids", [[float("nan"), float("nan"), 7.0], ["", " \t", "7.0"], [None, None, "7.0"]])
-def test_an_empty_id_is_no_id(tmp_path, ids):
-    """As pandas writes a column of numbers with gaps, and CSV an empty cell."""
+def test_an_empty_id_counts_as_missing(tmp_path, ids):
+    """pandas writes NaN for a missing number, and CSV an empty string."""
     path = tmp_path / "p.parquet"
     columns = {"prompt": ["a", "b", "c"], "image_0": [b"x"] * 3, "image_1": [b"y"] * 3}
     pq.write_table(pa.table(columns), path)
@@ -158,8 +158,8 @@ def test_a_jsonl_file_has_the_columns_of_all_its_rows(tmp_path):
 
 
 @pytest.mark.parametrize("rows_a_unit", [1, 100, 2000])
-def test_a_unit_of_a_jsonl_file_reads_little_before_its_own_rows(tmp_path, monkeypatch, rows_a_unit):
-    """With blank, broken and overlong lines, which shift bytes but not rows (a blank one is no row)."""
+def test_a_slice_of_a_jsonl_file_reads_little_before_its_own_rows(tmp_path, monkeypatch, rows_a_unit):
+    """Blank, broken and overlong lines shift bytes; a blank line does not count as a row."""
     monkeypatch.setattr(reading, "MAX_LINE_BYTES", 200)
     path, lines, number = tmp_path / "a.jsonl", [], 0
     for line in range(2500):
@@ -182,8 +182,8 @@ def test_a_unit_of_a_jsonl_file_reads_little_before_its_own_rows(tmp_path, monke
     assert [row.get("row", {}) for row in read] == expected
 
 
-def test_a_large_row_group_is_not_held_whole(tmp_path):
-    """What Arrow holds while a group of 64 MB of images is read, whose pages are of four rows."""
+def test_a_large_row_group_is_read_in_parts(tmp_path):
+    """Arrow's memory while a row group with 64 MB of images, in pages of four rows, is read."""
     path, rows = tmp_path / "a.parquet", 64
     images = [np.random.default_rng(row).bytes(500_000) for row in range(rows)]
     table = pa.table({"prompt": ["a"] * rows, "image_0": images, "image_1": images})
@@ -196,7 +196,7 @@ def test_a_large_row_group_is_not_held_whole(tmp_path):
     assert max(held) < 40e6  # 16 rows at a time are 16 MB
 
 
-def test_what_json_allows_and_no_file_can_hold_is_rejected(tmp_path):
+def test_lone_surrogates_are_rejected(tmp_path):
     path = tmp_path / "a.jsonl"
     good = {"prompt": "x", "image_0": "i", "image_1": "i", "pair_id": "p", "annotator": "a"}
     rows = [good, *(good | {name: "half \ud83d"} for name in ("prompt", "annotator", "pair_id", "image_0"))]
@@ -253,7 +253,7 @@ def test_linked_folders_are_read_once_and_hidden_ones_not(tmp_path):
     assert all(path.is_relative_to(given) for path in found)
 
 
-def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     write_pick_a_pic(tmp_path / "a.parquet", 1)
     closed = tmp_path / "closed"
     closed.mkdir()

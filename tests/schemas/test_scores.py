@@ -15,12 +15,12 @@ def test_statistics_by_hand():
     found = statistics([[0.0, 1.0], [3.0, 2.0], [1.0, 1.0], [4.0, 0.0]], [0.0, 0.0, 1.0, 0.5])
     assert (found.min, found.max, found.mean) == (0.0, 4.0, 1.5)
     assert found.std == pytest.approx(math.sqrt(np.mean((np.array([0, 1, 3, 2, 1, 1, 4, 0]) - 1.5) ** 2)))
-    # Decided labels: three; ordered as the label does: the first only (a draw of the reward is no agreement).
+    # Three labels are decided; the reward orders the first alike (equal scores do not count as agreement).
     assert (found.agreement, found.num_labelled) == (pytest.approx(1 / 3), 3)
     assert statistics([[0.0, 1.0]]).agreement is None
 
 
-def test_a_table_of_before_image_ids_is_read_and_has_none(tmp_path):
+def test_a_table_without_image_ids_is_read(tmp_path):
     row = {"pair_id": "a", "prompt": "x", "label": 1.0, "annotator": None, "r_0": 0.0, "r_1": 1.0}
     new = write_part(tmp_path / "new.parquet", [row | {"image_0_id": "p", "image_1_id": "q"}], ["r"])
     old_schema = pa.schema(

@@ -14,7 +14,7 @@ NUM_DRAWS = 2000
 
 
 def choices(image_0: np.ndarray, image_1: np.ndarray) -> np.ndarray:
-    """What each annotator says in each mood: [A, NUM_DRAWS]."""
+    """Draw each annotator's label for each mood: [A, NUM_DRAWS]."""
     seen = qualities([image_0, image_1], [SCENE.caption] * 2)
     mood = np.random.default_rng(0).random(NUM_DRAWS)
     likes = [utility(person, seen) for person in ANNOTATORS]

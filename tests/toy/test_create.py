@@ -1,4 +1,4 @@
-"""Making a tiny world: its files, that it can be made again, and what it refuses."""
+"""Create a tiny world: its files, its reproducibility, and the errors."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_world_with_other_settings_is_refused(world: Path) -> None:
         create_world(world, num_pairs=9, seed=3)
 
 
-def test_an_interrupted_world_is_made_anew(tmp_path: Path) -> None:
+def test_an_interrupted_world_is_replaced(tmp_path: Path) -> None:
     def interrupt(_done: int, _total: int) -> None:
         raise KeyboardInterrupt
 

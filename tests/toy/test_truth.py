@@ -58,7 +58,7 @@ def test_an_empty_picture_earns_nothing() -> None:
 
 
 def test_a_hand_computed_case() -> None:
-    """Red turned by 40 steps at right angles to the way from white to red: the shape is whole, its colour is off."""
+    """Shift red by 40 steps orthogonally to the line from white to red: the shape is right, its colour is off."""
     image = render(SCENE)
     image[(image == RGB_OF_COLOUR["red"]).all(axis=-1)] += np.array([0, 40, -40], dtype=np.int16).astype(np.uint8)
     colour_error = (40**2 + 40**2) / 3 / 255**2 / 2  # the background, half the weight, is right

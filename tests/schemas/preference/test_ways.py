@@ -1,4 +1,4 @@
-"""What every way of mixing must keep, and the populations behind the mixture."""
+"""Properties of every reward mix, and of the mixture's groups."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_one_that_extends_another_is_found_too():
         name = "sharper"
 
     class Unnamed(Mixture):
-        """What several may share."""
+        """A base class that several mixes may share."""
 
     try:
         found = preferences()
@@ -58,7 +58,7 @@ def test_one_that_extends_another_is_found_too():
         assert found["mixture"] is Mixture
     finally:
         del Sharper, Unnamed, found
-        gc.collect()  # classes are found as long as they live
+        gc.collect()  # __subclasses__ lists classes until they are collected
     assert "sharper" not in preferences()
 
 
@@ -95,7 +95,7 @@ def test_an_unknown_reward_is_one_line(name, pairs):
 
 
 def test_mixture_by_hand():
-    """Shares 1/4 and 3/4; margins 2 tau and -tau, then a pair that neither tells apart."""
+    """Weights 1/4 and 3/4; margins 2 tau and -tau, then a pair with margins 0."""
     scores = {"one": np.array([[0.3, 0.2], [1.0, 1.0]]), "two": np.array([[1.0, 4.0], [2.0, 2.0]])}
     stats = {name: statistics(each) for name, each in scores.items()}
     mix = Mixture({"one": 1.0, "two": 3.0}, stats, {"one": 0.05, "two": 3.0})
@@ -110,14 +110,14 @@ def test_mixture_of_one_reward_is_its_sigmoid(pairs):
     np.testing.assert_allclose(alone, minmax(pairs.scores, stats, {"two": 1.0}), rtol=1e-14)
 
 
-def test_sure_populations_that_disagree_leave_one_half():
+def test_certain_groups_that_disagree_give_one_half():
     scores = {"one": np.array([[1.0, 0.0]]), "two": np.array([[0.0, 1.0]])}
     stats = {name: statistics(each) for name, each in scores.items()}
     mix = Mixture({"one": 1.0, "two": 1.0}, stats, {"one": 1e-4, "two": 1e-4})
     np.testing.assert_allclose(mix.probability(ScoredPairs(scores)), [0.5], rtol=1e-14)
 
 
-def test_shares_are_checked(pairs):
+def test_weights_are_checked(pairs):
     with pytest.raises(UserError, match="--reward two:-1:"):
         make("mixture", pairs, {"one": 1.0, "two": -1.0})
     with pytest.raises(UserError, match="the weights are all 0"):

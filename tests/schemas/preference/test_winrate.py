@@ -49,8 +49,8 @@ def plain(pairs, weights, scales):
 
 
 @pytest.mark.parametrize("at_once", [1, 1 << 20])
-def test_equals_a_plain_version(monkeypatch, at_once):
-    """Images in several pairs, files that stand under two prompts, two rewards; also in the smallest portions."""
+def test_equals_a_simple_implementation(monkeypatch, at_once):
+    """Images in several pairs, files under two prompts, two rewards; also one comparison at a time."""
     monkeypatch.setattr(winrate, "_COMPARISONS_AT_ONCE", at_once)
     stream = np.random.default_rng(2)
     table = {name: stream.normal(size=(6, 7)) for name in ("one", "two")}

@@ -1,4 +1,4 @@
-"""Shards, manifests and indices that somebody made to do harm: findings of ``python -m tests.fuzz``."""
+"""Hostile shards, manifests and indices: findings of ``python -m tests.fuzz``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEMBERS = encode_sample(make_sample(0))
 
 
 def signed(path, **files: bytes) -> ShardDirectory:
-    """A directory whose manifest vouches for what is there, after files were replaced."""
+    """Replace files of a directory and update the hashes in its manifest."""
     manifest = json.loads((path / MANIFEST_FILE).read_text())
     for entry in [*manifest["shards"], *([manifest["index"]] if manifest["index"] else [])]:
         if entry["name"] in files:
@@ -39,7 +39,7 @@ def signed(path, **files: bytes) -> ShardDirectory:
 
 
 def refused(path, tar: bytes, match: str) -> None:
-    """Both ways to read a directory say one line about its only tar."""
+    """Assert that reading samples and indexing both raise an error that matches, for a directory with this tar."""
     write_directory(path, shards=1, samples=1)
     directory = signed(path, **{"shard-000000.tar": tar})
     for reading in (directory.samples, lambda: indexed_trajectories(directory)):
@@ -66,17 +66,17 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
     "name",
     ["../000000000.json", "/000000000.json", "a/000000000.json", "key.json", "\u0661.json", ".json", "x" * 150],
 )
-def test_names_that_no_shard_has(tmp_path, name):
+def test_foreign_member_names_are_refused(tmp_path, name):
     refused(tmp_path, tar_of(member(name), member("000000000.safetensors")), "member .*(shard|regular file)")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
-def test_members_that_are_no_files(tmp_path, kind):
+def test_members_that_are_not_regular_files_are_refused(tmp_path, kind):
     tar = tar_of(member("000000000.json", kind, "/etc/passwd"), member("000000000.safetensors"))
     refused(tmp_path, tar, "member .*regular file")
 
 
-def test_a_member_that_is_there_twice(tmp_path):
+def test_a_repeated_member_is_refused(tmp_path):
     names = ("000000000.json", "000000000.safetensors", "000000000.json")
     tar = tar_of(*map(member, names), contents=(MEMBERS["json"], MEMBERS["safetensors"], MEMBERS["json"]))
     refused(tmp_path, tar, "there twice")
@@ -94,7 +94,7 @@ def test_a_member_that_is_there_twice(tmp_path):
         b"-0000000512\0",
     ],
 )
-def test_sizes_that_no_member_has(tmp_path, size):
+def test_impossible_member_sizes_are_refused(tmp_path, size):
     tar = bytearray(tar_of(member("000000000.json"), member("000000000.safetensors")))
     tar[124:136] = size
     tar[148:156] = b" " * 8
@@ -137,14 +137,14 @@ def with_header(**changes) -> bytes:
         safetensors.torch.save({**safetensors.torch.load(MEMBERS["safetensors"]), "x0": torch.zeros(2, 0, 8, 8)}),
     ],
 )
-def test_tensors_that_claim_what_is_not_there(tmp_path, tensors):
+def test_tensors_beyond_the_file_are_refused(tmp_path, tensors):
     with pytest.raises(UserError, match="here"):
         decode_sample(MEMBERS["json"], tensors, "here")
     write_directory(tmp_path, shards=1, samples=1)
     tar = tar_of(member("000000000.json"), member("000000000.safetensors"), contents=(MEMBERS["json"], tensors))
     directory = signed(tmp_path, **{"shard-000000.tar": tar})
     try:
-        trajectories = list(indexed_trajectories(directory))  # it reads no more than the timesteps
+        trajectories = list(indexed_trajectories(directory))  # reads only the timesteps
     except UserError as error:
         assert "malformed safetensors" in str(error)  # noqa: PT017  (an index of it is allowed)
     else:
@@ -174,8 +174,8 @@ OUTSIDE = ["../outside.tar", "/etc/passwd", "a/b.tar", "..", ".hidden", "", "a\0
 
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("which", ["shards", "index"])
-def test_a_manifest_names_files_beside_it_alone(tmp_path, name, which):
-    """The trainer fetches shards from an object store to the name that a manifest gives them."""
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path, name, which):
+    """The trainer downloads shards to the names in the manifest."""
     write_directory(tmp_path, shards=1)
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     manifest["index"] = write_index(ShardDirectory(tmp_path)).model_dump()
@@ -197,7 +197,7 @@ def test_a_manifest_names_files_beside_it_alone(tmp_path, name, which):
         b"",
     ],
 )
-def test_a_manifest_that_is_none(tmp_path, content):
+def test_a_malformed_manifest_is_refused(tmp_path, content):
     (tmp_path / MANIFEST_FILE).write_bytes(content)
     with pytest.raises(UserError, match="manifest") as caught:
         read_manifest(tmp_path)
@@ -214,7 +214,7 @@ def test_a_manifest_that_is_none(tmp_path, content):
         (("inversion", "eta"), float("inf")),
     ],
 )
-def test_numbers_that_cannot_be(tmp_path, place, value):
+def test_impossible_numbers_are_refused(tmp_path, place, value):
     write_directory(tmp_path, shards=1)
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     holder = manifest
@@ -228,7 +228,7 @@ def test_numbers_that_cannot_be(tmp_path, place, value):
 
 @pytest.fixture
 def indexed(tmp_path):
-    """Writes a directory whose index has another column in place of its own."""
+    """Write a directory whose index has a column replaced."""
     write_directory(tmp_path, shards=1)
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     manifest["index"] = write_index(ShardDirectory(tmp_path)).model_dump()

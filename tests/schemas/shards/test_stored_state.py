@@ -19,7 +19,7 @@ from tests.schemas.shards.test_samples import make_sample, write_directory
 
 
 def written(folder: Path, sample: Sample) -> tuple[ShardDirectory, SampleLocation]:
-    """A directory whose only sample is this one."""
+    """Write a directory with this sample only."""
     write_directory(folder, shards=1, samples=1)
     with ShardWriter(folder / "other.tar") as writer:
         writer.write("000000000", sample)
@@ -60,7 +60,7 @@ def test_other_states_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sum(lengths) < 2 * latent + 500 * 8 + 2000
 
 
-def test_a_nan_is_found_when_its_state_is_read(tmp_path: Path) -> None:
+def test_a_nan_is_an_error_when_its_state_is_read(tmp_path: Path) -> None:
     sample = make_sample(0)
     sample.noise_K2Chw[1, 0, 3, 7, 7] = math.nan
     sample.ref_error_K2[2, 1] = math.inf
@@ -84,7 +84,7 @@ def test_a_nan_is_found_when_its_state_is_read(tmp_path: Path) -> None:
         ([5, 5, 7], "do not increase"),
     ],
 )
-def test_timesteps_are_the_models(tmp_path: Path, timesteps: list[int], message: str) -> None:
+def test_timesteps_must_be_within_the_models_range(tmp_path: Path, timesteps: list[int], message: str) -> None:
     directory, location = written(tmp_path, make_sample(0, timestep_K=torch.tensor(timesteps)))
     for read in (lambda: read_state(directory, location, 0), lambda: directory.read(location)):
         with pytest.raises(UserError, match=rf"sample 000000000 .*{message}"):
@@ -92,7 +92,7 @@ def test_timesteps_are_the_models(tmp_path: Path, timesteps: list[int], message:
 
 
 @pytest.mark.parametrize("k", [3, -1, 2**40])
-def test_a_state_that_is_not_there(tmp_path: Path, k: int) -> None:
+def test_a_missing_state_is_named(tmp_path: Path, k: int) -> None:
     directory, location = written(tmp_path, make_sample(0))
     with pytest.raises(UserError, match=f"sample 000000000 .*state {k} .*3"):
         read_state(directory, location, k)
@@ -118,7 +118,7 @@ def test_a_state_that_is_not_there(tmp_path: Path, k: int) -> None:
         {"data_offsets": HEADER["timestep"]["data_offsets"], "shape": [0, 2, 4, 8, 8]},
     ],
 )
-def test_tensors_that_claim_what_is_not_there(tmp_path: Path, name: str, change: dict[str, object]) -> None:
+def test_tensors_beyond_the_file_are_refused(tmp_path: Path, name: str, change: dict[str, object]) -> None:
     refused(tmp_path, with_header(**{name: change}))
 
 
@@ -135,7 +135,7 @@ def test_tensors_that_claim_what_is_not_there(tmp_path: Path, name: str, change:
         MEMBERS["safetensors"][:-1],
     ],
 )
-def test_headers_that_are_none(tmp_path: Path, tensors: bytes) -> None:
+def test_malformed_headers_are_refused(tmp_path: Path, tensors: bytes) -> None:
     refused(tmp_path, tensors)
 
 
@@ -147,7 +147,7 @@ def refused(folder: Path, tensors: bytes) -> None:
         read_state(directory, directory.locate(0)[0], 0)
 
 
-def test_a_sample_that_lies_elsewhere(tmp_path: Path) -> None:
+def test_a_wrong_location_is_refused(tmp_path: Path) -> None:
     directory, location = written(tmp_path, make_sample(0))
     for place in (
         replace(location, tensors=(0, 2**62)),
