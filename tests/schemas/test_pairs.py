@@ -171,10 +171,10 @@ def test_a_slice_of_a_jsonl_file_reads_little_before_its_own_rows(tmp_path, monk
     path.write_text("".join(lines))
     (file,) = list_pair_files([path])
     assert file.rows == number == 2500
-    assert len(file.begins) == 3
+    assert len(file.offsets) == 3
     read = []
     for (part,) in slice_files([file], rows_a_unit):
-        assert 0 <= part.start - part.near[0] < 1024
+        assert 0 <= part.start - part.seek_to[0] < 1024
         rows = list(reading._jsonl_rows(part))
         assert len(rows) == part.stop - part.start
         read += rows

@@ -1,4 +1,4 @@
-"""Preference pairs: the input of the pipeline, read as they are and normalised row by row."""
+"""Read preference pairs, the pipeline's input, and normalise them row by row."""
 
 from smpo_schemas.pairs.columns import PICK_A_PIC, PairColumns, resolve_columns
 from smpo_schemas.pairs.listing import (

@@ -1,4 +1,4 @@
-"""The files of ``--pairs``, what they hold, and their slices."""
+"""List the files of ``--pairs``, count their rows and slice them into units."""
 
 from __future__ import annotations
 
@@ -19,75 +19,72 @@ from smpo_schemas.pairs.reading import RowRange, column_names, json_lines
 
 PAIR_SUFFIXES = (".parquet", ".jsonl")
 
-_ROWS_APART = 1024
-"""Of a JSONL file it is noted where every so-manieth row begins."""
+_MARK_EVERY = 1024
+"""The byte offset of every 1024th JSONL row is recorded, so that a slice can seek to its start."""
 
-_ROWS_PER_BYTE = 1000
-"""A Parquet file whose footer claims more rows than this for each of its bytes is refused: cutting the claimed rows
-into units would fill the memory. A file of equal rows comes to 120."""
+_MAX_ROWS_PER_BYTE = 1000
+"""A Parquet file whose footer claims more rows per byte is refused: slicing absurdly many rows would fill the memory. A
+file of equal rows has 120."""
 
 
 @dataclass(frozen=True)
 class PairFile:
-    """One input file, how many rows and bytes it has, and a digest of what it holds (:func:`_digest`).
+    """One input file: its numbers of rows and bytes, and a hash of its content (:func:`_digest`).
 
-    ``begins`` are the bytes at which its rows 0, 1024, 2048, ... begin, if it is a JSONL file.
+    ``offsets`` are the byte offsets of rows 0, 1024, 2048, ... of a JSONL file.
     """
 
     path: AnyPath
     rows: int
     bytes: int
     digest: str
-    begins: Sequence[int] = ()
+    offsets: Sequence[int] = ()
 
 
 def list_pair_files(paths: Sequence[AnyPath]) -> list[PairFile]:
-    """Find the Parquet and JSONL files under ``paths`` (files or folders), sorted by path within each.
+    """List the Parquet and JSONL files in ``paths`` (files or folders) that have rows, sorted by path within each.
 
-    The paths found are absolute: workers on other machines stand in other folders.
+    The listed paths are absolute, since workers have other working directories.
 
     Raises:
-        UserError: a path does not exist, holds no such file, or a file cannot be read.
+        UserError: a path does not exist, has no such file, or a file cannot be read.
     """
     files: list[AnyPath] = []
     for path in paths:
         if path.is_dir():
-            found = find_pair_files(path.absolute())
-            if not found:
-                raise UserError(
-                    f"--pairs {path}: no .parquet or .jsonl file in this folder (hidden ones are not looked at)"
-                )
-            files.extend(found)
+            inside = find_pair_files(path.absolute())
+            if not inside:
+                raise UserError(f"--pairs {path}: no .parquet or .jsonl file in this folder (hidden ones are skipped)")
+            files.extend(inside)
         elif path.is_file() and path.suffix in PAIR_SUFFIXES:
             files.append(path.absolute())
         elif path.exists():
-            raise UserError(f"--pairs {path}: only .parquet and .jsonl files are read")
+            raise UserError(f"--pairs {path}: give .parquet or .jsonl files")
         else:
             raise UserError(f"--pairs {path} does not exist")
     _refuse_repeated(files)
     for path in files:
         if not is_unicode(str(path)):
-            raise UserError(f"--pairs {path}: this name cannot stand in a table; rename the file")
-    counted = read_all(_describe, files)
-    filled = [file for file in counted if file.rows]
-    if not filled:
+            raise UserError(f"--pairs {path}: the name is not valid Unicode; rename the file")
+    with_rows = [file for file in read_all(_describe, files) if file.rows]
+    if not with_rows:
         raise UserError(f"--pairs {paths[0]}: no rows in any file")
-    return filled
+    return with_rows
 
 
 def find_pair_files(folder: AnyPath) -> list[AnyPath]:
-    """The Parquet and JSONL files of a folder, as :func:`smpo_common.files.files_below` finds them."""
+    """List the Parquet and JSONL files in a folder and its subfolders; see :func:`smpo_common.files.files_below`."""
     return [path for path in files_below(folder) if path.suffix in PAIR_SUFFIXES]
 
 
 def _refuse_repeated(files: Sequence[AnyPath]) -> None:
-    """Refuse a file that several names lead to: each of its pairs would count as often."""
+    """Refuse a file with several names, whose pairs would count several times."""
     names: dict[AnyPath, AnyPath] = {}
     for path in files:
         real = path.resolve() if isinstance(path, Path) else path
         first = names.setdefault(real, path)
         if first is not path:
-            raise UserError(f"--pairs names the same file twice: {first} and {path}")
+            raise UserError(f"--pairs has the same file twice: {first} and {path}")
 
 
 def _describe(path: AnyPath) -> PairFile:
@@ -100,16 +97,16 @@ def _describe(path: AnyPath) -> PairFile:
                 raise UserError(
                     f"{path} is damaged: its row groups do not have the {footer.num_rows} rows of its footer"
                 )
-            if footer.num_rows > _ROWS_PER_BYTE * size:
+            if footer.num_rows > _MAX_ROWS_PER_BYTE * size:
                 raise UserError(f"{path} is damaged: it cannot hold the {footer.num_rows} rows that its footer claims")
             return PairFile(path, footer.num_rows, size, _digest(path))
     try:
         with path.open("rb") as file:
-            begins, rows = [], 0
-            for rows, (begin, _) in enumerate(json_lines(file), start=1):
-                if rows % _ROWS_APART == 1:
-                    begins.append(begin)
-            return PairFile(path, rows, path.stat().st_size, _digest(path), begins)
+            offsets, rows = [], 0
+            for rows, (offset, _) in enumerate(json_lines(file), start=1):
+                if rows % _MARK_EVERY == 1:
+                    offsets.append(offset)
+            return PairFile(path, rows, path.stat().st_size, _digest(path), offsets)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -117,10 +114,10 @@ def _describe(path: AnyPath) -> PairFile:
 def _digest(path: AnyPath) -> str:
     """Hex SHA-256 of a JSONL file, or of a Parquet file's footer.
 
-    A JSONL file is small (its images are paths) and read whole anyway. A Parquet file holds its images; its footer has
-    the offset, compressed size and statistics of every column of every row group, so that hardly any other content has
-    the same one, and costs one read of some kilobytes. Bytes that change under an unchanged footer are noticed where
-    images are compared by name (:func:`image_id`).
+    A JSONL file is small (its images are paths) and is read to count its rows anyway. A Parquet file contains its
+    images and is large, but its footer is some kilobytes and has the offset, compressed size and statistics of every
+    column of every row group, which hardly any other content shares. Images that change under the same footer are
+    noticed where they are compared by hash (:func:`image_id`).
     """
     if path.suffix != ".parquet":
         return sha256_file(path)
@@ -131,16 +128,16 @@ def _digest(path: AnyPath) -> str:
 
 
 def columns_of(files: Sequence[PairFile], given: Mapping[str, str | None]) -> dict[AnyPath, PairColumns]:
-    """The columns that are used of each file; see :func:`resolve_columns`."""
+    """Resolve the columns of each file; see :func:`resolve_columns`."""
     paths = [file.path for file in files]
-    names = read_all(column_names, paths)
-    return {path: resolve_columns(there, given, path) for path, there in zip(paths, names, strict=True)}
+    names_of_files = read_all(column_names, paths)
+    return {path: resolve_columns(names, given, path) for path, names in zip(paths, names_of_files, strict=True)}
 
 
 def slice_files(files: Sequence[PairFile], rows_per_slice: int, limit: int | None = None) -> list[list[RowRange]]:
-    """Cut the input, in file order, into slices of ``rows_per_slice`` rows; the last one may be shorter.
+    """Slice the first ``limit`` rows of the input, in file order, into units of ``rows_per_slice`` rows.
 
-    A slice is the unit of work and of commit. It depends on the listing and these two numbers alone.
+    The last slice may be shorter. Slices depend on the listing and these two numbers alone.
     """
     slices: list[list[RowRange]] = []
     current: list[RowRange] = []
@@ -150,9 +147,9 @@ def slice_files(files: Sequence[PairFile], rows_per_slice: int, limit: int | Non
         start = 0
         while start < file.rows and left > 0:
             stop = min(file.rows, start + room, start + left)
-            known = start // _ROWS_APART
-            near = (known * _ROWS_APART, file.begins[known]) if file.begins else (0, 0)
-            current.append(RowRange(file.path, start, stop, near))
+            mark = start // _MARK_EVERY
+            seek_to = (mark * _MARK_EVERY, file.offsets[mark]) if file.offsets else (0, 0)
+            current.append(RowRange(file.path, start, stop, seek_to))
             room -= stop - start
             left -= stop - start
             start = stop

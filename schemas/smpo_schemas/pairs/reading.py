@@ -1,4 +1,4 @@
-"""Rows of Parquet and JSONL files, a few at a time."""
+"""Read rows of Parquet and JSONL files, a few at a time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from smpo_common.store_path import AnyPath
 from smpo_schemas.pairs.columns import PairColumns
 from smpo_schemas.pairs.normalising import Pair, PairRejectedError, normalise
 
-_ROWS_READ = 16
-
-_BYTES_READ = 1 << 20
+_BATCH_ROWS = 16
+_BUFFER_BYTES = 1 << 20
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line of a JSONL file is not read; its row is rejected."""
@@ -29,17 +28,17 @@ MAX_LINE_BYTES = 64 << 20
 class RowRange:
     """Rows ``start`` (included) to ``stop`` (excluded) of one input file.
 
-    ``near`` is a row at ``start`` or before it and the byte at which it begins: a JSONL file is read from there on.
+    ``seek_to`` is a row not after ``start`` and its byte offset, from which a JSONL file is read.
     """
 
     path: AnyPath
     start: int
     stop: int
-    near: tuple[int, int] = (0, 0)
+    seek_to: tuple[int, int] = (0, 0)
 
 
 def column_names(path: AnyPath) -> list[str]:
-    """Names of a pair file's columns (JSONL: the keys of any of its rows, which need not all have the same)."""
+    """List the columns of a file; for JSONL, the keys that occur in any row."""
     if path.suffix == ".parquet":
         with reading_parquet(path):
             return list(pq.read_schema(arrow_source(path)).names)
@@ -47,7 +46,7 @@ def column_names(path: AnyPath) -> list[str]:
 
 
 def read_rows(rows: RowRange, columns: PairColumns) -> Iterator[tuple[str, Pair | PairRejectedError]]:
-    """Yield ``(source, pair or the reason why it is none)`` for each row, in order; ``source`` is ``path:row``.
+    """Yield ``(source, pair or error)`` for each row, in order; ``source`` is ``path:row``.
 
     Raises:
         UserError: the file as a whole cannot be read.
@@ -65,9 +64,9 @@ def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any
         yield from _jsonl_rows(rows)
         return
     names = [name for name in (getattr(columns, field.name) for field in fields(columns)) if name]
-    # By default all columns of a row group are fetched before its first row is given, and kept.
-    reading = {"pre_buffer": False, "buffer_size": _BYTES_READ}
-    with reading_parquet(rows.path), pq.ParquetFile(arrow_source(rows.path), **reading) as file:
+    # By default pyarrow reads all columns of a row group before it returns the first row, and keeps them.
+    options = {"pre_buffer": False, "buffer_size": _BUFFER_BYTES}
+    with reading_parquet(rows.path), pq.ParquetFile(arrow_source(rows.path), **options) as file:
         first = 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
@@ -80,12 +79,12 @@ def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any
 def _group_rows(
     file: pq.ParquetFile, group: int, names: list[str], start: int, stop: int
 ) -> Iterator[Mapping[str, Any] | PairRejectedError]:
-    """Rows of one row group, a few at a time: a group of images may be larger than a worker's memory.
+    """Yield rows of one row group, in small batches: a group of images may be larger than a worker's memory.
 
-    A page is read whole, and pyarrow writes pages of 1024 rows: of a smaller group, each column is a page.
+    A page is always read whole, and pyarrow writes pages of 1024 rows: in a smaller group, each column is one page.
     """
     number = 0
-    for batch in file.iter_batches(batch_size=_ROWS_READ, row_groups=[group], columns=names):
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=names):
         for index in range(batch.num_rows):
             if start <= number < stop:
                 yield _row(batch, index)
@@ -96,7 +95,7 @@ def _group_rows(
 
 
 def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any] | PairRejectedError:
-    """One row; some values that a file can hold are none in Python (text that is not UTF-8, the year 300,000)."""
+    """Convert one row to Python, which cannot hold some values (text that is not UTF-8, the year 300,000)."""
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
@@ -107,26 +106,26 @@ def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any] | PairRejectedE
 
 
 def _jsonl_rows(rows: RowRange) -> Iterator[Mapping[str, Any]]:
-    """Rows of a JSONL file; a line that is not a JSON object yields an empty row, which is then rejected."""
-    first, begin = rows.near
+    """Yield rows of a JSONL file; a line that is not a JSON object yields an empty row, which is then rejected."""
+    first, offset = rows.seek_to
     with rows.path.open("rb") as file:
-        file.seek(begin)
+        file.seek(offset)
         for _, line in islice(json_lines(file), rows.start - first, rows.stop - first):
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):  # RecursionError: nested deeper than any row
+            except (ValueError, RecursionError):  # RecursionError: a hostile line, nested too deep
                 row = {}
             yield row if isinstance(row, dict) else {}
 
 
 def json_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, each with the byte at which it begins (counted from where ``file`` stands).
+    """Yield the byte offset, from the file's current position, and the content of each line that is not blank.
 
-    Of one above :data:`MAX_LINE_BYTES` nothing is given but a word that is no JSON.
+    A line over :data:`MAX_LINE_BYTES` is skipped; invalid JSON is yielded in its place, so that its row is rejected.
     """
-    begin = 0
+    offset = 0
     while line := file.readline(MAX_LINE_BYTES):
-        end = begin + len(line)
+        end = offset + len(line)
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
             line = b"overlong"
             while rest := file.readline(MAX_LINE_BYTES):
@@ -134,5 +133,5 @@ def json_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
                 if rest.endswith(b"\n"):
                     break
         if line.strip():
-            yield begin, line
-        begin = end
+            yield offset, line
+        offset = end
