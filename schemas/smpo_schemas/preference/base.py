@@ -40,6 +40,7 @@ class Preference(ABC):
     Attributes:
         name: the value of ``--preference``.
         calibration: whether it uses the temperatures that ``smpo-pipeline calibrate`` fits to labels.
+        normalise_weights: whether weights are scaled to sum to 1.
         needs_images: whether a pair's p depends on the other images of its prompt, so that all pairs must be given.
         weights: by reward name, as the mix uses them.
         scales: by reward name, the divisor of score differences, in units of the raw score.
@@ -47,6 +48,7 @@ class Preference(ABC):
 
     name: ClassVar[str]
     calibration: ClassVar[Literal["refused", "optional", "required"]]
+    normalise_weights: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
     weights: Mapping[str, float]
     scales: Mapping[str, float]
@@ -72,7 +74,7 @@ class Preference(ABC):
                 raise UserError(f"reward {name!r} was not scored (scored: {', '.join(statistics) or 'none'})")
             if temperatures is not None and name not in temperatures:
                 raise UserError(f"reward {name!r} was not calibrated (calibrated: {', '.join(temperatures)})")
-        self.weights = dict(weights)
+        self.weights = normalised(weights) if self.normalise_weights else dict(weights)
         self.scales = {
             name: score_range(statistics[name]) if temperatures is None else temperatures[name] for name in weights
         }

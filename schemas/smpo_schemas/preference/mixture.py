@@ -7,13 +7,11 @@ in a sum of rewards, groups that disagree keep p near one half, however certain 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from smpo_schemas.preference.base import Preference, ScoredPairs, normalised, sigmoid
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.preference.base import Preference, ScoredPairs, sigmoid
 
 
 class Mixture(Preference):
@@ -21,14 +19,7 @@ class Mixture(Preference):
 
     name: ClassVar[str] = "mixture"
     calibration: ClassVar[Literal["refused", "optional", "required"]] = "required"
-
-    def __init__(
-        self,
-        weights: Mapping[str, float],
-        statistics: Mapping[str, RewardStatistics],
-        temperatures: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(normalised(weights), statistics, temperatures)
+    normalise_weights: ClassVar[bool] = True
 
     def probability(self, pairs: ScoredPairs) -> np.ndarray:
         """See the base class."""

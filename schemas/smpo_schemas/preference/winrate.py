@@ -14,14 +14,12 @@ CaPO selects its pairs on the Pareto front; here the pairs are given.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from smpo_common.errors import UserError
-from smpo_schemas.preference.base import Preference, ScoredPairs, normalised, sigmoid
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.preference.base import Preference, ScoredPairs, sigmoid
 
 _COMPARISONS_AT_ONCE = 1 << 20
 """Bounds the memory for a prompt with very many images."""
@@ -32,15 +30,8 @@ class WinRate(Preference):
 
     name: ClassVar[str] = "winrate"
     calibration: ClassVar[Literal["refused", "optional", "required"]] = "optional"
+    normalise_weights: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        weights: Mapping[str, float],
-        statistics: Mapping[str, RewardStatistics],
-        temperatures: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(normalised(weights), statistics, temperatures)
 
     def probability(self, pairs: ScoredPairs) -> np.ndarray:
         """See the base class; ``pairs`` must hold all pairs of a prompt.
