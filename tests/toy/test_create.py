@@ -102,7 +102,7 @@ def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
     precious = tmp_path / "model" / "mine.bin"
     precious.parent.mkdir()
     precious.touch()
-    with pytest.raises(UserError, match="not part of an embedded world.*--out"):
+    with pytest.raises(UserError, match="not part of a toy world.*--out"):
         create_world(tmp_path, num_pairs=1)
     assert precious.exists()
 

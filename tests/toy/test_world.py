@@ -1,4 +1,4 @@
-"""Scenes, captions, splits and pictures of the embedded world."""
+"""Scenes, captions, splits and pictures of the toy world."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_captions_round_trip() -> None:
 
 
 def test_a_foreign_caption_is_refused() -> None:
-    with pytest.raises(ValueError, match="not a caption of the embedded world: 'a red car'"):
+    with pytest.raises(ValueError, match="not a caption of the toy world: 'a red car'"):
         scene_of("a red car")
 
 

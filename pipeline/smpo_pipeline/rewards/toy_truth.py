@@ -1,4 +1,4 @@
-"""The embedded world's exact true reward. For evaluation only: training on it would be cheating."""
+"""The toy world's exact true reward. For evaluation only: training on it would be cheating."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smpo_pipeline.toy.truth import true_reward
 
 
 class ToyTruth(Reward):
-    """Measures how well an image shows a caption of the embedded world, from 0 to 1."""
+    """Measures how well an image shows a caption of the toy world, from 0 to 1."""
 
     name: ClassVar[str] = "toy-truth"
     unit: ClassVar[str] = "share of a perfect render"
@@ -29,7 +29,7 @@ class ToyTruth(Reward):
         """See the base class.
 
         Raises:
-            UserError: a prompt is not a caption of the embedded world.
+            UserError: a prompt is not a caption of the toy world.
         """
         try:
             return true_reward([np.asarray(image) for image in images], list(prompts))

@@ -1,1 +1,1 @@
-"""The embedded world: a small text-to-image world whose true reward is known exactly."""
+"""The toy world: a small text-to-image world whose true reward is known exactly."""

@@ -1,4 +1,4 @@
-"""Write an embedded world: its models, preference pairs and prompts."""
+"""Write a toy world: its models, preference pairs and prompts."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _clear(out: Path) -> None:
         for name in _FOLDERS:
             if (out / name).exists():
                 if not unfinished.exists():
-                    raise UserError(f"{out / name} exists but is not part of an embedded world; choose another --out")
+                    raise UserError(f"{out / name} exists but is not part of a toy world; choose another --out")
                 shutil.rmtree(out / name)
         unfinished.touch()
     except OSError as error:

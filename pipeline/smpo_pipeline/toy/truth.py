@@ -1,4 +1,4 @@
-"""The embedded world's true reward, computed exactly from a picture and its caption.
+"""The toy world's true reward, computed exactly from a picture and its caption.
 
 For evaluation only: no training step, label or reward model may use it.
 """

@@ -1,4 +1,4 @@
-"""The embedded world's scenes (one flat shape on a plain background), their captions and their pictures."""
+"""The toy world's scenes (one flat shape on a plain background), their captions and their pictures."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def scene_of(caption: str) -> Scene:
         return _SCENE_OF_CAPTION[caption]
     except KeyError:
         example = all_scenes()[0].caption
-        raise ValueError(f"not a caption of the embedded world: {caption!r} (an example is {example!r})") from None
+        raise ValueError(f"not a caption of the toy world: {caption!r} (an example is {example!r})") from None
 
 
 def all_captions() -> list[str]:
