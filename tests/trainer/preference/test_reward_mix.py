@@ -224,16 +224,16 @@ def test_flags_that_do_not_fit(mix: Mix, two: Path, calibration: Path, tmp_path:
         with pytest.raises(UserError, match=match):
             mix(**options)
 
-    refused("--preference nonsense is not known; known: minmax, mixture, winrate", preference="nonsense")
+    refused("--preference nonsense; known: minmax, mixture, winrate", preference="nonsense")
     refused("mixture needs --calibration FILE; make it with `smpo-pipeline calibrate`", preference="mixture")
     refused("minmax takes no --calibration", calibration=calibration)
     refused("does not exist", preference="mixture", calibration=tmp_path / "none.json")
     refused("name the output of `smpo-pipeline score` with --scores", preference="winrate", reward=["taste"])
     unnamed = table(tmp_path / "unnamed", two, images=None)
-    refused("do not name their images; score the pairs again", preference="winrate", reward=["taste"], scores=unnamed)
+    refused("--preference winrate .*smpo-pipeline score", preference="winrate", reward=["taste"], scores=unnamed)
     calibrated = {"preference": "mixture", "calibration": calibration}
     refused("--reward-range does nothing beside --calibration", reward_range=["taste=0:1"], **calibrated)
-    refused("the weight is a share of the annotators", reward=["taste:-1"], **calibrated)
+    refused("--reward taste:-1:", reward=["taste:-1"], **calibrated)
     refused(
         "--reward-range sharpness: no such reward is used; used: taste",
         reward=["taste"],
