@@ -30,26 +30,26 @@ def _below(base: type[Base]) -> Iterator[type[Base]]:
 
 
 def offered_by_packages(group: str) -> dict[str, EntryPoint]:
-    """The entry points of a group in the installed packages by name, not loaded."""
+    """List the entry points of a group in installed packages, by name, without importing them."""
     return {point.name: point for point in entry_points(group=group)}
 
 
 def import_object(place: str, flag: str) -> object:
-    """Import what ``MODULE:NAME`` names; modules in the working directory are found too.
+    """Import an object by its module; the working directory is searched last.
 
     Args:
         place: ``MODULE:NAME``.
         flag: the flag that named it, for errors.
 
     Raises:
-        UserError: there is no such module, or nothing of that name in it.
+        UserError: there is no such module, or the module has no such name.
     """
     module_name, _, name = place.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")):
-        raise UserError(f"{flag} {place}: {module_name!r} is no module's name, such as my_module or package.module")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+        raise UserError(f"{flag} {place}: {module_name!r} is not a module name, such as my_module or package.module")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError, ValueError) as error:

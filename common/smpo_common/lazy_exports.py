@@ -1,4 +1,4 @@
-"""Names that a package exports without importing them before they are used."""
+"""Exports of a package that are imported on first use."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 def lazy_exports(
     package: str, names: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The ``__getattr__`` and ``__dir__`` (PEP 562) of a package whose exports take long to import.
+    """Make ``__getattr__`` and ``__dir__`` (PEP 562) for a package whose exports take long to import.
 
     Args:
         package: its ``__name__``.
-        names: the exported names by the module that each is defined in.
+        names: exported names, by the module that defines them.
     """
     modules = {name: module for module, exported in names.items() for name in exported}
 

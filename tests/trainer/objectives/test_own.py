@@ -57,7 +57,7 @@ def test_by_its_place(here: Path) -> None:
     ("name", "message"),
     [
         ("nowhere:Plain", "nowhere cannot be imported: No module named 'nowhere'"),
-        ("./own.py:Plain", "'./own.py' is no module's name, such as my_module or package.module"),
+        ("./own.py:Plain", "'./own.py' is not a module name"),
         ("own:Missing", "own.py has no 'Missing'"),
         ("sys:path", "is no subclass of smpo_trainer.objectives.Objective"),
         ("own:Taken", "the name 'smpo' is that of a built-in objective"),
