@@ -83,7 +83,7 @@ def _save_reward(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> Non
 
 
 def _forget_paths(out: Path) -> None:
-    """Takes out of the configurations where on this machine they were read from."""
+    """Removes this machine's paths from the configurations."""
     for path in out.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:

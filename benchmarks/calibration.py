@@ -3,7 +3,7 @@
 Writes docs/results/calibration.md and its picture.
 
 The world's annotators are code: the exact probability that one of them, drawn at random, prefers image_0 is known.
-`smpo-pipeline calibrate` sees one label a pair; here its held-out predictions are also judged by that probability.
+`smpo-pipeline calibrate` sees one label per pair; its held-out predictions are also compared with that probability.
 
     python benchmarks/calibration.py [--work DIR]
 
@@ -36,14 +36,14 @@ COMMAND = "smpo-pipeline calibrate --scores scores"
 
 
 def run(program: str, *arguments: object) -> None:
-    """Run a command line of ours, as a user would."""
+    """Run a command of this project, as a user does."""
     command = [str(Path(sys.executable).parent / program), *map(str, arguments)]
     print("$", " ".join(command), flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def prepare(work: Path) -> None:
-    """World, scores, and the calibration as a user makes it."""
+    """Make world, scores, and the calibration, as a user does."""
     run("smpo-pipeline", "toy", "--out", work / "world", "--pairs", NUM_PAIRS)
     rewards = [f"{name}={work / 'world/rewards' / name}" for name in ("pickscore", "clipscore")]
     run("smpo-pipeline", "score", "--pairs", work / "world/pairs", "--out", work / "scores", "--reward", *rewards)
@@ -51,7 +51,7 @@ def prepare(work: Path) -> None:
 
 
 def true_mix(work: Path, report: Report) -> np.ndarray:
-    """P(image_0 preferred) of each row of the scores over all annotators: float64 [P]."""
+    """Mean P(image_0 preferred) over all annotators, for each row of the scores: float64 [P]."""
     pairs: dict[str, Pair] = {}
     for file in list_pair_files([work / "world/pairs"]):
         for _, pair in read_rows(RowRange(file.path, 0, file.rows), PICK_A_PIC):
@@ -82,7 +82,7 @@ def interval(difference_P: np.ndarray, prompts: list[str]) -> tuple[float, float
 
 
 def rows(report: Report, true_P: np.ndarray) -> list[str]:
-    """A line for each reward and mix."""
+    """Make a table row for each reward and mix."""
     chosen = report.held_out.chosen
     own = losses(report.held_out.p[chosen], true_P)
     found = []
@@ -114,7 +114,7 @@ def rows(report: Report, true_P: np.ndarray) -> list[str]:
 
 
 def over_seeds(work: Path, true_P: np.ndarray) -> list[str]:
-    """The same with the prompts dealt to the folds in other ways: the mixture and the best of the others."""
+    """Make a table row for each assignment of prompts to folds: the mixture and the best of the others."""
     found = []
     for seed in SEEDS:
         report = calibrate(work / "scores", [], folds=5, seed=seed)
@@ -129,7 +129,7 @@ def over_seeds(work: Path, true_P: np.ndarray) -> list[str]:
 
 
 def main() -> None:
-    """Make the world, judge, write."""
+    """Make the world, evaluate, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "demo" / "calibration")
     work = parser.parse_args().work
@@ -143,13 +143,13 @@ def main() -> None:
     labels = ("log-loss, labels", "ECE, labels", "agrees with labels %")
     text = f"""{stamp("python benchmarks/calibration.py", ("torch", "numpy", "transformers"))}
 
-{NUM_PAIRS} pairs of {found.prompts} prompts, each labelled once by one of {len(ANNOTATORS)} annotators with tastes of
-their own ({found.labels - found.ties} decided labels, {found.ties} ties). `{COMMAND}` fits on four fifths of the
-prompts and predicts the others; no prompt is on both sides. It sees labels only.
+{NUM_PAIRS} pairs of {found.prompts} prompts, each labelled once by one of {len(ANNOTATORS)} annotators with different
+tastes ({found.labels - found.ties} decided labels, {found.ties} ties). `{COMMAND}`
+fits on four fifths of the prompts and predicts the rest, in turn. It sees only the labels.
 
 The **true mix** is the exact probability that an annotator drawn at random prefers image_0 (a tie counts half),
-computed in code from the images. Log-loss is the mean cross-entropy in nats: p = 0.5 has ln 2 = 0.6931, the true mix
-itself {floor[0]:.4f} against itself and {floor[1]:.4f} against the labels, which nothing can go below but by chance.
+computed in code from the images. Log-loss is the mean cross-entropy in nats: p = 0.5 scores ln 2 = 0.6931. The true mix
+scores {floor[0]:.4f} against itself and {floor[1]:.4f} against the labels; a lower value can only be chance.
 Single rewards and `minmax` without "fitted" are what `smpo-train` does by default: their scale is the data set's
 minimum and maximum. Intervals are 95 % bootstraps over prompts.
 
@@ -157,13 +157,13 @@ minimum and maximum. Intervals are 95 % bootstraps over prompts.
 {"|---" * (len(columns) + len(labels))}|
 {chr(10).join(rows(report, true_P))}
 
-In bold the mixture that is written ({found.weights} weights, which had the lower held-out log-loss by the labels):
+In bold is the mixture that is written ({found.weights} weights, which had the lower held-out log-loss by the labels):
 {mixed}.
 
 ![Reliability of each reward and mix, log-loss, agreement by annotator](images/calibration.png)
 
-With the prompts dealt to the folds in other ways, the mixture, and the best of the single rewards, the min-max mixes
-and the uncalibrated win rate, by log-loss against the true mix:
+Other assignments of the prompts to folds: the mixture, and the best of the single rewards, the min-max mixes and the
+uncalibrated win rate, by log-loss against the true mix:
 
 | seed of the folds | mixture | log-loss | best other | log-loss |
 |---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""The clock that measurements go by."""
+"""The clock of the measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def now() -> float:
-    """Seconds, once the GPU has done what it was told: calls to it return before that."""
+    """Current time in seconds, after waiting for the GPU, whose calls return before they are done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

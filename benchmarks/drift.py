@@ -1,17 +1,16 @@
 """How far trajectories move in training, and whether a second round pays: writes docs/results/drift.md.
 
-The states in shards are those of the model that inverted, the base. First: the same pairs with the same draws are
-inverted by models tuned for 50, 200 and 1000 steps, and the noise is compared. Second: the models that
-trajectory_training.py trained on `renoise-1` are trained on for as many steps again: on the shards of the first round,
-on ones that the base has inverted with other draws, and on ones that the tuned model itself has inverted (`invert
---inverting-unet`), also with other draws. The reference is the base throughout.
+Shards hold states of the model that inverted the images, the base. First, models tuned for 50, 200 and 1000 steps
+invert the same pairs with the same random draws, and the noise is compared. Second, the models that
+trajectory_training.py trained on `renoise-1` are trained for as many steps again: on the shards of the first round, on
+shards that the base inverted with other draws, and on shards that the tuned model inverted (`invert
+--inverting-unet`), also with other draws. The reference is always the base.
 
     python benchmarks/trajectory_training.py --work DIR good-renoise-1
     python benchmarks/drift.py --work DIR [PART ...]
 
-About twenty CPU minutes. With parts (a number of steps: 50, 200, 1000; shards and seed of the second round: old-0,
-redrawn-0, fresh-0, ...; page) only these are made; without, all that are missing. The page shows what there is. Every
-stage continues where it was stopped.
+About twenty CPU minutes. PART limits the work: a number of steps (50, 200, 1000), shards and seed of the second
+round (old-0, redrawn-0, fresh-0, ...), or page. The page shows the parts that exist. An interrupted stage continues.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ def tuned_for(work: Path, steps: int) -> Path:
 
 
 def inverted_by(work: Path, steps: int) -> Path:
-    """Folder of its trajectories of the first pairs."""
+    """Folder of the tuned model's trajectories of the first pairs."""
     return work / "trajectories" / f"drift-{steps}"
 
 
 def make_moved(work: Path, steps: int) -> None:
-    """A model tuned for some steps, and its trajectories with the draws of the base's."""
+    """Tune a model for some steps, and invert with it, with the base's random draws."""
     out = tuned_for(work, steps)
     flags = ("--lr-schedule", "constant", "--batch-size", BATCH, "--max-steps", steps)
     train(shards_of(work, FIRST), model_of(work, "good"), out, *flags)
@@ -67,7 +66,7 @@ def second(work: Path, arm: str, seed: int) -> Path:
 
 
 def make_second(work: Path, arm: str, seed: int) -> None:
-    """The second round of one seed in one arm."""
+    """Train the second round of one seed in one arm."""
     first = runs_of(work, FIRST)[SEEDS.index(seed)]
     shards = {
         "old": shards_of(work, FIRST),
@@ -86,7 +85,7 @@ def is_trained(out: Path) -> bool:
 
 
 def judge(work: Path) -> None:
-    """Evaluate what there is."""
+    """Evaluate all finished models."""
     tuned = [tuned_for(work, steps) for steps in AFTER]
     runs = [*runs_of(work, FIRST), *tuned, *(second(work, arm, seed) for arm in ARMS for seed in SEEDS)]
     there = [out for out in runs if is_trained(out)]
@@ -94,13 +93,13 @@ def judge(work: Path) -> None:
 
 
 def trajectories_in(folder: Path, pairs: int) -> dict[str, Sample]:
-    """The first trajectories of a folder of shards, by pair."""
+    """Read the first trajectories of a folder of shards, by pair."""
     samples = (sample for sample, _ in zip(ShardDirectory(folder).samples(), range(pairs), strict=False))
     return {sample.meta.pair_id: sample for sample in samples}
 
 
 def moved(base: Sequence[Sample], tuned: Sequence[Sample]) -> tuple[list[float], list[float]]:
-    """By timestep band: the rms of tau's difference over tau's rms, and the correlation.
+    """Compare two sets of trajectories by timestep band: rms of tau's difference over tau's rms, and the correlation.
 
     Raises:
         RuntimeError: the trajectories are not of the same draws.
@@ -117,7 +116,7 @@ def moved(base: Sequence[Sample], tuned: Sequence[Sample]) -> tuple[list[float],
 
 
 def moved_row(work: Path, steps: int) -> str:
-    """A line of the first table."""
+    """Make a row of the first table."""
     tuned = trajectories_in(inverted_by(work, steps), PAIRS)
     base = trajectories_in(shards_of(work, FIRST), PAIRS)
     distances, correlations = moved([base[pair] for pair in tuned], list(tuned.values()))
@@ -131,20 +130,21 @@ def moved_row(work: Path, steps: int) -> str:
 
 
 def moved_table(work: Path) -> str:
-    """The first table."""
+    """Make the first table."""
     made = [steps for steps in AFTER if is_trained(tuned_for(work, steps))]
     if not made:
-        return "How far trajectories move was not measured, for want of time."
-    return f"""How far the tuned model's own trajectories are from those of the base, with the same draws: {PAIRS} pairs
-of the embedded world, by timestep band (0 to 199 first). Trained as above, but at a constant learning rate, with
-{BATCH} pairs a step and one seed. "Noise ratio" is the *reference's* at the tuned model's trajectories.
+        return "How far trajectories move was not measured."
+    return f"""The table compares the tuned model's own trajectories with those of the base, with the same random draws:
+{PAIRS} pairs of the embedded world, by timestep band (0 to 199 first). Training is that of
+[trajectory_training.md](trajectory_training.md), but at a constant learning rate, with {BATCH} pairs per step and one
+seed. "Noise ratio" is the *reference's* at the tuned model's trajectories.
 
 {head("steps", "gain over base (95 %)", "rms of tau's difference / rms of tau", "correlation of tau", "noise ratio")}
 {chr(10).join(moved_row(work, steps) for steps in made)}"""
 
 
 def write(work: Path) -> None:
-    """The section, of what there is."""
+    """Write the page from all finished models."""
     judge(work)
     report = work / "report-drift"
     first = [out.name for out in runs_of(work, FIRST)]
@@ -167,20 +167,20 @@ def write(work: Path) -> None:
     ]
     results = results_of(report)
     not_made = [ARMS[arm] for arm in ARMS if arm not in arms]
-    missing = f"\n\nNot made, for want of time: the second round on shards {', '.join(not_made)}." if not_made else ""
+    missing = f"\n\nNot run: the second round on shards {', '.join(not_made)}." if not_made else ""
     text = f"""{stamp("python benchmarks/drift.py", ("torch", "diffusers", "numpy"), cores=1)}
 
 {moved_table(work)}
 
-A second round: the three models that were trained on `renoise-1`
-([trajectory_training.md](trajectory_training.md)), each trained on for 150 steps with the same
-settings (optimizer, warm-up and schedule anew, another order). The base's mean true reward is
-{results.finding(BASE, TRUTH).mean:.3f}; {results.num_images} images of {results.num_prompts} test prompts a model.
+In the second round, the three models trained on `renoise-1` ([trajectory_training.md](trajectory_training.md)) are
+trained for another 150 steps with the same settings (with a fresh optimizer, warm-up and schedule, and another order).
+The base's mean true reward is {results.finding(BASE, TRUTH).mean:.3f}; {results.num_images} images of
+{results.num_prompts} test prompts per model.
 
 {head("model", *COLUMNS)}
 {chr(10).join(rows)}
 
-Against each other, image by image, seed by seed:
+Compared with each other, image by image and seed by seed:
 
 {head("second round on shards", "against", "win rate % (95 %)", "difference (95 %)")}
 {chr(10).join(against)}{missing}"""

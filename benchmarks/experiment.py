@@ -1,4 +1,4 @@
-"""Trainings that are judged by what they generate: our command lines as a user runs them, and tables of the outcome."""
+"""Train and evaluate with the project's own commands, and make tables of the results."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ COLUMNS = ("win rate % (95 %)", "each seed", "mean true reward", "gain over base
 
 
 def run(program: str, *arguments: object) -> None:
-    """Run a command line of ours, as a user would."""
+    """Run a command of this project, as a user does."""
     command = [str(Path(sys.executable).parent / program), *map(str, arguments)]
     print("$", " ".join(command), flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def make_world(work: Path) -> None:
-    """The demo's world and scores: ``world/`` and ``scores/``."""
+    """Make the demo's world and scores: ``world/`` and ``scores/``."""
     world = work / "world"
     run("smpo-pipeline", "toy", "--out", world, "--pairs", 600)
     rewards = [f"{name}={world / 'rewards' / name}" for name in ("pickscore", "clipscore")]
@@ -37,9 +37,9 @@ def make_world(work: Path) -> None:
 def evaluate(
     report: Path, base: Path, runs: Sequence[Path], prompts: Path, *, images: int, guidance: float = 1
 ) -> Results:
-    """Judge trained models, named by their folders, under the true reward, against the base.
+    """Evaluate trained models, named by their folders, against the base under the true reward.
 
-    Images of these models that the report's folder holds already are not made again.
+    Images that the report's folder contains already are not generated again.
     """
     run(
         *("smpo-pipeline", "evaluate", "--model", f"{BASE}={base}", *(f"{each.name}={each}" for each in runs)),
@@ -50,7 +50,7 @@ def evaluate(
 
 
 def results_of(report: Path) -> Results:
-    """What an evaluation found."""
+    """Read an evaluation's results."""
     results = read_results(report)
     if results is None:
         raise SystemExit(f"{report} holds no results")
@@ -58,7 +58,7 @@ def results_of(report: Path) -> Results:
 
 
 def comparison(results: Results, model: str) -> Comparison:
-    """A model against the base under the true reward."""
+    """Comparison of a model with the base under the true reward."""
     found = results.finding(model, TRUTH).versus_baseline
     if found is None:
         raise ValueError(f"{model} is the baseline")
@@ -66,17 +66,17 @@ def comparison(results: Results, model: str) -> Comparison:
 
 
 def gain(results: Results, model: str) -> float:
-    """Mean true reward of a model less that of the base."""
+    """Mean true reward of a model minus that of the base."""
     return comparison(results, model).mean_difference.value
 
 
 def pooled(report: Path, models: Sequence[str], others: Sequence[str] = (BASE,)) -> tuple[Comparison, float]:
-    """Several training seeds as one: a prompt's images of all seeds belong together. Also their mean true reward.
+    """Compare several training seeds, pooled by prompt, with others; also returns their mean true reward.
 
     Args:
         report: an evaluation's folder.
         models: names of trained models.
-        others: what they are compared with, one by one; a single one stands for all.
+        others: the models that they are compared with, one by one, or a single one for all.
     """
     table = pq.read_table(report / "scores.parquet", columns=["model", "prompt_index", TRUTH]).to_pandas()
     by_model = {name: rows.sort_values("prompt_index", kind="stable") for name, rows in table.groupby("model")}
@@ -88,19 +88,19 @@ def pooled(report: Path, models: Sequence[str], others: Sequence[str] = (BASE,))
 
 
 def percent(found: Comparison) -> str:
-    """Win rate and interval, as a cell."""
+    """Format win rate and interval as a table cell."""
     rate = found.win_rate
     return f"{100 * rate.value:.1f} ({100 * (rate.low or 0):.1f} .. {100 * (rate.high or 0):.1f})"
 
 
 def difference(found: Comparison) -> str:
-    """Mean difference and interval, as a cell."""
+    """Format mean difference and interval as a table cell."""
     mean = found.mean_difference
     return f"{mean.value:+.3f} ({mean.low or 0:+.3f} .. {mean.high or 0:+.3f})"
 
 
 def row(report: Path, label: str, models: Sequence[str]) -> str:
-    """One line of a table whose last columns are :data:`COLUMNS`: all seeds pooled, and each seed's own win rate."""
+    """Make a row of a table that ends with :data:`COLUMNS`: all seeds pooled, and each seed's win rate."""
     found, mean = pooled(report, models)
     results = results_of(report)
     each = ", ".join(f"{100 * comparison(results, name).win_rate.value:.0f}" for name in models)
@@ -108,5 +108,5 @@ def row(report: Path, label: str, models: Sequence[str]) -> str:
 
 
 def head(*columns: str) -> str:
-    """A table's first two lines."""
+    """Make a table's header."""
     return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"

@@ -1,8 +1,8 @@
-"""What channels_last and torch.compile gain in a forward of the embedded world's denoiser, on one CPU core.
+"""Measure what channels_last and torch.compile gain in a forward pass of a denoiser, on one CPU core.
 
     python benchmarks/forward.py [--batch 32] [--turns 20]
 
-Writes its section of docs/results/benchmarks.md. A minute or two.
+Runs the embedded world's denoiser and writes a section of docs/results/benchmarks.md. One or two minutes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MODEL = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/model"
 
 
 def cpu_seconds(forward: Callable[[], torch.Tensor]) -> float:
-    """Of one call."""
+    """CPU seconds of one call."""
     start = time.process_time()
     forward()
     return time.process_time() - start
 
 
 def forward_of(denoiser: nn.Module, batch: int) -> Callable[[], torch.Tensor]:
-    """A call of the denoiser on the same random states of 16 x 16."""
+    """Return a function that runs the denoiser on fixed random latents of 16 x 16."""
     stream = torch.Generator().manual_seed(0)
     config = denoiser.config
     states = torch.randn(batch, config.in_channels, 16, 16, generator=stream)
@@ -42,7 +42,7 @@ def forward_of(denoiser: nn.Module, batch: int) -> Callable[[], torch.Tensor]:
 
 @torch.no_grad()
 def main() -> None:
-    """Measure in turns, and write the section."""
+    """Measure the variants in turn, and write the section."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--turns", type=int, default=20)
@@ -69,9 +69,9 @@ def main() -> None:
     lines = [
         stamp(command, ["torch", "diffusers"], cores=1),
         "",
-        f"The embedded world's denoiser, {arguments.batch} images, float32. CPU time, the three in turn: medians of",
-        f"{arguments.turns} turns, and ratios within a turn (lowest .. highest); the first call, which compiles",
-        "with an empty cache, by the clock.",
+        f"The embedded world's denoiser on {arguments.batch} images in float32. CPU time of the three variants in",
+        f"turn: medians of {arguments.turns} turns, and ratios within a turn (lowest .. highest). The first call,",
+        "which compiles with an empty cache, is wall-clock time.",
         "",
         "| forward | ms | as it is / this | first call, s | largest difference |",
         "| --- | --- | --- | --- | --- |",

@@ -1,14 +1,15 @@
-r"""What only a GPU can show, in one call of nine minutes: are the numbers right, the rates what they should be?
+r"""Check on one GPU, in one run of nine minutes, that numbers are right and rates are as expected.
 
     python benchmarks/gpu_acceptance.py --out DIR [--budget 510]
     python benchmarks/gpu_acceptance.py --out DIR --device cpu --shape tiny
 
-For one bare GPU of 80 GB (H100 class). Everything is made here: random models of the published shapes, pairs of
-JPEGs, shards. Each check has its own budget and alarm; a check that raises or overruns is a row "failed: ...", and the
-next one goes on. Written at once into --out: results.jsonl (a line a check), table.md, profile.txt, two runs' metrics.
+For one GPU of 80 GB (H100 class) without any data. The script makes its inputs: random models of the published shapes,
+pairs of JPEGs, shards. Each check has its own budget and alarm; a check that raises or exceeds its budget is a row
+"failed: ...", and the next one runs. --out receives, after each check, results.jsonl (a line per check), table.md,
+profile.txt and the metrics of two runs.
 
-`--device cpu --shape tiny` passes through the same code with models that are an eighth as wide; what a CPU cannot say
-is "not judged" there, and table.md lists the lines that only a GPU runs.
+`--device cpu --shape tiny` runs the same code with models that are an eighth as wide. What a CPU cannot show is "not
+judged", and table.md lists the lines that only a GPU runs.
 
 On a machine without network that has torch, transformers, accelerate and peft, bring the other packages as wheels, made
 elsewhere for its version of Python, and run it beside them. A missing package is named at the start.

@@ -1,4 +1,4 @@
-"""What half precision does to scores: writes its section of docs/results/benchmarks.md.
+"""Measure what half precision does to scores; writes a section of docs/results/benchmarks.md.
 
 The embedded world's reward models, and small random ones of the other rewards, score its pairs in float32 and by
 autocast in bf16 and fp16.
@@ -35,7 +35,7 @@ RANDOM = {"hpsv2": make_tiny_hpsv2, "imagereward": make_tiny_image_reward, "aest
 
 
 def scores(pairs: Path, name: str, model: Path, dtype: str) -> np.ndarray:
-    """float64 [P, 2]."""
+    """Score all pairs: float64 [P, 2]."""
     spec = f"{name}={model}"
     fingerprint = load_reward(spec, "cpu").fingerprint
     actor = RewardActor(spec, fingerprint, "cpu", dtype, batch_size=32, work_log=WorkLog(), share=1, last=False)
@@ -50,10 +50,10 @@ def scores(pairs: Path, name: str, model: Path, dtype: str) -> np.ndarray:
 
 def lines(pairs: Path, folder: Path) -> Iterator[str]:
     """The section's text."""
-    yield "Reward models on the embedded world's pairs: its own two (trained), and small random ones (two layers)"
-    yield "of the other rewards. Half precision by `--dtype`, on CPU: a GPU rounds alike but sums in another order, and"
-    yield "there was none to measure it. `apart` is the difference from float32 in standard deviations of the reward's"
-    yield "scores; `turned` the share of pairs whose order turns."
+    yield "Reward models on the embedded world's pairs: its own two (trained), and small random ones (two layers) for"
+    yield "the other rewards, in half precision by `--dtype` on a CPU. A GPU rounds alike but sums in another order;"
+    yield "that was not measured. `apart` is the difference from float32 in standard deviations of the reward's scores;"
+    yield "`turned` is the share of pairs whose order changes."
     yield ""
     yield "| reward | model | --dtype | pairs | apart, median | apart, largest | turned |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
@@ -71,7 +71,7 @@ def lines(pairs: Path, folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, default=Path("demo/world/pairs"))
     pairs = parser.parse_args().pairs

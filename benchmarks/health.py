@@ -1,9 +1,8 @@
-"""What the trainer says of runs that are made to go wrong, and of a good one: writes docs/results/health.md.
+"""Record the trainer's warnings in runs with deliberate faults, and in a good one; writes docs/results/health.md.
 
     python benchmarks/health.py [--demo DIR] [--work DIR]
 
-About four CPU minutes. The demo's world, scores and shards are read (`make demo` makes them). Finished runs are
-not made again.
+About four CPU minutes. Reads the demo's world, scores and shards (`make demo`). Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ COMMON = ("--batch-size", 24, "--warmup-steps", 10, "--val-every", 20, "--val-st
 GOOD = ("--beta", 300, "--lr", "5e-5", "--lr-schedule", "cosine", "--max-steps", 150, "--val-fraction", 0.1)
 NOISIEST = ("--timestep-weighting", "sigmoid", "--sigmoid-bias", -8)
 LAST = 20
-"""Steps at the end whose mean is shown."""
+"""Number of last steps in the means."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A run.
+    """One run.
 
     Attributes:
         name: of its folder.
-        wrong: what is wrong with it, for the page.
+        wrong: its fault, for the page.
         flags: besides :data:`COMMON`.
-        shuffled: whether each pair's scores are exchanged at random.
+        shuffled: whether each pair's two scores are swapped at random.
     """
 
     name: str
@@ -75,7 +74,7 @@ CONDITIONS = (
 
 
 def shuffle_scores(source: Path, target: Path) -> None:
-    """A scores table in which half of the pairs, drawn at random, have the scores of their images exchanged."""
+    """Write a scores table in which a random half of the pairs have the scores of their images swapped."""
     info = read_scores_info(source)
     rows = read_scores(source, info).to_pylist()
     for row, swapped in zip(rows, np.random.default_rng(0).random(len(rows)) < 1 / 2, strict=True):
@@ -87,7 +86,7 @@ def shuffle_scores(source: Path, target: Path) -> None:
 
 
 def train(demo: Path, work: Path, condition: Condition) -> Path:
-    """Make a run, where it is not there yet; returns its folder."""
+    """Train, unless the run exists; returns its folder."""
     out = work / condition.name
     scores = work / "shuffled-scores"
     if condition.shuffled:
@@ -105,7 +104,7 @@ def train(demo: Path, work: Path, condition: Condition) -> Path:
 
 
 def row(condition: Condition, out: Path) -> str:
-    """Its line of the table."""
+    """Make the run's table row."""
     records = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
     warnings = json.loads((out / TRAINING_FILE).read_text())["warnings"]
     values = [
@@ -117,7 +116,7 @@ def row(condition: Condition, out: Path) -> str:
 
 
 def main() -> None:
-    """Make all runs, and write the page."""
+    """Train all runs, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="folder of world, scores and shards")
     parser.add_argument("--work", type=Path, default=ROOT / "demo/health", help="folder for the runs")
@@ -131,13 +130,14 @@ def main() -> None:
     lines = "\n".join(rows)
     text = f"""{stamp("python benchmarks/health.py", ("torch", "diffusers", "numpy"), cores=1)}
 
-The embedded world's 600 pairs, {COMMON[1]} pairs a step, {COMMON[3]} warm-up steps. Each run but the first is made to
-go wrong in one way. Numbers are means over the last {LAST} steps (held-out accuracy: over the looks within them).
+Each run trains on the embedded world's 600 pairs, with {COMMON[1]} pairs per step and {COMMON[3]} warm-up steps. Every
+run but the first has one deliberate fault. Numbers are means over the last {LAST} steps (held-out accuracy: over the
+evaluations within them).
 
 A rule about both images' errors rising together was removed after the runs of 2026-11: it warned of runs that gained
 most under the true reward ([drift.md](drift.md)).
 
-| what is wrong | loss | accuracy | held-out accuracy | margin | what the trainer said |
+| fault | loss | accuracy | held-out accuracy | margin | the trainer's warnings |
 |---|---|---|---|---|---|
 {lines}
 """

@@ -1,8 +1,7 @@
-"""Measure listing the states of a large data set before the first step: a section of docs/results/benchmarks.md.
+"""Measure listing the states of a large data set before the first step; writes a section of docs/results/benchmarks.md.
 
 A synthetic ``index.parquet`` of --trajectories trajectories of nine states and two rewards, in shards of 1000, is
-listed as `smpo-train` lists it, in a process of its own: seconds, and the peak of its memory above what the imports
-take.
+listed as `smpo-train` does, in a separate process: seconds, and peak memory above that of the imports.
 
     python benchmarks/index.py [--trajectories 1000000]
 """
@@ -62,7 +61,7 @@ WORDS = (
 
 
 def make(path: Path, trajectories: int) -> None:
-    """An index and a manifest without tars."""
+    """Write an index and a manifest without tars."""
     stream = np.random.default_rng(0)
     with pq.ParquetWriter(path / INDEX_FILE, _SCHEMA, compression="zstd") as writer:
         for start in range(0, trajectories, PER_SHARD):
@@ -107,7 +106,7 @@ def make(path: Path, trajectories: int) -> None:
 
 
 def measure(path: Path) -> None:
-    """List the states; print seconds, and GiB: of the peak, and of the table that is kept."""
+    """List the states; print seconds, and the peak memory in GiB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     started = time.perf_counter()
     shards = open_shards([str(path)], path)
@@ -123,7 +122,7 @@ def measure(path: Path) -> None:
 
 
 def main() -> None:
-    """Make the index, and list it in a process of its own."""
+    """Make the index, list it in a separate process, and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trajectories", type=int, default=1_000_000)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -140,9 +139,10 @@ def main() -> None:
         f"python benchmarks/index.py --trajectories {arguments.trajectories}", ("torch", "numpy", "pyarrow", "pydantic")
     )
     found_text = (
-        f"{arguments.trajectories:,} trajectories, {found['states']:,} states, an index of {size:.0f} MiB: listed in "
-        f"{found['seconds']:.0f} s on one core; memory peaks {found['gib']:.2f} GiB above that of the imports.\n"
-        "The machine was shared with other work, which the seconds show and the memory does not."
+        f"Before its first step, a trainer lists the states of {arguments.trajectories:,} trajectories\n"
+        f"({found['states']:,} states, an index of {size:.0f} MiB) in {found['seconds']:.0f} s on one core. Memory "
+        f"peaks {found['gib']:.2f} GiB above that of the imports.\n"
+        "The machine was shared with other work, which affects the seconds but not the memory."
     )
     write_section("Listing the states", f"{text}\n\n{found_text}")
 

@@ -1,6 +1,6 @@
 """Measure what must not change the numbers of a training run: writes docs/results/invariance.md.
 
-The demo's model and shards; each variant against the same plain run, step by step.
+Compares variants with one plain run on the demo's model and shards, step by step.
 
     make demo
     python benchmarks/invariance.py --demo demo
@@ -36,7 +36,7 @@ METRICS = ("loss", "grad_norm")
 
 
 def train(demo: Path, out: Path, processes: int, options: dict[str, object]) -> np.ndarray:
-    """Train; returns what is compared, of each step: float64 [STEPS, 2]."""
+    """Train; returns the compared metrics of each step, float64 [STEPS, 2]."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes) if processes > 1 else ()
     flags = {
         "shards": demo / "shards", "model": demo / "world/model", "out": out, "reward": "pickscore", "beta": 300,
@@ -50,7 +50,7 @@ def train(demo: Path, out: Path, processes: int, options: dict[str, object]) -> 
 
 
 def row(label: str, found_S2: np.ndarray, plain_S2: np.ndarray) -> str:
-    """Largest and mean difference of the loss, and of the gradient's norm relative to it."""
+    """Make a table row: largest and mean difference of the loss, and relative difference of the gradient norm."""
     apart_S2 = np.abs(found_S2 - plain_S2) / np.stack([np.ones(STEPS), plain_S2[:, 1]], axis=1)
     cells = [
         f"{value:.1e}" if value else "0" for n in (0, 1) for value in (apart_S2[:, n].max(), apart_S2[:, n].mean())
@@ -74,9 +74,9 @@ def main() -> None:
 
 The embedded world's base model, {STEPS} steps of 8 pairs in float32 on CPU (SmPO, beta 300, learning rate 5e-5 after 5
 steps of warm-up), against one process with `--batch-size 8 --workers 0 --reference stored`, whose losses are
-{losses.min():.3f} to {losses.max():.3f} and whose gradient norms are {norms.min():.2f} to {norms.max():.2f}. Over the
-steps, the largest and the mean difference; of gradient norms as shares of them. Sums in another order differ by
-rounding, which the steps then carry on; `0` is equal to the bit.
+{losses.min():.3f} to {losses.max():.3f} and whose gradient norms are {norms.min():.2f} to {norms.max():.2f}. The table
+has the largest and the mean difference over the steps; for gradient norms it is relative. Sums in another order differ
+by rounding, which later steps build on; `0` means equal bits.
 
 {head("variant", "loss, max", "loss, mean", "gradient norm, max", "gradient norm, mean")}
 {chr(10).join(rows)}"""

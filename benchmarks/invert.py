@@ -1,4 +1,4 @@
-"""How much of `smpo-pipeline invert` is the denoiser at work: writes its section of docs/results/benchmarks.md.
+"""Measure the denoiser's share of the time of `smpo-pipeline invert`; writes a section of docs/results/benchmarks.md.
 
 The embedded world's model and pictures, batches of 16 trajectories, every setting at its default. Measured in turns,
 each program in a process of its own:
@@ -6,8 +6,8 @@ each program in a process of its own:
 - actor: the actor's loop without Ray (`InvertActor` on units that are prepared already, tars written and committed);
 - job: the whole Ray job, which also reads, decodes and crops beside the actor, and writes index and manifest.
 
-Of each, the seconds inside the denoiser's forwards over those of the clock, both from the end of the first unit on. In
-the first, libraries still set themselves up.
+The share is the time inside the denoiser's forward passes over wall-clock time, both from the end of the first unit,
+during which libraries still initialise.
 
     python benchmarks/invert.py [--device cpu|cuda] [--turns N]
 """
@@ -61,7 +61,7 @@ TARGETS = {"actor": 0.9, "job": 0.85}
 
 
 def timed(work: Callable[..., Any], note: Callable[[float], None]) -> Callable[..., Any]:
-    """The same function, which tells ``note`` how many seconds each call took."""
+    """Wrap a function to report the seconds of each call to ``note``."""
 
     def call(*arguments: object) -> Any:  # noqa: ANN401  (whatever it returns)
         began = now()
@@ -73,7 +73,7 @@ def timed(work: Callable[..., Any], note: Callable[[float], None]) -> Callable[.
 
 
 class TimedActor(InvertActor):
-    """The actor; of each unit it notes when it ended, and how long each kind of work took, in seconds."""
+    """The actor, which records the end of each unit and the seconds of each kind of work."""
 
     def __init__(self, options: InvertOptions, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(options, **kwargs)
@@ -104,7 +104,7 @@ class TimedActor(InvertActor):
 
 
 def options_of(work: Path, out: Path, device: str) -> InvertOptions:
-    """What `invert` is told."""
+    """Options of `invert`."""
     return InvertOptions(
         pairs=[work / "pairs.parquet"],
         scores=work / "scores",
@@ -116,7 +116,7 @@ def options_of(work: Path, out: Path, device: str) -> InvertOptions:
 
 
 def run_actor(work: Path, out: Path, device: str) -> float:
-    """The actor's loop; there is nothing to finish."""
+    """Run the actor's loop."""
     options = options_of(work, out, device)
     files = list_pair_files(options.pairs)
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
@@ -148,7 +148,7 @@ def run_actor(work: Path, out: Path, device: str) -> float:
 
 
 def run_job(work: Path, out: Path, device: str) -> float:
-    """The whole job; returns the seconds that rejects, index and manifest took."""
+    """Run the whole job; returns the seconds of rejects, index and manifest."""
     seconds: list[float] = []
     for name in ("write_rejects", "write_index", "write_manifest"):
         setattr(job, name, timed(getattr(job, name), seconds.append))
@@ -158,7 +158,7 @@ def run_job(work: Path, out: Path, device: str) -> float:
 
 
 def measured(program: str, work: Path, device: str) -> dict[str, float]:
-    """Run a program in this process: seconds by the clock and of each kind of work, first unit and start left out."""
+    """Run a program in this process; returns its seconds, in total and by kind of work, after the first unit."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         began = now()
@@ -174,7 +174,7 @@ def measured(program: str, work: Path, device: str) -> dict[str, float]:
 
 
 def make_inputs(work: Path, count: int) -> None:
-    """So many pairs of rendered scenes in Pick-a-Pic columns, and a table of made-up scores for them."""
+    """Write pairs of rendered scenes in Pick-a-Pic columns, and a table of arbitrary scores."""
     stream, scenes = np.random.default_rng(0), all_scenes()
     rows = []
     for number in range(count):
@@ -188,7 +188,7 @@ def make_inputs(work: Path, count: int) -> None:
 
 
 def make_scores(path: Path, prompts: Sequence[str]) -> None:
-    """A table of made-up scores for pairs of these prompts, whose ids are their numbers."""
+    """Write arbitrary scores for pairs of these prompts, whose ids are their numbers."""
     made_up = {"label": 1.0, "pickscore_0": 0.21, "pickscore_1": 0.2}
     scores = [{"pair_id": str(number), "prompt": prompt, **made_up} for number, prompt in enumerate(prompts)]
     path.mkdir(parents=True)
@@ -210,7 +210,7 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 
 def measure(program: str, work: Path, device: str) -> dict[str, float]:
-    """Run a program in a process of its own."""
+    """Run a program in a separate process."""
     command = [sys.executable, __file__, "--measure", program, "--work", str(work), "--device", device]
     # Ray makes its workers nice; beside other work, the job would then be compared to a loop that is not.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
@@ -226,7 +226,7 @@ def measure(program: str, work: Path, device: str) -> dict[str, float]:
 
 
 def page(turns: list[dict[str, dict[str, float]]], device: str) -> str:
-    """The section of docs/results/benchmarks.md."""
+    """Make the section."""
     pairs = PAIRS_A_UNIT * (UNITS - 1)
 
     def spread(program: str, value: Callable[[Mapping[str, float]], float], digits: int = 3) -> str:
@@ -247,24 +247,26 @@ def page(turns: list[dict[str, dict[str, float]]], device: str) -> str:
     libraries = ("torch", "diffusers", "transformers", "ray")
     return f"""{stamp(f"python benchmarks/invert.py --device {device}", libraries, device=device)}
 
-The embedded world's model and pictures ({SIDE} pixels), float32, batches of {BATCH} trajectories, {UNITS} units of
-{PAIRS_A_UNIT} pairs with one actor, every setting at its default: {FORWARDS_A_PAIR} forwards of one image a pair, and
-those that measure health on a part of them (the reference's forwards count as the denoiser's). Shares of the clock from
-the end of the first unit to that of the last, and, of the job, also while index and manifest are written; left out are
-imports, the model's loading and fingerprints, Ray's start and end, and the first unit. Medians of {len(turns)} turns,
-smallest and largest in brackets; wanted of the denoiser: at least {wanted}.
+The embedded world's model and images ({SIDE} pixels) in float32, with batches of {BATCH} trajectories, {UNITS} units of
+{PAIRS_A_UNIT} pairs, one actor and default settings: {FORWARDS_A_PAIR} forward passes of one image per pair, and those
+that measure health on a part of them (the reference's forward passes count as the denoiser's). Shares are of the
+wall-clock time from the end of the first unit to the end of the last; for the job they include writing the index and
+the manifest. They exclude imports, loading and fingerprinting the model, Ray's start and end, and the first unit.
+Values are medians of {len(turns)} turns, with the smallest and the largest in brackets. Targets for the denoiser: at
+least {wanted}.
 
-| share of the clock | actor's loop, no Ray | whole Ray job |
+| share of the time | actor's loop, no Ray | whole Ray job |
 |---|---|---|
 {chr(10).join(lines)}
 | the rest | {spread("actor", rest)} | {spread("job", rest)} |
 
-Pairs/s in that time: {rates}. The whole job's command takes {spread("job", lambda found: found["whole"], 0)} s.
+Pairs per second in that time: {rates}.
+The whole job's command takes {spread("job", lambda found: found["whole"], 0)} s.
 """
 
 
 def main() -> None:
-    """Run everything, or one program where --measure names it."""
+    """Run all programs, or the one that --measure names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

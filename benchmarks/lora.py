@@ -1,12 +1,13 @@
-"""Full training and LoRA on the embedded world, judged by what they generate: writes docs/results/lora.md.
+"""Compare full training and LoRA by the images they generate; writes docs/results/lora.md.
 
-The full runs are those of benchmarks/trajectory_training.py (`good-renoise-1`). A LoRA wants another learning rate: it
-is chosen on the validation prompts with a training seed of its own; then three others are judged on the test prompts.
+The full runs are those of benchmarks/trajectory_training.py (`good-renoise-1`). A LoRA needs another
+learning rate: it is chosen on the validation prompts with a training seed of its own; then three others are evaluated
+on the test prompts.
 
     python benchmarks/trajectory_training.py --work DIR good-renoise-1
     python benchmarks/lora.py --work DIR
 
-About six CPU minutes. Every stage continues where it was stopped.
+About six CPU minutes. An interrupted stage continues.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def lora(work: Path, rate: str, seed: int) -> Path:
 
 
 def main() -> None:
-    """Choose the learning rate, train, judge, and write the page."""
+    """Choose the learning rate, train, evaluate, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/trajectory_training.py")
     work: Path = parser.parse_args().work
@@ -53,16 +54,16 @@ def main() -> None:
     text = f"""{stamp("python benchmarks/lora.py", ("torch", "diffusers", "peft", "numpy"), cores=1)}
 
 The embedded world's 600 pairs, the demo's settings (SmPO with two rewards, beta 300, 150 steps of 24 pairs, cosine);
-three training seeds, pooled; {results.num_images} images of {results.num_prompts} test prompts a model under the true
-reward. The base's mean is {results.finding(BASE, TRUTH).mean:.3f}. Intervals are 95 % bootstraps over prompts; they do
-not cover the choice of training seeds, whose win rates stand beside them. That stock pipelines load both results is a
-test (`tests/trainer/model/test_policy.py`).
+three training seeds, pooled; {results.num_images} images of {results.num_prompts} test prompts per model, scored by
+the true reward. The base's mean is {results.finding(BASE, TRUTH).mean:.3f}. Intervals are 95 % bootstraps
+over prompts; they do not cover the choice of training seeds, so each seed's win rate is listed too. A test
+(`tests/trainer/model/test_policy.py`) checks that stock diffusers pipelines load both results.
 
 {head("trained", *COLUMNS)}
 {chr(10).join(row(report, label, [out.name for out in outs]) for label, outs in final.items())}
 
-The LoRA's learning rate was chosen on the validation prompts, with another training seed. These are all that were
-tried, so a larger one than the best may be better still:
+The LoRA's learning rate was chosen on the validation prompts, with a further training seed. Only these two were tried;
+a larger one may be better still:
 
 {head("lr", "gain over base (95 %)")}
 {chr(10).join(f"| {each} | {difference(found)} |" for each, found in gains.items())}"""

@@ -1,13 +1,13 @@
-"""What objectives and state sources do to a model, judged by what it generates: writes docs/results/objectives.md.
+"""Compare objectives and sources of states by the images that models generate; writes docs/results/objectives.md.
 
 Six conditions on the embedded world (dpo, smpo with one reward, smpo with two; each on ReNoise and on forward states),
 all from one set of pairs. For each, beta is chosen on the validation prompts with a training seed of its own, then
-three other training seeds are judged on the test prompts under the true reward, which nothing else has seen.
+three other training seeds are evaluated on the test prompts under the true reward, which nothing else sees.
 
     python benchmarks/objectives.py [--work DIR]
 
-About forty minutes on two cores. Every stage continues where it was stopped. The demo's world, scores and shards are
-used (`make demo` makes them) where --work is left alone.
+About forty minutes on two cores. An interrupted stage continues. Without --work the demo's world, scores and shards
+are used (`make demo`).
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ CONDITIONS = [
 
 
 def prepare(work: Path) -> None:
-    """World, scores, and shards of both sources."""
+    """Make world, scores, and shards of both sources."""
     subprocess.run(["make", f"{work}/shards/manifest.json", f"DEMO={work}"], check=True, cwd=ROOT)
     common = ("--pairs", work / "world/pairs", "--scores", work / "scores", "--model", work / "world/model")
     run("smpo-pipeline", "invert", *common, "--source", "forward", "--out", work / "shards-forward")
 
 
 def train(work: Path, condition: Condition, beta: int, seed: int) -> Path:
-    """One training; returns its folder."""
+    """Train one model; returns its folder."""
     shards = work / ("shards" if condition.source == "renoise" else "shards-forward")
     out = work / "runs" / f"{condition.label}-b{beta}-s{seed}"
     model = work / "world/model"
@@ -84,13 +84,13 @@ def train(work: Path, condition: Condition, beta: int, seed: int) -> Path:
 
 
 def judge(work: Path, report: str, models: list[Path], prompts: str, images: int, guidance: int) -> Results:
-    """Judge models under the true reward, against the base."""
+    """Evaluate models against the base under the true reward."""
     file = work / f"world/prompts/{prompts}.txt"
     return evaluate(work / report, work / "world/model", models, file, images=images, guidance=guidance)
 
 
 def choose_betas(work: Path) -> tuple[dict[str, int], Results]:
-    """For each condition the beta whose samples of the validation prompts gain most."""
+    """Choose for each condition the beta with the largest gain on the validation prompts."""
     models = [train(work, condition, beta, SELECTION_SEED) for condition in CONDITIONS for beta in BETAS]
     results = judge(work, "report-selection", models, "validation", 4, 1)
     chosen = {
@@ -101,10 +101,10 @@ def choose_betas(work: Path) -> tuple[dict[str, int], Results]:
 
 
 def choose_demo(work: Path) -> tuple[list[Path], list[str]]:
-    """The demo's condition over all training seeds at two betas, on the validation prompts: models to use, and a table.
+    """Choose the demo's beta on the validation prompts, over all seeds; returns its models and a table.
 
-    A demo promises a win rate, for any seed: the beta is taken whose worst seed's interval begins highest. The Makefile
-    holds it.
+    A demo promises a win rate for any seed, so the beta is the one whose worst seed's interval begins highest.
+    The Makefile contains it.
     """
     condition = next(each for each in CONDITIONS if each.label == "renoise-smpo-2")
     models = {beta: [train(work, condition, beta, seed) for seed in SEEDS] for beta in DEMO_BETAS}
@@ -118,12 +118,12 @@ def choose_demo(work: Path) -> tuple[list[Path], list[str]]:
 
 
 def demo_rows(report: Path, names: list[str]) -> list[str]:
-    """Each training seed alone, and all together."""
+    """Make the rows of each training seed, and of all together."""
     return [row(report, name, [name]) for name in names] + [row(report, "all seeds", names)]
 
 
 def write_report(work: Path, chosen: dict[str, int], selection: Results, target: Path) -> None:
-    """Train and judge the final seeds, and write the page."""
+    """Train and evaluate the final seeds, and write the page."""
     models = {c.label: [train(work, c, chosen[c.label], seed) for seed in SEEDS] for c in CONDITIONS}
     flat = [model for group in models.values() for model in group]
     names = {label: [model.name for model in group] for label, group in models.items()}
@@ -137,13 +137,14 @@ def write_report(work: Path, chosen: dict[str, int], selection: Results, target:
 
 600 pairs; {STEPS} steps of {BATCH} pairs, AdamW, lr {LR} ({SCHEDULE}, {WARMUP} warm-up steps), gamma 10, all weights
 trained. `dpo` learns from the annotators' labels, `smpo-1` from pickscore, `smpo-2` from pickscore and clipscore with
-weight 1 each. Samples: 16 DDIM steps, {results.num_images} images of {results.num_prompts} held-out prompts a model,
-the same prompts and noise for all. Intervals are 95 % bootstraps over prompts (a prompt's images, of all seeds,
-belong together); they do not cover the choice of training seeds, whose own win rates stand beside them.
+weight 1 each. Each model draws {results.num_images} images of
+{results.num_prompts} held-out prompts with 16 DDIM steps and the same noise as the others. Intervals are 95 %
+bootstraps over prompts (a prompt's images, of all seeds,
+belong together); they do not cover the choice of training seeds, so each seed's win rate is listed too.
 
 ## Test prompts, guidance 1
 
-The base's mean true reward is {base:.3f}. Three training seeds a condition, pooled:
+The base's mean true reward is {base:.3f}. Each condition pools three training seeds:
 
 {columns}
 {chr(10).join(final)}
@@ -156,7 +157,7 @@ The base's mean true reward is {base:.3f}. Three training seeds a condition, poo
 
 
 def demo_section(work: Path) -> str:
-    """The demo's settings: chosen on validation prompts, judged on test prompts."""
+    """Make the section on the demo's settings: chosen on validation prompts, evaluated on test prompts."""
     demo, demo_validation = choose_demo(work)
     demo_names = [model.name for model in demo]
     plain, strong = f"report-{demo_names[0]}", f"report-{demo_names[0]}-guidance-2"
@@ -168,10 +169,10 @@ def demo_section(work: Path) -> str:
     base_guided = guided.finding(BASE, TRUTH).mean
     return f"""## The demo's settings, seed by seed
 
-ReNoise states, smpo-2. One selection seed, as above, is a weak guide; here both betas were trained with three seeds,
-and the one whose worst seed's win rate on the validation prompts has the higher lower end was taken, since a win rate
-is what the demo promises. By mean gain it would have been beta 100, whose rows are in the table above; the criterion
-was set after those had been seen, but before beta 300 was judged on the test prompts.
+ReNoise states, smpo-2. The one selection seed used above is a weak guide. Here both betas were trained with three
+seeds, and the choice was made by the win rate that the demo promises: the beta whose worst seed has the higher lower
+end of its interval on the validation prompts. The mean gain would have chosen beta 100 (rows above). This criterion was
+set after the rows above had been seen, but before beta 300 was evaluated on the test prompts.
 
 | validation prompts, win rate % by seed (lower end) | {" | ".join(f"seed {seed}" for seed in SEEDS)} |
 {"|---" * (len(SEEDS) + 1)}|
@@ -189,21 +190,22 @@ Test prompts, guidance 2 (the base's mean true reward is {base_guided:.3f}):
 
 
 def choice_section(selection: Results) -> str:
-    """Gains of every condition and beta on validation prompts."""
+    """Make the section with the gains of every condition and beta on validation prompts."""
     selected = ["| condition | " + " | ".join(f"beta {beta}" for beta in BETAS) + " |", "|---" * (len(BETAS) + 1) + "|"]
     for c in CONDITIONS:
         gains = [f"{gain(selection, f'{c.label}-b{beta}-s{SELECTION_SEED}'):+.3f}" for beta in BETAS]
         selected.append(f"| {c.source}, {c.name} | {' | '.join(gains)} |")
     return f"""## How beta was chosen
 
-Gain in mean true reward on {selection.num_images} images of {selection.num_prompts} validation prompts, one training
-seed ({SELECTION_SEED}) that is not among those above. The largest was taken; nothing else was tuned by condition.
+Gain in mean true reward on {selection.num_images} images of {selection.num_prompts} validation prompts, with one
+training seed ({SELECTION_SEED}) that is not among those above. The beta with the largest gain was used; nothing else
+was tuned per condition.
 
 {chr(10).join(selected)}"""
 
 
 def main() -> None:
-    """Run everything."""
+    """Run all conditions and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder for world, shards, runs and reports")
     parser.add_argument("--out", type=Path, default=RESULTS / "objectives.md", help="page to write")

@@ -19,7 +19,7 @@ _TITLE = "# Benchmarks\n\nRatios are taken within one run; rates of one run say 
 
 
 def stamp(command: str, libraries: Sequence[str], cores: int = os.cpu_count() or 1, device: str = "cpu") -> str:
-    """The command, the date, the machine and the versions, as two lines of a page that this program writes."""
+    """Format the command, the date, the machine and the versions as the first two lines of a page or section."""
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
     today = dt.datetime.now(dt.UTC).date()
     machine = f"{cores} CPU core{'s' if cores > 1 else ''} ({platform.machine()})"

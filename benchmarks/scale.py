@@ -1,11 +1,11 @@
-"""How the jobs grow: with workers, and with the size of the input. Writes three sections of docs/results/benchmarks.md.
+"""Measure how jobs scale with workers and with the input; writes three sections of docs/results/benchmarks.md.
 
 - Workers: `invert` with a stand-in for the model that takes a fixed time for a batch, by 1, 2, 4 and 8 actors of a
-  simulated cluster with a worker node for each: pairs a second from the end of the first unit of each actor on.
-  Everything else is the job as it is. What Ray costs over a bare loop is in benchmarks/invert.py (actor and job).
-- Memory: peak memory of the driver, of all workers and of Ray's object store while `score` and `invert` go through
+  simulated cluster with a worker node for each: pairs per second from the end of each actor's first unit.
+  Everything else is the real job. benchmarks/invert.py measures the cost of Ray over a bare loop.
+- Memory: peak memory of the driver, of all workers and of Ray's object store while `score` and `invert` process
   2,000, 20,000 and 200,000 pairs of small images, with stand-ins for the models that cost nothing.
-- A hundred million pairs: what such a run holds, reckoned.
+- A hundred million pairs: the size of what such a run holds, computed.
 
     python benchmarks/scale.py [--pairs 2000 20000 200000]
 
@@ -43,14 +43,14 @@ PROGRAMS = Path(__file__).with_name("scale_programs.py")
 
 
 def start(program: str, work: Path, number: int) -> subprocess.Popen[str]:
-    """A program in a process of its own."""
+    """Start a program in a separate process."""
     command = [sys.executable, PROGRAMS, program, str(work), str(number)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def rate(work: Path, workers: int) -> float:
-    """Pairs a second."""
+    """Pairs per second."""
     with start("workers", work, workers) as process:
         printed, _ = process.communicate()
     if process.returncode:
@@ -84,7 +84,7 @@ def peaks(work: Path, job: str, pairs: int) -> dict[str, float]:
 
 
 def memory_now(pid: int) -> dict[str, int]:
-    """Bytes of the driver and of all that it started, shared memory counted apart."""
+    """Memory of the driver and of all its child processes in bytes, with shared memory counted separately."""
     found = dict.fromkeys(("driver", "workers", "shared"), 0)
     try:
         driver = psutil.Process(pid)
@@ -97,7 +97,7 @@ def memory_now(pid: int) -> dict[str, int]:
         except psutil.Error:
             continue
         found["driver" if process.pid == pid else "workers"] += used.rss - used.shared
-        # Everybody maps the same object store: the largest share is that of its owner.
+        # All processes map the same object store; its owner has the largest share.
         found["shared"] = max(found["shared"], used.shared)
     return found
 
@@ -110,10 +110,10 @@ def workers_page(rates: dict[int, float]) -> Iterator[str]:
     yield stamp("python benchmarks/scale.py", ("ray", "pyarrow"))
     yield ""
     yield f"`invert` with a stand-in for the model that sleeps {SECONDS:g} s for a unit of {PAIRS_A_UNIT} pairs, by"
-    yield "several actors of a simulated cluster (a head and a worker node for each actor, all on these cores);"
-    yield "reading, decoding, drawing, writing and committing are real."
-    yield f"Pairs a second once every actor has finished its first unit; {UNITS_A_WORKER} units an actor, one run each;"
-    yield "wanted: 0.9 of the pace."
+    yield "several actors of a simulated cluster (a head and a worker node per actor, all on these cores). Reading,"
+    yield "decoding, random draws, writing and committing are real. Pairs per second are counted once every actor has"
+    yield f"finished its first unit, over {UNITS_A_WORKER} units per actor, in one run each. Target: 0.9 of the actors'"
+    yield "own pace."
     yield ""
     yield "| actors | pairs/s | of the actors' own pace |"
     yield "| --- | --- | --- |"
@@ -127,9 +127,9 @@ def memory_page(found: dict[tuple[str, int], dict[str, float]]) -> Iterator[str]
     yield stamp(f"python benchmarks/scale.py --pairs {' '.join(map(str, pairs))}", ("ray", "pyarrow"))
     yield ""
     yield "`score` over pairs of 64 x 64 JPEGs and `invert` over pairs of 32 x 32, with stand-ins for the models that"
-    yield "cost nothing. Peaks in MB, looked at twice a second: resident memory of the driver and of all other"
-    yield "processes (Ray's own included) without shared pages, and the largest shared part of a"
-    yield "process, which is the object store's. Other work may run beside it: the seconds say little."
+    yield "cost nothing. Peaks are in MB, sampled twice a second: resident memory of the driver and of all other"
+    yield "processes (Ray's own included) without shared pages, and the largest shared part of one process, which is"
+    yield "the object store's. Other work may have run at the same time, so the seconds mean little."
     yield ""
     yield "| job | pairs | driver | workers and Ray | shared | seconds |"
     yield "| --- | --- | --- | --- | --- | --- |"
@@ -137,12 +137,13 @@ def memory_page(found: dict[tuple[str, int], dict[str, float]]) -> Iterator[str]
         sizes = " | ".join(f"{each[name]:.0f}" for name in ("driver", "workers", "shared", "seconds"))
         yield f"| {job} | {pairs:,} | {sizes} |"
     yield ""
-    yield f"`score` writes its table {_UNITS_PER_PART * SCORE_ROWS:,} rows at a time, which its driver holds while it"
-    yield "does: more than the first two sizes have. What else grows with the input is in the account below."
+    yield f"`score` writes its table in parts of {_UNITS_PER_PART * SCORE_ROWS:,} rows, which its driver holds"
+    yield "meanwhile: more rows than the first two sizes have. The section on a hundred million pairs lists what else"
+    yield "grows with the input."
 
 
 def main() -> None:
-    """Run everything."""
+    """Run all measurements and write the sections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[2_000, 20_000, 200_000])
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a run over a hundred million pairs holds, by formula and by the size of real things (benchmarks/scale.py)."""
+"""Compute the size of what a run over a hundred million pairs holds; a part of benchmarks/scale.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MANY, FILES, GIGABYTE = 100_000_000, 10_000, 10**9
 
 
 def account_page() -> Iterator[str]:
-    """The section's text: what a run over very many pairs holds, by formula and by the size of the real things."""
+    """Make the section: sizes from formulas and from one real object of each kind."""
     process = load_family(str(ASSETS / "model")).process
     shapes = {"SD 1.5, 512 pixels": (4, 64, 64), "SDXL, 1024 pixels": (4, 128, 128)}
     fitting = {name: pairs_that_fit(GIGABYTE, latent, InversionSettings(), process) for name, latent in shapes.items()}
@@ -44,9 +44,9 @@ def account_page() -> Iterator[str]:
     as_object = held_bytes(lambda: UnitRecord.model_validate_json(record.model_dump_json()))
     yield stamp("python benchmarks/scale.py", ("torch", "pyarrow"))
     yield ""
-    yield f"{MANY:,} pairs in {FILES:,} Parquet files, one trajectory a pair, every setting at its default but"
-    yield "`--shard-size 1GB`; two rewards, ids of 36 and prompts of 80 characters. By formula, and by the size of one"
-    yield "real thing of each kind; nothing of this size was run."
+    yield f"{MANY:,} pairs in {FILES:,} Parquet files, with one trajectory per pair, two rewards, ids of 36 and prompts"
+    yield "of 80 characters, and default settings except `--shard-size 1GB`. Computed from formulas and from the size"
+    yield "of one real object of each kind; nothing of this size was run."
     yield ""
     yield f"| | {' | '.join(shapes)} |"
     yield "| --- | --- | --- |"
@@ -87,7 +87,7 @@ def account_page() -> Iterator[str]:
 
 
 def held_bytes(make: Callable[[], object]) -> float:
-    """Bytes of Python's heap that one of the objects takes, of a thousand."""
+    """Mean size of an object on Python's heap, over a thousand of them."""
     tracemalloc.start()
     kept = [make() for _ in range(1000)]
     size, _ = tracemalloc.get_traced_memory()

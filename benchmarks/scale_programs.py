@@ -34,7 +34,7 @@ from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.shards.samples import Sample
 
 SECONDS = 1.0
-"""That a unit of PAIRS_A_UNIT pairs takes, where workers are measured."""
+"""Duration of a unit of PAIRS_A_UNIT pairs, for the measurement of workers."""
 
 NODE = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
 
@@ -43,7 +43,7 @@ FILE_PAIRS = 2000
 
 
 class StandIn:
-    """In place of the inverter: sleeps, and gives samples of the right shapes."""
+    """Stands in for the inverter: sleeps, and returns samples of the right shapes."""
 
     def __init__(self, actor: InvertActor, seconds: float) -> None:
         self._seconds = seconds
@@ -69,7 +69,7 @@ class StandIn:
 
 
 class FixedTimeActor(InvertActor):
-    """The actor with the stand-in; notes when each unit ended."""
+    """The actor with the stand-in; records the end of each unit."""
 
     def __init__(self, options: InvertOptions, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(options, **kwargs)
@@ -93,7 +93,7 @@ class FreeInvertActor(InvertActor):
 
 
 class FreeActor(RewardActor):
-    """In place of a reward: all images score 0."""
+    """Stands in for a reward: all images score 0."""
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Score a chunk."""
@@ -101,7 +101,7 @@ class FreeActor(RewardActor):
 
 
 def invert_options(work: Path, out: Path, pairs: Sequence[Path], limit: int, **more: Any) -> InvertOptions:  # noqa: ANN401
-    """What `invert` is told; ``more``: by flag name."""
+    """Options of `invert`; ``more`` is by flag name."""
     options = InvertOptions(
         pairs=tuple(pairs),
         scores=work / "scores",
@@ -113,7 +113,7 @@ def invert_options(work: Path, out: Path, pairs: Sequence[Path], limit: int, **m
 
 
 def run_workers(work: Path, workers: int) -> None:
-    """`invert` by this many actors; prints pairs a second."""
+    """Run `invert` with this many actors; prints pairs per second."""
     invert_job.InvertActor = FixedTimeActor
     units = workers * UNITS_A_WORKER
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
@@ -136,7 +136,7 @@ def run_workers(work: Path, workers: int) -> None:
 
 
 def run_invert_memory(work: Path, pairs: int) -> None:
-    """`invert` over this many pairs."""
+    """Run `invert` on this many pairs."""
     invert_job.InvertActor = FreeInvertActor
     files = input_files(work, "invert", pairs)
     with tempfile.TemporaryDirectory() as folder:
@@ -145,12 +145,12 @@ def run_invert_memory(work: Path, pairs: int) -> None:
 
 
 def input_files(work: Path, job: str, pairs: int) -> list[Path]:
-    """The Parquet files of a job's measurement of memory."""
+    """Parquet files for the memory measurement of a job."""
     return [work / f"{job}-{number:03d}.parquet" for number in range(max(1, pairs // FILE_PAIRS))]
 
 
 def run_score_memory(work: Path, pairs: int) -> None:
-    """`score` over this many pairs."""
+    """Run `score` on this many pairs."""
     score_job.RewardActor = FreeActor
     files = input_files(work, "score", pairs)
     with tempfile.TemporaryDirectory() as folder:

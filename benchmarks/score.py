@@ -1,12 +1,12 @@
-"""What `smpo-pipeline score` makes of a machine: writes its section of docs/results/benchmarks.md.
+"""Measure the speed and memory of `smpo-pipeline score`; writes a section of docs/results/benchmarks.md.
 
-Images a second of the job, of the published one-at-a-time loops over the same model, and of a bare loop over our own
-scorer on decoded batches (what Ray costs); what a second reward costs; and peak memory at ten times the data behind an
-artificially slow reward. Everything is measured in turns, each in a process of its own; ratios are medians over turns.
+Measures images per second of the job, of the published loops over the same model, and of a bare loop over our scorer
+on decoded batches (the difference is Ray's cost); the cost of a second reward; and peak memory at ten times the data
+behind a slow reward. Programs run in turns, each in a separate process; ratios are medians over turns.
 
     python benchmarks/score.py [--turns N]
 
-About three quarters of an hour a turn on two cores. What was stopped goes on with what is missing.
+About 45 minutes per turn on two cores. An interrupted run continues with what is missing.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Results(BaseModel):
 
 
 def measure(kind: str, *arguments: object, threads: int = CORES) -> Cost:
-    """Run one of the programs in a process of its own."""
+    """Run one of the programs in a separate process."""
     command = [sys.executable, PROGRAMS, kind, *map(str, arguments)]
-    # Ray makes its workers nice; beside other work, they would then be compared to loops that are not.
+    # Ray lowers its workers' priority; on a shared machine the loops would have an advantage.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -90,7 +90,7 @@ def measure_loop(kind: str, *arguments: object) -> Cost:
 
 
 def peak_memory(*arguments: object) -> tuple[float, float]:
-    """Peak of proportional resident memory (MB) of a job's process tree, and its seconds."""
+    """Peak proportional resident memory (MB) of a job's process tree, and its seconds."""
     command = [sys.executable, PROGRAMS, *map(str, arguments)]
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -112,7 +112,7 @@ def peak_memory(*arguments: object) -> tuple[float, float]:
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes of a process and all it started; pages that they share (Ray's object store) are counted once."""
+    """Memory of a process and its children in bytes; shared pages (Ray's object store) are counted once."""
     total = 0
     try:
         for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
@@ -126,7 +126,7 @@ def tree_memory(pid: int) -> int:
 
 
 def turn(size: Size) -> dict[str, Cost]:
-    """Measure everything once: cost of a pair; and of Ray's start with all imports and one pair."""
+    """Measure one turn: the cost per pair, and of Ray's start with all imports and one pair."""
     first, second = f"pickscore={size.models[0]}", f"clipscore={size.models[1]}"
 
     def job_each(*specs: str) -> Cost:
@@ -139,7 +139,7 @@ def turn(size: Size) -> dict[str, Cost]:
     def ours(kind: str, spec: str) -> Cost:
         return measure_loop(kind, size.pairs, spec, size.bare, size.dtype).each(size.bare)
 
-    # Before and after the job what it is compared to most: the machine's speed changes within minutes.
+    # The main baseline runs before and after the job, since the machine's speed changes within minutes.
     single, bare = published(1), ours("bare", first)
     one = job_each(first)
     return {
@@ -156,7 +156,7 @@ def turn(size: Size) -> dict[str, Cost]:
 
 
 def rates(name: str, turns: Sequence[dict[str, Cost]]) -> str:
-    """A line of the first table: images a second."""
+    """Make a row of the first table: images per second."""
     costs = [median(each[key].clock for each in turns) for key in (SINGLE, PAIR, BARE, DECODING, JOB, PRODUCTS)]
     cells = [f"{2 / cost:.1f}" if cost > 0 else "lost in noise" for cost in costs]
     start = median(each["start"].clock for each in turns)
@@ -164,7 +164,7 @@ def rates(name: str, turns: Sequence[dict[str, Cost]]) -> str:
 
 
 def ratios(name: str, turns: Sequence[dict[str, Cost]]) -> str:
-    """Two lines of the second table: medians, and the smallest and largest where there are several turns."""
+    """Make two rows of the second table: medians, and with several turns the smallest and largest."""
     lines = []
     for place, kind in enumerate(("clock", "CPU")):
         cells = []
@@ -173,7 +173,7 @@ def ratios(name: str, turns: Sequence[dict[str, Cost]]) -> str:
             (SECOND, BARE_SECOND),
             (SINGLE, PRODUCTS),
         ):
-            # A job that took no longer than its start: on a busy machine, the clock of short runs is noise.
+            # A job that took no longer than its start: on a busy machine the time of short runs is noise.
             values = sorted(each[above][place] / each[below][place] for each in turns if each[below][place] > 0)
             spread = f" ({values[0]:.2f} .. {values[-1]:.2f})" if len(values) > 1 else ""
             cells.append(f"{median(values):.2f}{spread}" if values else "lost in noise")
@@ -188,53 +188,52 @@ def drift(results: Results) -> float:
 
 
 def page(results: Results) -> str:
-    """The section of docs/results/benchmarks.md."""
+    """Make the section."""
     counts = "; ".join(f"{name} {', '.join(map(str, each))}" for name, each in results.counts.items())
     memory, turns = results.memory, max(map(len, results.turns.values()))
     command = f"python benchmarks/score.py --turns {turns}"
     return f"""{stamp(command, ("torch", "transformers", "ray", "pyarrow", "pillow"))}
 
-The machine's own speed changes, and with it the ratios: the same bare loop took up to {drift(results):.1f} times as
-long in one turn as in another. Medians of the turns, smallest and largest in brackets; CPU seconds are those of all
-processes, Ray's own included. Loops ran on all cores and on one; the better counts. Ray's workers had the loops'
-priority.
+The machine's own speed varies, and the ratios with it: the same bare loop took up to {drift(results):.1f} times as long
+in one turn as in another. Values are medians of the turns, with the smallest and the largest in brackets. CPU seconds
+count all processes, Ray's own included. Loops ran on all cores and on one core, and the better result is listed. Ray's
+workers had the same priority as the loops.
 
-Float32 but where `--dtype bf16` is named, which the published loop does not know; batches of {BATCH}; JPEGs of
-512 x 512. The toy is the embedded world's PickScore, also on images of that world's own size, 32 x 32; ViT-B/32 is a
-random CLIP of that shape, 224 pixels. Rankings: all six pairs of four images a prompt follow each other; else each
-image is in one pair. Pairs a turn, for the job (two runs, the second less the first), the loops over our scorer, and
-the published ones: {counts}.
+All run in float32, except where bf16 is named (the published loop then stays in float32), with batches of {BATCH} and
+JPEGs of 512 x 512. "toy" is the embedded world's PickScore, also on images of that world's own size, 32 x 32. ViT-B/32
+is a random CLIP of that shape, at 224 pixels. In "rankings" all six pairs of four images per prompt follow each other;
+otherwise each image is in one pair. Pairs per turn, for the job (two runs, of which the difference counts), the loops
+over our scorer, and the published loops: {counts}.
 
-Images a second, two for each pair; start-up: the seconds that the same command takes for one pair (imports, Ray's
-start, loading the weights twice), which the others leave out:
+Images per second, two for each pair. Start-up is the time that the same command takes for one pair (imports, Ray's
+start, loading the weights twice); the other columns exclude it:
 
 | model | turns | one image at a time | a pair at a time | bare loop | decoding too | our job | products | start-up, s |
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(rates(name, found) for name, found in results.turns.items())}
 
-The published loop (one image or a pair at a time) decodes, preprocesses, encodes text and image, one after another.
-The bare loop calls our scorer on images that are decoded already, each once; or it decodes them too, in the same
-process. The job does so in processes that a bad file may crash, hashes images, and writes the table. Products: as many
-multiplications as our scorer makes, in one large product of matrices after another.
+The published loop (one image or one pair at a time) decodes, preprocesses, and encodes text and image in sequence. The
+bare loop calls our scorer on images that are decoded already, each once; "decoding too" decodes them in the same
+process. The job decodes in processes that a bad file may crash, hashes the images, and writes the table. "Products" is
+the same number of multiplications as in our scorer, in large matrix products.
 
-Speed of the job over that of the loops (3 times the published one, 0.9 of the bare one are wanted), and what a second
-reward of the same size adds to the job over its own bare loop (at most 1.1 is wanted). The last column is how much
-faster than the published loop the matrix products alone are, in float32:
+Speed of the job divided by that of the loops (targets: 3 for the published loop, 0.9 for the bare one), and the time
+that a second reward of the same size adds to the job, divided by that of its bare loop (target: at most 1.1). The last
+column is how much faster than the published loop the matrix products alone are, in float32:
 
 | model | by | one image at a time | a pair at a time | bare loop | decoding too | second reward | products |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(ratios(name, found) for name, found in results.turns.items())}
 
-The job decodes on the cores that the bare loop has for itself: where a model is small, it cannot keep up with that
-loop, whatever Ray costs; the one that decodes too tells what Ray, processes of their own for files, and the table cost.
-What a second reward costs is the difference of four runs. Nothing here was measured on a GPU, nor with a
-model of ViT-H/14's size.
+The job decodes on the cores that the bare loop has for itself, so with a small model it cannot keep up with that loop,
+whatever Ray costs. "Decoding too" shows the cost of Ray, of separate processes for files, and of the table. The cost of
+a second reward is a difference of four runs. Nothing here was measured on a GPU or with a model of ViT-H/14's size.
 
 {memory_section(memory)}"""
 
 
 def memory_section(memory: dict[int, tuple[float, float]]) -> str:
-    """Peak memory by number of pairs; ``memory`` holds peaks in MB and seconds."""
+    """Make the part on memory; ``memory`` has peaks in MB and seconds, by number of pairs."""
     lines = [
         f"| {count} | {count * 2 * MEMORY_SIDE**2 * 3 / 1e9:.1f} | {peak / 1e3:.2f} | {seconds:.0f} |"
         for count, (peak, seconds) in memory.items()
@@ -242,9 +241,9 @@ def memory_section(memory: dict[int, tuple[float, float]]) -> str:
     growth = memory[max(memory)][0] / memory[min(memory)][0] - 1
     return f"""### Memory behind a slow reward
 
-Two actors in place of rewards, the first of which costs nothing, the second sleeps {SLEEP * 1e3:.0f} ms an image;
-{MEMORY_SIDE} x {MEMORY_SIDE} JPEGs. Peak of the proportional resident memory of all processes (Ray's own, workers,
-actors, object store), sampled twice a second:
+Two actors stand in for rewards: the first does nothing, the second sleeps {SLEEP * 1e3:.0f} ms per image. Images are
+JPEGs of {MEMORY_SIDE} x {MEMORY_SIDE}. The peak is of the proportional resident memory of all processes (Ray's own,
+workers, actors, object store), sampled twice a second:
 
 | pairs | decoded, GB | peak, GB | seconds |
 |---|---|---|---|
@@ -304,7 +303,7 @@ def collect(work: Path, turns: int) -> Results:
 
 
 def made(path: Path, make: Callable[[Path], object]) -> Path:
-    """The path, made where it is missing."""
+    """Return the path, after making it if it is missing."""
     if not path.exists():
         make(path)
     return path

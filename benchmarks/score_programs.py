@@ -1,6 +1,6 @@
-"""The programs that `benchmarks/score.py` measures, each in a process of its own, and what they read.
+"""The programs that `benchmarks/score.py` measures, each in a separate process, and their inputs.
 
-python benchmarks/score_programs.py PROGRAM PAIRS ...     prints seconds by the clock and of the CPU
+python benchmarks/score_programs.py PROGRAM PAIRS ...     prints wall-clock and CPU seconds
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ from smpo_pipeline.rewards import load_reward
 TOY = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/rewards/pickscore"
 BATCH = 32
 SLEEP = 0.02
-"""Seconds an image that the slow reward takes."""
+"""Seconds per image of the slow reward."""
 
 
 class Cost(NamedTuple):
-    """Seconds by the clock, and of the CPU in this process and all it starts."""
+    """Wall-clock seconds, and CPU seconds of this process and its children."""
 
     clock: float
     cpu: float
 
     def each(self, count: int) -> Cost:
-        """For one of ``count``."""
+        """Cost per item of ``count``."""
         return Cost(self.clock / count, self.cpu / count)
 
     def mean(self, other: Cost) -> Cost:
-        """Half of what both cost."""
+        """Mean of two costs."""
         return Cost((self.clock + other.clock) / 2, (self.cpu + other.cpu) / 2)
 
     def less(self, other: Cost) -> Cost:
-        """What it costs more than ``other``."""
+        """Difference to another cost."""
         return Cost(self.clock - other.clock, self.cpu - other.cpu)
 
 
 class Stopwatch:
-    """Measures what happens inside; processes are looked at five times a second, since some are gone at the end."""
+    """Measures the cost inside the context; samples processes five times per second, since some end before it does."""
 
     cost: Cost
 
@@ -88,7 +88,7 @@ class Stopwatch:
 
 
 def rows_of(path: Path, count: int) -> list[dict[str, object]]:
-    """The first pairs of the input."""
+    """Read the first pairs of the input."""
     return pq.read_table(path).slice(0, count).to_pylist()
 
 
@@ -142,7 +142,7 @@ def bare_loop(pairs: Path, spec: str, count: int, dtype: str, *, ready: bool) ->
 
 
 def products(pairs: Path, spec: str, count: int) -> Cost:
-    """Cost of as many multiplications as our scorer makes, in one large product of matrices after another."""
+    """Cost of as many multiplications as our scorer makes, in large matrix products."""
     reward = load_reward(spec, "cpu")
     with FlopCounterMode(display=False) as counter:
         for images, prompts in batches_of(pairs, count):
@@ -159,7 +159,7 @@ def products(pairs: Path, spec: str, count: int) -> Cost:
 
 
 class SlowActor(RewardActor):
-    """In place of rewards: the first one costs nothing, the last one takes its time."""
+    """Stands in for rewards: the first one costs nothing, the last one sleeps."""
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Score all images alike."""
@@ -187,7 +187,7 @@ def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, dtype: str,
 
 
 def make_pairs(path: Path, count: int, side: int, images_a_prompt: int = 2) -> Path:
-    """Pick-a-Pic columns: all pairs of smooth random JPEGs, captions of the embedded world (10 to 14 tokens)."""
+    """Write pairs of smooth random JPEGs in Pick-a-Pic columns, with captions of 10 to 14 tokens."""
     generator = np.random.default_rng(0)
     colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
     rows: list[dict[str, object]] = []
@@ -207,7 +207,7 @@ def make_pairs(path: Path, count: int, side: int, images_a_prompt: int = 2) -> P
 
 
 def make_vit_b(path: Path, seed: int) -> Path:
-    """A random CLIP of ViT-B/32's shape (the default of transformers), 224 pixels, 77 tokens."""
+    """Write a random CLIP of ViT-B/32's shape (the default of transformers), 224 pixels, 77 tokens."""
     return make_clip(path, CLIPConfig(), seed)
 
 
@@ -221,7 +221,7 @@ def make_clip(path: Path, config: CLIPConfig, seed: int) -> Path:
 def build_clip(
     config: CLIPConfig, seed: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
-    """A random CLIP of this shape, the toy's tokenizer, and what prepares images: all that a reward needs."""
+    """Make a random CLIP of this shape, the toy world's tokenizer, and an image processor: all that a reward needs."""
     tokenizer = CLIPTokenizer.from_pretrained(TOY, model_max_length=77)
     config.text_config.vocab_size = len(tokenizer)
     config.text_config.bos_token_id = tokenizer.bos_token_id
@@ -236,7 +236,7 @@ def build_clip(
 
 
 def run_program(kind: str, pairs: str, *rest: str) -> Cost:
-    """One of the measured programs, in this process."""
+    """Run one of the measured programs in this process."""
     if kind == "published":
         return published_loop(Path(pairs), rest[0], int(rest[1]), int(rest[2]))
     if kind in ("bare", "decoding"):

@@ -1,4 +1,4 @@
-"""Random models with the layers of published ones; all widths may be divided, so that two CPU cores can hold them."""
+"""Random models with the layers of published ones; widths can be divided, so that they run on two CPU cores."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Shape:
     """A published model's shape, and how the published scripts train it.
 
     Attributes:
-        name: as the page calls it.
+        name: on the page.
         grid: nodes of the published inversion.
-        beta: the published one.
-        pairs: in a batch that two CPU cores do in seconds.
+        beta: the published value.
+        pairs: batch size that two CPU cores process in seconds.
     """
 
     name: str
@@ -40,7 +40,7 @@ SHAPES = {"sd15": Shape("Stable Diffusion 1.5", 5, 2000.0, 2), "sdxl": Shape("St
 
 
 def make_model(path: Path, shape: str, divide: int, side: int) -> None:
-    """Write the folder of a :func:`build_model`."""
+    """Write the folder of a model from :func:`build_model`."""
     build_model(shape, divide, side).save_pretrained(path)
 
 
@@ -53,7 +53,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     shallow: bool = False,
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """A whole pipeline with random weights.
+    """Make a whole pipeline with random weights.
 
     Args:
         shape: ``sd15`` or ``sdxl``.

@@ -70,19 +70,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "anderson 1e-5": {"solver": "anderson", "tolerance": 1e-5},
 }
 TRAJECTORIES = 6
-"""A pair, of the published timesteps: each has one state."""
+"""Trajectories per pair for the published timesteps; each has one state."""
 
 GUIDED = ("renoise 1 (published)", "renoise 5", "adaptive 1e-4", "anderson 1e-4")
 
 
 @dataclasses.dataclass
 class Measured:
-    """What was found on some trajectories.
+    """Measurements of some trajectories.
 
     Attributes:
-        evaluations: a state.
+        evaluations: per state.
         missed: share of the states whose solver did not reach its tolerance; None for solvers without one.
-        own: all states' residuals by the inverting denoiser, in its own type.
+        own: all states' residuals by the inverting denoiser, in its own dtype.
         residuals, timesteps: all states' residuals by the float32 model, and where they are.
         round_trip: all images' errors.
     """
@@ -95,14 +95,14 @@ class Measured:
     round_trip: np.ndarray
 
     def cells(self, *, own: bool = False) -> list[str]:
-        """Cells of a table row; with the inverting denoiser's own residuals or without."""
+        """Format the cells of a table row, with or without the inverting denoiser's own residuals."""
         shown = [*([self.own] if own else []), self.residuals, self.round_trip]
         spread = [f"{value:.1e}" for each in shown for value in (np.median(each), each.max())]
         return [f"{self.evaluations:.1f}", *spread, "" if self.missed is None else f"{100 * self.missed:.1f} %"]
 
 
 class CountingBatch(Batch):
-    """A batch that counts the rows it was asked to predict (with guidance each costs two evaluations)."""
+    """A batch that counts predicted rows (with guidance each costs two evaluations)."""
 
     rows = 0
 
@@ -113,7 +113,7 @@ class CountingBatch(Batch):
 
 
 def make_pairs(count: int) -> list[PreparedPair]:
-    """Pairs of two pictures of one held-out caption, at two places."""
+    """Make pairs of two renders of one held-out caption, with the shape at two places."""
     stream = np.random.default_rng(0)
     captions = captions_of("test")
     pairs = []
@@ -129,7 +129,7 @@ def make_pairs(count: int) -> list[PreparedPair]:
 def inverted(
     family: Family, trajectories: Sequence[Trajectory], settings: InversionSettings
 ) -> tuple[CountingBatch, list[Visit]]:
-    """All visits of some trajectories, made by a copy of the denoiser in the settings' type."""
+    """Invert with a copy of the denoiser in the settings' dtype; returns the batch and all visits."""
     inverting_denoiser = copy.deepcopy(family.denoiser).to(DTYPES[settings.dtype])
     batch = CountingBatch(trajectories, family, inverting_denoiser, settings)
     return batch, list(renoise_visits(batch))
@@ -137,7 +137,7 @@ def inverted(
 
 @torch.inference_mode()
 def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings) -> Measured:
-    """Trajectory, measure every state's residual, and sample back."""
+    """Invert, measure every state's residual, and sample back."""
     trajectories = [draw_trajectory(pair, 0, family, settings, 0) for pair in pairs]
     inverting_denoiser, visits = inverted(family, trajectories, settings)
     rows, exact = inverting_denoiser.rows, Batch(trajectories, family, family.denoiser, settings)
@@ -168,7 +168,7 @@ def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSe
 
 @torch.inference_mode()
 def measure_published(family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings) -> list[str]:
-    """Published states against those that belong to their timestep: solved over the same grid, to t itself."""
+    """Compare published states with those that belong to their timestep, solved over the same grid up to t."""
     trajectories = [
         draw_trajectory(pair, number, family, settings, 0) for pair in pairs for number in range(TRAJECTORIES)
     ]
@@ -212,13 +212,13 @@ def _last_states(visits: Sequence[Visit], batch: Batch) -> torch.Tensor:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Format a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(found: dict[int, dict[str, Measured]]) -> None:
-    """Cost against round trip, and the residual along the trajectory."""
+    """Plot cost against round trip, and the residual along the trajectory."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for steps, marker in zip(STEPS, "^os", strict=True):
         for index, (name, measured) in enumerate(found[steps].items()):
@@ -241,21 +241,19 @@ def draw(found: dict[int, dict[str, Measured]]) -> None:
 
 
 def published_section(family: Family, pairs: Sequence[PreparedPair], plain: InversionSettings) -> str:
-    """What the published timesteps cost: the section's text."""
+    """Make the section on the published timesteps."""
     published = [
         [f"{steps}", name, *measure_published(family, pairs, plain.model_copy(update={
             "timesteps": "published", "steps": steps, **options}))]
         for steps in (5, 10) for name, options in PUBLISHED.items()
     ]  # fmt: skip
-    return f"""## What the published timesteps cost
+    return f"""## Cost of the published timesteps
 
-`--timesteps published`: the first grid state at or above t (above the last node: that one) is used as if it were at t,
-and each step asks the model at the timestep that it starts from. It is compared with the state that belongs to t: a
-trajectory over the same grid's nodes below t and then t, asked where steps end, solved to 1e-5. {
-        TRAJECTORIES
-    } draws of t for each
-pair. "From below" is the share of states whose node is below t. The last two columns are the rms of tau, and of the
-noise predicted at t, of the used states over those of the states that belong to t.
+With `--timesteps published`, the first grid state at or above t (above the last node: the last one) is used as if it
+were at t, and each step evaluates the model at the timestep where it starts. The table compares it with the state that
+belongs to t: a trajectory over the same grid's nodes below t and then t, evaluated where steps end and solved to 1e-5,
+for {TRAJECTORIES} draws of t per pair. "From below" is the share of states whose node is below t. The last two columns
+are ratios, used states over states that belong to t: of the rms of tau, and of the rms of the noise predicted at t.
 
 {
         table(
@@ -311,16 +309,14 @@ reach its tolerance.
 
 {table(("solver", "steps", *columns), rows)}
 
-The same, {
-        plain.steps
-    } steps, with an inverting denoiser rounded to a narrow type. "Own residual" is what that inverting denoiser
-    measures: its
-solver looks at it, and shards store it. Residual and round trip are by the unrounded model, in float32:
+The same at {plain.steps} steps, with an inverting denoiser rounded to half precision. "Own residual" is what that
+denoiser measures: its solver uses it, and shards store it. Residual and round trip are measured by the unrounded model,
+in float32:
 
 {table(("dtype", "solver", columns[0], "own residual, median", "max", *columns[1:]), narrow)}
 
-The same, float32, with classifier-free guidance of scale 3 in the trajectory (an evaluation is then two forwards, both
-counted):
+The same in float32, with classifier-free guidance of scale 3 in the trajectory (an evaluation is then two forward
+passes, both counted):
 
 {table(("solver", *columns), guided)}
 

@@ -1,16 +1,16 @@
-"""What a training step costs, against the published way: writes sections of docs/results/benchmarks.md.
+"""Measure the cost of a training step against the published scripts; writes sections of docs/results/benchmarks.md.
 
 On one denoiser of a published model's shape (`--shape`; all widths divided by `--divide`, so that two CPU cores can
 hold it):
 
 - published: one step as the published scripts do it: VAE encode, text encode, ReNoise inversion with the model in
-  training on their grid, the reference's forward, the policy's forward and backward, torch's AdamW as it comes;
+  training on their grid, the reference's forward pass, the policy's forward and backward passes, torch's default AdamW;
 - ours: `smpo-train` on shards of the same latent shape;
-- bare: the denoiser's forward and backward and the trainer's own fused AdamW alone, on ready tensors: what no trainer
-  can be cheaper than;
-- invert: our own inversion of images of that size, 9 steps with one ReNoise step, everything included but Ray.
+- bare: the denoiser's forward and backward passes and the trainer's fused AdamW alone, on ready tensors: a lower
+  bound;
+- invert: our inversion of images of that size, 9 steps with one ReNoise step, everything included except Ray.
 
-Each is measured in a process of its own, in turns; ratios are taken within a turn.
+Each program runs in a separate process, in turns; ratios are taken within a turn.
 
     python benchmarks/train.py [--shape sd15|sdxl] [--divide 4] [--device cpu|cuda] [--turns 3]
 """
@@ -63,7 +63,7 @@ RUNS = (1, 2, 5, 10)
 
 
 def make_shards(path: Path, model: Path, trajectories: int) -> None:
-    """Shards of random latents: what a training step costs does not depend on what they show."""
+    """Write shards of random latents; the cost of a training step does not depend on their content."""
     stream = torch.Generator().manual_seed(1)
     size = ((8 * SIDE, 8 * SIDE),) * 2
     with ShardWriter(path / "shard-000000.tar") as writer:
@@ -105,7 +105,7 @@ def make_shards(path: Path, model: Path, trajectories: int) -> None:
 
 
 def published(model: Path, shape: Shape, device: str) -> list[float]:
-    """Seconds of one step at each fifth of the timesteps: the mean over them is that over a uniform t."""
+    """Seconds of one step at each fifth of the timesteps, whose mean is the mean over a uniform t."""
     family = load_family(str(model), device=device)
     scheduler = DDIMScheduler.from_pretrained(model, subfolder="scheduler")
     inverse = DDIMInverseScheduler.from_config(scheduler.config)
@@ -133,7 +133,7 @@ def published(model: Path, shape: Shape, device: str) -> list[float]:
 
 
 def bare(model: Path, shape: Shape, device: str) -> list[float]:
-    """Seconds of forward, backward and AdamW, as the trainer has it, on ready tensors."""
+    """Seconds of forward, backward and the trainer's AdamW on ready tensors."""
     family = load_family(str(model), device=device)
     policy, optimizer = _policy(family, fused=True)
     x, noise = torch.randn(2, 2 * shape.pairs, 4, SIDE, SIDE, device=device)
@@ -175,7 +175,7 @@ def ours(model: Path, shape: Shape, device: str, shards: Path, out: Path) -> tup
 
 
 def _policy(family: Family, *, fused: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A trainable copy of the denoiser, in evaluation mode as the others: these models have no dropout."""
+    """Make a trainable copy of the denoiser, in evaluation mode like the others: these models have no dropout."""
     policy = copy.deepcopy(family.denoiser).requires_grad_(True)
     family.denoiser.requires_grad_(False)
     return policy, torch.optim.AdamW(policy.parameters(), lr=1e-8, fused=fused)
@@ -214,7 +214,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def measure(program: str, arguments: argparse.Namespace, work: Path) -> dict[str, float]:
-    """Run one program in a process of its own: mean seconds of a step, peak GiB, and its data wait in percent."""
+    """Run one program in a separate process; returns mean seconds per step, peak GiB, and its data wait in percent."""
     command = [sys.executable, __file__, "--measure", program, "--work", str(work), "--shape", arguments.shape]
     command += ["--device", arguments.device]
     said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -222,7 +222,7 @@ def measure(program: str, arguments: argparse.Namespace, work: Path) -> dict[str
 
 
 def _measured(program: str, shape: Shape, device: str, work: Path) -> dict[str, float]:
-    # Float32 is float32 in all of them, as in our programs.
+    # No program uses TF32, as our commands do not.
     torch.backends.cudnn.allow_tf32 = False
     model, wait, whose = work / "model", 0.0, resource.RUSAGE_SELF
     if program == "ours":
@@ -255,24 +255,23 @@ def lines_of(turns: list[dict[str, dict[str, float]]], shape: Shape, divide: int
         return median(turn[program][key] for turn in turns)
 
     yield f"UNet, VAE and text encoders of {shape.name}'s layout with all widths divided by {divide}, latents"
-    yield f"4 x {SIDE} x {SIDE}, float32, {shape.pairs} pairs a batch, {len(turns)} turns; medians, and ratios within"
-    yield f"a turn (lowest .. highest). The published way inverts on {shape.grid} nodes, up to the first that is not"
-    yield "below a uniform t."
-    yield "`published` steps with torch's AdamW as it comes, as those scripts do; `ours` and `bare` with the fused one."
-    yield f"`invert` is our trajectory of {STEPS} steps, its seconds for as many states as a training step takes."
+    yield f"4 x {SIDE} x {SIDE}, float32, {shape.pairs} pairs per batch, {len(turns)} turns; medians, and ratios within"
+    yield f"a turn (lowest .. highest). `published` inverts on {shape.grid} nodes, up to the first that is not below a"
+    yield "uniform t, and uses torch's default AdamW, as the published scripts do; `ours` and `bare` use the fused one."
+    yield f"`invert` is our trajectory of {STEPS} steps; its seconds are for as many states as a training step takes."
     yield ""
-    yield "| program | seconds a step | peak GiB |"
+    yield "| program | seconds per step | peak GiB |"
     yield "| --- | --- | --- |"
     for program in ("published", "ours", "bare", "invert"):
         yield f"| {program} | {middle(program):.2f} | {middle(program, 'gib'):.2f} |"
     yield ""
-    yield f"- pairs/s, ours over published: **{ratio('published', 'ours')}**"
+    yield f"- pairs per second, ours over published: **{ratio('published', 'ours')}**"
     yield f"- peak memory, ours over published: {ratio('ours', 'published', 'gib')}"
     yield f"- forward, backward and AdamW alone over our step: {ratio('bare', 'ours')}"
-    yield f"- data wait: {middle('ours', 'wait'):.1f} % of our step"
+    yield f"- waiting for data: {middle('ours', 'wait'):.1f} % of our step"
     yield ""
-    yield "The whole account, in seconds of each state visited: inverting a data set once and training n times on it,"
-    yield "against n published trainings that visit as many states."
+    yield "Total cost in seconds per visited state: inverting a data set once and training n times on it, against n"
+    yield "published trainings that visit as many states."
     yield ""
     yield "| n trainings | published | ours, inversion included | published over ours |"
     yield "| --- | --- | --- | --- |"
@@ -283,7 +282,7 @@ def lines_of(turns: list[dict[str, dict[str, float]]], shape: Shape, divide: int
 
 
 def main() -> None:
-    """Run everything, or one program where --measure names it."""
+    """Run all programs, or the one that --measure names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="sd15", choices=SHAPES)
     parser.add_argument("--divide", type=int, default=4, choices=(1, 2, 4))

@@ -1,15 +1,15 @@
-"""Which trajectories are believable, measured on two worlds: writes docs/results/noise_ratio.md.
+"""Measure the noise ratios of trajectories on two worlds; writes docs/results/noise_ratio.md.
 
 The same pairs, drawn by the embedded world's base model from held-out captions, are inverted with the world's own model
 and with a copy that has a thin posterior (made by benchmarks/thin_world.py), with every number of steps, solver and
-start. What is reported is what `invert` writes into its manifest, with all pairs measured, and whether it would warn.
+start. The page lists the health that `invert` writes to its manifest, over all pairs, and whether it would warn.
 
     python benchmarks/thin_world.py --out DIR
     python benchmarks/trajectories.py measure "the world" good.json
     python benchmarks/trajectories.py measure "its thin copy" thin.json --model DIR
     python benchmarks/trajectories.py page good.json thin.json
 
-Three to four CPU minutes a world.
+Three to four CPU minutes per world.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PAGE, PLOT = RESULTS / "noise_ratio.md", IMAGES / "noise_ratio.png"
 TITLE = "Noise ratios by solver, steps and start"
 
 PAIRS_OF_STEPS = {5: 8, 9: 8, 20: 4, 50: 2}
-"""Longer trajectories have more states in a band, so that fewer of them do."""
+"""Longer trajectories have more states per band, so fewer pairs suffice."""
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "ReNoise 0 (DDIM)": {"renoise_steps": 0},
@@ -62,7 +62,7 @@ Cell = tuple[int, str, str | int]
 
 
 def make_pairs(count: int) -> list[PreparedPair]:
-    """Pairs of two samples of the base model for one held-out caption, as the world's own pairs are."""
+    """Make pairs of two samples of the base model for one held-out caption, like the world's own pairs."""
     captions = captions_of("test")[:count]
     pipeline = load_pipeline(ASSETS / "model")
     images = [sample_images(pipeline, captions, list(range(image, 2 * count, 2))) for image in range(2)]
@@ -74,7 +74,7 @@ def make_pairs(count: int) -> list[PreparedPair]:
 
 
 def measure(family: Family, pairs: Sequence[PreparedPair], cell: Cell) -> list[BandHealth]:
-    """Health of the trajectories of some pairs, by band."""
+    """Invert some pairs; returns the health of their trajectories by band."""
     steps, solver, start = cell
     settings = InversionSettings(steps=steps, start=start, prompt_dropout=0, hflip=False, **SOLVERS[solver])
     requests = [(pair, 0) for pair in pairs[: PAIRS_OF_STEPS[steps]]]
@@ -91,7 +91,7 @@ def cells() -> Iterator[Cell]:
 
 
 def ratios(bands: Sequence[BandHealth]) -> list[float]:
-    """Of the bands that hold states."""
+    """Noise ratios of the bands that contain states."""
     return [band.noise_ratio for band in bands if band.noise_ratio is not None]
 
 
@@ -106,7 +106,7 @@ def warned(bands: Sequence[BandHealth]) -> bool:
 
 
 def row(cell: Cell, bands: Sequence[BandHealth]) -> list[str]:
-    """Cells of a table row, with the five bands in each of the last three but one."""
+    """Format a table row, with the five bands in each column of measurements."""
     steps, solver, start = cell
 
     def numbers(values: Sequence[float | None], form: str) -> str:
@@ -124,13 +124,13 @@ def row(cell: Cell, bands: Sequence[BandHealth]) -> list[str]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Format a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(found: dict[str, dict[Cell, list[BandHealth]]]) -> None:
-    """The worst band of every combination, on both worlds."""
+    """Plot the worst band of every combination, on both worlds."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained", sharey=True)
     columns = list(product(PAIRS_OF_STEPS, STARTS))
     for axis, (name, of_cell) in zip(axes, found.items(), strict=True):
@@ -150,7 +150,7 @@ def draw(found: dict[str, dict[Cell, list[BandHealth]]]) -> None:
 
 
 def measure_world(name: str, model: str, target: Path) -> None:
-    """All combinations on one world, into a JSON file."""
+    """Measure all combinations on one world, and write a JSON file."""
     torch.set_num_threads(1)
     begin = time.process_time()
     pairs = make_pairs(max(PAIRS_OF_STEPS.values()))
@@ -191,8 +191,8 @@ Measured in {minutes:.0f} CPU minutes.
 
 ![noise ratio of the worst band](images/noise_ratio.png)
 
-The last columns but one hold the five timestep bands, 0 to 199 first. float32, jittered timesteps, no prompt dropped,
-nothing mirrored. Pairs: {used}.
+Each of the three columns of measurements lists the five timestep bands, 0 to 199 first. All runs use float32 and
+jittered timesteps, without dropped prompts and flips. Pairs: {used}.
 "warns": a band's noise ratio is outside {LOWEST_RATIO} to {HIGHEST_RATIO}. "-": no step was taken there, so there is no
 residual.
 

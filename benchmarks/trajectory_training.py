@@ -1,13 +1,13 @@
-"""What trajectories do to a model trained on them, by what it generates: writes docs/results/trajectory_training.md.
+"""Compare models trained on different trajectories by their images; writes docs/results/trajectory_training.md.
 
 The demo's pairs are inverted in several ways with the embedded world's model and with a copy that has a thin posterior
 (made by benchmarks/thin_world.py). On each set of shards SmPO is trained with three seeds and the demo's settings, and
-judged on the test prompts under the true reward, against the model that it started from.
+evaluated on the test prompts under the true reward, against the model that it started from.
 
     python benchmarks/trajectory_training.py --work DIR [LABEL ...]
 
-Six CPU minutes a variant. With labels, only these variants are made; without, all that are missing. The page shows
-what there is, and names what there is not. Every stage continues where it was stopped.
+Six CPU minutes per variant. LABEL limits the work to some variants. The page lists finished variants, and names the
+others. An interrupted stage continues.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ WORLDS = {"good": "The embedded world", "thin": "Its thin copy"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to make states."""
+    """One way to make states."""
 
     world: str
     name: str
@@ -89,22 +89,22 @@ VARIANTS = {
 
 
 def model_of(work: Path, world: str) -> Path:
-    """A world's model."""
+    """Folder of a world's model."""
     return work / ("world/model" if world == "good" else "thin")
 
 
 def shards_of(work: Path, variant: Variant) -> Path:
-    """A variant's shards."""
+    """Folder of a variant's shards."""
     return work / "trajectories" / variant.label
 
 
 def runs_of(work: Path, variant: Variant) -> list[Path]:
-    """A variant's trained models, one a seed."""
+    """Folders of a variant's trained models, one per seed."""
     return [work / "runs" / f"{variant.label}-s{seed}" for seed in SEEDS]
 
 
 def invert(work: Path, world: str, out: Path, *flags: object) -> None:
-    """Invert the demo's pairs with a world's model, where that was not done yet."""
+    """Invert the demo's pairs with a world's model, unless that is done."""
     if not (out / MANIFEST_FILE).is_file():
         run(
             *("smpo-pipeline", "invert", "--pairs", work / "world/pairs", "--scores", work / "scores"),
@@ -113,26 +113,26 @@ def invert(work: Path, world: str, out: Path, *flags: object) -> None:
 
 
 def train(shards: Path, model: Path, out: Path, *flags: object) -> None:
-    """Train a model with :data:`TRAINING`, where that was not done yet."""
+    """Train a model with :data:`TRAINING`, unless that is done."""
     if not (out / TRAINING_FILE).is_file():
         run("smpo-train", "--shards", shards, "--model", model, "--out", out, *TRAINING, *flags)
 
 
 def make(work: Path, variant: Variant) -> None:
-    """Its shards and models."""
+    """Make a variant's shards and models."""
     invert(work, variant.world, shards_of(work, variant), *variant.flags)
     for seed, out in zip(SEEDS, runs_of(work, variant), strict=True):
         train(shards_of(work, variant), model_of(work, variant.world), out, "--seed", seed)
 
 
 def judge(work: Path, world: str) -> None:
-    """Evaluate what there is of a world's models."""
+    """Evaluate a world's finished models."""
     runs = [out for variant in finished(work, world) for out in runs_of(work, variant)]
     evaluate(work / f"report-{world}", model_of(work, world), runs, work / "world/prompts/test.txt", images=IMAGES)
 
 
 def finished(work: Path, world: str) -> list[Variant]:
-    """A world's variants of which all models are there."""
+    """A world's variants whose models are all trained."""
     return [
         variant
         for variant in VARIANTS.values()
@@ -146,7 +146,7 @@ def bands_of(work: Path, variant: Variant) -> list[BandHealth]:
 
 
 def cells(variant: Variant, bands: list[BandHealth]) -> str:
-    """Its name and its trajectories' health, the first cells of its line."""
+    """Format the first cells of a variant's row: its name and its trajectories' health."""
     if variant.name == "forward":
         return "forward | 1 by construction | - | "
     ratios = " ".join("-" if band.noise_ratio is None else f"{band.noise_ratio:.2f}" for band in bands)
@@ -161,7 +161,7 @@ def furthest(bands: list[BandHealth]) -> float:
 
 
 def draw(work: Path) -> None:
-    """Gain over the noise ratio of the worst band."""
+    """Plot the gain over the noise ratio of the worst band."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     for axis, world in zip(axes, WORLDS, strict=True):
         for variant in finished(work, world):
@@ -180,7 +180,7 @@ def draw(work: Path) -> None:
 
 
 def table(work: Path, world: str) -> str:
-    """A world's table."""
+    """Make a world's table."""
     report = work / f"report-{world}"
     lines = [
         row(report, cells(variant, bands_of(work, variant)), [out.name for out in runs_of(work, variant)])
@@ -198,7 +198,7 @@ def table(work: Path, world: str) -> str:
         f"## {WORLDS[world]}, trained\n\nThe base's mean true reward is {base:.3f}.\n\n"
         f"{head('states', 'noise ratio', 'largest residual', 'warns', *COLUMNS)}\n"
         + "\n".join(lines)
-        + "\n\nAgainst `renoise-1`, image by image, seed by seed:\n\n"
+        + "\n\nCompared with `renoise-1`, image by image and seed by seed:\n\n"
         + f"{head('states', 'win rate % (95 %)', 'difference (95 %)')}\n"
         + "\n".join(against)
     )
@@ -210,15 +210,15 @@ def write(work: Path) -> None:
     results = results_of(work / "report-good")
     tables = "\n\n".join(table(work, world) for world in WORLDS)
     missing = sorted(set(VARIANTS) - {variant.label for world in WORLDS for variant in finished(work, world)})
-    missing_line = f"\n\nNot made, for want of time: {', '.join(missing)}." if missing else ""
+    missing_line = f"\n\nNot run: {', '.join(missing)}." if missing else ""
     text = f"""{stamp("python benchmarks/trajectory_training.py", ("torch", "diffusers", "numpy"), cores=1)}
 
-The demo's 600 pairs and training for all: SmPO with two rewards, beta 300, 150 steps of 24 pairs, lr 5e-5 (cosine, 10
-warm-up steps). These settings were chosen on the validation prompts for `renoise-1` on the embedded world
-([objectives.md](objectives.md)) and for nothing else, so they favour it if anything. Three training seeds, pooled;
-{results.num_images} images of {results.num_prompts} test prompts a model, guidance 1. Intervals are 95 % bootstraps
-over prompts; they do not cover the choice of training seeds, whose win rates stand beside them. Noise ratio by timestep
-band (0 to 199 first) and the largest residual of a band are the manifest's.
+All models are trained as in the demo, on its 600 pairs: SmPO with two rewards, beta 300, 150 steps of 24 pairs, lr 5e-5
+(cosine, 10 warm-up steps). These settings were chosen on the validation prompts for `renoise-1` on the embedded world
+([objectives.md](objectives.md)) and for no other variant, so they favour it if any. Three training seeds are pooled,
+with {results.num_images} images of {results.num_prompts} test prompts per model at guidance 1. Intervals are 95 %
+bootstraps over prompts; they do not cover the choice of training seeds, so each seed's win rate is listed too. The
+noise ratio by timestep band (0 to 199 first) and the largest residual of a band are from the manifest.
 
 ![gain in true reward over the noise ratio of the worst band](images/trajectory_training.png)
 

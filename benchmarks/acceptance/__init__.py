@@ -1,1 +1,1 @@
-"""The checks of `benchmarks/gpu_acceptance.py`, and what they share."""
+"""The checks of `benchmarks/gpu_acceptance.py` and their shared code."""

@@ -1,4 +1,4 @@
-"""The models' numbers in each arithmetic, against float64 on the same device."""
+"""Compare the models' outputs in each arithmetic with float64 on the same device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_numbers(world: World, report: Report) -> None:
-    """SD 1.5: UNet, VAE, text, errors of pairs, gradients."""
+    """Check SD 1.5: UNet, VAE, text encoder, errors of pairs, gradients."""
     family = world.load("sd15")
     denoiser_numbers(world, report, family, "sd15", LIMITS)
     _autoencoder(world, report, family)
@@ -32,13 +32,13 @@ def check_numbers(world: World, report: Report) -> None:
 
 
 def check_xl_numbers(world: World, report: Report) -> None:
-    """SDXL's UNet in half precision."""
+    """Check SDXL's UNet in half precision."""
     family = world.load("sdxl", ("denoiser", "text"))
     denoiser_numbers(world, report, family, "sdxl", tuple(HALF))
 
 
 def denoiser_numbers(world: World, report: Report, family: Family, shape: str, names: Iterable[str]) -> None:
-    """Judge two rows of the denoiser in each arithmetic of ``names``, and under autocast to the half ones."""
+    """Judge two rows of the denoiser in each arithmetic of ``names``, and under autocast to the half precisions."""
     x, seen = latents(world, shape, 2), conditioned(world, family, shape, 2)
     t = torch.tensor([100, 700], device=world.device.name)
     denoiser = family.denoiser
@@ -61,19 +61,19 @@ def denoiser_numbers(world: World, report: Report, family: Family, shape: str, n
 def arithmetics(
     world: World, names: Iterable[str]
 ) -> Iterator[tuple[str, AbstractContextManager[object], torch.dtype | None]]:
-    """Of each name: the context to compute in, and the dtype to cast weights to, or None."""
+    """Return, by name, the context to compute in, and the dtype to cast weights to (or None)."""
     known = {"float32": (nullcontext(), None), "tf32": (world.device.tf32(), None)}
     known |= {name: (nullcontext(), dtype) for name, dtype in HALF.items()}
     yield from ((name, *known[name]) for name in names)
 
 
 def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative, L2."""
+    """Relative L2 distance."""
     return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
 def _autoencoder(world: World, report: Report, family: Family) -> None:
-    """The VAE's mean as it is stored, in float16, from float32, TF32 and bfloat16 weights."""
+    """Judge the VAE's mean as stored in float16, with float32, TF32 and bfloat16 weights."""
     side = world.pixels("sd15")
     stream = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, side, side, generator=stream).to(world.device.name) * 2 - 1
@@ -101,7 +101,7 @@ def _autoencoder(world: World, report: Report, family: Family) -> None:
 
 
 def _steps(half: torch.Tensor) -> torch.Tensor:
-    """Float16 values as whole numbers that count the representable ones."""
+    """Map float16 values to integers that count representable values."""
     bits = half.view(torch.int16).int()
     return torch.where(bits >= 0, bits, -(bits & 0x7FFF))
 
@@ -122,7 +122,7 @@ def _text(world: World, report: Report, family: Family) -> None:
 
 
 def _gradients(world: World, report: Report, family: Family, seen: Conditioning) -> None:
-    """Errors are float32 whatever autocast does; bfloat16's gradient points where float32's does."""
+    """Check that errors stay float32 under autocast, and that bfloat16's gradient points where float32's does."""
     denoiser = family.denoiser.requires_grad_(True)
     batch = random_states(world, "sd15", 1)
 
@@ -143,7 +143,7 @@ def _gradients(world: World, report: Report, family: Family, seen: Conditioning)
 
 
 def random_states(world: World, shape: str, count: int) -> StateBatch:
-    """A micro-batch of Gaussian latents on the device."""
+    """Draw a micro-batch of Gaussian latents on the device."""
     side = world.pixels(shape)
     x0, noise = latents(world, shape, 2, count, 2).half()
     ones = torch.ones(count, device=world.device.name)

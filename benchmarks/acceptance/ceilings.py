@@ -1,4 +1,4 @@
-"""What the device can do at best, against which all shares are taken; and an eager forward's time at those rates."""
+"""Measure the device's peak rates, and compute the time of an eager forward pass at those rates."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from acceptance.runner import Report
 from acceptance.world import World
 
 Rates = dict[str, float]
-"""Bytes a second of ``copy``; operations a second by kind (``mm``, ``convolution``, ``attention``) and dtype."""
+"""Bytes per second of ``copy``; operations per second by kind (``mm``, ``convolution``, ``attention``) and dtype."""
 
 
 def measure_ceilings(world: World, report: Report) -> None:
-    """Rates of copies, products, convolutions and attention; of SHA-256 and of the disk."""
+    """Measure copies, matrix products, convolutions and attention, SHA-256 and the disk."""
     device, large = world.device, world.size.matrix
     rates: Rates = {"copy": _copy_rate(world)}
     for dtype in (torch.bfloat16, torch.float32):
@@ -50,7 +50,7 @@ def measure_ceilings(world: World, report: Report) -> None:
 
 
 def _copy_rate(world: World) -> float:
-    """Bytes read and written a second."""
+    """Bytes read and written per second."""
     size = world.size.matrix**2 * 4
     source = torch.zeros(size, dtype=torch.uint8, device=world.device.name)
     target = torch.empty_like(source)
@@ -58,7 +58,7 @@ def _copy_rate(world: World) -> float:
 
 
 def _convolution_rate(world: World, channels: int, dtype: torch.dtype, layout: torch.memory_format) -> float:
-    """Operations a second of the UNet's most common convolution, at 32 rows."""
+    """Operations per second of the UNet's most common convolution, at 32 rows."""
     width, side = channels // world.size.divide, world.size.side["sd15"] * 320 // channels
     make = {"device": world.device.name, "dtype": dtype}
     x = torch.randn(32 if world.size.divide == 1 else 1, width, side, side, **make).to(memory_format=layout)
@@ -68,7 +68,7 @@ def _convolution_rate(world: World, channels: int, dtype: torch.dtype, layout: t
 
 
 def _attention_rate(world: World, head: int, dtype: torch.dtype, *, backward: bool = False) -> float:
-    """Operations a second of self-attention over the UNet's largest map."""
+    """Operations per second of self-attention over the UNet's largest feature map."""
     batch, length = (32, world.size.side["sd15"] ** 2) if world.size.divide == 1 else (1, 16)
     shape = (batch, 8, length, head)
     query, key, value = (
@@ -81,13 +81,13 @@ def _attention_rate(world: World, head: int, dtype: torch.dtype, *, backward: bo
             made.sum().backward()
         return made
 
-    # Forward: two products; backward: five, as it is counted everywhere.
+    # Attention has two products in the forward pass and five in the backward pass, as usually counted.
     operations = 2 * batch * 8 * length**2 * head * (7 if backward else 2)
     return operations / world.device.seconds(work)
 
 
 def _host(world: World, report: Report) -> None:
-    """SHA-256 and the disk."""
+    """Measure SHA-256 and the disk."""
     content = os.urandom(1 << 20) * (256 if world.size.divide == 1 else 4)
     began = time.perf_counter()
     hashlib.sha256(content)
@@ -110,9 +110,9 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class Roofline(TorchDispatchMode):
-    """While entered, adds up for each operator the larger of its operations and its bytes at the device's rates.
+    """Sum, over the operators that run inside, the larger of compute time and memory time at the device's rates.
 
-    Views cost nothing; launches and gaps between kernels are not there.
+    Views cost nothing; kernel launches and gaps between kernels are not counted.
 
     Attributes:
         seconds: the sum.
@@ -124,7 +124,7 @@ class Roofline(TorchDispatchMode):
         self.seconds = 0.0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), more: Any = None) -> Any:  # noqa: ANN401
-        """Compute, and count."""
+        """Run the operator and add its time."""
         made = function(*arguments, **(more or {}))
         if any(each.alias_info and not each.alias_info.is_write for each in function._schema.returns):  # noqa: SLF001
             return made
@@ -147,7 +147,7 @@ class Roofline(TorchDispatchMode):
 
 
 def roofline(world: World, work: Callable[[], object], *, tf32: bool = False) -> float | None:
-    """Seconds that ``work`` takes at the device's rates, kernel after kernel; None where they were not measured."""
+    """Seconds of ``work`` at the device's rates, one kernel after another; None if the rates were not measured."""
     if "rates" not in world.notes:
         return None
     with torch.no_grad(), Roofline(world.notes["rates"], tf32=tf32) as counted:
@@ -156,7 +156,7 @@ def roofline(world: World, work: Callable[[], object], *, tf32: bool = False) ->
 
 
 def operations(work: Callable[[], object]) -> int:
-    """Floating point operations of ``work`` in products of matrices."""
+    """Floating point operations of ``work`` in matrix products."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()

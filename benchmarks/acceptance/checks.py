@@ -1,4 +1,4 @@
-"""All checks, in order: what could be wrong before what could be slow, the cheap model before the large one."""
+"""All checks, in order: correctness before speed, the small model before the large one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from acceptance.world import World
 
 
 def make_checks(began: float) -> list[Check]:
-    """The checks with their budgets in seconds; ``began`` is when the process did."""
+    """Return the checks with their budgets in seconds; ``began`` is the start of the process."""
 
     def start(world: World, report: Report) -> None:
-        """Imports are done; the first model is made."""
+        """Record the import time and make the first model."""
         report.note(seconds_of_imports=time.monotonic() - began, ray_is_stubbed=world.notes["ray is stubbed"])
         world.make_first_model()
 

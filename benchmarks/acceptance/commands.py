@@ -1,4 +1,4 @@
-"""Whole commands: evaluate and plan in this process, training under torchrun."""
+"""Run whole commands: evaluate and plan in this process, training under torchrun."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smpo_pipeline.cli import app
 
 
 def check_evaluation(world: World, report: Report) -> None:
-    """SD 1.5 as it was against what training made of it; the random ViT-H judges."""
+    """Evaluate SD 1.5 before and after training, scored by a random ViT-H."""
     steps, prompts, images = world.size.sampling
     out, file = world.work / "report", world.work / "evaluated.txt"
     file.write_text("".join(f"a circle number {number}\n" for number in range(prompts)), encoding="utf-8")
@@ -32,7 +32,7 @@ def check_evaluation(world: World, report: Report) -> None:
 
 
 def check_plan(world: World, report: Report) -> None:
-    """What plan measures, against what the actor did."""
+    """Compare plan's measured rate with the actor's."""
     out = world.work / "plan.json"
     size = world.size
     pairs = world.pairs("sd15", size.units * size.unit) / "pairs.parquet"
@@ -51,12 +51,12 @@ def _pipeline(world: World, *flags: object) -> None:
 
 
 def check_torchrun(world: World, report: Report) -> None:
-    """SD 1.5 in one process of a group: NCCL and DDP, or what the device has for them."""
+    """Train SD 1.5 in a process group of one: NCCL and DDP, or the device's equivalents."""
     _judge_launched(world, report, "torchrun", {})
 
 
 def check_fsdp(world: World, report: Report) -> None:
-    """The same with the denoiser cut up, in one piece."""
+    """Train with FSDP and a single shard."""
     if not world.device.fsdp:
         report.judge("fsdp: exit status", None, least=0, most=0)
         return
@@ -82,7 +82,7 @@ def _judge_launched(world: World, report: Report, name: str, environment: Mappin
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """In its own session, so that an alarm leaves nothing behind that holds the device."""
+    """Run in a session of its own, so that an alarm leaves no process behind that holds the device."""
     paths = os.pathsep.join(path for path in sys.path if path)
     given = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""All that differs between a GPU and the CPU that tries the checks: clock, memory and its limits, switches, processes.
+"""All differences between a GPU and the CPU that tests the checks' code: clock, memory limits, switches, processes.
 
 No check asks which device it is on. Lines that a CPU cannot run are therefore those of :class:`Cuda`, and
 :func:`lines_of_gpu_alone` lists them.
@@ -26,11 +26,11 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 OVERFLOWING_SCALE, CALM_SCALE = 2.0**40, 2.0**6
-"""Of a loss: the float16 gradients of any model overflow, or of none."""
+"""Loss scales at which every model's float16 gradients overflow, or no model's do."""
 
 
 class Device(ABC):
-    """What checks ask of the device they run on.
+    """The interface of the device that checks run on.
 
     Attributes:
         name: ``cuda`` or ``cpu``, as torch and our flags call it.
@@ -50,39 +50,39 @@ class Device(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Name, memory in bytes, driver."""
+        """Return the device's name, memory in bytes, and driver."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until all that was asked for is done."""
+        """Wait until all queued work is done."""
 
     @abstractmethod
     def mark(self) -> Any:  # noqa: ANN401  (an event, or seconds)
-        """A point in the device's work."""
+        """Mark a point in the device's work."""
 
     @abstractmethod
     def between(self, begin: Any, end: Any) -> float:  # noqa: ANN401
-        """Seconds from one mark to another, which have both been passed."""
+        """Seconds between two marks that the device has passed."""
 
     @abstractmethod
     def allocated(self) -> int:
-        """Bytes in tensors now."""
+        """Bytes allocated in tensors."""
 
     @abstractmethod
     def peak(self) -> int:
-        """The most bytes in tensors since :meth:`clean`."""
+        """Peak bytes allocated in tensors since :meth:`clean`."""
 
     @abstractmethod
     def clean(self) -> None:
-        """Free what nobody holds; :meth:`peak` begins anew."""
+        """Free unused memory and reset :meth:`peak`."""
 
     @abstractmethod
     def tf32(self) -> Any:  # noqa: ANN401  (a context manager)
-        """While entered, products and convolutions of float32 are rounded to TF32."""
+        """Use TF32 for float32 products and convolutions inside the context."""
 
     @abstractmethod
     def short_of_memory(self, spare: int, fitting: int) -> Any:  # noqa: ANN401  (a context manager)
-        """While entered, memory is short.
+        """Limit the memory inside the context.
 
         Args:
             spare: bytes that are left beside what is allocated now.
@@ -94,26 +94,26 @@ class Device(ABC):
 
     @abstractmethod
     def begin_scale(self, accelerator: Any) -> None:  # noqa: ANN401
-        """Before the first step: scale losses so little that nothing overflows by itself."""
+        """Set a loss scale, before the first step, at which nothing overflows."""
 
     @abstractmethod
     def overflow(self, accelerator: Any, parameter: torch.nn.Parameter) -> float | None:  # noqa: ANN401
-        """Have the next backward overflow; returns the scale of the loss that does it, None where there is none."""
+        """Make the next backward pass overflow; returns the loss scale that does it, or None without a scaler."""
 
     @abstractmethod
     def end_overflow(self, accelerator: Any) -> None:  # noqa: ANN401
-        """The backwards after that are as ever again."""
+        """Restore the loss scale."""
 
     @abstractmethod
     def compiling(self) -> Any:  # noqa: ANN401  (a context manager)
-        """While entered, what is to be compiled is."""
+        """Allow compilation inside the context."""
 
     @abstractmethod
     def activities(self) -> list[ProfilerActivity]:
-        """What the profiler looks at."""
+        """Activities that the profiler records."""
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Of one call: the smaller of the medians of some rounds, each after a call that warms up."""
+        """Seconds of one call: the smallest median of several rounds, each after a warm-up call."""
         return min(self._median(work) for _ in range(self.rounds))
 
     def _median(self, work: Callable[[], object]) -> float:
@@ -129,7 +129,7 @@ class Device(ABC):
         return median(found)
 
     def profiled(self, work: Callable[[], object], rows: int = 20) -> tuple[str, float, int]:
-        """The table of the most expensive operations, the device's busy share of the clock, and its kernels."""
+        """Return the table of the most expensive operations, the device's busy share of the time, and its kernels."""
         self.synchronize()
         began = time.perf_counter()
         with profile(activities=self.activities()) as found:
@@ -239,7 +239,7 @@ class Cuda(Device):
 
 
 class Cpu(Device):
-    """The CPU, on which the checks' code is tried: it imitates what it lacks."""
+    """The CPU, which tests the checks' code and imitates what it lacks."""
 
     name = "cpu"
     judges_rates = False
@@ -305,13 +305,13 @@ DEVICES: dict[str, type[Device]] = {"cuda": Cuda, "cpu": Cpu}
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process, in bytes."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()
 
 
 def lines_of_gpu_alone() -> list[str]:
-    """File, first line and name of what a CPU does not run."""
+    """List file, first line and name of the code that a CPU does not run."""
     methods = [each for each in vars(Cuda).values() if inspect.isfunction(each)]
     places = [(inspect.unwrap(each), inspect.getsourcelines(each)) for each in methods]
     return [f"device.py:{first}-{first + len(lines) - 1} Cuda.{each.__name__}" for each, (lines, first) in places]

@@ -1,4 +1,4 @@
-"""Inversion: do its numbers hold in half precision and in any batch, and where does its time go."""
+"""Check inversion: its numbers in half precision and in any batch, and its time by part."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from smpo_schemas.shards.samples import Sample
 
 
 def settings_of(world: World, dtype: str) -> InversionSettings:
-    """Everything at its default but the steps of a tiny run."""
+    """Default settings, except for the number of steps of a tiny run."""
     return InversionSettings(steps=world.size.steps, dtype=dtype)
 
 
 def make_inverter(world: World, family: Family, dtype: str, **settings: object) -> Inverter:
-    """As the actor has it; ``settings`` are others than those."""
+    """Make the actor's inverter, with other ``settings`` if given."""
     told = settings_of(world, dtype).model_copy(update=settings)
     return Inverter(family, family.denoiser, told, seed=0, device=world.device.name)
 
@@ -58,7 +58,7 @@ def make_inverter(world: World, family: Family, dtype: str, **settings: object) 
 
 
 def check_inversion(world: World, report: Report) -> None:
-    """Half precision against float32, batches of one against many, images of several sizes."""
+    """Compare half precision with float32, and batches of one with larger ones; invert images of several sizes."""
     family, side = world.load("sd15"), world.pixels("sd15")
     pairs = [random_pair(number, side, side) for number in range(max(world.size.batches[-2], 2))]
     exact = _stacked(report, "fp32", make_inverter(world, family, "fp32"), pairs[:2])
@@ -80,7 +80,7 @@ def check_inversion(world: World, report: Report) -> None:
 
 
 def _stacked(report: Report, name: str, inverter: Inverter, pairs: Sequence[PreparedPair]) -> dict[str, torch.Tensor]:
-    """What the samples hold, one row a pair."""
+    """Stack the samples' tensors, one row per pair."""
     samples = inverter.invert([(pair, 0) for pair in pairs])[0]
     report.judge(f"{name}: rejected", sum(isinstance(each, Failure) for each in samples), most=0)
     whole = [each for each in samples if isinstance(each, Sample)]
@@ -119,7 +119,7 @@ def _finite(found: dict[str, torch.Tensor]) -> bool:
 
 
 class Split:
-    """While entered, the device's seconds inside the denoisers, the VAE and the text encoders of a model."""
+    """Measure the device's seconds inside a model's denoisers, VAE and text encoders."""
 
     def __init__(self, world: World, family: Family, denoisers: Iterable[nn.Module]) -> None:
         self._device, self._family, self._denoisers = world.device, family, list(denoisers)
@@ -162,7 +162,7 @@ class Split:
 
 
 def check_inversion_rate(world: World, report: Report) -> None:
-    """SD 1.5: batches, TF32 and layout of the VAE, the actor's whole work, which leaves the shards."""
+    """Measure SD 1.5: batch sizes, TF32 and memory format of the VAE, and the whole actor, which writes shards."""
     world.wait_for_others()
     best = _rates_by_batch(world, report)
     world.device.clean()
@@ -192,7 +192,7 @@ def _rates_by_batch(world: World, report: Report) -> float | None:
 
 
 def check_xl_inversion(world: World, report: Report) -> None:
-    """SDXL: the actor's work on one unit, and its peak memory."""
+    """Measure the actor on one unit with SDXL, and its peak memory."""
     with known_fingerprints():
         _run_actor(world, report, "sdxl", world.size.xl_pairs, 1, world.work / "shards-sdxl")
     report.note(peak_GiB=world.device.peak() / GIB)
@@ -202,7 +202,7 @@ def check_xl_inversion(world: World, report: Report) -> None:
 def _timed(
     world: World, family: Family, inverter: Inverter, pairs: Sequence[PreparedPair]
 ) -> tuple[float, dict[str, float]]:
-    """Seconds by the clock and by part of a batch."""
+    """Seconds of a batch, in total and by part."""
     requests = [(pair, 0) for pair in pairs]
     world.device.synchronize()
     with Split(world, family, inverter.denoisers) as split:
@@ -219,7 +219,7 @@ def _shares(split: dict[str, float], clock: float) -> dict[str, float]:
 
 
 def _note_vae_layouts(world: World, report: Report, family: Family) -> None:
-    """Pixels as they come from images, a channels_last view, against contiguous ones."""
+    """Compare pixels as images give them (a channels_last view) with contiguous ones."""
     side = world.pixels("sd15")
     pixels = torch.rand(2, side, side, 3, device=world.device.name).permute(0, 3, 1, 2)
     for name, given in (("as they come", pixels), ("contiguous", pixels.contiguous())):
@@ -229,7 +229,7 @@ def _note_vae_layouts(world: World, report: Report, family: Family) -> None:
 
 @torch.no_grad()
 def _seconds_a_pair(world: World, family: Family, inverter: Inverter, trajectories: int) -> float | None:
-    """What the device's rates allow: forwards of the UNet, the VAE and the text of a batch of SD 1.5's trajectories."""
+    """Seconds per pair at the device's rates: UNet, VAE and text encoder for a batch of SD 1.5 trajectories."""
     rows, side = 2 * trajectories, world.pixels("sd15")
     x, seen = latents(world, "sd15", rows), conditioned(world, family, "sd15", rows)
     t = torch.full((rows,), 500, device=world.device.name)
@@ -249,7 +249,7 @@ def _seconds_a_pair(world: World, family: Family, inverter: Inverter, trajectori
 
 
 def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, out: Path) -> float:
-    """What `invert` does, without Ray: prepared units in, shards and manifest out; returns pairs a second.
+    """Do the work of `invert` without Ray, from prepared units to shards and manifest; returns pairs per second.
 
     The clock runs over the units after the first where there are several, and over all of them where there are not.
     """
@@ -262,12 +262,12 @@ def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, 
     run.open(overwrite=False, patterns=())
     loaded, resolution = load_models(options), world.pixels(shape)
     model = describe_model(options, *loaded)
-    # SDXL takes seconds to load; and the scores are what Ray would hand over.
+    # SDXL takes seconds to load. Ray would hand over the scores.
     with (
         patch.object(invert_unit, "load_models", lambda _options: loaded),
         patch.object(invert_unit.ray, "get", lambda value: value),
     ):
-        # Of so many rows that health, which costs forwards of its own, is measured on the first alone.
+        # As many rows that only the first unit measures health, which costs forward passes of its own.
         actor = InvertActor(
             options, model=model, run=run, scores=scores, rows=10**6, resolution=resolution, work_log=WorkLog()
         )
@@ -292,7 +292,7 @@ def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, 
 
 
 def _options(world: World, shape: str, folder: Path, out: Path, unit: int) -> InvertOptions:
-    """What `invert` is told."""
+    """Options of `invert`."""
     batch_size = min(unit, world.size.batches[-1])
     return InvertOptions(
         pairs=(folder / "pairs.parquet",),

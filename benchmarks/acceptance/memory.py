@@ -1,4 +1,4 @@
-"""Memory runs out: sizes are found, nothing is rejected, and what libraries say of it is understood."""
+"""Run out of memory: batch sizes are found, no pair is rejected, and the libraries' messages are recognised."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from smpo_pipeline.isolation import FAILURES, Failure, Outcome, make
 from smpo_pipeline.rewards import load_reward
 
 SPARE = 6 * GIB
-"""For activations: the VAE takes about 4 GiB whatever the batch, the denoiser about 8 for 64 trajectories."""
+"""Memory for activations: the VAE takes about 4 GiB at any batch size, the denoiser about 8 for 64 trajectories."""
 
 
 def check_memory(world: World, report: Report) -> None:
-    """SD 1.5's trajectories, then a reward's images, in less memory than they take at once."""
+    """Invert with SD 1.5, then score images, in less memory than the whole batch takes."""
     words = _Words()
     _invert(world, report, words)
     world.device.clean()
@@ -49,7 +49,7 @@ def _invert(world: World, report: Report, words: _Words) -> None:
 
 
 def _score(world: World, report: Report, words: _Words) -> None:
-    """The reward's tower on ready pixels: what scales images is the CPU's work."""
+    """Run the reward's image tower on ready pixels; resizing images is the CPU's work."""
     device, many = world.device, 64 * world.size.many
     clip = load_reward(f"pickscore={world.model('clip')}", device.name)._clip  # noqa: SLF001
     side = clip.config.vision_config.image_size
@@ -71,7 +71,7 @@ def _judge(report: Report, name: str, outcome: Outcome[Any], count: int) -> None
 
 
 class _Words:
-    """What is said where memory runs out.
+    """Records the messages of out-of-memory errors.
 
     Attributes:
         said: the beginning of each message, and whether it is recognised.
@@ -81,7 +81,7 @@ class _Words:
         self.said: dict[str, bool] = {}
 
     def heard(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function."""
+        """Wrap a function and record its errors."""
         return partial(self._call, work)
 
     def _call(self, work: Callable[..., Any], items: Sequence[Any]) -> Any:  # noqa: ANN401

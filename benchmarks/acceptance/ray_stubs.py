@@ -1,4 +1,4 @@
-"""Three modules in the place of Ray where it is not installed: the actors are called without it."""
+"""Stand-ins for three of Ray's modules if it is not installed; the checks call actors without Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 def install_ray_stubs() -> bool:
     """Make ``import ray`` work; returns whether it had to be stubbed.
 
-    What is there is what our modules name while they are imported, and ``get``, which gives back what it is given.
+    They contain the names that our modules need on import, and a ``get`` that returns its argument.
     """
     if importlib.util.find_spec("ray"):
         return False

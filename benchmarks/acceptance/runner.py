@@ -1,4 +1,4 @@
-"""One check after another, each under its own alarm; what it found is written at once."""
+"""Run the checks in order, each with an alarm of its own, and write each result at once."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 from acceptance.device import Device, lines_of_gpu_alone
 
-if TYPE_CHECKING:  # it imports all of the project
+if TYPE_CHECKING:  # It imports all of the project.
     from acceptance.world import World
 
 RESULTS_FILE, TABLE_FILE = "results.jsonl", "table.md"
 BUDGET = 510.0
-"""Seconds for all checks; the budgets of single ones are shares of it."""
+"""Seconds for all checks; a check's budget is a share of it."""
 
 LEAST = 3.0
-"""Seconds without which no check is worth its start."""
+"""A check does not start with fewer seconds left."""
 
 
 class OverrunError(BaseException):
-    """A check has used up its budget. No Exception: nothing on its way may take it for a failure of its own."""
+    """A check exceeded its budget. No Exception: nothing on its way may take it for a failure of its own."""
 
 
 class Report:
-    """What one check says.
+    """The result of one check.
 
     Attributes:
         values: numbers and words by name.
@@ -57,7 +57,7 @@ class Report:
         least: float = -math.inf,
         on_cpu: bool = True,
     ) -> None:
-        """Judge a value by limits that it may touch.
+        """Judge a value by limits, which are allowed values.
 
         Args:
             name: of the criterion.
@@ -163,7 +163,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 
 def table_of(rows: Sequence[dict[str, Any]], world: World, described: Mapping[str, Any]) -> Iterator[str]:
-    """What ``table.md`` says."""
+    """Make ``table.md``."""
     yield from (f"{name}: {value}  " for name, value in described.items())
     yield ""
     yield "| # | check | seconds | verdict |"

@@ -1,4 +1,4 @@
-"""Scoring: how fast the GPU alone is, and how many cores it takes to keep it busy."""
+"""Check scoring: the GPU's own rate, and the number of cores that keep it busy."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 
 TURNS = 3
-"""How often the pairs are scored, so that there are chunks for many threads."""
+"""Repetitions of the pairs, so that many threads have chunks."""
 
 
 def check_scoring(world: World, report: Report) -> None:
-    """ViT-H alone, the reward's actor by threads, decoding by children."""
+    """Measure ViT-H alone, the reward's actor by number of threads, and decoding in child processes."""
     size = world.size
     pairs = make_pairs(world.work / "scored.parquet", size.score_pairs, size.score_side)
     decoded = _chunks(pairs)
@@ -61,7 +61,7 @@ def check_scoring(world: World, report: Report) -> None:
 
 
 def _tower_rate(world: World, report: Report, actor: RewardActor) -> float:
-    """Images a second of the reward's image tower on ready tensors, in bfloat16."""
+    """Images per second of the reward's image tower on ready tensors, in bfloat16."""
     clip, count = actor._reward._clip, world.size.score_batch  # noqa: SLF001
     side = clip.config.vision_config.image_size
     pixels = torch.randn(count, 3, side, side, device=world.device.name)
@@ -82,7 +82,7 @@ def _tower_rate(world: World, report: Report, actor: RewardActor) -> float:
 
 
 def _chunks(pairs: object) -> list[pa.Table]:
-    """The pairs of a Parquet file, decoded, as the actor is given them."""
+    """Decode the pairs of a Parquet file into the actor's chunks."""
     files = list_pair_files([pairs])
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
     (ranges,) = slice_files(files, files[0].rows, None)
@@ -90,7 +90,7 @@ def _chunks(pairs: object) -> list[pa.Table]:
 
 
 def _numbered(chunk: pa.Table, unit: int) -> pa.Table:
-    """As one of another unit: two threads at one chunk would look like a worker that died of it."""
+    """Give a chunk another unit number: two threads with the same chunk would look like a crashed worker."""
     return chunk.set_column(chunk.schema.get_field_index("unit"), "unit", pa.array([unit]))
 
 
@@ -102,7 +102,7 @@ def _seconds(actor: RewardActor, chunks: Sequence[pa.Table], threads: int) -> fl
 
 
 def _decoding_rate(files: Sequence[bytes], children: int) -> float:
-    """Files a second; the children are started before."""
+    """Files per second, without starting the child processes."""
     decoders = [Decoder() for _ in range(children)]
     with ThreadPoolExecutor(children) as pool:
         list(pool.map(lambda decoder: decoder.decode(files[0]), decoders))

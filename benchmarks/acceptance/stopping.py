@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on; a step that overflows; averages, held-out pairs and validation images."""
+"""Check a run that is stopped and resumed, a step that overflows, averages, held-out pairs and validation images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COMPARED = ("loss", "grad_norm", "drift")
 
 
 def check_resume(world: World, report: Report) -> None:
-    """SD 1.5: SIGTERM in the middle, then the same command; costs of writing and reading the checkpoint."""
+    """Send SIGTERM to a run of SD 1.5, run the same command again, and measure writing and reading the checkpoint."""
     size, out = world.size, world.work / "stopped"
     flags = ["--batch-size", size.pairs, "--max-steps", size.train_steps, "--save-every", size.train_steps]
     costs: dict[str, float] = {}
@@ -60,7 +60,7 @@ def check_resume(world: World, report: Report) -> None:
 
 
 def _timed(work: Callable[..., Any], name: str, costs: dict[str, float]) -> Callable[..., Any]:
-    """The same function, which notes its seconds and the most memory that it added."""
+    """Wrap a function to record its seconds and the peak of the memory that it added."""
 
     def call(*arguments: object) -> Any:  # noqa: ANN401
         before, began = resident(), time.perf_counter()
@@ -75,7 +75,7 @@ def _timed(work: Callable[..., Any], name: str, costs: dict[str, float]) -> Call
 
 @contextmanager
 def _watched() -> Iterator[list[int]]:
-    """While entered, the most resident memory, looked at a hundred times a second."""
+    """Record the peak resident memory inside the context, sampled a hundred times per second."""
     most, done = [resident()], threading.Event()
 
     def watch() -> None:
@@ -92,7 +92,7 @@ def _watched() -> Iterator[list[int]]:
 
 
 def _judge_same_course(world: World, report: Report, records: list[dict[str, Any]], out: Path) -> None:
-    """Against the run that was not stopped: metrics after the stop, and what training changed."""
+    """Compare with the uninterrupted run: metrics after the stop, and the change of the weights."""
     whole = world.notes["whole"]
     report.judge("steps in the end", len(records), least=len(whole), most=len(whole))
     later = slice(world.size.stop_after, None)
@@ -117,7 +117,7 @@ def _weights(folder: Path, device: str) -> dict[str, torch.Tensor]:
 
 
 def check_overflow(world: World, report: Report) -> None:
-    """SD 1.5 in float16: one step overflows; moving average, held-out pairs, validation images beside it."""
+    """Train SD 1.5 in float16 with one overflow, a moving average, held-out pairs and validation images."""
     prompts = world.work / "prompts.txt"
     prompts.write_text(f"{PROMPT}\na blue square\n", encoding="utf-8")
     flags = ["--batch-size", world.size.pairs // 2, "--grad-accum", 2, "--ema-decay", 0.99]
@@ -140,7 +140,7 @@ def check_overflow(world: World, report: Report) -> None:
 
 
 class _Overflow:
-    """Has the second step overflow, and looks at what becomes of it.
+    """Makes the second step overflow and records the effect.
 
     Attributes:
         same: whether that step left the weights as they were.
@@ -156,7 +156,7 @@ class _Overflow:
         self.seconds: list[float] = []
 
     def step(self, trainer: Trainer, number: int, make: Callable[[], Any]) -> Any:  # noqa: ANN401
-        """In the place of a step."""
+        """Make a step, with an overflow in the second."""
         accelerator = trainer._accelerator  # noqa: SLF001
         if number == 0:
             self._device.begin_scale(accelerator)
@@ -176,7 +176,7 @@ class _Overflow:
         return record
 
     def timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """The context manager, whose seconds are noted."""
+        """Wrap a context manager to record its seconds."""
 
         @contextmanager
         def entered(trainer: Trainer) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""smpo-train in this process, and the least that any trainer has to do beside it."""
+"""Run smpo-train in this process, and the bare step that no trainer can be faster than."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Records = list[dict[str, Any]]
 
 
 def arguments(world: World, shape: str, out: Path, *flags: object, precision: str = "bf16") -> list[str]:
-    """Of smpo-train, for a run whose steps change the weights little."""
+    """Arguments of smpo-train for a run whose steps change the weights little."""
     fixed = ["--shards", world.work / f"shards-{shape}", "--model", world.model(shape), "--out", out]
     fixed += ["--device", world.device.name]
     fixed += ["--dtype", precision, "--warmup-steps", 0, "--lr", 1e-6, "--workers", 2]
@@ -75,13 +75,13 @@ def train(
 
 
 def records_of(out: Path) -> Records:
-    """The lines of a run's metrics."""
+    """Read a run's metrics."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @contextmanager
 def around_steps(watch: Callable[[Trainer, int, Callable[[], Any]], Any]) -> Iterator[None]:
-    """While entered, each step of smpo-train is made by ``watch(trainer, number, make)``."""
+    """Have ``watch(trainer, number, make)`` make each step of smpo-train inside the context."""
     before = Trainer.train_step
 
     def step(self: Trainer, number: int, batches: Any) -> Any:  # noqa: ANN401
@@ -91,11 +91,11 @@ def around_steps(watch: Callable[[Trainer, int, Callable[[], Any]], Any]) -> Ite
         yield
 
 
-# What no trainer can be cheaper than
+# The lower bound of a step
 
 
 class Bare:
-    """Forward and backward of ready tensors under bfloat16's autocast, and the optimizer; nothing is waited for.
+    """Forward and backward passes of ready tensors under bfloat16 autocast, and the optimizer, without synchronisation.
 
     Attributes:
         denoiser: what is trained.
@@ -116,12 +116,12 @@ class Bare:
         self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(self._trained, lr=1e-8, fused=True)
 
     def use_adafactor(self) -> None:
-        """In the place of AdamW."""
+        """Replace AdamW by Adafactor."""
         fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
         self._optimizer = Adafactor(self._trained, lr=1e-8, **fixed)
 
     def gradient(self, pairs: int) -> None:
-        """Forward and backward."""
+        """Run forward and backward."""
         if pairs not in self._ready:
             rows = torch.zeros(2 * pairs, dtype=torch.int64, device=self._world.device.name)
             self._ready[pairs] = random_states(self._world, self._shape, pairs), self._seen[rows]
@@ -131,18 +131,18 @@ class Bare:
         nn.functional.softplus(2000 * (error_B2[:, 0] - error_B2[:, 1])).mean().backward()
 
     def update(self) -> None:
-        """Clip and step."""
+        """Clip the gradient and step."""
         nn.utils.clip_grad_norm_(self._trained, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def step(self, pairs: int) -> None:
-        """Both."""
+        """Run both."""
         self.gradient(pairs)
         self.update()
 
     def rate(self, pairs: int) -> float:
-        """Pairs a second."""
+        """Pairs per second."""
         return pairs / self._world.device.seconds(lambda: self.step(pairs))
 
 
@@ -150,7 +150,7 @@ class Bare:
 
 
 def check_training(world: World, report: Report) -> None:
-    """SD 1.5: rate, waiting, memory, MFU and the reference's noise of a run; the bare step; one that is profiled."""
+    """Measure SD 1.5: a run's rate, waiting, memory, MFU and reference noise, the bare step, and a profiled step."""
     size, device = world.size, world.device
     flags = ["--batch-size", size.pairs, "--max-steps", size.train_steps, "--save-every", size.train_steps]
     records, _ = train(world, "sd15", world.work / "whole", *flags)
@@ -179,9 +179,9 @@ def check_training(world: World, report: Report) -> None:
 
 
 def _judge_mfu(world: World, report: Report, record: dict[str, Any], of_pair: float) -> None:
-    """MFU as it was logged over what the operations of a pair, its rate and the device's peak say."""
+    """Compare the logged MFU with the one from a pair's operations, the rate and the device's peak."""
     logged, peaks = record.get("mfu_percent"), utilization._PEAKS  # noqa: SLF001
-    # Of a device that is not among them nothing is logged; any other stands in, so that a CPU runs this too.
+    # MFU is logged only for known devices; any other name stands in, so that a CPU runs this code too.
     half, *_ = peaks.get(world.device.describe()["device"], next(iter(peaks.values())))
     expected = 100 * of_pair * record["pairs_per_second"] / (half * 1e12)
     report.note(TFLOP_a_pair=of_pair / 1e12, mfu_percent=logged)
@@ -189,7 +189,7 @@ def _judge_mfu(world: World, report: Report, record: dict[str, Any], of_pair: fl
 
 
 def check_xl_training(world: World, report: Report) -> None:
-    """SDXL: bare steps, Adafactor's, smpo-train with gradient checkpointing."""
+    """Measure SDXL: bare steps, Adafactor's steps, and smpo-train with gradient checkpointing."""
     bare, size = _rate_bare_xl(world, report), world.size
     world.device.clean()
     flags = ["--batch-size", size.xl_train, "--gradient-checkpointing", "--reference", "stored"]
@@ -204,7 +204,7 @@ def check_xl_training(world: World, report: Report) -> None:
 
 
 def _rate_bare_xl(world: World, report: Report) -> float:
-    """Pairs a second of the bare step that smpo-train is compared with."""
+    """Pairs per second of the bare step that smpo-train is compared with."""
     size, device, bare = world.size, world.device, Bare(world, "sdxl")
     rate = bare.rate(1)
     report.note(**{"bare, 1 pair: pairs/s": rate, "bare, 1 pair: peak GiB": device.peak() / GIB})
@@ -225,7 +225,7 @@ def _noise(records: Records) -> dict[str, float]:
 
 
 def check_lora(world: World, report: Report) -> None:
-    """SD 1.5: an adapter with the live reference, and its file; the memory that SDXL's takes."""
+    """Train a LoRA of SD 1.5 with the live reference and check its file; measure the memory of SDXL's."""
     out = world.work / "lora"
     flags = ["--batch-size", world.size.pairs, "--lora-rank", 16, "--reference", "live", "--max-steps", 4]
     records, _ = train(world, "sd15", out, *flags)
@@ -241,7 +241,7 @@ def check_lora(world: World, report: Report) -> None:
 
 
 def _fused(world: World, file: Path) -> int:
-    """How many weights a LoRA file changes; one that does not fit is refused."""
+    """Count the weights that a LoRA file changes; a file that does not fit is an error."""
     denoiser = world.load("sd15", ("denoiser",)).denoiser
     before = {name: each.clone() for name, each in denoiser.named_parameters()}
     fuse_lora(denoiser, file, "the adapter", "sd15")
@@ -249,7 +249,7 @@ def _fused(world: World, file: Path) -> int:
 
 
 def check_compile(world: World, report: Report) -> None:
-    """SD 1.5: `--compile` in training, a compiled forward, and channels_last without compiling."""
+    """Measure SD 1.5 with `--compile` in training, a compiled forward pass, and channels_last without compilation."""
     size, device = world.size, world.device
     flags = ["--batch-size", size.pairs, "--compile"]
     with device.compiling():

@@ -1,4 +1,4 @@
-"""What the checks share: sizes, models, pairs, scores; and what one check leaves for the next."""
+"""The checks' shared inputs: sizes, models, pairs and scores, and results that later checks use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is; the defaults are the real ones.
+    """Sizes of all inputs; the defaults are real sizes.
 
     Attributes:
         divide: by what widths are divided.
@@ -132,7 +132,7 @@ SIZES = {"full": Size(), "tiny": TINY}
 
 @dataclass
 class World:
-    """The state of a run.
+    """The state of an acceptance run.
 
     Attributes:
         device: what it runs on.
@@ -164,7 +164,7 @@ class World:
         return self.work / shape
 
     def wait_for_others(self) -> None:
-        """Until the thread that writes SDXL and ViT-H, where there is one, leaves the device and the disk alone."""
+        """Wait for the thread that writes SDXL and ViT-H, if there is one."""
         wait([each for each in (self._others,) if each])
 
     def make_first_model(self) -> None:
@@ -175,7 +175,7 @@ class World:
     def make_others(self) -> None:
         """Draw SDXL and ViT-H, and write them in a thread.
 
-        Not draw them there: while a model is loaded anywhere in this process, new parameters of all threads are empty.
+        They are not drawn in the thread: while a model loads in this process, every thread's new parameters are empty.
         """
         pipeline = self._build("sdxl")
         parts = build_clip(CLIPConfig(**self.size.clip), 0, device=self.device.name, dtype=torch.float16)
@@ -196,7 +196,7 @@ class World:
         return 8 * self.size.side[shape]
 
     def pairs(self, shape: str, count: int) -> Path:
-        """A Parquet file of so many pairs of JPEGs of a shape's size, with ``scores`` beside it."""
+        """Write a Parquet file of this many JPEG pairs of a shape's size, and its ``scores``."""
         folder = self.work / f"pairs-{shape}-{count}"
         if not folder.is_dir():
             folder.mkdir()
@@ -205,17 +205,17 @@ class World:
         return folder
 
     def load(self, shape: str, parts: Sequence[str] = ("denoiser", "text", "vae")) -> Family:
-        """A model in float32 on the device."""
+        """Load a model in float32 on the device."""
         return load_family(str(self.model(shape)), parts, device=self.device.name)
 
 
 def captions(pairs: Path) -> list[str]:
-    """Of a Parquet file of pairs."""
+    """Captions of a Parquet file of pairs."""
     return pq.read_table(pairs, columns=["caption"])["caption"].to_pylist()
 
 
 def random_pair(number: int, height: int, width: int) -> PreparedPair:
-    """Two images of noise."""
+    """Make a pair of two noise images."""
     stream = np.random.default_rng(number)
     return PreparedPair(
         pair_id=str(number), prompt=PROMPT, label=1.0, annotator=None, scores={"pickscore": (0.3, 0.7)},
@@ -225,14 +225,14 @@ def random_pair(number: int, height: int, width: int) -> PreparedPair:
 
 
 def conditioned(world: World, family: Family, shape: str, rows: int) -> Conditioning:
-    """So many rows of one prompt."""
+    """Encode one prompt, repeated for this many rows."""
     side = world.pixels(shape)
     with torch.no_grad():
         return family.condition([PROMPT] * rows, [(side, side)] * rows, [(0, 0)] * rows)
 
 
 def latents(world: World, shape: str, *count: int) -> torch.Tensor:
-    """The same Gaussian latents each time, float32 on the device."""
+    """Draw the same Gaussian latents each time, float32 on the device."""
     side = world.size.side[shape]
     stream = torch.Generator().manual_seed(0)
     return torch.randn(*count, 4, side, side, generator=stream).to(world.device.name)
@@ -240,7 +240,7 @@ def latents(world: World, shape: str, *count: int) -> torch.Tensor:
 
 @contextmanager
 def known_fingerprints() -> Iterator[None]:
-    """While entered, weights are told apart by class and shapes alone: hashing SDXL takes ten seconds a time."""
+    """Fingerprint weights by class and shapes only: hashing SDXL takes ten seconds each time."""
 
     def fingerprint(*modules: nn.Module) -> str:
         words = [f"{type(module).__name__} {sum(p.numel() for p in module.parameters())}" for module in modules]
