@@ -6,13 +6,13 @@ Run ``python docs/reference/generate_cli.py`` after a change of a flag; with ``-
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
+from generated_page import table, write_or_check
 from typer.models import ArgumentInfo, OptionInfo
 
 from smpo_pipeline.cli import app as pipeline
@@ -32,11 +32,7 @@ Made by `python docs/reference/generate_cli.py`. Do not edit by hand.
 
 def main() -> None:
     """Write the page, or compare it with what would be written."""
-    page = "\n".join([_HEAD, *(line for name, app in PROGRAMS.items() for line in _program(name, app))])
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(page, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
-        sys.exit(f"{PAGE} is not what the commands say: run `python docs/reference/generate_cli.py`")
+    write_or_check(PAGE, [_HEAD, *(line for name, app in PROGRAMS.items() for line in _program(name, app))])
 
 
 def _program(name: str, app: typer.Typer) -> Iterator[str]:
@@ -45,7 +41,7 @@ def _program(name: str, app: typer.Typer) -> Iterator[str]:
         several = len(app.registered_commands) > 1
         yield f"## {name} {command.name or function.__name__}\n" if several else f"## {name}\n"
         yield f"{inspect.cleandoc(function.__doc__ or '')}\n"
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[list[str]]] = {}
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             kind, *declared = get_args(parameter.annotation) or (parameter.annotation,)
             shown = [each for each in declared if isinstance(each, (OptionInfo, ArgumentInfo)) and not each.hidden]
@@ -55,16 +51,14 @@ def _program(name: str, app: typer.Typer) -> Iterator[str]:
         # As in the help, flags without a group come first.
         for group in sorted(groups, key=bool):
             yield from [f"### {group}\n"] if group else []
-            yield from ("| flag | value | default | |", "| --- | --- | --- | --- |", *groups[group], "")
+            yield from table(("flag", "value", "default", "meaning"), groups[group])
 
 
-def _row(name: str, kind: Any, info: OptionInfo | ArgumentInfo, default: Any) -> str:  # noqa: ANN401
+def _row(name: str, kind: Any, info: OptionInfo | ArgumentInfo, default: Any) -> list[str]:  # noqa: ANN401
     # In an annotation Typer keeps a flag's name, and its opposite's behind a slash, as the default.
     declared = info.default if isinstance(info.default, str) else f"--{name.replace('_', '-')}"
     names = name.upper() if isinstance(info, ArgumentInfo) else declared.replace("/", "`, `")
-    cells = [f"`{names}`", _value(kind, info), _default(default), " ".join((info.help or "").split())]
-    escaped = [cell.replace("|", "\\|") for cell in cells]
-    return f"| {' | '.join(escaped)} |"
+    return [f"`{names}`", _value(kind, info), _default(default), " ".join((info.help or "").split())]
 
 
 def _value(kind: Any, info: OptionInfo | ArgumentInfo) -> str:  # noqa: ANN401

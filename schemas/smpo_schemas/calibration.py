@@ -40,6 +40,7 @@ class Bin(FrozenModel):
     """One bin of the reliability diagram: pairs whose preferred image has a p from ``start`` to ``stop``.
 
     Attributes:
+        start, stop: bounds of p.
         labels: number of labels.
         mean_p: mean p of the preferred image.
         share_chosen: share of labels that chose this image; a tie counts half.
@@ -72,11 +73,15 @@ class Calibration(FrozenModel):
     """The whole of ``calibration.json``.
 
     Attributes:
+        schema_version: of this file.
         rewards: the mixture, by reward name.
         weights: ``fitted``, or ``equal`` where equal weights did better on held-out prompts.
         held_out: by name of a reward or mix, over all labels, each predicted by a fit to the other folds.
-        labels: number of labels, including ``ties`` ties.
-        prompts, folds, seed: ``seed`` assigned the prompts to ``folds`` folds.
+        labels: number of labels, ties included.
+        ties: number of ties among them.
+        prompts: number of prompts.
+        folds: number of folds of the cross-validation.
+        seed: assigned the prompts to the folds.
         scores_sha256: hash of ``scores.json``.
     """
 

@@ -43,7 +43,16 @@ class ModelInfo(FrozenModel):
 
 
 class ShardEntry(FrozenModel):
-    """One tar: its numbers of pairs, trajectories (``samples``) and states, its size and hash."""
+    """One tar.
+
+    Attributes:
+        name: file name.
+        pairs: number of pairs.
+        samples: number of trajectories.
+        states: number of states.
+        bytes: size of the file.
+        sha256: hash of the file.
+    """
 
     name: FileName
     pairs: Count
@@ -54,7 +63,13 @@ class ShardEntry(FrozenModel):
 
 
 class IndexEntry(FrozenModel):
-    """The index of all trajectories (:mod:`smpo_schemas.shards.index`): its size and hash."""
+    """The index of all trajectories (:mod:`smpo_schemas.shards.index`).
+
+    Attributes:
+        name: file name.
+        bytes: size of the file.
+        sha256: hash of the file.
+    """
 
     name: FileName
     bytes: Count
@@ -62,7 +77,12 @@ class IndexEntry(FrozenModel):
 
 
 class Bucket(FrozenModel):
-    """An image size, in pixels, and its number of pairs."""
+    """An image size.
+
+    Attributes:
+        height, width: in pixels.
+        pairs: number of pairs of this size.
+    """
 
     height: int
     width: int
@@ -94,9 +114,16 @@ class BandHealth(FrozenModel):
 
 
 class Totals(FrozenModel):
-    """Sums over the directory; ``pairs_in = pairs + rejected``.
+    """Sums over the directory.
 
-    ``prompts_cut`` is the number of pairs whose prompt the text encoders truncate, as the model's pipeline does.
+    Attributes:
+        pairs_in: number of input pairs, pairs + rejected.
+        pairs: number of pairs in the shards.
+        samples: number of trajectories.
+        states: number of states.
+        rejected: number of rows of ``rejected.parquet``.
+        bytes: size of all tars.
+        prompts_cut: number of pairs whose prompt the text encoders truncate, as the model's pipeline does.
     """
 
     pairs_in: Count
@@ -111,9 +138,21 @@ class Totals(FrozenModel):
 class Manifest(FrozenModel):
     """The whole of ``manifest.json``.
 
-    ``index`` is None in older directories. ``buckets`` lists the image sizes by rising aspect ratio; it is empty
-    without ``--buckets``, where all images have the ``resolution``. ``ref_error_arithmetic`` names the arithmetic of
-    ``ref_error`` (:func:`autocast_arithmetic`).
+    Attributes:
+        schema_version: of this file and of the shards.
+        model: the reference, and the denoiser that made the trajectories.
+        resolution: side of the images, or with ``buckets`` the side of the square of their area, in pixels.
+        inversion: the settings of ``invert`` that decide what is stored.
+        seed: of all random draws, together with each pair's id.
+        rewards: statistics of each reward over the data set, by name.
+        shards: the tars, in order.
+        totals: sums over the directory.
+        rejected_reasons: number of rejected pairs by kind of reason.
+        health: quality of the states by timestep band.
+        versions: of the libraries.
+        index: None in older directories.
+        buckets: image sizes by rising aspect ratio; empty without ``--buckets``.
+        ref_error_arithmetic: arithmetic of ``ref_error``, for example ``fp32`` or ``bf16 autocast``.
     """
 
     schema_version: int

@@ -18,7 +18,14 @@ REJECT_SCHEMA = pa.schema(
 
 
 class Reject(FrozenModel):
-    """One pair that was left out: its file and row, the stage that rejected it, and the reason in one sentence."""
+    """One pair that was left out.
+
+    Attributes:
+        pair_id: None if the pair's row could not be read so far.
+        source: its file and row, as ``path:row``.
+        stage: the command that rejected it.
+        reason: one sentence; the words before the first colon are its kind.
+    """
 
     pair_id: str | None
     source: str

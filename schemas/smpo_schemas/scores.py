@@ -67,7 +67,13 @@ class RewardStatistics(FrozenModel):
 
 
 class ScoresPart(FrozenModel):
-    """One Parquet file of the table."""
+    """One Parquet file of the table.
+
+    Attributes:
+        name: file name.
+        pairs: number of rows.
+        sha256: hash of the file.
+    """
 
     name: FileName
     pairs: Count
@@ -75,7 +81,15 @@ class ScoresPart(FrozenModel):
 
 
 class ScoresInfo(FrozenModel):
-    """``scores.json``: describes the table; written last, so that its absence marks an unfinished run."""
+    """``scores.json``: describes the table; written last, so that its absence marks an unfinished run.
+
+    Attributes:
+        schema_version: of this file and of the table.
+        rewards: statistics of each reward, by name.
+        parts: the table's files, in input order.
+        scored: number of pairs in the table.
+        rejected: number of rows of ``rejected.parquet``.
+    """
 
     schema_version: int
     rewards: dict[str, RewardStatistics]

@@ -25,7 +25,7 @@ from smpo_schemas.shards.stored_state import read_trajectory
 
 INDEX_FILE = "index.parquet"
 
-_SCHEMA = pa.schema(
+INDEX_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
         ("key", pa.string()),
@@ -76,14 +76,14 @@ def write_index_part(path: AnyPath, trajectories: Iterable[IndexedTrajectory]) -
 
 
 def _write(path: Path, trajectories: Iterable[IndexedTrajectory]) -> None:
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(path, INDEX_SCHEMA, compression="zstd") as writer:
         rows: list[dict[str, object]] = []
         for trajectory in trajectories:
             rows.append(_row(trajectory))
             if len(rows) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+                writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
                 rows = []
-        writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+        writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
 
 
 def _from_parts(directory: ShardDirectory, parts: Sequence[AnyPath]) -> Iterator[IndexedTrajectory]:
@@ -131,7 +131,7 @@ def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedTraje
 
 def _trajectories(batch: pa.RecordBatch | pa.Table, shards: Sequence[ShardEntry]) -> Iterator[IndexedTrajectory]:
     table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
-    table = table.select(_SCHEMA.names).cast(_SCHEMA)
+    table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
     table.validate(full=True)
     for row in table.to_pylist():
         yield _trajectory(row, shards)

@@ -1,0 +1,180 @@
+"""Write ``formats.md``, the reference of all files, from the classes and schemas that write and read them.
+
+Run ``python docs/reference/generate_formats.py`` after a change of a file format; with ``--check`` it fails if the page
+is old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import pyarrow as pa
+from described_fields import described_fields, descriptions
+from generated_page import table, write_or_check
+
+from smpo_schemas.calibration import CALIBRATION_VERSION, Calibration
+from smpo_schemas.manifest import MANIFEST_VERSION, Manifest
+from smpo_schemas.pairs.columns import PICK_A_PIC, PairColumns
+from smpo_schemas.pairs.normalising import Pair
+from smpo_schemas.rejects import REJECT_SCHEMA, Reject
+from smpo_schemas.scores import SCORES_VERSION, ScoresInfo, score_schema
+from smpo_schemas.shards.index import INDEX_SCHEMA
+from smpo_schemas.shards.samples import Sample, SampleMeta
+from smpo_trainer.monitoring.bands import BANDED, banded_name, bands
+from smpo_trainer.monitoring.metric_names import METRICS
+from smpo_trainer.output.file_list import CHECKPOINT_FILES, RUN_FILES
+from smpo_trainer.output.run_folder import TRAINING_VERSION
+from smpo_trainer.output.training_record import TrainingRecord
+
+PAGE = Path(__file__).with_name("formats.md")
+
+_HEAD = """# File formats
+
+Made by `python docs/reference/generate_formats.py` from the classes that write and read these files. Do not edit by
+hand.
+
+Every stage writes its marker last (`scores.json`, `manifest.json`, `training.json`): a folder without it is an
+unfinished run, which the same command continues. Files name their `schema_version`; another version is refused.
+"""
+
+_SCORES = {
+    "pair_id": "as in the pairs, or made from prompt and images",
+    "prompt": "as in the pairs",
+    "label": "as in the pairs",
+    "annotator": "as in the pairs",
+    "image_0_id": "hash of the image file's content",
+    "image_1_id": "hash of the image file's content",
+    "NAME_0": "raw score of image_0 by the reward NAME; two columns per reward",
+    "NAME_1": "raw score of image_1",
+}
+
+_INDEX = {
+    "shard": "number of the tar in the manifest's list, from 0",
+    "key": "of the sample",
+    "meta_offset": "byte at which `KEY.json` starts in the tar",
+    "meta_bytes": "its length",
+    "tensors_offset": "byte at which `KEY.safetensors` starts in the tar",
+    "tensors_bytes": "its length",
+    "meta": "content of `KEY.json`",
+    "timesteps": "of the trajectory's K states, increasing",
+    "latent": "shape C, h, w of its latents",
+}
+
+
+def main() -> None:
+    """Write the page, or compare it with what would be written."""
+    write_or_check(PAGE, _page())
+
+
+def _page() -> Iterator[str]:
+    seen: set[type] = set()
+    yield _HEAD
+    yield from _pairs()
+    yield "## Scores (output of `score`)\n"
+    yield "### scores.json\n"
+    yield from _models(ScoresInfo, SCORES_VERSION, seen)
+    yield "### Parquet files\n"
+    yield "One row per pair, in input order. `scores.json` lists the files.\n"
+    yield from _columns(score_schema(["NAME"]), _SCORES)
+    yield "## rejected.parquet (output of `score` and `invert`)\n"
+    yield "Pairs that are in no result: pairs in = pairs out + rejected.\n"
+    yield from _columns(REJECT_SCHEMA, descriptions(Reject))
+    yield "## Shards (output of `invert`)\n"
+    yield "`shard-NNNNNN.tar` are WebDataset tars. A sample is one trajectory of one pair; KEY is a running number.\n"
+    yield "### KEY.json\n"
+    yield from _fields(SampleMeta)
+    yield "### KEY.safetensors\n"
+    yield "K states, 2 images (image_0, image_1), C x h x w a latent.\n"
+    yield from _tensors()
+    yield "### index.parquet\n"
+    yield "One row per trajectory, so that a trainer does not read the tars. It can be made again from them.\n"
+    yield from _columns(INDEX_SCHEMA, _INDEX)
+    yield "### manifest.json\n"
+    yield from _models(Manifest, MANIFEST_VERSION, seen)
+    yield "## calibration.json (output of `calibrate`)\n"
+    yield from _models(Calibration, CALIBRATION_VERSION, seen)
+    yield from _training(seen)
+
+
+def _pairs() -> Iterator[str]:
+    yield "## Pairs (input)\n"
+    yield "Parquet or JSONL, one row per pair. Pick-a-Pic's column names are recognised; flags give other names.\n"
+    meaning = descriptions(Pair)
+    defaults = PairColumns(label="label", pair_id="pair_id", annotator="annotator")
+    rows = [
+        (
+            f"`{name}`" if (name := getattr(defaults, field.name)) else "",
+            f"`{name}`" if (name := getattr(PICK_A_PIC, field.name)) else "",
+            f"`--{field.name.replace('_', '-')}-column`",
+            meaning.get(field.name) or _CHOSEN[field.name],
+        )
+        for field in fields(PairColumns)
+    ]
+    yield from table(("column", "Pick-a-Pic", "flag", "content"), rows)
+    yield "An image is the bytes of its file, a struct of `bytes` and `path`, or a path relative to the pairs file.\n"
+
+
+_CHOSEN = {
+    "chosen": "the preferred image; instead of `image_0`, `image_1` and `label`",
+    "rejected": "the other image",
+}
+
+
+def _models(kind: type, version: int, seen: set[type]) -> Iterator[str]:
+    """A model's fields, and those of the models in it that are not yet in ``seen``."""
+    yield f"`schema_version` is {version}.\n"
+    yield from _fields(kind)
+    waiting = [kind]
+    while waiting:
+        for field in described_fields(waiting.pop(0)):
+            if field.model and field.model not in seen:
+                seen.add(field.model)
+                waiting.append(field.model)
+                yield f"#### {field.model.__name__}\n"
+                yield from _fields(field.model)
+
+
+def _fields(kind: type) -> list[str]:
+    return table(
+        ("field", "type", "meaning"), ((f"`{each.name}`", each.type, each.meaning) for each in described_fields(kind))
+    )
+
+
+def _columns(schema: pa.Schema, meaning: Mapping[str, str]) -> list[str]:
+    if missing := sorted(set(schema.names) ^ set(meaning)):
+        raise SystemExit(f"columns without a description, or the other way round: {', '.join(missing)}")
+    return table(
+        ("column", "type", "meaning"), ((f"`{each.name}`", str(each.type), meaning[each.name]) for each in schema)
+    )
+
+
+def _tensors() -> list[str]:
+    rows = []
+    for attribute, meaning in descriptions(Sample).items():
+        name, _, shape = attribute.rpartition("_")
+        rows.append((f"`{name}`", f"[{', '.join(shape)}]", meaning))
+    return table(("tensor", "shape", "meaning"), rows)
+
+
+def _training(seen: set[type]) -> Iterator[str]:
+    yield "## Training run (output of `smpo-train`)\n"
+    yield from table(("file", "content"), ((f"`{name}`", text) for name, text in RUN_FILES.items()))
+    yield "### checkpoint-NNNNNN/\n"
+    yield from table(("file", "content"), ((f"`{name}`", text) for name, text in CHECKPOINT_FILES.items()))
+    yield "### config.yaml\n"
+    yield "A key per flag of [smpo-train](cli.md#smpo-train), with underscores for dashes. `score`, `invert` and"
+    yield "`evaluate` write theirs in the same form.\n"
+    yield "### training.json\n"
+    yield from _models(TrainingRecord, TRAINING_VERSION, seen)
+    yield "### metrics.jsonl\n"
+    yield "Means over all states of the step; null where no state has such a value.\n"
+    yield from table(("metric", "meaning"), ((f"`{name}`", text) for name, text in METRICS.items()))
+    example = banded_name(BANDED[0], bands(1000)[0])
+    yield f"By band of timesteps, for example `{example}`: {', '.join(f'`{name}`' for name in BANDED)}. On held-out"
+    yield "pairs (`--val-fraction`), every metric of states with `val/` before its name.\n"
+
+
+if __name__ == "__main__":
+    main()

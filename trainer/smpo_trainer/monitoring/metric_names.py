@@ -1,0 +1,34 @@
+"""Every metric of ``metrics.jsonl``, TensorBoard and Weights & Biases, with its meaning; the reference lists them.
+
+A metric of states is the mean over the step's states that have it. "Preferred" is the image that the objective wants
+the model to prefer: by the label, or by the reward mix.
+"""
+
+METRICS = {
+    "step": "optimizer step, from 1",
+    "loss": "the objective's loss, with the budget's term and the pair weights",
+    "rewards/chosen": "implicit reward of the preferred image, -(beta/2) (error - reference error)",
+    "rewards/rejected": "implicit reward of the other image",
+    "rewards/margins": "implicit reward of the preferred image minus that of the other",
+    "rewards/accuracies": "share of states with a positive margin, 0 to 1",
+    "error/image_0": "the model's error at image_0: mean squared difference from its regression target",
+    "error/image_1": "the same at image_1",
+    "error_minus_reference/image_0": "the model's error at image_0 minus the reference's",
+    "error_minus_reference/image_1": "the same at image_1",
+    "error_minus_reference/chosen": "the same at the preferred image",
+    "error_minus_reference/rejected": "the same at the other image",
+    "drift": "absolute difference of the model's and the reference's error, mean of both images",
+    "budget/excess": "how far the preferred image is beyond `--budget`, in margin units; only with `--budget`",
+    "grad_norm": "norm of the gradient before clipping",
+    "lr": "learning rate of this step",
+    "skipped_steps": "steps so far whose loss or gradient was not finite",
+    "pairs_per_second": "states of the step, over all processes, by its duration",
+    "data_wait_percent": "share of the step that the main process waited for data",
+    "memory_gib": "the main process's peak memory so far: tensors on a GPU, resident memory on a CPU",
+    "mfu_percent": "model FLOPs utilization; only on GPUs whose peak is known",
+    "reference_noise/std": "rms of the margins that rounding of the stored reference errors makes; first step only",
+    "reference_noise/max": "the largest of these margins; first step only",
+    "reference_noise/loss": "what this rounding adds to the mean loss; first step only",
+}
+"""Name to meaning. Names of held-out pairs begin with ``val/``; those of
+:data:`smpo_trainer.monitoring.bands.BANDED` are also written for each band of timesteps."""

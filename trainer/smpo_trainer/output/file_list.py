@@ -1,0 +1,26 @@
+"""The files that a run leaves in ``--out``, with their content; the reference lists them."""
+
+from smpo_common.commandline import CONFIG_FILE
+from smpo_schemas.trained_model import LORA_FILE, METRICS_FILE, TRAINING_FILE, UNET_FOLDER
+
+RUN_FILES = {
+    f"{UNET_FOLDER}/": "the trained denoiser, as diffusers saves and loads it; not with `--lora-rank`",
+    LORA_FILE: "with `--lora-rank`: the adapter, as `load_lora_weights` takes it",
+    TRAINING_FILE: "settings and result; written last",
+    CONFIG_FILE: "every flag as it was resolved, by its key; `--config` takes it again",
+    METRICS_FILE: "one JSON object per optimizer step",
+    "checkpoint-NNNNNN/": "what a run continues from, and a model",
+    "tensorboard/": "event files",
+    "validation/": "with `--validation-prompts`: `step-NNNNNN.png`, all prompts of a step",
+    "reference.safetensors": "reference errors, where this run recomputed them",
+    "nonfinite.jsonl": "one object per skipped step: `step`, `bad_pairs` (their loss is not finite), `pairs`",
+    "wandb/": "with `--wandb-project`: its files, and the id of the run",
+}
+
+CHECKPOINT_FILES = {
+    f"{UNET_FOLDER}/": f"as above (with `--lora-rank` `{LORA_FILE}`); with `--ema-decay` the averaged weights",
+    "weights_in_training.safetensors": "with `--ema-decay`: the weights that training continues with",
+    "optimizer.pt": "state of optimizer, schedule, gradient scaler, average and skipped steps",
+    "state.json": "`version`; `step`: finished optimizer steps; `identity`: the settings that a run which continues "
+    "from here must share",
+}

@@ -1,0 +1,76 @@
+"""``training.json``: how a model was trained, and the result."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from smpo_trainer.monitoring.metrics import Record
+
+
+class RewardInMix(TypedDict):
+    """One reward of the preference that a run learned from.
+
+    Attributes:
+        weight: in the mix.
+        scale: what its score differences were divided by.
+        model: hub id or folder of the reward model.
+        unit: unit of the raw score.
+        min, max: over the data set, as in the shards' manifest.
+    """
+
+    weight: float
+    scale: float
+    model: str
+    unit: str
+    min: float
+    max: float
+
+
+class TrainedShards(TypedDict):
+    """One directory of shards.
+
+    Attributes:
+        path: as given to ``--shards``.
+        manifest_sha256: hash of its ``manifest.json``.
+    """
+
+    path: str
+    manifest_sha256: str
+
+
+class TrainingRecord(TypedDict):
+    """The whole of ``training.json``.
+
+    Attributes:
+        schema_version: of this file.
+        settings: all settings that decide the numbers of the run; an unfinished run continues only with the same.
+        model: ``--model``.
+        kind: model family, for example ``sd15``.
+        objective: ``--objective``.
+        rewards: by name; empty for objectives that learn from labels.
+        shards: in the order of ``--shards``.
+        starts_from_reference: whether training started from the weights that the reference errors belong to.
+        states: number of states that the run draws from.
+        states_per_step: over all processes and accumulated batches.
+        steps: optimizer steps.
+        epochs: how often each state was used, on average.
+        warnings: what the run said of its health, in order.
+        metrics: the last line of ``metrics.jsonl``.
+        versions: of this package and its libraries.
+    """
+
+    schema_version: int
+    settings: dict[str, Any]
+    model: str
+    kind: str
+    objective: str
+    rewards: dict[str, RewardInMix]
+    shards: list[TrainedShards]
+    starts_from_reference: bool
+    states: int
+    states_per_step: int
+    steps: int
+    epochs: float
+    warnings: list[str]
+    metrics: Record
+    versions: dict[str, str]
