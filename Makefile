@@ -10,11 +10,12 @@ DEMO := demo
 PYTHONS := python3.13 python3.12 python3.11 python3
 SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(firstword $(foreach name,$(PYTHONS),$(shell $(name) -c '$(SUITABLE)' 2>/dev/null && echo $(name))))
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-fast chaos fuzz lint docs format bench gpu-acceptance clean
+.PHONY: help setup demo test test-fast chaos fuzz lint docs docs-check format bench gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -74,15 +75,22 @@ chaos: $(READY_DEV) ## Training and 50 runs of stages 1 and 2, killed at random 
 	SMPO_KILLS=20 $(BIN)/python -m pytest -q -m long
 	$(BIN)/python -m tests.chaos --runs 50
 
-lint: $(READY_DEV) ## ruff, mypy, import-linter; is docs/reference/cli.md up to date?
+lint: $(READY_DEV) ## ruff, mypy, import-linter; are the reference pages up to date, and do all links lead somewhere?
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python docs/reference/generate_cli.py --check
+	$(BIN)/python docs/reference/generate_formats.py --check
+	$(SITE)
 
-docs: $(READY_DEV) ## Write docs/reference/cli.md from the commands
+docs: $(READY_DEV) ## Write docs/reference/ from the code, and the documentation as a site into site/
 	$(BIN)/python docs/reference/generate_cli.py
+	$(BIN)/python docs/reference/generate_formats.py
+	$(SITE)
+
+docs-check: $(READY_DEV) ## Are the commands, flags and Python of README and docs/guide taken? (part of `make test`)
+	$(BIN)/python -m pytest -q tests/docs tests/trainer/test_readme.py tests/trainer/test_python_guide.py
 
 format: $(READY_DEV) ## Format, and fix what ruff can
 	$(BIN)/ruff format .
