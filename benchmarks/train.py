@@ -171,7 +171,7 @@ def ours(model: Path, shape: Shape, device: str, shards: Path, out: Path) -> tup
     subprocess.run([*map(str, command), *map(str, options)], check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     waits = [record["data_wait_percent"] for record in records]
-    return [shape.pairs / record["pairs_per_second"] for record in records], median(waits)
+    return [shape.pairs / record["states_per_second"] for record in records], median(waits)
 
 
 def _policy(family: Family, *, fused: bool) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -77,7 +77,7 @@ def _judge_launched(world: World, report: Report, name: str, environment: Mappin
     launched, alone = records_of(out), world.notes["whole"]
     apart = max(abs(one["loss"] - other["loss"]) for one, other in zip(launched, alone, strict=False))
     report.judge(f"{name}: largest difference of a loss", apart, most=1e-2)
-    report.note(pairs_per_second=[each["pairs_per_second"] for each in launched])
+    report.note(states_per_second=[each["states_per_second"] for each in launched])
     shutil.rmtree(out)
 
 

@@ -46,7 +46,7 @@ def check_resume(world: World, report: Report) -> None:
     files = [file for folder in out.glob("checkpoint-*") for file in folder.rglob("*") if file.is_file()]
     written = sum(file.stat().st_size for file in files)
     report.note(checkpoint_GB=written / 1e9, writing_seconds=costs["writing"])
-    seconds = median(size.pairs / each["pairs_per_second"] for each in records)
+    seconds = median(size.pairs / each["states_per_second"] for each in records)
     stall = costs["writing"] / (costs["writing"] + 50 * seconds)
     report.note(stall_share_of_a_checkpoint_every_50_steps=stall)
     with patch.object(TrainLoop, "_resume", _timed(TrainLoop._resume, "reading", costs)):  # noqa: SLF001
@@ -121,8 +121,8 @@ def check_overflow(world: World, report: Report) -> None:
     prompts = world.work / "prompts.txt"
     prompts.write_text(f"{PROMPT}\na blue square\n", encoding="utf-8")
     flags = ["--batch-size", world.size.pairs // 2, "--grad-accum", 2, "--ema-decay", 0.99]
-    flags += ["--val-fraction", 0.3, "--val-every", 2, "--validation-prompts", prompts, "--validation-every", 4]
-    flags += ["--validation-sampling-steps", 4, "--reference", "stored"]
+    flags += ["--val-fraction", 0.3, "--val-every", 2, "--image-prompts", prompts, "--image-every", 4]
+    flags += ["--image-sampling-steps", 4, "--reference", "stored"]
     precision, seen = "fp16" if world.device.trains_in_fp16 else "bf16", _Overflow(world)
     out = world.work / "overflown"
     with around_steps(seen.step), patch.object(Trainer, "as_saved", seen.timed(Trainer.as_saved)):
@@ -162,7 +162,7 @@ class _Overflow:
             self._device.begin_scale(accelerator)
         if number not in {1, 2}:
             return make()
-        weights = list(trainer._policy.trained().values())  # noqa: SLF001
+        weights = list(trainer._policy.trainable_parameters().values())  # noqa: SLF001
         before = [each.detach().clone() for each in weights]
         scale = self._device.overflow(accelerator, weights[0]) if number == 1 else None
         record = make()

@@ -156,8 +156,8 @@ def check_training(world: World, report: Report) -> None:
     records, _ = train(world, "sd15", world.work / "whole", *flags)
     world.notes["whole"] = records
     settled = records[2:]
-    rate = median(each["pairs_per_second"] for each in settled)
-    report.note(pairs_per_second=rate, memory_GiB=settled[-1]["memory_gib"])
+    rate = median(each["states_per_second"] for each in settled)
+    report.note(states_per_second=rate, memory_GiB=settled[-1]["memory_gib"])
     report.judge("waiting for data, %", median(each["data_wait_percent"] for each in settled), most=1, on_cpu=False)
     grown = settled[-1]["memory_gib"] / settled[0]["memory_gib"]
     report.judge("memory at the end over that at step 3", grown, most=1.01, on_cpu=False)
@@ -183,7 +183,7 @@ def _judge_mfu(world: World, report: Report, record: dict[str, Any], of_pair: fl
     logged, peaks = record.get("mfu_percent"), utilization._PEAKS  # noqa: SLF001
     # MFU is logged only for known devices; any other name stands in, so that a CPU runs this code too.
     half, *_ = peaks.get(world.device.describe()["device"], next(iter(peaks.values())))
-    expected = 100 * of_pair * record["pairs_per_second"] / (half * 1e12)
+    expected = 100 * of_pair * record["states_per_second"] / (half * 1e12)
     report.note(TFLOP_a_pair=of_pair / 1e12, mfu_percent=logged)
     report.judge("MFU over a hand count", logged and logged / expected, least=0.98, most=1.02, on_cpu=False)
 
@@ -195,8 +195,8 @@ def check_xl_training(world: World, report: Report) -> None:
     flags = ["--batch-size", size.xl_train, "--gradient-checkpointing", "--reference", "stored"]
     with known_fingerprints():
         records, _ = train(world, "sdxl", world.work / "xl", *flags, leave_before=min(4, size.train_steps))
-    rate, memory = median(each["pairs_per_second"] for each in records[1:]), records[-1]["memory_gib"]
-    report.note(pairs_per_second=rate, memory_GiB=memory, **_noise(records))
+    rate, memory = median(each["states_per_second"] for each in records[1:]), records[-1]["memory_gib"]
+    report.note(states_per_second=rate, memory_GiB=memory, **_noise(records))
     report.judge("memory of smpo-train, GiB", memory, most=80e9 / GIB, on_cpu=False)
     report.judge("pairs/s", rate, least=0.9 * bare, on_cpu=False)
     (world.out / "train-sdxl.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
@@ -258,9 +258,9 @@ def check_compile(world: World, report: Report) -> None:
         apart = max(abs(one["loss"] - other["loss"]) for one, other in zip(records, eager, strict=False))
         report.judge("largest difference of a loss", apart, most=1e-2)
         report.note(
-            pairs_per_second=median(each["pairs_per_second"] for each in records[1:]),
-            pairs_per_second_eager=median(each["pairs_per_second"] for each in eager[1:]),
-            first_step_seconds=size.pairs / records[0]["pairs_per_second"],
+            states_per_second=median(each["states_per_second"] for each in records[1:]),
+            states_per_second_eager=median(each["states_per_second"] for each in eager[1:]),
+            first_step_seconds=size.pairs / records[0]["states_per_second"],
         )
         for name, forward in _forwards(world):
             report.note(**{f"forward, {name}: ms": 1000 * device.seconds(forward)})

@@ -35,6 +35,11 @@ _OTHER_NAMES = {
     "output_dir": "out",
     "num_inference_steps": "steps",
     "mixed_precision": "dtype",
+    "validation_prompts": "image_prompts",
+    "validation_every": "image_every",
+    "validation_steps": "image_every",
+    "validation_sampling_steps": "image_sampling_steps",
+    "validation_guidance_scale": "image_guidance_scale",
     "walks": "trajectories",
     "walker": "inverting_unet",
 }

@@ -132,6 +132,8 @@ class Flag:
         place: the value is a path, a URL or a hub id; paths become absolute in the resolved config. ``named``: the
             value is ``NAME=PATH``.
         recorded: whether the resolved config has it.
+        identity: what a resumed run must share with the run in the output folder: the flag's ``value``, or what it is
+            ``resolved`` to (the content of a file, a product of flags); None: the flag may change.
         positional: an argument without a name.
         hidden: accepted, but not shown in the help.
         off: the flag that turns a boolean off, for example ``--no-hflip``.
@@ -142,6 +144,7 @@ class Flag:
     typed: Any = None
     place: bool | Literal["named"] = False
     recorded: bool = True
+    identity: Literal["value", "resolved"] | None = None
     positional: bool = False
     hidden: bool = False
     off: str | None = None

@@ -37,9 +37,9 @@ PUBLISHED: dict[str, dict[str, object]] = {
     "npo-sd15": {**NPO, "objective": "npo", "beta": 1000},
     "npo-sdxl": {**NPO, "objective": "npo", "beta": 2000},
 }
-"""Of the launchers and READMEs of the methods' repositories (CaPO: of secondary sources)."""
+"""From the launch scripts and READMEs of the methods' repositories (CaPO: from secondary sources)."""
 
-PAIRS = {"smpo": 1024, "dpo": 2048, "inpo": 1024, "dmpo": 2048}
+STATES_PER_STEP = {"smpo": 1024, "dpo": 2048, "inpo": 1024, "dmpo": 2048}
 """On 8 devices."""
 
 SHARDS = {
@@ -78,9 +78,9 @@ def test_settings_are_the_published_ones(
     assert (settings["lr_schedule"], settings["weight_decay"], settings["max_grad_norm"]) == ("constant", 0.01, 1.0)
     if "beta" in PUBLISHED[name]:  # ... which is also what the objective takes by itself
         assert experiment.objective.resolve_beta(None, kind) == PUBLISHED[name]["beta"]
-    pairs = PAIRS.get(name.split("-", maxsplit=1)[0])
-    if pairs:
-        assert settings["batch_size"] * settings["grad_accum"] * 8 == PRESETS[name].pairs == pairs
+    states = STATES_PER_STEP.get(name.split("-", maxsplit=1)[0])
+    if states:
+        assert settings["batch_size"] * settings["grad_accum"] * 8 == PRESETS[name].states_per_step == states
     assert PRESETS[name].kind == kind
     published = {**experiment.objective.published_shards, **PRESETS[name].shards}
     assert published.items() >= SHARDS.get(name, {}).items()

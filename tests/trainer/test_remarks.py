@@ -78,8 +78,8 @@ def test_a_preset_on_shards_and_a_start_that_are_not_the_published_ones(
 ) -> None:
     lines = said(preset="inpo-sd15", batch_size=1, grad_accum=128)
     assert all(line.startswith("--preset inpo-sd15: ") for line in lines)
-    pairs, start, made = lines
-    assert "1024 pairs a step, here are 2" in pairs
+    states, start, made = lines
+    assert "published with 1024 states per step, this run has 2" in states
     assert "--objective sft" in start
     assert "--unet" in start
     assert "--timesteps published --steps 10 --solver ddim --eta 0.1; here" in made
@@ -92,11 +92,13 @@ def test_a_preset_on_shards_and_a_start_that_are_not_the_published_ones(
 
 def test_a_preset_of_another_model_and_reward(said: Said, shards: Path, tmp_path: Path) -> None:
     on = with_manifest(shards, tmp_path / "published", timesteps="published", steps=10)
-    kind, pairs, reward = said(preset="smpo-sdxl", on=on)
-    assert "published for sdxl, the shards are of sd15" in kind
-    assert "1024 pairs a step, here are 2" in pairs
-    assert "learning rate is scaled" in pairs
-    assert "pickscore alone, here are: taste" in reward
+    kind, states, reward = said(preset="smpo-sdxl", on=on)
+    assert "sdxl" in kind
+    assert "sd15" in kind
+    assert "published with 1024 states per step, this run has 2" in states
+    assert "--scale-lr" in states
+    assert "pickscore" in reward
+    assert "taste" in reward
     assert said(preset="smpo-sdxl", on=with_manifest(on, tmp_path / "xl", kind="sdxl"), states_per_step=1024) == [
         reward
     ]

@@ -96,6 +96,6 @@ def test_cached_text_equals_live_to_the_bit(
 def test_validation_images_are_drawn(train: Train, xl: Path, xl_shards: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
-    drawing = {"validation_prompts": prompts, "validation_sampling_steps": 2}
+    drawing = {"image_prompts": prompts, "image_sampling_steps": 2}
     out = train(on=xl_shards, base=xl, max_steps=1, dtype="bf16", **drawing)
     assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-000000.png", "step-000001.png"]

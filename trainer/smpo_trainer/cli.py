@@ -1,4 +1,4 @@
-"""``smpo-train``: the command line. Parses, and hands over."""
+"""The command line of ``smpo-train``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ accelerate launch --num_processes 8 -m smpo_trainer --shards s3://bucket/shards 
 def _list_objectives(wanted: bool) -> None:
     if not wanted:
         return
-    # Seconds of torch, which --help saves.
+    # Imported here to keep --help fast: torch takes seconds.
     from smpo_trainer.objectives import find_objective, objectives, offered_objectives  # noqa: PLC0415
 
     for name in (*sorted(objectives()), *offered_objectives()):
@@ -40,6 +40,10 @@ def _list_objectives(wanted: bool) -> None:
             typer.echo(f"{name:6} cannot be used: {error}")
             continue
         typer.echo(f"{name:6} {objective.summary}")
+        betas = ", ".join(f"{beta:g} ({kind})" for kind, beta in objective.betas.items())
+        weighting = objective.timestep_weighting
+        bias = f" (bias {objective.sigmoid_bias:g})" if weighting == "sigmoid" else ""
+        typer.echo(f"       defaults: beta {betas}; timestep weighting {weighting}{bias}")
         for option in objective.Options.own():
             typer.echo(f"       {option}: {objective.Options.model_fields[option].description}")
     typer.echo("Your own: --objective MODULE:CLASS; see docs/guide/python.md.")
@@ -50,15 +54,15 @@ def _show_preset(name: str | None) -> None:
     if name is None:
         return
     preset = find_preset(name)
-    from smpo_trainer.objectives import find_objective  # noqa: PLC0415  (seconds of torch, which --help saves)
+    from smpo_trainer.objectives import find_objective  # noqa: PLC0415  (keeps --help fast: torch takes seconds)
 
     shards = {**find_objective(str(preset.flags["objective"])).published_shards, **preset.shards}
-    pairs = f"; {preset.pairs} pairs a step over all devices" if preset.pairs else ""
-    typer.echo(f"{name}: published for {preset.kind} models{pairs}")
+    states = f", with {preset.states_per_step} states per step over all devices" if preset.states_per_step else ""
+    typer.echo(f"{name}: published for {preset.kind} models{states}")
     typer.echo(f"smpo-train: {as_flags(preset.flags)}")
     typer.echo(f"smpo-pipeline invert: {as_flags(shards)}")
     if preset.starts_from_sft:
-        typer.echo("starts from a denoiser that was fine-tuned on the preferred images: --unet, for both commands")
+        typer.echo("give a denoiser that was fine-tuned on the preferred images to both commands with --unet")
     raise typer.Exit
 
 
@@ -70,7 +74,7 @@ _ACTIONS = {
             callback=_list_objectives,
             is_eager=True,
             expose_value=False,
-            help="Print every objective with the options that only it has, and exit.",
+            help="Print every objective with its options and defaults, and exit.",
         ),
     ],
     "show_preset": Annotated[
@@ -81,7 +85,7 @@ _ACTIONS = {
             callback=_show_preset,
             is_eager=True,
             expose_value=False,
-            help="Print a preset's flags, and those its shards were published with, and exit.",
+            help="Print the flags of a preset, for this program and for the shards, and exit.",
         ),
     ],
     "version": VERSION,
@@ -89,12 +93,12 @@ _ACTIONS = {
 
 
 def train(settings: TrainSettings) -> None:
-    """Align a diffusion model with preference, from shards.
+    """Train a diffusion model on preferences, from shards.
 
-    Run it under `torchrun` or `accelerate launch` for several devices: `torchrun -m smpo_trainer ...`.
-    The same command continues a run that was stopped or killed.
+    For several devices run it under `torchrun` or `accelerate launch`: `torchrun -m smpo_trainer ...`.
+    Run the same command again to resume a run that was stopped or killed.
     """
-    from smpo_trainer.run import run_training  # noqa: PLC0415  (seconds of torch and diffusers, which --help saves)
+    from smpo_trainer.run import run_training  # noqa: PLC0415  (keeps --help fast: torch takes seconds)
 
     run_training(settings)
 

@@ -1,4 +1,4 @@
-"""An experiment: the settings resolved against the shards, and what of them a run that is continued must share."""
+"""An experiment: settings resolved against the shards, and the identity that a resumed run must share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smpo_common.errors import UserError
+from smpo_common.options import fields_of
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.noise_schedule import Process
@@ -21,39 +22,19 @@ from smpo_trainer.preference.reward_mix import RewardMix, resolve_mix
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shards.shard_set import ShardSet, open_shards
 
-_IDENTITY = (
-    "budget",
-    "max_steps",
-    "optimizer",
-    "warmup_steps",
-    "lr_schedule",
-    "weight_decay",
-    "max_grad_norm",
-    "ema_decay",
-    "lora_rank",
-    "seed",
-    "shuffle_window",
-    "dtype",
-    "reference",
-    "min_timestep",
-    "max_timestep",
-    "val_fraction",
-)
-"""Flags that decide the numbers of a run by their values alone."""
-
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is to be trained on what, by which loss.
+    """Settings, data and loss of a run.
 
     Attributes:
-        settings: as they were asked for.
+        settings: the user's settings.
         shards: the data set.
         objective: the loss, with its options resolved.
-        mix: the rewards; None where the objective uses none.
-        weights: of the pairs; None where all count alike.
-        weighting: of the timesteps.
-        validation_prompts: to draw images of.
+        mix: the rewards; None if the objective uses none.
+        weights: weights of the pairs; None if all are equal.
+        weighting: weights of the timesteps.
+        image_prompts: prompts of the images to draw.
     """
 
     settings: TrainSettings
@@ -62,28 +43,28 @@ class Experiment:
     mix: RewardMix | None
     weights: PairWeights | None
     weighting: TimestepWeighting
-    validation_prompts: list[str]
+    image_prompts: list[str]
 
     @property
     def uses_reference(self) -> bool:
-        """Whether the loss depends on the reference; without, the reference only serves what is logged."""
+        """Whether the loss depends on the reference. If not, the reference only serves the metrics."""
         return self.objective.uses_reference or self.settings.loss.budget is not None
 
     def pair_loss(self, process: Process) -> PairLoss:
-        """The objective with everything that the settings combine with it."""
+        """Combine the objective with timestep weights, budget and pair weights."""
         loss = self.settings.loss
         return PairLoss(self.objective, process, self.weighting, loss.budget, loss.budget_weight)
 
     def _group(self, states_per_step: int) -> dict[str, int]:
-        """Where images have several sizes, how many states are of one at a time: it decides their order."""
+        # With several image sizes, the order of states depends on the size of the groups of one shape.
         if len(self.shards.image_sizes()) == 1:
             return {}
         return {"states of one shape at a time": group_size(states_per_step, self.settings.steps.batch_size)}
 
     def describe(self, states_per_step: int) -> list[str]:
-        """What is trained on, and how, with what nobody asked for by name: lines for the user."""
+        """Describe data, loss and steps for the user, including values that come from defaults."""
         settings, options = self.settings, self.objective.options
-        made = [directory.manifest.inversion for directory in self.shards.directories]
+        inversions = [directory.manifest.inversion for directory in self.shards.directories]
         sizes = ", ".join(f"{width} x {height}" for height, width in sorted(self.shards.image_sizes()))
         pairs = sum(directory.manifest.totals.pairs for directory in self.shards.directories)
         own = "".join(f", {name} {getattr(options, name)}" for name in options.own())
@@ -91,28 +72,29 @@ class Experiment:
         if self.mix:
             weights = " ".join(f"{name}:{weight:g}" for name, weight in self.mix.preference.weights.items())
             learns_from = f"--reward {weights} by --preference {settings.rewards.preference}"
-        emptied = _percent(each.prompt_dropout for each in made)
-        mirrored = _percent(each.hflip / 2 for each in made)
+        dropped = _percent(inversion.prompt_dropout for inversion in inversions)
+        mirrored = _percent(inversion.hflip / 2 for inversion in inversions)
         optimizer, peak_lr = settings.optimizer, settings.peak_lr(states_per_step)
         lr = f"{peak_lr:g} ({optimizer.lr_schedule}, warm-up {optimizer.warmup_steps} steps)"
         return [
-            f"shards: {pairs} pairs at {sizes}; trajectories: {emptied} are without their prompt, {mirrored} mirrored",
+            f"shards: {pairs} pairs at {sizes}; of their trajectories, {dropped} without prompt, {mirrored} mirrored",
             f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{own}",
-            f"steps: {settings.steps.max_steps} of {states_per_step} pairs; {optimizer.optimizer}, learning rate {lr}",
+            f"steps: {settings.steps.max_steps} of {states_per_step} states; {optimizer.optimizer}, learning rate {lr}",
         ]
 
     def identity(self, states_per_step: int) -> dict[str, Any]:
-        """Everything that decides the numbers of a run, by the names that users know (JSON values).
+        """Return everything that decides the results of a run, by flag name (JSON values).
 
-        Batch size, accumulation and processes count only by their product: the order of the states and the loss, a
-        mean over the product, do not depend on the parts.
+        A run is resumed only with the same identity. Fields marked with ``Flag(identity="value")`` are compared as they
+        are; those marked ``resolved`` are resolved here.
         """
         settings, values = self.settings, self.settings.flat_values()
+        compared = [name for name, _, _, flag in fields_of(type(settings)) if flag.identity == "value"]
         return {
             "shards": self.shards.manifest_hashes(),
             "objective": self.objective.name,
             "objective's code": code_fingerprint(type(self.objective)),
-            **{name: values[name] for name in _IDENTITY},
+            **{name: values[name] for name in compared},
             **(self.mix.identity() if self.mix else {}),
             "beta": self.objective.options.beta,
             "gamma": self.objective.options.gamma,
@@ -120,6 +102,8 @@ class Experiment:
             **self.weighting.identity(),
             "budget_weight": values["budget_weight"] if values["budget"] is not None else None,
             "weight_column": self.weights.identity() if self.weights else None,
+            # Only the product counts: the order of states and the loss, a mean over the step, do not depend on its
+            # parts.
             "batch_size x grad_accum x processes": states_per_step,
             **self._group(states_per_step),
             "lr": settings.peak_lr(states_per_step),
@@ -130,20 +114,23 @@ class Experiment:
 
 
 def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> Experiment:
-    """Find the objective, the shards and the rewards; quick, since no tar and no model is read.
+    """Resolve objective, shards and rewards; fast, since it reads neither tars nor models.
 
     Raises:
-        UserError: one of them is not there, or they do not belong together.
+        UserError: one of them does not exist, or they do not fit each other.
     """
     if settings.output.wandb_project:
-        import_wandb(settings.output.wandb_project)  # hours before its first use
+        import_wandb(settings.output.wandb_project)  # fail now, not after hours
     rewards, loss = settings.rewards, settings.loss
     kind = find_objective(loss.objective)
     shards = open_shards(settings.shards, settings.data.cache_folder)
     mix = resolve_mix(rewards, settings.preset, shards, say) if kind.uses_rewards else None
     scores_unused = rewards.scores and not rewards.weight_column
     if mix is None and (rewards.reward or scores_unused or rewards.calibration or rewards.reward_range):
-        say(f"--objective {kind.name} learns from labels: flags about rewards and scores are not used")
+        say(
+            f"--objective {kind.name} learns from labels: it ignores --reward, --reward-range, --calibration and "
+            "--scores"
+        )
     weights = read_pair_weights(rewards.scores, rewards.weight_column) if rewards.weight_column else None
     options = kind.Options.parse(
         kind.name,
@@ -157,34 +144,34 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
         loss.snr_gamma,
         kind.sigmoid_bias if loss.sigmoid_bias is None else loss.sigmoid_bias,
     )
-    prompts = _read_prompts(settings.images.validation_prompts) if settings.images.validation_prompts else []
+    prompts = _read_prompts(settings.images.image_prompts) if settings.images.image_prompts else []
     experiment = Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
     if not experiment.uses_reference and settings.compute.reference == "live":
-        say(f"--objective {kind.name} needs no reference: --reference live only serves what is logged")
+        say(f"--objective {kind.name} needs no reference: --reference live only affects the metrics")
     return experiment
 
 
-def _percent(shares: Iterable[float]) -> str:
-    return ", ".join(f"{100 * share:g} %" for share in sorted(set(shares)))
+def _percent(fractions: Iterable[float]) -> str:
+    return ", ".join(f"{100 * fraction:g} %" for fraction in sorted(set(fractions)))
 
 
 def _fingerprint(model: str, unet: Path) -> str:
-    """Of the weights in a denoiser folder: the folder may be moved, or filled anew."""
+    # Hash the weights, not the path: the folder may be moved, or its content replaced.
     denoiser = load_family(model, ("denoiser",), denoiser=unet).denoiser
     return fingerprint_module(denoiser) if denoiser else "none"
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines do not count.
+    """Read one prompt per line; empty lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, or has none.
+        UserError: the file cannot be read or has no prompt.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--validation-prompts {path} cannot be read: {error}") from error
+        raise UserError(f"--image-prompts {path} cannot be read: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"--validation-prompts {path} has no prompt; write one a line")
+        raise UserError(f"--image-prompts {path} has no prompt; write one per line")
     return prompts

@@ -1,8 +1,8 @@
-"""Published settings by name (``--preset``): defaults of the flags, which the command line and a config file override.
+"""Published settings by name (``--preset``): defaults of flags that the command line and a config file override.
 
-Diffusion-DPO's training script (arXiv 2311.12908) is what SmPO-Diffusion's, DDIM-InPO's and the public one of DMPO were
-made from: batch 1 on each of 8 devices, the rest accumulated, and a learning rate that is scaled by their product.
-Nothing heavy is imported here, since ``--help`` lists the names.
+The training scripts of SmPO-Diffusion, DDIM-InPO and the public one of DMPO derive from that of Diffusion-DPO (arXiv
+2311.12908): batch size 1 on each of 8 devices, gradient accumulation for the rest, and a learning rate scaled by the
+product. This module does not import torch, since ``--help`` lists the names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from smpo_common.errors import UserError
 
 PICKSCORE_RANGE = "pickscore=0.11543526500463486:0.28201571106910706"
-"""The extremes of PickScore, as a cosine, in SmPO-Diffusion's code."""
+"""Minimum and maximum of PickScore, as a cosine, in the code of SmPO-Diffusion."""
 
 _DEVICES = 8
 
@@ -23,16 +23,16 @@ class Preset:
     """One published run.
 
     Attributes:
-        kind: the model family that it is of.
-        flags: values by the flags' names, dashes as underscores.
-        pairs: of an optimizer step, over all devices; None: not known.
-        shards: how the states were made, by the names in a manifest's ``inversion``.
-        starts_from_sft: whether model and reference were fine-tuned on the preferred images before.
+        kind: model family of the run.
+        flags: values by flag name, with underscores for dashes.
+        states_per_step: states of an optimizer step over all devices (the papers say pairs); None if unknown.
+        shards: inversion settings of its states, by the names in a manifest's ``inversion``.
+        starts_from_sft: whether policy and reference start from a model fine-tuned on the preferred images.
     """
 
     kind: str
     flags: Mapping[str, object]
-    pairs: int | None = None
+    states_per_step: int | None = None
     shards: Mapping[str, object] = field(default_factory=dict)
     starts_from_sft: bool = False
 
@@ -45,11 +45,12 @@ _EIGHT_BIT: _Values = {"optimizer": "adamw8bit", "gradient_checkpointing": True}
 _COMMON: _Values = {"lr_schedule": "constant", "weight_decay": 0.01, "max_grad_norm": 1.0, "dtype": "fp16"}
 
 
-def _script(kind: str, pairs: int, shards: _Values, flags: _Values, *, sft: bool = False) -> Preset:
-    """A run of Diffusion-DPO's script, or of one made from it."""
+def _script(kind: str, states_per_step: int, shards: _Values, flags: _Values, *, sft: bool = False) -> Preset:
+    """Describe a run of the script of Diffusion-DPO, or of one derived from it."""
     optimizer = {"sd15": _ADAMW, "sdxl": _ADAFACTOR}[kind]
-    batch = {"batch_size": 1, "grad_accum": pairs // _DEVICES, "lr": 1e-8, "scale_lr": True}
-    return Preset(kind, {**_COMMON, **optimizer, **batch, **flags}, pairs, {**shards, "prompt_dropout": 0.2}, sft)
+    batch = {"batch_size": 1, "grad_accum": states_per_step // _DEVICES, "lr": 1e-8, "scale_lr": True}
+    flags = {**_COMMON, **optimizer, **batch, **flags}
+    return Preset(kind, flags, states_per_step, {**shards, "prompt_dropout": 0.2}, sft)
 
 
 _FORWARD: _Values = {"source": "forward", "forward_noise": "pair"}
@@ -76,28 +77,28 @@ _NPO: _Values = {**_LONG, "objective": "npo", "lr": 5e-6, "lora_rank": 8}
 PRESETS = {
     "smpo-sd15": _script("sd15", 1024, {**_SMPO_TRAJECTORY, "steps": 5}, {**_SMPO, "beta": 2000.0}, sft=True),
     "smpo-sdxl": _script("sdxl", 1024, {**_SMPO_TRAJECTORY, "steps": 10}, {**_SMPO, "beta": 5000.0}),
-    # The launchers have beta 5000 for both; 2000 is the paper's for Stable Diffusion 1.5.
+    # The launch scripts use beta 5000 for both models; the paper says 2000 for Stable Diffusion 1.5.
     "dpo-sd15": _script("sd15", 2048, _FORWARD, {**_DPO, "beta": 2000.0, "warmup_steps": 500}),
     "dpo-sdxl": _script("sdxl", 2048, _FORWARD, {**_DPO, "beta": 5000.0, "warmup_steps": 200}),
     "inpo-sd15": _script("sd15", 1024, _INPO_TRAJECTORY, {**_INPO, "beta": 2000.0}, sft=True),
     "inpo-sdxl": _script("sdxl", 1024, _INPO_TRAJECTORY, {**_INPO, "beta": 5000.0}),
-    # Of AIDC-AI/Diffusion-SDPO, the only public implementation; the authors' own numbers were not found.
+    # From AIDC-AI/Diffusion-SDPO, the only public implementation; the authors' values were not found.
     "dmpo-sd15": _script("sd15", 2048, _FORWARD, {**_DMPO, "beta": 2000.0}),
     "dmpo-sdxl": _script("sdxl", 2048, _FORWARD, {**_DMPO, "beta": 6000.0, "lr": 1e-9}),
     "mapo-sdxl": Preset("sdxl", _MAPO, shards=_ALL_PROMPTS),
-    # No code was published; beta, learning rate and steps were not found, and are the trainer's own.
+    # No code was published. Beta, learning rate and steps were not found and are the defaults of this trainer.
     "capo-sdxl": Preset("sdxl", _CAPO, shards={**_FORWARD, "forward_noise": "image"}),
-    # Trained for up to 5000 steps; the weights that were published are of step 2000.
+    # Trained for up to 5000 steps; the published weights are those of step 2000.
     "npo-sd15": Preset("sd15", {**_NPO, "beta": 1000.0, "batch_size": 64, "grad_accum": 1}, 64, _ALL_PROMPTS),
     "npo-sdxl": Preset("sdxl", {**_NPO, "beta": 2000.0, "batch_size": 30, "grad_accum": 2}, 60, _ALL_PROMPTS),
 }
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of this name.
+    """Return the preset of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: it does not exist.
     """
     if name not in PRESETS:
         raise UserError(f"--preset {name} is not known; known: {', '.join(PRESETS)}")
@@ -105,7 +106,7 @@ def find_preset(name: str) -> Preset:
 
 
 def as_flags(settings: Mapping[str, object]) -> str:
-    """Values by flag name as a command line."""
+    """Write values by flag name as a command line."""
     return " ".join(_as_flag(f"--{name.replace('_', '-')}", value) for name, value in settings.items())
 
 
@@ -113,4 +114,4 @@ def _as_flag(flag: str, value: object) -> str:
     if value is True:
         return flag
     values = value if isinstance(value, list) else [value]
-    return " ".join([flag, *(f"{each:g}" if isinstance(each, float) else str(each) for each in values)])
+    return " ".join([flag, *(f"{item:g}" if isinstance(item, float) else str(item) for item in values)])

@@ -39,6 +39,7 @@ class Preference(ABC):
 
     Attributes:
         name: the value of ``--preference``.
+        summary: one line for the help of ``--preference``.
         calibration: whether it uses the temperatures that ``smpo-pipeline calibrate`` fits to labels.
         normalise_weights: whether weights are scaled to sum to 1.
         needs_images: whether a pair's p depends on the other images of its prompt, so that all pairs must be given.
@@ -47,6 +48,7 @@ class Preference(ABC):
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str]
     calibration: ClassVar[Literal["refused", "optional", "required"]]
     normalise_weights: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False

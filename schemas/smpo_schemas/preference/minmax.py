@@ -30,6 +30,9 @@ class MinMax(Preference):
     """Scales each reward to [0, 1] and sums them by weight."""
 
     name: ClassVar[str] = "minmax"
+    summary: ClassVar[str] = (
+        "sigmoid of the weighted sum of score differences, each divided by max - min over the data set"
+    )
     calibration: ClassVar[Literal["refused", "optional", "required"]] = "refused"
 
     def probability(self, pairs: ScoredPairs) -> np.ndarray:

@@ -18,6 +18,9 @@ class Mixture(Preference):
     """Averages the groups' probabilities by weights that are scaled to sum to 1."""
 
     name: ClassVar[str] = "mixture"
+    summary: ClassVar[str] = (
+        "weighted mean of the sigmoids of score differences, each divided by its temperature from --calibration"
+    )
     calibration: ClassVar[Literal["refused", "optional", "required"]] = "required"
     normalise_weights: ClassVar[bool] = True
 

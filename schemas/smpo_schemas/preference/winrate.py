@@ -29,6 +29,9 @@ class WinRate(Preference):
     """Compares all images of a prompt; an image in several pairs counts once."""
 
     name: ClassVar[str] = "winrate"
+    summary: ClassVar[str] = (
+        "difference of the images' win rates against the other images of their prompt (CaPO); needs --scores"
+    )
     calibration: ClassVar[Literal["refused", "optional", "required"]] = "optional"
     normalise_weights: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True

@@ -83,7 +83,7 @@ def test_what_waits_is_less_than_a_group_of_each_bucket() -> None:
     for group in (2, 7, 16):
         order = bucketed(group)
         for epoch in range(1, 6):
-            done = order._finished(epoch) * group
+            done = order._groups_before(epoch) * group
             counts = np.bincount([BUCKETS[order.state_at(p)] for p in range(done)], minlength=4)
             waiting = epoch * np.array([60, 30, 8, 3]) - counts
             assert (waiting >= 0).all()
@@ -146,5 +146,5 @@ def test_one_bucket_is_the_order_without_buckets() -> None:
 
 def test_rare_shapes_are_said() -> None:
     assert bucket_remark(np.ones(5), 16) is None
-    assert bucket_remark(BUCKETS, 3) == "latents of 4 shapes, 3 states of one at a time"
-    assert "16 states of one at a time; of 2 there are fewer states than that, 11 in all" in bucket_remark(BUCKETS, 16)
+    assert bucket_remark(BUCKETS, 3) == "latents of 4 shapes, in groups of 3 states of the same shape"
+    assert "groups of 16 states of the same shape; rarer shapes: 2 (11 states)" in bucket_remark(BUCKETS, 16)

@@ -56,7 +56,7 @@ def test_each_micro_batch_is_of_one_shape_and_all_shapes_come(
     for loss in column(out, "loss"):
         assert loss == pytest.approx(math.log(2), abs=2e-3)
     said = " ".join(capfd.readouterr().out.split())
-    assert "latents of 3 shapes, 4 states of one at a time; of 1 there are fewer states than that, 3 in all" in said
+    assert "latents of 3 shapes, in groups of 4 states of the same shape; rarer shapes: 1 (3 states)" in said
 
 
 def test_how_a_step_is_cut_changes_nothing(train: Train, shaped: list[Path]) -> None:

@@ -106,11 +106,11 @@ class Reads:
         latent = torch.zeros(2, *LATENT_SHAPE)
         return State("", "", ((8, 8),) * 2, ((0, 0),) * 2, latent, latent, torch.zeros(2), 0, 1.0, 1.0, 1.0)
 
-    def expect(self, shards: Iterable[int]) -> None:
+    def prefetch(self, shards: Iterable[int]) -> None:
         self.fetched |= set(shards)
 
-    def require(self, shards: Iterable[int]) -> None:
-        self.expect(shards)
+    def wait_for(self, shards: Iterable[int]) -> None:
+        self.prefetch(shards)
 
     def release(self, in_use: Iterable[int]) -> None:
         pass

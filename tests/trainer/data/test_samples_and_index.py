@@ -77,7 +77,9 @@ def test_a_sample_that_the_index_does_not_describe(
     assert run_cli(monkeypatch, args) == 2
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0
-    assert f"{NAMED} is not what the index says: it is of pair pair-1" in error
+    assert NAMED in error
+    assert "index" in error
+    assert "pair pair-1" in error
 
 
 def with_timesteps(shards: Path, folder: Path, timesteps: list[int], *, indexed: bool) -> Path:
@@ -128,4 +130,5 @@ def test_latents_of_another_space_than_the_models(
     assert run_cli(monkeypatch, arguments(tmp_path / "wide", model, tmp_path / "run")) == 2
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0
-    assert "latents of the shape (8, 8, 8)" in error
+    assert f"--shards {tmp_path / 'wide'}" in error
+    assert "(8, 8, 8)" in error

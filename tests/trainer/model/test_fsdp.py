@@ -59,9 +59,9 @@ def options(prompts: Path) -> dict[str, Any]:
         "ema_decay": 0.9,
         "val_fraction": 0.3,
         "val_every": 2,
-        "validation_prompts": prompts,
-        "validation_every": 2,
-        "validation_sampling_steps": 2,
+        "image_prompts": prompts,
+        "image_every": 2,
+        "image_sampling_steps": 2,
     }
 
 
@@ -115,7 +115,7 @@ def test_a_run_goes_on_cut_up_or_not(
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    del options["validation_prompts"]
+    del options["image_prompts"]
     whole = train("whole", batch_size=4, **options)
     out = tmp_path / "run"
     cut_up = arguments(shards, model, out, **options)
@@ -128,7 +128,7 @@ def test_a_run_goes_on_cut_up_or_not(
     GradientState._reset_state()
     done = launch(cut_up)
     assert done.returncode == 0, done.stderr
-    assert "going on after step 2 of 3" in done.stdout
+    assert "resuming after step 2 of 3" in done.stdout
     assert_same_course(out, whole)
     assert_same_looks(out, whole)
     expected = load_file(whole / "unet/diffusion_pytorch_model.safetensors")
@@ -145,7 +145,7 @@ def test_adapter_with_live_reference(train: Train, shards: Path, model: Path, tm
     assert "error: power cut" in launch(cut_up, wrap=wrap, POWER_CUT="1").stderr
     done = launch(cut_up, wrap=wrap)
     assert done.returncode == 0, done.stderr
-    assert "going on after step 1 of 3" in done.stdout
+    assert "resuming after step 1 of 3" in done.stdout
     assert_same_course(tmp_path / "cut_up", one)
     tensors, expected = (load_file(out / "pytorch_lora_weights.safetensors") for out in (tmp_path / "cut_up", one))
     assert tensors.keys() == expected.keys()

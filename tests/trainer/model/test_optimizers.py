@@ -264,7 +264,7 @@ def test_wandb_gets_what_the_file_gets(train: Train, tmp_path: Path, monkeypatch
     fake = types.ModuleType("wandb")
     fake.init, fake.Error, fake.Image = init, RuntimeError, np.asarray
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    out = train(wandb_project="aligned", max_steps=2, validation_prompts=prompts, validation_sampling_steps=1)
+    out = train(wandb_project="aligned", max_steps=2, image_prompts=prompts, image_sampling_steps=1)
     (options, run), *_ = runs
     assert (options["project"], options["name"], options["resume"]) == ("aligned", "run", "allow")
     assert options["config"]["beta"] == 2000

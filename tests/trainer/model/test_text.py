@@ -89,7 +89,7 @@ def test_two_processes_share_a_file_and_one_draws(train: Train, shards: Path, mo
     prompts.write_text("a cat")
     options = {
         **gentle, "batch_size": 2, "text": "cache", "cache": tmp_path / "cache",
-        "validation_prompts": prompts, "validation_sampling_steps": 2,
+        "image_prompts": prompts, "image_sampling_steps": 2,
     }  # fmt: skip
     two = launch_two(arguments(shards, model, tmp_path / "two", **options))
     assert two.returncode == 0, two.stderr

@@ -47,7 +47,7 @@ def said(change: Callable[[int], Record], *, steps: int = STEPS, **settings: flo
     """Warnings of a run of good records with changes."""
     known = {"warmup_steps": WARM_UP, "states_per_step": 50, "num_held_out": 500, "num_train_timesteps": 1000}
     health = Health(**{**known, "uses_reference": True, **settings})  # type: ignore[arg-type]
-    found = [warning for step in range(1, steps + 1) for warning in health.look(good(step) | change(step))]
+    found = [warning for step in range(1, steps + 1) for warning in health.check(good(step) | change(step))]
     assert found == health.warnings
     return found
 
@@ -84,11 +84,11 @@ NO_HELD_OUT = {"num_held_out": 0}
 @pytest.mark.parametrize(
     ("change", "settings", "wanted"),
     [
-        (by_heart, {}, "the training loss is near 0 (0.05, at first 0.7) while the accuracy on held-out pairs"),
+        (by_heart, {}, "the run memorises its pairs: the training loss is near 0 (0.05, at first 0.7)"),
         (exploding, {}, "margins explode (mean 30 over 20 steps"),
         (guessing, {}, "the implicit accuracy on held-out pairs is at chance after the warm-up (0.50 over 500 states)"),
         (guessing_in_training, NO_HELD_OUT, "the implicit accuracy in training is at chance after the warm-up (0.50"),
-        (one_band, {}, "one band of timesteps does all the work (t 750 to 999 has 82% of the margin)"),
+        (one_band, {}, "one band of timesteps dominates (t 750 to 999 has 82% of the margin)"),
     ],
 )
 def test_each_failure_is_said_once(change: Callable[[int], Record], settings: dict[str, float], wanted: str) -> None:

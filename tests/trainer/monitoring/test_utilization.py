@@ -14,10 +14,10 @@ from torch import nn
 
 from smpo_models.family import Conditioning
 from smpo_models.loading import load_family
-from smpo_trainer import launch
 from smpo_trainer.model.policy import Policy, add_lora
 from smpo_trainer.monitoring import utilization
 from smpo_trainer.monitoring.utilization import Utilization, operations
+from smpo_trainer.runtime import launch
 from tests.tiny import LATENT_SHAPE
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, make_settings, metrics, run_cli
@@ -90,10 +90,10 @@ def test_the_share_of_a_known_peak(model: Path, train: Train, monkeypatch: pytes
     policy = policy_of(model, None)
     conditioning = policy.family.condition(["a cat"], [(32, 32)], [(0, 0)])
     of_row = operations(policy, LATENT_SHAPE, conditioning)
-    monkeypatch.setattr(Utilization, "of", classmethod(lambda cls, policy, _: cls(policy, 1e12)))
+    monkeypatch.setattr(Utilization, "on_device", classmethod(lambda cls, policy, _: cls(policy, 1e12)))
     out = train(max_steps=3, batch_size=2, grad_accum=3, val_fraction=0.3, val_every=1)
     for record in metrics(out):
-        seconds = 6 / record["pairs_per_second"]
+        seconds = 6 / record["states_per_second"]
         assert record["mfu_percent"] == pytest.approx(100 * of_row * 12 / (seconds * 1e12), rel=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_the_peak_of_a_card_by_its_arithmetic(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(torch.backends, "cuda", SimpleNamespace(matmul=SimpleNamespace(allow_tf32=tf32)))
     accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision=precision)
-    assert Utilization.of(None, accelerator)._peak == pytest.approx(peak)
+    assert Utilization.on_device(None, accelerator)._peak == pytest.approx(peak)
 
 
 @pytest.mark.parametrize("name", utilization._PEAKS)
@@ -159,7 +159,7 @@ def test_compiling_changes_nothing_but_rounding(train: Train, tmp_path: Path, mo
     monkeypatch.setattr(nn.Module, "compile", trace)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat")
-    drawing = {"validation_prompts": prompts, "validation_sampling_steps": 2}
+    drawing = {"image_prompts": prompts, "image_sampling_steps": 2}
     out = train("compiled", max_steps=2, lr=1e-5, compile=True, **drawing)
     assert len(compiled) == 1
     for name in ("loss", "grad_norm"):

@@ -23,7 +23,7 @@ from tests.trainer.output.test_resume import TWO_PROCESSES, start
 
 KILLS = int(os.environ.get("SMPO_KILLS", "3"))
 STEPS = 12 * KILLS
-OF_THE_CLOCK = ("pairs_per_second", "data_wait_percent", "memory_gib")
+OF_THE_CLOCK = ("states_per_second", "data_wait_percent", "memory_gib")
 DEADLINE_SECONDS = 400
 
 

@@ -93,7 +93,9 @@ def test_too_many_in_a_row_end_the_run(train: Train, tmp_path: Path, capsys: pyt
         error = capsys.readouterr().err.strip()
         assert error.count("\n") == 0
         assert f"step {steps}: the loss is not finite for pair pair-" in error
-        assert f"{steps} steps in a row were skipped so; their pairs are in" in error
+        assert f"{steps} steps in a row" in error
+        assert str(tmp_path / name / "nonfinite.jsonl") in error
+        assert "--lr" in error
         assert len(lines(tmp_path / name)) == steps
         assert not (tmp_path / name / "unet").exists()
 

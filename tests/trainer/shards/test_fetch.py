@@ -75,16 +75,16 @@ def test_only_what_is_asked_for_is_fetched(tmp_path: Path, bucket: object) -> No
     assert sum(1 for _ in found.trajectories()) == 6
     assert tars(tmp_path) == set()
     store = ShardStore(found.places, cache_bytes=1 << 30)
-    store.require([1])
+    store.wait_for([1])
     assert tars(tmp_path) == {"shard-000001.tar"}
 
 
 def test_the_cache_keeps_its_bound_and_what_is_in_use(tmp_path: Path, bucket: object) -> None:
     store = ShardStore(opened(tmp_path).places, cache_bytes=1)
-    store.require([0, 1])
+    store.wait_for([0, 1])
     store.release([1])
     assert tars(tmp_path) == {"shard-000001.tar"}
-    store.require([0])
+    store.wait_for([0])
     assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
 
 
@@ -94,7 +94,7 @@ def test_failures_that_pass_are_tried_again(
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(store_path._RETRY, "wait", tenacity.wait_none())
     found = opened(tmp_path, "flaky://bucket/shards")
-    ShardStore(found.places, cache_bytes=1 << 30).require([0, 1])
+    ShardStore(found.places, cache_bytes=1 << 30).wait_for([0, 1])
     assert len(tars(tmp_path)) == 2
 
 
@@ -103,15 +103,15 @@ def test_a_damaged_copy_is_named_and_not_kept(tmp_path: Path, bucket: MemoryFile
     whole = bucket.cat_file(name)
     bucket.pipe_file(name, whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(UserError, match=r"shard-000000\.tar differs from the SHA-256"):
-        ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).require([0, 1])
+        ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).wait_for([0, 1])
     bucket.pipe_file(name, whole)
-    ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).require([0])
+    ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).wait_for([0])
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, bucket: MemoryFileSystem) -> None:
     bucket.rm_file("/bucket/shards/shard-000001.tar")
     with pytest.raises(UserError, match=r"shard-000001\.tar does not exist"):
-        ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).require([0, 1])
+        ShardStore(opened(tmp_path).places, cache_bytes=1 << 30).wait_for([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def store_of(cache: Path, cache_bytes: int = 1) -> ShardStore:
 
 def test_what_another_run_uses_is_kept(tmp_path: Path, bucket: object) -> None:
     one, other = store_of(tmp_path), store_of(tmp_path)
-    one.require([0])
-    other.require([0, 1])
+    one.wait_for([0])
+    other.wait_for([0, 1])
     one.release([])
     assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
     other.release([1])
@@ -155,11 +155,11 @@ def test_what_another_run_is_fetching_is_kept(tmp_path: Path, bucket: object, mo
 
     one, other = store_of(tmp_path), store_of(tmp_path)
     monkeypatch.setattr(StorePath, "download", slowly)
-    other.expect([0])
+    other.prefetch([0])
     assert begun.wait(30)
     one.release([])
     go_on.set()
-    other.require([0])
+    other.wait_for([0])
     assert tars(tmp_path) == {"shard-000000.tar"}
 
 
@@ -167,7 +167,7 @@ def test_the_bound_is_of_all_runs_and_the_longest_unused_goes_first(tmp_path: Pa
     sizes = [entry.bytes for entry in opened(tmp_path).directories[0].manifest.shards]
     for shard in (1, 0, 1):  # three runs, one after the other
         one = store_of(tmp_path, sum(sizes))
-        one.require([shard])
+        one.wait_for([shard])
         one.release([])
         one.close()
     assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
@@ -205,7 +205,7 @@ def test_files_that_the_cache_did_not_fetch_are_left_alone(tmp_path: Path, bucke
     for path in own:
         path.write_bytes(bytes(1000))
     store = store_of(tmp_path)
-    store.require([0, 1])
+    store.wait_for([0, 1])
     store.release([])
     assert tars(tmp_path) == set()
     assert all(path.is_file() for path in own)

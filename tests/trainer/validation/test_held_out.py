@@ -12,7 +12,7 @@ from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.data.state_table import StateTable, prompt_draw
 from smpo_trainer.output.checkpoints import Checkpoints
 from smpo_trainer.trainer import Trainer
-from smpo_trainer.validation.held_out import spread
+from smpo_trainer.validation.held_out import sample_evenly
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PROMPTS, PlainReference, arguments, column, dying_after, make_shards, metrics, run_cli
 from tests.trainer.objectives.plain import BETA, PLAIN
@@ -52,17 +52,17 @@ def table(states_of_trajectories: list[int]) -> StateTable:
 def test_spread_takes_as_many_trajectories_as_possible() -> None:
     of = table([3, 1, 5, 2])
     for number, wanted in ((3, [0, 1, 2]), (4, [0, 1, 2, 3]), (6, [0, 0, 1, 2, 2, 3])):
-        chosen = spread(of, number)
+        chosen = sample_evenly(of, number)
         assert of.trajectory_S[chosen].tolist() == wanted
         assert len(set(chosen.tolist())) == number
-    assert spread(of, 99).tolist() == list(range(11))
-    assert spread(of, 4).tolist() == spread(of, 4).tolist()
+    assert sample_evenly(of, 99).tolist() == list(range(11))
+    assert sample_evenly(of, 4).tolist() == sample_evenly(of, 4).tolist()
 
 
 @pytest.mark.parametrize(("number", "partial_round"), [(317, 317), (1317, 317), (20, 20)])
 def test_spread_samples_the_whole_table_in_few_places(number: int, partial_round: int) -> None:
     of = table([2] * 1000)
-    times = np.bincount(of.trajectory_S[spread(of, number)], minlength=1000)
+    times = np.bincount(of.trajectory_S[sample_evenly(of, number)], minlength=1000)
     assert times.sum() == number
     chosen = np.flatnonzero(times == times.max())
     assert len(chosen) == partial_round
@@ -76,7 +76,7 @@ def test_spread_samples_the_whole_table_in_few_places(number: int, partial_round
 @pytest.mark.parametrize("size", [1, 2, 7, 40, 100])
 def test_spread_takes_every_number_that_there_is(size: int) -> None:
     for number in range(1, size + 1):
-        assert len(set(spread(table([1] * size), number).tolist())) == number
+        assert len(set(sample_evenly(table([1] * size), number).tolist())) == number
 
 
 def test_no_held_out_prompt_is_trained_on(
@@ -97,7 +97,7 @@ def test_no_held_out_prompt_is_trained_on(
     assert {prompts[pair] for pair in seen[False]} == held
     assert {prompts[pair] for pair in seen[True]} == set(PROMPTS) - held
     number = 3 * sum(prompt in held for prompt in prompts.values())
-    assert f"{number} states are held out by their prompts; {number} of them are looked at" in capsys.readouterr().out
+    assert f"{number} states are held out by their prompts; {number} of them are evaluated" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.5])

@@ -23,7 +23,7 @@ from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, make_shards, metrics, run_cli
 
 PROMPTS = ("a cat", "a dog and a cat", "ünïcödé 猫")
-CLOCK = ("pairs_per_second", "data_wait_percent", "memory_gib")
+CLOCK = ("states_per_second", "data_wait_percent", "memory_gib")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_they_are_what_a_stock_pipeline_draws(
 ) -> None:
     """The last ones with the weights that are saved, the first ones with the base model's."""
     out = train(
-        validation_prompts=prompts, validation_every=2, validation_sampling_steps=4, validation_guidance_scale=3,
+        image_prompts=prompts, image_every=2, image_sampling_steps=4, image_guidance_scale=3,
         max_steps=3, ema_decay=ema_decay, lr=1e-2,
     )  # fmt: skip
     found = drawn(out)
@@ -104,7 +104,7 @@ def test_the_models_stored_precision_does_not_matter(
     model, shards = stored
     out = train(
         on=shards, base=model, dtype=dtype, lora_rank=lora_rank, max_steps=1,
-        validation_prompts=prompts, validation_sampling_steps=4, validation_guidance_scale=3,
+        image_prompts=prompts, image_sampling_steps=4, image_guidance_scale=3,
     )  # fmt: skip
     grid = drawn(out)["step-000000.png"].astype(float)
     wanted = by_a_stock_pipeline(model, model / "unet", 3.0)
@@ -122,7 +122,7 @@ def test_a_folder_with_one_variant_and_no_size_draws_the_same(
         file.rename(file.with_name(f"{file.stem}.fp32.safetensors"))
     config = odd / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
-    options = {"max_steps": 1, "validation_prompts": prompts, "validation_sampling_steps": 2, "text": "cache"}
+    options = {"max_steps": 1, "image_prompts": prompts, "image_sampling_steps": 2, "text": "cache"}
     found = [
         drawn(train(str(number), base=base, cache=tmp_path / "cache", **options))["step-000000.png"]
         for number, base in enumerate((model, odd))
@@ -135,7 +135,7 @@ def test_the_text_encoders_of_the_training_draw(
     train: Train, prompts: Path, tmp_path: Path, text: str, loaded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = count_made(monkeypatch, CLIPTextModel)
-    train(text=text, cache=tmp_path / "cache", max_steps=1, validation_prompts=prompts, validation_sampling_steps=1)
+    train(text=text, cache=tmp_path / "cache", max_steps=1, image_prompts=prompts, image_sampling_steps=1)
     assert len(made) == loaded
 
 
@@ -153,7 +153,7 @@ def test_images_are_decoded_one_by_one_and_in_tiles_where_memory_runs_out(
 
     monkeypatch.setattr(Decoder, "forward", no_memory)
     monkeypatch.setattr(validation_images, "_SMALLEST_TILE", 2)
-    options = {"max_steps": 1, "validation_prompts": prompts, "validation_sampling_steps": 1, "batch_size": 3}
+    options = {"max_steps": 1, "image_prompts": prompts, "image_sampling_steps": 1, "batch_size": 3}
     (_, grid), _ = drawn(train(**options)).items()
     assert sizes[:2] == [(1, 8), (1, 4)]
     assert {size for size in sizes if size[1] <= 4} <= {(1, 4), (1, 3), (1, 2), (1, 1)}
@@ -170,7 +170,7 @@ def test_drawing_changes_no_training(
     made = count_made(monkeypatch, AutoencoderKL)
     without = train("without", **common)
     assert not made
-    drawing = {"validation_prompts": prompts, "validation_every": 1, "validation_sampling_steps": 2}
+    drawing = {"image_prompts": prompts, "image_every": 1, "image_sampling_steps": 2}
     with_images = train("with", **common, **drawing)
     assert len(made) == len(drawn(with_images)) == 5
     for ours, theirs in zip(metrics(with_images), metrics(without), strict=True):
@@ -190,14 +190,14 @@ def test_a_file_without_prompts_is_one_line(
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_text(content)
-    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", validation_prompts=file)) == 2
+    assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", image_prompts=file)) == 2
     error = capsys.readouterr().err.strip()
-    assert f"--validation-prompts {file} {message}" in error
+    assert f"--image-prompts {file} {message}" in error
     assert error.count("\n") == 0
 
 
 def test_overwriting_removes_the_images_of_another_run(train: Train, prompts: Path) -> None:
-    out = train(validation_prompts=prompts, validation_sampling_steps=1, max_steps=2)
+    out = train(image_prompts=prompts, image_sampling_steps=1, max_steps=2)
     assert len(drawn(out)) == 2
     train(max_steps=2, overwrite=True)
     assert not (out / "validation").exists()

@@ -1,1 +1,1 @@
-"""From shards to batches: the table of states, their order, loading."""
+"""From shards to batches: the table of states, their order, the loader."""

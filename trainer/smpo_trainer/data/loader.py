@@ -1,4 +1,4 @@
-"""States with their tensors: read, collated and brought along in the order of the plan.
+"""Load states with their tensors, in the order of training.
 
 Shape suffixes: B batch, 2 images, C h w a latent.
 """
@@ -15,14 +15,14 @@ from smpo_common.errors import UserError
 from smpo_schemas.shards.stored_state import read_state
 from smpo_trainer.data.order import Batching, Window
 from smpo_trainer.data.state_table import StateTable, trajectory_digest
-from smpo_trainer.interrupts import leave_signals_to_the_trainer
+from smpo_trainer.runtime.interrupts import ignore_signals_in_worker
 from smpo_trainer.shards.fetch import ShardStore
 from smpo_trainer.shards.shard_set import ShardSet
 
 
 @dataclass(frozen=True)
 class State:
-    """One state; the tensors as they are stored."""
+    """One state, with tensors in their stored dtype."""
 
     pair_id: str
     prompt: str
@@ -42,13 +42,13 @@ class StateBatch:
     """B states.
 
     Attributes:
-        pair_ids, prompts: of each state; the prompt is "" where it was dropped in the inversion.
+        pair_ids, prompts: of each state; the prompt is "" if it was dropped in the inversion.
         sizes, crops: of both images of each state, in pixels.
-        x0_B2Chw, noise_B2Chw: float16 or bfloat16, as they are stored.
-        ref_error_B2: float32.
+        x0_B2Chw, noise_B2Chw: in their stored dtype, float16 or bfloat16.
+        ref_error_B2: errors of the reference, float32.
         timestep_B: int64.
-        preference_B, label_B: float32, NaN where there is none.
-        weight_B: float32, the pair's own weight in the loss.
+        preference_B, label_B: P(image_0 preferred) from rewards and from the annotator, float32; NaN if missing.
+        weight_B: weight of the pair in the loss, float32.
     """
 
     pair_ids: list[str]
@@ -64,19 +64,19 @@ class StateBatch:
     weight_B: torch.Tensor
 
     def to(self, device: torch.device) -> StateBatch:
-        """The same with all tensors on ``device``."""
+        """Copy all tensors to ``device``."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 class StateDataset(Dataset[State | UserError]):
-    """The states of a table by their number.
+    """The states of a table, by number.
 
-    What is wrong with a state, or is known of it before it is read, is returned, not raised: an exception in a loader
-    process would come out of it with that process's traceback in its message.
+    Errors are returned, not raised: an exception in a loader process would arrive with its traceback in the message. An
+    index that is an error already is passed through.
 
     Attributes:
-        ref_error_S2: float32 [S, 2] to give instead of the stored reference errors; None: those.
+        ref_error_S2: recomputed reference errors, float32 [S, 2]; None for the stored ones.
     """
 
     def __init__(self, shards: ShardSet, table: StateTable) -> None:
@@ -103,10 +103,9 @@ class StateDataset(Dataset[State | UserError]):
         meta = state.trajectory.meta
         if trajectory_digest(state.trajectory) != table.locations.digest_P[trajectory]:
             raise UserError(
-                f"{directory.path / directory.manifest.shards[location.shard].name}: sample {location.key} is not what "
-                f"the index says: it is of pair {meta.pair_id}, with the timesteps "
-                f"{list(state.trajectory.timesteps)} and "
-                f"latents of {state.trajectory.latent}, the scores {meta.scores} and the label {meta.label}"
+                f"{directory.path / directory.manifest.shards[location.shard].name}: sample {location.key} differs "
+                f"from the index: it holds pair {meta.pair_id} with timesteps {list(state.trajectory.timesteps)}, "
+                f"latents of shape {state.trajectory.latent}, scores {meta.scores} and label {meta.label}"
             )
         return State(
             pair_id=meta.pair_id,
@@ -123,13 +122,13 @@ class StateDataset(Dataset[State | UserError]):
         )
 
 
-def collate(read: Sequence[State | UserError]) -> StateBatch | UserError:
-    """Stack states into a batch, in order; the first error, if there is one."""
+def collate(items: Sequence[State | UserError]) -> StateBatch | UserError:
+    """Stack states into a batch, in order; or return the first error."""
     states: list[State] = []
-    for state in read:
-        if isinstance(state, UserError):
-            return state
-        states.append(state)
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        states.append(item)
     return StateBatch(
         pair_ids=[state.pair_id for state in states],
         prompts=[state.prompt for state in states],
@@ -146,7 +145,7 @@ def collate(read: Sequence[State | UserError]) -> StateBatch | UserError:
 
 
 def require_batch(batch: StateBatch | UserError) -> StateBatch:
-    """Raise what :func:`collate` returned in place of a batch.
+    """Return the batch, or raise the error that :func:`collate` returned.
 
     Raises:
         UserError: a state of the batch is missing or damaged.
@@ -157,67 +156,68 @@ def require_batch(batch: StateBatch | UserError) -> StateBatch:
 
 
 class Feed:
-    """A process's batches, in exactly the order of the plan, from shards that are here and found whole."""
+    """The batches of a process, in order, from shards that are fetched and verified ahead."""
 
-    def __init__(self, dataset: StateDataset, plan: Batching, store: ShardStore, rank: int, workers: int) -> None:
+    def __init__(self, dataset: StateDataset, batching: Batching, store: ShardStore, rank: int, workers: int) -> None:
         """Serve process ``rank``.
 
         Args:
-            dataset: what is read.
-            plan: in which order.
-            store: brings the shards.
-            rank: process.
-            workers: processes that read ahead; 0: this one reads, when it is asked.
+            dataset: the states.
+            batching: their order.
+            store: fetches and verifies the shards.
+            rank: process, from 0.
+            workers: loader processes; 0 reads in this process.
         """
-        self.dataset, self.plan = dataset, plan
+        self.dataset, self.batching = dataset, batching
         self._store, self._rank, self._workers = store, rank, workers
 
     def batches(self, first_step: int, last_step: int) -> Iterator[StateBatch]:
-        """The micro-batches of the steps ``first_step`` to ``last_step`` (excluded).
+        """Yield the micro-batches of the steps ``first_step`` to ``last_step`` (excluded).
 
         Raises:
             UserError: a shard or a sample is missing or damaged.
         """
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self._brought(first_step, last_step),
+            batch_sampler=self._batches_when_fetched(first_step, last_step),
             num_workers=self._workers,
             collate_fn=collate,
-            worker_init_fn=leave_signals_to_the_trainer if self._workers else None,
+            worker_init_fn=ignore_signals_in_worker if self._workers else None,
         )
         for batch in loader:
             yield require_batch(batch)
 
-    def _brought(self, first_step: int, last_step: int) -> Iterator[Sequence[int | UserError]]:
-        """The states of each micro-batch, given out when their shards are here; what is wrong with one of these.
+    def _batches_when_fetched(self, first_step: int, last_step: int) -> Iterator[Sequence[int | UserError]]:
+        """Yield the states of each micro-batch once its shards are fetched, or the error of a shard.
 
-        One window of shards is fetched ahead of the one in use, and the one before is kept for batches under way.
+        The shards of the next window are fetched ahead. Those of the previous window are kept, since workers may still
+        read its batches.
         """
-        order, end = self.plan.order, last_step * self.plan.states_per_step
-        kept: list[Window] = []
-        for positions in self.plan.micro_batches(first_step, last_step, self._rank):
+        order, end = self.batching.order, last_step * self.batching.states_per_step
+        in_use: list[Window] = []
+        for positions in self.batching.micro_batches(first_step, last_step, self._rank):
             window = order.window_at(positions[-1])
-            if not kept or kept[-1].first != window.first:
-                first = window.first if kept else positions[0]
-                ahead = [order.window_at(window.stop)] if window.stop < end else []
-                kept = [*kept[-1:], window]
-                self._store.release(shard for each in (*kept, *ahead) for shard in each.shards)
-                for each in (window, *ahead):
-                    self._store.expect(self._needed(each, max(each.first, first), end))
-            states = self.plan.states(positions)
+            if not in_use or in_use[-1].first != window.first:
+                first = window.first if in_use else positions[0]
+                upcoming = [window, *([order.window_at(window.stop)] if window.stop < end else [])]
+                in_use = [*in_use[-1:], window]
+                self._store.release(shard for used in (*in_use, *upcoming) for shard in used.shards)
+                for next_window in upcoming:
+                    self._store.prefetch(self._needed(next_window, max(next_window.first, first), end))
+            states = self.batching.states(positions)
             try:
-                self._store.require(sorted({order.shard_of(state) for state in states}))
+                self._store.wait_for(sorted({order.shard_of(state) for state in states}))
             except UserError as error:
-                yield [error]  # raised when this batch is due: steps before it are made, though it is read ahead
+                yield [error]  # raised when this batch is due, not now, since it is read ahead
             else:
                 yield states
 
     def _needed(self, window: Window, first: int, end: int) -> set[int]:
-        """The shards of a window that this process reads between two global positions."""
+        """Return the shards of a window that this process reads between two global positions."""
         if first == window.first and window.stop <= end:
             return set(window.shards)
-        # Where a run goes on or ends within a window: not those whose states are all behind or beyond it.
-        order, plan = self.plan.order, self.plan
+        # The run starts or ends within the window: leave out shards whose states are all outside.
+        order, batching = self.batching.order, self.batching
         positions = range(first, min(window.stop, end))
-        own = (place for place in positions if place // plan.batch_size % plan.world_size == self._rank)
-        return {order.shard_of(order.state_at(place)) for place in own}
+        own = (p for p in positions if p // batching.batch_size % batching.world_size == self._rank)
+        return {order.shard_of(order.state_at(position)) for position in own}

@@ -1,4 +1,4 @@
-"""Which states there are to train on: a table in memory, without their tensors.
+"""The states to train on: a table in memory, without their tensors.
 
 Shape suffixes: P trajectories, A all their states, S the states that are used.
 """
@@ -22,19 +22,19 @@ from smpo_trainer.preference.reward_mix import RewardMix
 from smpo_trainer.shards.shard_set import ShardSet
 
 _CHUNK = 4096
-"""Trajectories that are objects at once, while the index is read."""
+"""Trajectories held as Python objects at a time while the index is read."""
 
 
 @dataclass(frozen=True)
 class TrajectoryLocations:
-    """Where trajectories lie, in arrays: some fifty bytes each.
+    """Locations of trajectories, in arrays of about fifty bytes per trajectory.
 
     Attributes:
-        shard_P: shard of the set.
-        number_P: the same shard's number in its directory.
+        shard_P: number of the shard in the set.
+        number_P: number of the shard in its directory.
         key_P: key of the sample.
         parts_P4: offset and length of its two members.
-        digest_P: :func:`trajectory_digest` of what the index says of it.
+        digest_P: :func:`trajectory_digest` of its row in the index.
     """
 
     shard_P: np.ndarray
@@ -54,16 +54,16 @@ class StateTable:
     """Every state that an experiment uses, in shard order.
 
     Attributes:
-        locations: of each trajectory.
-        preference_P: P(image_0 preferred), NaN where there is none.
-        label_P: the annotator's, NaN where nobody labelled.
-        weight_P: the pair's own weight in the loss.
-        prompt_draw_P: of :func:`prompt_draw`.
-        trajectory_S: which trajectory a state is of.
-        k_S: which of the trajectory's states it is.
-        states_per_shard: how many states lie in each shard of the set.
-        bucket_P: which of ``latents`` a trajectory's are.
-        latents: the shapes (C, h, w) of the latents; several where images were put into buckets.
+        locations: where each trajectory is stored.
+        preference_P: P(image_0 preferred) from rewards, NaN without scores.
+        label_P: the annotator's P(image_0 preferred), NaN without a label.
+        weight_P: weight of the pair in the loss.
+        prompt_draw_P: :func:`prompt_draw` of the prompt.
+        trajectory_S: trajectory of each state.
+        k_S: number of each state in its trajectory.
+        states_per_shard: number of states in each shard of the set.
+        bucket_P: index of each trajectory's shape in ``latents``.
+        latents: shapes (C, h, w) of the latents; several if images were put into buckets.
     """
 
     locations: TrajectoryLocations
@@ -81,29 +81,29 @@ class StateTable:
         return len(self.trajectory_S)
 
     def buckets(self) -> np.ndarray:
-        """Which of ``latents`` a state's are, of all states: [S]."""
+        """Return the index of each state's shape in ``latents``, [S]."""
         return self.bucket_P[self.trajectory_S]
 
     def latent_of(self, state: int) -> tuple[int, ...]:
-        """The shape (C, h, w) of a state's latents."""
+        """Return the shape (C, h, w) of a state's latents."""
         return self.latents[self.bucket_P[self.trajectory_S[state]]]
 
     def only(self, keep_S: np.ndarray) -> StateTable:
-        """The table with those states alone."""
+        """Select states by a mask, bool [S]."""
         trajectory_S, k_S = self.trajectory_S[keep_S], self.k_S[keep_S]
         per_shard = _per_shard(self.locations, trajectory_S, len(self.states_per_shard))
         return replace(self, trajectory_S=trajectory_S, k_S=k_S, states_per_shard=per_shard)
 
 
 def prompt_draw(prompt: str) -> float:
-    """A number in [0, 1) that depends on the prompt alone; prompts below a fraction are held out at that fraction."""
+    """Hash a prompt to [0, 1). Prompts with a hash below ``--val-fraction`` are held out, in every run."""
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6]) / 2**48
 
 
 def trajectory_digest(trajectory: IndexedTrajectory) -> int:
-    """A number below 2^32 that is another one where a sample is not what the index says of it."""
+    """Return a checksum below 2^32, to detect a sample that differs from its row in the index."""
     meta = trajectory.meta
-    told = (
+    content = (
         meta.pair_id,
         meta.trajectory,
         meta.prompt,
@@ -112,7 +112,7 @@ def trajectory_digest(trajectory: IndexedTrajectory) -> int:
         trajectory.timesteps,
         trajectory.latent,
     )
-    return zlib.crc32(repr(told).encode())
+    return zlib.crc32(repr(content).encode())
 
 
 def index_states(
@@ -128,37 +128,34 @@ def index_states(
 
     Args:
         shards: the data set.
-        objective: decides which pairs are usable.
-        mix: gives the preferences; None where the objective needs none.
-        weights: of the pairs; None: all 1. A pair of weight 0 is left out.
-        timesteps: smallest and largest timestep to use, both included; None: no limit.
-        say: takes a line about what is left out.
+        objective: selects the usable pairs.
+        mix: computes the preferences; None if the objective needs none.
+        weights: weights of the pairs; None if all are 1. Pairs of weight 0 are left out.
+        timesteps: smallest and largest timestep to use, both included; None for no limit.
+        say: prints a line about pairs that are left out.
 
     Raises:
-        UserError: an index is damaged, or nothing is left.
+        UserError: an index is damaged, or no state is left.
     """
     latents: dict[tuple[int, ...], int] = {}
     trajectories = _read_trajectories(shards, mix, weights, latents)
     num_trajectories = len(trajectories.label_P)
     usable_P = objective.usable(trajectories.preference_P, trajectories.label_P)
     if not usable_P.all():
-        say(f"{int((~usable_P).sum())} of {num_trajectories} trajectories lack {objective.needs} and are left out")
+        say(f"left out: {int((~usable_P).sum())} of {num_trajectories} trajectories without {objective.needs}")
     if weights and not trajectories.weight_P.all():
-        without = int((trajectories.weight_P == 0).sum())
-        say(f"{without} of {num_trajectories} trajectories have no weight in {weights.column} and are left out")
+        unweighted = int((trajectories.weight_P == 0).sum())
+        say(f"left out: {unweighted} of {num_trajectories} trajectories without a weight in {weights.column}")
         usable_P &= trajectories.weight_P > 0
     low, high = timesteps
     trajectory_S, k_S = _select(trajectories, usable_P, low, high)
     if len(trajectory_S) == 0:
         raise UserError(
-            f"no pair is left to train on: of {num_trajectories} trajectories {int(usable_P.sum())} have "
-            f"{objective.needs}{' and a weight' if weights else ''}, as --objective {objective.name} needs, and of "
-            f"their states none is within {_range(low, high)}"
+            f"no state to train on: {int(usable_P.sum())} of {num_trajectories} trajectories have {objective.needs}"
+            f"{' and a weight' if weights else ''}, as --objective {objective.name} needs, and none of their states is "
+            f"within {_range(low, high)}"
         )
-    say(
-        f"{len(trajectory_S)} of {len(trajectories.timestep_A)} states of {num_trajectories} trajectories "
-        "are trained on"
-    )
+    say(f"training on {len(trajectory_S)} of {len(trajectories.timestep_A)} states of {num_trajectories} trajectories")
     locations = TrajectoryLocations(
         trajectories.shard_P, trajectories.number_P, trajectories.key_P, trajectories.parts_P4, trajectories.digest_P
     )
@@ -178,13 +175,13 @@ def index_states(
 
 @dataclass(frozen=True)
 class _Trajectories:
-    """What is kept of all trajectories, in arrays: of millions, objects would take gigabytes.
+    """Columns over all trajectories: arrays, since millions of objects would take gigabytes.
 
     Attributes:
         shard_P, number_P, key_P, parts_P4, digest_P: see :class:`TrajectoryLocations`.
         preference_P, label_P, weight_P, prompt_draw_P, bucket_P: see :class:`StateTable`.
-        count_P: how many states it has.
-        timestep_A: of all states, trajectory after trajectory.
+        count_P: number of states.
+        timestep_A: timesteps of all states, trajectory by trajectory.
     """
 
     shard_P: np.ndarray
@@ -204,7 +201,7 @@ class _Trajectories:
 def _read_trajectories(
     shards: ShardSet, mix: RewardMix | None, weights: PairWeights | None, latents: dict[tuple[int, ...], int]
 ) -> _Trajectories:
-    """Read the indexes, some trajectories at a time; ``latents`` takes the shapes that occur, each with its number."""
+    """Read the indexes, chunk by chunk; numbers the shapes of the latents in ``latents``."""
     trajectories = shards.trajectories()
     parts: list[_Trajectories] = []
     while not parts or len(parts[-1].label_P):
@@ -221,23 +218,23 @@ def _columns(
     latents: dict[tuple[int, ...], int],
 ) -> _Trajectories:
     metas = [trajectory.meta for _, trajectory in trajectories]
-    places = [trajectory.location for _, trajectory in trajectories]
+    locations = [trajectory.location for _, trajectory in trajectories]
     labels = [np.nan if meta.label is None else meta.label for meta in metas]
     return _Trajectories(
         shard_P=np.array([shard for shard, _ in trajectories], dtype=np.int32),
-        number_P=np.array([place.shard for place in places], dtype=np.int32),
-        key_P=np.array([place.key for place in places], dtype=np.bytes_),
-        parts_P4=np.array([[*place.meta, *place.tensors] for place in places], dtype=np.int64).reshape(-1, 4),
+        number_P=np.array([location.shard for location in locations], dtype=np.int32),
+        key_P=np.array([location.key for location in locations], dtype=np.bytes_),
+        parts_P4=np.array([[*at.meta, *at.tensors] for at in locations], dtype=np.int64).reshape(-1, 4),
         digest_P=np.array([trajectory_digest(trajectory) for _, trajectory in trajectories], dtype=np.uint32),
         preference_P=mix.preferences(metas) if mix else np.full(len(metas), np.nan),
         label_P=np.array(labels, dtype=np.float64),
-        weight_P=weights.of(metas) if weights else np.ones(len(metas)),
+        weight_P=weights.lookup(metas) if weights else np.ones(len(metas)),
         prompt_draw_P=np.array([prompt_draw(meta.prompt) for meta in metas], dtype=np.float64),
         bucket_P=np.array(
             [latents.setdefault(trajectory.latent, len(latents)) for _, trajectory in trajectories], dtype=np.int32
         ),
         count_P=np.array([len(trajectory.timesteps) for _, trajectory in trajectories], dtype=np.int32),
-        # What a tar without an index says of them is only checked when a state is read.
+        # int64 even for absurd values: without an index, timesteps are only checked when a state is read.
         timestep_A=np.array([t for _, trajectory in trajectories for t in trajectory.timesteps], dtype=np.int64),
     )
 
@@ -245,7 +242,7 @@ def _columns(
 def _select(
     trajectories: _Trajectories, usable_P: np.ndarray, low: int | None, high: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(trajectory, k) of every state of a usable trajectory within the timesteps."""
+    """Return (trajectory, k) of every state of a usable trajectory within the timesteps."""
     count_P = trajectories.count_P
     first_P = np.cumsum(count_P, dtype=np.int64) - count_P
     keep_A = np.repeat(usable_P, count_P)
@@ -259,9 +256,10 @@ def _select(
 
 
 def _per_shard(locations: TrajectoryLocations, trajectory_S: np.ndarray, num_shards: int) -> tuple[int, ...]:
-    """How many of the states lie in each shard."""
+    """Count the states in each shard."""
     return tuple(np.bincount(locations.shard_P[trajectory_S], minlength=num_shards).tolist())
 
 
 def _range(low: int | None, high: int | None) -> str:
-    return f"timesteps {'0' if low is None else low} to {'the last' if high is None else high}"
+    flags = {"--min-timestep": low, "--max-timestep": high}
+    return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None) or "the shards"

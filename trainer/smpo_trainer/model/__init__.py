@@ -1,1 +1,1 @@
-"""The model in training: policy, reference, text, optimizer, averaging, sharding over processes."""
+"""The model in training: policy, reference errors, text, optimizer, weight average, FSDP."""

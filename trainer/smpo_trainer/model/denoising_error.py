@@ -1,4 +1,4 @@
-"""The denoiser's errors at stored states.
+"""Errors of a denoiser at stored states.
 
 Shape suffixes: B batch, R = 2B rows (image_0 of every state, then image_1), C h w a latent.
 """
@@ -14,18 +14,18 @@ from smpo_trainer.model.policy import Policy
 
 
 def condition(policy: Policy, batch: StateBatch) -> Conditioning:
-    """Text and size conditioning of the 2B rows."""
+    """Compute text and size conditioning of the 2B rows."""
     sizes = [size[image] for image in (0, 1) for size in batch.sizes]
     crops = [crop[image] for image in (0, 1) for crop in batch.crops]
     return policy.family.conditioning(policy.encode_text(batch.prompts * 2), sizes, crops)
 
 
 def pair_errors(family: Family, denoiser: nn.Module, batch: StateBatch, conditioning: Conditioning) -> torch.Tensor:
-    """Mean squared error over C, h, w in the model's own prediction space: float32 [B, 2].
+    """Compute the mean squared error over C, h, w in the model's own prediction space: float32 [B, 2].
 
-    x_t is rebuilt in float32 from the stored x0 and noise: the very state that ref_error was measured at. Both
-    images of all pairs go through one forward.
+    Both images of all pairs go through one forward.
     """
+    # Rebuild x_t in float32 from the stored x0 and noise: exactly the state at which ref_error was measured.
     x0_RChw = _rows(batch.x0_B2Chw)
     noise_RChw = _rows(batch.noise_B2Chw)
     t_R = batch.timestep_B.repeat(2)

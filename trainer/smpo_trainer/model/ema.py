@@ -1,4 +1,4 @@
-"""The moving average of the trained weights (``--ema-decay``)."""
+"""Exponential moving average of the trained weights (``--ema-decay``)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from smpo_trainer.model.fsdp import like
+from smpo_trainer.model.fsdp import shard_like
 
 
 class WeightAverage:
     """Exponential moving average over optimizer steps, in the weights' own dtype.
 
-    It begins with the weights after the first step; at step n > 1 the decay is the smaller of ``decay`` and
-    n / (9 + n), so that the start weighs little in short runs (diffusers' EMAModel).
+    It starts with the weights after the first step. At step n > 1 the decay is min(``decay``, n / (9 + n)), so that the
+    initial weights count little in short runs (diffusers' EMAModel).
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -25,18 +25,14 @@ class WeightAverage:
         self._average = EMAModel(parameters, decay=decay)
 
     def step(self) -> None:
-        """Take in the weights after an optimizer step."""
+        """Update the average after an optimizer step."""
         self._average.step(self._parameters)
-
-    def apply(self) -> None:
-        """Give the model the averaged weights."""
-        self._average.copy_to(self._parameters)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the averaged weights for a while."""
+        """Context in which the model has the averaged weights."""
         self._average.store(self._parameters)
-        self.apply()
+        self._average.copy_to(self._parameters)
         try:
             yield
         finally:
@@ -48,11 +44,11 @@ class WeightAverage:
         return list(self._average.shadow_params)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: all but ``tensors``."""
+        """Return the state for a checkpoint, except ``tensors``."""
         return {name: value for name, value in self._average.state_dict().items() if name != "shadow_params"}
 
     def load_state_dict(self, state: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
-        """Go back to a checkpoint."""
+        """Restore the state of a checkpoint."""
         self._average.load_state_dict(state)
         for average, tensor, parameter in zip(self.tensors, tensors, self._parameters, strict=True):
-            average.copy_(like(tensor, parameter))
+            average.copy_(shard_like(tensor, parameter))

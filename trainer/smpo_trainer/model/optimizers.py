@@ -1,4 +1,4 @@
-"""Optimizers by name, the learning rate's peak and its course."""
+"""Optimizers and learning rate schedules by name."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from smpo_common.errors import UserError
 from smpo_trainer.settings import OptimizerOptions
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-"""Our names to diffusers'; all of them begin with the warm-up."""
+"""Our names to those of diffusers; all schedules start with the warm-up."""
 
 _FUSED = ("cpu", "cuda")
-"""Devices on which torch has the whole AdamW step in one kernel."""
+"""Devices with a fused AdamW in torch."""
 
 _EIGHT_BIT = ("cuda",)
-"""Devices for which bitsandbytes has 8-bit optimizers; elsewhere it would fail at the first step."""
+"""Devices with 8-bit optimizers in bitsandbytes; elsewhere it fails at the first step."""
 
 
 def require_optimizer(options: OptimizerOptions, device: torch.device) -> None:
-    """Find out whether there can be the optimizer that ``--optimizer`` names, before a model is loaded for it.
+    """Check that the optimizer of ``--optimizer`` can be made, before a model is loaded.
 
     Raises:
-        UserError: it needs a package that is not installed, or another device.
+        UserError: its package is not installed, or the device does not support it.
     """
     if options.optimizer == "adamw8bit":
         if device.type not in _EIGHT_BIT:
@@ -40,11 +40,11 @@ def require_optimizer(options: OptimizerOptions, device: torch.device) -> None:
 def make_optimizer(
     options: OptimizerOptions, parameters: Sequence[nn.Parameter], peak_lr: float
 ) -> torch.optim.Optimizer:
-    """The optimizer that ``--optimizer`` names, over the trained weights."""
+    """Make the optimizer of ``--optimizer`` for the trained weights."""
     device = parameters[0].device.type
     common = {"lr": peak_lr, "weight_decay": options.weight_decay}
     if options.optimizer == "adafactor":
-        # As in the published SDXL training: a learning rate from outside, not one relative to step and weights.
+        # As in the published SDXL runs: an external learning rate instead of one relative to step and weights.
         return Adafactor(list(parameters), **common, scale_parameter=False, relative_step=False, warmup_init=False)
     if options.optimizer == "adamw8bit":
         return _bitsandbytes().optim.AdamW8bit(list(parameters), **common)
@@ -52,7 +52,7 @@ def make_optimizer(
 
 
 def make_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer, max_steps: int) -> LRScheduler:
-    """The learning rate over the optimizer's steps."""
+    """Make the learning rate schedule of ``--lr-schedule``, with warm-up."""
     return get_scheduler(
         _SCHEDULES[options.lr_schedule],
         optimizer,
@@ -66,6 +66,6 @@ def _bitsandbytes() -> ModuleType:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise UserError(
-            "--optimizer adamw8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or choose "
-            "adamw or adafactor"
+            "--optimizer adamw8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or use adamw "
+            "or adafactor"
         ) from error

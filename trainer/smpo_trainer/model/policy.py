@@ -1,4 +1,4 @@
-"""The model in training: where it starts from, what of it is trained, and how it is saved."""
+"""The model in training: its start, its trainable parameters, and saving it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from smpo_models.loading import load_family
 from smpo_models.weights import variant_remark
 from smpo_schemas.manifest import ModelInfo
 from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER
-from smpo_trainer.model.fsdp import like, plain_class
+from smpo_trainer.model.fsdp import shard_like, unsharded_class
 from smpo_trainer.model.text import CachedText
 from smpo_trainer.settings import TrainSettings
 
@@ -33,17 +33,17 @@ _ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @dataclass(frozen=True)
 class Policy:
-    """What a run holds of the model.
+    """The models of a run.
 
     Attributes:
         family: text encoders and process; its ``denoiser`` is the one in training.
-        denoiser: float32, in evaluation mode (no dropout: the reference had none); the trained weights, and only
-            they, require gradients.
-        reference: frozen, where it is not ``denoiser`` as it starts, or is needed beside it for ``--reference live``.
-            Of an adapter that starts from it, it is ``denoiser`` itself, see :meth:`as_reference`.
-        starts_from_reference: the margin at step 0 is 0 up to arithmetic noise.
+        denoiser: in float32 and evaluation mode (no dropout, as for the reference). Only the trained weights require
+            gradients.
+        reference: the frozen reference, if ``--reference live`` needs it or training starts from other weights. With an
+            adapter on top of the reference it is ``denoiser`` itself, see :meth:`as_reference`.
+        starts_from_reference: whether the margin at step 0 is 0 up to rounding.
         lora_rank: rank of the adapter in ``denoiser``, or None.
-        encode_text: from B prompts to what the family's text encoders make of them.
+        encode_text: encodes B prompts, like the text encoders of the family.
     """
 
     family: Family
@@ -55,13 +55,13 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """While entered, ``reference`` is just that: where it is the denoiser itself, the adapter is switched off."""
+        """Context in which ``reference`` is the reference: if it is the denoiser itself, its adapter is disabled."""
         is_adapted = self.reference is self.denoiser
         if is_adapted:
-            trained = self.trained().values()
+            trained = self.trainable_parameters().values()
             self.denoiser.disable_adapters()
-            # PEFT freezes them, too, and later unfreezes what it finds: of a denoiser that is cut up, after a forward,
-            # not these but what they were gathered into. They would be trained, and missing from checkpoints.
+            # PEFT also freezes the adapter, and unfreezes the current parameters later. In a sharded denoiser these
+            # are, after a forward, the gathered ones, which must neither be trained nor replace those in checkpoints.
             for parameter in trained:
                 parameter.requires_grad_(True)
         try:
@@ -70,42 +70,40 @@ class Policy:
             if is_adapted:
                 self.denoiser.enable_adapters()
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trained weights by name, in a fixed order."""
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained by name, in a fixed order."""
         return {name: parameter for name, parameter in self.denoiser.named_parameters() if parameter.requires_grad}
 
     def compile(self) -> None:
-        """Have torch compile the denoiser's forward and backward, at its first call; weights and names stay."""
+        """Compile forward and backward of the denoiser at its first call; weights keep their names."""
         self.denoiser.compile()
         if self.reference is not None and self.reference is not self.denoiser:
             self.reference.compile()
 
     def with_cached_text(self, encoded: CachedText) -> Policy:
-        """The same without its text encoders, which are freed."""
+        """Return a policy that uses the encoded prompts, and free the text encoders."""
         self.family.text_modules = ()
         return replace(self, encode_text=encoded)
 
-    def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put saved weights in place.
+    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Load saved weights.
 
         Raises:
-            UserError: names or shapes are not those of this model.
+            UserError: names or shapes do not fit this model.
         """
-        trained = self.trained()
+        trained = self.trainable_parameters()
         if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in tensors.items()}:
-            raise UserError("the checkpoint's weights are not those of this model; start over with --overwrite")
+            raise UserError("the weights of the checkpoint do not fit this model; start over with --overwrite")
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(like(tensors[name], parameter))
+                parameter.copy_(shard_like(tensors[name], parameter))
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        """Write a model that diffusers loads: a denoiser folder, or a LoRA file.
-
-        The LoRA file is relative to the weights that training started from.
+        """Write a model that diffusers loads: a denoiser folder, or a LoRA file for the weights at the start.
 
         Args:
-            folder: a new one.
-            weights: in place of the trained ones, by name, each whole.
+            folder: a new folder.
+            weights: full tensors by name, in place of the trained ones.
 
         Raises:
             OSError, SafetensorError: it cannot be written.
@@ -115,41 +113,42 @@ class Policy:
             pipeline = getattr(diffusers, self.family.pipelines[0])
             pipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=LORA_FILE)
             return
-        # The denoiser itself may be cut up; this one borrows the weights.
+        # The denoiser may be sharded: save an unsharded one that refers to the same weights.
         with torch.device("meta"):
-            denoiser = plain_class(self.denoiser).from_config(self.denoiser.config)
+            denoiser = unsharded_class(self.denoiser).from_config(self.denoiser.config)
         denoiser.load_state_dict({**self.denoiser.state_dict(), **weights}, assign=True)
         denoiser.save_pretrained(folder / UNET_FOLDER)
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
-        """The trained weights by name, on the CPU, of a model that ``save`` has written.
+        """Read the trained weights of a model that ``save`` has written, by name, on the CPU.
 
         Raises:
-            OSError, SafetensorError, KeyError: it cannot be read, or one of them is not there.
+            OSError, SafetensorError, KeyError: the model cannot be read, or lacks a weight.
         """
-        names = list(self.trained())
+        names = list(self.trainable_parameters())
         if not self.lora_rank:
-            # Several files where the weights are large.
+            # diffusers splits large weights into several files.
             files = sorted((folder / UNET_FOLDER).glob("*.safetensors"))
-            found = {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
-            return {name: found[name] for name in names}
+            tensors = {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+            return {name: tensors[name] for name in names}
         layers = safetensors.torch.load_file(folder / LORA_FILE)
-        number_of = self._lora_layers({name: torch.tensor(number) for number, name in enumerate(names)})
-        return {names[number]: layers[f"{_LORA_PREFIX}.{layer}"] for layer, number in number_of.items()}
+        # Send numbers through the renaming, to invert it.
+        numbers = self._lora_layers({name: torch.tensor(number) for number, name in enumerate(names)})
+        return {names[number]: layers[f"{_LORA_PREFIX}.{layer}"] for layer, number in numbers.items()}
 
     def _lora_layers(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The adapter's weights by the names that diffusers gives them in a file."""
+        """Rename the weights of the adapter as diffusers names them in a file."""
         return convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser, weights))
 
 
 def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, say: Callable[[str], None]) -> Policy:
-    """Load the denoiser and the text encoders, check that they belong to the shards, and make ready what is trained.
+    """Load denoiser and text encoders, check that they are those of the shards, and select what is trained.
 
     Args:
         settings: names the model and the weights to start from.
-        info: what the shards were made with.
-        device: for everything.
-        say: takes a line where training starts from other weights than the reference.
+        info: model of the shards, from their manifest.
+        device: device of all models.
+        say: prints a line if training does not start from the reference.
 
     Raises:
         UserError: the model is not the one that the shards were made with.
@@ -168,17 +167,17 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
     if denoiser is None:
         raise UserError(f"--model {settings.model} has no denoiser")
     if family.process.fingerprint() != info.scheduler:
-        raise UserError(_mismatch(settings, info, "its scheduler config has other noise levels or prediction type"))
+        raise UserError(_mismatch(settings, info, "its scheduler config has another noise schedule or prediction type"))
     if fingerprint_module(*family.text_modules) != info.text:
         raise UserError(_mismatch(settings, info, "its text encoder has other weights"))
     is_reference = fingerprint_module(denoiser) == info.reference
     if not is_reference and start.unet is None:
         raise UserError(
-            _mismatch(settings, info, "its denoiser is not the reference that their ref_error was measured with")
-            + ", or start from other weights on purpose with --unet DIR"
+            _mismatch(settings, info, "its denoiser is not the reference of the shards")
+            + ", or give other weights to start from with --unet DIR"
         )
     if not is_reference:
-        say(f"starting from --unet {start.unet}, which is not the shards' reference: the first margins are not 0")
+        say(f"starting from --unet {start.unet}, which is not the reference of the shards: the first margins are not 0")
     reference = None
     if settings.compute.reference == "live" and is_reference:
         reference = denoiser if start.lora_rank else copy.deepcopy(denoiser)
@@ -193,24 +192,28 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
 
 def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
     return (
-        f"--model {settings.model} and --shards {settings.shards[0]} do not belong together: {reason}; "
-        f"the shards were made with {info.id}: name that as --model"
+        f"--model {settings.model} is not the model of --shards {settings.shards[0]}: {reason}; "
+        f"give the model they were made with, --model {info.id}"
     )
 
 
 def _load_reference(settings: TrainSettings, info: ModelInfo, device: torch.device) -> nn.Module:
-    """The model's own denoiser, if it is the reference."""
+    """Load the denoiser of ``--model``, which must be the reference.
+
+    Raises:
+        UserError: it is not.
+    """
     reference = load_family(settings.model, ("denoiser",), variant=settings.denoiser.variant, device=device).denoiser
     if reference is None or fingerprint_module(reference) != info.reference:
         raise UserError(
-            f"--reference {settings.compute.reference} needs the reference's weights, and neither --unet "
-            f"{settings.denoiser.unet} nor the denoiser of --model {settings.model} are those; use --reference stored"
+            f"--reference {settings.compute.reference} needs the reference's weights, but neither --unet "
+            f"{settings.denoiser.unet} nor --model {settings.model} has them; use --reference stored"
         )
     return reference
 
 
 def add_lora(denoiser: nn.Module, rank: int) -> None:
-    """An adapter on the attention projections, which changes nothing until it is trained (its B matrices are 0)."""
+    """Add an adapter to the attention projections; untrained, it changes nothing (its B matrices are 0)."""
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_ATTENTION_PROJECTIONS, lora_dropout=0.0
     )

@@ -1,7 +1,7 @@
-"""Encoded prompts from a file that was made of all of them once, so that the encoders can be freed (``--text cache``).
+"""A file of encoded prompts, so that the text encoders can be freed (``--text cache``).
 
-The file is a safetensors file whose rows are read where they lie: ``key`` int64 [N], increasing, a hash of each prompt;
-beside it what the family's encoders made of the prompts, [N, ...] each. Its name holds what it was made from.
+It is a safetensors file with ``key``, int64 [N], the hashes of the prompts in increasing order, and the outputs of the
+text encoders, [N, ...] each. Rows are read from the mapped file. Its name is a hash of model, shards and dtype.
 """
 
 from __future__ import annotations
@@ -25,56 +25,56 @@ from smpo_trainer.shards.shard_set import ShardSet
 
 _KEY = "key"
 _BATCH = 64
-"""Prompts that are encoded at once."""
+"""Prompts per forward of the encoders."""
 
 _DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""In what prompts are kept: autocast rounds them to it before their first use, so that no bit of a step changes."""
+"""Storage dtype by the run's dtype. Autocast rounds to it before the first use anyway, so no bit of a step changes."""
 
 _NAMES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""As safetensors calls them."""
+"""Names of dtypes in safetensors."""
 
 _TITLE = "encoding all prompts once"
 
 
 class CachedText:
-    """Takes the place of :meth:`smpo_models.family.Family.encode_text`."""
+    """Replaces :meth:`smpo_models.family.Family.encode_text` by look-ups in a file."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        """Open a file that :func:`cache_text` made; tensors come to ``device``.
+        """Open a file of :func:`cache_text`; tensors are returned on ``device``.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the file cannot be read.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); remove it: the next run makes it again") from error
+            raise UserError(f"{path} cannot be read ({error}); delete it, the next run makes it again") from error
         self._path, self._device = path, device
         self._key_N = tensors.pop(_KEY).numpy()
         self._tensors = tensors
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What the encoders made of B prompts.
+        """Look up the encodings of B prompts.
 
         Raises:
-            UserError: one is not there.
+            UserError: the file lacks a prompt.
         """
-        wanted_B = _keys(prompts)
-        rows = np.searchsorted(self._key_N, wanted_B).clip(max=len(self._key_N) - 1)
-        for prompt, found in zip(prompts, self._key_N[rows] == wanted_B, strict=True):
-            if not found:
-                raise UserError(f"{self._path} lacks the prompt {prompt!r}: the shards' index and tars differ")
+        key_B = _keys(prompts)
+        rows = np.searchsorted(self._key_N, key_B).clip(max=len(self._key_N) - 1)
+        for prompt, is_present in zip(prompts, self._key_N[rows] == key_B, strict=True):
+            if not is_present:
+                raise UserError(f"{self._path} lacks the prompt {prompt!r}: index and tars of the shards differ")
         return {name: value[rows].to(self._device) for name, value in self._tensors.items()}
 
 
-def cache_text(settings: TrainSettings, shards: ShardSet, family: Family, report: RunConsole) -> Path:
-    """Encode the prompts of a data set, unless this machine has done so, and return the file.
+def cache_text(settings: TrainSettings, shards: ShardSet, family: Family, console: RunConsole) -> Path:
+    """Encode the prompts of a data set into a file, unless it exists, and return the file.
 
-    The first process of a machine does it, the others wait.
+    The first process of a machine encodes, the others wait for its lock.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     dtype = _DTYPES[settings.compute.chosen_dtype]
     made_from = {
@@ -92,28 +92,28 @@ def cache_text(settings: TrainSettings, shards: ShardSet, family: Family, report
                     "" if trajectory.meta.prompt_dropped else trajectory.meta.prompt
                     for _, trajectory in shards.trajectories()
                 }
-                # The empty one stands in for states that cannot be used.
-                with report.bar(_TITLE, -(-len(prompts | {""}) // _BATCH)) as done:
-                    _write(path, prompts | {""}, family, dtype, done)
+                with console.bar(_TITLE, -(-len(prompts) // _BATCH)) as done:
+                    _write(path, prompts, family, dtype, done)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 
 def _keys(prompts: Iterable[str]) -> np.ndarray:
-    """A hash of each, int64."""
+    """Hash each prompt to int64."""
     digests = [hashlib.sha256(prompt.encode()).digest()[:8] for prompt in prompts]
     return np.frombuffer(b"".join(digests), dtype=np.int64)
 
 
 def _write(path: Path, prompts: set[str], family: Family, dtype: torch.dtype, done: Callable[[], None]) -> None:
-    in_any_order = list(prompts)
-    key_N = _keys(in_any_order)
+    unsorted = list(prompts)
+    key_N = _keys(unsorted)
     order = np.argsort(key_N)
     key_N = key_N[order]
     if (np.diff(key_N) == 0).any():
-        raise UserError("two prompts have one hash; use --text live")
-    batches = _encoded([in_any_order[index] for index in order], family, dtype)
+        raise UserError("two prompts have the same hash; use --text live")
+    batches = _encoded([unsorted[index] for index in order], family, dtype)
+    # safetensors can only write tensors that are in memory as a whole: write batch by batch instead.
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         first = next(batches)
         tensors = {_KEY: torch.from_numpy(key_N), **first}
@@ -134,17 +134,17 @@ def _write(path: Path, prompts: set[str], family: Family, dtype: torch.dtype, do
 
 
 def _encoded(prompts: Sequence[str], family: Family, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    """What the encoders make of the prompts, some at a time, on the CPU."""
+    """Encode the prompts batch by batch; tensors are on the CPU."""
     for start in range(0, len(prompts), _BATCH):
         text = family.encode_text(prompts[start : start + _BATCH])
         yield {name: value.to("cpu", dtype) for name, value in text.items()}
 
 
 def _header(tensors: dict[str, torch.Tensor], count: int) -> tuple[dict[str, int], bytes]:
-    """Where the data of each tensor of ``count`` rows like these begin, counted from the end of the file's header.
+    """Lay out a safetensors file (length, JSON, data) of ``count`` rows like those of ``tensors``.
 
     Returns:
-        The offsets, and the header (the format is safetensors' own: length, JSON, data).
+        The offset of each tensor's data after the header, and the header.
     """
     described, offsets, end = {}, {}, 0
     for name, value in tensors.items():

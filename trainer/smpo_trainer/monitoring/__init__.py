@@ -1,1 +1,1 @@
-"""Metrics, their log, health, and what the console shows."""
+"""Metrics, their logs, health checks and the console."""

@@ -1,4 +1,4 @@
-"""Metrics by timestep: which noise levels a run learns at, and where it drifts.
+"""Metrics by band of timesteps: at which noise levels a run learns, and where it drifts.
 
 Shape suffixes: B a batch of states.
 """
@@ -19,30 +19,30 @@ BANDED = (
     "error_minus_reference/image_0",
     "error_minus_reference/image_1",
 )
-"""What is looked at by band: what is learned, and how far the model's errors have drifted from the reference's."""
+"""Metrics that are also logged by band: learning, and drift of the errors from those of the reference."""
 
 
 def bands(num_train_timesteps: int) -> list[range]:
-    """The timesteps 0 .. T - 1 in :data:`NUM_BANDS` equal parts, in order (to a timestep, where T does not divide)."""
+    """Split the timesteps 0 .. T - 1 into :data:`NUM_BANDS` bands of equal size (up to one timestep)."""
     edges = [number * num_train_timesteps // NUM_BANDS for number in range(NUM_BANDS + 1)]
     return [range(first, stop) for first, stop in pairwise(edges)]
 
 
 def banded_name(name: str, band: range) -> str:
-    """As what a metric is logged for a band: ``rewards/margins/t250-499``, both ends included."""
+    """Name a metric of a band, for example ``rewards/margins/t250-499``, both ends included."""
     return f"{name}/t{band.start}-{band.stop - 1}"
 
 
 def by_band(metrics: Metrics, timestep_B: torch.Tensor, num_train_timesteps: int) -> Metrics:
-    """The metrics :data:`BANDED` once for each band: NaN for the states of other bands, which a mean leaves out.
+    """Split the metrics :data:`BANDED` by band, with NaN for the states of other bands, which means leave out.
 
     Args:
         metrics: per-pair values, each [B].
         timestep_B: int64.
-        num_train_timesteps: T of the model's noise levels.
+        num_train_timesteps: T, the length of the noise schedule.
     """
-    found: Metrics = {}
+    banded: Metrics = {}
     for band in bands(num_train_timesteps):
         inside_B = (timestep_B >= band.start) & (timestep_B < band.stop)
-        found |= {banded_name(name, band): metrics[name].where(inside_B, torch.nan) for name in BANDED}
-    return found
+        banded |= {banded_name(name, band): metrics[name].where(inside_B, torch.nan) for name in BANDED}
+    return banded

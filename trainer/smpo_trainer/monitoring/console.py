@@ -1,4 +1,4 @@
-"""What a run says while it goes: lines, and a progress bar with the numbers that matter."""
+"""Output of a run to the terminal: lines, and a progress bar with the main metrics."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ _BAR_WIDTH = 8
 """Leaves room for the numbers in 80 columns."""
 
 _LINES_WITHOUT_TERMINAL = 20
-"""How many progress lines a run writes into a file or a pipe."""
+"""Number of progress lines if the output is a file or a pipe."""
 
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("acc", "rewards/accuracies", "{:.2f}"),
     ("margin", "rewards/margins", "{:+.2f}"),
-    ("pairs/s", "pairs_per_second", "{:.1f}"),
+    ("states/s", "states_per_second", "{:.1f}"),
     ("wait", "data_wait_percent", "{:.1f}%"),
 )
-"""Label, name in the record and format of the numbers beside the bar; acc is the implicit accuracy, wait the time
-without data."""
+"""Label, metric and format of the numbers beside the bar. acc is the implicit accuracy, wait the time spent waiting for
+data."""
 
 
 class _Console(Console):
-    """Falls silent where whoever read it is gone (`smpo-train ... | head`): the run goes on, its files say the same."""
+    """Stops printing if the reader of a pipe exits (`smpo-train ... | head`); the run continues."""
 
     def on_broken_pipe(self) -> None:
-        """See the base class, which would end the program."""
+        """See the base class, which would exit."""
         with suppress(SystemExit):
             super().on_broken_pipe()
 
 
 class RunConsole:
-    """Speaks for the main process only. Between ``start`` and ``stop`` there is a progress bar."""
+    """Prints in the main process only; shows a progress bar between ``start`` and ``stop``."""
 
     def __init__(self, *, is_main: bool) -> None:
         self._console = _Console(highlight=False, soft_wrap=True, quiet=not is_main)
@@ -51,12 +51,12 @@ class RunConsole:
         )
 
     def say(self, text: str) -> None:
-        """Print one line, above the progress bar where there is one."""
+        """Print a line, above the progress bar if it is shown."""
         self._console.print(text, markup=False)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """A line and a bar for work before the first step; yields what is called once for each of ``total``."""
+        """Show a line and a bar for work before the first step; yields the function to call after each of ``total``."""
         self.say(title)
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self._console, disable=self._progress.disable, transient=True) as progress:
@@ -64,7 +64,7 @@ class RunConsole:
             yield lambda: progress.advance(task)
 
     def start(self, finished_steps: int, max_steps: int) -> None:
-        """Show the bar."""
+        """Show the progress bar."""
         self._max_steps = max_steps
         self._task = self._progress.add_task("training", total=max_steps, completed=finished_steps, numbers="")
         self._progress.start()
@@ -79,7 +79,7 @@ class RunConsole:
             self.say(f"step {step}/{self._max_steps}: {numbers}")
 
     def stop(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the progress bar."""
         self._progress.stop()
 
 

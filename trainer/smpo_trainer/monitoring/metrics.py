@@ -1,4 +1,4 @@
-"""What is logged of a step: means over the effective batch, as JSON lines and by accelerate's trackers."""
+"""Metrics of a step: their means over the effective batch, and their log as JSON lines and in trackers."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from smpo_schemas.trained_model import METRICS_FILE
 from smpo_trainer.monitoring.trackers import start_tensorboard
 
 Record = dict[str, float | int | None]
-"""One step's values by name; None where no pair of the step had such a value, or it is not finite."""
+"""Metrics of a step by name; None if no pair of the step has the metric, or it is not finite."""
 
 
-def plain(record: Record) -> Record:
-    """The same with None for what is not finite, which JSON cannot hold."""
+def json_record(record: Record) -> Record:
+    """Replace values that are not finite by None, since JSON cannot hold them."""
     return {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
 
 
 class StepMeter:
-    """Sums of per-pair values over a step's micro-batches and processes."""
+    """Averages per-pair values over the micro-batches and processes of a step."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Take a micro-batch's per-pair values, each [B]; NaN where a pair has none."""
+        """Add the per-pair values of a micro-batch, each [B]; NaN where a pair has none."""
         for name, value_B in values.items():
-            have_B = ~value_B.isnan()
-            # float64: the mean must not depend on how the effective batch was cut.
-            pair = torch.stack([value_B.double().where(have_B, 0).sum(), have_B.double().sum()])
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            is_present_B = ~value_B.isnan()
+            # float64: the mean must not depend on how the effective batch is split.
+            sum_2 = torch.stack([value_B.double().where(is_present_B, 0).sum(), is_present_B.double().sum()])
+            self._sums[name] = self._sums[name] + sum_2 if name in self._sums else sum_2
 
     def means(self, accelerator: Accelerator) -> Record:
-        """Mean by name, over all processes."""
-        names = sorted(self._sums)
+        """Return the means over all processes, by name. Collective."""
+        names = sorted(self._sums)  # all processes must sum them in the same order
         sums_N2 = accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
         return {
             name: total / count if count else None for name, (total, count) in zip(names, sums_N2.tolist(), strict=True)
@@ -53,25 +53,25 @@ class StepMeter:
 
 
 class MetricsLog:
-    """``metrics.jsonl`` (one object a step) of one run, TensorBoard's files, and its run at Weights & Biases.
+    """Writes ``metrics.jsonl`` (one object per step), TensorBoard files, and a Weights & Biases run.
 
     Attributes:
-        earlier: the records of the steps that were finished before.
+        earlier: records of the steps that were finished before.
     """
 
     def __init__(self, out: Path, finished_steps: int, wandb: WandBTracker | None = None) -> None:
-        """Open for appending, after dropping what was logged beyond ``finished_steps`` by a run that was killed."""
+        """Open for appending, after dropping records beyond ``finished_steps``, which a killed run has left."""
         self._wandb = wandb
         path = out / METRICS_FILE
-        kept = {line: record for line, record in _records(path) if (record["step"] or 0) <= finished_steps}
-        self.earlier: list[Record] = list(kept.values())
-        write_bytes(path, b"".join(kept))
+        records = {line: record for line, record in _records(path) if (record["step"] or 0) <= finished_steps}
+        self.earlier: list[Record] = list(records.values())
+        write_bytes(path, b"".join(records))
         self._file = path.open("a", encoding="utf-8")
-        self._before, threading.excepthook = threading.excepthook, self._report_thread
+        self._excepthook, threading.excepthook = threading.excepthook, self._report_thread
         self._board = start_tensorboard(out, finished_steps)
 
     def write(self, record: Record) -> None:
-        """Append one step; it has left this process on return.
+        """Append the record of a step, and flush it to the operating system.
 
         Raises:
             UserError: the file cannot be written.
@@ -86,7 +86,7 @@ class MetricsLog:
             self._wandb.log(values, step)
 
     def sync(self) -> None:
-        """Have all steps survive a power cut, as a checkpoint of them will.
+        """Write all records to disk, so that they survive a power cut like the checkpoint that follows.
 
         Raises:
             UserError: the file cannot be written.
@@ -95,7 +95,7 @@ class MetricsLog:
             os.fsync(self._file.fileno())
 
     def draw(self, step: int, image_HW3: np.ndarray) -> None:
-        """Show an image, uint8 [H, W, 3], in TensorBoard and Weights & Biases.
+        """Log an image, uint8 [H, W, 3], to TensorBoard and Weights & Biases.
 
         Raises:
             UserError: the file cannot be written.
@@ -106,13 +106,13 @@ class MetricsLog:
             self._wandb.log_images({"validation": [image_HW3]}, step)
 
     def close(self) -> None:
-        """Close all of them.
+        """Close all logs.
 
         Raises:
-            UserError: what was yet to be written cannot be.
+            UserError: buffered records cannot be written.
         """
         with ExitStack() as stack:
-            stack.callback(setattr, threading, "excepthook", self._before)
+            stack.callback(setattr, threading, "excepthook", self._excepthook)
             if self._wandb:
                 stack.callback(self._wandb.finish)
             stack.enter_context(self._writing())
@@ -123,18 +123,18 @@ class MetricsLog:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # of TensorBoard's files too
+        except OSError as error:  # also from TensorBoard's files
             reason = error.strerror or error
             raise UserError(f"cannot write {self._file.name} or {self._board.logging_dir}: {reason}") from error
 
-    def _report_thread(self, given: threading.ExceptHookArgs) -> None:
-        """Print the traceback of a thread, but not of TensorBoard's, whose error the next write to it raises again."""
-        if not type(given.thread).__module__.startswith("tensorboard."):
-            self._before(given)
+    def _report_thread(self, error: threading.ExceptHookArgs) -> None:
+        # Not for TensorBoard's writer thread: the next write raises its error again.
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self._excepthook(error)
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
-    """The lines of a file and what they say, up to where one is broken off: a kill, or a power cut, came in between."""
+    """Yield the lines of a file with their records, up to one that was cut off by a kill or a power cut."""
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
             record = json.loads(line) if line.endswith(b"\n") else None

@@ -1,4 +1,4 @@
-"""accelerate's trackers of a run: TensorBoard, and Weights & Biases (``--wandb-project``)."""
+"""Trackers of a run: TensorBoard, and Weights & Biases (``--wandb-project``)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ TENSORBOARD_FOLDER, WANDB_FOLDER = "tensorboard", "wandb"
 
 
 def start_tensorboard(out: Path, finished_steps: int) -> TensorBoardTracker:
-    """Start event files in ``out``; what earlier files hold beyond ``finished_steps`` is not shown."""
+    """Start event files in ``out``, and hide events beyond ``finished_steps`` in earlier files."""
     tracker = TensorBoardTracker(TENSORBOARD_FOLDER, out, purge_step=finished_steps and finished_steps + 1)
     tracker.start()
     return tracker
 
 
 def start_wandb(project: str, out: Path, identity: Mapping[str, Any]) -> WandBTracker:
-    """Start the run of an output folder in a project; a run that is resumed is resumed there.
+    """Start or resume the Weights & Biases run of an output folder.
 
     Args:
-        project: its name.
-        out: output folder of the run; its name is the run's.
-        identity: the settings that decide the run's numbers, shown as its configuration.
+        project: name of the project.
+        out: output folder; its name becomes the name of the run.
+        identity: settings that decide the results, shown as configuration.
 
     Raises:
-        UserError: wandb is not installed, or takes no run.
+        UserError: wandb is not installed, or refuses the run.
     """
     wandb = import_wandb(project)
     tracker = WandBTracker(project, name=out.name, id=_run_id(out), resume="allow", dir=str(out), config=dict(identity))
@@ -44,7 +44,7 @@ def start_wandb(project: str, out: Path, identity: Mapping[str, Any]) -> WandBTr
 
 
 def _run_id(out: Path) -> str:
-    """Identify the run that this folder holds: kept, for a run that is resumed, until the folder is cleared."""
+    """Return the id of the folder's run, stored in the folder so that a resumed run continues it."""
     path = out / WANDB_FOLDER / "run_id"
     if not path.is_file():
         write_bytes(path, uuid.uuid4().hex.encode())
@@ -52,7 +52,7 @@ def _run_id(out: Path) -> str:
 
 
 def import_wandb(project: str) -> Any:  # noqa: ANN401  (an optional module)
-    """Import the module.
+    """Import wandb.
 
     Raises:
         UserError: it is not installed.

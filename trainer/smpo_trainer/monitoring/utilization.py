@@ -1,4 +1,4 @@
-"""What of a device a run uses: memory, and the share of its arithmetic (MFU, arXiv 2204.02311, appendix B)."""
+"""Use of the device: peak memory, and model FLOPs utilization (MFU, arXiv 2204.02311, appendix B)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smpo_models.family import Conditioning
 from smpo_trainer.data.loader import StateBatch
-from smpo_trainer.model.fsdp import plain_class
+from smpo_trainer.model.fsdp import unsharded_class
 from smpo_trainer.model.policy import Policy, add_lora
 
 _ARITHMETIC = ("half", "tf32", "fp32")
@@ -46,33 +46,32 @@ _PEAKS = {
     "NVIDIA GeForce RTX 4090": (165.2, 82.6, 82.6),
     "NVIDIA GeForce RTX 5090": (209.5, 104.8, 104.8),
 }
-"""TFLOP a second in half precision (summed in float32), TF32 and float32, without sparsity, by the device's own name;
-from data sheets."""
+"""Dense TFLOP/s in half precision (with float32 accumulation), TF32 and float32 by device name, from data sheets."""
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that this process has had: on the GPU as tensors, on a CPU as resident pages."""
+    """Return the peak memory of this process in GiB: tensors on a GPU, resident pages on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Utilization:
-    """Counts the operations of a step's forwards and backwards, as against what the device could have done.
+    """Compares the operations of forward and backward passes with the peak of the device.
 
-    Only the denoiser's products of matrices count, each once: what gradient checkpointing computes again does not.
+    Counts the matrix products of the denoiser, once each: gradient checkpointing does not add to them.
     """
 
     def __init__(self, policy: Policy, peak: float) -> None:
-        """Of a denoiser on a device of ``peak`` operations a second."""
+        """Count for a device with a peak of ``peak`` operations per second."""
         self._policy, self._peak = policy, peak
-        self._of_row: dict[tuple[int, ...], int] = {}
+        self._operations_per_row: dict[tuple[int, ...], int] = {}  # by latent shape
         self._operations = 0
 
     @classmethod
-    def of(cls, policy: Policy, accelerator: Accelerator) -> Utilization | None:
-        """None where the device's peak is not known."""
+    def on_device(cls, policy: Policy, accelerator: Accelerator) -> Utilization | None:
+        """Count for the accelerator's device; None if its peak is unknown."""
         if accelerator.device.type != "cuda":
             return None
         half = accelerator.mixed_precision in {"fp16", "bf16"}
@@ -81,35 +80,36 @@ class Utilization:
         return cls(policy, 1e12 * peaks[_ARITHMETIC.index(arithmetic)]) if peaks else None
 
     def add(self, batch: StateBatch, conditioning: Conditioning) -> None:
-        """A micro-batch goes through."""
+        """Add the operations of a micro-batch."""
         shape = tuple(batch.x0_B2Chw.shape[2:])
-        if shape not in self._of_row:
-            self._of_row[shape] = operations(self._policy, shape, conditioning[:1])
-        self._operations += self._of_row[shape] * 2 * len(batch.pair_ids)
+        if shape not in self._operations_per_row:
+            self._operations_per_row[shape] = operations(self._policy, shape, conditioning[:1])
+        self._operations += self._operations_per_row[shape] * 2 * len(batch.pair_ids)
 
     def share(self, seconds: float) -> float:
-        """The share of what the device could have done in ``seconds`` that was done since this was last asked."""
-        done, self._operations = self._operations, 0
-        return done / (seconds * self._peak)
+        """Return the utilization over the last ``seconds``, and reset the count."""
+        count, self._operations = self._operations, 0
+        return count / (seconds * self._peak)
 
 
 def operations(policy: Policy, latent: tuple[int, ...], conditioning: Conditioning) -> int:
-    """Floating point operations of one forward and backward of one row, counted without computing them.
+    """Count the floating point operations of a forward and backward of one row, without computing them.
 
     Args:
-        policy: its denoiser.
-        latent: (C, h, w).
-        conditioning: of one row.
+        policy: has the denoiser.
+        latent: shape (C, h, w) of the latent.
+        conditioning: conditioning of one row.
     """
     meta = torch.device("meta")
+    # Initialising a model draws random numbers: restore the generator, or MFU would change a run.
     with torch.random.fork_rng([]), meta:
-        denoiser: nn.Module = plain_class(policy.denoiser).from_config(policy.denoiser.config)
+        denoiser: nn.Module = unsharded_class(policy.denoiser).from_config(policy.denoiser.config)
         denoiser.eval().requires_grad_(policy.lora_rank is None)
         if policy.lora_rank:
             add_lora(denoiser, policy.lora_rank)
     added = {name: value.to(meta) for name, value in conditioning.added.items()}
-    told = replace(conditioning, text_BLD=conditioning.text_BLD.to(meta), added=added)
+    meta_conditioning = replace(conditioning, text_BLD=conditioning.text_BLD.to(meta), added=added)
     x_1Chw, t_1 = torch.zeros(1, *latent, device=meta), torch.zeros(1, dtype=torch.int64, device=meta)
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
-        policy.family.denoise(denoiser, x_1Chw, t_1, told).sum().backward()
+        policy.family.denoise(denoiser, x_1Chw, t_1, meta_conditioning).sum().backward()
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""One file an objective; a new file here is found by itself, a user's own class by where it is."""
+"""Objectives, one per file; a new file in this folder is found automatically, a user's own class by MODULE:CLASS."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _GROUP = "smpo.objectives"
 
 
 def objectives() -> dict[str, type[Objective]]:
-    """Every objective of this folder by its name."""
-    found = subclasses_in(sys.modules[__name__], Objective)  # type: ignore[type-abstract]
-    return {each.name: each for each in found if _is_built_in(each) and not inspect.isabstract(each)}
+    """Return every objective of this folder by name."""
+    kinds = subclasses_in(sys.modules[__name__], Objective)  # type: ignore[type-abstract]
+    return {kind.name: kind for kind in kinds if _is_built_in(kind) and not inspect.isabstract(kind)}
 
 
 def offered_objectives() -> list[str]:
-    """The names of the objectives that installed packages offer, not imported."""
+    """Return the names of objectives that installed packages offer, without importing them."""
     return sorted(offered_by_packages(_GROUP))
 
 
 def find_objective(name: str) -> type[Objective]:
-    """The objective of that name: one of this folder, ``MODULE:CLASS``, or the name of a package's entry point.
+    """Return the objective of this name: one of this folder, ``MODULE:CLASS``, or the name of an entry point.
 
     Raises:
-        UserError: there is none, or what has the name cannot be used as one.
+        UserError: it does not exist, or is not a valid objective.
     """
     known = objectives()
     if name in known:
@@ -52,14 +52,14 @@ def find_objective(name: str) -> type[Objective]:
         raise UserError(f"--objective {name} is not known; known: {names}, or your own as MODULE:CLASS")
     kind = _checked(import_object(offered[name].value, "--objective"), name)
     if kind.name != name:
-        raise UserError(f"--objective {name}: the package's class calls itself {kind.name!r}; both names must agree")
+        raise UserError(f"--objective {name}: the class of this entry point has the name {kind.name!r}; both names must be equal")
     return kind
 
 
 def code_fingerprint(kind: type[Objective]) -> str | None:
-    """SHA-256 of the source file of a user's own objective; None for those of this folder, or without a file.
+    """Return the SHA-256 of the source file of a user's own objective; None for those of this folder or without a file.
 
-    A continued run must have the same: the loss of a run must not change in its middle.
+    It is part of a run's identity, so that the loss does not change when the run is resumed.
     """
     source = None if _is_built_in(kind) else inspect.getsourcefile(kind)
     return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None
@@ -70,17 +70,17 @@ def _is_built_in(kind: type[Objective]) -> bool:
 
 
 def _checked(kind: object, name: str) -> type[Objective]:
-    """``kind``, if it can be trained with.
+    """Return ``kind`` if it is a valid objective.
 
     Raises:
-        UserError: it cannot.
+        UserError: it is not.
     """
     if not (inspect.isclass(kind) and issubclass(kind, Objective)):
-        raise UserError(f"--objective {name} is no subclass of smpo_trainer.objectives.Objective")
-    lacking = [each for each in ("name", "summary", "uses_rewards", "needs") if not hasattr(kind, each)]
-    lacking += sorted(kind.__abstractmethods__)
-    if lacking:
-        raise UserError(f"--objective {name}: the class does not define {', '.join(lacking)}")
+        raise UserError(f"--objective {name} is not a subclass of smpo_trainer.objectives.Objective")
+    missing = [attribute for attribute in ("name", "summary", "uses_rewards", "needs") if not hasattr(kind, attribute)]
+    missing += sorted(kind.__abstractmethods__)
+    if missing:
+        raise UserError(f"--objective {name}: the class does not define {', '.join(missing)}")
     if objectives().get(kind.name, kind) is not kind:
-        raise UserError(f"--objective {name}: the name {kind.name!r} is that of a built-in objective; choose another")
+        raise UserError(f"--objective {name}: a built-in objective has the name {kind.name!r}; choose another name")
     return kind

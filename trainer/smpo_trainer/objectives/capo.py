@@ -1,10 +1,10 @@
 """Calibrated preference optimization (CaPO, arXiv 2502.02588): regression to the calibrated reward difference.
 
-An image's calibrated reward is its expected win rate over the other images of its prompt. ``--preference winrate``
-makes p of it such that the difference between a pair's images is 2p - 1; of a pair alone the two win rates are p and
-1 - p, and any other ``--preference`` gives the same difference of them. The paper weighs the implicit reward by
-sigmoid(-lambda_t + b), lambda the log signal-to-noise ratio: ``--timestep-weighting sigmoid``, which is this
-objective's default, with the b that did best in its ablation (1.5; no code was published). Its beta was not found.
+The calibrated reward of an image is its expected win rate against the other images of its prompt. ``--preference
+winrate`` sets p so that the difference between the win rates of a pair is 2p - 1. If a prompt has a single pair, the
+win rates are p and 1 - p, and every ``--preference`` gives this difference. The paper weights the implicit reward by
+sigmoid(-lambda_t + b), with lambda_t the log signal-to-noise ratio: ``--timestep-weighting sigmoid``, the default of
+this objective, with the best b of the paper's ablation (1.5). No code was published, and no beta was found.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def capo_loss(margin_B: torch.Tensor, preference_B: torch.Tensor) -> torch.Tensor:
-    """((2p - 1) - h)^2, [B].
+    """Compute ((2p - 1) - h)^2, [B].
 
     Args:
-        margin_B: h, the implicit reward margin of image_0, of errors that are weighted by timestep.
+        margin_B: h, the implicit reward margin of image_0, from errors weighted by timestep.
         preference_B: p, P(image_0 preferred).
     """
     return (2 * preference_B - 1 - margin_B).square()
@@ -42,20 +42,21 @@ class CaPO(RewardObjective):
 
     @classmethod
     def warnings(cls, mix: RewardMix) -> list[str]:
-        """See the base class: the published target is a difference of win rates by log-odds."""
+        """See the base class; the published target is a difference of win rates in log-odds."""
         name, weights = mix.preference.name, mix.preference.weights
-        by_extremes = [reward for reward in weights if mix.temperatures is None and reward not in mix.ranges]
+        scaled_by_range = [reward for reward in weights if mix.temperatures is None and reward not in mix.ranges]
         lines = []
-        if by_extremes:
+        if scaled_by_range:
             lines.append(
-                f"published are win rates by log-odds; --preference {name} divides {', '.join(by_extremes)} by max - "
-                "min over the data set, whose targets are far smaller; give --reward-range NAME=raw for log-odds, "
-                "NAME=0:SCALE for others (pickscore=0:0.01), or --preference winrate with --calibration"
+                f"the published targets are win rates in log-odds; --preference {name} divides "
+                f"{', '.join(scaled_by_range)} by max - min over the data set, which makes them far smaller; give "
+                "--reward-range NAME=raw for a reward in log-odds, NAME=0:SCALE for others (pickscore=0:0.01), or "
+                "--preference winrate with --calibration"
             )
         if name == "minmax" and len(weights) > 1:
             lines.append(
-                "published is the mean of the rewards' win rates, --preference minmax is the win rate by their sum; "
-                "give --preference winrate"
+                "the published method averages the win rates of the rewards, --preference minmax takes the win rate of "
+                "their sum; give --preference winrate"
             )
         return lines
 

@@ -1,9 +1,9 @@
 """Divergence minimization preference optimization (DMPO, arXiv 2507.07510): the reverse KL divergence.
 
-DPO minimises the divergence from the labels to the model's pairwise preference, which covers all of what was labelled;
-this minimises the one from the model to the labels, which seeks its mode. Pairwise it is the loss of EXO (arXiv
-2402.00856) with Diffusion-DPO's margin. A label must be smoothed for it to be finite. Smoothing and beta are
-by default those of the only public implementation (AIDC-AI/Diffusion-SDPO); the authors' own were not found.
+DPO minimises KL(labels || model), which covers all labelled modes; DMPO minimises KL(model || labels), which seeks one
+mode. On pairs it is the loss of EXO (arXiv 2402.00856) with the margin of Diffusion-DPO. Only smoothed labels make it
+finite. The default smoothing and beta are those of the only public implementation (AIDC-AI/Diffusion-SDPO); the
+authors' values were not found.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from smpo_trainer.objectives.base import DPO_BETAS, FORWARD, LabelObjective, Obj
 
 
 def dmpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """KL(model || label) = P log(P / q) + (1 - P) log((1 - P) / (1 - q)), P = sigmoid(h), [B].
+    """Compute KL(model || label) = P log(P / q) + (1 - P) log((1 - P) / (1 - q)), P = sigmoid(h), [B].
 
     Args:
         margin_B: h, the implicit reward margin of image_0.
-        label_B: the annotator's P(image_0 preferred), decided.
+        label_B: the annotator's P(image_0 preferred), no ties.
         label_smoothing: s > 0; q is 1 - s or s.
     """
     target_B = smoothed_label(label_B, label_smoothing)
@@ -33,16 +33,16 @@ def dmpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: fl
 
 
 class DMPOOptions(ObjectiveOptions):
-    """See the fields."""
+    """Options of DMPO."""
 
-    label_smoothing: float = Field(0.01, gt=0, lt=0.5, description="share of labels taken to be wrong; default 0.01")
+    label_smoothing: float = Field(0.01, gt=0, lt=0.5, description="assumed share of wrong labels; default 0.01")
 
 
 class DMPO(LabelObjective):
     """See :func:`dmpo_loss`."""
 
     name: ClassVar[str] = "dmpo"
-    summary: ClassVar[str] = "labels, by the reverse KL divergence (DMPO, arXiv 2507.07510)"
+    summary: ClassVar[str] = "labels, reverse KL divergence (DMPO, arXiv 2507.07510)"
     published_shards: ClassVar[Mapping[str, object]] = FORWARD
     betas: ClassVar[Mapping[str, float]] = {**DPO_BETAS, "sdxl": 6000.0}
     Options: ClassVar[type[ObjectiveOptions]] = DMPOOptions

@@ -1,7 +1,7 @@
-"""Diffusion-DPO (arXiv 2311.12908, equation 14): the annotators' labels.
+"""Diffusion-DPO (arXiv 2311.12908, equation 14), trained on the annotators' labels.
 
 Label smoothing is that of conservative DPO (E. Mitchell's note on DPO with noisy preferences, 2023; TRL's
-``label_smoothing``): the cross entropy with a label that is wrong with that probability. A kept tie is a label of 1/2.
+``label_smoothing``): the cross entropy with a label that is wrong with this probability. A tie counts as the label 1/2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from smpo_trainer.objectives.base import LabelObjective, ObjectiveOptions, PairB
 
 
 def dpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """-q log sigmoid(h) - (1 - q) log sigmoid(-h), [B]; with q = 1 or 0: -log sigmoid(sign(label - 1/2) h).
+    """Compute -q log sigmoid(h) - (1 - q) log sigmoid(-h), [B].
+
+    Without smoothing q is 1 or 0, and the loss is -log sigmoid(sign(label - 1/2) h).
 
     Args:
         margin_B: h, the implicit reward margin of image_0.
@@ -30,25 +32,25 @@ def dpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: flo
 
 
 class DPOOptions(ObjectiveOptions):
-    """See the fields."""
+    """Options of Diffusion-DPO."""
 
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken to be wrong; default 0")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed share of wrong labels; default 0")
     ties: Literal["drop", "keep"] = Field(
-        "drop", description="drop: leave ties out, as published; keep: pull their margin to 0; default drop"
+        "drop", description="drop leaves ties out, as published; keep pulls their margin to 0; default drop"
     )
 
 
 class DPO(LabelObjective):
-    """See :func:`dpo_loss`. On shards made with ``--eta`` this is DDIM-InPO (arXiv 2503.18454)."""
+    """See :func:`dpo_loss`. On shards made with ``--eta``, it is DDIM-InPO (arXiv 2503.18454)."""
 
     name: ClassVar[str] = "dpo"
-    summary: ClassVar[str] = "annotators' labels (Diffusion-DPO, arXiv 2311.12908); on shards made with --eta: InPO"
+    summary: ClassVar[str] = "labels (Diffusion-DPO, arXiv 2311.12908); with shards made with --eta, DDIM-InPO"
     published_shards: ClassVar[Mapping[str, object]] = {"prompt_dropout": 0.2}
     Options: ClassVar[type[ObjectiveOptions]] = DPOOptions
     options: DPOOptions
 
     def usable(self, preference_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:
-        """See the base class; ties are usable where they are kept."""
+        """See the base class; ``ties=keep`` uses ties too."""
         if self.options.ties == "keep":
             return ~np.isnan(label_P)
         return super().usable(preference_P, label_P)

@@ -1,7 +1,7 @@
-"""Identity preference optimization (arXiv 2310.12036, equation 17) with Diffusion-DPO's margin.
+"""Identity preference optimization (arXiv 2310.12036, equation 17) with the margin of Diffusion-DPO.
 
-The paper regresses the log-ratio margin to 1 / (2 tau). Here h holds the scale beta in tau's place, and the loss is the
-paper's times that scale squared, so that it stays of the size of the other objectives'.
+The paper regresses the log-ratio margin to 1 / (2 tau). Here h is already scaled by beta in place of tau, and the loss
+is the paper's times that scale squared, which keeps it as large as those of the other objectives.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from smpo_trainer.objectives.base import LabelObjective, PairBatch
 
 
 def ipo_loss(margin_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
-    """(sign(label - 1/2) h - 1/2)^2, [B]: a margin beyond 1/2 is drawn back, unlike DPO's.
+    """Compute (sign(label - 1/2) h - 1/2)^2, [B]. Unlike in DPO, a margin beyond 1/2 is pulled back.
 
     Args:
         margin_B: h, the implicit reward margin of image_0.
-        label_B: the annotator's P(image_0 preferred), decided.
+        label_B: the annotator's P(image_0 preferred), no ties.
     """
     return ((label_B - TIE).sign() * margin_B - 1 / 2).square()
 
@@ -28,7 +28,7 @@ class IPO(LabelObjective):
     """See :func:`ipo_loss`."""
 
     name: ClassVar[str] = "ipo"
-    summary: ClassVar[str] = "labels, the margin regressed to 1/2 (IPO, arXiv 2310.12036)"
+    summary: ClassVar[str] = "labels, regression of the margin to 1/2 (IPO, arXiv 2310.12036)"
 
     def loss(self, batch: PairBatch) -> torch.Tensor:
         """See the base class."""

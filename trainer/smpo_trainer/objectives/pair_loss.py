@@ -1,7 +1,7 @@
-"""The loss of a run: an objective, with what combines with any of them.
+"""The loss of a run: an objective, combined with timestep weights, a budget and pair weights.
 
-In this order: the errors are weighted by timestep, the objective is computed, the budget's hinge is added, and the
-pair's own weight multiplies the sum.
+Errors are weighted by timestep, the objective is computed from them, the hinge of the budget is added, and the weight
+of the pair multiplies the sum.
 
 Shape suffixes: B a batch of states, 2 images.
 """
@@ -14,34 +14,34 @@ import torch
 
 from smpo_models.noise_schedule import Process
 from smpo_trainer.objectives import Objective
-from smpo_trainer.objectives.base import Metrics, PairBatch, implicit_rewards, of_preferred
+from smpo_trainer.objectives.base import Metrics, PairBatch, implicit_rewards, select_preferred
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
 
 
 def budget_excess(reward_B2: torch.Tensor, preferred_B: torch.Tensor, budget: float) -> torch.Tensor:
-    """max(0, (beta/2) (e_w - e_w,ref) - budget), [B]; 0 where neither image is preferred.
+    """Compute max(0, (beta/2) (e_w - e_w,ref) - budget), [B]; 0 where neither image is preferred.
 
-    Budget-controlled regularization (arXiv 2411.05875): the preferred image may become less likely than under the
-    reference, which preference losses want, but only by so much.
+    Budget-controlled regularization (arXiv 2411.05875): preference losses tend to make even the preferred image less
+    likely than under the reference; the budget limits by how much.
 
     Args:
-        reward_B2: the implicit rewards, -(beta/2) (e - e_ref).
-        preferred_B: positive where image_0 is the preferred one, negative where image_1 is.
-        budget: in margin units.
+        reward_B2: implicit rewards, -(beta/2) (e - e_ref).
+        preferred_B: positive where image_0 is preferred, negative where image_1 is.
+        budget: in units of the margin.
     """
-    return (-of_preferred(reward_B2, preferred_B) - budget).clamp(min=0).where(preferred_B != 0, 0)
+    return (-select_preferred(reward_B2, preferred_B) - budget).clamp(min=0).where(preferred_B != 0, 0)
 
 
 @dataclass(frozen=True)
 class PairLoss:
-    """See the module.
+    """The loss of a run, see the module's docstring.
 
     Attributes:
         objective: the loss of a pair.
         process: noise levels.
-        weighting: of the timesteps.
-        budget: of :func:`budget_excess`; None: unlimited.
-        budget_weight: what the excess is multiplied with.
+        weighting: weights of the timesteps.
+        budget: limit of :func:`budget_excess`; None for no limit.
+        budget_weight: factor of the excess.
     """
 
     objective: Objective
@@ -51,11 +51,11 @@ class PairLoss:
     budget_weight: float
 
     def __call__(self, pairs: PairBatch, weight_B: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-        """The loss of each pair, [B], and metrics; rewards are those of the weighted errors.
+        """Compute the loss of each pair, [B], and metrics; rewards are those of the weighted errors.
 
         Args:
-            pairs: the states, with the errors as they were measured.
-            weight_B: the pairs' own weights.
+            pairs: the states, with unweighted errors.
+            weight_B: weight of each pair.
         """
         timestep_weight_B = self.timestep_weight(pairs.timestep_B, pairs.error_B2[:, 0])
         pairs = replace(
@@ -72,5 +72,5 @@ class PairLoss:
         return loss_B * weight_B, metrics
 
     def timestep_weight(self, t_B: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
-        """The timesteps' weights, [B], in the dtype and on the device of ``like_B``."""
+        """Return the weights of the timesteps, [B], in the dtype and on the device of ``like_B``."""
         return self.weighting(self.process, t_B, like_B.detach())

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning on the preferred images: the baseline, and where the published SD 1.5 runs start from.
+"""Supervised fine-tuning on the preferred images: a baseline, and the start of the published SD 1.5 runs.
 
-The other image goes through the forward pass as well, for what is logged.
+The other image of each pair also goes through the forward pass, for the metrics.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import ClassVar
 import torch
 
 from smpo_schemas.labels import TIE
-from smpo_trainer.objectives.base import LabelObjective, PairBatch, of_preferred
+from smpo_trainer.objectives.base import LabelObjective, PairBatch, select_preferred
 
 
 def sft_loss(error_B2: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
-    """The denoising loss of the preferred image (DDPM, arXiv 2006.11239, equation 14), [B].
+    """Compute the denoising loss of the preferred image, [B] (DDPM, arXiv 2006.11239, equation 14).
 
     Args:
-        error_B2: the trained model's errors.
-        label_B: the annotator's P(image_0 preferred), decided.
+        error_B2: errors of the policy.
+        label_B: the annotator's P(image_0 preferred), no ties.
     """
-    return of_preferred(error_B2, label_B - TIE)
+    return select_preferred(error_B2, label_B - TIE)
 
 
 class SFT(LabelObjective):

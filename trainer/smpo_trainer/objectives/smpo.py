@@ -12,15 +12,15 @@ from smpo_trainer.objectives.base import PairBatch, RewardObjective
 
 
 def smpo_loss(margin_B: torch.Tensor, preference_B: torch.Tensor, gamma: float) -> torch.Tensor:
-    """-log sigmoid(gamma (2p - 1) h), [B].
+    """Compute -log sigmoid(gamma (2p - 1) h), [B].
 
-    Swapping a pair's images changes the sign of both factors, so no winner is named; at p = 1/2 the loss is ln 2 and
-    its gradient 0.
+    Swapping the images of a pair changes the sign of both factors, so the loss needs no winner. At p = 1/2 the loss is
+    ln 2 and its gradient 0.
 
     Args:
         margin_B: h, the implicit reward margin of image_0.
         preference_B: p, P(image_0 preferred).
-        gamma: strength of a certain preference; 10 is the published value.
+        gamma: weight of a preference of p = 1; the published value is 10.
     """
     return -functional.logsigmoid(gamma * (2 * preference_B - 1) * margin_B)
 
@@ -29,7 +29,7 @@ class SmPO(RewardObjective):
     """See :func:`smpo_loss`."""
 
     name: ClassVar[str] = "smpo"
-    summary: ClassVar[str] = "smoothed preferences of rewards (SmPO-Diffusion, arXiv 2506.02698)"
+    summary: ClassVar[str] = "smoothed preferences from rewards (SmPO-Diffusion, arXiv 2506.02698)"
     published_shards: ClassVar[Mapping[str, object]] = {"source": "renoise", "prompt_dropout": 0.2}
 
     def loss(self, batch: PairBatch) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""How much a state counts by its timestep: omega(lambda_t) of Diffusion-DPO's margin (arXiv 2311.12908, equation 14).
+"""Weights of timesteps: omega(lambda_t) in the margin of Diffusion-DPO (arXiv 2311.12908, equation 14).
 
-A weight multiplies the errors themselves, the model's and the reference's, and so stands inside the margin: an
-objective regularises with a weighted bound of the likelihood. All weights lie in [0, 1] for epsilon models.
+A weight multiplies the errors of policy and reference, so it acts inside the margin: the objective regularises with a
+weighted bound of the likelihood. For epsilon models all weights lie in [0, 1].
 
 Shape suffixes: B a batch of states.
 """
@@ -21,11 +21,11 @@ class TimestepWeighting:
     """A weight for every timestep.
 
     Attributes:
-        kind: ``uniform``: 1, in the model's own prediction space; ``min-snr``: min(SNR, gamma) on the error of x0
-            (arXiv 2303.09556), ``sigmoid``: sigmoid(bias - log SNR) on the error of the noise (arXiv 2303.00848; CaPO,
-            arXiv 2502.02588), both brought to the model's prediction space.
-        snr_gamma: of ``min-snr``; 5 is the published value.
-        bias: of ``sigmoid``; the SNR at which the weight is 1/2 is exp(bias).
+        kind: ``uniform`` is 1 in the model's own prediction space; ``min-snr`` is min(SNR, gamma) on the error of x0
+            (arXiv 2303.09556); ``sigmoid`` is sigmoid(bias - log SNR) on the error of the noise (arXiv 2303.00848;
+            CaPO, arXiv 2502.02588). The last two are converted to the model's prediction space.
+        snr_gamma: gamma of ``min-snr``; the published value is 5.
+        bias: bias of ``sigmoid``; the weight is 1/2 at SNR = exp(bias).
     """
 
     kind: TimestepWeightingKind
@@ -33,21 +33,25 @@ class TimestepWeighting:
     bias: float
 
     def __call__(self, process: Process, t_B: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
-        """The weights at timesteps ``t_B``: [B], in the dtype and on the device of ``like_B``."""
+        """Compute the weights at timesteps ``t_B``: [B], in the dtype and on the device of ``like_B``."""
         if self.kind == "uniform":
             return torch.ones_like(like_B)
         a_B, s_B = (level.reshape(-1) for level in process.levels(t_B, like_B))
-        signal_B, noise_B = a_B.square(), s_B.square()  # SNR = signal / noise; written so that SNR = 0 divides nothing
+        signal_B, noise_B = a_B.square(), s_B.square()  # SNR = signal / noise; never divide by it, it may be 0
         if self.kind == "min-snr":
             on_noise_B = (self.snr_gamma * noise_B / signal_B).clamp(max=1)
         else:
             on_noise_B = noise_B / (noise_B + signal_B * torch.tensor(-self.bias, dtype=like_B.dtype).exp())
-        # At a given x_t: error of the noise = signal * error of v = SNR * error of x0.
+        # Convert to the prediction space. At a given x_t: error of noise = signal * error of v = SNR * error of x0.
         if process.prediction_type == "v_prediction":
             return on_noise_B * signal_B
         return on_noise_B if process.prediction_type == "epsilon" else on_noise_B * signal_B / noise_B
 
     def identity(self) -> dict[str, str | float]:
-        """The settings that matter, by the names of their flags."""
-        extra = {"min-snr": {"snr_gamma": self.snr_gamma}, "sigmoid": {"sigmoid_bias": self.bias}, "uniform": {}}
-        return {"timestep_weighting": self.kind, **extra[self.kind]}
+        """Return the settings that affect the weights, by the names of their flags."""
+        identity: dict[str, str | float] = {"timestep_weighting": self.kind}
+        if self.kind == "min-snr":
+            identity["snr_gamma"] = self.snr_gamma
+        elif self.kind == "sigmoid":
+            identity["sigmoid_bias"] = self.bias
+        return identity

@@ -1,1 +1,1 @@
-"""A run's folder: the result, checkpoints, steps that were skipped."""
+"""The output folder of a run: the result, checkpoints, skipped steps."""

@@ -1,7 +1,7 @@
-"""What a run needs to go on: written beside and renamed, so that a checkpoint is whole or absent.
+"""Checkpoints, written to a temporary folder and renamed, so that a checkpoint is complete or absent.
 
-A checkpoint is a model, too: it holds what the run would leave behind if it ended there, by the same names. No pickle:
-weights are safetensors, the optimizer's state is read with ``weights_only``.
+A checkpoint is also a model, with the same files as the result of a run that ends there. It needs no unsafe unpickling:
+weights are safetensors, the optimizer state is read with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _WEIGHTS, _OPTIMIZER, _STATE = "weights_in_training.safetensors", "optimizer.pt"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after ``step`` optimizer steps.
+    """The state of a run after ``step`` optimizer steps.
 
     Attributes:
-        step: finished optimizer steps.
-        identity: the settings that a run which goes on from here must share.
-        weights: those in training, by name.
-        average: their moving average, by name, which is then the model; None: none is kept.
-        optimizer: state dicts of what changes beside the weights (optimizer, schedule, gradient scaler, ...), by name.
+        step: number of finished optimizer steps.
+        identity: settings that a resumed run must share.
+        weights: weights in training, by name.
+        average: their moving average, by name, which is then the model; None without ``--ema-decay``.
+        optimizer: state dicts of optimizer, schedule, gradient scaler, ..., by name.
     """
 
     step: int
@@ -47,22 +47,22 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The folders ``checkpoint-000100`` of one run."""
+    """The folders ``checkpoint-000100``, ... of a run."""
 
-    def __init__(self, out: Path, kept: int) -> None:
-        """Those in ``out``, of which the last ``kept`` are kept."""
-        self._out, self._kept = out, kept
+    def __init__(self, out: Path, limit: int) -> None:
+        """Manage the checkpoints in ``out``, and keep the last ``limit``."""
+        self._out, self._limit = out, limit
 
     def latest(self) -> Path | None:
-        """The folder of the last checkpoint, or None."""
-        found = self._all()
-        return found[-1] if found else None
+        """Return the folder of the last checkpoint, or None."""
+        folders = self._all()
+        return folders[-1] if folders else None
 
     def save(self, checkpoint: Checkpoint, policy: Policy) -> Path:
-        """Write a checkpoint of ``policy``, then drop all but the last ones.
+        """Write a checkpoint of ``policy``, then remove old ones.
 
         Raises:
-            UserError: it cannot be written; those before are still there.
+            UserError: it cannot be written; earlier checkpoints remain.
         """
         target = self._out / f"checkpoint-{checkpoint.step:06d}"
         staging = self._out / f".{target.name}.tmp"
@@ -75,22 +75,22 @@ class Checkpoints:
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             shutil.rmtree(staging, ignore_errors=True)
             raise UserError(f"cannot write {target}: {error}") from error
-        self.drop_all_but(self._kept)
+        self.drop_all_but(self._limit)
         return target
 
     def drop_leftovers(self) -> None:
-        """Remove what a killed run left of a checkpoint."""
+        """Remove incomplete checkpoints of a killed run."""
         self.drop_all_but(len(self._all()))
 
-    def drop_all_but(self, kept: int) -> None:
-        """Remove all checkpoints but the last ``kept``, and what a killed run left of one."""
-        found = self._all()
-        for path in [*found[: max(0, len(found) - kept)], *self._out.glob(".checkpoint-*.tmp")]:
+    def drop_all_but(self, limit: int) -> None:
+        """Remove all checkpoints but the last ``limit``, and incomplete ones of a killed run."""
+        folders = self._all()
+        for path in [*folders[: max(0, len(folders) - limit)], *self._out.glob(".checkpoint-*.tmp")]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _all(self) -> list[Path]:
-        found = [path for path in self._out.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+        folders = [path for path in self._out.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def _write(folder: Path, checkpoint: Checkpoint, policy: Policy) -> None:
@@ -103,17 +103,18 @@ def _write(folder: Path, checkpoint: Checkpoint, policy: Policy) -> None:
     torch.save(checkpoint.optimizer, folder / _OPTIMIZER)
     write_json(folder / _STATE, {"version": _VERSION, "step": checkpoint.step, "identity": checkpoint.identity})
     follow_umask(folder)
+    # Flush to disk before the rename: after a power cut, a renamed folder must hold complete files.
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def read_state(checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """A checkpoint's finished steps, and the settings that its run was made with.
+    """Read the number of finished steps and the settings of a checkpoint's run.
 
     Raises:
-        UserError: it is damaged, or of another version of this program.
+        UserError: it is damaged, or was written by another version of this program.
     """
     state = read_json(checkpoint / _STATE)
     if state.get("version") != _VERSION:
@@ -125,19 +126,23 @@ def read_state(checkpoint: Path) -> tuple[int, dict[str, Any]]:
 
 
 def load_checkpoint(checkpoint: Path, policy: Policy) -> Checkpoint:
-    """Read a checkpoint of ``policy``, all tensors on the CPU and mapped: processes of a machine share their memory.
+    """Read a checkpoint of ``policy``.
+
+    Tensors are on the CPU and memory-mapped, so that the processes of a machine share their memory.
 
     Raises:
-        UserError: a file of it is missing or damaged.
+        UserError: a file is missing or damaged.
     """
     step, identity = read_state(checkpoint)
     try:
         model = policy.read(checkpoint)
-        averaged = (checkpoint / _WEIGHTS).is_file()
-        weights = safetensors.torch.load_file(checkpoint / _WEIGHTS) if averaged else model
+        # With a moving average, the average is the model, and the weights in training have a file of their own.
+        has_average = (checkpoint / _WEIGHTS).is_file()
+        weights = safetensors.torch.load_file(checkpoint / _WEIGHTS) if has_average else model
         optimizer = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, KeyError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{checkpoint} cannot be read ({error}); remove it to go on from the one before, or use --overwrite"
+            f"{checkpoint} cannot be read ({error}); delete it to resume from the one before, or start over with "
+            "--overwrite"
         ) from error
-    return Checkpoint(step, identity, weights, model if averaged else None, optimizer)
+    return Checkpoint(step, identity, weights, model if has_average else None, optimizer)

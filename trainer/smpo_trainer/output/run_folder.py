@@ -1,4 +1,4 @@
-"""The output folder of a run: whether it is new, unfinished or finished, and what finishes it."""
+"""The output folder of a run, which is new, unfinished or finished."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PACKAGES = ("smpo-diffusion", "torch", "diffusers", "transformers", "accelerate
 
 
 def dtype_of_run(out: Path) -> Dtype | None:
-    """The dtype of the run that a folder holds, finished or not; None: it holds none."""
+    """Return the dtype of the run in a folder, finished or not; None without a run."""
     checkpoint = Checkpoints(out, 1).latest()
     if checkpoint is not None:
         return cast("Dtype", read_state(checkpoint)[1]["dtype"])
@@ -41,26 +41,23 @@ def dtype_of_run(out: Path) -> Dtype | None:
 
 
 class OutputFolder:
-    """``OUT``: the trained model, ``training.json`` (written last), metrics, and what to go on from.
+    """``OUT``: the trained model, metrics, checkpoints, and ``training.json``, which is written last."""
 
-    That is checkpoints and, where the reference's errors were computed anew, these.
-    """
-
-    def __init__(self, path: Path, kept_checkpoints: int, *, keeps_after_the_end: bool) -> None:
-        """Of a run.
+    def __init__(self, path: Path, max_checkpoints: int, *, keep_checkpoints: bool) -> None:
+        """Manage a folder.
 
         Args:
             path: the folder.
-            kept_checkpoints: how many there are at once.
-            keeps_after_the_end: also of a finished run; otherwise it keeps its last one.
+            max_checkpoints: number of checkpoints to keep during the run.
+            keep_checkpoints: whether a finished run keeps them all; if not, it keeps its last one.
         """
         self.path = path
-        self.checkpoints = Checkpoints(path, kept_checkpoints)
+        self.checkpoints = Checkpoints(path, max_checkpoints)
         self.reference = path / REFERENCE_FILE
-        self._kept_in_the_end = kept_checkpoints if keeps_after_the_end else 1
+        self._max_checkpoints_at_end = max_checkpoints if keep_checkpoints else 1
 
     def is_finished(self, identity: Mapping[str, Any]) -> bool:
-        """Whether there is a finished run of exactly these settings; not where it, or another, is to be gone on with.
+        """Whether the folder holds a finished run of these settings; false if there is a run to start or to resume.
 
         Raises:
             UserError: the folder holds a run of other settings, or of more steps.
@@ -75,9 +72,11 @@ class OutputFolder:
             step, old = read_state(checkpoint)
             self._require_same(old, identity, "an unfinished")
             if step > identity["max_steps"]:
-                raise self._refuse(f"a run of {step} steps: --max-steps {identity['max_steps']} is fewer")
+                raise self._refuse(f"a run of {step} steps, more than --max-steps {identity['max_steps']}")
         elif marker.is_file():
-            raise self._refuse(f"a finished run without the checkpoint that --max-steps {identity['max_steps']} needs")
+            raise self._refuse(
+                f"a finished run, but not the checkpoint to continue to --max-steps {identity['max_steps']}"
+            )
         return False
 
     def _require_same(self, old: Mapping[str, Any], new: Mapping[str, Any], state: str) -> None:
@@ -88,7 +87,7 @@ class OutputFolder:
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
-        # The marker first: a kill in between must not leave a folder that looks finished.
+        # training.json first: a kill in between must not leave a folder that looks finished.
         for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE):
             (self.path / name).unlink(missing_ok=True)
         self._forget()
@@ -97,18 +96,18 @@ class OutputFolder:
         self.checkpoints.drop_all_but(0)
 
     def begin(self) -> None:
-        """Make the folder that of an unfinished run, which goes on from the last checkpoint if there is one."""
+        """Mark the run as unfinished; it resumes from the last checkpoint, if any."""
         (self.path / TRAINING_FILE).unlink(missing_ok=True)
         if self.checkpoints.latest() is None:
             self._forget()
 
     def _forget(self) -> None:
-        """Remove what only belongs to checkpoints: where there are none, it may be of a run with other settings."""
+        # These files belong to checkpoints: without one, they may come from a run with other settings.
         for name in (REFERENCE_FILE, NONFINITE_FILE):
             (self.path / name).unlink(missing_ok=True)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Put the last checkpoint's model in place and write ``training.json``, which finishes the run.
+        """Copy the model of the last checkpoint and write ``training.json``, which marks the run as finished.
 
         Raises:
             UserError: they cannot be written.
@@ -121,16 +120,16 @@ class OutputFolder:
                 self._copy(checkpoint / name)
         except OSError as error:
             raise UserError(f"cannot write the trained weights into {self.path}: {error}") from error
-        # Before the marker: what is finished is left as it is.
+        # Before training.json, since a finished run is never changed again.
         self.tidy()
         write_json(self.path / TRAINING_FILE, {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()})
 
     def tidy(self) -> None:
-        """Drop the checkpoints that a finished run does not keep."""
-        self.checkpoints.drop_all_but(self._kept_in_the_end)
+        """Remove the checkpoints that a finished run does not keep."""
+        self.checkpoints.drop_all_but(self._max_checkpoints_at_end)
 
     def _copy(self, source: Path) -> None:
-        """Have a file or folder here, too, in the place of one by its name."""
+        """Copy a file or folder here, and replace an existing one by a rename."""
         target = self.path / source.name
         staging = self.path / f".{source.name}.tmp"
         if source.is_dir():
@@ -145,7 +144,7 @@ class OutputFolder:
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Two names for one file, which nobody changes in place; a copy where the file system knows no such thing."""
+    """Make a hard link (files of a run are never changed in place), or a copy if the file system has none."""
     try:
         os.link(source, target)
     except OSError:
@@ -153,19 +152,19 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            found[package] = "unknown"
-    return found
+            versions[package] = version(package)
+        except PackageNotFoundError:  # a source tree that is not installed
+            versions[package] = "unknown"
+    return versions
 
 
 def training_summary(
-    experiment: Experiment, policy: Policy, plan: Batching, identity: dict[str, Any]
+    experiment: Experiment, policy: Policy, batching: Batching, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """What ``training.json`` says of how the run was made, besides versions."""
+    """Return the content of ``training.json`` about settings and data."""
     settings, shards = experiment.settings, experiment.shards
     return {
         "settings": identity,
@@ -178,15 +177,15 @@ def training_summary(
             for source, digest in zip(shards.sources, shards.manifest_hashes(), strict=True)
         ],
         "starts_from_reference": policy.starts_from_reference,
-        "states": plan.num_states,
-        "states_per_step": plan.states_per_step,
+        "states": batching.num_states,
+        "states_per_step": batching.states_per_step,
         "steps": settings.steps.max_steps,
-        "epochs": settings.steps.max_steps * plan.states_per_step / plan.num_states,
+        "epochs": settings.steps.max_steps * batching.states_per_step / batching.num_states,
     }
 
 
 def _described(mix: RewardMix) -> dict[str, Any]:
-    """Of each reward its weight, its model, and what its score differences were divided by in the mix."""
+    """Return weight, model and scale (the divisor of score differences) of each reward."""
     return {
         name: {
             "weight": weight,
@@ -198,15 +197,15 @@ def _described(mix: RewardMix) -> dict[str, Any]:
 
 
 def _reward_words(mix: RewardMix) -> list[str]:
-    """Each reward as ``--reward`` takes it: with its model, where that is a folder or a hub id."""
+    """Write each reward as ``evaluate --reward`` takes it, with its model if that is a folder or hub id."""
     models = {name: mix.statistics[name].model for name in mix.preference.weights}
     return [f"{name}={model}" if "/" in model else name for name, model in models.items()]
 
 
 def evaluation_command(experiment: Experiment) -> str:
-    """The command that compares a run's result with the model it was made from."""
+    """Return the command that compares the result of a run with its base model."""
     settings = experiment.settings
     words = ["smpo-pipeline", "evaluate", "--model", f"base={settings.model}", f"tuned={settings.out}"]
-    words += ["--prompts", str(settings.images.validation_prompts or "FILE")]
+    words += ["--prompts", str(settings.images.image_prompts or "FILE")]
     words += ["--reward", *(_reward_words(experiment.mix) if experiment.mix else ["NAME"])]
     return shlex.join([*words, "--out", f"{settings.out}-evaluation"])

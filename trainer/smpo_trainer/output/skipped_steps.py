@@ -1,6 +1,6 @@
-"""Steps whose loss or gradient is not finite: left out, counted, and, if there are too many in a row, the end of a run.
+"""Steps whose loss or gradient is not finite: they are skipped and counted; too many in a row end the run.
 
-Their samples are kept in ``nonfinite.jsonl``, one JSON object a skipped step.
+Their pairs are listed in ``nonfinite.jsonl``, one JSON object per skipped step.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from smpo_common.files import write_bytes
 NONFINITE_FILE = "nonfinite.jsonl"
 
 _NAMED_PAIRS = 8
-"""How many pair ids a message lists."""
+"""Number of pair ids in a message."""
 
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """One of them.
+    """A skipped step.
 
     Attributes:
         step: from 1, as in ``metrics.jsonl``.
-        bad_pairs: pairs whose loss is not finite; none where only the gradient is not.
+        bad_pairs: pairs whose loss is not finite; empty if only the gradient is not.
         pairs: all pairs of the step.
     """
 
@@ -34,7 +34,7 @@ class SkippedStep:
     pairs: list[str]
 
     def describe(self) -> str:
-        """What is wrong with it."""
+        """Describe why it was skipped."""
         if not self.bad_pairs:
             return "the gradient is not finite"
         named = ", ".join(self.bad_pairs[:_NAMED_PAIRS])
@@ -46,54 +46,54 @@ class SkippedSteps:
     """The skipped steps of a run.
 
     Attributes:
-        total: how many there were, the overflows of a gradient scaler included.
+        total: their number, including overflows of the gradient scaler.
     """
 
     def __init__(self, out: Path, limit: int) -> None:
-        """None so far; ``limit`` in a row end the run whose output folder is ``out``."""
+        """Start without skipped steps; ``limit`` in a row end the run in the folder ``out``."""
         self._path, self._limit = out / NONFINITE_FILE, limit
         self.total = 0
         self._in_a_row = 0
         self._steps: list[SkippedStep] = []
 
-    def took(self) -> None:
-        """A step was made."""
+    def reset_row(self) -> None:
+        """Count a step that was taken."""
         self._in_a_row = 0
 
-    def overflowed(self) -> None:
-        """A gradient scaler (fp16) met an infinity, as it does in its normal course, and lowers its scale."""
+    def count_overflow(self) -> None:
+        """Count a step that the gradient scaler skipped in fp16, which is normal, since it then lowers its scale."""
         self.total += 1
 
-    def skip(self, skipped: SkippedStep) -> None:
-        """A step was left out."""
+    def add(self, skipped: SkippedStep) -> None:
+        """Add a step with a loss or gradient that is not finite."""
         self.total += 1
         self._in_a_row += 1
         self._steps.append(skipped)
 
     def write(self) -> None:
-        """Keep the samples; for the main process alone."""
+        """Write ``nonfinite.jsonl``; for the main process only."""
         if self._steps or self._path.is_file():
             write_bytes(self._path, b"".join(json.dumps(asdict(step)).encode() + b"\n" for step in self._steps))
 
     def require_few(self) -> None:
-        """Refuse to go on with too many in a row.
+        """End the run after too many skipped steps in a row.
 
         Raises:
-            UserError: the last step was one too many.
+            UserError: the limit is reached.
         """
         if self._in_a_row >= self._limit:
             last = self._steps[-1]
             raise UserError(
-                f"step {last.step}: {last.describe()}, and {self._in_a_row} steps in a row were skipped so; "
-                f"their pairs are in {self._path}. Training has diverged, or these pairs are broken: lower --lr, raise "
-                "--warmup-steps, or use a wider --dtype (the last checkpoint is kept)"
+                f"step {last.step}: {last.describe()}; {self._in_a_row} steps in a row were skipped (--max-skipped), "
+                f"see {self._path} for their pairs. Training has diverged, or these pairs are broken: lower --lr, "
+                "raise --warmup-steps, or use a wider --dtype (the last checkpoint is kept)"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"total": self.total, "in_a_row": self._in_a_row, "steps": [asdict(step) for step in self._steps]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.total, self._in_a_row = state["total"], state["in_a_row"]
         self._steps = [SkippedStep(**step) for step in state["steps"]]

@@ -1,1 +1,1 @@
-"""From scores of rewards to the preference and the weight of each pair."""
+"""From reward scores to the preference and the weight of each pair."""

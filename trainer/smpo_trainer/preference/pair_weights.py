@@ -1,9 +1,8 @@
-"""Weights of the pairs, from a column of the scores table (``--weight-column``).
+"""Weights of pairs, from a column of the scores table (``--weight-column``).
 
-For reweighting towards the distribution that the model shall serve, as distributionally robust alignment does with a
-calibration value of each pair (arXiv 2504.05831). How the values are made is the user's business: the column is added
-to the Parquet files that ``--scores`` names, and its values are used as they are. Their mean scales the learning rate,
-so 1 is a good one.
+They reweight the data towards a target distribution, as distributionally robust alignment does with a calibration value
+per pair (arXiv 2504.05831). The user adds the column to the Parquet files of ``--scores``; its values are used as they
+are. Their mean scales the learning rate, so it should be about 1.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import reading_parquet, sha256_json
 from smpo_schemas.scores import read_scores, read_scores_info
 from smpo_schemas.shards.samples import SampleMeta
-from smpo_trainer.preference.scores_table import require_same_prompt
+from smpo_trainer.preference.preference_table import require_same_prompt
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class PairWeights:
     """A weight for every pair of a scores table.
 
     Attributes:
-        scores: the table's folder.
-        column: where they are from.
+        scores: folder of the table.
+        column: name of the column.
         table: prompt and weight by pair_id; weights are finite and not negative.
     """
 
@@ -37,8 +36,8 @@ class PairWeights:
     column: str
     table: Mapping[str, tuple[str | None, float]]
 
-    def of(self, metas: Sequence[SampleMeta]) -> np.ndarray:
-        """The weight of each trajectory's pair, float64 [P]; 0 where the table lacks the pair.
+    def lookup(self, metas: Sequence[SampleMeta]) -> np.ndarray:
+        """Return the weight of each trajectory's pair, float64 [P]; 0 if the table lacks the pair.
 
         Raises:
             UserError: the table has another prompt for a pair.
@@ -53,32 +52,31 @@ class PairWeights:
         return weight
 
     def identity(self) -> str:
-        """Hash of the column's name and values."""
+        """Hash the name and the values of the column."""
         return sha256_json(
             {"column": self.column, "values": {pair_id: weight for pair_id, (_, weight) in self.table.items()}}
         )
 
 
 def read_pair_weights(scores: Path | None, column: str) -> PairWeights:
-    """Read the column; a pair without a value has weight 0.
+    """Read the column. Pairs without a value get weight 0.
 
     Args:
         scores: output of ``smpo-pipeline score``, with a column added.
-        column: its name.
+        column: name of the column.
 
     Raises:
-        UserError: a part is missing or damaged, there is no such column of numbers, or a value is negative or not
-            finite.
+        UserError: a part is missing or damaged, the column is missing, or a value is not a finite number from 0.
     """
     if scores is None:
-        raise UserError(f"--weight-column {column} is a column of a scores table; name the table with --scores DIR")
+        raise UserError(f"--weight-column {column} names a column of a scores table: give the table with --scores DIR")
     info = read_scores_info(scores)
     for part in info.parts:
         with reading_parquet(scores / part.name):
             columns = pq.read_schema(scores / part.name).names
         if column not in columns:
             raise UserError(
-                f"--weight-column {column}: {scores / part.name} has no such column; it has: {', '.join(columns)}"
+                f"--weight-column {column}: not a column of {scores / part.name}, which has: {', '.join(columns)}"
             )
     table: dict[str, tuple[str | None, float]] = {}
     for row in read_scores(scores, info, ["pair_id", "prompt", column]).to_pylist():
@@ -87,13 +85,13 @@ def read_pair_weights(scores: Path | None, column: str) -> PairWeights:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise UserError(
-                f"--weight-column {column}: pair {row['pair_id']} in {scores} has the weight {value!r}; "
-                "a weight is a number from 0"
+                f"--weight-column {column}: pair {row['pair_id']} in {scores} has the weight {value!r}; expected a "
+                "finite number from 0"
             )
-        found = (row["prompt"], float(value))
-        if table.setdefault(row["pair_id"], found) != found:
+        entry = (row["prompt"], float(value))
+        if table.setdefault(row["pair_id"], entry) != entry:
             raise UserError(
-                f"--weight-column {column}: pair {row['pair_id']} has several weights or prompts in {scores}; each row "
+                f"--weight-column {column}: pair {row['pair_id']} has several weights or prompts in {scores}; all rows "
                 "of a pair must have the same"
             )
     return PairWeights(scores, column, table)

@@ -1,7 +1,7 @@
-"""A folder of fetched shards that all runs and processes of a machine share, kept within a bound.
+"""A folder of fetched shards, shared by all runs and processes of a machine, with a size limit.
 
-Each process says which shards it uses, in a file of its own that it holds locked (flock): the kernel ends that lock
-with the process, so that what a killed run used can go. Nothing that a living process uses is ever removed.
+Each process lists the shards it uses in a file of its own, which it keeps locked (flock). The kernel releases the lock
+with the process, so that the shards of a killed run can be removed. Shards in use are never removed.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from filelock import FileLock
 from smpo_common.errors import UserError
 
 _LOCK = ".lock"
-"""Held while somebody says what is used, and while something is removed."""
+"""Held while a process changes its list of used shards, and while shards are removed."""
 
 # Not a lock per shard: a window of small shards would keep a thousand files open. Not on the tars themselves: loader
 # processes would inherit the locks and keep their space taken.
 _USES = ".uses-"
 _FOLDERS = "[0-9a-f]" * 16
-"""Matches what :func:`smpo_trainer.shards.fetch.open_source` calls the folder of a directory of shards; nothing else
-below the cache, which may be a folder with files of the user's own, is counted or removed."""
+"""Pattern of the folder names of :func:`smpo_trainer.shards.fetch.open_source`. Nothing else in the cache folder, which
+may contain files of the user, is counted or removed."""
 
 _PARTIAL = ".tmp"
-"""Ends the name of what is not fetched completely, perhaps by a run that was killed."""
+"""Suffix of a shard that is not fetched completely, perhaps because the run was killed."""
 
 
 class ShardCache:
-    """What this process uses of the folder, and what there is."""
+    """The shared folder, and the shards in it that this process uses."""
 
-    def __init__(self, folder: Path, most_bytes: int) -> None:
-        """Share ``folder``, whose shards may take ``most_bytes``; those in use may take more."""
-        self._folder, self._most_bytes = folder, most_bytes
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """Use ``folder`` with a limit of ``max_bytes``, which shards in use may exceed."""
+        self._folder, self._max_bytes = folder, max_bytes
         self._uses: BinaryIO | None = None
 
     def use(self, shards: Iterable[Path]) -> None:
-        """Say which shards this process uses from now on, whether they are there already or not.
+        """Set the shards that this process uses from now on, whether they are fetched already or not.
 
         Raises:
             UserError: the folder cannot be written.
@@ -49,32 +49,34 @@ class ShardCache:
         with self._locked():
             if self._uses is None:
                 self._uses = (self._folder / f"{_USES}{uuid.uuid4().hex}").open("wb", buffering=0)
+                # Kept until close() or the end of the process.
                 fcntl.flock(self._uses, fcntl.LOCK_EX)
             self._uses.seek(0)
             self._uses.truncate()
             self._uses.write("\n".join(str(path.relative_to(self._folder)) for path in shards).encode())
 
     def trim(self) -> None:
-        """Remove what nobody uses, of the longest unused first, until the bound is kept.
+        """Remove unused shards, least recently used first, until the limit holds.
 
         Raises:
-            UserError: something cannot be removed.
+            UserError: a file cannot be removed.
         """
         with self._locked():
             used = self._used()
-            found = sorted(self._found(), key=lambda each: each[1].st_mtime)
-            total = sum(status.st_size for _, status in found)
-            for path, status in found:
-                partial = path.name.endswith(_PARTIAL)  # of a shard that nobody uses: nobody is fetching it
-                if _shard_of(path) not in used and (partial or total > self._most_bytes):
+            files = sorted(self._files(), key=lambda file: file[1].st_mtime)
+            total = sum(status.st_size for _, status in files)
+            for path, status in files:
+                # If the shard is unused, no process is fetching it any more.
+                is_partial = path.name.endswith(_PARTIAL)
+                if _shard_of(path) not in used and (is_partial or total > self._max_bytes):
                     path.unlink(missing_ok=True)
                     total -= status.st_size
 
     def close(self) -> None:
-        """Use nothing any more."""
+        """Release all shards."""
         if self._uses is not None:
             Path(os.fsdecode(self._uses.name)).unlink(missing_ok=True)
-            # Closing would leave the lock to the loader processes, which have inherited the file.
+            # Unlock explicitly: loader processes have inherited the file, so closing it would not release the lock.
             fcntl.flock(self._uses, fcntl.LOCK_UN)
             self._uses.close()
             self._uses = None
@@ -89,7 +91,7 @@ class ShardCache:
             raise UserError(f"--cache {self._folder} cannot be written: {error.strerror or error}") from error
 
     def _used(self) -> set[Path]:
-        """What living processes use, this one included; what dead ones have left is removed."""
+        """Return the shards that living processes use, including this one; remove the lists of dead ones."""
         used: set[Path] = set()
         for path in self._folder.glob(f"{_USES}*"):
             with path.open("rb") as file:
@@ -101,15 +103,15 @@ class ShardCache:
                     path.unlink()
         return used
 
-    def _found(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Shards, and parts of them."""
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Yield fetched shards and partial ones, with their status."""
         for path in [*self._folder.glob(f"{_FOLDERS}/*.tar"), *self._folder.glob(f"{_FOLDERS}/.*.tar.*{_PARTIAL}")]:
             try:
                 yield path, path.stat()
-            except FileNotFoundError:  # renamed, as it is complete, or removed, as it was found damaged
+            except FileNotFoundError:  # renamed after its fetch, or removed because it is damaged
                 continue
 
 
 def _shard_of(path: Path) -> Path:
-    """The shard that a file is, or is a part of; parts are named as :func:`smpo_common.files.atomic_path` does."""
+    """Return the shard of a file; partial ones are named by :func:`smpo_common.files.atomic_path`."""
     return path.with_name(path.name[1:].rsplit(".", 2)[0]) if path.name.endswith(_PARTIAL) else path

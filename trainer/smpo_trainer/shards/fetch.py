@@ -1,6 +1,6 @@
-"""Where shards come from: a folder, or an object store whose shards are fetched ahead of their use.
+"""Shards from a folder, or from an object store whose shards are fetched ahead of their use.
 
-A remote directory is a local folder that fills itself: manifest and index at once, tars when they are asked for.
+A remote directory has a local folder: manifest and index are fetched at once, tars when they are needed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class ShardSource:
-    """A directory of shards as this machine sees it.
+    """A directory of shards, local or fetched.
 
     Attributes:
-        name: path or URL, as the user gave it.
-        folder: where its files lie, or will lie.
-        directory: its manifest, and its samples once they are there.
-        remote: where they come from; None: they are there.
+        name: path or URL, as given by the user.
+        folder: local folder of its files.
+        directory: its manifest, and its samples once they are fetched.
+        remote: object store to fetch from; None for a local folder.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ShardSource:
 
 
 def open_source(name: str, cache: Path) -> ShardSource:
-    """Open a folder, or a URL of any file system that fsspec knows, read through ``cache``.
+    """Open a folder, or a URL of any file system that fsspec supports, with ``cache`` for fetched files.
 
     Raises:
         UserError: it holds no finished shards, or the store cannot be reached.
@@ -52,7 +52,7 @@ def open_source(name: str, cache: Path) -> ShardSource:
     if "://" not in name:
         return ShardSource(name, Path(name), ShardDirectory(Path(name)), None)
     remote = StorePath(name.rstrip("/"))
-    # A directory that was made anew has another manifest: its tars must not be taken from what was fetched before.
+    # Name the local folder by the manifest: if the shards are made again, old tars in the cache must not be used.
     with tempfile.TemporaryDirectory(prefix="smpo-") as private:
         _fetch(remote, Path(private) / MANIFEST_FILE)
         manifest = (Path(private) / MANIFEST_FILE).read_bytes()
@@ -65,10 +65,10 @@ def open_source(name: str, cache: Path) -> ShardSource:
 
 
 def _fetch(directory: StorePath, target: Path) -> None:
-    """Copy the file of ``target``'s name to ``target``, which is then whole; other processes may ask for the same.
+    """Fetch the file of ``target``'s name from ``directory``, once if several processes ask for it.
 
     Raises:
-        UserError: it is not there, or the store still fails after several attempts.
+        UserError: the file does not exist, or the store fails repeatedly.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
@@ -82,52 +82,52 @@ def _fetch(directory: StorePath, target: Path) -> None:
 
 
 class ShardStore:
-    """Brings shards to this machine, checks every byte of them, and keeps the cache within its bound."""
+    """Fetches shards, verifies every byte of them, and keeps the cache within its limit."""
 
     def __init__(self, places: Sequence[tuple[ShardSource, int]], cache_bytes: int) -> None:
         """Serve shards.
 
         Args:
-            places: of each shard its source and its number there.
-            cache_bytes: what fetched shards may take, of all runs, besides those of the windows in use.
+            places: (source, number within the source) of every shard.
+            cache_bytes: limit for the fetched shards of all runs, which shards in use may exceed.
         """
         self._places = places
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
         self._ready: dict[int, Future[None]] = {}
-        fetched = [source.folder.parent for source, _ in places if source.remote]
-        self._cache = ShardCache(fetched[0], cache_bytes) if fetched else None
+        caches = [source.folder.parent for source, _ in places if source.remote]
+        self._cache = ShardCache(caches[0], cache_bytes) if caches else None
 
-    def expect(self, shards: Iterable[int]) -> None:
-        """Begin to fetch and to check shards that will be needed."""
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Start to fetch and verify shards that will be needed."""
         new = [shard for shard in shards if shard not in self._ready]
         if new:
             self._use([*self._ready, *new])
         for shard in new:
-            self._ready[shard] = self._pool.submit(self._bring, shard)
+            self._ready[shard] = self._pool.submit(self._fetch_and_verify, shard)
 
-    def require(self, shards: Iterable[int]) -> None:
-        """Wait until shards are here and checked.
+    def wait_for(self, shards: Iterable[int]) -> None:
+        """Wait until shards are fetched and verified.
 
         Raises:
             UserError: one is missing or damaged.
         """
-        wanted = list(shards)
-        self.expect(wanted)
-        for shard in wanted:
+        needed = list(shards)
+        self.prefetch(needed)
+        for shard in needed:
             self._ready[shard].result()
 
     def release(self, in_use: Iterable[int]) -> None:
-        """Let fetched shards go but those in use: they are removed when the cache needs room, or checked again."""
-        kept = set(in_use)
-        for shard, done in list(self._ready.items()):
-            if self._places[shard][0].remote and shard not in kept and done.done():
+        """Release all fetched shards but those in use; the cache may remove them, and they are verified again later."""
+        used = set(in_use)
+        for shard, future in list(self._ready.items()):
+            if self._places[shard][0].remote and shard not in used and future.done():
                 del self._ready[shard]
         if self._cache:
             self._use(self._ready)
             self._cache.trim()
 
     def close(self) -> None:
-        """Stop fetching."""
+        """Cancel pending fetches and release all shards."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._cache:
             self._cache.close()
@@ -140,7 +140,7 @@ class ShardStore:
         source, number = self._places[shard]
         return source.folder / source.directory.manifest.shards[number].name
 
-    def _bring(self, shard: int) -> None:
+    def _fetch_and_verify(self, shard: int) -> None:
         source, number = self._places[shard]
         if source.remote is None:
             source.directory.verify(number)
@@ -150,7 +150,7 @@ class ShardStore:
         try:
             source.directory.verify(number)
         except UserError:
-            path.unlink(missing_ok=True)  # perhaps the copy alone is damaged: the next run fetches it anew
+            path.unlink(missing_ok=True)  # perhaps only the copy is damaged: let the next run fetch it again
             raise
-        with suppress(OSError):  # another user's file
-            os.utime(path)  # the cache keeps what was used last
+        with suppress(OSError):  # the file may belong to another user
+            os.utime(path)  # the cache keeps the most recently used shards

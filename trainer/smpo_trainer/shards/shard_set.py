@@ -1,4 +1,4 @@
-"""Several directories of shards as one data set, if they belong together."""
+"""Several directories of shards, joined into one data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smpo_trainer.shards.fetch import ShardSource, open_source
 
 _SAME = {
     "reference": "the reference denoiser",
-    "scheduler": "the noise levels",
+    "scheduler": "the noise schedule",
     "text": "the text encoders",
     "kind": "the model family",
 }
@@ -24,29 +24,29 @@ _SAME = {
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Directories with the same reference, noise levels and text encoders; their inverting denoisers may differ."""
+    """Directories with the same reference, noise schedule and text encoders; their inverting denoisers may differ."""
 
     sources: tuple[ShardSource, ...]
 
     @property
     def directories(self) -> tuple[ShardDirectory, ...]:
-        """Where the files lie."""
+        """The directory of each source."""
         return tuple(source.directory for source in self.sources)
 
     @property
     def places(self) -> tuple[tuple[ShardSource, int], ...]:
-        """Of each shard of the set its source and its number there; a shard of the set is an index into this."""
+        """(source, number within the source) of every shard; shard numbers of the set index this tuple."""
         return tuple(
             (source, number) for source in self.sources for number in range(len(source.directory.manifest.shards))
         )
 
     @property
     def model(self) -> ModelInfo:
-        """What the shards say of their model; ``id``, ``inverting_denoiser`` and ``vae`` are the first directory's."""
+        """The model of the shards; ``id``, ``inverting_denoiser`` and ``vae`` are those of the first directory."""
         return self.directories[0].manifest.model
 
     def image_sizes(self) -> set[tuple[int, int]]:
-        """Height and width of the images that were inverted."""
+        """Return height and width of the inverted images."""
         sizes: set[tuple[int, int]] = set()
         for directory in self.directories:
             manifest = directory.manifest
@@ -54,7 +54,7 @@ class ShardSet:
         return sizes
 
     def manifest_hashes(self) -> list[str]:
-        """SHA-256 of each manifest: what the data are, wherever they lie."""
+        """Return the SHA-256 of each manifest, which identifies the data wherever they are stored."""
         return [sha256_file(directory.path / MANIFEST_FILE) for directory in self.directories]
 
     @property
@@ -63,7 +63,7 @@ class ShardSet:
         return _empty_prompt(self.directories[0]) == "encoded"
 
     def trajectories(self) -> Iterator[tuple[int, IndexedTrajectory]]:
-        """All trajectories in order, each with its shard.
+        """Yield all trajectories in order, each with its shard.
 
         Raises:
             UserError: an index or a tar is damaged.
@@ -71,16 +71,18 @@ class ShardSet:
         first = 0
         for source in self.sources:
             if source.remote and source.directory.manifest.index is None:
-                raise UserError(f"--shards {source.name} has no index.parquet; invert again, or copy it to a disk")
+                raise UserError(
+                    f"--shards {source.name} has no index.parquet; invert again, or copy the shards to a local disk"
+                )
             for trajectory in indexed_trajectories(source.directory):
                 yield first + trajectory.location.shard, trajectory
             first += len(source.directory.manifest.shards)
 
     def reward_statistics(self) -> dict[str, RewardStatistics]:
-        """Statistics of the rewards that all directories hold, over all of them.
+        """Return the statistics, over all directories, of the rewards that all of them have.
 
         Raises:
-            UserError: a reward of one name is of different models.
+            UserError: directories have different models for a reward.
         """
         per_directory = [directory.manifest.rewards for directory in self.directories]
         names = [name for name in per_directory[0] if all(name in rewards for rewards in per_directory)]
@@ -91,10 +93,10 @@ class ShardSet:
         for directory, part in zip(self.directories, parts, strict=True):
             if part.fingerprint != parts[0].fingerprint:
                 raise UserError(
-                    f"--shards {self.directories[0].path} and {directory.path}: their reward {name!r} is of different "
-                    f"models ({parts[0].model}, {part.model}); score both with one model and use --scores"
+                    f"--shards {self.directories[0].path} and {directory.path} have different models for the reward "
+                    f"{name!r} ({parts[0].model}, {part.model}); score both with one model and use --scores"
                 )
-        # Only the extremes are used: one scale over the whole data set.
+        # Only minimum and maximum are used, for one scale over the whole data set.
         extremes = {"min": min(part.min for part in parts), "max": max(part.max for part in parts)}
         return parts[0].model_copy(update=extremes)
 
@@ -104,10 +106,10 @@ def _empty_prompt(directory: ShardDirectory) -> str:
 
 
 def open_shards(names: Sequence[str], cache: Path) -> ShardSet:
-    """Read the manifests of folders or URLs; the latter are read through ``cache``.
+    """Read the manifests of folders or URLs, with ``cache`` for fetched files.
 
     Raises:
-        UserError: a directory has no valid manifest, is named twice, or does not belong to the first one.
+        UserError: a directory has no valid manifest, is named twice, or does not fit the first one.
     """
     sources = tuple(open_source(name, cache) for name in names)
     resolved = [source.folder.resolve() for source in sources]
@@ -116,15 +118,14 @@ def open_shards(names: Sequence[str], cache: Path) -> ShardSet:
             raise UserError(f"--shards names {names[index]} twice")
     first = sources[0]
     for other in sources[1:]:
-        for field, words in _SAME.items():
+        for field, description in _SAME.items():
             if getattr(other.directory.manifest.model, field) != getattr(first.directory.manifest.model, field):
                 raise UserError(
-                    f"--shards {first.name} and {other.name} do not belong together: {words} differs; "
-                    "invert both with the same --model and --unet"
+                    f"--shards {first.name} and {other.name} differ in {description}; invert both with the same "
+                    "--model and --unet"
                 )
         if _empty_prompt(other.directory) != _empty_prompt(first.directory):
             raise UserError(
-                f"--shards {first.name} and {other.name} do not belong together: --empty-prompt differs; invert both "
-                "with the same"
+                f"--shards {first.name} and {other.name} differ in --empty-prompt; invert both with the same"
             )
     return ShardSet(sources)

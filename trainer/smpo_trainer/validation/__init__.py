@@ -1,1 +1,1 @@
-"""Held-out pairs, and images of fixed prompts."""
+"""Validation: held-out pairs, and images of fixed prompts."""

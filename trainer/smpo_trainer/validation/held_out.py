@@ -1,7 +1,7 @@
-"""Pairs that are not trained on, to see whether what is learned holds for others (``--val-fraction``).
+"""Held-out pairs, to measure generalisation (``--val-fraction``).
 
-The split is by prompt, so that no image of a held-out prompt is trained on, and by nothing else: every run over the
-same data holds out the same prompts, whatever its seed or objective.
+The split depends on the prompt only: no image of a held-out prompt is trained on, and every run over the same data
+holds out the same prompts, whatever its seed or objective.
 
 Shape suffixes: P trajectories, S states, B a batch, 2 images.
 """
@@ -23,16 +23,16 @@ from smpo_trainer.model.policy import Policy
 from smpo_trainer.shards.fetch import ShardStore
 from smpo_trainer.shards.shard_set import ShardSet
 
-_STRETCHES = 32
-"""Of trajectories, where not all are looked at: more sample the table better, and read more shards."""
+_NUM_STRETCHES = 32
+"""Number of stretches of trajectories in a sample: with more, it covers the table better, but reads more shards."""
 
 
 def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, StateTable]:
-    """The states that are trained on, and those that are held out.
+    """Split the states into those that are trained on and those that are held out.
 
     Args:
         table: all states.
-        fraction: of the prompts that are held out, about.
+        fraction: approximate fraction of the prompts to hold out.
 
     Raises:
         UserError: one of the two is empty.
@@ -40,25 +40,25 @@ def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, Sta
     held_S = table.prompt_draw_P[table.trajectory_S] < fraction
     if not held_S.any() or held_S.all():
         raise UserError(
-            f"--val-fraction {fraction} holds out {'all' if held_S.any() else 'none'} of the prompts: there are too few"
+            f"--val-fraction {fraction} holds out {'all' if held_S.any() else 'none'} of the prompts, which are too "
+            "few; change it, or give more --shards"
         )
     return table.only(~held_S), table.only(held_S)
 
 
-def spread(table: StateTable, number: int) -> np.ndarray:
-    """At most ``number`` states of a table, of as many trajectories as possible: increasing indices, int64.
+def sample_evenly(table: StateTable, number: int) -> np.ndarray:
+    """Sample ``number`` states from as many trajectories as possible: increasing indices, int64.
 
-    A trajectory's states are drawn in a fixed random order. Of more trajectories than that, stretches are taken that
-    lie evenly over
-    the table: a sample of all directories that reads few shards.
+    In round k every trajectory with more than k states gives its k-th one, in a fixed random order. Of the round that
+    is only needed in part, evenly spaced stretches of trajectories are taken, to cover all directories with few shards.
     """
     keys_S = np.random.default_rng(0).random(len(table))
-    order = np.lexsort([keys_S, table.trajectory_S])
+    order = np.lexsort([keys_S, table.trajectory_S])  # by trajectory, at random within one
     first_of_trajectory = np.flatnonzero(np.diff(table.trajectory_S[order], prepend=-1))
     rounds = np.arange(len(table)) - np.repeat(first_of_trajectory, np.diff(first_of_trajectory, append=len(table)))
     by_round = order[np.argsort(rounds, kind="stable")]
     number = min(number, len(table))
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(rounds))])
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(rounds))])  # round k is bounds[k] to bounds[k + 1] of by_round
     last = np.searchsorted(bounds, number) - 1
     before, size = bounds[last], bounds[last + 1] - bounds[last]
     of_last = before + _stretches(size, number - before)
@@ -66,8 +66,8 @@ def spread(table: StateTable, number: int) -> np.ndarray:
 
 
 def _stretches(size: int, number: int) -> np.ndarray:
-    """``number`` of the indices below ``size``, increasing: stretches of equal length, with equal gaps around them."""
-    count = min(number, _STRETCHES)
+    """Choose ``number`` increasing indices below ``size``: stretches of equal length with equal gaps around them."""
+    count = min(number, _NUM_STRETCHES)
     stretch = np.arange(number) * count // number
     return np.arange(number) + (2 * stretch + 1) * (size - number) // (2 * count)
 
@@ -76,9 +76,9 @@ class HeldOut:
     """This process's share of the held-out states, in memory.
 
     Attributes:
-        batches: on the CPU.
-        forwards: how many batches the process with the most has.
-        num_states: in all processes.
+        batches: batches on the CPU.
+        num_forwards: largest number of batches of any process.
+        num_states: number of states over all processes.
     """
 
     def __init__(
@@ -90,30 +90,30 @@ class HeldOut:
         batch_size: int,
         accelerator: Accelerator,
     ) -> None:
-        """Read the ``chosen`` states of ``table``, whose shards ``store`` brings.
+        """Read the ``chosen`` states of ``table``; ``store`` fetches their shards.
 
         Raises:
-            UserError: there are fewer than processes, or a shard or a sample is missing or damaged.
+            UserError: there are fewer states than processes, or a shard or sample is missing or damaged.
         """
         world, rank = accelerator.num_processes, accelerator.process_index
         if len(chosen) < world:
             raise UserError(f"{len(chosen)} held-out states are too few for {world} processes; raise --val-fraction")
         shares = np.array_split(np.asarray(chosen), world)
         own = shares[rank].tolist()
-        store.require(np.unique(table.locations.shard_P[table.trajectory_S[own]]).tolist())
+        store.wait_for(np.unique(table.locations.shard_P[table.trajectory_S[own]]).tolist())
         dataset = StateDataset(shards, table)
         self.batches: list[StateBatch] = [
             require_batch(collate([dataset[state] for state in states])) for states in _batches(own, table, batch_size)
         ]
-        self.forwards = max(len(_batches(share.tolist(), table, batch_size)) for share in shares)
+        self.num_forwards = max(len(_batches(share.tolist(), table, batch_size)) for share in shares)
         self.num_states = len(chosen)
         self._accelerator = accelerator
 
     def recompute_reference(self, policy: Policy) -> None:
-        """Take the reference's errors from this run's own arithmetic; for a model that is still as it starts.
+        """Recompute the reference errors in this run's precision, before training changes the policy.
 
         Args:
-            policy: its ``reference``, or else its ``denoiser``, is the reference.
+            policy: its ``reference``, or its untrained ``denoiser``, is the reference.
         """
         for number, batch in enumerate(self.batches):
             error_B2 = _reference_errors(policy, batch.to(self._accelerator.device), self._accelerator)
@@ -121,16 +121,17 @@ class HeldOut:
 
 
 def _batches(states: Sequence[int], table: StateTable, batch_size: int) -> list[list[int]]:
-    """Cut states into batches, each of one latent shape."""
+    """Split states into batches of one latent shape each."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for state in states:
         by_shape.setdefault(table.latent_of(state), []).append(state)
-    return [some[start : start + batch_size] for some in by_shape.values() for start in range(0, len(some), batch_size)]
+    groups = by_shape.values()
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
 
 @torch.no_grad()
 def _reference_errors(policy: Policy, batch: StateBatch, accelerator: Accelerator) -> torch.Tensor:
-    """[B, 2]."""
+    """Compute the reference errors of a batch, float32 [B, 2]."""
     conditioning = condition(policy, batch)
     with accelerator.autocast():
         return pair_errors(policy.family, policy.reference or policy.denoiser, batch, conditioning)

@@ -1,7 +1,7 @@
-"""Images of fixed prompts and noise, drawn by the model in training every so many steps (``--validation-prompts``).
+"""Images of fixed prompts and noise, drawn by the model in training (``--image-prompts``).
 
-The model's pipeline with its VAE is loaded for each drawing and let go after it: between drawings, it takes no memory.
-It draws with the text encoders of the training, or, where ``--text cache`` has freed these, loads them too.
+The pipeline with its VAE is loaded for each drawing and freed after it, so that it takes no memory in between. It uses
+the text encoders of the training, or loads them if ``--text cache`` has freed them.
 
 Shape suffixes: B batch, C h w a latent, H W an image.
 """
@@ -29,32 +29,32 @@ from smpo_trainer.model.policy import Policy
 VALIDATION_FOLDER = "validation"
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-"""As pipelines call those of a family, in its order."""
+"""Names of a family's text encoders in pipelines, in its order."""
 
 _SMALLEST_TILE = 32
-"""Latents along one side; smaller ones differ visibly from the whole, whose statistics the decoder's norms take."""
+"""Latent pixels along a side. Smaller tiles differ visibly, since the norms of the decoder depend on the tile."""
 
 
 class ValidationImages:
-    """Draws them."""
+    """Draws images of the validation prompts."""
 
     def __init__(self, experiment: Experiment, policy: Policy, accelerator: Accelerator) -> None:
-        self._settings, self._prompts = experiment.settings, experiment.validation_prompts
+        self._settings, self._prompts = experiment.settings, experiment.image_prompts
         self._policy, self._accelerator = policy, accelerator
         self._side = experiment.shards.directories[0].manifest.resolution
 
     def due(self, step: int) -> bool:
-        """Whether to draw after ``step`` steps: before the first, every ``validation_every`` and after the last."""
-        return step % self._settings.images.validation_every == 0 or step == self._settings.steps.max_steps
+        """Whether to draw after ``step`` steps: at step 0, every ``image_every`` steps and after the last."""
+        return step % self._settings.images.image_every == 0 or step == self._settings.steps.max_steps
 
     def draw(self, step: int) -> np.ndarray:
         """Draw after ``step`` steps, save the images as one PNG, and return it: uint8 [H, W, 3].
 
-        For the main process alone, unless the denoiser is cut up, which takes all of them: then too that one saves.
-        Random numbers, modes and gradients of the training are as they were.
+        Called in the main process, or with FSDP in all processes, of which the main one saves. Does not change the
+        training: its random state, modes and gradients are kept.
 
         Raises:
-            UserError: the pipeline cannot be loaded, or the PNG not be written.
+            UserError: the pipeline cannot be loaded, or the PNG cannot be written.
         """
         device = self._accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
@@ -69,7 +69,7 @@ class ValidationImages:
         return grid_HW3
 
     def _batches(self) -> Iterator[np.ndarray]:
-        """The images, some at a time: uint8 [B, H, W, 3]."""
+        """Draw the images batch by batch: uint8 [B, H, W, 3]."""
         settings, family = self._settings, self._policy.family
         pipeline = self._load_pipeline()
         pipeline.to(self._accelerator.device)
@@ -80,24 +80,24 @@ class ValidationImages:
             numbers = range(start, start + len(prompts))
             streams = [named_stream(f"validation\n{settings.steps.seed}\n{number}") for number in numbers]
             noise_BChw = torch.stack([gaussian(stream, shape) for stream in streams]).to(self._accelerator.device)
-            # Without compiling the denoiser for the shapes of a drawing.
+            # Do not compile the denoiser for the shapes of a drawing.
             with self._accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 latents_BChw = sample(
                     pipeline,
                     prompts,
                     noise_BChw,
-                    steps=settings.images.validation_sampling_steps,
-                    guidance_scale=settings.images.validation_guidance_scale,
+                    steps=settings.images.image_sampling_steps,
+                    guidance_scale=settings.images.image_guidance_scale,
                     output_type="latent",
                 )
             pixels_BHW3 = _decode(pipeline.vae, latents_BChw).permute(0, 2, 3, 1).cpu().nan_to_num().numpy()
             yield ((pixels_BHW3 + 1) * 127.5).round().astype(np.uint8)
 
     def _load_pipeline(self) -> DiffusionPipeline:
-        """The model's pipeline around the denoiser in training, all in float32.
+        """Load the pipeline of the model around the denoiser in training, all in float32.
 
         Raises:
-            UserError: a part cannot be loaded, or lacks weights.
+            UserError: a part cannot be loaded or lacks weights.
         """
         settings, family = self._settings, self._policy.family
         parts = {"unet": self._policy.denoiser, **dict(zip(_TEXT_ENCODERS, family.text_modules, strict=False))}
@@ -105,7 +105,7 @@ class ValidationImages:
             settings.model,
             f"--model {settings.model}",
             parts,
-            # As in training: by themselves, text encoders come in the precision that they are stored in.
+            # As in training; by default text encoders are loaded in their stored dtype.
             dtype=torch.float32,
             variant=settings.denoiser.variant,
             kind=getattr(diffusers, family.pipelines[0]),
@@ -113,7 +113,7 @@ class ValidationImages:
 
 
 def _decode(vae: AutoencoderKL, latents_BChw: torch.Tensor) -> torch.Tensor:
-    """Images of scaled latents: float32 [B, 3, H, W], clamped to [-1, 1]; in tiles where memory runs out."""
+    """Decode scaled latents to float32 [B, 3, H, W] in [-1, 1]; in tiles if memory runs out."""
     shift, scale = vae.config.get("shift_factor") or 0.0, vae.config["scaling_factor"]
     # In float32: SDXL's VAE overflows in float16.
     unscaled_BChw = latents_BChw.float() / scale + shift
@@ -124,7 +124,7 @@ def _decode(vae: AutoencoderKL, latents_BChw: torch.Tensor) -> torch.Tensor:
         except (RuntimeError, MemoryError) as error:
             if tile // 2 < _SMALLEST_TILE or not is_out_of_memory(error):
                 raise
-        # Out of the handler, whose error holds what the decoder had allocated.
+        # Outside the handler: its error keeps the tensors of the failed decoding alive.
         tile //= 2
         vae.enable_tiling()
         vae.tile_latent_min_size = tile
@@ -132,7 +132,7 @@ def _decode(vae: AutoencoderKL, latents_BChw: torch.Tensor) -> torch.Tensor:
 
 
 def _grid(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Images side by side, in rows, about as many as columns: uint8 [H, W, 3]; what is left over is black."""
+    """Arrange images in a grid that is about square: uint8 [H, W, 3]; empty cells are black."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     height, width, _ = images[0].shape

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from smpo_models import devices
-from smpo_trainer import launch
+from smpo_trainer.runtime import launch
 from smpo_trainer.settings import Device
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, make_settings, run_cli
@@ -172,7 +172,7 @@ from pathlib import Path
 import torch
 from torch.distributed.distributed_c10d import _get_default_group
 
-from smpo_trainer.launch import make_accelerator
+from smpo_trainer.runtime.launch import make_accelerator
 from smpo_trainer.settings import TrainSettings
 
 settings = TrainSettings(shards=("shards",), model="model", out=Path("out"))

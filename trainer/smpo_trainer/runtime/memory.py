@@ -1,4 +1,4 @@
-"""What a run says where memory runs out."""
+"""Suggestions for a run that runs out of memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from smpo_trainer.settings import TrainSettings
 
 
 @contextmanager
-def memory_in_a_line(settings: TrainSettings, device: str) -> Iterator[None]:
-    """Turn what is raised where memory runs out into one line with what to try.
+def explain_out_of_memory(settings: TrainSettings, device: str, *, uses_fsdp: bool) -> Iterator[None]:
+    """Replace an out-of-memory error by one line that lists flags to try.
 
     Raises:
         UserError: memory ran out.
@@ -22,27 +22,26 @@ def memory_in_a_line(settings: TrainSettings, device: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(
-            f"memory ran out on {device}; try {', or '.join(remedies(settings))} (the library said: {said})"
-        ) from error
+        message = " ".join(str(error).split())[:160] or type(error).__name__
+        flags = ", or ".join(remedies(settings, uses_fsdp=uses_fsdp))
+        raise UserError(f"memory ran out on {device}; try {flags} (the library's message: {message})") from error
 
 
-def remedies(settings: TrainSettings) -> list[str]:
-    """The flags that would need less memory and are not given yet; first those that leave the run's numbers alone."""
+def remedies(settings: TrainSettings, *, uses_fsdp: bool) -> list[str]:
+    """List flags that would save memory; first those that do not change the results of the run."""
     steps, compute, lora_rank = settings.steps, settings.compute, settings.denoiser.lora_rank
     half = steps.batch_size // 2
-    # A divisor of the pairs of a step, which stay the same.
+    # A divisor, so that the states of a step stay the same.
     smaller = next((size for size in range(half, 0, -1) if steps.batch_size % size == 0), 1)
     accumulated = steps.grad_accum * steps.batch_size // smaller
-    found = {
+    helps = {
         f"--batch-size {smaller} --grad-accum {accumulated}": steps.batch_size > 1,
         "--gradient-checkpointing": not compute.gradient_checkpointing,
         "--text cache": compute.text != "cache",
         "--reference auto": compute.reference == "live" and lora_rank is None,
         "--dtype bf16": compute.dtype == "fp32",
-        "--optimizer adafactor": settings.optimizer.optimizer == "adamw" and lora_rank is None,
+        "--optimizer adafactor": settings.optimizer.optimizer == "adamw" and lora_rank is None and not uses_fsdp,
         "--lora-rank 16": lora_rank is None,
-        "several GPUs with FSDP (docs/guide/training.md)": True,
+        "more GPUs" if uses_fsdp else "several GPUs with FSDP (docs/guide/training.md)": True,
     }
-    return [name for name, helps in found.items() if helps]
+    return [flag for flag, does_help in helps.items() if does_help]

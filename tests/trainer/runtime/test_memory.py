@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from smpo_trainer import trainer as loop
-from smpo_trainer.memory import remedies
 from smpo_trainer.model.denoising_error import pair_errors
+from smpo_trainer.runtime.memory import remedies
 from tests.trainer.helpers import arguments, make_settings, run_cli
 
 RAN_OUT = (
@@ -66,5 +66,11 @@ def test_a_smaller_batch_divides_the_batch() -> None:
         batch_size=9, grad_accum=2, gradient_checkpointing=True, text="cache", reference="auto", lora_rank=4,
         dtype="bf16", optimizer="adamw",
     )  # fmt: skip
-    assert remedies(given)[0] == "--batch-size 3 --grad-accum 6"
-    assert not any(remedy.startswith("--") for remedy in remedies(given.replace(batch_size=1)))
+    assert remedies(given, uses_fsdp=False)[0] == "--batch-size 3 --grad-accum 6"
+    assert not any(remedy.startswith("--") for remedy in remedies(given.replace(batch_size=1), uses_fsdp=False))
+
+
+def test_with_fsdp_neither_fsdp_nor_what_it_refuses_is_named() -> None:
+    given = make_settings(dtype="bf16", optimizer="adamw")
+    assert any("FSDP" in remedy for remedy in remedies(given, uses_fsdp=False))
+    assert not any("FSDP" in remedy or "adafactor" in remedy for remedy in remedies(given, uses_fsdp=True))

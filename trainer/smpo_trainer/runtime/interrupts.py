@@ -1,4 +1,4 @@
-"""Ending a run early, at a step's end rather than in its middle."""
+"""Stop a run on a signal, at the end of a step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set ``requested``; a second SIGINT acts as it always does.
-
-    SIGTERM may come as often as it likes: a scheduler sends it to all processes, and a launcher passes its own on.
+    """Context in which SIGINT and SIGTERM set ``requested``; a second SIGINT interrupts as usual.
 
     Attributes:
-        requested: the number of the signal that came; 0: none did.
+        requested: number of the last signal, 0 without one.
     """
 
     requested: int = 0
@@ -30,6 +28,7 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.requested = number
+        # Not for SIGTERM, which may come twice: from the scheduler, and passed on by the launcher.
         if number == signal.SIGINT:
             signal.signal(number, self._before[signal.SIGINT])
 
@@ -38,18 +37,19 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def leave_signals_to_the_trainer(_worker: int) -> None:
-    """In a loader process: who stops a run signals all of its processes, but the trainer's step needs its loaders.
+def ignore_signals_in_worker(_worker: int) -> None:
+    """Let only the trainer end a data loader process.
 
-    Only the trainer's own SIGTERM ends one: Python's exit sends it to children that are left, and waits for their end.
-    Where the trainer itself is gone, torch's loop ends a loader within seconds.
+    Schedulers and terminals signal all processes of a run, but the trainer needs its loaders to finish the step. When
+    the trainer exits, Python sends SIGTERM to its remaining children and waits for them. If the trainer is killed,
+    torch ends its loaders within seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_when_told_by(process: int) -> None:
+def _exit_on_sigterm_from(process: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
         pass
     os._exit(0)

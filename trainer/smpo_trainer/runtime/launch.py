@@ -1,4 +1,4 @@
-"""The device and the processes of a run: what flags and launcher ask for, held against what is there."""
+"""Set up the device and the processes of a run, from flags and the launcher's environment."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ from smpo_trainer.output.run_folder import dtype_of_run
 from smpo_trainer.settings import ComputeOptions, Device, TrainSettings
 
 _TIMEOUT = timedelta(hours=6)
-"""How long a process waits for the others. They wait for what one does alone (loading over a slow network, encoding all
-prompts, drawing, writing checkpoints); NCCL's own 10 minutes would end the run."""
+"""How long a collective waits for the other processes. One of them may work alone for long (loading over a slow
+network, encoding prompts, drawing images, writing checkpoints), and NCCL's default of 10 minutes would end the run."""
 
 _PATIENCE_SECONDS = 10.0
-"""After which a process says that it waits for the others to start."""
+"""After this time, print that the process waits for the others to start."""
 
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-"""A process's number, by the launchers that accelerate knows."""
+"""Variables that hold the rank, for the launchers that accelerate supports."""
 
 
 def choose_dtype(settings: TrainSettings) -> TrainSettings:
-    """The same settings with a dtype: the flag's, or that of the run that is continued, or what the launcher says.
+    """Fill in the dtype: that of the flag, of the run to resume, of the launcher, or else the default of the device.
 
-    Where none of these says one, it is what suits the device. A run is continued in its own dtype whatever the launcher
-    says: `accelerate launch` says fp32 where it was not configured.
+    A resumed run keeps its dtype whatever the launcher says, since an unconfigured `accelerate launch` says fp32.
 
     Raises:
-        UserError: accelerate is configured for a precision that is not supported.
+        UserError: accelerate is configured for an unsupported precision.
     """
     if settings.compute.dtype is not None:
         return settings
@@ -57,50 +56,50 @@ def choose_dtype(settings: TrainSettings) -> TrainSettings:
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
-    """Join the processes of the run, each on its device.
+    """Join the process group of the run and select this process's device.
 
     Args:
         settings: with a dtype, as :func:`choose_dtype` returns them.
 
     Raises:
-        UserError: the device, or a setting that needs another one, is not to be had; or a launcher's environment is
-            incomplete.
+        UserError: the device does not exist or does not support a setting, or the launcher's environment is incomplete.
     """
     fsdp = fsdp_plugin(settings)
     _require_whole_environment()
-    # Not told, it lets the processes of torchrun train each by itself where there is no GPU.
     compute = settings.compute
+    # Pass `cpu` explicitly: without GPUs, accelerate would let the processes of torchrun train independently.
     on_cpu = _uses_cpu(compute.device)
     if compute.compile:
         _require_compiler()
     try:
-        with _patience():
+        with _announce_long_wait():
             accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision="no" if compute.dtype == "fp32" else compute.dtype,
                 fsdp_plugin=fsdp,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
-                # Not told, it takes a number from the environment and divides every loss by it.
+                # The trainer accumulates itself; by default accelerate would divide each loss by a number from the
+                # environment.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             )
-    except ValueError as error:  # a device that lacks this dtype
+    except ValueError as error:  # the device does not support the dtype
         raise UserError(f"--dtype {compute.dtype}: {error}") from error
     if fsdp and not accelerator.is_fsdp2:
-        raise UserError("accelerate is configured for FSDP, which needs several processes, each with a GPU of its own")
-    # Accelerate would train in float32 without a word.
+        raise UserError("accelerate is configured for FSDP, but FSDP needs several processes, each with its own GPU")
+    # Accelerate would silently train in float32.
     if compute.dtype == "fp16" and accelerator.device.type != "cuda":
         raise UserError(f"--dtype fp16 needs a GPU, the device is {accelerator.device}; use bf16 or fp32")
     if compute.tf32:
         if accelerator.device.type != "cuda":
             raise UserError(f"--tf32 needs an NVIDIA GPU, the device is {accelerator.device}; leave it out")
         torch.set_float32_matmul_precision("high")
-    # Float32 is float32, as in the jobs that made the reference: by default cuDNN convolves in TF32.
+    # Compute convolutions in float32, as the inversion did for the reference: by default cuDNN uses TF32.
     torch.backends.cudnn.allow_tf32 = compute.tf32
     return accelerator
 
 
 def describe(accelerator: Accelerator, options: ComputeOptions) -> str:
-    """One line for the user: device, processes and dtype."""
+    """Describe device, processes and dtype in one line."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
@@ -112,13 +111,14 @@ def _uses_cpu(device: Device | None) -> bool:
     """Whether to train on the CPU.
 
     Raises:
-        UserError: nobody asked for it, but there is no other choice, although a GPU or a launcher speaks for another.
+        UserError: torch sees no GPU, although the machine has one or a launcher started several processes, and the CPU
+            was not asked for.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device cuda: {no_gpu()}; see docs/guide/deploy.md, or use --device cpu")
     if device is not None or torch.accelerator.is_available():
         return device == "cpu"
-    # `accelerate launch --cpu`, or GPUs that are hidden on purpose.
+    # `accelerate launch --cpu`, or CUDA_VISIBLE_DEVICES hides the GPUs on purpose.
     if parse_flag_from_env("ACCELERATE_USE_CPU") or gpus_are_hidden():
         return True
     refuse_silent_cpu()
@@ -131,36 +131,40 @@ def _uses_cpu(device: Device | None) -> bool:
 
 
 def _require_compiler() -> None:
-    """Raise UserError where torch.compile would fail at the first step, with a page of its own, for want of one."""
+    # Without a compiler, torch.compile fails at the first step, with pages of traceback.
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise UserError(
-            "--compile needs a C compiler, and there is none (gcc, clang, or what CC names): install one, as by "
+            "--compile needs a C compiler, but neither gcc nor clang nor $CC exists: install one, for example with "
             "`apt-get install g++`, or leave --compile out"
         )
 
 
 def _require_whole_environment() -> None:
-    """Raise UserError where a variable of a launcher is set, but not those that come with it."""
+    """Refuse an environment with some variables of a launcher, but not all.
+
+    Raises:
+        UserError: WORLD_SIZE is set, but the rank or the address of the main process is not.
+    """
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes == "1":
         return
-    lacking = [] if any(name in os.environ for name in _RANKS) else ["RANK"]
-    lacking += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
-    if lacking:
+    missing = [] if any(name in os.environ for name in _RANKS) else ["RANK"]
+    missing += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if missing:
         raise UserError(
-            f"WORLD_SIZE={processes} is set in the environment, {' and '.join(lacking)} not: no launcher started this "
-            "process; unset WORLD_SIZE, or start it with torchrun or accelerate launch"
+            f"the environment has WORLD_SIZE={processes} but not {' and '.join(missing)}: unset WORLD_SIZE to train in "
+            "one process, or start the processes with torchrun or accelerate launch"
         )
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
-    """Say what is waited for, where the other processes do not come."""
+def _announce_long_wait() -> Iterator[None]:
+    """Print what the process waits for if the others do not connect soon."""
     processes = os.environ.get("WORLD_SIZE", "1")
     rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     text = (
-        f"process {rank} of {processes} waits for the others at {where}, as WORLD_SIZE and MASTER_ADDR say; unset "
+        f"process {rank} of {processes} waits for the others at {where} (from WORLD_SIZE and MASTER_ADDR); unset "
         "WORLD_SIZE to train in one process\n"
     )
     timer = threading.Timer(_PATIENCE_SECONDS, sys.stderr.write, [text])

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from smpo_trainer.interrupts import StopRequest
 from smpo_trainer.monitoring.health import Health
 from smpo_trainer.monitoring.metrics import Record
+from smpo_trainer.runtime.interrupts import StopRequest
 from tests.trainer.helpers import arguments, column, run_cli
 from tests.trainer.output.test_resume import TWO_PROCESSES, start, wait_for_steps
 
@@ -25,7 +25,7 @@ LONG = {"max_steps": 500, "save_every": 1000}
 def assert_saved(out: Path, said: str) -> None:
     last = column(out, "step")[-1]
     assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{last:06d}"]
-    assert f"stopped after step {last} of 500; the same command continues from here" in said
+    assert f"stopped after step {last} of 500; run the same command again to resume" in said
     assert not (out / "training.json").exists()
 
 
@@ -67,15 +67,15 @@ def test_a_stopped_run_does_not_pass_for_a_finished_one(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
     """What waits for a run that succeeds, as ``&&``, Slurm and Kubernetes do, tells them apart by the status."""
-    look = Health.look
+    check = Health.check
 
-    def look_and_signal(self: Health, record: Record) -> list[str]:
+    def check_and_signal(self: Health, record: Record) -> list[str]:
         if record["step"] == 2:
             os.kill(os.getpid(), number)
-        return look(self, record)
+        return check(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Health, "look", look_and_signal)
+        patch.setattr(Health, "check", check_and_signal)
         assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run")) == status
     assert column(tmp_path / "run", "step") == [1, 2]
     assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run")) == 0
