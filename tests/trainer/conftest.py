@@ -15,7 +15,7 @@ Train = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps a process-wide state; threads beyond the cores only slow tiny models down."""
+    """Reset accelerate's process-wide state; use one thread, since more slow tiny models down."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_unet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """The reference, slightly moved."""
+    """The reference with slightly perturbed weights."""
     folder = tmp_path_factory.mktemp("other") / "unet"
     unet = PlainReference(model).unet
     generator = torch.Generator().manual_seed(5)
@@ -56,7 +56,7 @@ def other_unet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 @pytest.fixture
 def train(shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """Run ``smpo-train`` on ``shards`` into a named folder, which is returned; options as in ``arguments``."""
+    """Run ``smpo-train`` on ``shards`` into a folder of this name and return it; options as in ``arguments``."""
 
     def run(name: str = "run", *, on: Path = shards, base: Path = model, **options: object) -> Path:
         status = run_cli(monkeypatch, arguments(on, base, tmp_path / name, **options))

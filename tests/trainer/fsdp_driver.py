@@ -1,7 +1,7 @@
-"""``smpo-train`` cut up over processes without GPUs: accelerate is told that they have some, the rest is its own.
+"""``smpo-train`` with FSDP over processes without GPUs: accelerate takes them for GPUs.
 
-Arguments: those of ``smpo-train``. Each process says before it ends how many numbers of the denoiser and of the
-optimizer's moments it holds, of how many. ``$POWER_CUT`` ends the run after the checkpoint of that step.
+Takes the arguments of ``smpo-train``. At the end each process prints how many elements of the denoiser and of the
+optimizer's moments it holds. ``$POWER_CUT`` ends the run after the checkpoint of that step.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from tests.trainer.helpers import dying_after
 train = TrainLoop.train
 
 
-def train_and_tell(self, *given):
+def train_and_print(self, *given):
     record = train(self, *given)
     trainer = self._trainer
-    moments = [each for state in trainer._optimizer.state.values() for each in state.values() if each.ndim]
+    moments = [value for state in trainer._optimizer.state.values() for value in state.values() if value.ndim]
     tensors = [*trainer._policy.denoiser.parameters(), *moments]
-    held = sum(each.to_local().numel() if isinstance(each, DTensor) else each.numel() for each in tensors)
-    sys.stderr.write(f"holds {held} of {sum(each.numel() for each in tensors)}\n")
+    held = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
+    sys.stderr.write(f"holds {held} of {sum(t.numel() for t in tensors)}\n")
     return record
 
 
-TrainLoop.train = train_and_tell
+TrainLoop.train = train_and_print
 Checkpoints.save = dying_after(int(os.environ.get("POWER_CUT", "0")))
 PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 main()

@@ -1,4 +1,4 @@
-"""Shard sets of random latents for a tiny model, and the command line in this process."""
+"""Shards with random latents for a tiny model, and the command line in this process."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def write_shards(
     dtype: str = "fp32",
     empty_prompt: str = "model",
 ) -> None:
-    """Write samples, four a tar, and a manifest of ``model`` and these flags of ``invert``."""
+    """Write samples, four per tar, and a manifest for ``model`` and these flags of ``invert``."""
     entries = []
     for shard, start in enumerate(range(0, len(samples), 4)):
         with ShardWriter(directory / f"shard-{shard:06d}.tar") as writer:
@@ -193,23 +193,23 @@ def write_shards(
 
 
 def arguments(shards: Path | str | Sequence[Path], model: Path, out: Path, **options: Any) -> list[str]:
-    """Command line of a short run; an option of None is left out, of True is a bare flag."""
+    """Command line of a short run; None leaves an option out, True makes a flag without a value."""
     folders = [shards] if isinstance(shards, (Path, str)) else list(shards)
     settings = {"max_steps": 4, "batch_size": 2, "warmup_steps": 0, "lr": 1e-4, "workers": 0, **options}
-    found = ["--shards", *map(str, folders), "--model", str(model), "--out", str(out)]
+    words = ["--shards", *map(str, folders), "--model", str(model), "--out", str(out)]
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
         if value is True:
-            found.append(flag)
+            words.append(flag)
         elif isinstance(value, (list, tuple)):
-            found += [flag, *map(str, value)]
+            words += [flag, *map(str, value)]
         elif value is not None:
-            found += [flag, str(value)]
-    return found
+            words += [flag, str(value)]
+    return words
 
 
 def dying_after(step: int) -> Callable[[Checkpoints, Checkpoint, Policy], Path]:
-    """``Checkpoints.save``, but the run ends once it has saved that step."""
+    """``Checkpoints.save`` that ends the run after saving this step."""
     save = Checkpoints.save
 
     def save_and_die(self: Checkpoints, checkpoint: Checkpoint, policy: Policy) -> Path:
@@ -222,7 +222,7 @@ def dying_after(step: int) -> Callable[[Checkpoints, Checkpoint, Policy], Path]:
 
 
 def collecting(seen: list[dict[str, torch.Tensor]]) -> Callable[[Checkpoints, Checkpoint, Policy], Path]:
-    """``Checkpoints.save``, which also notes the weights in training."""
+    """``Checkpoints.save`` that also collects the weights in training."""
     save = Checkpoints.save
 
     def save_and_note(self: Checkpoints, checkpoint: Checkpoint, policy: Policy) -> Path:
@@ -243,12 +243,12 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, args: Sequence[str]) -> int:
 
 
 def resolve_settings(monkeypatch: pytest.MonkeyPatch, args: Sequence[str]) -> TrainSettings:
-    """What ``smpo-train`` makes of these arguments, before it looks at any file."""
-    found: list[TrainSettings] = []
+    """Parse these arguments of ``smpo-train``, without reading any file."""
+    parsed: list[TrainSettings] = []
     with monkeypatch.context() as patch:
-        patch.setattr("smpo_trainer.run.run_training", found.append)
+        patch.setattr("smpo_trainer.run.run_training", parsed.append)
         assert run_cli(patch, args) == 0
-    return found[0]
+    return parsed[0]
 
 
 def make_settings(**values: Any) -> TrainSettings:
@@ -257,7 +257,7 @@ def make_settings(**values: Any) -> TrainSettings:
 
 
 def with_manifest(shards: Path, directory: Path, *, kind: str | None = None, **inversion: Any) -> Path:
-    """The same shards under a manifest that says this of the model and of how they were made."""
+    """Copy shards, with this model kind and these inversion settings in the manifest."""
     shutil.copytree(shards, directory)
     manifest = ShardDirectory(directory).manifest
     model = manifest.model.model_copy(update={"kind": kind or manifest.model.kind})

@@ -1,4 +1,4 @@
-"""Wrong use: one clear line, status 2, no traceback. And config files."""
+"""Wrong flags and inputs end with one line and status 2; config files repeat a run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_model_that_is_not_the_reference(refused: Refused, tmp_path: Path, model
     error = refused(base=other)
     assert f"--model {other}" in error
     assert "text encoder" in error
-    # The same text encoder, other denoiser.
+    # The same text encoder, another denoiser.
     for file in (model / "text_encoder").iterdir():
         (other / "text_encoder" / file.name).write_bytes(file.read_bytes())
     error = refused(base=other)
@@ -72,7 +72,7 @@ def test_other_prediction_type(refused: Refused, v_model: Path) -> None:
     assert "prediction type" in error
 
 
-def test_unet_that_is_the_reference_is_taken_without_a_word(
+def test_unet_that_is_the_reference_needs_no_remark(
     train: Train, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(unet=model / "unet", max_steps=1)
@@ -83,7 +83,7 @@ def test_rewards(refused: Refused, tmp_path: Path, model: Path, train: Train) ->
     error = refused(reward=["nothing"])
     assert "--reward nothing: --shards" in error
     assert "taste" in error
-    assert "--scores" in error  # where one may be that was scored after the shards were made
+    assert "--scores" in error  # it may have been scored after the shards were made
     assert "taste:2" in refused(reward=["taste=2"])
     assert "--reward taste sharpness" in refused(reward=["taste,sharpness"])
     several = make_shards(tmp_path / "several", model, num_pairs=2, rewards=("taste", "sharpness"))
@@ -98,7 +98,7 @@ def test_rewards(refused: Refused, tmp_path: Path, model: Path, train: Train) ->
     train("labels", on=several, objective="dpo", max_steps=1)
 
 
-def test_what_an_optimizer_lacks_is_said_before_a_model_is_loaded(
+def test_an_unavailable_optimizer_is_refused_before_a_model_is_loaded(
     refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smpo_trainer.run.load_policy", None)
@@ -108,7 +108,7 @@ def test_what_an_optimizer_lacks_is_said_before_a_model_is_loaded(
     assert "bitsandbytes" in refused(optimizer="adamw8bit")
 
 
-def test_what_nobody_asked_for_by_name_is_said(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+def test_defaults_are_printed(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     train(max_steps=1, lr=None, objective="dpo")
     said = capsys.readouterr().out
     for part in ("32 x 32", "20 % without prompt", "50 % mirrored", "dpo", "beta 2000", "rate 1e-05"):
@@ -181,7 +181,7 @@ def test_damaged_shard(refused: Refused, tmp_path: Path, model: Path) -> None:
     assert "shard-000000.tar differs from the SHA-256" in refused(on=damaged)
 
 
-def test_shards_that_do_not_belong_together(refused: Refused, tmp_path: Path, shards: Path) -> None:
+def test_shards_that_do_not_fit_each_other(refused: Refused, tmp_path: Path, shards: Path) -> None:
     other = make_tiny_model(tmp_path / "other", seed=7)
     foreign = make_shards(tmp_path / "foreign", other, num_pairs=1)
     error = refused(on=[shards, foreign])
@@ -238,7 +238,7 @@ def test_config_file_repeats_a_run_and_flags_override_it(
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_model_in_pieces_is_refused(refused: Refused, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_and_megatron_are_refused(refused: Refused, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "true")
     error = refused()
     assert "DeepSpeed or Megatron" in error
@@ -284,7 +284,7 @@ def test_an_old_flag_and_an_old_key_name_the_new_one(refused: Refused, tmp_path:
         assert f"unknown key '{old}'; did you mean '{new}'?" in refused(config=config)
 
 
-def test_settings_made_in_python_train_by_their_defaults(shards: Path, model: Path, tmp_path: Path) -> None:
+def test_settings_made_in_python_have_the_same_defaults(shards: Path, model: Path, tmp_path: Path) -> None:
     defaults = TrainSettings(shards=(str(shards),), model=str(model), out=tmp_path / "run")
     run_training(defaults.replace(max_steps=1, workers=0))
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -292,7 +292,7 @@ def test_settings_made_in_python_train_by_their_defaults(shards: Path, model: Pa
     assert (tmp_path / "run" / "training.json").is_file()
 
 
-def test_a_config_is_what_the_flags_said(
+def test_a_config_holds_the_values_of_the_flags(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = {
@@ -314,7 +314,7 @@ def test_the_shell_completes_flags_and_choices() -> None:
     assert completed("smpo-train --dtype b") == ["bf16"]
 
 
-def test_the_end_names_the_next_command(train: Train, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_line_names_the_next_command(train: Train, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = train(max_steps=1)
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"smpo-pipeline evaluate --model base={model} tuned={out} --prompts FILE --reward taste --out " in last

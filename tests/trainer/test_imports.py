@@ -1,4 +1,4 @@
-"""The trainer is light: no Ray, nothing of the pipeline, and no VAE."""
+"""The trainer imports neither Ray nor the pipeline, and loads no VAE."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def test_a_whole_run_imports_neither_ray_nor_the_pipeline(shards: Path, model: P
     assert (tmp_path / "run" / "training.json").is_file()
 
 
-def test_help_is_quick_and_needs_no_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = "import sys, smpo_trainer.cli; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

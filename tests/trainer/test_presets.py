@@ -55,7 +55,7 @@ SHARDS = {
 
 @pytest.fixture
 def resolve(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolve:
-    """An experiment of nothing but a preset and what names the data."""
+    """Resolve an experiment from a preset and the data alone."""
     nothing = dict.fromkeys(("max_steps", "batch_size", "warmup_steps", "lr"))
 
     def run(preset: str, on: Path, **options: object) -> Experiment:
@@ -76,7 +76,7 @@ def test_settings_are_the_published_ones(
     settings = experiment.settings.flat_values()
     assert {field: settings[field] for field in PUBLISHED[name]} == PUBLISHED[name]
     assert (settings["lr_schedule"], settings["weight_decay"], settings["max_grad_norm"]) == ("constant", 0.01, 1.0)
-    if "beta" in PUBLISHED[name]:  # ... which is also what the objective takes by itself
+    if "beta" in PUBLISHED[name]:  # which is also the default of the objective
         assert experiment.objective.resolve_beta(None, kind) == PUBLISHED[name]["beta"]
     states = STATES_PER_STEP.get(name.split("-", maxsplit=1)[0])
     if states:
@@ -86,7 +86,7 @@ def test_settings_are_the_published_ones(
     assert published.items() >= SHARDS.get(name, {}).items()
 
 
-def test_numbers_of_the_objectives_own(resolve: Resolve, shards: Path, tmp_path: Path) -> None:
+def test_options_of_single_objectives(resolve: Resolve, shards: Path, tmp_path: Path) -> None:
     assert resolve("dmpo-sd15", shards).objective.options.label_smoothing == 0.01
     mapo = resolve("mapo-sdxl", shards).objective.options
     assert (mapo.margin_weight, mapo.scale) == (0.1, 0.5)
@@ -98,7 +98,7 @@ def test_numbers_of_the_objectives_own(resolve: Resolve, shards: Path, tmp_path:
     assert npo.batch_size * npo.grad_accum == 60
 
 
-def test_smpo_takes_pickscores_fixed_extremes(resolve: Resolve, model: Path, tmp_path: Path) -> None:
+def test_smpo_uses_the_published_range_of_pickscore(resolve: Resolve, model: Path, tmp_path: Path) -> None:
     """p = sigmoid((r_0 - r_1) / 0.166580): of 0.22 and 0.21 that is sigmoid(0.060031) = 0.515003."""
     on = make_shards(tmp_path / "pick", model, num_pairs=1, rewards=("pickscore",), scores=[(0.22, 0.21)])
     for name in ("smpo-sd15", "smpo-sdxl"):
@@ -142,19 +142,19 @@ def test_a_preset_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         assert part in said
     for part in ("--source renoise", "--steps 10", "--renoise-steps 1", "--prompt-dropout 0.2"):
         assert part in said
-    # What the objective's own shards were made with, too.
+    # Also the settings of the objective's own shards.
     assert run_cli(monkeypatch, ["--show-preset", "capo-sdxl"]) == 0
     assert "--forward-noise image" in capsys.readouterr().out
     assert run_cli(monkeypatch, ["--show-preset", "smpo"]) == 2
     assert "--preset smpo is not known" in capsys.readouterr().err
 
 
-def test_what_a_preset_shows_is_what_it_does(
+def test_the_printed_flags_of_a_preset_have_its_effect(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in PRESETS:
         assert run_cli(monkeypatch, ["--show-preset", name]) == 0
-        (line,) = (each for each in capsys.readouterr().out.splitlines() if each.startswith("smpo-train: "))
+        (line,) = (text for text in capsys.readouterr().out.splitlines() if text.startswith("smpo-train: "))
         given = ["--shards", str(shards), "--model", str(model), "--out", str(tmp_path)]
         shown = resolve_settings(monkeypatch, [*given, *line.split()[1:]])
         preset = resolve_settings(monkeypatch, [*given, "--preset", name])

@@ -1,4 +1,4 @@
-"""The README's Python, as it stands there, on what ``smpo-train`` leaves behind."""
+"""The Python snippets of the README, run on the output of ``smpo-train``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SNIPPETS = re.findall(r"(?:^    (?:import|from) .*\n)(?:(?:    .*)?\n)*", README
 
 @pytest.fixture(scope="module", params=[make_tiny_model, make_tiny_xl])
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model folder in half precision, as most are published, the demo's too, and shards of it."""
+    """A model folder in half precision, like most published ones, and its shards."""
     folder = tmp_path_factory.mktemp("stored")
     whole = DiffusionPipeline.from_pretrained(request.param(folder / "float32"), dtype=torch.float32)
     whole.to(torch.float16).save_pretrained(folder / "model")
@@ -65,7 +65,7 @@ def test_the_result_is_used_as_the_readme_says(
     base = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     if lora_rank:
         assert saved.keys() == base.keys()
-        assert {"attn" in each for each in saved if not torch.equal(saved[each], base[each].float())} == {True}
+        assert {"attn" in name for name in saved if not torch.equal(saved[name], base[name].float())} == {True}
     else:
         trained = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(saved[each], trained[each]) for each in trained)
+        assert all(torch.equal(saved[name], trained[name]) for name in trained)

@@ -1,4 +1,4 @@
-"""What a run says where it departs from what its objective or its preset was published with."""
+"""Remarks on departures from the published settings of an objective or preset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def said(shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return run
 
 
-def test_a_run_of_the_published_kind_is_not_remarked_on(said: Said) -> None:
+def test_published_settings_need_no_remark(said: Said) -> None:
     assert said() == []
     assert said(objective="dpo") == []
 
@@ -44,13 +44,13 @@ def test_shards_with_dropped_prompts(said: Said, shards: Path, tmp_path: Path, o
     assert "--prompt-dropout" not in line
 
 
-def test_capo_on_one_noise_for_both_images(said: Said, shards: Path, tmp_path: Path) -> None:
+def test_capo_with_the_same_noise_for_both_images(said: Said, shards: Path, tmp_path: Path) -> None:
     published, _ = said(objective="capo", on=with_manifest(shards, tmp_path / "forward", source="forward"))
     assert "--forward-noise image; here --forward-noise pair" in published
 
 
-def test_capo_on_a_scale_that_makes_its_target_small(said: Said, model: Path, tmp_path: Path) -> None:
-    """CaPO takes log-odds as they are, and of several rewards the mean win rate."""
+def test_capo_with_a_scale_that_makes_its_targets_small(said: Said, model: Path, tmp_path: Path) -> None:
+    """CaPO uses log-odds unscaled, and the mean win rate of several rewards."""
     two = with_manifest(
         make_shards(tmp_path / "two", model, num_pairs=6, num_states=2, rewards=("taste", "sharpness")),
         tmp_path / "forward",
@@ -73,9 +73,7 @@ def test_capo_on_a_scale_that_makes_its_target_small(said: Said, model: Path, tm
     assert said(**win_rates, reward_range=["taste=0:0.01", "sharpness=raw"]) == []
 
 
-def test_a_preset_on_shards_and_a_start_that_are_not_the_published_ones(
-    said: Said, shards: Path, tmp_path: Path
-) -> None:
+def test_a_preset_with_other_shards_and_another_start(said: Said, shards: Path, tmp_path: Path) -> None:
     lines = said(preset="inpo-sd15", batch_size=1, grad_accum=128)
     assert all(line.startswith("--preset inpo-sd15: ") for line in lines)
     states, start, made = lines
@@ -90,7 +88,7 @@ def test_a_preset_on_shards_and_a_start_that_are_not_the_published_ones(
         assert said(preset="inpo-sd15", on=on, unet=tmp_path, states_per_step=1024) == []
 
 
-def test_a_preset_of_another_model_and_reward(said: Said, shards: Path, tmp_path: Path) -> None:
+def test_a_preset_for_another_model_and_reward(said: Said, shards: Path, tmp_path: Path) -> None:
     on = with_manifest(shards, tmp_path / "published", timesteps="published", steps=10)
     kind, states, reward = said(preset="smpo-sdxl", on=on)
     assert "sdxl" in kind
@@ -104,7 +102,7 @@ def test_a_preset_of_another_model_and_reward(said: Said, shards: Path, tmp_path
     ]
 
 
-def test_each_of_several_directories_is_looked_at(said: Said, shards: Path, model: Path, tmp_path: Path) -> None:
+def test_all_directories_are_compared(said: Said, shards: Path, model: Path, tmp_path: Path) -> None:
     more = make_shards(tmp_path / "more", model, num_pairs=1, prefix="more")
     forward = with_manifest(shards, tmp_path / "forward", source="forward", prompt_dropout=0.0)
     (line,) = said(objective="npo", on=[forward, more])

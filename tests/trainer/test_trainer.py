@@ -1,4 +1,4 @@
-"""What a step computes, through the command line."""
+"""The numbers of a step, through the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hand_computed_loss(shards: Path, model: Path, unet: Path, beta: float, gamma
     for sample in ShardDirectory(shards).samples():
         prompt = "" if sample.meta.prompt_dropped else sample.meta.prompt
         first, second = sample.meta.scores["taste"]
-        p = 1 / (1 + math.exp(second - first))  # the set's scores have min 0 and max 1
+        p = 1 / (1 + math.exp(second - first))  # scores have minimum 0 and maximum 1
         for k, t in enumerate(sample.timestep_K.tolist()):
             e = [policy.error(sample.x0_2Chw[i], sample.noise_K2Chw[k, i], t, prompt) for i in (0, 1)]
             r = sample.ref_error_K2[k].double().tolist()
@@ -64,40 +64,42 @@ def test_bf16_begins_at_ln_2(train: Train, beta: float) -> None:
     first = metrics(out)[0]
     assert first["loss"] == pytest.approx(LN2, abs=5e-3)
     assert (abs(first["reference_noise/loss"]) > 5e-3) == (beta > 20)
-    assert (out / REFERENCE_FILE).is_file() == (beta > 20)  # a run that goes on needs what was computed anew
+    assert (out / REFERENCE_FILE).is_file() == (beta > 20)  # kept for a resumed run
 
 
-def test_a_loud_stored_reference_is_warned_of(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    loud = metrics(train("loud", dtype="bf16", reference="stored", max_steps=1))[0]
+def test_significant_noise_of_the_stored_reference_is_warned_of(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = metrics(train("stored", dtype="bf16", reference="stored", max_steps=1))[0]
     assert "WARNING: margins grow" in capsys.readouterr().out
-    assert loud["loss"] - LN2 == pytest.approx(loud["reference_noise/loss"], abs=1e-6)
+    assert record["loss"] - LN2 == pytest.approx(record["reference_noise/loss"], abs=1e-6)
     train("quiet", dtype="bf16", reference="stored", beta=20, max_steps=1)
     assert "WARNING" not in capsys.readouterr().out
 
 
 def test_recomputed_equals_live_while_the_model_moves(train: Train, other_unet: Path) -> None:
-    # 18 states, 7 steps of 4: the second epoch begins within a step, and its batches are cut otherwise.
+    # 18 states, 7 steps of 4: the second epoch starts within a step, with other batches.
     options = {"beta": 200, "lr": 1e-5, "max_steps": 7, "batch_size": 4}
     for unet in (None, other_unet):
         live = train(f"live-{unet is None}", reference="live", unet=unet, **options)
-        anew = train(f"anew-{unet is None}", reference="recomputed", unet=unet, **options)
-        np.testing.assert_allclose(column(anew, "loss"), column(live, "loss"), atol=1e-5)
+        recomputed = train(f"recomputed-{unet is None}", reference="recomputed", unet=unet, **options)
+        np.testing.assert_allclose(column(recomputed, "loss"), column(live, "loss"), atol=1e-5)
 
 
-def test_with_an_adapter_live_switches_it_off_and_holds_no_second_denoiser(
+def test_with_an_adapter_live_disables_it_and_loads_no_second_denoiser(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"lora_rank": 4, "lr": 1e-2, "beta": 20, "max_steps": 6, "val_fraction": 0.3, "val_every": 1}
-    anew = train("anew", reference="recomputed", **options)
+    recomputed = train("recomputed", reference="recomputed", **options)
 
     def refuse(_: object) -> None:
         raise AssertionError("a second denoiser was made")
 
     monkeypatch.setattr("smpo_trainer.model.policy.copy", types.SimpleNamespace(deepcopy=refuse))
     live = train("live", reference="live", gradient_checkpointing=True, **options)
-    assert abs(column(live, "error_minus_reference/image_0")[-1]) > 1e-3  # the adapter has learnt
+    assert abs(column(live, "error_minus_reference/image_0")[-1]) > 1e-3  # the adapter has changed
     for name in ("loss", "error_minus_reference/image_0", "val/loss"):
-        np.testing.assert_allclose(column(live, name), column(anew, name), atol=1e-5)
+        np.testing.assert_allclose(column(live, name), column(recomputed, name), atol=1e-5)
 
 
 def test_first_loss_from_other_weights_is_the_hand_computed_mean(
@@ -121,8 +123,8 @@ def test_live_and_stored_reference_agree(train: Train, other_unet: Path) -> None
 
 @pytest.mark.parametrize("objective", ["smpo", "dpo"])
 def test_accumulation_equals_a_large_batch(train: Train, objective: str) -> None:
-    # The set has ties and unlabelled pairs, which dpo leaves out.
-    # Gentle steps: Adam's first ones magnify rounding, and a wild run magnifies it further.
+    # The shards have ties and unlabelled pairs, which dpo leaves out.
+    # A small learning rate: Adam's first steps magnify rounding.
     gentle = {"objective": objective, "beta": 200, "lr": 1e-5, "max_steps": 3}
     large = train("large", batch_size=8, **gentle)
     small = train("small", batch_size=1, grad_accum=8, **gentle)
@@ -139,16 +141,14 @@ def test_loader_workers_change_nothing(train: Train) -> None:
             assert column(some, name) == column(none, name)
 
 
-def test_accelerates_environment_divides_no_loss(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_accelerate_does_not_scale_the_loss(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train("plain")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert column(train("set", grad_accum=1), "grad_norm") == column(plain, "grad_norm")
 
 
-def test_drift_is_how_far_the_errors_have_moved_whichever_way(
-    train: Train, shards: Path, model: Path, other_unet: Path
-) -> None:
-    # A learning rate of 0 leaves the model where it starts; the one step takes all 18 states.
+def test_drift_is_the_mean_absolute_change_of_errors(train: Train, shards: Path, model: Path, other_unet: Path) -> None:
+    # A learning rate of 0 keeps the initial weights; the only step has all 18 states.
     out = train(unet=other_unet, max_steps=1, batch_size=18, lr=0)
     plain = PlainReference(model, other_unet)
     moved = []
@@ -183,7 +183,7 @@ def test_two_tiny_models_differ(tmp_path: Path) -> None:
 
 
 def plain_training(shards: Path, model: Path, steps: int, batch: int, beta: float, lr: float) -> list[torch.Tensor]:
-    """The weights after a training loop that shares only the order of the states with the trainer."""
+    """The weights after a plain training loop, which shares only the order of states with the trainer."""
     plain = PlainReference(model)
     states = [
         (sample, k, 1 / (1 + math.exp(sample.meta.scores["taste"][1] - sample.meta.scores["taste"][0])))

@@ -1,4 +1,4 @@
-"""Training Stable Diffusion XL on shards that the inverter made, to what stock diffusers loads."""
+"""Train Stable Diffusion XL on shards of the inverter, and load the result with stock diffusers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[("image", "model"), ("constant", "model"), ("image", "encoded")])
 def xl_shards(request: pytest.FixtureRequest, xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pairs whose images have sizes and crops of their own."""
+    """Six pairs whose images have different sizes and crops."""
     sizes, empty = request.param
     family = load_family(str(xl))
     family.encodes_empty_prompt = empty == "encoded"
@@ -52,7 +52,7 @@ def xl_shards(request: pytest.FixtureRequest, xl: Path, tmp_path_factory: pytest
 
 
 def test_the_first_loss_is_ln_2_and_the_unet_loads(train: Train, xl: Path, xl_shards: Path) -> None:
-    """The stored reference errors are what the trainer's own forward finds: sizes, crops and prompts are the same."""
+    """The trainer reproduces the stored reference errors, so sizes, crops and prompts are the same."""
     out = train(on=xl_shards, base=xl, max_steps=3, batch_size=6, lr=1e-3)
     assert column(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-4)
     unet = UNet2DConditionModel.from_pretrained(out / "unet")

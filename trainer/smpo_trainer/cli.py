@@ -40,12 +40,12 @@ def _list_objectives(wanted: bool) -> None:
             typer.echo(f"{name:6} cannot be used: {error}")
             continue
         typer.echo(f"{name:6} {objective.summary}")
+        for option in objective.Options.own():
+            typer.echo(f"       {option}: {objective.Options.model_fields[option].description}")
         betas = ", ".join(f"{beta:g} ({kind})" for kind, beta in objective.betas.items())
         weighting = objective.timestep_weighting
         bias = f" (bias {objective.sigmoid_bias:g})" if weighting == "sigmoid" else ""
         typer.echo(f"       defaults: beta {betas}; timestep weighting {weighting}{bias}")
-        for option in objective.Options.own():
-            typer.echo(f"       {option}: {objective.Options.model_fields[option].description}")
     typer.echo("Your own: --objective MODULE:CLASS; see docs/guide/python.md.")
     raise typer.Exit
 

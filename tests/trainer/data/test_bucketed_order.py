@@ -1,4 +1,4 @@
-"""The order of states of several latent shapes, against queues that are filled one state at a time."""
+"""The order of states of several latent shapes, against queues filled one state at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bucketed(group: int, window: int = 25, seed: int = 3) -> BucketedOrder:
 
 
 def queued(group: int, window: int, seed: int) -> Iterator[int]:
-    """Every state goes to its bucket's queue; a full queue is the next group."""
+    """Put every state into the queue of its bucket; a full queue is the next group."""
     order = Order(SHARDS, seed, window)
     queues: list[list[int]] = [[], [], [], []]
     position = 0
@@ -38,18 +38,18 @@ def queued(group: int, window: int, seed: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("window", [1, 25, 60, 1000])
 @pytest.mark.parametrize("group", [1, 2, 7, 16, 150])
-def test_it_is_what_queues_give(group: int, window: int) -> None:
+def test_the_order_is_that_of_queues(group: int, window: int) -> None:
     wanted = list(islice(queued(group, window, 3), 600))
     order = bucketed(group, window)
     assert [order.state_at(position) for position in range(600)] == wanted
-    # Every position is found by itself, whatever was asked before.
+    # The state at a position does not depend on earlier calls.
     for position in (599, 0, 311):
         assert bucketed(group, window).state_at(position) == wanted[position]
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_a_group_has_one_shape_and_every_state_comes_once(world_size: int) -> None:
-    """Whatever the number of processes: here they share a step of 48 states, 3000 where there are too many."""
+    """For any number of processes, which share a step of 48 states, or a larger one if they are too many."""
     step = 48 if 48 % world_size == 0 else 3 * world_size
     batch = 1 if step == 48 else 3
     plan = Batching(bucketed(group_size(step, batch)), batch, step // world_size // batch, world_size)
@@ -63,7 +63,7 @@ def test_a_group_has_one_shape_and_every_state_comes_once(world_size: int) -> No
         came = [state for state in order if BUCKETS[state] == bucket]
         for start in range(0, len(came) - number + 1, number):
             assert len(set(came[start : start + number])) == number
-    # What has not come waits: less than a group of each bucket.
+    # The others wait: fewer than a group in each bucket.
     counts = np.bincount(order, minlength=101)
     for bucket in range(4):
         assert np.ptp(counts[bucket == BUCKETS]) <= 1
@@ -74,12 +74,12 @@ def test_a_group_has_one_shape_and_every_state_comes_once(world_size: int) -> No
     [(1024, 1, 64), (1024, 8, 64), (1024, 128, 128), (1024, 1024, 1024), (96, 1, 48), (96, 32, 96), (16, 4, 16),
      (1009, 1, 1), (1009, 1009, 1009), (1, 1, 1)],
 )  # fmt: skip
-def test_groups_cut_a_step_and_are_cut_into_micro_batches(step: int, batch: int, wanted: int) -> None:
+def test_groups_divide_a_step_and_hold_whole_micro_batches(step: int, batch: int, wanted: int) -> None:
     assert group_size(step, batch) == wanted
     assert step % wanted == wanted % batch == 0
 
 
-def test_what_waits_is_less_than_a_group_of_each_bucket() -> None:
+def test_fewer_states_than_a_group_wait_in_each_bucket() -> None:
     for group in (2, 7, 16):
         order = bucketed(group)
         for epoch in range(1, 6):
@@ -126,7 +126,7 @@ def test_windows_follow_each_other_and_name_the_shards_of_their_states(group: in
 
 
 @pytest.mark.parametrize("group", [1, 2, 7, 16, 60])
-def test_when_all_have_been_seen(group: int) -> None:
+def test_positions_to_see_all(group: int) -> None:
     order = bucketed(group)
     seen: set[int] = set()
     position = 0
@@ -144,7 +144,7 @@ def test_one_bucket_is_the_order_without_buckets() -> None:
     assert type(make_order(BUCKETS, SHARDS, 3, 25, 7)) is BucketedOrder
 
 
-def test_rare_shapes_are_said() -> None:
+def test_rare_shapes_are_mentioned() -> None:
     assert bucket_remark(np.ones(5), 16) is None
     assert bucket_remark(BUCKETS, 3) == "latents of 4 shapes, in groups of 3 states of the same shape"
     assert "groups of 16 states of the same shape; rarer shapes: 2 (11 states)" in bucket_remark(BUCKETS, 16)

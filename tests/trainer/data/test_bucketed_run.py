@@ -1,4 +1,4 @@
-"""Whole runs over latents of several shapes."""
+"""Runs over latents of several shapes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def test_each_micro_batch_is_of_one_shape_and_all_shapes_come(
     out = train(on=shaped, batch_size=2, grad_accum=2, max_steps=12, lr=1e-10)
     shapes = [tuple(batch.x0_B2Chw.shape[2:]) for batch in seen]
     assert shapes[::2] == shapes[1::2]
-    # 12 steps are 48 states: of 36 an epoch, 3 of the last shape, whose first group is full in the second epoch.
+    # 12 steps are 48 states: an epoch has 36, of which 3 have the last shape, whose first group is full in the second
+    # epoch.
     assert [shapes[::2].count(shape) for shape in SHAPES] == [6, 5, 1]
     for loss in column(out, "loss"):
         assert loss == pytest.approx(math.log(2), abs=2e-3)
@@ -59,7 +60,7 @@ def test_each_micro_batch_is_of_one_shape_and_all_shapes_come(
     assert "latents of 3 shapes, in groups of 4 states of the same shape; rarer shapes: 1 (3 states)" in said
 
 
-def test_how_a_step_is_cut_changes_nothing(train: Train, shaped: list[Path]) -> None:
+def test_the_split_of_a_step_changes_nothing(train: Train, shaped: list[Path]) -> None:
     runs = [
         train(f"cut-{batch}", on=shaped, batch_size=batch, grad_accum=accum, max_steps=5, beta=200, lr=1e-5)
         for batch, accum in ((4, 1), (1, 4))
@@ -78,7 +79,7 @@ def test_held_out_states_of_several_shapes(
     assert len({tuple(batch.x0_B2Chw.shape[2:]) for batch in seen}) == 3
 
 
-def test_a_run_goes_on_with_another_batch_size_but_not_with_other_groups(
+def test_a_run_resumes_with_another_batch_size_but_not_with_other_groups(
     train: Train, shaped: list[Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = train(on=shaped, batch_size=4, grad_accum=18, max_steps=1)  # 72 states: groups of 36

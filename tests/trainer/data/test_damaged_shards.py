@@ -1,4 +1,4 @@
-"""Shards and samples that are missing or damaged end the run, and are named."""
+"""Missing or damaged shards and samples end the run with their name."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def samples(shards: Path) -> Iterator[Sample]:
 
 @pytest.fixture
 def with_nan(shards: Path, model: Path, tmp_path: Path) -> Path:
-    """The shards with a NaN in one latent of pair-1, as an inversion that went wrong would have written it."""
-    found = list(samples(shards))
-    x0 = found[1].x0_2Chw.clone()
+    """The shards with a NaN in a latent of pair-1, as a failed inversion might write it."""
+    copies = list(samples(shards))
+    x0 = copies[1].x0_2Chw.clone()
     x0[1, 0, 0, 0] = math.nan
-    found[1] = replace(found[1], x0_2Chw=x0)
+    copies[1] = replace(copies[1], x0_2Chw=x0)
     folder = tmp_path / "with-nan"
     folder.mkdir()
-    write_shards(folder, model, found, ["taste"])
+    write_shards(folder, model, copies, ["taste"])
     return folder
 
 
@@ -136,7 +136,7 @@ def test_the_run_resumes_once_the_shard_is_restored(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A window a shard, and no reference to measure before the first step: the run begins with one of them alone.
+    # One shard per window, and no reference noise to measure: the run starts with one shard only.
     options = {"unet": other_unet, "max_steps": 9, "save_every": 1, "shuffle_window": 1, "beta": 200, "lr": 1e-5}
     order = Order((12, 6), seed=0, window=1)
     last = order.shard_of(order.state_at(17))

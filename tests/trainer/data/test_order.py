@@ -31,7 +31,7 @@ def consumed(plan: Batching, steps: int) -> list[int]:
 
 @pytest.mark.parametrize("window", [1, 25, 1000])
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_every_state_once_an_epoch(world_size: int, window: int) -> None:
+def test_every_state_comes_once_per_epoch(world_size: int, window: int) -> None:
     plan = Batching(Order(SHARDS, 3, window), batch_size=3, grad_accum=2, world_size=world_size)
     steps = -(-3 * 101 // plan.states_per_step)
     order = consumed(plan, steps)
@@ -70,7 +70,7 @@ def test_windows_hold_whole_shards_and_their_states_only(window: int) -> None:
         assert here.first == position
         assert here.stop - here.first == sum(SHARDS[shard] for shard in here.shards)
         assert here.stop - here.first >= window or here.stop % 101 == 0
-        # No more than the window asks for: without its last shard it would be too small.
+        # No larger than necessary: without its last shard it would be too small.
         assert here.stop - here.first - SHARDS[here.shards[-1]] < window
         assert {order.shard_of(order.state_at(p)) for p in range(here.first, here.stop)} == {
             shard for shard in here.shards if SHARDS[shard]
@@ -84,7 +84,7 @@ def test_a_window_is_mixed() -> None:
     assert np.bincount(shards).min() > 60
 
 
-def test_a_resumed_run_needs_no_shard_of_a_window_that_is_done() -> None:
+def test_a_resumed_run_needs_no_shard_of_a_finished_window() -> None:
     order = Order(SHARDS, 5, 25)
     position = 60
     remaining = {order.shard_of(order.state_at(p)) for p in range(position, 101)}
@@ -94,7 +94,7 @@ def test_a_resumed_run_needs_no_shard_of_a_window_that_is_done() -> None:
 
 
 class Reads:
-    """In place of a dataset and of a shard store: which shards are asked for."""
+    """Replaces a dataset and a shard store, and records the shards that are used and fetched."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
@@ -119,7 +119,7 @@ class Reads:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("window", [1, 25, 1000])
 def test_resuming_at_any_position_reads_no_shard_that_is_not_needed(world_size: int, window: int) -> None:
-    """One more would be allowed. Shards without states are in windows, and may be checked with them."""
+    """At most one more with several processes. Windows may contain shards without states."""
     order = Order(SHARDS, 5, window)
     plan = Batching(order, batch_size=2, grad_accum=1, world_size=world_size)
     last = 120 // plan.states_per_step

@@ -1,4 +1,4 @@
-"""Samples that are not what the index says of them, and timesteps that no model has: named."""
+"""Samples that differ from the index, and timesteps outside the noise schedule, end the run and are named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMED = "shard-000000.tar: sample 00000001"
 
 
 def with_index(shards: Path, folder: Path, change: Change) -> Path:
-    """The shards with rows of their index changed, and a manifest that vouches for it."""
+    """Copy the shards, change rows of the index, and sign the manifest again."""
     shutil.copytree(shards, folder)
     table = pq.read_table(folder / INDEX_FILE)
     rows = table.to_pylist()
@@ -68,7 +68,7 @@ CHANGES = [one_state_more, one_state_less, another_timestep, another_shape, anot
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_sample_that_the_index_does_not_describe(
+def test_a_sample_that_differs_from_the_index(
     shards: Path, model: Path, tmp_path: Path, change: Change, batch_size: int, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -83,7 +83,7 @@ def test_a_sample_that_the_index_does_not_describe(
 
 
 def with_timesteps(shards: Path, folder: Path, timesteps: list[int], *, indexed: bool) -> Path:
-    """The shards with another trajectory in place of pair-1's, and a manifest that vouches for it."""
+    """Copy the shards with another trajectory for pair-1, and sign the manifest again."""
     shutil.copytree(shards, folder)
     samples = list(ShardDirectory(shards).samples())[:4]
     samples[1] = replace(samples[1], timestep_K=torch.tensor(timesteps))
@@ -103,11 +103,11 @@ def with_timesteps(shards: Path, folder: Path, timesteps: list[int], *, indexed:
         ([0, 1, 1000], True),
         ([0, 1, 1000], False),
         ([1, 2, 2**31 - 1], True),
-        ([1, 2, 2**40], False),  # no index holds these two
+        ([1, 2, 2**40], False),  # an index cannot hold these two
         ([-1, 0, 1], False),
     ],
 )
-def test_timesteps_that_the_model_does_not_have(
+def test_timesteps_outside_the_noise_schedule(
     shards: Path, model: Path, tmp_path: Path, timesteps: list[int], indexed: bool,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -118,7 +118,7 @@ def test_timesteps_that_the_model_does_not_have(
     assert f"{NAMED} (pair pair-1): timesteps {timesteps[0]} to {timesteps[-1]} are not within 0 to 999" in error
 
 
-def test_latents_of_another_space_than_the_models(
+def test_latents_that_do_not_fit_the_model(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wide = [

@@ -1,4 +1,4 @@
-"""FSDP: accelerate's own, over two processes on the CPU, which it is told are GPUs."""
+"""FSDP through accelerate, over two CPU processes that accelerate takes for GPUs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, metrics, run_cli
 from tests.trainer.output.test_resume import ENVIRONMENT, launch_two
 
-# What docs/guide/training.md says.
+# As in docs/guide/training.md.
 FSDP = "--num_processes 2 --use_fsdp --fsdp_version 2"
 WRAP = "TRANSFORMER_BASED_WRAP"
-# What accelerate asks for, or says that it chose.
+# Options that accelerate would ask for or warn about.
 CHOSEN = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
 
@@ -50,7 +50,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def options(prompts: Path) -> dict[str, Any]:
-    """A run in which all happens that differs for a denoiser that is cut up; some checkpoints follow on a backward."""
+    """A run with everything that differs for a sharded denoiser; some checkpoints directly follow a backward."""
     return {
         "max_steps": 3,
         "beta": 200,
@@ -70,44 +70,44 @@ def assert_same_course(out: Path, expected: Path) -> None:
         np.testing.assert_allclose(column(out, name), column(expected, name), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def assert_same_looks(out: Path, expected: Path) -> None:
-    """At the held-out pairs."""
-    looks = [[line["val/loss"] for line in metrics(each) if "val/loss" in line] for each in (out, expected)]
-    assert len(looks[0]) == 2
-    np.testing.assert_allclose(*looks, rtol=1e-4)
+def assert_same_held_out_loss(out: Path, expected: Path) -> None:
+    losses = [[line["val/loss"] for line in metrics(run) if "val/loss" in line] for run in (out, expected)]
+    assert len(losses[0]) == 2
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_cut_up_equals_ddp(shards: Path, model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    ddp, cut_up = tmp_path / "ddp", tmp_path / "cut_up"
+def test_fsdp_equals_ddp(shards: Path, model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    ddp, sharded = tmp_path / "ddp", tmp_path / "sharded"
     done = launch_two(arguments(shards, model, ddp, **options))
     assert done.returncode == 0, done.stderr
-    done = launch(arguments(shards, model, cut_up, **options))
+    done = launch(arguments(shards, model, sharded, **options))
     assert done.returncode == 0, done.stderr
-    assert_same_course(cut_up, ddp)
-    assert_same_looks(cut_up, ddp)
-    # Each process holds its part alone.
+    assert_same_course(sharded, ddp)
+    assert_same_held_out_loss(sharded, ddp)
+    # Each process holds its own shard.
     held = [tuple(map(int, pair)) for pair in re.findall(r"holds (\d+) of (\d+)", done.stderr)]
     assert len(held) == 2
     assert all(0.4 < part / total < 0.6 for part, total in held)
     assert sum(part for part, _ in held) == held[0][1]
-    # What is saved is whole, and diffusers' own.
-    unet = UNet2DConditionModel.from_pretrained(cut_up / "unet")
+    # Saved tensors are full, and diffusers loads them.
+    unet = UNet2DConditionModel.from_pretrained(sharded / "unet")
     expected = UNet2DConditionModel.from_pretrained(ddp / "unet").state_dict()
     start = UNet2DConditionModel.from_pretrained(model / "unet").state_dict()
-    assert all(type(each) is torch.nn.Parameter for each in unet.parameters())
+    assert all(type(parameter) is torch.nn.Parameter for parameter in unet.parameters())
     for name, tensor in unet.state_dict().items():
         moved, difference = (expected[name] - start[name]).norm(), (tensor - expected[name]).norm()
         assert difference <= 0.05 * moved, name
     for step in (0, 2, 3):
         images = [
-            np.asarray(Image.open(out / "validation" / f"step-{step:06d}.png"), dtype=np.int16) for out in (ddp, cut_up)
+            np.asarray(Image.open(out / "validation" / f"step-{step:06d}.png"), dtype=np.int16)
+            for out in (ddp, sharded)
         ]
         assert np.abs(images[0] - images[1]).max() <= 2
 
 
 @pytest.mark.long
-def test_a_run_goes_on_cut_up_or_not(
+def test_a_run_resumes_with_and_without_fsdp(
     train: Train,
     shards: Path,
     model: Path,
@@ -118,19 +118,19 @@ def test_a_run_goes_on_cut_up_or_not(
     del options["image_prompts"]
     whole = train("whole", batch_size=4, **options)
     out = tmp_path / "run"
-    cut_up = arguments(shards, model, out, **options)
-    assert "error: power cut" in launch(cut_up, POWER_CUT="1").stderr
+    sharded = arguments(shards, model, out, **options)
+    assert "error: power cut" in launch(sharded, POWER_CUT="1").stderr
     assert (out / "checkpoint-000001").is_dir()
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", dying_after(2))
         assert run_cli(monkeypatch, arguments(shards, model, out, batch_size=4, **options)) == 2
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    done = launch(cut_up)
+    done = launch(sharded)
     assert done.returncode == 0, done.stderr
     assert "resuming after step 2 of 3" in done.stdout
     assert_same_course(out, whole)
-    assert_same_looks(out, whole)
+    assert_same_held_out_loss(out, whole)
     expected = load_file(whole / "unet/diffusion_pytorch_model.safetensors")
     for name, tensor in load_file(out / "unet/diffusion_pytorch_model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-5)
@@ -141,13 +141,13 @@ def test_a_run_goes_on_cut_up_or_not(
 def test_adapter_with_live_reference(train: Train, shards: Path, model: Path, tmp_path: Path, wrap: str) -> None:
     options = {"max_steps": 3, "beta": 200, "lora_rank": 2, "reference": "live", "gradient_checkpointing": True}
     one = train("one", batch_size=4, **options)
-    cut_up = arguments(shards, model, tmp_path / "cut_up", save_every=1, **options)
-    assert "error: power cut" in launch(cut_up, wrap=wrap, POWER_CUT="1").stderr
-    done = launch(cut_up, wrap=wrap)
+    sharded = arguments(shards, model, tmp_path / "sharded", save_every=1, **options)
+    assert "error: power cut" in launch(sharded, wrap=wrap, POWER_CUT="1").stderr
+    done = launch(sharded, wrap=wrap)
     assert done.returncode == 0, done.stderr
     assert "resuming after step 1 of 3" in done.stdout
-    assert_same_course(tmp_path / "cut_up", one)
-    tensors, expected = (load_file(out / "pytorch_lora_weights.safetensors") for out in (tmp_path / "cut_up", one))
+    assert_same_course(tmp_path / "sharded", one)
+    tensors, expected = (load_file(out / "pytorch_lora_weights.safetensors") for out in (tmp_path / "sharded", one))
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-5)
@@ -157,9 +157,9 @@ def test_adapter_with_live_reference(train: Train, shards: Path, model: Path, tm
 def test_arithmetic_in_bf16_is_that_of_the_reference(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
     options = {"max_steps": 1, "dtype": "bf16", "reference": "recomputed"}
     one = train("one", batch_size=4, **options)
-    done = launch(arguments(shards, model, tmp_path / "cut_up", **options))
+    done = launch(arguments(shards, model, tmp_path / "sharded", **options))
     assert done.returncode == 0, done.stderr
-    # The reference's errors were computed before it was cut up.
-    assert column(tmp_path / "cut_up", "drift") == [0]
-    # Autograd sums gradients of what is used twice in another order.
-    np.testing.assert_allclose(column(tmp_path / "cut_up", "grad_norm"), column(one, "grad_norm"), rtol=1e-2)
+    # The reference errors were computed before sharding.
+    assert column(tmp_path / "sharded", "drift") == [0]
+    # Autograd sums the gradients of a tensor with two uses in another order.
+    np.testing.assert_allclose(column(tmp_path / "sharded", "grad_norm"), column(one, "grad_norm"), rtol=1e-2)

@@ -1,4 +1,4 @@
-"""Optimizers, the learning rate, the moving average and what saves memory, through the command line."""
+"""Optimizers, learning rate, moving average and gradient checkpointing, through the command line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_adafactors_first_step_has_adams_signs_and_the_learning_rate_as_its_size
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """In place of bitsandbytes', which needs a GPU: state of the same names and types, and restored as it does.
+    """Replaces that of bitsandbytes, which needs a GPU; its state has the same names and types.
 
     Bytes with a scale for each tensor stand for its bytes with a scale for each block and a table of what they mean.
     """
@@ -90,7 +90,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 p.sub_(group["lr"] * moments[0] / (moments[1].clamp(min=0).sqrt() + group["eps"]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's own would turn the bytes into the parameters' type."""
+        """Keep the bytes: torch would convert them to the dtype of the parameters."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         groups = [
             {**new, "params": old["params"]}
@@ -102,7 +102,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 @pytest.fixture
 def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of that name, for the CPU."""
+    """A module of this name, for the CPU."""
     fake = types.ModuleType("bitsandbytes")
     fake.optim = types.SimpleNamespace(AdamW8bit=AdamW8bit)
     monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
@@ -117,7 +117,7 @@ def test_eight_bit_adam_is_called_as_adam_and_makes_its_first_step(
     for optimizer in ("adamw8bit", "adamw"):
         train(optimizer, optimizer=optimizer, max_steps=1, lr=1e-4, weight_decay=0.02)
     assert AdamW8bit.made == [{"lr": 1e-4, "weight_decay": 0.02}]
-    # A first step does not depend on how its moments are kept.
+    # The first step does not depend on how moments are stored.
     ours, theirs = collected
     for name, wanted in theirs.items():
         torch.testing.assert_close(ours[name], wanted, rtol=1e-5, atol=1e-7)
@@ -125,7 +125,7 @@ def test_eight_bit_adam_is_called_as_adam_and_makes_its_first_step(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw8bit"])
 @pytest.mark.usefixtures("bitsandbytes")
-def test_a_run_that_goes_on_equals_the_uninterrupted_one(
+def test_a_resumed_run_equals_the_uninterrupted_one(
     train: Train, optimizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path, model: Path
 ) -> None:
     run = {**OPTIONS, "lora_rank": None, "optimizer": optimizer, "ema_decay": 0.8}
@@ -160,12 +160,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory(train: Train, monkeyp
         return compute(*args, **kwargs)
 
     monkeypatch.setattr(torch_checkpoint, "checkpoint", count)
-    kept = train("kept")
+    stored = train("stored")
     assert calls == 0
-    anew = train("anew", gradient_checkpointing=True)
-    assert calls >= 4  # at least one block a step
+    recomputed = train("recomputed", gradient_checkpointing=True)
+    assert calls >= 4  # at least one block per step
     for name in ("loss", "grad_norm"):
-        np.testing.assert_allclose(column(anew, name), column(kept, name), rtol=1e-5)
+        np.testing.assert_allclose(column(recomputed, name), column(stored, name), rtol=1e-5)
     lora = train("lora", lora_rank=2, gradient_checkpointing=True)
     np.testing.assert_allclose(column(lora, "loss"), column(train("lora-kept", lora_rank=2), "loss"), rtol=1e-5)
 
@@ -209,7 +209,7 @@ def test_wrong_flags(
     options: dict[str, object],
     message: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **options)) == 2
     assert message in capsys.readouterr().err
 
@@ -218,7 +218,7 @@ def test_wrong_flags(
 def test_eight_bit_adam_needs_its_package(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # not installed
     assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", optimizer="adamw8bit")) == 2
     assert "--optimizer adamw8bit needs bitsandbytes, which is not installed" in capsys.readouterr().err
 
@@ -234,7 +234,7 @@ def test_each_setting_is_part_of_the_runs_identity(
     ):
         assert run_cli(monkeypatch, arguments(shards, model, out, max_steps=1, **{name: value})) == 2
         assert message in capsys.readouterr().err
-    # What changes no number may change.
+    # Flags that do not change the results may change.
     train(max_steps=1, gradient_checkpointing=True, max_skipped=9)
     assert "finished; nothing to do" in capsys.readouterr().out
 
@@ -251,8 +251,8 @@ class _Run:
         self.finished = True
 
 
-def test_wandb_gets_what_the_file_gets(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """wandb itself needs an account: in its place a module that records how it is called."""
+def test_wandb_gets_the_records_of_the_file(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a module in place of wandb, which needs an account, that records its calls."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     runs: list[tuple[dict[str, object], _Run]] = []
@@ -278,7 +278,7 @@ def test_wandb_gets_what_the_file_gets(train: Train, tmp_path: Path, monkeypatch
     assert [step for step, _ in logged] == [1, 2]
     for (_, values), line in zip(logged, lines, strict=True):
         assert values == {name: value for name, value in line.items() if value is not None and name != "step"}
-    # A run that is resumed is resumed there; one that is overwritten is another.
+    # A resumed run continues its wandb run; an overwritten one starts another.
     (out / "training.json").unlink()
     train(wandb_project="aligned", max_steps=2)
     train(wandb_project="aligned", max_steps=2, overwrite=True)

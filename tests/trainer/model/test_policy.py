@@ -1,4 +1,4 @@
-"""What a run saves, and that stock diffusers takes it."""
+"""The files of a run, and loading them with stock diffusers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_trained_unet_generates_in_a_stock_pipeline(train: Train, model: Path) -
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
-def test_only_the_denoiser_changes_and_nothing_is_left_over(train: Train) -> None:
+def test_a_run_leaves_these_files_and_no_others(train: Train) -> None:
     out = train(max_steps=2, save_every=1)
     assert sorted(path.name for path in out.iterdir()) == [
         "checkpoint-000002",
@@ -55,7 +55,7 @@ def test_only_the_denoiser_changes_and_nothing_is_left_over(train: Train) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5}, {"lora_rank": 2}, {"lora_rank": 2, "ema_decay": 0.5}])
-def test_a_checkpoint_is_what_a_run_of_so_many_steps_leaves(
+def test_a_checkpoint_equals_the_result_of_a_run_of_its_steps(
     train: Train, model: Path, options: dict[str, object]
 ) -> None:
     out = train(max_steps=3, save_every=1, checkpoints_total_limit=5, keep_checkpoints=True, **options)
@@ -67,9 +67,9 @@ def test_a_checkpoint_is_what_a_run_of_so_many_steps_leaves(
         assert (checkpoint / file).read_bytes() == (short / file).read_bytes()
         (source,) = parse_models([f"x={checkpoint}"])
         assert source.kind == ("lora" if "lora_rank" in options else "unet")
-        # Those in training are in the checkpoint a second time only where the model is their average.
+        # Only a checkpoint with an average holds the weights in training, too.
         assert len(list(checkpoint.rglob("*.safetensors"))) == (2 if "ema_decay" in options else 1)
-    # What is finished is left as it is, whatever these flags say now.
+    # A finished run is not changed, whatever these flags say.
     train(max_steps=3, save_every=1, **options)
     assert len(list(out.glob("checkpoint-*"))) == 3
     pipeline = StableDiffusionPipeline.from_pretrained(model)

@@ -1,4 +1,4 @@
-"""The reference that a run trains against: in whose arithmetic it was measured, and how far that is from the run's."""
+"""Reference errors: stored ones in another precision, and recomputed ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.trainer.helpers import metrics, write_shards
 def inverted(folder: Path, model: Path, dtype: str) -> Path:
     """Shards of 48 states as ``invert --dtype`` makes them, all under one prompt.
 
-    Of several prompts, some end on the other side of a bf16 step when they are encoded in other company.
+    With several prompts, encodings would differ by a bf16 step if they are batched differently.
     """
     family = load_family(str(model))
     inverter = Inverter(family, family.denoiser, InversionSettings(dtype=dtype, steps=6, prompt_dropout=0), seed=0)
@@ -37,7 +37,7 @@ def inverted(folder: Path, model: Path, dtype: str) -> Path:
 
 @pytest.fixture(scope="module", params=[make_tiny_model, make_tiny_xl], ids=["sd", "sdxl"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose norms have gains other than 1, as trained ones have: rounding them changes something."""
+    """A model whose norms have gains other than 1, like trained ones, so that rounding changes them."""
     folder: Path = request.param(tmp_path_factory.mktemp("models") / "model")
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_bf16_shards_hold_the_errors_that_a_bf16_run_computes(
     train: Train, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit, but where a row's place in its batch moves the last bit of what is rounded next."""
+    """Equal bits, except where the position in a batch changes the last bit before rounding."""
     computed: list[torch.Tensor] = []
     monkeypatch.setattr(reference, "write_reference", lambda _path, error_S2, _steps: computed.append(error_S2))
     shards = inverted(tmp_path / "shards", base, "bf16")
@@ -63,7 +63,7 @@ def test_bf16_shards_hold_the_errors_that_a_bf16_run_computes(
     assert metrics(out)[0]["reference_noise/std"] < 0.2
 
 
-def test_errors_of_other_arithmetic_are_named_and_loud(
+def test_errors_of_another_precision_are_named_and_significant(
     train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"base": base, "max_steps": 1, "batch_size": 48, "dtype": "bf16", "reference": "stored"}
@@ -76,9 +76,9 @@ def test_errors_of_other_arithmetic_are_named_and_loud(
     assert all(word in printed for word in words)
 
 
-@pytest.mark.parametrize(("noise", "loud"), [(3e-5, False), (1e-4, True)])
-def test_whether_noise_is_loud_does_not_depend_on_the_size_of_a_step(
-    train: Train, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, noise: float, loud: bool
+@pytest.mark.parametrize(("noise", "significant"), [(3e-5, False), (1e-4, True)])
+def test_whether_noise_is_significant_does_not_depend_on_the_size_of_a_step(
+    train: Train, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, noise: float, significant: bool
 ) -> None:
     """Margins of std 0.04 or 0.14; the mean loss of few states moves by more than 0.005 with either."""
     read = batches.read_state
@@ -93,7 +93,7 @@ def test_whether_noise_is_loud_does_not_depend_on_the_size_of_a_step(
     monkeypatch.setattr(reference, "write_reference", lambda *_: made.append(True))
     for batch_size in (1, 18):
         train(f"{batch_size}", batch_size=batch_size, max_steps=18 // batch_size, beta=2000)
-    assert len(made) == 2 * loud
+    assert len(made) == 2 * significant
 
 
 def test_recomputed_errors_that_are_not_finite_end_the_run(

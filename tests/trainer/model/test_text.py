@@ -1,4 +1,4 @@
-"""Prompts encoded once, up front, against prompts encoded as they come."""
+"""``--text cache`` against ``--text live``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_cached_equals_live_to_the_bit(train: Train, tmp_path: Path, dtype: str)
     (file,) = (tmp_path / "cache").glob("text-*.safetensors")
     tensors = safetensors.torch.load_file(file)
     assert tensors["text"].dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
-    # Of each prompt of the data set once: the fourth one is dropped in its only trajectory, the first comes twice.
+    # Each prompt once: the fourth one is dropped in its only trajectory, the first occurs twice.
     assert len(tensors["key"]) == len(tensors["text"]) == len(PROMPTS) - 1
 
 
@@ -66,7 +66,7 @@ def test_later_runs_use_the_file_and_the_encoders_are_freed(
     assert alive == [False, False]
 
 
-def test_a_damaged_file_and_a_prompt_that_is_not_there_are_named(
+def test_a_damaged_file_and_a_missing_prompt_are_named(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(text="cache", cache=tmp_path / "cache", max_steps=1)
@@ -83,7 +83,7 @@ def test_a_damaged_file_and_a_prompt_that_is_not_there_are_named(
 
 @pytest.mark.long
 def test_two_processes_share_a_file_and_one_draws(train: Train, shards: Path, model: Path, tmp_path: Path) -> None:
-    gentle = {"max_steps": 2, "beta": 200, "lr": 1e-5}  # at the defaults, a step enlarges the rounding of sums
+    gentle = {"max_steps": 2, "beta": 200, "lr": 1e-5}  # by default a step magnifies rounding
     one = train("one", batch_size=4, **gentle)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat")

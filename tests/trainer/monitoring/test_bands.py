@@ -16,18 +16,18 @@ BETA = 200
 
 @pytest.mark.parametrize("num", [4, 1000, 1001, 37])
 def test_bands_are_every_timestep_once_and_equal(num: int) -> None:
-    found = bands(num)
-    assert [t for band in found for t in band] == list(range(num))
-    assert {len(band) for band in found} <= {num // 4, num // 4 + 1}
+    timesteps = bands(num)
+    assert [t for band in timesteps for t in band] == list(range(num))
+    assert {len(band) for band in timesteps} <= {num // 4, num // 4 + 1}
 
 
-def test_values_stand_in_their_band_alone() -> None:
+def test_values_are_in_their_band_only() -> None:
     t_B = torch.tensor([0, 249, 250, 999])
     values = {name: torch.tensor([1.0, math.nan, 3.0, 4.0]) for name in BANDED}
-    found = by_band(values, t_B, 1000)
-    assert len(found) == 4 * len(BANDED)
+    banded = by_band(values, t_B, 1000)
+    assert len(banded) == 4 * len(BANDED)
     for name in BANDED:
-        rows = [found[f"{name}/t{band}"].tolist() for band in ("0-249", "250-499", "500-749", "750-999")]
+        rows = [banded[f"{name}/t{band}"].tolist() for band in ("0-249", "250-499", "500-749", "750-999")]
         wanted = [
             [1, math.nan, *[math.nan] * 2],
             [math.nan, math.nan, 3, math.nan],

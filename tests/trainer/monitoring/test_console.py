@@ -1,4 +1,4 @@
-"""What a run says, and to whom."""
+"""The output of a run to a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tests.trainer.helpers import arguments, column
 from tests.trainer.output.test_resume import start
 
 
-def test_it_falls_silent_where_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as nobody:
-        monkeypatch.setattr(sys, "stdout", nobody)
-        report = RunConsole(is_main=True)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        console = RunConsole(is_main=True)
         for _ in range(2):
-            report.say("hello")
+            console.say("hello")
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_when_the_reader_of_its_output_goes_away(shards: Path, model: Path, tmp_path: Path) -> None:
+def test_a_run_continues_when_the_reader_of_its_output_exits(shards: Path, model: Path, tmp_path: Path) -> None:
     """`smpo-train ... | head -1`."""
     run = start(arguments(shards, model, tmp_path / "run"))
     run.stdout.readline()

@@ -1,4 +1,4 @@
-"""What is said of a run's health: on made-up records, and of tiny runs that are made to go wrong."""
+"""Health warnings: on artificial records, and in tiny runs that are made to fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 60
 
 
 def good(step: int) -> Record:
-    """A run that goes well: what the demo's looks like."""
+    """The record of a good run, like that of the demo."""
     record: Record = {
         "step": step,
         "loss": 0.7 - 0.2 * step / STEPS,
@@ -43,21 +43,21 @@ def good(step: int) -> Record:
     return record
 
 
-def said(change: Callable[[int], Record], *, steps: int = STEPS, **settings: float | bool) -> list[str]:
+def warnings_of(change: Callable[[int], Record], *, steps: int = STEPS, **settings: float | bool) -> list[str]:
     """Warnings of a run of good records with changes."""
     known = {"warmup_steps": WARM_UP, "states_per_step": 50, "num_held_out": 500, "num_train_timesteps": 1000}
     health = Health(**{**known, "uses_reference": True, **settings})  # type: ignore[arg-type]
-    found = [warning for step in range(1, steps + 1) for warning in health.check(good(step) | change(step))]
-    assert found == health.warnings
-    return found
+    warnings = [warning for step in range(1, steps + 1) for warning in health.check(good(step) | change(step))]
+    assert warnings == health.warnings
+    return warnings
 
 
-def looked(values: Callable[[int], float], step: int) -> Record:
+def evaluated(values: Callable[[int], float], step: int) -> Record:
     return {"val/rewards/accuracies": values(step)} if step % 10 == 0 else {}
 
 
-def by_heart(step: int) -> Record:
-    return {"loss": 0.7 if step < 20 else 0.05, "rewards/accuracies": 0.95} | looked(lambda _: 0.6, step)
+def memorising(step: int) -> Record:
+    return {"loss": 0.7 if step < 20 else 0.05, "rewards/accuracies": 0.95} | evaluated(lambda _: 0.6, step)
 
 
 def exploding(step: int) -> Record:
@@ -65,7 +65,7 @@ def exploding(step: int) -> Record:
 
 
 def guessing(step: int) -> Record:
-    return looked(lambda number: 0.5 + 0.02 * (-1) ** (number // 10), step)
+    return evaluated(lambda number: 0.5 + 0.02 * (-1) ** (number // 10), step)
 
 
 def guessing_in_training(step: int) -> Record:
@@ -84,68 +84,69 @@ NO_HELD_OUT = {"num_held_out": 0}
 @pytest.mark.parametrize(
     ("change", "settings", "wanted"),
     [
-        (by_heart, {}, "the run memorises its pairs: the training loss is near 0 (0.05, at first 0.7)"),
+        (memorising, {}, "the run memorises its pairs: the training loss is near 0 (0.05, at first 0.7)"),
         (exploding, {}, "margins explode (mean 30 over 20 steps"),
         (guessing, {}, "the implicit accuracy on held-out pairs is at chance after the warm-up (0.50 over 500 states)"),
         (guessing_in_training, NO_HELD_OUT, "the implicit accuracy in training is at chance after the warm-up (0.50"),
         (one_band, {}, "one band of timesteps dominates (t 750 to 999 has 82% of the margin)"),
     ],
 )
-def test_each_failure_is_said_once(change: Callable[[int], Record], settings: dict[str, float], wanted: str) -> None:
-    found = said(change, **settings)
-    assert len(found) == 1
-    assert found[0].startswith(wanted)
+def test_each_failure_is_warned_of_once(
+    change: Callable[[int], Record], settings: dict[str, float], wanted: str
+) -> None:
+    (warning,) = warnings_of(change, **settings)
+    assert warning.startswith(wanted)
 
 
 @pytest.mark.parametrize("settings", [{}, NO_HELD_OUT])
 def test_a_good_run_is_silent(settings: dict[str, float]) -> None:
-    assert said(lambda _: {}, **settings) == []
+    assert warnings_of(lambda _: {}, **settings) == []
 
 
 @pytest.mark.parametrize("change", [exploding, guessing_in_training, one_band])
-def test_nothing_is_judged_too_early(change: Callable[[int], Record]) -> None:
-    assert said(change, steps=WARM_UP + 19, **NO_HELD_OUT) == []
-    assert said(change, steps=STEPS, warmup_steps=STEPS - 19, **NO_HELD_OUT) == []
-    assert len(said(change, steps=WARM_UP + 20, **NO_HELD_OUT)) == 1
+def test_early_steps_are_not_judged(change: Callable[[int], Record]) -> None:
+    assert warnings_of(change, steps=WARM_UP + 19, **NO_HELD_OUT) == []
+    assert warnings_of(change, steps=STEPS, warmup_steps=STEPS - 19, **NO_HELD_OUT) == []
+    assert len(warnings_of(change, steps=WARM_UP + 20, **NO_HELD_OUT)) == 1
 
 
 def test_accuracies_and_bands_wait_for_enough_states() -> None:
     for change in (guessing_in_training, one_band):
-        assert said(change, states_per_step=20, steps=WARM_UP + 49, **NO_HELD_OUT) == []
-        assert len(said(change, states_per_step=20, steps=WARM_UP + 50, **NO_HELD_OUT)) == 1
-    assert said(guessing, steps=39) == []
-    assert len(said(guessing, steps=40)) == 1
+        assert warnings_of(change, states_per_step=20, steps=WARM_UP + 49, **NO_HELD_OUT) == []
+        assert len(warnings_of(change, states_per_step=20, steps=WARM_UP + 50, **NO_HELD_OUT)) == 1
+    assert warnings_of(guessing, steps=39) == []
+    assert len(warnings_of(guessing, steps=40)) == 1
 
 
-def test_what_looks_alike_is_silent() -> None:
-    # Errors of both images that rise: such runs gained most in our measurements.
-    assert said(lambda _: {f"error_minus_reference/{image}": 0.05 for image in ("chosen", "rejected")}) == []
-    # A loss near 0 that holds for others.
-    assert said(lambda step: by_heart(step) | looked(lambda number: 0.6 + 0.3 * number / STEPS, step)) == []
+def test_harmless_runs_that_look_alike_are_silent() -> None:
+    # The errors of both images rise: such runs gained most in our measurements.
+    assert warnings_of(lambda _: {f"error_minus_reference/{image}": 0.05 for image in ("chosen", "rejected")}) == []
+    # A loss near 0 that generalises.
+    assert warnings_of(lambda step: memorising(step) | evaluated(lambda number: 0.6 + 0.3 * number / STEPS, step)) == []
     # Bands without states are the user's choice.
     alone = {f"rewards/margins/t{band}": None for band in ("0-249", "250-499", "500-749")}
-    assert said(lambda step: one_band(step) | alone) == []
-    # Nothing learned yet: shares of noise.
+    assert warnings_of(lambda step: one_band(step) | alone) == []
+    # The margin is too small to compare bands.
     tiny = {f"rewards/margins/t{band}": 1e-5 for band in ("0-249", "250-499", "500-749")}
-    assert said(lambda _: tiny | {"rewards/margins/t750-999": 0.01}) == []
+    assert warnings_of(lambda _: tiny | {"rewards/margins/t750-999": 0.01}) == []
     # Objectives that do not train a margin against the reference.
     for change in (exploding, guessing, one_band):
-        assert said(change, uses_reference=False) == []
+        assert warnings_of(change, uses_reference=False) == []
 
 
 def test_steps_without_values_are_left_out() -> None:
     empty = dict.fromkeys(good(1))
-    assert said(lambda step: (empty | {"step": step}) if step % 2 else {}) == []
-    assert said(lambda step: empty | {"step": step}) == []
-    assert len(said(lambda step: (empty | {"step": step}) if step % 2 else exploding(step))) == 1
+    assert warnings_of(lambda step: (empty | {"step": step}) if step % 2 else {}) == []
+    assert warnings_of(lambda step: empty | {"step": step}) == []
+    assert len(warnings_of(lambda step: (empty | {"step": step}) if step % 2 else exploding(step))) == 1
 
 
 OFFSET = 2.0
-"""How far the preferred images' latents lie from the others', which makes tiny pairs learnable."""
+"""Distance of the latents of preferred images from those of the others, which makes tiny pairs learnable."""
 
 
 def learnable(folder: Path, source: Path, model: Path, *, shuffled: bool) -> Path:
-    """Shards whose preferred images' latents lie on one side of 0; shuffled: with labels that know nothing of it."""
+    """Shards in which the latents of preferred images lie on one side of 0; shuffled: with random labels."""
     plain = PlainReference(model)
     coin = np.random.default_rng(1)
 
@@ -199,18 +200,17 @@ EXPLODING = {"beta": 1e4, "lr": 1e-3}
 
 def test_margins_of_a_tiny_run_that_explode(train: Train, sided: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = train(on=sided, **GENTLE | EXPLODING)
-    found = [warning for warning in warnings(out) if warning.startswith("margins explode")]
-    assert len(found) == 1
-    assert capsys.readouterr().out.count(f"WARNING: {found[0]}") == 1
+    (warning,) = [warning for warning in warnings(out) if warning.startswith("margins explode")]
+    assert capsys.readouterr().out.count(f"WARNING: {warning}") == 1
 
 
-def test_shuffled_labels_are_said_to_teach_nothing(train: Train, source: Path, model: Path, tmp_path: Path) -> None:
+def test_shuffled_labels_are_warned_of(train: Train, source: Path, model: Path, tmp_path: Path) -> None:
     shuffled = learnable(tmp_path / "shuffled", source, model, shuffled=True)
     out = train(on=shuffled, **GENTLE, **HELD_OUT)
     assert any("accuracy on held-out pairs is at chance" in warning for warning in warnings(out))
 
 
-def test_a_run_that_goes_on_warns_as_the_uninterrupted(
+def test_a_resumed_run_warns_like_the_uninterrupted_one(
     train: Train, sided: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**GENTLE, **EXPLODING, "save_every": 6}

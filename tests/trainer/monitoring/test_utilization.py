@@ -1,4 +1,4 @@
-"""Counted operations against a count by hand, layer by layer; memory; compiling; arithmetic flags."""
+"""Counted operations against a count by hand, layer by layer; memory; compiling; TF32."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def policy_of(model: Path, lora_rank: int | None) -> Policy:
 
 
 def by_hand(policy: Policy, conditioning: Conditioning) -> int:
-    """2 per multiply-and-add. A backward pass costs a layer's forward once for its weights, where they are trained, and
-    once for its inputs, where something before them is."""
+    """Count 2 per multiply-and-add. A backward pass costs the forward of a layer once for its weights, if they are
+    trained, and once for its inputs, if an earlier layer is trained."""
     total = 0
 
     def of_layer(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -49,7 +49,7 @@ def by_hand(policy: Policy, conditioning: Conditioning) -> int:
     def of_attention(
         layer: Attention, inputs: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], _: object
     ) -> None:
-        """Two products of every query with every key, and in the backward pass each twice."""
+        """Two products of every query with every key, and each twice in the backward pass."""
         nonlocal total
         queries = inputs[0].shape[1]
         text = kwargs.get("encoder_hidden_states")
@@ -100,7 +100,7 @@ def test_the_share_of_a_known_peak(model: Path, train: Train, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("precision", "tf32", "peak"), [("bf16", False, 165.2e12), ("no", True, 82.6e12), ("no", False, 82.6e12)]
 )
-def test_the_peak_of_a_card_by_its_arithmetic(
+def test_the_peak_depends_on_the_precision(
     precision: str, tf32: bool, peak: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 4090")
@@ -117,7 +117,7 @@ def test_peaks_are_dense_ones(name: str) -> None:
     assert fp32 <= tf32
 
 
-def test_where_no_peak_is_known_none_is_made_up(train: Train) -> None:
+def test_without_a_known_peak_mfu_is_not_logged(train: Train) -> None:
     record = metrics(train(max_steps=1))[0]
     assert "mfu_percent" not in record
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -132,7 +132,7 @@ def test_tf32_needs_a_gpu(
 
 
 @pytest.mark.parametrize("tf32", [False, True])
-def test_float32_is_float32_unless_asked_otherwise(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_off_by_default(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(device=torch.device("cuda"), is_fsdp2=False)
     monkeypatch.setattr(launch, "Accelerator", lambda **_: gpu)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
@@ -140,13 +140,13 @@ def test_float32_is_float32_unless_asked_otherwise(tf32: bool, monkeypatch: pyte
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     launch.make_accelerator(make_settings(device="cpu", dtype="fp32", tf32=tf32))
     assert torch.backends.cudnn.allow_tf32 == tf32
-    # Of matrix products float32 is the default.
+    # Matrix products are in float32 by default.
     assert asked == ["high"] * tf32
 
 
 @pytest.mark.slow
 def test_compiling_changes_nothing_but_rounding(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced and differentiated as a whole by torch.compile; its code generator is left out, which takes minutes."""
+    """Traced and differentiated by torch.compile, without its code generator, which takes minutes."""
     compiled: list[nn.Module] = []
     compile_module = nn.Module.compile
 

@@ -1,4 +1,4 @@
-"""Every objective as its paper writes it: one pair at a time, with a named winner, in float64."""
+"""Plain versions of the objectives, as in the papers: one pair at a time, with a winner, in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""(winner's error, loser's error, the reference's of both, P(winner preferred)) -> loss, at BETA and defaults."""
+"""(winner's error, loser's error, reference errors of both, P(winner preferred)) -> loss, at BETA and defaults."""
 
 BETA, GAMMA, T = 20.0, 10.0, 1000
 

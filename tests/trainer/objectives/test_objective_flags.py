@@ -1,4 +1,4 @@
-"""Objectives and what combines with them, through the command line."""
+"""Objectives and the terms that combine with them, through the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DECIDED = ("pair-0", "pair-1", "pair-4", "pair-5")
 
 
 class State:
-    """A state of the session's shards, with errors in float64."""
+    """A state of the shards, with errors in float64."""
 
     def __init__(self, pair_id: str, label: float | None, p: float, t: int, errors: list[float], ref: list[float]):
         self.pair_id, self.label, self.p, self.t, self.errors, self.ref = pair_id, label, p, t, errors, ref
@@ -42,7 +42,7 @@ class State:
 @pytest.fixture(scope="module")
 def states(shards: Path, model: Path, other_unet: Path) -> list[State]:
     plain = PlainReference(model, other_unet)
-    found = []
+    states = []
     for sample in ShardDirectory(shards).samples():
         prompt = "" if sample.meta.prompt_dropped else sample.meta.prompt
         first, second = sample.meta.scores["taste"]
@@ -50,12 +50,12 @@ def states(shards: Path, model: Path, other_unet: Path) -> list[State]:
         for k, t in enumerate(sample.timestep_K.tolist()):
             errors = [plain.error(sample.x0_2Chw[i], sample.noise_K2Chw[k, i], t, prompt) for i in (0, 1)]
             ref = sample.ref_error_K2[k].double().tolist()
-            found.append(State(sample.meta.pair_id, sample.meta.label, p, t, errors, ref))
-    return found
+            states.append(State(sample.meta.pair_id, sample.meta.label, p, t, errors, ref))
+    return states
 
 
 def write_scores(folder: Path, pairs: int = PAIRS, **columns: list[object]) -> Path:
-    """A scores table of the first pairs, with these columns besides a reward's."""
+    """A scores table of the first pairs, with these columns and a reward."""
     folder.mkdir()
     ids = [f"pair-{number}" for number in range(pairs)]
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(pairs)]
@@ -77,7 +77,7 @@ def test_first_loss_of_a_label_objective(train: Train, states: list[State], othe
 def test_first_loss_of_capo_has_the_sigmoid_weight_inside(
     train: Train, states: list[State], model: Path, other_unet: Path
 ) -> None:
-    bias = 1.5  # the best of CaPO's ablation
+    bias = 1.5  # the best value in CaPO's ablation
     out = train(objective="capo", unet=other_unet, max_steps=1, batch_size=6, grad_accum=3, beta=2000)
     products = PlainReference(model).scheduler.alphas_cumprod.double()
     losses = []
@@ -110,8 +110,8 @@ def test_kept_ties_are_trained_on(train: Train, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("name", ["mapo", "capo", "sft"])
 def test_accumulation_equals_a_large_batch(train: Train, other_unet: Path, name: str) -> None:
-    # Adam turns the rounding of gradients near 0 into whole steps; small ones keep that below the tolerance. From
-    # other weights than the reference: there the budget's hinge stands at its edge.
+    # Adam turns rounding of gradients near 0 into full steps; a small learning rate keeps that below the tolerance.
+    # Start from other weights than the reference, where the hinge of the budget is at its edge.
     gentle = {"objective": name, "beta": 200, "lr": 1e-6, "max_steps": 3, "budget": 0.0, "unet": other_unet}
     large = train("large", batch_size=8, **gentle)
     small = train("small", batch_size=1, grad_accum=8, **gentle)
@@ -158,7 +158,10 @@ def test_equal_weights_change_nothing(train: Train, tmp_path: Path) -> None:
         ({"objective_option": ["label_smoothing"]}, "--objective-option label_smoothing: expected NAME=VALUE"),
         ({"objective_option": ["ties=keep", "ties=drop"]}, "--objective-option ties is given twice"),
         ({"objective_option": ["ties=keep"]}, "--objective smpo has no such option; it has none"),
-        ({"weight_column": "trust"}, "--weight-column trust names a column of a scores table: give the table with --scores DIR"),
+        (
+            {"weight_column": "trust"},
+            "--weight-column trust names a column of a scores table: give the table with --scores DIR",
+        ),
     ],
 )
 def test_wrong_flags(
@@ -178,7 +181,11 @@ def test_wrong_flags(
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [([1.0, -1.0, 1, 1, 1, 1], "pair pair-1 in"), (["a"] * 6, "has the weight 'a'"), (None, "--weight-column trust: not a column of")],
+    [
+        ([1.0, -1.0, 1, 1, 1, 1], "pair pair-1 in"),
+        (["a"] * 6, "has the weight 'a'"),
+        (None, "--weight-column trust: not a column of"),
+    ],
 )
 def test_wrong_weights(
     shards: Path,
@@ -217,7 +224,7 @@ def test_weights_of_other_pairs_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As --scores refuses them, though dpo asks no more of the table than its weights."""
+    """As with --scores, though dpo only needs the weights of the table."""
     prompts: list[object] = ["of another data set", *PROMPTS[1:], PROMPTS[0]]
     scores = write_scores(tmp_path / "scores", trust=[1.0] * PAIRS, prompt=prompts)
     run = arguments(shards, model, tmp_path / "run", objective="dpo", scores=scores, weight_column="trust")
@@ -253,7 +260,7 @@ def test_each_setting_is_part_of_the_runs_identity(
         changed = {"objective": "dpo", "max_steps": 1, name: value, **extra}
         assert run_cli(monkeypatch, arguments(shards, model, out, **changed)) == 2
         assert message in capsys.readouterr().err
-    # What has no effect here may change.
+    # Flags without effect here may change.
     train(objective="dpo", max_steps=1, snr_gamma=7, sigmoid_bias=1, budget_weight=3)
     assert "finished; nothing to do" in capsys.readouterr().out
 
@@ -267,7 +274,7 @@ def test_a_budget_makes_every_objective_use_the_reference(train: Train, capsys: 
     assert "recomputing" not in said
     first = metrics(train("with", budget=0, **options))[0]
     assert abs(first["reference_noise/loss"]) > 5e-3
-    # Recomputed in the run's own arithmetic, where it starts at the budget's edge.
+    # The reference is recomputed, so that the run starts at the edge of the budget.
     assert first["budget/excess"] == pytest.approx(0, abs=1e-4)
     train("with-live", budget=0, reference="live", **options)
     said = capsys.readouterr().out

@@ -58,7 +58,7 @@ def swap(pairs: PairBatch) -> PairBatch:
     )
 
 
-def test_found_by_itself() -> None:
+def test_objectives_are_found_automatically() -> None:
     assert sorted(objectives()) == NAMES
     with pytest.raises(UserError, match="--objective nonsense is not known; known: capo, dmpo, dpo, ipo, mapo, npo"):
         find_objective("nonsense")
@@ -129,14 +129,14 @@ def test_dpo_with_smoothing_by_hand() -> None:
     assert dpo_loss(float64(-1), float64(0), 0.1).item() == pytest.approx(wanted, rel=1e-12)
 
 
-def test_smoothed_dpo_is_least_at_the_labels_log_odds() -> None:
+def test_smoothed_dpo_has_its_minimum_at_the_log_odds_of_the_label() -> None:
     margin = float64(math.log(9)).requires_grad_(True)
     dpo_loss(margin, float64(1), 0.1).backward()
     assert margin.grad is not None
     assert margin.grad.item() == pytest.approx(0, abs=1e-12)
 
 
-def test_a_kept_tie_is_drawn_to_margin_0() -> None:
+def test_a_tie_pulls_the_margin_to_0() -> None:
     margin = float64(-2, 0, 2).requires_grad_(True)
     loss = dpo_loss(margin, float64(0.5, 0.5, 0.5), 0.1)
     assert loss[1].item() == pytest.approx(LN2, rel=1e-12)
@@ -172,7 +172,7 @@ def test_dmpo_stays_finite_far_from_the_label() -> None:
     assert margin.grad.isfinite().all()
 
 
-def test_dmpo_takes_one_label_in_a_hundred_to_be_wrong() -> None:
+def test_dmpo_assumes_one_wrong_label_in_a_hundred() -> None:
     # At the reference the slope is -logit(0.99) / 4; the least loss is at the label's own log-odds, ln 99.
     margin = float64(0, math.log(99)).requires_grad_(True)
     loss = make("dmpo").loss(batch_of_margins(margin, float64(1, 1)))
@@ -228,7 +228,7 @@ def test_reference_free_objectives_do_not_see_the_reference(name: str) -> None:
     assert not objective.uses_reference
     plain, moved = objective(batch()), objective(batch(ref_error_B2=batch().ref_error_B2 + 1))
     torch.testing.assert_close(plain[0], moved[0], rtol=0, atol=0)
-    # ... but what is logged compares with it
+    # ... but the metrics do
     torch.testing.assert_close(moved[1]["rewards/chosen"], plain[1]["rewards/chosen"] + BETA / 2)
 
 
@@ -243,7 +243,7 @@ def test_even_preference_has_no_gradient_in_smpo() -> None:
     assert metrics["rewards/margins"].isnan().all()
 
 
-def test_even_preference_draws_capo_to_the_reference() -> None:
+def test_even_preference_pulls_capo_to_the_reference() -> None:
     pairs = batch(preference_B=torch.full((6,), 0.5, dtype=torch.float64))
     torch.testing.assert_close(make("capo")(pairs)[0], implicit_margin(pairs.error_B2, pairs.ref_error_B2, BETA) ** 2)
 
@@ -268,7 +268,7 @@ def test_capo_with_a_certain_preference_is_ipo_of_twice_its_scale() -> None:
     torch.testing.assert_close(make("capo", beta=2 * BETA)(pairs)[0], 4 * make("ipo")(pairs)[0])
 
 
-def test_dmpo_and_smoothed_dpo_agree_where_they_are_least() -> None:
+def test_dmpo_and_smoothed_dpo_have_the_same_minimum() -> None:
     target = float64(0.2, 0.8)
     margin = (target / (1 - target)).log().requires_grad_(True)
     label = float64(0, 1)

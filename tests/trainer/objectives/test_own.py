@@ -60,7 +60,7 @@ def test_by_its_place(here: Path) -> None:
         ("./own.py:Plain", "'./own.py' is not a module name"),
         ("own:Missing", "own.py has no 'Missing'"),
         ("sys:path", "is not a subclass of smpo_trainer.objectives.Objective"),
-        ("own:Taken", "--objective own:Taken: .*'smpo'"),
+        ("own:Taken", "a built-in objective has the name 'smpo'"),
         ("own:Half", "the class does not define summary, uses_rewards, needs, loss, preferred, usable"),
         ("smop", "known: capo, dmpo, dpo, ipo, mapo, npo, sft, smpo, or your own as MODULE:CLASS"),
     ],

@@ -31,7 +31,7 @@ def pairs() -> PairBatch:
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN))
-def test_nothing_combined_is_the_objective_alone(name: str) -> None:
+def test_without_further_terms_it_is_the_objective(name: str) -> None:
     loss, metrics = make(name)(pairs(), ONES)
     wanted, _ = make(name).objective(pairs())
     torch.testing.assert_close(loss, wanted, rtol=0, atol=0)
@@ -39,7 +39,7 @@ def test_nothing_combined_is_the_objective_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN))
-def test_timestep_weights_stand_inside_the_margin(name: str) -> None:
+def test_timestep_weights_are_inside_the_margin(name: str) -> None:
     combined = make(name, kind="sigmoid")
     weight = combined.timestep_weight(pairs().timestep_B, ONES)
     scaled = replace(
@@ -75,14 +75,14 @@ def test_budget_is_added_in_margin_units() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN))
-def test_swapping_images_changes_nothing_with_everything_combined(name: str) -> None:
+def test_swapping_images_changes_nothing_with_all_terms(name: str) -> None:
     combined = make(name, kind="min-snr", budget=0.1)
     swapped = replace(swap(pairs()), timestep_B=pairs().timestep_B)
     weight = torch.rand(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(combined(pairs(), weight)[0], combined(swapped, weight)[0], rtol=1e-12, atol=1e-12)
 
 
-def test_pair_weights_multiply_the_loss_and_nothing_that_is_logged() -> None:
+def test_pair_weights_multiply_the_loss_but_not_the_metrics() -> None:
     weight = torch.arange(6, dtype=torch.float64)
     loss, metrics = make()(pairs(), weight)
     plain, plain_metrics = make()(pairs(), ONES)

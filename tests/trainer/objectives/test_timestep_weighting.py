@@ -43,7 +43,7 @@ def test_uniform_is_one(prediction_type: str) -> None:
 
 @pytest.mark.parametrize(
     ("prediction_type", "divisor"),
-    # As the paper and diffusers' examples write it: min(SNR, 5) over SNR, over SNR + 1, and on the error of x0 itself.
+    # As in the paper and diffusers' examples: min(SNR, 5) over SNR, over SNR + 1, and on the error of x0.
     [("epsilon", lambda s: s), ("v_prediction", lambda s: s + 1), ("sample", torch.ones_like)],
 )
 def test_min_snr(prediction_type: str, divisor) -> None:
@@ -61,7 +61,7 @@ def test_sigmoid(bias: float) -> None:
 @pytest.mark.parametrize("kind", ["min-snr", "sigmoid"])
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_a_prediction_type_changes_nothing(kind: str, prediction_type: str) -> None:
-    """The weighted error of one and the same mistake about the noise, in each model's own space."""
+    """The same wrong prediction has the same weighted error in every prediction space."""
     at = process(prediction_type)
     generator = torch.Generator().manual_seed(0)
     x0, noise, mistake = (torch.randn(6, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))

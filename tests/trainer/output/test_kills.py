@@ -1,4 +1,4 @@
-"""A run that is killed (-9) again and again, and started by the same command: nobody can tell from what it leaves.
+"""A run that is killed (-9) and resumed repeatedly leaves the same files as an uninterrupted one.
 
 ``make chaos`` kills twenty times; otherwise three.
 """
@@ -28,11 +28,11 @@ DEADLINE_SECONDS = 400
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """The process and all that it started, as a machine that goes down does."""
+    """Kill the process and all its children, like a machine that goes down."""
     parent = psutil.Process(process.pid)
-    for each in (parent, *parent.children(recursive=True)):
+    for member in (parent, *parent.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
-            each.kill()
+            member.kill()
     process.communicate()
 
 
@@ -50,7 +50,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 
 
 def same_numbers(out: Path, wanted: Path) -> None:
-    """Every value of every step, but for those of the clock, and each step once, in TensorBoard too."""
+    """Compare all metrics but times, and check that each step is logged once, also in TensorBoard."""
     ours, theirs = metrics(out), metrics(wanted)
     assert [line["step"] for line in ours] == list(range(1, len(theirs) + 1))
     for record in (*ours, *theirs):
@@ -71,7 +71,7 @@ def test_killed_at_random_moments_equals_uninterrupted(shards: Path, model: Path
     assert whole.wait() == 0, whole.communicate()
     out = tmp_path / "killed"
     stream = random.Random(20 * KILLS)
-    # Moments of the run, in steps. One that a run which goes on has behind it falls into its start.
+    # Moments to kill, in steps. If the resumed run is past it already, it is killed while starting.
     moments = sorted(stream.uniform(0, STEPS - 1) for _ in range(KILLS))
     for moment in moments:
         process = start(arguments(shards, model, out, **options))
@@ -93,7 +93,7 @@ def test_killed_at_random_moments_equals_uninterrupted(shards: Path, model: Path
 
 @pytest.mark.long
 def test_killed_and_continued_with_other_numbers_of_processes(shards: Path, model: Path, tmp_path: Path) -> None:
-    """1 -> 2 -> 1 processes, each killed: the same states in the same steps, so the same up to the order of sums."""
+    """1 -> 2 -> 1 processes, each killed: steps have the same states, so results differ by rounding only."""
     options = {"max_steps": 14, "save_every": 2, "beta": 200, "lr": 1e-5, "warmup_steps": 3, "workers": 0}
     whole = start(arguments(shards, model, tmp_path / "whole", batch_size=4, **options))
     assert whole.wait() == 0, whole.communicate()

@@ -62,7 +62,7 @@ def wait_for_steps(out: Path, count: int, process: subprocess.Popen[str]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)]
-)  # in bf16 the reference is computed anew, once
+)  # in bf16 the reference errors are recomputed
 def test_killed_and_continued_equals_uninterrupted(shards: Path, model: Path, tmp_path: Path, dtype: str) -> None:
     options = {"max_steps": 12, "save_every": 2, "lr_schedule": "cosine", "warmup_steps": 3, "workers": 2}
     options["dtype"] = dtype
@@ -73,7 +73,7 @@ def test_killed_and_continued_equals_uninterrupted(shards: Path, model: Path, tm
         wait_for_steps(tmp_path / "killed", steps, killed)
         killed.kill()
         killed.communicate()
-    # What a kill leaves while a line is written, and while a checkpoint is.
+    # Leftovers of a kill while a line and while a checkpoint is written.
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
     (tmp_path / "killed" / ".checkpoint-000099.tmp").mkdir()
@@ -102,7 +102,7 @@ def test_two_processes_equal_one(shards: Path, model: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_say_a_mistake_once_and_end(shards: Path, model: Path, tmp_path: Path) -> None:
+def test_two_processes_print_an_error_once(shards: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     two = launch_two(arguments(shards, model, tmp_path / "file"))
     assert two.returncode != 0
@@ -121,7 +121,7 @@ def interrupted(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_continued_run_equals_uninterrupted(train: Train, interrupted: Path) -> None:
     assert sorted(path.name for path in interrupted.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]
-    # How the data are read does not matter.
+    # The number of workers does not matter.
     assert train("run", **OPTIONS, workers=1) == interrupted
     whole = train("whole", **OPTIONS)
     assert column(interrupted, "step") == [1, 2, 3, 4, 5]
@@ -129,13 +129,13 @@ def test_continued_run_equals_uninterrupted(train: Train, interrupted: Path) -> 
 
 
 def mapped() -> set[str]:
-    """The files of checkpoints that this process has mapped into its memory."""
+    """The checkpoint files that this process has memory-mapped."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return {Path(line.split()[-1]).name for line in lines if "/checkpoint-" in line}
 
 
-def test_a_checkpoint_is_mapped_and_let_go(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pages are one copy for all processes of a machine; later checkpoints remove the file."""
+def test_a_checkpoint_is_mapped_and_released(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes of a machine share its pages; a later checkpoint removes the file."""
     options = {"max_steps": 3, "save_every": 2, "ema_decay": 0.9}
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", dying_after(2))
@@ -199,10 +199,10 @@ def test_finished_run_is_left_alone(
             "lora_rank": 2,
             "dtype": "bf16",
             "batch_size": 1,
-        },  # the reference is computed anew, as far as it goes
+        },  # the reference errors are recomputed for more steps
     ],
 )
-def test_more_steps_of_a_finished_run_equal_so_many_at_once(train: Train, options: dict[str, object]) -> None:
+def test_a_finished_run_with_more_steps_equals_one_of_that_length(train: Train, options: dict[str, object]) -> None:
     whole = train("whole", max_steps=7, **options)
     for steps in (3, 5, 7):
         out = train("run", max_steps=steps, **options)
@@ -214,7 +214,9 @@ def test_more_steps_of_a_finished_run_equal_so_many_at_once(train: Train, option
     assert (out / "reference.safetensors").is_file() == ("dtype" in options)
 
 
-def test_a_course_of_another_length_is_said_and_begun_at_once(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_schedule_of_another_length_is_announced_and_followed(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(lr_schedule="cosine", max_steps=2)
     capsys.readouterr()
     out = train(lr_schedule="cosine", max_steps=6)
@@ -223,7 +225,7 @@ def test_a_course_of_another_length_is_said_and_begun_at_once(train: Train, caps
     assert column(out, "lr")[2:] == rates[2:]
 
 
-def test_fewer_steps_than_are_made_are_refused(
+def test_fewer_steps_than_finished_are_refused(
     train: Train, shards: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = train(max_steps=2)
@@ -280,13 +282,13 @@ def test_checkpoint_holds_no_pickle_and_damage_is_named(
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_as_many_checkpoints_are_kept_as_asked_for(train: Train, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_the_number_of_checkpoints_is_limited(train: Train, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     kept: list[list[str]] = []
     save = Checkpoints.save
 
     def look(self: Checkpoints, checkpoint: Checkpoint, policy: Policy) -> Path:
         path = save(self, checkpoint, policy)
-        kept.append(sorted(each.name for each in path.parent.glob("checkpoint-*")))
+        kept.append(sorted(folder.name for folder in path.parent.glob("checkpoint-*")))
         return path
 
     monkeypatch.setattr(Checkpoints, "save", look)

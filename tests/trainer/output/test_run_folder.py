@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and what it takes up from there."""
+"""The output folder of a run: files, lock, and what a resumed run uses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.trainer.output.test_resume import ENVIRONMENT, OPTIONS, TWO_PROCESSES
 
 @pytest.fixture
 def cut(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """``cut(options)``: a run of 5 steps in ``run`` that dies right after the checkpoint of step 3."""
+    """Run 5 steps in ``run`` that die right after the checkpoint of step 3."""
 
     def run(**options: object) -> Path:
         with monkeypatch.context() as patch:
@@ -41,7 +41,7 @@ def cut(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def test_what_a_run_left_that_never_saved_is_forgotten(train: Train, cut, tmp_path: Path) -> None:
+def test_files_of_a_run_without_checkpoint_are_ignored(train: Train, cut, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     safetensors.torch.save_file({"ref_error": torch.full((18, 2), 9.0)}, tmp_path / "run/reference.safetensors")
     (tmp_path / "run/nonfinite.jsonl").write_text('{"step": 1, "bad_pairs": [], "pairs": []}\n')
@@ -51,7 +51,7 @@ def test_what_a_run_left_that_never_saved_is_forgotten(train: Train, cut, tmp_pa
     assert not (tmp_path / "run/nonfinite.jsonl").exists()
 
 
-def test_a_kill_while_a_run_finishes_leaves_nothing_for_ever(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_a_run_finishes_leaves_no_files_behind(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(_: OutputFolder) -> None:
         raise UserError("power cut")
 
@@ -79,7 +79,7 @@ with hold(Path(sys.argv[1]), fcntl.lockf):
 def test_one_run_at_a_time_in_a_folder(
     train: Train, shards: Path, model: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """Held by another process, which is then killed while one that it forked, as loaders are, lives on."""
+    """Held by another process, which is then killed while its forked child, like a loader, survives."""
     out = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, out, "100"], stdout=subprocess.PIPE, text=True)
     forked = int(holder.stdout.readline())
@@ -116,20 +116,20 @@ def test_a_run_holds_its_folder(train: Train, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 4, "lo', b'{"step": 4, "lo\n', b"\0\0\0\0\n"])
-def test_a_tail_that_was_never_whole_is_dropped(train: Train, cut, tail: bytes) -> None:
+def test_an_incomplete_last_line_is_dropped(train: Train, cut, tail: bytes) -> None:
     with (cut() / "metrics.jsonl").open("ab") as file:
         file.write(tail)
     assert column(train("run", **OPTIONS), "step") == [1, 2, 3, 4, 5]
 
 
-def test_lost_metrics_are_said(train: Train, cut, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lost_metrics_are_warned_of(train: Train, cut, capsys: pytest.CaptureFixture[str]) -> None:
     path = cut() / "metrics.jsonl"
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
     train("run", **OPTIONS)
     assert "WARNING: metrics.jsonl holds 1 of the 3 finished steps" in capsys.readouterr().out
 
 
-def test_metrics_survive_what_their_checkpoint_does(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_synced_before_their_checkpoint(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     sync, save = MetricsLog.sync, Checkpoints.save
     monkeypatch.setattr(MetricsLog, "sync", lambda *given: (events.append("sync"), sync(*given)))
@@ -138,7 +138,7 @@ def test_metrics_survive_what_their_checkpoint_does(train: Train, monkeypatch: p
     assert events == ["sync", "save"] * 5
 
 
-def test_the_weights_to_start_from_count_and_not_their_path(
+def test_initial_weights_are_compared_by_content_not_path(
     cut, train: Train, other_unet: Path, model: Path, shards: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     unet = Path(shutil.copytree(other_unet, tmp_path / "unet"))
@@ -162,7 +162,7 @@ def test_fetching_ends_with_the_run(shards: Path, model: Path, tmp_path: Path, m
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [*(pytest.param(few, marks=pytest.mark.long) for few in (2_000, 20_000)), 100_000])
 def test_a_full_disk_is_one_line(shards: Path, model: Path, tmp_path: Path, limit: int) -> None:
-    """No file can grow beyond a limit: metrics.jsonl, TensorBoard's file, a checkpoint meet it first."""
+    """With a limit on file size, which metrics.jsonl, TensorBoard's file or a checkpoint reaches first."""
     args = arguments(shards, model, tmp_path / "run", save_every=1, max_steps=30)
     done = subprocess.run(
         [sys.executable, "-m", "smpo_trainer", *args],
@@ -177,8 +177,8 @@ def test_a_full_disk_is_one_line(shards: Path, model: Path, tmp_path: Path, limi
 
 
 @pytest.mark.slow
-def test_machines_that_do_not_share_the_folder_are_told(cut, shards: Path, model: Path, tmp_path: Path) -> None:
-    """Each process in a folder of its own, of which only the main one's holds the checkpoint."""
+def test_machines_that_do_not_share_the_folder_are_refused(cut, shards: Path, model: Path, tmp_path: Path) -> None:
+    """Each process has its own folder, and only that of the main process has the checkpoint."""
     shutil.copytree(cut(), tmp_path / "0/run")
     (tmp_path / "1").mkdir()
     script = tmp_path / "apart.py"

@@ -22,12 +22,12 @@ from tests.trainer.helpers import PlainReference, arguments, collecting, column,
 from tests.trainer.objectives.test_objective_flags import write_scores
 
 STEPS = 6
-ORDER = Order((6, 6), seed=0, window=65536)  # two shards with two decided pairs each, three states a pair
+ORDER = Order((6, 6), seed=0, window=65536)  # two shards, two decided pairs each, three states per pair
 BROKEN = "pair-0"
 
 
 def steps_with(pair: str) -> list[int]:
-    """The steps, from 1, of two states each that take a state of this pair (the pairs are 0, 1, 4, 5)."""
+    """The steps, from 1, with a state of this pair; steps have two states, and the pairs are 0, 1, 4, 5."""
     first = 3 * ["pair-0", "pair-1", "pair-4", "pair-5"].index(pair)
     own = range(first, first + 3)
     return [step + 1 for step in range(STEPS) if any(ORDER.state_at(2 * step + i) in own for i in (0, 1))]
@@ -39,7 +39,7 @@ def options(scores: Path) -> dict[str, object]:
 
 @pytest.fixture
 def overflowing(tmp_path: Path) -> Path:
-    """A weight that float32 cannot hold makes one pair's loss infinite."""
+    """A weight beyond the range of float32 makes the loss of one pair infinite."""
     return write_scores(tmp_path / "scores", trust=[1e300, 1.0, 1.0, 1.0, 1.0, 1.0])
 
 
@@ -57,7 +57,7 @@ def test_a_broken_step_is_skipped_and_counted(train: Train, overflowing: Path) -
         assert (record["loss"] is None) == (number in bad)
     assert [line["step"] for line in lines(out)] == bad
     assert all(set(line["bad_pairs"]) == {BROKEN} and len(line["pairs"]) == 2 for line in lines(out))
-    # The learning rate falls with each step that is made, and stays where it is at the others.
+    # The learning rate falls with each step that is taken, and stays the same at the others.
     rates = column(out, "lr")
     assert all((rates[step] == rates[step - 1]) == (step in bad) for step in range(1, STEPS))
 
@@ -75,7 +75,7 @@ def test_a_skipped_step_leaves_the_weights(
 
 
 def test_a_gradient_alone_can_be_broken(train: Train, tmp_path: Path) -> None:
-    # beta/2 times a weight not far from float32's largest overflows in the gradient, not in the loss.
+    # beta/2 times a weight near the maximum of float32 overflows in the gradient, not in the loss.
     scores = write_scores(tmp_path / "scores", trust=[1e37, 1.0, 1.0, 1.0, 1.0, 1.0])
     out = train(**options(scores))
     assert [line["step"] for line in lines(out)] == steps_with(BROKEN)
@@ -100,13 +100,13 @@ def test_too_many_in_a_row_end_the_run(train: Train, tmp_path: Path, capsys: pyt
         assert not (tmp_path / name / "unet").exists()
 
 
-def test_a_made_step_starts_the_count_anew(train: Train, overflowing: Path) -> None:
+def test_a_step_that_is_taken_resets_the_count(train: Train, overflowing: Path) -> None:
     bad = steps_with(BROKEN)
     assert all(later - earlier > 1 for earlier, later in pairwise(bad))
     assert column(train(**options(overflowing), max_skipped=2), "skipped_steps")[-1] == len(bad) == 3
 
 
-def test_the_count_goes_on_where_a_run_does(
+def test_a_resumed_run_keeps_the_count(
     train: Train, overflowing: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = {**options(overflowing), "save_every": 1, "ema_decay": 0.9}
@@ -114,7 +114,7 @@ def test_the_count_goes_on_where_a_run_does(
         patch.setattr(Checkpoints, "save", dying_after(steps_with(BROKEN)[1]))
         with pytest.raises(AssertionError):
             train("killed", **run)
-    # What a killed run wrote after its last checkpoint is gone.
+    # Lines that a killed run wrote after its last checkpoint are dropped.
     with (tmp_path / "killed" / "nonfinite.jsonl").open("a") as file:
         file.write('{"step": 99, "bad_pairs": [], "pairs": []}\n')
     killed, whole = train("killed", **run), train("whole", **run)
@@ -134,10 +134,10 @@ def test_overwriting_removes_the_file(
     assert not (out / "nonfinite.jsonl").exists()
 
 
-def test_with_a_scaler_a_broken_loss_is_no_overflow(
+def test_with_a_scaler_a_broken_loss_is_not_an_overflow(
     train: Train, overflowing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a gradient scaler, as in fp16, which accelerate makes on GPUs alone."""
+    """With a gradient scaler, which accelerate only makes for fp16 on GPUs."""
     make = run.make_accelerator
 
     def with_scaler(settings: TrainSettings) -> Accelerator:

@@ -1,4 +1,4 @@
-"""From flags to the preference of every pair: ways of mixing, calibrations, ranges, and scores from a table."""
+"""From flags to the preference of every pair: mixes, calibrations, ranges, and scores from a table."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``smpo-pipeline calibrate`` writes, of the very rewards of the shards."""
-    found, _, labels, prompts = populations(400)
-    scores = dict(zip(NAMES, found.values(), strict=True))
+    """Output of ``smpo-pipeline calibrate`` for the rewards of the shards."""
+    resolved, _, labels, prompts = populations(400)
+    scores = dict(zip(NAMES, resolved.values(), strict=True))
     folder = write_scores(tmp_path_factory.mktemp("calibration") / "scores", scores, labels, prompts)
     done = run_command("smpo-pipeline", "calibrate", "--scores", folder)
     assert done.returncode == 0, done.stderr
@@ -50,12 +50,12 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mix(two: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mix:
-    """What these flags resolve to; ``said`` takes the lines that are printed."""
+    """Resolve the mix of these flags; ``said`` collects printed lines."""
 
     def resolve(on: Path = two, said: list[str] | None = None, **options: object) -> RewardMix:
         settings = resolve_settings(monkeypatch, arguments(on, model, tmp_path / "out", **options))
-        found = open_shards([str(on)], tmp_path / "cache")
-        return resolve_mix(settings.rewards, settings.preset, found, (said if said is not None else []).append)
+        resolved = open_shards([str(on)], tmp_path / "cache")
+        return resolve_mix(settings.rewards, settings.preset, resolved, (said if said is not None else []).append)
 
     return resolve
 
@@ -77,56 +77,56 @@ def scored(shards: Path) -> list:
     return [sample.meta for sample in ShardDirectory(shards).samples()]
 
 
-def test_mixture_takes_shares_and_temperatures_of_the_calibration(mix: Mix, two: Path, calibration: Path) -> None:
+def test_mixture_uses_weights_and_temperatures_of_the_calibration(mix: Mix, two: Path, calibration: Path) -> None:
     rewards = json.loads(calibration.read_text())["rewards"]
-    found = mix(preference="mixture", calibration=calibration).preferences(scored(two))
-    for p, meta in zip(found, scored(two), strict=True):
+    resolved = mix(preference="mixture", calibration=calibration).preferences(scored(two))
+    for p, meta in zip(resolved, scored(two), strict=True):
         terms = [rewards[n]["weight"] * s((meta.scores[n][0] - meta.scores[n][1]) / rewards[n]["tau"]) for n in NAMES]
         assert p == pytest.approx(sum(terms), rel=1e-12)
 
 
-def test_rewards_that_are_named_override_the_shares(mix: Mix, two: Path, calibration: Path) -> None:
+def test_given_rewards_override_the_weights_of_the_calibration(mix: Mix, two: Path, calibration: Path) -> None:
     rewards = json.loads(calibration.read_text())["rewards"]
     said: list[str] = []
-    found = mix(preference="mixture", calibration=calibration, reward=["taste:3", "sharpness"], said=said)
-    for p, meta in zip(found.preferences(scored(two)), scored(two), strict=True):
+    resolved = mix(preference="mixture", calibration=calibration, reward=["taste:3", "sharpness"], said=said)
+    for p, meta in zip(resolved.preferences(scored(two)), scored(two), strict=True):
         of = [s((meta.scores[n][0] - meta.scores[n][1]) / rewards[n]["tau"]) for n in NAMES]
         assert p == pytest.approx((3 * of[0] + of[1]) / 4, rel=1e-12)
     assert said == []
 
 
 def test_one_reward_has_the_temperature_that_was_fitted_to_it_alone(mix: Mix, two: Path, calibration: Path) -> None:
-    """As ``calibrate`` judges it, in its row "taste, tau fitted"."""
+    """As in the row "taste, tau fitted" of ``calibrate``."""
     fitted = json.loads(calibration.read_text())["rewards"]["taste"]
     assert abs(math.log(fitted["tau_alone"] / fitted["tau"])) > 0.1
     said: list[str] = []
-    found = mix(preference="mixture", calibration=calibration, reward=["taste"], said=said)
+    resolved = mix(preference="mixture", calibration=calibration, reward=["taste"], said=said)
     expected = [s((meta.scores["taste"][0] - meta.scores["taste"][1]) / fitted["tau_alone"]) for meta in scored(two)]
-    np.testing.assert_allclose(found.preferences(scored(two)), expected, rtol=1e-12)
-    assert found.identity()["calibration"] == {"taste": fitted["tau_alone"]}
+    np.testing.assert_allclose(resolved.preferences(scored(two)), expected, rtol=1e-12)
+    assert resolved.identity()["calibration"] == {"taste": fitted["tau_alone"]}
     assert said == []
 
 
-def test_some_of_a_mixtures_rewards_keep_its_temperatures_with_a_warning(
+def test_a_subset_of_the_calibrated_rewards_keeps_its_temperatures_with_a_warning(
     mix: Mix, two: Path, calibration: Path, tmp_path: Path
 ) -> None:
     value = json.loads(calibration.read_text())
     value["rewards"]["third"] = {**value["rewards"]["taste"], "weight": 0.0}
     (tmp_path / "three.json").write_text(json.dumps(value))
     said: list[str] = []
-    found = mix(preference="mixture", calibration=tmp_path / "three.json", reward=list(NAMES), said=said)
-    assert found.temperatures == {name: value["rewards"][name]["tau"] for name in NAMES}
+    resolved = mix(preference="mixture", calibration=tmp_path / "three.json", reward=list(NAMES), said=said)
+    assert resolved.temperatures == {name: value["rewards"][name]["tau"] for name in NAMES}
     (warning,) = said
     assert warning.startswith("WARNING: --reward")
     assert "2 of the 3 rewards" in warning
     assert "`smpo-pipeline calibrate --reward`" in warning
 
 
-def test_a_range_replaces_the_data_sets(mix: Mix, two: Path) -> None:
-    found = mix(reward=["taste:2"], reward_range=["taste=-1:3"])
+def test_a_range_replaces_that_of_the_data_set(mix: Mix, two: Path) -> None:
+    resolved = mix(reward=["taste:2"], reward_range=["taste=-1:3"])
     expected = [s(2 * (meta.scores["taste"][0] - meta.scores["taste"][1]) / 4) for meta in scored(two)]
-    np.testing.assert_allclose(found.preferences(scored(two)), expected, rtol=1e-12)
-    assert found.identity()["reward_range"] == {"taste": [-1.0, 3.0]}
+    np.testing.assert_allclose(resolved.preferences(scored(two)), expected, rtol=1e-12)
+    assert resolved.identity()["reward_range"] == {"taste": [-1.0, 3.0]}
 
 
 def test_winrate_counts_all_images_of_a_prompt_in_the_table(mix: Mix, two: Path, tmp_path: Path) -> None:
@@ -138,14 +138,14 @@ def test_winrate_counts_all_images_of_a_prompt_in_the_table(mix: Mix, two: Path,
     images = [(f"{row}-0", f"{row}-1") for row in range(6)]
     images[5] = ("0-1", "5-1")
     folder = table(tmp_path / "scores", two, scores=scores, images=images)
-    found = mix(preference="winrate", scores=folder, reward=["taste"]).preferences(metas)
+    resolved = mix(preference="winrate", scores=folder, reward=["taste"]).preferences(metas)
     stored = scores["taste"].astype(np.float32).astype(float)
     size = scores["taste"].max() - scores["taste"].min()
     a, b, c = stored[0, 0] / size, stored[0, 1] / size, stored[5, 1] / size
     rates = [(s(a - b) + s(a - c)) / 2, (s(b - a) + s(b - c)) / 2, (s(c - a) + s(c - b)) / 2]
-    assert found[0] == pytest.approx((1 + rates[0] - rates[1]) / 2, rel=1e-12)
-    assert found[5] == pytest.approx((1 + rates[1] - rates[2]) / 2, rel=1e-12)
-    assert found[1] == pytest.approx(s((stored[1, 0] - stored[1, 1]) / size), rel=1e-12)
+    assert resolved[0] == pytest.approx((1 + rates[0] - rates[1]) / 2, rel=1e-12)
+    assert resolved[5] == pytest.approx((1 + rates[1] - rates[2]) / 2, rel=1e-12)
+    assert resolved[1] == pytest.approx(s((stored[1, 0] - stored[1, 1]) / size), rel=1e-12)
 
 
 def test_scores_from_a_table_give_what_the_shards_own_give(mix: Mix, two: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_scores_from_a_table_give_what_the_shards_own_give(mix: Mix, two: Path, 
     np.testing.assert_allclose(other.preferences(scored(two)), own.preferences(scored(two)), atol=1e-7)
 
 
-def test_what_is_used_of_a_table_decides_the_runs_identity(mix: Mix, two: Path, tmp_path: Path) -> None:
+def test_the_used_columns_of_a_table_are_part_of_the_identity(mix: Mix, two: Path, tmp_path: Path) -> None:
     folder = table(tmp_path / "t", two)
     (part,) = folder.glob("*.parquet")
     rows = pq.read_table(part)
@@ -182,15 +182,13 @@ def test_what_is_used_of_a_table_decides_the_runs_identity(mix: Mix, two: Path, 
 def test_a_pair_with_another_prompt_is_another_pair(mix: Mix, two: Path, tmp_path: Path) -> None:
     prompts = [meta.prompt for meta in scored(two)]
     prompts[1] = "a " * 100
-    found = mix(reward=["taste"], scores=table(tmp_path / "t", two, prompts=prompts))
-    with pytest.raises(
-        UserError, match="--scores .*pair pair-1 is 'a a .*'a dog and a cat'"
-    ):
-        found.preferences(scored(two))
+    resolved = mix(reward=["taste"], scores=table(tmp_path / "t", two, prompts=prompts))
+    with pytest.raises(UserError, match="--scores .*pair pair-1 is 'a a .*'a dog and a cat'"):
+        resolved.preferences(scored(two))
 
 
 def test_repeated_pair_ids(mix: Mix, two: Path, tmp_path: Path) -> None:
-    """Another label of the same pair is fine, though its scores came from another batch; another pair is not."""
+    """A pair may repeat with another label and scores from another batch; another pair may not have its id."""
     metas = [*scored(two), scored(two)[2]]
     scores = {name: np.array([meta.scores[name] for meta in metas]) for name in NAMES}
     again = {
@@ -201,16 +199,14 @@ def test_repeated_pair_ids(mix: Mix, two: Path, tmp_path: Path) -> None:
     }
     scores["taste"][6] += 2e-5
     said: list[str] = []
-    found = mix(reward=["taste"], scores=table(tmp_path / "fine", two, scores=scores, **again), said=said)
+    resolved = mix(reward=["taste"], scores=table(tmp_path / "fine", two, scores=scores, **again), said=said)
     assert len(said) == 1
     assert "1 of 7 rows" in said[0]
-    assert np.isfinite(found.preferences(scored(two))).all()
+    assert np.isfinite(resolved.preferences(scored(two))).all()
     scores["taste"][6, 1] += 0.01
-    with pytest.raises(
-        UserError, match="--scores .*pair-2 .rows 2 and 6 .*scores of taste.*--pair-id-column"
-    ):
+    with pytest.raises(UserError, match="--scores .*pair-2 .rows 2 and 6 .*scores of taste.*--pair-id-column"):
         mix(reward=["taste"], scores=table(tmp_path / "apart", two, scores=scores, **again))
-    # In half precision that is rounding.
+    # In half precision the difference is within rounding.
     info = read_scores_info(tmp_path / "apart")
     half = info.rewards["taste"].model_copy(update={"dtype": "bf16"})
     write_scores_info(tmp_path / "apart", info.model_copy(update={"rewards": {**info.rewards, "taste": half}}))
@@ -244,7 +240,11 @@ def test_flags_that_do_not_fit(mix: Mix, two: Path, calibration: Path, tmp_path:
     value = json.loads(calibration.read_text())
     value["rewards"]["taste"]["fingerprint"] = "other"
     (tmp_path / "other.json").write_text(json.dumps(value))
-    refused(f"--calibration {tmp_path / 'other.json'}: .*'taste'.*smpo-pipeline calibrate", preference="mixture", calibration=tmp_path / "other.json")
+    refused(
+        f"--calibration {tmp_path / 'other.json'}: .*'taste'.*smpo-pipeline calibrate",
+        preference="mixture",
+        calibration=tmp_path / "other.json",
+    )
     value["rewards"] = {"lost": {**value["rewards"]["taste"], "weight": 1.0}}
     (tmp_path / "lost.json").write_text(json.dumps(value))
     refused("--calibration has the reward lost: .*--shards", preference="mixture", calibration=tmp_path / "lost.json")
@@ -259,15 +259,15 @@ def test_flags_that_do_not_fit(mix: Mix, two: Path, calibration: Path, tmp_path:
 @pytest.mark.parametrize(
     "text", ["taste", "taste=1", "taste=2:1", "taste=1:1", "taste=a:b", "=0:1", "taste=0:inf", "t=0:1:2"]
 )
-def test_ranges_are_two_rising_numbers(text: str) -> None:
+def test_ranges_are_two_increasing_numbers(text: str) -> None:
     with pytest.raises(UserError, match="expected NAME=MIN:MAX.*NAME=raw"):
         parse_ranges([text])
 
 
 def test_raw_scores_are_log_odds_as_they_are(mix: Mix, two: Path) -> None:
-    found = mix(reward=["taste"], reward_range=["taste=raw"]).preferences(scored(two))
+    resolved = mix(reward=["taste"], reward_range=["taste=raw"]).preferences(scored(two))
     expected = [s(meta.scores["taste"][0] - meta.scores["taste"][1]) for meta in scored(two)]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(resolved, expected, rtol=1e-12)
 
 
 def test_win_rates_of_log_odds_by_hand(mix: Mix, two: Path, tmp_path: Path) -> None:
@@ -278,8 +278,8 @@ def test_win_rates_of_log_odds_by_hand(mix: Mix, two: Path, tmp_path: Path) -> N
     images = [(f"{row}-0", f"{row}-1") for row in range(6)]
     images[5] = ("5-0", "0-0")
     folder = table(tmp_path / "scores", two, scores=scores, images=images)
-    found = mix(preference="winrate", scores=folder, reward=["taste"], reward_range=["taste=raw"]).preferences(metas)
-    np.testing.assert_allclose(2 * found[[0, 5]] - 1, [0.80593 - 0.5, 0.19407 - 0.80593], atol=1e-5)
+    resolved = mix(preference="winrate", scores=folder, reward=["taste"], reward_range=["taste=raw"]).preferences(metas)
+    np.testing.assert_allclose(2 * resolved[[0, 5]] - 1, [0.80593 - 0.5, 0.19407 - 0.80593], atol=1e-5)
 
 
 def test_ranges_are_given_once() -> None:
@@ -299,7 +299,7 @@ def test_from_calibrate_to_a_trained_model(
         assert written["rewards"][name]["scale"] == rewards[name]["tau"]
         assert written["rewards"][name]["weight"] == pytest.approx(rewards[name]["weight"])
     assert written["settings"]["preference"] == "mixture"
-    # The same command has nothing to do, wherever the calibration lies; another calibration or way is another run.
+    # The path of the calibration may change, but not its content or the mix.
     moved = tmp_path / "moved.json"
     moved.write_text(calibration.read_text())
     train("run", on=two, preference="mixture", calibration=moved, max_steps=2)

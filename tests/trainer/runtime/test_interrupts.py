@@ -1,4 +1,4 @@
-"""Signals: a run that is asked to stop finishes its step and saves, whoever of its processes hears of it."""
+"""A signal to any process of a run makes it finish its step, save and exit."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def assert_gone(processes: Sequence[psutil.Process]) -> None:
     deadline = time.monotonic() + 120
-    while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes):
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
         assert time.monotonic() < deadline, processes
         time.sleep(0.05)
 
 
 @pytest.fixture
 def in_a_terminal() -> Iterator[None]:
-    """Ctrl-C does what it does there; in pytest-xdist's processes SIGINT is ignored."""
+    """Restore the default SIGINT handler: processes of pytest-xdist ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -63,10 +63,10 @@ def test_only_a_second_ctrl_c_gives_up() -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.usefixtures("in_a_terminal")
-def test_a_stopped_run_does_not_pass_for_a_finished_one(
+def test_a_stopped_run_has_its_own_status(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
-    """What waits for a run that succeeds, as ``&&``, Slurm and Kubernetes do, tells them apart by the status."""
+    """``&&``, Slurm and Kubernetes tell a stopped run from a finished one by its status."""
     check = Health.check
 
     def check_and_signal(self: Health, record: Record) -> list[str]:
@@ -83,23 +83,23 @@ def test_a_stopped_run_does_not_pass_for_a_finished_one(
 
 
 def to_one(process: subprocess.Popen[str]) -> int:
-    """As Kubernetes does."""
+    """Send SIGTERM as Kubernetes does."""
     process.send_signal(signal.SIGTERM)
     return 143
 
 
 def ctrl_c(process: subprocess.Popen[str]) -> int:
-    for each in family(process):
-        each.send_signal(signal.SIGINT)
+    for member in family(process):
+        member.send_signal(signal.SIGINT)
     return 130
 
 
 def to_all_twice(process: subprocess.Popen[str]) -> int:
-    """As systemd and Slurm do: loaders first."""
+    """Send SIGTERM as systemd and Slurm may do, to the loaders first."""
     for _ in range(2):
-        for each in reversed(family(process)):
+        for member in reversed(family(process)):
             with suppress(psutil.NoSuchProcess):
-                each.send_signal(signal.SIGTERM)
+                member.send_signal(signal.SIGTERM)
     return 143
 
 

@@ -1,4 +1,4 @@
-"""The device and the processes of a run: what is asked for, what is there, and what is said of it."""
+"""The device and the processes of a run, from flags and the environment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has asked for the CPU."""
+    """No environment variable that asks for the CPU."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -34,7 +34,7 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Refused:
-    """The one line that a run with these options ends with."""
+    """Run ``smpo-train``, which must fail with one line; returns the line."""
 
     def run(**options: object) -> str:
         assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **options)) == 2
@@ -46,7 +46,7 @@ def refused(
     return run
 
 
-def test_the_device_and_the_precision_are_said_first(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_line_names_device_and_dtype(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     train(max_steps=1, dtype="bf16")
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("device: cpu")
@@ -65,7 +65,7 @@ def test_the_device_and_the_precision_are_said_first(train: Train, capsys: pytes
     ],
 )
 @pytest.mark.usefixtures("unasked")
-def test_the_dtype_that_nobody_chose(
+def test_the_default_dtype(
     launched: str | None, device: Device | None, gpu: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
@@ -78,7 +78,7 @@ def test_the_dtype_that_nobody_chose(
 
 
 @pytest.mark.usefixtures("unasked")
-def test_where_there_is_a_gpu_the_cpu_must_be_asked_for(
+def test_on_a_machine_with_a_gpu_the_cpu_needs_a_flag(
     train: Train, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "_DEVICES", tmp_path)
@@ -95,7 +95,7 @@ def test_where_there_is_a_gpu_the_cpu_must_be_asked_for(
 
 
 @pytest.mark.usefixtures("unasked")
-def test_several_processes_want_gpus(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_without_gpus_need_a_flag(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     error = refused()
@@ -103,24 +103,24 @@ def test_several_processes_want_gpus(refused: Refused, monkeypatch: pytest.Monke
     assert "--device cpu" in error
 
 
-def test_a_gpu_that_is_not_there_is_refused(refused: Refused) -> None:
+def test_a_missing_gpu_is_refused(refused: Refused) -> None:
     assert "--device cuda" in refused(device="cuda")
 
 
-@pytest.mark.parametrize("lacking", ["RANK", "MASTER_ADDR"])
-def test_what_a_launcher_left_behind_is_refused(
-    refused: Refused, lacking: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR"])
+def test_an_incomplete_environment_of_a_launcher_is_refused(
+    refused: Refused, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name, value in {"RANK": "0", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv(lacking)
+    monkeypatch.delenv(missing)
     error = refused()
     assert "WORLD_SIZE=2" in error
-    assert lacking in error
+    assert missing in error
 
 
-def test_who_waits_for_other_processes_says_so(
+def test_a_process_that_waits_for_others_prints_a_line(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stale = {"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
@@ -142,7 +142,7 @@ def test_who_waits_for_other_processes_says_so(
     refused()
 
 
-def test_the_precision_of_accelerate_launch_is_taken(
+def test_the_precision_of_accelerate_launch_is_used(
     train: Train, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def precision(out: Path) -> str:
@@ -178,14 +178,14 @@ from smpo_trainer.settings import TrainSettings
 settings = TrainSettings(shards=("shards",), model="model", out=Path("out"))
 make_accelerator(settings.replace(device="cpu", dtype="fp32"))
 timeout = _get_default_group()._get_backend(torch.device("cpu")).options._timeout
-# In one write, or the lines of two processes mix.
+# In one write, so that the lines of two processes do not mix.
 print(f"{timeout.total_seconds()}\\n", end="")
 """
 
 
 @pytest.mark.slow
 def test_processes_wait_for_hours(tmp_path: Path) -> None:
-    """For what one of them does alone; by default NCCL ends them after ten minutes, gloo after thirty."""
+    """One may work alone for long; by default NCCL ends the run after ten minutes, gloo after thirty."""
     program = tmp_path / "program.py"
     program.write_text(_TIMEOUT)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A run that finds too little memory: one line with what to try."""
+"""A run that is out of memory prints one line with flags to try."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def failing_after(calls: int, error: BaseException) -> object:
 
 
 @pytest.mark.parametrize("error", RAN_OUT, ids=["cuda", "cublas", "cpu", "python"])
-def test_one_line_says_what_to_try(
+def test_one_line_names_flags_to_try(
     shards: Path,
     model: Path,
     tmp_path: Path,
@@ -70,7 +70,7 @@ def test_a_smaller_batch_divides_the_batch() -> None:
     assert not any(remedy.startswith("--") for remedy in remedies(given.replace(batch_size=1), uses_fsdp=False))
 
 
-def test_with_fsdp_neither_fsdp_nor_what_it_refuses_is_named() -> None:
+def test_with_fsdp_only_supported_flags_are_named() -> None:
     given = make_settings(dtype="bf16", optimizer="adamw")
     assert any("FSDP" in remedy for remedy in remedies(given, uses_fsdp=False))
     assert not any("FSDP" in remedy or "adafactor" in remedy for remedy in remedies(given, uses_fsdp=True))

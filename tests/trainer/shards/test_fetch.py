@@ -1,4 +1,4 @@
-"""Shards from an object store, with fsspec's own in-memory one in its place."""
+"""Shards from an object store, with fsspec's in-memory file system in its place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ URL = "memory://bucket/shards"
 
 
 class Flaky(MemoryFileSystem):
-    """Fails every other time."""
+    """A file system that fails every other time."""
 
     protocol = "flaky"
     cachable = False
@@ -64,22 +64,22 @@ def test_training_from_a_url_equals_training_from_a_folder(train: Train, tmp_pat
     local = train("local", max_steps=9, beta=200, lr=1e-5)
     options = {"cache": tmp_path / "cache", "workers": 2, "shuffle_window": 1, "max_steps": 9, "beta": 200, "lr": 1e-5}
     remote = train("remote", on=URL, **options)
-    there = train("there", **options)
-    assert column(remote, "loss") == column(there, "loss")
-    assert column(local, "loss") != column(there, "loss")  # another window is another order
+    windowed = train("windowed", **options)
+    assert column(remote, "loss") == column(windowed, "loss")
+    assert column(local, "loss") != column(windowed, "loss")  # another window gives another order
     assert tars(tmp_path / "cache") == {"shard-000000.tar", "shard-000001.tar"}
 
 
-def test_only_what_is_asked_for_is_fetched(tmp_path: Path, bucket: object) -> None:
-    found = opened(tmp_path)
-    assert sum(1 for _ in found.trajectories()) == 6
+def test_only_needed_shards_are_fetched(tmp_path: Path, bucket: object) -> None:
+    shard_set = opened(tmp_path)
+    assert sum(1 for _ in shard_set.trajectories()) == 6
     assert tars(tmp_path) == set()
-    store = ShardStore(found.places, cache_bytes=1 << 30)
+    store = ShardStore(shard_set.places, cache_bytes=1 << 30)
     store.wait_for([1])
     assert tars(tmp_path) == {"shard-000001.tar"}
 
 
-def test_the_cache_keeps_its_bound_and_what_is_in_use(tmp_path: Path, bucket: object) -> None:
+def test_the_cache_keeps_its_limit_and_shards_in_use(tmp_path: Path, bucket: object) -> None:
     store = ShardStore(opened(tmp_path).places, cache_bytes=1)
     store.wait_for([0, 1])
     store.release([1])
@@ -88,13 +88,13 @@ def test_the_cache_keeps_its_bound_and_what_is_in_use(tmp_path: Path, bucket: ob
     assert tars(tmp_path) == {"shard-000000.tar", "shard-000001.tar"}
 
 
-def test_failures_that_pass_are_tried_again(
+def test_transient_failures_are_retried(
     tmp_path: Path, bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(store_path._RETRY, "wait", tenacity.wait_none())
-    found = opened(tmp_path, "flaky://bucket/shards")
-    ShardStore(found.places, cache_bytes=1 << 30).wait_for([0, 1])
+    shard_set = opened(tmp_path, "flaky://bucket/shards")
+    ShardStore(shard_set.places, cache_bytes=1 << 30).wait_for([0, 1])
     assert len(tars(tmp_path)) == 2
 
 
@@ -127,11 +127,11 @@ def test_a_wrong_url_is_one_line(tmp_path: Path, bucket: object, url: str, messa
 
 
 def store_of(cache: Path, cache_bytes: int = 1) -> ShardStore:
-    """As another run, or another process of one, has it."""
+    """The store of another run or process."""
     return ShardStore(opened(cache).places, cache_bytes)
 
 
-def test_what_another_run_uses_is_kept(tmp_path: Path, bucket: object) -> None:
+def test_shards_in_use_by_another_run_are_kept(tmp_path: Path, bucket: object) -> None:
     one, other = store_of(tmp_path), store_of(tmp_path)
     one.wait_for([0])
     other.wait_for([0, 1])
@@ -144,7 +144,9 @@ def test_what_another_run_uses_is_kept(tmp_path: Path, bucket: object) -> None:
     assert tars(tmp_path) == set()
 
 
-def test_what_another_run_is_fetching_is_kept(tmp_path: Path, bucket: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_being_fetched_by_another_run_are_kept(
+    tmp_path: Path, bucket: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun, go_on = threading.Event(), threading.Event()
     copy = StorePath.download
 
@@ -163,9 +165,9 @@ def test_what_another_run_is_fetching_is_kept(tmp_path: Path, bucket: object, mo
     assert tars(tmp_path) == {"shard-000000.tar"}
 
 
-def test_the_bound_is_of_all_runs_and_the_longest_unused_goes_first(tmp_path: Path, bucket: object) -> None:
+def test_the_limit_is_shared_and_least_recently_used_shards_are_removed_first(tmp_path: Path, bucket: object) -> None:
     sizes = [entry.bytes for entry in opened(tmp_path).directories[0].manifest.shards]
-    for shard in (1, 0, 1):  # three runs, one after the other
+    for shard in (1, 0, 1):  # three runs in turn
         one = store_of(tmp_path, sum(sizes))
         one.wait_for([shard])
         one.release([])
@@ -175,7 +177,7 @@ def test_the_bound_is_of_all_runs_and_the_longest_unused_goes_first(tmp_path: Pa
     assert tars(tmp_path) == {"shard-000001.tar"}
 
 
-def test_what_a_killed_run_has_left_is_counted_and_removed(tmp_path: Path, bucket: object) -> None:
+def test_leftovers_of_a_killed_run_are_counted_and_removed(tmp_path: Path, bucket: object) -> None:
     killed = f"""
 import os, signal
 from pathlib import Path
@@ -191,7 +193,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
     assert tars(tmp_path) == {"shard-000007.tar"}
     store = store_of(tmp_path, 1 << 30)
-    store.release([])  # within the bound, but nobody goes on with a part
+    store.release([])  # within the limit, but partial files are always removed
     assert [path.name for path in tmp_path.rglob("*.tmp")] == []
     assert tars(tmp_path) == {"shard-000007.tar"}
     store_of(tmp_path, 999).release([])
@@ -211,11 +213,11 @@ def test_files_that_the_cache_did_not_fetch_are_left_alone(tmp_path: Path, bucke
     assert all(path.is_file() for path in own)
 
 
-def test_opening_at_once_reads_whole_manifests(tmp_path: Path, shards: Path) -> None:
-    """As the processes of a run do; of a file system that, other than fsspec's in memory, can be read at once."""
+def test_concurrent_opening_reads_complete_manifests(tmp_path: Path, shards: Path) -> None:
+    """By many threads, from a file system that, unlike the in-memory one, allows concurrent reads."""
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda _: opened(tmp_path, f"file://{shards}"), range(200)))
-    assert len({each.sources[0].folder for each in found}) == 1
+        opened_sets = list(pool.map(lambda _: opened(tmp_path, f"file://{shards}"), range(200)))
+    assert len({shard_set.sources[0].folder for shard_set in opened_sets}) == 1
 
 
 def test_another_manifest_is_another_folder(tmp_path: Path, bucket: MemoryFileSystem) -> None:

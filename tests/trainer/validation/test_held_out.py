@@ -32,7 +32,7 @@ def many(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("many") / "shards", model, num_pairs=10)
 
 
-def test_draws_are_even_and_of_the_prompt_alone() -> None:
+def test_draws_are_uniform_and_depend_on_the_prompt_only() -> None:
     draws = np.array([prompt_draw(f"prompt {number}") for number in range(20_000)])
     counts, _ = np.histogram(draws, bins=10, range=(0, 1))
     assert counts.sum() == 20_000
@@ -49,7 +49,7 @@ def table(states_of_trajectories: list[int]) -> StateTable:
     return StateTable(**{name: known.get(name, nothing) for name in fields})
 
 
-def test_spread_takes_as_many_trajectories_as_possible() -> None:
+def test_a_sample_has_as_many_trajectories_as_possible() -> None:
     of = table([3, 1, 5, 2])
     for number, wanted in ((3, [0, 1, 2]), (4, [0, 1, 2, 3]), (6, [0, 0, 1, 2, 2, 3])):
         chosen = sample_evenly(of, number)
@@ -60,21 +60,21 @@ def test_spread_takes_as_many_trajectories_as_possible() -> None:
 
 
 @pytest.mark.parametrize(("number", "partial_round"), [(317, 317), (1317, 317), (20, 20)])
-def test_spread_samples_the_whole_table_in_few_places(number: int, partial_round: int) -> None:
+def test_a_sample_covers_the_table_in_few_stretches(number: int, partial_round: int) -> None:
     of = table([2] * 1000)
     times = np.bincount(of.trajectory_S[sample_evenly(of, number)], minlength=1000)
     assert times.sum() == number
     chosen = np.flatnonzero(times == times.max())
     assert len(chosen) == partial_round
     assert set(times) == {times.max() - 1, times.max()}
-    # In every tenth of the trajectories there are as many; they lie in a few places, and so in few shards.
+    # Every tenth of the trajectories has equally many, in a few stretches, and so in few shards.
     tenths, _ = np.histogram(chosen, bins=10, range=(0, 1000))
     assert (abs(tenths - partial_round / 10) <= 10).all()
     assert 10 <= 1 + (np.diff(chosen) > 1).sum() <= 32
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 40, 100])
-def test_spread_takes_every_number_that_there_is(size: int) -> None:
+def test_a_sample_may_have_any_size(size: int) -> None:
     for number in range(1, size + 1):
         assert len(set(sample_evenly(table([1] * size), number).tolist())) == number
 
@@ -104,7 +104,7 @@ def test_no_held_out_prompt_is_trained_on(
 def test_values_are_those_of_the_plain_version(
     train: Train, many: Path, model: Path, other_unet: Path, ema_decay: float | None
 ) -> None:
-    """With the weights that are saved."""
+    """Evaluated with the saved weights."""
     moving = {"lr": 1e-3, "max_steps": 3, "ema_decay": ema_decay}
     out = train(on=many, objective="dpo", unet=other_unet, val_fraction=FRACTION, beta=BETA, **moving)
     plain = PlainReference(model, out / "unet")
@@ -124,7 +124,7 @@ def test_values_are_those_of_the_plain_version(
     assert record["val/rewards/accuracies"] == pytest.approx(np.mean(right))
 
 
-def test_a_loss_that_is_no_number_is_not_left_out(train: Train, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_loss_is_not_left_out(train: Train, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Trainer._forward
 
     def break_one(self: Trainer, batch):
@@ -137,7 +137,7 @@ def test_a_loss_that_is_no_number_is_not_left_out(train: Train, many: Path, monk
     assert record["loss"] is not None
 
 
-def test_looking_changes_no_training(train: Train, many: Path) -> None:
+def test_evaluation_does_not_change_the_training(train: Train, many: Path) -> None:
     few = {"on": many, "val_fraction": FRACTION, "val_states": 6}
     often = train("often", **few, val_every=1)
     never = train("never", **few, val_every=99)
@@ -156,22 +156,24 @@ def test_the_reference_of_held_out_pairs_is_recomputed_too(
     live = [column(train(name, on=many, reference="live", **of), "val/loss") for name, of in (("a", run), ("b", fewer))]
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", dying_after(2))
-        cut = arguments(many, model, tmp_path / "anew", reference="recomputed", **run)
+        cut = arguments(many, model, tmp_path / "recomputed", reference="recomputed", **run)
         assert run_cli(patch, cut) == 2
-    # It may look at other states than when it was begun.
-    anew = train("anew", on=many, reference="recomputed", **fewer)
-    np.testing.assert_allclose(column(anew, "val/loss"), live[0][:2] + live[1][2:], atol=1e-5)
-    assert [path.name for path in anew.glob("reference*")] == ["reference.safetensors"]  # one for training alone
+    # A resumed run may evaluate other states.
+    recomputed = train("recomputed", on=many, reference="recomputed", **fewer)
+    np.testing.assert_allclose(column(recomputed, "val/loss"), live[0][:2] + live[1][2:], atol=1e-5)
+    assert [path.name for path in recomputed.glob("reference*")] == [
+        "reference.safetensors"
+    ]  # of the training states only
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(train: Train, many: Path, model: Path, other_unet: Path, tmp_path: Path) -> None:
-    """Held-out pairs, in shares of different sizes; the average of the weights; a step that both must skip."""
+    """With held-out pairs split unevenly, a weight average, and a step that both processes must skip."""
     pairs = len(list(ShardDirectory(many).samples()))
     broken = next(s.meta.pair_id for s in ShardDirectory(many).samples() if s.meta.prompt not in held_prompts())
     trust = [1e300 if f"pair-{number}" == broken else 1.0 for number in range(pairs)]
     scores = write_scores(tmp_path / "scores", pairs=pairs, trust=trust)
-    # From other weights than the reference, where no margin's sign is a matter of rounding.
+    # Start from other weights than the reference, so that no margin's sign depends on rounding.
     run = {"objective": "dpo", "unet": other_unet, "beta": 200, "lr": 1e-5, "ema_decay": 0.9, "max_steps": 5}
     run |= {"val_fraction": FRACTION, "val_states": 5, "val_every": 2, "scores": scores, "weight_column": "trust"}
     one = train("one", on=many, batch_size=4, **run)
@@ -185,7 +187,7 @@ def test_two_processes_equal_one(train: Train, many: Path, model: Path, other_un
         np.testing.assert_allclose(np.array(ours, dtype=float), np.array(theirs, dtype=float), rtol=1e-3, atol=1e-5)
     lines = [[json.loads(line) for line in (out / "nonfinite.jsonl").read_text().splitlines()] for out in (two, one)]
     assert [(x["step"], sorted(x["pairs"])) for x in lines[0]] == [(x["step"], sorted(x["pairs"])) for x in lines[1]]
-    # Adam's first step turns the rounding of a gradient near 0 into a whole step of that one weight: compare norms.
+    # Adam's first step turns rounding of a gradient near 0 into a full step of that weight: compare norms.
     before, ours, theirs = (
         torch.cat([p.detach().flatten() for p in PlainReference(model, unet).unet.parameters()])
         for unet in (other_unet, two / "unet", one / "unet")

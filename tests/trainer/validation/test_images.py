@@ -1,4 +1,4 @@
-"""Images of fixed prompts and noise in the course of a run."""
+"""Images of fixed prompts and noise, drawn during a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module", params=[torch.float16, torch.float32, torch.bfloat16], ids=str)
 def stored(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model folder in each precision that models are published in, and shards of it."""
+    """A model folder in each dtype in which models are published, and its shards."""
     folder = tmp_path_factory.mktemp("stored")
     StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(request.param).save_pretrained(folder / "m")
     return folder / "m", make_shards(folder / "shards", folder / "m", num_pairs=2)
@@ -46,7 +46,7 @@ def drawn(out: Path) -> dict[str, np.ndarray]:
 
 
 def count_made(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[None]:
-    """Has an entry for each object of this class that is made from now on."""
+    """A list that gets an entry for each new object of this class."""
     made: list[None] = []
     make = kind.__init__
 
@@ -66,24 +66,24 @@ def by_a_stock_pipeline(model: Path, unet: Path, guidance: float) -> list[np.nda
     images = []
     for number, prompt in enumerate(PROMPTS):
         latents = gaussian(named_stream(f"validation\n0\n{number}"), LATENT_SHAPE)[None]
-        found = pipeline(prompt, latents=latents, num_inference_steps=4, guidance_scale=guidance, output_type="np")
-        images.append(found.images[0])
+        output = pipeline(prompt, latents=latents, num_inference_steps=4, guidance_scale=guidance, output_type="np")
+        images.append(output.images[0])
     return images
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
-def test_they_are_what_a_stock_pipeline_draws(
+def test_images_equal_those_of_a_stock_pipeline(
     train: Train, model: Path, prompts: Path, ema_decay: float | None
 ) -> None:
-    """The last ones with the weights that are saved, the first ones with the base model's."""
+    """The last images with the saved weights, the first ones with the base model."""
     out = train(
         image_prompts=prompts, image_every=2, image_sampling_steps=4, image_guidance_scale=3,
         max_steps=3, ema_decay=ema_decay, lr=1e-2,
     )  # fmt: skip
-    found = drawn(out)
-    assert list(found) == ["step-000000.png", "step-000002.png", "step-000003.png"]
+    grids = drawn(out)
+    assert list(grids) == ["step-000000.png", "step-000002.png", "step-000003.png"]
     for name, unet in (("step-000000.png", model / "unet"), ("step-000003.png", out / "unet")):
-        grid = found[name]
+        grid = grids[name]
         assert grid.shape == (2 * IMAGE_SIDE, 2 * IMAGE_SIDE, 3)
         wanted = by_a_stock_pipeline(model, unet, 3.0)
         for number, image in enumerate(wanted):
@@ -91,7 +91,7 @@ def test_they_are_what_a_stock_pipeline_draws(
             ours = grid[top : top + IMAGE_SIDE, left : left + IMAGE_SIDE]
             assert np.abs(ours - 255.0 * image).max() <= 1.5
         assert not grid[IMAGE_SIDE:, IMAGE_SIDE:].any()
-    assert not np.array_equal(found["step-000000.png"], found["step-000003.png"])
+    assert not np.array_equal(grids["step-000000.png"], grids["step-000003.png"])
     board = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [event.step for event in board.Images("validation")] == [0, 2, 3]
 
@@ -115,7 +115,7 @@ def test_the_models_stored_precision_does_not_matter(
 def test_a_folder_with_one_variant_and_no_size_draws_the_same(
     train: Train, shards: Path, model: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    """The size is that of the shards."""
+    """Images have the size of the shards."""
     odd = shutil.copytree(model, tmp_path / "odd")
     for part in ("unet", "vae", "text_encoder"):
         (file,) = (odd / part).glob("*.safetensors")
@@ -123,15 +123,15 @@ def test_a_folder_with_one_variant_and_no_size_draws_the_same(
     config = odd / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
     options = {"max_steps": 1, "image_prompts": prompts, "image_sampling_steps": 2, "text": "cache"}
-    found = [
+    grids = [
         drawn(train(str(number), base=base, cache=tmp_path / "cache", **options))["step-000000.png"]
         for number, base in enumerate((model, odd))
     ]
-    assert np.array_equal(*found)
+    assert np.array_equal(*grids)
 
 
 @pytest.mark.parametrize(("text", "loaded"), [("live", 1), ("cache", 3)])
-def test_the_text_encoders_of_the_training_draw(
+def test_images_use_the_text_encoders_of_the_training(
     train: Train, prompts: Path, tmp_path: Path, text: str, loaded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = count_made(monkeypatch, CLIPTextModel)
@@ -139,7 +139,7 @@ def test_the_text_encoders_of_the_training_draw(
     assert len(made) == loaded
 
 
-def test_images_are_decoded_one_by_one_and_in_tiles_where_memory_runs_out(
+def test_images_are_decoded_one_by_one_and_in_tiles_if_memory_runs_out(
     train: Train, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = Decoder.forward
@@ -157,13 +157,13 @@ def test_images_are_decoded_one_by_one_and_in_tiles_where_memory_runs_out(
     (_, grid), _ = drawn(train(**options)).items()
     assert sizes[:2] == [(1, 8), (1, 4)]
     assert {size for size in sizes if size[1] <= 4} <= {(1, 4), (1, 3), (1, 2), (1, 1)}
-    assert sizes.count((1, 8)) == 2  # once a drawing
+    assert sizes.count((1, 8)) == 2  # once per drawing
     tiles = grid.reshape(2, IMAGE_SIDE, 2, IMAGE_SIDE, 3).swapaxes(1, 2).reshape(4, -1).std(axis=1)
     assert (tiles > 0).tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "text": "cache"}, {"dtype": "bf16"}])
-def test_drawing_changes_no_training(
+def test_drawing_does_not_change_the_training(
     train: Train, prompts: Path, tmp_path: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = {"ema_decay": 0.5, "workers": 1, "cache": tmp_path / "cache", **options}
