@@ -81,7 +81,7 @@ def test_unet_that_is_the_reference_needs_no_remark(
 
 def test_rewards(refused: Refused, tmp_path: Path, model: Path, train: Train) -> None:
     error = refused(reward=["nothing"])
-    assert "--reward nothing: --shards" in error
+    assert "--reward nothing: not in --shards" in error
     assert "taste" in error
     assert "--scores" in error  # it may have been scored after the shards were made
     assert "taste:2" in refused(reward=["taste=2"])

@@ -101,6 +101,7 @@ def _train(
     if settings.held_out.val_fraction:
         table, held_out_table = on_all(accelerator, lambda: split_by_prompt(table, settings.held_out.val_fraction))
         held_out = on_all(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, console))
+    # Only now touch the output folder: a run that cannot start must not overwrite another one.
     on_main(accelerator, lambda: _begin(settings, output))
     checkpoint = _find_checkpoint(output, accelerator)
     batching = _make_batching(settings, table, accelerator, console)
@@ -109,7 +110,8 @@ def _train(
     resuming = checkpoint is not None
     noise = prepare_reference_errors(experiment, policy, feed, accelerator, output, console, resuming=resuming)
     if held_out and dataset.ref_error_S2 is not None:
-        held_out.recompute_reference(policy)  # in a resumed run too, before the checkpoint is loaded
+        # In a resumed run too: the policy is still the reference until the checkpoint is loaded.
+        held_out.recompute_reference(policy)
     if settings.compute.reference != "live":
         policy = replace(policy, reference=None)  # free its memory
     images = ValidationImages(experiment, policy, accelerator) if experiment.image_prompts else None
