@@ -52,7 +52,9 @@ def find_objective(name: str) -> type[Objective]:
         raise UserError(f"--objective {name} is not known; known: {names}, or your own as MODULE:CLASS")
     kind = _checked(import_object(offered[name].value, "--objective"), name)
     if kind.name != name:
-        raise UserError(f"--objective {name}: the class of this entry point has the name {kind.name!r}; both names must be equal")
+        raise UserError(
+            f"--objective {name}: the class of this entry point has the name {kind.name!r}; both names must be equal"
+        )
     return kind
 
 
