@@ -52,6 +52,7 @@ def run_training(settings: TrainSettings) -> None:
     accelerator = make_accelerator(settings)
     console = RunConsole(is_main=accelerator.is_main_process)
     console.say(describe(accelerator, settings.compute))
+    # on_all and on_main are collective: every process reaches each of them, in the same order.
     on_all(accelerator, lambda: require_optimizer(settings.optimizer, accelerator.device))
     experiment = on_all(accelerator, lambda: resolve_experiment(settings, console.say))
     states_per_step = settings.steps.batch_size * settings.steps.grad_accum * accelerator.num_processes
@@ -69,7 +70,7 @@ def run_training(settings: TrainSettings) -> None:
             on_main(accelerator, output.checkpoints.drop_leftovers)
             console.say(f"{settings.out} holds this run, finished; nothing to do (start over with --overwrite)")
         else:
-            set_seed(settings.steps.seed)
+            set_seed(settings.steps.seed)  # for the initial weights of an adapter
             # Closing cancels pending downloads, or a failed run would block until they finish.
             store = stack.enter_context(
                 closing(ShardStore(experiment.shards.places, int(settings.data.cache_gib * 2**30)))

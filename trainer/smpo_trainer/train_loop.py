@@ -79,6 +79,7 @@ class TrainLoop:
             noise: metrics measured before the first step, logged with it.
             checkpoint: checkpoint to resume from; None starts a run.
         """
+        # The count of finished steps is all that positions the data order.
         first, last = self._resume(checkpoint) if checkpoint else 0, self._settings.steps.max_steps
         batches = self._feed.batches(first, last)
         is_main = self._accelerator.is_main_process
@@ -106,6 +107,7 @@ class TrainLoop:
                     for warning in self.health.check(record):
                         self._console.say(f"WARNING: {warning}")
                     self._draw(step + 1, log)
+                    # Collective: a signal may reach one process only. After the last step the run just ends.
                     self.stopped_by = self._agree(stop.requested) if step + 1 < last else 0
                     if self.stopped_by or (step + 1) % self._settings.output.save_every == 0 or step + 1 == last:
                         self._save(step + 1, log)

@@ -100,6 +100,7 @@ class BucketedOrder(Order):
         """Return the states of the groups that an epoch completes, int64, and its windows with their positions."""
         while len(self._queues) <= epoch:
             self._simulate(len(self._queues) - 1)
+        # Copies, so that any epoch can be simulated again from the queues at its start.
         queues = [queue.copy() for queue in self._queues[epoch]]
         states: list[int] = []
         windows: list[Window] = []

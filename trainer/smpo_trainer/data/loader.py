@@ -101,6 +101,7 @@ class StateDataset(Dataset[State | UserError]):
         directory, location = self._directories[table.locations.shard_P[trajectory]], table.locations[trajectory]
         state = read_state(directory, location, k)
         meta = state.trajectory.meta
+        # Both files match the manifest, but may contradict each other: the index decided preference and weight.
         if trajectory_digest(state.trajectory) != table.locations.digest_P[trajectory]:
             raise UserError(
                 f"{directory.path / directory.manifest.shards[location.shard].name}: sample {location.key} differs "

@@ -137,7 +137,7 @@ def index_states(
     Raises:
         UserError: an index is damaged, or no state is left.
     """
-    latents: dict[tuple[int, ...], int] = {}
+    latents: dict[tuple[int, ...], int] = {}  # number of each shape, in order of first occurrence
     trajectories = _read_trajectories(shards, mix, weights, latents)
     num_trajectories = len(trajectories.label_P)
     usable_P = objective.usable(trajectories.preference_P, trajectories.label_P)

@@ -170,6 +170,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
         raise UserError(_mismatch(settings, info, "its scheduler config has another noise schedule or prediction type"))
     if fingerprint_module(*family.text_modules) != info.text:
         raise UserError(_mismatch(settings, info, "its text encoder has other weights"))
+    # Compare weights, not names: a hub id may get new weights, and --unet may hold the reference itself.
     is_reference = fingerprint_module(denoiser) == info.reference
     if not is_reference and start.unet is None:
         raise UserError(
@@ -179,6 +180,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
     if not is_reference:
         say(f"starting from --unet {start.unet}, which is not the reference of the shards: the first margins are not 0")
     reference = None
+    # Copy the reference before training changes it; below an adapter its weights stay as they are.
     if settings.compute.reference == "live" and is_reference:
         reference = denoiser if start.lora_rank else copy.deepcopy(denoiser)
     elif settings.compute.reference in {"live", "recomputed"} and not is_reference:

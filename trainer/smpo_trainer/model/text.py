@@ -108,6 +108,7 @@ def _keys(prompts: Iterable[str]) -> np.ndarray:
 def _write(path: Path, prompts: set[str], family: Family, dtype: torch.dtype, done: Callable[[], None]) -> None:
     unsorted = list(prompts)
     key_N = _keys(unsorted)
+    # Sorted, for a binary search in the mapped file.
     order = np.argsort(key_N)
     key_N = key_N[order]
     if (np.diff(key_N) == 0).any():

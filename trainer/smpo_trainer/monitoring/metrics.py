@@ -65,6 +65,7 @@ class MetricsLog:
         path = out / METRICS_FILE
         records = {line: record for line, record in _records(path) if (record["step"] or 0) <= finished_steps}
         self.earlier: list[Record] = list(records.values())
+        # Keep the bytes of earlier lines: a resumed run must leave the same file as an uninterrupted one.
         write_bytes(path, b"".join(records))
         self._file = path.open("a", encoding="utf-8")
         self._excepthook, threading.excepthook = threading.excepthook, self._report_thread
@@ -81,6 +82,7 @@ class MetricsLog:
         with self._writing():
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
+            # TensorBoard groups metrics by their prefix.
             self._board.log({name if "/" in name else f"train/{name}": value for name, value in values.items()}, step)
         if self._wandb:
             self._wandb.log(values, step)

@@ -70,6 +70,7 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
             _write(staging, checkpoint, policy)
+            # A folder cannot be replaced at once. After a kill in between, the checkpoint before this one is the last.
             shutil.rmtree(target, ignore_errors=True)
             staging.replace(target)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
@@ -102,6 +103,7 @@ def _write(folder: Path, checkpoint: Checkpoint, policy: Policy) -> None:
         safetensors.torch.save_file(weights, folder / _WEIGHTS)
     torch.save(checkpoint.optimizer, folder / _OPTIMIZER)
     write_json(folder / _STATE, {"version": _VERSION, "step": checkpoint.step, "identity": checkpoint.identity})
+    # safetensors creates files that only the owner may read.
     follow_umask(folder)
     # Flush to disk before the rename: after a power cut, a renamed folder must hold complete files.
     for path in folder.rglob("*"):

@@ -68,6 +68,7 @@ class OutputFolder:
             self._require_same(old, identity, "a finished")
             if old["max_steps"] == identity["max_steps"]:
                 return True
+            # With more steps the finished run continues from its last checkpoint.
         if checkpoint is not None:
             step, old = read_state(checkpoint)
             self._require_same(old, identity, "an unfinished")
@@ -80,6 +81,7 @@ class OutputFolder:
         return False
 
     def _require_same(self, old: Mapping[str, Any], new: Mapping[str, Any], state: str) -> None:
+        # max_steps may differ: a larger number continues the run.
         require_same_settings(f"--out {self.path}", f"{state} run", {**old, "max_steps": new["max_steps"]}, new)
 
     def _refuse(self, what: str) -> UserError:

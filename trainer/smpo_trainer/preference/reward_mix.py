@@ -50,7 +50,7 @@ class RewardMix:
         """
         if self.table is not None:
             return np.array([self.table.preference(meta) for meta in metas], dtype=np.float64)
-        if not metas:
+        if not metas:  # the last chunk of an index
             return np.zeros(0)
         columns = {name: np.array([_scores(name, meta) for meta in metas]) for name in self.preference.weights}
         return self.preference.probability(ScoredPairs(columns))

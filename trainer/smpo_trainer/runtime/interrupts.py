@@ -45,6 +45,7 @@ def ignore_signals_in_worker(_worker: int) -> None:
     torch ends its loaders within seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A handler does not learn who sent a signal: block SIGTERM and let a thread wait for it, which does.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
 

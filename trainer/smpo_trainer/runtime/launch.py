@@ -64,6 +64,7 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     Raises:
         UserError: the device does not exist or does not support a setting, or the launcher's environment is incomplete.
     """
+    # Before the process group: a refused configuration must not leave other processes waiting.
     fsdp = fsdp_plugin(settings)
     _require_whole_environment()
     compute = settings.compute

@@ -72,6 +72,7 @@ def _fetch(directory: StorePath, target: Path) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
+        # Another process may have fetched it while this one waited for the lock.
         if target.is_file():
             return
         with atomic_path(target) as temporary:
@@ -100,6 +101,7 @@ class ShardStore:
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to fetch and verify shards that will be needed."""
         new = [shard for shard in shards if shard not in self._ready]
+        # Tell the cache before fetching, or another run could remove a shard as soon as it is complete.
         if new:
             self._use([*self._ready, *new])
         for shard in new:
@@ -114,7 +116,7 @@ class ShardStore:
         needed = list(shards)
         self.prefetch(needed)
         for shard in needed:
-            self._ready[shard].result()
+            self._ready[shard].result()  # raises the error of the fetch
 
     def release(self, in_use: Iterable[int]) -> None:
         """Release all fetched shards but those in use; the cache may remove them, and they are verified again later."""

@@ -57,10 +57,11 @@ class ValidationImages:
             UserError: the pipeline cannot be loaded, or the PNG cannot be written.
         """
         device = self._accelerator.device
+        # Loading a model draws random numbers; do not advance the generators of the training.
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             images = [image for batch in self._batches() for image in batch]
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # return the memory of the VAE before the next training step
         grid_HW3 = _grid(images)
         buffer = io.BytesIO()
         Image.fromarray(grid_HW3).save(buffer, format="PNG")
@@ -73,11 +74,12 @@ class ValidationImages:
         settings, family = self._settings, self._policy.family
         pipeline = self._load_pipeline()
         pipeline.to(self._accelerator.device)
-        pipeline.vae.enable_slicing()  # an image at a time
+        pipeline.vae.enable_slicing()  # decode one image at a time
         shape = family.latent_shape(self._side, self._side)
         for start in range(0, len(self._prompts), settings.steps.batch_size):
             prompts = list(self._prompts[start : start + settings.steps.batch_size])
             numbers = range(start, start + len(prompts))
+            # One stream per prompt: its noise does not depend on the other prompts or the batch size.
             streams = [named_stream(f"validation\n{settings.steps.seed}\n{number}") for number in numbers]
             noise_BChw = torch.stack([gaussian(stream, shape) for stream in streams]).to(self._accelerator.device)
             # Do not compile the denoiser for the shapes of a drawing.
