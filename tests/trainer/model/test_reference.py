@@ -99,8 +99,8 @@ def test_whether_noise_is_significant_does_not_depend_on_the_size_of_a_step(
 def test_recomputed_errors_that_are_not_finite_end_the_run(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    computed = reference.pair_errors
-    monkeypatch.setattr(reference, "pair_errors", lambda *args: computed(*args) * torch.inf)
+    computed = reference.reference_errors
+    monkeypatch.setattr(reference, "reference_errors", lambda *args: computed(*args) * torch.inf)
     with pytest.raises(AssertionError):
         train(reference="recomputed")
     error = capsys.readouterr().err.strip()

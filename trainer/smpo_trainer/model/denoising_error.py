@@ -6,6 +6,7 @@ Shape suffixes: B batch, R = 2B rows (image_0 of every state, then image_1), C h
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from smpo_models.family import Conditioning, Family
@@ -34,6 +35,15 @@ def pair_errors(family: Family, denoiser: nn.Module, batch: StateBatch, conditio
     target_RChw = family.process.target(x0_RChw, noise_RChw, t_R)
     error_R = (output_RChw - target_RChw).square().mean(dim=(1, 2, 3))
     return error_R.reshape(2, -1).T
+
+
+@torch.no_grad()
+def reference_errors(policy: Policy, batch: StateBatch, accelerator: Accelerator) -> torch.Tensor:
+    """Compute the errors of the reference, or of a policy that is still untrained: float32 [B, 2]."""
+    # Outside autocast, as in training: the text encoders keep their own dtype.
+    conditioning = condition(policy, batch)
+    with accelerator.autocast():
+        return pair_errors(policy.family, policy.reference or policy.denoiser, batch, conditioning)
 
 
 def _rows(latents_B2Chw: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from smpo_common.files import atomic_path
 from smpo_schemas.manifest import autocast_arithmetic
 from smpo_trainer.data.loader import Feed, StateBatch
 from smpo_trainer.experiment import Experiment
-from smpo_trainer.model.denoising_error import condition, pair_errors
+from smpo_trainer.model.denoising_error import reference_errors
 from smpo_trainer.model.policy import Policy
 from smpo_trainer.monitoring.console import RunConsole
 from smpo_trainer.monitoring.metrics import Record
@@ -203,18 +203,11 @@ class _Pass:
                 step_done()
         return error_S2
 
-    @torch.no_grad()
     def _batches(self, steps: int) -> Iterator[tuple[StateBatch, torch.Tensor]]:
         """Yield this process's micro-batches of the first steps, each with its reference errors [B, 2]."""
-        family = self._policy.family
-        reference = self._policy.reference or self._policy.denoiser
         for batch in self._feed.batches(0, steps):
             on_device = batch.to(self.accelerator.device)
-            # Outside autocast, as in training: the text encoders keep their own dtype.
-            conditioning = condition(self._policy, on_device)
-            with self.accelerator.autocast():
-                error_B2 = pair_errors(family, reference, on_device, conditioning)
-            yield on_device, error_B2
+            yield on_device, reference_errors(self._policy, on_device, self.accelerator)
 
 
 def _recompute(reference: _Pass, max_steps: int, output: OutputFolder, console: RunConsole) -> torch.Tensor:

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from smpo_common.errors import UserError
 from smpo_trainer.data.loader import StateBatch, StateDataset, collate, require_batch
 from smpo_trainer.data.state_table import StateTable
-from smpo_trainer.model.denoising_error import condition, pair_errors
+from smpo_trainer.model.denoising_error import reference_errors
 from smpo_trainer.model.policy import Policy
 from smpo_trainer.shards.fetch import ShardStore
 from smpo_trainer.shards.shard_set import ShardSet
@@ -116,7 +115,7 @@ class HeldOut:
             policy: its ``reference``, or its untrained ``denoiser``, is the reference.
         """
         for number, batch in enumerate(self.batches):
-            error_B2 = _reference_errors(policy, batch.to(self._accelerator.device), self._accelerator)
+            error_B2 = reference_errors(policy, batch.to(self._accelerator.device), self._accelerator)
             self.batches[number] = replace(batch, ref_error_B2=error_B2.cpu())
 
 
@@ -127,11 +126,3 @@ def _batches(states: Sequence[int], table: StateTable, batch_size: int) -> list[
         by_shape.setdefault(table.latent_of(state), []).append(state)
     groups = by_shape.values()
     return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
-
-
-@torch.no_grad()
-def _reference_errors(policy: Policy, batch: StateBatch, accelerator: Accelerator) -> torch.Tensor:
-    """Compute the reference errors of a batch, float32 [B, 2]."""
-    conditioning = condition(policy, batch)
-    with accelerator.autocast():
-        return pair_errors(policy.family, policy.reference or policy.denoiser, batch, conditioning)
