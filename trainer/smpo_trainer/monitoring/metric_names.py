@@ -22,7 +22,7 @@ METRICS = {
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of this step",
     "skipped_steps": "steps so far whose loss or gradient was not finite",
-    "pairs_per_second": "states of the step, over all processes, by its duration",
+    "states_per_second": "states of the step, over all processes, divided by its duration",
     "data_wait_percent": "share of the step that the main process waited for data",
     "memory_gib": "the main process's peak memory so far: tensors on a GPU, resident memory on a CPU",
     "mfu_percent": "model FLOPs utilization; only on GPUs whose peak is known",

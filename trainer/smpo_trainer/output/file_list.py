@@ -11,7 +11,7 @@ RUN_FILES = {
     METRICS_FILE: "one JSON object per optimizer step",
     "checkpoint-NNNNNN/": "what a run continues from, and a model",
     "tensorboard/": "event files",
-    "validation/": "with `--validation-prompts`: `step-NNNNNN.png`, all prompts of a step",
+    "validation/": "with `--image-prompts`: `step-NNNNNN.png`, all prompts of a step",
     "reference.safetensors": "reference errors, where this run recomputed them",
     "nonfinite.jsonl": "one object per skipped step: `step`, `bad_pairs` (their loss is not finite), `pairs`",
     "wandb/": "with `--wandb-project`: its files, and the id of the run",
