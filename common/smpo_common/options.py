@@ -88,10 +88,11 @@ class Options(BaseModel):
         """Copy the settings with those of ``values`` that are its fields, and remove them from ``values``."""
         update: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            if name in values:
-                update[name] = values.pop(name)
-            elif group_of(field):
+            # A group may have the name of one of its fields, which is the one that is meant.
+            if group_of(field):
                 update[name] = getattr(self, name)._replace_own(values)  # noqa: SLF001  (the same class)
+            elif name in values:
+                update[name] = values.pop(name)
         return self.model_copy(update=update)
 
     def write(self, directory: AnyPath, result: AnyPath | None = None) -> None:
