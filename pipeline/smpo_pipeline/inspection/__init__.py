@@ -1,1 +1,1 @@
-"""``smpo-pipeline inspect``: what is in pairs, scores or shards, in words and as a contact sheet."""
+"""``smpo-pipeline inspect``: describe pairs, scores or shards, with a contact sheet of images."""

@@ -1,4 +1,4 @@
-"""Which column of a file holds what."""
+"""Resolve the columns of a pair file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from smpo_common.store_path import AnyPath
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Which input column holds what; ``pair_id``, ``label`` and ``annotator`` are optional (None: not there).
+    """Names of a file's columns; ``pair_id``, ``label`` and ``annotator`` are optional (None: the file has none).
 
-    A row whose ``pair_id`` is null, NaN or blank has none.
+    Image columns hold bytes, a struct with ``bytes`` or ``path`` (as the datasets library writes), or a path relative
+    to the file's folder.
 
-    Image columns hold bytes, a struct with ``bytes``/``path`` (as the datasets library writes), or a path that is
-    relative to the folder of the file it stands in.
-
-    Where ``chosen`` and ``rejected`` name the preferred image and the other one, they take the place of ``image_0``,
-    ``image_1`` and ``label``; see :func:`smpo_schemas.pairs.normalising.normalise`.
+    If ``chosen`` and ``rejected`` name the preferred image and the other one, they replace ``image_0``, ``image_1`` and
+    ``label``; see :func:`smpo_schemas.pairs.normalising.normalise`.
     """
 
     prompt: str = "prompt"
@@ -33,21 +31,21 @@ class PairColumns:
 
 
 PICK_A_PIC = PairColumns("caption", "jpg_0", "jpg_1", "label_0", "ranking_id", "user_id")
-"""Pick-a-Pic v2's own column names."""
+"""Pick-a-Pic v2's column names."""
 
 _KNOWN_OPTIONAL = PairColumns(label="label", pair_id="pair_id", annotator="annotator")
 
 
 def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path: AnyPath) -> PairColumns:
-    """Decide which columns of a file are used: Pick-a-Pic's where they are there, else the normalised names.
+    """Resolve a file's columns: those named by flags, else Pick-a-Pic's if the file has them, else the default names.
 
     Args:
         names: the file's column names.
-        given: names chosen by flags, by field of :class:`PairColumns`; None or missing means not chosen.
-        path: the file, for the error.
+        given: names from flags, by field of :class:`PairColumns`; None or missing: no flag was given.
+        path: the file, for errors.
 
     Raises:
-        UserError: a column that is needed, or that a flag names, is not in the file.
+        UserError: the file lacks a column that is required or named by a flag, or has it several times.
     """
     preset = PICK_A_PIC if {PICK_A_PIC.image_0, PICK_A_PIC.image_1} <= set(names) else _KNOWN_OPTIONAL
     if given.get("chosen") or given.get("rejected"):
@@ -61,13 +59,13 @@ def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path:
                 raise _missing(path, names, field.name, name)
             name = None
         if list(names).count(str(name)) > 1:
-            raise UserError(f"{path} has several columns {name!r}: which one is meant?")
+            raise UserError(f"{path} has several columns {name!r}; rename all but one of them")
         chosen[field.name] = name
     return PairColumns(**chosen)  # type: ignore[arg-type]
 
 
 def _missing(path: AnyPath, names: Sequence[str], field: str, name: str) -> UserError:
-    """The error of a column that is not in the file."""
+    """Make the error about a missing column."""
     hint = f"name it with --{field.replace('_', '-')}-column"
     if field.startswith("image_"):
         hint += ", or the preferred image with --chosen-column and the other with --rejected-column"

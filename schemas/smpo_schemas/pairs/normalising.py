@@ -1,4 +1,4 @@
-"""One input row as a pair, or the reason why it is none."""
+"""Convert an input row to a pair, or reject it with a reason."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from smpo_common.store_path import AnyPath
 from smpo_schemas.pairs.columns import PairColumns
 
 MAX_TEXT = 100_000
-"""Characters of a longer prompt, id or annotator's name are nobody's text: the row is rejected."""
+"""Maximum characters in a prompt, id or annotator name; longer rows are rejected."""
 
 MAX_IMAGE_BYTES = 256 << 20
-"""Larger image files are rejected, before they are read where a path names them."""
+"""Limit for image files; larger ones are rejected, and not read if the row has their path."""
 
 
 class PairRejectedError(Exception):
-    """A row that cannot become a pair; the message is the reason that the rejects table records.
+    """A row cannot become a pair; the message is the reason in the table of rejects.
 
     Attributes:
-        pair_id: what its id column says, or None where there is none or it is no text.
+        pair_id: the value of the row's id column, or None if it is missing or not text.
     """
 
     def __init__(self, reason: str, pair_id: str | None = None) -> None:
@@ -34,13 +34,13 @@ class PairRejectedError(Exception):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images of one prompt, and what an annotator said of them.
+    """Two images of one prompt, and an annotator's label.
 
     Attributes:
-        pair_id: stable name; all of a pair's randomness comes from it and a run's seed.
-        prompt: the text both images were made for.
-        image_0, image_1: encoded image files, as bytes.
-        label: the annotator's P(image_0 preferred): 1, 0, or 0.5 for a tie; None where nobody labelled.
+        pair_id: stable name; all of a pair's randomness depends on it and a run's seed alone.
+        prompt: the text that both images were made for.
+        image_0, image_1: encoded image files.
+        label: P(image_0 preferred) as people gave it: 1, 0, 0.5 for a tie, or a share of votes; None without a label.
         annotator: who labelled it, or None.
     """
 
@@ -53,14 +53,14 @@ class Pair:
 
 
 def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath) -> Pair:
-    """Turn one input row into a :class:`Pair`.
+    """Convert one input row to a :class:`Pair`.
 
-    Of a row with a chosen and a rejected image, a draw from the prompt and the images decides which one is
-    ``image_0``, and the label says which one was chosen. The draw does not know who won, so a position says nothing
-    about it, and it is the same in every run, slice and order of the rows.
+    In a row with a chosen and a rejected image, hashes of the prompt and the images decide which one is ``image_0``,
+    and the label says which one was chosen. So positions are independent of the preference, and the same in every run
+    and order of rows.
 
     Raises:
-        PairRejectedError: a field is missing or of the wrong kind.
+        PairRejectedError: a field is missing or of the wrong type.
     """
     pair_id = _text(row, columns.pair_id, "pair_id")
     try:
@@ -91,14 +91,14 @@ def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id
 
 
 def _draw(prompt: str, image: bytes) -> bytes:
-    """A number of an image under a prompt, as good as random; of a pair, the smaller one's image comes first."""
+    """Hash an image with its prompt; the image with the smaller hash becomes ``image_0``."""
     return hashlib.sha256(hashlib.sha256(prompt.encode()).digest() + image).digest()
 
 
 def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
-    """A value as text; None where there is none: null, NaN or blank."""
+    """Convert a value to text; a null, NaN or blank value gives None."""
     value = row.get(column) if column else None
-    # pandas writes NaN where a number is missing, and a CSV's empty cell may become an empty text.
+    # pandas writes NaN for a missing number, and an empty CSV cell may become an empty string.
     if value is None or (isinstance(value, str) and not value.strip()) or _is_nan(value):
         return None
     if isinstance(value, (list, dict)):
@@ -112,7 +112,7 @@ def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a file can hold a text: half surrogate pairs, which Python and JSON can, are none of UTF-8's."""
+    """Whether the text encodes as UTF-8; lone surrogates, which Python and JSON allow, do not."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -129,7 +129,7 @@ def _image_bytes(value: object, name: str, folder: AnyPath) -> bytes:
 
 
 def _file_bytes(path: AnyPath, name: str) -> bytes:
-    """The content of a plain file; a device or a pipe may have no end, or wait for ever, and is not opened."""
+    """Read a regular file; devices and pipes are not opened, since reading them may never end."""
     shown = repr(str(path)[-200:])
     try:
         size = path.stat().st_size
@@ -141,7 +141,7 @@ def _file_bytes(path: AnyPath, name: str) -> bytes:
     except OSError as error:
         if error.errno in TRANSIENT_ERRNOS:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        # An object store's error for a missing file has no words.
+        # An object store's error for a missing file has no strerror.
         reason = error.strerror or "no such file"
         raise PairRejectedError(f"image not readable: {name} {shown}: {reason}") from error
     except ValueError as error:  # a name that no file can have
@@ -149,7 +149,7 @@ def _file_bytes(path: AnyPath, name: str) -> bytes:
 
 
 def image_id(data: bytes) -> str:
-    """Name an image by its encoded file: equal bytes, equal name, whatever pair it stands in."""
+    """Hash an image's encoded file, to recognise it in other pairs."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
@@ -166,9 +166,9 @@ def _is_nan(value: object) -> bool:
 
 
 def _content_id(prompt: str, image_0: bytes, image_1: bytes) -> str:
-    """Name a pair by what it holds; lengths keep the three parts apart."""
+    """Hash a pair's content."""
     digest = hashlib.sha256()
     for part in (prompt.encode(), image_0, image_1):
-        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(len(part).to_bytes(8, "little"))  # keeps the three parts apart
         digest.update(part)
     return digest.hexdigest()[:32]
