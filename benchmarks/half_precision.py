@@ -23,10 +23,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from tests.tiny_rewards import make_tiny_aesthetic, make_tiny_hpsv2, make_tiny_image_reward
 
-from smpo_pipeline.jobs.faults.crashes import WorkLog
-from smpo_pipeline.jobs.prepare import read_ranges
-from smpo_pipeline.jobs.score.chunks import cut_chunks, scores_of
-from smpo_pipeline.jobs.score.units import RewardActor
+from smpo_pipeline.jobs.reading import read_unit
+from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_pipeline.jobs.score.actor import RewardActor
+from smpo_pipeline.jobs.score.chunks import cut_chunks, pair_scores
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 
@@ -43,8 +43,8 @@ def scores(pairs: Path, name: str, model: Path, dtype: str) -> np.ndarray:
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
     found = []
     for unit, ranges in enumerate(slice_files(files, 128, None)):
-        rows = read_ranges(ranges, [columns[part.path] for part in ranges])
-        found += [scores_of(actor(chunk), name) for chunk in cut_chunks(unit, rows)]
+        rows = read_unit(ranges, columns)
+        found += [pair_scores(actor(chunk), name) for chunk in cut_chunks(unit, rows)]
     return np.concatenate(found)
 
 

@@ -34,14 +34,14 @@ from clock import now
 from page import stamp, write_section
 from PIL import Image
 
-from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.invert.models import describe_model, load_models
 from smpo_pipeline.jobs.invert.options import InvertJobOptions, InvertOptions, ModelOptions, StorageOptions
-from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
+from smpo_pipeline.jobs.invert.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run
+from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
 from smpo_schemas.manifest import MANIFEST_FILE
@@ -123,8 +123,7 @@ def run_actor(work: Path, out: Path, device: str) -> float:
     units = slice_files(files, PAIRS_A_UNIT, None)
     prepared = []
     for unit, ranges in enumerate(units):
-        names = [columns[part.path] for part in ranges]
-        table, _ = prepare_unit(ranges, names, unit * PAIRS_A_UNIT, [(SIDE, SIDE)], "invert")
+        table, _ = prepare_unit(ranges, columns, unit * PAIRS_A_UNIT, [(SIDE, SIDE)])
         prepared.append(unit_row(unit, table, []))
     invert_unit.ray.get = lambda value: value  # the scores, which Ray would hand over
     scores = pq.read_table(

@@ -24,12 +24,12 @@ import smpo_pipeline.jobs.score.job as score_job
 from smpo_pipeline.inversion.batch import PreparedPair, draw_trajectory
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.isolation import Failure
+from smpo_pipeline.jobs.cells import cell_values
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.invert.options import InvertJobOptions, InvertOptions, ModelOptions
-from smpo_pipeline.jobs.prepare import values_of
+from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import with_scores, without_images
 from smpo_pipeline.jobs.score.options import ScoreJobOptions, ScoreOptions
-from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.shards.samples import Sample
 
@@ -97,7 +97,7 @@ class FreeActor(RewardActor):
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Score a chunk."""
-        return without_images(with_scores(chunk, {self._reward.name: np.zeros(len(values_of(chunk, "height")))}, {}))
+        return without_images(with_scores(chunk, {self._reward.name: np.zeros(len(cell_values(chunk, "height")))}, {}))
 
 
 def invert_options(work: Path, out: Path, pairs: Sequence[Path], limit: int, **more: Any) -> InvertOptions:  # noqa: ANN401

@@ -28,11 +28,11 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from smpo_models.weights import DTYPES
 from smpo_pipeline.images.decode import decode_image
-from smpo_pipeline.jobs.prepare import values_of
+from smpo_pipeline.jobs.cells import cell_values
 from smpo_pipeline.jobs.score import job
+from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import with_scores, without_images
 from smpo_pipeline.jobs.score.options import ScoreJobOptions, ScoreOptions
-from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_pipeline.rewards import load_reward
 
 TOY = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/rewards/pickscore"
@@ -163,7 +163,7 @@ class SlowActor(RewardActor):
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Score all images alike."""
-        num_images = len(values_of(chunk, "height"))
+        num_images = len(cell_values(chunk, "height"))
         if self._last:
             time.sleep(SLEEP * num_images)
         scored = with_scores(chunk, {self._reward.name: np.zeros(num_images)})

@@ -22,7 +22,6 @@ from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import batches_of_one_size
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import Failure
-from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job
 from smpo_pipeline.jobs.invert.actor import InvertActor
@@ -34,8 +33,9 @@ from smpo_pipeline.jobs.invert.options import (
     StorageOptions,
     TrajectoryOptions,
 )
-from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
+from smpo_pipeline.jobs.invert.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
@@ -313,6 +313,5 @@ def _prepared(world: World, shape: str, pairs: Path, unit: int) -> list[pa.Table
     sizes: list[ImageSize] = [(world.pixels(shape),) * 2]
     rows = []
     for number, ranges in enumerate(slice_files(files, unit, None)):
-        names = [columns[part.path] for part in ranges]
-        rows.append(unit_row(number, *prepare_unit(ranges, names, number * unit, sizes, "invert")))
+        rows.append(unit_row(number, *prepare_unit(ranges, columns, number * unit, sizes)))
     return rows

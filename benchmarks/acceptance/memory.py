@@ -13,7 +13,7 @@ from acceptance.runner import Report
 from acceptance.world import GIB, World, random_pair
 from smpo_models.memory import is_out_of_memory
 from smpo_pipeline.inversion.batch_size import largest_that_fits
-from smpo_pipeline.isolation import FAILURES, Failure, Outcome, make
+from smpo_pipeline.isolation import FAILURES, Failure, Outcome, run_isolated
 from smpo_pipeline.rewards import load_reward
 
 SPARE = 6 * GIB
@@ -38,12 +38,12 @@ def _invert(world: World, report: Report, words: _Words) -> None:
     baseline = device.allocated()
     with device.short_of_memory(SPARE, many // 2) as short:
         invert = words.heard(short(inverter.invert))
-        outcome = make(invert, pairs, device.name)
+        outcome = run_isolated(invert, pairs, device.name)
         largest = largest_that_fits(lambda count: invert(pairs[:count]), many)
     device.clean()
     report.judge("memory after over before", device.allocated() / baseline, most=1.01, on_cpu=False)
     _judge(report, "trajectories", outcome, many)
-    samples = [sample for _, (made, _) in outcome.made for sample in made]
+    samples = [sample for _, (made, _) in outcome.results for sample in made]
     report.judge("trajectories that cannot be stored", sum(isinstance(each, Failure) for each in samples), most=0)
     report.judge("largest batch of trajectories that fits", largest, least=1, most=many - 1)
 
@@ -61,13 +61,13 @@ def _score(world: World, report: Report, words: _Words) -> None:
             return clip.get_image_features(pixel_values=pixels.expand(len(images), -1, -1, -1)).pooler_output
 
     with device.short_of_memory(SPARE, many // 2) as short:
-        _judge(report, "images", make(words.heard(short(tower)), range(many), device.name), many)
+        _judge(report, "images", run_isolated(words.heard(short(tower)), range(many), device.name), many)
 
 
 def _judge(report: Report, name: str, outcome: Outcome[Any], count: int) -> None:
     report.judge(f"{name} rejected", len(outcome.failed), most=0)
-    report.judge(f"{name} made", sum(len(positions) for positions, _ in outcome.made), least=count)
-    report.judge(f"{name}: size found", outcome.fits, least=1, most=count - 1)
+    report.judge(f"{name} made", sum(len(positions) for positions, _ in outcome.results), least=count)
+    report.judge(f"{name}: size found", outcome.largest_batch, least=1, most=count - 1)
 
 
 class _Words:

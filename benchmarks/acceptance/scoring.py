@@ -16,10 +16,11 @@ from acceptance.ceilings import operations
 from acceptance.runner import Report
 from acceptance.world import World
 from smpo_pipeline.images.decoder import Decoder
-from smpo_pipeline.jobs.faults.crashes import WorkLog
-from smpo_pipeline.jobs.prepare import read_ranges, values_of
+from smpo_pipeline.jobs.cells import cell_values
+from smpo_pipeline.jobs.reading import read_unit
+from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import cut_chunks
-from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 
 TURNS = 3
@@ -32,7 +33,7 @@ def check_scoring(world: World, report: Report) -> None:
     pairs = make_pairs(world.work / "scored.parquet", size.score_pairs, size.score_side)
     decoded = _chunks(pairs)
     chunks = [_numbered(chunk, turn) for turn in range(TURNS) for chunk in decoded]
-    images = sum(len(values_of(chunk, "height")) for chunk in chunks)
+    images = sum(len(cell_values(chunk, "height")) for chunk in chunks)
     actor = RewardActor(
         f"pickscore={world.model('clip')}",
         "",
@@ -86,7 +87,7 @@ def _chunks(pairs: object) -> list[pa.Table]:
     files = list_pair_files([pairs])
     columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
     (ranges,) = slice_files(files, files[0].rows, None)
-    return list(cut_chunks(0, read_ranges(ranges, [columns[part.path] for part in ranges])))
+    return list(cut_chunks(0, read_unit(ranges, columns)))
 
 
 def _numbered(chunk: pa.Table, unit: int) -> pa.Table:

@@ -29,6 +29,6 @@ for command in (score, calibrate, plan, invert, status, evaluate, inspect, toy):
 
 def main() -> None:
     """Entry point."""
-    # It warns where the home directory cannot keep its cache of fonts, which nobody needs.
+    # matplotlib warns if it cannot cache fonts in the home directory, which does not matter here.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     run_app(app)

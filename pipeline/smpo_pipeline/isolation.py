@@ -1,4 +1,4 @@
-"""Down to the item that fails: a batch that raises is tried again, bisected, and made without those that fail alone."""
+"""Isolate the items that make a batch fail: retry it, bisect it, then run it without the items that fail alone."""
 
 from __future__ import annotations
 
@@ -11,143 +11,145 @@ from typing import Generic, TypeVar
 import torch
 
 from smpo_models.memory import is_out_of_memory, says_out_of_memory
+from smpo_schemas.reject_kinds import RejectKind
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 FAILURES = (RuntimeError, MemoryError)
-"""What a model raises where a device or a library of kernels fails. Anything else is a user's mistake, or a bug that
-would fail with every item."""
+"""Exceptions that a model raises if a device or kernel library fails. Others are a user's mistake, or a bug that would
+occur with every item."""
 
 _TRIES = 2
 
 PAUSES = (2.0, 10.0)
-"""Seconds to wait before the next tries of an item that found too little memory alone: others may have taken it."""
+"""Seconds before the second and third try of an item that runs out of memory alone: another program may free some."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an item has no result."""
+    """Stands for an item without a result."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Made]):
-    """What became of a batch.
+class Outcome(Generic[Result]):
+    """The results of a batch, and its failures; together they cover all items.
 
     Attributes:
-        made: what was made, with the positions in the batch that it is of; together with ``failed``, all of them.
-        failed: the others, with reasons.
-        fits: the most items that were made at once, where more failed but none of them alone; else None.
-        short: what was said where memory did not hold an item of ``failed`` alone, after pauses neither; else None.
+        results: results, each with the positions of its items in the batch.
+        failed: reasons by position.
+        largest_batch: size of the largest batch that succeeded, if the items only fail together; else None.
+        out_of_memory: the error of an item of ``failed`` that runs out of memory alone, even after pauses; else None.
     """
 
-    made: list[tuple[list[int], Made]]
+    results: list[tuple[list[int], Result]]
     failed: dict[int, str]
-    fits: int | None = None
-    short: str | None = None
+    largest_batch: int | None = None
+    out_of_memory: str | None = None
 
 
-def make(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str) -> Outcome[Made]:
-    """Run a batch, as a whole if at all possible.
+def run_isolated(run: Callable[[Sequence[Item]], Result], items: Sequence[Item], device: str) -> Outcome[Result]:
+    """Run a batch, as a whole if possible.
 
-    What is left after those that fail alone were found is made as one batch, so that the result depends on which
-    items fail, never on what failed once. Where no item fails alone but all of them do together (too large for the
-    device), halves are made instead. An item for which memory is too small alone is tried again after pauses.
+    All items that do not fail alone are run again as one batch, so that results depend on which items fail, not on
+    transient failures. If no item fails alone, the batch is too large for the device, and its halves are returned. An
+    item that runs out of memory alone is tried again after pauses.
 
     Args:
-        run: makes something of some items.
+        run: computes the result of some items.
         items: the batch.
-        device: that it computes on; a process whose GPU does not answer any more ends itself, since only a new one
-            can use it again.
+        device: cpu or cuda. A process whose GPU stops responding exits, since only a new process can use it again.
     """
-    made = _try(run, items, device)
-    if not isinstance(made, Failure):
-        return Outcome([(list(range(len(items))), made)], {})
-    parts, said = _bisect(run, items, device) if len(items) > 1 else ([], {0: made.reason})
-    late, said = _after_pauses(run, items, said, device)
-    if not said:
-        # Where memory came back, the batch may not have been too large.
-        fits = None if late else max(len(positions) for positions, _ in parts)
-        return Outcome(parts + late, {}, fits)
-    failed = {position: _reason(why) for position, why in said.items()}
-    short = next((why for why in said.values() if says_out_of_memory(why)), None)
+    result = _try(run, items, device)
+    if not isinstance(result, Failure):
+        return Outcome([(list(range(len(items))), result)], {})
+    parts, errors = _bisect(run, items, device) if len(items) > 1 else ([], {0: result.reason})
+    late, errors = _retry_after_pauses(run, items, errors, device)
+    if not errors:
+        # If memory came back in a pause, the batch may have been small enough.
+        largest = None if late else max(len(positions) for positions, _ in parts)
+        return Outcome(parts + late, {}, largest)
+    failed = {position: _reason(error) for position, error in errors.items()}
+    out_of_memory = next((error for error in errors.values() if says_out_of_memory(error)), None)
     rest = [position for position in range(len(items)) if position not in failed]
     if not rest:
-        return Outcome([], failed, short=short)
-    of_rest = make(run, [items[position] for position in rest], device)
-    parts = [([rest[index] for index in indices], each) for indices, each in of_rest.made]
-    failed |= {rest[index]: why for index, why in of_rest.failed.items()}
-    return Outcome(parts, failed, of_rest.fits, short or of_rest.short)
+        return Outcome([], failed, out_of_memory=out_of_memory)
+    # The items may still fail together, or fail alone only now: the same again with what is left.
+    outcome = run_isolated(run, [items[position] for position in rest], device)
+    results = [([rest[index] for index in indices], result) for indices, result in outcome.results]
+    failed |= {rest[index]: reason for index, reason in outcome.failed.items()}
+    return Outcome(results, failed, outcome.largest_batch, out_of_memory or outcome.out_of_memory)
 
 
 def run_alone(run: Callable[[Sequence[Item]], object], item: Item, device: str) -> None:
-    """Run one item for what it does to this process; a mere failure is met again, and dealt with, by :func:`make`."""
+    """Run one item to see if it crashes the process; an error is ignored, since :func:`run_isolated` meets it again."""
     _try(run, [item], device)
 
 
-def _reason(said: str) -> str:
-    if says_out_of_memory(said):
-        return f"too little memory: for it alone, and {len(PAUSES)} times after a pause: {said}"
-    return f"fails alone: {said}"
+def _reason(error: str) -> str:
+    if says_out_of_memory(error):
+        return f"{RejectKind.OUT_OF_MEMORY}: for it alone, and {len(PAUSES)} times after a pause: {error}"
+    return f"{RejectKind.FAILS_ALONE}: {error}"
 
 
-def _after_pauses(
-    run: Callable[[Sequence[Item]], Made], items: Sequence[Item], said: dict[int, str], device: str
-) -> tuple[list[tuple[list[int], Made]], dict[int, str]]:
-    """What is made of those items that memory alone failed, and what is said of the items that still fail."""
-    late: list[tuple[list[int], Made]] = []
-    still = dict(said)
+def _retry_after_pauses(
+    run: Callable[[Sequence[Item]], Result], items: Sequence[Item], errors: dict[int, str], device: str
+) -> tuple[list[tuple[list[int], Result]], dict[int, str]]:
+    """Retry the items that ran out of memory alone; return their results, and the errors that remain."""
+    late: list[tuple[list[int], Result]] = []
+    remaining = dict(errors)
     for pause in PAUSES:
-        waiting = [position for position, why in still.items() if says_out_of_memory(why)]
+        waiting = [position for position, error in remaining.items() if says_out_of_memory(error)]
         if not waiting:
             break
         time.sleep(pause)
         for position in waiting:
-            made = _try(run, [items[position]], device)
-            if isinstance(made, Failure):
-                still[position] = made.reason
+            result = _try(run, [items[position]], device)
+            if isinstance(result, Failure):
+                remaining[position] = result.reason
             else:
-                late.append(([position], made))
-                del still[position]
-    return late, still
+                late.append(([position], result))
+                del remaining[position]
+    return late, remaining
 
 
 def _bisect(
-    run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str
-) -> tuple[list[tuple[list[int], Made]], dict[int, str]]:
-    """Halves, and halves of what fails: what was made of which positions, and what is said of those that fail alone."""
-    parts: list[tuple[list[int], Made]] = []
-    said: dict[int, str] = {}
-    left = [list(range(len(items)))]
-    while left:
-        positions = left.pop()
+    run: Callable[[Sequence[Item]], Result], items: Sequence[Item], device: str
+) -> tuple[list[tuple[list[int], Result]], dict[int, str]]:
+    """Run halves, and halves of those that fail; return results by positions, and the errors of single items."""
+    results: list[tuple[list[int], Result]] = []
+    errors: dict[int, str] = {}
+    failing = [list(range(len(items)))]
+    while failing:
+        positions = failing.pop()
         middle = len(positions) // 2
         for half in filter(None, (positions[:middle], positions[middle:])):
-            made = _try(run, [items[position] for position in half], device)
-            if not isinstance(made, Failure):
-                parts.append((half, made))
+            result = _try(run, [items[position] for position in half], device)
+            if not isinstance(result, Failure):
+                results.append((half, result))
             elif len(half) == 1:
-                said[half[0]] = made.reason
+                errors[half[0]] = result.reason
             else:
-                left.append(half)
-    return parts, said
+                failing.append(half)
+    return results, errors
 
 
-def _try(run: Callable[[Sequence[Item]], Made], items: Sequence[Item], device: str) -> Made | Failure:
-    """Run a batch. Of an error only the text is kept: its traceback would hold the tensors of its frames."""
+def _try(run: Callable[[Sequence[Item]], Result], items: Sequence[Item], device: str) -> Result | Failure:
+    """Run a batch, twice if it fails."""
     failure = Failure("")
     for _ in range(_TRIES):
         try:
             return run(items)
         except FAILURES as error:
+            # Only the text: the error's traceback would keep the tensors of its frames in memory.
             failure = Failure(" ".join(f"{type(error).__name__}: {error}".split())[:300])
-        _leave_broken_gpu(device)
+        _exit_if_gpu_is_broken(device)
     return failure
 
 
-def _leave_broken_gpu(device: str) -> None:
+def _exit_if_gpu_is_broken(device: str) -> None:
     if device == "cuda":
         try:
             torch.ones(1, device=device).item()

@@ -1,4 +1,4 @@
-"""Flags that several commands of ``smpo-pipeline`` share, and groups of them. Imports neither torch nor Ray."""
+"""Flags that several commands of ``smpo-pipeline`` share. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -9,55 +9,55 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationInfo, model_validator
 
 from smpo_common.errors import UserError
-from smpo_common.options import Flag, Options, flag_name
+from smpo_common.options import Flag, Options, Overwrite, flag_name
 from smpo_common.store_path import AnyPath, parse_path
 from smpo_schemas.dtypes import Dtype
 
-# Validators; each names the flag in a UserError
+# Validators; their UserErrors name the flag.
 
 
 def _flag(info: ValidationInfo, value: object) -> str:
-    """``--flag value``."""
+    """Format ``--flag value``."""
     return f"{flag_name(str(info.field_name))} {value}"
 
 
-def _path(given: Any) -> AnyPath:  # noqa: ANN401  (a path, or what a user typed)
-    return parse_path(given) if isinstance(given, str) else given
+def _path(value: Any) -> AnyPath:  # noqa: ANN401  (a path, or a user's string)
+    return parse_path(value) if isinstance(value, str) else value
 
 
-def _local_path(given: Any) -> Path:  # noqa: ANN401  (a path, or what a user typed)
-    path = _path(given)
+def _local_path(value: Any) -> Path:  # noqa: ANN401  (a path, or a user's string)
+    path = _path(value)
     if not isinstance(path, Path):
-        raise UserError(f"{path} is a URL; this command takes paths of this machine: copy it here first")
+        raise UserError(f"{path} is a URL; this command reads local files only: download it first")
     return path
 
 
 def _existing(path: AnyPath, info: ValidationInfo) -> AnyPath:
-    """Refuse a path where nothing is; URLs are asked for later."""
+    """Refuse a path that does not exist; URLs are checked when they are read."""
     if isinstance(path, Path) and not path.exists():
         raise UserError(f"{_flag(info, path)} does not exist")
     return path.absolute()
 
 
 def _writable(path: AnyPath, info: ValidationInfo) -> AnyPath:
-    """Refuse a folder that cannot be made, since something else is there, or above it."""
+    """Refuse a folder that cannot be created because a file has its name or that of a parent."""
     if isinstance(path, Path):
-        _refuse_no_folder(path, (path, *path.parents), info)
+        _refuse_files(path, (path, *path.parents), info)
     return path.absolute()
 
 
 def _writable_file(path: Path, info: ValidationInfo) -> Path:
-    """Refuse a file that cannot be written, since a folder is there, or no folder above it."""
+    """Refuse a file that cannot be written because a folder has its name, or a file that of a parent."""
     if path.is_dir():
         raise UserError(f"{_flag(info, path)} is a folder; name a file")
-    _refuse_no_folder(path, path.parents, info)
+    _refuse_files(path, path.parents, info)
     return path
 
 
-def _refuse_no_folder(path: Path, folders: Sequence[Path], info: ValidationInfo) -> None:
-    wrong = next((each for each in folders if each.exists() and not each.is_dir()), None)
-    if wrong:
-        raise UserError(f"{flag_name(str(info.field_name))}: cannot write {path}: {wrong} is no folder")
+def _refuse_files(path: Path, folders: Sequence[Path], info: ValidationInfo) -> None:
+    file = next((folder for folder in folders if folder.exists() and not folder.is_dir()), None)
+    if file:
+        raise UserError(f"{flag_name(str(info.field_name))}: cannot write {path}: {file} is a file, not a folder")
 
 
 def _model_source(model: str, info: ValidationInfo) -> str:
@@ -68,7 +68,7 @@ def _model_source(model: str, info: ValidationInfo) -> str:
 
 
 def absolute_model(model: str) -> str:
-    """A hub id as it is, a folder with its absolute path."""
+    """Make the path of an existing folder absolute; return anything else, such as a hub id, unchanged."""
     return str(Path(model).absolute()) if Path(model).exists() else model
 
 
@@ -80,16 +80,16 @@ def _known_rewards(specs: tuple[str, ...]) -> tuple[str, ...]:
 
 def _known_device(device: str | None) -> str | None:
     if device not in (None, "cpu", "cuda"):
-        raise UserError(f"--device {device}: cpu or cuda")
+        raise UserError(f"--device {device}: expected cpu or cuda")
     return device
 
 
-def _batch_size(given: Any) -> int | None:  # noqa: ANN401  (a number, or what a user typed)
-    if given in (None, "auto"):
+def _batch_size(value: Any) -> int | None:  # noqa: ANN401  (a number, or a user's string)
+    if value in (None, "auto"):
         return None
-    if str(given).isdecimal() and int(given) > 0:
-        return int(given)
-    raise UserError(f"--batch-size {given}: a number from 1, or auto")
+    if str(value).isdecimal() and int(value) > 0:
+        return int(value)
+    raise UserError(f"--batch-size {value}: expected a number from 1, or auto")
 
 
 # Flags
@@ -109,15 +109,16 @@ Pairs = Annotated[
     tuple[ExistingPathOrUrl, ...],
     Flag(typed=list[str], metavar="PATH|URL", place=True),
     Field(
-        description="Parquet or JSONL files, or folders of them (links are followed, hidden names left out), one row a "
-        "pair. Pick-a-Pic v2's columns are known; others are named by flags (--image-0-column, --chosen-column, ...)."
+        description="Parquet or JSONL files, or folders of them, with one row per pair. Links are followed, hidden "
+        "files skipped. The column names of Pick-a-Pic v2 are recognised; name others by flags (--image-0-column, "
+        "--chosen-column, ...)."
     ),
 ]
 Out = Annotated[
     LocalPath,
     AfterValidator(_writable),
     FOLDER,
-    Field(description="Output directory; made where it is missing."),
+    Field(description="Output directory; created if missing."),
 ]
 OutOrUrl = Annotated[
     AnyPath,
@@ -125,32 +126,32 @@ OutOrUrl = Annotated[
     AfterValidator(_writable),
     _AsText,
     FOLDER_OR_URL,
-    Field(description="Output directory; made where it is missing. URLs: docs/guide/storage.md."),
+    Field(description="Output directory; created if missing. For URLs see docs/guide/storage.md."),
 ]
 Rewards = Annotated[
     tuple[str, ...],
     AfterValidator(_known_rewards),
     Flag(metavar="NAME[=MODEL]", place="named"),
     Field(
-        description="NAME, NAME=MODEL (hub id, folder or file) or your own MODULE:CLASS, repeatable, for example "
-        "pickscore or pickscore=./my-pickscore. Which there are and what each says: docs/guide/scoring.md."
+        description="Reward: NAME, NAME=MODEL (hub id, folder or file), or MODULE:CLASS for your own. Repeatable. For "
+        "example pickscore or pickscore=./my-pickscore. List of rewards: docs/guide/scoring.md."
     ),
 ]
 Variant = Annotated[
     str | None,
     Field(
-        description="Variant of the model's files of weights, for example fp16. Default: those without one, or the "
-        "only one that is there."
+        description="Variant of the model's weight files, for example fp16. Default: the files without a variant, or "
+        "the only variant there is."
     ),
 ]
 Device = Annotated[
     str | None,
     AfterValidator(_known_device),
-    Field(description="cpu or cuda; default: cuda where this machine (with --ray-address: the cluster) has a GPU."),
+    Field(description="cpu or cuda; default: cuda if this machine (with --ray-address: the cluster) has a GPU."),
 ]
 ModelDtype = Annotated[
     Dtype | None,
-    Field(description="Number type of the diffusion model; default: bf16 on GPUs that have it, else fp32."),
+    Field(description="Dtype of the diffusion model; default: bf16 on GPUs that support it, else fp32."),
 ]
 AutoBatchSize = Annotated[
     int | None,
@@ -158,49 +159,44 @@ AutoBatchSize = Annotated[
     PlainSerializer(lambda size: str(size or "auto")),
     Flag(typed=str),
     Field(
-        description="Trajectories per model call, or auto: the largest that fits on the GPU; on a CPU the smallest "
+        description="Trajectories per model call, or auto: the largest batch that fits on the GPU; on CPU the smallest "
         "whose doubling gains less than 5 %."
     ),
 ]
-RayAddress = Annotated[str | None, Field(description="Ray cluster to run on; default: one of its own.")]
-Limit = Annotated[int | None, Field(ge=1, description="Only the first N pairs.")]
+RayAddress = Annotated[str | None, Field(description="Address of a Ray cluster; default: start a local one.")]
+Limit = Annotated[int | None, Field(ge=1, description="Use only the first N pairs.")]
 MaxRejectRate = Annotated[
     float,
     Field(
         ge=0,
         le=1,
-        description="Stop when more of the pairs are rejected than this (of the first 200, or of all so far).",
+        description="Stop if a larger share of the pairs is rejected (of the first 200, then of all so far).",
     ),
-]
-Overwrite = Annotated[
-    bool,
-    Flag(recorded=False),
-    Field(description="Start over. Without it an unfinished run is continued and a finished one left alone."),
 ]
 
 
 class ColumnOptions(Options):
-    """Which columns of the input are what."""
+    """Names of the input's columns."""
 
-    model_config = ConfigDict(title="Input columns (where they are not Pick-a-Pic's or the normalised names)")
+    model_config = ConfigDict(title="Input columns (default: the names of this project or of Pick-a-Pic)")
 
     prompt_column: str | None = None
-    """Text of the prompt."""
+    """Prompt."""
     image_0_column: str | None = None
     """First image: file bytes, or a path relative to the input file."""
     image_1_column: str | None = None
     """Second image."""
     label_column: str | None = None
-    """P(image_0 preferred): 1, 0, or 0.5 for a tie."""
+    """Label, P(image_0 preferred): 1, 0, or 0.5 for a tie."""
     pair_id_column: str | None = None
-    """Stable name of the pair; without one (null, NaN and blank are none), a hash of prompt and images."""
+    """Stable id of the pair; if missing (null, NaN or blank), a hash of prompt and images."""
     annotator_column: str | None = None
-    """Who labelled the pair."""
+    """Annotator who labelled the pair."""
     chosen_column: str | None = None
-    """The preferred image, of data sets that have chosen and rejected images instead of a label. Which of the two
-    becomes image_0 is drawn from the pair's content."""
+    """Preferred image, for data sets with chosen and rejected images instead of a label. A hash of the pair decides
+    which one becomes image_0."""
     rejected_column: str | None = None
-    """The other image; with --chosen-column."""
+    """Other image; needs --chosen-column."""
 
     @model_validator(mode="after")
     def _refuse_two_layouts(self) -> Self:
@@ -221,17 +217,16 @@ class ColumnOptions(Options):
         return self
 
     def by_field(self) -> dict[str, str | None]:
-        """The columns by the fields of :class:`smpo_schemas.pairs.PairColumns`."""
+        """The columns by field of :class:`smpo_schemas.pairs.PairColumns`."""
         return {name.removesuffix("_column"): column for name, column in self}
 
     def as_flags(self) -> list[str]:
-        """What is typed to choose the same columns."""
-        given = {name: column for name, column in self if column is not None}
-        return [word for name, column in given.items() for word in (flag_name(name), column)]
+        """The command-line arguments that choose the same columns."""
+        return [word for name, column in self if column is not None for word in (flag_name(name), column)]
 
 
 class JobOptions(Options):
-    """How a job runs on Ray."""
+    """Settings of a job on Ray."""
 
     model_config = ConfigDict(title="Running")
 
@@ -240,14 +235,15 @@ class JobOptions(Options):
     limit: Limit = None
     max_reject_rate: MaxRejectRate = 0.05
     overwrite: Overwrite = False
+    """Start over. Without it an unfinished run is resumed and a finished one is kept."""
 
     @property
     def chosen_device(self) -> str:
-        """The device, once the job has chosen one.
+        """The device, after the job has resolved it.
 
         Raises:
-            RuntimeError: it has not.
+            RuntimeError: it has not yet.
         """
         if self.device is None:
-            raise RuntimeError("no device is chosen yet")
+            raise RuntimeError("the device is not resolved yet")
         return self.device

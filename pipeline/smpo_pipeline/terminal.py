@@ -19,7 +19,7 @@ QUANTILE_NAMES = ("5 %", "25 %", "median", "75 %", "95 %")
 
 
 def make_table(title: str, columns: Sequence[str], text_columns: int = 1) -> Table:
-    """A plain table whose first ``text_columns`` are set left, the others right."""
+    """A table whose first ``text_columns`` are left-aligned, the others right-aligned."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
         if number < text_columns:
@@ -30,7 +30,7 @@ def make_table(title: str, columns: Sequence[str], text_columns: int = 1) -> Tab
 
 
 def facts(title: str, rows: Mapping[str, str]) -> Table:
-    """A table of names and what they are."""
+    """A table of names and values, without a header."""
     table = Table(title=title, box=None, show_header=False, title_justify="left", title_style="bold", pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -41,13 +41,13 @@ def facts(title: str, rows: Mapping[str, str]) -> Table:
 
 
 def bar(share: float) -> str:
-    """A bar of ``share`` (0 to 1) of the full width, in eighths of a character."""
+    """Draw a bar of ``share`` (0 to 1) of the full width, in eighths of a character."""
     eighths = round(max(0.0, min(1.0, share)) * _BAR_WIDTH * 8)
     return (_EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
 
 
 def histogram(title: str, values: np.ndarray, edges: Sequence[float], digits: int = 0) -> Table:
-    """Counts of ``values`` between ``edges`` (the last bin closed), with bars relative to the fullest bin."""
+    """Count ``values`` between ``edges`` (the last bin is closed), with bars relative to the fullest bin."""
     counts, _ = np.histogram(values, edges)
     table = make_table(title, ("from .. to", "", "count", "share"), text_columns=2)
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
@@ -57,7 +57,7 @@ def histogram(title: str, values: np.ndarray, edges: Sequence[float], digits: in
 
 
 def counted(counts: Mapping[str, int], most: int = 8) -> str:
-    """``a (12), b (3)``, the most frequent first; the rest is summed up."""
+    """Format counts as ``a (12), b (3)``, most frequent first; all but the first ``most`` are summed up."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     words = [f"{name} ({count})" for name, count in ordered[:most]]
     if len(ordered) > most:
@@ -66,18 +66,18 @@ def counted(counts: Mapping[str, int], most: int = 8) -> str:
 
 
 def print_next(console: Console, *command: object) -> None:
-    """Print the command to run next, quoted as a shell takes it; of what is still to be chosen, a name in capitals."""
+    """Print the next command, quoted for a shell, with names in capitals for what the user has to fill in."""
     text = f"next: {shlex.join(map(str, command))}"
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def percent(part: float, whole: float) -> str:
-    """``12.5 %``, or a dash of nothing."""
+    """Format ``12.5 %``, or a dash if ``whole`` is 0."""
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def quantile_cells(values: np.ndarray) -> list[str]:
-    """The quantiles that :data:`QUANTILE_NAMES` names, with three digits; dashes where there are no values."""
+    """The quantiles of :data:`QUANTILE_NAMES` with three digits; dashes if there are no values."""
     if not len(values):
         return ["-"] * len(_QUANTILES)
     return [f"{value:.3g}" for value in np.quantile(values, _QUANTILES)]

@@ -32,6 +32,11 @@ class Reject(FrozenModel):
     stage: str
     reason: str
 
+    @property
+    def kind(self) -> str:
+        """The reason without its details."""
+        return self.reason.partition(":")[0]
+
 
 def write_rejects(path: AnyPath, rejects: Sequence[Reject]) -> None:
     """Write ``rejected.parquet``; without rejects it has no rows."""
@@ -53,5 +58,5 @@ def read_rejects(path: AnyPath) -> list[Reject]:
 
 
 def count_reasons(rejects: Sequence[Reject]) -> dict[str, int]:
-    """Count each kind of reason, most frequent first; a kind is the text before the first colon."""
-    return dict(Counter(reject.reason.split(":")[0] for reject in rejects).most_common())
+    """Count each kind of reason, most frequent first."""
+    return dict(Counter(reject.kind for reject in rejects).most_common())

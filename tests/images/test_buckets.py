@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smpo_pipeline.images.buckets import bucket_sizes, buckets_in_words, choose_size, list_buckets, resize_pair
+from smpo_pipeline.images.buckets import bucket_sizes, describe_buckets, choose_size, list_buckets, resize_pair
 from smpo_pipeline.images.decode import ImageRejectedError
 from tests.pictures import picture
 
@@ -89,4 +89,4 @@ def test_images_cover_their_size_and_lose_the_rest_evenly(shapes, size, wholes, 
 def test_the_list_and_its_words():
     buckets = list_buckets({(24, 40): 1, (40, 24): 2, (32, 32): 5})
     assert [(each.height, each.width, each.pairs) for each in buckets] == [(40, 24, 2), (32, 32, 5), (24, 40, 1)]
-    assert buckets_in_words(buckets) == "40 x 24 (25%), 32 x 32 (62%), 24 x 40 (12%)"
+    assert describe_buckets(buckets) == "40 x 24 (25%), 32 x 32 (62%), 24 x 40 (12%)"

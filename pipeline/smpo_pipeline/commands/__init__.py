@@ -1,1 +1,1 @@
-"""The commands of ``smpo-pipeline``, one file each: flags and help here, the work elsewhere."""
+"""The commands of ``smpo-pipeline``, one file each: they parse flags and print; the work is done elsewhere."""

@@ -18,21 +18,21 @@ from smpo_schemas.scores import SCORES_FILE
 
 
 class CalibrateOptions(Options):
-    """The settings of ``calibrate``."""
+    """The flags of ``calibrate``."""
 
     scores: Annotated[LocalPath, FOLDER]
-    """Output of `smpo-pipeline score`, of pairs with labels."""
+    """Output directory of `smpo-pipeline score` for pairs with labels."""
     out: Annotated[
         OutFile | None,
         FILE,
-        Field(description=f"What to write, .json; default: {CALIBRATION_FILE} in the scores' folder."),
+        Field(description=f"File to write, ending in .json; default: {CALIBRATION_FILE} in the scores' folder."),
     ] = None
     reward: Annotated[tuple[str, ...], Flag(metavar="NAME")] = ()
-    """Only these rewards; default: all. Repeatable."""
+    """Rewards to calibrate; default: all. Repeatable."""
     folds: Annotated[int, Field(ge=2)] = 5
-    """Parts of the prompts; each is held out once, and judged by a fit to the others."""
+    """Number of folds for cross-validation, split by prompt."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Deals the prompts to the folds."""
+    """Seed of the split into folds."""
 
     @property
     def target(self) -> Path:
@@ -43,23 +43,21 @@ class CalibrateOptions(Options):
         """
         target = self.out or self.scores / CALIBRATION_FILE
         if target.suffix != ".json" or target.name == SCORES_FILE:
-            ends = f"name a file that ends in .json (the picture ends in .png), not {SCORES_FILE}"
-            raise UserError(f"--out {target}: {ends}")
+            raise UserError(f"--out {target}: expected a file that ends in .json, but not {SCORES_FILE}")
         return target
 
 
 def calibrate(options: CalibrateOptions) -> None:
-    """Fit each reward's temperature, and its share in a mixture, to people's labels; say how well each mix does.
+    """Fit the temperature of each reward, and its share in a mixture, to human labels; report held-out agreement.
 
-    Writes the calibration that `smpo-train --preference mixture --calibration FILE` takes, and a picture beside it
-    (the same name, .png).
+    Writes the file for `smpo-train --preference mixture --calibration FILE`, and a plot beside it (.png).
     """
     target = options.target
     from smpo_pipeline.calibration import calibrate as job  # noqa: PLC0415  (keeps --help free of torch)
     from smpo_pipeline.calibration.plot import save_plot  # noqa: PLC0415
     from smpo_pipeline.calibration.show import print_report  # noqa: PLC0415
 
-    console, scores, folds = Console(markup=False, emoji=False), options.scores, options.folds  # prints files' words
+    console, scores, folds = Console(markup=False, emoji=False), options.scores, options.folds  # prints text from files
     rewards = ", ".join(options.reward) or "all of them"
     console.print(f"rewards: {rewards}; {folds} folds of the prompts; seed {options.seed}", highlight=False)
     with Progress(console=console, transient=True) as progress:

@@ -11,9 +11,9 @@ from smpo_pipeline.evaluation.summary import print_results
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Compare models: the same prompts and noise for all, scores, win rates with intervals, a report with pictures.
+    """Compare models on the same prompts and noise: scores, win rates with intervals, and a report with images.
 
-    A finished evaluation with the same settings is left alone, an unfinished one is continued.
+    A finished evaluation with the same settings is kept, an unfinished one is resumed.
     """
     console = Console(markup=False)
     evaluation = prepare_evaluation(options)
@@ -25,7 +25,7 @@ def evaluate(options: EvaluateOptions) -> None:
     else:
         from smpo_pipeline.evaluation.run import run  # noqa: PLC0415  (loads torch: not for a finished evaluation)
 
-        # With the dtype that was chosen, so that the config repeats the numbers on any machine.
+        # With the dtype that was chosen, so that the config reproduces the numbers on any machine.
         options.replace(dtype=evaluation.settings.dtype).write(evaluation.out)
         results = run(evaluation, console)
     print_results(results, console)

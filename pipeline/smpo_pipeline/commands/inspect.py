@@ -18,28 +18,28 @@ from smpo_schemas.scores import read_scores, read_scores_info
 
 
 class InspectOptions(Options):
-    """The settings of ``inspect``."""
+    """The flags of ``inspect``."""
 
     path: Annotated[LocalPath, Flag(typed=str, positional=True)]
-    """Pairs (file or folder), an output of score, or an output of invert."""
+    """Pairs (file or folder), or an output directory of score or invert."""
     out: Annotated[OutFile | None, FILE] = None
-    """PNG for the contact sheet. Default: inspect-NAME.png in the current folder."""
+    """PNG file for the contact sheet. Default: inspect-NAME.png in the current folder."""
     samples: Annotated[int | None, Field(ge=0)] = None
-    """Pairs or trajectories on the sheet; 0 for none. Default: 12 pairs, 4 trajectories."""
+    """Number of pairs or trajectories on the sheet; 0 for none. Default: 12 pairs, 4 trajectories."""
     model: Annotated[str | None, Flag(metavar="DIR")] = None
-    """For shards: the model to decode with. Default: the manifest's."""
+    """For shards: model to decode latents with. Default: the manifest's."""
     vae: Annotated[str | None, Flag(metavar="DIR")] = None
-    """For shards made with --vae: that VAE."""
+    """For shards made with --vae: the same VAE."""
     scores: Annotated[LocalPath | None, FOLDER] = None
-    """For pairs: an output of score, to write their scores on the sheet."""
+    """For pairs: output directory of score, to show their scores on the sheet."""
     limit: Annotated[int | None, Field(ge=1)] = None
-    """Look only at the first N pairs or trajectories."""
+    """Use only the first N pairs or trajectories."""
     columns: ColumnOptions = ColumnOptions()
 
 
 def inspect(options: InspectOptions) -> None:
-    """Describe pairs, scores or shards: numbers, and a contact sheet."""
-    console = Console(markup=False)  # what is printed comes from the files
+    """Describe pairs, scores or shards: statistics, and a contact sheet of images."""
+    console = Console(markup=False)  # prints text from files
     kind, folder = recognise(options.path)
     target = options.out or Path(f"inspect-{folder.resolve().stem}.png")
     if kind == "pairs":
@@ -58,10 +58,10 @@ def _inspect_pairs(path: Path, options: InspectOptions, console: Console, target
     if options.scores:
         info = read_scores_info(options.scores)
         rows = {row["pair_id"]: row for row in read_scores(options.scores, info).to_pylist()}
-    kept = 12 if options.samples is None else options.samples
-    with _counting(console, "reading pairs") as advance:
+    samples = 12 if options.samples is None else options.samples
+    with _progress(console, "reading pairs") as advance:
         columns = options.columns.by_field()
-        summary = summarise_pairs(path, columns, limit=options.limit, samples=kept, advance=advance)
+        summary = summarise_pairs(path, columns, limit=options.limit, samples=samples, advance=advance)
     print_pairs(summary, path, console)
     if summary.chosen:
         save_sheet(draw_pairs(summary, path, rows), target)
@@ -73,7 +73,7 @@ def _inspect_scores(path: Path, console: Console) -> None:
 
     print_scores(summarise_scores(path), path, console)
     console.print(
-        f"A score holds no images; see them with: smpo-pipeline inspect PAIRS --scores {path}",
+        f"Scores hold no images; to see them, run: smpo-pipeline inspect PAIRS --scores {path}",
         highlight=False,
         soft_wrap=True,
     )
@@ -84,9 +84,9 @@ def _inspect_shards(path: Path, options: InspectOptions, console: Console, targe
     from smpo_pipeline.inspection.sheet import save_sheet  # noqa: PLC0415  (torch and diffusers: not for --help)
     from smpo_pipeline.inspection.trajectories import draw_shards, load_decoder  # noqa: PLC0415
 
-    kept = 4 if options.samples is None else options.samples
-    with _counting(console, "reading trajectories") as advance:
-        summary = summarise_shards(path, limit=options.limit, samples=kept, advance=advance)
+    samples = 4 if options.samples is None else options.samples
+    with _progress(console, "reading trajectories") as advance:
+        summary = summarise_shards(path, limit=options.limit, samples=samples, advance=advance)
     print_shards(summary, path, console)
     if summary.chosen:
         family = load_decoder(summary.manifest, options.model, options.vae, "cpu")
@@ -95,8 +95,8 @@ def _inspect_shards(path: Path, options: InspectOptions, console: Console, targe
 
 
 @contextmanager
-def _counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that vanishes when done; yields what is to be told (number done, number in all)."""
+def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar while the block runs; yield a function that sets (done, total)."""
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
+        task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

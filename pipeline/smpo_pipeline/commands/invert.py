@@ -6,20 +6,20 @@ from rich.console import Console
 from rich.text import Text
 
 from smpo_common.store_path import AnyPath
-from smpo_pipeline.images.buckets import buckets_in_words
+from smpo_pipeline.images.buckets import describe_buckets
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.terminal import print_next
 from smpo_schemas.manifest import MANIFEST_FILE, Manifest
 
 
 def invert(options: InvertOptions) -> None:
-    """Carry every image along the model's own sampling trajectory and store the states as WebDataset shards.
+    """Invert the images of every pair along the model's sampling trajectory, and store the states as WebDataset shards.
 
-    Writes OUT/shard-*.tar, OUT/rejected.parquet and OUT/manifest.json (written last). `smpo-train --shards OUT` trains
-    from them, as often as you like.
+    Writes OUT/shard-*.tar, OUT/rejected.parquet and, last, OUT/manifest.json. Train on them with
+    `smpo-train --shards OUT`, as often as you like.
     """
     from smpo_models.weights import variant_remark  # noqa: PLC0415
-    from smpo_pipeline.jobs.invert.actor import take_batch_sizes  # noqa: PLC0415
+    from smpo_pipeline.jobs.invert.actor import pop_batch_sizes  # noqa: PLC0415
     from smpo_pipeline.jobs.invert.job import invert as run_job  # noqa: PLC0415  (keeps --help free of torch and Ray)
 
     console, models = Console(markup=False), options.models
@@ -27,14 +27,14 @@ def invert(options: InvertOptions) -> None:
         console.print(remark, highlight=False, soft_wrap=True)
     manifest = run_job(options)
     options.write(options.out, options.out / MANIFEST_FILE)
-    asked = options.running.batch_size
-    for size in take_batch_sizes(options.out):
-        why = f"{asked}: larger batches failed, for lack of memory as a rule" if asked else "auto"
-        console.print(f"--batch-size {why}: batches of {size} trajectories")
+    requested = options.running.batch_size
+    for size in pop_batch_sizes(options.out):
+        flag = f"{requested}: larger batches failed, usually for lack of memory" if requested else "auto"
+        console.print(f"--batch-size {flag}: batches of {size} trajectories")
     _show(console, manifest, options.out)
-    parts = {"--unet": models.unet, "--variant": models.variant}
-    parts_given = [word for flag, part in parts.items() if part for word in (flag, part)]
-    train = ("smpo-train", "--shards", options.out, "--model", models.model, *parts_given)
+    optional = {"--unet": models.unet, "--variant": models.variant}
+    flags = [word for flag, value in optional.items() if value for word in (flag, value)]
+    train = ("smpo-train", "--shards", options.out, "--model", models.model, *flags)
     print_next(console, *train, "--reward", *manifest.rewards, "--out", "runs/smpo")
 
 
@@ -48,11 +48,11 @@ def _show(console: Console, manifest: Manifest, out: AnyPath) -> None:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
     if totals.prompts_cut:
         console.print(
-            f"{totals.prompts_cut} prompts are longer than the text encoder takes: their ends were cut, as the model's "
-            "own pipeline does"
+            f"{totals.prompts_cut} prompts are longer than the text encoder accepts and were truncated, as by the "
+            "model's pipeline"
         )
     if manifest.buckets:
-        console.print(f"image sizes, height x width: {buckets_in_words(manifest.buckets)}")
+        console.print(f"image sizes, height x width: {describe_buckets(manifest.buckets)}")
     rejected = f", {totals.rejected} rejected (reasons: {out / 'rejected.parquet'})" if totals.rejected else ""
     size = f"{totals.bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
     console.print(f"{totals.pairs} pairs, {totals.states} states, {size}{rejected}: {out}")

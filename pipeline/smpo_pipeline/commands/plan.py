@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smpo_common.files import write_json
-from smpo_pipeline.images.buckets import buckets_in_words
+from smpo_pipeline.images.buckets import describe_buckets
 from smpo_pipeline.planning.options import PlanOptions
 
 if TYPE_CHECKING:
@@ -16,60 +16,59 @@ if TYPE_CHECKING:
 
 
 def plan(options: PlanOptions) -> None:
-    """Measure what `invert` with the same flags would cost: device hours, bytes, shards, dollars.
+    """Estimate what `invert` with the same flags costs: device hours, bytes, shards, dollars.
 
-    Inverts some of the pairs on this machine's device for a minute and projects: for these pairs, for 1 and for 100
-    million. Nothing is stored; --out, --concurrency, --ray-address and --overwrite may be given, and do nothing.
+    Inverts some of the pairs on this machine for a minute, and projects to all pairs, 1 million and 100 million.
+    Nothing is stored. --out, --concurrency, --ray-address and --overwrite are accepted and ignored.
     """
-    from smpo_pipeline.jobs.ray.session import check_device, plain_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
+    from smpo_pipeline.jobs.cluster.session import resolve_device, set_reproducible_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
     from smpo_pipeline.planning.plan import make_plan  # noqa: PLC0415
 
-    device = check_device(options.running.device)
-    plain_arithmetic(device)
+    device = resolve_device(options.running.device)
+    set_reproducible_arithmetic(device)
     console = Console(markup=False)
-    found = make_plan(options.replace(device=device), console)
-    _show(console, found)
-    bearable = options.running.max_reject_rate
-    if 1 - found.usable > bearable:
-        stops = f"above --max-reject-rate {bearable:g}: invert will stop"
-        console.print(f"WARNING: that is {stops}", highlight=False, soft_wrap=True)
+    measured = make_plan(options.replace(device=device), console)
+    _show(console, measured)
+    if 1 - measured.usable > options.running.max_reject_rate:
+        limit = f"--max-reject-rate {options.running.max_reject_rate:g}"
+        console.print(f"WARNING: more than {limit} allows: invert will stop", highlight=False, soft_wrap=True)
     if options.projection.json_:
-        write_json(options.projection.json_, found.model_dump())
+        write_json(options.projection.json_, measured.model_dump())
 
 
-def _show(console: Console, found: Plan) -> None:
-    hours = "GPU hours" if found.peak_memory is not None else "CPU hours"
-    table = Table(title=f"invert on {found.device}, batches of {found.batch_size} trajectories")
-    for column in ("pairs", hours, f"wall hours on {found.gpus}", "size", "shards", "dollars"):
+def _show(console: Console, plan: Plan) -> None:
+    hours = "GPU hours" if plan.peak_memory is not None else "CPU hours"
+    table = Table(title=f"invert on {plan.device}, batches of {plan.batch_size} trajectories")
+    for column in ("pairs", hours, f"wall hours on {plan.gpus}", "size", "shards", "dollars"):
         table.add_column(column, justify="right", overflow="fold")
-    for each in found.projections:
+    for projection in plan.projections:
         table.add_row(
-            f"{each.pairs:,}",
-            _number(each.device_hours),
-            _number(each.wall_hours),
-            _bytes(each.bytes),
-            f"{each.shards:,}",
-            "-" if each.dollars is None else f"{each.dollars:,.2f}",
+            f"{projection.pairs:,}",
+            _number(projection.device_hours),
+            _number(projection.wall_hours),
+            _bytes(projection.bytes),
+            f"{projection.shards:,}",
+            "-" if projection.dollars is None else f"{projection.dollars:,.2f}",
         )
     console.print(table)
-    counted = "measured" if found.forwards_measured else "exactly"
-    rate = f"{found.pairs_a_second:.3g} pairs/s on one device, measured over {found.measured_trajectories} trajectories"
-    forwards = f"{found.forwards_a_trajectory:.4g} forwards of the denoiser ({counted})"
-    trajectory = f"{found.states_a_trajectory:.3g} states, {forwards}"
+    counted = "measured" if plan.forwards_measured else "exact"
+    rate = f"{plan.pairs_a_second:.3g} pairs/s on one device, measured over {plan.measured_trajectories} trajectories"
+    forwards = f"{plan.forwards_a_trajectory:.4g} forwards of the denoiser ({counted})"
+    trajectory = f"{plan.states_a_trajectory:.3g} states, {forwards}"
     lines = [
-        f"{rate} in {found.measured_seconds:.1f} s (VAE and text encoders included)",
-        f"a trajectory: {trajectory}, {_bytes(found.bytes_a_trajectory)}; rewards: {', '.join(found.rewards)}",
-        f"decoding keeps {found.decoding_cores:.2g} CPU cores busy for each device",
+        f"{rate} in {plan.measured_seconds:.1f} s (VAE and text encoders included)",
+        f"per trajectory: {trajectory}, {_bytes(plan.bytes_a_trajectory)}; rewards: {', '.join(plan.rewards)}",
+        f"decoding needs {plan.decoding_cores:.2g} CPU cores per device",
     ]
-    if found.peak_memory is not None:
-        lines.append(f"GPU memory: {_bytes(found.peak_memory)} at the most")
-    if not found.warm:
-        lines.append("one batch took longer than --seconds: its start-up is part of the rate; give it more")
-    if found.buckets:
-        lines.append(f"image sizes, height x width: {buckets_in_words(found.buckets)}")
-    if found.usable < 1:
-        lines.append(f"{1 - found.usable:.1%} of {found.sampled} pairs looked at are of no use: counted as rejected")
-    lines.append("Left out: starting up, writing to storage, and devices that wait for each other or for data.")
+    if plan.peak_memory is not None:
+        lines.append(f"peak GPU memory: {_bytes(plan.peak_memory)}")
+    if not plan.warm:
+        lines.append("one batch took longer than --seconds, so the rate includes its warm-up: use a larger --seconds")
+    if plan.buckets:
+        lines.append(f"image sizes, height x width: {describe_buckets(plan.buckets)}")
+    if plan.usable < 1:
+        lines.append(f"{1 - plan.usable:.1%} of {plan.sampled} sampled pairs would be rejected")
+    lines.append("Not included: start-up, writing to storage, and devices that wait for each other or for data.")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 

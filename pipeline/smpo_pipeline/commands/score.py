@@ -11,16 +11,16 @@ from smpo_pipeline.terminal import print_next
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo
 
 _MOST_SHOWN = 4
-"""Paths of pairs in the command that is printed at the end."""
+"""Most paths of pairs in the next command that is printed."""
 
 
 def score(options: ScoreOptions) -> None:
     """Score both images of every pair with one or more reward models.
 
-    Into a finished OUT of the same pairs, rewards that it lacks are added: what is there is not scored again.
+    If OUT already holds finished scores of the same pairs, only new rewards are scored and added.
 
-    Writes OUT/scores-*.parquet (one row a pair, raw scores), OUT/rejected.parquet (pairs left out, with the reason)
-    and OUT/scores.json (statistics; written last).
+    Writes OUT/scores-*.parquet (raw scores, one row per pair), OUT/rejected.parquet (the other pairs, with reasons),
+    and last OUT/scores.json (statistics).
     """
     from smpo_pipeline.jobs.score.job import score as run_job  # noqa: PLC0415  (keeps --help free of torch and Ray)
 
@@ -35,9 +35,9 @@ def score(options: ScoreOptions) -> None:
 
 def _show(console: Console, info: ScoresInfo, out: AnyPath) -> None:
     table = Table("reward", "unit", "min", "mean", "max", "agrees with labels")
-    for name, each in info.rewards.items():
-        agreement = "no labels" if each.agreement is None else f"{each.agreement:.1%} of {each.num_labelled}"
-        table.add_row(name, each.unit, f"{each.min:.4f}", f"{each.mean:.4f}", f"{each.max:.4f}", agreement)
+    for name, reward in info.rewards.items():
+        agreement = "no labels" if reward.agreement is None else f"{reward.agreement:.1%} of {reward.num_labelled}"
+        table.add_row(name, reward.unit, f"{reward.min:.4f}", f"{reward.mean:.4f}", f"{reward.max:.4f}", agreement)
     console.print(table)
     rejected = f", {info.rejected} rejected (reasons: {out / REJECTS_FILE})" if info.rejected else ""
     console.print(f"{info.scored} pairs scored{rejected}: {out}")

@@ -15,53 +15,54 @@ if TYPE_CHECKING:
     from smpo_pipeline.jobs.record.status import Status
 
 _REASONS = 5
+"""Most kinds of rejects in the table."""
 
 
 class StatusOptions(Options):
-    """The settings of ``status``."""
+    """The flags of ``status``."""
 
     out: Annotated[str, Flag(positional=True, metavar="DIR|URL")]
-    """What `score` or `invert` has as --out."""
+    """The --out of `score` or `invert`."""
 
 
 def status(options: StatusOptions) -> None:
-    """Say how far a run of score or invert is: units, pairs, rejects and why, rate, remaining time.
+    """Show the progress of a run of score or invert: units, pairs, rejects with reasons, rate, remaining time.
 
-    Reads what the run has committed, from any machine that sees it, and changes nothing.
+    Works from any machine that can read the directory, and changes nothing.
     """
     from smpo_pipeline.jobs.record.status import read_status  # noqa: PLC0415  (keeps --help quick)
 
-    found = read_status(parse_path(options.out))
+    progress = read_status(parse_path(options.out))
     console = Console(markup=False)
-    console.print(_table(found, time.time()))
-    if not found.finished and not found.holder:
-        console.print("Nobody is at it. The same command, given again, goes on where this stands.")
+    console.print(_table(progress, time.time()))
+    if not progress.finished and not progress.holder:
+        console.print("Not running. Run the same command again to resume.")
 
 
-def _table(found: Status, now: float) -> Table:
+def _table(status: Status, now: float) -> Table:
     table = Table(show_header=False, box=None)
-    what = f"{found.job} ({', '.join(found.rewards)})" if found.rewards else found.job
-    table.add_row(what, "finished" if found.finished else "not finished")
-    if found.holder:
-        table.add_row("at it", found.holder)
-    table.add_row("units", f"{found.units_done:,} of {found.units:,}")
-    table.add_row("pairs", f"{found.pairs_done:,} of {found.pairs_in:,} ({found.pairs_done / found.pairs_in:.1%})")
-    share = f" ({found.rejected / found.pairs_done:.2%})" if found.pairs_done else ""
-    table.add_row("rejected", f"{found.rejected:,}{share}")
-    for reason, count in list(found.reasons.items())[:_REASONS]:
+    job = f"{status.job} ({', '.join(status.rewards)})" if status.rewards else status.job
+    table.add_row(job, "finished" if status.finished else "not finished")
+    if status.holder:
+        table.add_row("held by", status.holder)
+    table.add_row("units", f"{status.units_done:,} of {status.units:,}")
+    table.add_row("pairs", f"{status.pairs_done:,} of {status.pairs_in:,} ({status.pairs_done / status.pairs_in:.1%})")
+    share = f" ({status.rejected / status.pairs_done:.2%})" if status.pairs_done else ""
+    table.add_row("rejected", f"{status.rejected:,}{share}")
+    for reason, count in list(status.reasons.items())[:_REASONS]:
         table.add_row("", f"{count:,} {reason}")
-    if found.rate is not None and found.remaining is not None:
-        table.add_row("rate", f"{found.rate:.3g} pairs/s since the run was begun, or begun again")
-        if found.model_share is not None:
-            table.add_row("model at work", f"{found.model_share:.0%} of the actors' time")
-        table.add_row("remaining", duration(found.remaining))
-    if found.last_commit is not None:
-        table.add_row("last unit", f"{duration(max(0, now - found.last_commit))} ago")
+    if status.rate is not None and status.remaining is not None:
+        table.add_row("rate", f"{status.rate:.3g} pairs/s since the last start")
+        if status.model_share is not None:
+            table.add_row("model", f"{status.model_share:.0%} of the actors' time")
+        table.add_row("remaining", duration(status.remaining))
+    if status.last_commit is not None:
+        table.add_row("last unit", f"{duration(max(0, now - status.last_commit))} ago")
     return table
 
 
 def duration(seconds: float) -> str:
-    """Two units of time at the most, as in ``3 h 5 min``."""
+    """Format a duration with at most two units, for example ``3 h 5 min``."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"

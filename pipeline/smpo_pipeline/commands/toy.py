@@ -14,19 +14,19 @@ from smpo_pipeline.terminal import print_next
 
 
 class ToyOptions(Options):
-    """The settings of ``toy``."""
+    """The flags of ``toy``."""
 
     out: Out
     pairs: Annotated[int, Field(ge=1)] = 600
-    """Preference pairs to sample."""
+    """Number of preference pairs to sample."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Same seed, same pairs."""
+    """Seed of the pairs."""
 
 
 def toy(options: ToyOptions) -> None:
-    """Write the embedded world: a small model of coloured shapes, reward models, and preference pairs of its samples.
+    """Write the toy world: a small model of coloured shapes, reward models, and preference pairs of its samples.
 
-    Everything that `score`, `invert`, `smpo-train` and `evaluate` need to be tried out in minutes on two CPU cores.
+    With it you can try `score`, `invert`, `smpo-train` and `evaluate` in minutes on two CPU cores.
     """
     import smpo_models  # noqa: F401, PLC0415  (quiets transformers before it is used)
     from smpo_pipeline.toy.create import create_world  # noqa: PLC0415  (keeps --help free of torch)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from smpo_common.options import Flag, Options
+from smpo_common.options import Flag, Options, Overwrite
 from smpo_pipeline.options import FILE, Device, LocalPath, ModelDtype, Out, Rewards, Variant
 
 
@@ -39,7 +39,7 @@ class EvaluateJobOptions(Options):
     dtype: ModelDtype = None
     limit: Annotated[int | None, Field(ge=1)] = None
     """Use only the first N prompts."""
-    overwrite: Annotated[bool, Flag(recorded=False)] = False
+    overwrite: Overwrite = False
     """Replace an evaluation in --out; images of the same settings are reused."""
 
 

@@ -36,7 +36,7 @@ from smpo_pipeline.evaluation.results import (
     write_results,
     write_scores,
 )
-from smpo_pipeline.isolation import make
+from smpo_pipeline.isolation import run_isolated
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 
 Scores = dict[str, dict[str, np.ndarray]]
@@ -175,11 +175,11 @@ def _score_all(evaluation: Evaluation, reward: Reward, device: str, progress: Pr
         values = np.empty(len(pictures))
         for start in range(0, len(pictures), evaluation.batch_size):
             batch = pictures[start : start + evaluation.batch_size]
-            outcome = make(partial(_score_batch, reward), batch, device)
+            outcome = run_isolated(partial(_score_batch, reward), batch, device)
             if outcome.failed:
                 position, reason = min(outcome.failed.items())
                 raise UserError(f"--reward {reward.name}: {batch[position].path} {reason}")
-            for positions, batch_scores in outcome.made:
+            for positions, batch_scores in outcome.results:
                 values[start + np.array(positions)] = batch_scores
             progress.advance(task, len(batch))
         scores[model.name] = values.reshape(shape)

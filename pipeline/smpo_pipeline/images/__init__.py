@@ -1,1 +1,1 @@
-"""Image files -> model-sized pixels."""
+"""From image files to pixels at the model's resolution."""

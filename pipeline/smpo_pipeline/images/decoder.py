@@ -1,8 +1,8 @@
-"""Decoding in a child process, so that a file can do no worse than lose its own pair.
+"""Decode images in a child process, so that a bad file costs only its own pair.
 
-Image libraries are native code and files come from anywhere: one may crash the process that decodes it, or keep it busy
-for ever. Each worker has one child that decodes for it; a file that kills the child is tried again (the child may have
-died of something else), then rejected. Where memory ran out, others may have taken it: that is waited out.
+Image libraries are native code: a file may crash the process that decodes it, or keep it busy forever. Each worker has
+one child process that decodes for it. A file that kills the child is tried again, since the child may have died of
+something else, and then rejected. After a lack of memory there is a pause before the next try.
 """
 
 from __future__ import annotations
@@ -21,64 +21,65 @@ from typing import IO
 import numpy as np
 
 from smpo_pipeline.images.decode import ImageRejectedError, decode_image
+from smpo_schemas.reject_kinds import RejectKind
 
 SECONDS = 20
-"""A file of the largest size that is not rejected takes a few."""
+"""Time limit per file; the largest accepted images take a few seconds."""
 
 PAUSES = (2.0, 10.0)
-"""Seconds before the second and the third try, where the child may have had too little memory."""
+"""Seconds before the second and third try, if the child may have run out of memory."""
 
 TRIES = 1 + len(PAUSES)
 
-_MAY_PASS = (-signal.SIGKILL, 1)
-"""Statuses of a child that the kernel killed for its memory, that ran into a MemoryError, or that could not start."""
+_MAYBE_OUT_OF_MEMORY = (-signal.SIGKILL, 1)
+"""Exit statuses of a child that the kernel killed for its memory, or that ended by a MemoryError or failed to start."""
 
 _PIPE = 1 << 20
-"""Bytes on their way. With Linux's own 64 kB, it takes twice as long to hand an image over."""
+"""Size of the pipe in bytes. With Linux's default of 64 kB the transfer of an image takes twice as long."""
 
 _SIZE = struct.Struct("<q")
 _ANSWER = struct.Struct("<qqq")
-"""Width, height and bytes that follow: of an image its pixels; with width 0 the reason why there is none."""
+"""Width, height and the number of bytes that follow: the pixels, or, if the width is 0, the reason for a rejection."""
 
 
 class Decoder:
-    """A child process that decodes; it is started at the first file, and again after a file has killed it."""
+    """A child process that decodes; started with the first file, and again after a file has killed it."""
 
     def __init__(self, seconds: int = SECONDS) -> None:
-        """``seconds``: how long one file may take."""
+        """``seconds``: time limit per file."""
         self._seconds = seconds
         self._child: subprocess.Popen[bytes] | None = None
 
     def decode(self, data: bytes) -> np.ndarray:
-        """As :func:`smpo_pipeline.images.decode.decode_image`, in the child.
+        """Call :func:`smpo_pipeline.images.decode.decode_image` in the child.
 
         Returns:
-            Its pixels, uint8 [H, W, 3], as they came through the pipe: one more copy costs a tenth of the decoding.
+            Pixels, uint8 [H, W, 3], a view of the bytes from the pipe (a copy would take a tenth of the decoding time).
 
         Raises:
-            ImageRejectedError: as there, or the file killed the child, or outlived its time, each time it was tried.
+            ImageRejectedError: the image cannot be used, or in each try it killed the child or took too long.
         """
-        died = 0
+        status = 0
         for pause in (0.0, *PAUSES):
-            if died in _MAY_PASS:
+            if status in _MAYBE_OUT_OF_MEMORY:
                 time.sleep(pause)
-            answer = self._ask(data)
+            answer = self._request(data)
             if answer is not None:
                 (width, height), content = answer
                 if width:
                     return np.frombuffer(content, np.uint8).reshape(height, width, 3)
                 raise ImageRejectedError(content.decode())
-            died = self._bury()
-        if died == -signal.SIGALRM:
-            raise ImageRejectedError(f"decoder hangs: no image after {self._seconds} s, {TRIES} times")
-        cause = signal.Signals(-died).name if died < 0 else f"status {died}"
-        why = " (too little memory?)" if died in _MAY_PASS else ""
-        raise ImageRejectedError(f"crashed the decoder: it ended with {cause}{why}, {TRIES} times")
+            status = self._reap_child()
+        if status == -signal.SIGALRM:
+            raise ImageRejectedError(f"{RejectKind.DECODER_HANGS}: no image after {self._seconds} s, {TRIES} times")
+        cause = signal.Signals(-status).name if status < 0 else f"status {status}"
+        why = " (too little memory?)" if status in _MAYBE_OUT_OF_MEMORY else ""
+        raise ImageRejectedError(f"{RejectKind.CRASHED_DECODER}: it ended with {cause}{why}, {TRIES} times")
 
-    def _ask(self, data: bytes) -> tuple[tuple[int, int], bytes] | None:
-        """Size and content of the child's answer, or None where it gave none."""
+    def _request(self, data: bytes) -> tuple[tuple[int, int], bytes] | None:
+        """Send a file; return the size and content of the answer, or None if the child died."""
         child = self._child = self._child or self._start()
-        assert child.stdin is not None and child.stdout is not None  # noqa: S101, PT018  (for mypy: they are pipes)
+        assert child.stdin is not None and child.stdout is not None  # noqa: S101, PT018  (for mypy)
         try:
             child.stdin.write(_SIZE.pack(len(data)))
             child.stdin.write(data)
@@ -103,13 +104,13 @@ class Decoder:
             env={**os.environ, "PYTHONPATH": paths},
         )
         assert child.stdout is not None  # noqa: S101
-        # Not Popen's pipesize, which raises where a user's pipes hold as much as Linux lets them, or on another system.
+        # Not Popen's pipesize, which raises on other systems, and if the user's pipes have reached Linux's limit.
         with suppress(OSError, AttributeError):
             fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
         return child
 
-    def _bury(self) -> int:
-        """The exit status of a child that has closed its pipe."""
+    def _reap_child(self) -> int:
+        """Wait for a child that has closed its pipe; return its exit status."""
         child, self._child = self._child, None
         assert child is not None  # noqa: S101
         try:
@@ -122,21 +123,21 @@ class Decoder:
 
 @cache
 def worker_decoder() -> Decoder:
-    """This process's."""
+    """The decoder of this process."""
     return Decoder()
 
 
 def _read(pipe: IO[bytes], size: int) -> bytes | None:
-    """``size`` bytes, or None where the pipe ends before."""
+    """Read ``size`` bytes, or return None if the pipe ends before."""
     content = pipe.read(size)
     return content if len(content) == size else None
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes], seconds: int) -> None:
-    """What the child does until its parent closes the pipe, or has died."""
+    """Answer requests in the child until the parent closes the pipe or dies."""
     while head := requests.read(_SIZE.size):
         data = requests.read(*_SIZE.unpack(head))
-        # The signal's default action ends the process inside whatever native code it is in; no handler would run there.
+        # The signal's default action ends the process even inside native code, where no Python handler would run.
         signal.alarm(seconds)
         try:
             image = decode_image(data)
@@ -150,8 +151,8 @@ def _serve(requests: IO[bytes], answers: IO[bytes], seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with os.fdopen(os.dup(1), "wb") as answers, open(os.devnull, "wb") as nothing:  # noqa: PTH123
-        os.dup2(nothing.fileno(), 1)  # what a library prints is no answer
+        os.dup2(nothing.fileno(), 1)  # keeps what libraries print out of the answers
         _serve(sys.stdin.buffer, answers, int(sys.argv[1]))

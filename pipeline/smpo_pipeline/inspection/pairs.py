@@ -194,7 +194,7 @@ def print_rejects(rejects: list[Reject], console: Console) -> None:
         return
     table = make_table("rejected", ("reason", "example", "rows"), text_columns=2)
     for reason, count in count_reasons(rejects).items():
-        example = next(reject for reject in rejects if reject.reason.split(":")[0] == reason)
+        example = next(reject for reject in rejects if reject.kind == reason)
         table.add_row(one_line(reason), one_line(f"{example.source}: {example.reason}"), f"{count}")
     console.print(table)
 

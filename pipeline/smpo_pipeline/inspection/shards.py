@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from smpo_common.errors import UserError
-from smpo_pipeline.images.buckets import buckets_in_words
+from smpo_pipeline.images.buckets import describe_buckets
 from smpo_pipeline.inspection.scores import print_sharpness
 from smpo_pipeline.inversion.advice import believable, health_warnings, unsolved
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
@@ -112,7 +112,7 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
                 "files": f"{len(manifest.shards)} tars, {totals.bytes / 1e6:.1f} MB",
                 "model": f"{manifest.model.id} ({manifest.model.kind}, {manifest.model.prediction_type}), "
                 f"{manifest.resolution} pixels",
-                **({"buckets": f"{buckets_in_words(manifest.buckets)}, height x width"} if manifest.buckets else {}),
+                **({"buckets": f"{describe_buckets(manifest.buckets)}, height x width"} if manifest.buckets else {}),
                 "reference": f"{manifest.model.reference[:16]}; its errors in {manifest.ref_error_arithmetic}",
                 "inverted by": "the reference" if own else manifest.model.inverting_denoiser[:16],
                 "inversion": describe_settings(manifest.inversion),

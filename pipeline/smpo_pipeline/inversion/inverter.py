@@ -22,6 +22,7 @@ from smpo_pipeline.inversion.sources import SOURCES
 from smpo_pipeline.inversion.step import carry, distance
 from smpo_pipeline.isolation import Failure
 from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.shards.samples import STORAGE, Sample
 
 _State = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -198,7 +199,7 @@ def _sample(trajectory: Trajectory, x0_2Chw: torch.Tensor, *images: list[_State]
     stored = [torch.stack([torch.stack(each) for each in column]) for column in _columns(images)]
     noise_2KChw, ref_error_2K, residual_2K = stored
     if not all(torch.isfinite(tensor).all() for tensor in (x0_2Chw, noise_2KChw, ref_error_2K)):
-        return Failure("not finite: latents, noise or reference error of this pair overflow")
+        return Failure(f"{RejectKind.NOT_FINITE}: latents, noise or reference error of this pair overflow")
     return Sample(
         meta=trajectory.meta(),
         x0_2Chw=x0_2Chw.to(noise_2KChw.dtype).cpu(),

@@ -1,1 +1,1 @@
-"""What an inversion of given settings will cost: exact sizes, a measured rate; plain torch, no Ray."""
+"""Predict the cost of an inversion: sizes by formula, speed by measurement. No Ray."""

@@ -1,4 +1,4 @@
-"""What ``smpo-pipeline plan`` is told: the flags of ``invert``, and its own. Imports neither torch nor Ray."""
+"""The flags of ``smpo-pipeline plan``: those of ``invert``, and its own. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smpo_pipeline.options import FILE, FOLDER_OR_URL, ExistingPathOrUrl, OutFil
 
 
 class PlanJobOptions(InvertJobOptions):
-    """The flags of `invert` that change what a device does; the others are taken, so that its command line is."""
+    """The flags of `invert`; those without effect are accepted but hidden, so that its command line works here."""
 
     concurrency: Annotated[int | None, Flag(hidden=True), Field(ge=1)] = None
     ray_address: Annotated[str | None, Flag(hidden=True)] = None
@@ -20,24 +20,24 @@ class PlanJobOptions(InvertJobOptions):
 
 
 class ProjectionOptions(Options):
-    """What is projected, and from how long a measurement."""
+    """Settings of the projection."""
 
     model_config = ConfigDict(title="Plan")
 
     scores: Annotated[ExistingPathOrUrl | None, FOLDER_OR_URL] = None
-    """Output of `score`: which rewards the shards will carry; default: one."""
+    """Output directory of `score`, for the number of rewards that the shards will hold; default: one."""
     gpus: Annotated[int, Field(ge=1)] = 1
-    """Devices (on cpu: cores) at work at once."""
+    """Number of devices (on CPU: cores) to plan for."""
     price: Annotated[float | None, Field(ge=0)] = None
-    """Dollars for one device hour."""
+    """Dollars per device hour."""
     seconds: Annotated[float, Field(ge=0.1)] = 60.0
-    """How long to measure, warm-up included."""
+    """Seconds to measure, warm-up included."""
     json_: Annotated[OutFile | None, FILE] = None
-    """Write the plan as JSON, too."""
+    """Write the plan to this file as JSON, too."""
 
 
 class PlanOptions(InversionOptions):
-    """The settings of ``plan``."""
+    """The flags of ``plan``."""
 
     running: PlanJobOptions = PlanJobOptions()
     projection: ProjectionOptions = ProjectionOptions()

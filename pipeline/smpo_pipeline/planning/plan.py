@@ -1,11 +1,11 @@
-"""From a measured rate and exact sizes to hours, bytes and dollars."""
+"""Project hours, bytes and dollars of an inversion from a measured rate and exact sizes."""
 
 from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from rich.console import Console
@@ -35,21 +35,22 @@ from smpo_schemas.pairs import list_pair_files
 from smpo_schemas.scores import read_scores_info
 
 _SAMPLED = 256
-"""Pairs whose texts are measured and whose images are inverted, at the most."""
+"""Most pairs to sample from the data set."""
 
 _PROJECTED = (1_000_000, 100_000_000)
+"""Numbers of pairs to project for, besides the data set's own."""
 
 
 class Projection(FrozenModel):
-    """What one number of input pairs comes to.
+    """The cost of inverting a number of input pairs.
 
     Attributes:
         pairs: input pairs.
-        states: stored states (of both images each).
-        device_hours: of one device.
-        wall_hours: of ``gpus`` devices that are never idle.
-        bytes, shards: of the tars.
-        dollars: device hours times the price; None where no price was given.
+        states: stored states, each of both images.
+        device_hours: summed over devices.
+        wall_hours: with ``gpus`` devices that are never idle.
+        bytes, shards: size and number of the tars.
+        dollars: device hours times the price; None without a price.
     """
 
     pairs: int
@@ -61,35 +62,27 @@ class Projection(FrozenModel):
     dollars: float | None
 
 
-class _Measured(FrozenModel):
-    """Rates and means that the projections are made of; fields of :class:`Plan`."""
-
-    usable: float
-    pairs_a_second: float
-    states_a_trajectory: float
-    bytes_a_trajectory: float
-
-
-class Plan(_Measured):
-    """What was measured, and what follows.
+class Plan(FrozenModel):
+    """Measurements and projections.
 
     Attributes:
         device: its name.
-        model, resolution, settings, gpus, price: as asked for.
-        batch_size: trajectories a batch.
-        pairs_a_second: measured on one device.
+        model, resolution, settings, gpus, price: from the flags.
+        batch_size: trajectories per batch.
+        pairs_a_second: rate of one device.
         measured_trajectories, measured_seconds, warm: see :class:`smpo_pipeline.planning.rate.Rate`.
         buckets: image sizes of the sampled pairs (with `--buckets`).
-        usable: share of the sampled pairs that can be inverted; the rest is rejected.
-        sampled: pairs looked at.
-        rewards: names of the scores that each sample carries.
-        states_a_trajectory: mean.
-        forwards_a_trajectory: of a denoiser, both images; by formula, or measured where the solver decides.
-        forwards_measured: which of the two.
-        bytes_a_trajectory: mean.
+        usable: share of the sampled pairs that can be inverted, 0 to 1; the others are rejected.
+        sampled: number of sampled pairs.
+        rewards: names of the scores in each sample.
+        states_a_trajectory: mean number of stored states.
+        forwards_a_trajectory: mean number of forwards of a denoiser for both images, by formula, or measured if the
+            solver iterates until convergence.
+        forwards_measured: whether it was measured.
+        bytes_a_trajectory: mean size in a tar.
         peak_memory: see :class:`smpo_pipeline.planning.rate.Rate`.
         decoding_cores: CPU cores that decoding for one device keeps busy.
-        projections: for this data set, and for larger ones of its kind.
+        projections: for this data set, and for larger ones like it.
     """
 
     device: str
@@ -103,18 +96,22 @@ class Plan(_Measured):
     measured_seconds: float
     warm: bool
     buckets: list[Bucket]
+    usable: float
     sampled: int
     rewards: list[str]
+    pairs_a_second: float
+    states_a_trajectory: float
     forwards_a_trajectory: float
     forwards_measured: bool
+    bytes_a_trajectory: float
     peak_memory: int | None
     decoding_cores: float
-    projections: list[Projection]
+    projections: tuple[Projection, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is measured: the model, which is on the device, and pairs for it."""
+    """The loaded model, on the device, and sampled pairs for it."""
 
     family: Family
     inverter: Inverter
@@ -125,7 +122,7 @@ class _Subject:
 
 
 def make_plan(options: PlanOptions, console: Console) -> Plan:
-    """Measure the model on the device, and project; first print the settings that were chosen by default.
+    """Print the settings that were chosen by default, measure the model on the device, and project.
 
     Raises:
         UserError: an input, the model or the device cannot be used.
@@ -135,7 +132,7 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
     for line in options.choices(subject.resolution, subject.sampled.total):
         console.print(line, highlight=False, soft_wrap=True)
     trajectories = options.trajectory.trajectories
-    batch_size = options.running.batch_size or _find_batch_size(subject, trajectories, device)
+    batch_size = options.running.batch_size or _choose_batch_size(subject, trajectories, device)
     batches = batches_of_units(subject.sampled.pairs, trajectories, subject.pairs_per_shard, batch_size)
     try:
         rate = measure_rate(subject.inverter, subject.inverter.denoisers, batches, options.projection.seconds, device)
@@ -147,7 +144,7 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
 
 
 def _prepare(options: PlanOptions) -> _Subject:
-    """Load the model, and decode some of the pairs."""
+    """Load the model, and decode the sampled pairs."""
     files = list_pair_files(options.pairs)
     scores, settings = options.projection.scores, options.settings
     rewards = list(read_scores_info(scores).rewards) if scores else ["pickscore"]
@@ -170,8 +167,8 @@ def _prepare(options: PlanOptions) -> _Subject:
     return _Subject(family, inverter, resolution, sampled, pairs_per_shard, rewards)
 
 
-def _find_batch_size(subject: _Subject, trajectories: int, device: str) -> int:
-    """``--batch-size auto``."""
+def _choose_batch_size(subject: _Subject, trajectories: int, device: str) -> int:
+    """Choose the batch size of ``--batch-size auto``."""
     largest = with_most_pixels(subject.sampled.pairs, subject.resolution)
     trials = trajectory_requests(largest, first_trajectory=trajectories)
     return choose_batch_size(
@@ -182,8 +179,8 @@ def _find_batch_size(subject: _Subject, trajectories: int, device: str) -> int:
 
 
 def _plan(options: PlanOptions, subject: _Subject, rate: Rate, batch_size: int) -> Plan:
-    """Project a measured rate, with sizes by formula."""
-    settings, family, sampled, asked = options.settings, subject.family, subject.sampled, options.projection
+    """Compute the plan from a measured rate and sizes by formula."""
+    settings, family, sampled, flags = options.settings, subject.family, subject.sampled, options.projection
     trajectories = [
         draw_trajectory(pair, number, family, settings, options.trajectory.seed)
         for pair in sampled.pairs
@@ -193,53 +190,50 @@ def _plan(options: PlanOptions, subject: _Subject, rate: Rate, batch_size: int) 
         forwards(trajectory.plan, settings, own_inverting_denoiser=options.models.inverting_unet is None)
         for trajectory in trajectories
     ]
-    by_formula = [each for each in formula if each is not None]
-    shapes = [family.latent_shape(*trajectory.pair.image_size) for trajectory in trajectories]
-    sizes = [trajectory_bytes(*each, settings.storage) for each in zip(trajectories, shapes, strict=True)]
-    found = _Measured(
-        usable=len(sampled.pairs) / sampled.rows,
-        pairs_a_second=rate.trajectories / rate.seconds / settings.trajectories,
-        states_a_trajectory=_mean([len(trajectory.plan.stored) for trajectory in trajectories]),
-        bytes_a_trajectory=_mean(sizes),
-    )
+    by_formula = [count for count in formula if count is not None]
+    sizes = [
+        trajectory_bytes(trajectory, family.latent_shape(*trajectory.pair.image_size), settings.storage)
+        for trajectory in trajectories
+    ]
+    pairs_a_second = rate.trajectories / rate.seconds / settings.trajectories
     cpu = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
-    return Plan(
-        **found.model_dump(),
+    plan = Plan(
         device=torch.cuda.get_device_name() if options.running.device == "cuda" else cpu,
         model=options.models.model,
         resolution=subject.resolution,
         settings=settings,
-        gpus=asked.gpus,
-        price=asked.price,
+        gpus=flags.gpus,
+        price=flags.price,
         batch_size=batch_size,
         measured_trajectories=rate.trajectories,
         measured_seconds=rate.seconds,
         warm=rate.warm,
         buckets=list_buckets(Counter(pair.image_size for pair in sampled.pairs)) if settings.buckets else [],
+        usable=len(sampled.pairs) / sampled.rows,
         sampled=sampled.rows,
         rewards=subject.rewards,
-        forwards_a_trajectory=2 * _mean(by_formula) if by_formula else rate.forwards / rate.trajectories,
+        pairs_a_second=pairs_a_second,
+        states_a_trajectory=fmean(len(trajectory.plan.stored) for trajectory in trajectories),
+        forwards_a_trajectory=2 * fmean(by_formula) if by_formula else rate.forwards / rate.trajectories,
         forwards_measured=not by_formula,
+        bytes_a_trajectory=fmean(sizes),
         peak_memory=rate.peak_memory,
-        decoding_cores=sampled.decode_seconds * found.pairs_a_second,
-        projections=[_project(count, found, options, subject) for count in (sampled.total, *_PROJECTED)],
+        decoding_cores=sampled.decode_seconds * pairs_a_second,
     )
+    projections = tuple(_project(count, plan, subject.pairs_per_shard) for count in (sampled.total, *_PROJECTED))
+    return plan.model_copy(update={"projections": projections})
 
 
-def _project(count: int, found: _Measured, options: PlanOptions, subject: _Subject) -> Projection:
-    """What ``count`` input pairs come to."""
-    asked, trajectories_a_pair = options.projection, found.usable * options.trajectory.trajectories
-    hours = count * found.usable / found.pairs_a_second / 3600
+def _project(count: int, plan: Plan, pairs_per_shard: int) -> Projection:
+    """Project to ``count`` input pairs."""
+    trajectories_per_pair = plan.usable * plan.settings.trajectories
+    hours = count * plan.usable / plan.pairs_a_second / 3600
     return Projection(
         pairs=count,
-        states=round(count * trajectories_a_pair * found.states_a_trajectory),
+        states=round(count * trajectories_per_pair * plan.states_a_trajectory),
         device_hours=hours,
-        wall_hours=hours / asked.gpus,
-        bytes=total_bytes(count, subject.pairs_per_shard, trajectories_a_pair * found.bytes_a_trajectory),
-        shards=num_shards(count, subject.pairs_per_shard),
-        dollars=None if asked.price is None else hours * asked.price,
+        wall_hours=hours / plan.gpus,
+        bytes=total_bytes(count, pairs_per_shard, trajectories_per_pair * plan.bytes_a_trajectory),
+        shards=num_shards(count, pairs_per_shard),
+        dollars=None if plan.price is None else hours * plan.price,
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""How fast trajectories are made on this device: measured."""
+"""Measure how fast trajectories are made on this device."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from smpo_pipeline.inversion.inverter import Inverter
 
 @dataclass(frozen=True)
 class Rate:
-    """What was measured.
+    """A measurement.
 
     Attributes:
-        trajectories: made in the measured time.
-        seconds: that time, from prepared pixels to samples in memory: VAE, text encoders and denoiser.
-        forwards: of denoisers, images counted, in that time.
-        warm: False where a single batch took longer than there was time: its start-up is then part of the time.
-        peak_memory: bytes of GPU memory that were taken at the most meanwhile, weights included; None on CPU. What a
-            trial of too large a batch took before is not among them.
+        trajectories: number made in the measured time.
+        seconds: measured time, from prepared pixels to samples in memory: VAE, text encoders and denoiser.
+        forwards: forwards of the denoisers in that time, one per image.
+        warm: False if the first batch alone took longer than the time given: its warm-up is then included.
+        peak_memory: peak GPU memory in bytes, weights included, without earlier trials of batch sizes; None on CPU.
     """
 
     trajectories: int
@@ -40,24 +39,23 @@ class Rate:
 def batches_of_units(
     pairs: Sequence[PreparedPair], trajectories: int, pairs_per_unit: int, batch_size: int
 ) -> Iterator[list[Request]]:
-    """Endless batches as `invert` cuts them: of one image size each, and never of two units.
+    """Yield batches as `invert` makes them, without end: each of one image size and one unit.
 
-    Those of a unit come in a random order (always the same), so that the first ones, which may be all that is
-    measured, are as full as the others.
+    The batches of a unit are shuffled (with a fixed seed), so that the first ones, which may be all that is measured,
+    are as full as the others.
 
     Args:
-        pairs: of a sample; where they are used up, further trajectories of them are made, which have draws of their
-        own.
-        trajectories: of each pair.
-        pairs_per_unit: in one unit of work.
-        batch_size: trajectories a batch, at the most.
+        pairs: sampled pairs, repeated with further trajectories once they are used up.
+        trajectories: trajectories per pair.
+        pairs_per_unit: pairs per unit of work.
+        batch_size: most trajectories per batch.
     """
     order = random.Random(0)
-    shown = trajectory_requests(pairs)
+    requests = trajectory_requests(pairs)
     while True:
         unit = [
             (pair, turn * trajectories + trajectory)
-            for pair, turn in islice(shown, pairs_per_unit)
+            for pair, turn in islice(requests, pairs_per_unit)
             for trajectory in range(trajectories)
         ]
         batches = list(batches_of_one_size(unit, lambda: batch_size))
@@ -73,13 +71,13 @@ def measure_rate(
     device: str,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Rate:
-    """Make batches for some time, after one that warms up.
+    """Invert batches for some time, after one for warm-up.
 
     Args:
-        inverter: at work on the device.
-        denoisers: the modules whose forwards are counted.
-        batches: what to make.
-        seconds: how long, warm-up included; the last batch may end later.
+        inverter: on the device.
+        denoisers: modules whose forwards are counted.
+        batches: requests for the inverter.
+        seconds: time to measure, warm-up included; the last batch may end later.
         device: cpu or cuda.
         clock: in seconds.
     """

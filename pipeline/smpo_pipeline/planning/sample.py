@@ -1,4 +1,4 @@
-"""Some pairs of a data set, prepared as the job does: to be measured with, and for the lengths of their texts."""
+"""Sample pairs of a data set, to measure the inversion with them and their prompts' lengths."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _PLACES = 8
 
 @dataclass(frozen=True)
 class SampledPairs:
-    """Pairs from all over a data set.
+    """Pairs from evenly spaced places of a data set.
 
     Attributes:
-        pairs: those that can be used.
-        rows: how many were looked at.
+        pairs: the usable ones.
+        rows: number of rows read.
         total: rows of the data set.
-        decode_seconds: time that reading, decoding and cropping took, a row, on one core.
+        decode_seconds: mean time for reading, decoding and cropping a row on one core.
     """
 
     pairs: list[PreparedPair]
@@ -56,23 +56,23 @@ def sample_pairs(
     limit: int | None,
     rewards: Sequence[str],
 ) -> SampledPairs:
-    """Read and decode up to ``count`` pairs from evenly spaced places.
+    """Read and decode up to ``count`` pairs from evenly spaced places, as `invert` does.
 
     Args:
         files: of the data set.
         columns: chosen by flags.
-        sizes: one of these is what a pair's images are brought to.
-        count: rows to look at, at the most.
-        limit: only the data set's first rows count, None: all.
-        rewards: names of the scores that samples will carry; their values are made up.
+        sizes: image sizes to choose from, one for both images of a pair.
+        count: most rows to read.
+        limit: use only the first rows of the data set; None: all.
+        rewards: names of the scores of each pair; their values are made up.
 
     Raises:
-        UserError: a file cannot be read, or none of the pairs can be used.
+        UserError: a file cannot be read, or no pair is usable.
     """
     total = sum(file.rows for file in files)
     total = min(total, limit or total)
     with suppress(ImageRejectedError):
-        worker_decoder().decode(b"")  # its start is none of the pairs' time
+        worker_decoder().decode(b"")  # starts the child process before the clock
     begin = time.perf_counter()
     pairs: list[PreparedPair] = []
     rows = 0
@@ -88,7 +88,7 @@ def sample_pairs(
             except (PairRejectedError, ImageRejectedError) as reason:
                 problem = problem or f"{source}: {reason}"
     if not pairs:
-        raise UserError(f"none of {rows} pairs looked at can be used; the first: {problem}")
+        raise UserError(f"none of the {rows} sampled pairs is usable; the first: {problem}")
     return SampledPairs(pairs, rows, total, (time.perf_counter() - begin) / rows)
 
 
@@ -102,7 +102,7 @@ def _parts(files: Sequence[PairFile], total: int, count: int, limit: int | None)
 
 def _prepared(pair: Pair, sizes: Sequence[Size], rewards: Sequence[str]) -> PreparedPair:
     images = [Image.fromarray(worker_decoder().decode(data)) for data in (pair.image_0, pair.image_1)]
-    # As many digits as a float32 has in JSON.
+    # As many digits in JSON as a float32 has.
     score = float(np.float32(0.2123456))
     return prepare_pair(
         pair.prompt,

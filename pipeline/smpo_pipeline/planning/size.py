@@ -1,4 +1,4 @@
-"""What trajectories hold and cost, by formula: states, forwards of the denoiser, bytes, shards.
+"""Compute sizes and costs by formula: forwards of the denoiser, bytes, shards.
 
 Shape suffixes: K states, 2 images, C h w a latent.
 """
@@ -18,26 +18,25 @@ from smpo_schemas.shards.samples import STORAGE, Sample, SampleMeta, encode_samp
 
 _BLOCK = 512
 _RECORD = 10240
-"""Of the tar format: members are padded to blocks, an archive (with two empty blocks at its end) to records."""
-
+"""The tar format pads members to blocks, and an archive (with two empty blocks at its end) to records."""
 
 _TEXT = 512
-"""Of a sample's JSON, about: what a prompt of a few dozen words takes with the rest."""
+"""About the bytes of a sample's JSON, with a prompt of a few dozen words."""
 
 
 def forwards(plan: TrajectoryPlan, settings: InversionSettings, *, own_inverting_denoiser: bool) -> int | None:
-    """Forwards of a denoiser that one image of a trajectory takes, those that measure health left out.
+    """Count the forwards of a denoiser for one image of a trajectory, without those that measure health.
 
-    One for each step's evaluation (two with guidance), one for each stored state's ``ref_error``, and one (or two) for
-    its residual where no other forward gives it: see ``Inverter._residual``.
+    One per evaluation of a step (two with guidance), one per stored state for ``ref_error``, and one (or two) per
+    stored state for its residual if no other forward gives it: see ``Inverter._residual``.
 
     Args:
-        plan: the trajectory's path.
+        plan: the trajectory's timesteps.
         settings: of the inversion.
-        own_inverting_denoiser: whether the reference is also the inverting denoiser.
+        own_inverting_denoiser: whether the reference is the inverting denoiser.
 
     Returns:
-        The number, or None for the solvers that iterate until they have converged: it has to be measured.
+        The number, or None for solvers that iterate until convergence: it has to be measured.
     """
     stored = len(plan.stored)
     if settings.source == "forward":
@@ -53,24 +52,24 @@ def forwards(plan: TrajectoryPlan, settings: InversionSettings, *, own_inverting
 
 
 def trajectory_bytes(trajectory: Trajectory, latent: tuple[int, int, int], storage: str) -> int:
-    """Bytes of a trajectory in its tar: both members with their headers and padding.
+    """Bytes of a trajectory in its tar: both members with headers and padding.
 
     Args:
-        trajectory: as drawn; of its pair's scores only the number of digits counts.
+        trajectory: as drawn; the scores of its pair matter only by their number of digits.
         latent: C, h, w.
-        storage: of x0 and noise, as the manifest names it.
+        storage: dtype of x0 and noise, as the manifest names it.
     """
     text = encode_sample(_blank(trajectory.meta(), 1, (1, 1, 1), storage))["json"]
     return _member(len(text)) + _member(_tensor_bytes(len(trajectory.plan.stored), latent, storage))
 
 
 def pairs_that_fit(size: int, latent: tuple[int, int, int], settings: InversionSettings, process: Process) -> int:
-    """Pairs of a tar of about ``size`` bytes, one at least; the same for the same settings, whatever the pairs are.
+    """Number of pairs in a tar of about ``size`` bytes, at least one; it depends on the settings alone.
 
     Args:
         size: bytes.
         latent: C, h, w.
-        settings: of the inversion: trajectories a pair, states a trajectory.
+        settings: of the inversion: trajectories per pair, states per trajectory.
         process: of the model.
     """
     states = len(plan_trajectory(settings, process, 0, "", 0).stored)
@@ -80,7 +79,7 @@ def pairs_that_fit(size: int, latent: tuple[int, int, int], settings: InversionS
 
 @cache
 def _tensor_bytes(states: int, latent: tuple[int, int, int], storage: str) -> int:
-    nowhere = ((0, 0), (0, 0))
+    zeros = ((0, 0), (0, 0))
     meta = SampleMeta(
         pair_id="",
         trajectory=0,
@@ -90,8 +89,8 @@ def _tensor_bytes(states: int, latent: tuple[int, int, int], storage: str) -> in
         label=None,
         annotator=None,
         scores={},
-        size=nowhere,
-        crop=nowhere,
+        size=zeros,
+        crop=zeros,
     )
     return len(encode_sample(_blank(meta, states, latent, storage))["safetensors"])
 
@@ -112,7 +111,7 @@ def _member(content: int) -> int:
 
 
 def num_shards(pairs: int, pairs_per_shard: int) -> int:
-    """A tar for each unit of input pairs."""
+    """Number of tars for some input pairs."""
     return math.ceil(pairs / pairs_per_shard)
 
 
@@ -121,8 +120,8 @@ def total_bytes(pairs: int, pairs_per_shard: int, bytes_a_pair: float) -> int:
 
     Args:
         pairs: input pairs.
-        pairs_per_shard: of all shards but the last.
-        bytes_a_pair: mean over the input, :func:`trajectory_bytes` of all trajectories of a pair.
+        pairs_per_shard: input pairs per tar; the last one may have fewer.
+        bytes_a_pair: mean over the input of a pair's :func:`trajectory_bytes`, summed over its trajectories.
     """
     full, rest = divmod(pairs, pairs_per_shard)
     return full * _tar(pairs_per_shard * bytes_a_pair) + (_tar(rest * bytes_a_pair) if rest else 0)

@@ -12,6 +12,7 @@ from smpo_common.errors import UserError, one_line
 from smpo_common.retry import TRANSIENT_ERRNOS
 from smpo_common.store_path import AnyPath
 from smpo_schemas.pairs.columns import PairColumns
+from smpo_schemas.reject_kinds import RejectKind
 
 MAX_TEXT = 100_000
 """Maximum characters in a prompt, id or annotator name; longer rows are rejected."""
@@ -71,7 +72,7 @@ def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath) -> 
 
 def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id: str | None) -> Pair:
     if not isinstance(row.get(columns.prompt), str):
-        raise PairRejectedError(f"no text: prompt column {columns.prompt!r} is empty or of another type")
+        raise PairRejectedError(f"{RejectKind.NO_PROMPT}: column {columns.prompt!r} is empty or not text")
     prompt = _text(row, columns.prompt, "prompt") or ""
     names = (columns.chosen or columns.image_0 or "", columns.rejected or columns.image_1 or "")
     image_0, image_1 = (_image_bytes(row.get(name), name, folder) for name in names)
@@ -102,12 +103,12 @@ def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()) or _is_nan(value):
         return None
     if isinstance(value, (list, dict)):
-        raise PairRejectedError(f"{what} is no text: {type(value).__name__}")
+        raise PairRejectedError(f"{RejectKind.NOT_TEXT}: {what} is a {type(value).__name__}")
     text = str(value)
     if len(text) > MAX_TEXT:
-        raise PairRejectedError(f"{what} too long: {len(text)} characters, above {MAX_TEXT}")
+        raise PairRejectedError(f"{RejectKind.TEXT_TOO_LONG}: {what} has {len(text)} characters, above {MAX_TEXT}")
     if not is_unicode(text):
-        raise PairRejectedError(f"{what} is not valid Unicode")
+        raise PairRejectedError(f"{RejectKind.NOT_UNICODE}: {what}")
     return text
 
 
@@ -122,9 +123,9 @@ def _image_bytes(value: object, name: str, folder: AnyPath) -> bytes:
     if isinstance(value, str):
         value = _file_bytes(folder / value, name)
     if not isinstance(value, bytes) or not value:
-        raise PairRejectedError(f"no image: {name} holds no bytes and no path")
+        raise PairRejectedError(f"{RejectKind.NO_IMAGE}: {name} holds no bytes and no path")
     if len(value) > MAX_IMAGE_BYTES:
-        raise PairRejectedError(f"image too large: {name} has {len(value)} bytes, above {MAX_IMAGE_BYTES}")
+        raise PairRejectedError(f"{RejectKind.IMAGE_TOO_LARGE}: {name} has {len(value)} bytes, above {MAX_IMAGE_BYTES}")
     return value
 
 
@@ -134,18 +135,20 @@ def _file_bytes(path: AnyPath, name: str) -> bytes:
     try:
         size = path.stat().st_size
         if not path.is_file() or not size:
-            raise PairRejectedError(f"image not readable: {name} {shown}: no plain file, or empty")
+            raise PairRejectedError(f"{RejectKind.IMAGE_NOT_READABLE}: {name} {shown}: no plain file, or empty")
         if size > MAX_IMAGE_BYTES:
-            raise PairRejectedError(f"image too large: {name} {shown} has {size} bytes, above {MAX_IMAGE_BYTES}")
+            raise PairRejectedError(
+                f"{RejectKind.IMAGE_TOO_LARGE}: {name} {shown} has {size} bytes, above {MAX_IMAGE_BYTES}"
+            )
         return path.read_bytes()
     except OSError as error:
         if error.errno in TRANSIENT_ERRNOS:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         # An object store's error for a missing file has no strerror.
         reason = error.strerror or "no such file"
-        raise PairRejectedError(f"image not readable: {name} {shown}: {reason}") from error
+        raise PairRejectedError(f"{RejectKind.IMAGE_NOT_READABLE}: {name} {shown}: {reason}") from error
     except ValueError as error:  # a name that no file can have
-        raise PairRejectedError(f"image not readable: {name} {shown}: {error}") from error
+        raise PairRejectedError(f"{RejectKind.IMAGE_NOT_READABLE}: {name} {shown}: {error}") from error
 
 
 def image_id(data: bytes) -> str:
@@ -158,7 +161,7 @@ def _label(value: object) -> float | None:
         return None
     if isinstance(value, (int, float)) and 0 <= value <= 1:
         return float(value)
-    raise PairRejectedError(f"bad label: {value!r} is not a number from 0 to 1")
+    raise PairRejectedError(f"{RejectKind.BAD_LABEL}: {value!r} is not a number from 0 to 1")
 
 
 def _is_nan(value: object) -> bool:

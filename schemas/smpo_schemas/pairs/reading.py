@@ -16,6 +16,7 @@ from smpo_common.files import arrow_source, reading_parquet
 from smpo_common.store_path import AnyPath
 from smpo_schemas.pairs.columns import PairColumns
 from smpo_schemas.pairs.normalising import Pair, PairRejectedError, normalise
+from smpo_schemas.reject_kinds import RejectKind
 
 _BATCH_ROWS = 16
 _BUFFER_BYTES = 1 << 20
@@ -101,7 +102,7 @@ def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any] | PairRejectedE
         try:
             row[name] = column[index].as_py()
         except (ValueError, OverflowError) as error:
-            return PairRejectedError(f"value not readable: {name}: {error}")
+            return PairRejectedError(f"{RejectKind.VALUE_NOT_READABLE}: {name}: {error}")
     return row
 
 

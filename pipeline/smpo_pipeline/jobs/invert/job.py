@@ -1,4 +1,4 @@
-"""``smpo-pipeline invert`` on Ray Data: read, decode and crop -> actors that invert and write one shard a unit."""
+"""``smpo-pipeline invert`` on Ray Data: read, decode and crop -> actors that invert and write one shard per unit."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from smpo_common.store_path import AnyPath
 from smpo_pipeline.images.buckets import Size, list_buckets
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.health import HealthSums
-from smpo_pipeline.jobs.faults.crashes import WorkLog
-from smpo_pipeline.jobs.invert.actor import STAGE, InvertActor, index_part
+from smpo_pipeline.jobs.cluster.pools import Pool, limit_memory, model_pool, task_memory
+from smpo_pipeline.jobs.cluster.run_units import run_units
+from smpo_pipeline.jobs.cluster.session import resolve_device
+from smpo_pipeline.jobs.invert.actor import InvertActor, index_part
 from smpo_pipeline.jobs.invert.models import ModelIdentity, describe_model, load_models
 from smpo_pipeline.jobs.invert.options import InvertOptions
-from smpo_pipeline.jobs.prepare import prepare_row
-from smpo_pipeline.jobs.ray.pools import Pool, limit_memory, model_pool, task_memory
-from smpo_pipeline.jobs.ray.run_units import run_units
-from smpo_pipeline.jobs.ray.session import check_device
+from smpo_pipeline.jobs.invert.prepare import prepare_row
+from smpo_pipeline.jobs.reading import Columns, unit_sizes
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
+from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_schemas.manifest import (
     MANIFEST_FILE,
@@ -42,7 +43,7 @@ from smpo_schemas.manifest import (
     read_manifest,
     write_manifest,
 )
-from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
+from smpo_schemas.pairs import RowRange, columns_of, list_pair_files, slice_files
 from smpo_schemas.rejects import count_reasons, write_rejects
 from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, score_tolerance
 from smpo_schemas.shards.index import INDEX_FILE, write_index
@@ -50,16 +51,17 @@ from smpo_schemas.shards.reader import ShardDirectory
 
 
 def invert(options: InvertOptions) -> Manifest:
-    """Make shards of all scored pairs, or finish what an earlier run of the same command began.
+    """Make shards of all scored pairs, or continue an unfinished run of the same command.
 
     Raises:
-        UserError: an input, the model or the output directory cannot be used, or no pair is left.
+        UserError: an input, the model or the output directory cannot be used, or every pair was rejected.
     """
     running = options.running
-    options = options.replace(device=check_device(running.device, running.ray_address))
-    options.out.exists()  # asks an object store, so that an unknown bucket is refused before any work
+    options = options.replace(device=resolve_device(running.device, running.ray_address))
+    options.out.exists()  # fails early if the bucket does not exist
     files = list_pair_files(options.pairs)
-    columns = columns_of(files, options.columns.by_field())
+    columns = options.columns.by_field()
+    columns_by_file = columns_of(files, columns)
     info = read_scores_info(options.scores)
     checked = _check_model(options)
     options = options.replace(pairs_per_shard=checked.pairs_per_shard)
@@ -67,8 +69,7 @@ def invert(options: InvertOptions) -> Manifest:
     identity = {
         "job": "invert",
         "schema_version": MANIFEST_VERSION,
-        "input": describe_input(files, running.limit),
-        "columns": {key: value for key, value in options.columns.by_field().items() if value},
+        **describe_input(files, columns, running.limit),
         "scores": [part.sha256 for part in info.parts],
         "model": checked.model.model_dump(),
         "resolution": checked.resolution,
@@ -81,23 +82,22 @@ def invert(options: InvertOptions) -> Manifest:
     with locked(options.out):
         if not run.open(overwrite=running.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
             return read_manifest(options.out)
-        rows = sum(part.stop - part.start for unit in units for part in unit)
-        for line in options.choices(checked.resolution, rows):
+        for line in options.choices(checked.resolution, sum(unit_sizes(units))):
             Console(markup=False).print(line, highlight=False, soft_wrap=True)
-        return _invert(options, run, units, columns, info, checked)
+        return _invert(options, run, units, columns_by_file, info, checked)
 
 
 def _invert(
     options: InvertOptions,
     run: Run,
     units: Sequence[list[RowRange]],
-    columns: dict[AnyPath, PairColumns],
+    columns: Columns,
     info: ScoresInfo,
     checked: _Checked,
 ) -> Manifest:
-    """Make the shards that are missing, and finish."""
+    """Make the shards that are missing, then write the manifest."""
     running, scores = options.running, _score_table(options.scores, info)
-    sizes = [sum(part.stop - part.start for part in unit) for unit in units]
+    sizes = unit_sizes(units)
 
     def build(source: ray.data.Dataset, work_log: WorkLog) -> ray.data.Dataset:
         pool = model_pool(running.chosen_device, running.concurrency, running.ray_address, checked.weights, len(units))
@@ -107,7 +107,6 @@ def _invert(
             columns=columns,
             pairs_per_unit=options.storing.pairs_per_shard,
             sizes=checked.image_sizes,
-            stage=STAGE,
             run=run,
             work_log=work_log,
         )
@@ -137,50 +136,47 @@ def _add_stages(
     pool: Pool,
     unit_bytes: int,
 ) -> ray.data.Dataset:
-    """Decode, then the actors; ``unit_bytes`` are the pixels of the largest unit.
-
-    Object store: for each actor the unit that it is at and the next one, and two on their way; a MB of each for the
-    rest of it.
-    """
+    """Add decoding and the actors; ``unit_bytes`` are the pixels of the largest unit."""
     one = {"batch_size": 1, "batch_format": "pyarrow"}
     decoded = source.map_batches(prepare, num_cpus=1, memory=task_memory(unit_bytes), **one)
     made = decoded.map_batches(InvertActor, fn_constructor_kwargs=kwargs, **one, **pool.options())
+    # Units in Ray's object store: for each actor the current and the next one, and two more on their way. A MB each for
+    # what is not pixels.
     limit_memory(made, (unit_bytes + (1 << 20)) * (2 * pool.size + 2))
     return made
 
 
 def _records(table: pa.Table) -> list[UnitRecord]:
-    """Of the shards that actors have committed."""
+    """Parse the records that actors return."""
     return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]
 
 
 def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
-    """``pair_id``, ``prompt``, the names of the images where the table has them, and the score columns.
+    """Read the columns ``pair_id``, ``prompt``, image ids (if the table has them) and scores.
 
     Raises:
-        UserError: one id stands for pairs with different scores.
+        UserError: pairs with different scores have one pair_id.
     """
     names = [f"{name}_{index}" for name in info.rewards for index in range(2)]
     table = read_scores(directory, info, ["pair_id", "prompt", *IMAGE_IDS, *names])
-    # A pair that several annotators labelled is there several times, with the same images and so the same scores, but
-    # for the rounding of batches of other sizes.
-    found = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
+    # A pair with labels of several annotators has several rows, whose scores are the same up to rounding.
+    ranges = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])
     for name in names:
-        between = pc.subtract(found[f"{name}_max"], found[f"{name}_min"])
-        apart = pc.greater(between, score_tolerance(info.rewards[name[:-2]]))
-        clash = found.filter(apart)
+        difference = pc.subtract(ranges[f"{name}_max"], ranges[f"{name}_min"])
+        clash = ranges.filter(pc.greater(difference, score_tolerance(info.rewards[name[:-2]])))
         if clash.num_rows:
             raise UserError(
-                f"{directory}: pair_id {clash['pair_id'][0].as_py()!r} stands for pairs with different scores; "
-                "score with another --pair-id-column, or with none"
+                f"{directory}: pairs with different scores have the same pair_id {clash['pair_id'][0].as_py()!r}; "
+                "score again with another --pair-id-column, or without one"
             )
-    # Arrow takes rows from no string column of more than 2 GiB of text. (And groups none of more in one chunk.)
+    # Arrow's take() fails on a string column of more than 2 GiB; group_by() fails on a single chunk of that size, so
+    # the chunks are combined only now.
     return table.set_column(0, "pair_id", table["pair_id"].cast(pa.large_string())).combine_chunks()
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """What the model says before any work starts: of itself, and of what images and shards will be."""
+    """Facts about the model, images and shards that are needed before any work starts."""
 
     model: ModelIdentity
     resolution: int
@@ -191,7 +187,7 @@ class _Checked:
 
 
 def _check_model(options: InvertOptions) -> _Checked:
-    """Load the model once."""
+    """Load the model on the driver, to check the settings against it and to identify it."""
     family, inverting_denoiser = load_models(options)
     resolution = check_settings(family, options.models.model, options.models.resolution, options.settings)
     model = describe_model(options, family, inverting_denoiser)

@@ -1,4 +1,4 @@
-"""The models that ``smpo-pipeline invert`` is told to use: loading them, and what identifies them."""
+"""Load and identify the models of ``smpo-pipeline invert``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smpo_schemas.manifest import ModelInfo
 
 
 def load_models(options: InversionOptions) -> tuple[Family, nn.Module]:
-    """Load the model with its reference denoiser, and the inverting denoiser (by default the reference), on the CPU."""
+    """Load the model with its reference denoiser, and the inverting denoiser (default: the reference), on the CPU."""
     models = options.models
     # Not on the GPU: before they are cast, the two denoisers take twice the memory that they need later.
     family = load_family(models.model, denoiser=models.unet, vae=models.vae, variant=models.variant)
@@ -25,17 +25,17 @@ def load_models(options: InversionOptions) -> tuple[Family, nn.Module]:
 
 
 class ModelIdentity(ModelInfo):
-    """What the manifest says of the models, and the settings that they compute by, which no fingerprint holds."""
+    """The manifest's description of the models, plus their settings, which no fingerprint covers."""
 
     settings: dict[str, Any]
 
     def info(self) -> ModelInfo:
-        """What the manifest says."""
+        """The part that the manifest holds."""
         return ModelInfo(**self.model_dump(exclude={"settings"}))
 
 
 def describe_model(options: InversionOptions, family: Family, inverting_denoiser: nn.Module) -> ModelIdentity:
-    """What the models are, which are still in float32."""
+    """Identify the models; call it before they are cast from float32."""
     reference = fingerprint_module(family.denoiser)
     return ModelIdentity(
         id=options.models.model,

@@ -1,4 +1,4 @@
-"""What ``smpo-pipeline invert`` is told: its flags. Imports neither torch nor Ray."""
+"""The flags of ``smpo-pipeline invert``. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from smpo_schemas.inversion_settings import InversionSettings, averaged_estimate
 
 _DEFAULTS = InversionSettings()
 _TOLERANCE = {"fp32": _DEFAULTS.tolerance, "fp16": 3e-4, "bf16": 2e-3}
-"""A few times the rounding of the denoiser's output, below which no residual falls (docs/guide/inversion.md)."""
+"""A few times the rounding error of the denoiser's output, below which no residual falls (docs/guide/inversion.md)."""
 
 _SOLVERS_OF_FLAG = {
     "solver": ("ddim", "renoise", "adaptive", "anderson"),
@@ -35,39 +35,39 @@ _SOLVERS_OF_FLAG = {
     "max_evaluations": ("adaptive", "anderson"),
     "anderson_depth": ("anderson",),
 }
-_FLAGS_OF_TRAJECTORIES = ("start", "eta", "guidance_scale", "inverting_unet")
-"""Flags that no state of ``--source forward`` depends on, besides those of the solvers."""
+_TRAJECTORY_FLAGS = ("start", "eta", "guidance_scale", "inverting_unet")
+"""Flags besides those of the solvers that ``--source forward`` does not use."""
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 
 
-def _start(given: Any) -> Any:  # noqa: ANN401  (a timestep, or what a user typed)
-    if given in ("clean", "level0") or isinstance(given, int):
-        return given
-    if given.isdecimal():
-        return int(given)
-    raise UserError(f"--start {given}: clean, level0, or a timestep")
+def _start(value: Any) -> Any:  # noqa: ANN401  (a timestep, or a user's string)
+    if value in ("clean", "level0") or isinstance(value, int):
+        return value
+    if value.isdecimal():
+        return int(value)
+    raise UserError(f"--start {value}: expected clean, level0, or a timestep")
 
 
-def _states(given: Any) -> int | None:  # noqa: ANN401  (a number, or what a user typed)
-    if given in (None, "all"):
+def _states(value: Any) -> int | None:  # noqa: ANN401  (a number, or a user's string)
+    if value in (None, "all"):
         return None
-    if str(given).isdecimal() and int(given) > 0:
-        return int(given)
-    raise UserError(f"--states {given}: all, or a number from 1")
+    if str(value).isdecimal() and int(value) > 0:
+        return int(value)
+    raise UserError(f"--states {value}: expected all, or a number from 1")
 
 
-def _bytes(given: Any) -> int | None:  # noqa: ANN401  (a number, or what a user typed)
-    if given is None or isinstance(given, int):
-        return given
-    number, unit = given[:-2], given[-2:]
+def _bytes(value: Any) -> int | None:  # noqa: ANN401  (a number, or a user's string)
+    if value is None or isinstance(value, int):
+        return value
+    number, unit = value[:-2], value[-2:]
     if unit not in _UNITS or not number.isdecimal() or int(number) == 0:
-        raise UserError(f"--shard-size {given}: a whole number with kB, MB, GB, as in 500MB")
+        raise UserError(f"--shard-size {value}: expected a whole number with kB, MB or GB, for example 500MB")
     return int(number) * _UNITS[unit]
 
 
 def _as_size(count: int | None) -> str | None:
-    """Bytes as :func:`_bytes` takes them."""
+    """Format bytes as :func:`_bytes` parses them."""
     if count is None:
         return None
     unit = next(name for name, size in _UNITS.items() if count % size == 0)
@@ -75,118 +75,119 @@ def _as_size(count: int | None) -> str | None:
 
 
 class ModelOptions(Options):
-    """The model, and what stands in for its parts."""
+    """The model, and replacements for its parts."""
 
     model_config = ConfigDict(title="Model")
 
     model: Annotated[ModelSource, Flag(place=True)]
     """Text-to-image model to align: hub id or diffusers folder."""
     unet: ExistingPath | None = None
-    """The reference, where it is not the model's own denoiser."""
+    """Folder of the reference denoiser, if it is not the model's own."""
     inverting_unet: ExistingPath | None = None
-    """Denoiser that carries the images along, for a second round: a folder, or a LoRA of smpo-train on top of the
+    """Denoiser that inverts the images, for a second round of training: a folder, or a LoRA of smpo-train on top of the
     reference; default: the reference."""
     vae: Annotated[ModelSource | None, Flag(place=True)] = None
-    """VAE in place of the model's own: hub id or folder."""
+    """VAE to use instead of the model's own: hub id or folder."""
     variant: Variant = None
     resolution: Annotated[int | None, Field(ge=8)] = None
     """Side of the square images in pixels; default: the model's."""
     buckets: Annotated[bool, Flag(off="--no-buckets")] = _DEFAULTS.buckets
-    """Bring each pair to one of several sizes of about that area, by its aspect ratio, not to the square."""
+    """Resize each pair to one of several sizes of about that area, by its aspect ratio, instead of the square."""
     size_conditioning: Literal["image", "constant"] = "image"
-    """What SDXL is told: each image's own size and crop, or the resolution and no crop (published code)."""
+    """SDXL's size and crop conditioning: each image's own, or the resolution without a crop (published code)."""
 
 
 class TrajectoryOptions(Options):
-    """Where the states come from."""
+    """Settings of the trajectories."""
 
     model_config = ConfigDict(title="Trajectories")
 
     source: Literal["renoise", "forward"] = "renoise"
-    """renoise: the model's own trajectory; forward: Gaussian noise (Diffusion-DPO's estimate)."""
+    """renoise: invert along the model's sampling trajectory; forward: add Gaussian noise (Diffusion-DPO's estimate)."""
     forward_noise: Literal["pair", "image"] = "pair"
-    """Of --source forward: one noise for both images of a pair, or one an image (CaPO)."""
+    """With --source forward: the same noise for both images of a pair, or different noise (CaPO)."""
     steps: Annotated[int, Field(ge=1)] = _DEFAULTS.steps
-    """Steps of a trajectory, and so its states."""
+    """Steps per trajectory; each gives one state."""
     timesteps: Literal["jittered", "grid", "published"] = "jittered"
-    """jittered: one uniform draw a stratum; grid: the scheduler's; published: as the published code, a grid state at or
-    above a uniform t, used as if at t."""
+    """jittered: one uniform draw per stratum; grid: the scheduler's timesteps; published: as in the published code, the
+    grid state at or above a uniform t, used as if it were at t."""
     start: Annotated[Literal["clean", "level0"] | int, PlainValidator(_start), Flag(typed=str)] = _DEFAULTS.start
-    """clean: from x0; level0: from x0 noised to the first level; a timestep T: nodes up to T by noising."""
+    """Start of the inversion. clean: x0; level0: x0 noised to the first noise level; a timestep T: states up to T are
+    made by adding noise."""
     eta: Annotated[float, Field(ge=0)] = _DEFAULTS.eta
-    """Noise after each step, in DDIM posterior std (DDIM-InPO: 0.1)."""
+    """Noise added after each step, as a multiple of DDIM's posterior standard deviation (DDIM-InPO: 0.1)."""
     guidance_scale: Annotated[float, Field(ge=0)] = _DEFAULTS.guidance_scale
-    """Guidance of the inverting denoiser; 1: none."""
+    """Classifier-free guidance of the inverting denoiser; 1: none."""
     trajectories: Annotated[int, Field(ge=1)] = _DEFAULTS.trajectories
-    """Trajectories a pair, each with draws of its own."""
+    """Trajectories per pair, each with its own random draws."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """With the pair's id, the source of all randomness."""
+    """Seed; all randomness depends on it and the pair's id alone."""
 
 
 class SolverOptions(Options):
-    """How a step of a trajectory is solved."""
+    """Settings of the solver."""
 
     model_config = ConfigDict(title="Solver of a step")
 
     solver: Literal["ddim", "renoise", "adaptive", "anderson"] = "renoise"
-    """None (ddim), iterations by number (renoise), or until converged (adaptive, anderson)."""
+    """ddim: no iterations; renoise: a fixed number; adaptive, anderson: until converged."""
     renoise_steps: Annotated[int, Field(ge=0)] = _DEFAULTS.renoise_steps
-    """ReNoise iterations a step, one forward each; 0: DDIM inversion."""
+    """ReNoise iterations per step, one forward each; 0: DDIM inversion."""
     renoise_average: str = _DEFAULTS.renoise_average
-    """ReNoise estimates that are averaged: lastN, all, or their numbers (0,1)."""
+    """ReNoise estimates to average: lastN, all, or their numbers, for example 0,1."""
     tolerance: Annotated[float | None, Field(ge=1e-09)] = None
-    """Of adaptive and anderson: the residual (relative) at which an image's step is done; default: 1e-4 in fp32, 3e-4
-    in fp16, 2e-3 in bf16."""
+    """For adaptive and anderson: relative residual at which a step of an image has converged; default: 1e-4 in fp32,
+    3e-4 in fp16, 2e-3 in bf16."""
     max_evaluations: Annotated[int, Field(ge=1)] = _DEFAULTS.max_evaluations
-    """Of adaptive and anderson: forwards after which a step ends as it is."""
+    """For adaptive and anderson: most forwards per step, converged or not."""
     anderson_depth: Annotated[int, Field(ge=1, le=8)] = _DEFAULTS.anderson_depth
-    """Of anderson: differences that it looks back on."""
+    """For anderson: number of previous differences it uses."""
 
 
 class StorageOptions(Options):
-    """What of the trajectories is stored, and how."""
+    """Settings of what is stored."""
 
     model_config = ConfigDict(title="What is stored")
 
     states: Annotated[int | None, PlainValidator(_states), Flag(typed=str)] = None
-    """States stored a trajectory: a number drawn from them, or all. Default: all."""
+    """States to store per trajectory: a number, drawn at random, or all. Default: all."""
     vae_latent: Literal["sample", "mode"] = "sample"
-    """sample or mode of the VAE's posterior."""
+    """Latents: sample or mode of the VAE's posterior."""
     prompt_dropout: Annotated[float, Field(ge=0, le=1)] = _DEFAULTS.prompt_dropout
-    """Share of trajectories under the empty prompt."""
+    """Share of the trajectories that get the empty prompt."""
     empty_prompt: Literal["model", "encoded"] = "model"
-    """What a dropped prompt is. model: what the model's own pipeline guides with, zeros for SDXL. encoded: what the
-    text encoders make of an empty text (published code). The trainer does as the shards say."""
+    """Embedding of the empty prompt. model: the one that the model's pipeline uses for guidance, zeros for SDXL.
+    encoded: the text encoders' output for an empty text (published code). The trainer uses the same."""
     hflip: Annotated[bool, Flag(off="--no-hflip")] = _DEFAULTS.hflip
-    """Mirror half of the trajectories."""
+    """Mirror the images of half of the trajectories."""
     storage: Literal["float16", "bfloat16"] = "float16"
-    """Of stored latents and noise: float16 (11 bits of each value, up to 65504) or bfloat16 (8, any size)."""
+    """Dtype of stored latents and noise: float16 (11 bits of precision, up to 65504) or bfloat16 (8 bits)."""
     pairs_per_shard: Annotated[int, Field(ge=1)] = 128
-    """Pairs a tar, and a unit of work."""
+    """Pairs per shard; a shard is also the unit of work."""
     shard_size: Annotated[
         int | None, PlainValidator(_bytes), PlainSerializer(_as_size), Flag(typed=str, metavar="BYTES")
     ] = None
-    """Size of a tar in place of --pairs-per-shard: 500MB, 1GB (about)."""
+    """Approximate size of a shard, for example 500MB or 1GB, instead of --pairs-per-shard."""
 
     @model_validator(mode="after")
     def _refuse_two_sizes(self) -> Self:
         if self.shard_size is not None and self.was_typed("pairs_per_shard"):
             given = f"--shard-size {_as_size(self.shard_size)} and --pairs-per-shard"
-            raise UserError(f"{given} both say how large a tar is; give one of them")
+            raise UserError(f"{given} both set the size of a shard; give only one")
         return self
 
 
 class InvertJobOptions(JobOptions):
-    """How the job runs."""
+    """Settings of the job."""
 
     batch_size: AutoBatchSize = 16
     dtype: ModelDtype = None
     concurrency: Annotated[int | None, Field(ge=1)] = None
-    """Model actors at once, at the most; one GPU each, or one core. Default: one a GPU, or a core."""
+    """Most model actors at once, each with one GPU, or on CPU one core. Default: one per GPU or core."""
 
 
 class InversionOptions(Options):
-    """The flags that decide what an inversion makes and costs."""
+    """The flags that `invert` and `plan` share."""
 
     pairs: Pairs
     models: ModelOptions
@@ -198,7 +199,7 @@ class InversionOptions(Options):
 
     @property
     def settings(self) -> InversionSettings:
-        """What a manifest says of these flags; those that have no default of their own follow from the device."""
+        """The settings that the manifest records; defaults of dtype and tolerance depend on the device."""
         groups = (self.models, self.trajectory, self.solving, self.storing, self.running)
         flags = {name: value for group in groups for name, value in group}
         from smpo_models.devices import default_dtype  # noqa: PLC0415  (torch: not for --help)
@@ -208,39 +209,37 @@ class InversionOptions(Options):
         return InversionSettings(**{name: flags[name] for name in InversionSettings.model_fields})
 
     def choices(self, resolution: int, pairs: int) -> list[str]:
-        """Describe the job for the user: its pairs and the settings that were chosen by default."""
+        """Describe the job for the user: number of pairs, and the settings that were chosen by default."""
         settings, batch_size = self.settings, self.running.batch_size
         size = f"{resolution} x {resolution}" + (", by aspect ratio" if settings.buckets else "")
-        batches = "found by trying" if batch_size is None else f"of {batch_size} trajectories"
-        emptied, mirrored = f"{100 * settings.prompt_dropout:g} %", f"{100 * settings.hflip / 2:g} %"
+        batches = "of automatic size" if batch_size is None else f"of {batch_size} trajectories"
+        dropped, mirrored = f"{100 * settings.prompt_dropout:g} %", f"{100 * settings.hflip / 2:g} %"
         computing = f"{self.running.device}, {settings.dtype}; batches {batches}"
         return [
             f"{pairs} pairs at {size} pixels; {computing}; seed {self.trajectory.seed}",
-            f"of the trajectories {emptied} are without their prompt (--prompt-dropout), {mirrored} mirrored (--hflip)",
+            f"{dropped} of the trajectories without their prompt (--prompt-dropout), {mirrored} mirrored (--hflip)",
         ]
 
     @model_validator(mode="after")
     def _refuse_unused_flags(self) -> Self:
-        """Refuse flags on the command line that this solver, or a run without trajectories, does not look at."""
+        """Refuse flags on the command line that the source or solver does not use; a config file may have them."""
         solver = self.solving.solver if self.trajectory.source == "renoise" else None
         for name, solvers in _SOLVERS_OF_FLAG.items():
             if self.was_typed(name) and solver not in solvers:
-                used = (
-                    "--source forward makes no trajectory" if solver is None else f"--solver {solver} does not use it"
-                )
-                raise UserError(f"{flag_name(name)}: {used}; it is for --solver {' and '.join(solvers)}")
-        for name in _FLAGS_OF_TRAJECTORIES:
+                chosen = "--source forward" if solver is None else f"--solver {solver}"
+                raise UserError(f"{flag_name(name)}: {chosen} does not use it; only --solver {', '.join(solvers)}")
+        for name in _TRAJECTORY_FLAGS:
             if self.was_typed(name) and solver is None:
-                raise UserError(f"{flag_name(name)}: --source forward makes no trajectory; it is for --source renoise")
+                raise UserError(f"{flag_name(name)}: --source forward does not use it; only --source renoise")
         if self.was_typed("forward_noise") and solver is not None:
-            raise UserError("--forward-noise: --source renoise makes trajectories; it is for --source forward")
+            raise UserError("--forward-noise: --source renoise does not use it; only --source forward")
         averaged_estimates(self.solving.renoise_average, self.solving.renoise_steps)
         return self
 
 
 class InvertOptions(InversionOptions):
-    """The settings of ``invert``."""
+    """The flags of ``invert``."""
 
     scores: Annotated[ExistingPathOrUrl, FOLDER_OR_URL]
-    """Output of `smpo-pipeline score` for these pairs."""
+    """Output directory of `smpo-pipeline score` for these pairs."""
     out: OutOrUrl

@@ -1,1 +1,1 @@
-"""A run's record: identity, committed units, lock, status, progress."""
+"""The record of a run: identity, committed units, lock, status, progress."""

@@ -1,9 +1,9 @@
-"""One run at a time in a directory: the kernel's lock, or a lease on an object store, which has no locks.
+"""One run at a time in a directory: a file lock on disk, a lease on an object store, which has no locks.
 
-A run creates the lease, an object that only one run can create, and rewrites it every few seconds. A run that finds a
-lease watches it: it is refused where the lease changes, and takes over where it does not, since its run was killed. No
-clock is compared with another machine's. Of several runs that find the same stale lease, the one that creates the claim
-takes over.
+A run creates the lease, an object that only one run can create, and rewrites it every few seconds. Another run that
+finds a lease watches it for a while: if the lease changes, the other run is refused; if not, the lease's run was killed
+and the other run takes over. Clocks of two machines are never compared. If several runs find the same stale lease, the
+one that creates the claim takes over.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ LEASE_FILE = ".lease"
 
 _RENEWED_SECONDS = 15.0
 _WATCHED_SECONDS = 50.0
-"""Three renewals may fail."""
+"""Long enough for three renewals to fail."""
 
 _INTERRUPT = signal.SIGUSR1
-"""Interrupts the main thread of a run that has lost its lease; SIGINT is ignored in what a script runs with ``&``."""
+"""Interrupts the main thread of a run that has lost its lease. Not SIGINT, which shells ignore for ``command &``."""
 
 
 def locked(directory: AnyPath) -> AbstractContextManager[None]:
-    """Hold ``directory`` (made where it is missing) for this run, in the main thread.
+    """Hold ``directory``, created if missing, for this run; call it in the main thread.
 
     Raises:
-        UserError: another run holds it, or has taken it over, or it cannot be written.
+        UserError: another run holds it or has taken it over, or it cannot be written.
     """
     return _leased(directory) if isinstance(directory, StorePath) else run_lock.hold(directory, fcntl.flock)
 
 
 def holder(directory: AnyPath) -> str | None:
-    """Name the process that holds ``directory``, or None. Without locks, a killed run still holds it."""
+    """Name the process that holds ``directory``, or None. On a store without locks a killed run still holds it."""
     if not isinstance(directory, StorePath):
         return run_lock.holder(directory)
     content = _read(directory / LEASE_FILE)
@@ -52,7 +52,7 @@ def holder(directory: AnyPath) -> str | None:
 
 
 class _LostError(BaseException):
-    """The lease is another run's."""
+    """Another run has taken the lease."""
 
 
 def _interrupt(*_signal: object) -> None:
@@ -74,7 +74,7 @@ def _leased(directory: StorePath) -> Iterator[None]:
         if lease.lost_to is None:
             raise
         raise UserError(
-            f"stopped: another run ({lease.lost_to}) took {directory} over, since this one could not be seen any more"
+            f"stopped: another run ({lease.lost_to}) took over {directory}, since this run did not renew its lease"
         ) from None
     finally:
         stop.set()
@@ -85,7 +85,7 @@ def _leased(directory: StorePath) -> Iterator[None]:
 
 
 class _Lease:
-    """This run's lease: the process that holds it, and a number that rises."""
+    """This run's lease: its process, and a counter that changes with each renewal."""
 
     def __init__(self, path: StorePath) -> None:
         self.path = path
@@ -107,47 +107,48 @@ class _Lease:
         return content is not None and _fields(content).get("run") == self._run
 
     def renew(self, stop: threading.Event) -> None:
-        """Rewrite the lease until ``stop``; interrupt the main thread where the lease is another run's."""
+        """Rewrite the lease until ``stop``; interrupt the main thread if another run has taken it."""
         while not stop.wait(_RENEWED_SECONDS):
-            # What fails for long ends the run elsewhere; the next renewal may succeed.
+            # The next renewal may succeed; if the store stays away, the run's own writes fail.
             with suppress(UserError, OSError):
-                found = _read(self.path)
-                if not self.is_mine(found):
-                    self.lost_to = "which has ended" if found is None else _name(_fields(found))
+                content = _read(self.path)
+                if not self.is_mine(content):
+                    self.lost_to = "which has ended" if content is None else _name(_fields(content))
                     break
                 self._number += 1
                 self.path.overwrite(self.content())
         while self.lost_to is not None and not stop.is_set():
-            # Repeated, since Python drops what is raised in a finalizer that happens to run.
+            # Repeated: Python drops the exception if the signal arrives while a finalizer runs.
             os.kill(os.getpid(), _INTERRUPT)
             stop.wait(4 * _RENEWED_SECONDS)
 
 
 def _take(path: StorePath, content: bytes) -> None:
-    """Create the object at ``path``, or replace the one that a killed run left.
+    """Create the object at ``path``, or replace that of a killed run.
 
     Raises:
-        UserError: it belongs to a run that lives.
+        UserError: it belongs to a running process.
     """
     while not path.create(content):
         stale = _stale_content(path)
         if stale is None:
             continue
-        # A temporary by its name: one that a kill leaves is removed with the others.
+        # The claim is itself taken like a lease. Its name is that of a temporary, so that one left by a kill is removed
+        # with the others.
         claim = path.parent / f"{path.name}.tmp"
         _take(claim, content)
         try:
-            # An earlier claim may have replaced it by now.
+            # An earlier holder of the claim may have replaced the lease already.
             if _read(path) == stale:
                 path.overwrite(content)
                 return
         finally:
-            if _read(claim) == content:  # not a later run's
+            if _read(claim) == content:  # not taken over by a later run
                 claim.unlink(missing_ok=True)
 
 
 def _stale_content(path: StorePath) -> bytes | None:
-    """Watch a lease: return its content if its run was killed, None if it goes.
+    """Watch a lease: return its content if its run was killed, None if it disappears.
 
     Raises:
         UserError: it is renewed.
@@ -187,7 +188,7 @@ def _name(lease: dict[str, object]) -> str:
 
 
 def _process_namespace() -> str | None:
-    """Name what process ids are unique in: a container, which may share its host's name, or have one of its own."""
+    """Name the scope in which process ids are unique: a machine's or a container's PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -196,14 +197,14 @@ def _process_namespace() -> str | None:
 
 
 def _is_dead(lease: dict[str, object]) -> bool:
-    """Whether the lease's process is known to have ended, which only its own machine and container can say."""
+    """Whether the lease's process has ended; False on another machine or container, which cannot tell."""
     process, here = lease.get("process"), _process_namespace()
     if here is None or lease.get("processes") != here or not isinstance(process, int):
         return False
     if process == os.getpid():
-        return True  # of an earlier process with this one's number, as the first of a container has
+        return True  # an earlier process had our number: the first process of each container has number 1
     try:
         os.kill(process, 0)
-    except OSError as error:  # PermissionError: another user's, which lives
+    except OSError as error:  # PermissionError: another user's process
         return isinstance(error, ProcessLookupError)
     return False

@@ -1,4 +1,4 @@
-"""What a job shows while it runs: how far it is, how fast, how much of it is the model at work, what was rejected."""
+"""The progress bar of a job: pairs done, pairs per second, the model's share of the actors' time, rejects."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.record.run_record import UnitRecord
+from smpo_pipeline.jobs.record.work_log import WorkLog
 
 _SPEED_SECONDS = 3600
-"""The remaining time goes by the last hour; units may be minutes apart."""
+"""Window of the speed that the remaining time is estimated from; units may be minutes apart."""
 
-_ASK_SECONDS = 2.0
+_POLL_SECONDS = 2.0
 _REPORT_SECONDS = 1.0
 
 
 class Reporter:
-    """Reports a worker's progress, at most once a second: batches may be faster."""
+    """Reports a worker's progress to the work log, at most once a second: batches may be faster."""
 
     def __init__(self, work_log: WorkLog, clock: Callable[[], float] = time.monotonic) -> None:
         """``clock`` is in seconds."""
@@ -43,23 +43,23 @@ class Reporter:
 
 
 class Pace:
-    """Of the units that are made from now on."""
+    """Speed of a job since it was started or continued."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """``clock`` is in seconds."""
-        self._clock, self._began = clock, clock()
+        self._clock, self._started = clock, clock()
         self._pairs, self._model_seconds, self._actor_seconds = 0, 0.0, 0.0
 
     def add(self, record: UnitRecord) -> None:
-        """A unit is committed."""
+        """Count a committed unit."""
         model, actor = record.seconds or (0.0, 0.0)
         self._pairs += record.pairs_in
         self._model_seconds += model
         self._actor_seconds += actor
 
-    def words(self, rejected: int) -> str:
-        """Pairs a second (starting up is part of it), the model's share of the actors' time, and rejects."""
-        parts = [f"{self._pairs / (self._clock() - self._began):.3g} pairs/s"]
+    def describe(self, rejected: int) -> str:
+        """Pairs per second (start-up included), the model's share of the actors' time, and rejects."""
+        parts = [f"{self._pairs / (self._clock() - self._started):.3g} pairs/s"]
         if self._actor_seconds:
             parts.append(f"model {self._model_seconds / self._actor_seconds:.0%}")
         if rejected:
@@ -68,41 +68,41 @@ class Pace:
 
 
 @contextmanager
-def shown_under_way(progress: Progress, task: TaskID, ask: Callable[[], float]) -> Iterator[None]:
-    """Show, every few seconds while the block runs, how many pairs are done of units that are not committed.
+def show_pairs_in_progress(progress: Progress, task: TaskID, poll: Callable[[], float]) -> Iterator[None]:
+    """Show the pairs done in uncommitted units, every few seconds while the block runs.
 
     Args:
         progress: made by :func:`job_progress`.
-        task: whose line it is.
-        ask: how many there are, from another thread.
+        task: whose line to update.
+        poll: returns the number of pairs; called in another thread.
     """
-    over = Event()
+    stop = Event()
 
     def watch() -> None:
-        # Whatever fails here would fail the job's own calls too, which say so.
+        # A failure here would also fail the job's own calls, which report it.
         with suppress(Exception):
-            while not over.wait(_ASK_SECONDS):
-                pairs = int(ask())
-                progress.update(task, under_way=f"(and {pairs} of units under way)" if pairs else "")
+            while not stop.wait(_POLL_SECONDS):
+                pairs = int(poll())
+                progress.update(task, in_progress=f"(+{pairs} in progress)" if pairs else "")
 
     thread = Thread(target=watch, name="progress", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
-        thread.join(_ASK_SECONDS)
-        progress.update(task, under_way="")
+        stop.set()
+        thread.join(_POLL_SECONDS)
+        progress.update(task, in_progress="")
 
 
 def job_progress() -> Progress:
-    """A progress bar whose tasks have the fields ``note`` and ``under_way``."""
+    """Make a progress bar whose tasks have the fields ``note`` and ``in_progress``."""
     return Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("pairs {task.fields[under_way]}"),
+        TextColumn("pairs {task.fields[in_progress]}"),
         TimeElapsedColumn(),
         TextColumn("elapsed,"),
         TimeRemainingColumn(),

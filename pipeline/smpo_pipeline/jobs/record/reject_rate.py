@@ -1,4 +1,4 @@
-"""``--max-reject-rate``: a run that is going wrong stops."""
+"""``--max-reject-rate``: stop a run with too many rejects."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from smpo_pipeline.jobs.record.run_record import UnitRecord
 from smpo_schemas.rejects import Reject, count_reasons
 
 MIN_ROWS = 200
-"""The rate is of at least so many rows: a few bad ones among the first are no sign, nor are they in a small input."""
+"""Smallest number of rows that the rate refers to: a few rejects among the first rows, or in a small input, do not
+count."""
 
 
 class RejectRate:
     """Counts rows and rejects as units are committed."""
 
     def __init__(self, limit: float, out: AnyPath) -> None:
-        """``limit``: rejects a row, 0 to 1; ``out``: the run's directory, for the message."""
+        """``limit``: largest share of rejects, 0 to 1; ``out``: the run's directory, for the message."""
         self._limit, self._out = limit, out
         self._rows = self.rejected = 0
         self._kinds: Counter[str] = Counter()
@@ -27,7 +28,7 @@ class RejectRate:
         """Count a unit.
 
         Raises:
-            UserError: more than the limit of the rows so far, or of :data:`MIN_ROWS` if that is more, were rejected.
+            UserError: the share of rejects among max(rows so far, :data:`MIN_ROWS`) is above the limit.
         """
         self._rows += record.pairs_in
         self.rejected += len(record.rejects)
@@ -37,6 +38,6 @@ class RejectRate:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
             raise UserError(
                 f"stopped: {self.rejected} of {self._rows} pairs were rejected, more than --max-reject-rate "
-                f"{self._limit:g} allows ({kinds}; for example {self._example.source}: {self._example.reason}); to go "
-                f"on in {self._out} without them, give the same command a higher --max-reject-rate"
+                f"{self._limit:g} allows ({kinds}; for example {self._example.source}: {self._example.reason}); to "
+                f"continue in {self._out} without them, run the same command with a higher --max-reject-rate"
             )

@@ -1,11 +1,11 @@
-"""The record of a run: what it is of, which units of work are committed, whether it is finished.
+"""The record of a run: its identity, its committed units, whether it is finished.
 
-A unit is a deterministic slice of the input. Its output is written beside its target, fsynced and renamed; only then
+A unit is a deterministic slice of the input. Its output is written to a temporary file, fsynced and renamed; only then
 is it recorded. The same command continues an unfinished run with the units that have no record, or whose record does
-not tell the truth any more.
+not match its file.
 
-Workers may outlive their run, and commit a unit after another run was begun in the same directory. Records, and what
-lies beside them, therefore carry a digest of the run's identity in their names.
+Workers may outlive their run and commit a unit after another run was started in the same directory. The names of
+records, and of the files beside them, therefore contain a digest of the run's identity.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from smpo_schemas.rejects import Reject
 _IDENTITY = "run.json"
 _UNITS = ".units"
 
-SCORE_STEP = ".scoring"
-"""Folder of what is not yet in the scores table: units scored with the rewards that are being added."""
+SCORING_FOLDER = ".scoring"
+"""Folder of the units of `score` until their rewards are in the scores table."""
 
 SCORE_ROWS = 128
-"""Input rows of a unit of ``score``: what a kill can cost, at most, for each chunk that was on its way."""
+"""Input rows per unit of ``score``: the most work that a kill can cost for each unit in progress."""
 
 
 class UnitRecord(BaseModel):
-    """What one unit left behind.
+    """The result of one committed unit.
 
     Attributes:
         unit: its number.
-        pairs_in: rows of the input that it stands for; ``pairs_in = pairs + len(rejects)``.
-        pairs: how many of them are in its output.
-        rejects: the others, with reasons.
-        entry: its file's ``name`` within the run's directory, ``bytes`` and ``sha256``, and what else the finished
-            directory says of it; None where nothing was left to write.
+        pairs_in: its input rows; ``pairs_in = pairs + len(rejects)``.
+        pairs: number of pairs in its output.
+        rejects: the other rows, with reasons.
+        entry: its file: ``name`` within the run's directory, ``bytes``, ``sha256``, and what the manifest lists
+            besides; None if no pair was left to write.
         health: sums of trajectory health (``invert`` only).
         prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
-        committed: when, in seconds since 1970 by the clock of whoever committed it; in no result.
+        committed: time of the commit in seconds since 1970, by the committing machine's clock; not in any result.
         buckets: pairs in its output by image size (``invert --buckets`` only).
-        seconds: of its actor since it was ready for this unit, waiting included: in the inversion, and all of them
-            (``invert`` only); in no result.
+        seconds: the actor's seconds for this unit (``invert`` only; not in any result): in the inversion, and in all
+            since it was ready for the unit, waiting included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,30 +80,30 @@ class UnitRecord(BaseModel):
 
 
 class Run:
-    """One output directory of ``score`` or ``invert``."""
+    """A run of ``score`` or ``invert`` in its output directory."""
 
     def __init__(self, out: AnyPath, marker: str, identity: Mapping[str, Any]) -> None:
-        """Name a run.
+        """Describe a run; nothing is read or written.
 
         Args:
             out: output directory.
-            marker: the file whose presence says that the run is finished.
-            identity: everything that decides the result; plain JSON values.
+            marker: the file that is written last, which marks the run as finished.
+            identity: everything that decides the result, as JSON values.
         """
         self.out, self._marker, self._identity = out, out / marker, dict(identity)
         self._digest = _digest(self._identity)
 
     @retry_transient
     def open(self, *, overwrite: bool, patterns: Sequence[str]) -> bool:
-        """Begin, continue, or find finished; returns whether there is work to do.
+        """Start or continue the run; return whether there is work to do.
 
         Args:
-            overwrite: remove what an earlier run left here.
+            overwrite: remove the output of an earlier run first.
             patterns: names of the files that this kind of run writes, for removal.
 
         Raises:
-            UserError: an earlier run into this directory had another identity, or was another job's, which no flag
-                removes; or it cannot be written.
+            UserError: the directory holds a run with another identity, or output of another job, which not even
+                ``overwrite`` removes; or it cannot be written.
         """
         path = self.out / _IDENTITY
         if path.is_file():
@@ -114,9 +114,9 @@ class Run:
             state = "a finished run" if self._marker.is_file() else "an unfinished run"
             require_same_settings(self.out, state, read_json(path), self._identity)
         elif self._marker.is_file():
-            raise UserError(f"{self.out} holds {self._marker.name} but no {_IDENTITY}; take another --out")
+            raise UserError(f"{self.out} holds {self._marker.name} but no {_IDENTITY}; use another --out")
         if self._marker.is_file():
-            # A kill may have come between the marker and the end.
+            # A kill between writing the marker and finish() leaves records behind.
             self.finish()
             return False
         write_json(path, self._identity)
@@ -125,57 +125,53 @@ class Run:
 
     def _refuse_another_job(self, path: AnyPath) -> None:
         try:
-            there = read_json(path)
+            identity = read_json(path)
         except UserError as error:
             if isinstance(error.__cause__, (ValueError, RecursionError)):
-                return  # damaged: nobody's
+                return  # damaged: it belongs to no job
             raise
-        job = there.get("job") if isinstance(there, dict) else None
+        job = identity.get("job") if isinstance(identity, dict) else None
         if job and job != self._identity.get("job"):
-            raise UserError(f"{self.out} holds the output of `{job}`; take another --out")
+            raise UserError(f"{self.out} holds the output of `{job}`; use another --out")
 
     def _remove(self, patterns: Sequence[str]) -> None:
-        # The marker and the records go first: a directory that is half removed must not look finished, nor its missing
-        # files committed.
+        # The marker and the records go first: a half-removed directory must not look finished, nor its missing files
+        # committed.
         self._marker.unlink(missing_ok=True)
         self._remove_records()
         for path in [*(p for pattern in patterns for p in self.out.glob(pattern)), self.out / _IDENTITY]:
             path.unlink(missing_ok=True)
 
-    def began_with(self) -> dict[str, Any] | None:
-        """The identity of the run that is there, or None."""
-        return read_identity(self.out)
-
     @retry_transient
     def remove(self) -> None:
-        """Remove what is there, the folder included; a part of it that is left by a kill is never taken for a run's."""
+        """Delete the run and its folder. Safe to interrupt: a half-deleted folder is never taken for a run."""
         self._remove(())
         with suppress(OSError):
             self.out.rmdir()
 
     def record_path(self, unit: int) -> AnyPath:
-        """Where a unit's record is written by whoever committed its output."""
+        """The file of a unit's record."""
         return self.out / _UNITS / f"{unit:06d}-{self._digest}.json"
 
     def commit(self, record: UnitRecord) -> None:
         """Record a unit whose output is written."""
         write_json(self.record_path(record.unit), record.model_copy(update={"committed": time.time()}).model_dump())
 
-    def refuse_if_over(self) -> None:
-        """Before output takes its place: look whether the directory is still this run's, which a worker may outlive.
+    def require_current(self) -> None:
+        """Check that the directory is still this run's, before a worker, which may outlive its run, writes to it.
 
         Raises:
-            UserError: another run was begun there.
+            UserError: another run was started in the directory.
         """
-        there = self.began_with()
-        if there is None or _digest(there) != self._digest:
-            raise UserError(f"another run was begun in {self.out}: this one is over")
+        current = read_identity(self.out)
+        if current is None or _digest(current) != self._digest:
+            raise UserError(f"stopped: another run was started in {self.out}")
 
     @retry_transient
     def records(self) -> dict[int, UnitRecord]:
-        """The committed units' records, by number.
+        """Read the committed units' records, by number.
 
-        A record that is damaged, or whose file is missing, cut or another one, is removed: its unit is made again.
+        Remove a record that is damaged, or whose file is missing, cut or changed: its unit is made again.
         """
         beside = statuses(self.out / _UNITS, "*")
         checked = partial(self._checked, files=beside | statuses(self.out, "*"))
@@ -190,9 +186,10 @@ class Run:
         return None
 
     def committed(self, unit: int) -> UnitRecord | None:
-        """The record of a unit that was committed since this run began, or that :meth:`records` found good.
+        """Return a unit's record if it is committed.
 
-        For workers: Ray may ask again for a unit whose worker was lost after it had committed it.
+        For workers: Ray asks again for a unit whose worker was lost after the commit. Records of earlier sessions were
+        checked by :meth:`records`.
         """
         try:
             return _read_record(self.record_path(unit))
@@ -200,27 +197,25 @@ class Run:
             return None
 
     def _has_output(self, record: UnitRecord, path: AnyPath, files: Statuses) -> bool:
-        """Whether a unit's file is the one that was recorded.
-
-        Reading all of it back would cost as much as a part of the run: its bytes are hashed only where it was written
-        after its record, which no unit does.
-        """
+        """Whether a unit's file is the recorded one."""
         if record.entry is None:
             return True
         file = self.out / record.entry["name"]
         written = files.get(file)
         if written is None or written.st_size != record.entry["bytes"]:
             return False
+        # Hashing every file would take long. A unit writes its file before its record, so only a file that is newer has
+        # been changed since.
         return written.st_mtime_ns <= files[path].st_mtime_ns or sha256_file(file) == record.entry["sha256"]
 
     @retry_transient
     def finish(self) -> None:
-        """Remove what is of no use once the marker, which holds all that the records say, is written."""
+        """Remove the records, once the marker is written, which holds all that they say."""
         self._remove_temporaries()
         self._remove_records()
 
     def _remove_temporaries(self) -> None:
-        """Remove what killed processes were writing; nobody else writes here, see ``lock``."""
+        """Remove the unfinished files of killed processes; the lock excludes running ones."""
         for directory in (self.out, self.out / _UNITS):
             for path in directory.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
@@ -230,18 +225,18 @@ class Run:
 
 
 def read_identity(out: AnyPath) -> dict[str, Any] | None:
-    """What the run in ``out`` is of, or None where there is none."""
+    """Read the identity of the run in ``out``, or None if there is none."""
     path = out / _IDENTITY
     return dict(read_json(path)) if path.is_file() else None
 
 
-def begun_at(out: AnyPath) -> float:
-    """When the run in ``out`` was begun, or continued for the last time, in seconds since 1970."""
+def last_start(out: AnyPath) -> float:
+    """When the run in ``out`` was last started or continued, in seconds since 1970."""
     return (out / _IDENTITY).stat().st_mtime
 
 
 def read_records(out: AnyPath, identity: Mapping[str, Any]) -> list[UnitRecord]:
-    """The records of the units that the run in ``out``, of this identity, has committed, as they stand."""
+    """Read the committed units' records of the run in ``out`` with this identity, without checking their files."""
     records = read_all(_read_record, list_files(out / _UNITS, f"*-{_digest(identity)}.json"))
     return [record for record in records if record]
 
@@ -251,14 +246,17 @@ def _digest(identity: Mapping[str, Any]) -> str:
 
 
 def _read_record(path: AnyPath) -> UnitRecord | None:
-    """A unit's record, or None where it is malformed."""
+    """Read a unit's record, or None if it is malformed."""
     try:
         return UnitRecord.model_validate_json(path.read_bytes())
     except ValidationError:
         return None
 
 
-def describe_input(files: Sequence[PairFile], limit: int | None) -> dict[str, Any]:
-    """The input listing as part of a run's identity: paths, sizes, and what the files hold."""
+def describe_input(
+    files: Sequence[PairFile], columns: Mapping[str, str | None], limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """The input's part of a run's identity: path, rows, bytes and digest of each file, and the flags about them."""
     listing = [[str(file.path), file.rows, file.bytes, file.digest] for file in files]
-    return {"files": listing, "limit": limit}
+    chosen = {name: column for name, column in columns.items() if column}
+    return {"input": {"files": listing, "limit": limit}, "columns": chosen}

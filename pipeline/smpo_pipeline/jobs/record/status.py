@@ -1,4 +1,4 @@
-"""How far an output of ``score`` or ``invert`` is, read from what it has committed; without Ray, from anywhere."""
+"""Progress of a run of ``score`` or ``invert``, read from its committed units; without Ray, from any machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.record.lock import holder
 from smpo_pipeline.jobs.record.run_record import (
     SCORE_ROWS,
-    SCORE_STEP,
+    SCORING_FOLDER,
     UnitRecord,
-    begun_at,
+    last_start,
     read_identity,
     read_records,
 )
@@ -25,20 +25,19 @@ from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, read_scores_info
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         job: ``score`` or ``invert``.
-        rewards: that are being scored, or were (``score`` only).
-        finished: whether the output is whole.
-        units: how many there are; ``units_done`` of them are committed.
-        pairs_in: rows of the input; ``pairs_done`` of them are accounted for, ``rejected`` of these in no result.
-        reasons: how often each kind of reason for a reject occurred, most frequent first.
-        rate: pairs a second since the run was begun, or continued for the last time; None where no unit was
-            committed since.
-        model_share: part of the actors' time, in the same units, that the inversion took (``invert`` only), or None.
-        holder: which process is at it, in words, or None; on an object store also one that was killed.
-        last_commit: when the last unit was committed, in seconds since 1970; None where none is, or all is finished.
+        rewards: the rewards being scored, or scored (``score`` only).
+        finished: whether the output is complete.
+        units, units_done: number of units, and of committed ones.
+        pairs_in, pairs_done, rejected: rows of the input, those in committed units, and the rejected ones of these.
+        reasons: number of rejects by kind of reason, most frequent first.
+        rate: pairs per second since the run was last started or continued; None if no unit was committed since.
+        model_share: the inversion's share of the actors' time in those units, 0 to 1 (``invert`` only), or None.
+        holder: the process that runs it, or None; on an object store a killed process is named too.
+        last_commit: time of the last commit, in seconds since 1970; None if there is none, or the run is finished.
     """
 
     job: str
@@ -57,27 +56,27 @@ class Status:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds left at this rate."""
+        """Estimated seconds left, at this rate."""
         return (self.pairs_in - self.pairs_done) / self.rate if self.rate else None
 
 
 def read_status(out: AnyPath) -> Status:
-    """Look at an output directory; nothing is changed.
+    """Read the status of an output directory; nothing is changed.
 
     Raises:
-        UserError: it is no output of ``score`` or ``invert``, or is malformed.
+        UserError: it is not an output of ``score`` or ``invert``, or is malformed.
     """
     try:
         return _read_status(out)
     except (FileNotFoundError, UserError):
-        # A run that ends, or is begun anew, removes what was there a moment ago.
+        # A run that ends or starts over removes files while they are read: read once more.
         return _read_status(out)
 
 
 def _read_status(out: AnyPath) -> Status:
     identity = read_identity(out)
     if identity is None:
-        raise UserError(f"{out} holds no run.json: neither `score` nor `invert` was begun there")
+        raise UserError(f"{out} holds no run.json: neither `score` nor `invert` was started there")
     pairs_in = _rows(identity)
     if identity["job"] == "invert":
         units = math.ceil(pairs_in / identity["pairs_per_shard"])
@@ -85,14 +84,14 @@ def _read_status(out: AnyPath) -> Status:
             manifest = read_manifest(out)
             reasons = manifest.rejected_reasons
             return _finished("invert", [], units, pairs_in, manifest.totals.rejected, reasons)
-        return _under_way(identity, [], out, units, pairs_in, holder(out))
+        return _unfinished(identity, [], out, units, pairs_in, holder(out))
     units = math.ceil(pairs_in / SCORE_ROWS)
-    step = read_identity(out / SCORE_STEP)
+    step = read_identity(out / SCORING_FOLDER)
     info = read_scores_info(out) if (out / SCORES_FILE).is_file() else None
     if step is not None and not (info and step["rewards"].keys() <= info.rewards.keys()):
-        return _under_way(step, sorted(step["rewards"]), out / SCORE_STEP, units, pairs_in, holder(out))
+        return _unfinished(step, sorted(step["rewards"]), out / SCORING_FOLDER, units, pairs_in, holder(out))
     if info is None:
-        return _under_way(identity, [], out, units, pairs_in, holder(out))
+        return _unfinished(identity, [], out, units, pairs_in, holder(out))
     reasons = count_reasons(read_rejects(out / REJECTS_FILE))
     return _finished("score", sorted(info.rewards), units, pairs_in, info.rejected, reasons)
 
@@ -109,12 +108,12 @@ def _finished(
     return Status(job, rewards, True, units, units, pairs_in, pairs_in, rejected, reasons)
 
 
-def _under_way(
+def _unfinished(
     identity: dict[str, Any], rewards: list[str], out: AnyPath, units: int, pairs_in: int, holder: str | None
 ) -> Status:
     records = read_records(out, identity)
-    begun = begun_at(out)
-    recent = [record for record in records if record.committed and record.committed > begun]
+    start = last_start(out)
+    recent = [record for record in records if record.committed and record.committed > start]
     rejects = [reject for record in records for reject in record.rejects]
     return Status(
         job=identity["job"],
@@ -126,16 +125,16 @@ def _under_way(
         pairs_done=sum(record.pairs_in for record in records),
         rejected=len(rejects),
         reasons=count_reasons(rejects),
-        rate=_rate(recent, begun),
+        rate=_rate(recent, start),
         model_share=_model_share(recent),
         holder=holder,
         last_commit=max((record.committed for record in records if record.committed), default=None),
     )
 
 
-def _rate(records: Sequence[UnitRecord], begun: float) -> float | None:
+def _rate(records: Sequence[UnitRecord], start: float) -> float | None:
     last = max((record.committed for record in records if record.committed), default=None)
-    return None if last is None else sum(record.pairs_in for record in records) / (last - begun)
+    return None if last is None else sum(record.pairs_in for record in records) / (last - start)
 
 
 def _model_share(records: Sequence[UnitRecord]) -> float | None:

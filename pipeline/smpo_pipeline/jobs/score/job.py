@@ -1,4 +1,4 @@
-"""``smpo-pipeline score`` on Ray Data: read and decode -> one actor pool a reward -> the driver commits."""
+"""``smpo-pipeline score`` on Ray Data: read and decode -> one actor pool per reward -> the driver commits."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from rich.console import Console
 
 from smpo_common.errors import UserError
 from smpo_common.store_path import AnyPath
-from smpo_pipeline.jobs.faults.crashes import WorkLog
-from smpo_pipeline.jobs.ray.pools import Pool, cores_there, gpus_there, limit_memory, share_gpus
-from smpo_pipeline.jobs.ray.run_units import run_units
-from smpo_pipeline.jobs.ray.session import check_device
+from smpo_pipeline.jobs.cluster.pools import Pool, cluster_gpus, cores_by_machine, limit_memory, share_gpus
+from smpo_pipeline.jobs.cluster.run_units import run_units
+from smpo_pipeline.jobs.cluster.session import resolve_device
+from smpo_pipeline.jobs.reading import Columns, unit_sizes
 from smpo_pipeline.jobs.record.lock import locked
-from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, SCORE_STEP, Run, describe_input
+from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, SCORING_FOLDER, Run, describe_input, read_identity
+from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import CHUNK_BYTES, prepare_chunks
+from smpo_pipeline.jobs.score.collector import UnitCollector
 from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.jobs.score.table import PART_FILES, RewardModel, remove_leftovers, write_table
-from smpo_pipeline.jobs.score.units import RewardActor, UnitCollector
 from smpo_pipeline.options import absolute_model
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
-from smpo_schemas.pairs import PairColumns, RowRange, columns_of, list_pair_files, slice_files
+from smpo_schemas.pairs import RowRange, columns_of, list_pair_files, slice_files
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
 
 
 def score(options: ScoreOptions) -> ScoresInfo:
-    """Score all pairs with all rewards, or with those that a finished table lacks, or finish what was begun.
+    """Score all pairs with all rewards, or with those that a finished table lacks, or continue an unfinished run.
 
     Raises:
         UserError: an input, a reward or the output directory cannot be used, or no pair could be scored.
     """
     running, columns = options.running, options.columns.by_field()
-    options = options.replace(device=check_device(running.device, running.ray_address))
-    options.out.exists()  # asks an object store, so that an unknown bucket is refused before any work
+    options = options.replace(device=resolve_device(running.device, running.ray_address))
+    options.out.exists()  # fails early if the bucket does not exist
     files = list_pair_files(options.pairs)
     columns_by_file = columns_of(files, columns)
     units = slice_files(files, SCORE_ROWS, running.limit)
@@ -46,24 +48,23 @@ def score(options: ScoreOptions) -> ScoresInfo:
     identity = {
         "job": "score",
         "schema_version": SCORES_VERSION,
-        "input": describe_input(files, running.limit),
-        "columns": {key: value for key, value in columns.items() if value},
+        **describe_input(files, columns, running.limit),
     }
     run = Run(options.out, SCORES_FILE, identity)
     with locked(options.out):
-        left = run.open(overwrite=running.overwrite, patterns=(PART_FILES, REJECTS_FILE))
-        base = None if left else read_scores_info(options.out)
+        unfinished = run.open(overwrite=running.overwrite, patterns=(PART_FILES, REJECTS_FILE))
+        base = None if unfinished else read_scores_info(options.out)
         if base:
             _refuse_other_weights(options.out, base, models)
         new = {name: model for name, model in models.items() if not base or name not in base.rewards}
-        step = _open_step(options, identity, new, base)
+        scoring = _open_scoring(options, identity, new, base)
         if base and not new:
             return base
         specs = {name: specs[name] for name in new}
-        rows = [sum(part.stop - part.start for part in unit) for unit in units]
+        rows = unit_sizes(units)
         Console(markup=False).print(choices(options, specs, sum(rows)), highlight=False, soft_wrap=True)
         run_units(
-            step,
+            scoring,
             rows,
             partial(
                 _add_stages,
@@ -74,21 +75,21 @@ def score(options: ScoreOptions) -> ScoresInfo:
                 models=new,
                 sizes=sizes,
             ),
-            UnitCollector(step, list(new), running.max_reject_rate),
+            UnitCollector(scoring, list(new), running.max_reject_rate),
             title="score",
             address=running.ray_address,
             max_reject_rate=running.max_reject_rate,
         )
-        info = write_table(options.out, step, len(units), new, base)
-        step.remove()
+        info = write_table(options.out, scoring, len(units), new, base)
+        scoring.remove()
         return info
 
 
 def choices(options: ScoreOptions, specs: Mapping[str, str], pairs: int) -> str:
-    """What is done to how many pairs, with what nobody asked for by name: a line for the user."""
+    """Describe the job for the user: number of pairs, and the settings that were chosen by default."""
     batches = ", ".join(f"{name} {_batch_size(options, spec)}" for name, spec in specs.items())
     computing = f"{options.running.device}, {options.running.dtype}"
-    return f"{pairs} pairs, images in their own size; {computing}; images a batch: {batches}"
+    return f"{pairs} pairs, images in their own size; {computing}; batch size: {batches}"
 
 
 def _batch_size(options: ScoreOptions, spec: str) -> int:
@@ -100,12 +101,12 @@ def _add_stages(
     work_log: WorkLog,
     options: ScoreOptions,
     units: Sequence[list[RowRange]],
-    columns: Mapping[AnyPath, PairColumns],
+    columns: Columns,
     specs: Mapping[str, str],
     models: Mapping[str, RewardModel],
     sizes: Mapping[str, int],
 ) -> ray.data.Dataset:
-    """Decode, then one pool a reward."""
+    """Add decoding, then one actor pool per reward."""
     prepare = partial(prepare_chunks, units=units, columns=columns, work_log=work_log)
     dataset = source.map_batches(prepare, batch_size=1, batch_format="pyarrow", num_cpus=1)
     pools = _pools(options, specs, sizes)
@@ -127,19 +128,19 @@ def _add_stages(
             },
             **pool.options(),
         )
-    # For each worker the chunk that it is at and the next one, and some on their way.
+    # For each worker the current chunk and the next one, and some on their way.
     workers = sum(pool.size * pool.threads for pool in pools.values())
     limit_memory(dataset, CHUNK_BYTES * (2 * workers + 8))
     return dataset
 
 
 def _specs(given: Sequence[str]) -> dict[str, str]:
-    """What ``--reward`` gives, by name; folders as absolute paths, since workers may stand elsewhere."""
+    """The values of ``--reward`` by name, folders as absolute paths: workers may have another working directory."""
     specs: dict[str, str] = {}
     for spec in given:
         reward, model = parse_reward(spec)
         if reward.name in specs:
-            raise UserError(f"--reward names {reward.name} twice; a scores table has one column a name")
+            raise UserError(f"--reward names {reward.name} twice; a scores table has one set of columns per name")
         specs[reward.name] = f"{spec.partition('=')[0]}={absolute_model(model)}" if model else spec
     return specs
 
@@ -150,57 +151,59 @@ def _describe(reward: Reward, dtype: str) -> RewardModel:
 
 def _refuse_other_weights(out: AnyPath, base: ScoresInfo, models: Mapping[str, RewardModel]) -> None:
     for name, model in models.items():
-        there = base.rewards.get(name)
-        if there and there.fingerprint != model.fingerprint:
+        scored = base.rewards.get(name)
+        if scored and scored.fingerprint != model.fingerprint:
             raise UserError(
-                f"{out} holds scores of {name} with other weights ({there.model}, fingerprint "
-                f"{there.fingerprint[:12]}; --reward: {model.model}, {model.fingerprint[:12]}); take another --out, or "
+                f"{out} holds scores of {name} with other weights ({scored.model}, fingerprint "
+                f"{scored.fingerprint[:12]}; --reward: {model.model}, {model.fingerprint[:12]}); use another --out, or "
                 "--overwrite to start over"
             )
-        if there and there.dtype != model.dtype:
+        if scored and scored.dtype != model.dtype:
             raise UserError(
-                f"{out} holds scores of {name} made in {there.dtype}, this is --dtype {model.dtype}; take another "
-                "--out, or --overwrite to start over"
+                f"{out} holds scores of {name} in {scored.dtype}, but --dtype is {model.dtype}; use another --out, or "
+                "--overwrite to start over"
             )
 
 
-def _open_step(
+def _open_scoring(
     options: ScoreOptions, identity: dict[str, Any], rewards: Mapping[str, RewardModel], base: ScoresInfo | None
 ) -> Run:
-    """Begin or continue to score with these rewards, after tidying what a kill may have left.
+    """Start or continue the run that scores with these rewards, after removing what a kill may have left.
 
     Raises:
-        UserError: other rewards were begun with and are not finished.
+        UserError: a run with other rewards is unfinished.
     """
     wanted = {name: [model.fingerprint, model.dtype] for name, model in rewards.items()}
     onto = [part.sha256 for part in base.parts] if base else []
-    step = Run(options.out / SCORE_STEP, SCORES_FILE, identity | {"rewards": wanted, "onto": onto})
-    begun = (step.began_with() or {}).get("rewards", {})
+    scoring = Run(options.out / SCORING_FOLDER, SCORES_FILE, identity | {"rewards": wanted, "onto": onto})
+    unfinished = (read_identity(scoring.out) or {}).get("rewards", {})
     if base:
         remove_leftovers(options.out, base)
-        if begun.keys() <= base.rewards.keys():
-            step.remove()
-            begun = {}
+        if unfinished.keys() <= base.rewards.keys():
+            # Killed after the table with these rewards was written.
+            scoring.remove()
+            unfinished = {}
     if not rewards:
-        return step
-    if begun and begun != wanted and not options.running.overwrite:
-        fix = f"or remove {step.out}" if base else "take another --out, or --overwrite to start over"
+        return scoring
+    if unfinished and unfinished != wanted and not options.running.overwrite:
+        fix = f"or remove {scoring.out}" if base else "use another --out, or --overwrite to start over"
         raise UserError(
-            f"{options.out} holds an unfinished run of other rewards ({', '.join(begun)}; other weights or "
+            f"{options.out} holds an unfinished run with other rewards ({', '.join(unfinished)}; with other weights or "
             f"another --dtype, if the names are the same); finish it with its own command, {fix}"
         )
-    step.open(overwrite=options.running.overwrite, patterns=())
-    return step
+    scoring.open(overwrite=options.running.overwrite, patterns=())
+    return scoring
 
 
 def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int]:
-    """Actors of each reward as ``--concurrency N`` and ``NAME=N`` say; a name that is left out is not in it."""
+    """Parse ``--concurrency N`` and ``NAME=N``: actors by reward, without the rewards that have no number."""
     sizes: dict[str, int] = {}
     named: dict[str, int] = {}
     for text in given:
         name, separator, number = text.rpartition("=")
         if not number.isdecimal() or int(number) < 1 or (separator and name not in specs):
-            raise UserError(f"--concurrency {text}: a number from 1, or NAME=N with a --reward ({', '.join(specs)})")
+            names = ", ".join(specs)
+            raise UserError(f"--concurrency {text}: expected a number from 1, or NAME=N with a --reward ({names})")
         if separator:
             named[name] = int(number)
         else:
@@ -209,17 +212,19 @@ def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int
 
 
 def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, int]) -> dict[str, Pool]:
-    """The actor pool of each reward; where nothing is said, one actor a GPU, or on cpu as many threads as cores."""
+    """The actor pool of each reward. Default size: one actor per GPU; on CPU as many threads as cores."""
     needs = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
     if options.running.device == "cuda":
-        there = gpus_there()
-        sizes = {name: given.get(name, max(1, there)) for name in specs}
-        shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, there)
+        num_gpus = cluster_gpus()
+        sizes = {name: given.get(name, max(1, num_gpus)) for name in specs}
+        shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, num_gpus)
         return {name: Pool(sizes[name], share, needs[name].threads) for name, share in shares.items()}
-    cores = cores_there(options.running.ray_address)
+    cores = cores_by_machine(options.running.ray_address)
     pools = {}
     for name, need in needs.items():
-        on_one = math.ceil(given.get(name, 1) / len(cores))
-        threads = max(1, min(cores) // on_one) if need.threads > 1 else 1
+        # Threads of one actor share its weights, and prepare images while the model runs on others. All rewards run at
+        # once, each with as many threads as cores: a fixed division would leave cores idle behind the slowest.
+        per_machine = math.ceil(given.get(name, 1) / len(cores))
+        threads = max(1, min(cores) // per_machine) if need.threads > 1 else 1
         pools[name] = Pool(given.get(name, sum(cores) // threads), 0, threads)
     return pools

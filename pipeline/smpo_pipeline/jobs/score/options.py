@@ -1,4 +1,4 @@
-"""What ``smpo-pipeline score`` is told: its flags. Imports neither torch nor Ray."""
+"""The flags of ``smpo-pipeline score``. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from smpo_pipeline.options import ColumnOptions, Dtype, JobOptions, OutOrUrl, Pa
 
 
 class ScoreJobOptions(JobOptions):
-    """How the job runs."""
+    """Settings of the job."""
 
     batch_size: Annotated[int | None, Field(ge=1)] = None
-    """Images a model call; default: each reward's own."""
+    """Images per model call; default: each reward's own."""
     dtype: Dtype = "fp32"
-    """Of the reward models' matrix products. Half precision is faster on a GPU and rounds scores: by how much is in
+    """Dtype of the reward models' matrix products. Half precision is faster on a GPU and rounds scores; see
     docs/results/benchmarks.md."""
     concurrency: Annotated[tuple[str, ...], Flag(metavar="N|NAME=N")] = ()
-    """Actors of each reward: N, or NAME=N for one of them, repeatable. Default: one a GPU, or what keeps all cores
-    busy."""
+    """Actors of each reward: N, or NAME=N for one of them, repeatable. Default: one per GPU; on CPU enough to use all
+    cores."""
 
 
 class ScoreOptions(Options):
-    """The settings of ``score``."""
+    """The flags of ``score``."""
 
     pairs: Pairs
     reward: Rewards

@@ -1,7 +1,7 @@
-"""From committed units to the scores table, new or with more columns.
+"""Turn committed units into the scores table, new or with more columns.
 
-A table is what its ``scores.json`` lists. Parts of another number of rewards have other names, so that a table with
-more columns is written beside the old one and takes its place at once, when ``scores.json`` is renamed.
+The table consists of the parts that ``scores.json`` lists. Part names contain the number of rewards, so that a table
+with more columns is written beside the old one and replaces it at once, when ``scores.json`` is renamed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from smpo_common.files import arrow_source, read_all
 from smpo_common.retry import retry_transient
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.record.run_record import Run
+from smpo_pipeline.jobs.score.collector import unit_path, unit_rejects, with_reasons
 from smpo_pipeline.jobs.score.pair_ids import PairIds
-from smpo_pipeline.jobs.score.units import rejects_of, unit_path
+from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import read_rejects, write_rejects
 from smpo_schemas.scores import (
     IMAGE_IDS,
@@ -45,7 +46,7 @@ PART_FILES = "scores-*.parquet"
 
 @dataclass(frozen=True)
 class RewardModel:
-    """What the table says of a reward's model: id, fingerprint of its weights, unit of its scores, its arithmetic."""
+    """A reward's model as the table records it: id, fingerprint of its weights, unit of its scores, dtype."""
 
     model: str
     fingerprint: str
@@ -55,33 +56,34 @@ class RewardModel:
 
 @retry_transient
 def write_table(
-    out: AnyPath, step: Run, units: int, rewards: Mapping[str, RewardModel], base: ScoresInfo | None
+    out: AnyPath, scoring: Run, units: int, rewards: Mapping[str, RewardModel], base: ScoresInfo | None
 ) -> ScoresInfo:
-    """Write the table, its rejects, and ``scores.json`` last; then remove what no longer belongs to it.
+    """Write the parts, the rejects, and ``scores.json`` last; then remove old parts.
 
     Args:
         out: output directory.
-        step: where ``units`` units are committed.
-        units: how many.
-        rewards: what they were scored with.
-        base: the table that is there already, which gets more columns.
+        scoring: the run that committed the units.
+        units: their number.
+        rewards: the rewards that they were scored with.
+        base: an existing table to add columns to, or None.
 
     Raises:
-        UserError: no pair is left, or the pairs are not those of the table that is there.
+        UserError: no pair could be scored, or the pairs are not those of ``base``.
     """
     names = [*(base.rewards if base else ()), *rewards]
     parts, rejects = [], []
-    tables, ids = _PartsBefore(out, base) if base else None, PairIds()
+    old_table, ids = _OldTable(out, base) if base else None, PairIds()
     for number, start in enumerate(range(0, units, _UNITS_PER_PART)):
         group = range(start, min(units, start + _UNITS_PER_PART))
-        rows = pa.concat_tables(read_all(lambda unit: pq.read_table(arrow_source(unit_path(step, unit))), group))
-        if tables:
-            rows = tables.join(rows)
-        rows = _one_pair_an_id(rows, ids)
-        rejects += rejects_of(rows)
-        kept = rows.filter(pc.is_null(rows["reason"]))
-        if kept.num_rows:
-            parts.append(write_part(out / f"scores-{len(names)}-{number:06d}.parquet", kept, names))
+        rows = pa.concat_tables(read_all(lambda unit: pq.read_table(arrow_source(unit_path(scoring, unit))), group))
+        if old_table:
+            rows = old_table.join(rows)
+        rows = _reject_repeated_ids(rows, ids)
+        rejects += unit_rejects(rows)
+        scored = rows.filter(pc.is_null(rows["reason"]))
+        if scored.num_rows:
+            parts.append(write_part(out / f"scores-{len(names)}-{number:06d}.parquet", scored, names))
+    # Added rewards may reject more rows; otherwise the existing file is still right.
     if not base or (parts and len(rejects) > base.rejected):
         write_rejects(out / REJECTS_FILE, rejects)
     if not parts:
@@ -97,25 +99,21 @@ def write_table(
 
 
 def remove_leftovers(out: AnyPath, info: ScoresInfo) -> None:
-    """Remove parts that are not, or no longer, of the table."""
-    named = {part.name for part in info.parts}
+    """Remove parts that do not belong to the table: unfinished or replaced ones."""
+    names = {part.name for part in info.parts}
     for path in out.glob(PART_FILES):
-        if path.name not in named:
+        if path.name not in names:
             path.unlink()
 
 
-def _one_pair_an_id(rows: pa.Table, ids: PairIds) -> pa.Table:
-    """``rows``, where those are rejected whose id an earlier row has for another pair."""
+def _reject_repeated_ids(rows: pa.Table, ids: PairIds) -> pa.Table:
+    """Reject the rows whose pair_id an earlier row has for another pair."""
     reasons = np.array(rows["reason"].to_pylist(), dtype=object)
-    kept = np.flatnonzero(pc.is_null(rows["reason"]).to_numpy())
-    reasons[kept[ids.taken(rows.take(kept))]] = (
-        "repeated pair_id: an earlier row has it for another prompt or other images"
+    scored = np.flatnonzero(pc.is_null(rows["reason"]).to_numpy())
+    reasons[scored[ids.repeated(rows.take(scored))]] = (
+        f"{RejectKind.REPEATED_ID}: an earlier row has it for another prompt or other images"
     )
-    return _with_reasons(rows, reasons.tolist())
-
-
-def _with_reasons(rows: pa.Table, reasons: list[str | None]) -> pa.Table:
-    return rows.set_column(rows.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
+    return with_reasons(rows, reasons.tolist())
 
 
 def _describe(
@@ -131,14 +129,14 @@ def _describe(
     table = read_scores(out, info, ["label", *(f"{name}_{index}" for name in rewards for index in range(2))])
     labels = table_labels(table)
     statistics = {
-        name: reward_statistics(reward_scores(table, name), labels, **dataclasses.asdict(each))
-        for name, each in rewards.items()
+        name: reward_statistics(reward_scores(table, name), labels, **dataclasses.asdict(model))
+        for name, model in rewards.items()
     }
     return info.model_copy(update={"rewards": statistics})
 
 
-class _PartsBefore:
-    """The table that is there, part by part beside the same input rows scored again with other rewards."""
+class _OldTable:
+    """An existing table, read part by part beside the same input rows with scores of more rewards."""
 
     def __init__(self, out: AnyPath, base: ScoresInfo) -> None:
         self._out, self._base = out, base
@@ -146,7 +144,7 @@ class _PartsBefore:
         self._parts, self._next = base.parts, 0
 
     def join(self, rows: pa.Table) -> pa.Table:
-        """``rows``, all of one part, with the columns that are there already.
+        """Add the existing columns to ``rows``, which are all rows of one part.
 
         Raises:
             UserError: they are not the pairs that the part holds.
@@ -160,23 +158,23 @@ class _PartsBefore:
             column = np.full(rows.num_rows, np.nan, dtype=np.float32)
             column[scored] = old[name].to_numpy() if scored else ()
             rows = rows.append_column(name, pa.array(column))
-        return _with_reasons(rows, reasons)
+        return with_reasons(rows, reasons)
 
     def _match(self, rows: pa.Table, old: Sequence[tuple[object, ...]]) -> tuple[list[int], list[str | None]]:
-        """Where in ``rows`` the old ones are, in order, and why each row is not in the new table.
+        """Find the positions of the old rows in ``rows``, and each row's reason for not being in the new table.
 
-        Whoever is among the old ones was scored, whatever ``rejected.parquet`` says: a kill may have left one that
-        already has the rows that the added reward rejects.
+        An old row was scored, whatever ``rejected.parquet`` says: a kill may have left a file that already contains
+        the added reward's rejects.
         """
         scored: list[int] = []
         reasons: list[str | None] = []
-        sources, news = (rows[name].to_pylist() for name in ("source", "reason"))
-        for position, (key, source, new) in enumerate(zip(_keys(rows), sources, news, strict=True)):
+        sources, new_reasons = (rows[name].to_pylist() for name in ("source", "reason"))
+        for position, (key, source, reason) in enumerate(zip(_keys(rows), sources, new_reasons, strict=True)):
             if len(scored) < len(old) and old[len(scored)] == key:
                 scored.append(position)
-                reasons.append(new)
+                reasons.append(reason)
             elif source in self._rejects:
-                # What was rejected before stays so, for the reason that was given.
+                # Rejected before: keep the old reason.
                 reasons.append(self._rejects[source])
             else:
                 self._refuse(source)
@@ -186,12 +184,12 @@ class _PartsBefore:
 
     def _refuse(self, source: str) -> NoReturn:
         raise UserError(
-            f"--pairs: rows from {source} on are not those that {self._out} holds scores of: a file was changed in "
-            "place; take another --out, or --overwrite to start over"
+            f"--pairs: rows from {source} on are not the pairs that {self._out} holds scores of: a file was changed in "
+            "place; use another --out, or --overwrite to start over"
         )
 
 
 def _keys(table: pa.Table) -> list[tuple[object, ...]]:
-    """What tells one row from another, but for those that have the same scores."""
+    """A key for each row; rows with the same key have the same scores."""
     columns = ("pair_id", "prompt", "label", "annotator", *IMAGE_IDS)
     return list(zip(*(table[name].to_pylist() for name in columns), strict=True))

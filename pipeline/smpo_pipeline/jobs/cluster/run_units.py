@@ -1,4 +1,4 @@
-"""Running a job's units through Ray Data, with progress."""
+"""Run a job's units through Ray Data, with a progress bar."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import pyarrow as pa
 import ray
 
 from smpo_common.errors import UserError
-from smpo_pipeline.jobs.faults.crashes import WorkLog, shared_work_log
-from smpo_pipeline.jobs.ray.ray_errors import plain_errors
-from smpo_pipeline.jobs.ray.session import connected
-from smpo_pipeline.jobs.record.progress import Pace, job_progress, shown_under_way
+from smpo_pipeline.jobs.cluster.errors import unwrap_ray_errors
+from smpo_pipeline.jobs.cluster.session import connected
+from smpo_pipeline.jobs.record.progress import Pace, job_progress, show_pairs_in_progress
 from smpo_pipeline.jobs.record.reject_rate import RejectRate
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+from smpo_pipeline.jobs.record.work_log import WorkLog, shared_work_log
 
 Build = Callable[[ray.data.Dataset, WorkLog], ray.data.Dataset]
 """Adds a job's stages to a dataset of rows {"unit": number}; the log is for their workers."""
 
 Collect = Callable[[pa.Table], Iterable[UnitRecord]]
-"""Takes what the last stage yields, on the driver; returns the records of the units that are committed with it."""
+"""Takes what the last stage yields, on the driver; returns the records of the units that it completes."""
 
 
 def run_units(
@@ -37,17 +37,17 @@ def run_units(
     Args:
         run: where units are committed, opened.
         sizes: number of input rows of each unit.
-        build: the job's stages.
-        collect: from what they yield to records.
+        build: adds the job's stages.
+        collect: turns their output into records.
         title: for the progress bar.
         address: of a Ray cluster, or None.
-        max_reject_rate: rejects a row above which the job stops.
+        max_reject_rate: stop above this share of rejected rows, 0 to 1.
 
     Returns:
         The records of all units, in order.
 
     Raises:
-        UserError: raised by a stage, passed on without Ray's wrapping; or too many rows were rejected.
+        UserError: a stage raised it; too many rows were rejected; or an input file changed.
     """
     records = run.records()
     rate = RejectRate(max_reject_rate, run.out)
@@ -57,14 +57,14 @@ def run_units(
     pace = Pace()
     with job_progress() as progress:
         done = sum(sizes[unit] for unit in records)
-        task = progress.add_task(title, total=sum(sizes), completed=done, note="", under_way="")
+        task = progress.add_task(title, total=sum(sizes), completed=done, note="", in_progress="")
         if todo:
-            with connected(address), plain_errors():
+            with connected(address), unwrap_ray_errors():
                 source = ray.data.from_items([{"unit": unit} for unit in todo], override_num_blocks=len(todo))
-                # Named, and so kept: Ray ends an actor that its driver has no handle of any more.
+                # The variable keeps the actor alive: Ray ends an actor once its driver holds no handle of it.
                 work_log = shared_work_log()
                 tables = build(source, work_log).iter_batches(batch_size=None, batch_format="pyarrow")
-                with shown_under_way(progress, task, work_log.under_way):
+                with show_pairs_in_progress(progress, task, work_log.pairs_in_progress):
                     for record in (record for table in tables for record in collect(table)):
                         if record.pairs_in != sizes[record.unit]:
                             run.record_path(record.unit).unlink()
@@ -76,5 +76,5 @@ def run_units(
                         rate.add(record)
                         pace.add(record)
                         work_log.retire(record.unit)
-                        progress.update(task, advance=record.pairs_in, note=pace.words(rate.rejected))
+                        progress.update(task, advance=record.pairs_in, note=pace.describe(rate.rejected))
     return [records[unit] for unit in range(len(sizes))]

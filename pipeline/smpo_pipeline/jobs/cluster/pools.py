@@ -1,4 +1,4 @@
-"""Sharing a cluster out: actors, GPUs, memory."""
+"""Share a cluster's CPU cores, GPUs and memory out between the stages of a job."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _ACTOR_CPUS = 0.01
 _ROUNDING = 1e-6
 
 _MODELS_MEMORY = 3
-"""Memory of an actor on CPU, over its model's weights."""
+"""Memory of an actor on CPU, as a multiple of its model's weights."""
 
 _TASK_BYTES = 300 << 20
-"""Of a task that decodes, over the pixels that it gives: libraries, the files that it reads, the decoder's process."""
+"""Memory of a decoding task besides its pixels: libraries, the files that it reads, the decoder's process."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Pool:
     """The model actors of one stage.
 
     Attributes:
-        size: how many; at the most, where ``room`` is given.
-        num_gpus: share of a GPU that each asks for; 0 on cpu.
-        threads: calls that each works on at once.
-        room: for how many there is room now; further ones are started when there is more. None: the pool is fixed, as
-            it must be where several stages share GPUs, which Ray would share out by halves.
+        size: number of actors; the maximum if ``room`` is given.
+        num_gpus: share of a GPU per actor; 0 on CPU.
+        threads: concurrent calls per actor.
+        room: number of actors to start with; more are started when the cluster has room. None: the pool is fixed, as
+            it must be if several stages share GPUs, which Ray would otherwise share out by halves.
     """
 
     size: int
@@ -42,10 +42,11 @@ class Pool:
     room: int | None = None
 
     def options(self) -> dict[str, Any]:
-        """What Ray Data is told.
+        """Arguments of Ray Data's ``map_batches``.
 
-        CPU slots are a tiny part: an actor's thread is one core's (:func:`plain_arithmetic`), it must leave slots for
-        decoding, and Ray Data fuses neighbouring stages of equal demands: decoding would wait for the model.
+        Actors ask for a tiny part of a CPU slot. An actor uses one core (:func:`set_reproducible_arithmetic`) but must
+        leave slots for decoding; and Ray Data fuses neighbouring stages with equal demands, after which decoding would
+        wait for the model.
         """
         compute = ray.data.ActorPoolStrategy(
             min_size=1 if self.room else self.size,
@@ -57,46 +58,46 @@ class Pool:
         return {"compute": compute, "num_gpus": self.num_gpus, "num_cpus": _ACTOR_CPUS}
 
 
-def gpus_there() -> int:
-    """GPUs of the cluster that is connected to."""
+def cluster_gpus() -> int:
+    """Number of GPUs of the connected cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def cores_there(address: str | None) -> list[int]:
-    """Cores of each machine of the cluster at ``address`` that works, or of this one; at least one in all."""
-    if not address:  # Ray is told of more than there are
+def cores_by_machine(address: str | None) -> list[int]:
+    """Cores of each living machine of the connected cluster, or of this machine if there is no ``address``."""
+    if not address:  # a local Ray is started with more CPU slots than there are cores
         return [os.cpu_count() or 1]
     cores = (int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    return [each for each in cores if each] or [1]
+    return [count for count in cores if count] or [1]
 
 
-def share_gpus(wanted: Mapping[str, tuple[int, float]], there: int) -> dict[str, float]:
+def share_gpus(wanted: Mapping[str, tuple[int, float]], num_gpus: int) -> dict[str, float]:
     """Share GPUs out between the stages of a job, which all run at once: one that waited would wait forever.
 
     Args:
         wanted: for each stage its number of actors and the least share of a GPU that one needs.
-        there: GPUs of the cluster.
+        num_gpus: GPUs of the cluster.
 
     Returns:
-        For each stage the share that each of its actors asks for, largest first: what it needs, and its part of what
-        is left over, so that actors do not crowd on one GPU while another is idle.
+        The share of each actor by stage, largest first: what it needs plus its part of what is left over, so that
+        actors do not crowd on one GPU while another is idle.
 
     Raises:
         UserError: not even the least shares fit.
     """
     largest_first = sorted(wanted.items(), key=lambda item: -item[1][1])
-    free = [1.0] * there
+    free = [1.0] * num_gpus
     for _, (size, least) in largest_first:
         for _ in range(size):
-            found = next((gpu for gpu, room in enumerate(free) if room >= least - _ROUNDING), None)
-            if found is None:
+            gpu = next((number for number, room in enumerate(free) if room >= least - _ROUNDING), None)
+            if gpu is None:
                 parts = ", ".join(f"{name} {size} x {least:g}" for name, (size, least) in wanted.items())
                 raise UserError(
-                    f"--device cuda: Ray sees {there} GPUs, too few for the actors ({parts}); use fewer "
+                    f"--device cuda: Ray sees {num_gpus} GPUs, too few for the actors ({parts}); use fewer "
                     "(--concurrency), or score one reward after another into the same --out"
                 )
-            free[found] -= least
-    on_one = sum(math.ceil(size / there) * least for size, least in wanted.values())
+            free[gpu] -= least
+    on_one = sum(math.ceil(size / num_gpus) * least for size, least in wanted.values())
     scale = max(1.0, 1 / on_one)
     # Ray counts in ten-thousandths; rounding up could ask for more than there is.
     return {name: math.floor(least * scale * 1e4 + _ROUNDING) / 1e4 for name, (_, least) in largest_first}
@@ -108,40 +109,40 @@ def limit_memory(dataset: ray.data.Dataset, limit: int) -> None:
 
 
 def task_memory(unit_bytes: int) -> int:
-    """Bytes of a node that a task asks for which decodes a unit of so many.
+    """Bytes of a node's memory to request for the task that decodes a unit of ``unit_bytes`` of pixels.
 
     Raises:
-        UserError: no node has them, for which Ray would wait in silence.
+        UserError: no node has that much; Ray would wait for one in silence.
     """
     wanted = _TASK_BYTES + unit_bytes
-    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-    if wanted > most:
+    largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    if wanted > largest:
         raise UserError(
             f"a unit of work is {unit_bytes / 1e9:.1f} GB of decoded pixels, more than any node has memory for "
-            f"({most / 1e9:.1f} GB by Ray's count): use a smaller --pairs-per-shard or --shard-size"
+            f"({largest / 1e9:.1f} GB by Ray's count): use a smaller --pairs-per-shard or --shard-size"
         )
     return wanted
 
 
 def model_pool(device: str, concurrency: int | None, address: str | None, weights: int, units: int) -> Pool:
-    """Actors of one GPU each, or of one core each; says so where there are fewer GPUs than actors.
+    """A pool of actors with one GPU, or one core, each; prints a line if there are fewer GPUs than actors.
 
     Args:
         device: cpu or cuda.
-        concurrency: actors, at the most; None: one a GPU, or a core as far as memory goes.
+        concurrency: most actors; None: one per GPU, or per core as far as memory goes.
         address: of the cluster, or None.
         weights: bytes of the model.
         units: how many there are to make.
 
     Raises:
-        UserError: there is no GPU, for which Ray would wait in silence.
+        UserError: there is no GPU; Ray would wait for one in silence.
     """
     if device == "cpu":
         fitting = ray.cluster_resources()["memory"] / (_MODELS_MEMORY * weights)
-        return Pool(concurrency or max(1, int(min(sum(cores_there(address)), fitting, units))), 0)
-    there = gpus_there()
-    if not there:
+        return Pool(concurrency or max(1, int(min(sum(cores_by_machine(address)), fitting, units))), 0)
+    num_gpus = cluster_gpus()
+    if not num_gpus:
         raise UserError("--device cuda: Ray sees no GPU; use --device cpu, or start a node that has one")
-    if concurrency and there < concurrency:
-        Console().print(f"Ray sees {there} of --concurrency {concurrency} GPUs: others join when the cluster has them")
-    return Pool(concurrency or there, 1, room=min(there, units))
+    if concurrency and num_gpus < concurrency:
+        Console().print(f"--concurrency {concurrency}: Ray sees {num_gpus} GPUs; actors for the others start later")
+    return Pool(concurrency or num_gpus, 1, room=min(num_gpus, units))

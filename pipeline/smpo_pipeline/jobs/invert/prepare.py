@@ -1,0 +1,119 @@
+"""Prepare units for the model actors of ``invert``: read their rows, decode, resize and crop their images, once.
+
+A unit travels as one row (:mod:`smpo_pipeline.jobs.cells`), whose cells have an entry for each of its pairs. Pixels
+are copied once, into the cell; actors read them in Ray's object store.
+
+Nothing here imports torch: decoding workers start fast and stay small.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from smpo_pipeline.images.buckets import Size, resize_pair
+from smpo_pipeline.images.decode import ImageRejectedError
+from smpo_pipeline.images.decoder import worker_decoder
+from smpo_pipeline.jobs.cells import byte_views, bytes_array, cell_values, list_cell
+from smpo_pipeline.jobs.faults.crashes import CrashGuard
+from smpo_pipeline.jobs.reading import PAIR_FIELDS, Columns, describe_reading, pair_fields, read_unit
+from smpo_pipeline.jobs.record.run_record import Run
+from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_schemas.pairs import Pair, PairRejectedError, RowRange
+from smpo_schemas.rejects import Reject
+
+STAGE = "invert"
+
+UNIT_SCHEMA = pa.schema(
+    [
+        *PAIR_FIELDS,
+        ("row", pa.int64()),
+        ("pixels", pa.large_binary()),
+        ("shape", pa.list_(pa.int64())),
+        ("size", pa.list_(pa.list_(pa.int64()))),
+        ("crop", pa.list_(pa.list_(pa.int64()))),
+    ]
+)
+"""One row per pair: ``row`` is its number in the whole input, ``pixels`` raw uint8 RGB of ``shape`` [2, H, W, 3],
+``size`` and ``crop`` are (height, width) as decoded and the crop's (top, left), of each image."""
+
+
+def prepare_row(
+    row: pa.Table,
+    units: Sequence[Sequence[RowRange]],
+    columns: Columns,
+    pairs_per_unit: int,
+    sizes: Sequence[Size],
+    run: Run,
+    work_log: WorkLog,
+) -> pa.Table:
+    """Prepare the unit that a one-row table names, as :func:`unit_row`."""
+    unit = row["unit"][0].as_py()
+    # Ray asks again for a committed unit whose record was lost on its way to the driver. The actor then returns the
+    # record from disk, so nothing is read here.
+    ranges = [] if run.committed(unit) else units[unit]
+    with CrashGuard(work_log).working(("read", unit), describe_reading(ranges)):
+        table, rejects = prepare_unit(ranges, columns, unit * pairs_per_unit, sizes)
+    return unit_row(unit, table, rejects)
+
+
+def unit_row(unit: int, table: pa.Table, rejects: Sequence[Reject]) -> pa.Table:
+    """Pack a unit into one row, from what :func:`prepare_unit` returns."""
+    cells = {"unit": pa.array([unit]), "rejects": pa.array([json.dumps([reject.model_dump() for reject in rejects])])}
+    return pa.table(cells | {name: list_cell(table[name].chunk(0)) for name in UNIT_SCHEMA.names})
+
+
+def prepare_unit(
+    ranges: Sequence[RowRange], columns: Columns, first_row: int, sizes: Sequence[Size]
+) -> tuple[pa.Table, list[Reject]]:
+    """Read a unit's rows and decode their images.
+
+    Args:
+        ranges: the rows, by file.
+        columns: of each file.
+        first_row: number of the unit's first row in the whole input.
+        sizes: image sizes to choose from, one for both images of a pair.
+
+    Returns:
+        A table of :data:`UNIT_SCHEMA`, in input order, and the rejected rows.
+    """
+    rows, rejects = [], []
+    pixels, ends = bytearray(), [0]
+    for number, (source, pair) in enumerate(read_unit(ranges, columns), start=first_row):
+        try:
+            if isinstance(pair, PairRejectedError):
+                raise pair
+            fields, images = _decode(pair, source, sizes)
+            rows.append(fields | {"row": number, "shape": [2, *images[0].shape]})
+            for image in images:
+                pixels += image.tobytes()
+            ends.append(len(pixels))
+        except (PairRejectedError, ImageRejectedError) as reason:
+            rejects.append(Reject(pair_id=pair.pair_id, source=source, stage=STAGE, reason=str(reason)))
+    table = pa.Table.from_pylist(rows, schema=UNIT_SCHEMA)
+    # from_pylist would copy every pixel twice more.
+    index = table.schema.get_field_index("pixels")
+    return table.set_column(index, "pixels", bytes_array(pixels, ends)), rejects
+
+
+def _decode(pair: Pair, source: str, sizes: Sequence[Size]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """A pair's fields, and the pixels of both images at one size."""
+    images = [Image.fromarray(worker_decoder().decode(data)) for data in (pair.image_0, pair.image_1)]
+    resized, crops = resize_pair(images, sizes)
+    fields = pair_fields(pair, source) | {
+        "size": [[image.height, image.width] for image in images],
+        "crop": [list(crop) for crop in crops],
+    }
+    return fields, resized
+
+
+def unit_pairs(row: pa.Table) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Yield each pair's fields, and its pixels as uint8 [2, H, W, 3], a view of the table's buffer."""
+    fields = pa.table({name: cell_values(row, name) for name in UNIT_SCHEMA.names if name != "pixels"})
+    for pair, pixels in zip(fields.to_pylist(), byte_views(cell_values(row, "pixels")), strict=True):
+        yield pair, pixels.reshape(pair.pop("shape"))

@@ -1,1 +1,0 @@
-"""Ray: starting it, sharing its GPUs and memory out, its errors."""

@@ -1,0 +1,37 @@
+"""Kinds of reasons for a reject. Imports nothing: the decoder's child process has to start fast."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class RejectKind(StrEnum):
+    """Kinds of reasons; a reason is the kind, a colon, and details."""
+
+    # The input row
+    NO_PROMPT = "no prompt"
+    NOT_TEXT = "not text"
+    TEXT_TOO_LONG = "text too long"
+    NOT_UNICODE = "not Unicode"
+    BAD_LABEL = "bad label"
+    VALUE_NOT_READABLE = "value not readable"
+    NO_IMAGE = "no image"
+    REPEATED_ID = "repeated pair_id"
+    # The image file
+    IMAGE_NOT_READABLE = "image not readable"
+    IMAGE_TOO_LARGE = "image too large"
+    IMAGE_TOO_THIN = "image too thin"
+    IMAGE_TOO_SLOW = "image too slow"
+    UNKNOWN_WHITE = "unknown white"
+    ASPECT_RATIOS = "aspect ratios too different"
+    DECODER_HANGS = "decoder hangs"
+    CRASHED_DECODER = "crashed the decoder"
+    # The model
+    CRASHES_WORKER = "crashes its worker"
+    FAILS_ALONE = "fails alone"
+    OUT_OF_MEMORY = "too little memory"
+    NOT_FINITE = "not finite"
+    # The scores, for invert
+    NO_SCORE = "no score"
+    OTHER_PAIR = "other pair"
+    OTHER_IMAGES = "other images"
