@@ -10,7 +10,8 @@ from smpo_pipeline.cli import main
 from smpo_pipeline.jobs.invert import job as invert
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.score import job as score
-from smpo_pipeline.jobs.score.units import RewardActor, UnitCollector
+from smpo_pipeline.jobs.score.actor import RewardActor
+from smpo_pipeline.jobs.score.collector import UnitCollector
 
 
 def log(*words: object) -> None:

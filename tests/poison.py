@@ -1,4 +1,4 @@
-"""What kills, hangs or fails: image files, a reward, an actor. They do so in workers, never in the test's process."""
+"""Image files, a reward and an actor that crash, hang or fail, in workers, never in the test's process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.pictures import encode, picture
 
 
 def _marked(mark: str) -> bytes:
-    """A picture like any other, but for its note."""
+    """A normal image with a comment."""
     return encode(picture(), comment=mark.encode(), quality=95)
 
 
@@ -45,14 +45,14 @@ JpegImageFile.load = poisoned
 
 
 def write_poisoned_decoder(folder: Path) -> Path:
-    """To be put on PYTHONPATH: on marked files the decoder really crashes, hangs, is killed, or lacks memory."""
+    """Write a folder for PYTHONPATH that makes the decoder crash, hang or run out of memory on marked files."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(_SITE)
     return folder
 
 
 class Touchy(Reward):
-    """The mean of an image; pure green is a failing device."""
+    """The mean of an image; pure green fails like a broken device."""
 
     name = "touchy"
     unit = "mean"
@@ -69,11 +69,11 @@ class Touchy(Reward):
 
 
 class TouchyInvertActor(InvertActor):
-    """Dies of the prompt "kill", fails on the prompt "fail"; its disk comes and goes."""
+    """Crashes on the prompt "kill", fails on the prompt "fail"; its first writes fail."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        # Each crash costs the start of a worker.
+        # Fewer crashes than usual: each takes the start of a worker.
         crashes.RETRY_ONE_BY_ONE_AFTER = crashes.REJECT_AFTER = 1
         invert = self._inverter.invert
 
@@ -86,7 +86,7 @@ class TouchyInvertActor(InvertActor):
             return invert(requests)
 
         self._inverter.invert = touchy
-        # The first two commits of each life fail as they do while a file server is away.
+        # The first two commits of each process fail, as while a file server is away.
         failures, fsync = [1, 1], os.fsync
 
         def away_at_first(descriptor):

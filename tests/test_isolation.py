@@ -7,11 +7,11 @@ import torch
 
 from smpo_models.memory import is_out_of_memory
 from smpo_pipeline import isolation
-from smpo_pipeline.isolation import make, run_alone
+from smpo_pipeline.isolation import run_alone, run_isolated
 
 
 def maker(bad=(), calls=None, largest=99):
-    """A batch that fails if it holds a bad item, or too many."""
+    """Make a function that fails if a batch has a bad item or too many items."""
 
     def run(items):
         if calls is not None:
@@ -25,13 +25,13 @@ def maker(bad=(), calls=None, largest=99):
     return run
 
 
-def test_a_batch_that_does_not_fail_is_made_once():
+def test_a_batch_that_succeeds_is_run_once():
     calls = []
-    outcome = make(maker(calls=calls), [1, 2, 3], "cpu")
-    assert (outcome.made, outcome.failed, calls) == ([([0, 1, 2], [10, 20, 30])], {}, [[1, 2, 3]])
+    outcome = run_isolated(maker(calls=calls), [1, 2, 3], "cpu")
+    assert (outcome.results, outcome.failed, calls) == ([([0, 1, 2], [10, 20, 30])], {}, [[1, 2, 3]])
 
 
-def test_what_failed_once_leaves_no_trace():
+def test_a_failure_that_does_not_recur_leaves_no_trace():
     failures = [RuntimeError("once")]
 
     def run(items):
@@ -39,97 +39,97 @@ def test_what_failed_once_leaves_no_trace():
             raise failures.pop()
         return list(items)
 
-    assert make(run, [1, 2], "cpu").made == [([0, 1], [1, 2])]
+    assert run_isolated(run, [1, 2], "cpu").results == [([0, 1], [1, 2])]
 
 
 @pytest.mark.parametrize("bad", [{0}, {7}, {3, 4}, {0, 1, 5}, set(range(7))])
-def test_the_others_are_made_as_one_batch_without_those_that_fail_alone(bad):
-    outcome = make(maker(bad), range(8), "cpu")
+def test_items_that_do_not_fail_alone_are_run_as_one_batch(bad):
+    outcome = run_isolated(maker(bad), range(8), "cpu")
     rest = [item for item in range(8) if item not in bad]
-    assert outcome.made == [(rest, [item * 10 for item in rest])]
+    assert outcome.results == [(rest, [item * 10 for item in rest])]
     assert outcome.failed.keys() == bad
     assert all(reason == f"fails alone: RuntimeError: CUDA error: [{item}]" for item, reason in outcome.failed.items())
 
 
-def test_all_may_fail():
-    outcome = make(maker(range(5)), range(5), "cpu")
-    assert outcome.made == []
+def test_all_items_may_fail():
+    outcome = run_isolated(maker(range(5)), range(5), "cpu")
+    assert outcome.results == []
     assert outcome.failed.keys() == set(range(5))
-    assert make(maker([1]), [1], "cpu").failed == {0: "fails alone: RuntimeError: CUDA error: [1]"}
+    assert run_isolated(maker([1]), [1], "cpu").failed == {0: "fails alone: RuntimeError: CUDA error: [1]"}
 
 
-def test_what_fails_only_together_is_made_in_halves():
-    outcome = make(maker(bad={6}, largest=3), range(8), "cpu")
-    made = {item: value for items, values in outcome.made for item, value in zip(items, values, strict=True)}
+def test_items_that_fail_only_together_are_run_in_halves():
+    outcome = run_isolated(maker(bad={6}, largest=3), range(8), "cpu")
+    made = {item: value for items, values in outcome.results for item, value in zip(items, values, strict=True)}
     assert made == {item: item * 10 for item in range(8) if item != 6}
     assert outcome.failed.keys() == {6}
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(KeyError):
-        make(lambda items: {}[items[0]], [1, 2], "cpu")
+        run_isolated(lambda items: {}[items[0]], [1, 2], "cpu")
 
 
-def test_halves_that_were_made_are_not_made_again():
+def test_halves_that_succeed_are_not_run_again():
     calls = []
-    outcome = make(maker(largest=4, calls=calls), range(16), "cpu")
-    made = {item: value for items, values in outcome.made for item, value in zip(items, values, strict=True)}
+    outcome = run_isolated(maker(largest=4, calls=calls), range(16), "cpu")
+    made = {item: value for items, values in outcome.results for item, value in zip(items, values, strict=True)}
     assert made == {item: item * 10 for item in range(16)}
     assert sorted(map(len, calls)) == [4, 4, 4, 4, 8, 8, 8, 8, 16, 16]  # what fails is tried twice
-    assert outcome.fits == 4
+    assert outcome.largest_batch == 4
 
 
-def test_what_fits_is_remembered_whatever_was_said():
-    """Libraries have many words for full memory; each batch to come would fail twice and be bisected."""
+def test_the_largest_batch_is_reported_for_any_error_message():
+    """Libraries have many messages for full memory. Without the size, each later batch would fail and be bisected."""
 
     def run(items):
         if len(items) > 2:
-            raise RuntimeError("cuDNN Frontend error: words that nobody knows yet")
+            raise RuntimeError("cuDNN Frontend error: an unknown message")
         return list(items)
 
-    assert make(run, range(8), "cpu").fits == 2
-    assert make(maker(), range(4), "cpu").fits is None
-    assert make(maker(bad={1}), range(4), "cpu").fits is None
-    # 6 fails alone; of the other seven, three are made at once, and two and two.
-    assert make(maker(bad={6}, largest=3), range(8), "cpu").fits == 3
+    assert run_isolated(run, range(8), "cpu").largest_batch == 2
+    assert run_isolated(maker(), range(4), "cpu").largest_batch is None
+    assert run_isolated(maker(bad={1}), range(4), "cpu").largest_batch is None
+    # 6 fails alone; the other seven succeed in batches of three, two and two.
+    assert run_isolated(maker(bad={6}, largest=3), range(8), "cpu").largest_batch == 3
 
 
 @pytest.fixture
 def slept(monkeypatch):
-    """The pauses, which nobody waits for."""
-    found = []
-    monkeypatch.setattr(isolation.time, "sleep", found.append)
-    return found
+    """The pauses that would be made."""
+    pauses = []
+    monkeypatch.setattr(isolation.time, "sleep", pauses.append)
+    return pauses
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_memory_that_others_took_for_a_while_costs_no_item(slept, count):
+def test_lack_of_memory_for_a_while_fails_no_item(slept, count):
     def run(items):
         if not slept:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return list(items)
 
-    outcome = make(run, range(count), "cpu")
-    assert sorted(outcome.made) == [([item], [item]) for item in range(count)]
-    # What comes next may fit whole again.
-    assert (outcome.failed, outcome.fits, outcome.short, slept) == ({}, None, None, [2.0])
+    outcome = run_isolated(run, range(count), "cpu")
+    assert sorted(outcome.results) == [([item], [item]) for item in range(count)]
+    # The next batch may fit as a whole again.
+    assert (outcome.failed, outcome.largest_batch, outcome.out_of_memory, slept) == ({}, None, None, [2.0])
 
 
-def test_an_item_that_memory_never_holds_says_so_and_costs_no_other(slept):
+def test_an_item_too_large_for_memory_fails_alone(slept):
     def run(items):
         if 6 in items:
             raise MemoryError
         return list(items)
 
-    outcome = make(run, range(8), "cpu")
+    outcome = run_isolated(run, range(8), "cpu")
     rest = [item for item in range(8) if item != 6]
-    assert outcome.made == [(rest, rest)]
+    assert outcome.results == [(rest, rest)]
     assert outcome.failed == {6: "too little memory: for it alone, and 2 times after a pause: MemoryError:"}
-    assert (outcome.short, slept) == ("MemoryError:", [2.0, 10.0])
+    assert (outcome.out_of_memory, slept) == ("MemoryError:", [2.0, 10.0])
 
 
-def test_alone_an_error_is_dropped_and_a_gpu_that_it_breaks_ends_the_process(monkeypatch):
-    """A kill by an assertion on the device comes as an error, after which the device answers nobody."""
+def test_run_alone_ignores_errors_and_exits_if_the_gpu_is_broken(monkeypatch):
+    """A device-side assertion is an error, after which the GPU does not respond."""
     run_alone(maker(bad=[1]), 1, "cpu")
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
@@ -147,13 +147,13 @@ def test_alone_an_error_is_dropped_and_a_gpu_that_it_breaks_ends_the_process(mon
     assert ended[0] == 1
 
 
-def test_a_gpu_that_is_full_is_not_taken_for_a_broken_one(slept, monkeypatch):
+def test_a_full_gpu_is_not_a_broken_gpu(slept, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch, "ones", full)
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"ended with {status}"))
-    assert make(full, [1], "cuda").short
+    assert run_isolated(full, [1], "cuda").out_of_memory
     assert len(slept) == 2
 
 
@@ -178,5 +178,5 @@ def test_a_gpu_that_is_full_is_not_taken_for_a_broken_one(slept, monkeypatch):
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
     ],
 )
-def test_what_full_memory_looks_like(error, full):
+def test_out_of_memory_errors_are_recognised(error, full):
     assert is_out_of_memory(error) is full

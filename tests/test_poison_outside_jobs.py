@@ -1,4 +1,4 @@
-"""``inspect`` and ``plan`` decode in the command itself, which a file that crashes the decoder must not end."""
+"""``inspect`` and ``plan`` decode in the command itself; a file that crashes the decoder must not end them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pairs(tmp_path, monkeypatch):
     worker_decoder.cache_clear()
 
 
-def test_inspect_counts_it_and_shows_the_rest(pairs):
+def test_inspect_rejects_the_file_and_shows_the_rest(pairs):
     summary = summarise_pairs(pairs, {}, limit=None, samples=2, advance=lambda *_: None)
     (reject,) = summary.rejects
     assert REASON in reject.reason
@@ -35,7 +35,7 @@ def test_inspect_counts_it_and_shows_the_rest(pairs):
     assert draw_pairs(summary, pairs, {}).width > 64
 
 
-def test_plan_measures_the_others(pairs):
+def test_plan_samples_the_other_pairs(pairs):
     sampled = sample_pairs(list_pair_files([pairs]), {}, [(32, 32)], count=8, limit=None, rewards=[])
     assert [pair.prompt for pair in sampled.pairs] == ["b"]
     assert sampled.rows == 2

@@ -1,4 +1,4 @@
-"""What is printed at a command's end: the next command, as a shell takes it."""
+"""The next command that is printed at a command's end."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def test_paths_are_quoted_and_nothing_is_wrapped_or_taken_for_markup():
     assert console.export_text() == "next: smpo-train --shards '/a b/[red]c' --out runs/smpo\n"
 
 
-def test_columns_that_were_chosen_are_chosen_again():
+def test_chosen_columns_are_in_the_next_command():
     columns = ColumnOptions(prompt_column="text", image_0_column="left")
     assert columns.as_flags() == ["--prompt-column", "text", "--image-0-column", "left"]
 
 
-def test_a_world_is_scored_next(tmp_path, capfd):
+def test_toy_prints_the_score_command(tmp_path, capfd):
     done = run_here(capfd, "smpo-pipeline", "toy", "--out", tmp_path / "world", "--pairs", "1")
     assert done.returncode == 0, done.stderr
     assert "1 pairs at 32 x 32 pixels; cpu, fp32; seed 0" in done.stdout

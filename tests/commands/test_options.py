@@ -1,4 +1,4 @@
-"""Mistakes in flags that several commands share are found before torch, Ray or a model is loaded."""
+"""Mistakes in shared flags are reported before torch, Ray or a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from smpo_pipeline.rewards import _file_names, reward_classes
 from tests.command import assert_one_line, run_here
 
 HEAVY = (
-    "smpo_pipeline.jobs.ray.session",
+    "smpo_pipeline.jobs.cluster.session",
     "smpo_pipeline.jobs.score.job",
     "smpo_pipeline.jobs.invert.job",
     "smpo_pipeline.evaluation.run",
@@ -20,7 +20,7 @@ HEAVY = (
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
-    """Runs a command that cannot import what is heavy, with flags that are right where ``flags`` do not say others."""
+    """Run a command whose heavy imports fail, with valid flags updated by ``flags``."""
     for module in HEAVY:
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
@@ -60,7 +60,7 @@ def run(tmp_path, monkeypatch, capfd):
         ("pickscore=./nowhere/at/all", "no such folder"),
     ],
 )
-def test_a_reward_that_is_none(run, command, spec, hint):
+def test_an_unknown_reward_is_one_line(run, command, spec, hint):
     assert_one_line(run(command, {"--reward": spec}), f"--reward {spec}", hint)
 
 
@@ -82,7 +82,7 @@ def test_a_reward_that_is_none(run, command, spec, hint):
         (("calibrate",), "--out", "file/below.json"),
     ],
 )
-def test_what_is_not_there_or_cannot_be(run, commands, flag, value):
+def test_missing_paths_and_bad_values_are_one_line(run, commands, flag, value):
     for command in commands:
         assert_one_line(run(command, {flag: value}), flag, value)
 
@@ -108,11 +108,11 @@ def test_a_file_on_the_hub_may_be_a_rewards_model(run):
         run("score", {"--reward": "hpsv2=owner/repository/file.pt"})
 
 
-def test_what_is_right_goes_on_to_what_is_heavy(run):
+def test_valid_flags_reach_the_heavy_imports(run):
     for command in ("score", "invert", "plan"):
         with pytest.raises(ImportError, match="job|session"):
             run(command, {})
 
 
-def test_rewards_are_called_as_their_files():
+def test_rewards_have_the_names_of_their_files():
     assert _file_names() == set(reward_classes())

@@ -1,4 +1,4 @@
-"""Sizes of about one area, and which of them a pair is brought to."""
+"""Bucket sizes, and the choice of one for a pair."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smpo_pipeline.images.buckets import bucket_sizes, describe_buckets, choose_size, list_buckets, resize_pair
+from smpo_pipeline.images.buckets import bucket_sizes, choose_size, describe_buckets, list_buckets, resize_pair
 from smpo_pipeline.images.decode import ImageRejectedError
 from tests.pictures import picture
 
@@ -19,7 +19,7 @@ SDXL = {
 }  # fmt: skip
 
 
-def test_at_1024_they_are_sdxls_but_for_the_smaller_ones_of_a_long_side():
+def test_sizes_at_1024_are_sdxls_except_smaller_ones_of_the_same_long_side():
     published = {(height, width) for height, widths in SDXL.items() for width in widths}
     assert len(published) == 40
     by_long: dict[tuple[int, bool], int] = {}
@@ -27,7 +27,7 @@ def test_at_1024_they_are_sdxls_but_for_the_smaller_ones_of_a_long_side():
         side = (max(height, width), height >= width)
         by_long[side] = max(by_long.get(side, 0), min(height, width))
     largest = {(long, short) if upright else (short, long) for (long, upright), short in by_long.items()}
-    # (960, 1024) is the largest of its side alone, beside the square.
+    # (960, 1024) has the side of the square, and is not larger.
     assert set(bucket_sizes(1024, 32)) == largest - {(960, 1024)}
 
 
@@ -44,7 +44,7 @@ def test_other_resolutions(resolution, multiple, step):
         assert resolution < long <= 2 * resolution
 
 
-def test_the_nearest_to_both_images_is_chosen():
+def test_the_size_nearest_to_both_images_is_chosen():
     sizes = bucket_sizes(1024, 32)
     for first, second, wanted in (
         ((1024, 1024), (64, 64), (1024, 1024)),
@@ -57,9 +57,9 @@ def test_the_nearest_to_both_images_is_chosen():
         assert choose_size(images, sizes) == choose_size(images[::-1], sizes) == wanted
 
 
-def test_pairs_of_too_different_shapes_are_rejected_only_where_there_is_a_choice():
+def test_pairs_of_too_different_shapes_are_rejected_if_there_are_several_sizes():
     images = [Image.new("RGB", (100, 100)), Image.new("RGB", (201, 100))]
-    with pytest.raises(ImageRejectedError, match="too different shapes for one bucket: 100 x 100 and 201 x 100 pixels"):
+    with pytest.raises(ImageRejectedError, match="aspect ratios too different: 100 x 100 and 201 x 100 pixels"):
         choose_size(images, bucket_sizes(32, 8))
     assert choose_size(images, [(32, 32)]) == (32, 32)
 
@@ -67,8 +67,8 @@ def test_pairs_of_too_different_shapes_are_rejected_only_where_there_is_a_choice
 @pytest.mark.parametrize(
     ("shapes", "size", "wholes", "corners"),
     [
-        # By hand: one side fits, the other (26.7 and 28.4; 46.5 and 30; 33.07 and 35) is cut to whole pixels; of what
-        # is too much, half goes at the top or left, 0.5 rounded to 0 and 1.5 to 2.
+        # By hand: one side fits; the other (26.7 and 28.4; 46.5 and 30; 33.07 and 35) is truncated to whole pixels.
+        # Half of the rest is cropped at the top or left, with 0.5 rounded to 0 and 1.5 to 2.
         (((60, 40), (90, 64)), (24, 40), ((40, 26), (40, 28)), ((1, 0), (2, 0))),
         (((33, 64), (48, 64)), (40, 24), ((24, 46), (30, 40)), ((3, 0), (0, 3))),
         (((30, 31), (32, 35)), (32, 32), ((32, 33), (32, 35)), ((0, 0), (2, 0))),
@@ -81,12 +81,13 @@ def test_images_cover_their_size_and_lose_the_rest_evenly(shapes, size, wholes, 
     height, width = size
     pixels, crops = resize_pair(images, sizes)
     assert tuple(crops) == corners
-    for image, whole, found, (top, left) in zip(images, wholes, pixels, crops, strict=True):
+    for image, whole, actual, (top, left) in zip(images, wholes, pixels, crops, strict=True):
         wanted = np.asarray(image.resize(whole, Image.Resampling.BILINEAR))[top : top + height, left : left + width]
-        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(actual, wanted)
 
 
-def test_the_list_and_its_words():
+def test_buckets_are_listed_and_described():
     buckets = list_buckets({(24, 40): 1, (40, 24): 2, (32, 32): 5})
-    assert [(each.height, each.width, each.pairs) for each in buckets] == [(40, 24, 2), (32, 32, 5), (24, 40, 1)]
+    counts = [(bucket.height, bucket.width, bucket.pairs) for bucket in buckets]
+    assert counts == [(40, 24, 2), (32, 32, 5), (24, 40, 1)]
     assert describe_buckets(buckets) == "40 x 24 (25%), 32 x 32 (62%), 24 x 40 (12%)"

@@ -23,16 +23,16 @@ def test_the_child_decodes_as_this_process_does():
         assert mine.dtype == np.uint8
         np.testing.assert_array_equal(mine, np.asarray(decode_image(data)), err_msg=kind)
     for bad in (b"nonsense", b"", encode(picture(200, 200))[:500]):
-        with pytest.raises(ImageRejectedError) as here:
+        with pytest.raises(ImageRejectedError) as in_process:
             decode_image(bad)
-        with pytest.raises(ImageRejectedError) as there:
+        with pytest.raises(ImageRejectedError) as in_child:
             decoder.decode(bad)
-        assert str(there.value) == str(here.value)
+        assert str(in_child.value) == str(in_process.value)
 
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """Those that were made; they take no time."""
+    """The pauses that would be made."""
     made = []
     monkeypatch.setattr("smpo_pipeline.images.decoder.time", SimpleNamespace(sleep=made.append))
     return made
@@ -54,7 +54,7 @@ def test_a_file_that_hangs_the_decoder_is_rejected_in_time(poisonous):
     assert decoder.decode(encode(picture())).shape == (30, 40, 3)
 
 
-def test_a_child_that_dies_of_something_else_costs_no_image(pauses):
+def test_the_death_of_an_idle_child_rejects_no_image(pauses):
     decoder = Decoder()
     decoder.decode(encode(picture()))
     decoder._child.kill()
@@ -63,7 +63,7 @@ def test_a_child_that_dies_of_something_else_costs_no_image(pauses):
 
 
 @pytest.mark.parametrize(("data", "ended"), [(OOM_KILLED, "SIGKILL"), (FILLS_MEMORY, "status 1")])
-def test_where_memory_runs_out_there_are_pauses_that_grow(poisonous, pauses, data, ended):
+def test_pauses_grow_after_lack_of_memory(poisonous, pauses, data, ended):
     decoder = Decoder()
     with pytest.raises(ImageRejectedError, match=f"crashed the decoder: it ended with {ended} .too little memory"):
         decoder.decode(data)
@@ -72,8 +72,8 @@ def test_where_memory_runs_out_there_are_pauses_that_grow(poisonous, pauses, dat
     assert decoder.decode(encode(picture())).shape == (30, 40, 3)
 
 
-def test_memory_that_comes_back_costs_no_image(poisonous, monkeypatch, tmp_path):
-    """The file is whole; the memory is there again after the first pause."""
+def test_lack_of_memory_for_a_moment_rejects_no_image(poisonous, monkeypatch, tmp_path):
+    """The file is fine; memory is available again after the first pause."""
     monkeypatch.setenv("MEMORY_IS_SHORT", str(tmp_path / "short"))
     (tmp_path / "short").touch()
     comes_back = SimpleNamespace(sleep=lambda _: (tmp_path / "short").unlink())

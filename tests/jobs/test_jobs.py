@@ -67,28 +67,28 @@ def test_every_row_is_scored_or_rejected_with_a_reason(inputs, scores):
     rejects = read_rejects(scores / "rejected.parquet")
     assert (info.scored, info.rejected) == (len(rows) - 3, 3)
     assert {reject.pair_id for reject in rejects} == {*REJECTED_IDS, "1015"}
-    assert [reject.reason.split(":")[0] for reject in rejects] == [*["image not readable"] * 2, "no image"]
+    assert [reject.kind for reject in rejects] == [*["image not readable"] * 2, "no image"]
     assert rejects[2].source.endswith("part-1.parquet:6")
     table = read_scores(scores, info).to_pylist()
-    kept = [row for row in rows if str(row["ranking_id"]) not in REJECTED_IDS and row["jpg_1"]]
-    assert [row["pair_id"] for row in table] == [str(row["ranking_id"]) for row in kept]
+    scored_rows = [row for row in rows if str(row["ranking_id"]) not in REJECTED_IDS and row["jpg_1"]]
+    assert [row["pair_id"] for row in table] == [str(row["ranking_id"]) for row in scored_rows]
     for name in ("pickscore", "clipscore"):
         reward = load_reward(f"{name}={inputs / name}", "cpu")
-        for stored, row in zip(table, kept, strict=True):
+        for stored, row in zip(table, scored_rows, strict=True):
             pictures = [decode_image(row[f"jpg_{index}"]) for index in range(2)]
             expected = reward.score(pictures, [row["caption"]] * 2)
             np.testing.assert_allclose([stored[f"{name}_0"], stored[f"{name}_1"]], expected, atol=1e-5)
             assert (stored["label"], stored["annotator"]) == (row["label_0"], str(row["user_id"]))
             assert [stored[f"image_{i}_id"] for i in (0, 1)] == [image_id(row[f"jpg_{i}"]) for i in (0, 1)]
         images = np.array([[row[f"{name}_0"], row[f"{name}_1"]] for row in table])
-        found = info.rewards[name]
-        assert (found.min, found.max) == (images.min(), images.max())
-        assert found.mean == pytest.approx(images.mean(), rel=1e-6)
-        assert found.fingerprint == reward.fingerprint
+        statistics = info.rewards[name]
+        assert (statistics.min, statistics.max) == (images.min(), images.max())
+        assert statistics.mean == pytest.approx(images.mean(), rel=1e-6)
+        assert statistics.fingerprint == reward.fingerprint
 
 
-def test_a_reward_added_to_a_finished_table_gives_what_both_give_together(inputs, scores, tmp_path, capfd, here_on_ray):
-    """Byte by byte, with another number of workers; what does not belong to the table is refused."""
+def test_adding_a_reward_equals_scoring_both_together(inputs, scores, tmp_path, capfd, here_on_ray):
+    """Byte by byte, with another number of workers; inputs that do not match the table are refused."""
     out = tmp_path / "out"
     common = ("--pairs", inputs / "pairs", "--device", "cpu", "--batch-size", 5, "--out", out)
     pickscore, clipscore = (f"{name}={inputs / name}" for name in ("pickscore", "clipscore"))
@@ -96,8 +96,8 @@ def test_a_reward_added_to_a_finished_table_gives_what_both_give_together(inputs
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     run = partial(run_here, capfd, "smpo-pipeline", "score", *common)
     other = make_tiny_clip(tmp_path / "other", seed=7)
-    assert_one_line(run("--reward", f"pickscore={other}"), "scores of pickscore with other weights", str(other))
-    assert_one_line(run("--reward", clipscore, "--limit", 3), "finished run with other settings", "input.limit")
+    assert_one_line(run("--reward", f"pickscore={other}"), "scores of pickscore", str(other), "--overwrite")
+    assert_one_line(run("--reward", clipscore, "--limit", 3), "finished run", "input.limit")
     assert_one_line(run("--reward", clipscore, "--concurrency", "x=2"), "--concurrency x=2", "NAME=N")
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     done = here_on_ray("smpo-pipeline", "score", *common, "--reward", clipscore, "--concurrency", "clipscore=2")
@@ -108,14 +108,14 @@ def test_a_reward_added_to_a_finished_table_gives_what_both_give_together(inputs
         assert (out / name).read_bytes() == (scores / name).read_bytes()
     left = {*names, "rejected.parquet", "scores.json", "run.json", "config.yaml"}
     assert {path.name for path in out.iterdir()} == left
-    # All that is asked for is there.
+    # All requested rewards are in the table.
     assert run("--reward", pickscore).returncode == 0
     assert {path.name for path in out.iterdir()} == left
 
 
 @pytest.mark.long
-def test_a_killed_score_is_continued_and_ends_the_same(inputs, tmp_path, here_on_ray):
-    """Really killed, in the middle of units, with small chunks; then the same command with another concurrency."""
+def test_a_killed_score_is_resumed_and_gives_the_same(inputs, tmp_path, here_on_ray):
+    """Kill the process in the middle of units; then run the same command with another concurrency."""
     rows = [row | {"ranking_id": 10_000 * copy + row["ranking_id"]} for copy in range(30) for row in pair_rows()[:12]]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet", row_group_size=50)
     outs = [tmp_path / name for name in ("killed", "whole")]
@@ -163,7 +163,7 @@ def test_every_scored_pair_is_in_a_shard(inputs, scores, shards):
     assert json.loads((shards / "run.json").read_text())["seed"] == 0
 
 
-def test_scores_of_another_prompt_are_of_another_pair(inputs, scores, tmp_path, here_on_ray):
+def test_scores_of_another_prompt_belong_to_another_pair(inputs, scores, tmp_path, here_on_ray):
     changed = tmp_path / "scores"
     shutil.copytree(scores, changed)
     path = changed / read_scores_info(scores).parts[0].name
@@ -178,7 +178,7 @@ def test_scores_of_another_prompt_are_of_another_pair(inputs, scores, tmp_path, 
 
 
 def test_two_workers_give_the_same_bytes_as_one(inputs, scores, shards, tmp_path, here_on_ray):
-    """``shards`` are made by one."""
+    """``shards`` was made by one worker."""
     done = invert(inputs, scores, tmp_path / "out", "--batch-size", 4, "--concurrency", 2, run=here_on_ray)
     assert done.returncode == 0, done.stderr
     mine, theirs = (
@@ -188,7 +188,7 @@ def test_two_workers_give_the_same_bytes_as_one(inputs, scores, shards, tmp_path
     assert mine == theirs
 
 
-def test_other_batches_and_another_order_give_the_same_but_for_rounding(inputs, scores, shards, tmp_path, here_on_ray):
+def test_batch_size_and_order_change_results_only_by_rounding(inputs, scores, shards, tmp_path, here_on_ray):
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     for name, source in (("a", "part-1"), ("b", "part-0")):
@@ -208,7 +208,7 @@ def test_other_batches_and_another_order_give_the_same_but_for_rounding(inputs, 
             torch.testing.assert_close(twin.double(), tensor.double(), rtol=2e-3, atol=5e-4, equal_nan=True)
 
 
-def test_a_finished_run_is_left_alone(inputs, scores, shards, capfd):
+def test_a_finished_run_is_not_changed(inputs, scores, shards, capfd):
     run = partial(run_here, capfd)
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
     time = (shards / "shard-000000.tar").stat().st_mtime_ns
@@ -222,22 +222,22 @@ def test_a_finished_run_is_left_alone(inputs, scores, shards, capfd):
 
 
 def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tmp_path, here_on_ray):
-    """The records are all that a continued run goes by: one unit is committed, one is half written, one is missing."""
+    """One unit is committed, one half written, one missing."""
     out = tmp_path / "out"
     shutil.copytree(shards, out)
     (out / "manifest.json").unlink()
     entry = ShardDirectory(shards).manifest.shards[1]
     record = UnitRecord(unit=1, pairs_in=6, pairs=entry.pairs, rejects=[], entry=entry.model_dump())
-    rejected = [each for each in read_rejects(shards / "rejected.parquet") if ":" in each.source]
-    inside = [each for each in rejected if each.pair_id == "1007"]
+    rejected = [reject for reject in read_rejects(shards / "rejected.parquet") if ":" in reject.source]
+    inside = [reject for reject in rejected if reject.pair_id == "1007"]
     record = record.model_copy(update={"rejects": inside, "health": HealthSums().to_lists()})
     Run(out, "manifest.json", read_identity(out)).commit(record)
     (out / "shard-000000.tar").write_bytes(b"half")
     (out / "shard-000002.tar").unlink()
-    kept = (out / "shard-000001.tar").stat().st_mtime_ns
+    written = (out / "shard-000001.tar").stat().st_mtime_ns
     done = invert(inputs, scores, out, "--batch-size", 4, run=here_on_ray)
     assert done.returncode == 0, done.stderr
-    assert (out / "shard-000001.tar").stat().st_mtime_ns == kept
+    assert (out / "shard-000001.tar").stat().st_mtime_ns == written
     for unit in range(3):
         name = f"shard-{unit:06d}.tar"
         assert (out / name).read_bytes() == (shards / name).read_bytes()
@@ -256,21 +256,21 @@ def test_the_forward_source_through_the_command_line(inputs, scores, tmp_path, h
 def test_wrong_use_is_one_line(inputs, scores, tmp_path, capfd):
     run = partial(run_here, capfd)
     out = tmp_path / "out"
-    assert_one_line(score(inputs, out, "--pairs", tmp_path / "no", run=run), "does not exist")
+    assert_one_line(score(inputs, out, "--pairs", tmp_path / "no", run=run), "--pairs", "does not exist")
     assert_one_line(score(inputs, out, "--reward", "nothing", run=run), "--reward nothing")
     assert_one_line(score(inputs, out, "--prompt-column", "text", run=run), "no column 'text'")
     assert_one_line(score(inputs, out, "--reward", f"pickscore={inputs / 'model'}", run=run), "twice")
     assert_one_line(invert(inputs, tmp_path, out, run=run), "no scores.json")
     assert_one_line(invert(inputs, scores, out, "--model", inputs, run=run), "--model", "cannot be loaded")
-    assert_one_line(invert(inputs, scores, out, "--resolution", 33, run=run), "multiple of 8")
+    assert_one_line(invert(inputs, scores, out, "--resolution", 33, run=run), "--resolution 33", "multiple of 8")
     assert_one_line(invert(inputs, scores, out, "--start", "sideways", run=run), "--start sideways")
-    assert_one_line(invert(inputs, scores, out, "--steps", 1000, run=run), "only 1000 timesteps")
+    assert_one_line(invert(inputs, scores, out, "--steps", 1000, run=run), "--steps 1000", "1000 timesteps")
     (tmp_path / "file").write_text("")
-    assert_one_line(invert(inputs, scores, tmp_path / "file" / "out", run=run), "cannot write")
+    assert_one_line(invert(inputs, scores, tmp_path / "file" / "out", run=run), "--out", "cannot write")
     assert not out.exists()
 
 
-def test_no_pair_left_is_one_line_and_says_why(inputs, tmp_path, here_on_ray):
+def test_all_pairs_rejected_is_one_line_with_the_reason(inputs, tmp_path, here_on_ray):
     path = tmp_path / "bad.parquet"
     row = pair_rows()[0] | {"jpg_0": b"nonsense"}
     pq.write_table(pa.Table.from_pylist([row]), path)
@@ -283,7 +283,7 @@ def test_no_pair_left_is_one_line_and_says_why(inputs, tmp_path, here_on_ray):
 
 
 def test_training_from_these_shards_starts_at_ln_2(inputs, shards, tmp_path):
-    """What invert stored of the reference is what the trainer's own forward finds: the first margins are 0."""
+    """The trainer's reference errors equal those that invert stored, so the first margins are 0."""
     out = tmp_path / "run"
     done = run_command(
         *("smpo-train", "--shards", shards, "--model", inputs / "model", "--out", out, "--reward", "pickscore"),
@@ -296,7 +296,7 @@ def test_training_from_these_shards_starts_at_ln_2(inputs, shards, tmp_path):
 
 
 def test_sdxl_solved_by_anderson_and_inverted_by_a_lora(inputs, scores, tmp_path, capfd, here_on_ray):
-    """The second round: shards, a LoRA trained on them, and new shards that it trajectories; the reference stays."""
+    """A second round: shards, a LoRA trained on them, and new shards inverted by the LoRA; the reference stays."""
     model = make_tiny_xl(tmp_path / "xl")
     few = ("--model", model, "--limit", 4)
     first, lora, second = (tmp_path / name for name in ("first", "lora", "second"))
@@ -337,17 +337,19 @@ def test_sdxl_solved_by_anderson_and_inverted_by_a_lora(inputs, scores, tmp_path
 def test_flags_that_a_solver_does_not_use_are_one_line(inputs, scores, tmp_path, capfd):
     run = partial(run_here, capfd)
     out = tmp_path / "out"
-    assert_one_line(invert(inputs, scores, out, "--tolerance", 1e-3, run=run), "--tolerance", "renoise does not use it")
+    assert_one_line(invert(inputs, scores, out, "--tolerance", 1e-3, run=run), "--tolerance", "--solver renoise")
     done = invert(inputs, scores, out, "--solver", "anderson", "--renoise-steps", 3, run=run)
-    assert_one_line(done, "--renoise-steps", "--solver anderson does not use it")
+    assert_one_line(done, "--renoise-steps: --solver anderson", "--solver renoise")
     done = invert(inputs, scores, out, "--source", "forward", "--solver", "ddim", run=run)
-    assert_one_line(done, "--solver: --source forward makes no trajectory")
+    assert_one_line(done, "--solver: --source forward")
     for flag, value in (("--eta", 0.1), ("--guidance-scale", 3), ("--start", "level0"), ("--inverting-unet", tmp_path)):
         done = invert(inputs, scores, out, "--source", "forward", flag, value, run=run)
-        assert_one_line(done, f"{flag}: --source forward makes no trajectory; it is for --source renoise")
+        assert_one_line(done, f"{flag}: --source forward", "--source renoise")
     assert_one_line(
         invert(inputs, scores, out, "--forward-noise", "image", run=run), "--forward-noise: --source renoise"
     )
-    assert_one_line(invert(inputs, scores, out, "--renoise-average", "3", run=run), "--renoise-average 3: all, lastN")
-    assert_one_line(invert(inputs, scores, out, "--inverting-unet", tmp_path, run=run), "holds no denoiser")
+    assert_one_line(invert(inputs, scores, out, "--renoise-average", "3", run=run), "--renoise-average 3: ", "lastN")
+    assert_one_line(
+        invert(inputs, scores, out, "--inverting-unet", tmp_path, run=run), str(tmp_path), "no denoiser"
+    )
     assert not out.exists()

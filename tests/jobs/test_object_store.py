@@ -1,4 +1,4 @@
-"""Stages 1 and 2 from and to an object store that fails now and then: the same bytes as from and to a disk."""
+"""Stages 1 and 2 on an object store that fails now and then give the same bytes as on disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def scores(inputs, tmp_path_factory, on_ray):
-    """On a disk."""
+    """Scores on disk."""
     out = tmp_path_factory.mktemp("scores") / "out"
     done = on_ray("smpo-pipeline", *score(inputs, inputs / "pairs", out))
     assert done.returncode == 0, done.stderr
@@ -49,17 +49,17 @@ def scores(inputs, tmp_path_factory, on_ray):
 
 @pytest.fixture(scope="module")
 def faults(inputs):
-    """A store of its own process; workers find it by their environment, so its jobs have a Ray of their own."""
+    """A store in its own process. Workers find it by environment variables, so its jobs start their own Ray."""
     with pytest.MonkeyPatch.context() as patch, object_store(patch.setenv) as faults:
         fsspec.filesystem("s3").put(str(inputs / "pairs"), "bucket/pairs", recursive=True)
         faults.every = 9
         yield faults
 
 
-def assert_same(found: AnyPath, expected: Path) -> None:
-    """Byte by byte, but for what names where the pairs came from."""
+def assert_same(actual: AnyPath, expected: Path) -> None:
+    """Compare byte by byte, except for files that name the pairs' location."""
     names = sorted(path.name for path in expected.iterdir())
-    assert [path.name for path in found.iterdir()] == names
+    assert [path.name for path in actual.iterdir()] == names
     for name in names:
         if name == "rejected.parquet":
             without_source = [
@@ -67,28 +67,28 @@ def assert_same(found: AnyPath, expected: Path) -> None:
                     reject.model_copy(update={"source": Path(reject.source).name})
                     for reject in read_rejects(folder / name)
                 ]
-                for folder in (found, expected)
+                for folder in (actual, expected)
             ]
             assert without_source[0] == without_source[1]
         elif name not in ("run.json", "config.yaml"):
-            assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+            assert (actual / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-def test_scores_on_a_store_that_fails_are_those_on_a_disk(inputs, scores, faults: Faults, capfd):
+def test_scores_on_a_failing_store_equal_those_on_disk(inputs, scores, faults: Faults, capfd):
     out = BUCKET / "scores"
     run(*score(inputs, BUCKET / "pairs", out))
     assert set(faults.injected) == {"500", "503", "slow", "cut"}
     assert_same(out, scores)
-    found = read_status(out)
-    assert (found.job, found.finished, found.rewards, found.rejected) == ("score", True, ["pickscore"], 3)
+    actual = read_status(out)
+    assert (actual.job, actual.finished, actual.rewards, actual.rejected) == ("score", True, ["pickscore"], 3)
     written = (out / "scores.json").stat().st_mtime
-    # A finished run is left alone.
+    # A finished run is not changed.
     assert run_here(capfd, "smpo-pipeline", *score(inputs, BUCKET / "pairs", out)).returncode == 0
     assert (out / "scores.json").stat().st_mtime == written
 
 
 @pytest.mark.long
-def test_a_killed_invert_on_a_store_that_fails_goes_on_to_what_a_disk_has(
+def test_a_killed_invert_on_a_failing_store_is_resumed_to_the_same_bytes_as_on_disk(
     inputs, scores, faults: Faults, tmp_path, here_on_ray
 ):
     done = here_on_ray("smpo-pipeline", *invert(inputs, inputs / "pairs", scores, tmp_path / "shards"))

@@ -4,8 +4,8 @@ from smpo_pipeline.jobs.score.job import choices
 from smpo_pipeline.jobs.score.options import ScoreOptions
 
 
-def test_what_nobody_asked_for_is_said(tmp_path):
-    """The batch sizes are the rewards' own unless the flag says another."""
+def test_the_job_prints_its_default_settings(tmp_path):
+    """Batch sizes are the rewards' own unless the flag sets one."""
     running = {"device": "cpu", "dtype": "fp16"}
     options = ScoreOptions(pairs=[tmp_path], out=tmp_path, reward=[], running=running)
     specs = {"pickscore": "pickscore", "toy-truth": "toy-truth"}

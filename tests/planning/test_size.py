@@ -1,4 +1,4 @@
-"""The formulas, against what the inverter does and what the shard writer writes."""
+"""The formulas against the inverter's forwards and the shard writer's bytes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SETTINGS = [
 
 
 def count(family, inverting_denoiser, settings) -> int:
-    """Images that the denoisers were given in one batch of all pairs."""
+    """Count the images that pass through the denoisers for one batch of all pairs."""
     inverter = Inverter(family, inverting_denoiser, settings, 0)
     batches = iter([[(pair, 0) for pair in PAIRS]])
     return measure_rate(inverter, {family.denoiser, inverting_denoiser}, batches, 0, "cpu").forwards
@@ -53,14 +53,14 @@ def count(family, inverting_denoiser, settings) -> int:
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
-def test_forwards_are_those_that_the_inverter_makes(family, other, changes, own):
+def test_forwards_equal_those_of_the_inverter(family, other, changes, own):
     settings = InversionSettings(**{"steps": 4, **changes})
     trajectories = [draw_trajectory(pair, 0, family, settings, 0) for pair in PAIRS]
     expected = sum(2 * forwards(trajectory.plan, settings, own_inverting_denoiser=own) for trajectory in trajectories)
     assert count(family, family.denoiser if own else other, settings) == expected
 
 
-def test_by_hand(family):
+def test_forwards_by_hand(family):
     trajectory = draw_trajectory(PAIRS[0], 0, family, InversionSettings(), 0)
     assert forwards(trajectory.plan, InversionSettings(), own_inverting_denoiser=True) == 9 * 2 + 9
     assert forwards(trajectory.plan, InversionSettings(renoise_steps=5), own_inverting_denoiser=False) == 9 * 6 + 9 + 9
@@ -70,7 +70,7 @@ def test_by_hand(family):
 @pytest.mark.parametrize(
     "changes", [{}, {"states": 2, "trajectories": 2}, {"timesteps": "published"}, {"storage": "bfloat16"}], ids=str
 )
-def test_bytes_are_those_that_are_written(family, tmp_path, changes):
+def test_bytes_equal_those_written(family, tmp_path, changes):
     settings = InversionSettings(**{"steps": 4, "source": "forward", **changes})
     long = dataclasses.replace(PAIRS[1], pair_id="long", prompt="Zürich " * 200, scores={})
     pairs = [*PAIRS, long]
@@ -79,15 +79,15 @@ def test_bytes_are_those_that_are_written(family, tmp_path, changes):
     with ShardWriter(tmp_path / "shard.tar") as shard:
         for number, sample in enumerate(samples):
             shard.write(f"{number:010d}", sample)
-    found = sum(
+    total = sum(
         trajectory_bytes(draw_trajectory(*request, family, settings, 3), LATENT_SHAPE, settings.storage)
         for request in requests
     )
-    assert total_bytes(len(pairs), len(pairs), found / len(pairs)) == shard.entry.bytes
+    assert total_bytes(len(pairs), len(pairs), total / len(pairs)) == shard.entry.bytes
 
 
 @pytest.mark.parametrize("changes", [{}, {"states": 2, "trajectories": 2, "storage": "bfloat16"}], ids=str)
-def test_a_tar_of_the_pairs_that_fit_has_about_the_size_that_was_asked_for(family, tmp_path, changes):
+def test_a_tar_of_the_pairs_that_fit_has_about_the_requested_size(family, tmp_path, changes):
     settings = InversionSettings(**{"steps": 4, "source": "forward", **changes})
     count = pairs_that_fit(200_000, family.latent_shape(IMAGE_SIDE, IMAGE_SIDE), settings, family.process)
     requests = [
@@ -109,7 +109,7 @@ def test_shards_and_their_padding_by_hand():
     assert total_bytes(7, 3, 5000.0) == 2 * 20480 + 10240
 
 
-def test_a_batch_that_is_longer_than_the_time_is_what_is_measured(family):
+def test_a_batch_longer_than_the_time_is_measured_alone(family):
     now = iter(range(100))
     inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
     rate = measure_rate(
@@ -119,7 +119,7 @@ def test_a_batch_that_is_longer_than_the_time_is_what_is_measured(family):
     assert rate.forwards == 2 * 2 * 2
 
 
-def test_the_warm_up_is_left_out(family):
+def test_the_warm_up_is_excluded(family):
     # Seconds at: start, after the warm-up, begin, then after each batch the check, and the end.
     times = iter([0, 10, 10, 13, 16, 21, 21])
     inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
@@ -131,8 +131,8 @@ def test_the_warm_up_is_left_out(family):
 
 
 @pytest.mark.parametrize("seconds", [0, 20])
-def test_the_peak_is_that_of_the_batches_measured_not_of_trials_before(family, monkeypatch, seconds):
-    """A GPU's counters, played: 7 GB of a trial that ran out, 2 GB a batch since."""
+def test_peak_memory_excludes_earlier_trials(family, monkeypatch, seconds):
+    """A simulated GPU: 7 GB peak of an earlier trial, 2 GB per batch after it."""
     counter = {"peak": 7}
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: counter.update(peak=0))
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: counter["peak"])
@@ -150,20 +150,20 @@ def test_the_peak_is_that_of_the_batches_measured_not_of_trials_before(family, m
         assert (rate.warm, rate.peak_memory) == (seconds > 0, peak)
 
 
-def test_batches_are_those_of_units():
-    """As `invert` cuts them: within a unit, of one image size; a unit at a time, each trajectory once."""
+def test_batches_are_cut_by_unit():
+    """As in `invert`: one unit at a time, each batch of one image size, each trajectory once."""
     shapes = [(32, 32), (24, 40), (32, 32), (32, 32), (40, 24), (24, 40), (32, 32)]
     pairs = [make_pair(number, shape=shape) for number, shape in enumerate(shapes)]
     stream = batches_of_units(pairs, 2, 7, 3)
     units = [[next(stream) for _ in range(6)] for _ in range(20)]
     for turn, unit in enumerate(units):
         assert all(len({pair.image_size for pair, _ in batch}) == 1 for batch in unit)
-        # Of 8, 4 and 2 trajectories.
+        # From 8, 4 and 2 trajectories of the three sizes.
         assert sorted(map(len, unit)) == [1, 2, 2, 3, 3, 3]
         made = sorted((pair.pair_id, trajectory) for batch in unit for pair, trajectory in batch)
         assert made == sorted((pair.pair_id, 2 * turn + trajectory) for pair in pairs for trajectory in (0, 1))
     assert len({tuple(map(len, unit)) for unit in units}) > 3, "always in the same order"
-    # A unit that ends within the sample goes on where it ended.
+    # The next unit continues where the last one ended in the sample.
     small = batches_of_units(pairs[:3], 1, 2, 9)
     first, second, third = ([(pair.pair_id, trajectory) for pair, trajectory in next(small)] for _ in range(3))
     assert sorted(first + second) == [("pair-0", 0), ("pair-1", 0)]

@@ -8,11 +8,11 @@ import torch
 
 from smpo_common.errors import UserError
 from smpo_models.weights import DTYPES
-from smpo_pipeline.jobs.faults.crashes import WorkLog
-from smpo_pipeline.jobs.score.chunks import cut_chunks, images_of, scores_of
+from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_pipeline.jobs.score.actor import RewardActor
+from smpo_pipeline.jobs.score.chunks import chunk_images, cut_chunks, pair_scores
 from smpo_pipeline.jobs.score.job import _refuse_other_weights
 from smpo_pipeline.jobs.score.table import RewardModel
-from smpo_pipeline.jobs.score.units import RewardActor
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import Pair
 from smpo_schemas.scores import ScoresInfo, reward_statistics
@@ -38,8 +38,8 @@ def test_scores_differ_by_rounding_alone(folders, name, dtype):
     reward = load_reward(spec, "cpu")
     options = {"batch_size": 5, "work_log": WorkLog(), "share": 1, "last": False}
     scored = RewardActor(spec, reward.fingerprint, "cpu", dtype, **options)(images)
-    found = scores_of(scored, name).reshape(-1)
-    pictures, prompts = zip(*images_of(images), strict=True)
+    found = pair_scores(scored, name).reshape(-1)
+    pictures, prompts = zip(*chunk_images(images), strict=True)
     exact = reward.score(pictures, prompts)
     if dtype == "fp32":
         np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
@@ -58,5 +58,5 @@ def test_two_precisions_of_one_reward_are_refused(tmp_path):
     )
     base = ScoresInfo(schema_version=1, rewards={"a": scores}, parts=[], scored=1, rejected=0)
     _refuse_other_weights(tmp_path, base, {"a": RewardModel("hub/a", "f", "cosine", "bf16")})
-    with pytest.raises(UserError, match="holds scores of a made in bf16, this is --dtype fp32"):
+    with pytest.raises(UserError, match=rf"{tmp_path} .*bf16.*--dtype.* fp32.*--overwrite"):
         _refuse_other_weights(tmp_path, base, {"a": RewardModel("hub/a", "f", "cosine", "fp32")})

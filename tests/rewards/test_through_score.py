@@ -60,7 +60,7 @@ def test_odd_rows_are_scored_rightly_or_rejected_and_change_nothing_else(folders
     table = {row["pair_id"]: row for row in read_scores(tmp_path / "out", info).to_pylist()}
     rejects = {reject.pair_id: reject.reason for reject in read_rejects(tmp_path / "out" / "rejected.parquet")}
     assert set(rejects) == {"corrupted", "one pixel", "10 MB prompt"}
-    assert rejects["10 MB prompt"] == "prompt too long: 10000000 characters, above 100000"
+    assert rejects["10 MB prompt"] == "text too long: prompt has 10000000 characters, above 100000"
     assert rejects["corrupted"].startswith("image not readable")
     # One pixel has no Laplacian: the user's reward returned NaN, and the pair is rejected for all rewards.
     assert rejects["one pixel"] == "not finite: sharpness gave no number for an image of this pair"

@@ -72,13 +72,13 @@ def test_unusable_json_rejects_its_row_only(tmp_path, line):
     assert first == last == Pair("p", "x", b"image", b"image", None, None)
     assert all(isinstance(each, PairRejectedError) for each in bad)
     assert [str(each).split(":")[0] for each in bad] == [
-        "no text",
-        "pair_id is no text",
-        "no text",
+        "no prompt",
+        "not text",
+        "no prompt",
         "bad label",
-        "pair_id is no text",
-        "annotator is no text",
-        "prompt too long",
+        "not text",
+        "not text",
+        "text too long",
         "image not readable",
         "image not readable",
     ]
@@ -148,10 +148,10 @@ def test_only_plain_files_are_opened_as_images(tmp_path, line, monkeypatch):
     [
         ("prompt", pa.array([b"ok", b"\xff\xfe"], pa.binary()).view(pa.string()), "value not readable: prompt"),
         ("annotator", pa.array([0, 2**60], pa.timestamp("ms")), "value not readable: annotator"),
-        ("prompt", pa.array(["x", None]), "no text"),
+        ("prompt", pa.array(["x", None]), "no prompt"),
         ("image_0", pa.array([b"x", b""]), "no image"),
         ("label", pa.array([1.0, 7.0]), "bad label"),
-        ("pair_id", pa.array(["p", "x" * (MAX_TEXT + 1)]), "pair_id too long"),
+        ("pair_id", pa.array(["p", "x" * (MAX_TEXT + 1)]), "text too long: pair_id"),
     ],
 )
 def test_a_value_that_python_cannot_hold_rejects_its_row_only(tmp_path, name, column, reason):

@@ -93,7 +93,7 @@ def test_jsonl_with_paths_named_columns_and_bad_rows(tmp_path):
     assert (rows[0].image_0, rows[0].label, rows[0].annotator) == (b"one", None, "3")
     reasons = [str(row).split(":")[0] for row in rows[1:]]
     assert all(isinstance(row, PairRejectedError) for row in rows[1:])
-    assert reasons == ["no text", "image not readable", "bad label", "no text", "prompt is not valid Unicode"]
+    assert reasons == ["no prompt", "image not readable", "bad label", "no prompt", "not Unicode"]
 
 
 def test_without_an_id_the_content_names_the_pair(tmp_path):
@@ -205,7 +205,7 @@ def test_lone_surrogates_are_rejected(tmp_path):
     columns = resolve_columns(column_names(path), {}, path)
     first, *others = [pair for _, pair in read_rows(RowRange(path, 0, 5), columns)]
     assert isinstance(first, Pair)
-    problems = ["prompt is not valid Unicode", "annotator is not valid Unicode", "pair_id is not valid Unicode"]
+    problems = ["not Unicode: prompt", "not Unicode: annotator", "not Unicode: pair_id"]
     assert [str(each) for each in others[:3]] == problems
     assert str(others[3]).startswith("image not readable: image_0")
     assert [each.pair_id for each in others] == ["p", "p", None, "p"]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("store", ["disk", "s3"])
-def test_killed_at_random_moments_both_stages_end_as_if_nothing_had_happened(tmp_path, store):
+def test_both_stages_killed_at_random_give_the_same_output(tmp_path, store):
     with patch.dict(os.environ):
         chaos = Chaos(tmp_path, rows=200, inverted=18, store=store)
         try:

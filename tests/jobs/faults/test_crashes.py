@@ -5,15 +5,16 @@ import threading
 import pytest
 
 from smpo_common.errors import UserError
-from smpo_pipeline.jobs.faults.crashes import REJECT_AFTER, RETRY_ONE_BY_ONE_AFTER, STOP_AFTER, CrashGuard, WorkLog
+from smpo_pipeline.jobs.faults.crashes import REJECT_AFTER, RETRY_ONE_BY_ONE_AFTER, STOP_AFTER, CrashGuard
+from smpo_pipeline.jobs.record.work_log import WorkLog
 
 
 class Death(BaseException):
-    """What nobody catches, as a kill."""
+    """Not caught by any handler, like a kill."""
 
 
 def work(work_log: WorkLog, items, deadly) -> tuple[dict[int, str], list]:
-    """One life of a worker: what is found, and what is made of the rest."""
+    """One life of a worker: the crashing items, and the items tried."""
     guard = CrashGuard(work_log)
     tried = []
 
@@ -22,13 +23,13 @@ def work(work_log: WorkLog, items, deadly) -> tuple[dict[int, str], list]:
         if item in deadly:
             raise Death
 
-    found = guard.crashing_items("unit", run, items)
+    crashing = guard.crashing_items("unit", run, items)
     work_log.begin("unit")
     for position, item in enumerate(items):
-        if position not in found and item in deadly:
+        if position not in crashing and item in deadly:
             raise Death
     work_log.end("unit")
-    return found, tried
+    return crashing, tried
 
 
 def lives(items, deadly):
@@ -40,22 +41,22 @@ def lives(items, deadly):
             deaths += 1
 
 
-def test_nobody_is_looked_at_while_nobody_dies():
+def test_without_crashes_no_item_is_tried_alone():
     assert lives("abc", "") == ({}, [], 0)
 
 
 @pytest.mark.parametrize("deadly", ["a", "d", "bc", "abcd"])
-def test_those_that_kill_are_found_and_nobody_else(deadly):
+def test_exactly_the_crashing_items_are_found(deadly):
     items = [*"abcde"]
-    found, tried, deaths = lives(items, deadly)
-    assert {items[position] for position in found} == set(deadly)
-    assert all(reason.startswith("crashes its worker: ") for reason in found.values())
+    crashing, tried, deaths = lives(items, deadly)
+    assert {items[position] for position in crashing} == set(deadly)
+    assert all(reason.startswith("crashes its worker: ") for reason in crashing.values())
     assert deaths == RETRY_ONE_BY_ONE_AFTER + REJECT_AFTER * len(deadly)
-    # In the last life only those that nobody had come to before are tried.
-    assert tried == [item for item in items[max(items.index(each) for each in deadly) :] if item not in deadly]
+    # In the last life only the items after the last crash are tried.
+    assert tried == [item for item in items[max(items.index(item) for item in deadly) :] if item not in deadly]
 
 
-def test_a_piece_that_kills_though_none_of_its_items_does_ends_the_job():
+def test_a_piece_that_crashes_although_no_item_does_stops_the_job():
     work_log = WorkLog()
     guard = CrashGuard(work_log)
     for _ in range(STOP_AFTER):
@@ -63,22 +64,22 @@ def test_a_piece_that_kills_though_none_of_its_items_does_ends_the_job():
             pass
         work_log.begin("unit")
     with (
-        pytest.raises(UserError, match="6 workers died, each while unit 1 was made"),
-        guard.working("unit", "unit 1 was made"),
+        pytest.raises(UserError, match="6 workers died .*inverting unit 1"),
+        guard.working("unit", "inverting unit 1"),
     ):
         pass
     with guard.working("other", "x"):
         pass
 
 
-def test_an_error_is_no_death():
+def test_a_reported_error_is_not_a_crash():
     work_log = WorkLog()
     with pytest.raises(ValueError, match="seen"), CrashGuard(work_log).working("unit", "x"):
         raise ValueError("seen")
     assert work_log.crashes("unit") == 0
 
 
-def test_while_one_thread_looks_for_a_killer_no_other_works():
+def test_items_are_tried_alone_while_no_other_thread_works():
     work_log = WorkLog()
     work_log.begin("b")
     work_log.begin("b")
@@ -98,8 +99,8 @@ def test_while_one_thread_looks_for_a_killer_no_other_works():
     assert order == ["a worked", "b tried"]
 
 
-def test_an_error_that_is_seen_forgets_no_deaths():
-    """A commit that fails for a moment is tried again: what killed before it would else kill again, and for ever."""
+def test_a_reported_error_keeps_the_crash_count():
+    """Otherwise an item that crashes workers would do so forever, between commits that fail and are retried."""
     work_log = WorkLog()
     guard = CrashGuard(work_log)
     for _ in range(RETRY_ONE_BY_ONE_AFTER):

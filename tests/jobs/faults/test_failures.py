@@ -1,4 +1,4 @@
-"""What kills workers, fails on a device, fills the disk or goes wrong altogether: on Ray, through the command line."""
+"""Crashing workers, failing devices, full disks and too many rejects, on Ray, through the command line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from smpo_pipeline.images.decode import decode_image
-from smpo_pipeline.jobs.faults.crashes import REJECT_AFTER, RETRY_ONE_BY_ONE_AFTER, WorkLog
-from smpo_pipeline.jobs.score.chunks import cut_chunks, failures_of, scores_of
-from smpo_pipeline.jobs.score.units import RewardActor
+from smpo_pipeline.jobs.faults.crashes import REJECT_AFTER, RETRY_ONE_BY_ONE_AFTER
+from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_pipeline.jobs.score.actor import RewardActor
+from smpo_pipeline.jobs.score.chunks import cut_chunks, pair_failures, pair_scores
 from smpo_schemas.pairs import Pair
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
@@ -56,7 +57,7 @@ def with_paths(*paths: Path) -> str:
     return os.pathsep.join(map(str, [*paths, *(path for path in sys.path if path)]))
 
 
-def test_a_file_that_crashes_the_decoder_and_an_image_that_a_device_fails_on_cost_their_own_pairs(tmp_path):
+def test_a_crashing_file_and_a_failing_image_reject_only_their_own_pairs(tmp_path):
     pairs = write_pairs(tmp_path, 40, {3: {"image_1": CRASHES}, 30: {"image_1": FAILING}})
     site = write_poisoned_decoder(tmp_path / "site")
     out = tmp_path / "out"
@@ -87,8 +88,8 @@ def test_a_file_that_crashes_the_decoder_and_an_image_that_a_device_fails_on_cos
 
 
 @pytest.mark.parametrize("deaths", [1, RETRY_ONE_BY_ONE_AFTER])
-def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill(deaths):
-    """In this process: the actor after its predecessors died, ``deaths`` times of the chunk, then of image 2 alone."""
+def test_a_retried_chunk_is_scored_the_same_except_for_crashing_images(deaths):
+    """Run an actor in this process, after ``deaths`` crashes of the chunk and then crashes of image 2 alone."""
     work_log = WorkLog()
     actor = RewardActor("tests.poison:Touchy", "0", "cpu", "fp32", 4, work_log, share=1, last=True)
     rows = [
@@ -96,7 +97,7 @@ def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill
         for row in range(4)
     ]
     (chunk,) = cut_chunks(0, rows)
-    whole = scores_of(actor(chunk), "touchy")
+    whole = pair_scores(actor(chunk), "touchy")
     assert np.isfinite(whole).all()
     key = ("touchy", 0, 0)
     for _ in range(deaths):
@@ -104,14 +105,14 @@ def test_a_chunk_that_is_begun_again_is_scored_the_same_but_for_images_that_kill
     for _ in range(REJECT_AFTER):
         work_log.begin((key, 2))
     again = actor(chunk)
-    failures = failures_of(again, "touchy")
+    failures = pair_failures(again, "touchy")
     if deaths < RETRY_ONE_BY_ONE_AFTER:
-        np.testing.assert_array_equal(scores_of(again, "touchy"), whole)
+        np.testing.assert_array_equal(pair_scores(again, "touchy"), whole)
         assert failures == [None] * 4
     else:
         assert failures[1].startswith("crashes its worker: ")
         assert [failures[pair] for pair in (0, 2, 3)] == [None] * 3
-        np.testing.assert_array_equal(scores_of(again, "touchy")[[0, 2, 3]], whole[[0, 2, 3]])
+        np.testing.assert_array_equal(pair_scores(again, "touchy")[[0, 2, 3]], whole[[0, 2, 3]])
     assert work_log.crashes(key) == 0
 
 
@@ -140,26 +141,24 @@ class Elsewhere(Reward):
 @pytest.mark.parametrize(
     ("model", "parts"),
     [
-        ("raises", ("Ray could not go on: ActorDiedError: RuntimeError: no room for me here; what is committed",)),
-        ("other", ("the weights on", "are others (fingerprint 2) than where the command was started (1)")),
+        ("raises", ("ActorDiedError: RuntimeError: no room for me here;",)),
+        ("other", ("--reward elsewhere:Elsewhere=other", "weights", "fingerprint 2", "(1)")),
     ],
 )
-def test_a_reward_that_cannot_be_loaded_or_is_another_one_on_a_worker_is_one_line(tmp_path, model, parts, on_ray):
-    """With one try to load rather than five, which would take minutes."""
+def test_a_reward_that_fails_to_load_or_differs_on_a_worker_is_one_line(tmp_path, model, parts, on_ray):
+    """With one try to load instead of five, which would take minutes."""
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     pairs = write_pairs(tmp_path, 2, {})
     command = ("score", "--pairs", pairs, "--out", tmp_path / "out", "--device", "cpu")
     command += ("--reward", f"elsewhere:Elsewhere={model}")
-    patch = "from smpo_pipeline.jobs.ray import session; session._DEATHS_LOADING = 0"
+    patch = "from smpo_pipeline.jobs.cluster import session; session._DEATHS_LOADING = 0"
     done = on_ray("smpo-pipeline", *command, cwd=tmp_path, patch=patch)
     assert_one_line(done, *parts)
     assert not (tmp_path / "out" / "scores.json").exists()
 
 
 @pytest.mark.long
-def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_without_them(
-    tmp_path, on_ray, here_on_ray
-):
+def test_pairs_that_crash_or_fail_the_model_are_rejected_and_the_others_stored(tmp_path, on_ray, here_on_ray):
     model, reward = make_tiny_model(tmp_path / "model"), make_tiny_clip(tmp_path / "pickscore")
     whole = write_pairs(tmp_path, 8, {3: {"prompt": "kill"}, 5: {"prompt": "fail"}})
     common = ("--pairs", whole, "--device", "cpu")
@@ -176,15 +175,15 @@ def test_pairs_that_kill_or_fail_the_model_are_left_out_and_the_others_are_as_wi
     assert rejects["3"].startswith("crashes its worker: 1 workers died")
     assert rejects["5"].startswith("fails alone: RuntimeError: CUDA error: device-side assert")
     assert len(rejects) == 2
-    kept = [sample.meta.pair_id for sample in ShardDirectory(tmp_path / "touchy").samples()]
-    assert kept == ["0", "1", "2", "4", "6", "7"]
+    stored = [sample.meta.pair_id for sample in ShardDirectory(tmp_path / "touchy").samples()]
+    assert stored == ["0", "1", "2", "4", "6", "7"]
     totals = ShardDirectory(tmp_path / "touchy").manifest.totals
     assert (totals.pairs_in, totals.pairs, totals.rejected) == (8, 6, 2)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 300 KB and a way to make it larger."""
+    """A disk of 300 KB, and a function to remount it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if (
@@ -197,7 +196,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.long
-def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(inputs, tmp_path, small_disk):
+def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_resumes(inputs, tmp_path, small_disk):
     disk, remount = small_disk
     rows = [row | {"ranking_id": 100 * copy + row["ranking_id"]} for copy in range(5) for row in pair_rows()[3:6]]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
@@ -222,12 +221,12 @@ def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(i
     ) as process:
         while process.poll() is None and not list((out / ".units").glob("*.json")):
             time.sleep(0.01)
-        # Over itself: the lock is open for writing, and a disk with such a file cannot be made read-only.
+        # Mounted over itself: a disk with a file open for writing, here the lock, cannot be made read-only.
         subprocess.run(["mount", "--bind", disk, disk], check=True)
         remount("bind,ro")
-        said = process.communicate()[1]
+        stderr = process.communicate()[1]
     assert_one_line(
-        subprocess.CompletedProcess(command, process.returncode, stderr=said), "cannot write", "Read-only file system"
+        subprocess.CompletedProcess(command, process.returncode, stderr=stderr), "cannot write", "Read-only file system"
     )
     subprocess.run(["umount", disk], check=True)
     committed = {path: path.stat().st_ino for path in out.glob("shard-*.tar") if path.stat().st_size}
@@ -238,13 +237,19 @@ def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(i
     assert ShardDirectory(out).manifest.totals.pairs == len(list(ShardDirectory(out).samples())) == 15
 
 
-def test_a_run_that_goes_wrong_stops_and_may_be_told_to_go_on(inputs, tmp_path, here_on_ray):
+def test_a_run_with_many_rejects_stops_and_resumes_with_a_higher_limit(inputs, tmp_path, here_on_ray):
     pairs = write_pairs(tmp_path, 150, {row: {"image_1": b"nonsense"} for row in range(0, 150, 10)})
     out = tmp_path / "out"
     command = ("smpo-pipeline", "score", "--pairs", pairs, "--reward", f"pickscore={inputs / 'pickscore'}")
     command += ("--out", out, "--device", "cpu")
     done = here_on_ray(*command)
-    assert_one_line(done, "stopped: 1", "--max-reject-rate 0.05", "image not readable", "a higher --max-reject-rate")
+    assert_one_line(
+        done,
+        "stopped: 1",
+        "--max-reject-rate 0.05",
+        "image not readable",
+        "same command with a higher --max-reject-rate",
+    )
     assert not (out / "scores.json").exists()
     done = here_on_ray(*command, "--max-reject-rate", 0.2)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""GPUs that come and go, on a simulated cluster whose GPUs are made up: the actors compute nothing."""
+"""GPUs that come and go, on a simulated cluster with made-up GPUs; the actors compute nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from smpo_common.errors import UserError
+from smpo_pipeline.jobs.cluster.pools import Pool, model_pool
+from smpo_pipeline.jobs.cluster.session import connected, resolve_device
 from smpo_pipeline.jobs.invert import job as invert
-from smpo_pipeline.jobs.ray.pools import Pool, model_pool
-from smpo_pipeline.jobs.ray.session import check_device, connected
 
 pytestmark = pytest.mark.long
 
@@ -48,13 +48,13 @@ class _Actor:
         return pa.table({"unit": [unit], "node": [self._node]})
 
 
-def test_units_of_a_node_that_is_lost_for_good_are_made_by_the_others(cluster, tmp_path, monkeypatch, capsys):
+def test_units_of_a_lost_node_are_made_by_the_others(cluster, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(invert, "InvertActor", _Actor)
     with pytest.raises(UserError, match="Ray sees no GPU"), connected(cluster.address):
         model_pool("cuda", None, cluster.address, 1, UNITS)
-    assert check_device(None, cluster.address) == "cpu"
+    assert resolve_device(None, cluster.address) == "cpu"
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1, num_gpus=1, **NODE) for _ in range(2))}
-    assert check_device(None, cluster.address) == "cuda"
+    assert resolve_device(None, cluster.address) == "cuda"
     made = {}
     lost = []
 
@@ -68,7 +68,9 @@ def test_units_of_a_node_that_is_lost_for_good_are_made_by_the_others(cluster, t
         assert model_pool("cuda", None, cluster.address, 1, UNITS) == Pool(2, 1, room=2)
         pool = model_pool("cuda", 8, cluster.address, 1, UNITS)
         assert pool == Pool(8, 1, room=2)
-        assert "Ray sees 2 of --concurrency 8 GPUs" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "--concurrency 8" in printed
+        assert "2 GPUs" in printed
         source = ray.data.from_items([{"unit": unit} for unit in range(UNITS)], override_num_blocks=UNITS)
         dataset = invert._add_stages(source, _decode, {"folder": tmp_path}, pool, 1000)
         killer = threading.Thread(target=lose_one)

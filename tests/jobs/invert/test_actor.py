@@ -18,14 +18,14 @@ from smpo_models.unet_family import UNetFamily
 from smpo_pipeline import isolation
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.isolation import Failure
-from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job as invert
-from smpo_pipeline.jobs.invert.actor import InvertActor, take_batch_sizes
+from smpo_pipeline.jobs.invert.actor import InvertActor, pop_batch_sizes
 from smpo_pipeline.jobs.invert.models import describe_model, load_models
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.record import progress
 from smpo_pipeline.jobs.record.run_record import Run
+from smpo_pipeline.jobs.record.work_log import WorkLog
 from tests.inversion.helpers import make_pair
 from tests.tiny import make_tiny_model, make_tiny_xl
 
@@ -62,27 +62,37 @@ def make_actor(models, out, monkeypatch, **changed):
     return InvertActor(options, model, run, pa.table({}), 8, 32, WorkLog())
 
 
-def test_what_nobody_asked_for_is_said(models, tmp_path):
+def test_the_job_prints_its_default_settings(models, tmp_path):
     options = make_options(models, tmp_path, prompt_dropout=0.25, batch_size=None, seed=3)
-    said = "; ".join(options.choices(64, 77))
-    for part in ("77 pairs", "64 x 64", "cpu", "bf16", "seed 3", "25 %", "--prompt-dropout", "50 % mirrored", "trying"):
-        assert part in said
-    said = "; ".join(make_options(models, tmp_path, hflip=False, buckets=True).choices(64, 77))
+    printed = "; ".join(options.choices(64, 77))
+    for part in (
+        "77 pairs",
+        "64 x 64",
+        "cpu",
+        "bf16",
+        "seed 3",
+        "25 %",
+        "--prompt-dropout",
+        "50 % mirrored",
+        "automatic",
+    ):
+        assert part in printed
+    printed = "; ".join(make_options(models, tmp_path, hflip=False, buckets=True).choices(64, 77))
     for part in (", 0 % mirrored", "aspect", "of 8 trajectories", "seed 0"):
-        assert part in said
+        assert part in printed
 
 
 @pytest.mark.parametrize("inverting_denoiser", [None, "inverting_denoiser"])
-def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, inverting_denoiser):
+def test_denoisers_are_cast_before_they_move_to_the_device(models, tmp_path, monkeypatch, inverting_denoiser):
     moved, to = set(), UNetFamily.to
 
     def watched(family, device):
-        for name, each in family.denoiser.named_parameters():
-            moved.add(("norm" in name, each.dtype, each.device.type, device))
+        for name, parameter in family.denoiser.named_parameters():
+            moved.add(("norm" in name, parameter.dtype, parameter.device.type, device))
         to(family, device)
 
     monkeypatch.setattr(UNetFamily, "to", watched)
-    # The device without memory stands for a GPU.
+    # The meta device stands for a GPU.
     actor = make_actor(
         models,
         tmp_path,
@@ -90,17 +100,17 @@ def test_no_denoiser_is_on_the_device_in_float32(models, tmp_path, monkeypatch, 
         inverting_unet=inverting_denoiser and models / inverting_denoiser,
         device="meta",
     )
-    # But for the norms: the reference has theirs as the trainer has.
+    # Norms stay in float32 in the reference, as in the trainer.
     assert moved == {(False, torch.bfloat16, "cpu", "meta"), (True, torch.float32, "cpu", "meta")}
     own = actor._inverter._inverting_denoiser
-    assert {(each.dtype, each.device.type) for each in own.parameters()} == {(torch.bfloat16, "meta")}
+    assert {(parameter.dtype, parameter.device.type) for parameter in own.parameters()} == {(torch.bfloat16, "meta")}
     reference = dict(actor._family.denoiser.named_parameters())
-    shared = {"norm" in name for name, each in own.named_parameters() if each is reference[name]}
+    shared = {"norm" in name for name, parameter in own.named_parameters() if parameter is reference[name]}
     assert shared == ({False} if inverting_denoiser is None else set())
 
 
 def test_each_batch_is_reported(models, tmp_path, monkeypatch):
-    """Of pairs with two trajectories each, three trajectories at a time."""
+    """Pairs have two trajectories each; a batch has three."""
     monkeypatch.setattr(progress, "_REPORT_SECONDS", 0)
     actor = make_actor(models, tmp_path, monkeypatch, trajectories=2, dtype="fp32", batch_size=3)
     reported = []
@@ -113,7 +123,7 @@ def test_each_batch_is_reported(models, tmp_path, monkeypatch):
     assert reported == [(7, None, 1.5), (7, None, 2.0)]
 
 
-def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkeypatch):
+def test_a_batch_size_that_runs_out_of_memory_is_tried_once(models, tmp_path, monkeypatch):
     actor = make_actor(models, tmp_path, monkeypatch)
     invert, tried = actor._inverter.invert, []
 
@@ -126,14 +136,14 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
     actor._inverter.invert = small
     pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(12)]
     for _ in range(2):
-        assert not any(isinstance(each, Failure) for each in actor._trajectories(0, pairs, {}, HealthSums()))
+        assert not any(isinstance(result, Failure) for result in actor._trajectories(0, pairs, {}, HealthSums()))
     first = [8, 8, 4, 4, 4, 4, 2, 2, 2, 2]  # what fails is tried twice
     assert tried == first + [2] * 2 + [2] * 6
-    assert take_batch_sizes(tmp_path) == [2]
+    assert pop_batch_sizes(tmp_path) == [2]
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "name", "value", "said"),
+    ("kind", "file", "name", "value", "message"),
     [
         ("sd", "vae/config.json", "scaling_factor", 0.13, r"vae.scaling_factor: 0.18215 there, 0.13 here\)"),
         (
@@ -148,10 +158,10 @@ def test_a_size_that_memory_does_not_hold_is_tried_once(models, tmp_path, monkey
         ("xl", "model_index.json", "force_zeros_for_empty_prompt", False, "zeros_for_empty_prompt: True there, False"),
     ],
 )
-def test_an_unfinished_run_is_not_continued_with_other_settings_of_a_model(
-    models, tmp_path, monkeypatch, kind, file, name, value, said
+def test_an_unfinished_run_is_not_resumed_with_other_model_settings(
+    models, tmp_path, monkeypatch, kind, file, name, value, message
 ):
-    """Of the same weights: shards of one manifest would be of two scales."""
+    """Although the weights are the same: the shards of one manifest would have two scales."""
     monkeypatch.setattr(invert, "read_scores_info", lambda _: SimpleNamespace(parts=[]))
     monkeypatch.setattr(invert, "_invert", lambda *_: None)  # a kill, before any shard is made
     pq.write_table(pa.table({"caption": ["a cat"], "jpg_0": [b"0"], "jpg_1": [b"1"]}), tmp_path / "pairs.parquet")
@@ -163,7 +173,7 @@ def test_an_unfinished_run_is_not_continued_with_other_settings_of_a_model(
     before = describe_model(options, *load_models(options))
     config = json.loads((tmp_path / "model" / file).read_text())
     (tmp_path / "model" / file).write_text(json.dumps({**config, name: value}))
-    with pytest.raises(UserError, match=rf"unfinished run with other settings \(model.settings.{said}"):
+    with pytest.raises(UserError, match=rf"unfinished run with other settings \(model.settings.{message}"):
         invert.invert(options)
     after = describe_model(options, *load_models(options))
     assert (after != before, after.info()) == (True, before.info())
@@ -176,7 +186,7 @@ def test_a_shard_size_decides_the_pairs_of_every_shard(models, tmp_path, monkeyp
     rows = {"caption": ["a cat"] * 9, "jpg_0": [b"0"] * 9, "jpg_1": [b"1"] * 9}
     pq.write_table(pa.table(rows), tmp_path / "pairs.parquet")
     pairs = (tmp_path / "pairs.parquet",)
-    # x0 and one noise of 1024 bytes each and some headers, in about 4 kB.
+    # x0 and one noise of 1024 bytes each, and headers: about 4 kB per pair.
     invert.invert(make_options(models, tmp_path / "out", shard_size=20_000, pairs=pairs))
     ((options, run, units),) = given
     assert (
@@ -187,14 +197,14 @@ def test_a_shard_size_decides_the_pairs_of_every_shard(models, tmp_path, monkeyp
     assert 2 <= options.storing.pairs_per_shard <= 5
 
 
-def test_a_tokenizers_settings_are_not_those_of_its_last_prompts(models):
+def test_a_tokenizers_settings_do_not_depend_on_earlier_prompts(models):
     family = load_family(str(models / "xl"))
     before = family.settings()
     family.encode_text(["a cat", "dog " * 60])
     assert family.settings() == before
 
 
-def test_a_pair_that_fails_while_the_batch_size_is_looked_for_costs_itself_alone(models, tmp_path, monkeypatch):
+def test_a_pair_that_fails_in_the_batch_size_search_rejects_only_itself(models, tmp_path, monkeypatch):
     actor = make_actor(models, tmp_path, monkeypatch, batch_size=None)
     invert = actor._inverter.invert
 
@@ -207,11 +217,11 @@ def test_a_pair_that_fails_while_the_batch_size_is_looked_for_costs_itself_alone
     pairs = [dataclasses.replace(make_pair(number), measured=False) for number in range(3)]
     first, *others = actor._trajectories(0, pairs, {}, HealthSums())
     assert first.reason == "fails alone: RuntimeError: CUDA error: device-side assert triggered"
-    assert [len(each) for each in others] == [1, 1]
-    assert take_batch_sizes(tmp_path) == [1]
+    assert [len(samples) for samples in others] == [1, 1]
+    assert pop_batch_sizes(tmp_path) == [1]
 
 
-def test_memory_that_holds_no_trajectory_ends_the_job_and_rejects_no_pair(models, tmp_path, monkeypatch):
+def test_too_little_memory_for_one_trajectory_stops_the_job_and_rejects_no_pair(models, tmp_path, monkeypatch):
     monkeypatch.setattr(isolation, "PAUSES", (0.0,))
     actor = make_actor(models, tmp_path, monkeypatch, batch_size=2)
 
@@ -219,7 +229,5 @@ def test_memory_that_holds_no_trajectory_ends_the_job_and_rejects_no_pair(models
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     actor._inverter.invert = full
-    with pytest.raises(
-        UserError, match=r"too little memory for a single trajectory .*out of memory.* the same command goes on$"
-    ):
+    with pytest.raises(UserError, match="too little memory .*out of memory.*same command"):
         list(actor._trajectories(0, [make_pair(0), make_pair(1)], {}, HealthSums()))

@@ -1,4 +1,4 @@
-"""``invert --buckets`` and a training run on what it makes, through the command lines."""
+"""``invert --buckets``, and training on its shards, through the command lines."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import webdataset
 from smpo_common.errors import UserError
 from smpo_pipeline.images.buckets import bucket_sizes, choose_size
 from smpo_pipeline.images.decode import decode_image
-from smpo_pipeline.jobs.faults.crashes import WorkLog
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.invert.models import describe_model, load_models
 from smpo_pipeline.jobs.invert.options import InvertOptions
-from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
+from smpo_pipeline.jobs.invert.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
-from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
+from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_schemas.pairs import columns_of, list_pair_files, slice_files
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.shards.index import indexed_trajectories
 from smpo_schemas.shards.reader import ShardDirectory
@@ -31,7 +31,7 @@ from tests.pictures import encode, picture
 from tests.tiny import make_tiny_clip, make_tiny_model, make_tiny_xl
 
 SHAPES = [(40, 30), (64, 64), (30, 60), (90, 40), (33, 32), (60, 30)]
-"""Width and height; a pair's second image has nearly the first one's shape, the last pair's has not."""
+"""Width and height of first images; second images have nearly the same shape, except in the last pair."""
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,13 @@ def scores(inputs, on_ray):
 
 @pytest.mark.parametrize("trajectories", [1, 2])
 def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, trajectories, tmp_path, monkeypatch):
-    """The actor, without Ray: pairs stay in their order, each of its own shape."""
+    """The actor, without Ray: pairs keep their order and shapes."""
     folder, rows = inputs
     monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
     path = folder / "pairs.parquet"
     (unit,) = slice_files(list_pair_files([path]), len(rows), None)
-    columns = [resolve_columns(column_names(path), {}, path)]
-    table, rejects = prepare_unit(unit, columns, 0, bucket_sizes(32, 8), "invert")
+    columns = columns_of(list_pair_files([path]), {})
+    table, rejects = prepare_unit(unit, columns, 0, bucket_sizes(32, 8))
     assert [reject.pair_id for reject in rejects] == ["112"]
     scored = [
         {"pair_id": row["pair_id"], "prompt": row["prompt"], "taste_0": 0.1, "taste_1": 0.2}
@@ -101,7 +101,7 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, traject
         tar = webdataset.WebDataset(str(out / "shard-000000.tar"), shardshuffle=False)
         made[batch_size] = (
             record,
-            [(each["__key__"], decode_sample(each["json"], each["safetensors"], "")) for each in tar],
+            [(member["__key__"], decode_sample(member["json"], member["safetensors"], "")) for member in tar],
         )
     record, samples = made[16]
     assert [sample.meta.pair_id for _, sample in samples] == [
@@ -118,8 +118,8 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, traject
                 torch.testing.assert_close(tensor.double(), twin.double(), rtol=2e-3, atol=5e-4, equal_nan=True)
 
 
-def test_a_worker_with_other_weights_than_the_drivers_makes_nothing(inputs, tmp_path, monkeypatch):
-    """As on a node whose copy of the model is another one."""
+def test_a_worker_whose_weights_differ_from_the_drivers_stops_the_job(inputs, tmp_path, monkeypatch):
+    """As on a node with another copy of the model."""
     folder, _ = inputs
     monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
     options = InvertOptions(
@@ -134,7 +134,7 @@ def test_a_worker_with_other_weights_than_the_drivers_makes_nothing(inputs, tmp_
     model = describe_model(options, *load_models(options))
     other = model.model_copy(update={"vae": "another"})
     actor = InvertActor(options, other, Run(tmp_path, "manifest.json", {}), pa.table({}), 1, 32, WorkLog())
-    with pytest.raises(UserError, match=r"its files on .* are others than where the command was started"):
+    with pytest.raises(UserError, match="--model .*--inverting-unet, --vae"):
         actor(pa.table({"unit": [0]}))
     assert list(tmp_path.iterdir()) == []
 
@@ -142,7 +142,7 @@ def test_a_worker_with_other_weights_than_the_drivers_makes_nothing(inputs, tmp_
 @pytest.mark.slow
 @pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, capfd, here_on_ray):
+def test_from_images_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, capfd, here_on_ray):
     folder, rows = inputs
     common = ("--pairs", folder / "pairs.parquet", "--device", "cpu", "--scores", folder / "scores", "--steps", 3)
     flags = ("--model", folder / kind, "--pairs-per-shard", 7, "--buckets")
@@ -154,8 +154,8 @@ def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path,
 
     directory = ShardDirectory(tmp_path / "shards")
     manifest, samples = directory.manifest, list(directory.samples())
-    assert [each.reason.split(":")[0] for each in read_rejects(tmp_path / "shards" / "rejected.parquet")] == [
-        "images of too different shapes for one bucket"
+    assert [reject.kind for reject in read_rejects(tmp_path / "shards" / "rejected.parquet")] == [
+        "aspect ratios too different"
     ]
     sizes = bucket_sizes(32, 8)
     wanted = {}
@@ -167,7 +167,7 @@ def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path,
         images, (height, width) = wanted[sample.meta.pair_id]
         assert sample.meta.size == tuple((image.height, image.width) for image in images)
         assert trajectory.latent == tuple(sample.x0_2Chw.shape[1:]) == (4, height // 4, width // 4)
-    counts = [(each.height, each.width, each.pairs) for each in manifest.buckets]
+    counts = [(bucket.height, bucket.width, bucket.pairs) for bucket in manifest.buckets]
     assert sum(pairs for _, _, pairs in counts) == manifest.totals.pairs == 12
     assert {(height, width): pairs for height, width, pairs in counts} == {
         size: [chosen for _, chosen in wanted.values()].count(size) for _, size in wanted.values()
@@ -188,6 +188,6 @@ def test_from_pictures_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path,
     assert done.returncode == 0, done.stderr
     assert "2 states of one at a time" in done.stdout
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    # Each stored reference error is what the trainer finds at the state: sizes, crops and shapes are those of invert.
+    # The trainer computes each stored reference error again: its sizes, crops and shapes equal those of invert.
     assert losses[0] == pytest.approx(math.log(2), abs=2e-3)
     assert len(losses) == 6

@@ -1,4 +1,4 @@
-"""Scores of a unit's pairs, looked up in the whole table; without Ray."""
+"""Looking up the scores of a unit's pairs in the table, without Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from smpo_common.errors import UserError
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.invert.job import _score_table
-from smpo_pipeline.jobs.prepare import prepare_unit, unit_row
+from smpo_pipeline.jobs.invert.prepare import prepare_unit, unit_row
 from smpo_schemas.pairs import PairColumns, RowRange
 from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
 from tests.pictures import encode, picture
@@ -23,7 +23,7 @@ STATISTICS = RewardStatistics(
 
 
 def write_table(folder, *parts, images=None, dtype="fp32"):
-    found = [
+    written = [
         write_part(
             folder / f"{number}.parquet",
             [
@@ -35,12 +35,12 @@ def write_table(folder, *parts, images=None, dtype="fp32"):
         for number, rows in enumerate(parts)
     ]
     rewards = {"r": STATISTICS.model_copy(update={"dtype": dtype})}
-    info = ScoresInfo(schema_version=SCORES_VERSION, rewards=rewards, parts=found, scored=0, rejected=0)
+    info = ScoresInfo(schema_version=SCORES_VERSION, rewards=rewards, parts=written, scored=0, rejected=0)
     write_scores_info(folder, info)
     return info
 
 
-def test_the_first_row_of_each_id_that_is_there(tmp_path):
+def test_score_lookup_returns_the_first_row_of_each_known_id(tmp_path):
     first, second = [(f"p{row}", 0.1) for row in range(50)], [(f"p{row}", 0.1) for row in range(40, 90)]
     table = _score_table(tmp_path, write_table(tmp_path, first, second))
     # take() of a string column fails beyond 2 GiB of text, which no test can hold.
@@ -52,19 +52,19 @@ def test_the_first_row_of_each_id_that_is_there(tmp_path):
 
 @pytest.mark.parametrize(
     ("dtype", "apart", "refused"),
-    # A ten-thousandth of the range of 1; in half precision a fifth of the standard deviation of 0.1.
+    # Tolerances: 1e-4 of the range, which is 1; in half precision a fifth of the standard deviation, which is 0.1.
     [("fp32", 5e-5, False), ("fp32", 5e-4, True), ("bf16", 0.015, False), ("fp16", 0.025, True)],
 )
-def test_one_id_for_pairs_whose_scores_differ_by_more_than_rounding_is_refused(tmp_path, dtype, apart, refused):
+def test_one_id_with_scores_that_differ_by_more_than_rounding_is_refused(tmp_path, dtype, apart, refused):
     info = write_table(tmp_path, [("a", 0.1), ("b", 0.2)], [("a", 0.1), ("b", 0.2 + apart)], dtype=dtype)
     if not refused:
         assert len(_score_table(tmp_path, info)) == 4
         return
-    with pytest.raises(UserError, match="pair_id 'b' stands for pairs with different scores"):
+    with pytest.raises(UserError, match="pair_id 'b'.*--pair-id-column"):
         _score_table(tmp_path, info)
 
 
-def test_images_that_were_exchanged_or_replaced_since_get_no_scores(tmp_path):
+def test_exchanged_or_replaced_images_get_no_scores(tmp_path):
     files = [encode(picture(32, 32, seed=seed)) for seed in range(3)]
     shown = {"same": (0, 1), "exchanged": (1, 0), "replaced": (0, 2), "unnamed": (1, 0)}
     rows = [
@@ -73,7 +73,8 @@ def test_images_that_were_exchanged_or_replaced_since_get_no_scores(tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     ranges = [RowRange(tmp_path / "pairs.parquet", 0, len(rows))]
-    table, _ = prepare_unit(ranges, [PairColumns(pair_id="pair_id")], 0, [(32, 32)], "invert")
+    columns = {tmp_path / "pairs.parquet": PairColumns(pair_id="pair_id")}
+    table, _ = prepare_unit(ranges, columns, 0, [(32, 32)])
     scored = {f"image_{index}_id": hashlib.sha256(files[index]).hexdigest()[:32] for index in (0, 1)}
     images = {name: scored for name in shown if name != "unnamed"}
     actor = InvertActor.__new__(InvertActor)
@@ -82,10 +83,10 @@ def test_images_that_were_exchanged_or_replaced_since_get_no_scores(tmp_path):
     rejects = []
     taken = [pair.pair_id for _, _, pair in actor._pairs(unit_row(0, table, []), rejects)]
     assert taken == ["same", "unnamed"]
-    assert [(each.pair_id, each.reason.split(":")[0]) for each in rejects] == [
+    assert [(reject.pair_id, reject.kind) for reject in rejects] == [
         ("exchanged", "other images"),
         ("replaced", "other images"),
     ]
-    # A table of before the images had names.
+    # An older table without image ids.
     actor._scores = actor._scores.drop_columns(list(scored))
     assert len(list(actor._pairs(unit_row(0, table, []), rejects))) == len(shown)

@@ -1,4 +1,4 @@
-"""One run at a time on an object store: fsspec's in-memory one, and an S3 store that is not Amazon's."""
+"""One run at a time on an object store: fsspec's memory store, and a local S3 server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write(out, **values):
     (out / LEASE_FILE).overwrite(json.dumps({"host": "elsewhere", "process": 1, "number": 0, **values}).encode())
 
 
-def test_a_lease_is_held_renewed_and_given_back(out):
+def test_a_lease_is_held_renewed_and_removed(out):
     with locked(out):
         first = (out / LEASE_FILE).read_bytes()
         assert holder(out) == f"process {os.getpid()} on {socket.gethostname()}"
@@ -53,12 +53,12 @@ def test_a_lease_is_held_renewed_and_given_back(out):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """Who lives must be seen to on a busy machine too."""
+    """Long enough to see renewals on a busy machine."""
     monkeypatch.setattr(lock, "_WATCHED_SECONDS", 3)
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_lease_that_is_renewed_elsewhere_is_refused(out):
+def test_a_lease_that_another_run_renews_is_refused(out):
     write(out)
     beat, stop = iter(range(1, 10_000)), threading.Event()
 
@@ -78,7 +78,7 @@ def test_a_lease_that_is_renewed_elsewhere_is_refused(out):
     assert (out / LEASE_FILE).is_file()
 
 
-def test_a_lease_that_nobody_renews_is_taken_over(out):
+def test_a_lease_without_renewals_is_taken_over(out):
     write(out)
     with locked(out):
         assert json.loads((out / LEASE_FILE).read_bytes())["host"] == socket.gethostname()
@@ -99,15 +99,15 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(out, mo
 
 
 @pytest.mark.parametrize("processes", ["another container on a host of this name", None])
-def test_a_process_number_that_is_not_of_this_container_says_nothing(out, processes):
+def test_process_numbers_of_other_containers_are_ignored(out, processes):
     write_of_a_dead_process(out, processes)
     started = time.monotonic()
     with locked(out):
         assert time.monotonic() - started >= lock._WATCHED_SECONDS
 
 
-def test_a_lease_given_back_while_it_is_watched_is_not_taken_from_who_came_first(out, monkeypatch):
-    """Its run ends, a third one begins, and only then does the second one go on."""
+def test_a_lease_removed_while_watched_goes_to_the_run_that_creates_it_first(out, monkeypatch):
+    """Its run ends, a third run starts, and only then does the second one continue."""
     write(out)
     watch, pauses = lock._stale_content, itertools.count()
 
@@ -119,10 +119,10 @@ def test_a_lease_given_back_while_it_is_watched_is_not_taken_from_who_came_first
             (out / LEASE_FILE).unlink()
 
     def watch_and_be_late(path):
-        found = watch(path)
-        assert found is None
+        content = watch(path)
+        assert content is None
         write(out, host="third")
-        return found
+        return content
 
     monkeypatch.setattr(lock, "_stale_content", watch_and_be_late)
     monkeypatch.setattr(lock.time, "sleep", pause)
@@ -132,8 +132,8 @@ def test_a_lease_given_back_while_it_is_watched_is_not_taken_from_who_came_first
 
 
 @pytest.mark.usefixtures("patient")
-def test_of_many_runs_that_find_a_stale_lease_one_takes_over(out):
-    """Threads, each as a process of its own machine; who follows renews, as a run does."""
+def test_exactly_one_of_many_runs_takes_over_a_stale_lease(out):
+    """Threads that act as processes of different machines; the one that takes over renews the lease, as a run does."""
     write(out)
     followed, refused, stop = [], [], threading.Event()
 
@@ -165,7 +165,7 @@ def test_of_many_runs_that_find_a_stale_lease_one_takes_over(out):
     assert [path.name for path in out.iterdir()] == [LEASE_FILE]
 
 
-def test_a_claim_whose_run_was_killed_is_claimed(out):
+def test_a_claim_of_a_killed_run_is_taken_over(out):
     write(out)
     claims = []
     create = StorePath.create
@@ -191,14 +191,14 @@ def test_a_claim_whose_run_was_killed_is_claimed(out):
     assert list(out.iterdir()) == []
 
 
-def test_a_run_whose_lease_another_has_stops_in_one_line_and_leaves_it(out):
-    with pytest.raises(UserError, match=f"another run .process 1 on elsewhere. took {out} over"), locked(out):
+def test_a_run_that_lost_its_lease_stops_in_one_line_and_leaves_it(out):
+    with pytest.raises(UserError, match=f"another run .process 1 on elsewhere. took over {out}"), locked(out):
         write(out, run="follower")
         time.sleep(60)
     assert json.loads((out / LEASE_FILE).read_bytes())["run"] == "follower"
 
 
-def test_of_many_who_create_at_once_one_succeeds(out):
+def test_exactly_one_of_many_concurrent_creations_succeeds(out):
     made = []
     threads = [
         threading.Thread(target=lambda number=number: made.append((out / "x").create(str(number).encode())))
@@ -212,7 +212,7 @@ def test_of_many_who_create_at_once_one_succeeds(out):
 
 
 @pytest.mark.parametrize("stage", ["score", "invert"])
-def test_a_bucket_that_is_not_there_is_one_line_before_anything_is_read(server, capfd, tmp_path, stage):
+def test_an_unknown_bucket_is_one_line_before_anything_is_read(server, capfd, tmp_path, stage):
     more = ("--reward", "clipscore") if stage == "score" else ("--scores", tmp_path, "--model", tmp_path)
     out = ("--out", "s3://typo/x", "--device", "cpu")
     done = run_here(capfd, "smpo-pipeline", stage, "--pairs", tmp_path, *more, *out)

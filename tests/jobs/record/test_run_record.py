@@ -1,4 +1,4 @@
-"""A run's directory: one writer, and records that tell the truth."""
+"""A run's directory: one writer, and records that match their files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from smpo_common.errors import UserError
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.record.lock import holder, locked
 from smpo_pipeline.jobs.record.reject_rate import RejectRate
-from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, read_identity
 from smpo_schemas.rejects import Reject
 
 HOLD = """
@@ -34,7 +34,7 @@ with locked(Path(sys.argv[1])):
 
 
 @pytest.mark.slow
-def test_a_directory_has_one_run_and_a_killed_one_does_not_hold_it(tmp_path):
+def test_a_directory_has_one_run_and_a_killed_run_does_not_hold_it(tmp_path):
     out = tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", HOLD, out], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
@@ -57,7 +57,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_a_directory_has_one_run_and_a_killed_one_leaves_a_file_to_remove(number, tmp_path, monkeypatch):
+def test_without_file_locks_a_killed_run_leaves_a_lock_file_to_remove(number, tmp_path, monkeypatch):
     flock, out = fcntl.flock, tmp_path / "out"
 
     def refuse(_descriptor, _operation):
@@ -66,7 +66,7 @@ def test_without_locks_a_directory_has_one_run_and_a_killed_one_leaves_a_file_to
     monkeypatch.setattr(fcntl, "flock", refuse)
     with locked(out):
         assert f"process {os.getpid()} on " in holder(out)
-        # As well where another machine's mount has locks.
+        # Also if another machine's mount has locks.
         for other in (refuse, flock):
             monkeypatch.setattr(fcntl, "flock", other)
             assert f"process {os.getpid()} on " in holder(out)
@@ -97,7 +97,7 @@ def run(tmp_path):
     return run
 
 
-def test_a_unit_whose_file_is_not_the_recorded_one_is_made_again(run):
+def test_a_unit_whose_file_differs_from_its_record_is_made_again(run):
     (run.out / "0.tar").unlink()
     (run.out / "1.tar").write_bytes(b"cut")
     (run.out / "2.tar").write_bytes(b"shard X")
@@ -107,36 +107,36 @@ def test_a_unit_whose_file_is_not_the_recorded_one_is_made_again(run):
     assert [unit for unit in range(6) if run.committed(unit)] == [3, 5]
 
 
-def test_what_a_worker_of_another_run_commits_is_not_believed(run):
-    """It began before --overwrite, with other settings, and ends after."""
+def test_commits_of_another_runs_worker_are_ignored(run):
+    """It started before --overwrite, with other settings, and ends after it."""
     late = Run(run.out, "marker.json", {"seed": 0})
     for unit in (0, 7):
         late.commit(UnitRecord(unit=unit, pairs_in=1, pairs=0, rejects=[], entry=None))
     assert sorted(run.records()) == list(range(6))
     assert run.committed(0).entry
     assert not run.committed(7)
-    run.refuse_if_over()
-    with pytest.raises(UserError, match=f"another run was begun in {run.out}"):
-        late.refuse_if_over()
-    (run.out / "run.json").unlink()  # while it is begun
-    with pytest.raises(UserError, match="this one is over"):
-        late.refuse_if_over()
+    run.require_current()
+    with pytest.raises(UserError, match=f"another run .* {run.out}"):
+        late.require_current()
+    (run.out / "run.json").unlink()  # while another run starts
+    with pytest.raises(UserError, match=f"another run .* {run.out}"):
+        late.require_current()
 
 
-def test_an_actor_of_another_run_leaves_the_shard_that_is_there(run):
+def test_an_actor_of_another_run_does_not_overwrite_a_shard(run):
     actor = object.__new__(InvertActor)
     actor._run = Run(run.out, "marker.json", {"seed": 0})
     actor._trajectories = lambda *_: iter(())
     shard = run.out / "shard-000000.tar"
     shard.write_bytes(b"of this run")
-    with pytest.raises(UserError, match="this one is over"):
+    with pytest.raises(UserError, match=f"another run .* {run.out}"):
         actor._commit(0, [], [], {})
     assert shard.read_bytes() == b"of this run"
     assert not list(run.out.glob(".*.tmp"))
 
 
 def failing_once_each(monkeypatch, number):
-    """The first opening of each file fails; returns the names of those."""
+    """Make the first opening of each file fail; return the list of their names."""
     failed = []
     open_file = io.open
 
@@ -151,7 +151,7 @@ def failing_once_each(monkeypatch, number):
     return failed
 
 
-def test_records_are_read_again_where_storage_fails_for_a_moment(run, monkeypatch):
+def test_reading_records_is_retried_on_transient_errors(run, monkeypatch):
     monkeypatch.setattr(retry.TRANSIENT_RETRY, "wait", tenacity.wait_none())
     monkeypatch.setattr(retry.TRANSIENT_RETRY, "stop", tenacity.stop_never)
     failed = failing_once_each(monkeypatch, errno.ESTALE)
@@ -162,18 +162,18 @@ def test_records_are_read_again_where_storage_fails_for_a_moment(run, monkeypatc
     assert failed == ["run.json"]
 
 
-def test_another_failure_of_storage_is_not_tried_again(run, monkeypatch):
+def test_other_storage_errors_are_not_retried(run, monkeypatch):
     failing_once_each(monkeypatch, errno.ENODEV)
     with pytest.raises(OSError, match="No such device"):
         run.records()
 
 
-def test_what_kills_leave_behind_is_removed(run):
+def test_leftovers_of_killed_runs_are_removed(run):
     (run.out / ".0.tar.77.tmp").write_bytes(b"half")
     (run.out / ".units" / ".000000.json.77.tmp").write_bytes(b"half")
     assert run.open(overwrite=False, patterns=())
     assert not list(run.out.rglob("*.tmp"))
-    # Killed between the marker and the end.
+    # Killed after the marker was written.
     (run.out / "marker.json").write_text("{}")
     assert not run.open(overwrite=False, patterns=())
     assert {path.name for path in run.out.iterdir()} == {
@@ -194,19 +194,19 @@ def test_overwrite_removes_the_files_of_this_job_and_no_others(run, damaged):
         other.open(overwrite=False, patterns=("*.tar",))
     assert other.open(overwrite=True, patterns=("*.tar",))
     assert {path.name for path in run.out.iterdir()} == {"notes.txt", "run.json"}
-    assert other.began_with() == {"seed": 2}
+    assert read_identity(run.out) == {"seed": 2}
     assert other.records() == {}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_the_directory_of_another_job_is_left_as_it_is(tmp_path, overwrite):
+def test_the_directory_of_another_job_is_not_changed(tmp_path, overwrite):
     score = Run(tmp_path, "scores.json", {"job": "score", "seed": 1})
     score.open(overwrite=False, patterns=())
     for name in ("scores.json", "rejected.parquet"):
         (tmp_path / name).write_text("{}")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     invert = Run(tmp_path, "manifest.json", {"job": "invert", "seed": 1})
-    with pytest.raises(UserError, match=r"holds the output of `score`; take another --out$"):
+    with pytest.raises(UserError, match=r"output of `score`.* --out$"):
         invert.open(overwrite=overwrite, patterns=("rejected.parquet",))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not score.open(overwrite=False, patterns=())
@@ -226,7 +226,7 @@ def test_too_many_rejects_stop_a_run_and_few_do_not(tmp_path):
     rate.add(record_of(380, 10))
     rate.add(record_of(400, 20))
     with pytest.raises(
-        UserError, match=r"41 of 810 pairs .* --max-reject-rate 0.05 .*41 image not readable; for example f:0"
+        UserError, match=r"41 of 810 pairs .* --max-reject-rate 0.05 .*41 image not readable; .*f:0.* --max-reject-rate"
     ):
         rate.add(record_of(10, 1))
     with pytest.raises(UserError, match="11 of 11 pairs"):

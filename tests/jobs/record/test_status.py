@@ -1,4 +1,4 @@
-"""`smpo-pipeline status`: counts and rates of made-up runs, by hand."""
+"""`smpo-pipeline status`: counts and rates of made-up runs, computed by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEGUN = 1_000_000.0
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Sets the time that commits note."""
+    """Set the time that commits record."""
     return lambda now: monkeypatch.setattr(run_module.time, "time", lambda: now)
 
 
@@ -37,29 +37,29 @@ def commit(run, unit, rejected, reason="bad image: x", seconds=None):
     run.commit(record)
 
 
-def test_an_unfinished_run_says_how_far_it_is_and_how_fast(tmp_path, clock, capfd):
+def test_an_unfinished_run_shows_its_progress_and_rate(tmp_path, clock, capfd):
     run = Run(tmp_path, "manifest.json", identity(job="invert", pairs_per_shard=100))
     run.open(overwrite=False, patterns=())
     os.utime(tmp_path / "run.json", (BEGUN, BEGUN))
     clock(BEGUN - 5000)  # of a session before this one
     commit(run, 0, 3, seconds=(1, 100))
-    found = read_status(tmp_path)
-    assert (found.units, found.units_done, found.pairs_in, found.pairs_done) == (10, 1, 1000, 100)
-    assert (found.rate, found.remaining, found.last_commit) == (None, None, BEGUN - 5000)
+    result = read_status(tmp_path)
+    assert (result.units, result.units_done, result.pairs_in, result.pairs_done) == (10, 1, 1000, 100)
+    assert (result.rate, result.remaining, result.last_commit) == (None, None, BEGUN - 5000)
     clock(BEGUN + 20)
     commit(run, 1, 0, seconds=(8, 10))
     clock(BEGUN + 50)
     commit(run, 2, 4, "no score: y", seconds=(22, 30))
     with locked(tmp_path):
         assert read_status(tmp_path).holder == f"process {os.getpid()} on {socket.gethostname()}"
-    found = read_status(tmp_path)
-    assert not found.finished
-    assert found.holder is None
-    assert (found.units_done, found.pairs_done, found.rejected) == (3, 300, 7)
-    assert list(found.reasons.items()) == [("no score", 4), ("bad image", 3)]
-    assert found.rate == 200 / 50
-    assert found.remaining == 700 / 4
-    assert found.model_share == 30 / 40
+    result = read_status(tmp_path)
+    assert not result.finished
+    assert result.holder is None
+    assert (result.units_done, result.pairs_done, result.rejected) == (3, 300, 7)
+    assert list(result.reasons.items()) == [("no score", 4), ("bad image", 3)]
+    assert result.rate == 200 / 50
+    assert result.remaining == 700 / 4
+    assert result.model_share == 30 / 40
     printed = run_here(capfd, "smpo-pipeline", "status", tmp_path).stdout
     for words in (
         "not finished",
@@ -75,7 +75,7 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_fast(tmp_path, clock, capf
 
 
 def test_a_run_that_ends_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    """Its records vanish after they are listed; then its run.json, as another run is begun."""
+    """Its records vanish after they are listed; then its run.json, as another run starts."""
     run = Run(tmp_path, "manifest.json", identity(job="invert", pairs_per_shard=100))
     run.open(overwrite=False, patterns=())
     for unit in range(3):
@@ -83,26 +83,26 @@ def test_a_run_that_ends_while_it_is_read_is_read_again(tmp_path, monkeypatch):
     listing = run_module.list_files
 
     def vanish(directory, pattern):
-        found = listing(directory, pattern)
+        result = listing(directory, pattern)
         monkeypatch.setattr(run_module, "list_files", listing)
-        found[0].unlink()
-        return found
+        result[0].unlink()
+        return result
 
     monkeypatch.setattr(run_module, "list_files", vanish)
     assert read_status(tmp_path).units_done == 2
     run.record_path(1).unlink()
     begun = iter([False, True])
 
-    def begun_at(out):
+    def last_start(out):
         if next(begun):
             return BEGUN
         raise FileNotFoundError(out / "run.json")
 
-    monkeypatch.setattr(status, "begun_at", begun_at)
+    monkeypatch.setattr(status, "last_start", last_start)
     assert read_status(tmp_path).units_done == 1
 
 
-def test_a_score_whose_table_is_written_is_finished_though_its_step_is_still_there(tmp_path):
+def test_scores_with_a_written_table_are_finished_although_the_units_remain(tmp_path):
     numbers = dict.fromkeys(("min", "max", "mean", "std"), 0.5)
     reward = RewardStatistics(model="", fingerprint="", unit="", agreement=None, num_labelled=0, **numbers)
     info = ScoresInfo(schema_version=SCORES_VERSION, rewards={"there": reward}, parts=[], scored=3, rejected=0)
@@ -111,8 +111,8 @@ def test_a_score_whose_table_is_written_is_finished_though_its_step_is_still_the
     write_json(tmp_path / "run.json", identity(job="score"))
     for name, finished in {"there": True, "another": False}.items():
         write_json(tmp_path / ".scoring" / "run.json", identity(job="score", rewards={name: ""}))
-        found = read_status(tmp_path)
-        assert (found.finished, found.rewards) == (finished, [name])
+        result = read_status(tmp_path)
+        assert (result.finished, result.rewards) == (finished, [name])
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""From committed units to the table, without Ray: what a kill leaves at any moment is a valid table."""
+"""From committed units to the table, without Ray; a kill at any moment leaves a valid table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import tenacity
 
 from smpo_common import retry
 from smpo_common.errors import UserError
-from smpo_pipeline.jobs.prepare import values_of
+from smpo_pipeline.jobs.cells import cell_values
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.score import table as score_table
-from smpo_pipeline.jobs.score.chunks import cut_chunks, images_of, with_scores, without_images
+from smpo_pipeline.jobs.score.chunks import chunk_images, cut_chunks, with_scores, without_images
+from smpo_pipeline.jobs.score.collector import UnitCollector
 from smpo_pipeline.jobs.score.table import RewardModel, write_table
-from smpo_pipeline.jobs.score.units import UnitCollector
 from smpo_schemas.pairs import Pair, PairRejectedError
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
@@ -30,7 +30,7 @@ UNITS = 5
 
 
 def unit_rows(unit: int, seed: int = 0):
-    """Three good pairs, a broken image and a row that is no pair."""
+    """Three good pairs, a broken image and a rejected row."""
     for row in range(5):
         source = f"file:{unit * 5 + row}"
         if row == 1:
@@ -44,7 +44,7 @@ def unit_rows(unit: int, seed: int = 0):
 
 def fake_scores(chunk, name: str) -> np.ndarray:
     """A function of the image and the reward's name; NaN for reward b on one pair of unit 2."""
-    values = np.array([np.asarray(image).mean() + ord(name) for image, _ in images_of(chunk)])
+    values = np.array([np.asarray(image).mean() + ord(name) for image, _ in chunk_images(chunk)])
     if name == "b" and chunk["unit"][0].as_py() == 2:
         values[0] = np.nan
     return values
@@ -71,7 +71,7 @@ def _several_parts(monkeypatch):
     monkeypatch.setattr(score_table, "_UNITS_PER_PART", 2)
 
 
-def test_storage_that_fails_for_a_moment_under_the_driver_changes_nothing(tmp_path, monkeypatch):
+def test_transient_storage_errors_of_the_driver_change_nothing(tmp_path, monkeypatch):
     expected = write_table(tmp_path / "whole", commit(tmp_path / "whole", "a"), UNITS, models("a"), None)
     monkeypatch.setattr(retry.TRANSIENT_RETRY, "wait", tenacity.wait_none())
     calls, failing = itertools.count(), {3, 9, 12, 30, 36}
@@ -92,7 +92,7 @@ def test_storage_that_fails_for_a_moment_under_the_driver_changes_nothing(tmp_pa
         assert path.is_dir() or path.read_bytes() == (tmp_path / "failed" / path.name).read_bytes()
 
 
-def test_a_reward_added_gives_the_bytes_of_both_scored_together(tmp_path):
+def test_adding_a_reward_gives_the_bytes_of_scoring_both_together(tmp_path):
     together, one = tmp_path / "together", tmp_path / "one"
     expected = write_table(together, commit(together, "ab"), UNITS, models("ab"), None)
     base = write_table(one, commit(one, "a"), UNITS, models("a"), None)
@@ -100,14 +100,14 @@ def test_a_reward_added_gives_the_bytes_of_both_scored_together(tmp_path):
     step = Run(one / ".scoring", "scores.json", {})
     step.remove()
     info = write_table(one, commit(one, "b"), UNITS, models("b"), base)
-    # The pair without a number is rejected from the whole table, as it is when both are scored together.
+    # The pair without a score is removed from the whole table, as if both rewards were scored together.
     assert (info.scored, info.rejected) == (14, 11)
     assert info == expected == read_scores_info(one)
     for part in info.parts:
         assert (one / part.name).read_bytes() == (together / part.name).read_bytes()
     assert read_rejects(one / "rejected.parquet") == read_rejects(together / "rejected.parquet")
     assert sorted(path.name for path in one.glob("scores-*")) == [part.name for part in info.parts]
-    reasons = {each.source: (each.pair_id, each.reason) for each in read_rejects(one / "rejected.parquet")}
+    reasons = {reject.source: (reject.pair_id, reject.reason) for reject in read_rejects(one / "rejected.parquet")}
     assert reasons["file:10"] == ("2-0", "not finite: b gave no number for an image of this pair")
     assert reasons["file:1"] == ("missing", "no image: x")
     table = read_scores(one, info).to_pylist()
@@ -119,7 +119,7 @@ def test_a_reward_added_gives_the_bytes_of_both_scored_together(tmp_path):
         assert picked[f"b_{index}"] == pytest.approx(mean + ord("b"), rel=1e-6)
 
 
-def test_killed_while_the_table_is_written_the_old_one_is_whole(tmp_path, monkeypatch):
+def test_a_kill_while_the_table_is_written_leaves_the_old_table_intact(tmp_path, monkeypatch):
     base = write_table(tmp_path, commit(tmp_path, "a"), UNITS, models("a"), None)
     before = read_scores(tmp_path, base)
     Run(tmp_path / ".scoring", "scores.json", {}).remove()
@@ -129,25 +129,25 @@ def test_killed_while_the_table_is_written_the_old_one_is_whole(tmp_path, monkey
             patch.setattr(score_table, moment, _killed)
             with pytest.raises(KeyboardInterrupt):
                 write_table(tmp_path, step, UNITS, models("b"), base)
-        there = read_scores_info(tmp_path)
+        written = read_scores_info(tmp_path)
         if moment == "remove_leftovers":
-            assert there.rewards.keys() == {"a", "b"}
+            assert written.rewards.keys() == {"a", "b"}
             break
-        assert there == base
-        assert read_scores(tmp_path, there).equals(before)
-    score_table.remove_leftovers(tmp_path, there)
-    assert sorted(path.name for path in tmp_path.glob("scores-*")) == [part.name for part in there.parts]
+        assert written == base
+        assert read_scores(tmp_path, written).equals(before)
+    score_table.remove_leftovers(tmp_path, written)
+    assert sorted(path.name for path in tmp_path.glob("scores-*")) == [part.name for part in written.parts]
 
 
 def _killed(*_arguments):
     raise KeyboardInterrupt
 
 
-def test_other_images_under_the_same_names_are_refused(tmp_path):
+def test_other_images_with_the_same_ids_are_refused(tmp_path):
     base = write_table(tmp_path, commit(tmp_path, "a"), UNITS, models("a"), None)
     Run(tmp_path / ".scoring", "scores.json", {}).remove()
     step = commit(tmp_path, "b", seed=100)
-    with pytest.raises(UserError, match=r"rows from file:0 on are not those that .* holds scores of"):
+    with pytest.raises(UserError, match=rf"--pairs: .*file:0 .*{tmp_path}.*--overwrite"):
         write_table(tmp_path, step, UNITS, models("b"), base)
     assert read_scores_info(tmp_path) == base
 
@@ -157,9 +157,9 @@ def test_chunks_are_cut_by_bytes_and_keep_every_row(monkeypatch):
     assert len(whole) == 1
     monkeypatch.setattr("smpo_pipeline.jobs.score.chunks.CHUNK_BYTES", 2 * 8 * 9 * 3)
     small = list(cut_chunks(3, unit_rows(3)))
-    assert [len(list(images_of(chunk))) for chunk in small] == [2, 2, 2]
+    assert [len(list(chunk_images(chunk))) for chunk in small] == [2, 2, 2]
     assert [chunk["last"][0].as_py() for chunk in small] == [False, False, True]
-    pixels = [[np.asarray(image) for image, _ in images_of(chunk)] for chunk in (*small, *whole)]
+    pixels = [[np.asarray(image) for image, _ in chunk_images(chunk)] for chunk in (*small, *whole)]
     for mine, theirs in zip(itertools.chain(*pixels[:3]), pixels[3], strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert [source for chunk in small for source in chunk["source"][0].as_py()] == [
@@ -170,20 +170,20 @@ def test_chunks_are_cut_by_bytes_and_keep_every_row(monkeypatch):
 
 def test_pixels_are_not_copied_on_their_way_to_a_reward():
     (chunk,) = cut_chunks(3, unit_rows(3))
-    there = chunk["pixels"].chunk(0).values.buffers()[2].address
-    assert values_of(chunk, "pixels").buffers()[2].address == there
-    # As of a chunk that is one row of several.
+    address = chunk["pixels"].chunk(0).values.buffers()[2].address
+    assert cell_values(chunk, "pixels").buffers()[2].address == address
+    # Also if the chunk is one row of a larger table.
     (other,) = cut_chunks(4, unit_rows(4, seed=50))
     both = pa.concat_tables([chunk, other])
-    assert values_of(both.slice(0, 1), "pixels").buffers()[2].address == there
+    assert cell_values(both.slice(0, 1), "pixels").buffers()[2].address == address
     for mine, whole in ((both.slice(0, 1), chunk), (both.combine_chunks().slice(1, 1), other)):
-        for (image, prompt), (expected, words) in zip(images_of(mine), images_of(whole), strict=True):
+        for (image, prompt), (expected, words) in zip(chunk_images(mine), chunk_images(whole), strict=True):
             assert prompt == words
             np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
 def commit_pairs(out, units, reward="a", max_reject_rate=1.0):
-    """Units of (pair_id, number of the pair that it stands for)."""
+    """Commit units of (pair_id, number of the pair that has it)."""
     step = Run(out / ".scoring", "scores.json", {})
     step.open(overwrite=False, patterns=())
     collect = UnitCollector(step, [reward], max_reject_rate)
@@ -198,21 +198,21 @@ def commit_pairs(out, units, reward="a", max_reject_rate=1.0):
     return step
 
 
-def test_an_id_stands_for_one_pair_and_later_others_are_rejected(tmp_path):
-    """The same pair again, which somebody else labelled, is none of them."""
+def test_later_pairs_with_the_id_of_another_pair_are_rejected(tmp_path):
+    """A second label of the same pair is not rejected."""
     units = [[("x", 0), ("y", 1), ("x", 0)], [("z", 2), ("z", 3)], [("z", 2), ("y", 0), ("x", 0)], [("y", 1), ("w", 4)]]
     info = write_table(tmp_path, commit_pairs(tmp_path, units), len(units), models("a"), None)
     rejects = read_rejects(tmp_path / "rejected.parquet")
-    assert [(each.source, each.pair_id) for each in rejects] == [("file:1.1", "z"), ("file:2.1", "y")]
-    assert all("pair_id" in each.reason for each in rejects)
+    assert [(reject.source, reject.pair_id) for reject in rejects] == [("file:1.1", "z"), ("file:2.1", "y")]
+    assert all("pair_id" in reject.reason for reject in rejects)
     assert read_scores(tmp_path, info)["pair_id"].to_pylist() == ["x", "y", "x", "z", "z", "x", "y", "w"]
-    # A reward that is added finds them rejected already.
+    # They stay rejected when a reward is added.
     Run(tmp_path / ".scoring", "scores.json", {}).remove()
     write_table(tmp_path, commit_pairs(tmp_path, units, "b"), len(units), models("b"), info)
-    assert [each for each in read_rejects(tmp_path / "rejected.parquet") if "pair_id" in each.reason] == rejects
+    assert [reject for reject in read_rejects(tmp_path / "rejected.parquet") if "pair_id" in reject.reason] == rejects
 
 
-def test_a_column_that_names_no_pairs_is_found_while_the_first_units_are_scored(tmp_path):
+def test_a_column_that_does_not_identify_pairs_stops_the_run_early(tmp_path):
     units = [[(f"prompt {row % 3}", unit * 8 + row) for row in range(8)] for unit in range(40)]
     with pytest.raises(UserError, match=r"--max-reject-rate 0\.2 .*--pair-id-column") as caught:
         commit_pairs(tmp_path, units, max_reject_rate=0.2)
@@ -221,7 +221,7 @@ def test_a_column_that_names_no_pairs_is_found_while_the_first_units_are_scored(
     commit_pairs(tmp_path / "as often as that", units)
 
 
-def test_a_unit_of_rejects_alone_is_committed(tmp_path):
+def test_a_unit_with_only_rejects_is_committed(tmp_path):
     step = Run(tmp_path / ".scoring", "scores.json", {})
     step.open(overwrite=False, patterns=())
     rows = [("file:0", PairRejectedError("no image: x"))]

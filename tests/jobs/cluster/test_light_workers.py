@@ -1,4 +1,4 @@
-"""What decodes loads no torch: a worker of either stage starts in a second, and there is one a core."""
+"""Decoding workers do not load torch, so that one per core starts within a second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["smpo_pipeline.jobs.score.chunks", "smpo_pipeline.jobs.prepare", "smpo_pipeline.images.decoder"]
+    "module", ["smpo_pipeline.jobs.score.chunks", "smpo_pipeline.jobs.invert.prepare", "smpo_pipeline.images.decoder"]
 )
 def test_decoding_workers_load_no_model_library(module):
     code = f"import sys, {module}; print({{'torch', 'diffusers', 'transformers'}} & set(sys.modules))"
