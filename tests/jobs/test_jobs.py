@@ -349,7 +349,5 @@ def test_flags_that_a_solver_does_not_use_are_one_line(inputs, scores, tmp_path,
         invert(inputs, scores, out, "--forward-noise", "image", run=run), "--forward-noise: --source renoise"
     )
     assert_one_line(invert(inputs, scores, out, "--renoise-average", "3", run=run), "--renoise-average 3: ", "lastN")
-    assert_one_line(
-        invert(inputs, scores, out, "--inverting-unet", tmp_path, run=run), str(tmp_path), "no denoiser"
-    )
+    assert_one_line(invert(inputs, scores, out, "--inverting-unet", tmp_path, run=run), str(tmp_path), "no denoiser")
     assert not out.exists()
