@@ -221,7 +221,7 @@ def make_clip(path: Path, config: CLIPConfig, seed: int) -> Path:
 def build_clip(
     config: CLIPConfig, seed: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
-    """Make a random CLIP of this shape, the toy world's tokenizer, and an image processor: all that a reward needs."""
+    """Make a random CLIP of this shape, the embedded world's tokenizer, and image processor: what a reward needs."""
     tokenizer = CLIPTokenizer.from_pretrained(TOY, model_max_length=77)
     config.text_config.vocab_size = len(tokenizer)
     config.text_config.bos_token_id = tokenizer.bos_token_id
