@@ -7,16 +7,21 @@ import os
 import subprocess
 import sys
 
+from tests.forking import forking_python
+
 _MODULES = {"smpo-pipeline": "smpo_pipeline.cli", "smpo-train": "smpo_trainer.cli"}
 
 
 def run_command(
     program: str, *arguments: object, cwd=None, patch: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``smpo-pipeline`` or ``smpo-train`` in a process of its own, after the code ``patch``."""
+    """Run ``smpo-pipeline`` or ``smpo-train`` in a process of its own, after the code ``patch``.
+
+    With an ``environment`` of its own the interpreter is a fresh one, since libraries read theirs when imported.
+    """
     code = f"import sys; sys.argv[0] = {program!r}; from {_MODULES[program]} import main\n{patch}\nmain()"
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable if environment else forking_python(), "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.command import run_command, run_here
-
-# Tiny models run fastest on one thread; several busy test processes on two cores would otherwise stall each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
-# Of every Ray that this process starts; what connects to the shared one has it too.
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-# By default Ray's workers are niced: beside other test processes on two cores they hardly run.
-os.environ.setdefault("RAY_worker_niceness", "0")
+from tests.forking import forking_python
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +39,7 @@ def ray_address() -> Iterator[str]:
     node = {"num_cpus": 2, "object_store_memory": 1 << 30, "include_dashboard": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+        patch.setattr("sys.executable", forking_python())  # each worker would import torch and more
         cluster = Cluster(initialize_head=True, head_node_args=node)
     yield cluster.address
     cluster.shutdown()

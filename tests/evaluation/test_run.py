@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from smpo_pipeline.evaluation.results import read_results
 from smpo_pipeline.evaluation.run import run
 from smpo_pipeline.evaluation.summary import headline, print_results
 from smpo_pipeline.rewards import Reward
+from tests.command import run_command
 from tests.evaluation.stubs import STUBS, EvaluationMaker
 from tests.tiny import make_tiny_unet
 
@@ -279,8 +278,7 @@ def test_wrong_use_is_one_line(
     given = [argument.format(**names) for argument in arguments]
     for flag, value in (("--prompts", str(prompts)), ("--reward", "toy-truth"), ("--out", str(tmp_path / "out"))):
         given += [] if flag in given else [flag, value]
-    code = "from smpo_pipeline.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "evaluate", *given], capture_output=True, text=True, check=False)
+    done = run_command("smpo-pipeline", "evaluate", *given)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

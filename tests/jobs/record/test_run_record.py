@@ -25,7 +25,6 @@ from smpo_schemas.rejects import Reject
 HOLD = """
 import sys, time
 from pathlib import Path
-from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.record.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from smpo_trainer.output.checkpoints import Checkpoints
+from tests.forking import forking_python
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, metrics, run_cli
 from tests.trainer.output.test_resume import ENVIRONMENT, launch_two
@@ -31,10 +31,11 @@ CHOSEN = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_proce
 def launch(args: list[str], *, wrap: str = WRAP, **environment: str) -> subprocess.CompletedProcess[str]:
     flags = [*FSDP.split(), "--fsdp_auto_wrap_policy", wrap, *CHOSEN.split()]
     command = ["-m", "accelerate.commands.accelerate_cli", "launch", *flags]
+    python = forking_python()
     return subprocess.run(
-        [sys.executable, *command, "-m", "tests.trainer.fsdp_driver", *args],
+        [python, *command, "-m", "tests.trainer.fsdp_driver", *args],
         check=False,
-        env={**ENVIRONMENT, **environment},
+        env={**ENVIRONMENT, "PYTHON_EXEC": python, **environment},
         text=True,
         capture_output=True,
         timeout=400,

@@ -19,6 +19,7 @@ from smpo_trainer.model.policy import Policy
 from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.output.run_folder import OutputFolder
 from smpo_trainer.trainer import Trainer
+from tests.forking import forking_python
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, run_cli
 
@@ -29,9 +30,9 @@ ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def start(args: Sequence[str], launch: Sequence[str] = ()) -> subprocess.Popen[str]:
+def start(args: Sequence[str], launch: Sequence[str] = (), python: str = sys.executable) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *launch, "-m", "smpo_trainer", *args],
+        [python, *launch, "-m", "smpo_trainer", *args],
         env=ENVIRONMENT,
         text=True,
         stdout=subprocess.PIPE,
@@ -40,10 +41,11 @@ def start(args: Sequence[str], launch: Sequence[str] = ()) -> subprocess.Popen[s
 
 
 def launch_two(args: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    python = forking_python()
     return subprocess.run(
-        [sys.executable, *TWO_PROCESSES, "-m", "smpo_trainer", *args],
+        [python, *TWO_PROCESSES, "-m", "smpo_trainer", *args],
         check=False,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, "PYTHON_EXEC": python},
         text=True,
         capture_output=True,
         timeout=400,

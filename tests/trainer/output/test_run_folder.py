@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,8 @@ from smpo_trainer.monitoring.metrics import MetricsLog
 from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.output.run_folder import OutputFolder
 from smpo_trainer.shards.fetch import ShardStore
-from tests.command import assert_one_line
+from tests.command import assert_one_line, run_command
+from tests.forking import forking_python
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, run_cli
 from tests.trainer.output.test_resume import ENVIRONMENT, OPTIONS, TWO_PROCESSES
@@ -164,15 +164,8 @@ def test_fetching_ends_with_the_run(shards: Path, model: Path, tmp_path: Path, m
 def test_a_full_disk_is_one_line(shards: Path, model: Path, tmp_path: Path, limit: int) -> None:
     """With a limit on file size, which metrics.jsonl, TensorBoard's file or a checkpoint reaches first."""
     args = arguments(shards, model, tmp_path / "run", save_every=1, max_steps=30)
-    done = subprocess.run(
-        [sys.executable, "-m", "smpo_trainer", *args],
-        env=ENVIRONMENT,
-        text=True,
-        capture_output=True,
-        check=False,
-        timeout=400,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    patch = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    done = run_command("smpo-train", *args, patch=patch)
     assert_one_line(done, "cannot write", str(tmp_path / "run"))
 
 
@@ -184,9 +177,10 @@ def test_machines_that_do_not_share_the_folder_are_refused(cut, shards: Path, mo
     script = tmp_path / "apart.py"
     script.write_text("import os\nos.chdir(os.environ['RANK'])\nfrom smpo_trainer.cli import main\nmain()\n")
     args = arguments(shards, model, Path("run"), **OPTIONS, batch_size=1)
+    python = forking_python()
     done = subprocess.run(
-        [sys.executable, *TWO_PROCESSES, script, *args],
-        env=ENVIRONMENT,
+        [python, *TWO_PROCESSES, script, *args],
+        env={**ENVIRONMENT, "PYTHON_EXEC": python},
         text=True,
         capture_output=True,
         check=False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from smpo_models import devices
 from smpo_trainer.runtime import launch
 from smpo_trainer.settings import Device
+from tests.forking import forking_python
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, make_settings, run_cli
 from tests.trainer.output.test_resume import ENVIRONMENT, TWO_PROCESSES
@@ -188,9 +188,10 @@ def test_processes_wait_for_hours(tmp_path: Path) -> None:
     """One may work alone for long; by default NCCL ends the run after ten minutes, gloo after thirty."""
     program = tmp_path / "program.py"
     program.write_text(_TIMEOUT)
+    python = forking_python()
     done = subprocess.run(
-        [sys.executable, *TWO_PROCESSES, program],
-        check=False, capture_output=True, text=True, timeout=400, env={**os.environ, **ENVIRONMENT},
+        [python, *TWO_PROCESSES, program], check=False, capture_output=True, text=True, timeout=400,
+        env={**os.environ, **ENVIRONMENT, "PYTHON_EXEC": python},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [float(line) for line in done.stdout.split()] == [6 * 3600.0] * 2
