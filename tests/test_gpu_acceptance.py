@@ -16,6 +16,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from tests.forking import forking_python
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GIB = 2**30
 
@@ -46,9 +48,10 @@ def test_every_check_runs_on_a_cpu(tmp_path: Path) -> None:
     work.mkdir()
     flags = ["--out", out, "--work", work, "--device", "cpu", "--shape", "tiny", "--budget", "5000"]
     paths = os.pathsep.join([str(BENCHMARKS), *(path for path in sys.path if path)])
+    python = forking_python()
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_RAY, BENCHMARKS / "gpu_acceptance.py", *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        [python, "-c", WITHOUT_RAY, BENCHMARKS / "gpu_acceptance.py", *flags],
+        env={**os.environ, "PYTHON_EXEC": python, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=False,

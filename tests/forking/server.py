@@ -73,6 +73,8 @@ def _become(arguments: list[str], folder: str, environment: dict[str, str], desc
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [path for path in paths if path and path not in sys.path]
     return arguments
 
 
