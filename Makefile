@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-fast chaos fuzz lint docs docs-check format bench gpu-acceptance clean
+.PHONY: help setup demo picture test test-fast chaos fuzz lint docs docs-check format bench gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -62,6 +62,9 @@ $(DEMO)/tuned/training.json: $(DEMO)/shards/manifest.json
 	$(BIN)/smpo-train --shards $(DEMO)/shards --model $(DEMO)/world/model --out $(DEMO)/tuned \
 	  --reward pickscore clipscore --beta 300 --lr 5e-5 --lr-schedule cosine --warmup-steps 10 \
 	  --batch-size 24 --max-steps 150
+
+picture: demo ## Draw docs/images/demo.png from the demo's output
+	$(BIN)/python benchmarks/picture.py --demo $(DEMO)
 
 test: $(READY_DEV) ## All tests but those of minutes each, which `make chaos` runs
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not long'

@@ -24,6 +24,7 @@ OTHERS = {
     *("--num_processes", "--use_fsdp", "--mixed_precision"),  # accelerate launch
     "--shutdown-timeout",  # torchrun
     "--work",  # benchmarks/gpu_acceptance.py
+    "--shape",  # benchmarks/train.py
 }
 """Flags of other programs in the pages' text."""
 
@@ -34,7 +35,7 @@ class Parsed(BaseException):
 
 @pytest.fixture
 def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Commands end where their settings have been parsed and validated; the working directory is an empty one."""
+    """Commands end where their settings have been parsed and validated, in a folder with the demo's config alone."""
     parse, depth = Options.parse.__func__, 0
 
     def parse_and_end(cls: type[Options], typed: Mapping[str, Any], given: frozenset[str] = frozenset()) -> Self:
@@ -50,6 +51,9 @@ def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(Options, "parse", classmethod(parse_and_end))
     monkeypatch.setattr("smpo_models.hub.require_source", lambda *_: None)  # hub ids are not in this machine's cache
+    config = tmp_path / "demo" / "tuned" / "config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text("shards: [demo/shards]\nmodel: demo/world/model\nout: demo/tuned\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
 
 
