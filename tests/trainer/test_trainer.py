@@ -106,7 +106,9 @@ def test_first_loss_from_other_weights_is_the_hand_computed_mean(
     train: Train, shards: Path, model: Path, other_unet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = train(unet=other_unet, max_steps=1, batch_size=6, grad_accum=3, beta=100)
-    assert "is not the shards' reference" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"--unet {other_unet}" in said
+    assert "not the reference" in said
     wanted = hand_computed_loss(shards, model, other_unet, beta=100, gamma=10)
     assert abs(wanted - LN2) > 1e-3
     assert column(out, "loss")[0] == pytest.approx(wanted, abs=1e-5)
