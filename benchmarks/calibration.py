@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from page import IMAGES, RESULTS, stamp, write_page
 
-from smpo_pipeline.calibration.calibrate import Report, calibrate
+from smpo_pipeline.calibration.calibrate import CalibrationResult, calibrate
 from smpo_pipeline.calibration.cross_validation import COIN
 from smpo_pipeline.calibration.measures import agreement, calibration_error, log_loss, reliability
 from smpo_pipeline.images.decode import decode_image
@@ -50,7 +50,7 @@ def prepare(work: Path) -> None:
     run("smpo-pipeline", "calibrate", "--scores", work / "scores", "--out", work / "calibration.json")
 
 
-def true_mix(work: Path, report: Report) -> np.ndarray:
+def true_mix(work: Path, report: CalibrationResult) -> np.ndarray:
     """Mean P(image_0 preferred) over all annotators, for each row of the scores: float64 [P]."""
     pairs: dict[str, Pair] = {}
     for file in list_pair_files([work / "world/pairs"]):
@@ -81,7 +81,7 @@ def interval(difference_P: np.ndarray, prompts: list[str]) -> tuple[float, float
     return float(low), float(high)
 
 
-def rows(report: Report, true_P: np.ndarray) -> list[str]:
+def rows(report: CalibrationResult, true_P: np.ndarray) -> list[str]:
     """Make a table row for each reward and mix."""
     chosen = report.held_out.chosen
     own = losses(report.held_out.p[chosen], true_P)

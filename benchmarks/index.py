@@ -35,7 +35,7 @@ from smpo_schemas.manifest import (
 )
 from smpo_schemas.preference import find_preference
 from smpo_schemas.scores import RewardStatistics
-from smpo_schemas.shards.index import _SCHEMA, INDEX_FILE
+from smpo_schemas.shards.index import INDEX_FILE, INDEX_SCHEMA
 from smpo_trainer.data.state_table import index_states
 from smpo_trainer.objectives import find_objective
 from smpo_trainer.preference.reward_mix import RewardMix
@@ -63,7 +63,7 @@ WORDS = (
 def make(path: Path, trajectories: int) -> None:
     """Write an index and a manifest without tars."""
     stream = np.random.default_rng(0)
-    with pq.ParquetWriter(path / INDEX_FILE, _SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(path / INDEX_FILE, INDEX_SCHEMA, compression="zstd") as writer:
         for start in range(0, trajectories, PER_SHARD):
             words = stream.choice(WORDS, (PER_SHARD, 12))
             scores = stream.random((PER_SHARD, 2, 2)).tolist()
@@ -82,7 +82,7 @@ def make(path: Path, trajectories: int) -> None:
                 }
                 for number in range(min(PER_SHARD, trajectories - start))
             ]  # fmt: skip
-            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+            writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
     statistics = RewardStatistics(
         model="none", fingerprint="none", unit="none", min=0, max=1, mean=0.5, std=0.3, agreement=None, num_labelled=0
     )
