@@ -13,6 +13,8 @@ from smpo_schemas.scores import RewardStatistics
 
 MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+FLOW = "flow"
+"""Prediction type of flow-matching models."""
 REJECTS_FILE = "rejected.parquet"
 
 
@@ -22,13 +24,13 @@ class ModelInfo(FrozenModel):
     Attributes:
         id: hub id or folder, as the user gave it.
         kind: model family, for example ``sd15``.
-        prediction_type: what the denoiser predicts: ``epsilon``, ``v_prediction`` or ``sample``.
+        prediction_type: what the denoiser predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
         reference: fingerprint of the denoiser that ``ref_error`` was measured with.
         inverting_denoiser: fingerprint of the denoiser that made the trajectories.
         text: fingerprint of the text encoders.
         vae: fingerprint of the VAE.
         scheduler: fingerprint of the noise levels and prediction type.
-        num_train_timesteps: T; timesteps are integers in [0, T).
+        num_train_timesteps: T; timesteps are in [0, T), whole numbers but for ``flow``.
     """
 
     id: str

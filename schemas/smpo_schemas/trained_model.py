@@ -3,6 +3,9 @@
 UNET_FOLDER = "unet"
 """The denoiser; the name is that of diffusers' pipelines."""
 
+DENOISER_FOLDERS = (UNET_FOLDER, "transformer")
+"""The same, of all models."""
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The adapter, instead of a denoiser; the name is what ``load_lora_weights`` looks for."""
 

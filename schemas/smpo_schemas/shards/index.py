@@ -38,6 +38,10 @@ INDEX_SCHEMA = pa.schema(
         ("latent", pa.list_(pa.int32())),
     ]
 )
+_TIMESTEPS = INDEX_SCHEMA.get_field_index("timesteps")
+FLOW_INDEX_SCHEMA = INDEX_SCHEMA.set(_TIMESTEPS, pa.field("timesteps", pa.list_(pa.float32())))
+"""The same for flow-matching models, whose timesteps are fractions."""
+
 _ROWS = 4096
 _PARTS_AT_ONCE = 64
 
@@ -76,14 +80,18 @@ def write_index_part(path: AnyPath, trajectories: Iterable[IndexedTrajectory]) -
 
 
 def _write(path: Path, trajectories: Iterable[IndexedTrajectory]) -> None:
-    with pq.ParquetWriter(path, INDEX_SCHEMA, compression="zstd") as writer:
+    remaining = iter(trajectories)
+    first = next(remaining, None)
+    is_flow = first is not None and any(isinstance(t, float) for t in first.timesteps)
+    schema = FLOW_INDEX_SCHEMA if is_flow else INDEX_SCHEMA
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         rows: list[dict[str, object]] = []
-        for trajectory in trajectories:
+        for trajectory in chain([first] if first else [], remaining):
             rows.append(_row(trajectory))
             if len(rows) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
+                writer.write_table(pa.Table.from_pylist(rows, schema))
                 rows = []
-        writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
+        writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
 def _from_parts(directory: ShardDirectory, parts: Sequence[AnyPath]) -> Iterator[IndexedTrajectory]:
@@ -131,7 +139,10 @@ def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedTraje
 
 def _trajectories(batch: pa.RecordBatch | pa.Table, shards: Sequence[ShardEntry]) -> Iterator[IndexedTrajectory]:
     table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
-    table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+    kind = table.schema.field("timesteps").type
+    is_flow = pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)
+    schema = FLOW_INDEX_SCHEMA if is_flow else INDEX_SCHEMA
+    table = table.select(schema.names).cast(schema)
     table.validate(full=True)
     for row in table.to_pylist():
         yield _trajectory(row, shards)
@@ -151,21 +162,21 @@ def _trajectory(row: dict[str, Any], shards: Sequence[ShardEntry]) -> IndexedTra
         raise ValueError(f"a trajectory has the key {key!r}, or no meta")
     shard, meta_offset, meta_bytes, tensors_offset, tensors_bytes = numbers
     location = SampleLocation(shard, key, (meta_offset, meta_bytes), (tensors_offset, tensors_bytes))
-    timesteps, latent = _naturals(row["timesteps"]), _naturals(row["latent"])
+    timesteps, latent = _numbers(row["timesteps"], (int, float)), _numbers(row["latent"], (int,))
     # Bounds the memory: the trainer allocates placeholder latents of this shape for a damaged sample.
     if len(latent) != 3 or not 0 < 4 * math.prod(latent) <= shards[shard].bytes:  # noqa: PLR2004  (C, h, w of 2 images)
         raise ValueError(f"a trajectory has latents of {latent}, its shard {shards[shard].bytes} bytes")
     return IndexedTrajectory(location, SampleMeta.model_validate_json(row["meta"]), timesteps, latent)
 
 
-def _naturals(values: object) -> tuple[int, ...]:
-    """Check that the value is a list of integers from 0.
+def _numbers(values: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:  # noqa: ANN401
+    """Check that the value is a list of finite numbers from 0, of the given types.
 
     Raises:
         ValueError: it is not.
     """
-    if not isinstance(values, list) or not all(isinstance(value, int) and value >= 0 for value in values):
-        raise ValueError(f"{values!r} is not a list of integers from 0")
+    if not isinstance(values, list) or not all(type(value) in kinds and 0 <= value < math.inf for value in values):
+        raise ValueError(f"{values!r} is not a list of numbers from 0")
     return tuple(values)
 
 

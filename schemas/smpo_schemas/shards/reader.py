@@ -69,7 +69,7 @@ class IndexedTrajectory:
 
     location: SampleLocation
     meta: SampleMeta
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     latent: tuple[int, ...]
 
 
@@ -162,7 +162,7 @@ class ShardDirectory:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         source = f"{path}: sample {location.key}"
         sample = decode_sample(meta, tensors, source)
-        problem = timestep_problem(sample.timestep_K.tolist(), self.manifest.model.num_train_timesteps)
+        problem = timestep_problem(sample.timestep_K.tolist(), self.manifest.model)
         if problem:
             raise UserError(f"{source} (pair {sample.meta.pair_id}): {problem}")
         return sample

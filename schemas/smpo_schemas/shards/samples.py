@@ -18,12 +18,17 @@ from safetensors import SafetensorError
 
 from smpo_common.errors import UserError, describe_problem
 from smpo_schemas.frozen import FrozenModel
+from smpo_schemas.manifest import FLOW, ModelInfo
 
 META, TENSORS = "json", "safetensors"
 """Extensions of a sample's two members."""
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 """Dtypes of stored latents and noise, by their names in the manifest."""
+
+
+TIMESTEPS = (torch.int64, torch.float32)
+"""Dtypes of timesteps: integers, or fractions for flow-matching models."""
 
 
 class SampleMeta(FrozenModel):
@@ -59,7 +64,7 @@ class Sample:
     Attributes:
         x0_2Chw: float16 or bfloat16, scaled VAE latents of both images, from which the trajectory started.
         noise_K2Chw: of the same type, tau_t = (x_t - a_t x0) / s_t.
-        timestep_K: int64, increasing.
+        timestep_K: int64 (float32 for flow-matching models), increasing.
         ref_error_K2: float32, the reference's error at the stored, rounded state.
         residual_K2: float32, relative distance from the inversion's fixed point; NaN without an inversion step.
     """
@@ -134,10 +139,11 @@ def layout_problem(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -
     x0_dtype, latent = tensors["x0"]
     count = math.prod(tensors["timestep"][1])
     stored = x0_dtype if x0_dtype in STORAGE.values() else torch.float16
+    times = tensors["timestep"][0]
     expected = {
         "x0": (stored, latent),
         "noise": (stored, (count, *latent)),
-        "timestep": (torch.int64, (count,)),
+        "timestep": (times if times in TIMESTEPS else torch.int64, (count,)),
         "ref_error": (torch.float32, (count, 2)),
         "residual": (torch.float32, (count, 2)),
     }
@@ -149,13 +155,17 @@ def layout_problem(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -
     return None
 
 
-def timestep_problem(timesteps: Sequence[int], num_train_timesteps: int) -> str | None:
+def timestep_problem(timesteps: Sequence[float], model: ModelInfo) -> str | None:
     """Return an error if the timesteps (at least one) are not strictly increasing in [0, T), else None.
 
-    A timestep outside, T = ``num_train_timesteps``, would silently index a wrong noise level.
+    Only flow-matching models have fractions. A timestep outside would silently index a wrong noise level.
     """
-    if any(later <= earlier for earlier, later in pairwise(timesteps)):
+    last = model.num_train_timesteps
+    if model.prediction_type != FLOW and not all(isinstance(t, int) for t in timesteps):
+        return f"timesteps are not integers, as {model.kind} needs them"
+    # Asked so that NaN fails, too.
+    if not all(later > earlier for earlier, later in pairwise(timesteps)):
         return "timesteps do not increase"
-    if not 0 <= timesteps[0] <= timesteps[-1] < num_train_timesteps:
-        return f"timesteps {timesteps[0]} to {timesteps[-1]} are not within 0 to {num_train_timesteps - 1}"
+    if not 0 <= timesteps[0] <= timesteps[-1] < last:
+        return f"timesteps {timesteps[0]} to {timesteps[-1]} are not within 0 to {last - 1}"
     return None

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from smpo_common.errors import UserError, describe_problem
 from smpo_common.store_path import AnyPath
 from smpo_schemas.shards.reader import IndexedTrajectory, SampleLocation, ShardDirectory, read_at
-from smpo_schemas.shards.samples import SampleMeta, layout_problem, timestep_problem
+from smpo_schemas.shards.samples import TIMESTEPS, SampleMeta, layout_problem, timestep_problem
 
 _NAMES = ("x0", "noise", "timestep", "ref_error", "residual")
 
@@ -62,7 +62,7 @@ def read_state(directory: ShardDirectory, location: SampleLocation, k: int) -> S
     with _reading(path, location), path.open("rb") as file:
         trajectory, tensors = _read_trajectory(file, location)
         problem = layout_problem({name: (tensors[name].dtype, tensors[name].shape) for name in _NAMES})
-        problem = problem or timestep_problem(trajectory.timesteps, directory.manifest.model.num_train_timesteps)
+        problem = problem or timestep_problem(trajectory.timesteps, directory.manifest.model)
         if problem is None and not 0 <= k < len(trajectory.timesteps):
             problem = f"there is no state {k} among its {len(trajectory.timesteps)}"
         if problem is None:
@@ -78,7 +78,7 @@ def _read_trajectory(file: BinaryIO, location: SampleLocation) -> tuple[IndexedT
     meta = SampleMeta.model_validate_json(read_at(file, *location.meta))
     tensors = _Tensors(file, *location.tensors)
     timesteps = tensors["timestep"]
-    if timesteps.dtype != torch.int64 or len(timesteps.shape) != 1:
+    if timesteps.dtype not in TIMESTEPS or len(timesteps.shape) != 1:
         raise ValueError(f"timestep is {timesteps.dtype} {timesteps.shape}")
     latent = tensors["x0"].shape[1:]
     if len(latent) != 3:  # noqa: PLR2004  (C, h, w)

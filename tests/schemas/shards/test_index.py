@@ -3,11 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from smpo_common.errors import UserError
 from smpo_schemas.manifest import read_manifest, write_manifest
-from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories, write_index
+from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories, write_index, write_index_part
 from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.stored_state import read_state
 from tests.schemas.shards.test_samples import make_sample, write_directory
 
 
@@ -41,6 +43,27 @@ def test_equal_tars_give_an_equal_index(indexed: ShardDirectory) -> None:
     first = (indexed.path / INDEX_FILE).read_bytes()
     assert write_index(indexed) == indexed.manifest.index
     assert (indexed.path / INDEX_FILE).read_bytes() == first
+
+
+def test_timesteps_of_flow_models_are_indexed_and_read_as_they_are(tmp_path: Path) -> None:
+    write_directory(tmp_path, flow=True)
+    directory = ShardDirectory(tmp_path)
+    index = write_index(directory)
+    indexed = ShardDirectory(tmp_path, directory.manifest.model_copy(update={"index": index}))
+    trajectories = list(indexed_trajectories(indexed))
+    assert trajectories == list(indexed_trajectories(directory))
+    stored = torch.tensor([0.5, 300.25, 999.9])
+    assert {trajectory.timesteps for trajectory in trajectories} == {tuple(stored.tolist())}
+    assert read_state(indexed, trajectories[0].location, 2).trajectory.timesteps == tuple(stored.tolist())
+    assert torch.equal(indexed.read(trajectories[0].location).timestep_K, stored)
+
+
+def test_an_index_made_of_parts_keeps_their_timesteps(tmp_path: Path) -> None:
+    write_directory(tmp_path, flow=True)
+    directory = ShardDirectory(tmp_path)
+    whole, part = write_index(directory), tmp_path / "part"
+    write_index_part(part, [each for each in indexed_trajectories(directory) if each.location.shard == 0])
+    assert write_index(directory, [part, tmp_path / "none"]) == whole
 
 
 def test_a_damaged_or_missing_index_is_named(indexed: ShardDirectory) -> None:

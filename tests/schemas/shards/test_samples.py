@@ -49,17 +49,19 @@ def make_sample(number: int, states: int = 3, **tensors: torch.Tensor) -> Sample
     return Sample(meta=meta, **(values | tensors))
 
 
-def write_directory(path, shards: int = 2, samples: int = 3):
+def write_directory(path, shards: int = 2, samples: int = 3, *, flow: bool = False):
+    """Shards of made-up samples; of a flow model the timesteps are no whole numbers."""
+    fractions = {"timestep_K": torch.tensor([0.5, 300.25, 999.9])} if flow else {}
     entries = []
     for shard in range(shards):
         with ShardWriter(path / f"shard-{shard:06d}.tar") as writer:
             for number in range(samples):
-                writer.write(f"{shard * samples + number:09d}", make_sample(shard * samples + number))
+                writer.write(f"{shard * samples + number:09d}", make_sample(shard * samples + number, **fractions))
         entries.append(writer.entry)
     model = ModelInfo(
         id="m",
         kind="sd15",
-        prediction_type="epsilon",
+        prediction_type="flow" if flow else "epsilon",
         reference="r",
         inverting_denoiser="r",
         text="t",

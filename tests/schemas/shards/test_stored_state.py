@@ -82,9 +82,10 @@ def test_a_nan_is_an_error_when_its_state_is_read(tmp_path: Path) -> None:
         ([-1, 0, 1], "timesteps -1 to 1 are not within 0 to 999"),
         ([1, 2, 2**40], "are not within 0 to 999"),
         ([5, 5, 7], "do not increase"),
+        ([1.0, 2.5, 7.0], "timesteps are not integers, as sd15 needs them"),
     ],
 )
-def test_timesteps_must_be_within_the_models_range(tmp_path: Path, timesteps: list[int], message: str) -> None:
+def test_timesteps_must_be_within_the_models_range(tmp_path: Path, timesteps: list[float], message: str) -> None:
     directory, location = written(tmp_path, make_sample(0, timestep_K=torch.tensor(timesteps)))
     for read in (lambda: read_state(directory, location, 0), lambda: directory.read(location)):
         with pytest.raises(UserError, match=rf"sample 000000000 .*{message}"):
