@@ -28,9 +28,9 @@ MANY, FILES, GIGABYTE = 100_000_000, 10_000, 10**9
 
 def account_page() -> Iterator[str]:
     """Make the section: sizes from formulas and from one real object of each kind."""
-    process = load_family(str(ASSETS / "model")).process
+    schedule = load_family(str(ASSETS / "model")).noise_schedule
     shapes = {"SD 1.5, 512 pixels": (4, 64, 64), "SDXL, 1024 pixels": (4, 128, 128)}
-    fitting = {name: pairs_that_fit(GIGABYTE, latent, InversionSettings(), process) for name, latent in shapes.items()}
+    fitting = {name: pairs_that_fit(GIGABYTE, latent, InversionSettings(), schedule) for name, latent in shapes.items()}
     shards = {name: math.ceil(MANY / pairs) for name, pairs in fitting.items()}
     entry = ShardEntry(name="shard-000000.tar", pairs=1500, samples=1500, states=13500, bytes=GIGABYTE, sha256="0" * 64)
     record = UnitRecord(

@@ -33,7 +33,7 @@ from smpo_models.weights import DTYPES
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
 from smpo_pipeline.inversion.health import NUM_BANDS
 from smpo_pipeline.inversion.sources import renoise_visits
-from smpo_pipeline.inversion.step import carry, distance
+from smpo_pipeline.inversion.step import distance
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import captions_of, random_centre, render, scene_of
@@ -106,10 +106,10 @@ class CountingBatch(Batch):
 
     rows = 0
 
-    def predicted_noise(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
+    def predicted_direction(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
         """See the base class."""
         self.rows += len(x_SChw)
-        return super().predicted_noise(x_SChw, t_S, rows_S)
+        return super().predicted_direction(x_SChw, t_S, rows_S)
 
 
 def make_pairs(count: int) -> list[PreparedPair]:
@@ -140,19 +140,20 @@ def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSe
     """Invert, measure every state's residual, and sample back."""
     trajectories = [draw_trajectory(pair, 0, family, settings, 0) for pair in pairs]
     inverting_denoiser, visits = inverted(family, trajectories, settings)
+    schedule = family.noise_schedule
     rows, exact = inverting_denoiser.rows, Batch(trajectories, family, family.denoiser, settings)
 
     def residuals(batch: Batch) -> np.ndarray:
         return np.concatenate([
-            distance(visit.x_SChw, carry(batch.process, visit.origin[0], eps, visit.origin[1], visit.t_S)).numpy()
+            distance(visit.x_SChw, schedule.carry(visit.origin[0], direction, visit.origin[1], visit.t_S)).numpy()
             for visit in visits
-            for eps in [batch.predicted_noise(visit.x_SChw, visit.t_S, visit.rows_S)]
+            for direction in [batch.predicted_direction(visit.x_SChw, visit.t_S, visit.rows_S)]
         ])  # fmt: skip
 
     x = visits[-1].x_SChw
     for visit in reversed(visits):
-        eps = exact.predicted_noise(x, visit.t_S, visit.rows_S)
-        x = carry(exact.process, x, eps, visit.t_S, visit.origin[1])
+        direction = exact.predicted_direction(x, visit.t_S, visit.rows_S)
+        x = schedule.carry(x, direction, visit.t_S, visit.origin[1])
     trip = (x - inverting_denoiser.x0_RChw).flatten(1).norm(dim=1) / inverting_denoiser.x0_RChw.flatten(1).norm(dim=1)
     missed = [visit.solved_S > settings.tolerance for visit in visits if visit.solved_S is not None]
     timesteps = np.concatenate([visit.t_S.numpy() for visit in visits])
@@ -173,7 +174,7 @@ def measure_published(family: Family, pairs: Sequence[PreparedPair], settings: I
         draw_trajectory(pair, number, family, settings, 0) for pair in pairs for number in range(TRAJECTORIES)
     ]
     batch, visits = inverted(family, trajectories, settings)
-    grid = family.process.grid(settings.steps)
+    grid = family.noise_schedule.grid(settings.steps, family.num_tokens(*pairs[0].image_size))
     exact_settings = settings.model_copy(update={"solver": "anderson", "tolerance": 1e-5, "eta": 0.0})
     own = [
         dataclasses.replace(trajectory, plan=_to_its_t(grid, trajectory.plan.used_at[0])) for trajectory in trajectories
@@ -183,7 +184,7 @@ def measure_published(family: Family, pairs: Sequence[PreparedPair], settings: I
     t_R = torch.tensor([trajectory.plan.used_at[0] for trajectory in trajectories for _ in range(2)])
     gap = np.array([trajectory.plan.nodes[-1] - trajectory.plan.used_at[0] for trajectory in trajectories])
     outputs = [family.denoise(family.denoiser, x, t_R, batch.conditioning) for x in (used, exact)]
-    a, s = batch.process.levels(t_R, used)
+    a, s = batch.noise_schedule.levels(t_R, used)
     taus = [(x - a * batch.x0_RChw) / s for x in (used, exact)]
     errors = [(output - tau).square().mean((1, 2, 3)) for output, tau in zip(outputs, taus, strict=True)]
     distance_R = ((used - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).numpy()

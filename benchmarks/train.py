@@ -85,10 +85,11 @@ def make_shards(path: Path, model: Path, trajectories: int) -> None:
     manifest = Manifest(
         schema_version=MANIFEST_VERSION,
         model=ModelInfo(
-            id=str(model), kind=family.kind, prediction_type=family.process.prediction_type, reference=reference,
+            id=str(model), kind=family.kind, prediction_type=family.noise_schedule.prediction_type, reference=reference,
             inverting_denoiser=reference, text=fingerprint_module(*family.text_modules),
             vae=fingerprint_module(family.vae),
-            scheduler=family.process.fingerprint(), num_train_timesteps=family.process.num_train_timesteps,
+            scheduler=family.noise_schedule.fingerprint(),
+            num_train_timesteps=family.noise_schedule.num_train_timesteps,
         ),
         resolution=8 * SIDE, inversion=InversionSettings(), seed=0, rewards={"taste": statistics}, shards=[entry],
         totals=Totals(

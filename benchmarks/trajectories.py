@@ -82,7 +82,7 @@ def measure(family: Family, pairs: Sequence[PreparedPair], cell: Cell) -> list[B
     failed = [sample for sample in samples if isinstance(sample, Failure)]
     if failed:
         raise RuntimeError(f"{cell}: {failed[0].reason}")
-    return health.bands(family.process.num_train_timesteps)
+    return health.bands(family.noise_schedule.num_train_timesteps)
 
 
 def cells() -> Iterator[Cell]:

@@ -45,8 +45,8 @@ def make_tiny_model(path: Path, prediction_type: str = "epsilon", seed: int = 0,
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = make_tiny_unet(cross_attention_dim=text_width)
-        tokenizer = _make_tokenizer()
-        text_encoder = CLIPTextModel(_text_config(tokenizer, hidden_size=text_width))
+        tokenizer = make_tokenizer()
+        text_encoder = CLIPTextModel(make_text_config(tokenizer, hidden_size=text_width))
         vae = make_tiny_vae()
     scheduler = DDIMScheduler(
         **_LEVELS,
@@ -77,9 +77,9 @@ def make_tiny_xl(path: Path, prediction_type: str = "epsilon", seed: int = 0) ->
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + _POOLED_WIDTH,
         )
-        tokenizer = _make_tokenizer()
-        text_encoder = CLIPTextModel(_text_config(tokenizer))
-        text_encoder_2 = CLIPTextModelWithProjection(_text_config(tokenizer, hidden_act="gelu"))
+        tokenizer = make_tokenizer()
+        text_encoder = CLIPTextModel(make_text_config(tokenizer))
+        text_encoder_2 = CLIPTextModelWithProjection(make_text_config(tokenizer, hidden_act="gelu"))
         vae = make_tiny_vae(scaling_factor=0.13025)
     scheduler = EulerDiscreteScheduler(**_LEVELS, timestep_spacing="leading", prediction_type=prediction_type)
     # The published config holds what other schedulers need, too.
@@ -89,7 +89,7 @@ def make_tiny_xl(path: Path, prediction_type: str = "epsilon", seed: int = 0) ->
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,
         tokenizer=tokenizer,
-        tokenizer_2=_make_tokenizer(padded_with="!"),
+        tokenizer_2=make_tokenizer(padded_with="!"),
         unet=unet,
         scheduler=scheduler,
         add_watermarker=False,
@@ -97,7 +97,7 @@ def make_tiny_xl(path: Path, prediction_type: str = "epsilon", seed: int = 0) ->
     return path
 
 
-def _text_config(tokenizer: CLIPTokenizer, **more) -> CLIPTextConfig:
+def make_text_config(tokenizer: CLIPTokenizer, **more) -> CLIPTextConfig:
     sizes = {"hidden_size": _TEXT_WIDTH, **more}
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -141,7 +141,7 @@ def make_tiny_unet(**more) -> UNet2DConditionModel:
     )
 
 
-def _make_tokenizer(padded_with: str = _END) -> CLIPTokenizer:
+def make_tokenizer(padded_with: str = _END) -> CLIPTokenizer:
     """All 256 bytes, within and at the end of a word, and a few merges."""
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + _WORD_END for letter in letters), *("".join(pair) for pair in _MERGES), _START, _END]
@@ -155,7 +155,7 @@ def _make_tokenizer(padded_with: str = _END) -> CLIPTokenizer:
 
 def make_tiny_clip(path: Path, seed: int = 0, image_size: int = 32) -> Path:
     """Write a tiny random reward model in the PickScore layout (CLIPModel, image processor, tokenizer)."""
-    tokenizer = _make_tokenizer()
+    tokenizer = make_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = CLIPConfig(

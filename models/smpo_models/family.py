@@ -5,6 +5,7 @@ Shape suffixes: B batch, C h w a latent, H W an image, L D a text embedding.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from smpo_models.noise_schedule import Process
+from smpo_models.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Conditioning:
     """What a denoiser is given besides latents and timesteps, one row an image.
 
     Attributes:
-        text_BLD: text embeddings for cross attention.
+        text_BLD: text embeddings that the denoiser attends to.
         added: further tensors by names of the family, each [B, ...].
     """
 
@@ -29,17 +30,25 @@ class Conditioning:
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __getitem__(self, rows: torch.Tensor | slice) -> Conditioning:
-        """The given rows (an index or a mask over B)."""
+        """Return the given rows (an index or a mask over B)."""
         return Conditioning(self.text_BLD[rows], {name: value[rows] for name, value in self.added.items()})
 
 
 class Family(ABC):
     """A loaded model. Parts that were not asked for at loading are None.
 
+    Latents have one form everywhere but inside :meth:`denoise`: [B, C, h, w], normalised as the denoiser takes them and
+    not packed into tokens.
+
     Attributes:
         pipelines: names of the diffusers pipeline classes (``_class_name`` of ``model_index.json``) that this is for.
+        denoiser_folder: the denoiser's folder in a pipeline, which is also the prefix of its layers in LoRA files.
+        lora_targets: ends of the names of the denoiser's layers that a LoRA adapts.
         kind: short name that the manifest records, for example ``sd15``.
-        process: noise levels and prediction type.
+        patch: side, in latent positions, of what is one token to the denoiser; 1 for UNets.
+        embedded_guidance: guidance scale that the denoiser is told, where it was distilled to take one; None where it
+            takes none. Set it after loading.
+        noise_schedule: noise levels and prediction type.
         denoiser: the model's own denoiser (or the one that replaced it at loading), in evaluation mode.
         text_modules: the frozen text encoders.
         vae: the autoencoder.
@@ -48,8 +57,12 @@ class Family(ABC):
     """
 
     pipelines: ClassVar[tuple[str, ...]]
+    denoiser_folder: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
     kind: str
-    process: Process
+    patch: int = 1
+    embedded_guidance: float | None = None
+    noise_schedule: NoiseSchedule
     denoiser: nn.Module | None
     text_modules: tuple[nn.Module, ...]
     vae: nn.Module | None
@@ -57,32 +70,45 @@ class Family(ABC):
 
     @abstractmethod
     def to(self, device: torch.device | str) -> None:
-        """Carry all parts to another device."""
+        """Move all parts to another device."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What results depend on besides weights and noise levels, as plain JSON values; all parts must be loaded."""
+        """Return what results depend on besides weights and noise levels, as plain JSON values.
+
+        All parts must be loaded.
+        """
 
     @abstractmethod
     def resolution(self) -> int:
-        """The side, in pixels, of the square images that the denoiser was made for."""
+        """Return the side, in pixels, of the square images that the denoiser was made for."""
 
     @abstractmethod
     def resolution_multiple(self) -> int:
-        """Image sides must be multiples of this many pixels."""
+        """Return the number of pixels of which image sides must be multiples."""
+
+    def resolution_limits(self) -> tuple[int, int | None]:
+        """Return the smallest and the largest side in pixels that the denoiser can be used at; None: no limit."""
+        return self.resolution_multiple(), None
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """C, h, w of the latents of images of this size in pixels."""
+        """Return C, h, w of the latents of images of this size in pixels."""
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Return the number of image tokens of an image of this size in pixels, as the sampler counts them."""
+        _, *sides = self.latent_shape(height, width)
+        return math.prod(side // self.patch for side in sides)
 
     @abstractmethod
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What the text encoders make of N prompts; see :meth:`encode_text`."""
+        """Encode N prompts; see :meth:`encode_text`."""
 
     def encode_text(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What the text encoders make of B prompts, each distinct one once: tensors [B, ...] by names of the family.
+        """Encode B prompts, each distinct one once: tensors [B, ...] by names of the family.
 
-        A prompt's rows do not depend on the others. Longer ones than the encoder takes are cut, as its pipeline does.
+        A prompt's rows do not depend on the others. Prompts that are longer than an encoder takes are cut, as the
+        model's pipeline does.
 
         Args:
             prompts: B texts, "" for the unconditional one.
@@ -95,7 +121,7 @@ class Family(ABC):
     def conditioning(
         self, text: Mapping[str, torch.Tensor], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
     ) -> Conditioning:
-        """Encoded prompts, with what else the denoiser is told.
+        """Join encoded prompts with the other inputs of the denoiser.
 
         Args:
             text: of B prompts, as :meth:`encode_text` gives it.
@@ -106,25 +132,32 @@ class Family(ABC):
     def condition(
         self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
     ) -> Conditioning:
-        """Both of the above for B prompts."""
+        """Encode B prompts and join them with the other inputs."""
         return self.conditioning(self.encode_text(prompts), sizes, crops)
 
     @abstractmethod
     def cuts(self, prompt: str) -> bool:
-        """Whether a prompt is longer than the encoders take, so that :meth:`encode_text` cuts it."""
+        """Return whether a prompt is longer than the encoders take, so that :meth:`encode_text` cuts it."""
 
     @abstractmethod
     def denoise(
         self, denoiser: nn.Module, x_BChw: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One forward of ``denoiser`` (the own one, a tuned one, or one wrapped for training): float32 [B, C, h, w].
+        """Return a denoiser's output, float32 [B, C, h, w].
 
-        ``x_BChw`` is cast to the denoiser's dtype; ``t_B`` is int64.
+        The family packs latents, maps the time to what its denoiser takes, and gives the output the sign that the
+        noise schedule expects.
+
+        Args:
+            denoiser: the own one, a tuned one, or one wrapped for training; ``x_BChw`` is cast to its dtype.
+            x_BChw: noisy latents.
+            t_B: timesteps, of the noise schedule's ``timestep_dtype``.
+            conditioning: of the B images.
         """
 
     @abstractmethod
     def posterior(self, pixels_B3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the VAE's posterior, each float32 [B, C, h, w], in scaled latents.
+        """Return mean and standard deviation of the VAE's posterior, each float32 [B, C, h, w], in normalised latents.
 
         Args:
             pixels_B3HW: float32 in [-1, 1].
@@ -132,4 +165,4 @@ class Family(ABC):
 
     @abstractmethod
     def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
-        """Images of scaled latents: float32 [B, 3, H, W], clamped to [-1, 1]."""
+        """Return the images of normalised latents: float32 [B, 3, H, W], clamped to [-1, 1]."""

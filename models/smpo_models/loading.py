@@ -98,13 +98,17 @@ def _own(family: Family) -> nn.Module:
     return family.denoiser
 
 
-def denoiser_folder(path: Path) -> Path:
-    """Where a denoiser's config lies: the folder itself, or its ``unet`` (a training run's output, a pipeline).
+def denoiser_folder(path: Path, name: str) -> Path:
+    """Return the folder with a denoiser's config: the path itself, or its sub-folder ``name``.
+
+    Args:
+        path: a denoiser's folder, a training run's output, or a pipeline.
+        name: ``unet`` or ``transformer``.
 
     Raises:
-        UserError: in neither.
+        UserError: it is in neither.
     """
-    for folder in (path, path / "unet"):
+    for folder in (path, path / name):
         if (folder / "config.json").is_file():
             return folder
-    raise UserError(f"{path} holds no denoiser: neither config.json nor unet/config.json is there")
+    raise UserError(f"{path} holds no denoiser: neither config.json nor {name}/config.json is there")

@@ -1,4 +1,4 @@
-"""LoRA files on a denoiser: read in diffusers' or kohya's format, checked without weights, fused."""
+"""LoRA files of a denoiser: read in diffusers' format, or for UNets in kohya's, checked without weights, fused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from safetensors import safe_open
 from smpo_common.errors import UserError
 from smpo_models.weights import loading_errors
 
-_PREFIX = "unet"
+_UNET, _TRANSFORMER = "unet", "transformer"
+"""Start of a layer's name in diffusers' format: the denoiser's name in a pipeline."""
 
+_ADAPTER = "loaded"
 _SETTINGS = "lora_adapter_metadata"
 """Where diffusers keeps a LoRA's alpha and the like, in the file's header."""
 
@@ -36,20 +38,23 @@ class Lora:
         alphas: alpha of each layer, of a file in kohya's format; else None.
         settings: what diffusers wrote of the adapter into the file's header; None where it wrote nothing.
         what: starts errors.
+        prefix: start of the layers' names.
     """
 
     layers: dict[str, torch.Tensor]
     alphas: dict[str, float] | None
     settings: dict[str, Any] | None
     what: str
+    prefix: str
 
 
-def read_lora(path: Path, unet_config: Mapping[str, Any], what: str) -> Lora:
+def read_lora(path: Path, kind: type, config: Mapping[str, Any], what: str) -> Lora:
     """Read a LoRA file; one in kohya's format is converted by diffusers.
 
     Args:
         path: the file.
-        unet_config: config of the denoiser that it is for, by which block numbers are converted.
+        kind: class of the denoiser that it is for.
+        config: of that denoiser; a UNet's block numbers are converted by it.
         what: starts the error.
 
     Raises:
@@ -65,18 +70,18 @@ def read_lora(path: Path, unet_config: Mapping[str, Any], what: str) -> Lora:
             f"{what}: {len(others)} of its {len(layers)} layers change the text encoder, first {others[0]}; "
             "only LoRAs of the denoiser alone are known"
         )
-    alphas = None
-    if any(key.startswith(_KOHYA) for key in layers):
-        layers, alphas = _convert(layers, unet_config, what)
-    if unfit := sorted(key for key in layers if not key.startswith(f"{_PREFIX}.")):
-        raise UserError(
-            f"{what}: its layers are named neither as diffusers names them ({_PREFIX}.*) nor as kohya does "
-            f"({_KOHYA}*), first {unfit[0]}; convert it to one of these formats"
-        )
+    alphas, prefix = None, _prefix(kind)
+    if prefix == _UNET and any(key.startswith(_KOHYA) for key in layers):
+        layers, alphas = _convert(layers, config, what)
+    if unfit := sorted(key for key in layers if not key.startswith(f"{prefix}.")):
+        named = f"neither as diffusers names them ({prefix}.*) nor as kohya does ({_KOHYA}*)"
+        if prefix == _TRANSFORMER:
+            named = f"otherwise than diffusers names them ({prefix}.*)"
+        raise UserError(f"{what}: its layers are named {named}, first {unfit[0]}; convert it to such a format")
     # Where the file says nothing, diffusers takes alpha to be the rank; of settings of another part it would take none,
     # and fill in its library's defaults.
-    own = {name: value for name, value in settings.items() if name.startswith(f"{_PREFIX}.")} or None
-    return Lora(layers, alphas, own, what)
+    own = {name: value for name, value in settings.items() if name.startswith(f"{prefix}.")} or None
+    return Lora(layers, alphas, own, what, prefix)
 
 
 def _convert(
@@ -93,12 +98,16 @@ def _convert(
         return StableDiffusionPipeline.lora_state_dict(dict(layers), unet_config=unet_config)
 
 
+def _prefix(kind: type) -> str:
+    return _UNET if issubclass(kind, UNet2DConditionModel) else _TRANSFORMER
+
+
 def check_lora(path: Path, unet_config: Mapping[str, Any], what: str, of: str) -> None:
-    """Check that a LoRA file can be read and fits a denoiser, whose weights are not loaded.
+    """Check that a LoRA file can be read and fits a UNet, whose weights are not loaded.
 
     Args:
         path: the file.
-        unet_config: config of the denoiser.
+        unet_config: config of the UNet.
         what: starts the error.
         of: whose denoiser it is, for the error.
 
@@ -107,7 +116,7 @@ def check_lora(path: Path, unet_config: Mapping[str, Any], what: str, of: str) -
     """
     with torch.device("meta"):
         denoiser = UNet2DConditionModel.from_config(unet_config)
-    _add(denoiser, read_lora(path, denoiser.config, what), of)
+    _add(denoiser, read_lora(path, UNet2DConditionModel, denoiser.config, what), of)
 
 
 def fuse_lora(denoiser: Any, path: Path, what: str, of: str) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
@@ -122,7 +131,7 @@ def fuse_lora(denoiser: Any, path: Path, what: str, of: str) -> None:  # noqa: A
     Raises:
         UserError: it cannot be read, or a layer of it does not fit.
     """
-    _add(denoiser, read_lora(path, denoiser.config, what), of)
+    _add(denoiser, read_lora(path, type(denoiser), denoiser.config, what), of)
     denoiser.fuse_lora()
     denoiser.unload_lora()
 
@@ -140,15 +149,15 @@ def _add(denoiser: Any, lora: Lora, of: str) -> None:  # noqa: ANN401
         with loading_errors(lora.what):
             denoiser.load_lora_adapter(
                 lora.layers,
-                prefix=_PREFIX,
-                adapter_name=_PREFIX,
+                prefix=lora.prefix,
+                adapter_name=_ADAPTER,
                 network_alphas=lora.alphas,
                 metadata=lora.settings,
                 # On the meta device there is nothing to copy weights into.
                 low_cpu_mem_usage=denoiser.device.type == "meta",
             )
-            known = _PREFIX in getattr(denoiser, "peft_config", {})
-            fitting = get_peft_model_state_dict(denoiser, adapter_name=_PREFIX) if known else {}
+            known = _ADAPTER in getattr(denoiser, "peft_config", {})
+            fitting = get_peft_model_state_dict(denoiser, adapter_name=_ADAPTER) if known else {}
     finally:
         logger.disabled = False
     if len(fitting) != len(lora.layers):

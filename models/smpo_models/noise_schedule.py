@@ -1,150 +1,94 @@
-"""The diffusion process: noise levels, and the way from a model's output to x0 and noise.
+"""Noise schedules: noise levels, and how a model's output becomes estimates of x0 and noise.
 
 Shape suffixes: B batch, C h w a latent.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler
-
-from smpo_common.errors import UserError
-from smpo_common.files import sha256_json
 
 START = -1
-"""In place of a timestep: the scheduler's own first level, where its DDIM sampler ends and a trajectory begins."""
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+"""In place of a timestep: the level where the model's own sampler ends and a trajectory begins."""
 
 
-class Process(Protocol):
+class NoiseSchedule(ABC):
     """x_t = a_t x0 + s_t noise, and what a model predicts of it.
 
-    All ``t`` are int64 [B], entries below num_train_timesteps, negative ones as :data:`START`; all latents are
-    [B, C, h, w].
+    All ``t_B`` are [B], of ``timestep_dtype``, below ``num_train_timesteps``; negative ones stand for :data:`START`.
+    All latents are [B, C, h, w].
+
+    Attributes:
+        timestep_dtype: int64 where the model knows only whole timesteps, else float32.
+        num_train_timesteps: T: timesteps are in [0, T).
+        first_pure_noise: the timestep from which on a_t is 0 (zero terminal SNR, arXiv 2305.08891); T where there is
+            none below.
+        prediction_type: what the denoiser predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
     """
 
-    @property
-    def num_train_timesteps(self) -> int:
-        """T: timesteps are integers in [0, T)."""
-        ...
+    timestep_dtype: ClassVar[torch.dtype]
+    num_train_timesteps: int
+    first_pure_noise: int
+    prediction_type: str
 
-    @property
-    def prediction_type(self) -> str:
-        """What the denoiser predicts: one of :data:`PREDICTION_TYPES`."""
-        ...
-
+    @abstractmethod
     def levels(self, t_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a_t, s_t), each [B, 1, 1, 1], in the dtype and on the device of ``like``."""
-        ...
+        """Return a_t and s_t, each [B, 1, 1, 1], in the dtype and on the device of ``like``."""
 
     def noised(self, x0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """x_t = a_t x0 + s_t noise."""
-        ...
-
-    def noise_in(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """The noise that the model's output at (x_t, t) says is in x_t."""
-        ...
-
-    def target(self, x0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """What the model should have put out at x_t = a_t x0 + s_t noise."""
-        ...
-
-    def grid(self, steps: int) -> list[int]:
-        """The scheduler's own inference timesteps, increasing."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Hash of everything that the above depends on."""
-        ...
-
-
-class VariancePreserving:
-    """The discrete variance-preserving process of Stable Diffusion: a_t^2 + s_t^2 = 1."""
-
-    def __init__(self, scheduler: DDIMScheduler) -> None:
-        """Take the levels of a DDIM scheduler made from the model's own scheduler config.
-
-        Raises:
-            UserError: the prediction type is none of :data:`PREDICTION_TYPES`.
-        """
-        self.scheduler = scheduler
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise UserError(
-                f"the scheduler's prediction type {self.prediction_type!r} is not known; "
-                f"known: {', '.join(PREDICTION_TYPES)}"
-            )
-        first = torch.as_tensor(scheduler.final_alpha_cumprod).double().reshape(1)
-        # The first level is kept behind the last timestep, so that START = -1 indexes it.
-        products = torch.cat([scheduler.alphas_cumprod.double(), first])
-        self._a, self._s = products.sqrt(), (1 - products).sqrt()
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """T: timesteps are integers in [0, T)."""
-        return int(self.scheduler.config["num_train_timesteps"])
-
-    @property
-    def prediction_type(self) -> str:
-        """``epsilon``, ``v_prediction`` or ``sample``."""
-        return str(self.scheduler.config["prediction_type"])
-
-    def levels(self, t_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`Process`; rounded once, from float64."""
-        index = t_B.to("cpu").clamp_min(START)
-        a, s = (table[index].to(like.device, like.dtype).reshape(-1, 1, 1, 1) for table in (self._a, self._s))
-        return a, s
-
-    def noised(self, x0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """See :class:`Process`."""
+        """Return x_t = a_t x0 + s_t noise."""
         a, s = self.levels(t_B, x0)
         return a * x0 + s * noise
 
+    @abstractmethod
     def noise_in(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """See :class:`Process`; v = a noise - s x0 (arXiv 2202.00512, appendix D)."""
-        if self.prediction_type == "epsilon":
-            return output
-        a, s = self.levels(t_B, x_t)
-        if self.prediction_type == "v_prediction":
-            return a * output + s * x_t
-        return (x_t - a * output) / s
+        """Return the noise in x_t, estimated from the model's output at (x_t, t)."""
 
+    @abstractmethod
+    def x0_in(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """Return the x0 in x_t, estimated from the model's output at (x_t, t)."""
+
+    @abstractmethod
+    def direction(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`carry` needs of the model's output at (x_t, t)."""
+
+    @abstractmethod
+    def carry(self, x_s: torch.Tensor, direction: torch.Tensor, s_B: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """Return F(x_s, direction): one step of the model's first-order sampler, from level s to level t.
+
+        Sampling goes from the noisier level to the other with the direction at its start; inversion goes back, and
+        x_t is exact where F(x_s, direction at (x_t, t)) is x_t itself.
+        """
+
+    @abstractmethod
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """See :class:`Process`."""
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "v_prediction":
-            a, s = self.levels(t_B, x0)
-            return a * noise - s * x0
-        return x0
+        """Return what the model is trained to predict at x_t = a_t x0 + s_t noise."""
 
-    def grid(self, steps: int) -> list[int]:
-        """See :class:`Process`."""
-        if steps > self.num_train_timesteps:
-            raise UserError(f"--steps {steps}: the model has only {self.num_train_timesteps} timesteps")
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps)
-        # With trailing spacing, rounding may make one too many, which is -1.
-        return sorted(int(t) for t in scheduler.timesteps)[-steps:]
+    @abstractmethod
+    def grid(self, steps: int, tokens: int) -> Sequence[float]:
+        """Return the timesteps that the model's own sampler visits in ``steps`` steps, increasing.
 
+        Args:
+            steps: of the sampler.
+            tokens: the image's number of tokens; some flow models sample larger images at higher noise levels.
+
+        Raises:
+            UserError: the sampler has no such grid.
+        """
+
+    @abstractmethod
+    def timesteps_at(self, times: np.ndarray, tokens: int) -> Sequence[float]:
+        """Return the timesteps at the given times in [0, 1) of the sampler's clock, 0 at its lowest noise level.
+
+        Args:
+            times: increasing, float64.
+            tokens: as in :meth:`grid`.
+        """
+
+    @abstractmethod
     def fingerprint(self) -> str:
-        """See :class:`Process`."""
-        config = self.scheduler.config
-        spacing = {name: config[name] for name in ("timestep_spacing", "steps_offset", "prediction_type")}
-        return sha256_json({"a": self._a.tolist(), **spacing})
-
-
-def check_scheduler(config: dict[str, Any], what: str) -> None:
-    """Compare a model's own scheduler config, as it is on disk, to what a DDIM scheduler takes of it.
-
-    Raises:
-        UserError: it is one of another process, of which DDIM would keep nothing and fill in its defaults.
-    """
-    name = str(config.get("_class_name"))
-    if name.startswith("EDM") or "Flow" in name or not {"beta_schedule", "trained_betas", "beta_start"} & set(config):
-        raise UserError(
-            f"{what}: its scheduler, {name}, has no beta schedule; only variance-preserving models, "
-            "whose scheduler config has beta_schedule, are known"
-        )
+        """Return a hash of everything that the above depends on."""

@@ -1,4 +1,4 @@
-"""Sampling images with a model's own pipeline and DDIM, from initial noise that the caller draws."""
+"""Sampling images with a model's own pipeline, by DDIM or Euler's steps, from initial noise that the caller draws."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+from smpo_models.packing import packed, unpacked
 from smpo_models.weights import load_part, load_weights
 
 
@@ -23,7 +24,7 @@ def load_pipeline(
     variant: str | None,
     kind: type[DiffusionPipeline] = DiffusionPipeline,
 ) -> DiffusionPipeline:
-    """Load a model's pipeline with a DDIM scheduler and without safety checker, on the CPU.
+    """Load a model's pipeline without safety checker, on the CPU: with a DDIM scheduler, flow models with their own.
 
     Args:
         model: hub id or folder.
@@ -41,14 +42,19 @@ def load_pipeline(
     if "safety_checker" in index:
         loaded |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     for name, (library, class_name) in ((name, of) for name, of in index.items() if isinstance(of, (list, tuple))):
+        if name in loaded:
+            continue
         loader = _class_with_weights(str(library), str(class_name))
-        if loader and name not in loaded:
+        if class_name is None:
+            loaded[name] = None  # such as SD3's third text encoder: diffusers wants to be told that it is not there
+        elif loader:
             loaded[name] = load_weights(
                 loader.from_pretrained, model, what, variant=variant, subfolder=name, dtype=dtype
             )
     pipeline = load_part(kind.from_pretrained, model, what, dtype=dtype, **loaded)
-    # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -69,19 +75,21 @@ def sample(
         prompts: B of them.
         noise_BChw: standard normal noise of the latents' shape.
         steps: of the sampler.
-        guidance_scale: of classifier-free guidance; 1 is none.
+        guidance_scale: of classifier-free guidance, or what FLUX.1 is told; 1 is none.
         output_type: ``pil``, or ``latent`` for scaled latents [B, C, h, w].
     """
     height, width = (side * pipeline.vae_scale_factor for side in noise_BChw.shape[2:])
-    return pipeline(
+    packs = isinstance(pipeline, FluxPipeline)
+    made = pipeline(
         prompt=list(prompts),
         height=height,
         width=width,
-        latents=noise_BChw,
+        latents=packed(noise_BChw) if packs else noise_BChw,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         output_type=output_type,
     ).images
+    return unpacked(made, *noise_BChw.shape[2:]) if packs and output_type == "latent" else made
 
 
 def _class_with_weights(library: str, name: str) -> Any:  # noqa: ANN401  (of either library)

@@ -141,7 +141,8 @@ def load_tokenizer(loader: Callable[..., Any], source: str, what: str, **options
         UserError: it cannot be loaded, or is missing, for which the library would make one without words.
     """
     tokenizer = load_part(loader, source, what, **options)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    # T5's has a space without any words.
+    if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, "\u2581"}:
         name = options.get("subfolder", "tokenizer")
         raise UserError(f"{what} cannot be loaded: its {name} is missing or has no vocabulary")
     return tokenizer

@@ -160,7 +160,7 @@ def make_shards(directory: Path, model: Path, family: Family, ratios: tuple[floa
                 inverting_denoiser="r" * 64,
                 text="t",
                 vae=fingerprint_module(family.vae),
-                scheduler=family.process.fingerprint(),
+                scheduler=family.noise_schedule.fingerprint(),
                 num_train_timesteps=1000,
             ),
             resolution=32,

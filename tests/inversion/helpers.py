@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_pipeline.inversion.batch import PreparedPair
@@ -98,6 +99,70 @@ class Oracle:
     def trajectory(self, x0: torch.Tensor, nodes: list[int], text: torch.Tensor, renoise_steps: int = 1):
         """Yield (t, x_s, s, x_t) for each node, from the first level (t = 0's noise) on."""
         x, s = x0, -1
+        for t in nodes:
+            x_t = self.step(x, s, t, text, renoise_steps)
+            yield t, x, s, x_t
+            x, s = x_t, t
+
+
+class FlowOracle:
+    """SD3 or FLUX.1 in float64, one image at a time: text by the stock pipeline, Euler steps, and nothing of ours."""
+
+    def __init__(self, folder) -> None:
+        self.pipeline = DiffusionPipeline.from_pretrained(folder)
+        self.vae = self.pipeline.vae
+        self.transformer = copy.deepcopy(self.pipeline.transformer).double()
+        self.is_flux = type(self.pipeline).__name__ == "FluxPipeline"
+
+    def a(self, t: float) -> float:
+        return 1 - max(t, 0) / 1000
+
+    def s(self, t: float) -> float:
+        return max(t, 0) / 1000
+
+    @torch.no_grad()
+    def embed(self, prompt: str, *_size_and_crop) -> dict[str, torch.Tensor]:
+        if self.is_flux:
+            text, pooled, ids = self.pipeline.encode_prompt(prompt)
+            return {"encoder_hidden_states": text.double(), "pooled_projections": pooled.double(), "txt_ids": ids}
+        text, _, pooled, _ = self.pipeline.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": text.double(), "pooled_projections": pooled.double()}
+
+    @torch.no_grad()
+    def output(self, x: torch.Tensor, t: float, text: dict[str, torch.Tensor]) -> torch.Tensor:
+        time = torch.tensor([t], dtype=torch.float64)
+        if not self.is_flux:
+            return self.transformer(hidden_states=x[None], timestep=time, **text).sample[0]
+        _, height, width = x.shape
+        factor = self.pipeline.vae_scale_factor
+        packed = self.pipeline._pack_latents(x[None], 1, *x.shape)
+        ids = self.pipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float64)
+        guidance = torch.ones(1, dtype=torch.float64) if self.transformer.config.guidance_embeds else None
+        made = self.transformer(
+            hidden_states=packed, timestep=time / 1000, img_ids=ids, guidance=guidance, **text
+        ).sample
+        return self.pipeline._unpack_latents(made, height * factor, width * factor, factor)[0]
+
+    def noise(self, x: torch.Tensor, t: float, text) -> torch.Tensor:
+        return x + self.a(t) * self.output(x, t, text)
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, _t: float) -> torch.Tensor:
+        return noise - x0
+
+    def carry(self, x_s: torch.Tensor, velocity: torch.Tensor, s: float, t: float) -> torch.Tensor:
+        return x_s + (self.s(t) - self.s(s)) * velocity
+
+    def step(self, x_s: torch.Tensor, s: float, t: float, text, renoise_steps: int) -> torch.Tensor:
+        """ReNoise, arXiv 2403.14602, on velocities: iterate, then step with the mean of the last two."""
+        velocities = [self.output(x_s, t, text)]
+        for _ in range(renoise_steps):
+            velocities.append(self.output(self.carry(x_s, velocities[-1], s, t), t, text))
+        last = velocities[-2:]
+        return self.carry(x_s, sum(last) / len(last), s, t)
+
+    def trajectory(self, x0: torch.Tensor, nodes: list[float], text, renoise_steps: int = 1):
+        """Yield (t, x_s, s, x_t) for each node, from sigma = 0 on."""
+        x, s = x0, 0.0
         for t in nodes:
             x_t = self.step(x, s, t, text, renoise_steps)
             yield t, x, s, x_t

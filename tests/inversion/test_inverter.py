@@ -136,7 +136,7 @@ def check_trajectories(family, oracle: Oracle, settings: InversionSettings, pair
         torch.testing.assert_close(sample.x0_2Chw.float(), x0, rtol=2**-10, atol=1e-5)
         prompt = "" if sample.meta.prompt_dropped else pair.prompt
         everything = dataclasses.replace(settings_nodes(settings), states=None)
-        nodes = everything.nodes(family.process, pair.pair_id, sample.meta.trajectory)
+        nodes = everything.nodes(family.noise_schedule, pair.pair_id, sample.meta.trajectory)
         for image in range(2):
             kept = 0
             start = sample.x0_2Chw[image].double()
@@ -165,7 +165,7 @@ def test_what_is_stored_as_bfloat16_is_rounded_to_it_and_has_the_error_of_what_i
         x0 = expected_x0(oracle, sample, pair, mode=False)
         torch.testing.assert_close(sample.x0_2Chw.float(), x0, rtol=2**-8, atol=1e-5)
         assert not torch.allclose(sample.x0_2Chw.float(), x0, rtol=2**-10, atol=1e-5)
-        nodes = settings_nodes(settings).nodes(family.process, pair.pair_id, 0)
+        nodes = settings_nodes(settings).nodes(family.noise_schedule, pair.pair_id, 0)
         for image in range(2):
             text = oracle.embed(pair.prompt, pair.size[image], pair.crop[image])
             steps = oracle.trajectory(sample.x0_2Chw[image].double(), nodes, text, settings.renoise_steps)
@@ -180,17 +180,17 @@ class settings_nodes:
     settings: InversionSettings
     states: int | None = None
 
-    def nodes(self, process, pair_id: str, trajectory: int) -> list[int]:
+    def nodes(self, schedule, pair_id: str, trajectory: int) -> list[int]:
         from smpo_pipeline.inversion.timesteps import plan_trajectory
 
-        return list(plan_trajectory(self.settings, process, SEED, pair_id, trajectory).nodes)
+        return list(plan_trajectory(self.settings, schedule, SEED, pair_id, trajectory, tokens=64).nodes)
 
 
 def test_a_grid_trajectory_equals_diffusers_inverse_scheduler(epsilon_world):
     family, oracle = epsilon_world
     settings = InversionSettings(timesteps="grid", steps=5, prompt_dropout=0)
     (sample,), _ = invert(family, settings, [make_pair(1)])
-    scheduler = DDIMInverseScheduler.from_config(family.process.scheduler.config, clip_sample=False)
+    scheduler = DDIMInverseScheduler.from_config(family.noise_schedule.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(settings.steps)
     assert scheduler.timesteps.tolist() == sample.timestep_K.tolist()
     text = oracle.embed(sample.meta.prompt)
@@ -343,7 +343,7 @@ def test_forward_noise_is_drawn_for_the_pair_or_for_each_image(some_world, forwa
     samples, _ = invert(family, settings, pairs, batch_size=2)
     for pair, sample in zip(pairs, samples, strict=True):
         stream = trajectory_stream(SEED, pair.pair_id, 0, purpose)
-        nodes = plan_trajectory(settings, family.process, SEED, pair.pair_id, 0).nodes
+        nodes = plan_trajectory(settings, family.noise_schedule, SEED, pair.pair_id, 0, tokens=64).nodes
         shape = (2 if forward_noise == "image" else 1, *sample.x0_2Chw.shape[1:])
         drawn = dict(
             zip((-1, *nodes), [gaussian(stream, shape).expand_as(sample.x0_2Chw) for _ in range(4)], strict=True)
@@ -497,7 +497,7 @@ def test_the_residual_costs_no_evaluation_where_the_solver_has_it(epsilon_world,
     family, _ = epsilon_world
     settings = InversionSettings(solver="anderson", guidance_scale=1.5, steps=3, prompt_dropout=0, tolerance=1e-3)
     inverter = Inverter(family, family.denoiser, settings, SEED)
-    monkeypatch.setattr(inverter_module, "carry", None)
+    monkeypatch.setattr(inverter_module, "distance", None)
     (sample,), health = inverter.invert([(make_pair(1), 0)])
     assert sample.residual_K2.isfinite().all()
     unconverged = int((sample.residual_K2 > settings.tolerance).sum())

@@ -8,16 +8,16 @@ from diffusers import DDIMScheduler
 
 from smpo_common.errors import UserError
 from smpo_models.loading import load_family
-from smpo_models.noise_schedule import VariancePreserving
+from smpo_models.variance_preserving import VariancePreserving
 from smpo_pipeline.inversion.batch import Batch, draw_trajectory
 from smpo_pipeline.inversion.solvers import SOLVERS
 from smpo_pipeline.inversion.sources import renoise_visits
-from smpo_pipeline.inversion.step import Step, carry
+from smpo_pipeline.inversion.step import Step
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.inversion_settings import InversionSettings, averaged_estimates
 from tests.inversion.helpers import embedded_pair
 
-PROCESS = VariancePreserving(DDIMScheduler(set_alpha_to_one=False))
+SCHEDULE = VariancePreserving(DDIMScheduler(set_alpha_to_one=False))
 SHAPE = (1, 2, 3)
 S, T = 100, 250
 TIGHT = {"tolerance": 1e-9, "max_evaluations": 60}
@@ -29,7 +29,7 @@ class Linear:
     def __init__(self, eigenvalues: list[float], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         draw = {"generator": generator, "dtype": torch.float64}
-        a_s, a_t = (float(PROCESS.scheduler.alphas_cumprod[t].double()) ** 0.5 for t in (S, T))
+        a_s, a_t = (float(SCHEDULE.scheduler.alphas_cumprod[t].double()) ** 0.5 for t in (S, T))
         s_s, s_t = (1 - a_s**2) ** 0.5, (1 - a_t**2) ** 0.5
         self.c, self.d = a_t / a_s, s_t - a_t * s_s / a_s
         basis, _ = torch.linalg.qr(torch.randn(6, 6, **draw))
@@ -60,7 +60,7 @@ def solve(rows: list[Linear], **settings):
     x_s = torch.stack([row.x_s.reshape(SHAPE) for row in rows])
     levels = (torch.full((len(rows),), t, dtype=torch.int64) for t in (S, T))
     chosen = InversionSettings(**settings)
-    return SOLVERS[chosen.solver](Step(predict, PROCESS, x_s, *levels), chosen), evaluations
+    return SOLVERS[chosen.solver](Step(predict, SCHEDULE, x_s, *levels), chosen), evaluations
 
 
 MILD = [0.5, 0.3, -0.2, 0.1, -0.4, 0.0]
@@ -188,8 +188,8 @@ def test_which_estimates_there_are():
 def test_carry_there_and_back_is_the_identity():
     x, eps = torch.randn(2, 3, *SHAPE, dtype=torch.float64)
     s, t = torch.tensor([-1, 20, 500]), torch.tensor([20, 500, 999])
-    there = carry(PROCESS, x, eps, s, t)
-    torch.testing.assert_close(carry(PROCESS, there, eps, t, s), x)
+    there = SCHEDULE.carry(x, eps, s, t)
+    torch.testing.assert_close(SCHEDULE.carry(there, eps, t, s), x)
 
 
 @pytest.mark.parametrize(("solver", "exact"), [("ddim", False), ("adaptive", True), ("anderson", True)])
@@ -202,9 +202,9 @@ def test_sampling_back_returns_to_x0_from_solved_states_only(solver, exact):
     visits = list(renoise_visits(batch))
     if exact:
         assert max(float(visit.solved_S.max()) for visit in visits) < 1e-4
-    x, alphas = visits[-1].x_SChw, family.process.scheduler.alphas_cumprod
+    x, alphas = visits[-1].x_SChw, family.noise_schedule.scheduler.alphas_cumprod
     for visit in reversed(visits):
-        eps = batch.predicted_noise(x, visit.t_S, visit.rows_S)
+        eps = batch.predicted_direction(x, visit.t_S, visit.rows_S)
         now, before = (alphas[t.clamp_min(0)].reshape(-1, 1, 1, 1) for t in (visit.t_S, visit.origin[1]))
         predicted_x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
         x = before.sqrt() * predicted_x0 + (1 - before).sqrt() * eps

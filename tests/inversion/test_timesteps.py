@@ -11,18 +11,17 @@ from diffusers import DDIMScheduler
 
 from smpo_common.errors import UserError
 from smpo_models.draws import trajectory_stream
-from smpo_models.noise_schedule import VariancePreserving
+from smpo_models.variance_preserving import VariancePreserving
 from smpo_pipeline.inversion import timesteps
-from smpo_pipeline.inversion.step import carry
 from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_schemas.inversion_settings import InversionSettings
 
-PROCESS = VariancePreserving(DDIMScheduler())
+SCHEDULE = VariancePreserving(DDIMScheduler())
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def nodes(trajectory: int, process: VariancePreserving = PROCESS, **settings) -> list[int]:
-    return list(plan_trajectory(InversionSettings(**settings), process, 0, "pair", trajectory).nodes)
+def nodes(trajectory: int, schedule: VariancePreserving = SCHEDULE, **settings) -> list[int]:
+    return list(plan_trajectory(InversionSettings(**settings), schedule, 0, "pair", trajectory, tokens=64).nodes)
 
 
 def zero_terminal_snr(**more) -> VariancePreserving:
@@ -64,13 +63,15 @@ def test_the_grid_takes_as_many_as_the_scheduler():
 
 def test_draws_of_an_ordinary_schedule_are_what_they_always_were():
     """Stored trajectories depend on them: strata of 1 .. 999, as they were before pure noise was left out."""
-    process = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
+    schedule = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
     for trajectory in range(50):
         stream = trajectory_stream(0, "pair", trajectory, "timesteps")
-        assert nodes(trajectory, process) == [1 + int((i + u) / 9 * 999) for i, u in enumerate(stream.random(9))]
+        assert nodes(trajectory, schedule) == [1 + int((i + u) / 9 * 999) for i, u in enumerate(stream.random(9))]
         t = int(trajectory_stream(0, "pair", trajectory, "timesteps").integers(1000))
-        assert plan_trajectory(InversionSettings(timesteps="published"), process, 0, "pair", trajectory).used_at == (t,)
-    assert nodes(0, process, timesteps="grid") == list(range(1, 1000, 111))
+        assert plan_trajectory(
+            InversionSettings(timesteps="published"), schedule, 0, "pair", trajectory, tokens=64
+        ).used_at == (t,)
+    assert nodes(0, schedule, timesteps="grid") == list(range(1, 1000, 111))
     trailing = VariancePreserving(DDIMScheduler(**_SD, timestep_spacing="trailing"))
     assert nodes(0, trailing, timesteps="grid", steps=4) == [249, 499, 749, 999]
 
@@ -92,10 +93,10 @@ def test_draws_of_an_ordinary_schedule_are_what_they_always_were():
     ],
 )
 def test_published_goes_to_the_first_node_at_or_above_t_asking_where_steps_start(monkeypatch, t, steps, visited):
-    process = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
+    schedule = VariancePreserving(DDIMScheduler(**_SD, set_alpha_to_one=False))
     stream = SimpleNamespace(integers=lambda stop: t if stop == 1000 else None)
     monkeypatch.setattr(timesteps, "trajectory_stream", lambda *_: stream)
-    plan = plan_trajectory(InversionSettings(timesteps="published", steps=steps), process, 0, "pair", 0)
+    plan = plan_trajectory(InversionSettings(timesteps="published", steps=steps), schedule, 0, "pair", 0, tokens=64)
     assert (plan.nodes, plan.used_at) == (visited, (t,))
     starts = {5: (-199, 1, 201, 401, 601), 10: (-99, 1, 101, 201, 301, 401, 501, 601, 701, 801)}[steps]
     assert plan.asked_at == starts[: len(visited)]
@@ -107,8 +108,8 @@ def test_no_trajectory_steps_to_pure_noise():
     assert {len(each) for each in drawn} == {200}
     assert max(t for each in drawn for t in each) == 998
     for spacing, kept in (("trailing", [249, 499, 749]), ("linspace", [0, 333, 666]), ("leading", [1, 251, 501, 751])):
-        process = zero_terminal_snr(timestep_spacing=spacing)
-        assert nodes(0, process, timesteps="grid", steps=4) == kept
+        schedule = zero_terminal_snr(timestep_spacing=spacing)
+        assert nodes(0, schedule, timesteps="grid", steps=4) == kept
     for trajectory in range(50):
         assert 999 not in nodes(trajectory, zero_terminal_snr(timestep_spacing="trailing"), timesteps="published")
 
@@ -121,7 +122,7 @@ def test_a_trajectory_to_pure_noise_alone_is_refused():
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_at_pure_noise_every_state_is_a_fixed_point(prediction_type):
     """Why no trajectory steps there."""
-    process = zero_terminal_snr(prediction_type=prediction_type)
+    schedule = zero_terminal_snr(prediction_type=prediction_type)
     x, output = torch.randn(2, 3, 4, 8, 8)
     s, t = torch.full((3,), 800), torch.full((3,), 999)
-    torch.testing.assert_close(carry(process, torch.randn(3, 4, 8, 8), process.noise_in(output, x, t), s, t), x)
+    torch.testing.assert_close(schedule.carry(torch.randn(3, 4, 8, 8), schedule.noise_in(output, x, t), s, t), x)

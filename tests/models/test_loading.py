@@ -25,7 +25,8 @@ from transformers import CLIPTokenizer
 from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import families, load_family, load_inverting_denoiser
-from smpo_models.noise_schedule import START, VariancePreserving
+from smpo_models.noise_schedule import START
+from smpo_models.variance_preserving import VariancePreserving
 from tests.tiny import make_tiny_model, make_tiny_vae, make_tiny_xl
 
 
@@ -62,35 +63,35 @@ def test_missing_parts_and_foreign_models_are_one_line(folder, tmp_path):
         load_family(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="holds no denoiser"):
         load_family(str(folder), ("denoiser",), denoiser=tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UserError, match="is a FluxPipeline; known: StableDiffusion"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "MochiPipeline"}')
+    with pytest.raises(UserError, match="is a MochiPipeline; known: .*StableDiffusionPipeline"):
         load_family(str(tmp_path))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_process_by_hand(prediction_type):
+def test_the_noise_schedule_by_hand(prediction_type):
     scheduler = DDIMScheduler(prediction_type=prediction_type, set_alpha_to_one=False)
-    process = VariancePreserving(scheduler)
+    schedule = VariancePreserving(scheduler)
     x0, noise = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
     t_B = torch.tensor([0, 500, 999])
     a = scheduler.alphas_cumprod.double()[t_B].sqrt().reshape(-1, 1, 1, 1)
     s = (1 - a**2).sqrt()
-    x_t = process.noised(x0, noise, t_B)
+    x_t = schedule.noised(x0, noise, t_B)
     torch.testing.assert_close(x_t, a * x0 + s * noise)
     target = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[prediction_type]
-    torch.testing.assert_close(process.target(x0, noise, t_B), target)
-    torch.testing.assert_close(process.noise_in(target, x_t, t_B), noise)
-    first, _ = process.levels(torch.tensor([START, -199]), x0)
+    torch.testing.assert_close(schedule.target(x0, noise, t_B), target)
+    torch.testing.assert_close(schedule.noise_in(target, x_t, t_B), noise)
+    first, _ = schedule.levels(torch.tensor([START, -199]), x0)
     torch.testing.assert_close(first.flatten(), scheduler.alphas_cumprod[[0, 0]].double().sqrt())
     one, zero = VariancePreserving(DDIMScheduler(set_alpha_to_one=True)).levels(torch.tensor([START]), x0)
     assert (float(one), float(zero)) == (1, 0)
-    assert process.fingerprint() != VariancePreserving(DDIMScheduler(beta_start=0.001)).fingerprint()
+    assert schedule.fingerprint() != VariancePreserving(DDIMScheduler(beta_start=0.001)).fingerprint()
 
 
 @pytest.mark.parametrize("steps", [1, 9, 61, 122, 244, 1000])
 def test_a_trailing_grid_has_as_many_timesteps_as_asked_for(steps):
     """By integers alone: T - i T / n for i = 0 .. n - 1, rounded, less 1."""
-    grid = VariancePreserving(DDIMScheduler(timestep_spacing="trailing")).grid(steps)
+    grid = VariancePreserving(DDIMScheduler(timestep_spacing="trailing")).grid(steps, 64)
     wanted = [round(Fraction(1000 * (steps - i), steps)) - 1 for i in range(steps)]
     assert grid == wanted[::-1]
 
@@ -106,7 +107,7 @@ def test_prompts_that_are_too_long_are_known(folder):
 def test_stable_diffusion_2_is_known_by_the_width_of_its_text(folder, tmp_path):
     sd2 = load_family(str(make_tiny_model(tmp_path / "sd2", "v_prediction", text_width=1024)))
     assert (load_family(str(folder), ()).kind, sd2.kind) == ("sd15", "sd2")
-    assert sd2.process.prediction_type == "v_prediction"
+    assert sd2.noise_schedule.prediction_type == "v_prediction"
     conditioning = sd2.condition(["a cat", ""], [(32, 32)] * 2, [(0, 0)] * 2)
     assert conditioning.text_BLD.shape == (2, 24, 1024)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
@@ -127,9 +128,9 @@ def test_images_are_encoded_some_at_a_time(folder, monkeypatch):
     calls, encode = [], family.vae.encode
     monkeypatch.setattr(family.vae, "encode", lambda part: calls.append(len(part)) or encode(part))
     whole = family.posterior(pixels)
-    monkeypatch.setattr("smpo_models.unet_family.ENCODED_PIXELS", 2 * 32 * 64 + 7)
+    monkeypatch.setattr("smpo_models.autoencoder.ENCODED_PIXELS", 2 * 32 * 64 + 7)
     parts = family.posterior(pixels)
-    monkeypatch.setattr("smpo_models.unet_family.ENCODED_PIXELS", 1)
+    monkeypatch.setattr("smpo_models.autoencoder.ENCODED_PIXELS", 1)
     alone = family.posterior(pixels)
     assert calls == [5, 2, 2, 1, 1, 1, 1, 1, 1]
     # The same but for the rounding of float32, which other batches sum in another order.
@@ -151,7 +152,12 @@ def test_a_family_moves_with_all_its_parts(tmp_path, make):
 
 
 def test_every_family_is_found():
-    assert families().keys() == {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
+    assert families().keys() == {
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+    }
 
 
 @pytest.mark.parametrize("make", [make_tiny_model, make_tiny_xl])
@@ -213,7 +219,10 @@ def test_a_scheduler_without_betas_is_one_line(folder, tmp_path, kind, converted
 def test_schedulers_of_the_same_process_are_one(folder, tmp_path, kind):
     model = shutil.copytree(folder, tmp_path / "model")
     kind.from_config(DDIMScheduler.load_config(folder / "scheduler")).save_pretrained(model / "scheduler")
-    assert load_family(str(model), ()).process.fingerprint() == load_family(str(folder), ()).process.fingerprint()
+    assert (
+        load_family(str(model), ()).noise_schedule.fingerprint()
+        == load_family(str(folder), ()).noise_schedule.fingerprint()
+    )
 
 
 def test_an_older_vae_config_without_scaling_factor_fits(folder, tmp_path):

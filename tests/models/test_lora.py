@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
 from smpo_common.errors import UserError
 from smpo_models.lora import check_lora, fuse_lora
 from tests.tiny import make_tiny_model, make_tiny_unet
+from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
 
 _RANK = 2
 _ALPHA = 1.5
@@ -120,3 +121,39 @@ def test_a_lora_for_another_architecture_does_not_fit(unet, tmp_path):
         check_lora(
             tmp_path / "lora.safetensors", make_tiny_unet(cross_attention_dim=64).config, "--inverting-unet x", "M"
         )
+
+
+@pytest.mark.parametrize("make", [make_tiny_sd3, make_tiny_flux])
+def test_a_transformers_lora_is_added_as_its_pipeline_does(tmp_path, make):
+    """W + up down; in diffusers' format alone, whose names begin with ``transformer``."""
+    pipeline = DiffusionPipeline.from_pretrained(make(tmp_path / "model"))
+    transformer = pipeline.transformer
+    before = {name: weight.clone() for name, weight in transformer.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    layers = {
+        name: (
+            torch.randn(_RANK, module.in_features, generator=generator),
+            torch.randn(module.out_features, _RANK, generator=generator),
+        )
+        for name, module in transformer.named_modules()
+        if name.endswith(("attn.to_q", "attn.add_k_proj", "attn.to_out.0"))
+    }
+    saved = {}
+    for name, (down, up) in layers.items():
+        saved |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    type(pipeline).save_lora_weights(tmp_path, transformer_lora_layers=saved)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    fuse_lora(transformer, file, "--inverting-unet x", "--model y")
+    for name, weight in transformer.state_dict().items():
+        down, up = layers.get(name.removesuffix(".weight"), (None, None))
+        expected = before[name] if down is None or not name.endswith(".weight") else before[name] + up @ down
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    stock.load_lora_weights(str(tmp_path))
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    for name, weight in stock.transformer.state_dict().items():
+        torch.testing.assert_close(weight, transformer.state_dict()[name], rtol=1e-5, atol=1e-6)
+    kohya_file(file, layers)
+    with pytest.raises(UserError, match=r"--inverting-unet x: its layers are named otherwise than .*transformer\.\*"):
+        fuse_lora(transformer, file, "--inverting-unet x", "--model y")

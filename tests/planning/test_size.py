@@ -89,7 +89,7 @@ def test_bytes_equal_those_written(family, tmp_path, changes):
 @pytest.mark.parametrize("changes", [{}, {"states": 2, "trajectories": 2, "storage": "bfloat16"}], ids=str)
 def test_a_tar_of_the_pairs_that_fit_has_about_the_requested_size(family, tmp_path, changes):
     settings = InversionSettings(**{"steps": 4, "source": "forward", **changes})
-    count = pairs_that_fit(200_000, family.latent_shape(IMAGE_SIDE, IMAGE_SIDE), settings, family.process)
+    count = pairs_that_fit(200_000, family.latent_shape(IMAGE_SIDE, IMAGE_SIDE), settings, family.noise_schedule)
     requests = [
         (dataclasses.replace(PAIRS[0], pair_id=str(number)), trajectory)
         for number in range(count)
@@ -100,7 +100,7 @@ def test_a_tar_of_the_pairs_that_fit_has_about_the_requested_size(family, tmp_pa
         for number, sample in enumerate(samples):
             shard.write(f"{number:010d}", sample)
     assert 190_000 < shard.entry.bytes < 210_000
-    assert pairs_that_fit(1, family.latent_shape(IMAGE_SIDE, IMAGE_SIDE), settings, family.process) == 1
+    assert pairs_that_fit(1, family.latent_shape(IMAGE_SIDE, IMAGE_SIDE), settings, family.noise_schedule) == 1
 
 
 def test_shards_and_their_padding_by_hand():

@@ -11,7 +11,7 @@ from smpo_common.errors import UserError
 from smpo_common.options import fields_of
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_models.noise_schedule import Process
+from smpo_models.noise_schedule import NoiseSchedule
 from smpo_trainer.data.bucketed_order import group_size
 from smpo_trainer.monitoring.trackers import import_wandb
 from smpo_trainer.objectives import Objective, code_fingerprint, find_objective
@@ -50,10 +50,10 @@ class Experiment:
         """Whether the loss depends on the reference. If not, the reference only serves the metrics."""
         return self.objective.uses_reference or self.settings.loss.budget is not None
 
-    def pair_loss(self, process: Process) -> PairLoss:
+    def pair_loss(self, schedule: NoiseSchedule) -> PairLoss:
         """Combine the objective with timestep weights, budget and pair weights."""
         loss = self.settings.loss
-        return PairLoss(self.objective, process, self.weighting, loss.budget, loss.budget_weight)
+        return PairLoss(self.objective, schedule, self.weighting, loss.budget, loss.budget_weight)
 
     def _group(self, states_per_step: int) -> dict[str, int]:
         # With several image sizes, the order of states depends on the size of the groups of one shape.

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from smpo_common.errors import UserError
 from smpo_common.run_lock import hold
 from smpo_models.family import Family
-from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER
+from smpo_schemas.trained_model import LORA_FILE
 from smpo_trainer.data.bucketed_order import group_size, make_order
 from smpo_trainer.data.loader import Feed, StateDataset
 from smpo_trainer.data.order import Batching
@@ -122,7 +122,7 @@ def _train(
         return loop.stopped_by
     summary = training_summary(experiment, policy, batching, identity)
     on_main(accelerator, lambda: output.finish({**summary, "warnings": loop.health.warnings, "metrics": last}))
-    console.say(f"saved {settings.out / (LORA_FILE if policy.lora_rank else UNET_FOLDER)}")
+    console.say(f"saved {settings.out / (LORA_FILE if policy.lora_rank else policy.family.denoiser_folder)}")
     console.say(f"next: {evaluation_command(experiment)}")
     return 0
 

@@ -68,7 +68,7 @@ class TrainLoop:
             warmup_steps=self._settings.optimizer.warmup_steps,
             states_per_step=feed.batching.states_per_step,
             num_held_out=held_out.num_states if held_out else 0,
-            num_train_timesteps=policy.family.process.num_train_timesteps,
+            num_train_timesteps=policy.family.noise_schedule.num_train_timesteps,
             uses_reference=experiment.objective.uses_reference,
         )
 

@@ -58,7 +58,7 @@ class Trainer:
     def __init__(self, experiment: Experiment, policy: Policy, batching: Batching, accelerator: Accelerator) -> None:
         """Prepare the first step."""
         settings = experiment.settings
-        self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.process)
+        self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.noise_schedule)
         self._policy, self._batching, self._accelerator = policy, batching, accelerator
         if settings.compute.gradient_checkpointing:
             policy.denoiser.enable_gradient_checkpointing()
@@ -153,7 +153,7 @@ class Trainer:
         preferred_B = self._pair_loss.objective.preferred(pairs)
         metrics["error_minus_reference/chosen"] = select_preferred(difference_B2, preferred_B)
         metrics["error_minus_reference/rejected"] = select_preferred(difference_B2, -preferred_B)
-        return loss_B, metrics | by_band(metrics, batch.timestep_B, family.process.num_train_timesteps)
+        return loss_B, metrics | by_band(metrics, batch.timestep_B, family.noise_schedule.num_train_timesteps)
 
     def _update(self, step: int, losses: Losses) -> float:
         """Clip the gradient and step if all losses and gradients are finite; return the norm before clipping."""

@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_models.family import Conditioning
 from smpo_models.unet_family import UNetFamily
-from smpo_models.weights import load_weights
 
 _OPENCLIP_H_WIDTH = 1024
 """Width of SD 2.x's text encoder; SD 1.x's is 768."""
@@ -22,26 +21,17 @@ class StableDiffusion(UNetFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
 
-    def _kind(self, unet_config: dict[str, Any]) -> str:
-        return "sd2" if unet_config["cross_attention_dim"] == _OPENCLIP_H_WIDTH else "sd15"
+    def _kind(self, config: Mapping[str, Any]) -> str:
+        return "sd2" if config["cross_attention_dim"] == _OPENCLIP_H_WIDTH else "sd15"
 
     def _load_text(self) -> Sequence[nn.Module]:
-        self._tokenizers = [self._load_tokenizer("tokenizer")]
-        return [
-            load_weights(
-                CLIPTextModel.from_pretrained,
-                self._model,
-                self._what,
-                variant=self._variant,
-                subfolder="text_encoder",
-                dtype=torch.float32,
-            )
-        ]
+        self._tokenizers = [self._load_tokenizer(CLIPTokenizer, "tokenizer")]
+        return [self._load_encoder(CLIPTextModel, "text_encoder")]
 
     @torch.no_grad()
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """See the base class."""
-        return {"text": self.text_modules[0](self._tokens(self._tokenizers[0], prompts))[0]}
+        return {"text": self.text_modules[0](self._tokens(0, prompts))[0]}
 
     def conditioning(
         self,

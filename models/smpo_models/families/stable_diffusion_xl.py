@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from torch.nn import functional
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from smpo_models.clip_text import pooled_in_float64
 from smpo_models.family import Conditioning
 from smpo_models.unet_family import UNetFamily
-from smpo_models.weights import load_part, load_weights
+from smpo_models.weights import load_part
 
 
 class StableDiffusionXL(UNetFamily):
@@ -24,27 +24,17 @@ class StableDiffusionXL(UNetFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
 
-    def _kind(self, unet_config: dict[str, Any]) -> str:  # noqa: ARG002
+    def _kind(self, config: Mapping[str, Any]) -> str:  # noqa: ARG002
         return "sdxl"
 
     def _load_text(self) -> Sequence[nn.Module]:
         index = load_part(DiffusionPipeline.load_config, self._model, self._what)
         self._zeros_for_empty = bool(index.get("force_zeros_for_empty_prompt", True))
-        self._tokenizers = [self._load_tokenizer(name) for name in ("tokenizer", "tokenizer_2")]
-        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        encoders = [
-            load_weights(
-                kind.from_pretrained,
-                self._model,
-                self._what,
-                variant=self._variant,
-                subfolder=name,
-                dtype=torch.float32,
-            )
-            for name, kind in kinds.items()
+        self._tokenizers = [self._load_tokenizer(CLIPTokenizer, name) for name in ("tokenizer", "tokenizer_2")]
+        return [
+            self._load_encoder(CLIPTextModel, "text_encoder"),
+            pooled_in_float64(self._load_encoder(CLIPTextModelWithProjection, "text_encoder_2")),
         ]
-        encoders[1].text_projection.register_forward_hook(_project_in_float64)
-        return encoders
 
     def settings(self) -> dict[str, Any]:
         """See the base class."""
@@ -58,8 +48,8 @@ class StableDiffusionXL(UNetFamily):
         ``force_zeros_for_empty_prompt`` says so, as the published model does, and ``encodes_empty_prompt`` is off.
         """
         states = [
-            encoder(self._tokens(tokenizer, prompts), output_hidden_states=True)
-            for encoder, tokenizer in zip(self.text_modules, self._tokenizers, strict=True)
+            encoder(self._tokens(number, prompts), output_hidden_states=True)
+            for number, encoder in enumerate(self.text_modules)
         ]
         text_NLD = torch.cat([state.hidden_states[-2] for state in states], dim=-1)
         pooled_ND = states[1].text_embeds
@@ -86,8 +76,3 @@ class StableDiffusionXL(UNetFamily):
             "text_embeds": conditioning.added["text_embeds"],
             "time_ids": torch.cat([origin_B4, target_B2], dim=1),
         }
-
-
-def _project_in_float64(projection: nn.Linear, inputs: tuple[torch.Tensor], _output: torch.Tensor) -> torch.Tensor:
-    """The pooled embedding, rounded once: float32 products of so few rows have other last bits in other batches."""
-    return functional.linear(inputs[0].double(), projection.weight.double()).float()

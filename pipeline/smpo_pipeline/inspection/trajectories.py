@@ -47,7 +47,7 @@ def load_decoder(manifest: Manifest, model: str | None, vae: str | None, device:
             f"no contact sheet: {vae or source} has another VAE than these shards: "
             "name the right one with --model or --vae"
         )
-    if family.process.fingerprint() != manifest.model.scheduler:
+    if family.noise_schedule.fingerprint() != manifest.model.scheduler:
         raise UserError(
             f"no contact sheet: {source} has another noise schedule than these shards; name the right one with --model"
         )
@@ -72,7 +72,7 @@ def _card(sample: Sample, family: Family) -> Image.Image:
     for number in (0, 1):
         noise_KChw = noise_K2Chw[:, number]
         x0_KChw = x0_2Chw[number].expand_as(noise_KChw)
-        states_KChw = family.process.noised(x0_KChw, noise_KChw, t_K)
+        states_KChw = family.noise_schedule.noised(x0_KChw, noise_KChw, t_K)
         decoded = _decode(family, torch.cat([x0_2Chw[number : number + 1], states_KChw]))
         rows.append(sheet.row([sheet.tile(image, _TILE) for image in decoded]))
         scores = [f"{name} {values[number]:.3g}" for name, values in sample.meta.scores.items()]

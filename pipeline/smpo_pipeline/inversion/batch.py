@@ -99,7 +99,9 @@ def draw_trajectory(
     return Trajectory(
         pair=pair,
         number=number,
-        plan=plan_trajectory(settings, family.process, seed, pair.pair_id, number),
+        plan=plan_trajectory(
+            settings, family.noise_schedule, seed, pair.pair_id, number, tokens=family.num_tokens(*pair.image_size)
+        ),
         flipped=settings.hflip and bool(stream("flip").random() < 0.5),  # noqa: PLR2004  (an even coin)
         dropped=bool(stream("dropout").random() < settings.prompt_dropout),
         size=(told, told) if constant else pair.size,
@@ -145,7 +147,7 @@ class Batch:
         settings: InversionSettings,
     ) -> None:
         self.trajectories, self.family, self.settings = trajectories, family, settings
-        self.process = family.process
+        self.noise_schedule = family.noise_schedule
         self._inverting_denoiser = inverting_denoiser
         self.device = next(inverting_denoiser.parameters()).device
         self.x0_RChw = self._latents()
@@ -177,12 +179,12 @@ class Batch:
         )
 
     def rows_at(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows that have an ``index``-th node, its timestep, and where the step to it asks: int64 [S]."""
+        """Return the rows that have an ``index``-th node (int64), its timestep, and where the step to it asks: [S]."""
         active = [(row, trajectory.plan) for row, trajectory in self._rows() if index < len(trajectory.plan.nodes)]
         return (
             self._indices([row for row, _ in active]),
-            self._indices([plan.nodes[index] for _, plan in active]),
-            self._indices([plan.asked_at[index] for _, plan in active]),
+            self._timesteps([plan.nodes[index] for _, plan in active]),
+            self._timesteps([plan.asked_at[index] for _, plan in active]),
         )
 
     def stored_at(self, index: int, rows_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +195,7 @@ class Batch:
             for position, trajectory in enumerate(by_row[row] for row in rows_S.tolist())
             if index in trajectory.plan.stored
         ]
-        return self._indices([position for position, _ in kept]), self._indices([t for _, t in kept])
+        return self._indices([position for position, _ in kept]), self._timesteps([t for _, t in kept])
 
     def _rows(self) -> list[tuple[int, Trajectory]]:
         return [
@@ -205,17 +207,20 @@ class Batch:
     def _indices(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
-    def predicted_noise(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
-        """Predict the noise in ``x`` at ``t`` by the inverting denoiser, with guidance (arXiv 2207.12598)."""
-        conditional = self._noise(x_SChw, t_S, self.conditioning[rows_S])
+    def _timesteps(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=self.noise_schedule.timestep_dtype, device=self.device)
+
+    def predicted_direction(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
+        """Return the inverting denoiser's direction at (x, t), with guidance (arXiv 2207.12598): [S, C, h, w]."""
+        conditional = self._direction(x_SChw, t_S, self.conditioning[rows_S])
         if self._unconditional is None:
             return conditional
-        unconditional = self._noise(x_SChw, t_S, self._unconditional[rows_S])
+        unconditional = self._direction(x_SChw, t_S, self._unconditional[rows_S])
         return unconditional + self.settings.guidance_scale * (conditional - unconditional)
 
-    def _noise(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def _direction(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         output = self.family.denoise(self._inverting_denoiser, x_SChw, t_S, conditioning)
-        return self.process.noise_in(output, x_SChw, t_S)
+        return self.noise_schedule.direction(output, x_SChw, t_S)
 
     def noise_a_pair(self, purpose: str) -> torch.Tensor:
         """One Gaussian noise a trajectory, the same for both images: [R, C, h, w]."""

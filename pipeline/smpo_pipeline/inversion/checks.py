@@ -7,18 +7,20 @@ from smpo_models.family import Family
 from smpo_pipeline.images.buckets import Size, bucket_sizes
 from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import FLOW
 
 
 def check_settings(family: Family, model: str, resolution: int | None, settings: InversionSettings) -> int:
-    """The resolution to use, in pixels.
+    """Return the resolution to use, in pixels.
 
     Raises:
         UserError: the model cannot be inverted with these settings.
     """
     chosen = resolution or family.resolution()
-    if chosen % family.resolution_multiple():
-        raise UserError(f"--resolution {chosen}: {model} needs a multiple of {family.resolution_multiple()}")
-    start, last = settings.start, family.process.num_train_timesteps
+    _check_resolution(family, model, chosen, settings)
+    if family.noise_schedule.prediction_type == FLOW:
+        _refuse_of_flow(model, settings)
+    start, last = settings.start, family.noise_schedule.num_train_timesteps
     if isinstance(start, int) and not 0 <= start < last:
         raise UserError(f"--start {start}: {model} has timesteps 0 to {last - 1}")
     if isinstance(start, int) and settings.timesteps == "published":
@@ -27,12 +29,53 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
         raise UserError(
             f"--states {settings.states}: a trajectory of --timesteps published has one state; leave it out"
         )
-    plan_trajectory(settings, family.process, 0, "", 0)  # refuses what no trajectory can be planned with
+    # Refuses what no trajectory can be planned with.
+    plan_trajectory(settings, family.noise_schedule, 0, "", 0, tokens=family.num_tokens(chosen, chosen))
     return chosen
 
 
+def _check_resolution(family: Family, model: str, chosen: int, settings: InversionSettings) -> None:
+    """Check that the denoiser can be used at this resolution, and at the sizes about it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if chosen % family.resolution_multiple():
+        raise UserError(f"--resolution {chosen}: {model} needs a multiple of {family.resolution_multiple()}")
+    smallest, largest = family.resolution_limits()
+    if chosen < smallest:
+        raise UserError(
+            f"--resolution {chosen}: {model} was made for images of {family.resolution()} pixels, and makes none worth "
+            f"learning from below {smallest}"
+        )
+    side = max(side for size in sizes_of_images(family, chosen, settings) for side in size)
+    if largest is not None and side > largest:
+        raise UserError(
+            f"--resolution {chosen}: images would have up to {side} pixels a side, {model} knows no positions beyond "
+            f"{largest}; take a smaller one" + (", or leave out --buckets" if settings.buckets else "")
+        )
+
+
+def _refuse_of_flow(model: str, settings: InversionSettings) -> None:
+    """Refuse what only the schedules of variance-preserving models define.
+
+    Raises:
+        UserError: the settings ask for it.
+    """
+    if settings.timesteps == "published":
+        raise UserError(
+            f"--timesteps published: the published code takes states from DDIM's grid of whole timesteps; {model} is a "
+            "flow model, which has none; use --timesteps jittered or grid"
+        )
+    if settings.eta:
+        raise UserError(
+            f"--eta {settings.eta:g}: it is in standard deviations of DDIM's posterior; {model} is a flow model, "
+            "which has none; leave it out"
+        )
+
+
 def sizes_of_images(family: Family, resolution: int, settings: InversionSettings) -> tuple[Size, ...]:
-    """The sizes that images may be brought to: the square alone, or with ``--buckets`` others of about its area."""
+    """Return the sizes that images may be brought to: the square, or with ``--buckets`` others of its area, too."""
     if settings.buckets:
         return bucket_sizes(resolution, family.resolution_multiple())
     return ((resolution, resolution),)

@@ -104,7 +104,7 @@ class HealthSums:
         self._add(t_S.cpu()[~solved_S.cpu().isnan()], num_train_timesteps, rows_SF)
 
     def _add(self, t_S: torch.Tensor, num_train_timesteps: int, rows_SF: torch.Tensor) -> None:
-        np.add.at(self._sums_BF, (t_S.cpu() * NUM_BANDS // num_train_timesteps).numpy(), rows_SF.numpy())
+        np.add.at(self._sums_BF, (t_S.cpu() * NUM_BANDS // num_train_timesteps).long().numpy(), rows_SF.numpy())
 
     def bands(self, num_train_timesteps: int) -> list[BandHealth]:
         """The measures, by band; None where a band holds no state."""

@@ -14,18 +14,19 @@ from torch import nn
 
 from smpo_models.draws import gaussian
 from smpo_models.family import Conditioning, Family
+from smpo_models.noise_schedule import NoiseSchedule
 from smpo_models.weights import DTYPES
 from smpo_pipeline.inversion.arithmetic import narrow_products, narrowed
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.sources import SOURCES
-from smpo_pipeline.inversion.step import carry, distance
+from smpo_pipeline.inversion.step import distance
 from smpo_pipeline.isolation import Failure
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.shards.samples import STORAGE, Sample
 
-_State = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
+_State = tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]
 """Of one image at one stored state: timestep, tau [C, h, w] as it is stored, reference error and residual (scalars)."""
 
 
@@ -85,7 +86,9 @@ class Inverter:
         for visit in SOURCES[self._settings.source](batch):
             self._store(batch, visit, states, health)
         samples = [
-            _sample(trajectory, batch.x0_RChw[2 * i : 2 * i + 2], states[2 * i], states[2 * i + 1])
+            _sample(
+                trajectory, batch.noise_schedule, batch.x0_RChw[2 * i : 2 * i + 2], states[2 * i], states[2 * i + 1]
+            )
             for i, trajectory in enumerate(trajectories)
         ]
         return samples, health
@@ -95,21 +98,21 @@ class Inverter:
         positions_S, t_S = batch.stored_at(visit.index, visit.rows_S)
         if len(positions_S) == 0:
             return
-        process, rows_S = batch.process, visit.rows_S[positions_S]
+        schedule, rows_S = batch.noise_schedule, visit.rows_S[positions_S]
         x0 = batch.x0_RChw[rows_S]
-        a, s = process.levels(t_S, x0)
+        a, s = schedule.levels(t_S, x0)
         known = visit.noise_SChw
         tau = (visit.x_SChw[positions_S] - a * x0) / s if known is None else known[positions_S]
         tau = tau.to(STORAGE[self._settings.storage])
         # From here on the stored, rounded state: the very one that the trainer rebuilds.
-        x_t = process.noised(x0, tau.float(), t_S)
+        x_t = schedule.noised(x0, tau.float(), t_S)
         output = self._refer(x_t, t_S, batch.conditioning[rows_S])
-        ref_error = (output - process.target(x0, tau.float(), t_S)).square().mean((1, 2, 3))
-        predicted = process.noise_in(output, x_t, t_S)
-        residual = self._residual(batch, visit, positions_S, t_S, predicted)
+        ref_error = (output - schedule.target(x0, tau.float(), t_S)).square().mean((1, 2, 3))
+        predicted = schedule.noise_in(output, x_t, t_S)
+        residual = self._residual(batch, visit, positions_S, t_S, schedule.direction(output, x_t, t_S))
         self._measure(batch, rows_S, t_S, predicted, tau, residual, health)
         if visit.solved_S is not None:
-            last = process.num_train_timesteps
+            last = schedule.num_train_timesteps
             health.count_solved(t_S, last, visit.solved_S[positions_S], self._settings.tolerance)
         for row, t, *state in zip(
             rows_S.tolist(), t_S.tolist(), tau.cpu(), ref_error.cpu(), residual.cpu(), strict=True
@@ -127,15 +130,14 @@ class Inverter:
         visit: Visit,
         positions_S: torch.Tensor,
         used_at_S: torch.Tensor,
-        predicted: torch.Tensor,
+        referred: torch.Tensor,
     ) -> torch.Tensor:
-        """||x_t - F(x_s, eps(x_t, t))|| / ||x_t|| of each state, NaN where no step was taken: float32 [S].
+        """Return ||x_t - F(x_s, d(x_t, t))|| / ||x_t|| of each state, NaN where no step was taken: float32 [S].
 
-        eps is the inverting denoiser's, at the timestep that the step asked it at: the residual says how well that
-        step's equation was solved. No evaluation is spent on it where the solver found it on the way; nor where the
-        inverting denoiser is the
-        reference, unguided, and the state is used at that timestep: the forward that measured ``ref_error`` is then
-        this one (its input is rounded to what is stored).
+        d is the inverting denoiser's direction, at the timestep that the step asked it at: the residual says how well
+        that step's equation was solved. It costs no evaluation where the solver knows it, nor where the inverting
+        denoiser is the reference, unguided, and the state is used at that timestep: the forward that measured
+        ``ref_error`` (``referred`` is its direction) is then this one, with its input rounded to what is stored.
         """
         residual = torch.full((len(positions_S),), torch.nan, device=batch.device)
         if visit.origin is None:
@@ -145,8 +147,8 @@ class Inverter:
         x_s, s, asked, stepped = (value[positions_S] for value in visit.origin)
         rows, node, x_t = (value[positions_S] for value in (visit.rows_S, visit.t_S, visit.x_SChw))
         own = self._reference_inverts and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
-        eps = predicted if own else batch.predicted_noise(x_t, asked, rows)
-        return torch.where(stepped, distance(x_t, carry(batch.process, x_s, eps, s, node)), residual)
+        direction = referred if own else batch.predicted_direction(x_t, asked, rows)
+        return torch.where(stepped, distance(x_t, batch.noise_schedule.carry(x_s, direction, s, node)), residual)
 
     def _measure(
         self,
@@ -172,15 +174,15 @@ class Inverter:
             noise = torch.stack(
                 [_health_noise(batch, row, t) for row, t in zip(rows.tolist(), t.tolist(), strict=True)]
             )
-            x_t = batch.process.noised(x0, noise.to(batch.device), t)
+            x_t = batch.noise_schedule.noised(x0, noise.to(batch.device), t)
             output = self._refer(x_t, t, batch.conditioning[rows])
-            forward = batch.process.noise_in(output, x_t, t)
+            forward = batch.noise_schedule.noise_in(output, x_t, t)
         # A pair whose numbers overflow is rejected in the end; it must not make the sums of the others NaN before.
         finite = [torch.isfinite(each).flatten(1).all(1) for each in (predicted, forward, tau[measured])]
         kept = torch.stack(finite).all(0)
         health.add(
             t[kept],
-            batch.process.num_train_timesteps,
+            batch.noise_schedule.num_train_timesteps,
             predicted_SChw=predicted[kept],
             forward_SChw=forward[kept],
             tau_SChw=tau[measured][kept],
@@ -188,13 +190,15 @@ class Inverter:
         )
 
 
-def _health_noise(batch: Batch, row: int, t: int) -> torch.Tensor:
+def _health_noise(batch: Batch, row: int, t: float) -> torch.Tensor:
     """Fresh noise [C, h, w] for one image at one timestep, whatever else is in the batch."""
     stream = batch.trajectories[row // 2].stream(f"health/{row % 2}/{t}")
     return gaussian(stream, tuple(batch.x0_RChw.shape[1:]))
 
 
-def _sample(trajectory: Trajectory, x0_2Chw: torch.Tensor, *images: list[_State]) -> Sample | Failure:
+def _sample(
+    trajectory: Trajectory, schedule: NoiseSchedule, x0_2Chw: torch.Tensor, *images: list[_State]
+) -> Sample | Failure:
     """Put both images' states together, or say why they cannot be stored."""
     stored = [torch.stack([torch.stack(each) for each in column]) for column in _columns(images)]
     noise_2KChw, ref_error_2K, residual_2K = stored
@@ -204,7 +208,7 @@ def _sample(trajectory: Trajectory, x0_2Chw: torch.Tensor, *images: list[_State]
         meta=trajectory.meta(),
         x0_2Chw=x0_2Chw.to(noise_2KChw.dtype).cpu(),
         noise_K2Chw=noise_2KChw.transpose(0, 1),
-        timestep_K=torch.tensor([t for t, *_ in images[0]], dtype=torch.int64),
+        timestep_K=torch.tensor([t for t, *_ in images[0]], dtype=schedule.timestep_dtype),
         ref_error_K2=ref_error_2K.T.float(),
         residual_K2=residual_2K.T.float(),
     )

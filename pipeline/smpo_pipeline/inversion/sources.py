@@ -19,21 +19,21 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
     With ``--start T`` nodes up to T are reached by forward noising with one Gaussian noise a pair, and inverted from
     there on.
     """
-    settings, process = batch.settings, batch.process
+    settings, schedule = batch.settings, batch.noise_schedule
     inverted_from = settings.start if isinstance(settings.start, int) else START
     start_noise = batch.noise_a_pair("start")
-    s_R = torch.full((len(batch.x0_RChw),), inverted_from, dtype=torch.int64, device=batch.device)
-    x_RChw = batch.x0_RChw.clone() if settings.start == "clean" else process.noised(batch.x0_RChw, start_noise, s_R)
+    s_R = torch.full((len(batch.x0_RChw),), inverted_from, dtype=schedule.timestep_dtype, device=batch.device)
+    x_RChw = batch.x0_RChw.clone() if settings.start == "clean" else schedule.noised(batch.x0_RChw, start_noise, s_R)
     eta_streams = [trajectory.stream("eta") for trajectory in batch.trajectories]
     for index in range(max(len(trajectory.plan.nodes) for trajectory in batch.trajectories)):
         rows, t, asked = batch.rows_at(index)
         x_s, s = x_RChw[rows], s_R[rows]
         stepped = t > inverted_from
-        x_t = process.noised(batch.x0_RChw[rows], start_noise[rows], t)
+        x_t = schedule.noised(batch.x0_RChw[rows], start_noise[rows], t)
         solved = None
         if stepped.any():
             predict = _predict_at(batch, asked[stepped], rows[stepped])
-            step = Step(predict, process, x_s[stepped], s[stepped], t[stepped])
+            step = Step(predict, schedule, x_s[stepped], s[stepped], t[stepped])
             solution = SOLVERS[settings.solver](step, settings)
             x_t[stepped] = solution.x_RChw
             if solution.residual_R is not None:
@@ -42,7 +42,7 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
         if settings.eta:
             # DDIM-InPO (arXiv 2503.18454): fresh noise after each step, of the DDIM posterior's size.
             fresh = torch.cat([gaussian(stream, (2, *x_t.shape[1:])) for stream in eta_streams]).to(batch.device)
-            sigma = posterior_std(process, s, t, x_t) * stepped[:, None, None, None]
+            sigma = posterior_std(schedule, s, t, x_t) * stepped[:, None, None, None]
             x_t = x_t + settings.eta * sigma * fresh[rows]
         x_RChw[rows], s_R[rows] = x_t, t
         yield Visit(index, rows, t, x_t, (x_s, s, asked, stepped), solved)
@@ -50,7 +50,7 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
 
 def _predict_at(batch: Batch, t_R: torch.Tensor, rows_R: torch.Tensor) -> Predict:
     """The inverting denoiser's predictions for a step of the given rows of the batch, asked at the given timesteps."""
-    return lambda x_NChw, rows_N: batch.predicted_noise(x_NChw, t_R[rows_N], rows_R[rows_N])
+    return lambda x_NChw, rows_N: batch.predicted_direction(x_NChw, t_R[rows_N], rows_R[rows_N])
 
 
 def forward_visits(batch: Batch) -> Iterator[Visit]:
@@ -68,7 +68,7 @@ def forward_visits(batch: Batch) -> Iterator[Visit]:
         noise = torch.cat([gaussian(stream, shape).expand(2, -1, -1, -1) for stream in streams]).to(batch.device)
         positions, used_at = batch.stored_at(index, rows)
         stored = rows[positions]
-        x_t = batch.process.noised(batch.x0_RChw[stored], noise[stored], used_at)
+        x_t = batch.noise_schedule.noised(batch.x0_RChw[stored], noise[stored], used_at)
         yield Visit(index, stored, used_at, x_t, None, None, noise[stored])
 
 

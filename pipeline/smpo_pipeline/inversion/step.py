@@ -1,6 +1,7 @@
-"""One step of inversion, x_s to x_t: F(x_s, eps) = a_t (x_s - s_s eps) / a_s + s_t eps.
+"""One step of inversion, x_s to x_t, with the noise schedule's step map F and direction d.
 
-The exact x_t is a fixed point: x_t = F(x_s, eps(x_t, t)). The model is evaluated at the step's end point t; only under
+d is the noise for variance-preserving models (F is DDIM's step) and the velocity for flow models (F is Euler's step).
+The exact x_t is a fixed point: x_t = F(x_s, d(x_t, t)). The model is evaluated at the step's end point t; only under
 ``--timesteps published`` is it told another timestep, the one that the step starts from.
 
 Shape suffixes: R rows of the step, N some of them, C h w a latent.
@@ -13,47 +14,40 @@ from dataclasses import dataclass
 
 import torch
 
-from smpo_models.noise_schedule import Process
+from smpo_models.noise_schedule import NoiseSchedule
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Noise that the inverting denoiser predicts in x [N, C, h, w] of the rows int64 [N], at their steps' timesteps."""
-
-
-def carry(process: Process, x_s: torch.Tensor, eps: torch.Tensor, s_R: torch.Tensor, t_R: torch.Tensor) -> torch.Tensor:
-    """F(x_s, eps): DDIM's update from level s to level t (arXiv 2010.02502, eq. 12), for rows with levels of their own.
-
-    With s and t exchanged it is the step of DDIM sampling.
-    """
-    a_s, s_s = process.levels(s_R, x_s)
-    a_t, s_t = process.levels(t_R, x_s)
-    return a_t * (x_s - s_s * eps) / a_s + s_t * eps
+"""The inverting denoiser's direction at x [N, C, h, w] of the rows int64 [N], at their steps' timesteps."""
 
 
 def distance(x_NChw: torch.Tensor, image_NChw: torch.Tensor) -> torch.Tensor:
-    """||x - image|| / ||x|| of each row: the residual, where ``image`` is F(x_s, eps(x, t)): [N]."""
+    """||x - image|| / ||x|| of each row: the residual, where ``image`` is F(x_s, d(x, t)): [N]."""
     return (x_NChw - image_NChw).flatten(1).norm(dim=1) / x_NChw.flatten(1).norm(dim=1)
 
 
-def posterior_std(process: Process, s_R: torch.Tensor, t_R: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """DDIM's posterior standard deviation between levels s < t (arXiv 2010.02502, eq. 16, eta = 1): [R, 1, 1, 1]."""
-    a_s, s_s = process.levels(s_R, like)
-    a_t, s_t = process.levels(t_R, like)
+def posterior_std(schedule: NoiseSchedule, s_R: torch.Tensor, t_R: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return DDIM's posterior standard deviation between levels s < t (arXiv 2010.02502, eq. 16, eta = 1).
+
+    [R, 1, 1, 1]; only of variance-preserving schedules.
+    """
+    a_s, s_s = schedule.levels(s_R, like)
+    a_t, s_t = schedule.levels(t_R, like)
     return (s_s / s_t) * (1 - (a_t / a_s) ** 2).clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)
 class Step:
-    """R rows that are to be carried from x_s at level s to level t.
+    """R rows to bring from x_s at level s to level t.
 
     Attributes:
-        predict: the inverting denoiser's noise prediction.
-        process: noise levels.
+        predict: the inverting denoiser's direction.
+        noise_schedule: noise levels.
         x_s_RChw: float32, where the rows are.
-        s_R, t_R: int64, from and to where.
+        s_R, t_R: timesteps, from and to where.
     """
 
     predict: Predict
-    process: Process
+    noise_schedule: NoiseSchedule
     x_s_RChw: torch.Tensor
     s_R: torch.Tensor
     t_R: torch.Tensor
@@ -62,12 +56,12 @@ class Step:
         """0 .. R - 1."""
         return torch.arange(len(self.x_s_RChw), device=self.x_s_RChw.device)
 
-    def carried(self, eps_NChw: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
-        """F(x_s, eps) of the given rows."""
-        return carry(self.process, self.x_s_RChw[rows_N], eps_NChw, self.s_R[rows_N], self.t_R[rows_N])
+    def carried(self, direction_NChw: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+        """Return F(x_s, d) of the given rows."""
+        return self.noise_schedule.carry(self.x_s_RChw[rows_N], direction_NChw, self.s_R[rows_N], self.t_R[rows_N])
 
     def image(self, x_NChw: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
-        """F(x_s, eps(x, t)) of the given rows, t as the step asks at: one evaluation of the model for each."""
+        """Return F(x_s, d(x, t)) of the given rows, t as the step asks at: one evaluation of the model for each."""
         return self.carried(self.predict(x_NChw, rows_N), rows_N)
 
 
@@ -77,7 +71,7 @@ class Solution:
 
     Attributes:
         x_RChw: the rows' x_t.
-        residual_R: ||x_t - F(x_s, eps(x_t, t))|| / ||x_t||, t as the step asks at, where the solver knows it without a
+        residual_R: ||x_t - F(x_s, d(x_t, t))|| / ||x_t||, t as the step asks at, where the solver knows it without a
             further evaluation; None where it does not.
     """
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from smpo_common.errors import UserError
 from smpo_models.draws import trajectory_stream
-from smpo_models.noise_schedule import Process
+from smpo_models.noise_schedule import NoiseSchedule
 from smpo_schemas.inversion_settings import InversionSettings
 
 
@@ -18,60 +18,51 @@ class TrajectoryPlan:
     """The path of one trajectory.
 
     Attributes:
-        nodes: timesteps visited, strictly increasing.
+        nodes: timesteps visited, strictly increasing; whole numbers where the model knows no others.
         asked_at: the timestep that the step to each node asks the inverting denoiser at; the node's but under
         ``published``.
         stored: indices into ``nodes`` of the states that are stored.
         used_at: the timestep that each stored state is used at; its own node's but under ``published``.
     """
 
-    nodes: tuple[int, ...]
-    asked_at: tuple[int, ...]
+    nodes: tuple[float, ...]
+    asked_at: tuple[float, ...]
     stored: tuple[int, ...]
-    used_at: tuple[int, ...]
-
-
-def _check_steps(settings: InversionSettings, last: int) -> None:
-    """Whether trajectories over ``last`` timesteps can have so many steps.
-
-    Raises:
-        UserError: they cannot.
-    """
-    steps = settings.steps
-    if steps >= last:
-        raise UserError(f"--steps {steps}: the model has only {last} timesteps")
-    # About steps^3 / (6 (T - 1)^2) neighbours meet in a draw: at this bound one draw in 4.5 has none that do, at twice
-    # as many steps one in 10^5.
-    most = int((9 * (last - 1) ** 2) ** (1 / 3))
-    if settings.timesteps == "jittered" and steps > most and (last - 1) % steps:
-        raise UserError(
-            f"--steps {steps}: --timesteps jittered has room for {most} steps of {last} timesteps, "
-            f"or for a number that divides {last - 1}; take fewer, or --timesteps grid"
-        )
+    used_at: tuple[float, ...]
 
 
 def plan_trajectory(
-    settings: InversionSettings, process: Process, seed: int, pair_id: str, trajectory: int
+    settings: InversionSettings, schedule: NoiseSchedule, seed: int, pair_id: str, trajectory: int, *, tokens: int
 ) -> TrajectoryPlan:
-    """Draw the path of one trajectory.
+    """Draw the path of one trajectory, from (seed, pair_id, trajectory) and the number of image tokens alone.
+
+    Args:
+        settings: of the inversion.
+        schedule: of the model.
+        seed: with the pair's id, the source of all randomness.
+        pair_id: of the pair.
+        trajectory: number of the pair's trajectory.
+        tokens: the image's number of tokens, on which some flow models' timesteps depend.
 
     Raises:
         UserError: more steps than the model has room for, or none that leads anywhere.
     """
-    last = _first_pure_noise(process)
-    _check_steps(settings, last)
+    _check_steps(settings, schedule)
+    last = schedule.first_pure_noise
     stream = trajectory_stream(seed, pair_id, trajectory, "timesteps")
     if settings.timesteps == "jittered":
-        nodes = _jittered(stream, settings.steps, last)
+        nodes: Sequence[float] = _jittered(stream, settings.steps, schedule, tokens)
     else:
-        nodes = [t for t in process.grid(settings.steps) if t < last]
+        # No trajectory steps to pure noise. With v or x0 predicted, the noise in x at such a t is x itself, so that
+        # every x is a fixed point: solvers would stop where they start, and say that they have converged.
+        nodes = [t for t in schedule.grid(settings.steps, tokens) if t < last]
     if not nodes:
         raise UserError(
             f"--steps {settings.steps}: the scheduler's only timestep, {last}, is pure noise, which no image leads to; "
             "take more, or --timesteps jittered"
         )
     if settings.timesteps == "published":
-        num_timesteps = process.num_train_timesteps
+        num_timesteps = schedule.num_train_timesteps
         return _published(nodes, num_timesteps // settings.steps, int(stream.integers(num_timesteps)))
     stored = list(range(len(nodes)))
     if settings.states is not None and settings.states < len(nodes):
@@ -82,33 +73,43 @@ def plan_trajectory(
     return TrajectoryPlan(tuple(nodes), tuple(nodes), tuple(stored), tuple(nodes[index] for index in stored))
 
 
-def _first_pure_noise(process: Process) -> int:
-    """The timestep from which on a_t is 0 (zero terminal SNR, arXiv 2305.08891); T where there is none.
+def _check_steps(settings: InversionSettings, schedule: NoiseSchedule) -> None:
+    """Check that a trajectory of so many steps has room for them.
 
-    No trajectory steps there. With v or x0 predicted, the noise in x at such a t is x itself, so that every x is a
-    fixed
-    point: solvers would stop where they start, and say that they have converged.
+    Raises:
+        UserError: it has not.
     """
-    a, _ = process.levels(torch.arange(process.num_train_timesteps), torch.zeros(()))
-    return int(a.count_nonzero())
+    steps, last = settings.steps, schedule.first_pure_noise
+    if steps >= last:
+        raise UserError(f"--steps {steps}: the model has only {last} timesteps")
+    if schedule.timestep_dtype.is_floating_point or settings.timesteps != "jittered":
+        return
+    # About steps^3 / (6 (T - 1)^2) neighbours meet in a draw: at this bound one draw in 4.5 has none that do, at twice
+    # as many steps one in 10^5.
+    most = int((9 * (last - 1) ** 2) ** (1 / 3))
+    if steps > most and (last - 1) % steps:
+        raise UserError(
+            f"--steps {steps}: --timesteps jittered has room for {most} steps of {last} timesteps, "
+            f"or for a number that divides {last - 1}; take fewer, or --timesteps grid"
+        )
 
 
-def _jittered(stream: np.random.Generator, steps: int, last: int) -> list[int]:
-    """One integer in each of ``steps`` equal strata of 1 .. last - 1; over many draws, t is uniform.
+def _jittered(stream: np.random.Generator, steps: int, schedule: NoiseSchedule, tokens: int) -> Sequence[float]:
+    """Draw one timestep in each of ``steps`` equal strata of the sampler's clock; over many draws, t is uniform in it.
 
-    Where ``steps`` does not divide ``last - 1``, two neighbouring strata share an integer and may both draw it: the
-    trajectory is then drawn again. Of 1000 timesteps that is so for no draw of 9 steps, 2 % of those of 50, 15 % of
-    100, 74 % of 200; and single timesteps become rarer than others, by up to 2.4 % at 50 steps, 4.5 % at 100, 8 % at
-    200.
+    Two neighbouring strata may draw the same timestep where timesteps are whole numbers and ``steps`` does not divide
+    T - 1: the trajectory is then drawn again. Of 1000 timesteps that is so for no draw of 9 steps, 2 % of those of 50,
+    15 % of 100, 74 % of 200; and single timesteps become rarer than others, by up to 2.4 % at 50 steps, 4.5 % at 100,
+    8 % at 200.
     """
     while True:
-        uniform = (np.arange(steps) + stream.random(steps)) / steps
-        nodes = [int(t) for t in 1 + np.floor(uniform * (last - 1))]
+        times = (np.arange(steps) + stream.random(steps)) / steps
+        nodes = schedule.timesteps_at(times, tokens)
         if len(set(nodes)) == steps:
             return nodes
 
 
-def _published(grid: list[int], step: int, t: int) -> TrajectoryPlan:
+def _published(grid: Sequence[float], step: int, t: int) -> TrajectoryPlan:
     """The published training code, on the diffusers that it pins, 0.20.0: the first state at or above t, used at t.
 
     That DDIMInverseScheduler's timesteps are where steps start: the grid, one ``step`` down. The code takes the steps

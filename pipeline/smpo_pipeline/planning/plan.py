@@ -161,7 +161,7 @@ def _prepare(options: PlanOptions) -> _Subject:
     pairs_per_shard = options.storing.pairs_per_shard
     if options.storing.shard_size:
         latent = family.latent_shape(resolution, resolution)
-        pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, settings, family.process)
+        pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, settings, family.noise_schedule)
     device, seed = options.running.chosen_device, options.trajectory.seed
     inverter = Inverter(family, inverting_denoiser, settings, seed, device)
     return _Subject(family, inverter, resolution, sampled, pairs_per_shard, rewards)

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from smpo_models.noise_schedule import START, Process
+from smpo_models.noise_schedule import START, NoiseSchedule
 from smpo_pipeline.inversion.batch import Trajectory
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan, plan_trajectory
 from smpo_schemas.inversion_settings import InversionSettings
@@ -63,16 +63,18 @@ def trajectory_bytes(trajectory: Trajectory, latent: tuple[int, int, int], stora
     return _member(len(text)) + _member(_tensor_bytes(len(trajectory.plan.stored), latent, storage))
 
 
-def pairs_that_fit(size: int, latent: tuple[int, int, int], settings: InversionSettings, process: Process) -> int:
+def pairs_that_fit(
+    size: int, latent: tuple[int, int, int], settings: InversionSettings, schedule: NoiseSchedule
+) -> int:
     """Number of pairs in a tar of about ``size`` bytes, at least one; it depends on the settings alone.
 
     Args:
         size: bytes.
         latent: C, h, w.
         settings: of the inversion: trajectories per pair, states per trajectory.
-        process: of the model.
+        schedule: of the model.
     """
-    states = len(plan_trajectory(settings, process, 0, "", 0).stored)
+    states = len(plan_trajectory(settings, schedule, 0, "", 0, tokens=1).stored)
     trajectory = _member(_TEXT) + _member(_tensor_bytes(states, latent, settings.storage))
     return max(1, (size - 2 * _BLOCK) // (settings.trajectories * trajectory))
 

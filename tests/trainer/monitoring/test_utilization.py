@@ -26,7 +26,7 @@ from tests.trainer.helpers import arguments, column, make_settings, metrics, run
 def policy_of(model: Path, lora_rank: int | None) -> Policy:
     family = load_family(str(model))
     if lora_rank:
-        add_lora(family.denoiser, lora_rank)
+        add_lora(family.denoiser, family.lora_targets, lora_rank)
     else:
         family.denoiser.requires_grad_(True)
     return Policy(family, family.denoiser, None, True, lora_rank, family.encode_text)

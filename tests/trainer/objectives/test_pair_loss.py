@@ -13,7 +13,7 @@ from smpo_trainer.objectives.pair_loss import PairLoss, budget_excess
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
 from tests.trainer.objectives.plain import BETA, PLAIN
 from tests.trainer.objectives.test_objectives import batch, swap
-from tests.trainer.objectives.test_timestep_weighting import process
+from tests.trainer.objectives.test_timestep_weighting import schedule
 
 ONES = torch.ones(6, dtype=torch.float64)
 
@@ -22,7 +22,7 @@ def make(name: str = "dpo", kind: str = "uniform", budget: float | None = None, 
     objective = find_objective(name)
     weighting = TimestepWeighting(kind, 5.0, 0.0)
     return PairLoss(
-        objective(objective.Options.parse(name, {}, beta=BETA)), process("epsilon"), weighting, budget, budget_weight
+        objective(objective.Options.parse(name, {}, beta=BETA)), schedule("epsilon"), weighting, budget, budget_weight
     )
 
 

@@ -5,16 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from smpo_models.noise_schedule import VariancePreserving
+from smpo_models.rectified_flow import RectifiedFlow
+from smpo_models.variance_preserving import VariancePreserving
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
 
 TIMESTEPS = torch.tensor([1, 50, 200, 500, 800, 999])
 
 
-def process(prediction_type: str, **changes: object) -> VariancePreserving:
+def schedule(prediction_type: str, **changes: object) -> VariancePreserving:
     return VariancePreserving(
         DDIMScheduler(
             beta_start=0.00085,
@@ -29,11 +30,11 @@ def process(prediction_type: str, **changes: object) -> VariancePreserving:
 
 def weights(kind: str, prediction_type: str, bias: float = 0.0, **changes: object) -> torch.Tensor:
     like = torch.zeros(len(TIMESTEPS), dtype=torch.float64)
-    return TimestepWeighting(kind, 5.0, bias)(process(prediction_type, **changes), TIMESTEPS, like)
+    return TimestepWeighting(kind, 5.0, bias)(schedule(prediction_type, **changes), TIMESTEPS, like)
 
 
 def snr() -> torch.Tensor:
-    return compute_snr(process("epsilon").scheduler, TIMESTEPS).double()
+    return compute_snr(schedule("epsilon").scheduler, TIMESTEPS).double()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -62,7 +63,7 @@ def test_sigmoid(bias: float) -> None:
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_a_prediction_type_changes_nothing(kind: str, prediction_type: str) -> None:
     """The same wrong prediction has the same weighted error in every prediction space."""
-    at = process(prediction_type)
+    at = schedule(prediction_type)
     generator = torch.Generator().manual_seed(0)
     x0, noise, mistake = (torch.randn(6, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
     a, s = at.levels(TIMESTEPS, x0)
@@ -80,3 +81,18 @@ def test_a_prediction_type_changes_nothing(kind: str, prediction_type: str) -> N
 def test_zero_terminal_snr_is_finite(kind: str, prediction_type: str) -> None:
     last = weights(kind, prediction_type, rescale_betas_zero_snr=True)[-1]
     assert last == (1 if prediction_type == "epsilon" else pytest.approx(0, abs=1e-6))
+
+
+@pytest.mark.parametrize("kind", ["min-snr", "sigmoid"])
+def test_flow_models_too(kind: str) -> None:
+    """The weighted error of a mistake about the velocity is that of the same mistake about the noise."""
+    flow = RectifiedFlow(FlowMatchEulerDiscreteScheduler(), sampler_steps=28)
+    t_B = torch.tensor([1.5, 250.0, 999.5])
+    generator = torch.Generator().manual_seed(0)
+    x_t, velocity, mistake = (torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    found, wanted = (flow.noise_in(each, x_t, t_B) for each in (velocity + mistake, velocity))
+    on_noise = (found - wanted).square().mean(dim=(1, 2, 3))
+    snr = ((1000 - t_B.double()) / t_B.double()).square()
+    wanted_weight = snr.reciprocal().mul(5).clamp(max=1) if kind == "min-snr" else 1 / (1 + snr)
+    weighted = TimestepWeighting(kind, 5.0, 0.0)(flow, t_B, on_noise) * mistake.square().mean(dim=(1, 2, 3))
+    np.testing.assert_allclose(weighted, wanted_weight * on_noise, rtol=1e-8)

@@ -31,7 +31,7 @@ class State:
     x0_2Chw: torch.Tensor
     noise_2Chw: torch.Tensor
     ref_error_2: torch.Tensor
-    timestep: int
+    timestep: float
     preference: float
     label: float
     weight: float
@@ -46,7 +46,7 @@ class StateBatch:
         sizes, crops: of both images of each state, in pixels.
         x0_B2Chw, noise_B2Chw: in their stored dtype, float16 or bfloat16.
         ref_error_B2: errors of the reference, float32.
-        timestep_B: int64.
+        timestep_B: int64 (float32 for flow-matching models).
         preference_B, label_B: P(image_0 preferred) from rewards and from the annotator, float32; NaN if missing.
         weight_B: weight of the pair in the loss, float32.
     """
@@ -138,7 +138,7 @@ def collate(items: Sequence[State | UserError]) -> StateBatch | UserError:
         x0_B2Chw=torch.stack([state.x0_2Chw for state in states]),
         noise_B2Chw=torch.stack([state.noise_2Chw for state in states]),
         ref_error_B2=torch.stack([state.ref_error_2 for state in states]),
-        timestep_B=torch.tensor([state.timestep for state in states], dtype=torch.int64),
+        timestep_B=torch.tensor([state.timestep for state in states]),
         preference_B=torch.tensor([state.preference for state in states], dtype=torch.float32),
         label_B=torch.tensor([state.label for state in states], dtype=torch.float32),
         weight_B=torch.tensor([state.weight for state in states], dtype=torch.float32),

@@ -219,6 +219,7 @@ def _columns(
 ) -> _Trajectories:
     metas = [trajectory.meta for _, trajectory in trajectories]
     locations = [trajectory.location for _, trajectory in trajectories]
+    timesteps = [t for _, trajectory in trajectories for t in trajectory.timesteps]
     labels = [np.nan if meta.label is None else meta.label for meta in metas]
     return _Trajectories(
         shard_P=np.array([shard for shard, _ in trajectories], dtype=np.int32),
@@ -234,8 +235,8 @@ def _columns(
             [latents.setdefault(trajectory.latent, len(latents)) for _, trajectory in trajectories], dtype=np.int32
         ),
         count_P=np.array([len(trajectory.timesteps) for _, trajectory in trajectories], dtype=np.int32),
-        # int64 even for absurd values: without an index, timesteps are only checked when a state is read.
-        timestep_A=np.array([t for _, trajectory in trajectories for t in trajectory.timesteps], dtype=np.int64),
+        # 64 bits even for absurd values: without an index, timesteps are only checked when a state is read.
+        timestep_A=np.array(timesteps, dtype=np.float64 if any(isinstance(t, float) for t in timesteps) else np.int64),
     )
 
 

@@ -30,9 +30,9 @@ def pair_errors(family: Family, denoiser: nn.Module, batch: StateBatch, conditio
     x0_RChw = _rows(batch.x0_B2Chw)
     noise_RChw = _rows(batch.noise_B2Chw)
     t_R = batch.timestep_B.repeat(2)
-    x_RChw = family.process.noised(x0_RChw, noise_RChw, t_R)
+    x_RChw = family.noise_schedule.noised(x0_RChw, noise_RChw, t_R)
     output_RChw = family.denoise(denoiser, x_RChw, t_R, conditioning)
-    target_RChw = family.process.target(x0_RChw, noise_RChw, t_R)
+    target_RChw = family.noise_schedule.target(x0_RChw, noise_RChw, t_R)
     error_R = (output_RChw - target_RChw).square().mean(dim=(1, 2, 3))
     return error_R.reshape(2, -1).T
 

@@ -26,17 +26,13 @@ from smpo_trainer.model.fsdp import shard_like, unsharded_class
 from smpo_trainer.model.text import CachedText
 from smpo_trainer.settings import TrainSettings
 
-_LORA_PREFIX = "unet"
-
-_ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
-
 
 @dataclass(frozen=True)
 class Policy:
     """The models of a run.
 
     Attributes:
-        family: text encoders and process; its ``denoiser`` is the one in training.
+        family: text encoders and noise schedule; its ``denoiser`` is the one in training.
         denoiser: in float32 and evaluation mode (no dropout, as for the reference). Only the trained weights require
             gradients.
         reference: the frozen reference, if ``--reference live`` needs it or training starts from other weights. With an
@@ -111,13 +107,13 @@ class Policy:
         if self.lora_rank:
             layers = {name: tensor.detach().cpu() for name, tensor in self._lora_layers(weights).items()}
             pipeline = getattr(diffusers, self.family.pipelines[0])
-            pipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=LORA_FILE)
+            pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **{f"{self._folder}_lora_layers": layers})
             return
         # The denoiser may be sharded: save an unsharded one that refers to the same weights.
         with torch.device("meta"):
             denoiser = unsharded_class(self.denoiser).from_config(self.denoiser.config)
         denoiser.load_state_dict({**self.denoiser.state_dict(), **weights}, assign=True)
-        denoiser.save_pretrained(folder / UNET_FOLDER)
+        denoiser.save_pretrained(folder / self._folder)
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
         """Read the trained weights of a model that ``save`` has written, by name, on the CPU.
@@ -128,17 +124,25 @@ class Policy:
         names = list(self.trainable_parameters())
         if not self.lora_rank:
             # diffusers splits large weights into several files.
-            files = sorted((folder / UNET_FOLDER).glob("*.safetensors"))
+            files = sorted((folder / self._folder).glob("*.safetensors"))
             tensors = {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
             return {name: tensors[name] for name in names}
         layers = safetensors.torch.load_file(folder / LORA_FILE)
         # Send numbers through the renaming, to invert it.
         numbers = self._lora_layers({name: torch.tensor(number) for number, name in enumerate(names)})
-        return {names[number]: layers[f"{_LORA_PREFIX}.{layer}"] for layer, number in numbers.items()}
+        return {names[number]: layers[f"{self._folder}.{layer}"] for layer, number in numbers.items()}
+
+    @property
+    def _folder(self) -> str:
+        """The denoiser's folder in its pipeline, and the prefix of its layers in LoRA files."""
+        return self.family.denoiser_folder
 
     def _lora_layers(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename the weights of the adapter as diffusers names them in a file."""
-        return convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser, weights))
+        layers = get_peft_model_state_dict(self.denoiser, weights)
+        # Transformers' pipelines read PEFT's own names. The older ones do not cover all of their layers, and of a file
+        # with names of both kinds diffusers loads only a part.
+        return convert_state_dict_to_diffusers(layers) if self._folder == UNET_FOLDER else layers
 
 
 def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, say: Callable[[str], None]) -> Policy:
@@ -166,7 +170,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
     denoiser = family.denoiser
     if denoiser is None:
         raise UserError(f"--model {settings.model} has no denoiser")
-    if family.process.fingerprint() != info.scheduler:
+    if family.noise_schedule.fingerprint() != info.scheduler:
         raise UserError(_mismatch(settings, info, "its scheduler config has another noise schedule or prediction type"))
     if fingerprint_module(*family.text_modules) != info.text:
         raise UserError(_mismatch(settings, info, "its text encoder has other weights"))
@@ -188,7 +192,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
     if start.lora_rank is None:
         denoiser.requires_grad_(True)
     else:
-        add_lora(denoiser, start.lora_rank)
+        add_lora(denoiser, family.lora_targets, start.lora_rank)
     return Policy(family, denoiser, reference, is_reference, start.lora_rank, family.encode_text)
 
 
@@ -214,9 +218,9 @@ def _load_reference(settings: TrainSettings, info: ModelInfo, device: torch.devi
     return reference
 
 
-def add_lora(denoiser: nn.Module, rank: int) -> None:
-    """Add an adapter to the attention projections; untrained, it changes nothing (its B matrices are 0)."""
+def add_lora(denoiser: nn.Module, targets: Sequence[str], rank: int) -> None:
+    """Add an adapter to the layers whose names end so; untrained, it changes nothing (its B matrices are 0)."""
     config = LoraConfig(
-        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_ATTENTION_PROJECTIONS, lora_dropout=0.0
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets), lora_dropout=0.0
     )
     denoiser.add_adapter(config)

@@ -113,7 +113,7 @@ def prepare_reference_errors(
     if settings.compute.reference in {"auto", "stored"}:
         _compare_arithmetic(experiment, accelerator.device, console)
     reference = _Pass(policy, feed, accelerator)
-    noise = reference.measure(experiment.pair_loss(policy.family.process), settings.steps.max_steps)
+    noise = reference.measure(experiment.pair_loss(policy.family.noise_schedule), settings.steps.max_steps)
     console.say(noise.describe())
     if settings.compute.reference == "recomputed" or (settings.compute.reference == "auto" and noise.is_significant):
         feed.dataset.ref_error_S2 = _recompute(reference, settings.steps.max_steps, output, console)

@@ -38,7 +38,7 @@ def by_band(metrics: Metrics, timestep_B: torch.Tensor, num_train_timesteps: int
 
     Args:
         metrics: per-pair values, each [B].
-        timestep_B: int64.
+        timestep_B: int64 (float32 for flow-matching models).
         num_train_timesteps: T, the length of the noise schedule.
     """
     banded: Metrics = {}

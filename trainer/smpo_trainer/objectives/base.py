@@ -24,8 +24,17 @@ if TYPE_CHECKING:
 Metrics = dict[str, torch.Tensor]
 """Detached per-pair values by name, each [B]; NaN where a pair has no such value. The mean of the others is logged."""
 
-DPO_BETAS = {"sd15": 2000.0, "sd2": 2000.0, "sdxl": 5000.0}
-"""Published beta of Diffusion-DPO and SmPO by model kind; SD 2 uses the value of SD 1.5."""
+DPO_BETAS = {
+    "sd15": 2000.0,
+    "sd2": 2000.0,
+    "sdxl": 5000.0,
+    "sd3": 5000.0,
+    "sd35": 5000.0,
+    "flux1-dev": 2000.0,
+    "flux1-schnell": 2000.0,
+}
+"""Beta by model kind. Published are Diffusion-DPO's and SmPO's (SD 2 uses the value of SD 1.5), and for SD3 that of the
+DPO baseline of Linear-DPO's code (arXiv 2605.21123), which SD3.5 uses too. FLUX.1's is our own, not tuned."""
 
 FORWARD = {"source": "forward", "forward_noise": "pair"}
 """States of Diffusion-DPO and its descendants: forward diffusion with the same noise for both images."""
@@ -80,7 +89,7 @@ class PairBatch:
         ref_error_B2: errors of the reference at the same states, float32.
         preference_B: P(image_0 preferred) under the reward mix, float32; NaN without scores.
         label_B: the annotator's P(image_0 preferred), float32; NaN without a label.
-        timestep_B: int64.
+        timestep_B: int64 (float32 for flow-matching models).
     """
 
     error_B2: torch.Tensor

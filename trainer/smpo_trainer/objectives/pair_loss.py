@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from smpo_models.noise_schedule import Process
+from smpo_models.noise_schedule import NoiseSchedule
 from smpo_trainer.objectives import Objective
 from smpo_trainer.objectives.base import Metrics, PairBatch, implicit_rewards, select_preferred
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
@@ -38,14 +38,14 @@ class PairLoss:
 
     Attributes:
         objective: the loss of a pair.
-        process: noise levels.
+        noise_schedule: noise levels.
         weighting: weights of the timesteps.
         budget: limit of :func:`budget_excess`; None for no limit.
         budget_weight: factor of the excess.
     """
 
     objective: Objective
-    process: Process
+    noise_schedule: NoiseSchedule
     weighting: TimestepWeighting
     budget: float | None
     budget_weight: float
@@ -73,4 +73,4 @@ class PairLoss:
 
     def timestep_weight(self, t_B: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
         """Return the weights of the timesteps, [B], in the dtype and on the device of ``like_B``."""
-        return self.weighting(self.process, t_B, like_B.detach())
+        return self.weighting(self.noise_schedule, t_B, like_B.detach())

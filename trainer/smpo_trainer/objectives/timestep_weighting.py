@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from smpo_models.noise_schedule import Process
+from smpo_models.noise_schedule import NoiseSchedule
+from smpo_schemas.manifest import FLOW
 from smpo_trainer.settings import TimestepWeightingKind
 
 
@@ -32,20 +33,21 @@ class TimestepWeighting:
     snr_gamma: float
     bias: float
 
-    def __call__(self, process: Process, t_B: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
+    def __call__(self, schedule: NoiseSchedule, t_B: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
         """Compute the weights at timesteps ``t_B``: [B], in the dtype and on the device of ``like_B``."""
         if self.kind == "uniform":
             return torch.ones_like(like_B)
-        a_B, s_B = (level.reshape(-1) for level in process.levels(t_B, like_B))
+        a_B, s_B = (level.reshape(-1) for level in schedule.levels(t_B, like_B))
         signal_B, noise_B = a_B.square(), s_B.square()  # SNR = signal / noise; never divide by it, it may be 0
         if self.kind == "min-snr":
             on_noise_B = (self.snr_gamma * noise_B / signal_B).clamp(max=1)
         else:
             on_noise_B = noise_B / (noise_B + signal_B * torch.tensor(-self.bias, dtype=like_B.dtype).exp())
-        # Convert to the prediction space. At a given x_t: error of noise = signal * error of v = SNR * error of x0.
-        if process.prediction_type == "v_prediction":
+        # Convert to the prediction space. At a given x_t: error of noise = signal * error of v (or velocity)
+        # = SNR * error of x0.
+        if schedule.prediction_type in {"v_prediction", FLOW}:
             return on_noise_B * signal_B
-        return on_noise_B if process.prediction_type == "epsilon" else on_noise_B * signal_B / noise_B
+        return on_noise_B if schedule.prediction_type == "epsilon" else on_noise_B * signal_B / noise_B
 
     def identity(self) -> dict[str, str | float]:
         """Return the settings that affect the weights, by the names of their flags."""

@@ -28,7 +28,7 @@ from smpo_trainer.model.policy import Policy
 
 VALIDATION_FOLDER = "validation"
 
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Names of a family's text encoders in pipelines, in its order."""
 
 _SMALLEST_TILE = 32
@@ -102,7 +102,10 @@ class ValidationImages:
             UserError: a part cannot be loaded or lacks weights.
         """
         settings, family = self._settings, self._policy.family
-        parts = {"unet": self._policy.denoiser, **dict(zip(_TEXT_ENCODERS, family.text_modules, strict=False))}
+        parts = {
+            family.denoiser_folder: self._policy.denoiser,
+            **dict(zip(_TEXT_ENCODERS, family.text_modules, strict=False)),
+        }
         return load_pipeline(
             settings.model,
             f"--model {settings.model}",

@@ -1,4 +1,4 @@
-"""Solvers of x_t = F(x_s, eps(x_t, t)), one file each."""
+"""Solvers of x_t = F(x_s, d(x_t, t)), one file each."""
 
 from __future__ import annotations
 

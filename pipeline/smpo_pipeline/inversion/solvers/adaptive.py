@@ -17,7 +17,7 @@ _QUICK = 0.5
 
 
 def adaptive(step: Step, settings: InversionSettings) -> Solution:
-    """Iterate x <- x + w f, f = F(x_s, eps(x, t)) - x, from x_s on, w = 1, until the residual is within the tolerance.
+    """Iterate x <- x + w f, f = F(x_s, d(x, t)) - x, from x_s on, w = 1, until the residual is within the tolerance.
 
     A row that is there leaves the batch. A row whose f turns against the one before without having become much smaller
     swings about its solution: the derivative of F has eigenvalues near or below -1. It is damped: w is halved, down to

@@ -18,7 +18,7 @@ _RIDGE = 1e-10
 def anderson(step: Step, settings: InversionSettings) -> Solution:
     """Take the step that a secant model of the last ``anderson_depth`` differences says is the solution.
 
-    With g = F(x_s, eps(x, t)) and f = g - x: x <- g - dG c, where c minimises ||f - dF c||. The columns of dF and dG
+    With g = F(x_s, d(x, t)) and f = g - x: x <- g - dG c, where c minimises ||f - dF c||. The columns of dF and dG
     are the differences between successive f and g of the same row; without any it is the plain iteration. Unlike
     damping it converges for eigenvalues above 1 too. A row whose residual has doubled or is no number goes back to its
     best point, forgets its differences and takes a plain step from there, each time half as long as the last one. A row

@@ -18,7 +18,7 @@ _PROGRESS = 0.9
 
 
 class Best:
-    """x, F(x_s, eps(x, t)) and their distance, of the point with the smallest distance, for each row."""
+    """x, F(x_s, d(x, t)) and their distance, of the point with the smallest distance, for each row."""
 
     def __init__(self, step: Step, tolerance: float) -> None:
         self.x_RChw = step.x_s_RChw.clone()

@@ -195,7 +195,7 @@ def _check_model(options: InvertOptions) -> _Checked:
     pairs_per_shard = options.storing.pairs_per_shard
     if options.storing.shard_size is not None:
         latent = family.latent_shape(resolution, resolution)
-        pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, options.settings, family.process)
+        pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, options.settings, family.noise_schedule)
     modules = {family.denoiser, inverting_denoiser, family.vae, *family.text_modules}
     weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
     return _Checked(model, resolution, sizes, pairs_per_shard, weights)

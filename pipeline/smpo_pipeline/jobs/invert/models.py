@@ -40,14 +40,14 @@ def describe_model(options: InversionOptions, family: Family, inverting_denoiser
     return ModelIdentity(
         id=options.models.model,
         kind=family.kind,
-        prediction_type=family.process.prediction_type,
+        prediction_type=family.noise_schedule.prediction_type,
         reference=reference,
         inverting_denoiser=reference
         if inverting_denoiser is family.denoiser
         else fingerprint_module(inverting_denoiser),
         text=fingerprint_module(*family.text_modules),
         vae=fingerprint_module(family.vae),
-        scheduler=family.process.fingerprint(),
-        num_train_timesteps=family.process.num_train_timesteps,
+        scheduler=family.noise_schedule.fingerprint(),
+        num_train_timesteps=family.noise_schedule.num_train_timesteps,
         settings={**family.settings(), "inverting_denoiser": settings_of(inverting_denoiser)},
     )

@@ -1,0 +1,211 @@
+"""What all families share whose parts lie in the folders of a diffusers pipeline, with a KL autoencoder.
+
+Shape suffixes: B batch, C h w a latent, H W an image.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from smpo_common.errors import UserError
+from smpo_common.files import sha256_json
+from smpo_models import autoencoder
+from smpo_models.family import Family
+from smpo_models.fingerprint import settings_of
+from smpo_models.loading import denoiser_folder
+from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.part_config import complete, native_resolution, subfolder
+from smpo_models.weights import load_part, load_tokenizer, load_weights
+
+_TEXT_SETTINGS = (
+    "hidden_act",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "eos_token_id",
+    # T5's.
+    "feed_forward_proj",
+    "layer_norm_epsilon",
+    "d_kv",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
+"""What a text encoder computes by, and its weights' shapes do not tell."""
+
+
+class DiffusersFamily(Family):
+    """See :class:`smpo_models.family.Family`; subclasses say which classes the parts have, and how they are used.
+
+    Attributes:
+        denoiser_class: of the denoiser.
+        latent_factor: pixels a latent position, along one side.
+    """
+
+    denoiser_class: ClassVar[type[nn.Module]]
+    _same_config: ClassVar[tuple[str, ...]]
+    """Settings that another denoiser in place of the model's own must share with it."""
+
+    latent_factor: int
+    _tokenizers: Sequence[PreTrainedTokenizerFast]
+
+    def __init__(
+        self,
+        model: str,
+        parts: Collection[str],
+        *,
+        denoiser: Path | None,
+        vae: str | None,
+        variant: str | None,
+        device: torch.device,
+    ) -> None:
+        self._model, self._what, self._variant, self._device = model, f"--model {model}", variant, device
+        self.denoiser, self.vae, self.text_modules = None, None, ()
+        self._config = config = self._denoiser_config()
+        self._channels = self._latent_channels(config)
+        self._sample_size = self._latent_side(config)
+        self.noise_schedule = self._load_schedule()
+        self.kind = self._kind(config)
+        self.latent_factor = autoencoder.vae_factor(autoencoder.vae_config(model, vae, self._channels, self._what))
+        if "denoiser" in parts:
+            self.denoiser = self._load_denoiser(denoiser, config)
+        if "text" in parts:
+            self.text_modules = tuple(module.requires_grad_(False).eval().to(device) for module in self._load_text())
+        if "vae" in parts:
+            loaded = autoencoder.load_vae(model, vae, variant, self._what)
+            self.vae = loaded.requires_grad_(False).eval().to(device)
+
+    @abstractmethod
+    def _kind(self, config: Mapping[str, Any]) -> str:
+        """Return ``kind``, by the model's own denoiser config."""
+
+    @abstractmethod
+    def _load_schedule(self) -> NoiseSchedule:
+        """Load the noise schedule from the model's own scheduler config."""
+
+    @abstractmethod
+    def _load_text(self) -> Sequence[nn.Module]:
+        """Load ``_tokenizers`` and text encoders; returns the encoders."""
+
+    def _latent_channels(self, config: Mapping[str, Any]) -> int:
+        """Return the channels of the latents, unpacked."""
+        return int(config["in_channels"])
+
+    def _latent_side(self, config: Mapping[str, Any]) -> int | Sequence[int] | None:
+        """Return the side of the latents that the denoiser was made for, or both sides."""
+        return config["sample_size"]
+
+    def _denoiser_config(self) -> dict[str, Any]:
+        """Read the config of the model's own denoiser, with the library's defaults for what it leaves out."""
+        kind = cast("Any", self.denoiser_class)
+        return complete(kind, load_part(kind.load_config, self._model, self._what, subfolder=self.denoiser_folder))
+
+    def _load_denoiser(self, folder: Path | None, config: Mapping[str, Any]) -> nn.Module:
+        name, kind = self.denoiser_folder, cast("Any", self.denoiser_class)
+        source = str(denoiser_folder(folder, name)) if folder else self._model
+        what = f"denoiser {folder}" if folder else self._what
+        loaded = load_weights(
+            kind.from_pretrained,
+            source,
+            what,
+            variant=self._variant,
+            torch_dtype=torch.float32,
+            **subfolder(name, folder is None),
+        )
+        for setting in self._same_config:
+            if loaded.config[setting] != config[setting]:
+                raise UserError(
+                    f"{what} has {setting} {loaded.config[setting]}, the one of {self._what} {config[setting]}"
+                )
+        return loaded.requires_grad_(False).eval().to(self._device)
+
+    def _load_encoder(self, kind: Any, folder: str) -> nn.Module:  # noqa: ANN401  (transformers' from_pretrained)
+        """Load a text encoder in float32 from the model's folder of this name."""
+        return load_weights(
+            kind.from_pretrained,
+            self._model,
+            self._what,
+            variant=self._variant,
+            subfolder=folder,
+            dtype=torch.float32,
+        )
+
+    def _load_tokenizer(self, kind: Any, folder: str) -> Any:  # noqa: ANN401
+        """Load a tokenizer from the model's folder of this name."""
+        return load_tokenizer(kind.from_pretrained, self._model, self._what, subfolder=folder)
+
+    def settings(self) -> dict[str, Any]:
+        """See the base class."""
+        return {
+            "denoiser": settings_of(self.denoiser),
+            "vae": settings_of(self.vae),
+            "text": [
+                {name: getattr(text.config, name) for name in _TEXT_SETTINGS if hasattr(text.config, name)}
+                for text in self.text_modules
+            ],
+            "tokenizers": [_tokenizer_settings(tokenizer) for tokenizer in self._tokenizers],
+        }
+
+    def resolution(self) -> int:
+        """See the base class."""
+        return native_resolution(self._sample_size, self.latent_factor, self._what, self.denoiser_folder)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """See the base class."""
+        return self._channels, height // self.latent_factor, width // self.latent_factor
+
+    def _text_limits(self) -> Sequence[int]:
+        """Return the most tokens that each tokenizer gives."""
+        return [tokenizer.model_max_length for tokenizer in self._tokenizers]
+
+    def cuts(self, prompt: str) -> bool:
+        """See the base class."""
+        return any(
+            len(tokenizer.encode(prompt, truncation=True, max_length=limit + 1)) > limit
+            for tokenizer, limit in zip(self._tokenizers, self._text_limits(), strict=True)
+        )
+
+    def _tokens(self, number: int, prompts: Sequence[str]) -> torch.Tensor:
+        """Return token ids [N, L] of the ``number``-th tokenizer, cut and padded, as the pipelines do."""
+        tokens = self._tokenizers[number](
+            list(prompts),
+            padding="max_length",
+            max_length=self._text_limits()[number],
+            truncation=True,
+            return_tensors="pt",
+        )
+        return tokens.input_ids.to(self._device)
+
+    def posterior(self, pixels_B3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the base class."""
+        return autoencoder.posterior(self._require_vae(), pixels_B3HW)
+
+    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return autoencoder.decode(self._require_vae(), latents_BChw)
+
+    def to(self, device: torch.device | str) -> None:
+        """See the base class."""
+        self._device = torch.device(device)
+        for module in (self.denoiser, self.vae, *self.text_modules):
+            if module is not None:
+                module.to(self._device)
+
+    def _require_vae(self) -> AutoencoderKL:
+        if self.vae is None:
+            raise RuntimeError("this model was loaded without its VAE")
+        return self.vae
+
+
+def _tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # How the last prompts were cut and padded.
+    del backend["truncation"], backend["padding"]
+    return {"tokens": sha256_json(backend), "pad": tokenizer.pad_token_id, "length": tokenizer.model_max_length}

@@ -1,0 +1,173 @@
+"""The noise schedule of flow-matching models: rectified flow (arXiv 2209.03003, 2403.03206).
+
+Shape suffixes: B batch, C h w a latent.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from smpo_common.errors import UserError
+from smpo_common.files import sha256_json
+from smpo_models.noise_schedule import NoiseSchedule
+from smpo_schemas.manifest import FLOW
+
+_UNKNOWN = (
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+"""Settings of the scheduler under which its grid is another one, its time runs backwards, or it adds noise."""
+
+_SHIFT = (
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+    "time_shift_type",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+)
+
+
+class RectifiedFlow(NoiseSchedule):
+    """a = 1 - sigma, s = sigma, t = T sigma; the model predicts the velocity noise - x0.
+
+    The sampler's own clock u runs evenly from 1 down to its lowest time; its scheduler shifts u to sigma: by a constant
+    (``shift``), or by an amount mu that grows with the number of image tokens (``use_dynamic_shifting``, exponential or
+    linear), and with ``shift_terminal`` stretches the result so that the last of the sampler's steps has that sigma.
+    All shifting is done by diffusers' FlowMatchEulerDiscreteScheduler itself.
+    """
+
+    timestep_dtype: ClassVar[torch.dtype] = torch.float32
+    prediction_type = FLOW
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        *,
+        sampler_steps: int,
+        sigmas: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
+        """Take the settings of a scheduler made from the model's own scheduler config.
+
+        Args:
+            scheduler: of the model.
+            sampler_steps: how many steps the model is usually sampled in. With ``shift_terminal`` the shift depends on
+                it, otherwise nothing does.
+            sigmas: the times u that the model's pipeline hands to the scheduler, by the number of steps, decreasing;
+                None where it hands over none, and the scheduler takes its own.
+        """
+        self.scheduler, self.sampler_steps, self._sigmas = scheduler, sampler_steps, sigmas
+        self.num_train_timesteps = self.first_pure_noise = int(scheduler.config["num_train_timesteps"])
+
+    def levels(self, t_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the base class; rounded once, from float64. START is sigma = 0, where the sampler ends."""
+        sigma = (t_B.double().clamp_min(0) / self.num_train_timesteps).reshape(-1, 1, 1, 1)
+        return (1 - sigma).to(like.device, like.dtype), sigma.to(like.device, like.dtype)
+
+    def noise_in(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """See the base class; x_t + (1 - sigma) v."""
+        a, _ = self.levels(t_B, x_t)
+        return x_t + a * output
+
+    def x0_in(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """See the base class; x_t - sigma v."""
+        _, s = self.levels(t_B, x_t)
+        return x_t - s * output
+
+    def direction(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """See the base class; the velocity, which is the output."""
+        return output
+
+    def carry(self, x_s: torch.Tensor, direction: torch.Tensor, s_B: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """See the base class; Euler's step x_s + (sigma_t - sigma_s) v.
+
+        DDIM's step with the noise x + (1 - sigma) v has the same fixed points, but its iteration goes only a_t / a_s of
+        the way to Euler's: near pure noise it would hardly move, and have a small residual wherever it began.
+        """
+        _, sigma_s = self.levels(s_B, x_s)
+        _, sigma_t = self.levels(t_B, x_s)
+        return x_s + (sigma_t - sigma_s) * direction
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """See the base class; noise - x0, whatever t."""
+        return noise - x0
+
+    def grid(self, steps: int, tokens: int) -> Sequence[float]:
+        """See the base class; exactly the timesteps that the model's pipeline samples at, without the final 0.
+
+        The last, T, is pure noise.
+        """
+        if self.scheduler.config["shift_terminal"] and steps == 1:
+            raise UserError(f"--steps {steps}: the model's scheduler stretches its grid, for which it needs two steps")
+        scheduler, mu = copy.deepcopy(self.scheduler), self._mu(tokens)
+        if self._sigmas is None:
+            scheduler.set_timesteps(steps, mu=mu)
+        else:
+            scheduler.set_timesteps(sigmas=self._sigmas(steps), mu=mu)
+        return sorted(scheduler.timesteps.tolist())
+
+    def timesteps_at(self, times: np.ndarray, tokens: int) -> Sequence[float]:
+        """See the base class; the clock is that before the shift.
+
+        Its lowest time is 1 / T, the lowest that such models are trained at, and with ``shift_terminal`` the sampler's
+        last, below which the stretched sigma would be negative. Each t is below T in float32, too.
+        """
+        last = self._last_time(self.sampler_steps)
+        lowest = last if self.scheduler.config["shift_terminal"] else 1 / self.num_train_timesteps
+        scheduler = copy.deepcopy(self.scheduler)
+        # The scheduler stretches by the last time that it is given.
+        scheduler.set_timesteps(sigmas=[*(lowest + times * (1 - lowest)), last], mu=self._mu(tokens))
+        below = np.nextafter(np.float32(self.num_train_timesteps), np.float32(0))
+        return np.minimum(scheduler.timesteps[:-1].numpy(), below).tolist()
+
+    def _last_time(self, steps: int) -> float:
+        """The sampler's last time before the shift, where it still evaluates the model."""
+        return float(self.scheduler.sigma_min if self._sigmas is None else self._sigmas(steps)[-1])
+
+    def _mu(self, tokens: int) -> float | None:
+        """The dynamic shift, linear in the number of tokens; diffusers' ``calculate_shift``."""
+        config = self.scheduler.config
+        if not config["use_dynamic_shifting"]:
+            return None
+        share = (tokens - config["base_image_seq_len"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+        return float(config["base_shift"] + share * (config["max_shift"] - config["base_shift"]))
+
+    def fingerprint(self) -> str:
+        """See the base class."""
+        config = self.scheduler.config
+        return sha256_json({"prediction_type": self.prediction_type} | {name: config[name] for name in _SHIFT})
+
+
+def check_flow_scheduler(config: dict[str, Any], what: str) -> None:
+    """Refuse a model's own scheduler config, as it is on disk, that :class:`RectifiedFlow` does not cover.
+
+    Args:
+        config: of ``scheduler/scheduler_config.json``.
+        what: starts the error.
+
+    Raises:
+        UserError: the scheduler is another one, or has settings that change its grid or add noise.
+    """
+    name = str(config.get("_class_name"))
+    if name != "FlowMatchEulerDiscreteScheduler":
+        raise UserError(
+            f"{what}: its scheduler is {name}; of flow models only FlowMatchEulerDiscreteScheduler is known"
+        )
+    for setting in _UNKNOWN:
+        if config.get(setting):
+            raise UserError(
+                f"{what}: its scheduler's config sets {setting}; only plain Euler steps on evenly spaced and shifted "
+                "times are known"
+            )

@@ -1,0 +1,65 @@
+"""What the flow-matching families with a transformer, CLIP and T5 text encoders share.
+
+Shape suffixes: N prompts, B batch, L D a text embedding, C h w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from smpo_models.diffusers_family import DiffusersFamily
+from smpo_models.family import Conditioning
+from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.rectified_flow import RectifiedFlow, check_flow_scheduler
+from smpo_models.weights import load_part
+
+
+class TransformerFamily(DiffusersFamily):
+    """See :class:`smpo_models.family.Family`.
+
+    The T5 embeddings keep all their padding: these pipelines mask none of it, so that the denoiser attends to it.
+
+    Attributes:
+        sampler_steps: how many steps the model's pipeline samples in by default.
+        sampler_times: the times that the pipeline hands to its scheduler, by the number of steps; None: none.
+    """
+
+    denoiser_folder: ClassVar[str] = "transformer"
+    sampler_steps: ClassVar[int] = 28
+    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = None
+
+    def _load_schedule(self) -> NoiseSchedule:
+        kind = FlowMatchEulerDiscreteScheduler
+        options = {"subfolder": "scheduler"}
+        check_flow_scheduler(load_part(kind.load_config, self._model, self._what, **options), self._what)
+        scheduler = load_part(kind.from_pretrained, self._model, self._what, **options)
+        return RectifiedFlow(scheduler, sampler_steps=self.sampler_steps, sigmas=type(self).sampler_times)
+
+    def settings(self) -> dict[str, Any]:
+        """See the base class."""
+        return super().settings() | {
+            "sampler_steps": self.sampler_steps,
+            "embedded_guidance": self.embedded_guidance,
+        }
+
+    def resolution_multiple(self) -> int:
+        """See the base class."""
+        return self.latent_factor * self.patch
+
+    def resolution_limits(self) -> tuple[int, int | None]:
+        """See the base class; below half the side that they were made for such models draw black or broken pictures."""
+        return self.resolution() // 2, None
+
+    def conditioning(
+        self,
+        text: Mapping[str, torch.Tensor],
+        sizes: Sequence[tuple[int, int]],  # noqa: ARG002
+        crops: Sequence[tuple[int, int]],  # noqa: ARG002
+    ) -> Conditioning:
+        """See the base class; these families take no size and no crop."""
+        return Conditioning(text["text"], {"pooled": text["pooled"]})

@@ -1,0 +1,121 @@
+"""The noise schedule of Stable Diffusion 1.x, 2.x and XL.
+
+Shape suffixes: B batch, C h w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+
+from smpo_common.errors import UserError
+from smpo_common.files import sha256_json
+from smpo_models.noise_schedule import START, NoiseSchedule
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class VariancePreserving(NoiseSchedule):
+    """Discrete levels with a_t^2 + s_t^2 = 1, a_t^2 = alphas_cumprod[t]; timesteps are whole numbers in [0, T)."""
+
+    timestep_dtype: ClassVar[torch.dtype] = torch.int64
+
+    def __init__(self, scheduler: DDIMScheduler) -> None:
+        """Take the levels of a DDIM scheduler made from the model's own scheduler config.
+
+        Raises:
+            UserError: the prediction type is none of :data:`PREDICTION_TYPES`.
+        """
+        self.scheduler = scheduler
+        self.num_train_timesteps = int(scheduler.config["num_train_timesteps"])
+        self.prediction_type = str(scheduler.config["prediction_type"])
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise UserError(
+                f"the scheduler's prediction type {self.prediction_type!r} is not known; "
+                f"known: {', '.join(PREDICTION_TYPES)}"
+            )
+        first = torch.as_tensor(scheduler.final_alpha_cumprod).double().reshape(1)
+        # The first level is kept behind the last timestep, so that START = -1 indexes it.
+        products = torch.cat([scheduler.alphas_cumprod.double(), first])
+        self._a, self._s = products.sqrt(), (1 - products).sqrt()
+        self.first_pure_noise = int(self._a[:-1].count_nonzero())
+
+    def levels(self, t_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the base class; rounded once, from float64."""
+        index = t_B.to("cpu").clamp_min(START)
+        a, s = (table[index].to(like.device, like.dtype).reshape(-1, 1, 1, 1) for table in (self._a, self._s))
+        return a, s
+
+    def noise_in(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """See the base class; v = a noise - s x0 (arXiv 2202.00512, appendix D)."""
+        if self.prediction_type == "epsilon":
+            return output
+        a, s = self.levels(t_B, x_t)
+        if self.prediction_type == "v_prediction":
+            return a * output + s * x_t
+        return (x_t - a * output) / s
+
+    def x0_in(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        if self.prediction_type == "sample":
+            return output
+        a, s = self.levels(t_B, x_t)
+        if self.prediction_type == "v_prediction":
+            return a * x_t - s * output
+        return (x_t - s * output) / a
+
+    def direction(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """See the base class; the noise."""
+        return self.noise_in(output, x_t, t_B)
+
+    def carry(self, x_s: torch.Tensor, direction: torch.Tensor, s_B: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """See the base class; DDIM's step (arXiv 2010.02502, eq. 12): a_t (x_s - s_s eps) / a_s + s_t eps."""
+        a_s, s_s = self.levels(s_B, x_s)
+        a_t, s_t = self.levels(t_B, x_s)
+        return a_t * (x_s - s_s * direction) / a_s + s_t * direction
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "v_prediction":
+            a, s = self.levels(t_B, x0)
+            return a * noise - s * x0
+        return x0
+
+    def grid(self, steps: int, tokens: int) -> Sequence[float]:  # noqa: ARG002
+        """See the base class; DDIM's timesteps, whatever the image's size."""
+        if steps > self.num_train_timesteps:
+            raise UserError(f"--steps {steps}: the model has only {self.num_train_timesteps} timesteps")
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps)
+        # With trailing spacing, rounding may make one too many, which is -1.
+        return sorted(int(t) for t in scheduler.timesteps)[-steps:]
+
+    def timesteps_at(self, times: np.ndarray, tokens: int) -> Sequence[float]:  # noqa: ARG002
+        """See the base class; from 1 to the last timestep that is not pure noise, evenly."""
+        return [int(t) for t in 1 + np.floor(times * (self.first_pure_noise - 1))]
+
+    def fingerprint(self) -> str:
+        """See the base class."""
+        config = self.scheduler.config
+        spacing = {name: config[name] for name in ("timestep_spacing", "steps_offset", "prediction_type")}
+        return sha256_json({"a": self._a.tolist(), **spacing})
+
+
+def check_scheduler(config: dict[str, Any], what: str) -> None:
+    """Compare a model's own scheduler config, as it is on disk, to what a DDIM scheduler takes of it.
+
+    Raises:
+        UserError: its noise schedule is another one: DDIM would ignore its settings and use its own defaults.
+    """
+    name = str(config.get("_class_name"))
+    if name.startswith("EDM") or "Flow" in name or not {"beta_schedule", "trained_betas", "beta_start"} & set(config):
+        raise UserError(
+            f"{what}: its scheduler, {name}, has no beta schedule; only variance-preserving models, "
+            "whose scheduler config has beta_schedule, are known"
+        )
