@@ -63,22 +63,3 @@ def test_the_first_loss_is_ln_2_and_the_pipeline_loads_the_result(
     if "lora_rank" in options:
         targets = load_family(str(model), ()).lora_targets
         assert all(any(f".{target}." in name for target in targets) for name in moved)
-
-
-def test_validation_images_are_drawn_by_the_models_own_sampler(train: Train, model: Path, shards: Path) -> None:
-    out = train(
-        on=shards,
-        base=model,
-        max_steps=2,
-        batch_size=4,
-        validation_prompts=_prompts(shards),
-        validation_sampling_steps=2,
-    )
-    names = sorted(path.name for path in (out / "validation").iterdir())
-    assert names == ["step-000000.png", "step-000002.png"]
-
-
-def _prompts(folder: Path) -> Path:
-    path = folder.parent / "prompts.txt"
-    path.write_text("a cat\na dog\n")
-    return path
