@@ -26,7 +26,7 @@ def require_source(source: str, what: str) -> None:
     try:
         validate_repo_id(source)
     except HFValidationError:
-        raise UserError(f"{what}: no such folder: {source}") from None
+        raise UserError(f"{what}: no such folder: {source}; nor is it a hub id, OWNER/NAME") from None
     cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
     if constants.HF_HUB_OFFLINE and not cached.is_dir():
         raise UserError(

@@ -161,4 +161,7 @@ def _add(denoiser: Any, lora: Lora, of: str) -> None:  # noqa: ANN401
     finally:
         logger.disabled = False
     if len(fitting) != len(lora.layers):
-        raise UserError(f"{lora.what}: of its {len(lora.layers)} layers only {len(fitting)} fit the denoiser of {of}")
+        raise UserError(
+            f"{lora.what}: of its {len(lora.layers)} layers only {len(fitting)} fit the denoiser of {of}; "
+            "it was probably made for another base model"
+        )

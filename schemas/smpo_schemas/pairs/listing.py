@@ -95,7 +95,8 @@ def _describe(path: AnyPath) -> PairFile:
             groups = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
             if sum(groups) != footer.num_rows or min(groups, default=0) < 0:
                 raise UserError(
-                    f"{path} is damaged: its row groups do not have the {footer.num_rows} rows of its footer"
+                    f"{path} is damaged: its row groups do not have the {footer.num_rows} rows of its footer; "
+                    "download or write it again"
                 )
             if footer.num_rows > _MAX_ROWS_PER_BYTE * size:
                 raise UserError(f"{path} is damaged: it cannot hold the {footer.num_rows} rows that its footer claims")

@@ -21,6 +21,9 @@ from smpo_schemas.shards.samples import (
     timestep_problem,
 )
 
+COPY_AGAIN = "copy the shard again from where it was written"
+"""What to do about a damaged one."""
+
 _MAX_MEMBER_BYTES = 1 << 40
 """A size that no member has; seek() fails in various ways on absurd ones."""
 
@@ -135,9 +138,11 @@ class ShardDirectory:
             raise UserError(f"{path} is missing; the manifest lists it")
         size = path.stat().st_size
         if size != entry.bytes:
-            raise UserError(f"{path} has {size} bytes, the manifest says {entry.bytes}: truncated or replaced")
+            raise UserError(
+                f"{path} has {size} bytes, the manifest says {entry.bytes}: truncated or replaced; {COPY_AGAIN}"
+            )
         if sha256_file(path) != entry.sha256:
-            raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced")
+            raise UserError(f"{path} differs from the SHA-256 in the manifest: damaged or replaced; {COPY_AGAIN}")
 
     def locate(self, shard: int) -> list[SampleLocation]:
         """List the samples of one tar, in order; every sample must have both members.

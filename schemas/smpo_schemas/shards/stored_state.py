@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from smpo_common.errors import UserError, describe_problem
 from smpo_common.store_path import AnyPath
-from smpo_schemas.shards.reader import IndexedTrajectory, SampleLocation, ShardDirectory, read_at
+from smpo_schemas.shards.reader import COPY_AGAIN, IndexedTrajectory, SampleLocation, ShardDirectory, read_at
 from smpo_schemas.shards.samples import TIMESTEPS, SampleMeta, layout_problem, timestep_problem
 
 _NAMES = ("x0", "noise", "timestep", "ref_error", "residual")
@@ -147,6 +147,8 @@ def _reading(path: AnyPath, location: SampleLocation) -> Iterator[None]:
         raise UserError(f"{path}: sample {location.key} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         problem = describe_problem(error)
-        raise UserError(f"{path}: sample {location.key}: malformed json member: {problem}") from error
+        raise UserError(f"{path}: sample {location.key}: malformed json member: {problem}; {COPY_AGAIN}") from error
     except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: sample {location.key}: malformed safetensors member: {error}") from error
+        raise UserError(
+            f"{path}: sample {location.key}: malformed safetensors member: {error}; {COPY_AGAIN}"
+        ) from error

@@ -69,7 +69,10 @@ class RewardMix:
 
 def _scores(name: str, meta: SampleMeta) -> tuple[float, float]:
     if name not in meta.scores:
-        raise UserError(f"pair {meta.pair_id} in the shards has no score of reward {name!r}")
+        raise UserError(
+            f"pair {meta.pair_id} in the shards has no score of reward {name!r}: score the pairs with it and name that "
+            "folder by --scores, or take another --reward"
+        )
     return meta.scores[name]
 
 
