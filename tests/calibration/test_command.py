@@ -113,8 +113,8 @@ def test_mistakes_are_one_line(capfd, scores, tmp_path):
 def test_out_over_the_scores_and_urls_are_one_line(capfd, scores):
     before = {path: path.read_bytes() for path in scores.iterdir()}
     for name in ("scores.json", "calibration.png", "calibration"):
-        assert_one_line(calibrate(capfd, "--scores", scores, "--out", scores / name), "name a file that ends in .json")
-    assert_one_line(calibrate(capfd, "--scores", "s3://bucket/scores"), "s3://bucket/scores is a URL", "copy it here")
+        assert_one_line(calibrate(capfd, "--scores", scores, "--out", scores / name), "--out", name, "ends in .json")
+    assert_one_line(calibrate(capfd, "--scores", "s3://bucket/scores"), "s3://bucket/scores is a URL", "download it")
     assert {path: path.read_bytes() for path in scores.iterdir()} == before
 
 

@@ -58,7 +58,7 @@ def test_pairs_of_chosen_and_rejected(tmp_path: Path) -> None:
     path = make_pairs(tmp_path / "pairs.parquet")
     given = {"chosen": "jpg_0", "rejected": "jpg_1"}
     summary = summarise_pairs(path, given, limit=None, samples=1, advance=ignore)
-    assert summary.labels["image_0"] + summary.labels["image_1"] == summary.looked_at
+    assert summary.labels["image_0"] + summary.labels["image_1"] == summary.rows_read
     assert "images from jpg_0 (preferred) and jpg_1" in printed(print_pairs, summary, path)
 
 

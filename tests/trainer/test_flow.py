@@ -63,3 +63,12 @@ def test_the_first_loss_is_ln_2_and_the_pipeline_loads_the_result(
     if "lora_rank" in options:
         targets = load_family(str(model), ()).lora_targets
         assert all(any(f".{target}." in name for target in targets) for name in moved)
+
+
+def test_validation_images_are_drawn_by_the_models_own_sampler(
+    train: Train, model: Path, shards: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    out = train(on=shards, base=model, max_steps=1, batch_size=4, image_prompts=prompts, image_sampling_steps=2)
+    assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-000000.png", "step-000001.png"]

@@ -186,7 +186,7 @@ def test_from_images_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, c
     data = ("--shards", tmp_path / "shards", "--model", folder / kind, "--out", run)
     done = run_command("smpo-train", *data, *settings, ACCELERATE_USE_CPU="1")
     assert done.returncode == 0, done.stderr
-    assert "2 states of one at a time" in done.stdout
+    assert "in groups of 2 states of the same shape" in done.stdout
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     # The trainer computes each stored reference error again: its sizes, crops and shapes equal those of invert.
     assert losses[0] == pytest.approx(math.log(2), abs=2e-3)
