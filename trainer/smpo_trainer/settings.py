@@ -76,8 +76,8 @@ class RewardOptions(Options):
         Flag(typed=list[str], metavar="NAME=MIN:MAX|raw", identity="resolved"),
         Field(
             description="Range of a reward's raw score, in place of the minimum and maximum over the data set, for "
-            "minmax and winrate; raw for a reward that is log-odds. SmPO's published range for PickScore: "
-            f"{PICKSCORE_RANGE}."
+            "minmax and winrate; raw takes scores as they are, for those that are log-odds. SmPO's published range for "
+            f"PickScore: {PICKSCORE_RANGE}."
         ),
     ] = Field(default_factory=dict)
     scores: Annotated[Path | None, Flag(metavar="DIR", identity="resolved")] = None
@@ -100,25 +100,27 @@ class LossOptions(Options):
         PlainSerializer(write_options),
         Flag(typed=list[str], metavar="NAME=VALUE", identity="resolved"),
     ] = Field(default_factory=dict)
-    """Option that only this objective has, such as label_smoothing=0.1 for dpo; see --list-objectives."""
+    """Option of the chosen objective, such as label_smoothing=0.1 for dpo; see --list-objectives."""
     beta: Annotated[float | None, Field(ge=0), RESOLVED_IDENTITY] = None
-    """Scale of the implicit reward (times half the mean squared error). Larger values keep the model closer to the
-    reference. Default: the published value for the objective and model, see --list-objectives."""
+    """DPO's beta: an image's implicit reward is beta / 2 times the reference's squared error minus the model's. Larger
+    values keep the model closer to the reference. Default: the published value for the objective and model (smpo: 2000
+    for SD 1.5, 5000 for SDXL), see --list-objectives."""
     gamma: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 10.0
-    """Scale of the smoothed preference in smpo: the margin is multiplied by gamma (2p - 1)."""
+    """smpo only: the margin, the implicit reward of image_0 minus that of image_1, is multiplied by gamma (2p - 1),
+    where p is P(image_0 preferred)."""
     timestep_weighting: Annotated[TimestepWeightingKind | None, RESOLVED_IDENTITY] = None
-    """Weight of a state's errors by its timestep: uniform, or decreasing with the signal-to-noise ratio (min-snr,
-    sigmoid). Default: the published weighting of the objective, see --list-objectives."""
+    """Weight of a state's errors by its timestep: uniform, or smaller at low noise (min-snr, sigmoid). Default: the
+    published weighting of the objective, see --list-objectives."""
     snr_gamma: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 5.0
-    """With --timestep-weighting min-snr: SNR above which weights decrease."""
+    """With --timestep-weighting min-snr: signal-to-noise ratio above which weights decrease (not --gamma)."""
     sigmoid_bias: Annotated[float | None, RESOLVED_IDENTITY] = None
     """With --timestep-weighting sigmoid: log SNR at which the weight is 1/2. Default: the published bias of the
     objective, else 0."""
     budget: Annotated[float | None, Field(ge=0), IDENTITY] = None
-    """How far the preferred image's error may rise above the reference's, times beta/2 (units of the margin); the
-    excess is added to the loss. Default: unlimited."""
+    """Penalise the preferred image's error for rising above the reference's by more than this, in units of the margin
+    (beta / 2 times the error), so that not both images get worse. Default: no penalty."""
     budget_weight: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 1.0
-    """Factor of the excess over --budget."""
+    """Weight in the loss of the excess over --budget."""
 
 
 class StepOptions(Options):
@@ -129,13 +131,13 @@ class StepOptions(Options):
     max_steps: Annotated[int, Field(ge=1), IDENTITY] = 200
     """Optimizer steps. Run again with a larger number to continue a finished run."""
     batch_size: Annotated[int, Field(ge=1), RESOLVED_IDENTITY] = 8
-    """States (one pair at one timestep) per device and forward pass, which has two rows per state."""
+    """States per device and forward pass. A state is one pair at one timestep: two images."""
     grad_accum: Annotated[int, Field(ge=1), RESOLVED_IDENTITY] = 1
     """Forward passes per optimizer step. SmPO's published runs have 1024 states per step, over all devices."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED), IDENTITY] = 0
     """Seed of the order of states and of a new adapter's weights."""
     max_skipped: Annotated[int, Field(ge=1)] = 5
-    """Stop after this many steps in a row with a loss or gradient that is not finite; fewer are skipped and counted."""
+    """Skip and count steps whose loss or gradient is not finite; stop after this many in a row."""
 
 
 class OptimizerOptions(Options):
@@ -150,11 +152,11 @@ class OptimizerOptions(Options):
     scale_lr: Annotated[bool, Flag(off="--no-scale-lr", identity="resolved")] = False
     """Multiply --lr by the states of an optimizer step: devices x --batch-size x --grad-accum."""
     warmup_steps: Annotated[int, Field(ge=0), IDENTITY] = 20
-    """Optimizer steps over which the learning rate rises from 0."""
+    """Optimizer steps over which the learning rate rises from 0; 100 in SmPO's published runs."""
     lr_schedule: Annotated[LrSchedule, IDENTITY] = "constant"
     """Learning rate after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0), IDENTITY] = 0.01
-    """Weight decay, multiplied by the learning rate."""
+    """Decoupled weight decay, as in AdamW."""
     max_grad_norm: Annotated[float, Field(ge=0), IDENTITY] = 1.0
     """Clip the gradient to this norm; 0 disables clipping."""
     ema_decay: Annotated[float | None, Field(ge=0, le=1), IDENTITY] = None
@@ -170,7 +172,7 @@ class DenoiserOptions(Options):
     lora_rank: Annotated[int | None, Field(ge=1), IDENTITY] = None
     """Train a LoRA of this rank on the attention projections. Default: train all weights."""
     unet: Annotated[Path | None, Flag(metavar="DIR", identity="resolved")] = None
-    """Start from this denoiser folder; required if the model's own denoiser is not the reference of the shards."""
+    """Start from this denoiser folder. Required if the shards were made with a denoiser other than the model's own."""
     variant: Annotated[str | None, Flag(metavar="NAME")] = None
     """Variant of the model's weight files, such as fp16. Default: files without a variant, or the only variant."""
 
@@ -186,7 +188,8 @@ class ComputeOptions(Options):
     """Dtype of forward and backward; weights and optimizer stay in fp32. Default: that of the run to resume; or that of
     `accelerate launch` or its config file; or bf16 on a GPU that supports it and fp32 elsewhere."""
     tf32: Annotated[bool, RESOLVED_IDENTITY] = False
-    """Use TF32 for float32 matrix products and convolutions on NVIDIA GPUs: faster, with about three digits."""
+    """Use TF32 for float32 matrix products and convolutions on NVIDIA GPUs: faster, but with
+    about three decimal digits of precision."""
     compile: Annotated[bool, RESOLVED_IDENTITY] = False
     """Compile the denoiser with torch.compile: the first steps take minutes, later ones are faster."""
     gradient_checkpointing: Annotated[bool, Flag(off="--no-gradient-checkpointing")] = False
@@ -194,7 +197,8 @@ class ComputeOptions(Options):
     reference: Annotated[ReferenceSource, IDENTITY] = "auto"
     """Source of the reference's errors. stored: those in the shards. recomputed: computed once in this run's precision,
     before the first step. live: computed in every step by a second, frozen denoiser (with --lora-rank by the same one,
-    with its adapter disabled). auto: stored, or recomputed if their rounding noise is significant."""
+    with its adapter disabled). auto: stored, or recomputed if the rounding noise of the stored ones would move margins
+    noticeably."""
     text: TextSource = "live"
     """Encode prompts in every step (live), or once into a file in --cache that later runs reuse (cache); the text
     encoders are then freed. Same results."""
@@ -221,11 +225,13 @@ class DataOptions(Options):
     max_timestep: Annotated[int | None, Field(ge=0), IDENTITY] = None
     """Leave out states at larger timesteps."""
     shuffle_window: Annotated[int, Field(ge=1), IDENTITY] = 65536
-    """Minimum number of states that are shuffled together. The shards of two such windows are in use at a time."""
+    """Minimum number of states that are shuffled together. A larger window mixes better; the cache must hold the shards
+    of two windows."""
     cache: Annotated[Path, Flag(metavar="DIR")] = Path("~/.cache/smpo-diffusion")
     """Folder for shards fetched from URLs and for encoded prompts; runs may share it."""
     cache_gib: Annotated[float, Field(ge=0, le=MAX_CACHE_GIB)] = 100.0
-    """Space in --cache for fetched shards, in GiB. Shards in use are kept even beyond it."""
+    """Space in --cache for fetched shards, in GiB. Beyond it those unused for longest are deleted, never
+    one in use."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Data loader processes; 0 reads in the training process."""
 
@@ -241,8 +247,8 @@ class HeldOutOptions(Options):
     model_config = ConfigDict(title="Held-out pairs")
 
     val_fraction: Annotated[float, Field(ge=0, le=0.9), IDENTITY] = 0.0
-    """Hold out the pairs of about this fraction of the prompts, the same in every run. Their loss and accuracy are
-    logged as val/..."""
+    """Hold out about this fraction of the prompts with all their pairs, the same ones in every run. Their loss and
+    accuracy are logged as val/..."""
     val_every: Annotated[int, Field(ge=1)] = 50
     """Optimizer steps between two evaluations on them."""
     val_states: Annotated[int, Field(ge=1)] = 512
@@ -260,7 +266,7 @@ class ImageOptions(Options):
     image_every: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between two drawings. Images are also drawn before the first step and after the last."""
     image_sampling_steps: Annotated[int, Field(ge=1)] = 20
-    """DDIM steps per image."""
+    """Sampler steps per image."""
     image_guidance_scale: Annotated[float, Field(ge=1)] = 7.5
     """Scale of classifier-free guidance; 1 disables it."""
 
