@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.noise_schedules.base import NoiseSchedule
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from smpo_models.packing import packed, unpacked
+from smpo_models.family_bases.packing import packed, unpacked
 from smpo_models.weights import load_part, load_weights
 
 

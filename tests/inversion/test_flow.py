@@ -8,7 +8,7 @@ import torch
 from smpo_common.errors import UserError
 from smpo_models.draws import gaussian, trajectory_stream
 from smpo_models.loading import load_family
-from smpo_models.noise_schedule import START
+from smpo_models.noise_schedules.base import START
 from smpo_pipeline.inversion.batch import Batch, draw_trajectory
 from smpo_pipeline.inversion.checks import check_settings
 from smpo_pipeline.inversion.inverter import Inverter

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 
 from smpo_common.errors import UserError
 from smpo_models.loading import load_family
-from smpo_models.variance_preserving import VariancePreserving
+from smpo_models.noise_schedules.variance_preserving import VariancePreserving
 from smpo_pipeline.inversion.batch import Batch, draw_trajectory
 from smpo_pipeline.inversion.solvers import SOLVERS
 from smpo_pipeline.inversion.sources import renoise_visits

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 
 from smpo_common.errors import UserError
 from smpo_models.draws import trajectory_stream
-from smpo_models.variance_preserving import VariancePreserving
+from smpo_models.noise_schedules.variance_preserving import VariancePreserving
 from smpo_pipeline.inversion import timesteps
 from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_schemas.inversion_settings import InversionSettings

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from smpo_common.errors import UserError
 from smpo_models.family import Conditioning, Family
 from smpo_models.loading import load_family
-from smpo_models.noise_schedule import START
+from smpo_models.noise_schedules.base import START
 from smpo_models.sampling import load_pipeline, sample
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
 

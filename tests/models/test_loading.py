@@ -25,8 +25,8 @@ from transformers import CLIPTokenizer
 from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import families, load_family, load_inverting_denoiser
-from smpo_models.noise_schedule import START
-from smpo_models.variance_preserving import VariancePreserving
+from smpo_models.noise_schedules.base import START
+from smpo_models.noise_schedules.variance_preserving import VariancePreserving
 from tests.tiny import make_tiny_model, make_tiny_vae, make_tiny_xl
 
 
@@ -128,9 +128,9 @@ def test_images_are_encoded_some_at_a_time(folder, monkeypatch):
     calls, encode = [], family.vae.encode
     monkeypatch.setattr(family.vae, "encode", lambda part: calls.append(len(part)) or encode(part))
     whole = family.posterior(pixels)
-    monkeypatch.setattr("smpo_models.autoencoder.ENCODED_PIXELS", 2 * 32 * 64 + 7)
+    monkeypatch.setattr("smpo_models.family_bases.autoencoder.ENCODED_PIXELS", 2 * 32 * 64 + 7)
     parts = family.posterior(pixels)
-    monkeypatch.setattr("smpo_models.autoencoder.ENCODED_PIXELS", 1)
+    monkeypatch.setattr("smpo_models.family_bases.autoencoder.ENCODED_PIXELS", 1)
     alone = family.posterior(pixels)
     assert calls == [5, 2, 2, 1, 1, 1, 1, 1, 1]
     # The same but for the rounding of float32, which other batches sum in another order.

@@ -11,9 +11,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from smpo_common.errors import UserError
-from smpo_models.noise_schedule import START
-from smpo_models.rectified_flow import RectifiedFlow, check_flow_scheduler
-from smpo_models.variance_preserving import VariancePreserving
+from smpo_models.noise_schedules.base import START
+from smpo_models.noise_schedules.rectified_flow import RectifiedFlow, check_flow_scheduler
+from smpo_models.noise_schedules.variance_preserving import VariancePreserving
 
 STATIC = {"shift": 3.0}
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}

@@ -11,7 +11,7 @@ from smpo_common.errors import UserError
 from smpo_common.options import fields_of
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_trainer.data.bucketed_order import group_size
 from smpo_trainer.monitoring.trackers import import_wandb
 from smpo_trainer.objectives import Objective, code_fingerprint, find_objective

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from smpo_models.family import Conditioning
-from smpo_models.packing import PATCH, packed, unpacked
-from smpo_models.transformer_family import TransformerFamily
+from smpo_models.family_bases.packing import PATCH, packed, unpacked
+from smpo_models.family_bases.transformer_family import TransformerFamily
 
 _LATENT_SIDE = 128
 """``default_sample_size`` of the pipeline; the transformer's config names none."""
@@ -36,16 +36,6 @@ class Flux(TransformerFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = FluxTransformer2DModel
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
     patch = PATCH
     _same_config: ClassVar[tuple[str, ...]] = (
@@ -111,6 +101,6 @@ class Flux(TransformerFamily):
 
 
 def _positions(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """Return 0, row and column of each token, in the order of :func:`~smpo_models.packing.packed`: [P, 3]."""
+    """Return 0, row and column of each token, in the order of :func:`packed`: [P, 3]."""
     rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(like.device, like.dtype)

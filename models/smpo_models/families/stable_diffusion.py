@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_models.family import Conditioning
-from smpo_models.unet_family import UNetFamily
+from smpo_models.family_bases.unet_family import UNetFamily
 
 _OPENCLIP_H_WIDTH = 1024
 """Width of SD 2.x's text encoder; SD 1.x's is 768."""

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from smpo_models.clip_text import pooled_in_float64
 from smpo_models.family import Conditioning
-from smpo_models.transformer_family import TransformerFamily
+from smpo_models.family_bases.clip_text import pooled_in_float64
+from smpo_models.family_bases.transformer_family import TransformerFamily
 from smpo_models.weights import load_part
 
 _T5_TOKENS = 256
@@ -32,16 +32,6 @@ class StableDiffusion3(TransformerFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = SD3Transformer2DModel
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
     _same_config: ClassVar[tuple[str, ...]] = (
         "in_channels",
         "joint_attention_dim",

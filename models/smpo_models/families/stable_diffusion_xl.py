@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from smpo_models.clip_text import pooled_in_float64
 from smpo_models.family import Conditioning
-from smpo_models.unet_family import UNetFamily
+from smpo_models.family_bases.clip_text import pooled_in_float64
+from smpo_models.family_bases.unet_family import UNetFamily
 from smpo_models.weights import load_part
 
 

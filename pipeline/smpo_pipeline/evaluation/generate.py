@@ -17,16 +17,16 @@ from PIL import Image
 
 from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
-from smpo_models.autoencoder import latent_factor
 from smpo_models.draws import image_noise
+from smpo_models.family_bases.autoencoder import latent_factor
+from smpo_models.family_bases.unet_family import load_unet_config
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.lora import check_lora, fuse_lora
 from smpo_models.memory import is_out_of_memory
+from smpo_models.noise_schedules.variance_preserving import check_scheduler
 from smpo_models.part_config import native_resolution
 from smpo_models.sampling import load_pipeline, sample
-from smpo_models.unet_family import load_unet_config
-from smpo_models.variance_preserving import check_scheduler
 from smpo_models.weights import DTYPES, load_part, loading_errors
 from smpo_pipeline.evaluation.model_sources import ModelSource
 from smpo_pipeline.evaluation.results import Settings

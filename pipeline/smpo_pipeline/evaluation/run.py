@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
-from smpo_models.autoencoder import latent_factor
 from smpo_models.devices import choose_device, device_in_words
+from smpo_models.family_bases.autoencoder import latent_factor
 from smpo_models.hub import require_source
 from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from smpo_models.draws import gaussian
-from smpo_models.noise_schedule import START
+from smpo_models.noise_schedules.base import START
 from smpo_pipeline.inversion.batch import Batch, Visit
 from smpo_pipeline.inversion.solvers import SOLVERS
 from smpo_pipeline.inversion.step import Predict, Step, posterior_std

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.noise_schedules.base import NoiseSchedule
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The inverting denoiser's direction at x [N, C, h, w] of the rows int64 [N], at their steps' timesteps."""

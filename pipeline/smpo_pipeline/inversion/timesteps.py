@@ -9,7 +9,7 @@ import numpy as np
 
 from smpo_common.errors import UserError
 from smpo_models.draws import trajectory_stream
-from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_schemas.inversion_settings import InversionSettings
 
 

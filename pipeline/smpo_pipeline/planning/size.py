@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from smpo_models.noise_schedule import START, NoiseSchedule
+from smpo_models.noise_schedules.base import START, NoiseSchedule
 from smpo_pipeline.inversion.batch import Trajectory
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan, plan_trajectory
 from smpo_schemas.inversion_settings import InversionSettings

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from smpo_common.errors import UserError
+from smpo_models.family_bases.unet_family import UNetFamily
 from smpo_models.loading import load_family
-from smpo_models.unet_family import UNetFamily
 from smpo_pipeline import isolation
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.isolation import Failure

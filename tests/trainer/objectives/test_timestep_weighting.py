@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from smpo_models.rectified_flow import RectifiedFlow
-from smpo_models.variance_preserving import VariancePreserving
+from smpo_models.noise_schedules.rectified_flow import RectifiedFlow
+from smpo_models.noise_schedules.variance_preserving import VariancePreserving
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
 
 TIMESTEPS = torch.tensor([1, 50, 200, 500, 800, 999])

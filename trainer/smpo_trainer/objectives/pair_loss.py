@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_trainer.objectives import Objective
 from smpo_trainer.objectives.base import Metrics, PairBatch, implicit_rewards, select_preferred
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_schemas.manifest import FLOW
 from smpo_trainer.settings import TimestepWeightingKind
 

@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from smpo_common.errors import UserError
-from smpo_models.diffusers_family import DiffusersFamily
 from smpo_models.family import Conditioning
-from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.family_bases.diffusers_family import DiffusersFamily
+from smpo_models.noise_schedules.base import NoiseSchedule
+from smpo_models.noise_schedules.variance_preserving import VariancePreserving, check_scheduler
 from smpo_models.part_config import complete
-from smpo_models.variance_preserving import VariancePreserving, check_scheduler
 from smpo_models.weights import load_part
 
 

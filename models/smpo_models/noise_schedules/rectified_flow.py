@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
-from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_schemas.manifest import FLOW
 
 _UNKNOWN = (

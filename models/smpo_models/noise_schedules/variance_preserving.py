@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
-from smpo_models.noise_schedule import START, NoiseSchedule
+from smpo_models.noise_schedules.base import START, NoiseSchedule
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
-from smpo_models import autoencoder
 from smpo_models.family import Family
+from smpo_models.family_bases import autoencoder
 from smpo_models.fingerprint import settings_of
 from smpo_models.loading import denoiser_folder
-from smpo_models.noise_schedule import NoiseSchedule
+from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_models.part_config import complete, native_resolution, subfolder
 from smpo_models.weights import load_part, load_tokenizer, load_weights
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from smpo_models.diffusers_family import DiffusersFamily
 from smpo_models.family import Conditioning
-from smpo_models.noise_schedule import NoiseSchedule
-from smpo_models.rectified_flow import RectifiedFlow, check_flow_scheduler
+from smpo_models.family_bases.diffusers_family import DiffusersFamily
+from smpo_models.noise_schedules.base import NoiseSchedule
+from smpo_models.noise_schedules.rectified_flow import RectifiedFlow, check_flow_scheduler
 from smpo_models.weights import load_part
 
 
@@ -30,6 +30,16 @@ class TransformerFamily(DiffusersFamily):
     """
 
     denoiser_folder: ClassVar[str] = "transformer"
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
     sampler_steps: ClassVar[int] = 28
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = None
 
