@@ -107,7 +107,7 @@ def test_the_own_objective_trains_and_is_part_of_the_run(
     options = {"objective": "my_objectives:Hinge", "objective_option": "enough=2", "beta": 300, "reward": None}
     out = train("own", max_steps=1, **options)
     assert '"objective": "hinge"' in (out / "training.json").read_text()
-    train("own", max_steps=2, **options)  # the same code goes on
+    train("own", max_steps=2, **options)  # the same code resumes
     my_objectives.write_text(my_objectives.read_text().replace("1 where", "2 where"))
     sys.modules.pop("my_objectives")
     capfd.readouterr()

@@ -15,7 +15,7 @@ HIGHEST_RESIDUAL = 0.2
 (docs/results/trajectories.md). Beyond, a step was not solved at all."""
 
 _ENOUGH_STEPS = 5
-"""ReNoise steps that mended every low ratio that was measured with a VAE that fits (docs/results/trajectories.md)."""
+"""ReNoise steps that corrected every low ratio measured with a VAE that fits (docs/results/trajectories.md)."""
 
 _MOST_UNCONVERGED = 0.05
 """Share of a band's states above which their solver's failure is worth a warning."""
