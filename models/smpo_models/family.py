@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from smpo_common.errors import UserError
 from smpo_models.noise_schedules.base import NoiseSchedule
 
 
@@ -48,6 +49,10 @@ class Family(ABC):
         patch: side, in latent positions, of what is one token to the denoiser; 1 for UNets.
         embedded_guidance: guidance scale that the denoiser is told, where it was distilled to take one; None where it
             takes none. Set it after loading.
+        sampler: name of the sampler that images are made with: ``DDIM``, or ``Euler`` of flow models.
+        sampler_steps: how many steps the model is usually sampled in.
+        usual_guidance: guidance scale that the model is usually sampled at, of classifier-free guidance or the embedded
+            one; None where it takes neither.
         noise_schedule: noise levels and prediction type.
         denoiser: the model's own denoiser (or the one that replaced it at loading), in evaluation mode.
         text_modules: the frozen text encoders.
@@ -62,6 +67,9 @@ class Family(ABC):
     kind: str
     patch: int = 1
     embedded_guidance: float | None = None
+    sampler: ClassVar[str]
+    sampler_steps: int
+    usual_guidance: float | None
     noise_schedule: NoiseSchedule
     denoiser: nn.Module | None
     text_modules: tuple[nn.Module, ...]
@@ -90,6 +98,37 @@ class Family(ABC):
     def resolution_limits(self) -> tuple[int, int | None]:
         """Return the smallest and the largest side in pixels that the denoiser can be used at; None: no limit."""
         return self.resolution_multiple(), None
+
+    def check_resolution(self, side: int, what: str) -> None:
+        """Check that the denoiser can be used for square images of ``side`` pixels.
+
+        Args:
+            side: as ``--resolution`` names it.
+            what: names the model in errors.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if side % self.resolution_multiple():
+            raise UserError(f"--resolution {side}: {what} needs a multiple of {self.resolution_multiple()}")
+        smallest, largest = self.resolution_limits()
+        if side < smallest:
+            raise UserError(
+                f"--resolution {side}: {what} was made for images of {self.resolution()} pixels, and makes broken ones "
+                f"below {smallest}"
+            )
+        if largest is not None and side > largest:
+            raise UserError(
+                f"--resolution {side}: {what} knows no positions beyond {largest} pixels; take a smaller one"
+            )
+
+    @abstractmethod
+    def empty_denoiser(self) -> nn.Module:
+        """Return a denoiser of the model's own architecture on the meta device, without weights."""
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Return the arguments with which the model's pipeline reads texts as :meth:`encode_text` does."""
+        return {}
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -32,6 +32,7 @@ class _Loader(Protocol):
         vae: str | None,
         variant: str | None,
         device: torch.device,
+        what: str,
     ) -> Family: ...
 
 
@@ -49,8 +50,11 @@ def load_family(
     vae: str | None = None,
     variant: str | None = None,
     device: torch.device | str = "cpu",
+    what: str | None = None,
 ) -> Family:
     """Load the named parts of a text-to-image model, all in float32 (fingerprint first, cast then).
+
+    Without any part only configs are read, and checked.
 
     Args:
         model: hub id, or a folder in the diffusers pipeline layout.
@@ -59,17 +63,19 @@ def load_family(
         vae: hub id or folder of a VAE in place of the model's own.
         variant: of the files of weights, for example ``fp16``.
         device: for all parts.
+        what: names the model in errors; default: ``--model`` and its name.
 
     Raises:
         UserError: the model is missing, incomplete, or of a family that no file here is for.
     """
-    index: dict[str, Any] = load_part(DiffusionPipeline.load_config, model, f"--model {model}")
+    what = what or f"--model {model}"
+    index: dict[str, Any] = load_part(DiffusionPipeline.load_config, model, what)
     known = families()
     name = index.get("_class_name", "")
     if name not in known:
-        raise UserError(f"--model {model} is a {name or 'folder without model_index.json'}; known: {', '.join(known)}")
+        raise UserError(f"{what} is a {name or 'folder without model_index.json'}; known: {', '.join(known)}")
     loader = cast("_Loader", known[name])
-    return loader(model, parts, denoiser=denoiser, vae=vae, variant=variant, device=torch.device(device))
+    return loader(model, parts, denoiser=denoiser, vae=vae, variant=variant, device=torch.device(device), what=what)
 
 
 def load_inverting_denoiser(family: Family, model: str, path: Path, variant: str | None = None) -> nn.Module:

@@ -102,21 +102,19 @@ def _prefix(kind: type) -> str:
     return _UNET if issubclass(kind, UNet2DConditionModel) else _TRANSFORMER
 
 
-def check_lora(path: Path, unet_config: Mapping[str, Any], what: str, of: str) -> None:
-    """Check that a LoRA file can be read and fits a UNet, whose weights are not loaded.
+def check_lora(path: Path, denoiser: Any, what: str, of: str) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
+    """Check that a LoRA file can be read and fits a denoiser, without its weights.
 
     Args:
         path: the file.
-        unet_config: config of the UNet.
+        denoiser: on the meta device (:meth:`smpo_models.family.Family.empty_denoiser`); is changed.
         what: starts the error.
         of: whose denoiser it is, for the error.
 
     Raises:
         UserError: it cannot be read, or a layer of it does not fit.
     """
-    with torch.device("meta"):
-        denoiser = UNet2DConditionModel.from_config(unet_config)
-    _add(denoiser, read_lora(path, UNet2DConditionModel, denoiser.config, what), of)
+    _add(denoiser, read_lora(path, type(denoiser), denoiser.config, what), of)
 
 
 def fuse_lora(denoiser: Any, path: Path, what: str, of: str) -> None:  # noqa: ANN401  (diffusers' mixin has no type)

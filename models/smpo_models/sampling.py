@@ -65,8 +65,9 @@ def sample(
     noise_BChw: torch.Tensor,
     *,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     output_type: str = "pil",
+    **options: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401  (PIL images or a tensor)
     """Sample one image a prompt from its initial noise, on the noise's device and in its dtype.
 
@@ -75,19 +76,22 @@ def sample(
         prompts: B of them.
         noise_BChw: standard normal noise of the latents' shape.
         steps: of the sampler.
-        guidance_scale: of classifier-free guidance, or what FLUX.1 is told; 1 is none.
+        guidance_scale: of classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without.
         output_type: ``pil``, or ``latent`` for scaled latents [B, C, h, w].
+        options: further arguments of the pipeline, as of :meth:`smpo_models.family.Family.sampling_options`.
     """
     height, width = (side * pipeline.vae_scale_factor for side in noise_BChw.shape[2:])
     packs = isinstance(pipeline, FluxPipeline)
+    if guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
     made = pipeline(
         prompt=list(prompts),
         height=height,
         width=width,
         latents=packed(noise_BChw) if packs else noise_BChw,
         num_inference_steps=steps,
-        guidance_scale=guidance_scale,
         output_type=output_type,
+        **options,
     ).images
     return unpacked(made, *noise_BChw.shape[2:]) if packs and output_type == "latent" else made
 

@@ -9,18 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from smpo_common.errors import UserError
 from smpo_models.draws import image_noise
 from smpo_pipeline.evaluation import generate as generate_module
-from smpo_pipeline.evaluation.generate import (
-    Picture,
-    check_generator,
-    generate,
-    latent_shape,
-    load_generator,
-)
+from smpo_pipeline.evaluation.generate import Picture, generate, latent_shape, load_generator
 from smpo_pipeline.evaluation.model_sources import parse_models
 from tests.evaluation.stubs import EvaluationMaker
 
@@ -42,13 +37,13 @@ def test_models_begin_from_the_same_noise(
     evaluation = plan_of()
     seen: dict[str, list[np.ndarray]] = {}
     for model in evaluation.models:
-        pipeline = load_generator(model, evaluation.base, "cpu", "fp32")
-        inner = pipeline.unet.forward
+        generator = load_generator(model, evaluation.base, "cpu", "fp32")
+        inner = generator.denoiser.forward
         noises = seen.setdefault(model.name, [])
-        monkeypatch.setattr(pipeline.unet, "forward", _recording(inner, noises))
+        monkeypatch.setattr(generator.denoiser, "forward", _recording(inner, noises))
         pictures = [Picture("a cat", index, tmp_path / f"{model.name}{index}.png") for index in range(3)]
-        generate(pipeline, pictures, evaluation.settings, 3, lambda _: None)
-        assert latent_shape(pipeline) == (4, 8, 8)
+        generate(generator, pictures, evaluation.settings, 3, lambda _: None)
+        assert latent_shape(generator.family, evaluation.settings) == (4, 8, 8)
     assert np.array_equal(seen["base"][0], seen["tuned"][0])
     assert np.array_equal(seen["base"][0][1], image_noise(0, "a cat", 1, (4, 8, 8)))
     assert not np.array_equal(seen["base"][1], seen["tuned"][1])
@@ -64,14 +59,14 @@ def _recording(inner: Callable[..., Any], noises: list[np.ndarray]) -> Callable[
 
 def test_images_do_not_depend_on_batch_size_or_order(plan_of: EvaluationMaker, tmp_path: Path) -> None:
     evaluation = plan_of()
-    pipeline = load_generator(evaluation.models[0], evaluation.base, "cpu", "fp32")
+    generator = load_generator(evaluation.models[0], evaluation.base, "cpu", "fp32")
     keys = [(prompt, index) for prompt in ("a cat", "a dog and a cat") for index in range(3)]
     made = {}
     for batch_size, order in ((1, keys), (4, keys), (6, keys[::-1])):
         folder = tmp_path / f"{batch_size}"
         pictures = [Picture(prompt, index, folder / f"{prompt}-{index}.png") for prompt, index in order]
         counted: list[int] = []
-        generate(pipeline, pictures, evaluation.settings, batch_size, counted.append)
+        generate(generator, pictures, evaluation.settings, batch_size, counted.append)
         assert sum(counted) == 6
         made[batch_size] = [np.asarray(Image.open(folder / f"{prompt}-{index}.png"), int) for prompt, index in keys]
     for batch_size in (4, 6):
@@ -90,30 +85,30 @@ def test_where_memory_runs_out_batches_are_halved(
     plan_of: EvaluationMaker, tmp_path: Path, monkeypatch: Any, error: RuntimeError
 ) -> None:
     evaluation = plan_of()
-    pipeline = load_generator(evaluation.models[0], evaluation.base, "cpu", "fp32")
+    generator = load_generator(evaluation.models[0], evaluation.base, "cpu", "fp32")
     inner, fitting, sizes = generate_module._sample, 2, []
 
-    def sample(pipeline: Any, batch: list[Picture], settings: Any) -> list[Image.Image]:
+    def sample(generator: Any, batch: list[Picture], settings: Any) -> list[Image.Image]:
         if len(batch) > fitting:
             raise error
         sizes.append(len(batch))
-        return inner(pipeline, batch, settings)
+        return inner(generator, batch, settings)
 
     monkeypatch.setattr(generate_module, "_sample", sample)
     pictures = [Picture("a cat", index, tmp_path / f"{index}.png") for index in range(5)]
     counted: list[int] = []
-    generate(pipeline, pictures, evaluation.settings, 5, counted.append)
+    generate(generator, pictures, evaluation.settings, 5, counted.append)
     assert sizes == counted == [2, 2, 1]
     assert all(picture.path.is_file() for picture in pictures)
     fitting = 0
     with pytest.raises(UserError, match=f"too little memory to sample one image: {error}.*--dtype fp16"):
-        generate(pipeline, pictures, evaluation.settings, 5, counted.append)
+        generate(generator, pictures, evaluation.settings, 5, counted.append)
 
 
 def test_ddim_without_clipping_whatever_the_scheduler(models: dict[str, Path]) -> None:
     (model,) = parse_models([f"base={models['base']}"])
-    pipeline = load_generator(model, None, "cpu", "fp32")
-    assert type(pipeline.scheduler) is generate_module.DDIMScheduler
+    pipeline = load_generator(model, None, "cpu", "fp32").pipeline
+    assert type(pipeline.scheduler) is DDIMScheduler
     assert pipeline.scheduler.config["clip_sample"] is False
     assert pipeline.safety_checker is None
 
@@ -128,10 +123,10 @@ def test_a_model_without_a_size_takes_the_one_that_is_given(
     for source, resolution in ((models["base"], None), (sizeless, 32)):
         evaluation = plan_of(model=[f"base={source}"], resolution=resolution)
         (model,) = evaluation.models
-        assert check_generator(model, None, evaluation.settings) == (4, 8, 8)
+        assert latent_shape(evaluation.families["base"], evaluation.settings) == (4, 8, 8)
         picture = Picture("a cat", 0, tmp_path / f"{resolution}.png")
         generate(load_generator(model, None, "cpu", "fp32"), [picture], evaluation.settings, 1, print)
         images.append(picture.path.read_bytes())
     assert images[0] == images[1]
     with pytest.raises(UserError, match="--resolution"):
-        check_generator(model, None, plan_of(model=[f"base={sizeless}"]).settings)
+        plan_of(model=[f"base={sizeless}"])

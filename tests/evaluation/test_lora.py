@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from smpo_common.errors import UserError
-from smpo_pipeline.evaluation.generate import denoiser_fingerprint, load_generator
+from smpo_pipeline.evaluation.generate import load_generator
 from smpo_pipeline.evaluation.model_sources import parse_models
 
 
@@ -53,9 +53,9 @@ def test_lora_weights_are_fused_into_the_base(models: dict[str, Path], lora: Pat
     assert tuned.kind == "lora"
     plain = load_generator(base, None, "cpu", "fp32")
     fused = load_generator(tuned, str(models["base"]), "cpu", "fp32")
-    assert set(plain.unet.state_dict()) == set(fused.unet.state_dict())
-    assert denoiser_fingerprint(plain) != denoiser_fingerprint(fused)
+    assert set(plain.denoiser.state_dict()) == set(fused.denoiser.state_dict())
+    assert plain.fingerprint() != fused.fingerprint()
     noise, text, t = torch.randn(1, 4, 8, 8), torch.randn(1, 24, 32), torch.tensor([500])
     with torch.no_grad():
-        outputs = [each.unet(noise, t, encoder_hidden_states=text).sample for each in (plain, fused)]
+        outputs = [each.denoiser(noise, t, encoder_hidden_states=text).sample for each in (plain, fused)]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-4

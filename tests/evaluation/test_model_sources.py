@@ -60,7 +60,7 @@ def test_kinds_and_base(models: dict[str, Path], tmp_path: Path) -> None:
     lora.mkdir()
     (lora / "pytorch_lora_weights.safetensors").write_bytes(b"x")
     found = parse_models([f"base={models['base']}", f"tuned={models['tuned']}", f"lora={lora}", "hub=owner/some-model"])
-    assert [model.kind for model in found] == ["pipeline", "unet", "lora", "pipeline"]
+    assert [model.kind for model in found] == ["pipeline", "denoiser", "lora", "pipeline"]
     assert choose_base(found, None) == str(models["base"])
     assert choose_base(found, "other") == "other"
     assert choose_base(found[:1], None) is None

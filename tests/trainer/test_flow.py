@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from smpo_models.loading import load_family
+from smpo_pipeline.evaluation.generate import load_generator
+from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
@@ -46,7 +48,7 @@ def test_the_first_loss_is_ln_2_and_the_pipeline_loads_the_result(
     train: Train, model: Path, shards: Path, options: dict[str, object]
 ) -> None:
     """The stored reference errors are what the trainer's own forward finds, at fractional timesteps."""
-    out = train(on=shards, base=model, max_steps=3, batch_size=4, lr=1e-3, **options)
+    out = train(on=shards, base=model, max_steps=3, batch_size=4, lr=1e-3, save_every=3, **options)
     assert column(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-4)
     assert column(out, "loss")[-1] != column(out, "loss")[0]
     pipeline = DiffusionPipeline.from_pretrained(model)
@@ -60,6 +62,9 @@ def test_the_first_loss_is_ln_2_and_the_pipeline_loads_the_result(
     after = pipeline.transformer.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(".attn.to_q." in name for name in moved)
+    for source in (out, out / "checkpoint-000003"):
+        tuned = load_generator(*parse_models([f"tuned={source}"]), str(model), "cpu", "fp32")
+        assert all(torch.equal(after[name], weight) for name, weight in tuned.denoiser.state_dict().items())
     if "lora_rank" in options:
         targets = load_family(str(model), ()).lora_targets
         assert all(any(f".{target}." in name for target in targets) for name in moved)

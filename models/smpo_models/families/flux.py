@@ -49,9 +49,12 @@ class Flux(TransformerFamily):
 
     def _kind(self, config: Mapping[str, Any]) -> str:
         if not config["guidance_embeds"]:
+            # Of the pipeline's 512 tokens it was trained on 256.
+            self.sampler_steps, self.usual_guidance, self._t5_tokens = 4, None, 256
             return "flux1-schnell"
         # Without guidance, the scale at which its own trajectory can be inverted.
         self.embedded_guidance = 1.0
+        self.usual_guidance, self._t5_tokens = 3.5, 512
         return "flux1-dev"
 
     def _latent_channels(self, config: Mapping[str, Any]) -> int:
@@ -71,8 +74,7 @@ class Flux(TransformerFamily):
         ]
 
     def _text_limits(self) -> Sequence[int]:
-        """Return the most tokens of each encoder: T5's are 512, the pipeline's default; schnell knows only 256."""
-        return [super()._text_limits()[0], 512 if self.embedded_guidance is not None else 256]
+        return [super()._text_limits()[0], self._t5_tokens]
 
     @torch.no_grad()
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

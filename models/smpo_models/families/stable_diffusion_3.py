@@ -20,9 +20,6 @@ from smpo_models.family_bases.clip_text import pooled_in_float64
 from smpo_models.family_bases.transformer_family import TransformerFamily
 from smpo_models.weights import load_part
 
-_T5_TOKENS = 256
-"""``max_sequence_length`` of the pipeline."""
-
 
 class StableDiffusion3(TransformerFamily):
     """See :class:`smpo_models.family.Family`. The denoiser takes latents and t in [0, 1000) as they are.
@@ -32,6 +29,7 @@ class StableDiffusion3(TransformerFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = SD3Transformer2DModel
+    _t5_tokens = 256
     _same_config: ClassVar[tuple[str, ...]] = (
         "in_channels",
         "joint_attention_dim",
@@ -43,7 +41,9 @@ class StableDiffusion3(TransformerFamily):
     def _kind(self, config: Mapping[str, Any]) -> str:
         self.patch = int(config["patch_size"])
         # Stable Diffusion 3.5 normalises queries and keys, 3 does not.
-        return "sd35" if config["qk_norm"] else "sd3"
+        kind = "sd35" if config["qk_norm"] else "sd3"
+        self.usual_guidance = 4.5 if kind == "sd35" else 7.0
+        return kind
 
     def resolution_limits(self) -> tuple[int, int | None]:
         """See the base class; its position embeddings end at the largest side."""
@@ -63,7 +63,7 @@ class StableDiffusion3(TransformerFamily):
         return encoders
 
     def _text_limits(self) -> Sequence[int]:
-        return [*super()._text_limits()[:2], _T5_TOKENS][: len(self._tokenizers)]
+        return [*super()._text_limits()[:2], self._t5_tokens][: len(self._tokenizers)]
 
     @torch.no_grad()
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -74,7 +74,7 @@ class StableDiffusion3(TransformerFamily):
         ]
         clip_NLD = torch.cat([state.hidden_states[-2] for state in states], dim=-1)
         width = int(self._config["joint_attention_dim"])
-        t5_NLD = t5[0](self._tokens(2, prompts))[0] if t5 else clip_NLD.new_zeros(len(prompts), _T5_TOKENS, width)
+        t5_NLD = t5[0](self._tokens(2, prompts))[0] if t5 else clip_NLD.new_zeros(len(prompts), self._t5_tokens, width)
         clip_NLD = functional.pad(clip_NLD, (0, width - clip_NLD.shape[-1]))
         return {
             "text": torch.cat([clip_NLD, t5_NLD], dim=1),

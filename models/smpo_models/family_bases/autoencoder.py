@@ -96,15 +96,6 @@ def vae_factor(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def latent_factor(model: str, what: str) -> int:
-    """Return the pixels of a latent position of a model's VAE, along one side.
-
-    Raises:
-        UserError: the model has none.
-    """
-    return vae_factor(complete(AutoencoderKL, load_part(AutoencoderKL.load_config, model, what, subfolder="vae")))
-
-
 @torch.no_grad()
 def posterior(vae: AutoencoderKL, pixels_B3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation of the posterior, normalised: (z - shift_factor) scaling_factor."""

@@ -65,17 +65,18 @@ class DiffusersFamily(Family):
         vae: str | None,
         variant: str | None,
         device: torch.device,
+        what: str,
     ) -> None:
-        self._model, self._what, self._variant, self._device = model, f"--model {model}", variant, device
+        self._model, self._what, self._variant, self._device = model, what, variant, device
         self.denoiser, self.vae, self.text_modules = None, None, ()
         self._config = config = self._denoiser_config()
         self._channels = self._latent_channels(config)
-        self._sample_size = self._latent_side(config)
-        self.noise_schedule = self._load_schedule()
+        self._sample_size = self._latent_side(self._replacing_config(denoiser) if denoiser else config)
         self.kind = self._kind(config)
+        self.noise_schedule = self._load_schedule()
         self.latent_factor = autoencoder.vae_factor(autoencoder.vae_config(model, vae, self._channels, self._what))
         if "denoiser" in parts:
-            self.denoiser = self._load_denoiser(denoiser, config)
+            self.denoiser = self._load_denoiser(denoiser)
         if "text" in parts:
             self.text_modules = tuple(module.requires_grad_(False).eval().to(device) for module in self._load_text())
         if "vae" in parts:
@@ -107,7 +108,27 @@ class DiffusersFamily(Family):
         kind = cast("Any", self.denoiser_class)
         return complete(kind, load_part(kind.load_config, self._model, self._what, subfolder=self.denoiser_folder))
 
-    def _load_denoiser(self, folder: Path | None, config: Mapping[str, Any]) -> nn.Module:
+    def _replacing_config(self, folder: Path) -> dict[str, Any]:
+        """Read the config of a denoiser in place of the model's own.
+
+        Raises:
+            UserError: it does not fit the model.
+        """
+        kind, what = cast("Any", self.denoiser_class), f"denoiser {folder}"
+        config = complete(kind, load_part(kind.load_config, str(denoiser_folder(folder, self.denoiser_folder)), what))
+        for setting in self._same_config:
+            if config[setting] != self._config[setting]:
+                raise UserError(
+                    f"{what} has {setting} {config[setting]}, the one of {self._what} {self._config[setting]}"
+                )
+        return config
+
+    def empty_denoiser(self) -> nn.Module:
+        """See the base class."""
+        with torch.device("meta"):
+            return cast("Any", self.denoiser_class).from_config(self._config)
+
+    def _load_denoiser(self, folder: Path | None) -> nn.Module:
         name, kind = self.denoiser_folder, cast("Any", self.denoiser_class)
         source = str(denoiser_folder(folder, name)) if folder else self._model
         what = f"denoiser {folder}" if folder else self._what
@@ -119,11 +140,6 @@ class DiffusersFamily(Family):
             torch_dtype=torch.float32,
             **subfolder(name, folder is None),
         )
-        for setting in self._same_config:
-            if loaded.config[setting] != config[setting]:
-                raise UserError(
-                    f"{what} has {setting} {loaded.config[setting]}, the one of {self._what} {config[setting]}"
-                )
         return loaded.requires_grad_(False).eval().to(self._device)
 
     def _load_encoder(self, kind: Any, folder: str) -> nn.Module:  # noqa: ANN401  (transformers' from_pretrained)

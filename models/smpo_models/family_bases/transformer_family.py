@@ -25,11 +25,12 @@ class TransformerFamily(DiffusersFamily):
     The T5 embeddings keep all their padding: these pipelines mask none of it, so that the denoiser attends to it.
 
     Attributes:
-        sampler_steps: how many steps the model's pipeline samples in by default.
         sampler_times: the times that the pipeline hands to its scheduler, by the number of steps; None: none.
     """
 
     denoiser_folder: ClassVar[str] = "transformer"
+    sampler: ClassVar[str] = "Euler"
+    sampler_steps: int = 28
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q",
         "attn.to_k",
@@ -40,8 +41,9 @@ class TransformerFamily(DiffusersFamily):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
-    sampler_steps: ClassVar[int] = 28
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = None
+    _t5_tokens: int
+    """Tokens that T5 reads, padding included."""
 
     def _load_schedule(self) -> NoiseSchedule:
         kind = FlowMatchEulerDiscreteScheduler
@@ -56,6 +58,10 @@ class TransformerFamily(DiffusersFamily):
             "sampler_steps": self.sampler_steps,
             "embedded_guidance": self.embedded_guidance,
         }
+
+    def sampling_options(self) -> dict[str, Any]:
+        """See the base class; these pipelines cut and pad for T5 as they are told."""
+        return {"max_sequence_length": self._t5_tokens}
 
     def resolution_multiple(self) -> int:
         """See the base class."""

@@ -26,6 +26,9 @@ class UNetFamily(DiffusersFamily):
 
     denoiser_class: ClassVar[type[nn.Module]] = UNet2DConditionModel
     denoiser_folder: ClassVar[str] = "unet"
+    sampler: ClassVar[str] = "DDIM"
+    sampler_steps: int = 50
+    usual_guidance: float | None = 7.5
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     _same_config: ClassVar[tuple[str, ...]] = (
         "in_channels",

@@ -25,8 +25,9 @@ def evaluate(options: EvaluateOptions) -> None:
     else:
         from smpo_pipeline.evaluation.run import run  # noqa: PLC0415  (loads torch: not for a finished evaluation)
 
-        # With the dtype that was chosen, so that the config reproduces the numbers on any machine.
-        options.replace(dtype=evaluation.settings.dtype).write(evaluation.out)
+        # With what was chosen by default, so that the config reproduces the numbers on any machine.
+        chosen = {name: getattr(evaluation.settings, name) for name in ("dtype", "steps", "guidance_scale")}
+        options.replace(**chosen).write(evaluation.out)
         results = run(evaluation, console)
     print_results(results, console)
     console.print(f"report: {evaluation.out / REPORT_FILE}", highlight=False, soft_wrap=True)

@@ -1,9 +1,10 @@
-"""Check the settings of an evaluation before torch is imported or a model loaded."""
+"""Check the settings of an evaluation before a model is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, sha256_json
@@ -13,6 +14,9 @@ from smpo_pipeline.evaluation.options import EvaluateOptions
 from smpo_pipeline.evaluation.prompts import read_prompts
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
 from smpo_schemas.dtypes import Dtype
+
+if TYPE_CHECKING:
+    from smpo_models.family import Family
 
 IMAGES_FOLDER = "images"
 ORIGIN_FILE = "made_from.json"
@@ -25,6 +29,7 @@ class Evaluation:
     Attributes:
         out: the output folder.
         models: the first is the baseline.
+        families: the models' configs, by their names.
         base: folder or hub id of the whole model that completes outputs of smpo-train; None without such outputs.
         settings: everything that affects the results.
         batch_size: images at once.
@@ -33,6 +38,7 @@ class Evaluation:
 
     out: Path
     models: list[ModelSource]
+    families: dict[str, Family]
     base: str | None
     settings: Settings
     batch_size: int
@@ -48,7 +54,7 @@ class Evaluation:
 
     def origin(self, model: str) -> str:
         """Hash everything that affects the content of a model's images, though not their number."""
-        values = self.settings.model_dump(exclude={"models", "rewards", "images_per_prompt"}, exclude_none=True)
+        values = self.settings.model_dump(exclude={"models", "rewards", "images_per_prompt"}, exclude_defaults=True)
         return sha256_json({**values, "model": self.settings.models[model]})
 
 
@@ -67,19 +73,27 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     if len(set(options.reward)) != len(options.reward):
         raise UserError("--reward names the same reward twice")
     sampling, running = options.sampling, options.running
+    prompts = read_prompts(options.prompts, running.limit)
+    rewards = {spec: reward_identity(spec) for spec in options.reward}
+    from smpo_pipeline.evaluation.generate import check_sampling, read_configs  # noqa: PLC0415  (torch: not for --help)
+
+    families = {model.name: read_configs(model, whole) for model in sources}
+    usual = families[sources[0].name]
     settings = Settings(
         models={model.name: identity(model, whole) for model in sources},
-        rewards={spec: reward_identity(spec) for spec in options.reward},
-        prompts=read_prompts(options.prompts, running.limit),
+        rewards=rewards,
+        prompts=prompts,
         images_per_prompt=sampling.images_per_prompt,
-        steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
+        steps=sampling.steps or usual.sampler_steps,
+        guidance_scale=usual.usual_guidance if sampling.guidance_scale is None else sampling.guidance_scale,
         seed=sampling.seed,
         dtype=running.dtype or _default_dtype(running.device),
         resolution=sampling.resolution,
         variant=sampling.variant,
+        sampler=usual.sampler,
     )
-    return Evaluation(options.out, sources, whole, settings, running.batch_size, running.device)
+    check_sampling(families, settings)
+    return Evaluation(options.out, sources, families, whole, settings, running.batch_size, running.device)
 
 
 def _default_dtype(device: str | None) -> Dtype:

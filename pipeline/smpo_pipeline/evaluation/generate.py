@@ -1,4 +1,4 @@
-"""Generate one model's images with a diffusers pipeline and DDIM; noise depends on seed, prompt and index alone.
+"""Generate one model's images with its own diffusers pipeline; noise depends on seed, prompt and index alone.
 
 Shape suffixes: B batch, C h w a latent.
 """
@@ -9,29 +9,25 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
 from smpo_models.draws import image_noise
-from smpo_models.family_bases.autoencoder import latent_factor
-from smpo_models.family_bases.unet_family import load_unet_config
+from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.lora import check_lora, fuse_lora
 from smpo_models.memory import is_out_of_memory
-from smpo_models.noise_schedules.variance_preserving import check_scheduler
-from smpo_models.part_config import native_resolution
 from smpo_models.sampling import load_pipeline, sample
-from smpo_models.weights import DTYPES, load_part, loading_errors
+from smpo_models.weights import DTYPES
 from smpo_pipeline.evaluation.model_sources import ModelSource
 from smpo_pipeline.evaluation.results import Settings
 from smpo_pipeline.isolation import FAILURES
-from smpo_schemas.trained_model import UNET_FOLDER
 
 
 @dataclass(frozen=True)
@@ -43,85 +39,118 @@ class Picture:
     path: Path
 
 
-def check_generator(model: ModelSource, base: str | None, settings: Settings) -> tuple[int, int, int]:
-    """Check a model by its configuration (and a LoRA's layers), without loading other weights.
+@dataclass(frozen=True)
+class Generator:
+    """A model that samples images.
 
-    Returns:
-        (C, h, w) of the latents that it samples.
+    Attributes:
+        family: its configs, without weights.
+        pipeline: with weights.
+    """
+
+    family: Family
+    pipeline: DiffusionPipeline
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The pipeline's denoiser."""
+        denoiser: nn.Module = getattr(self.pipeline, self.family.denoiser_folder)
+        return denoiser
+
+    def fingerprint(self) -> str:
+        """Fingerprint the denoiser; if it was loaded in fp32, this is the fingerprint in manifests of shards."""
+        return fingerprint_module(self.denoiser)
+
+
+def read_configs(model: ModelSource, base: str | None) -> Family:
+    """Read and check a model's configs, and a LoRA's layers, without loading other weights.
 
     Raises:
-        UserError: the model does not exist, has no text-to-image UNet, has fewer timesteps than ``settings.steps``, or
-            is a LoRA that does not fit.
+        UserError: the model does not exist or is of an unknown family; or it is a denoiser or a LoRA that does not fit
+            ``base``.
     """
-    what, whole, _ = _read_index(model, base)
-    scheduler = load_part(DDIMScheduler.load_config, whole, what, subfolder="scheduler")
-    check_scheduler(scheduler, what)
-    timesteps = scheduler.get("num_train_timesteps", settings.steps)
-    if settings.steps > timesteps:
-        raise UserError(f"--steps {settings.steps}: {what} has only {timesteps} timesteps")
-    config = load_unet_config(model.source if model.kind == "unet" else whole, what)
+    whole, named = _whole(model, base)
+    folder = Path(model.source) if model.kind == "denoiser" else None
+    family = load_family(whole, (), denoiser=folder, what=named)
     if model.kind == "lora":
-        check_lora(model.lora_file, config, what, whole)
-    return _latent_shape(config, latent_factor(whole, what), settings.resolution, what)
+        check_lora(model.lora_file, family.empty_denoiser(), _named(model), whole)
+    return family
+
+
+def check_sampling(families: Mapping[str, Family], settings: Settings) -> None:
+    """Check that models can be sampled with these settings, and from the same noise.
+
+    Args:
+        families: the models' configs, by their names.
+        settings: of the sampling.
+
+    Raises:
+        UserError: they cannot.
+    """
+    for name, family in families.items():
+        side = settings.resolution or family.resolution()
+        family.check_resolution(side, f"--model {name}")
+        # Refuses a number of steps that the sampler has no grid for.
+        family.noise_schedule.grid(settings.steps, family.num_tokens(side, side))
+        if family.usual_guidance is None and settings.guidance_scale is not None:
+            raise UserError(
+                f"--guidance-scale {settings.guidance_scale:g}: --model {name} takes no guidance; leave it out"
+            )
+    shapes = {name: latent_shape(family, settings) for name, family in families.items()}
+    ways = {(family.sampler, family.usual_guidance is None) for family in families.values()}
+    if len(set(shapes.values())) > 1 or len(ways) > 1:
+        kinds = ", ".join(f"{name} ({family.kind}): {shapes[name]}" for name, family in families.items())
+        raise UserError(
+            f"--model: latents differ in shape, or the way to sample them ({kinds}), so the models cannot start from "
+            "the same noise; compare models of one resolution and family"
+        )
+
+
+def latent_shape(family: Family, settings: Settings) -> tuple[int, int, int]:
+    """Return (C, h, w) of the latents that are sampled."""
+    side = settings.resolution or family.resolution()
+    return family.latent_shape(side, side)
 
 
 def load_generator(
     model: ModelSource, base: str | None, device: str, dtype: str, variant: str | None = None
-) -> DiffusionPipeline:
-    """Load a model for sampling with DDIM, without safety checker.
+) -> Generator:
+    """Load a model for sampling: with DDIM, flow models with their own sampler, without safety checker.
 
     Raises:
-        UserError: it cannot be loaded, has no UNet, or lacks weights, which diffusers would initialise at random.
+        UserError: it cannot be loaded, or lacks weights, which diffusers would initialise at random.
     """
-    what, whole, _ = _read_index(model, base)
-    parts = {}
+    whole, named = _whole(model, base)
+    family, parts = read_configs(model, base), {}
     if model.kind != "pipeline":
-        parts[UNET_FOLDER] = _tuned_denoiser(model, whole, what, variant).to(DTYPES[dtype])
-    return load_pipeline(whole, what, parts, dtype=DTYPES[dtype], variant=variant).to(device)
+        parts[family.denoiser_folder] = _tuned_denoiser(model, whole, named, variant).to(DTYPES[dtype])
+    pipeline = load_pipeline(whole, named, parts, dtype=DTYPES[dtype], variant=variant)
+    return Generator(family, pipeline.to(device))
 
 
-def _read_index(model: ModelSource, base: str | None) -> tuple[str, str, dict[str, Any]]:
-    """Return the model's name in errors, its whole model (itself or its base), and the whole model's index."""
-    what = f"--model {model.name}={model.source}"
-    whole = model.source if model.kind == "pipeline" else str(base)
-    with loading_errors(what if model.kind == "pipeline" else f"--base {whole}"):
-        index: dict[str, Any] = DiffusionPipeline.load_config(whole)
-    if UNET_FOLDER not in index:
-        raise UserError(f"{what}: a {index.get('_class_name', 'model')} has no unet; only such models can be evaluated")
-    return what, whole, index
+def _named(model: ModelSource) -> str:
+    """Return a model's name in errors."""
+    return f"--model {model.name}={model.source}"
 
 
-def _tuned_denoiser(model: ModelSource, whole: str, what: str, variant: str | None) -> torch.nn.Module:
+def _whole(model: ModelSource, base: str | None) -> tuple[str, str]:
+    """Return the whole model, the model itself or its base, and that one's name in errors."""
+    return (model.source, _named(model)) if model.kind == "pipeline" else (str(base), f"--base {base}")
+
+
+def _tuned_denoiser(model: ModelSource, whole: str, named: str, variant: str | None) -> nn.Module:
     """Load the denoiser that smpo-train made from that of ``whole``, in float32."""
-    folder = Path(model.source) if model.kind == "unet" else None
-    family = load_family(whole, ("denoiser",), denoiser=folder, variant=variant)
+    folder = Path(model.source) if model.kind == "denoiser" else None
+    family = load_family(whole, ("denoiser",), denoiser=folder, variant=variant, what=named)
     if family.denoiser is None:
         raise RuntimeError("the model was loaded without its denoiser")
     if model.kind == "lora":
-        fuse_lora(family.denoiser, model.lora_file, what, whole)
+        fuse_lora(family.denoiser, model.lora_file, _named(model), whole)
     return family.denoiser
 
 
-def latent_shape(pipeline: DiffusionPipeline, resolution: int | None = None) -> tuple[int, int, int]:
-    """Return (C, h, w) of the pipeline's latents for ``resolution`` pixels (None: its native resolution)."""
-    return _latent_shape(pipeline.unet.config, pipeline.vae_scale_factor, resolution, "--model")
-
-
-def _latent_shape(config: Mapping[str, Any], factor: int, resolution: int | None, what: str) -> tuple[int, int, int]:
-    side = resolution or native_resolution(config["sample_size"], factor, what, UNET_FOLDER)
-    multiple = factor * 2 ** (len(config["block_out_channels"]) - 1)
-    if side % multiple:
-        raise UserError(f"--resolution {side}: {what} needs a multiple of {multiple}")
-    return config["in_channels"], side // factor, side // factor
-
-
-def denoiser_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """Fingerprint the denoiser; if it was loaded in fp32, this is the fingerprint in manifests of shards."""
-    return fingerprint_module(pipeline.unet)
-
-
 def generate(
-    pipeline: DiffusionPipeline,
+    generator: Generator,
     pictures: Sequence[Picture],
     settings: Settings,
     batch_size: int,
@@ -130,7 +159,7 @@ def generate(
     """Generate the pictures and write each as a PNG, atomically.
 
     Args:
-        pipeline: from :func:`load_generator`.
+        generator: from :func:`load_generator`.
         pictures: the images to generate.
         settings: of the sampling.
         batch_size: images at once; halved when memory runs out.
@@ -143,7 +172,7 @@ def generate(
     while done < len(pictures):
         batch = pictures[done : done + batch_size]
         try:
-            images = _sample(pipeline, batch, settings)
+            images = _sample(generator, batch, settings)
         except FAILURES as error:
             if not is_out_of_memory(error):
                 raise
@@ -160,13 +189,18 @@ def generate(
         advance(len(batch))
 
 
-def _sample(pipeline: DiffusionPipeline, batch: Sequence[Picture], settings: Settings) -> list[Image.Image]:
-    shape = latent_shape(pipeline, settings.resolution)
+def _sample(generator: Generator, batch: Sequence[Picture], settings: Settings) -> list[Image.Image]:
+    family, pipeline = generator.family, generator.pipeline
+    shape = latent_shape(family, settings)
     noise = [image_noise(settings.seed, picture.prompt, picture.index, shape) for picture in batch]
-    noise_BChw = torch.stack(noise).to(pipeline.device, pipeline.unet.dtype)
-    prompts = [picture.prompt for picture in batch]
+    noise_BChw = torch.stack(noise).to(pipeline.device, next(generator.denoiser.parameters()).dtype)
     with torch.inference_mode():
         images: list[Image.Image] = sample(
-            pipeline, prompts, noise_BChw, steps=settings.steps, guidance_scale=settings.guidance_scale
+            pipeline,
+            [picture.prompt for picture in batch],
+            noise_BChw,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            **family.sampling_options(),
         )
     return images

@@ -11,7 +11,7 @@ from typing import Literal
 
 from smpo_common.errors import UserError
 from smpo_common.files import files_below, sha256_file, sha256_json
-from smpo_schemas.trained_model import LORA_FILE, METRICS_FILE, UNET_FOLDER
+from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE, METRICS_FILE
 
 INDEX_FILE = "model_index.json"
 
@@ -36,12 +36,12 @@ class ModelSource:
     Attributes:
         name: its name in tables and folders.
         source: folder, file or hub id, as the user gave it.
-        kind: ``pipeline`` is a whole model; ``unet`` and ``lora`` are outputs of smpo-train, which need a base.
+        kind: ``pipeline`` is a whole model; ``denoiser`` and ``lora`` are outputs of smpo-train, which need a base.
     """
 
     name: str
     source: str
-    kind: Literal["pipeline", "unet", "lora"]
+    kind: Literal["pipeline", "denoiser", "lora"]
 
     @property
     def metrics(self) -> Path | None:
@@ -75,7 +75,7 @@ def parse_models(specs: Sequence[str]) -> list[ModelSource]:
     return models
 
 
-def _kind(spec: str, source: str) -> Literal["pipeline", "unet", "lora"]:
+def _kind(spec: str, source: str) -> Literal["pipeline", "denoiser", "lora"]:
     folder = Path(source)
     if not folder.exists() and _HUB_ID.fullmatch(source):
         return "pipeline"
@@ -85,18 +85,23 @@ def _kind(spec: str, source: str) -> Literal["pipeline", "unet", "lora"]:
         raise UserError(f"--model {spec}: {source} is neither a folder nor a LoRA file (.safetensors)")
     if (folder / INDEX_FILE).is_file():
         return "pipeline"
-    if (folder / UNET_FOLDER / "config.json").is_file():
-        return "unet"
+    if _denoiser_folder(folder):
+        return "denoiser"
     if (folder / LORA_FILE).is_file():
         return "lora"
     raise UserError(
         f"--model {spec}: {source} is neither a pipeline ({INDEX_FILE}) nor an output of smpo-train "
-        f"({UNET_FOLDER}/config.json or {LORA_FILE})"
+        f"({', '.join(f'{name}/config.json' for name in DENOISER_FOLDERS)} or {LORA_FILE})"
     )
 
 
+def _denoiser_folder(folder: Path) -> str | None:
+    """Return the name of the subfolder with a denoiser, or None."""
+    return next((name for name in DENOISER_FOLDERS if (folder / name / "config.json").is_file()), None)
+
+
 def choose_base(models: Sequence[ModelSource], given: str | None) -> str | None:
-    """Choose the whole model that completes ``unet`` and ``lora`` ones: ``given``, else the first whole one.
+    """Choose the whole model that completes ``denoiser`` and ``lora`` ones: ``given``, else the first whole one.
 
     Raises:
         UserError: it is needed and there is none.
@@ -120,11 +125,9 @@ def identity(model: ModelSource, base: str | None) -> str:
     folder = Path(model.source)
     if model.kind == "pipeline":
         return whole_identity(model.source)
-    rest = whole_identity(base, without=UNET_FOLDER if model.kind == "unet" else None) if base else ""
-    if model.kind == "lora":
-        own = {LORA_FILE: sha256_file(model.lora_file)}
-    else:
-        own = _digest(folder, _model_files(folder / UNET_FOLDER))
+    replaced = _denoiser_folder(folder) if model.kind == "denoiser" else None
+    rest = whole_identity(base, without=replaced) if base else ""
+    own = _digest(folder, _model_files(folder / replaced)) if replaced else {LORA_FILE: sha256_file(model.lora_file)}
     return sha256_json({"own": own, "rest": rest})
 
 

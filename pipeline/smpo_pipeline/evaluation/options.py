@@ -17,10 +17,12 @@ class SamplingOptions(Options):
 
     images_per_prompt: Annotated[int, Field(ge=1)] = 8
     """Images per prompt, each from its own noise."""
-    steps: Annotated[int, Field(ge=1)] = 50
-    """DDIM steps per image."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 7.5
-    """Classifier-free guidance; 1 is none."""
+    steps: Annotated[int | None, Field(ge=1)] = None
+    """Steps per image, DDIM's or of a flow model's own sampler. Default: 50; 28 for SD3 and FLUX.1-dev, 4 for
+    FLUX.1-schnell."""
+    guidance_scale: Annotated[float | None, Field(ge=0)] = None
+    """Classifier-free guidance, 1 is none; of FLUX.1-dev, the guidance that the model is told. Default: 7.5; 7 for SD3,
+    4.5 for SD3.5, 3.5 for FLUX.1-dev. FLUX.1-schnell takes none."""
     seed: int = 0
     """Seed of the initial noise, which is the same for all models."""
     resolution: Annotated[int | None, Flag(metavar="PIXELS"), Field(ge=8)] = None

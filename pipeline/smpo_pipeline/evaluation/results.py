@@ -29,12 +29,13 @@ class Settings(FrozenModel):
             value.
         prompts: the prompts.
         images_per_prompt: each from its own noise.
-        steps: DDIM steps.
-        guidance_scale: classifier-free guidance; 1 is none.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without.
         seed: of all noise.
         dtype: of the models, a key of :data:`smpo_models.weights.DTYPES`.
         resolution: side of the images in pixels; None: the models' native resolution.
         variant: variant of the weight files; None: files without a variant, or the only variant.
+        sampler: name of the models' sampler.
     """
 
     models: dict[str, str]
@@ -42,19 +43,27 @@ class Settings(FrozenModel):
     prompts: list[str]
     images_per_prompt: int
     steps: int
-    guidance_scale: float
+    guidance_scale: float | None
     seed: int
     dtype: str
     resolution: int | None = None
     variant: str | None = None
+    sampler: str = "DDIM"
 
     def digest(self) -> str:
         """Hash :meth:`identity`."""
         return sha256_json(self.identity())
 
+    @property
+    def sampling(self) -> str:
+        """How images are sampled, in words."""
+        guidance = "no guidance scale" if self.guidance_scale is None else f"guidance scale {self.guidance_scale:g}"
+        return f"{self.steps} {self.sampler} steps, {guidance}"
+
     def identity(self) -> dict[str, Any]:
         """Return the settings as JSON values; the models as a list, since their order matters."""
-        return {**self.model_dump(exclude_none=True), "models": [list(item) for item in self.models.items()]}
+        # What had no name in earlier versions is left out where it is as it was.
+        return {**self.model_dump(exclude_defaults=True), "models": [list(item) for item in self.models.items()]}
 
 
 class ModelEntry(FrozenModel):

@@ -18,12 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
 from smpo_models.devices import choose_device, device_in_words
-from smpo_models.family_bases.autoencoder import latent_factor
 from smpo_models.hub import require_source
 from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
 from smpo_pipeline.evaluation.evaluation import ORIGIN_FILE, Evaluation
-from smpo_pipeline.evaluation.generate import Picture, check_generator, denoiser_fingerprint, generate, load_generator
+from smpo_pipeline.evaluation.generate import Picture, generate, load_generator
 from smpo_pipeline.evaluation.report import write_report
 from smpo_pipeline.evaluation.results import (
     REPORT_FILE,
@@ -62,14 +61,8 @@ def run(evaluation: Evaluation, console: Console) -> Results:
         require_source(whole, what)
         if remark := variant_remark(whole, evaluation.settings.variant):
             console.print(remark, highlight=False, soft_wrap=True)
-    # Check all models and rewards first: an error must not show after hours of sampling.
-    shapes = {model.name: check_generator(model, evaluation.base, evaluation.settings) for model in evaluation.models}
-    if len(set(shapes.values())) > 1:
-        raise UserError(
-            f"--model: latents differ in shape ({shapes}), so the models cannot start from the same noise; "
-            "compare models of one resolution and family"
-        )
-    console.print(_sizes(evaluation, shapes[evaluation.models[0].name]), highlight=False, soft_wrap=True)
+    console.print(_sizes(evaluation), highlight=False, soft_wrap=True)
+    # Before hours of sampling.
     rewards = [load_reward(spec, device) for spec in evaluation.settings.rewards]
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
@@ -91,13 +84,12 @@ def run(evaluation: Evaluation, console: Console) -> Results:
     return results
 
 
-def _sizes(evaluation: Evaluation, shape: tuple[int, int, int]) -> str:
-    """Describe the numbers and sizes of images in one line."""
-    settings, first = evaluation.settings, evaluation.models[0]
-    whole = first.source if first.kind == "pipeline" else str(evaluation.base)
-    height, width = (latent_factor(whole, f"--model {first.name}") * side for side in shape[1:])
-    images = f"{len(settings.prompts)} prompts x {settings.images_per_prompt} images of {height} x {width} pixels"
-    return f"{images}; batch size {evaluation.batch_size}; seed {settings.seed}"
+def _sizes(evaluation: Evaluation) -> str:
+    """Describe the numbers and sizes of images, and how they are sampled, in one line."""
+    settings = evaluation.settings
+    side = settings.resolution or evaluation.families[evaluation.models[0].name].resolution()
+    images = f"{len(settings.prompts)} prompts x {settings.images_per_prompt} images of {side} x {side} pixels"
+    return f"{images}; {settings.sampling}; batch size {evaluation.batch_size}; seed {settings.seed}"
 
 
 def _quiet_libraries() -> None:
@@ -131,17 +123,17 @@ def _generate_all(evaluation: Evaluation, device: str, progress: Progress) -> li
     for model in evaluation.models:
         pictures = _pictures(evaluation, model.name)
         task = progress.add_task(f"sample {model.name}", total=len(pictures))
-        pipeline = load_generator(
+        generator = load_generator(
             model, evaluation.base, device, evaluation.settings.dtype, evaluation.settings.variant
         )
-        denoiser = denoiser_fingerprint(pipeline)
+        denoiser = generator.fingerprint()
         _claim_folder(evaluation, model.name, denoiser)
         missing = [picture for picture in pictures if not picture.path.is_file()]
         progress.update(task, completed=len(pictures) - len(missing))
-        generate(pipeline, missing, evaluation.settings, evaluation.batch_size, _advancing(progress, task))
+        generate(generator, missing, evaluation.settings, evaluation.batch_size, _advancing(progress, task))
         base = evaluation.base if model.kind != "pipeline" else None
         entries.append(ModelEntry(name=model.name, source=model.source, base=base, denoiser=denoiser))
-        del pipeline
+        del generator
         gc.collect()
     return entries
 

@@ -35,24 +35,18 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
 
 
 def _check_resolution(family: Family, model: str, chosen: int, settings: InversionSettings) -> None:
-    """Check that the denoiser can be used at this resolution, and at the sizes about it.
+    """Check that the denoiser can be used at this resolution, and at the sizes of its buckets.
 
     Raises:
         UserError: it cannot.
     """
-    if chosen % family.resolution_multiple():
-        raise UserError(f"--resolution {chosen}: {model} needs a multiple of {family.resolution_multiple()}")
-    smallest, largest = family.resolution_limits()
-    if chosen < smallest:
-        raise UserError(
-            f"--resolution {chosen}: {model} was made for images of {family.resolution()} pixels, and makes none worth "
-            f"learning from below {smallest}"
-        )
+    family.check_resolution(chosen, model)
+    _, largest = family.resolution_limits()
     side = max(side for size in sizes_of_images(family, chosen, settings) for side in size)
     if largest is not None and side > largest:
         raise UserError(
-            f"--resolution {chosen}: images would have up to {side} pixels a side, {model} knows no positions beyond "
-            f"{largest}; take a smaller one" + (", or leave out --buckets" if settings.buckets else "")
+            f"--buckets: images would have up to {side} pixels a side, {model} knows no positions beyond {largest}; "
+            f"take a smaller --resolution than {chosen}, or leave it out"
         )
 
 
