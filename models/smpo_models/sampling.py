@@ -96,6 +96,12 @@ def sample(
     return unpacked(made, *noise_BChw.shape[2:]) if packs and output_type == "latent" else made
 
 
+def sampling_in_words(sampler: str, steps: int, guidance_scale: float | None) -> str:
+    """Say how images are sampled."""
+    guidance = "no guidance scale" if guidance_scale is None else f"guidance scale {guidance_scale:g}"
+    return f"{steps} {sampler} steps, {guidance}"
+
+
 def _class_with_weights(library: str, name: str) -> Any:  # noqa: ANN401  (of either library)
     """A class of models by the names in a pipeline's index; None for what is no model, such as a tokenizer."""
     found = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)

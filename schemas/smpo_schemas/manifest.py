@@ -31,6 +31,8 @@ class ModelInfo(FrozenModel):
         vae: fingerprint of the VAE.
         scheduler: fingerprint of the noise levels and prediction type.
         num_train_timesteps: T; timesteps are in [0, T), whole numbers but for ``flow``.
+        embedded_guidance: guidance scale that the denoiser was told, in all forwards; None for models that take none.
+        sampler_steps: steps of the sampler whose timesteps the states are at; None where these do not depend on it.
     """
 
     id: str
@@ -42,6 +44,8 @@ class ModelInfo(FrozenModel):
     vae: str
     scheduler: str
     num_train_timesteps: int = Field(ge=1, le=2**31)
+    embedded_guidance: float | None = None
+    sampler_steps: int | None = None
 
 
 class ShardEntry(FrozenModel):

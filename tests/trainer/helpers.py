@@ -140,6 +140,7 @@ def write_shards(
     rewards: Sequence[str],
     dtype: str = "fp32",
     empty_prompt: str = "model",
+    embedded_guidance: float | None = None,
 ) -> None:
     """Write samples, four per tar, and a manifest for ``model`` and these flags of ``invert``."""
     entries = []
@@ -169,6 +170,7 @@ def write_shards(
             vae=fingerprint_module(family.vae),
             scheduler=family.noise_schedule.fingerprint(),
             num_train_timesteps=family.noise_schedule.num_train_timesteps,
+            embedded_guidance=embedded_guidance,
         ),
         resolution=32,
         inversion=InversionSettings(dtype=dtype, empty_prompt=empty_prompt),

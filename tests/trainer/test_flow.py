@@ -6,19 +6,26 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
+from PIL import Image
 
+from smpo_models.draws import gaussian, named_stream
 from smpo_models.loading import load_family
 from smpo_pipeline.evaluation.generate import load_generator
 from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
+from tests.tiny import IMAGE_SIDE, LATENT_SHAPE
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import column, write_shards
+
+PROMPTS = ("a cat", "a dog and " * 40)
+"""The second has more tokens than schnell's T5 reads."""
 
 MODELS = {"sd35": make_tiny_sd3, "flux1-dev": make_tiny_flux}
 
@@ -30,16 +37,21 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return invert_tiny(model, tmp_path_factory.mktemp("shards") / "flow")
+
+
+def invert_tiny(model: Path, directory: Path, guidance: float | None = None, recorded: float | None = None) -> Path:
+    """Make shards of four pairs, of a model that is told ``guidance``; the manifest says ``recorded``."""
     family = load_family(str(model))
+    family.embedded_guidance = guidance or family.embedded_guidance
     inverter = Inverter(family, family.denoiser, InversionSettings(steps=3, prompt_dropout=0.4), seed=0)
     pairs = [
         dataclasses.replace(make_pair(number), scores={"taste": (0.1 * number, 0.3)}, label=float(number % 2))
         for number in range(4)
     ]
     samples, _ = inverter.invert([(pair, 0) for pair in pairs])
-    directory = tmp_path_factory.mktemp("shards") / "flow"
     directory.mkdir()
-    write_shards(directory, model, samples, ["taste"])
+    write_shards(directory, model, samples, ["taste"], embedded_guidance=recorded)
     return directory
 
 
@@ -70,10 +82,65 @@ def test_the_first_loss_is_ln_2_and_the_pipeline_loads_the_result(
         assert all(any(f".{target}." in name for target in targets) for name in moved)
 
 
-def test_validation_images_are_drawn_by_the_models_own_sampler(
-    train: Train, model: Path, shards: Path, tmp_path: Path
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def test_validation_images_are_those_of_the_stock_pipeline(
+    train: Train, model: Path, shards: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\na dog\n")
     out = train(on=shards, base=model, max_steps=1, batch_size=4, image_prompts=prompts, image_sampling_steps=2)
     assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-000000.png", "step-000001.png"]
+    guidance = 4.5 if "sd35" in model.name else 3.5
+    assert f"2 prompts, 2 Euler steps, guidance scale {guidance}" in capsys.readouterr().out
+    grid = np.asarray(Image.open(out / "validation" / "step-000000.png"), dtype=float)
+    for number, image in enumerate(by_a_stock_pipeline(model, guidance_scale=guidance)):
+        ours = grid[:, IMAGE_SIDE * number : IMAGE_SIDE * (number + 1)]
+        assert np.abs(ours - 255 * image).max() <= 1.5
+
+
+def by_a_stock_pipeline(model: Path, **options: object) -> list[np.ndarray]:
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    images = []
+    for number, prompt in enumerate(PROMPTS):
+        noise = gaussian(named_stream(f"validation\n0\n{number}"), LATENT_SHAPE)[None]
+        latents = pipeline._pack_latents(noise, *noise.shape) if isinstance(pipeline, FluxPipeline) else noise
+        drawn = pipeline(
+            prompt, height=IMAGE_SIDE, width=IMAGE_SIDE, latents=latents, num_inference_steps=2, output_type="np",
+            **options,
+        )  # fmt: skip
+        images.append(drawn.images[0])
+    return images
+
+
+def test_schnells_images_read_texts_as_in_training_and_take_no_guidance(
+    train: Train, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_tiny_flux(tmp_path / "model", guided=False)
+    shards = invert_tiny(model, tmp_path / "shards")
+    options = {"max_steps": 1, "batch_size": 4, "image_prompts": prompts}
+    out = train(on=shards, base=model, **options, image_sampling_steps=2)
+    grid = np.asarray(Image.open(out / "validation" / "step-000000.png"), dtype=float)
+    for number, image in enumerate(by_a_stock_pipeline(model, max_sequence_length=256)):
+        ours = grid[:, IMAGE_SIDE * number : IMAGE_SIDE * (number + 1)]
+        assert np.abs(ours - 255 * image).max() <= 1.5
+    capsys.readouterr()
+    with pytest.raises(AssertionError):
+        train("refused", on=shards, base=model, **options, image_guidance_scale=3.5)
+    assert "--image-guidance-scale 3.5" in capsys.readouterr().err
+    assert not (tmp_path / "refused" / "config.yaml").exists()
+
+
+def test_the_model_is_told_the_guidance_of_the_shards(train: Train, tmp_path: Path) -> None:
+    model = make_tiny_flux(tmp_path / "model")
+    losses = {}
+    # Of two manifests for the same states, the second one is false.
+    for name, told in (("true", 3.5), ("false", None)):
+        shards = invert_tiny(model, tmp_path / name, guidance=3.5, recorded=told)
+        out = train(f"run-{name}", on=shards, base=model, max_steps=1, batch_size=4, reference="stored")
+        losses[name] = column(out, "loss")[0]
+    assert losses["true"] == pytest.approx(math.log(2), abs=2e-4)
+    assert abs(losses["false"] - math.log(2)) > 2e-3

@@ -65,6 +65,8 @@ class Experiment:
         """Describe data, loss and steps for the user, including values that come from defaults."""
         settings, options = self.settings, self.objective.options
         inversions = [directory.manifest.inversion for directory in self.shards.directories]
+        guidance = self.shards.model.embedded_guidance
+        told = "" if guidance is None else f"; the model is told guidance {guidance:g}"
         sizes = ", ".join(f"{width} x {height}" for height, width in sorted(self.shards.image_sizes()))
         pairs = sum(directory.manifest.totals.pairs for directory in self.shards.directories)
         own = "".join(f", {name} {getattr(options, name)}" for name in options.own())
@@ -77,7 +79,8 @@ class Experiment:
         optimizer, peak_lr = settings.optimizer, settings.peak_lr(states_per_step)
         lr = f"{peak_lr:g} ({optimizer.lr_schedule}, warm-up {optimizer.warmup_steps} steps)"
         return [
-            f"shards: {pairs} pairs at {sizes}; of their trajectories, {dropped} without prompt, {mirrored} mirrored",
+            f"shards: {pairs} pairs at {sizes}; of their trajectories, {dropped} without prompt, {mirrored} mirrored"
+            + told,
             f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{own}",
             f"steps: {settings.steps.max_steps} of {states_per_step} states; {optimizer.optimizer}, learning rate {lr}",
         ]

@@ -36,7 +36,7 @@ from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shards.fetch import ShardStore
 from smpo_trainer.train_loop import TrainLoop
 from smpo_trainer.validation.held_out import HeldOut, sample_evenly, split_by_prompt
-from smpo_trainer.validation.images import ValidationImages
+from smpo_trainer.validation.images import Sampling, ValidationImages
 
 
 def run_training(settings: TrainSettings) -> None:
@@ -102,6 +102,10 @@ def _train(
     if settings.held_out.val_fraction:
         table, held_out_table = on_all(accelerator, lambda: split_by_prompt(table, settings.held_out.val_fraction))
         held_out = on_all(accelerator, lambda: _hold_out(experiment, held_out_table, store, accelerator, console))
+    sampling = None
+    if experiment.image_prompts:
+        sampling = on_all(accelerator, lambda: Sampling.choose(settings.images, policy.family))
+        console.say(f"validation images: {len(experiment.image_prompts)} prompts, {sampling}")
     # Only now touch the output folder: a run that cannot start must not overwrite another one.
     on_main(accelerator, lambda: _begin(settings, output))
     checkpoint = _find_checkpoint(output, accelerator)
@@ -115,7 +119,7 @@ def _train(
         held_out.recompute_reference(policy)
     if settings.compute.reference != "live":
         policy = replace(policy, reference=None)  # free its memory
-    images = ValidationImages(experiment, policy, accelerator) if experiment.image_prompts else None
+    images = ValidationImages(experiment, policy, accelerator, sampling) if sampling else None
     loop = TrainLoop(experiment, policy, feed, held_out, images, accelerator, output, console, identity)
     last = loop.train(noise, checkpoint)
     if loop.stopped_by:
@@ -171,6 +175,8 @@ def _load(experiment: Experiment, accelerator: Accelerator, console: RunConsole)
     settings = experiment.settings
     policy = load_policy(settings, experiment.shards.model, accelerator.device, console.say)
     policy.family.encodes_empty_prompt = experiment.shards.encodes_empty_prompt
+    if experiment.shards.model.embedded_guidance is not None:
+        policy.family.embedded_guidance = experiment.shards.model.embedded_guidance
     if settings.compute.compile:
         policy.compile()
     if settings.compute.text == "cache":

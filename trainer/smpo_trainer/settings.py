@@ -265,10 +265,11 @@ class ImageOptions(Options):
     The VAE is loaded only to draw them."""
     image_every: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between two drawings. Images are also drawn before the first step and after the last."""
-    image_sampling_steps: Annotated[int, Field(ge=1)] = 20
-    """Sampler steps per image."""
-    image_guidance_scale: Annotated[float, Field(ge=1)] = 7.5
-    """Scale of classifier-free guidance; 1 disables it."""
+    image_sampling_steps: Annotated[int | None, Field(ge=1)] = None
+    """Steps per image, DDIM's or of a flow model's own sampler. Default: 20; 4 for FLUX.1-schnell."""
+    image_guidance_scale: Annotated[float | None, Field(ge=1)] = None
+    """Classifier-free guidance, 1 is none; of FLUX.1-dev, the guidance that the model is told. Default: that of
+    `smpo-pipeline evaluate`."""
 
 
 class OutputOptions(Options):

@@ -55,7 +55,7 @@ class TransformerFamily(DiffusersFamily):
     def settings(self) -> dict[str, Any]:
         """See the base class."""
         return super().settings() | {
-            "sampler_steps": self.sampler_steps,
+            "sampler_steps": self.noise_schedule.sampler_steps,
             "embedded_guidance": self.embedded_guidance,
         }
 

@@ -27,12 +27,15 @@ class NoiseSchedule(ABC):
         num_train_timesteps: T: timesteps are in [0, T).
         first_pure_noise: the timestep from which on a_t is 0 (zero terminal SNR, arXiv 2305.08891); T where there is
             none below.
+        sampler_steps: how many steps the sampler takes, where :meth:`timesteps_at` depends on it; else None. Set it
+            after loading.
         prediction_type: what the denoiser predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
     """
 
     timestep_dtype: ClassVar[torch.dtype]
     num_train_timesteps: int
     first_pure_noise: int
+    sampler_steps: int | None = None
     prediction_type: str
 
     @abstractmethod

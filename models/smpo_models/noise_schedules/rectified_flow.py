@@ -63,12 +63,13 @@ class RectifiedFlow(NoiseSchedule):
 
         Args:
             scheduler: of the model.
-            sampler_steps: how many steps the model is usually sampled in. With ``shift_terminal`` the shift depends on
-                it, otherwise nothing does.
+            sampler_steps: how many steps the model is usually sampled in. The shift depends on it with
+                ``shift_terminal`` where the pipeline hands over times that depend on it.
             sigmas: the times u that the model's pipeline hands to the scheduler, by the number of steps, decreasing;
                 None where it hands over none, and the scheduler takes its own.
         """
-        self.scheduler, self.sampler_steps, self._sigmas = scheduler, sampler_steps, sigmas
+        self.scheduler, self._sigmas = scheduler, sigmas
+        self.sampler_steps = sampler_steps if scheduler.config["shift_terminal"] and sigmas else None
         self.num_train_timesteps = self.first_pure_noise = int(scheduler.config["num_train_timesteps"])
 
     def levels(self, t_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +125,7 @@ class RectifiedFlow(NoiseSchedule):
         Its lowest time is 1 / T, the lowest that such models are trained at, and with ``shift_terminal`` the sampler's
         last, below which the stretched sigma would be negative. Each t is below T in float32, too.
         """
-        last = self._last_time(self.sampler_steps)
+        last = self._last_time(self.sampler_steps or 1)
         lowest = last if self.scheduler.config["shift_terminal"] else 1 / self.num_train_timesteps
         scheduler = copy.deepcopy(self.scheduler)
         # The scheduler stretches by the last time that it is given.

@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from smpo_common.files import write_bytes
+from smpo_models.sampling import sampling_in_words
 from smpo_pipeline.evaluation.charts import curve, distribution
 from smpo_pipeline.evaluation.evaluation import Evaluation
 from smpo_pipeline.evaluation.gallery import Shown, Spot, embed, select_extremes, select_random
@@ -64,8 +65,10 @@ def write_report(evaluation: Evaluation, results: Results, scores: Mapping[str, 
         lstrip_blocks=True,
     )
     environment.globals.update(percent_interval=percent_interval, signed_interval=signed_interval)
+    settings = results.settings
     page = environment.get_template(_TEMPLATE).render(
         results=results,
+        sampling=sampling_in_words(settings.sampler, settings.steps, settings.guidance_scale),
         headlines=headlines(results),
         colours={model.name: f"series-{number}" for number, model in enumerate(results.models)},
         distributions=_distributions(results, scores),

@@ -54,12 +54,6 @@ class Settings(FrozenModel):
         """Hash :meth:`identity`."""
         return sha256_json(self.identity())
 
-    @property
-    def sampling(self) -> str:
-        """How images are sampled, in words."""
-        guidance = "no guidance scale" if self.guidance_scale is None else f"guidance scale {self.guidance_scale:g}"
-        return f"{self.steps} {self.sampler} steps, {guidance}"
-
     def identity(self) -> dict[str, Any]:
         """Return the settings as JSON values; the models as a list, since their order matters."""
         # What had no name in earlier versions is left out where it is as it was.

@@ -19,6 +19,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
 from smpo_models.devices import choose_device, device_in_words
 from smpo_models.hub import require_source
+from smpo_models.sampling import sampling_in_words
 from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
 from smpo_pipeline.evaluation.evaluation import ORIGIN_FILE, Evaluation
@@ -88,8 +89,9 @@ def _sizes(evaluation: Evaluation) -> str:
     """Describe the numbers and sizes of images, and how they are sampled, in one line."""
     settings = evaluation.settings
     side = settings.resolution or evaluation.families[evaluation.models[0].name].resolution()
+    sampling = sampling_in_words(settings.sampler, settings.steps, settings.guidance_scale)
     images = f"{len(settings.prompts)} prompts x {settings.images_per_prompt} images of {side} x {side} pixels"
-    return f"{images}; {settings.sampling}; batch size {evaluation.batch_size}; seed {settings.seed}"
+    return f"{images}; {sampling}; batch size {evaluation.batch_size}; seed {settings.seed}"
 
 
 def _quiet_libraries() -> None:

@@ -18,7 +18,7 @@ from smpo_pipeline.inspection.scores import print_sharpness
 from smpo_pipeline.inversion.advice import believable, health_warnings, unsolved
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
 from smpo_schemas.inversion_settings import InversionSettings
-from smpo_schemas.manifest import Manifest
+from smpo_schemas.manifest import Manifest, ModelInfo
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample
@@ -96,6 +96,12 @@ def _first(samples: Iterator[Sample], count: int) -> Iterator[Sample]:
         yield sample
 
 
+def _of_flow(model: ModelInfo) -> dict[str, str]:
+    """Describe what only some flow models know."""
+    values = {"embedded guidance": model.embedded_guidance, "sampler steps": model.sampler_steps}
+    return {name: f"{value:g}" for name, value in values.items() if value is not None}
+
+
 def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     """Print the summary, warnings last."""
     manifest = summary.manifest
@@ -116,6 +122,7 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
                 "reference": f"{manifest.model.reference[:16]}; its errors in {manifest.ref_error_arithmetic}",
                 "inverted by": "the reference" if own else manifest.model.inverting_denoiser[:16],
                 "inversion": describe_settings(manifest.inversion),
+                **_of_flow(manifest.model),
                 "seed": f"{manifest.seed}",
                 "mirrored": percent(summary.flipped, summary.trajectories),
                 "empty prompt": percent(summary.dropped, summary.trajectories),

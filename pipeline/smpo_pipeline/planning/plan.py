@@ -23,7 +23,7 @@ from smpo_pipeline.inversion.batch_size import (
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import FAILURES
-from smpo_pipeline.jobs.invert.models import load_models
+from smpo_pipeline.jobs.invert.models import load_models, read_configs
 from smpo_pipeline.planning.options import PlanOptions
 from smpo_pipeline.planning.rate import Rate, batches_of_units, measure_rate
 from smpo_pipeline.planning.sample import SampledPairs, sample_pairs
@@ -148,8 +148,8 @@ def _prepare(options: PlanOptions) -> _Subject:
     files = list_pair_files(options.pairs)
     scores, settings = options.projection.scores, options.settings
     rewards = list(read_scores_info(scores).rewards) if scores else ["pickscore"]
+    resolution = check_settings(read_configs(options), options.models.model, options.models.resolution, settings)
     family, inverting_denoiser = load_models(options)
-    resolution = check_settings(family, options.models.model, options.models.resolution, settings)
     sampled = sample_pairs(
         files,
         options.columns.by_field(),

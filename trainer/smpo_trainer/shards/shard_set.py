@@ -19,6 +19,7 @@ _SAME = {
     "scheduler": "the noise schedule",
     "text": "the text encoders",
     "kind": "the model family",
+    "embedded_guidance": "--embedded-guidance",
 }
 
 
@@ -122,7 +123,7 @@ def open_shards(names: Sequence[str], cache: Path) -> ShardSet:
             if getattr(other.directory.manifest.model, field) != getattr(first.directory.manifest.model, field):
                 raise UserError(
                     f"--shards {first.name} and {other.name} differ in {description}; invert both with the same "
-                    "--model and --unet"
+                    "model and the same flags for it"
                 )
         if _empty_prompt(other.directory) != _empty_prompt(first.directory):
             raise UserError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import diffusers
 import numpy as np
@@ -19,28 +20,65 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
+from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
 from smpo_models.draws import gaussian, named_stream
+from smpo_models.family import Family
 from smpo_models.memory import is_out_of_memory
-from smpo_models.sampling import load_pipeline, sample
+from smpo_models.sampling import load_pipeline, sample, sampling_in_words
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.model.policy import Policy
+from smpo_trainer.settings import ImageOptions
 
 VALIDATION_FOLDER = "validation"
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Names of a family's text encoders in pipelines, in its order."""
 
+_USUAL_STEPS = 20
+"""Fewer than `evaluate` takes: the images are for comparison with each other."""
+
 _SMALLEST_TILE = 32
 """Latent pixels along a side. Smaller tiles differ visibly, since the norms of the decoder depend on the tile."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled.
+
+    Attributes:
+        sampler: its name.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance, or what FLUX.1-dev is told; None for models without.
+    """
+
+    sampler: str
+    steps: int
+    guidance_scale: float | None
+
+    @classmethod
+    def choose(cls, options: ImageOptions, family: Family) -> Sampling:
+        """Take what the options leave open from the family.
+
+        Raises:
+            UserError: the model takes no guidance.
+        """
+        guidance = options.image_guidance_scale
+        if guidance is not None and family.usual_guidance is None:
+            raise UserError(f"--image-guidance-scale {guidance:g}: {family.kind} takes no guidance; leave it out")
+        steps = options.image_sampling_steps or min(_USUAL_STEPS, family.sampler_steps)
+        return cls(family.sampler, steps, family.usual_guidance if guidance is None else guidance)
+
+    def __str__(self) -> str:
+        return sampling_in_words(self.sampler, self.steps, self.guidance_scale)
 
 
 class ValidationImages:
     """Draws images of the validation prompts."""
 
-    def __init__(self, experiment: Experiment, policy: Policy, accelerator: Accelerator) -> None:
+    def __init__(self, experiment: Experiment, policy: Policy, accelerator: Accelerator, sampling: Sampling) -> None:
         self._settings, self._prompts = experiment.settings, experiment.image_prompts
-        self._policy, self._accelerator = policy, accelerator
+        self._policy, self._accelerator, self._sampling = policy, accelerator, sampling
         self._side = experiment.shards.directories[0].manifest.resolution
 
     def due(self, step: int) -> bool:
@@ -88,9 +126,10 @@ class ValidationImages:
                     pipeline,
                     prompts,
                     noise_BChw,
-                    steps=settings.images.image_sampling_steps,
-                    guidance_scale=settings.images.image_guidance_scale,
+                    steps=self._sampling.steps,
+                    guidance_scale=self._sampling.guidance_scale,
                     output_type="latent",
+                    **family.sampling_options(),
                 )
             pixels_BHW3 = _decode(pipeline.vae, latents_BChw).permute(0, 2, 3, 1).cpu().nan_to_num().numpy()
             yield ((pixels_BHW3 + 1) * 127.5).round().astype(np.uint8)

@@ -23,7 +23,7 @@ from smpo_pipeline.jobs.cluster.pools import Pool, limit_memory, model_pool, tas
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import resolve_device
 from smpo_pipeline.jobs.invert.actor import InvertActor, index_part
-from smpo_pipeline.jobs.invert.models import ModelIdentity, describe_model, load_models
+from smpo_pipeline.jobs.invert.models import ModelIdentity, describe_model, load_models, read_configs
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prepare import prepare_row
 from smpo_pipeline.jobs.reading import Columns, unit_sizes
@@ -187,9 +187,10 @@ class _Checked:
 
 
 def _check_model(options: InvertOptions) -> _Checked:
-    """Load the model on the driver, to check the settings against it and to identify it."""
+    """Check the settings against the model, and load it on the driver to identify it."""
+    models = options.models
+    resolution = check_settings(read_configs(options), models.model, models.resolution, options.settings)
     family, inverting_denoiser = load_models(options)
-    resolution = check_settings(family, options.models.model, options.models.resolution, options.settings)
     model = describe_model(options, family, inverting_denoiser)
     sizes = sizes_of_images(family, resolution, options.settings)
     pairs_per_shard = options.storing.pairs_per_shard

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module, settings_of
 from smpo_models.loading import load_family, load_inverting_denoiser
@@ -13,12 +14,43 @@ from smpo_pipeline.jobs.invert.options import InversionOptions
 from smpo_schemas.manifest import ModelInfo
 
 
+def read_configs(options: InversionOptions) -> Family:
+    """Read the model's configs and check the settings of the model against them, without loading weights.
+
+    Raises:
+        UserError: the model does not know a setting.
+    """
+    models = options.models
+    family = load_family(models.model, (), denoiser=models.unet, vae=models.vae)
+    _set_up(family, options)
+    return family
+
+
+def _set_up(family: Family, options: InversionOptions) -> None:
+    guidance, steps = options.trajectory.embedded_guidance, options.trajectory.sampler_steps
+    model = options.models.model
+    if guidance is not None:
+        if family.embedded_guidance is None:
+            raise UserError(
+                f"--embedded-guidance {guidance:g}: {model} ({family.kind}) is told no guidance scale; leave it out"
+            )
+        family.embedded_guidance = guidance
+    if steps is not None:
+        if family.noise_schedule.sampler_steps is None:
+            raise UserError(
+                f"--sampler-steps {steps}: the timesteps of {model} do not depend on it, only those of schedulers with "
+                "shift_terminal do; leave it out"
+            )
+        family.noise_schedule.sampler_steps = steps
+    family.encodes_empty_prompt = options.storing.empty_prompt == "encoded"
+
+
 def load_models(options: InversionOptions) -> tuple[Family, nn.Module]:
     """Load the model with its reference denoiser, and the inverting denoiser (default: the reference), on the CPU."""
     models = options.models
     # Not on the GPU: before they are cast, the two denoisers take twice the memory that they need later.
     family = load_family(models.model, denoiser=models.unet, vae=models.vae, variant=models.variant)
-    family.encodes_empty_prompt = options.storing.empty_prompt == "encoded"
+    _set_up(family, options)
     if models.inverting_unet is None:
         return family, family.denoiser
     return family, load_inverting_denoiser(family, models.model, models.inverting_unet, models.variant)
@@ -49,5 +81,7 @@ def describe_model(options: InversionOptions, family: Family, inverting_denoiser
         vae=fingerprint_module(family.vae),
         scheduler=family.noise_schedule.fingerprint(),
         num_train_timesteps=family.noise_schedule.num_train_timesteps,
+        embedded_guidance=family.embedded_guidance,
+        sampler_steps=family.noise_schedule.sampler_steps,
         settings={**family.settings(), "inverting_denoiser": settings_of(inverting_denoiser)},
     )

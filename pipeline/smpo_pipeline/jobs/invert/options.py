@@ -118,6 +118,11 @@ class TrajectoryOptions(Options):
     """Noise added after each step, as a multiple of DDIM's posterior standard deviation (DDIM-InPO: 0.1)."""
     guidance_scale: Annotated[float, Field(ge=0)] = _DEFAULTS.guidance_scale
     """Classifier-free guidance of the inverting denoiser; 1: none."""
+    embedded_guidance: Annotated[float | None, Field(ge=0)] = None
+    """Guidance scale that a guidance-distilled model (FLUX.1-dev) is told, here and in training. Default: 1."""
+    sampler_steps: Annotated[int | None, Field(ge=1)] = None
+    """Number of sampling steps that the timesteps are for; only of flow models whose scheduler sets shift_terminal.
+    Default: the model's usual number."""
     trajectories: Annotated[int, Field(ge=1)] = _DEFAULTS.trajectories
     """Trajectories per pair, each with its own random draws."""
     seed: Annotated[int, Field(ge=0)] = 0
