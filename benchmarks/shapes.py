@@ -9,12 +9,23 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 _TOKENIZER = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/model/tokenizer"
 
@@ -134,6 +145,68 @@ def _sdxl(
         text_encoder_2=CLIPTextModelWithProjection(_text(pooled, 2 if shallow else 32, 20 // divide)),
         tokenizer=_tokenizer(), tokenizer_2=_tokenizer(), unet=unet, scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
+
+
+FLUX_BLOCKS = 19
+"""Double blocks of FLUX.1; it has twice as many single ones."""
+
+
+def build_flux(divide: int, blocks: int, *, device: str = "cpu") -> FluxPipeline:
+    """Make a FLUX.1-dev with random weights, in float32.
+
+    Args:
+        divide: by what all widths are divided: 1, 2, 4 or 8. A head of the transformer keeps its 128 numbers.
+        blocks: double blocks in place of 19. The single ones and the layers of the text encoders are divided alike; the
+            VAE, which has few layers, has its widths divided once more so that it costs as much less.
+        device: of the weights; ``meta`` for none.
+    """
+    torch.manual_seed(0)
+    thinner = divide * (1 if blocks > FLUX_BLOCKS // 2 else 2)
+    with torch.device(device):
+        transformer = FluxTransformer2DModel(
+            num_layers=blocks,
+            num_single_layers=2 * blocks,
+            num_attention_heads=24 // divide,
+            joint_attention_dim=4096 // divide,
+            pooled_projection_dim=768 // divide,
+            guidance_embeds=True,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=tuple(each // thinner for each in (128, 256, 512, 512)),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=16,
+            norm_num_groups=32 // thinner,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+        )
+        clip = CLIPTextModel(_text(768 // divide, round(12 * blocks / FLUX_BLOCKS), max(1, 12 // divide)))
+        t5_tokenizer = _t5_tokenizer()
+        t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5_tokenizer),
+                d_model=4096 // divide,
+                d_kv=64,
+                d_ff=10240 // divide,
+                num_layers=round(24 * blocks / FLUX_BLOCKS),
+                num_heads=64 // divide,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+    return FluxPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae, text_encoder=clip, tokenizer=_tokenizer(), text_encoder_2=t5, tokenizer_2=t5_tokenizer,
+    )  # fmt: skip
+
+
+def _t5_tokenizer() -> T5TokenizerFast:
+    """Make a tokenizer of single letters; texts are padded to 512 tokens, whatever their length."""
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    letters = [(letter, -5.0) for letter in ("\u2581", *map(chr, range(ord("!"), 127)))]
+    return T5TokenizerFast(vocab=[*special, *letters], extra_ids=0)
 
 
 def _tokenizer() -> CLIPTokenizer:

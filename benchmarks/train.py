@@ -64,20 +64,20 @@ RUNS = (1, 2, 5, 10)
 
 def make_shards(path: Path, model: Path, trajectories: int) -> None:
     """Write shards of random latents; the cost of a training step does not depend on their content."""
-    stream = torch.Generator().manual_seed(1)
-    size = ((8 * SIDE, 8 * SIDE),) * 2
+    stream, family = torch.Generator().manual_seed(1), load_family(str(model))
+    latent, size = family.latent_shape(8 * SIDE, 8 * SIDE), ((8 * SIDE, 8 * SIDE),) * 2
     with ShardWriter(path / "shard-000000.tar") as writer:
         for number in range(trajectories):
             meta = SampleMeta(
                 pair_id=str(number), trajectory=0, flipped=False, prompt=PROMPT, prompt_dropped=False,
                 label=1.0, annotator=None, scores={"taste": (0.3, 0.7)}, size=size, crop=((0, 0),) * 2,
             )  # fmt: skip
-            shapes = ((2, 4, SIDE, SIDE), (STEPS, 2, 4, SIDE, SIDE))
+            shapes = ((2, *latent), (STEPS, 2, *latent))
             x0, noise = (torch.randn(shape, generator=stream).half() for shape in shapes)
-            timesteps = torch.arange(1, STEPS + 1) * 100
+            timesteps = (torch.arange(1, STEPS + 1) * 100).to(family.noise_schedule.timestep_dtype)
             sample = Sample(meta, x0, noise, timesteps, torch.ones(STEPS, 2), torch.zeros(STEPS, 2))
             writer.write(f"{number:08d}", sample)
-    family, entry = load_family(str(model)), writer.entry
+    entry = writer.entry
     reference = fingerprint_module(family.denoiser)
     statistics = RewardStatistics(
         model="none", fingerprint="none", unit="none", min=0, max=1, mean=0.5, std=0.3, agreement=None, num_labelled=0

@@ -18,7 +18,7 @@ def load(monkeypatch):
     """Imports a program of the folder, which is no package."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("clock", "page", "shapes", "train", "invert"):
+    for name in ("clock", "page", "shapes", "train", "train_flow", "invert"):
         sys.modules.pop(name, None)
 
 
@@ -57,3 +57,29 @@ def test_the_clock_waits_for_the_gpu(module, load, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("waited"))
     assert load(module).now() > 0
     assert waited == ["waited"]
+
+
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+@pytest.mark.parametrize("program", ["Flow-DPO", "ours"])
+def test_each_program_of_a_flow_models_step_trains_and_is_measured_by_parts(
+    program, method, load, monkeypatch, tmp_path
+):
+    train_flow, train = load("train_flow"), load("train")
+    for module in (train, train_flow):
+        monkeypatch.setattr(module, "SIDE", 16)
+    load("shapes").build_flux(8, 1).save_pretrained(tmp_path / "model")
+    train.make_shards(tmp_path / "shards", tmp_path / "model", trajectories=1)
+    monkeypatch.setattr(train_flow, "STEPS", 2)
+    found = train_flow._measured(method, program, tmp_path, 8)
+    frozen = {"VAE", "text encoders", "reference"} if program == "Flow-DPO" else set()
+    assert found.keys() == frozen | {"forward", "backward", "clipping and AdamW", "the rest", "GiB"}
+    assert all(value > 0 for value in found.values())
+
+
+def test_operations_of_a_flow_models_step(load):
+    """A linear layer's backward pass has twice the operations of its forward one; VAE and encoders are a small part."""
+    counted = load("train_flow").operations(8, 1, 64)
+    assert counted["full"] == pytest.approx(3 * counted["reference"], rel=0.02)
+    assert 2 * counted["reference"] < counted["LoRA"] < counted["full"]
+    assert 0 < counted["text encoders"] < counted["reference"]
+    assert 0 < counted["VAE"] < counted["reference"]
