@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from toy_world.autoencoder import train_autoencoder
 from toy_world.base import train_base
+from toy_world.flow_base import train_flow_base
 from toy_world.rewards import TASTES, SampledPairs, image_processor, train_matcher, train_taste
 from toy_world.tokenizer import build_tokenizer
 from toy_world.training import Report
@@ -32,6 +33,12 @@ from smpo_pipeline.toy.world import captions_of
 AUTOENCODER_STEPS = 1500
 BASE_ROUNDS = ((2000, 1e-3), (1200, 6e-4))
 """Steps and learning rates. Short on purpose: a base that is right nearly always leaves nothing to align."""
+
+FLOW_ROUND = (4000, 2e-3)
+"""The same of the flow base."""
+
+FLOW_STAGE = 6
+"""Seed; the rewards have those before it."""
 
 MATCHER_STEPS = 300
 TASTE_STEPS = 200
@@ -47,6 +54,10 @@ def build(out: Path, report: Report = print) -> None:
         vae = AutoencoderKL.from_pretrained(out / "model" / "vae", dtype=torch.float32)
         rng = _begin_stage(1)
         train_base(vae, build_tokenizer(), rng, BASE_ROUNDS, report).to(torch.float16).save_pretrained(out / "model")
+    if not (out / "model-sd3" / "model_index.json").exists():
+        vae = AutoencoderKL.from_pretrained(out / "model" / "vae", dtype=torch.float32)
+        pipeline = train_flow_base(vae, build_tokenizer(), _begin_stage(FLOW_STAGE), *FLOW_ROUND, report)
+        pipeline.to(torch.float16).save_pretrained(out / "model-sd3")
     pipeline = load_pipeline(out / "model")
     if not all((out / "rewards" / name / "config.json").exists() for name in TASTES):
         _build_rewards(out / "rewards", pipeline, report)

@@ -26,10 +26,10 @@ def run(program: str, *arguments: object) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def make_world(work: Path) -> None:
-    """Make the demo's world and scores: ``world/`` and ``scores/``."""
+def make_world(work: Path, family: str = "sd15") -> None:
+    """Make a world of 600 pairs and its scores: ``world/`` and ``scores/``."""
     world = work / "world"
-    run("smpo-pipeline", "toy", "--out", world, "--pairs", 600)
+    run("smpo-pipeline", "toy", "--out", world, "--pairs", 600, "--family", family)
     rewards = [f"{name}={world / 'rewards' / name}" for name in ("pickscore", "clipscore")]
     run("smpo-pipeline", "score", "--pairs", world / "pairs", "--out", work / "scores", "--reward", *rewards)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,11 @@ class Condition:
         """Short name of files and models."""
         return f"{self.source}-{self.name}"
 
+    @property
+    def shards(self) -> str:
+        """Name of the folder of its shards."""
+        return "shards" if self.source == "renoise" else f"shards-{self.source}"
+
 
 CONDITIONS = [
     Condition(name, source, flags)
@@ -73,13 +79,12 @@ def prepare(work: Path) -> None:
     run("smpo-pipeline", "invert", *common, "--source", "forward", "--out", work / "shards-forward")
 
 
-def train(work: Path, condition: Condition, beta: int, seed: int) -> Path:
+def train(work: Path, condition: Condition, beta: int, seed: int, training: Sequence[object] = TRAINING) -> Path:
     """Train one model; returns its folder."""
-    shards = work / ("shards" if condition.source == "renoise" else "shards-forward")
     out = work / "runs" / f"{condition.label}-b{beta}-s{seed}"
     model = work / "world/model"
-    flags = (*condition.flags, "--beta", beta, "--seed", seed, *TRAINING)
-    run("smpo-train", "--shards", shards, "--model", model, "--out", out, *flags)
+    flags = (*condition.flags, "--beta", beta, "--seed", seed, *training)
+    run("smpo-train", "--shards", work / condition.shards, "--model", model, "--out", out, *flags)
     return out
 
 
@@ -89,13 +94,15 @@ def judge(work: Path, report: str, models: list[Path], prompts: str, images: int
     return evaluate(work / report, work / "world/model", models, file, images=images, guidance=guidance)
 
 
-def choose_betas(work: Path) -> tuple[dict[str, int], Results]:
-    """Choose for each condition the beta with the largest gain on the validation prompts."""
-    models = [train(work, condition, beta, SELECTION_SEED) for condition in CONDITIONS for beta in BETAS]
-    results = judge(work, "report-selection", models, "validation", 4, 1)
+def choose_betas(
+    work: Path, conditions: Sequence[Condition], betas: Sequence[int], training: Sequence[object], images: int
+) -> tuple[dict[str, int], Results]:
+    """Choose for each condition the beta with the largest gain on the validation prompts, by images of each prompt."""
+    models = [train(work, condition, beta, SELECTION_SEED, training) for condition in conditions for beta in betas]
+    results = judge(work, "report-selection", models, "validation", images, 1)
     chosen = {
-        each.label: max(BETAS, key=lambda beta, c=each: gain(results, f"{c.label}-b{beta}-s{SELECTION_SEED}"))
-        for each in CONDITIONS
+        each.label: max(betas, key=lambda beta, c=each: gain(results, f"{c.label}-b{beta}-s{SELECTION_SEED}"))
+        for each in conditions
     }
     return chosen, results
 
@@ -151,7 +158,7 @@ The base's mean true reward is {base:.3f}. Each condition pools three training s
 
 {demo_section(work)}
 
-{choice_section(selection)}
+{choice_section(selection, CONDITIONS, BETAS)}
 """
     write_page(target, "Objectives and state sources on the embedded world", text)
 
@@ -189,11 +196,11 @@ Test prompts, guidance 2 (the base's mean true reward is {base_guided:.3f}):
 {chr(10).join(guided_rows)}"""
 
 
-def choice_section(selection: Results) -> str:
+def choice_section(selection: Results, conditions: Sequence[Condition], betas: Sequence[int]) -> str:
     """Make the section with the gains of every condition and beta on validation prompts."""
-    selected = ["| condition | " + " | ".join(f"beta {beta}" for beta in BETAS) + " |", "|---" * (len(BETAS) + 1) + "|"]
-    for c in CONDITIONS:
-        gains = [f"{gain(selection, f'{c.label}-b{beta}-s{SELECTION_SEED}'):+.3f}" for beta in BETAS]
+    selected = ["| condition | " + " | ".join(f"beta {beta}" for beta in betas) + " |", "|---" * (len(betas) + 1) + "|"]
+    for c in conditions:
+        gains = [f"{gain(selection, f'{c.label}-b{beta}-s{SELECTION_SEED}'):+.3f}" for beta in betas]
         selected.append(f"| {c.source}, {c.name} | {' | '.join(gains)} |")
     return f"""## How beta was chosen
 
@@ -211,7 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "objectives.md", help="page to write")
     arguments = parser.parse_args()
     prepare(arguments.work)
-    chosen, selection = choose_betas(arguments.work)
+    chosen, selection = choose_betas(arguments.work, CONDITIONS, BETAS, TRAINING, 4)
     write_report(arguments.work, chosen, selection, arguments.out)
 
 

@@ -4,14 +4,16 @@ On a few pairs of the embedded world, without dropped prompts or flips, this rep
 
 - evaluations of the denoiser per state (one image at one timestep);
 - the residual of every state, by one more evaluation of the float32 model, which is not counted;
-- the round trip: DDIM sampling with the float32 model from the last state back over the same nodes, and how far it ends
-  from the latents that the trajectory began with.
+- the round trip: the model's first-order sampler (DDIM, or Euler's for flow models), with the float32 model, from the
+  last state back over the same nodes, and how far it ends from the latents that the trajectory began with;
+- the noise ratio over all states, by two more evaluations of the float32 model that are not counted.
 
-Further tables: inverting denoisers rounded to narrow types, guided trajectories, and the published timesteps.
+Further tables: inverting denoisers rounded to narrow types, guided trajectories, and for Stable Diffusion the published
+timesteps. For the flow model also the explicit midpoint rule, the step of RF-Solver (arXiv 2411.04746).
 
-    python benchmarks/solvers.py [--pairs 6]
+    python benchmarks/solvers.py [--family sd15|sd3] [--pairs 6]
 
-About four minutes on one CPU core.
+About four minutes for sd15 and fifteen for sd3, on one CPU core.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -29,21 +32,24 @@ from page import IMAGES, RESULTS, stamp, write_page
 
 from smpo_models.family import Family
 from smpo_models.loading import load_family
+from smpo_models.noise_schedules.base import START
 from smpo_models.weights import DTYPES
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
 from smpo_pipeline.inversion.health import NUM_BANDS
 from smpo_pipeline.inversion.sources import renoise_visits
 from smpo_pipeline.inversion.step import distance
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan
-from smpo_pipeline.toy.create import ASSETS
+from smpo_pipeline.toy.create import MODELS
 from smpo_pipeline.toy.world import captions_of, random_centre, render, scene_of
 from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.manifest import FLOW
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-PAGE, PLOT = RESULTS / "solvers.md", IMAGES / "solvers.png"
-TITLE = "What the solvers reach"
+PAGES = {"sd15": "solvers", "sd3": "solvers_flow"}
+TITLES = {"sd15": "What the solvers reach", "sd3": "What the solvers reach on a flow model"}
+MIDPOINT = "midpoint"
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "ddim": {"solver": "ddim"},
@@ -85,6 +91,7 @@ class Measured:
         own: all states' residuals by the inverting denoiser, in its own dtype.
         residuals, timesteps: all states' residuals by the float32 model, and where they are.
         round_trip: all images' errors.
+        noise_ratio: rms of the predicted noise at all states over that at forward-noised states of the same images.
     """
 
     evaluations: float
@@ -93,12 +100,14 @@ class Measured:
     residuals: np.ndarray
     timesteps: np.ndarray
     round_trip: np.ndarray
+    noise_ratio: float
 
     def cells(self, *, own: bool = False) -> list[str]:
         """Format the cells of a table row, with or without the inverting denoiser's own residuals."""
         shown = [*([self.own] if own else []), self.residuals, self.round_trip]
         spread = [f"{value:.1e}" for each in shown for value in (np.median(each), each.max())]
-        return [f"{self.evaluations:.1f}", *spread, "" if self.missed is None else f"{100 * self.missed:.1f} %"]
+        missed = "" if self.missed is None else f"{100 * self.missed:.1f} %"
+        return [f"{self.evaluations:.1f}", *spread, f"{self.noise_ratio:.2f}", missed]
 
 
 class CountingBatch(Batch):
@@ -126,20 +135,49 @@ def make_pairs(count: int) -> list[PreparedPair]:
     return pairs
 
 
+def midpoint_visits(batch: Batch) -> Iterator[Visit]:
+    """Carry x0 along the flow by the explicit midpoint rule: two evaluations a step, at its start and in its middle."""
+    x_RChw, schedule = batch.x0_RChw.clone(), batch.noise_schedule
+    s_R = torch.full((len(x_RChw),), START, dtype=schedule.timestep_dtype)
+    for index in range(max(len(trajectory.plan.nodes) for trajectory in batch.trajectories)):
+        rows, t, _ = batch.rows_at(index)
+        x_s, s = x_RChw[rows], s_R[rows].clamp_min(0)
+        middle = (s + t) / 2
+        x_middle = schedule.carry(x_s, batch.predicted_direction(x_s, s, rows), s, middle)
+        x_t = schedule.carry(x_s, batch.predicted_direction(x_middle, middle, rows), s, t)
+        yield Visit(index, rows, t, x_t, (x_s, s, t, torch.ones_like(rows, dtype=torch.bool)), None)
+        x_RChw[rows], s_R[rows] = x_t, t
+
+
 def inverted(
-    family: Family, trajectories: Sequence[Trajectory], settings: InversionSettings
+    family: Family, trajectories: Sequence[Trajectory], settings: InversionSettings, *, midpoint: bool = False
 ) -> tuple[CountingBatch, list[Visit]]:
     """Invert with a copy of the denoiser in the settings' dtype; returns the batch and all visits."""
     inverting_denoiser = copy.deepcopy(family.denoiser).to(DTYPES[settings.dtype])
     batch = CountingBatch(trajectories, family, inverting_denoiser, settings)
-    return batch, list(renoise_visits(batch))
+    return batch, list(midpoint_visits(batch) if midpoint else renoise_visits(batch))
+
+
+def noise_ratio(family: Family, batch: Batch, visits: Sequence[Visit]) -> float:
+    """Compare the rms of the noise that the model predicts at the states with that at forward-noised ones."""
+    stream = torch.Generator().manual_seed(0)
+    squares = torch.zeros(2, dtype=torch.float64)
+    for visit in visits:
+        x0, conditioning = batch.x0_RChw[visit.rows_S], batch.conditioning[visit.rows_S]
+        forward = batch.noise_schedule.noised(x0, torch.randn(x0.shape, generator=stream), visit.t_S)
+        for number, x in enumerate((visit.x_SChw, forward)):
+            output = family.denoise(family.denoiser, x, visit.t_S, conditioning)
+            squares[number] += batch.noise_schedule.noise_in(output, x, visit.t_S).double().square().sum()
+    return float((squares[0] / squares[1]).sqrt())
 
 
 @torch.inference_mode()
-def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings) -> Measured:
+def measure(
+    family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings, *, midpoint: bool = False
+) -> Measured:
     """Invert, measure every state's residual, and sample back."""
     trajectories = [draw_trajectory(pair, 0, family, settings, 0) for pair in pairs]
-    inverting_denoiser, visits = inverted(family, trajectories, settings)
+    inverting_denoiser, visits = inverted(family, trajectories, settings, midpoint=midpoint)
     schedule = family.noise_schedule
     rows, exact = inverting_denoiser.rows, Batch(trajectories, family, family.denoiser, settings)
 
@@ -164,6 +202,7 @@ def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSe
         residuals=residuals(exact),
         timesteps=timesteps,
         round_trip=trip.numpy(),
+        noise_ratio=noise_ratio(family, exact, visits),
     )
 
 
@@ -218,7 +257,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def draw(found: dict[int, dict[str, Measured]]) -> None:
+def draw(found: dict[int, dict[str, Measured]], plot: Path) -> None:
     """Plot cost against round trip, and the residual along the trajectory."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for steps, marker in zip(STEPS, "^os", strict=True):
@@ -237,8 +276,8 @@ def draw(found: dict[int, dict[str, Measured]]) -> None:
         right.plot((edges[:-1] + edges[1:]) / 2, values, color=f"C{index}", marker=".", label=name)
     right.set(yscale="log", xlabel="timestep", ylabel="residual (median)")
     right.set_title(f"{STEPS[1]} steps", fontsize=10)
-    PLOT.parent.mkdir(exist_ok=True)
-    figure.savefig(PLOT, dpi=110)
+    plot.parent.mkdir(exist_ok=True)
+    figure.savefig(plot, dpi=110)
 
 
 def published_section(family: Family, pairs: Sequence[PreparedPair], plain: InversionSettings) -> str:
@@ -277,36 +316,43 @@ are ratios, used states over states that belong to t: of the rms of tau, and of 
     }"""
 
 
-def main() -> None:
-    """Measure, draw, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=6)
-    pairs = make_pairs(parser.parse_args().pairs)
-    torch.set_num_threads(1)
-    family = load_family(str(ASSETS / "model"))
+def write(name: str, pairs: Sequence[PreparedPair]) -> None:
+    """Measure, draw, and write the page of a family."""
+    family = load_family(str(MODELS[name]))
+    flow = family.noise_schedule.prediction_type == FLOW
     plain = InversionSettings(prompt_dropout=0, hflip=False)
+    solvers = SOLVERS | ({MIDPOINT: {"solver": "ddim"}} if flow else {})
 
     def run(title: str, **changes: Any) -> Measured:  # noqa: ANN401
-        measured = measure(family, pairs, plain.model_copy(update=changes))
+        measured = measure(family, pairs, plain.model_copy(update=changes), midpoint=title == MIDPOINT)
         print(title, changes, measured.cells(own=True), flush=True)
         return measured
 
-    found = {steps: {name: run(name, steps=steps, **options) for name, options in SOLVERS.items()} for steps in STEPS}
-    draw(found)
-    columns = ("evaluations a state", "residual, median", "max", "round trip, median", "max", "not converged")
-    rows = [[name, f"{steps}", *found[steps][name].cells()] for steps in STEPS for name in SOLVERS]
+    found = {steps: {each: run(each, steps=steps, **options) for each, options in solvers.items()} for steps in STEPS}
+    draw(found, IMAGES / f"{PAGES[name]}.png")
+    reached = ("residual, median", "max", "round trip, median", "max", "noise ratio", "not converged")
+    columns = ("evaluations a state", *reached)
+    rows = [[each, f"{steps}", *found[steps][each].cells()] for steps in STEPS for each in solvers]
     narrow = [
-        [dtype, name, *run(name, dtype=dtype, **options).cells(own=True)]
+        [dtype, each, *run(each, dtype=dtype, **options).cells(own=True)]
         for dtype in ("fp16", "bf16")
-        for name, options in NARROW.items()
+        for each, options in NARROW.items()
     ]
-    guided = [[name, *run(name, guidance_scale=3.0, **SOLVERS[name]).cells()] for name in GUIDED]
-    text = f"""{stamp("python benchmarks/solvers.py", ("torch", "diffusers"), cores=1)}
+    guided = [[each, *run(each, guidance_scale=3.0, **SOLVERS[each]).cells()] for each in GUIDED]
+    command = "python benchmarks/solvers.py" + (f" --family {name}" if flow else "")
+    of_midpoint = (
+        f"""
+`{MIDPOINT}` is the explicit midpoint rule, the step of RF-Solver (arXiv 2411.04746): not a solver of the sampler's own
+step, but a better integration of the flow. Its residual and round trip say how well it fits Euler's sampling."""
+        if flow
+        else ""
+    )
+    text = f"""{stamp(command, ("torch", "diffusers"), cores=1)}
 
-![cost and accuracy of the solvers](images/solvers.png)
+![cost and accuracy of the solvers](images/{PAGES[name]}.png)
 
 {len(pairs)} pairs, float32, jittered timesteps, guidance 1. "Not converged" is the share of states whose solver did not
-reach its tolerance.
+reach its tolerance.{of_midpoint}
 
 {table(("solver", "steps", *columns), rows)}
 
@@ -314,15 +360,24 @@ The same at {plain.steps} steps, with an inverting denoiser rounded to half prec
 denoiser measures: its solver uses it, and shards store it. Residual and round trip are measured by the unrounded model,
 in float32:
 
-{table(("dtype", "solver", columns[0], "own residual, median", "max", *columns[1:]), narrow)}
+{table(("dtype", "solver", columns[0], "own residual, median", "max", *reached), narrow)}
 
 The same in float32, with classifier-free guidance of scale 3 in the trajectory (an evaluation is then two forward
 passes, both counted):
 
-{table(("solver", *columns), guided)}
+{table(("solver", *columns), guided)}"""
+    published = "" if flow else f"\n\n{published_section(family, pairs, plain)}"
+    write_page(RESULTS / f"{PAGES[name]}.md", TITLES[name], text + published)
 
-{published_section(family, pairs, plain)}"""
-    write_page(PAGE, TITLE, text)
+
+def main() -> None:
+    """Read the command line and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--family", choices=PAGES, default="sd15", help="layout of the model")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    write(arguments.family, make_pairs(arguments.pairs))
 
 
 if __name__ == "__main__":

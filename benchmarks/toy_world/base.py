@@ -55,21 +55,14 @@ def train_base(
         the pipeline of all components, without a safety checker, with SD1.5's DDIM scheduler.
     """
     unet, text_encoder, scheduler = _new_unet(), _new_text_encoder(tokenizer), _new_scheduler()
-    images, captions = training_renders(_POOL_IMAGES, rng)
-    with torch.no_grad():
-        posteriors = [vae.encode(batch).latent_dist for batch in to_pixels(images).split(256)]
-        mean = torch.cat([posterior.mean for posterior in posteriors])
-        std = torch.cat([posterior.std for posterior in posteriors])
-
+    data = TrainingLatents(vae, rng)
     unet.train()
     text_encoder.train()
     num_timesteps = scheduler.config["num_train_timesteps"]
     trained = [*unet.parameters(), *text_encoder.parameters()]
     for make_step in chain.from_iterable(steps("base", trained, count, lr, report) for count, lr in rounds):
-        chosen = rng.integers(len(captions), size=_BATCH)
-        # Sampled latents, not means: the model must know the thickness of the manifold (see POSTERIOR_STD).
-        latents = (mean[chosen] + std[chosen] * torch.randn(_BATCH, *mean.shape[1:])) * vae.config["scaling_factor"]
-        tokens = _token_ids(tokenizer, [_training_text(captions[index], rng) for index in chosen])
+        latents, captions = data.draw(_BATCH)
+        tokens = token_ids(tokenizer, [training_text(caption, rng) for caption in captions])
         noise, timestep = torch.randn_like(latents), torch.randint(num_timesteps, (_BATCH,))
         noisy = scheduler.add_noise(latents, noise, timestep)
         predicted = unet(noisy, timestep, text_encoder(tokens).last_hidden_state).sample
@@ -86,11 +79,34 @@ def train_base(
     )
 
 
-def _token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+class TrainingLatents:
+    """Latents of renders of the train split, and their captions."""
+
+    def __init__(self, vae: AutoencoderKL, rng: np.random.Generator) -> None:
+        """Encode a pool of pictures that ``rng`` draws, as it will the latents."""
+        images, self._captions = training_renders(_POOL_IMAGES, rng)
+        with torch.no_grad():
+            posteriors = [vae.encode(batch).latent_dist for batch in to_pixels(images).split(256)]
+        self._mean = torch.cat([posterior.mean for posterior in posteriors])
+        self._std = torch.cat([posterior.std for posterior in posteriors])
+        self._scale, self._rng = vae.config["scaling_factor"], rng
+
+    def draw(self, count: int) -> tuple[torch.Tensor, list[str]]:
+        """Draw scaled latents, float32 [count, C, h, w], and their captions."""
+        chosen = self._rng.integers(len(self._captions), size=count)
+        # Sampled latents, not means: the model must know the thickness of the manifold (see POSTERIOR_STD).
+        noise = torch.randn(count, *self._mean.shape[1:])
+        latents = (self._mean[chosen] + self._std[chosen] * noise) * self._scale
+        return latents, [self._captions[index] for index in chosen]
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Tokenize texts: int64 [N, L]."""
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def _training_text(caption: str, rng: np.random.Generator) -> str:
+def training_text(caption: str, rng: np.random.Generator) -> str:
+    """Empty or corrupt a caption, sometimes."""
     draw = rng.random()
     if draw < DROPPED_SHARE:
         return ""

@@ -87,7 +87,12 @@ def _print_version(wanted: bool) -> None:
 VERSION = Annotated[
     bool,
     typer.Option(
-        "--version", callback=_print_version, is_eager=True, expose_value=False, help="Print the version and exit."
+        "--version",
+        metavar="",
+        callback=_print_version,
+        is_eager=True,
+        expose_value=False,
+        help="Print the version and exit.",
     ),
 ]
 """A program's ``--version`` flag."""

@@ -234,6 +234,8 @@ def _parameter(name: str, field: FieldInfo, group: str | None, flag: Flag) -> in
         "rich_help_panel": group,
     }
     kind = flag.typed or _typed_as(field.annotation)
+    if kind is bool:
+        shown["metavar"] = ""  # a switch takes no value; Typer would show <bool>
     if flag.positional:
         option: Any = typer.Argument(**shown)
     else:

@@ -51,8 +51,8 @@ def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
         raise refusal(directory, _owner(path)) from None
     except _HeldByFileError:
         raise UserError(
-            f"{path}: another run ({_owner(path)}) writes here or was killed; this file system has no locks to tell "
-            "which. Wait for it, or remove that file if it is gone"
+            f"{path} says that another run ({_owner(path)}) writes to this folder. Wait for it; if it is no longer "
+            "running, delete that file (this file system has no locks, so a killed run leaves it behind)"
         ) from None
     except OSError as error:
         raise UserError(f"--out: cannot write {path}: {error.strerror}") from error

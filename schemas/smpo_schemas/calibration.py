@@ -117,4 +117,6 @@ def read_calibration(path: Path) -> Calibration:
     """
     if path.is_dir():
         raise UserError(f"--calibration {path} is a folder; name the {CALIBRATION_FILE} in it")
+    if not path.exists():
+        raise UserError(f"--calibration {path} does not exist; `smpo-pipeline calibrate` writes such a file")
     return read_versioned(path, Calibration, CALIBRATION_VERSION, "calibrate again")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from toy_world.autoencoder import POSTERIOR_STD
+from toy_world.flow_base import PADDING, PaddingOnce
 from toy_world.rewards import TASTES, normalise, score
 from toy_world.tokenizer import MAX_TOKENS, build_tokenizer
 from toy_world.training import to_pixels, training_renders
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from smpo_pipeline.toy.create import ASSETS
+from smpo_pipeline.toy.create import ASSETS, MODELS
 from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.world import all_captions, words
 
@@ -22,6 +24,12 @@ MAX_BYTES = 12_000_000
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
     return load_pipeline(ASSETS / "model")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def base(request: pytest.FixtureRequest) -> DiffusionPipeline:
+    """Each of the base models."""
+    return load_pipeline(MODELS[request.param])
 
 
 def test_total_size() -> None:
@@ -36,7 +44,10 @@ def test_no_pickle() -> None:
     assert {path.suffix for path in ASSETS.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt"}
 
 
-@pytest.mark.parametrize("folder", ["model/tokenizer", *(f"rewards/{name}" for name in TASTES)])
+@pytest.mark.parametrize(
+    "folder",
+    ["model/tokenizer", "model-sd3/tokenizer", "model-sd3/tokenizer_2", *(f"rewards/{name}" for name in TASTES)],
+)
 def test_every_word_is_one_token(folder: str) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(ASSETS / folder)
     assert tokenizer.model_max_length == MAX_TOKENS
@@ -68,10 +79,10 @@ def test_sampled_latents_have_unit_scale(pipeline: StableDiffusionPipeline) -> N
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.1
 
 
-def test_sampling_is_the_stock_pipeline(pipeline: StableDiffusionPipeline) -> None:
+def test_sampling_is_the_stock_pipeline(base: DiffusionPipeline) -> None:
     caption, seed = all_captions()[5], 11
-    ours = sample_images(pipeline, [caption], [seed], guidance_scale=2.0, num_steps=4)[0]
-    stock = pipeline(
+    ours = sample_images(base, [caption], [seed], guidance_scale=2.0, num_steps=4)[0]
+    stock = base(
         caption,
         height=32,
         width=32,
@@ -81,6 +92,24 @@ def test_sampling_is_the_stock_pipeline(pipeline: StableDiffusionPipeline) -> No
         output_type="np",
     ).images[0]
     assert np.abs(ours.astype(float) - stock * 255).max() <= 1.0
+
+
+def test_the_flow_base_was_trained_on_what_its_pipeline_gives_it() -> None:
+    """In training one token stands for all the zeros that the pipeline pads text with."""
+    transformer = load_pipeline(MODELS["sd3"]).transformer
+    stream = torch.Generator().manual_seed(0)
+    latents, text, pooled = (torch.randn(2, *shape, generator=stream) for shape in ((4, 8, 8), (16, 96), (96,)))
+
+    def output(padding: int) -> torch.Tensor:
+        padded = torch.nn.functional.pad(text, (0, 0, 0, padding))
+        with torch.no_grad():
+            return transformer(latents, padded, pooled, torch.tensor([100.0, 900.0])).sample
+
+    whole = output(PADDING)
+    transformer.set_attn_processor(PaddingOnce())
+    torch.testing.assert_close(output(1), whole, rtol=1e-4, atol=1e-5)
+    transformer.set_attn_processor(JointAttnProcessor2_0())
+    assert (output(1) - whole).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", sorted(TASTES))

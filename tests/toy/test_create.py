@@ -61,6 +61,17 @@ def test_same_seed_same_world(world: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "world.json").read_bytes() == (world / "world.json").read_bytes()
 
 
+def test_a_world_of_the_flow_base(world: Path, tmp_path: Path) -> None:
+    create_world(tmp_path / "flow", num_pairs=2, seed=3, family="sd3")
+    pairs, others = (pq.read_table(folder / "pairs").to_pylist()[0] for folder in (tmp_path / "flow", world))
+    assert pairs["caption"] == others["caption"]
+    assert pairs["jpg_0"] != others["jpg_0"]
+    index = json.loads((tmp_path / "flow/model/model_index.json").read_text(encoding="utf-8"))
+    assert index["_class_name"] == "StableDiffusion3Pipeline"
+    with pytest.raises(UserError, match="family sd3, not sd15"):
+        create_world(tmp_path / "flow", num_pairs=2, seed=3)
+
+
 def test_another_seed_makes_other_pairs(world: Path, tmp_path: Path) -> None:
     create_world(tmp_path / "other", num_pairs=2, seed=4)
     first = pq.read_table(world / "pairs").to_pylist()[0]

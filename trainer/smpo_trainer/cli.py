@@ -71,6 +71,7 @@ _ACTIONS = {
         bool,
         typer.Option(
             "--list-objectives",
+            metavar="",
             callback=_list_objectives,
             is_eager=True,
             expose_value=False,
@@ -85,7 +86,7 @@ _ACTIONS = {
             callback=_show_preset,
             is_eager=True,
             expose_value=False,
-            help="Print the flags of a preset, for this program and for the shards, and exit.",
+            help="Print the flags that a preset stands for, of smpo-train and of smpo-pipeline invert, and exit.",
         ),
     ],
     "version": VERSION,

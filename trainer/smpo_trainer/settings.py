@@ -62,7 +62,7 @@ class RewardOptions(Options):
         str,
         RESOLVED_IDENTITY,
         Field(
-            description="How rewards become P(image_0 preferred). "
+            description="How scores become the preference, the probability that image_0 is the better one. "
             + " ".join(f"{name}: {way.summary}." for name, way in sorted(preferences().items()))
         ),
     ] = "minmax"

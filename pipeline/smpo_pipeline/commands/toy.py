@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from rich.console import Console
@@ -21,6 +21,8 @@ class ToyOptions(Options):
     """Number of preference pairs to sample."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the pairs."""
+    family: Literal["sd15", "sd3"] = "sd15"
+    """Layout of the base model: sd15, Stable Diffusion 1.5; sd3, Stable Diffusion 3, a flow model."""
 
 
 def toy(options: ToyOptions) -> None:
@@ -34,13 +36,14 @@ def toy(options: ToyOptions) -> None:
 
     console, out = Console(markup=False), options.out
     sizes = f"{options.pairs} pairs at {IMAGE_SIZE} x {IMAGE_SIZE} pixels"
-    console.print(f"{sizes}; cpu, fp32; seed {options.seed}", highlight=False)
+    console.print(f"{sizes}; {options.family}; cpu, fp32; seed {options.seed}", highlight=False)
     with Progress(console=console) as progress:
         task = progress.add_task("sampling pairs", total=None)
         create_world(
             out,
             num_pairs=options.pairs,
             seed=options.seed,
+            family=options.family,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(f"world of {options.pairs} pairs: {out}", highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,10 @@ from smpo_schemas.labels import TIE
 
 ASSETS = Path(__file__).parent / "assets"
 """The world's checkpoints, made by benchmarks/build_toy_world.py."""
+
+ToyFamily = Literal["sd15", "sd3"]
+MODELS: dict[ToyFamily, Path] = {"sd15": ASSETS / "model", "sd3": ASSETS / "model-sd3"}
+"""The base models: one in the layout of Stable Diffusion 1.5, and a flow model in that of Stable Diffusion 3."""
 
 WORLD_FILE = "world.json"
 _UNFINISHED_FILE = "unfinished"
@@ -65,7 +69,9 @@ class _Draw:
     mood: float
 
 
-def create_world(out: Path, num_pairs: int = 600, seed: int = 0, progress: Progress | None = None) -> None:
+def create_world(
+    out: Path, num_pairs: int = 600, seed: int = 0, family: ToyFamily = "sd15", progress: Progress | None = None
+) -> None:
     """Write a world: ``model/``, ``rewards/NAME/``, ``pairs/*.parquet``, ``prompts/SPLIT.txt``, ``world.json``.
 
     The pairs' pictures are samples of the base model for captions of the train split, labelled by simulated annotators.
@@ -76,6 +82,7 @@ def create_world(out: Path, num_pairs: int = 600, seed: int = 0, progress: Progr
         out: the folder; created if missing.
         num_pairs: number of preference pairs, at least 1.
         seed: of the pairs. The models and the splits are the same in every world.
+        family: of the base model.
         progress: called while sampling, which takes nearly all of the time.
 
     Raises:
@@ -83,12 +90,13 @@ def create_world(out: Path, num_pairs: int = 600, seed: int = 0, progress: Progr
     """
     if num_pairs < 1 or seed < 0:
         raise UserError(f"a world needs at least 1 pair and a seed of 0 or more, got {num_pairs} pairs and seed {seed}")
-    settings = {"seed": seed, "num_pairs": num_pairs, "assets_sha256": _fingerprint(ASSETS)}
+    assets = {"model": _fingerprint(MODELS[family]), "rewards": _fingerprint(ASSETS / "rewards")}
+    settings = {"seed": seed, "num_pairs": num_pairs, "family": family, "assets": assets}
     if _is_finished(out, settings):
         return
     _clear(out)
     try:
-        _write_world(out, settings, progress)
+        _write_world(out, settings, MODELS[family], progress)
     except OSError as error:
         raise UserError(f"cannot write the world to {out}: {error}") from error
 
@@ -122,9 +130,9 @@ def _clear(out: Path) -> None:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
 
 
-def _write_world(out: Path, settings: dict[str, Any], progress: Progress | None) -> None:
-    for name in ("model", "rewards"):
-        shutil.copytree(ASSETS / name, out / name)
+def _write_world(out: Path, settings: dict[str, Any], model: Path, progress: Progress | None) -> None:
+    shutil.copytree(model, out / "model")
+    shutil.copytree(ASSETS / "rewards", out / "rewards")
     (out / "prompts").mkdir()
     for split in SPLITS:
         (out / "prompts" / f"{split}.txt").write_text("\n".join(captions_of(split)) + "\n", encoding="utf-8")

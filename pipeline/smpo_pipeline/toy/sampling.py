@@ -1,4 +1,4 @@
-"""Sample pictures from a model in the layout of Stable Diffusion, with one seed per picture."""
+"""Sample pictures from a base model of the world, with one seed per picture."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
+
+from smpo_pipeline.toy.world import IMAGE_SIZE
 
 _BATCH = 64
 
 
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+def load_pipeline(folder: Path) -> DiffusionPipeline:
     """Load a model folder for :func:`sample_images`, in float32 on the CPU."""
     with _no_loading_bars():
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        # diffusers warns of each part that the model is without (SD3's T5) unless it is told so.
+        index = DiffusionPipeline.load_config(folder)
+        absent = {name: None for name, part in index.items() if part == [None, None]}
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **absent)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -44,7 +49,7 @@ def from_pixels(pixels: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def sample_images(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     captions: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -78,19 +83,39 @@ def sample_images(
     return np.concatenate(batches)
 
 
-def _initial_noise(pipeline: StableDiffusionPipeline, seed: int) -> torch.Tensor:
-    config = pipeline.unet.config
+def _initial_noise(pipeline: DiffusionPipeline, seed: int) -> torch.Tensor:
+    config = (pipeline.unet if isinstance(pipeline, StableDiffusionPipeline) else pipeline.transformer).config
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _sample_batch(
+    pipeline: DiffusionPipeline, captions: list[str], latents: torch.Tensor, guidance_scale: float, num_steps: int
+) -> torch.Tensor:
+    """Return the decoded pictures, [N, 3, H, W]."""
+    if isinstance(pipeline, StableDiffusionPipeline):
+        return _sample_sd(pipeline, captions, latents, guidance_scale, num_steps)
+    made = pipeline(
+        prompt=captions,
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
+        latents=latents,
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+    ).images
+    config = pipeline.vae.config
+    return pipeline.vae.decode(made / config["scaling_factor"] + config["shift_factor"]).sample
+
+
+def _sample_sd(
     pipeline: StableDiffusionPipeline,
     captions: list[str],
     latents: torch.Tensor,
     guidance_scale: float,
     num_steps: int,
 ) -> torch.Tensor:
+    """Do the same with the parts of a Stable Diffusion pipeline."""
     guided = guidance_scale != 1.0
     texts = [""] * len(captions) + captions if guided else captions
     tokens = pipeline.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -225,7 +225,11 @@ def test_flags_that_do_not_fit(mix: Mix, two: Path, calibration: Path, tmp_path:
     refused("--preference nonsense; known: minmax, mixture, winrate", preference="nonsense")
     refused("mixture needs --calibration FILE; make it with `smpo-pipeline calibrate`", preference="mixture")
     refused("minmax takes no --calibration", calibration=calibration)
-    refused("does not exist", preference="mixture", calibration=tmp_path / "none.json")
+    refused(
+        "--calibration .*none.json does not exist.*smpo-pipeline calibrate",
+        preference="mixture",
+        calibration=tmp_path / "none.json",
+    )
     refused("--preference winrate .*`smpo-pipeline score` with --scores", preference="winrate", reward=["taste"])
     unnamed = table(tmp_path / "unnamed", two, images=None)
     refused("--preference winrate .*smpo-pipeline score", preference="winrate", reward=["taste"], scores=unnamed)
