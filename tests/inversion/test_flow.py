@@ -14,8 +14,9 @@ from smpo_pipeline.inversion.checks import check_settings
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.inversion.sources import renoise_visits
 from smpo_pipeline.inversion.timesteps import plan_trajectory
+from smpo_pipeline.toy.create import MODELS
 from smpo_schemas.inversion_settings import InversionSettings
-from tests.inversion.helpers import FlowOracle, make_pair
+from tests.inversion.helpers import FlowOracle, embedded_pair, make_pair
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
 
 SEED = 5
@@ -154,18 +155,28 @@ def test_sampling_leads_back_from_an_exact_inversion(tmp_path, solver, timesteps
         family = load_family(str(make(tmp_path / make.__name__, seed=3)))
         for parameter in family.denoiser.proj_out.parameters():
             parameter.mul_(0.3)
-        settings = InversionSettings(solver=solver, tolerance=1e-6, timesteps=timesteps, steps=9, prompt_dropout=0)
-        trajectories = [draw_trajectory(make_pair(number), 0, family, settings, SEED) for number in range(3)]
-        batch = Batch(trajectories, family, family.denoiser, settings)
-        visits = list(renoise_visits(batch))
-        assert max(float(visit.solved_S.max()) for visit in visits) <= 1e-6
-        x = visits[-1].x_SChw
-        assert float((x - batch.x0_RChw).norm() / batch.x0_RChw.norm()) > 0.02
-        for visit in reversed(visits):
-            direction = batch.predicted_direction(x, visit.t_S, visit.rows_S)
-            x = family.noise_schedule.carry(x, direction, visit.t_S, visit.origin[1])
-        assert (visits[0].origin[1] == START).all()
-        assert float((x - batch.x0_RChw).norm() / batch.x0_RChw.norm()) < 1e-3
+        check_round_trip(family, [make_pair(number) for number in range(3)], solver, timesteps, tolerance=1e-6)
+
+
+@torch.inference_mode()
+def test_sampling_leads_back_on_the_trained_flow_model_of_the_embedded_world():
+    family = load_family(str(MODELS["sd3"]))
+    check_round_trip(family, [embedded_pair()], "anderson", "jittered", tolerance=1e-5)
+
+
+def check_round_trip(family, pairs, solver: str, timesteps: str, tolerance: float) -> None:
+    settings = InversionSettings(solver=solver, tolerance=tolerance, timesteps=timesteps, steps=9, prompt_dropout=0)
+    trajectories = [draw_trajectory(pair, 0, family, settings, SEED) for pair in pairs]
+    batch = Batch(trajectories, family, family.denoiser, settings)
+    visits = list(renoise_visits(batch))
+    assert max(float(visit.solved_S.max()) for visit in visits) <= tolerance
+    x = visits[-1].x_SChw
+    assert float((x - batch.x0_RChw).norm() / batch.x0_RChw.norm()) > 0.02
+    for visit in reversed(visits):
+        direction = batch.predicted_direction(x, visit.t_S, visit.rows_S)
+        x = family.noise_schedule.carry(x, direction, visit.t_S, visit.origin[1])
+    assert (visits[0].origin[1] == START).all()
+    assert float((x - batch.x0_RChw).norm() / batch.x0_RChw.norm()) < 1e-3
 
 
 def test_jittered_timesteps_are_shifted_by_the_images_size(tmp_path):

@@ -18,7 +18,7 @@ from smpo_pipeline.toy.create import ASSETS, MODELS
 from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.world import all_captions, words
 
-MAX_BYTES = 12_000_000
+MAX_BYTES = 14_000_000
 
 
 @pytest.fixture(scope="module")
