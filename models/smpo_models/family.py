@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -57,6 +57,9 @@ class Family(ABC):
         denoiser: the model's own denoiser (or the one that replaced it at loading), in evaluation mode.
         text_modules: the frozen text encoders.
         vae: the autoencoder.
+        stores_text: whether the text encoders are so large that each prompt is better encoded once (T5).
+        stored_text: reads the embeddings of B distinct prompts, on any device, in place of the text encoders. Set it
+            after loading.
         encodes_empty_prompt: whether the empty prompt is what the text encoders make of it, rather than the embedding
             that the model's own pipeline guides with. They differ where that one is zeros (SDXL). Set it after loading.
     """
@@ -74,6 +77,8 @@ class Family(ABC):
     denoiser: nn.Module | None
     text_modules: tuple[nn.Module, ...]
     vae: nn.Module | None
+    stores_text: ClassVar[bool] = False
+    stored_text: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None
     encodes_empty_prompt: bool = False
 
     @abstractmethod
@@ -81,11 +86,19 @@ class Family(ABC):
         """Move all parts to another device."""
 
     @abstractmethod
+    def _on_device(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a tensor on the device of the parts."""
+
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return what results depend on besides weights and noise levels, as plain JSON values.
 
-        All parts must be loaded.
+        Denoiser and VAE must be loaded. Without text encoders, :meth:`text_settings` are left out.
         """
+
+    @abstractmethod
+    def text_settings(self) -> dict[str, Any]:
+        """Return what encoded prompts depend on besides weights, as plain JSON values; text encoders must be loaded."""
 
     @abstractmethod
     def resolution(self) -> int:
@@ -144,7 +157,7 @@ class Family(ABC):
         """Encode N prompts; see :meth:`encode_text`."""
 
     def encode_text(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Encode B prompts, each distinct one once: tensors [B, ...] by names of the family.
+        """Encode B prompts, each distinct one once, or look them up: tensors [B, ...] by names of the family.
 
         A prompt's rows do not depend on the others. Prompts that are longer than an encoder takes are cut, as the
         model's pipeline does.
@@ -154,7 +167,8 @@ class Family(ABC):
         """
         distinct = list(dict.fromkeys(prompts))
         rows = [distinct.index(prompt) for prompt in prompts]
-        return {name: value[rows] for name, value in self._encode_distinct(distinct).items()}
+        encoded = self.stored_text(distinct) if self.stored_text else self._encode_distinct(distinct)
+        return {name: self._on_device(value)[rows] for name, value in encoded.items()}
 
     @abstractmethod
     def conditioning(

@@ -47,6 +47,8 @@ class InversionSettings(FrozenModel):
             ``constant``: the resolution and no crop for all, as in the published code.
         storage: dtype of stored latents and noise; ``ref_error`` is measured after this rounding. A manifest without
             this key means ``float16``.
+        text: ``stored``: each prompt is encoded once, rounded to ``dtype`` and stored, for inversion and training;
+            ``live``: both encode prompts themselves.
         buckets: whether images are resized by aspect ratio to one of several sizes of about the resolution's area,
             instead of to a square.
         dtype: of the inverting denoiser's forward passes, and of matrix products in the reference's.
@@ -73,6 +75,7 @@ class InversionSettings(FrozenModel):
     hflip: bool = True
     size_conditioning: Literal["image", "constant"] = "image"
     storage: Literal["float16", "bfloat16"] = "float16"
+    text: Literal["stored", "live"] = "live"
     buckets: bool = False
     dtype: Dtype = "fp32"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from smpo_common.errors import UserError
@@ -16,6 +18,7 @@ MANIFEST_FILE = "manifest.json"
 FLOW = "flow"
 """Prediction type of flow-matching models."""
 REJECTS_FILE = "rejected.parquet"
+TEXT_FOLDER = "text"
 
 
 class ModelInfo(FrozenModel):
@@ -69,7 +72,7 @@ class ShardEntry(FrozenModel):
 
 
 class IndexEntry(FrozenModel):
-    """The index of all trajectories (:mod:`smpo_schemas.shards.index`).
+    """An index: of all trajectories (:mod:`smpo_schemas.shards.index`), or of all prompts' embeddings.
 
     Attributes:
         name: file name.
@@ -80,6 +83,40 @@ class IndexEntry(FrozenModel):
     name: FileName
     bytes: Count
     sha256: str
+
+
+class TextFile(FrozenModel):
+    """A file of prompts' embeddings in ``text/`` (:mod:`smpo_schemas.shards.text`).
+
+    Attributes:
+        name: file name.
+        prompts: number of prompts.
+        bytes: size of the file.
+        sha256: hash of the file.
+    """
+
+    name: FileName
+    prompts: Count
+    bytes: Count
+    sha256: str
+
+
+class StoredTextEntry(FrozenModel):
+    """The folder ``text/``: the embeddings of every distinct prompt and of the empty one.
+
+    Attributes:
+        dtype: of the embeddings: ``float32``, ``float16`` or ``bfloat16``.
+        prompts: number of prompts.
+        bytes: size of all files, index included.
+        index: which row of which file is a prompt's.
+        files: the embeddings, in the order of the prompts' first pairs.
+    """
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+    prompts: Count
+    bytes: Count
+    index: IndexEntry
+    files: list[TextFile]
 
 
 class Bucket(FrozenModel):
@@ -157,6 +194,7 @@ class Manifest(FrozenModel):
         health: quality of the states by timestep band.
         versions: of the libraries.
         index: None in older directories.
+        text: the stored embeddings of the prompts; None with ``--text live``, where the trainer encodes them.
         buckets: image sizes by rising aspect ratio; empty without ``--buckets``.
         ref_error_arithmetic: arithmetic of ``ref_error``, for example ``fp32`` or ``bf16 autocast``.
     """
@@ -173,6 +211,7 @@ class Manifest(FrozenModel):
     health: list[BandHealth]
     versions: dict[str, str]
     index: IndexEntry | None = None
+    text: StoredTextEntry | None = None
     buckets: list[Bucket] = Field(default_factory=list)
     ref_error_arithmetic: str
 

@@ -36,9 +36,9 @@ class StableDiffusionXL(UNetFamily):
             pooled_in_float64(self._load_encoder(CLIPTextModelWithProjection, "text_encoder_2")),
         ]
 
-    def settings(self) -> dict[str, Any]:
+    def text_settings(self) -> dict[str, Any]:
         """See the base class."""
-        return super().settings() | {"zeros_for_empty_prompt": self._zeros_for_empty}
+        return super().text_settings() | {"zeros_for_empty_prompt": self._zeros_for_empty}
 
     @torch.no_grad()
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -162,6 +162,12 @@ class DiffusersFamily(Family):
         return {
             "denoiser": settings_of(self.denoiser),
             "vae": settings_of(self.vae),
+            **(self.text_settings() if self.text_modules else {}),
+        }
+
+    def text_settings(self) -> dict[str, Any]:
+        """See the base class."""
+        return {
             "text": [
                 {name: getattr(text.config, name) for name in _TEXT_SETTINGS if hasattr(text.config, name)}
                 for text in self.text_modules
@@ -213,6 +219,9 @@ class DiffusersFamily(Family):
         for module in (self.denoiser, self.vae, *self.text_modules):
             if module is not None:
                 module.to(self._device)
+
+    def _on_device(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self._device)
 
     def _require_vae(self) -> AutoencoderKL:
         if self.vae is None:

@@ -41,6 +41,7 @@ class TransformerFamily(DiffusersFamily):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
+    stores_text: ClassVar[bool] = True
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = None
     _t5_tokens: int
     """Tokens that T5 reads, padding included."""

@@ -39,14 +39,15 @@ def plan(options: PlanOptions) -> None:
 def _show(console: Console, plan: Plan) -> None:
     hours = "GPU hours" if plan.peak_memory is not None else "CPU hours"
     table = Table(title=f"invert on {plan.device}, batches of {plan.batch_size} trajectories")
-    for column in ("pairs", hours, f"wall hours on {plan.gpus}", "size", "shards", "dollars"):
+    sizes = ("shards' size", "text's size") if plan.text else ("size",)
+    for column in ("pairs", hours, f"wall hours on {plan.gpus}", *sizes, "shards", "dollars"):
         table.add_column(column, justify="right", overflow="fold")
     for projection in plan.projections:
         table.add_row(
             f"{projection.pairs:,}",
             _number(projection.device_hours),
             _number(projection.wall_hours),
-            _bytes(projection.bytes),
+            *map(_bytes, (projection.bytes, projection.text_bytes) if plan.text else (projection.bytes,)),
             f"{projection.shards:,}",
             "-" if projection.dollars is None else f"{projection.dollars:,.2f}",
         )
@@ -56,10 +57,16 @@ def _show(console: Console, plan: Plan) -> None:
     forwards = f"{plan.forwards_a_trajectory:.4g} forwards of the denoiser ({counted})"
     trajectory = f"{plan.states_a_trajectory:.3g} states, {forwards}"
     lines = [
-        f"{rate} in {plan.measured_seconds:.1f} s (VAE and text encoders included)",
+        f"{rate} in {plan.measured_seconds:.1f} s (VAE {'' if plan.text else 'and text encoders '}included)",
         f"per trajectory: {trajectory}, {_bytes(plan.bytes_a_trajectory)}; rewards: {', '.join(plan.rewards)}",
         f"decoding needs {plan.decoding_cores:.2g} CPU cores per device",
     ]
+    if plan.text:
+        prompts, seconds = plan.text.prompts, plan.text.seconds_a_prompt
+        lines.append(
+            f"text: {prompts:,} prompts, each encoded and stored once in {_bytes(plan.text.bytes)}; "
+            f"{1 / seconds:.3g} prompts/s on one device"
+        )
     if plan.peak_memory is not None:
         lines.append(f"peak GPU memory: {_bytes(plan.peak_memory)}")
     if not plan.warm:

@@ -45,6 +45,9 @@ def _table(status: Status, now: float) -> Table:
     table.add_row(job, "finished" if status.finished else "not finished")
     if status.holder:
         table.add_row("held by", status.holder)
+    if status.prompts:
+        stored, prompts = status.prompts
+        table.add_row("prompts encoded", f"{stored:,} of {prompts:,}")
     table.add_row("units", f"{status.units_done:,} of {status.units:,}")
     table.add_row("pairs", f"{status.pairs_done:,} of {status.pairs_in:,} ({status.pairs_done / status.pairs_in:.1%})")
     share = f" ({status.rejected / status.pairs_done:.2%})" if status.pairs_done else ""

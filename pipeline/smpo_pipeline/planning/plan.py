@@ -23,11 +23,12 @@ from smpo_pipeline.inversion.batch_size import (
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import FAILURES
-from smpo_pipeline.jobs.invert.models import load_models, read_configs
+from smpo_pipeline.jobs.invert.models import choose_text, load_models, read_configs
 from smpo_pipeline.planning.options import PlanOptions
 from smpo_pipeline.planning.rate import Rate, batches_of_units, measure_rate
 from smpo_pipeline.planning.sample import SampledPairs, sample_pairs
 from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, total_bytes, trajectory_bytes
+from smpo_pipeline.planning.text import EncodedPrompts, TextPlan, encode_sampled
 from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import Bucket
@@ -50,6 +51,8 @@ class Projection(FrozenModel):
         device_hours: summed over devices.
         wall_hours: with ``gpus`` devices that are never idle.
         bytes, shards: size and number of the tars.
+        text_bytes: size of the stored embeddings of the prompts; 0 with ``--text live``. Other data sets are taken to
+            have as many distinct prompts a pair.
         dollars: device hours times the price; None without a price.
     """
 
@@ -58,6 +61,7 @@ class Projection(FrozenModel):
     device_hours: float
     wall_hours: float
     bytes: int
+    text_bytes: int
     shards: int
     dollars: float | None
 
@@ -80,6 +84,7 @@ class Plan(FrozenModel):
             solver iterates until convergence.
         forwards_measured: whether it was measured.
         bytes_a_trajectory: mean size in a tar.
+        text: storing the data set's prompts; None with ``--text live``.
         peak_memory: see :class:`smpo_pipeline.planning.rate.Rate`.
         decoding_cores: CPU cores that decoding for one device keeps busy.
         projections: for this data set, and for larger ones like it.
@@ -104,6 +109,7 @@ class Plan(FrozenModel):
     forwards_a_trajectory: float
     forwards_measured: bool
     bytes_a_trajectory: float
+    text: TextPlan | None
     peak_memory: int | None
     decoding_cores: float
     projections: tuple[Projection, ...] = ()
@@ -119,6 +125,7 @@ class _Subject:
     sampled: SampledPairs
     pairs_per_shard: int
     rewards: list[str]
+    text: EncodedPrompts | None
 
 
 def make_plan(options: PlanOptions, console: Console) -> Plan:
@@ -128,6 +135,7 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
         UserError: an input, the model or the device cannot be used.
     """
     device = options.running.chosen_device
+    options = choose_text(options)
     subject = _prepare(options)
     for line in options.choices(subject.resolution, subject.sampled.total):
         console.print(line, highlight=False, soft_wrap=True)
@@ -149,7 +157,7 @@ def _prepare(options: PlanOptions) -> _Subject:
     scores, settings = options.projection.scores, options.settings
     rewards = list(read_scores_info(scores).rewards) if scores else ["pickscore"]
     resolution = check_settings(read_configs(options), options.models.model, options.models.resolution, settings)
-    family, inverting_denoiser = load_models(options)
+    family, inverting_denoiser = load_models(options, text=settings.text == "live")
     sampled = sample_pairs(
         files,
         options.columns.by_field(),
@@ -163,8 +171,12 @@ def _prepare(options: PlanOptions) -> _Subject:
         latent = family.latent_shape(resolution, resolution)
         pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, settings, family.noise_schedule)
     device, seed = options.running.chosen_device, options.trajectory.seed
+    text = None
+    if settings.text == "stored":
+        # Before the denoisers are on the device, as in `invert`.
+        family.stored_text = text = encode_sampled(options, files, [pair.prompt for pair in sampled.pairs])
     inverter = Inverter(family, inverting_denoiser, settings, seed, device)
-    return _Subject(family, inverter, resolution, sampled, pairs_per_shard, rewards)
+    return _Subject(family, inverter, resolution, sampled, pairs_per_shard, rewards, text)
 
 
 def _choose_batch_size(subject: _Subject, trajectories: int, device: str) -> int:
@@ -217,23 +229,29 @@ def _plan(options: PlanOptions, subject: _Subject, rate: Rate, batch_size: int) 
         forwards_a_trajectory=2 * fmean(by_formula) if by_formula else rate.forwards / rate.trajectories,
         forwards_measured=not by_formula,
         bytes_a_trajectory=fmean(sizes),
+        text=subject.text.plan(subject.text.prompts) if subject.text else None,
         peak_memory=rate.peak_memory,
         decoding_cores=sampled.decode_seconds * pairs_a_second,
     )
-    projections = tuple(_project(count, plan, subject.pairs_per_shard) for count in (sampled.total, *_PROJECTED))
+    projections = tuple(_project(count, plan, subject) for count in (sampled.total, *_PROJECTED))
     return plan.model_copy(update={"projections": projections})
 
 
-def _project(count: int, plan: Plan, pairs_per_shard: int) -> Projection:
+def _project(count: int, plan: Plan, subject: _Subject) -> Projection:
     """Project to ``count`` input pairs."""
+    text = None
+    if subject.text:
+        text = subject.text.plan(round(subject.text.prompts * count / subject.sampled.total))
     trajectories_per_pair = plan.usable * plan.settings.trajectories
     hours = count * plan.usable / plan.pairs_a_second / 3600
+    hours += text.prompts * text.seconds_a_prompt / 3600 if text else 0
     return Projection(
         pairs=count,
         states=round(count * trajectories_per_pair * plan.states_a_trajectory),
         device_hours=hours,
         wall_hours=hours / plan.gpus,
-        bytes=total_bytes(count, pairs_per_shard, trajectories_per_pair * plan.bytes_a_trajectory),
-        shards=num_shards(count, pairs_per_shard),
+        bytes=total_bytes(count, subject.pairs_per_shard, trajectories_per_pair * plan.bytes_a_trajectory),
+        text_bytes=text.bytes if text else 0,
+        shards=num_shards(count, subject.pairs_per_shard),
         dollars=None if plan.price is None else hours * plan.price,
     )

@@ -83,13 +83,14 @@ def measure_rate(
     """
     count = 0
 
-    def counted(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def counted(_module: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
         nonlocal count
-        count += len(inputs[0])
+        # UNets are given the latents as the first argument, transformers by name.
+        count += len(inputs[0] if inputs else named["hidden_states"])
 
     with ExitStack() as hooks:
         for module in denoisers:
-            hooks.callback(module.register_forward_pre_hook(counted).remove)
+            hooks.callback(module.register_forward_pre_hook(counted, with_kwargs=True).remove)
 
         def batch() -> int:
             requests = next(batches)

@@ -10,7 +10,7 @@ from smpo_schemas.pairs.listing import (
     slice_files,
 )
 from smpo_schemas.pairs.normalising import MAX_TEXT, Pair, PairRejectedError, image_id, normalise
-from smpo_schemas.pairs.reading import RowRange, column_names, read_rows
+from smpo_schemas.pairs.reading import RowRange, column_names, read_prompts, read_rows
 
 __all__ = [
     "MAX_TEXT",
@@ -27,6 +27,7 @@ __all__ = [
     "image_id",
     "list_pair_files",
     "normalise",
+    "read_prompts",
     "read_rows",
     "resolve_columns",
     "slice_files",

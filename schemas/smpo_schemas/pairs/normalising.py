@@ -71,9 +71,7 @@ def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath) -> 
 
 
 def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id: str | None) -> Pair:
-    if not isinstance(row.get(columns.prompt), str):
-        raise PairRejectedError(f"{RejectKind.NO_PROMPT}: column {columns.prompt!r} is empty or not text")
-    prompt = _text(row, columns.prompt, "prompt") or ""
+    prompt = prompt_of(row, columns)
     names = (columns.chosen or columns.image_0 or "", columns.rejected or columns.image_1 or "")
     image_0, image_1 = (_image_bytes(row.get(name), name, folder) for name in names)
     label = _label(row.get(columns.label)) if columns.label else None
@@ -89,6 +87,17 @@ def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id
         label=label,
         annotator=_text(row, columns.annotator, "annotator"),
     )
+
+
+def prompt_of(row: Mapping[str, Any], columns: PairColumns) -> str:
+    """Return the prompt of an input row; a blank one is "".
+
+    Raises:
+        PairRejectedError: it is missing or not text.
+    """
+    if not isinstance(row.get(columns.prompt), str):
+        raise PairRejectedError(f"{RejectKind.NO_PROMPT}: column {columns.prompt!r} is empty or not text")
+    return _text(row, columns.prompt, "prompt") or ""
 
 
 def _draw(prompt: str, image: bytes) -> bytes:

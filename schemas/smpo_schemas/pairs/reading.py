@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, BinaryIO
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from smpo_common.files import arrow_source, reading_parquet
 from smpo_common.store_path import AnyPath
 from smpo_schemas.pairs.columns import PairColumns
-from smpo_schemas.pairs.normalising import Pair, PairRejectedError, normalise
+from smpo_schemas.pairs.normalising import Pair, PairRejectedError, normalise, prompt_of
 from smpo_schemas.reject_kinds import RejectKind
 
 _BATCH_ROWS = 16
@@ -58,6 +59,19 @@ def read_rows(rows: RowRange, columns: PairColumns) -> Iterator[tuple[str, Pair 
             yield source, row if isinstance(row, PairRejectedError) else normalise(row, columns, rows.path.parent)
         except PairRejectedError as reason:
             yield source, reason
+
+
+def read_prompts(rows: RowRange, columns: PairColumns) -> Iterator[str]:
+    """Yield the prompts of the rows that have one, without reading their images.
+
+    Raises:
+        UserError: the file as a whole cannot be read.
+    """
+    prompt = PairColumns(prompt=columns.prompt, image_0=None, image_1=None)
+    for row in _raw_rows(rows, prompt):
+        with suppress(PairRejectedError):
+            if not isinstance(row, PairRejectedError):
+                yield prompt_of(row, prompt)
 
 
 def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any] | PairRejectedError]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Self
+from typing import Self
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_file
@@ -20,6 +19,7 @@ from smpo_schemas.shards.samples import (
     decode_sample,
     timestep_problem,
 )
+from smpo_schemas.shards.tensor_file import read_at
 
 COPY_AGAIN = "copy the shard again from where it was written"
 """What to do about a damaged one."""
@@ -94,20 +94,6 @@ def locate_samples(path: AnyPath, entry: ShardEntry, shard: int) -> list[SampleL
     if len(members) != entry.samples:
         raise UserError(f"{path} holds {len(members)} samples, the manifest says {entry.samples}")
     return [SampleLocation(shard, key, parts[META], parts[TENSORS]) for key, parts in members.items()]
-
-
-def read_at(file: BinaryIO, offset: int, length: int) -> bytes:
-    """Read ``length`` bytes from ``offset`` on.
-
-    Raises:
-        OSError: the range is outside the file.
-    """
-    # Check first: read() would allocate an absurd length of a damaged index.
-    size = file.seek(0, os.SEEK_END)
-    if not (0 <= offset <= size and 0 <= length <= size - offset):
-        raise OSError(f"the file has no {length} bytes at {offset}")
-    file.seek(offset)
-    return file.read(length)
 
 
 class ShardDirectory:

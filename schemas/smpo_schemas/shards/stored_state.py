@@ -5,8 +5,6 @@ Shape suffixes: 2 images, C h w a latent.
 
 from __future__ import annotations
 
-import json
-import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +16,11 @@ from pydantic import ValidationError
 
 from smpo_common.errors import UserError, describe_problem
 from smpo_common.store_path import AnyPath
-from smpo_schemas.shards.reader import COPY_AGAIN, IndexedTrajectory, SampleLocation, ShardDirectory, read_at
+from smpo_schemas.shards.reader import COPY_AGAIN, IndexedTrajectory, SampleLocation, ShardDirectory
 from smpo_schemas.shards.samples import TIMESTEPS, SampleMeta, layout_problem, timestep_problem
+from smpo_schemas.shards.tensor_file import TensorFile, read_at
 
 _NAMES = ("x0", "noise", "timestep", "ref_error", "residual")
-
-_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-"""Dtypes of shards, by safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,9 @@ def read_state(directory: ShardDirectory, location: SampleLocation, k: int) -> S
     raise UserError(f"{path}: sample {location.key} (pair {trajectory.meta.pair_id}): {problem}")
 
 
-def _read_trajectory(file: BinaryIO, location: SampleLocation) -> tuple[IndexedTrajectory, _Tensors]:
+def _read_trajectory(file: BinaryIO, location: SampleLocation) -> tuple[IndexedTrajectory, TensorFile]:
     meta = SampleMeta.model_validate_json(read_at(file, *location.meta))
-    tensors = _Tensors(file, *location.tensors)
+    tensors = TensorFile(file, *location.tensors)
     timesteps = tensors["timestep"]
     if timesteps.dtype not in TIMESTEPS or len(timesteps.shape) != 1:
         raise ValueError(f"timestep is {timesteps.dtype} {timesteps.shape}")
@@ -84,58 +80,6 @@ def _read_trajectory(file: BinaryIO, location: SampleLocation) -> tuple[IndexedT
     if len(latent) != 3:  # noqa: PLR2004  (C, h, w)
         raise ValueError(f"x0 has the shape {tensors['x0'].shape}, expected [2, C, h, w]")
     return IndexedTrajectory(location, meta, tuple(timesteps.read().tolist()), latent), tensors
-
-
-# Not by the safetensors library: it opens whole files, and reads all of the bytes that it is given.
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor in a file, at byte ``offset``."""
-
-    file: BinaryIO
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def __getitem__(self, row: int) -> _Tensor:
-        """Select ``row`` along the first axis."""
-        part = _Tensor(self.file, self.offset, self.dtype, self.shape[1:])
-        return _Tensor(self.file, self.offset + row * part.num_bytes, self.dtype, part.shape)
-
-    def read(self) -> torch.Tensor:
-        # torch.frombuffer warns unless the buffer is writable, which bytes is not.
-        content = bytearray(read_at(self.file, self.offset, self.num_bytes))
-        return torch.frombuffer(content, dtype=self.dtype).reshape(self.shape)
-
-
-class _Tensors:
-    """The tensors of a safetensors member, by name (format: https://huggingface.co/docs/safetensors)."""
-
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        """Read the header of a member of ``length`` bytes at ``offset``."""
-        (size,) = struct.unpack("<Q", read_at(file, offset, 8))
-        self._file, self._begin, self._num_bytes = file, offset + 8 + size, length - 8 - size
-        if self._num_bytes < 0:
-            raise ValueError(f"its header has {size} bytes, it has {length}")
-        self._header = json.loads(read_at(file, offset + 8, size))
-
-    def __getitem__(self, name: str) -> _Tensor:
-        """Locate a tensor and check its header entry.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is missing, or its entry is malformed.
-        """
-        entry = self._header[name]
-        begin, end = entry["data_offsets"]
-        tensor = _Tensor(self._file, self._begin + begin, _TYPES[entry["dtype"]], tuple(entry["shape"]))
-        if not all(type(number) is int and number >= 0 for number in (begin, end, *tensor.shape)):
-            raise ValueError(f"{name} has the shape {entry['shape']} and lies at {begin} to {end}")
-        if tensor.num_bytes != end - begin or end > self._num_bytes:
-            raise ValueError(f"{name} of {tensor.num_bytes} bytes lies at {begin} to {end} of {self._num_bytes}")
-        return tensor
 
 
 @contextmanager

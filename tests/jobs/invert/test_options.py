@@ -47,7 +47,7 @@ def test_every_setting_has_its_flag(parse):
     flags = {
         "source": "forward", "forward_noise": "image", "timesteps": "grid", "steps": 3, "states": "2",
         "trajectories": 2, "vae_latent": "mode", "prompt_dropout": 0.5, "empty_prompt": "encoded", "hflip": False,
-        "size_conditioning": "constant", "storage": "bfloat16", "buckets": True, "dtype": "fp16",
+        "size_conditioning": "constant", "storage": "bfloat16", "text": "stored", "buckets": True, "dtype": "fp16",
     }  # fmt: skip
     path = {
         "start": "level0", "solver": "anderson", "tolerance": 0.5, "max_evaluations": 7, "anderson_depth": 2,

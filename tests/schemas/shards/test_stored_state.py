@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smpo_common.errors import UserError
-from smpo_schemas.shards import stored_state
+from smpo_schemas.shards import stored_state, tensor_file
 from smpo_schemas.shards.reader import SampleLocation, ShardDirectory
 from smpo_schemas.shards.samples import Sample
 from smpo_schemas.shards.stored_state import read_state
@@ -49,11 +49,12 @@ def test_a_state_is_that_of_the_whole_sample(tmp_path: Path, storage: torch.dtyp
 
 def test_other_states_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, location = written(tmp_path, make_sample(0, states=500, timestep_K=torch.arange(500)))
-    read = stored_state.read_at
+    read = tensor_file.read_at
     lengths = []
-    monkeypatch.setattr(
-        stored_state, "read_at", lambda file, offset, length: lengths.append(length) or read(file, offset, length)
-    )
+    for module in (stored_state, tensor_file):
+        monkeypatch.setattr(
+            module, "read_at", lambda file, offset, length: lengths.append(length) or read(file, offset, length)
+        )
     read_state(directory, location, 77)
     latent = 2 * 4 * 8 * 8 * 2
     assert lengths.count(latent) == 2

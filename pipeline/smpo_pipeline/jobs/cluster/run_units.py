@@ -30,7 +30,8 @@ def run_units(
     *,
     title: str,
     address: str | None,
-    max_reject_rate: float,
+    max_reject_rate: float = 1.0,
+    noun: str = "pairs",
 ) -> list[UnitRecord]:
     """Run the units that are not committed yet.
 
@@ -42,6 +43,7 @@ def run_units(
         title: for the progress bar.
         address: of a Ray cluster, or None.
         max_reject_rate: stop above this share of rejected rows, 0 to 1.
+        noun: what the input rows are.
 
     Returns:
         The records of all units, in order.
@@ -54,8 +56,8 @@ def run_units(
     for record in records.values():
         rate.add(record)
     todo = [unit for unit in range(len(sizes)) if unit not in records]
-    pace = Pace()
-    with job_progress() as progress:
+    pace = Pace(noun=noun)
+    with job_progress(noun) as progress:
         done = sum(sizes[unit] for unit in records)
         task = progress.add_task(title, total=sum(sizes), completed=done, note="", in_progress="")
         if todo:

@@ -32,17 +32,19 @@ from smpo_pipeline.isolation import Failure, run_alone, run_isolated
 from smpo_pipeline.jobs.cells import cell_values
 from smpo_pipeline.jobs.cluster.session import set_reproducible_arithmetic
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
-from smpo_pipeline.jobs.invert.models import ModelIdentity, describe_model, load_models
+from smpo_pipeline.jobs.invert.models import ModelIdentity, load_models
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prepare import STAGE, unit_pairs
 from smpo_pipeline.jobs.record.progress import Reporter
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_schemas.manifest import TEXT_FOLDER, StoredTextEntry
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject
 from smpo_schemas.scores import IMAGE_IDS
 from smpo_schemas.shards.index import write_index_part
 from smpo_schemas.shards.samples import Sample
+from smpo_schemas.shards.text import StoredText
 from smpo_schemas.shards.writer import ShardWriter
 
 _MEASURED_PAIRS = 128
@@ -63,6 +65,7 @@ class InvertActor:
         rows: int,
         resolution: int,
         work_log: WorkLog,
+        text: StoredTextEntry | None = None,
     ) -> None:
         """Load the models.
 
@@ -74,12 +77,17 @@ class InvertActor:
             rows: input rows of the job.
             resolution: side of the square in pixels.
             work_log: of the job.
+            text: the stored embeddings of all prompts; None: the model's text encoders are loaded.
         """
         self._device = options.running.chosen_device
         set_reproducible_arithmetic(self._device)
-        family, inverting_denoiser = load_models(options)
+        family, inverting_denoiser = load_models(options, text=text is None)
         # Not raised here: Ray retries a constructor that raises five times.
-        self._model_differs = describe_model(options, family, inverting_denoiser) != model
+        self._model_differs = not model.is_of(family, inverting_denoiser, options)
+        self._cuts = family.cuts
+        if text is not None:
+            family.stored_text = stored = StoredText(run.out / TEXT_FOLDER, text)
+            self._cuts = stored.cuts
         seed, self._trajectories_per_pair = options.trajectory.seed, options.trajectory.trajectories
         self._inverter = Inverter(family, inverting_denoiser, options.settings, seed, self._device)
         self._family, self._options, self._run = family, options, run
@@ -127,7 +135,7 @@ class InvertActor:
                     continue
                 num_pairs += 1
                 sizes[pair.image_size] += 1
-                prompts_cut += self._family.cuts(pair.prompt)
+                prompts_cut += self._cuts(pair.prompt)
                 for sample in samples:
                     shard.write(f"{number * self._trajectories_per_pair + sample.meta.trajectory:010d}", sample)
             # Within the block: at its end the file takes its final name.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from rich.console import Console
+from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_common.retry import retry_transient
@@ -23,9 +24,10 @@ from smpo_pipeline.jobs.cluster.pools import Pool, limit_memory, model_pool, tas
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import resolve_device
 from smpo_pipeline.jobs.invert.actor import InvertActor, index_part
-from smpo_pipeline.jobs.invert.models import ModelIdentity, describe_model, load_models, read_configs
+from smpo_pipeline.jobs.invert.models import ModelIdentity, choose_text, describe_model, load_models, read_configs
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prepare import prepare_row
+from smpo_pipeline.jobs.invert.text import distinct_prompts, store_text, text_run
 from smpo_pipeline.jobs.reading import Columns, unit_sizes
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
@@ -35,9 +37,10 @@ from smpo_schemas.manifest import (
     MANIFEST_FILE,
     MANIFEST_VERSION,
     REJECTS_FILE,
+    TEXT_FOLDER,
     Manifest,
-    ModelInfo,
     ShardEntry,
+    StoredTextEntry,
     Totals,
     autocast_arithmetic,
     read_manifest,
@@ -63,6 +66,7 @@ def invert(options: InvertOptions) -> Manifest:
     columns = options.columns.by_field()
     columns_by_file = columns_of(files, columns)
     info = read_scores_info(options.scores)
+    options = choose_text(options)
     checked = _check_model(options)
     options = options.replace(pairs_per_shard=checked.pairs_per_shard)
     units = slice_files(files, checked.pairs_per_shard, running.limit)
@@ -80,7 +84,11 @@ def invert(options: InvertOptions) -> Manifest:
     }
     run = Run(options.out, MANIFEST_FILE, identity)
     with locked(options.out):
-        if not run.open(overwrite=running.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE)):
+        if not run.open(
+            overwrite=running.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE, f"{TEXT_FOLDER}/")
+        ):
+            if options.storing.text == "stored":
+                text_run(options).remove()  # what a kill after the manifest has left
             return read_manifest(options.out)
         for line in options.choices(checked.resolution, sum(unit_sizes(units))):
             Console(markup=False).print(line, highlight=False, soft_wrap=True)
@@ -98,9 +106,13 @@ def _invert(
     """Make the shards that are missing, then write the manifest."""
     running, scores = options.running, _score_table(options.scores, info)
     sizes = unit_sizes(units)
+    text = None
+    if options.storing.text == "stored":
+        text = store_text(options, _needed_prompts(units, columns, scores), checked.model, checked.text_weights)
+    weights = checked.weights + (0 if text else checked.text_weights)
 
     def build(source: ray.data.Dataset, work_log: WorkLog) -> ray.data.Dataset:
-        pool = model_pool(running.chosen_device, running.concurrency, running.ray_address, checked.weights, len(units))
+        pool = model_pool(running.chosen_device, running.concurrency, running.ray_address, weights, len(units))
         prepare = partial(
             prepare_row,
             units=units,
@@ -118,13 +130,16 @@ def _invert(
             "rows": sum(sizes),
             "resolution": checked.resolution,
             "work_log": work_log,
+            "text": text,
         }
         pixels = max(sizes) * 2 * 3 * max(height * width for height, width in checked.image_sizes)
         return _add_stages(source, prepare, kwargs, pool, pixels)
 
     rate = running.max_reject_rate
     records = run_units(run, sizes, build, _records, title="invert", address=running.ray_address, max_reject_rate=rate)
-    manifest = _finish(options, run, records, info, checked.model.info(), checked.resolution)
+    manifest = _finish(options, run, records, info, checked, text)
+    if text:
+        text_run(options).remove()
     run.finish()
     return manifest
 
@@ -183,7 +198,9 @@ class _Checked:
     image_sizes: tuple[Size, ...]
     pairs_per_shard: int
     weights: int
-    """Bytes."""
+    """Bytes, without text encoders."""
+    text_weights: int
+    """Bytes of the text encoders."""
 
 
 def _check_model(options: InvertOptions) -> _Checked:
@@ -197,9 +214,19 @@ def _check_model(options: InvertOptions) -> _Checked:
     if options.storing.shard_size is not None:
         latent = family.latent_shape(resolution, resolution)
         pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, options.settings, family.noise_schedule)
-    modules = {family.denoiser, inverting_denoiser, family.vae, *family.text_modules}
-    weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
-    return _Checked(model, resolution, sizes, pairs_per_shard, weights)
+    weights = _weights({family.denoiser, inverting_denoiser, family.vae})
+    return _Checked(model, resolution, sizes, pairs_per_shard, weights, _weights(family.text_modules))
+
+
+def _weights(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
+
+
+def _needed_prompts(units: Sequence[list[RowRange]], columns: Columns, scores: pa.Table) -> list[str]:
+    """The prompts of the input rows that may be inverted, and the empty one."""
+    scored = set(scores["prompt"].to_pylist())
+    ranges = [rows for unit in units for rows in unit]
+    return [prompt for prompt in distinct_prompts(ranges, columns) if not prompt or prompt in scored]
 
 
 @retry_transient
@@ -208,8 +235,8 @@ def _finish(
     run: Run,
     records: Sequence[UnitRecord],
     info: ScoresInfo,
-    model: ModelInfo,
-    resolution: int,
+    checked: _Checked,
+    text: StoredTextEntry | None,
 ) -> Manifest:
     """Write the rejects, then ``manifest.json``, which marks the run as finished."""
     rejects = [reject for record in records for reject in record.rejects]
@@ -226,8 +253,8 @@ def _finish(
         buckets[bucket.height, bucket.width] += bucket.pairs
     manifest = Manifest(
         schema_version=MANIFEST_VERSION,
-        model=model,
-        resolution=resolution,
+        model=checked.model.info(),
+        resolution=checked.resolution,
         inversion=options.settings,
         ref_error_arithmetic=autocast_arithmetic(options.settings.dtype),
         seed=options.trajectory.seed,
@@ -243,7 +270,8 @@ def _finish(
             prompts_cut=sum(record.prompts_cut for record in records),
         ),
         rejected_reasons=count_reasons(rejects),
-        health=health.bands(model.num_train_timesteps),
+        health=health.bands(checked.model.num_train_timesteps),
+        text=text,
         buckets=list_buckets(buckets),
         versions={name: version(name) for name in ("smpo-diffusion", "torch", "diffusers", "transformers", "numpy")},
     )

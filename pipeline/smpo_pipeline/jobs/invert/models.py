@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,6 +12,8 @@ from smpo_models.fingerprint import fingerprint_module, settings_of
 from smpo_models.loading import load_family, load_inverting_denoiser
 from smpo_pipeline.jobs.invert.options import InversionOptions
 from smpo_schemas.manifest import ModelInfo
+
+AnyOptions = TypeVar("AnyOptions", bound=InversionOptions)
 
 
 def read_configs(options: InversionOptions) -> Family:
@@ -45,11 +47,28 @@ def _set_up(family: Family, options: InversionOptions) -> None:
     family.encodes_empty_prompt = options.storing.empty_prompt == "encoded"
 
 
-def load_models(options: InversionOptions) -> tuple[Family, nn.Module]:
-    """Load the model with its reference denoiser, and the inverting denoiser (default: the reference), on the CPU."""
+def choose_text(options: AnyOptions) -> AnyOptions:
+    """Replace ``--text auto`` by what the model's family says.
+
+    Raises:
+        UserError: the model is missing or of no known family.
+    """
+    if options.storing.text != "auto":
+        return options
+    return options.replace(text="stored" if load_family(options.models.model, ()).stores_text else "live")
+
+
+def load_models(options: InversionOptions, *, text: bool = True) -> tuple[Family, nn.Module]:
+    """Load the model with its reference denoiser, and the inverting denoiser (default: the reference), on the CPU.
+
+    Args:
+        options: name them.
+        text: whether to load the text encoders.
+    """
     models = options.models
+    parts = ("denoiser", "text", "vae") if text else ("denoiser", "vae")
     # Not on the GPU: before they are cast, the two denoisers take twice the memory that they need later.
-    family = load_family(models.model, denoiser=models.unet, vae=models.vae, variant=models.variant)
+    family = load_family(models.model, parts, denoiser=models.unet, vae=models.vae, variant=models.variant)
     _set_up(family, options)
     if models.inverting_unet is None:
         return family, family.denoiser
@@ -60,6 +79,21 @@ class ModelIdentity(ModelInfo):
     """The manifest's description of the models, plus their settings, which no fingerprint covers."""
 
     settings: dict[str, Any]
+
+    def is_of(self, family: Family, inverting_denoiser: nn.Module, options: InversionOptions) -> bool:
+        """Whether these models, perhaps loaded without their text encoders, are the described ones."""
+        loaded = describe_model(options, family, inverting_denoiser)
+        if family.text_modules:
+            return loaded == self
+        settings = {name: value for name, value in self.settings.items() if name in loaded.settings}
+        return loaded == self.model_copy(update={"text": loaded.text, "settings": settings})
+
+    def has_text_of(self, family: Family) -> bool:
+        """Whether the loaded text encoders are those of the described model."""
+        settings = family.text_settings()
+        return fingerprint_module(*family.text_modules) == self.text and settings == {
+            name: self.settings.get(name) for name in settings
+        }
 
     def info(self) -> ModelInfo:
         """The part that the manifest holds."""

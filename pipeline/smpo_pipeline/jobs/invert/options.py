@@ -167,6 +167,10 @@ class StorageOptions(Options):
     """Mirror the images of half of the trajectories."""
     storage: Literal["float16", "bfloat16"] = "float16"
     """Dtype of stored latents and noise: float16 (11 bits of precision, up to 65504) or bfloat16 (8 bits)."""
+    text: Literal["auto", "stored", "live"] = "auto"
+    """stored: encode each distinct prompt once, before the pairs, and store its embeddings, so that neither this stage
+    nor the trainer holds the text encoders any longer. live: encode prompts where they are needed. auto: stored for
+    models with a T5 encoder."""
     pairs_per_shard: Annotated[int, Field(ge=1)] = 128
     """Pairs per shard; a shard is also the unit of work."""
     shard_size: Annotated[
@@ -204,13 +208,17 @@ class InversionOptions(Options):
 
     @property
     def settings(self) -> InversionSettings:
-        """The settings that the manifest records; defaults of dtype and tolerance depend on the device."""
+        """The settings that the manifest records; defaults of dtype and tolerance depend on the device.
+
+        ``--text auto`` counts as live: see :func:`smpo_pipeline.jobs.invert.models.choose_text`.
+        """
         groups = (self.models, self.trajectory, self.solving, self.storing, self.running)
         flags = {name: value for group in groups for name, value in group}
         from smpo_models.devices import default_dtype  # noqa: PLC0415  (torch: not for --help)
 
         dtype = self.running.dtype or default_dtype(self.running.chosen_device)
         flags |= {"dtype": dtype, "tolerance": self.solving.tolerance or _TOLERANCE[dtype]}
+        flags["text"] = "stored" if self.storing.text == "stored" else "live"
         return InversionSettings(**{name: flags[name] for name in InversionSettings.model_fields})
 
     def choices(self, resolution: int, pairs: int) -> list[str]:
@@ -223,6 +231,7 @@ class InversionOptions(Options):
         return [
             f"{pairs} pairs at {size} pixels; {computing}; seed {self.trajectory.seed}",
             f"{dropped} of the trajectories without their prompt (--prompt-dropout), {mirrored} mirrored (--hflip)",
+            *(["each prompt's embeddings are stored once (--text stored)"] if settings.text == "stored" else []),
         ]
 
     @model_validator(mode="after")

@@ -43,11 +43,11 @@ class Reporter:
 
 
 class Pace:
-    """Speed of a job since it was started or continued."""
+    """Speed of a job, or of a stage of it, since it was started or continued."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """``clock`` is in seconds."""
-        self._clock, self._started = clock, clock()
+    def __init__(self, clock: Callable[[], float] = time.monotonic, noun: str = "pairs") -> None:
+        """``clock`` is in seconds; ``noun`` says what the input rows are."""
+        self._noun, self._clock, self._started = noun, clock, clock()
         self._pairs, self._model_seconds, self._actor_seconds = 0, 0.0, 0.0
 
     def add(self, record: UnitRecord) -> None:
@@ -58,8 +58,8 @@ class Pace:
         self._actor_seconds += actor
 
     def describe(self, rejected: int) -> str:
-        """Pairs per second (start-up included), the model's share of the actors' time, and rejects."""
-        parts = [f"{self._pairs / (self._clock() - self._started):.3g} pairs/s"]
+        """Input rows per second (start-up included), the model's share of the actors' time, and rejects."""
+        parts = [f"{self._pairs / (self._clock() - self._started):.3g} {self._noun}/s"]
         if self._actor_seconds:
             parts.append(f"model {self._model_seconds / self._actor_seconds:.0%}")
         if rejected:
@@ -95,14 +95,14 @@ def show_pairs_in_progress(progress: Progress, task: TaskID, poll: Callable[[], 
         progress.update(task, in_progress="")
 
 
-def job_progress() -> Progress:
-    """Make a progress bar whose tasks have the fields ``note`` and ``in_progress``."""
+def job_progress(noun: str = "pairs") -> Progress:
+    """Make a progress bar of ``noun`` whose tasks have the fields ``note`` and ``in_progress``."""
     return Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("pairs {task.fields[in_progress]}"),
+        TextColumn(noun + " {task.fields[in_progress]}"),
         TimeElapsedColumn(),
         TextColumn("elapsed,"),
         TimeRemainingColumn(),

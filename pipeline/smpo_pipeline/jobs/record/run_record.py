@@ -99,7 +99,7 @@ class Run:
 
         Args:
             overwrite: remove the output of an earlier run first.
-            patterns: names of the files that this kind of run writes, for removal.
+            patterns: names of the files that this kind of run writes, and of folders (ending with /), for removal.
 
         Raises:
             UserError: the directory holds a run with another identity, or output of another job, which not even
@@ -139,6 +139,8 @@ class Run:
         # committed.
         self._marker.unlink(missing_ok=True)
         self._remove_records()
+        for folder in (pattern for pattern in patterns if pattern.endswith("/")):
+            remove_tree(self.out / folder.rstrip("/"))
         for path in [*(p for pattern in patterns for p in self.out.glob(pattern)), self.out / _IDENTITY]:
             path.unlink(missing_ok=True)
 

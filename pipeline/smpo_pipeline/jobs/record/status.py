@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from smpo_common.errors import UserError
@@ -18,7 +18,7 @@ from smpo_pipeline.jobs.record.run_record import (
     read_identity,
     read_records,
 )
-from smpo_schemas.manifest import MANIFEST_FILE, read_manifest
+from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, read_manifest
 from smpo_schemas.rejects import count_reasons, read_rejects
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, read_scores_info
 
@@ -38,6 +38,7 @@ class Status:
         model_share: the inversion's share of the actors' time in those units, 0 to 1 (``invert`` only), or None.
         holder: the process that runs it, or None; on an object store a killed process is named too.
         last_commit: time of the last commit, in seconds since 1970; None if there is none, or the run is finished.
+        prompts: stored prompts and all prompts (``invert --text stored`` only), None where none are stored.
     """
 
     job: str
@@ -53,6 +54,7 @@ class Status:
     model_share: float | None = None
     holder: str | None = None
     last_commit: float | None = None
+    prompts: tuple[int, int] | None = None
 
     @property
     def remaining(self) -> float | None:
@@ -83,8 +85,10 @@ def _read_status(out: AnyPath) -> Status:
         if (out / MANIFEST_FILE).is_file():
             manifest = read_manifest(out)
             reasons = manifest.rejected_reasons
-            return _finished("invert", [], units, pairs_in, manifest.totals.rejected, reasons)
-        return _unfinished(identity, [], out, units, pairs_in, holder(out))
+            finished = _finished("invert", [], units, pairs_in, manifest.totals.rejected, reasons)
+            return replace(finished, prompts=(manifest.text.prompts,) * 2) if manifest.text else finished
+        unfinished = _unfinished(identity, [], out, units, pairs_in, holder(out))
+        return replace(unfinished, prompts=_prompts(out / TEXT_FOLDER))
     units = math.ceil(pairs_in / SCORE_ROWS)
     step = read_identity(out / SCORING_FOLDER)
     info = read_scores_info(out) if (out / SCORES_FILE).is_file() else None
@@ -94,6 +98,14 @@ def _read_status(out: AnyPath) -> Status:
         return _unfinished(identity, [], out, units, pairs_in, holder(out))
     reasons = count_reasons(read_rejects(out / REJECTS_FILE))
     return _finished("score", sorted(info.rewards), units, pairs_in, info.rejected, reasons)
+
+
+def _prompts(folder: AnyPath) -> tuple[int, int] | None:
+    """Stored prompts and all prompts of an unfinished run, None where none are stored yet."""
+    identity = read_identity(folder)
+    if identity is None:
+        return None
+    return sum(record.pairs for record in read_records(folder, identity)), identity["prompts"]
 
 
 def _rows(identity: dict[str, Any]) -> int:

@@ -1,0 +1,84 @@
+"""Measure and size the stage of ``invert`` that encodes each distinct prompt once (``--text stored``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from smpo_pipeline.jobs.invert.text import PROMPTS_PER_FILE, distinct_prompts, encode_batches, load_text_encoders
+from smpo_pipeline.planning.options import PlanOptions
+from smpo_schemas.frozen import FrozenModel
+from smpo_schemas.pairs import PairFile, columns_of, slice_files
+from smpo_schemas.shards.text import RowLayout, text_bytes
+
+
+class TextPlan(FrozenModel):
+    """The cost of encoding and storing each distinct prompt once.
+
+    Attributes:
+        prompts: distinct ones of the data set, and the empty one.
+        bytes: size of all files.
+        seconds_a_prompt: measured on one device, without warm-up.
+    """
+
+    prompts: int
+    bytes: int
+    seconds_a_prompt: float
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """The sampled pairs' prompts, encoded, and what they cost.
+
+    Attributes:
+        rows: embeddings of each prompt, on the CPU, by the family's names.
+        prompts: number of distinct prompts of the whole data set, the empty one included.
+        seconds: mean time to encode a prompt.
+    """
+
+    rows: Mapping[str, Mapping[str, torch.Tensor]]
+    prompts: int
+    seconds: float
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Stand for the stored text of :class:`smpo_models.family.Family`."""
+        rows = [self.rows[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def plan(self, prompts: int) -> TextPlan:
+        """Plan for a number of prompts like these."""
+        layout: RowLayout = {name: (value.dtype, tuple(value.shape)) for name, value in self.rows[""].items()}
+        size = text_bytes(prompts, layout, PROMPTS_PER_FILE)
+        return TextPlan(prompts=prompts, bytes=size, seconds_a_prompt=self.seconds)
+
+
+def encode_sampled(options: PlanOptions, files: Sequence[PairFile], prompts: Sequence[str]) -> EncodedPrompts:
+    """Encode prompts on the device, as `invert` does, and free the text encoders; count the data set's prompts.
+
+    Args:
+        options: of the command, with a resolved device.
+        files: of the data set.
+        prompts: of the sampled pairs.
+
+    Raises:
+        UserError: a file or the model cannot be read.
+    """
+    total = max(1, sum(file.rows for file in files))
+    units = slice_files(files, total, options.running.limit)
+    ranges = [rows for unit in units for rows in unit]
+    count = len(distinct_prompts(ranges, columns_of(files, options.columns.by_field())))
+    family = load_text_encoders(options)
+    family.to(options.running.chosen_device)
+    distinct = list(dict.fromkeys(["", *prompts]))
+    rows: dict[str, Mapping[str, torch.Tensor]] = {}
+    begin, done = time.perf_counter(), 0
+    for batch in encode_batches(family, distinct, options.settings.dtype):
+        size = len(next(iter(batch.values())))
+        for row, prompt in enumerate(distinct[len(rows) : len(rows) + size]):
+            rows[prompt] = {name: value[row] for name, value in batch.items()}
+        if len(rows) == size < len(distinct):
+            begin, done = time.perf_counter(), size  # the first batch is the warm-up
+    return EncodedPrompts(rows, count, (time.perf_counter() - begin) / (len(distinct) - done))
