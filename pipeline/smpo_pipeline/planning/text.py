@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from smpo_pipeline.jobs.invert.text import PROMPTS_PER_FILE, distinct_prompts, encode_batches, load_text_encoders
+from smpo_pipeline.jobs.invert.models import load_text_encoders
+from smpo_pipeline.jobs.invert.prompts import PROMPTS_PER_FILE, distinct_prompts, encode_batches
 from smpo_pipeline.planning.options import PlanOptions
 from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.pairs import PairFile, columns_of, slice_files

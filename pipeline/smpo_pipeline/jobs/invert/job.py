@@ -27,7 +27,8 @@ from smpo_pipeline.jobs.invert.actor import InvertActor, index_part
 from smpo_pipeline.jobs.invert.models import ModelIdentity, choose_text, describe_model, load_models, read_configs
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prepare import prepare_row
-from smpo_pipeline.jobs.invert.text import distinct_prompts, store_text, text_run
+from smpo_pipeline.jobs.invert.prompts import distinct_prompts
+from smpo_pipeline.jobs.invert.text import store_text, text_run
 from smpo_pipeline.jobs.reading import Columns, unit_sizes
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input

@@ -75,6 +75,13 @@ def load_models(options: InversionOptions, *, text: bool = True) -> tuple[Family
     return family, load_inverting_denoiser(family, models.model, models.inverting_unet, models.variant)
 
 
+def load_text_encoders(options: InversionOptions) -> Family:
+    """Load the model's text encoders alone, on the CPU."""
+    family = load_family(options.models.model, ("text",), variant=options.models.variant)
+    family.encodes_empty_prompt = options.storing.empty_prompt == "encoded"
+    return family
+
+
 class ModelIdentity(ModelInfo):
     """The manifest's description of the models, plus their settings, which no fingerprint covers."""
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import chain, groupby
 from typing import Any, cast
 
 import pyarrow as pa
@@ -17,21 +15,18 @@ import ray
 import torch
 
 from smpo_common.errors import UserError
-from smpo_common.files import read_all, sha256_json
-from smpo_models.family import Family
-from smpo_models.loading import load_family
+from smpo_common.files import sha256_json
 from smpo_models.memory import is_out_of_memory
 from smpo_pipeline.jobs.cluster.pools import model_pool
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import set_reproducible_arithmetic
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
-from smpo_pipeline.jobs.invert.models import ModelIdentity
-from smpo_pipeline.jobs.invert.options import InversionOptions, InvertOptions
-from smpo_pipeline.jobs.reading import Columns
+from smpo_pipeline.jobs.invert.models import ModelIdentity, load_text_encoders
+from smpo_pipeline.jobs.invert.options import InvertOptions
+from smpo_pipeline.jobs.invert.prompts import PROMPTS_PER_FILE, encode_batches
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, StoredTextEntry, TextFile
-from smpo_schemas.pairs import RowRange, read_prompts
 from smpo_schemas.shards.text import (
     TEXT_DTYPES,
     TEXT_INDEX,
@@ -39,39 +34,6 @@ from smpo_schemas.shards.text import (
     write_text,
     write_text_index,
 )
-
-PROMPTS_PER_FILE = 128
-"""Prompts of a file, which is a unit: 0.5 GB for FLUX.1 in half precision, 15 MB for SD 1.5."""
-
-_BATCH = 16
-"""Prompts per forward of the encoders; fixed, so that the bytes do not depend on a flag."""
-
-
-def distinct_prompts(ranges: Sequence[RowRange], columns: Columns) -> list[str]:
-    """Read the prompts of input rows: each distinct one once, the empty one first, then by first occurrence.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    # A file at a time: a row group can only be read from its start, whichever unit's rows are wanted.
-    files = [list(parts) for _, parts in groupby(ranges, key=lambda rows: rows.path)]
-    whole = [replace(parts[0], stop=parts[-1].stop) for parts in files]
-    prompts = read_all(lambda rows: list(dict.fromkeys(read_prompts(rows, columns[rows.path]))), whole)
-    return list(dict.fromkeys(["", *chain.from_iterable(prompts)]))
-
-
-def load_text_encoders(options: InversionOptions) -> Family:
-    """Load the model's text encoders alone, on the CPU."""
-    family = load_family(options.models.model, ("text",), variant=options.models.variant)
-    family.encodes_empty_prompt = options.storing.empty_prompt == "encoded"
-    return family
-
-
-def encode_batches(family: Family, prompts: Sequence[str], dtype: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Encode prompts, batch by batch: tensors [B, ...] on the CPU, rounded to what is stored for this ``--dtype``."""
-    for start in range(0, len(prompts), _BATCH):
-        encoded = family.encode_text(prompts[start : start + _BATCH])
-        yield {name: value.to("cpu", TEXT_DTYPES[dtype]) for name, value in encoded.items()}
 
 
 def text_run(options: InvertOptions, identity: dict[str, Any] | None = None) -> Run:
