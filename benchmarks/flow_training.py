@@ -31,8 +31,8 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "smpo": ("--reward", "pickscore", "clipscore"),
 }
 CONDITIONS = [Condition(name, source, flags) for source in INVERSIONS for name, flags in OBJECTIVES.items()]
-BETAS = (100, 1000)
-STEPS, LR, BATCH, WARMUP, SCHEDULE = 100, "2e-4", 24, 10, "cosine"
+BETAS = (30, 100)
+STEPS, LR, BATCH, WARMUP, SCHEDULE = 60, "5e-4", 24, 5, "cosine"
 TRAINING = (
     *("--max-steps", STEPS, "--lr", LR, "--batch-size", BATCH),
     *("--warmup-steps", WARMUP, "--lr-schedule", SCHEDULE),
