@@ -30,6 +30,8 @@ HUB_MODELS = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-xl-base-1.0",
     "madebyollin/sdxl-vae-fp16-fix",
+    "stabilityai/stable-diffusion-3.5-medium",
+    "black-forest-labs/FLUX.1-dev",
 )
 
 

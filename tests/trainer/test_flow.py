@@ -40,18 +40,24 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return invert_tiny(model, tmp_path_factory.mktemp("shards") / "flow")
 
 
-def invert_tiny(model: Path, directory: Path, guidance: float | None = None, recorded: float | None = None) -> Path:
+def invert_tiny(
+    model: Path,
+    directory: Path,
+    guidance: float | None = None,
+    recorded: float | None = None,
+    reward: str = "taste",
+) -> Path:
     """Make shards of four pairs, of a model that is told ``guidance``; the manifest says ``recorded``."""
     family = load_family(str(model))
     family.embedded_guidance = guidance or family.embedded_guidance
     inverter = Inverter(family, family.denoiser, InversionSettings(steps=3, prompt_dropout=0.4), seed=0)
     pairs = [
-        dataclasses.replace(make_pair(number), scores={"taste": (0.1 * number, 0.3)}, label=float(number % 2))
+        dataclasses.replace(make_pair(number), scores={reward: (0.1 * number, 0.3)}, label=float(number % 2))
         for number in range(4)
     ]
     samples, _ = inverter.invert([(pair, 0) for pair in pairs])
     directory.mkdir()
-    write_shards(directory, model, samples, ["taste"], embedded_guidance=recorded)
+    write_shards(directory, model, samples, [reward], embedded_guidance=recorded)
     return directory
 
 
