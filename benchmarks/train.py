@@ -45,11 +45,20 @@ from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.inversion_settings import InversionSettings
-from smpo_schemas.manifest import MANIFEST_VERSION, Manifest, ModelInfo, Totals, write_manifest
+from smpo_schemas.manifest import (
+    MANIFEST_VERSION,
+    TEXT_FOLDER,
+    Manifest,
+    ModelInfo,
+    StoredTextEntry,
+    Totals,
+    write_manifest,
+)
 from smpo_schemas.scores import RewardStatistics
 from smpo_schemas.shards.index import write_index
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample, SampleMeta
+from smpo_schemas.shards.text import TEXT_INDEX, text_file_name, write_text, write_text_index
 from smpo_schemas.shards.writer import ShardWriter
 
 ROOT = Path(__file__).parents[1]
@@ -62,8 +71,11 @@ GAMMA = 10.0
 RUNS = (1, 2, 5, 10)
 
 
-def make_shards(path: Path, model: Path, trajectories: int) -> None:
-    """Write shards of random latents; the cost of a training step does not depend on their content."""
+def make_shards(path: Path, model: Path, trajectories: int, *, text: bool = False) -> None:
+    """Write shards of random latents, and with ``text`` the prompt's embeddings.
+
+    The cost of a training step does not depend on their content.
+    """
     stream, family = torch.Generator().manual_seed(1), load_family(str(model))
     latent, size = family.latent_shape(8 * SIDE, 8 * SIDE), ((8 * SIDE, 8 * SIDE),) * 2
     with ShardWriter(path / "shard-000000.tar") as writer:
@@ -97,9 +109,17 @@ def make_shards(path: Path, model: Path, trajectories: int) -> None:
             bytes=entry.bytes
         ),
         rejected_reasons={}, health=[], versions={}, ref_error_arithmetic="fp32",
+        text=_store_text(path / TEXT_FOLDER, family) if text else None,
     )  # fmt: skip
     index = write_index(ShardDirectory(path, manifest))
     write_manifest(path, manifest.model_copy(update={"index": index}))
+
+
+def _store_text(folder: Path, family: Family) -> StoredTextEntry:
+    prompts = [PROMPT, ""]
+    file = write_text(folder / text_file_name(0), prompts, [family.encode_text(prompts)])
+    index = write_text_index(folder / TEXT_INDEX, prompts, [False] * 2, len(prompts))
+    return StoredTextEntry(dtype="float32", prompts=2, bytes=file.bytes + index.bytes, index=index, files=[file])
 
 
 # The measured programs: seconds of their steps

@@ -330,7 +330,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         build_flux(divide, blocks).save_pretrained(work / "model")
-        make_shards(work / "shards", work / "model", trajectories=2)
+        make_shards(work / "shards", work / "model", trajectories=2, text=True)
         turns = []
         for turn in range(arguments.turns):
             turns.append(

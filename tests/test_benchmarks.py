@@ -68,7 +68,7 @@ def test_each_program_of_a_flow_models_step_trains_and_is_measured_by_parts(
     for module in (train, train_flow):
         monkeypatch.setattr(module, "SIDE", 16)
     load("shapes").build_flux(8, 1).save_pretrained(tmp_path / "model")
-    train.make_shards(tmp_path / "shards", tmp_path / "model", trajectories=1)
+    train.make_shards(tmp_path / "shards", tmp_path / "model", trajectories=1, text=True)
     monkeypatch.setattr(train_flow, "STEPS", 2)
     found = train_flow._measured(method, program, tmp_path, 8)
     frozen = {"VAE", "text encoders", "reference"} if program == "Flow-DPO" else set()
