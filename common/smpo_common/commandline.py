@@ -46,6 +46,13 @@ _OTHER_NAMES = {
 """Names that diffusers' and transformers' scripts, and earlier versions, use for our flags, for "did you mean"."""
 
 
+_GONE = {
+    "text": "it is a flag of `smpo-pipeline invert`: training uses the text that the shards have stored, and else "
+    "encodes prompts itself; leave it out",
+}
+"""What to do about flags that a command had in earlier versions."""
+
+
 def nearest(name: str, known: Collection[str]) -> str | None:
     """Guess which of ``known`` a misspelt or foreign name means, or None."""
     other = _OTHER_NAMES.get(name)
@@ -69,6 +76,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise UserError(f"--config {path} must be a YAML mapping of flags to values, like a finished run's config.yaml")
     unknown = sorted(set(map(str, values)) - known)
     if unknown:
+        if unknown[0] in _GONE:
+            raise UserError(f"--config {path}: unknown key {unknown[0]!r}; {_GONE[unknown[0]]}")
         meant = nearest(unknown[0], known)
         hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(sorted(known))}"
         raise UserError(f"--config {path}: unknown key {unknown[0]!r}; {hint}")
@@ -111,6 +120,8 @@ def _prepare(app: typer.Typer, arguments: Sequence[str]) -> list[str]:
         meant = f"--{_OTHER_NAMES.get(flag[2:].replace('-', '_'), '')}".replace("_", "-")
         if flag.startswith("--") and flag not in known and meant in known:
             raise UserError(f"unknown flag {flag}; did you mean {meant}?")
+        if flag.startswith("--") and flag not in known and flag[2:] in _GONE:
+            raise UserError(f"unknown flag {flag}; {_GONE[flag[2:]]}")
     multiple = (parameter for parameter in chosen.params if getattr(parameter, "multiple", False))
     return expand_repeated(arguments, {name for parameter in multiple for name in parameter.opts})
 

@@ -63,6 +63,17 @@ _INDEX = {
 }
 
 
+_TEXT = [
+    ("`text-NNNNNN`", "`key`", "[N] int64", "first 8 bytes of the SHA-256 of the prompt, little-endian"),
+    ("`text-NNNNNN`", "`text`", "[N, L, D]", "embeddings that the denoiser attends to, padding included"),
+    ("`text-NNNNNN`", "`pooled`", "[N, D]", "pooled embedding (not for Stable Diffusion 1 and 2)"),
+    ("`index`", "`key`", "[P] int64", "as above, increasing"),
+    ("`index`", "`file`", "[P] int32", "number of the file that holds the prompt"),
+    ("`index`", "`row`", "[P] int32", "its row there"),
+    ("`index`", "`cut`", "[P] bool", "whether the text encoders truncate the prompt"),
+]
+
+
 def main() -> None:
     """Write the page, or compare it with what would be written."""
     write_or_check(PAGE, _page())
@@ -91,6 +102,9 @@ def _page() -> Iterator[str]:
     yield "### index.parquet\n"
     yield "One row per trajectory, so that a trainer does not read the tars. It can be made again from them.\n"
     yield from _columns(INDEX_SCHEMA, _INDEX)
+    yield "### text/\n"
+    yield "With `--text stored`: `text-NNNNNN.safetensors`, N prompts each, and `index.safetensors`, of all P.\n"
+    yield from table(("file", "tensor", "shape", "meaning"), _TEXT)
     yield "### manifest.json\n"
     yield from _models(Manifest, MANIFEST_VERSION, seen)
     yield "## calibration.json (output of `calibrate`)\n"

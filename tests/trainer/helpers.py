@@ -18,11 +18,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
+from smpo_pipeline.jobs.invert.prompts import encode_batches
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
     Manifest,
     ModelInfo,
+    StoredTextEntry,
     Totals,
     autocast_arithmetic,
     write_manifest,
@@ -31,6 +33,7 @@ from smpo_schemas.scores import RewardStatistics
 from smpo_schemas.shards.index import write_index
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample, SampleMeta
+from smpo_schemas.shards.text import TEXT_INDEX, text_file_name, write_text, write_text_index
 from smpo_schemas.shards.writer import ShardWriter
 from smpo_trainer.cli import main
 from smpo_trainer.model.policy import Policy
@@ -265,6 +268,30 @@ def with_manifest(shards: Path, directory: Path, *, kind: str | None = None, **i
     model = manifest.model.model_copy(update={"kind": kind or manifest.model.kind})
     made = manifest.inversion.model_copy(update=inversion)
     write_manifest(directory, manifest.model_copy(update={"model": model, "inversion": made}))
+    return directory
+
+
+def with_stored_text(
+    shards: Path, model: Path, directory: Path, dtype: str = "fp32", prompts: Sequence[str] | None = None
+) -> Path:
+    """Copy shards, and store the text of their prompts, or of these, in files of three, as ``invert --dtype`` does."""
+    shutil.copytree(shards, directory)
+    opened = ShardDirectory(directory)
+    family = load_family(str(model), ("text",))
+    family.encodes_empty_prompt = opened.manifest.inversion.empty_prompt == "encoded"
+    every = dict.fromkeys(["", *(sample.meta.prompt for sample in opened.samples())])
+    chosen = list(every if prompts is None else prompts)
+    files = []
+    for number, start in enumerate(range(0, len(chosen), 3)):
+        some = chosen[start : start + 3]
+        path = directory / "text" / text_file_name(number)
+        files.append(write_text(path, some, encode_batches(family, some, dtype)))
+    index = write_text_index(directory / "text" / TEXT_INDEX, chosen, [False] * len(chosen), 3)
+    size = index.bytes + sum(file.bytes for file in files)
+    name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    entry = StoredTextEntry(dtype=name, prompts=len(chosen), bytes=size, index=index, files=files)
+    inversion = opened.manifest.inversion.model_copy(update={"text": "stored"})
+    write_manifest(directory, opened.manifest.model_copy(update={"text": entry, "inversion": inversion}))
     return directory
 
 

@@ -18,7 +18,7 @@ from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
 from tests.tiny import make_tiny_xl
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import column, write_shards
+from tests.trainer.helpers import column, with_stored_text, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +83,14 @@ def generate(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_cached_text_equals_live_to_the_bit(
+def test_stored_text_equals_live_to_the_bit(
     train: Train, xl: Path, xl_shards: Path, tmp_path: Path, dtype: str
 ) -> None:
-    options = {"on": xl_shards, "base": xl, "dtype": dtype, "max_steps": 2}
-    live = train("live", **options)
-    cached = train("cached", text="cache", cache=tmp_path / "cache", **options)
+    options = {"base": xl, "dtype": dtype, "max_steps": 2}
+    live = train("live", on=xl_shards, **options)
+    stored = train("stored", on=with_stored_text(xl_shards, xl, tmp_path / "shards", dtype), **options)
     for name in ("loss", "grad_norm"):
-        assert column(cached, name) == column(live, name)
+        assert column(stored, name) == column(live, name)
 
 
 def test_validation_images_are_drawn(train: Train, xl: Path, xl_shards: Path, tmp_path: Path) -> None:

@@ -78,12 +78,22 @@ class Experiment:
         mirrored = _percent(inversion.hflip / 2 for inversion in inversions)
         optimizer, peak_lr = settings.optimizer, settings.peak_lr(states_per_step)
         lr = f"{peak_lr:g} ({optimizer.lr_schedule}, warm-up {optimizer.warmup_steps} steps)"
+        told += self._text()
         return [
             f"shards: {pairs} pairs at {sizes}; of their trajectories, {dropped} without prompt, {mirrored} mirrored"
             + told,
             f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{own}",
             f"steps: {settings.steps.max_steps} of {states_per_step} states; {optimizer.optimizer}, learning rate {lr}",
         ]
+
+    def _text(self) -> str:
+        stored = [source for source in self.shards.sources if source.directory.manifest.text]
+        if self.shards.text:
+            return "; stored text, no text encoders"
+        if stored:
+            other = next(source.name for source in self.shards.sources if source not in stored)
+            return f"; the text encoders are loaded, since --shards {other} has no stored text"
+        return ""
 
     def identity(self, states_per_step: int) -> dict[str, Any]:
         """Return everything that decides the results of a run, by flag name (JSON values).

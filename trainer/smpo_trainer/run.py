@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.model.optimizers import require_optimizer
 from smpo_trainer.model.policy import Policy, load_policy
 from smpo_trainer.model.reference import prepare_reference_errors
-from smpo_trainer.model.text import CachedText, cache_text
 from smpo_trainer.monitoring.console import RunConsole
 from smpo_trainer.output.run_folder import OutputFolder, evaluation_command, training_summary
 from smpo_trainer.remarks import bucket_remark, remarks
@@ -73,9 +73,16 @@ def run_training(settings: TrainSettings) -> None:
             set_seed(settings.steps.seed)  # for the initial weights of an adapter
             # Closing cancels pending downloads, or a failed run would block until they finish.
             store = stack.enter_context(
-                closing(ShardStore(experiment.shards.places, int(settings.data.cache_gib * 2**30)))
+                closing(
+                    ShardStore(
+                        experiment.shards.places,
+                        int(settings.data.cache_gib * 2**30),
+                        experiment.shards.text_files if experiment.shards.text else (),
+                    )
+                )
             )
-            with explain_out_of_memory(settings, str(accelerator.device), uses_fsdp=accelerator.is_fsdp2):
+            holds = {"uses_fsdp": accelerator.is_fsdp2, "holds_text_encoders": experiment.shards.text is None}
+            with explain_out_of_memory(settings, str(accelerator.device), **holds):
                 stopped_by = _train(experiment, identity, store, output, accelerator, console)
     end_run(accelerator)
     if stopped_by:
@@ -96,7 +103,7 @@ def _train(
         The number of the signal that stopped the run early, or 0.
     """
     settings = experiment.settings
-    policy = on_all(accelerator, lambda: _load(experiment, accelerator, console))
+    policy = on_all(accelerator, lambda: _load(experiment, store, accelerator, console))
     table = on_all(accelerator, lambda: _index(experiment, policy.family, console))
     held_out = None
     if settings.held_out.val_fraction:
@@ -171,17 +178,16 @@ def _make_batching(
     return Batching(order, settings.steps.batch_size, settings.steps.grad_accum, accelerator.num_processes)
 
 
-def _load(experiment: Experiment, accelerator: Accelerator, console: RunConsole) -> Policy:
-    settings = experiment.settings
-    policy = load_policy(settings, experiment.shards.model, accelerator.device, console.say)
+def _load(experiment: Experiment, store: ShardStore, accelerator: Accelerator, console: RunConsole) -> Policy:
+    settings, text = experiment.settings, experiment.shards.text
+    policy = load_policy(settings, experiment.shards.model, accelerator.device, console.say, text=text is None)
+    if text:
+        policy.family.stored_text = partial(text.read, wait_for=store.wait_for)
     policy.family.encodes_empty_prompt = experiment.shards.encodes_empty_prompt
     if experiment.shards.model.embedded_guidance is not None:
         policy.family.embedded_guidance = experiment.shards.model.embedded_guidance
     if settings.compute.compile:
         policy.compile()
-    if settings.compute.text == "cache":
-        path = cache_text(settings, experiment.shards, policy.family, console)
-        policy = policy.with_cached_text(CachedText(path, accelerator.device))
     return policy
 
 

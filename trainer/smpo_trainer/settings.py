@@ -27,7 +27,6 @@ from smpo_trainer.presets import PICKSCORE_RANGE, PRESETS, find_preset
 
 Device = Literal["cpu", "cuda"]
 ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
-TextSource = Literal["live", "cache"]
 TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 OptimizerName = Literal["adamw", "adafactor", "adamw8bit"]
@@ -199,9 +198,6 @@ class ComputeOptions(Options):
     before the first step. live: computed in every step by a second, frozen denoiser (with --lora-rank by the same one,
     with its adapter disabled). auto: stored, or recomputed if the rounding noise of the stored ones would move margins
     noticeably."""
-    text: TextSource = "live"
-    """Encode prompts in every step (live), or once into a file in --cache that later runs reuse (cache); the text
-    encoders are then freed. Same results."""
 
     @property
     def chosen_dtype(self) -> Dtype:
@@ -228,7 +224,7 @@ class DataOptions(Options):
     """Minimum number of states that are shuffled together. A larger window mixes better; the cache must hold the shards
     of two windows."""
     cache: Annotated[Path, Flag(metavar="DIR")] = Path("~/.cache/smpo-diffusion")
-    """Folder for shards fetched from URLs and for encoded prompts; runs may share it."""
+    """Folder for shards fetched from URLs; runs may share it."""
     cache_gib: Annotated[float, Field(ge=0, le=MAX_CACHE_GIB)] = 100.0
     """Space in --cache for fetched shards, in GiB. Beyond it those unused for longest are deleted, never
     one in use."""

@@ -18,10 +18,11 @@ from smpo_pipeline.inspection.scores import print_sharpness
 from smpo_pipeline.inversion.advice import believable, health_warnings, unsolved
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
 from smpo_schemas.inversion_settings import InversionSettings
-from smpo_schemas.manifest import Manifest, ModelInfo
+from smpo_schemas.manifest import TEXT_FOLDER, Manifest, ModelInfo
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample
+from smpo_schemas.shards.text import verify_text
 
 _TIMESTEP_BINS = 10
 
@@ -63,9 +64,12 @@ def summarise_shards(
         advance: called with the number of trajectories read so far and the number to read.
 
     Raises:
-        UserError: the output is unfinished, or a tar is missing or damaged.
+        UserError: the output is unfinished, or a tar or a file of stored text is missing or damaged.
     """
     shards = ShardDirectory(directory)
+    if shards.manifest.text:
+        for entry in (shards.manifest.text.index, *shards.manifest.text.files):
+            verify_text(directory / TEXT_FOLDER, entry)
     total = shards.manifest.totals.samples
     total = min(total, limit) if limit else total
     chosen = set(np.linspace(0, max(0, total - 1), min(samples, total)).round().astype(int).tolist())
@@ -116,6 +120,7 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
                 "rejected": counted(manifest.rejected_reasons),
                 "trajectories": f"{totals.samples} with {totals.states} states; {read} read",
                 "files": f"{len(manifest.shards)} tars, {totals.bytes / 1e6:.1f} MB",
+                "text": _describe_text(manifest),
                 "model": f"{manifest.model.id} ({manifest.model.kind}, {manifest.model.prediction_type}), "
                 f"{manifest.resolution} pixels",
                 **({"buckets": f"{describe_buckets(manifest.buckets)}, height x width"} if manifest.buckets else {}),
@@ -142,6 +147,13 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     print_sharpness({name: minmax(scores, rewards, {name: 1.0}) for name in rewards}, console)
     for warning in health_warnings(manifest.health, manifest.inversion):
         console.print(f"warning: {warning}", style="bold red", highlight=False, soft_wrap=True)
+
+
+def _describe_text(manifest: Manifest) -> str:
+    text = manifest.text
+    if text is None:
+        return "not stored: the trainer encodes the prompts"
+    return f"{text.prompts} prompts stored once in {text.dtype}, {text.bytes / 1e6:.1f} MB in {len(text.files)} files"
 
 
 def describe_settings(settings: InversionSettings) -> str:

@@ -56,6 +56,11 @@ class SampleMeta(FrozenModel):
     size: tuple[tuple[int, int], tuple[int, int]]
     crop: tuple[tuple[int, int], tuple[int, int]]
 
+    @property
+    def used_prompt(self) -> str:
+        """The prompt of inversion and training: "" where it was dropped."""
+        return "" if self.prompt_dropped else self.prompt
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -126,6 +126,11 @@ class StoredText:
         if not (inside.all() and (self._rows < held[self._files]).all() and (self._keys[1:] > self._keys[:-1]).all()):
             raise UserError(f"{path} names rows that {folder} does not have; {_REMEDY}")
 
+    @property
+    def num_files(self) -> int:
+        """Number of files of embeddings."""
+        return len(self._entry.files)
+
     def find(self, prompts: Sequence[str]) -> np.ndarray:
         """Return each prompt's place in the index, -1 if it has none: int64 [N]."""
         keys = prompt_keys(prompts)

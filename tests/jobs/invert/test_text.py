@@ -21,7 +21,7 @@ from smpo_pipeline.jobs.invert import job
 from smpo_pipeline.jobs.invert import text as text_stage
 from smpo_schemas.manifest import read_manifest
 from smpo_schemas.shards.text import StoredText
-from tests.command import assert_one_line, run_here
+from tests.command import assert_one_line, run_command, run_here
 from tests.pictures import encode, picture
 from tests.tiny import make_tiny_clip, make_tiny_model
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
@@ -113,6 +113,25 @@ def test_each_distinct_prompt_is_stored_once_as_the_encoders_give_it(model, stor
     assert torch.equal(tensors["text"][0], family.encode_text([""])["text"][0])
 
 
+def training(shards: Path, model: Path, out: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of a short run."""
+    few = ("--max-steps", 3, "--batch-size", 4, "--lr", 1e-4, "--warmup-steps", 0, "--workers", 0)
+    done = run_command("smpo-train", "--shards", shards, "--model", model, "--out", out, *few)
+    assert done.returncode == 0, done.stderr
+    assert ("stored text, no text encoders" in done.stdout) == (read_manifest(shards).text is not None)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in lines]
+
+
+def test_inspect_describes_and_verifies_it(stored, tmp_path, capfd):
+    look = ("smpo-pipeline", "inspect", stored, "--samples", 0)
+    assert "5 prompts stored once in float32" in run_here(capfd, *look).stdout
+    shutil.copytree(stored, tmp_path / "cut")
+    path = tmp_path / "cut" / "text" / "text-000000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_one_line(run_here(capfd, *look[:2], tmp_path / "cut"), str(path), "truncated", "--overwrite")
+
+
 def test_the_plan_has_the_bytes_of_the_files(inputs, model, stored, tmp_path, capfd):
     side = ("--resolution", 256) if model.name.startswith("flux") else ("--resolution", 32)
     flags = ("--model", model, "--device", "cpu", "--steps", 2, "--seconds", 0.1, "--batch-size", 2, *side)
@@ -140,6 +159,8 @@ def test_the_tars_are_those_of_live_text(inputs, model, stored, tmp_path, here_o
         if name.startswith("shard-"):
             assert mine[name] == theirs[name]
     assert not any(name.startswith("text/") for name in theirs)
+    losses = [training(folder, model, tmp_path / name) for name, folder in (("a", stored), ("b", tmp_path / "live"))]
+    assert losses[0] == losses[1]
     live = read_manifest(tmp_path / "live")
     assert (live.text, live.inversion.text) == (None, "live")
     assert read_manifest(stored).totals == live.totals

@@ -29,7 +29,7 @@ def policy_of(model: Path, lora_rank: int | None) -> Policy:
         add_lora(family.denoiser, family.lora_targets, lora_rank)
     else:
         family.denoiser.requires_grad_(True)
-    return Policy(family, family.denoiser, None, True, lora_rank, family.encode_text)
+    return Policy(family, family.denoiser, None, True, lora_rank)
 
 
 def by_hand(policy: Policy, conditioning: Conditioning) -> int:

@@ -63,14 +63,18 @@ def test_other_errors_keep_their_traceback(
 
 def test_a_smaller_batch_divides_the_batch() -> None:
     given = make_settings(
-        batch_size=9, grad_accum=2, gradient_checkpointing=True, text="cache", reference="auto", lora_rank=4,
+        batch_size=9, grad_accum=2, gradient_checkpointing=True, reference="auto", lora_rank=4,
         dtype="bf16", optimizer="adamw",
     )  # fmt: skip
-    assert remedies(given, uses_fsdp=False)[0] == "--batch-size 3 --grad-accum 6"
-    assert not any(remedy.startswith("--") for remedy in remedies(given.replace(batch_size=1), uses_fsdp=False))
+    ways = {"uses_fsdp": False, "holds_text_encoders": False}
+    assert remedies(given, **ways)[0] == "--batch-size 3 --grad-accum 6"
+    assert not any(remedy.startswith("--") for remedy in remedies(given.replace(batch_size=1), **ways))
+    assert not any("--text stored" in remedy for remedy in remedies(given, **ways))
+    assert any("--text stored" in remedy for remedy in remedies(given, uses_fsdp=False, holds_text_encoders=True))
 
 
 def test_with_fsdp_only_supported_flags_are_named() -> None:
     given = make_settings(dtype="bf16", optimizer="adamw")
-    assert any("FSDP" in remedy for remedy in remedies(given, uses_fsdp=False))
-    assert not any("FSDP" in remedy or "adafactor" in remedy for remedy in remedies(given, uses_fsdp=True))
+    one, several = (remedies(given, uses_fsdp=uses_fsdp, holds_text_encoders=False) for uses_fsdp in (False, True))
+    assert any("FSDP" in remedy for remedy in one)
+    assert not any("FSDP" in remedy or "adafactor" in remedy for remedy in several)

@@ -5,7 +5,7 @@ Shape suffixes: B batch, 2 images, C h w a latent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -87,6 +87,10 @@ class StateDataset(Dataset[State | UserError]):
     def __len__(self) -> int:
         return len(self._table)
 
+    def files_of(self, shards: Iterable[int]) -> set[int]:
+        """See :meth:`StateTable.files_of`."""
+        return self._table.files_of(shards)
+
     def __getitem__(self, index: int | UserError) -> State | UserError:
         if isinstance(index, UserError):
             return index
@@ -110,7 +114,7 @@ class StateDataset(Dataset[State | UserError]):
             )
         return State(
             pair_id=meta.pair_id,
-            prompt="" if meta.prompt_dropped else meta.prompt,
+            prompt=meta.used_prompt,
             size=meta.size,
             crop=meta.crop,
             x0_2Chw=state.x0_2Chw,
@@ -202,9 +206,11 @@ class Feed:
                 first = window.first if in_use else positions[0]
                 upcoming = [window, *([order.window_at(window.stop)] if window.stop < end else [])]
                 in_use = [*in_use[-1:], window]
-                self._store.release(shard for used in (*in_use, *upcoming) for shard in used.shards)
+                kept = {shard for used in (*in_use, *upcoming) for shard in used.shards}
+                self._store.release(self.dataset.files_of(kept))
                 for next_window in upcoming:
-                    self._store.prefetch(self._needed(next_window, max(next_window.first, first), end))
+                    needed = self._needed(next_window, max(next_window.first, first), end)
+                    self._store.prefetch(self.dataset.files_of(needed))
             states = self.batching.states(positions)
             try:
                 self._store.wait_for(sorted({order.shard_of(state) for state in states}))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -20,6 +21,7 @@ from smpo_trainer.objectives import Objective
 from smpo_trainer.preference.pair_weights import PairWeights
 from smpo_trainer.preference.reward_mix import RewardMix
 from smpo_trainer.shards.shard_set import ShardSet
+from smpo_trainer.shards.text import TextOfShards
 
 _CHUNK = 4096
 """Trajectories held as Python objects at a time while the index is read."""
@@ -63,6 +65,7 @@ class StateTable:
         k_S: number of each state in its trajectory.
         states_per_shard: number of states in each shard of the set.
         bucket_P: index of each trajectory's shape in ``latents``.
+        text_P: number, among the files of the set, of the file that stores the prompt's embeddings; -1 where none does.
         latents: shapes (C, h, w) of the latents; several if images were put into buckets.
     """
 
@@ -75,6 +78,7 @@ class StateTable:
     k_S: np.ndarray
     states_per_shard: tuple[int, ...]
     bucket_P: np.ndarray
+    text_P: np.ndarray
     latents: tuple[tuple[int, ...], ...]
 
     def __len__(self) -> int:
@@ -87,6 +91,20 @@ class StateTable:
     def latent_of(self, state: int) -> tuple[int, ...]:
         """Return the shape (C, h, w) of a state's latents."""
         return self.latents[self.bucket_P[self.trajectory_S[state]]]
+
+    @cached_property
+    def _text_of_shard(self) -> dict[int, set[int]]:
+        used = np.unique(self.trajectory_S)
+        shard_U, text_U = self.locations.shard_P[used], self.text_P[used]
+        files: dict[int, set[int]] = {}
+        for shard, text in np.unique(np.stack([shard_U, text_U], axis=1)[text_U >= 0], axis=0).tolist():
+            files.setdefault(shard, set()).add(text)
+        return files
+
+    def files_of(self, shards: Iterable[int]) -> set[int]:
+        """Return the numbers of some shards, and of the text files that their states need."""
+        needed = set(shards)
+        return needed.union(*(self._text_of_shard.get(shard, ()) for shard in needed))
 
     def only(self, keep_S: np.ndarray) -> StateTable:
         """Select states by a mask, bool [S]."""
@@ -169,6 +187,7 @@ def index_states(
         k_S,
         _per_shard(locations, trajectory_S, len(shards.places)),
         trajectories.bucket_P,
+        trajectories.text_P,
         tuple(latents),
     )
 
@@ -179,7 +198,7 @@ class _Trajectories:
 
     Attributes:
         shard_P, number_P, key_P, parts_P4, digest_P: see :class:`TrajectoryLocations`.
-        preference_P, label_P, weight_P, prompt_draw_P, bucket_P: see :class:`StateTable`.
+        preference_P, label_P, weight_P, prompt_draw_P, bucket_P, text_P: see :class:`StateTable`.
         count_P: number of states.
         timestep_A: timesteps of all states, trajectory by trajectory.
     """
@@ -194,6 +213,7 @@ class _Trajectories:
     weight_P: np.ndarray
     prompt_draw_P: np.ndarray
     bucket_P: np.ndarray
+    text_P: np.ndarray
     count_P: np.ndarray
     timestep_A: np.ndarray
 
@@ -205,7 +225,7 @@ def _read_trajectories(
     trajectories = shards.trajectories()
     parts: list[_Trajectories] = []
     while not parts or len(parts[-1].label_P):
-        parts.append(_columns(list(islice(trajectories, _CHUNK)), mix, weights, latents))
+        parts.append(_columns(list(islice(trajectories, _CHUNK)), mix, weights, latents, shards.text))
     return _Trajectories(
         *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(_Trajectories))
     )
@@ -216,6 +236,7 @@ def _columns(
     mix: RewardMix | None,
     weights: PairWeights | None,
     latents: dict[tuple[int, ...], int],
+    text: TextOfShards | None,
 ) -> _Trajectories:
     metas = [trajectory.meta for _, trajectory in trajectories]
     locations = [trajectory.location for _, trajectory in trajectories]
@@ -234,6 +255,7 @@ def _columns(
         bucket_P=np.array(
             [latents.setdefault(trajectory.latent, len(latents)) for _, trajectory in trajectories], dtype=np.int32
         ),
+        text_P=text.files_of([meta.used_prompt for meta in metas]) if text else np.full(len(metas), -1, dtype=np.int32),
         count_P=np.array([len(trajectory.timesteps) for _, trajectory in trajectories], dtype=np.int32),
         # 64 bits even for absurd values: without an index, timesteps are only checked when a state is read.
         timestep_A=np.array(timesteps, dtype=np.float64 if any(isinstance(t, float) for t in timesteps) else np.int64),

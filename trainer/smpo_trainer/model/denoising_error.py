@@ -18,7 +18,7 @@ def condition(policy: Policy, batch: StateBatch) -> Conditioning:
     """Compute text and size conditioning of the 2B rows."""
     sizes = [size[image] for image in (0, 1) for size in batch.sizes]
     crops = [crop[image] for image in (0, 1) for crop in batch.crops]
-    return policy.family.conditioning(policy.encode_text(batch.prompts * 2), sizes, crops)
+    return policy.family.condition(batch.prompts * 2, sizes, crops)
 
 
 def pair_errors(family: Family, denoiser: nn.Module, batch: StateBatch, conditioning: Conditioning) -> torch.Tensor:

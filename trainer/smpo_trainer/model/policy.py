@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -23,7 +23,6 @@ from smpo_models.weights import variant_remark
 from smpo_schemas.manifest import ModelInfo
 from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER
 from smpo_trainer.model.fsdp import shard_like, unsharded_class
-from smpo_trainer.model.text import CachedText
 from smpo_trainer.settings import TrainSettings
 
 
@@ -39,7 +38,6 @@ class Policy:
             adapter on top of the reference it is ``denoiser`` itself, see :meth:`as_reference`.
         starts_from_reference: whether the margin at step 0 is 0 up to rounding.
         lora_rank: rank of the adapter in ``denoiser``, or None.
-        encode_text: encodes B prompts, like the text encoders of the family.
     """
 
     family: Family
@@ -47,7 +45,6 @@ class Policy:
     reference: nn.Module | None
     starts_from_reference: bool
     lora_rank: int | None
-    encode_text: Callable[[Sequence[str]], dict[str, torch.Tensor]]
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -75,11 +72,6 @@ class Policy:
         self.denoiser.compile()
         if self.reference is not None and self.reference is not self.denoiser:
             self.reference.compile()
-
-    def with_cached_text(self, encoded: CachedText) -> Policy:
-        """Return a policy that uses the encoded prompts, and free the text encoders."""
-        self.family.text_modules = ()
-        return replace(self, encode_text=encoded)
 
     def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
         """Load saved weights.
@@ -145,7 +137,9 @@ class Policy:
         return convert_state_dict_to_diffusers(layers) if self._folder == UNET_FOLDER else layers
 
 
-def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, say: Callable[[str], None]) -> Policy:
+def load_policy(
+    settings: TrainSettings, info: ModelInfo, device: torch.device, say: Callable[[str], None], *, text: bool = True
+) -> Policy:
     """Load denoiser and text encoders, check that they are those of the shards, and select what is trained.
 
     Args:
@@ -153,6 +147,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
         info: model of the shards, from their manifest.
         device: device of all models.
         say: prints a line if training does not start from the reference.
+        text: whether to load the text encoders.
 
     Raises:
         UserError: the model is not the one that the shards were made with.
@@ -162,7 +157,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
         say(remark)
     family = load_family(
         settings.model,
-        ("denoiser", "text"),
+        ("denoiser", "text") if text else ("denoiser",),
         denoiser=start.unet,
         variant=start.variant,
         device=device,
@@ -172,7 +167,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
         raise UserError(f"--model {settings.model} has no denoiser")
     if family.noise_schedule.fingerprint() != info.scheduler:
         raise UserError(_mismatch(settings, info, "its scheduler config has another noise schedule or prediction type"))
-    if fingerprint_module(*family.text_modules) != info.text:
+    if text and fingerprint_module(*family.text_modules) != info.text:
         raise UserError(_mismatch(settings, info, "its text encoder has other weights"))
     # Compare weights, not names: a hub id may get new weights, and --unet may hold the reference itself.
     is_reference = fingerprint_module(denoiser) == info.reference
@@ -193,7 +188,7 @@ def load_policy(settings: TrainSettings, info: ModelInfo, device: torch.device, 
         denoiser.requires_grad_(True)
     else:
         add_lora(denoiser, family.lora_targets, start.lora_rank)
-    return Policy(family, denoiser, reference, is_reference, start.lora_rank, family.encode_text)
+    return Policy(family, denoiser, reference, is_reference, start.lora_rank)
 
 
 def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:

@@ -11,7 +11,9 @@ from smpo_trainer.settings import TrainSettings
 
 
 @contextmanager
-def explain_out_of_memory(settings: TrainSettings, device: str, *, uses_fsdp: bool) -> Iterator[None]:
+def explain_out_of_memory(
+    settings: TrainSettings, device: str, *, uses_fsdp: bool, holds_text_encoders: bool
+) -> Iterator[None]:
     """Replace an out-of-memory error by one line that lists flags to try.
 
     Raises:
@@ -23,11 +25,13 @@ def explain_out_of_memory(settings: TrainSettings, device: str, *, uses_fsdp: bo
         if not is_out_of_memory(error):
             raise
         message = " ".join(str(error).split())[:160] or type(error).__name__
-        flags = ", or ".join(remedies(settings, uses_fsdp=uses_fsdp))
-        raise UserError(f"memory ran out on {device}; try {flags} (the library's message: {message})") from error
+        helps = remedies(settings, uses_fsdp=uses_fsdp, holds_text_encoders=holds_text_encoders)
+        raise UserError(
+            f"memory ran out on {device}; try {', or '.join(helps)} (the library's message: {message})"
+        ) from error
 
 
-def remedies(settings: TrainSettings, *, uses_fsdp: bool) -> list[str]:
+def remedies(settings: TrainSettings, *, uses_fsdp: bool, holds_text_encoders: bool) -> list[str]:
     """List flags that would save memory; first those that do not change the results of the run."""
     steps, compute, lora_rank = settings.steps, settings.compute, settings.denoiser.lora_rank
     half = steps.batch_size // 2
@@ -37,7 +41,7 @@ def remedies(settings: TrainSettings, *, uses_fsdp: bool) -> list[str]:
     helps = {
         f"--batch-size {smaller} --grad-accum {accumulated}": steps.batch_size > 1,
         "--gradient-checkpointing": not compute.gradient_checkpointing,
-        "--text cache": compute.text != "cache",
+        "shards made with `smpo-pipeline invert --text stored`": holds_text_encoders,
         "--reference auto": compute.reference == "live" and lora_rank is None,
         "--dtype bf16": compute.dtype == "fp32",
         "--optimizer adafactor": settings.optimizer.optimizer == "adamw" and lora_rank is None and not uses_fsdp,

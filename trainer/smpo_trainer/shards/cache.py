@@ -17,6 +17,7 @@ from typing import BinaryIO
 from filelock import FileLock
 
 from smpo_common.errors import UserError
+from smpo_schemas.manifest import TEXT_FOLDER
 
 _LOCK = ".lock"
 """Held while a process changes its list of used shards, and while shards are removed."""
@@ -27,6 +28,9 @@ _USES = ".uses-"
 _FOLDERS = "[0-9a-f]" * 16
 """Pattern of the folder names of :func:`smpo_trainer.shards.fetch.open_source`. Nothing else in the cache folder, which
 may contain files of the user, is counted or removed."""
+
+_FETCHED = ("", "*.tar"), (f"{TEXT_FOLDER}/", "text-*.safetensors")
+"""Folder below, and pattern, of what is fetched when it is needed: shards, and the files of their stored text."""
 
 _PARTIAL = ".tmp"
 """Suffix of a shard that is not fetched completely, perhaps because the run was killed."""
@@ -105,7 +109,10 @@ class ShardCache:
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Yield fetched shards and partial ones, with their status."""
-        for path in [*self._folder.glob(f"{_FOLDERS}/*.tar"), *self._folder.glob(f"{_FOLDERS}/.*.tar.*{_PARTIAL}")]:
+        patterns = [
+            f"{_FOLDERS}/{below}{name}" for below, pattern in _FETCHED for name in (pattern, f".{pattern}.*{_PARTIAL}")
+        ]
+        for path in (path for pattern in patterns for path in self._folder.glob(pattern)):
             try:
                 yield path, path.stat()
             except FileNotFoundError:  # renamed after its fetch, or removed because it is damaged

@@ -1,6 +1,7 @@
 """Shards from a folder, or from an object store whose shards are fetched ahead of their use.
 
-A remote directory has a local folder: manifest and index are fetched at once, tars when they are needed.
+A remote directory has a local folder: manifest and indexes are fetched at once, tars and the files of stored text when
+they are needed.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -19,8 +21,9 @@ from filelock import FileLock
 from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, write_bytes
 from smpo_common.store_path import StorePath
-from smpo_schemas.manifest import MANIFEST_FILE
+from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, TextFile
 from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.text import verify_text
 from smpo_trainer.shards.cache import ShardCache
 
 _THREADS = 4
@@ -61,6 +64,8 @@ def open_source(name: str, cache: Path) -> ShardSource:
     directory = ShardDirectory(folder)
     if directory.manifest.index:
         _fetch(remote, folder / directory.manifest.index.name)
+    if directory.manifest.text:
+        _fetch(remote / TEXT_FOLDER, folder / TEXT_FOLDER / directory.manifest.text.index.name)
     return ShardSource(name, folder, directory, remote)
 
 
@@ -82,77 +87,116 @@ def _fetch(directory: StorePath, target: Path) -> None:
                 raise UserError(f"{directory / target.name} does not exist") from error
 
 
-class ShardStore:
-    """Fetches shards, verifies every byte of them, and keeps the cache within its limit."""
+@dataclass(frozen=True)
+class _File:
+    """A shard, or a file of stored text.
 
-    def __init__(self, places: Sequence[tuple[ShardSource, int]], cache_bytes: int) -> None:
-        """Serve shards.
+    Attributes:
+        source: whose file it is.
+        folder: its folder within the source, "" or ``text``.
+        name: its name.
+        verify: checks its size and SHA-256.
+    """
+
+    source: ShardSource
+    folder: str
+    name: str
+    verify: Callable[[], None]
+
+    @property
+    def path(self) -> Path:
+        return self.source.folder / self.folder / self.name
+
+    def fetch(self) -> None:
+        """Fetch it, unless it is there."""
+        if self.source.remote:
+            _fetch(self.source.remote / self.folder if self.folder else self.source.remote, self.path)
+
+    @classmethod
+    def of_shard(cls, source: ShardSource, number: int) -> _File:
+        directory = source.directory
+        return cls(source, "", directory.manifest.shards[number].name, partial(directory.verify, number))
+
+    @classmethod
+    def of_text(cls, source: ShardSource, entry: TextFile) -> _File:
+        return cls(source, TEXT_FOLDER, entry.name, partial(verify_text, source.folder / TEXT_FOLDER, entry))
+
+
+class ShardStore:
+    """Fetches shards and stored text, verifies every byte, and keeps the cache within its limit.
+
+    Files have one numbering: first all shards, then the files of stored text.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[tuple[ShardSource, int]],
+        cache_bytes: int,
+        text_files: Sequence[tuple[ShardSource, TextFile]] = (),
+    ) -> None:
+        """Serve files.
 
         Args:
             places: (source, number within the source) of every shard.
-            cache_bytes: limit for the fetched shards of all runs, which shards in use may exceed.
+            cache_bytes: limit for the fetched files of all runs, which files in use may exceed.
+            text_files: source, and entry in its manifest, of every file of stored text.
         """
-        self._places = places
+        self._files = [_File.of_shard(*place) for place in places] + [_File.of_text(*place) for place in text_files]
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
         self._ready: dict[int, Future[None]] = {}
         caches = [source.folder.parent for source, _ in places if source.remote]
         self._cache = ShardCache(caches[0], cache_bytes) if caches else None
 
-    def prefetch(self, shards: Iterable[int]) -> None:
-        """Start to fetch and verify shards that will be needed."""
-        new = [shard for shard in shards if shard not in self._ready]
-        # Tell the cache before fetching, or another run could remove a shard as soon as it is complete.
+    def prefetch(self, files: Iterable[int]) -> None:
+        """Start to fetch and verify files that will be needed."""
+        new = [number for number in files if number not in self._ready]
+        # Tell the cache before fetching, or another run could remove a file as soon as it is complete.
         if new:
             self._use([*self._ready, *new])
-        for shard in new:
-            self._ready[shard] = self._pool.submit(self._fetch_and_verify, shard)
+        for number in new:
+            self._ready[number] = self._pool.submit(self._fetch_and_verify, self._files[number])
 
-    def wait_for(self, shards: Iterable[int]) -> None:
-        """Wait until shards are fetched and verified.
+    def wait_for(self, files: Iterable[int]) -> None:
+        """Wait until files are fetched and verified.
 
         Raises:
             UserError: one is missing or damaged.
         """
-        needed = list(shards)
+        needed = list(files)
         self.prefetch(needed)
-        for shard in needed:
-            self._ready[shard].result()  # raises the error of the fetch
+        for number in needed:
+            self._ready[number].result()  # raises the error of the fetch
 
     def release(self, in_use: Iterable[int]) -> None:
-        """Release all fetched shards but those in use; the cache may remove them, and they are verified again later."""
+        """Release all fetched files but those in use; the cache may remove them, and they are verified again later."""
         used = set(in_use)
-        for shard, future in list(self._ready.items()):
-            if self._places[shard][0].remote and shard not in used and future.done():
-                del self._ready[shard]
+        for number, future in list(self._ready.items()):
+            if self._files[number].source.remote and number not in used and future.done():
+                del self._ready[number]
         if self._cache:
             self._use(self._ready)
             self._cache.trim()
 
     def close(self) -> None:
-        """Cancel pending fetches and release all shards."""
+        """Cancel pending fetches and release all files."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._cache:
             self._cache.close()
 
-    def _use(self, shards: Iterable[int]) -> None:
+    def _use(self, numbers: Iterable[int]) -> None:
         if self._cache:
-            self._cache.use(self._path(shard) for shard in shards if self._places[shard][0].remote)
+            files = (self._files[number] for number in numbers)
+            self._cache.use(file.path for file in files if file.source.remote)
 
-    def _path(self, shard: int) -> Path:
-        source, number = self._places[shard]
-        return source.folder / source.directory.manifest.shards[number].name
-
-    def _fetch_and_verify(self, shard: int) -> None:
-        source, number = self._places[shard]
-        if source.remote is None:
-            source.directory.verify(number)
-            return
-        path = self._path(shard)
-        _fetch(source.remote, path)
+    @staticmethod
+    def _fetch_and_verify(file: _File) -> None:
+        file.fetch()
         try:
-            source.directory.verify(number)
+            file.verify()
         except UserError:
-            path.unlink(missing_ok=True)  # perhaps only the copy is damaged: let the next run fetch it again
+            if file.source.remote:
+                file.path.unlink(missing_ok=True)  # perhaps only the copy is damaged: let the next run fetch it again
             raise
-        with suppress(OSError):  # the file may belong to another user
-            os.utime(path)  # the cache keeps the most recently used shards
+        if file.source.remote:
+            with suppress(OSError):  # the file may belong to another user
+                os.utime(file.path)  # the cache keeps the most recently used files

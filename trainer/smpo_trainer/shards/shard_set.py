@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_file
-from smpo_schemas.manifest import MANIFEST_FILE, ModelInfo
+from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, ModelInfo, TextFile
 from smpo_schemas.scores import RewardStatistics
 from smpo_schemas.shards.index import IndexedTrajectory, indexed_trajectories
 from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.text import StoredText
 from smpo_trainer.shards.fetch import ShardSource, open_source
+from smpo_trainer.shards.text import TextOfShards
 
 _SAME = {
     "reference": "the reference denoiser",
@@ -40,6 +43,30 @@ class ShardSet:
         return tuple(
             (source, number) for source in self.sources for number in range(len(source.directory.manifest.shards))
         )
+
+    @property
+    def text_files(self) -> tuple[tuple[ShardSource, TextFile], ...]:
+        """Source and entry of every file of stored text; they are numbered after the shards."""
+        return tuple(
+            (source, file)
+            for source in self.sources
+            for file in (source.directory.manifest.text.files if source.directory.manifest.text else ())
+        )
+
+    @cached_property
+    def text(self) -> TextOfShards | None:
+        """The stored embeddings of the prompts, or None if a directory has none: prompts must then be encoded.
+
+        Raises:
+            UserError: an index of them is missing or damaged.
+        """
+        entries = [directory.manifest.text for directory in self.directories]
+        texts = [
+            StoredText(directory.path / TEXT_FOLDER, entry)
+            for directory, entry in zip(self.directories, entries, strict=True)
+            if entry
+        ]
+        return TextOfShards(texts, len(self.places)) if len(texts) == len(entries) else None
 
     @property
     def model(self) -> ModelInfo:

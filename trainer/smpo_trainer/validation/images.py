@@ -1,7 +1,7 @@
 """Images of fixed prompts and noise, drawn by the model in training (``--image-prompts``).
 
 The pipeline with its VAE is loaded for each drawing and freed after it, so that it takes no memory in between. It uses
-the text encoders of the training, or loads them if ``--text cache`` has freed them.
+the text encoders of the training, or loads them where the shards have the text stored.
 
 Shape suffixes: B batch, C h w a latent, H W an image.
 """
