@@ -38,7 +38,7 @@ TRAINING = (
     *("--max-steps", STEPS, "--lr", LR, "--batch-size", BATCH),
     *("--warmup-steps", WARMUP, "--lr-schedule", SCHEDULE),
 )
-IMAGES = 4
+IMAGES = 2
 """Of each prompt; the model reads 272 text tokens for each of its 16 image tokens, which takes most of the time."""
 
 GUIDANCES = (1, 2)
