@@ -6,7 +6,7 @@ it; latents of 64 x 64, one pair a step):
 - Flow-DPO: one step as training scripts do it, in diffusers' own terms: VAE encode of both images, text encode with
   CLIP and T5, noise, the reference's forward pass (with a LoRA the same model without its adapter, else a second one),
   the policy's forward and backward passes, torch's default AdamW;
-- ours: `smpo-train` on shards of the same latent shape, with the encoded text kept.
+- ours: `smpo-train` on shards of the same latent shape, with stored text.
 
 Each program runs in a separate process, in turns; ratios are taken within a turn. The operations of the real model and
 of the divided one are counted without computing them, to see whether the division is fair.
@@ -162,8 +162,7 @@ def settings_of(work: Path, method: str, divide: int) -> TrainSettings:
     settings = TrainSettings(shards=(str(work / "shards"),), model=str(work / "model"), out=work / "run")
     return settings.replace(
         overwrite=True, device="cpu", batch_size=1, max_steps=STEPS, warmup_steps=0, lr=1e-8, beta=BETA,
-        reference="stored", text="cache", cache=work / "cache",
-        lora_rank=RANK // divide if method == "LoRA" else None,
+        reference="stored", lora_rank=RANK // divide if method == "LoRA" else None,
     )  # fmt: skip
 
 
@@ -254,8 +253,8 @@ def lines_of(turns: list[dict[str, dict[str, float]]], divide: int, blocks: int)
     yield f"single blocks (of 19 and 38), and text encoders and VAE divided alike; images of {8 * SIDE} pixels, 512 T5"
     yield f"tokens, float32, one pair per step, LoRA of rank {RANK // divide}, {len(turns)} turns of {STEPS - 1} steps;"
     yield "medians, and ratios within a turn (lowest .. highest). `Flow-DPO` is the loop that training scripts have:"
-    yield "VAE, text encoders and reference in each step. `ours` is `smpo-train` with stored noise and reference errors"
-    yield "and encoded text."
+    yield "VAE, text encoders and reference in each step. `ours` is `smpo-train` with stored noise, reference errors"
+    yield "and text."
     yield ""
     yield "| seconds per step | " + " | ".join(f"{method}, {program}" for method, program in _columns()) + " |"
     yield "| --- | " + "--- | " * 4
