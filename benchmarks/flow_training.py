@@ -1,9 +1,9 @@
 """Compare objectives and sources of states on the embedded world's flow model; writes docs/results/flow_training.md.
 
-Eight conditions (dpo and smpo; each on ReNoise states of one iteration, on exactly inverted ones, on those of the
-midpoint rule, and on forward-noised ones), all from one set of pairs, which the flow model drew itself. For each, beta
-is chosen on the validation prompts with a training seed of its own, then three other training seeds are evaluated on
-the test prompts under the true reward, which nothing else sees.
+Six conditions (dpo and smpo; each on ReNoise states of one iteration, on exactly inverted ones, and on forward-noised
+ones), all from one set of pairs, which the flow model drew itself. For each, beta is chosen on the validation prompts
+with a training seed of its own, then three other training seeds are evaluated on the test prompts under the true
+reward, which nothing else sees.
 
     python benchmarks/flow_training.py --work DIR
 
@@ -24,7 +24,6 @@ from smpo_pipeline.evaluation.results import Results
 INVERSIONS: dict[str, tuple[str, ...]] = {
     "renoise": (),
     "exact": ("--solver", "anderson"),
-    "midpoint": ("--solver", "midpoint"),
     "forward": ("--source", "forward"),
 }
 OBJECTIVES: dict[str, tuple[str, ...]] = {
@@ -84,8 +83,7 @@ def write(work: Path, chosen: dict[str, int], selection: Results, target: Path) 
 A flow model of Stable Diffusion 3's layout (`toy --family sd3`), 600 pairs of its own samples; {STEPS} steps of {BATCH}
 pairs, AdamW, lr {LR} ({SCHEDULE}, {WARMUP} warm-up steps), gamma 10, all weights trained. `dpo` learns from the
 annotators' labels, `smpo` from pickscore and clipscore with weight 1 each. `renoise` are states of one ReNoise
-iteration, `exact` those of `--solver anderson`, `midpoint` those of `--solver midpoint`, `forward` those of `--source
-forward`. Images are drawn by 16 of
+iteration, `exact` those of `--solver anderson`, `forward` those of `--source forward`. Images are drawn by 16 of
 Euler's steps, from the same noise by each model. Intervals are 95 % bootstraps over prompts (a prompt's images, of all
 seeds, belong together); they do not cover the choice of training seeds, so each seed's win rate is listed too.
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from page import IMAGES, RESULTS, stamp, write_page
 
 from smpo_models.family import Family
 from smpo_models.loading import load_family
+from smpo_models.noise_schedules.base import START
 from smpo_models.weights import DTYPES
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
 from smpo_pipeline.inversion.health import NUM_BANDS
@@ -134,15 +135,27 @@ def make_pairs(count: int) -> list[PreparedPair]:
     return pairs
 
 
+def midpoint_visits(batch: Batch) -> Iterator[Visit]:
+    """Carry x0 along the flow by the explicit midpoint rule: two evaluations a step, at its start and in its middle."""
+    x_RChw, schedule = batch.x0_RChw.clone(), batch.noise_schedule
+    s_R = torch.full((len(x_RChw),), START, dtype=schedule.timestep_dtype)
+    for index in range(max(len(trajectory.plan.nodes) for trajectory in batch.trajectories)):
+        rows, t, _ = batch.rows_at(index)
+        x_s, s = x_RChw[rows], s_R[rows].clamp_min(0)
+        middle = (s + t) / 2
+        x_middle = schedule.carry(x_s, batch.predicted_direction(x_s, s, rows), s, middle)
+        x_t = schedule.carry(x_s, batch.predicted_direction(x_middle, middle, rows), s, t)
+        yield Visit(index, rows, t, x_t, (x_s, s, t, torch.ones_like(rows, dtype=torch.bool)), None)
+        x_RChw[rows], s_R[rows] = x_t, t
+
+
 def inverted(
-    family: Family, trajectories: Sequence[Trajectory], settings: InversionSettings
+    family: Family, trajectories: Sequence[Trajectory], settings: InversionSettings, *, midpoint: bool = False
 ) -> tuple[CountingBatch, list[Visit]]:
     """Invert with a copy of the denoiser in the settings' dtype; returns the batch and all visits."""
-    inverting_denoiser = copy.deepcopy(family.denoiser)
-    if settings.dtype != "fp32":  # diffusers warns of each call
-        inverting_denoiser.to(DTYPES[settings.dtype])
+    inverting_denoiser = copy.deepcopy(family.denoiser).to(DTYPES[settings.dtype])
     batch = CountingBatch(trajectories, family, inverting_denoiser, settings)
-    return batch, list(renoise_visits(batch))
+    return batch, list(midpoint_visits(batch) if midpoint else renoise_visits(batch))
 
 
 def noise_ratio(family: Family, batch: Batch, visits: Sequence[Visit]) -> float:
@@ -159,10 +172,12 @@ def noise_ratio(family: Family, batch: Batch, visits: Sequence[Visit]) -> float:
 
 
 @torch.inference_mode()
-def measure(family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings) -> Measured:
+def measure(
+    family: Family, pairs: Sequence[PreparedPair], settings: InversionSettings, *, midpoint: bool = False
+) -> Measured:
     """Invert, measure every state's residual, and sample back."""
     trajectories = [draw_trajectory(pair, 0, family, settings, 0) for pair in pairs]
-    inverting_denoiser, visits = inverted(family, trajectories, settings)
+    inverting_denoiser, visits = inverted(family, trajectories, settings, midpoint=midpoint)
     schedule = family.noise_schedule
     rows, exact = inverting_denoiser.rows, Batch(trajectories, family, family.denoiser, settings)
 
@@ -306,10 +321,10 @@ def write(name: str, pairs: Sequence[PreparedPair]) -> None:
     family = load_family(str(MODELS[name]))
     flow = family.noise_schedule.prediction_type == FLOW
     plain = InversionSettings(prompt_dropout=0, hflip=False)
-    solvers = SOLVERS | ({MIDPOINT: {"solver": MIDPOINT}} if flow else {})
+    solvers = SOLVERS | ({MIDPOINT: {"solver": "ddim"}} if flow else {})
 
     def run(title: str, **changes: Any) -> Measured:  # noqa: ANN401
-        measured = measure(family, pairs, plain.model_copy(update=changes))
+        measured = measure(family, pairs, plain.model_copy(update=changes), midpoint=title == MIDPOINT)
         print(title, changes, measured.cells(own=True), flush=True)
         return measured
 

@@ -26,8 +26,7 @@ class InversionSettings(FrozenModel):
             node, used as if it were at t; each step evaluates the model at the timestep that it starts from).
         steps: steps per trajectory.
         solver: solves a step's implicit equation: ``ddim`` (one evaluation, no solving), ``renoise`` (a fixed number of
-            iterations), ``adaptive`` (iterated to convergence) or ``anderson`` (the same, accelerated); ``midpoint``
-            follows a flow model's flow by the midpoint rule instead.
+            iterations), ``adaptive`` (iterated to convergence) or ``anderson`` (the same, accelerated).
         renoise_steps: for ``renoise``: iterations per step, one evaluation each after the first; 0 is DDIM inversion.
         renoise_average: for ``renoise``: which of the step's ``renoise_steps`` + 1 estimates are averaged; see
             :func:`averaged_estimates`.
@@ -60,7 +59,7 @@ class InversionSettings(FrozenModel):
     start: Literal["clean", "level0"] | int = "clean"
     timesteps: Literal["jittered", "grid", "published"] = "jittered"
     steps: int = Field(default=9, ge=1)
-    solver: Literal["ddim", "renoise", "adaptive", "anderson", "midpoint"] = "renoise"
+    solver: Literal["ddim", "renoise", "adaptive", "anderson"] = "renoise"
     renoise_steps: int = Field(default=1, ge=0)
     renoise_average: str = "last2"
     tolerance: float = Field(default=1e-4, gt=0)

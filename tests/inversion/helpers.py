@@ -12,7 +12,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
-from smpo_schemas.inversion_settings import InversionSettings
 
 PROMPTS = ("a cat and a dog", "dog", "", "ein Bär über Zürich", "a " * 60)
 
@@ -161,18 +160,11 @@ class FlowOracle:
         last = velocities[-2:]
         return self.carry(x_s, sum(last) / len(last), s, t)
 
-    def midpoint(self, x_s: torch.Tensor, s: float, t: float, text) -> torch.Tensor:
-        """The midpoint rule of numerical integration, on the flow dx / dsigma = velocity."""
-        middle, half = (s + t) / 2, (t - s) / 2 / 1000
-        x_middle = x_s + half * self.output(x_s, s, text)
-        return x_s + 2 * half * self.output(x_middle, middle, text)
-
-    def trajectory(self, x0: torch.Tensor, nodes: list[float], text, settings: InversionSettings):
+    def trajectory(self, x0: torch.Tensor, nodes: list[float], text, renoise_steps: int = 1):
         """Yield (t, x_s, s, x_t) for each node, from sigma = 0 on."""
         x, s = x0, 0.0
         for t in nodes:
-            is_midpoint = settings.solver == "midpoint"
-            x_t = self.midpoint(x, s, t, text) if is_midpoint else self.step(x, s, t, text, settings.renoise_steps)
+            x_t = self.step(x, s, t, text, renoise_steps)
             yield t, x, s, x_t
             x, s = x_t, t
 

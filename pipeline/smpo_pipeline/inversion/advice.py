@@ -32,11 +32,9 @@ def believable(band: BandHealth) -> bool:
 def unsolved(band: BandHealth, settings: InversionSettings) -> bool:
     """Whether the band's states are too far from solving their steps, which the noise ratio alone does not see.
 
-    With ``--eta`` the residual holds the noise that is added after each step, and says nothing of the solver; with
-    ``--solver midpoint`` it is the distance from the sampler's own step, which was not to be solved.
+    With ``--eta`` the residual holds the noise that is added after each step, and says nothing of the solver.
     """
-    solves = settings.solver != "midpoint" and not settings.eta
-    return band.residual is not None and band.residual > HIGHEST_RESIDUAL and solves
+    return band.residual is not None and band.residual > HIGHEST_RESIDUAL and not settings.eta
 
 
 def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -> list[str]:

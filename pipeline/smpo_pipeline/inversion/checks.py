@@ -20,10 +20,6 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
     _check_resolution(family, model, chosen, settings)
     if family.noise_schedule.prediction_type == FLOW:
         _refuse_of_flow(model, settings)
-    elif settings.solver == "midpoint":
-        raise UserError(
-            f"--solver midpoint: it evaluates the model between whole timesteps; {model} is no flow model; use renoise"
-        )
     start, last = settings.start, family.noise_schedule.num_train_timesteps
     if isinstance(start, int) and not 0 <= start < last:
         raise UserError(f"--start {start}: {model} has timesteps 0 to {last - 1}")

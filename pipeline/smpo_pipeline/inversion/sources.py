@@ -50,11 +50,7 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
 
 def _predict_at(batch: Batch, t_R: torch.Tensor, rows_R: torch.Tensor) -> Predict:
     """The inverting denoiser's predictions for a step of the given rows of the batch, asked at the given timesteps."""
-
-    def predict(x_NChw: torch.Tensor, rows_N: torch.Tensor, t_N: torch.Tensor | None = None) -> torch.Tensor:
-        return batch.predicted_direction(x_NChw, t_R[rows_N] if t_N is None else t_N, rows_R[rows_N])
-
-    return predict
+    return lambda x_NChw, rows_N: batch.predicted_direction(x_NChw, t_R[rows_N], rows_R[rows_N])
 
 
 def forward_visits(batch: Batch) -> Iterator[Visit]:

@@ -9,19 +9,15 @@ Shape suffixes: R rows of the step, N some of them, C h w a latent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from smpo_models.noise_schedules.base import NoiseSchedule
 
-
-class Predict(Protocol):
-    """The inverting denoiser's direction."""
-
-    def __call__(self, x_NChw: torch.Tensor, rows_N: torch.Tensor, t_N: torch.Tensor | None = None, /) -> torch.Tensor:
-        """Return it at x of these rows (int64), at the timesteps t, by default those that their steps ask at."""
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The inverting denoiser's direction at x [N, C, h, w] of the rows int64 [N], at their steps' timesteps."""
 
 
 def distance(x_NChw: torch.Tensor, image_NChw: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Ways from x_s to x_t, one file each; all but ``midpoint`` solve x_t = F(x_s, d(x_t, t))."""
+"""Solvers of x_t = F(x_s, d(x_t, t)), one file each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from smpo_pipeline.inversion.solvers.adaptive import adaptive
 from smpo_pipeline.inversion.solvers.anderson import anderson
 from smpo_pipeline.inversion.solvers.ddim import ddim
-from smpo_pipeline.inversion.solvers.midpoint import midpoint
 from smpo_pipeline.inversion.solvers.renoise import renoise
 from smpo_pipeline.inversion.step import Solution, Step
 from smpo_schemas.inversion_settings import InversionSettings
@@ -17,6 +16,5 @@ SOLVERS: dict[str, Callable[[Step, InversionSettings], Solution]] = {
     "renoise": renoise,
     "adaptive": adaptive,
     "anderson": anderson,
-    "midpoint": midpoint,
 }
 """By the names that ``--solver`` takes. A row's solution depends on that row alone."""

@@ -28,7 +28,7 @@ _TOLERANCE = {"fp32": _DEFAULTS.tolerance, "fp16": 3e-4, "bf16": 2e-3}
 """A few times the rounding error of the denoiser's output, below which no residual falls (docs/guide/inversion.md)."""
 
 _SOLVERS_OF_FLAG = {
-    "solver": ("ddim", "renoise", "adaptive", "anderson", "midpoint"),
+    "solver": ("ddim", "renoise", "adaptive", "anderson"),
     "renoise_steps": ("renoise",),
     "renoise_average": ("renoise",),
     "tolerance": ("adaptive", "anderson"),
@@ -134,9 +134,8 @@ class SolverOptions(Options):
 
     model_config = ConfigDict(title="Solver of a step")
 
-    solver: Literal["ddim", "renoise", "adaptive", "anderson", "midpoint"] = "renoise"
-    """ddim: no iterations; renoise: a fixed number; adaptive, anderson: until converged; midpoint, for flow models:
-    the midpoint rule, two forwards per step."""
+    solver: Literal["ddim", "renoise", "adaptive", "anderson"] = "renoise"
+    """ddim: no iterations; renoise: a fixed number; adaptive, anderson: until converged."""
     renoise_steps: Annotated[int, Field(ge=0)] = _DEFAULTS.renoise_steps
     """ReNoise iterations per step, one forward each; 0: DDIM inversion."""
     renoise_average: str = _DEFAULTS.renoise_average
