@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from smpo_pipeline.evaluation.generate import load_generator
 from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.shards.reader import ShardDirectory
 from tests.inversion.helpers import make_pair
 from tests.tiny import IMAGE_SIDE, LATENT_SHAPE
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
@@ -46,11 +48,13 @@ def invert_tiny(
     guidance: float | None = None,
     recorded: float | None = None,
     reward: str = "taste",
+    source: Literal["renoise", "forward"] = "renoise",
 ) -> Path:
     """Make shards of four pairs, of a model that is told ``guidance``; the manifest says ``recorded``."""
     family = load_family(str(model))
     family.embedded_guidance = guidance or family.embedded_guidance
-    inverter = Inverter(family, family.denoiser, InversionSettings(steps=3, prompt_dropout=0.4), seed=0)
+    settings = InversionSettings(source=source, steps=3, prompt_dropout=0.4)
+    inverter = Inverter(family, family.denoiser, settings, seed=0)
     pairs = [
         dataclasses.replace(make_pair(number), scores={reward: (0.1 * number, 0.3)}, label=float(number % 2))
         for number in range(4)
@@ -86,6 +90,21 @@ def test_the_first_loss_is_ln_2_and_the_pipeline_loads_the_result(
     if "lora_rank" in options:
         targets = load_family(str(model), ()).lora_targets
         assert all(any(f".{target}." in name for target in targets) for name in moved)
+
+
+@pytest.mark.parametrize("source", ["renoise", "forward"])
+def test_one_set_of_shards_trains_every_objective(train: Train, model: Path, tmp_path: Path, source) -> None:
+    """A step of all states at the reference: ln 2, or for losses without a sigmoid what the stored errors give."""
+    shards = invert_tiny(model, tmp_path / "shards", source=source)
+    states = [
+        sample.ref_error_K2[k, 0 if sample.meta.label == 1 else 1].item()
+        for sample in ShardDirectory(shards).samples()
+        for k in range(len(sample.timestep_K))
+    ]
+    expected = {"smpo": math.log(2), "dpo": math.log(2), "ipo": 1 / 4, "sft": sum(states) / len(states)}
+    for objective, loss in expected.items():
+        out = train(objective, on=shards, base=model, objective=objective, max_steps=1, batch_size=len(states))
+        assert column(out, "loss")[0] == pytest.approx(loss, abs=3e-4), objective
 
 
 @pytest.fixture
