@@ -19,7 +19,6 @@ About four minutes for sd15 and fifteen for sd3, on one CPU core.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_models.noise_schedules.base import START
 from smpo_models.weights import DTYPES
+from smpo_pipeline.inversion.arithmetic import narrowed
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
 from smpo_pipeline.inversion.health import NUM_BANDS
 from smpo_pipeline.inversion.sources import renoise_visits
@@ -153,7 +153,7 @@ def inverted(
     family: Family, trajectories: Sequence[Trajectory], settings: InversionSettings, *, midpoint: bool = False
 ) -> tuple[CountingBatch, list[Visit]]:
     """Invert with a copy of the denoiser in the settings' dtype; returns the batch and all visits."""
-    inverting_denoiser = copy.deepcopy(family.denoiser).to(DTYPES[settings.dtype])
+    inverting_denoiser = narrowed(family.denoiser, DTYPES[settings.dtype])
     batch = CountingBatch(trajectories, family, inverting_denoiser, settings)
     return batch, list(midpoint_visits(batch) if midpoint else renoise_visits(batch))
 

@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 
 from smpo_models.draws import image_noise
+from smpo_pipeline.evaluation.generate import load_generator
+from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.evaluation.results import read_results
 from smpo_schemas.trained_model import LORA_FILE
 from tests.command import assert_one_line, run_command, run_here
@@ -154,3 +156,13 @@ def test_the_usual_steps_and_guidance_are_the_default(world: dict[str, Any], tmp
     settings = prepare_evaluation(options).settings
     assert settings.steps == (4 if world["kind"] == "flux1-schnell" else 28)
     assert settings.guidance_scale == world.get("guidance")
+
+
+def test_a_tuned_model_is_cast_without_a_warning_of_layers_to_keep(world: dict[str, Any], monkeypatch) -> None:
+    """Diffusers' own cast warns even where no layer is to be kept in float32."""
+    warned: list[str] = []
+    monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", warned.append)
+    (model,) = parse_models([f"full={world['folder'] / 'full'}"])
+    generator = load_generator(model, str(world["base"]), "cpu", "bf16")
+    assert {parameter.dtype for parameter in generator.denoiser.parameters()} == {torch.bfloat16}
+    assert warned == []

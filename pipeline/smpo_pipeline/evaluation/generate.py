@@ -123,7 +123,8 @@ def load_generator(
     whole, named = _whole(model, base)
     family, parts = read_configs(model, base), {}
     if model.kind != "pipeline":
-        parts[family.denoiser_folder] = _tuned_denoiser(model, whole, named, variant).to(DTYPES[dtype])
+        # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
+        parts[family.denoiser_folder] = nn.Module.to(_tuned_denoiser(model, whole, named, variant), DTYPES[dtype])
     pipeline = load_pipeline(whole, named, parts, dtype=DTYPES[dtype], variant=variant)
     return Generator(family, pipeline.to(device))
 
