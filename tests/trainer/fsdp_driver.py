@@ -11,9 +11,11 @@ import sys
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from smpo_trainer.cli import main
+from smpo_trainer.model.fsdp import unsharded_class
 from smpo_trainer.output.checkpoints import Checkpoints
 from smpo_trainer.train_loop import TrainLoop
 from tests.trainer.helpers import dying_after
@@ -28,6 +30,8 @@ def train_and_print(self, *given):
     tensors = [*trainer._policy.denoiser.parameters(), *moments]
     held = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
     sys.stderr.write(f"holds {held} of {sum(t.numel() for t in tensors)}\n")
+    units = [each for each in trainer._policy.denoiser.modules() if isinstance(each, FSDPModule)]
+    sys.stderr.write(f"gathers {sorted({unsharded_class(each).__name__ for each in units})}\n")
     return record
 
 

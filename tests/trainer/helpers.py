@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
+from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.jobs.invert.prompts import encode_batches
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
@@ -39,6 +41,7 @@ from smpo_trainer.cli import main
 from smpo_trainer.model.policy import Policy
 from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.settings import TrainSettings
+from tests.inversion.helpers import make_pair
 from tests.tiny import LATENT_SHAPE
 
 PROMPTS = ("a cat", "a dog and a cat", "", "ünïcödé 猫", "a very long prompt " * 20)
@@ -195,6 +198,29 @@ def write_shards(
     )
     index = write_index(ShardDirectory(directory, manifest))
     write_manifest(directory, manifest.model_copy(update={"index": index}))
+
+
+def invert_tiny(
+    model: Path,
+    directory: Path,
+    guidance: float | None = None,
+    recorded: float | None = None,
+    reward: str = "taste",
+    source: Literal["renoise", "forward"] = "renoise",
+) -> Path:
+    """Make shards of four pairs, of a model that is told ``guidance``; the manifest says ``recorded``."""
+    family = load_family(str(model))
+    family.embedded_guidance = guidance or family.embedded_guidance
+    settings = InversionSettings(source=source, steps=3, prompt_dropout=0.4)
+    inverter = Inverter(family, family.denoiser, settings, seed=0)
+    pairs = [
+        dataclasses.replace(make_pair(number), scores={reward: (0.1 * number, 0.3)}, label=float(number % 2))
+        for number in range(4)
+    ]
+    samples, _ = inverter.invert([(pair, 0) for pair in pairs])
+    directory.mkdir()
+    write_shards(directory, model, samples, [reward], embedded_guidance=recorded)
+    return directory
 
 
 def arguments(shards: Path | str | Sequence[Path], model: Path, out: Path, **options: Any) -> list[str]:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
+from safetensors.torch import load_file
+from torch.utils import checkpoint as torch_checkpoint
 
 from smpo_models.draws import gaussian, named_stream
 from smpo_models.loading import load_family
 from smpo_pipeline.evaluation.generate import load_generator
 from smpo_pipeline.evaluation.model_sources import parse_models
-from smpo_pipeline.inversion.inverter import Inverter
-from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.shards.reader import ShardDirectory
-from tests.inversion.helpers import make_pair
+from smpo_schemas.trained_model import LORA_FILE
+from smpo_trainer import run as run_module
+from smpo_trainer.model import policy as policy_module
+from smpo_trainer.model.policy import Policy
 from tests.tiny import IMAGE_SIDE, LATENT_SHAPE
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import column, write_shards
+from tests.trainer.helpers import column, invert_tiny
 
 PROMPTS = ("a cat", "a dog and " * 40)
 """The second has more tokens than schnell's T5 reads."""
@@ -40,29 +41,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return invert_tiny(model, tmp_path_factory.mktemp("shards") / "flow")
-
-
-def invert_tiny(
-    model: Path,
-    directory: Path,
-    guidance: float | None = None,
-    recorded: float | None = None,
-    reward: str = "taste",
-    source: Literal["renoise", "forward"] = "renoise",
-) -> Path:
-    """Make shards of four pairs, of a model that is told ``guidance``; the manifest says ``recorded``."""
-    family = load_family(str(model))
-    family.embedded_guidance = guidance or family.embedded_guidance
-    settings = InversionSettings(source=source, steps=3, prompt_dropout=0.4)
-    inverter = Inverter(family, family.denoiser, settings, seed=0)
-    pairs = [
-        dataclasses.replace(make_pair(number), scores={reward: (0.1 * number, 0.3)}, label=float(number % 2))
-        for number in range(4)
-    ]
-    samples, _ = inverter.invert([(pair, 0) for pair in pairs])
-    directory.mkdir()
-    write_shards(directory, model, samples, [reward], embedded_guidance=recorded)
-    return directory
 
 
 @pytest.mark.parametrize("options", [{"objective": "smpo"}, {"objective": "dpo", "lora_rank": 2}], ids=["full", "lora"])
@@ -169,3 +147,50 @@ def test_the_model_is_told_the_guidance_of_the_shards(train: Train, tmp_path: Pa
         losses[name] = column(out, "loss")[0]
     assert losses["true"] == pytest.approx(math.log(2), abs=2e-4)
     assert abs(losses["false"] - math.log(2)) > 2e-3
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 2}, {"reference": "live"}], ids=["adapter", "live reference"])
+def test_frozen_weights_are_kept_narrow_without_changing_a_bit(
+    train: Train, model: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    """The reference errors are measured in the same arithmetic, so that the first margins are 0 up to rounding."""
+    policies: list[Policy] = []
+
+    def load(*given: object, **named: object) -> Policy:
+        policies.append(policy_module.load_policy(*given, **named))
+        return policies[-1]
+
+    monkeypatch.setattr(run_module, "load_policy", load)
+    common = {"on": shards, "base": model, "max_steps": 3, "batch_size": 4, "dtype": "bf16", "lr": 1e-3, **options}
+    narrow = train("narrow", **common)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_module, "narrow_products", lambda *_: None)
+        whole = train("whole", **common)
+    for name in ("loss", "grad_norm", "drift"):
+        assert column(narrow, name) == column(whole, name)
+    file = LORA_FILE if "lora_rank" in options else "transformer/diffusion_pytorch_model.safetensors"
+    tensors, expected = load_file(narrow / file), load_file(whole / file)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    frozen, unchanged = (policy.denoiser if "lora_rank" in options else policy.reference for policy in policies)
+    trained = {name for name, parameter in frozen.named_parameters() if parameter.requires_grad}
+    dtypes = {name: parameter.dtype for name, parameter in frozen.named_parameters()}
+    assert {dtypes[name] for name in trained} <= {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if name.endswith(("to_k.weight", "to_k.base_layer.weight"))} == {
+        torch.bfloat16
+    }
+    assert {parameter.dtype for parameter in unchanged.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    train: Train, model: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    calls, compute = [], torch_checkpoint.checkpoint
+    monkeypatch.setattr(torch_checkpoint, "checkpoint", lambda *a, **k: (calls.append(1), compute(*a, **k))[1])
+    common = {"on": shards, "base": model, "max_steps": 3, "batch_size": 4, "lr": 1e-3, **options}
+    stored = train("stored", **common)
+    assert not calls
+    recomputed = train("recomputed", gradient_checkpointing=True, **common)
+    assert len(calls) == 3 * 2  # two blocks
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(column(recomputed, name), column(stored, name), rtol=1e-5)

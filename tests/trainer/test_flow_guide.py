@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from tests.docs.snippets import commands
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
-from tests.trainer.helpers import run_cli
-from tests.trainer.test_flow import invert_tiny
+from tests.trainer.helpers import invert_tiny, run_cli
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "flow.md"
 GUIDE = PAGE.read_text(encoding="utf-8")

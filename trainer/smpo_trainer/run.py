@@ -51,7 +51,7 @@ def run_training(settings: TrainSettings) -> None:
     settings = choose_dtype(settings)
     accelerator = make_accelerator(settings)
     console = RunConsole(is_main=accelerator.is_main_process)
-    console.say(describe(accelerator, settings.compute))
+    console.say(describe(accelerator, settings))
     # on_all and on_main are collective: every process reaches each of them, in the same order.
     on_all(accelerator, lambda: require_optimizer(settings.optimizer, accelerator.device))
     experiment = on_all(accelerator, lambda: resolve_experiment(settings, console.say))

@@ -184,8 +184,8 @@ class ComputeOptions(Options):
     device: Device | None = None
     """Device to train on. Default: a GPU if torch sees one, otherwise the CPU."""
     dtype: Annotated[Dtype | None, IDENTITY] = None
-    """Dtype of forward and backward; weights and optimizer stay in fp32. Default: that of the run to resume; or that of
-    `accelerate launch` or its config file; or bf16 on a GPU that supports it and fp32 elsewhere."""
+    """Dtype of forward and backward; trained weights and optimizer stay in fp32. Default: that of the run to resume; or
+    that of `accelerate launch` or its config file; or bf16 on a GPU that supports it and fp32 elsewhere."""
     tf32: Annotated[bool, RESOLVED_IDENTITY] = False
     """Use TF32 for float32 matrix products and convolutions on NVIDIA GPUs: faster, but with
     about three decimal digits of precision."""

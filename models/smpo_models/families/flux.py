@@ -15,6 +15,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from smpo_models.arithmetic import input_dtype
 from smpo_models.family import Conditioning
 from smpo_models.family_bases.packing import PATCH, packed, unpacked
 from smpo_models.family_bases.transformer_family import TransformerFamily
@@ -85,7 +86,7 @@ class Flux(TransformerFamily):
         self, denoiser: nn.Module, x_BChw: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """See the base class."""
-        dtype, (height, width) = next(denoiser.parameters()).dtype, x_BChw.shape[-2:]
+        dtype, (height, width) = input_dtype(denoiser, x_BChw.device), x_BChw.shape[-2:]
         text_BLD = conditioning.text_BLD.to(dtype)
         scale, guidance_B = self.embedded_guidance, None
         if scale is not None:

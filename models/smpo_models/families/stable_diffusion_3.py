@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from smpo_models.arithmetic import input_dtype
 from smpo_models.family import Conditioning
 from smpo_models.family_bases.clip_text import pooled_in_float64
 from smpo_models.family_bases.transformer_family import TransformerFamily
@@ -85,7 +86,7 @@ class StableDiffusion3(TransformerFamily):
         self, denoiser: nn.Module, x_BChw: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """See the base class."""
-        dtype = next(denoiser.parameters()).dtype
+        dtype = input_dtype(denoiser, x_BChw.device)
         return denoiser(
             hidden_states=x_BChw.to(dtype),
             timestep=t_B,

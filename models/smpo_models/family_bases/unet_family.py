@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from smpo_common.errors import UserError
+from smpo_models.arithmetic import input_dtype
 from smpo_models.family import Conditioning
 from smpo_models.family_bases.diffusers_family import DiffusersFamily
 from smpo_models.noise_schedules.base import NoiseSchedule
@@ -58,7 +59,7 @@ class UNetFamily(DiffusersFamily):
         self, denoiser: nn.Module, x_BChw: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """See the base class."""
-        dtype = next(denoiser.parameters()).dtype
+        dtype = input_dtype(denoiser, x_BChw.device)
         text, added = conditioning.text_BLD.to(dtype), self._added(x_BChw, conditioning)
         return denoiser(x_BChw.to(dtype), t_B, encoder_hidden_states=text, added_cond_kwargs=added).sample.float()
 

@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from smpo_models.arithmetic import narrow_products, narrowed
 from smpo_models.draws import gaussian
 from smpo_models.family import Conditioning, Family
 from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_models.weights import DTYPES
-from smpo_pipeline.inversion.arithmetic import narrow_products, narrowed
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.sources import SOURCES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 
 from smpo_trainer.output.checkpoints import Checkpoints
 from tests.forking import forking_python
+from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, column, dying_after, metrics, run_cli
+from tests.trainer.helpers import arguments, column, dying_after, invert_tiny, metrics, run_cli
 from tests.trainer.output.test_resume import ENVIRONMENT, launch_two
 
 # As in docs/guide/training.md.
@@ -164,3 +166,42 @@ def test_arithmetic_in_bf16_is_that_of_the_reference(train: Train, shards: Path,
     assert column(tmp_path / "sharded", "drift") == [0]
     # Autograd sums the gradients of a tensor with two uses in another order.
     np.testing.assert_allclose(column(tmp_path / "sharded", "grad_norm"), column(one, "grad_norm"), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("make", "blocks", "options"),
+    [
+        pytest.param(make_tiny_sd3, ["JointTransformerBlock"], {}, marks=pytest.mark.slow, id="sd3"),
+        pytest.param(
+            make_tiny_flux,
+            ["FluxSingleTransformerBlock", "FluxTransformerBlock"],
+            {"lora_rank": 2, "dtype": "bf16", "gradient_checkpointing": True},
+            marks=pytest.mark.long,
+            id="flux, narrow below an adapter",
+        ),
+    ],
+)
+def test_transformers_are_gathered_block_by_block(
+    train: Train, tmp_path: Path, make: Callable[[Path], Path], blocks: list[str], options: dict[str, Any]
+) -> None:
+    model = make(tmp_path / "model")
+    shards = invert_tiny(model, tmp_path / "shards")
+    options = {"max_steps": 3, "beta": 200, "reference": "recomputed", **options}
+    one = train("one", on=shards, base=model, batch_size=4, **options)
+    done = launch(arguments(shards, model, tmp_path / "sharded", **options))
+    assert done.returncode == 0, done.stderr
+    (gathered,) = set(re.findall(r"gathers (.*)", done.stderr))
+    assert all(block in gathered for block in blocks)
+    held = [tuple(map(int, pair)) for pair in re.findall(r"holds (\d+) of (\d+)", done.stderr)]
+    assert len(held) == 2
+    assert all(0.4 < part / total < 0.6 for part, total in held)
+    if options.get("dtype") == "bf16":
+        # Autograd sums the gradients of a tensor with several uses in another order.
+        np.testing.assert_allclose(column(tmp_path / "sharded", "loss"), column(one, "loss"), rtol=2e-3)
+        assert column(tmp_path / "sharded", "drift")[0] == 0
+        return
+    assert_same_course(tmp_path / "sharded", one)
+    (file,) = (one / "transformer").glob("*.safetensors")
+    expected = load_file(file)
+    for name, tensor in load_file(tmp_path / "sharded" / "transformer" / file.name).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-5)

@@ -66,7 +66,7 @@ def test_a_checkpoint_equals_the_result_of_a_run_of_its_steps(
         file = LORA_FILE if "lora_rank" in options else f"{UNET_FOLDER}/diffusion_pytorch_model.safetensors"
         assert (checkpoint / file).read_bytes() == (short / file).read_bytes()
         (source,) = parse_models([f"x={checkpoint}"])
-        assert source.kind == ("lora" if "lora_rank" in options else "unet")
+        assert source.kind == ("lora" if "lora_rank" in options else "denoiser")
         # Only a checkpoint with an average holds the weights in training, too.
         assert len(list(checkpoint.rglob("*.safetensors"))) == (2 if "ema_decay" in options else 1)
     # A finished run is not changed, whatever these flags say.

@@ -16,10 +16,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 from smpo_common.errors import UserError
+from smpo_models.arithmetic import narrow_products
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_models.weights import variant_remark
+from smpo_models.weights import DTYPES, variant_remark
 from smpo_schemas.manifest import ModelInfo
 from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER
 from smpo_trainer.model.fsdp import shard_like, unsharded_class
@@ -32,8 +33,8 @@ class Policy:
 
     Attributes:
         family: text encoders and noise schedule; its ``denoiser`` is the one in training.
-        denoiser: in float32 and evaluation mode (no dropout, as for the reference). Only the trained weights require
-            gradients.
+        denoiser: in evaluation mode (no dropout, as for the reference). Only the trained weights require gradients.
+            They are in float32; with an adapter, the frozen weights of products are in the dtype of the run.
         reference: the frozen reference, if ``--reference live`` needs it or training starts from other weights. With an
             adapter on top of the reference it is ``denoiser`` itself, see :meth:`as_reference`.
         starts_from_reference: whether the margin at step 0 is 0 up to rounding.
@@ -160,7 +161,6 @@ def load_policy(
         ("denoiser", "text") if text else ("denoiser",),
         denoiser=start.unet,
         variant=start.variant,
-        device=device,
     )
     denoiser = family.denoiser
     if denoiser is None:
@@ -178,16 +178,16 @@ def load_policy(
         )
     if not is_reference:
         say(f"starting from --unet {start.unet}, which is not the reference of the shards: the first margins are not 0")
-    reference = None
-    # Copy the reference before training changes it; below an adapter its weights stay as they are.
-    if settings.compute.reference == "live" and is_reference:
-        reference = denoiser if start.lora_rank else copy.deepcopy(denoiser)
-    elif settings.compute.reference in {"live", "recomputed"} and not is_reference:
-        reference = _load_reference(settings, info, device)
+    reference = _choose_reference(settings, info, denoiser, is_reference=is_reference)
     if start.lora_rank is None:
         denoiser.requires_grad_(True)
     else:
         add_lora(denoiser, family.lora_targets, start.lora_rank)
+    # Cast on the CPU: in float32 they may be too large for the device.
+    for module in [denoiser] if reference is None else [denoiser, reference]:
+        narrow_products(module, DTYPES[settings.compute.chosen_dtype])
+        module.to(device)
+    family.to(device)
     return Policy(family, denoiser, reference, is_reference, start.lora_rank)
 
 
@@ -198,13 +198,25 @@ def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
     )
 
 
-def _load_reference(settings: TrainSettings, info: ModelInfo, device: torch.device) -> nn.Module:
+def _choose_reference(
+    settings: TrainSettings, info: ModelInfo, denoiser: nn.Module, *, is_reference: bool
+) -> nn.Module | None:
+    """Return the frozen reference for ``--reference``; None where it is not needed."""
+    # Copy the reference before training changes it; below an adapter its weights stay as they are.
+    if settings.compute.reference == "live" and is_reference:
+        return denoiser if settings.denoiser.lora_rank else copy.deepcopy(denoiser)
+    if settings.compute.reference in {"live", "recomputed"} and not is_reference:
+        return _load_reference(settings, info)
+    return None
+
+
+def _load_reference(settings: TrainSettings, info: ModelInfo) -> nn.Module:
     """Load the denoiser of ``--model``, which must be the reference.
 
     Raises:
         UserError: it is not.
     """
-    reference = load_family(settings.model, ("denoiser",), variant=settings.denoiser.variant, device=device).denoiser
+    reference = load_family(settings.model, ("denoiser",), variant=settings.denoiser.variant).denoiser
     if reference is None or fingerprint_module(reference) != info.reference:
         raise UserError(
             f"--reference {settings.compute.reference} needs the reference's weights, but neither --unet "

@@ -1,10 +1,13 @@
 """The files that a run leaves in ``--out``, with their content; the reference lists them."""
 
 from smpo_common.commandline import CONFIG_FILE
-from smpo_schemas.trained_model import LORA_FILE, METRICS_FILE, TRAINING_FILE, UNET_FOLDER
+from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE, METRICS_FILE, TRAINING_FILE
+
+_UNET, _TRANSFORMER = (f"{name}/" for name in DENOISER_FOLDERS)
 
 RUN_FILES = {
-    f"{UNET_FOLDER}/": "the trained denoiser, as diffusers saves and loads it; not with `--lora-rank`",
+    _UNET: "the trained denoiser, as diffusers saves and loads it; not with `--lora-rank`",
+    _TRANSFORMER: f"of SD3, SD3.5 and FLUX.1, in place of `{_UNET}`",
     LORA_FILE: "with `--lora-rank`: the adapter, as `load_lora_weights` takes it",
     TRAINING_FILE: "settings and result; written last",
     CONFIG_FILE: "every flag as it was resolved, by its key; `--config` takes it again",
@@ -18,7 +21,8 @@ RUN_FILES = {
 }
 
 CHECKPOINT_FILES = {
-    f"{UNET_FOLDER}/": f"as above (with `--lora-rank` `{LORA_FILE}`); with `--ema-decay` the averaged weights",
+    _UNET: f"as above (with `--lora-rank` `{LORA_FILE}`); with `--ema-decay` the averaged weights",
+    _TRANSFORMER: f"in place of `{_UNET}`, as above",
     "weights_in_training.safetensors": "with `--ema-decay`: the weights that training continues with",
     "optimizer.pt": "state of optimizer, schedule, gradient scaler, average and skipped steps",
     "state.json": "`version`; `step`: finished optimizer steps; `identity`: the settings that a run which continues "

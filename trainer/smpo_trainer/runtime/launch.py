@@ -20,7 +20,7 @@ from smpo_models.devices import default_dtype, gpus_are_hidden, no_gpu, refuse_s
 from smpo_schemas.dtypes import Dtype
 from smpo_trainer.model.fsdp import fsdp_plugin
 from smpo_trainer.output.run_folder import dtype_of_run
-from smpo_trainer.settings import ComputeOptions, Device, TrainSettings
+from smpo_trainer.settings import Device, TrainSettings
 
 _TIMEOUT = timedelta(hours=6)
 """How long a collective waits for the other processes. One of them may work alone for long (loading over a slow
@@ -99,13 +99,14 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     return accelerator
 
 
-def describe(accelerator: Accelerator, options: ComputeOptions) -> str:
+def describe(accelerator: Accelerator, settings: TrainSettings) -> str:
     """Describe device, processes and dtype in one line."""
-    device = accelerator.device
+    device, options = accelerator.device, settings.compute
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     tf32 = " with products in TF32" if options.tf32 else ""
-    return f"device: {device.type} ({name}){processes}; dtype: {options.dtype}{tf32} (weights and optimizer: fp32)"
+    kept = "adapter" if settings.denoiser.lora_rank else "weights"
+    return f"device: {device.type} ({name}){processes}; dtype: {options.dtype}{tf32} ({kept} and optimizer: fp32)"
 
 
 def _uses_cpu(device: Device | None) -> bool:

@@ -1,0 +1,66 @@
+"""Frozen weights that are kept in the type that autocast casts them to."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from smpo_models.arithmetic import narrow_products
+from smpo_models.family import Family
+from smpo_models.loading import load_family
+from smpo_trainer.model.policy import add_lora
+from tests.tiny import make_tiny_model, make_tiny_xl
+from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+
+MODELS = {
+    "sd15": make_tiny_model,
+    "sdxl": make_tiny_xl,
+    "sd3": lambda path: make_tiny_sd3(path, version="3"),
+    "sd35": make_tiny_sd3,
+    "flux1-dev": make_tiny_flux,
+    "flux1-schnell": lambda path: make_tiny_flux(path, guided=False),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def family(request, tmp_path_factory) -> Family:
+    return load_family(str(MODELS[request.param](tmp_path_factory.mktemp("model"))), ("denoiser", "text"))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_narrow_products_change_no_bit_of_forward_and_backward(family: Family, adapted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_BChw = torch.randn(3, *family.latent_shape(32, 32), generator=generator)
+    # Neighbours in bfloat16, for models that round their times.
+    t_B = torch.tensor([500.25, 501.5, 502.75]).to(family.noise_schedule.timestep_dtype)
+    conditioning = family.condition(["a cat", "a dog", ""], [(32, 32)] * 3, [(0, 0)] * 3)
+    outputs, gradients = [], []
+    whole = copy.deepcopy(family.denoiser)
+    if adapted:
+        torch.manual_seed(0)
+        add_lora(whole, family.lora_targets, 2)
+        for name, parameter in whole.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter.data)
+    narrow = copy.deepcopy(whole)
+    narrow_products(narrow, torch.bfloat16)
+    halves = {parameter.dtype for parameter in narrow.parameters() if not parameter.requires_grad}
+    # SD3 has no weights but those of products.
+    assert halves == {torch.bfloat16} if family.kind == "sd3" else {torch.float32, torch.bfloat16}
+    assert sum(p.nbytes for p in narrow.parameters()) < 0.6 * sum(p.nbytes for p in whole.parameters())
+    for denoiser in (whole, narrow):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = family.denoise(denoiser, x_BChw, t_B, conditioning)
+        outputs.append(output.detach())
+        if adapted:
+            output.square().sum().backward()
+            trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+            assert {p.dtype for p in trained.values()} == {torch.float32}
+            gradients.append({name: p.grad for name, p in trained.items()})
+    assert torch.equal(*outputs)
+    assert (outputs[0][0] - outputs[0][1]).abs().max() > 0
+    if adapted:
+        assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+        assert any(gradient.abs().max() > 0 for gradient in gradients[0].values())
