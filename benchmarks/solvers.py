@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from page import IMAGES, RESULTS, stamp, write_page
 
+from smpo_models.arithmetic import narrowed
 from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_models.noise_schedules.base import START
 from smpo_models.weights import DTYPES
-from smpo_pipeline.inversion.arithmetic import narrowed
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
 from smpo_pipeline.inversion.health import NUM_BANDS
 from smpo_pipeline.inversion.sources import renoise_visits
