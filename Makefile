@@ -103,6 +103,8 @@ bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/solvers.py --family sd3
+	$(BIN)/python benchmarks/flow_training.py --work $(DEMO)/flow
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/half_precision.py
