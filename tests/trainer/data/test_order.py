@@ -106,6 +106,9 @@ class Reads:
         latent = torch.zeros(2, *LATENT_SHAPE)
         return State("", "", ((8, 8),) * 2, ((0, 0),) * 2, latent, latent, torch.zeros(2), 0, 1.0, 1.0, 1.0)
 
+    def files_of(self, shards: Iterable[int]) -> set[int]:
+        return set(shards)
+
     def prefetch(self, shards: Iterable[int]) -> None:
         self.fetched |= set(shards)
 
