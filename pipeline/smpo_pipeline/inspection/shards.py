@@ -68,8 +68,9 @@ def summarise_shards(
     """
     shards = ShardDirectory(directory)
     if shards.manifest.text:
-        for entry in (shards.manifest.text.index, *shards.manifest.text.files):
-            verify_text(directory / TEXT_FOLDER, entry)
+        verify_text(directory / TEXT_FOLDER, shards.manifest.text.index)
+        for file in shards.manifest.text.files:
+            verify_text(directory / TEXT_FOLDER, file)
     total = shards.manifest.totals.samples
     total = min(total, limit) if limit else total
     chosen = set(np.linspace(0, max(0, total - 1), min(samples, total)).round().astype(int).tolist())
