@@ -12,7 +12,7 @@ from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import chunk_images, cut_chunks, pair_scores
 from smpo_pipeline.jobs.score.job import _refuse_other_weights
-from smpo_pipeline.jobs.score.table import RewardModel
+from smpo_pipeline.jobs.score.table import RewardRecord
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import Pair
 from smpo_schemas.scores import ScoresInfo, reward_statistics
@@ -57,6 +57,6 @@ def test_two_precisions_of_one_reward_are_refused(tmp_path):
         np.array([[0.1, 0.2]]), np.array([1.0]), model="hub/a", fingerprint="f", unit="cosine", dtype="bf16"
     )
     base = ScoresInfo(schema_version=1, rewards={"a": scores}, parts=[], scored=1, rejected=0)
-    _refuse_other_weights(tmp_path, base, {"a": RewardModel("hub/a", "f", "cosine", "bf16")})
+    _refuse_other_weights(tmp_path, base, {"a": RewardRecord("hub/a", "f", "cosine", "bf16")})
     with pytest.raises(UserError, match=rf"{tmp_path} .*bf16.*--dtype.* fp32.*--overwrite"):
-        _refuse_other_weights(tmp_path, base, {"a": RewardModel("hub/a", "f", "cosine", "fp32")})
+        _refuse_other_weights(tmp_path, base, {"a": RewardRecord("hub/a", "f", "cosine", "fp32")})

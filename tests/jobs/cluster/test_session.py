@@ -168,7 +168,7 @@ def test_decoded_chunks_do_not_pile_up_before_a_slow_reward(tmp_path, monkeypatc
     monkeypatch.setattr(score, "CHUNK_BYTES", UNIT_BYTES)
     options = ScoreOptions.model_construct(running=ScoreJobOptions(device="cpu"))
     specs = {"toy-truth": f"toy-truth={tmp_path}"}
-    models = {"toy-truth": score.RewardModel("m", "f", "u", "fp32")}
+    models = {"toy-truth": score.RewardRecord("m", "f", "u", "fp32")}
     with connected(ray_address):
         source = ray.data.from_items([{"unit": unit} for unit in range(40)], override_num_blocks=40)
         made = score._add_stages(source, None, options, [], {}, specs, models, {"toy-truth": 1})

@@ -19,13 +19,13 @@ from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.score import table as score_table
 from smpo_pipeline.jobs.score.chunks import chunk_images, cut_chunks, with_scores, without_images
 from smpo_pipeline.jobs.score.collector import UnitCollector
-from smpo_pipeline.jobs.score.table import RewardModel, write_table
+from smpo_pipeline.jobs.score.table import RewardRecord, write_table
 from smpo_schemas.pairs import Pair, PairRejectedError
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
 from tests.pictures import encode, picture
 
-MODELS = {name: RewardModel(f"hub/{name}", f"weights of {name}", "cosine", "fp32") for name in "ab"}
+MODELS = {name: RewardRecord(f"hub/{name}", f"weights of {name}", "cosine", "fp32") for name in "ab"}
 UNITS = 5
 
 

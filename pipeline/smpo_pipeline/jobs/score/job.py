@@ -23,7 +23,7 @@ from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import CHUNK_BYTES, prepare_chunks
 from smpo_pipeline.jobs.score.collector import UnitCollector
 from smpo_pipeline.jobs.score.options import ScoreOptions
-from smpo_pipeline.jobs.score.table import PART_FILES, RewardModel, remove_leftovers, write_table
+from smpo_pipeline.jobs.score.table import PART_FILES, RewardRecord, remove_leftovers, write_table
 from smpo_pipeline.options import absolute_model
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.pairs import RowRange, columns_of, list_pair_files, slice_files
@@ -103,7 +103,7 @@ def _add_stages(
     units: Sequence[list[RowRange]],
     columns: Columns,
     specs: Mapping[str, str],
-    models: Mapping[str, RewardModel],
+    models: Mapping[str, RewardRecord],
     sizes: Mapping[str, int],
 ) -> ray.data.Dataset:
     """Add decoding, then one actor pool per reward."""
@@ -145,11 +145,11 @@ def _specs(given: Sequence[str]) -> dict[str, str]:
     return specs
 
 
-def _describe(reward: Reward, dtype: str) -> RewardModel:
-    return RewardModel(reward.model, reward.fingerprint, reward.unit, dtype)
+def _describe(reward: Reward, dtype: str) -> RewardRecord:
+    return RewardRecord(reward.model, reward.fingerprint, reward.unit, dtype)
 
 
-def _refuse_other_weights(out: AnyPath, base: ScoresInfo, models: Mapping[str, RewardModel]) -> None:
+def _refuse_other_weights(out: AnyPath, base: ScoresInfo, models: Mapping[str, RewardRecord]) -> None:
     for name, model in models.items():
         scored = base.rewards.get(name)
         if scored and scored.fingerprint != model.fingerprint:
@@ -166,7 +166,7 @@ def _refuse_other_weights(out: AnyPath, base: ScoresInfo, models: Mapping[str, R
 
 
 def _open_scoring(
-    options: ScoreOptions, identity: dict[str, Any], rewards: Mapping[str, RewardModel], base: ScoresInfo | None
+    options: ScoreOptions, identity: dict[str, Any], rewards: Mapping[str, RewardRecord], base: ScoresInfo | None
 ) -> Run:
     """Start or continue the run that scores with these rewards, after removing what a kill may have left.
 

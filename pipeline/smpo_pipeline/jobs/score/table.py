@@ -45,7 +45,7 @@ PART_FILES = "scores-*.parquet"
 
 
 @dataclass(frozen=True)
-class RewardModel:
+class RewardRecord:
     """A reward's model as the table records it: id, fingerprint of its weights, unit of its scores, dtype."""
 
     model: str
@@ -56,7 +56,7 @@ class RewardModel:
 
 @retry_transient
 def write_table(
-    out: AnyPath, scoring: Run, units: int, rewards: Mapping[str, RewardModel], base: ScoresInfo | None
+    out: AnyPath, scoring: Run, units: int, rewards: Mapping[str, RewardRecord], base: ScoresInfo | None
 ) -> ScoresInfo:
     """Write the parts, the rejects, and ``scores.json`` last; then remove old parts.
 
@@ -90,7 +90,9 @@ def write_table(
         first = f"; the first: {rejects[0].source}: {rejects[0].reason}"
         raise UserError(f"no pair could be scored, {len(rejects)} were rejected (see {out / REJECTS_FILE}){first}")
     before = (
-        {name: RewardModel(s.model, s.fingerprint, s.unit, s.dtype) for name, s in base.rewards.items()} if base else {}
+        {name: RewardRecord(s.model, s.fingerprint, s.unit, s.dtype) for name, s in base.rewards.items()}
+        if base
+        else {}
     )
     info = _describe(out, parts, {**before, **rewards}, len(rejects))
     write_scores_info(out, info)
@@ -117,7 +119,7 @@ def _reject_repeated_ids(rows: pa.Table, ids: PairIds) -> pa.Table:
 
 
 def _describe(
-    out: AnyPath, parts: Sequence[ScoresPart], rewards: Mapping[str, RewardModel], rejected: int
+    out: AnyPath, parts: Sequence[ScoresPart], rewards: Mapping[str, RewardRecord], rejected: int
 ) -> ScoresInfo:
     info = ScoresInfo(
         schema_version=SCORES_VERSION,
