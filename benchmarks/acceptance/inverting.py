@@ -264,7 +264,7 @@ def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, 
     model = describe_model(options, *loaded)
     # SDXL takes seconds to load. Ray would hand over the scores.
     with (
-        patch.object(invert_unit, "load_models", lambda _options: loaded),
+        patch.object(invert_unit, "load_models", lambda _options, **_: loaded),
         patch.object(invert_unit.ray, "get", lambda value: value),
     ):
         # As many rows that only the first unit measures health, which costs forward passes of its own.
@@ -279,7 +279,8 @@ def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, 
             records.append(UnitRecord.model_validate_json(actor(row)["record"][0].as_py()))
         clocks.append(time.perf_counter() - began)
         splits.append(split.seconds())
-    manifest = job._finish(options, run, records, info, model.info(), resolution)  # noqa: SLF001
+    checked = job._Checked(model, resolution, (), unit, weights=0, text_weights=0)  # noqa: SLF001
+    manifest = job._finish(options, run, records, info, checked, text=None)  # noqa: SLF001
     run.finish()
     report.judge(f"{shape}: rejected", manifest.totals.rejected, most=0)
     seen = slice(1 if len(clocks) > 1 else 0, None)

@@ -25,7 +25,7 @@ def test_chosen_columns_are_in_the_next_command():
 def test_toy_prints_the_score_command(tmp_path, capfd):
     done = run_here(capfd, "smpo-pipeline", "toy", "--out", tmp_path / "world", "--pairs", "1")
     assert done.returncode == 0, done.stderr
-    assert "1 pairs at 32 x 32 pixels; cpu, fp32; seed 0" in done.stdout
+    assert "1 pairs at 32 x 32 pixels; sd15; cpu, fp32; seed 0" in done.stdout
     rewards = f"pickscore={tmp_path / 'world' / 'rewards' / 'pickscore'}"
     flags = f"--pairs {tmp_path / 'world' / 'pairs'} --reward {rewards} --out {tmp_path / 'scores'}"
     assert f"next: smpo-pipeline score {flags}" in done.stdout

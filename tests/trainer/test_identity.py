@@ -6,7 +6,7 @@ from smpo_common.options import fields_of
 from smpo_trainer.settings import TrainSettings
 
 CHANGES_NO_RESULT = {
-    *("model", "out", "preset", "variant", "device", "gradient_checkpointing", "text", "workers", "overwrite"),
+    *("model", "out", "preset", "variant", "device", "gradient_checkpointing", "workers", "overwrite"),
     *("cache", "cache_gib", "max_skipped", "val_every", "val_states", "save_every", "checkpoints_total_limit"),
     *("keep_checkpoints", "wandb_project", "image_prompts", "image_every"),
     *("image_sampling_steps", "image_guidance_scale"),

@@ -69,14 +69,14 @@ def test_without_file_locks_a_killed_run_leaves_a_lock_file_to_remove(number, tm
         for other in (refuse, flock):
             monkeypatch.setattr(fcntl, "flock", other)
             assert f"process {os.getpid()} on " in holder(out)
-            with pytest.raises(UserError, match=rf"{out}/.lock: .*process {os.getpid()} on .* remove"), locked(out):
+            with pytest.raises(UserError, match=rf"{out}/.lock .*process {os.getpid()} on .* delete"), locked(out):
                 pass
         assert (out / ".lock").is_file()
         (tmp_path / "left by a kill").write_bytes((out / ".lock").read_bytes())
     assert list(out.iterdir()) == []
     assert holder(out) is None
     (tmp_path / "left by a kill").rename(out / ".lock")
-    with pytest.raises(UserError, match="remove"), locked(out):
+    with pytest.raises(UserError, match="delete"), locked(out):
         pass
     (out / ".lock").unlink()
     with locked(out):

@@ -122,21 +122,20 @@ def test_a_folder_with_one_variant_and_no_size_draws_the_same(
         file.rename(file.with_name(f"{file.stem}.fp32.safetensors"))
     config = odd / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
-    options = {"max_steps": 1, "image_prompts": prompts, "image_sampling_steps": 2, "text": "cache"}
+    options = {"max_steps": 1, "image_prompts": prompts, "image_sampling_steps": 2}
     grids = [
-        drawn(train(str(number), base=base, cache=tmp_path / "cache", **options))["step-000000.png"]
-        for number, base in enumerate((model, odd))
+        drawn(train(str(number), base=base, **options))["step-000000.png"] for number, base in enumerate((model, odd))
     ]
     assert np.array_equal(*grids)
 
 
-@pytest.mark.parametrize(("text", "loaded"), [("live", 1), ("cache", 3)])
 def test_images_use_the_text_encoders_of_the_training(
-    train: Train, prompts: Path, tmp_path: Path, text: str, loaded: int, monkeypatch: pytest.MonkeyPatch
+    train: Train, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With stored text each drawing loads them: :mod:`tests.trainer.shards.test_text`."""
     made = count_made(monkeypatch, CLIPTextModel)
-    train(text=text, cache=tmp_path / "cache", max_steps=1, image_prompts=prompts, image_sampling_steps=1)
-    assert len(made) == loaded
+    train(max_steps=1, image_prompts=prompts, image_sampling_steps=1)
+    assert len(made) == 1
 
 
 def test_images_are_decoded_one_by_one_and_in_tiles_if_memory_runs_out(
@@ -162,11 +161,11 @@ def test_images_are_decoded_one_by_one_and_in_tiles_if_memory_runs_out(
     assert (tiles > 0).tolist() == [True, True, True, False]
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "text": "cache"}, {"dtype": "bf16"}])
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"dtype": "bf16"}])
 def test_drawing_does_not_change_the_training(
-    train: Train, prompts: Path, tmp_path: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    train: Train, prompts: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = {"ema_decay": 0.5, "workers": 1, "cache": tmp_path / "cache", **options}
+    common = {"ema_decay": 0.5, "workers": 1, **options}
     made = count_made(monkeypatch, AutoencoderKL)
     without = train("without", **common)
     assert not made
