@@ -14,15 +14,13 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Reset accelerate's process-wide state; use one thread, since more slow tiny models down."""
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Train on the CPU, with one thread, since more slow tiny models down."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")
