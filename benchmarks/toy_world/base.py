@@ -54,7 +54,7 @@ def train_base(
     Returns:
         the pipeline of all components, without a safety checker, with SD1.5's DDIM scheduler.
     """
-    unet, text_encoder, scheduler = _new_unet(), _new_text_encoder(tokenizer), _new_scheduler()
+    unet, text_encoder, scheduler = _new_unet(), CLIPTextModel(text_config(tokenizer, _HIDDEN)), _new_scheduler()
     data = TrainingLatents(vae, rng)
     unet.train()
     text_encoder.train()
@@ -139,20 +139,19 @@ def _new_unet() -> UNet2DConditionModel:
     )
 
 
-def _new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=_HIDDEN,
-            intermediate_size=2 * _HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            projection_dim=_HIDDEN,
-        )
+def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """Configure a text encoder of this width."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=width,
     )
 
 

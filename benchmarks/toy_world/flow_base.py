@@ -11,11 +11,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from toy_world.autoencoder import LATENT_CHANNELS
-from toy_world.base import TrainingLatents, token_ids, training_text
-from toy_world.tokenizer import MAX_TOKENS
+from toy_world.base import TrainingLatents, text_config, token_ids, training_text
 from toy_world.training import Report, steps
 
 PADDING = 256
@@ -69,7 +68,7 @@ def train_flow_base(
         the pipeline of all components, without T5.
     """
     transformer = _new_transformer()
-    encoders = [_new_text_encoder(tokenizer, width) for width in _WIDTHS]
+    encoders = [CLIPTextModelWithProjection(text_config(tokenizer, width)) for width in _WIDTHS]
     data = TrainingLatents(vae, rng)
     transformer.set_attn_processor(PaddingOnce())
     transformer.train()
@@ -119,21 +118,4 @@ def _new_transformer() -> SD3Transformer2DModel:
         joint_attention_dim=sum(_WIDTHS),
         pooled_projection_dim=sum(_WIDTHS),
         qk_norm="rms_norm",
-    )
-
-
-def _new_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            projection_dim=width,
-        )
     )
