@@ -1,0 +1,130 @@
+"""Stock pipelines of flow models: how each is called, and what its calls of the denoiser mean.
+
+Only what the pipelines themselves do; nothing here uses ``smpo_models``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+SHAPE = (32, 48)
+"""Height and width of all images."""
+
+_SWITCHES = ("return_dict", "attention_kwargs", "joint_attention_kwargs")
+
+
+class Stock:
+    """A pipeline without packing, which guides by a second half of its batch: SD3's.
+
+    Attributes:
+        mask: the denoiser's name of the mask of its text, where it takes one.
+        unconditional: what the pipeline guides with.
+    """
+
+    mask: str | None = None
+    unconditional = ""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = pipeline
+
+    def options(self, guidance: float, images: int) -> dict[str, Any]:  # noqa: ARG002
+        """Arguments that guide so."""
+        return {"guidance_scale": guidance}
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the pipeline takes them."""
+        return latents
+
+    def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`pack`; also the denoiser's."""
+        return hidden_states
+
+    def result(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents [B, C, h, w] of what ``output_type="latent"`` gives."""
+        return self.unpack(latents)
+
+    def velocity(self, output: torch.Tensor) -> torch.Tensor:
+        """What the pipeline hands to its scheduler for an output of the denoiser, unpacked."""
+        return self.unpack(output)
+
+    def forwards(self, prompts: list[str], guidance: float) -> list[list[str | None]]:
+        """The prompts of each forward of a step; None: the unconditional one."""
+        return [[None] * len(prompts) + prompts] if guidance > 1 else [prompts]
+
+    def guided(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
+        """Velocity under guidance."""
+        return unconditional + guidance * (conditional - unconditional)
+
+    def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the VAE's posterior, normalised as the pipelines do it."""
+        found, config = self.pipeline.vae.encode(pixels).latent_dist, self.pipeline.vae.config
+        return (found.mean - config.shift_factor) * config.scaling_factor, found.std * config.scaling_factor
+
+    def given(self, call: dict[str, Any]) -> dict[str, Any]:
+        """What a denoiser is given, but for padding that it is told to ignore."""
+        if self.mask not in call:
+            return call
+        mask = call[self.mask].bool()
+        length = int(mask.sum(1).max())
+        text = (call["encoder_hidden_states"] * mask[..., None])[:, :length]
+        return call | {"encoder_hidden_states": text, self.mask: mask[:, :length]}
+
+    def run(self, prompts: list[str], noise: torch.Tensor, guidance: float, steps: int, output_type: str = "latent"):
+        """Sample from unpacked noise; latents come back unpacked and normalised."""
+        height, width = SHAPE
+        made = self.pipeline(
+            prompt=prompts,
+            latents=self.pack(noise),
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            output_type=output_type,
+            **self.options(guidance, len(prompts)),
+        ).images
+        return self.result(made) if output_type == "latent" else made
+
+
+class StockFlux(Stock):
+    """FLUX.1's: packed latents; dev's denoiser is told the scale."""
+
+    def options(self, guidance: float, images: int) -> dict[str, Any]:
+        length = 512 if self.pipeline.transformer.config.guidance_embeds else 256
+        return super().options(guidance, images) | {"max_sequence_length": length}
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.pipeline._unpack_latents(hidden_states, *SHAPE, self.pipeline.vae_scale_factor)
+
+    def forwards(self, prompts: list[str], guidance: float) -> list[list[str | None]]:  # noqa: ARG002
+        return [prompts]
+
+
+_STOCK = {"StableDiffusion3Pipeline": Stock, "FluxPipeline": StockFlux}
+
+
+def load_stock(folder, **parts) -> Stock:
+    """Load a folder's own pipeline."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
+    return _STOCK[type(pipeline).__name__](pipeline)
+
+
+class Calls:
+    """Records what a denoiser is given, by name, and its output, at each forward."""
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        self.given: list[dict[str, Any]] = []
+        self.output: list[torch.Tensor] = []
+        denoiser.register_forward_hook(self._record, with_kwargs=True)
+
+    def _record(self, _module, args, kwargs, output) -> None:
+        assert not args
+        self.given.append(
+            {name: value for name, value in kwargs.items() if value is not None and name not in _SWITCHES}
+        )
+        self.output.append(output[0])
