@@ -1,5 +1,7 @@
 """Names of a trained model's files, which ``smpo-train`` writes and ``evaluate`` reads."""
 
+from typing import Literal
+
 UNET_FOLDER = "unet"
 """The denoiser; the name is that of diffusers' pipelines."""
 
@@ -9,8 +11,19 @@ DENOISER_FOLDERS = (UNET_FOLDER, "transformer")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The adapter, instead of a denoiser; the name is what ``load_lora_weights`` looks for."""
 
+LoraFormat = Literal["diffusers", "kohya", "comfyui"]
+"""How a LoRA file names its layers."""
+
+EXTRA_LORA_FILES = {"kohya": "kohya_lora.safetensors", "comfyui": "comfyui_lora.safetensors"}
+"""The adapter once more, for other programs, by format."""
+
 METRICS_FILE = "metrics.jsonl"
 """One JSON object per optimizer step."""
 
 TRAINING_FILE = "training.json"
 """Settings and result; written last."""
+
+
+def lora_file(lora_format: LoraFormat) -> str:
+    """Return the name of the file in a format."""
+    return EXTRA_LORA_FILES.get(lora_format, LORA_FILE)

@@ -9,7 +9,7 @@ CHANGES_NO_RESULT = {
     *("model", "out", "preset", "variant", "device", "gradient_checkpointing", "workers", "overwrite"),
     *("cache", "cache_gib", "max_skipped", "val_every", "val_states", "save_every", "checkpoints_total_limit"),
     *("keep_checkpoints", "wandb_project", "image_prompts", "image_every"),
-    *("image_sampling_steps", "image_guidance_scale"),
+    *("image_sampling_steps", "image_guidance_scale", "lora_format"),
 }
 """The shards' manifest identifies the model; presets only set other flags."""
 

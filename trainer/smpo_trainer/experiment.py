@@ -120,6 +120,7 @@ class Experiment:
             "batch_size x grad_accum x processes": states_per_step,
             **self._group(states_per_step),
             "lr": settings.peak_lr(states_per_step),
+            "lora_alpha": settings.denoiser.other_lora_alpha,
             "unet": _fingerprint(settings.model, settings.denoiser.unet) if settings.denoiser.unet else None,
             "tf32": values["tf32"] or None,
             "compile": values["compile"] or None,

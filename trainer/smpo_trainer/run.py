@@ -23,6 +23,7 @@ from smpo_trainer.data.loader import Feed, StateDataset
 from smpo_trainer.data.order import Batching
 from smpo_trainer.data.state_table import StateTable, index_states
 from smpo_trainer.experiment import Experiment, resolve_experiment
+from smpo_trainer.model.adapter import convert_finished, require_adapter
 from smpo_trainer.model.optimizers import require_optimizer
 from smpo_trainer.model.policy import Policy, load_policy
 from smpo_trainer.model.reference import prepare_reference_errors
@@ -54,6 +55,7 @@ def run_training(settings: TrainSettings) -> None:
     console.say(describe(accelerator, settings))
     # on_all and on_main are collective: every process reaches each of them, in the same order.
     on_all(accelerator, lambda: require_optimizer(settings.optimizer, accelerator.device))
+    on_all(accelerator, lambda: require_adapter(settings))
     experiment = on_all(accelerator, lambda: resolve_experiment(settings, console.say))
     states_per_step = settings.steps.batch_size * settings.steps.grad_accum * accelerator.num_processes
     identity = on_main(accelerator, lambda: experiment.identity(states_per_step))
@@ -68,6 +70,8 @@ def run_training(settings: TrainSettings) -> None:
         on_main(accelerator, lambda: stack.enter_context(hold(settings.out, fcntl.lockf)))
         if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
             on_main(accelerator, output.checkpoints.drop_leftovers)
+            if written := on_main(accelerator, lambda: convert_finished(settings)):
+                console.say(f"wrote {written}")
             console.say(f"{settings.out} holds this run, finished; nothing to do (start over with --overwrite)")
         else:
             set_seed(settings.steps.seed)  # for the initial weights of an adapter

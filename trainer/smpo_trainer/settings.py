@@ -15,6 +15,7 @@ from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options, Overwrite
 from smpo_schemas.dtypes import Dtype
 from smpo_schemas.preference import preferences
+from smpo_schemas.trained_model import LoraFormat
 from smpo_trainer.named_values import (
     parse_options,
     parse_ranges,
@@ -170,10 +171,20 @@ class DenoiserOptions(Options):
 
     lora_rank: Annotated[int | None, Field(ge=1), IDENTITY] = None
     """Train a LoRA of this rank on the attention projections. Default: train all weights."""
+    lora_alpha: Annotated[float | None, Field(gt=0), RESOLVED_IDENTITY] = None
+    """Multiply the LoRA by this value divided by --lora-rank. Default: the rank, so by 1."""
+    lora_format: LoraFormat = "diffusers"
+    """Write the LoRA also in this format, to OUT and checkpoints: kohya_lora.safetensors for programs that read kohya's
+    files, comfyui_lora.safetensors for ComfyUI. diffusers' own file is always written; every command here reads it."""
     unet: Annotated[Path | None, Flag(metavar="DIR", identity="resolved")] = None
     """Start from this denoiser folder. Required if the shards were made with a denoiser other than the model's own."""
     variant: Annotated[str | None, Flag(metavar="NAME")] = None
     """Variant of the model's weight files, such as fp16. Default: files without a variant, or the only variant."""
+
+    @property
+    def other_lora_alpha(self) -> float | None:
+        """``lora_alpha`` where it is not the rank."""
+        return None if self.lora_alpha == self.lora_rank else self.lora_alpha
 
 
 class ComputeOptions(Options):

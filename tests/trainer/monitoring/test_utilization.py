@@ -14,7 +14,8 @@ from torch import nn
 
 from smpo_models.family import Conditioning
 from smpo_models.loading import load_family
-from smpo_trainer.model.policy import Policy, add_lora
+from smpo_trainer.model.adapter import add_lora
+from smpo_trainer.model.policy import Policy
 from smpo_trainer.monitoring import utilization
 from smpo_trainer.monitoring.utilization import Utilization, operations
 from smpo_trainer.runtime import launch

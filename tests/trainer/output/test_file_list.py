@@ -22,7 +22,9 @@ def test_runs_leave_the_declared_files(train: Train, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     options = {"image_prompts": tmp_path / "prompts.txt", "image_sampling_steps": 1, "max_steps": 1}
     full = train("full", ema_decay=0.9, reference="recomputed", **options)
-    lora = train("lora", lora_rank=2, max_steps=1)
+    train("lora", lora_rank=2, max_steps=1, lora_format="kohya")
+    # A finished run is not trained again, but its adapter is written in this format, too.
+    lora = train("lora", lora_rank=2, max_steps=1, lora_format="comfyui")
     left = names(full) | names(lora)
     assert left == set(RUN_FILES) - {"transformer/", "nonfinite.jsonl", "wandb/"}
     assert names(full / "checkpoint-000001") == set(CHECKPOINT_FILES) - {"transformer/"}

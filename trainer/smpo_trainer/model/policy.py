@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import diffusers
 import safetensors.torch
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from torch import nn
 
 from smpo_common.errors import UserError
@@ -20,9 +20,11 @@ from smpo_models.arithmetic import narrow_products
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
+from smpo_models.lora_formats import write_lora_format
 from smpo_models.weights import DTYPES, variant_remark
 from smpo_schemas.manifest import ModelInfo
-from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER
+from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER, LoraFormat
+from smpo_trainer.model.adapter import add_lora
 from smpo_trainer.model.fsdp import shard_like, unsharded_class
 from smpo_trainer.settings import TrainSettings
 
@@ -39,6 +41,7 @@ class Policy:
             adapter on top of the reference it is ``denoiser`` itself, see :meth:`as_reference`.
         starts_from_reference: whether the margin at step 0 is 0 up to rounding.
         lora_rank: rank of the adapter in ``denoiser``, or None.
+        lora_format: format in which the adapter is saved besides diffusers' own.
     """
 
     family: Family
@@ -46,6 +49,7 @@ class Policy:
     reference: nn.Module | None
     starts_from_reference: bool
     lora_rank: int | None
+    lora_format: LoraFormat = "diffusers"
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -100,7 +104,9 @@ class Policy:
         if self.lora_rank:
             layers = {name: tensor.detach().cpu() for name, tensor in self._lora_layers(weights).items()}
             pipeline = getattr(diffusers, self.family.pipelines[0])
-            pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **{f"{self._folder}_lora_layers": layers})
+            options = {f"{self._folder}_lora_layers": layers, f"{self._folder}_lora_adapter_metadata": self._adapter()}
+            pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **options)
+            write_lora_format(folder, self.lora_format, unsharded_class(self.denoiser))
             return
         # The denoiser may be sharded: save an unsharded one that refers to the same weights.
         with torch.device("meta"):
@@ -129,6 +135,12 @@ class Policy:
     def _folder(self) -> str:
         """The denoiser's folder in its pipeline, and the prefix of its layers in LoRA files."""
         return self.family.denoiser_folder
+
+    def _adapter(self) -> dict[str, object]:
+        """Return what a LoRA file says of its adapter; without alpha, readers take the rank for it."""
+        config = self.denoiser.peft_config["default"]
+        # In a fixed order: PEFT keeps the targets as a set.
+        return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
 
     def _lora_layers(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename the weights of the adapter as diffusers names them in a file."""
@@ -182,13 +194,13 @@ def load_policy(
     if start.lora_rank is None:
         denoiser.requires_grad_(True)
     else:
-        add_lora(denoiser, family.lora_targets, start.lora_rank)
+        add_lora(denoiser, family.lora_targets, start.lora_rank, start.lora_alpha)
     # Cast on the CPU: in float32 they may be too large for the device.
     for module in [denoiser] if reference is None else [denoiser, reference]:
         narrow_products(module, DTYPES[settings.compute.chosen_dtype])
         module.to(device)
     family.to(device)
-    return Policy(family, denoiser, reference, is_reference, start.lora_rank)
+    return Policy(family, denoiser, reference, is_reference, start.lora_rank, start.lora_format)
 
 
 def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
@@ -223,11 +235,3 @@ def _load_reference(settings: TrainSettings, info: ModelInfo) -> nn.Module:
             f"{settings.denoiser.unet} nor --model {settings.model} has them; use --reference stored"
         )
     return reference
-
-
-def add_lora(denoiser: nn.Module, targets: Sequence[str], rank: int) -> None:
-    """Add an adapter to the layers whose names end so; untrained, it changes nothing (its B matrices are 0)."""
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets), lora_dropout=0.0
-    )
-    denoiser.add_adapter(config)

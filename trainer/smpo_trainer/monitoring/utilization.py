@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smpo_models.family import Conditioning
 from smpo_trainer.data.loader import StateBatch
+from smpo_trainer.model.adapter import add_lora
 from smpo_trainer.model.fsdp import unsharded_class
-from smpo_trainer.model.policy import Policy, add_lora
+from smpo_trainer.model.policy import Policy
 
 _ARITHMETIC = ("half", "tf32", "fp32")
 _A100, _H100, _NVL = (312, 156, 19.5), (989, 495, 67), (835.5, 417.5, 60)

@@ -1,7 +1,7 @@
 """The files that a run leaves in ``--out``, with their content; the reference lists them."""
 
 from smpo_common.commandline import CONFIG_FILE
-from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE, METRICS_FILE, TRAINING_FILE
+from smpo_schemas.trained_model import DENOISER_FOLDERS, EXTRA_LORA_FILES, LORA_FILE, METRICS_FILE, TRAINING_FILE
 
 _UNET, _TRANSFORMER = (f"{name}/" for name in DENOISER_FOLDERS)
 
@@ -9,6 +9,7 @@ RUN_FILES = {
     _UNET: "the trained denoiser, as diffusers saves and loads it; not with `--lora-rank`",
     _TRANSFORMER: f"of SD3, SD3.5 and FLUX.1, in place of `{_UNET}`",
     LORA_FILE: "with `--lora-rank`: the adapter, as `load_lora_weights` takes it",
+    **{name: f"with `--lora-format {key}`: the adapter once more" for key, name in EXTRA_LORA_FILES.items()},
     TRAINING_FILE: "settings and result; written last",
     CONFIG_FILE: "every flag as it was resolved, by its key; `--config` takes it again",
     METRICS_FILE: "one JSON object per optimizer step",
@@ -21,7 +22,7 @@ RUN_FILES = {
 }
 
 CHECKPOINT_FILES = {
-    _UNET: f"as above (with `--lora-rank` `{LORA_FILE}`); with `--ema-decay` the averaged weights",
+    _UNET: "as above (with `--lora-rank` the files of the adapter); with `--ema-decay` the averaged weights",
     _TRANSFORMER: f"in place of `{_UNET}`, as above",
     "weights_in_training.safetensors": "with `--ema-decay`: the weights that training continues with",
     "optimizer.pt": "state of optimizer, schedule, gradient scaler, average and skipped steps",

@@ -15,7 +15,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import read_json, write_json
 from smpo_common.same_settings import require_same_settings
 from smpo_schemas.dtypes import Dtype
-from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE, METRICS_FILE, TRAINING_FILE
+from smpo_schemas.trained_model import DENOISER_FOLDERS, EXTRA_LORA_FILES, LORA_FILE, METRICS_FILE, TRAINING_FILE
 from smpo_trainer.data.order import Batching
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.model.policy import Policy
@@ -90,7 +90,7 @@ class OutputFolder:
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         # training.json first: a kill in between must not leave a folder that looks finished.
-        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE):
+        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE, *EXTRA_LORA_FILES.values()):
             (self.path / name).unlink(missing_ok=True)
         self._forget()
         for name in (*DENOISER_FOLDERS, TENSORBOARD_FOLDER, WANDB_FOLDER, VALIDATION_FOLDER):
@@ -118,7 +118,7 @@ class OutputFolder:
         if checkpoint is None:
             raise RuntimeError("a run ends with a checkpoint")
         try:
-            for name in (*DENOISER_FOLDERS, LORA_FILE):
+            for name in (*DENOISER_FOLDERS, LORA_FILE, *EXTRA_LORA_FILES.values()):
                 self._copy(checkpoint / name)
         except OSError as error:
             raise UserError(f"cannot write the trained weights into {self.path}: {error}") from error
