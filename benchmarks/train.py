@@ -59,6 +59,7 @@ from smpo_schemas.shards.index import write_index
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample, SampleMeta
 from smpo_schemas.shards.text import TEXT_INDEX, text_file_name, write_text, write_text_index
+from smpo_schemas.shards.text_rows import split_rows
 from smpo_schemas.shards.writer import ShardWriter
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +118,7 @@ def make_shards(path: Path, model: Path, trajectories: int, *, text: bool = Fals
 
 def _store_text(folder: Path, family: Family) -> StoredTextEntry:
     prompts = [PROMPT, ""]
-    file = write_text(folder / text_file_name(0), prompts, [family.encode_text(prompts)])
+    file = write_text(folder / text_file_name(0), prompts, split_rows(family.encode_text(prompts)))
     index = write_text_index(folder / TEXT_INDEX, prompts, [False] * 2, len(prompts))
     return StoredTextEntry(dtype="float32", prompts=2, bytes=file.bytes + index.bytes, index=index, files=[file])
 

@@ -65,7 +65,9 @@ _INDEX = {
 
 _TEXT = [
     ("`text-NNNNNN`", "`key`", "[N] int64", "first 8 bytes of the SHA-256 of the prompt, little-endian"),
-    ("`text-NNNNNN`", "`text`", "[N, L, D]", "embeddings that the denoiser attends to, padding included"),
+    ("`text-NNNNNN`", "`text`", "[N, L, D]", "embeddings that the denoiser attends to, padding included; or"),
+    ("`text-NNNNNN`", "`text`", "[sum of L, D]", "those of the prompts one after the other, without padding"),
+    ("`text-NNNNNN`", "`text_end`", "int64 [N]", "where each prompt's embeddings end, without padding only"),
     ("`text-NNNNNN`", "`pooled`", "[N, D]", "pooled embedding (not for Stable Diffusion 1 and 2)"),
     ("`index`", "`key`", "[P] int64", "as above, increasing"),
     ("`index`", "`file`", "[P] int32", "number of the file that holds the prompt"),

@@ -16,6 +16,7 @@ from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_models.noise_schedules.base import NoiseSchedule
+from smpo_schemas.shards.text_rows import TextRow, stack_rows
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Family(ABC):
         denoiser_folder: the denoiser's folder in a pipeline, which is also the prefix of its layers in LoRA files.
         lora_targets: ends of the names of the denoiser's layers that a LoRA adapts.
         kind: short name that the manifest records, for example ``sd15``.
+        latent_factor: pixels a latent position, along one side.
         patch: side, in latent positions, of what is one token to the denoiser; 1 for UNets.
         embedded_guidance: guidance scale that the denoiser is told, where it was distilled to take one; None where it
             takes none. Set it after loading.
@@ -58,8 +60,8 @@ class Family(ABC):
         text_modules: the frozen text encoders.
         vae: the autoencoder.
         stores_text: whether the text encoders are so large that each prompt is better encoded once (T5).
-        stored_text: reads the embeddings of B distinct prompts, on any device, in place of the text encoders. Set it
-            after loading.
+        stored_text: reads the embeddings of B distinct prompts, a row a prompt (:mod:`smpo_schemas.shards.text_rows`)
+            on any device, in place of the text encoders. Set it after loading.
         encodes_empty_prompt: whether the empty prompt is what the text encoders make of it, rather than the embedding
             that the model's own pipeline guides with. They differ where that one is zeros (SDXL). Set it after loading.
     """
@@ -68,6 +70,7 @@ class Family(ABC):
     denoiser_folder: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     kind: str
+    latent_factor: int
     patch: int = 1
     embedded_guidance: float | None = None
     sampler: ClassVar[str]
@@ -78,7 +81,7 @@ class Family(ABC):
     text_modules: tuple[nn.Module, ...]
     vae: nn.Module | None
     stores_text: ClassVar[bool] = False
-    stored_text: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None
+    stored_text: Callable[[Sequence[str]], Sequence[TextRow]] | None = None
     encodes_empty_prompt: bool = False
 
     @abstractmethod
@@ -139,9 +142,29 @@ class Family(ABC):
     def empty_denoiser(self) -> nn.Module:
         """Return a denoiser of the model's own architecture on the meta device, without weights."""
 
-    def sampling_options(self) -> dict[str, Any]:
-        """Return the arguments with which the model's pipeline reads texts as :meth:`encode_text` does."""
-        return {}
+    def sampling_options(self, guidance_scale: float | None) -> dict[str, Any]:
+        """Return the arguments that make the model's pipeline guide by this scale, and read texts as here.
+
+        Args:
+            guidance_scale: of classifier-free guidance, 1 is none; or what the denoiser is told; None for models that
+                take none.
+        """
+        return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+
+    def to_pipeline(self, x_BChw: torch.Tensor) -> torch.Tensor:
+        """Return latents as the model's pipeline takes them."""
+        return x_BChw
+
+    def from_pipeline(self, latents: torch.Tensor, height: int, width: int, vae: nn.Module) -> torch.Tensor:  # noqa: ARG002
+        """Return latents that the model's pipeline gives as [B, C, h, w], normalised.
+
+        Args:
+            latents: of ``output_type="latent"``.
+            height: h.
+            width: w.
+            vae: of the pipeline, where its statistics normalise latents.
+        """
+        return latents
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -159,15 +182,16 @@ class Family(ABC):
     def encode_text(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encode B prompts, each distinct one once, or look them up: tensors [B, ...] by names of the family.
 
-        A prompt's rows do not depend on the others. Prompts that are longer than an encoder takes are cut, as the
-        model's pipeline does.
+        ``text`` is [B, L, D]. Where its length depends on the prompt, the others end in zeros up to the longest, and
+        ``mask``, bool [B, L], is True where there is text. A prompt's rows do not depend on the others but for that
+        padding. Prompts that are longer than an encoder takes are cut, as the model's pipeline does.
 
         Args:
             prompts: B texts, "" for the unconditional one.
         """
         distinct = list(dict.fromkeys(prompts))
         rows = [distinct.index(prompt) for prompt in prompts]
-        encoded = self.stored_text(distinct) if self.stored_text else self._encode_distinct(distinct)
+        encoded = stack_rows(self.stored_text(distinct)) if self.stored_text else self._encode_distinct(distinct)
         return {name: self._on_device(value)[rows] for name, value in encoded.items()}
 
     @abstractmethod
@@ -217,5 +241,14 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
-        """Return the images of normalised latents: float32 [B, 3, H, W], clamped to [-1, 1]."""
+    def decode_in_tiles(self, vae: nn.Module, side: int) -> None:
+        """Make a VAE of the model's class decode in tiles, of ``side`` latent positions where the class lets choose."""
+
+    @abstractmethod
+    def decode(self, latents_BChw: torch.Tensor, vae: nn.Module | None = None) -> torch.Tensor:
+        """Return the images of normalised latents: float32 [B, 3, H, W], clamped to [-1, 1].
+
+        Args:
+            latents_BChw: on any device.
+            vae: in place of the loaded one, for example that of a pipeline.
+        """

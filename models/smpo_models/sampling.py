@@ -9,9 +9,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from smpo_models.family_bases.packing import packed, unpacked
+from smpo_models.family import Family
 from smpo_models.weights import load_part, load_weights
 
 
@@ -61,39 +61,36 @@ def load_pipeline(
 
 def sample(
     pipeline: DiffusionPipeline,
+    family: Family,
     prompts: Sequence[str],
     noise_BChw: torch.Tensor,
     *,
     steps: int,
     guidance_scale: float | None,
     output_type: str = "pil",
-    **options: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401  (PIL images or a tensor)
     """Sample one image a prompt from its initial noise, on the noise's device and in its dtype.
 
     Args:
         pipeline: from :func:`load_pipeline`.
+        family: of the model; its weights need not be loaded.
         prompts: B of them.
         noise_BChw: standard normal noise of the latents' shape.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without.
-        output_type: ``pil``, or ``latent`` for scaled latents [B, C, h, w].
-        options: further arguments of the pipeline, as of :meth:`smpo_models.family.Family.sampling_options`.
+        output_type: ``pil``, or ``latent`` for normalised latents [B, C, h, w].
     """
-    height, width = (side * pipeline.vae_scale_factor for side in noise_BChw.shape[2:])
-    packs = isinstance(pipeline, FluxPipeline)
-    if guidance_scale is not None:
-        options["guidance_scale"] = guidance_scale
+    height, width = noise_BChw.shape[2:]
     made = pipeline(
         prompt=list(prompts),
-        height=height,
-        width=width,
-        latents=packed(noise_BChw) if packs else noise_BChw,
+        height=height * family.latent_factor,
+        width=width * family.latent_factor,
+        latents=family.to_pipeline(noise_BChw),
         num_inference_steps=steps,
         output_type=output_type,
-        **options,
+        **family.sampling_options(guidance_scale),
     ).images
-    return unpacked(made, *noise_BChw.shape[2:]) if packs and output_type == "latent" else made
+    return family.from_pipeline(made, height, width, pipeline.vae) if output_type == "latent" else made
 
 
 def sampling_in_words(sampler: str, steps: int, guidance_scale: float | None) -> str:

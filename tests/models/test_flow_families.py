@@ -229,12 +229,12 @@ def test_a_loaded_pipeline_samples_by_its_own_scheduler_from_unpacked_noise(worl
             continue
         found = sample(
             pipeline,
+            family,
             PROMPTS,
             noise,
             steps=STEPS,
             guidance_scale=guidance,
             output_type="latent",
-            **family.sampling_options(),
         )
         wanted = stock.run(PROMPTS, noise, guidance, STEPS)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

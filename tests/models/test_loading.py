@@ -128,9 +128,9 @@ def test_images_are_encoded_some_at_a_time(folder, monkeypatch):
     calls, encode = [], family.vae.encode
     monkeypatch.setattr(family.vae, "encode", lambda part: calls.append(len(part)) or encode(part))
     whole = family.posterior(pixels)
-    monkeypatch.setattr("smpo_models.family_bases.autoencoder.ENCODED_PIXELS", 2 * 32 * 64 + 7)
+    monkeypatch.setattr("smpo_models.autoencoders.base.ENCODED_PIXELS", 2 * 32 * 64 + 7)
     parts = family.posterior(pixels)
-    monkeypatch.setattr("smpo_models.family_bases.autoencoder.ENCODED_PIXELS", 1)
+    monkeypatch.setattr("smpo_models.autoencoders.base.ENCODED_PIXELS", 1)
     alone = family.posterior(pixels)
     assert calls == [5, 2, 2, 1, 1, 1, 1, 1, 1]
     # The same but for the rounding of float32, which other batches sum in another order.

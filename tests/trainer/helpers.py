@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -311,7 +312,7 @@ def with_stored_text(
     for number, start in enumerate(range(0, len(chosen), 3)):
         some = chosen[start : start + 3]
         path = directory / "text" / text_file_name(number)
-        files.append(write_text(path, some, encode_batches(family, some, dtype)))
+        files.append(write_text(path, some, list(chain.from_iterable(encode_batches(family, some, dtype)))))
     index = write_text_index(directory / "text" / TEXT_INDEX, chosen, [False] * len(chosen), 3)
     size = index.bytes + sum(file.bytes for file in files)
     name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]

@@ -51,12 +51,20 @@ class Flux(TransformerFamily):
     def _kind(self, config: Mapping[str, Any]) -> str:
         if not config["guidance_embeds"]:
             # Of the pipeline's 512 tokens it was trained on 256.
-            self.sampler_steps, self.usual_guidance, self._t5_tokens = 4, None, 256
+            self.sampler_steps, self.usual_guidance, self._text_tokens = 4, None, 256
             return "flux1-schnell"
         # Without guidance, the scale at which its own trajectory can be inverted.
         self.embedded_guidance = 1.0
-        self.usual_guidance, self._t5_tokens = 3.5, 512
+        self.usual_guidance, self._text_tokens = 3.5, 512
         return "flux1-dev"
+
+    def to_pipeline(self, x_BChw: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return packed(x_BChw)
+
+    def from_pipeline(self, latents: torch.Tensor, height: int, width: int, vae: nn.Module) -> torch.Tensor:  # noqa: ARG002
+        """See the base class."""
+        return unpacked(latents, height, width)
 
     def _latent_channels(self, config: Mapping[str, Any]) -> int:
         return int(config["in_channels"]) // PATCH**2
@@ -75,7 +83,7 @@ class Flux(TransformerFamily):
         ]
 
     def _text_limits(self) -> Sequence[int]:
-        return [super()._text_limits()[0], self._t5_tokens]
+        return [super()._text_limits()[0], self._text_tokens]
 
     @torch.no_grad()
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

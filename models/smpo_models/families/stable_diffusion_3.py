@@ -25,12 +25,13 @@ from smpo_models.weights import load_part
 class StableDiffusion3(TransformerFamily):
     """See :class:`smpo_models.family.Family`. The denoiser takes latents and t in [0, 1000) as they are.
 
-    Without its third encoder, which users leave out to save memory, T5's embeddings are zeros, as in the pipeline.
+    Without its third encoder, which users leave out to save memory, T5's embeddings are zeros, as in the pipeline. T5's
+    padding is kept: the pipeline does not mask it.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = SD3Transformer2DModel
-    _t5_tokens = 256
+    _text_tokens = 256
     _same_config: ClassVar[tuple[str, ...]] = (
         "in_channels",
         "joint_attention_dim",
@@ -64,7 +65,7 @@ class StableDiffusion3(TransformerFamily):
         return encoders
 
     def _text_limits(self) -> Sequence[int]:
-        return [*super()._text_limits()[:2], self._t5_tokens][: len(self._tokenizers)]
+        return [*super()._text_limits()[:2], self._text_tokens][: len(self._tokenizers)]
 
     @torch.no_grad()
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -75,7 +76,9 @@ class StableDiffusion3(TransformerFamily):
         ]
         clip_NLD = torch.cat([state.hidden_states[-2] for state in states], dim=-1)
         width = int(self._config["joint_attention_dim"])
-        t5_NLD = t5[0](self._tokens(2, prompts))[0] if t5 else clip_NLD.new_zeros(len(prompts), self._t5_tokens, width)
+        t5_NLD = (
+            t5[0](self._tokens(2, prompts))[0] if t5 else clip_NLD.new_zeros(len(prompts), self._text_tokens, width)
+        )
         clip_NLD = functional.pad(clip_NLD, (0, width - clip_NLD.shape[-1]))
         return {
             "text": torch.cat([clip_NLD, t5_NLD], dim=1),

@@ -1,4 +1,4 @@
-"""What all families share whose parts lie in the folders of a diffusers pipeline, with a KL autoencoder.
+"""What all families share whose parts lie in the folders of a diffusers pipeline.
 
 Shape suffixes: B batch, C h w a latent, H W an image.
 """
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
+from smpo_models.autoencoders.base import Autoencoder
+from smpo_models.autoencoders.kl import KLAutoencoder
 from smpo_models.family import Family
-from smpo_models.family_bases import autoencoder
 from smpo_models.fingerprint import settings_of
 from smpo_models.loading import denoiser_folder
 from smpo_models.noise_schedules.base import NoiseSchedule
@@ -37,6 +37,16 @@ _TEXT_SETTINGS = (
     "d_kv",
     "relative_attention_num_buckets",
     "relative_attention_max_distance",
+    # Language models'.
+    "rms_norm_eps",
+    "head_dim",
+    "num_key_value_heads",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "hidden_activation",
 )
 """What a text encoder computes by, and its weights' shapes do not tell."""
 
@@ -46,14 +56,14 @@ class DiffusersFamily(Family):
 
     Attributes:
         denoiser_class: of the denoiser.
-        latent_factor: pixels a latent position, along one side.
+        autoencoder: of the class of the VAE.
     """
 
     denoiser_class: ClassVar[type[nn.Module]]
+    autoencoder: ClassVar[Autoencoder] = KLAutoencoder()
     _same_config: ClassVar[tuple[str, ...]]
     """Settings that another denoiser in place of the model's own must share with it."""
 
-    latent_factor: int
     _tokenizers: Sequence[PreTrainedTokenizerFast]
 
     def __init__(
@@ -74,13 +84,13 @@ class DiffusersFamily(Family):
         self._sample_size = self._latent_side(self._replacing_config(denoiser) if denoiser else config)
         self.kind = self._kind(config)
         self.noise_schedule = self._load_schedule()
-        self.latent_factor = autoencoder.vae_factor(autoencoder.vae_config(model, vae, self._channels, self._what))
+        self.latent_factor = self.autoencoder.factor(self.autoencoder.config(model, vae, self._channels, self._what))
         if "denoiser" in parts:
             self.denoiser = self._load_denoiser(denoiser)
         if "text" in parts:
             self.text_modules = tuple(module.requires_grad_(False).eval().to(device) for module in self._load_text())
         if "vae" in parts:
-            loaded = autoencoder.load_vae(model, vae, variant, self._what)
+            loaded = self.autoencoder.load(model, vae, variant, self._what)
             self.vae = loaded.requires_grad_(False).eval().to(device)
 
     @abstractmethod
@@ -142,15 +152,23 @@ class DiffusersFamily(Family):
         )
         return loaded.requires_grad_(False).eval().to(self._device)
 
-    def _load_encoder(self, kind: Any, folder: str) -> nn.Module:  # noqa: ANN401  (transformers' from_pretrained)
-        """Load a text encoder in float32 from the model's folder of this name."""
+    def _load_encoder(
+        self,
+        kind: Any,  # noqa: ANN401  (transformers' from_pretrained)
+        folder: str,
+        dtype: torch.dtype | str = torch.float32,
+    ) -> nn.Module:
+        """Load a text encoder from the model's folder of this name; ``auto`` keeps the dtype of its files.
+
+        Language models are published in bfloat16, and would need twice the memory in float32.
+        """
         return load_weights(
             kind.from_pretrained,
             self._model,
             self._what,
             variant=self._variant,
             subfolder=folder,
-            dtype=torch.float32,
+            dtype=dtype,
         )
 
     def _load_tokenizer(self, kind: Any, folder: str) -> Any:  # noqa: ANN401
@@ -169,8 +187,8 @@ class DiffusersFamily(Family):
         """See the base class."""
         return {
             "text": [
-                {name: getattr(text.config, name) for name in _TEXT_SETTINGS if hasattr(text.config, name)}
-                for text in self.text_modules
+                {name: getattr(config, name) for name in _TEXT_SETTINGS if hasattr(config, name)}
+                for config in (text.config.get_text_config() for text in self.text_modules)
             ],
             "tokenizers": [_tokenizer_settings(tokenizer) for tokenizer in self._tokenizers],
         }
@@ -207,11 +225,15 @@ class DiffusersFamily(Family):
 
     def posterior(self, pixels_B3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the base class."""
-        return autoencoder.posterior(self._require_vae(), pixels_B3HW)
+        return self.autoencoder.posterior(self._require_vae(), pixels_B3HW)
 
-    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents_BChw: torch.Tensor, vae: nn.Module | None = None) -> torch.Tensor:
         """See the base class."""
-        return autoencoder.decode(self._require_vae(), latents_BChw)
+        return self.autoencoder.decode(vae or self._require_vae(), latents_BChw)
+
+    def decode_in_tiles(self, vae: nn.Module, side: int) -> None:
+        """See the base class."""
+        self.autoencoder.set_tile(vae, side)
 
     def to(self, device: torch.device | str) -> None:
         """See the base class."""
@@ -223,7 +245,7 @@ class DiffusersFamily(Family):
     def _on_device(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self._device)
 
-    def _require_vae(self) -> AutoencoderKL:
+    def _require_vae(self) -> nn.Module:
         if self.vae is None:
             raise RuntimeError("this model was loaded without its VAE")
         return self.vae
@@ -233,4 +255,6 @@ def _tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # How the last prompts were cut and padded.
     del backend["truncation"], backend["padding"]
-    return {"tokens": sha256_json(backend), "pad": tokenizer.pad_token_id, "length": tokenizer.model_max_length}
+    settings = {"tokens": sha256_json(backend), "pad": tokenizer.pad_token_id, "length": tokenizer.model_max_length}
+    template = tokenizer.chat_template
+    return settings | ({"template": sha256_json(template)} if template else {})

@@ -1,4 +1,4 @@
-"""What the flow-matching families with a transformer, CLIP and T5 text encoders share.
+"""What the families with a transformer share; they differ in text encoders and in what the transformer is given.
 
 Shape suffixes: N prompts, B batch, L D a text embedding, C h w a latent.
 """
@@ -10,22 +10,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from smpo_models.family import Conditioning
 from smpo_models.family_bases.diffusers_family import DiffusersFamily
 from smpo_models.noise_schedules.base import NoiseSchedule
-from smpo_models.noise_schedules.rectified_flow import RectifiedFlow, check_flow_scheduler
-from smpo_models.weights import load_part
+from smpo_models.noise_schedules.rectified_flow import load_rectified_flow
+from smpo_schemas.shards.text_rows import TEXT
 
 
 class TransformerFamily(DiffusersFamily):
     """See :class:`smpo_models.family.Family`.
 
-    The T5 embeddings keep all their padding: these pipelines mask none of it, so that the denoiser attends to it.
-
     Attributes:
         sampler_times: the times that the pipeline hands to its scheduler, by the number of steps; None: none.
+        sampler_mu: the dynamic shift that the pipeline hands over, by image tokens and steps; None: diffusers'
+            ``calculate_shift``.
     """
 
     denoiser_folder: ClassVar[str] = "transformer"
@@ -43,15 +42,15 @@ class TransformerFamily(DiffusersFamily):
     )
     stores_text: ClassVar[bool] = True
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = None
-    _t5_tokens: int
-    """Tokens that T5 reads, padding included."""
+    sampler_mu: ClassVar[Callable[[int, int], float] | None] = None
+    _text_tokens: int
+    """The most tokens of a prompt, as the pipeline's ``max_sequence_length`` counts them."""
 
     def _load_schedule(self) -> NoiseSchedule:
-        kind = FlowMatchEulerDiscreteScheduler
-        options = {"subfolder": "scheduler"}
-        check_flow_scheduler(load_part(kind.load_config, self._model, self._what, **options), self._what)
-        scheduler = load_part(kind.from_pretrained, self._model, self._what, **options)
-        return RectifiedFlow(scheduler, sampler_steps=self.sampler_steps, sigmas=type(self).sampler_times)
+        kind = type(self)
+        return load_rectified_flow(
+            self._model, self._what, sampler_steps=self.sampler_steps, sigmas=kind.sampler_times, mu=kind.sampler_mu
+        )
 
     def settings(self) -> dict[str, Any]:
         """See the base class."""
@@ -60,9 +59,9 @@ class TransformerFamily(DiffusersFamily):
             "embedded_guidance": self.embedded_guidance,
         }
 
-    def sampling_options(self) -> dict[str, Any]:
-        """See the base class; these pipelines cut and pad for T5 as they are told."""
-        return {"max_sequence_length": self._t5_tokens}
+    def sampling_options(self, guidance_scale: float | None) -> dict[str, Any]:
+        """See the base class; these pipelines cut and pad texts as they are told."""
+        return super().sampling_options(guidance_scale) | {"max_sequence_length": self._text_tokens}
 
     def resolution_multiple(self) -> int:
         """See the base class."""
@@ -79,4 +78,4 @@ class TransformerFamily(DiffusersFamily):
         crops: Sequence[tuple[int, int]],  # noqa: ARG002
     ) -> Conditioning:
         """See the base class; these families take no size and no crop."""
-        return Conditioning(text["text"], {"pooled": text["pooled"]})
+        return Conditioning(text[TEXT], {name: value for name, value in text.items() if name != TEXT})

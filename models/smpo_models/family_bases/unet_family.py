@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from smpo_common.errors import UserError
@@ -17,7 +17,7 @@ from smpo_models.arithmetic import input_dtype
 from smpo_models.family import Conditioning
 from smpo_models.family_bases.diffusers_family import DiffusersFamily
 from smpo_models.noise_schedules.base import NoiseSchedule
-from smpo_models.noise_schedules.variance_preserving import VariancePreserving, check_scheduler
+from smpo_models.noise_schedules.variance_preserving import load_variance_preserving
 from smpo_models.part_config import complete
 from smpo_models.weights import load_part
 
@@ -42,14 +42,7 @@ class UNetFamily(DiffusersFamily):
         return load_unet_config(self._model, self._what)
 
     def _load_schedule(self) -> NoiseSchedule:
-        check_scheduler(
-            load_part(DDIMScheduler.load_config, self._model, self._what, subfolder="scheduler"), self._what
-        )
-        # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
-        scheduler = load_part(
-            DDIMScheduler.from_pretrained, self._model, self._what, subfolder="scheduler", clip_sample=False
-        )
-        return VariancePreserving(scheduler)
+        return load_variance_preserving(self._model, self._what)
 
     def resolution_multiple(self) -> int:
         """See the base class; each block but one halves the sides."""

@@ -16,6 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_models.noise_schedules.base import NoiseSchedule
+from smpo_models.weights import load_part
 from smpo_schemas.manifest import FLOW
 
 _UNKNOWN = (
@@ -58,18 +59,23 @@ class RectifiedFlow(NoiseSchedule):
         *,
         sampler_steps: int,
         sigmas: Callable[[int], np.ndarray] | None = None,
+        mu: Callable[[int, int], float] | None = None,
     ) -> None:
         """Take the settings of a scheduler made from the model's own scheduler config.
 
         Args:
             scheduler: of the model.
-            sampler_steps: how many steps the model is usually sampled in. The shift depends on it with
+            sampler_steps: how many steps the model is usually sampled in. The shift depends on it with ``mu``, and with
                 ``shift_terminal`` where the pipeline hands over times that depend on it.
             sigmas: the times u that the model's pipeline hands to the scheduler, by the number of steps, decreasing;
                 None where it hands over none, and the scheduler takes its own.
+            mu: the dynamic shift that the model's pipeline hands over, by image tokens and steps; None: diffusers'
+                ``calculate_shift``, by tokens alone. Without ``use_dynamic_shifting`` there is none.
         """
         self.scheduler, self._sigmas = scheduler, sigmas
-        self.sampler_steps = sampler_steps if scheduler.config["shift_terminal"] and sigmas else None
+        self._own_mu = mu if scheduler.config["use_dynamic_shifting"] else None
+        depends = (scheduler.config["shift_terminal"] and sigmas) or self._own_mu
+        self.sampler_steps = sampler_steps if depends else None
         self.num_train_timesteps = self.first_pure_noise = int(scheduler.config["num_train_timesteps"])
 
     def levels(self, t_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +118,7 @@ class RectifiedFlow(NoiseSchedule):
         """
         if self.scheduler.config["shift_terminal"] and steps == 1:
             raise UserError(f"--steps {steps}: the model's scheduler stretches its grid, for which it needs two steps")
-        scheduler, mu = copy.deepcopy(self.scheduler), self._mu(tokens)
+        scheduler, mu = copy.deepcopy(self.scheduler), self._mu(tokens, steps)
         if self._sigmas is None:
             scheduler.set_timesteps(steps, mu=mu)
         else:
@@ -129,7 +135,8 @@ class RectifiedFlow(NoiseSchedule):
         lowest = last if self.scheduler.config["shift_terminal"] else 1 / self.num_train_timesteps
         scheduler = copy.deepcopy(self.scheduler)
         # The scheduler stretches by the last time that it is given.
-        scheduler.set_timesteps(sigmas=[*(lowest + times * (1 - lowest)), last], mu=self._mu(tokens))
+        mu = self._mu(tokens, self.sampler_steps or 1)
+        scheduler.set_timesteps(sigmas=[*(lowest + times * (1 - lowest)), last], mu=mu)
         below = np.nextafter(np.float32(self.num_train_timesteps), np.float32(0))
         return np.minimum(scheduler.timesteps[:-1].numpy(), below).tolist()
 
@@ -137,9 +144,11 @@ class RectifiedFlow(NoiseSchedule):
         """The sampler's last time before the shift, where it still evaluates the model."""
         return float(self.scheduler.sigma_min if self._sigmas is None else self._sigmas(steps)[-1])
 
-    def _mu(self, tokens: int) -> float | None:
-        """The dynamic shift, linear in the number of tokens; diffusers' ``calculate_shift``."""
+    def _mu(self, tokens: int, steps: int) -> float | None:
+        """The dynamic shift; by default linear in the number of tokens, diffusers' ``calculate_shift``."""
         config = self.scheduler.config
+        if self._own_mu:
+            return self._own_mu(tokens, steps)
         if not config["use_dynamic_shifting"]:
             return None
         share = (tokens - config["base_image_seq_len"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
@@ -149,6 +158,32 @@ class RectifiedFlow(NoiseSchedule):
         """See the base class."""
         config = self.scheduler.config
         return sha256_json({"prediction_type": self.prediction_type} | {name: config[name] for name in _SHIFT})
+
+
+def load_rectified_flow(
+    model: str,
+    what: str,
+    *,
+    sampler_steps: int,
+    sigmas: Callable[[int], np.ndarray] | None = None,
+    mu: Callable[[int, int], float] | None = None,
+) -> RectifiedFlow:
+    """Load the noise schedule from a model's own scheduler config.
+
+    Args:
+        model: hub id or folder.
+        what: starts the error.
+        sampler_steps: see :class:`RectifiedFlow`.
+        sigmas: see :class:`RectifiedFlow`.
+        mu: see :class:`RectifiedFlow`.
+
+    Raises:
+        UserError: there is none, or it is another one.
+    """
+    kind, folder = FlowMatchEulerDiscreteScheduler, {"subfolder": "scheduler"}
+    check_flow_scheduler(load_part(kind.load_config, model, what, **folder), what)
+    scheduler = load_part(kind.from_pretrained, model, what, **folder)
+    return RectifiedFlow(scheduler, sampler_steps=sampler_steps, sigmas=sigmas, mu=mu)
 
 
 def check_flow_scheduler(config: dict[str, Any], what: str) -> None:

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_models.noise_schedules.base import START, NoiseSchedule
+from smpo_models.weights import load_part
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -105,6 +106,22 @@ class VariancePreserving(NoiseSchedule):
         config = self.scheduler.config
         spacing = {name: config[name] for name in ("timestep_spacing", "steps_offset", "prediction_type")}
         return sha256_json({"a": self._a.tolist(), **spacing})
+
+
+def load_variance_preserving(model: str, what: str) -> VariancePreserving:
+    """Load the noise schedule from a model's own scheduler config.
+
+    Args:
+        model: hub id or folder.
+        what: starts the error.
+
+    Raises:
+        UserError: there is none, or it is another one.
+    """
+    kind, folder = DDIMScheduler, {"subfolder": "scheduler"}
+    check_scheduler(load_part(kind.load_config, model, what, **folder), what)
+    # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
+    return VariancePreserving(load_part(kind.from_pretrained, model, what, clip_sample=False, **folder))
 
 
 def check_scheduler(config: dict[str, Any], what: str) -> None:

@@ -198,10 +198,10 @@ def _sample(generator: Generator, batch: Sequence[Picture], settings: Settings) 
     with torch.inference_mode():
         images: list[Image.Image] = sample(
             pipeline,
+            family,
             [picture.prompt for picture in batch],
             noise_BChw,
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
-            **family.sampling_options(),
         )
     return images

@@ -6,14 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from smpo_pipeline.jobs.invert.models import load_text_encoders
 from smpo_pipeline.jobs.invert.prompts import PROMPTS_PER_FILE, distinct_prompts, encode_batches
 from smpo_pipeline.planning.options import PlanOptions
 from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.pairs import PairFile, columns_of, slice_files
-from smpo_schemas.shards.text import RowLayout, text_bytes
+from smpo_schemas.shards.text import text_bytes
+from smpo_schemas.shards.text_rows import TextRow
 
 
 class TextPlan(FrozenModel):
@@ -40,19 +39,17 @@ class EncodedPrompts:
         seconds: mean time to encode a prompt.
     """
 
-    rows: Mapping[str, Mapping[str, torch.Tensor]]
+    rows: Mapping[str, TextRow]
     prompts: int
     seconds: float
 
-    def __call__(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def __call__(self, prompts: Sequence[str]) -> list[TextRow]:
         """Stand for the stored text of :class:`smpo_models.family.Family`."""
-        rows = [self.rows[prompt] for prompt in prompts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return [self.rows[prompt] for prompt in prompts]
 
     def plan(self, prompts: int) -> TextPlan:
         """Plan for a number of prompts like these."""
-        layout: RowLayout = {name: (value.dtype, tuple(value.shape)) for name, value in self.rows[""].items()}
-        size = text_bytes(prompts, layout, PROMPTS_PER_FILE)
+        size = text_bytes(prompts, list(self.rows.values()), PROMPTS_PER_FILE)
         return TextPlan(prompts=prompts, bytes=size, seconds_a_prompt=self.seconds)
 
 
@@ -74,12 +71,10 @@ def encode_sampled(options: PlanOptions, files: Sequence[PairFile], prompts: Seq
     family = load_text_encoders(options)
     family.to(options.running.chosen_device)
     distinct = list(dict.fromkeys(["", *prompts]))
-    rows: dict[str, Mapping[str, torch.Tensor]] = {}
+    rows: dict[str, TextRow] = {}
     begin, done = time.perf_counter(), 0
     for batch in encode_batches(family, distinct, options.settings.dtype):
-        size = len(next(iter(batch.values())))
-        for row, prompt in enumerate(distinct[len(rows) : len(rows) + size]):
-            rows[prompt] = {name: value[row] for name, value in batch.items()}
-        if len(rows) == size < len(distinct):
-            begin, done = time.perf_counter(), size  # the first batch is the warm-up
+        rows |= zip(distinct[len(rows) :], batch, strict=False)
+        if len(rows) == len(batch) < len(distinct):
+            begin, done = time.perf_counter(), len(batch)  # the first batch is the warm-up
     return EncodedPrompts(rows, count, (time.perf_counter() - begin) / (len(distinct) - done))

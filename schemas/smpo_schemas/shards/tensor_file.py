@@ -61,10 +61,14 @@ class StoredTensor:
         """Bytes of all values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def __getitem__(self, row: int) -> StoredTensor:
-        """Select ``row`` along the first axis."""
+    def __getitem__(self, rows: int | slice) -> StoredTensor:
+        """Select a row along the first axis, or rows that follow each other."""
         part = StoredTensor(self.file, self.offset, self.dtype, self.shape[1:])
-        return StoredTensor(self.file, self.offset + row * part.num_bytes, self.dtype, part.shape)
+        if isinstance(rows, int):
+            return StoredTensor(self.file, self.offset + rows * part.num_bytes, self.dtype, part.shape)
+        begin, end, _ = rows.indices(self.shape[0])
+        shape = (end - begin, *part.shape)
+        return StoredTensor(self.file, self.offset + begin * part.num_bytes, self.dtype, shape)
 
     def read(self) -> torch.Tensor:
         """Read the values.

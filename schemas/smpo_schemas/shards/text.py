@@ -1,17 +1,17 @@
 """``text/`` beside the tars: each distinct prompt's embeddings once, so that training needs no text encoder.
 
 ``text-000000.safetensors``, ... hold, for their N prompts, ``key``, int64 [N], hashes of the prompts, and the outputs
-of the text encoders, [N, ...] by the model family's names. ``index.safetensors`` says of every prompt in which file and
-row it is.
+of the text encoders, [N, ...] by the model family's names. Where the length of ``text`` depends on the prompt, the
+prompts follow each other without padding, [sum of lengths, D], and ``text_end``, int64 [N], is where each one ends.
+``index.safetensors`` says of every prompt in which file and row it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from smpo_common.files import atomic_path, sha256_file
 from smpo_common.store_path import AnyPath
 from smpo_schemas.manifest import IndexEntry, StoredTextEntry, TextFile
 from smpo_schemas.shards.tensor_file import Layout, TensorFile, file_bytes, write_rows
+from smpo_schemas.shards.text_rows import MASK, TEXT, TextRow
 
 TEXT_INDEX = "index.safetensors"
 
@@ -30,11 +31,9 @@ TEXT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 """Dtype of the embeddings by ``--dtype``. Training in this dtype rounds to it before the first use anyway."""
 
 _KEY = "key"
+_END = "text_end"
 _INDEX_COLUMNS = {_KEY: torch.int64, "file": torch.int32, "row": torch.int32, "cut": torch.bool}
 _REMEDY = "copy the folder text/ again from where it was written, or invert again with --overwrite"
-
-RowLayout = Layout
-"""Dtype and shape of each tensor of one prompt, without the first axis."""
 
 
 def text_file_name(number: int) -> str:
@@ -48,22 +47,20 @@ def prompt_keys(prompts: Iterable[str]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=np.int64)
 
 
-def write_text(path: AnyPath, prompts: Sequence[str], batches: Iterable[Mapping[str, torch.Tensor]]) -> TextFile:
+def write_text(path: AnyPath, prompts: Sequence[str], rows: Sequence[TextRow]) -> TextFile:
     """Write a file of embeddings atomically; equal embeddings give equal bytes.
 
     Args:
         path: of the file.
         prompts: N distinct ones, at least one.
-        batches: embeddings of the next prompts, on the CPU, until all are given.
+        rows: the embeddings of each, on the CPU.
 
     Raises:
         UserError: the file cannot be written.
     """
-    remaining = iter(batches)
-    first = next(remaining)
-    layout = _file_layout(len(prompts), {name: (value.dtype, tuple(value.shape[1:])) for name, value in first.items()})
+    layout = _file_layout(len(prompts), rows[0], sum(len(row[TEXT]) for row in rows))
     with atomic_path(path) as temporary:
-        write_rows(temporary, layout, _with_keys(prompts, chain([first], remaining)))
+        write_rows(temporary, layout, _columns(prompts, rows))
         return TextFile(name=path.name, prompts=len(prompts), **_described(temporary))
 
 
@@ -91,11 +88,15 @@ def write_text_index(path: AnyPath, prompts: Sequence[str], cut: Sequence[bool],
         return IndexEntry(name=path.name, **_described(temporary))
 
 
-def text_bytes(prompts: int, row: RowLayout, prompts_per_file: int) -> int:
-    """Bytes of ``text/`` for a number of prompts whose embeddings are like ``row``."""
+def text_bytes(prompts: int, rows: Sequence[TextRow], prompts_per_file: int) -> int:
+    """Bytes of ``text/`` for a number of prompts whose embeddings are like ``rows``."""
+    length = sum(len(row[TEXT]) for row in rows) / len(rows)
+
+    def size(count: int) -> int:
+        return file_bytes(_file_layout(count, rows[0], round(count * length)))
+
     full, rest = divmod(prompts, prompts_per_file)
-    size = full * file_bytes(_file_layout(prompts_per_file, row)) + file_bytes(_index_layout(prompts))
-    return size + (file_bytes(_file_layout(rest, row)) if rest else 0)
+    return full * size(prompts_per_file) + file_bytes(_index_layout(prompts)) + (size(rest) if rest else 0)
 
 
 class StoredText:
@@ -145,14 +146,14 @@ class StoredText:
         """Whether the text encoders truncated a prompt that is stored."""
         return bool(self._cut[self._place(prompt)])
 
-    def __call__(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Read the embeddings of N prompts: tensors [N, ...] on the CPU, by the family's names.
+    def __call__(self, prompts: Sequence[str]) -> list[TextRow]:
+        """Read the embeddings of N prompts, a row a prompt, on the CPU.
 
         Raises:
             UserError: a prompt is not stored, or a file is missing, cut or not what the index says.
         """
         places = [self._place(prompt) for prompt in prompts]
-        rows: list[dict[str, torch.Tensor]] = [{} for _ in prompts]
+        rows: list[TextRow] = [{} for _ in prompts]
         for number in sorted(set(self._files[places].tolist())):
             path = self.folder / self._entry.files[number].name
             with _reading(path), path.open("rb") as file:
@@ -160,15 +161,25 @@ class StoredText:
                 for position, place in enumerate(places):
                     if self._files[place] == number:
                         rows[position] = self._row(tensors, place)
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return rows
 
-    def _row(self, tensors: TensorFile, place: int) -> dict[str, torch.Tensor]:
+    def _row(self, tensors: TensorFile, place: int) -> TextRow:
         row, stored = int(self._rows[place]), {name: tensors[name] for name in tensors.names}
+        texts = stored.pop(TEXT) if _END in stored else None
         if any(not row < tensor.shape[0] for tensor in stored.values()) or (
             stored.pop(_KEY)[row].read().item() != self._keys[place]
         ):
             raise ValueError(f"its row {row} is missing, or another prompt's")
-        return {name: tensor[row].read() for name, tensor in stored.items()}
+        if texts is None:
+            return {name: tensor[row].read() for name, tensor in stored.items()}
+        ends = stored.pop(_END)
+        begin, end = (int(ends[row - 1].read()) if row else 0), int(ends[row].read())
+        if not 0 <= begin < end <= texts.shape[0]:
+            raise ValueError(f"the text of its row {row} lies at {begin} to {end} of {texts.shape[0]}")
+        text = texts[begin:end].read()
+        return {TEXT: text, MASK: torch.ones(len(text), dtype=torch.bool)} | {
+            name: tensor[row].read() for name, tensor in stored.items()
+        }
 
     def _place(self, prompt: str) -> int:
         (place,) = self.find([prompt])
@@ -200,8 +211,12 @@ def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _file_layout(prompts: int, row: RowLayout) -> Layout:
-    tensors = {name: (dtype, (prompts, *shape)) for name, (dtype, shape) in row.items()}
+def _file_layout(prompts: int, row: TextRow, length: int) -> Layout:
+    """Return the layout of a file of ``prompts`` rows like ``row``, ``length`` tokens in all."""
+    tensors = {name: (value.dtype, (prompts, *value.shape)) for name, value in row.items() if name != MASK}
+    if MASK in row:
+        tensors[TEXT] = (row[TEXT].dtype, (length, *row[TEXT].shape[1:]))
+        tensors[_END] = (torch.int64, (prompts,))
     return {_KEY: (torch.int64, (prompts,)), **tensors}
 
 
@@ -209,14 +224,13 @@ def _index_layout(prompts: int) -> Layout:
     return {name: (dtype, (prompts,)) for name, dtype in _INDEX_COLUMNS.items()}
 
 
-def _with_keys(
-    prompts: Sequence[str], batches: Iterable[Mapping[str, torch.Tensor]]
-) -> Iterator[Mapping[str, torch.Tensor]]:
-    keys, start = torch.from_numpy(prompt_keys(prompts).copy()), 0
-    for batch in batches:
-        count = len(next(iter(batch.values())))
-        yield {_KEY: keys[start : start + count], **batch}
-        start += count
+def _columns(prompts: Sequence[str], rows: Sequence[TextRow]) -> Iterator[TextRow]:
+    """Yield what each prompt adds to every tensor of the file."""
+    end = 0
+    for key, row in zip(torch.from_numpy(prompt_keys(prompts).copy()), rows, strict=True):
+        end += len(row[TEXT])
+        added = {name: value[None] for name, value in row.items()} | {_KEY: key[None], _END: torch.tensor([end])}
+        yield added | ({TEXT: row[TEXT]} if MASK in row else {})
 
 
 @contextmanager

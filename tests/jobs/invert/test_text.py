@@ -106,7 +106,7 @@ def test_each_distinct_prompt_is_stored_once_as_the_encoders_give_it(model, stor
     text, family = StoredText(stored / "text", entry), load_family(str(model), ("text",))
     for prompt in ("", *PROMPTS):
         for name, expected in family.encode_text([prompt]).items():
-            assert torch.equal(text([prompt])[name], expected), (prompt, name)
+            assert torch.equal(text([prompt])[0][name], expected[0]), (prompt, name)
         assert text.cuts(prompt) == family.cuts(prompt)
     # Any reader of safetensors can read the files.
     tensors = safetensors.torch.load_file(stored / "text" / entry.files[0].name)
@@ -229,7 +229,7 @@ def test_a_limit_stores_the_prompts_of_its_pairs_only(inputs, model, tmp_path, h
     text, family = StoredText(out / "text", entry), load_family(str(model), ("text",))
     for prompt in ("", *PROMPTS[:2]):
         for name, expected in family.encode_text([prompt]).items():
-            assert torch.equal(text([prompt])[name], expected.bfloat16())
+            assert torch.equal(text([prompt])[0][name], expected[0].bfloat16())
     with pytest.raises(UserError, match="text lacks the prompt 'Größe 東京'.*--overwrite"):
         text([PROMPTS[2]])
     assert "3 of 3" in run_here(capfd, "smpo-pipeline", "status", out).stdout

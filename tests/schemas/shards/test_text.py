@@ -20,24 +20,29 @@ from smpo_schemas.shards.text import (
     write_text,
     write_text_index,
 )
+from smpo_schemas.shards.text_rows import TextRow
 
 PROMPTS = ["", "a cat", "Größe 東京", "dog " * 500, "a dog", "a cat "]
 PER_FILE = 4
 
 
-def embeddings(prompts: list[str], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Numbers that no two prompts share."""
-    first = torch.tensor([PROMPTS.index(prompt) for prompt in prompts])
-    text = first[:, None, None] * 100 + torch.arange(6).reshape(3, 2)
-    return {"text": text.to(dtype), "pooled": -first[:, None].to(dtype)}
+def embeddings(prompts: list[str], dtype: torch.dtype = torch.float32, *, ragged: bool = False) -> list[TextRow]:
+    """Numbers that no two prompts share; ragged texts have 3, 1, 4, 2, 5 and 3 tokens."""
+    rows = []
+    for prompt in prompts:
+        number = PROMPTS.index(prompt)
+        length = (3, 1, 4, 2, 5, 3)[number] if ragged else 3
+        text = (number * 100 + torch.arange(2.0 * length).reshape(length, 2)).to(dtype)
+        row = {"text": text, "pooled": torch.tensor([-number], dtype=dtype)}
+        rows.append(row | ({"mask": torch.ones(length, dtype=torch.bool)} if ragged else {}))
+    return rows
 
 
-def written(folder: Path, dtype: torch.dtype = torch.float32) -> StoredTextEntry:
+def written(folder: Path, dtype: torch.dtype = torch.float32, *, ragged: bool = False) -> StoredTextEntry:
     files = []
     for number, start in enumerate(range(0, len(PROMPTS), PER_FILE)):
         some = PROMPTS[start : start + PER_FILE]
-        batches = [embeddings(some[:1], dtype), embeddings(some[1:], dtype)]
-        files.append(write_text(folder / text_file_name(number), some, batches))
+        files.append(write_text(folder / text_file_name(number), some, embeddings(some, dtype, ragged=ragged)))
     cut = [len(prompt) > 100 for prompt in PROMPTS]
     index = write_text_index(folder / TEXT_INDEX, PROMPTS, cut, PER_FILE)
     size = index.bytes + sum(file.bytes for file in files)
@@ -45,26 +50,41 @@ def written(folder: Path, dtype: torch.dtype = torch.float32) -> StoredTextEntry
     return StoredTextEntry(dtype=name, prompts=len(PROMPTS), bytes=size, index=index, files=files)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_prompt_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) -> None:
-    entry = written(tmp_path, dtype)
+def test_every_prompt_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype, ragged: bool) -> None:
+    entry = written(tmp_path, dtype, ragged=ragged)
     text = StoredText(tmp_path, entry)
     asked = [PROMPTS[5], PROMPTS[0], PROMPTS[3], PROMPTS[5], PROMPTS[2]]
-    for name, expected in embeddings(asked, dtype).items():
-        assert torch.equal(text(asked)[name], expected)
-        assert text(asked)[name].dtype == dtype
+    for row, expected in zip(text(asked), embeddings(asked, dtype, ragged=ragged), strict=True):
+        assert row.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(row[name], value)
+            assert row[name].dtype == value.dtype
     assert [text.cuts(prompt) for prompt in PROMPTS] == [False, False, False, True, False, False]
     assert text.find(["no such prompt", *PROMPTS[:1]]).tolist()[0] == -1
     assert text.files_of(text.find(PROMPTS)).tolist() == [0, 0, 0, 0, 1, 1]
     stock = [safetensors.torch.load_file(tmp_path / file.name) for file in entry.files]
-    assert torch.equal(torch.cat([tensors["text"] for tensors in stock]), embeddings(PROMPTS, dtype)["text"])
+    join = torch.cat if ragged else torch.stack
+    expected = join([row["text"] for row in embeddings(PROMPTS, dtype, ragged=ragged)])
+    assert torch.equal(torch.cat([tensors["text"] for tensors in stock]), expected)
 
 
-def test_the_bytes_are_known_before(tmp_path: Path) -> None:
-    entry = written(tmp_path)
-    row = {name: (value.dtype, tuple(value.shape[1:])) for name, value in embeddings(PROMPTS[:1]).items()}
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_bytes_are_known_before(tmp_path: Path, ragged: bool) -> None:
+    entry = written(tmp_path, ragged=ragged)
     on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert text_bytes(len(PROMPTS), row, PER_FILE) == entry.bytes == on_disk
+    assert text_bytes(len(PROMPTS), embeddings(PROMPTS, ragged=ragged), PER_FILE) == entry.bytes == on_disk
+
+
+def test_a_text_that_ends_outside_its_file_is_refused(tmp_path: Path) -> None:
+    text = StoredText(tmp_path, written(tmp_path, ragged=True))
+    path = tmp_path / text_file_name(0)
+    tensors = safetensors.torch.load_file(path)
+    for ends in ([3, 4, 8, 11], [3, 4, 3, 10], [-1, 4, 8, 10]):
+        safetensors.torch.save_file({**tensors, "text_end": torch.tensor(ends)}, path)
+        with pytest.raises(UserError, match=r"text-000000\.safetensors is malformed: the text of its row"):
+            text(PROMPTS[:4])
 
 
 def test_a_prompt_that_is_not_stored_is_named(tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 
 import numpy as np
-import torch
 
 from smpo_common.errors import UserError
 from smpo_schemas.shards.text import StoredText
+from smpo_schemas.shards.text_rows import TextRow
 
 
 class TextOfShards:
@@ -38,8 +37,8 @@ class TextOfShards:
             files_N[chosen_N] = self._firsts[number] + text.files_of(place_TN[number, chosen_N])
         return files_N
 
-    def read(self, prompts: Sequence[str], wait_for: Callable[[Iterable[int]], None]) -> dict[str, torch.Tensor]:
-        """Read the embeddings of N prompts: tensors [N, ...] on the CPU, by the family's names.
+    def read(self, prompts: Sequence[str], wait_for: Callable[[Iterable[int]], None]) -> list[TextRow]:
+        """Read the embeddings of N prompts, a row a prompt, on the CPU.
 
         Args:
             prompts: N texts.
@@ -50,13 +49,13 @@ class TextOfShards:
         """
         wait_for(set(self.files_of(prompts).tolist()))
         text_N, _ = self._find(prompts)
-        rows: list[dict[str, torch.Tensor]] = [{} for _ in prompts]
+        rows: list[TextRow] = [{} for _ in prompts]
         for number in set(text_N.tolist()):
             positions = np.flatnonzero(text_N == number).tolist()
             encoded = self._texts[number]([prompts[position] for position in positions])
-            for row, position in enumerate(positions):
-                rows[position] = {name: value[row] for name, value in encoded.items()}
-        return {name: _stacked([row[name] for row in rows]) for name in rows[0]}
+            for row, position in zip(encoded, positions, strict=True):
+                rows[position] = row
+        return rows
 
     def _find(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the first directory that holds each prompt, int64 [N], and its place in every one, int64 [T, N]."""
@@ -68,9 +67,3 @@ class TextOfShards:
                 "differ; copy both again from where they were written, or invert again with --overwrite"
             )
         return text_N, place_TN
-
-
-def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stack rows, in the widest of their dtypes: directories may differ in ``--dtype``."""
-    dtype = reduce(torch.promote_types, (row.dtype for row in rows))
-    return torch.stack([row.to(dtype) for row in rows])

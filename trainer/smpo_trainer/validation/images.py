@@ -17,8 +17,9 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
@@ -124,14 +125,14 @@ class ValidationImages:
             with self._accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 latents_BChw = sample(
                     pipeline,
+                    family,
                     prompts,
                     noise_BChw,
                     steps=self._sampling.steps,
                     guidance_scale=self._sampling.guidance_scale,
                     output_type="latent",
-                    **family.sampling_options(),
                 )
-            pixels_BHW3 = _decode(pipeline.vae, latents_BChw).permute(0, 2, 3, 1).cpu().nan_to_num().numpy()
+            pixels_BHW3 = _decode(family, pipeline.vae, latents_BChw).permute(0, 2, 3, 1).cpu().nan_to_num().numpy()
             yield ((pixels_BHW3 + 1) * 127.5).round().astype(np.uint8)
 
     def _load_pipeline(self) -> DiffusionPipeline:
@@ -156,23 +157,19 @@ class ValidationImages:
         )
 
 
-def _decode(vae: AutoencoderKL, latents_BChw: torch.Tensor) -> torch.Tensor:
-    """Decode scaled latents to float32 [B, 3, H, W] in [-1, 1]; in tiles if memory runs out."""
-    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config["scaling_factor"]
-    # In float32: SDXL's VAE overflows in float16.
-    unscaled_BChw = latents_BChw.float() / scale + shift
-    tile = max(unscaled_BChw.shape[-2:])
+def _decode(family: Family, vae: nn.Module, latents_BChw: torch.Tensor) -> torch.Tensor:
+    """Decode normalised latents to float32 [B, 3, H, W] in [-1, 1]; in tiles if memory runs out."""
+    latents_BChw = latents_BChw.float()  # SDXL's VAE overflows in float16
+    tile = max(latents_BChw.shape[-2:])
     while True:
         try:
-            return vae.decode(unscaled_BChw).sample.clamp(-1, 1)
+            return family.decode(latents_BChw, vae)
         except (RuntimeError, MemoryError) as error:
             if tile // 2 < _SMALLEST_TILE or not is_out_of_memory(error):
                 raise
         # Outside the handler: its error keeps the tensors of the failed decoding alive.
         tile //= 2
-        vae.enable_tiling()
-        vae.tile_latent_min_size = tile
-        vae.tile_sample_min_size = tile * 2 ** (len(vae.config["block_out_channels"]) - 1)
+        family.decode_in_tiles(vae, tile)
 
 
 def _grid(images: Sequence[np.ndarray]) -> np.ndarray:

@@ -13,6 +13,7 @@ from smpo_models.family import Family
 from smpo_pipeline.jobs.reading import Columns
 from smpo_schemas.pairs import RowRange, read_prompts
 from smpo_schemas.shards.text import TEXT_DTYPES
+from smpo_schemas.shards.text_rows import TextRow, split_rows
 
 PROMPTS_PER_FILE = 128
 """Prompts of a file, which is a unit: 0.5 GB for FLUX.1 in half precision, 15 MB for SD 1.5."""
@@ -34,8 +35,12 @@ def distinct_prompts(ranges: Sequence[RowRange], columns: Columns) -> list[str]:
     return list(dict.fromkeys(["", *chain.from_iterable(prompts)]))
 
 
-def encode_batches(family: Family, prompts: Sequence[str], dtype: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Encode prompts, batch by batch: tensors [B, ...] on the CPU, rounded to what is stored for this ``--dtype``."""
+def encode_batches(family: Family, prompts: Sequence[str], dtype: str) -> Iterator[list[TextRow]]:
+    """Encode prompts, batch by batch: their rows on the CPU, rounded to what is stored for this ``--dtype``."""
     for start in range(0, len(prompts), _BATCH):
         encoded = family.encode_text(prompts[start : start + _BATCH])
-        yield {name: value.to("cpu", TEXT_DTYPES[dtype]) for name, value in encoded.items()}
+        yield split_rows({name: _rounded(value, TEXT_DTYPES[dtype]) for name, value in encoded.items()})
+
+
+def _rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to("cpu", dtype if value.is_floating_point() else None)

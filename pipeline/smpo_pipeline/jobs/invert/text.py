@@ -7,12 +7,11 @@ whose records are kept until the manifest lists its files.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pyarrow as pa
 import ray
-import torch
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
@@ -131,8 +130,11 @@ class TextActor:
 
     def _make(self, unit: int) -> UnitRecord:
         prompts = self._prompts[unit * PROMPTS_PER_FILE : (unit + 1) * PROMPTS_PER_FILE]
+        dtype = self._options.settings.dtype
         try:
-            file = write_text(self._run.out / text_file_name(unit), prompts, self._batches(prompts))
+            rows = [row for batch in encode_batches(self._family, prompts, dtype) for row in batch]
+            self._run.require_current()
+            file = write_text(self._run.out / text_file_name(unit), prompts, rows)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -149,8 +151,3 @@ class TextActor:
         )
         self._run.commit(record)
         return record
-
-    def _batches(self, prompts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-        yield from encode_batches(self._family, prompts, self._options.settings.dtype)
-        # When all is written: then the file takes its final name.
-        self._run.require_current()
