@@ -142,12 +142,13 @@ class Family(ABC):
     def empty_denoiser(self) -> nn.Module:
         """Return a denoiser of the model's own architecture on the meta device, without weights."""
 
-    def sampling_options(self, guidance_scale: float | None) -> dict[str, Any]:
+    def sampling_options(self, guidance_scale: float | None, images: int) -> dict[str, Any]:  # noqa: ARG002
         """Return the arguments that make the model's pipeline guide by this scale, and read texts as here.
 
         Args:
             guidance_scale: of classifier-free guidance, 1 is none; or what the denoiser is told; None for models that
                 take none.
+            images: of the call; some pipelines want an unconditional prompt for each.
         """
         return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
 

@@ -88,7 +88,7 @@ def sample(
         latents=family.to_pipeline(noise_BChw),
         num_inference_steps=steps,
         output_type=output_type,
-        **family.sampling_options(guidance_scale),
+        **family.sampling_options(guidance_scale, len(prompts)),
     ).images
     return family.from_pipeline(made, height, width, pipeline.vae) if output_type == "latent" else made
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
+from tests.models.stock import load_stock
 
 PROMPTS = ("a cat and a dog", "dog", "", "ein Bär über Zürich", "a " * 60)
 
@@ -106,13 +108,12 @@ class Oracle:
 
 
 class FlowOracle:
-    """SD3 or FLUX.1 in float64, one image at a time: text by the stock pipeline, Euler steps, and nothing of ours."""
+    """A flow model in float64, one image at a time: text by the stock pipeline, Euler steps, and nothing of ours."""
 
     def __init__(self, folder) -> None:
-        self.pipeline = DiffusionPipeline.from_pretrained(folder)
-        self.vae = self.pipeline.vae
-        self.transformer = copy.deepcopy(self.pipeline.transformer).double()
-        self.is_flux = type(self.pipeline).__name__ == "FluxPipeline"
+        self.stock = load_stock(folder)
+        self.stock.shape = (32, 32)
+        self.transformer = copy.deepcopy(self.stock.pipeline.transformer).double()
 
     def a(self, t: float) -> float:
         return 1 - max(t, 0) / 1000
@@ -121,27 +122,18 @@ class FlowOracle:
         return max(t, 0) / 1000
 
     @torch.no_grad()
-    def embed(self, prompt: str, *_size_and_crop) -> dict[str, torch.Tensor]:
-        if self.is_flux:
-            text, pooled, ids = self.pipeline.encode_prompt(prompt)
-            return {"encoder_hidden_states": text.double(), "pooled_projections": pooled.double(), "txt_ids": ids}
-        text, _, pooled, _ = self.pipeline.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
-        return {"encoder_hidden_states": text.double(), "pooled_projections": pooled.double()}
+    def embed(self, prompt: str, *_size_and_crop) -> dict[str, Any]:
+        """The empty prompt stands for what the pipeline guides with."""
+        made = self.stock.embed(prompt or self.stock.unconditional)
+        return {
+            name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in made.items()
+        }
 
     @torch.no_grad()
-    def output(self, x: torch.Tensor, t: float, text: dict[str, torch.Tensor]) -> torch.Tensor:
-        time = torch.tensor([t], dtype=torch.float64)
-        if not self.is_flux:
-            return self.transformer(hidden_states=x[None], timestep=time, **text).sample[0]
-        _, height, width = x.shape
-        factor = self.pipeline.vae_scale_factor
-        packed = self.pipeline._pack_latents(x[None], 1, *x.shape)
-        ids = self.pipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float64)
-        guidance = torch.ones(1, dtype=torch.float64) if self.transformer.config.guidance_embeds else None
-        made = self.transformer(
-            hidden_states=packed, timestep=time / 1000, img_ids=ids, guidance=guidance, **text
-        ).sample
-        return self.pipeline._unpack_latents(made, height * factor, width * factor, factor)[0]
+    def output(self, x: torch.Tensor, t: float, text: dict[str, Any]) -> torch.Tensor:
+        inputs = self.stock.inputs(x[None], torch.tensor([t], dtype=torch.float64))
+        return self.stock.velocity(self.transformer(**inputs, **text).sample)[0]
 
     def noise(self, x: torch.Tensor, t: float, text) -> torch.Tensor:
         return x + self.a(t) * self.output(x, t, text)

@@ -18,9 +18,14 @@ from smpo_pipeline.toy.create import MODELS
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import FlowOracle, embedded_pair, make_pair
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny_qwen import make_tiny_qwen_image
 
 SEED = 5
-FOLDERS = {"sd35": make_tiny_sd3, "flux1-dev": make_tiny_flux}
+FOLDERS = {
+    "sd35": make_tiny_sd3,
+    "flux1-dev": make_tiny_flux,
+    "qwen-image": make_tiny_qwen_image,
+}
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -39,9 +44,8 @@ def invert(family, settings: InversionSettings, pairs, batch_size: int = 4):
 def expected_x0(oracle: FlowOracle, sample, pair) -> torch.Tensor:
     pixels = torch.from_numpy(pair.pixels_2HW3.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        found = oracle.vae.encode(pixels.flip(-1) if sample.meta.flipped else pixels).latent_dist
-    latents = found.mean + found.std * gaussian(trajectory_stream(SEED, pair.pair_id, 0, "vae"), found.mean.shape)
-    return (latents - oracle.vae.config.shift_factor) * oracle.vae.config.scaling_factor
+        mean, std = oracle.stock.posterior(pixels.flip(-1) if sample.meta.flipped else pixels)
+    return mean + std * gaussian(trajectory_stream(SEED, pair.pair_id, 0, "vae"), mean.shape)
 
 
 def check_state(oracle: FlowOracle, sample, k: int, image: int, text, x_t: torch.Tensor) -> None:
@@ -74,7 +78,9 @@ def test_every_stored_tensor_equals_an_independent_float64_trajectory(world, set
         assert sample.timestep_K.dtype == torch.float32
         assert 0 < sample.timestep_K.min() < sample.timestep_K.max() < 1000
         torch.testing.assert_close(sample.x0_2Chw.float(), expected_x0(oracle, sample, pair), rtol=2**-10, atol=1e-5)
-        nodes = plan_trajectory(everything, family.noise_schedule, SEED, pair.pair_id, 0, tokens=16).nodes
+        nodes = plan_trajectory(
+            everything, family.noise_schedule, SEED, pair.pair_id, 0, tokens=family.num_tokens(32, 32)
+        ).nodes
         stored = sample.timestep_K.tolist()
         text = oracle.embed("" if sample.meta.prompt_dropped else pair.prompt)
         for image in range(2):

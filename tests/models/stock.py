@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 SHAPE = (32, 48)
-"""Height and width of all images."""
+"""Height and width of images, where a test takes no others."""
 
 _SWITCHES = ("return_dict", "attention_kwargs", "joint_attention_kwargs")
 
@@ -22,10 +22,12 @@ class Stock:
     Attributes:
         mask: the denoiser's name of the mask of its text, where it takes one.
         unconditional: what the pipeline guides with.
+        shape: height and width of images.
     """
 
     mask: str | None = None
     unconditional = ""
+    shape = SHAPE
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         pipeline.set_progress_bar_config(disable=True)
@@ -64,6 +66,15 @@ class Stock:
         found, config = self.pipeline.vae.encode(pixels).latent_dist, self.pipeline.vae.config
         return (found.mean - config.shift_factor) * config.scaling_factor, found.std * config.scaling_factor
 
+    def embed(self, prompt: str) -> dict[str, Any]:
+        """The denoiser's arguments that stand for a prompt."""
+        text, _, pooled, _ = self.pipeline.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+    def inputs(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+        """The denoiser's other arguments, of unpacked latents and t in [0, 1000)."""
+        return {"hidden_states": x, "timestep": t}
+
     def given(self, call: dict[str, Any]) -> dict[str, Any]:
         """What a denoiser is given, but for padding that it is told to ignore."""
         if self.mask not in call:
@@ -75,7 +86,7 @@ class Stock:
 
     def run(self, prompts: list[str], noise: torch.Tensor, guidance: float, steps: int, output_type: str = "latent"):
         """Sample from unpacked noise; latents come back unpacked and normalised."""
-        height, width = SHAPE
+        height, width = self.shape
         made = self.pipeline(
             prompt=prompts,
             latents=self.pack(noise),
@@ -99,13 +110,67 @@ class StockFlux(Stock):
         return self.pipeline._pack_latents(latents, *latents.shape)
 
     def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.pipeline._unpack_latents(hidden_states, *SHAPE, self.pipeline.vae_scale_factor)
+        return self.pipeline._unpack_latents(hidden_states, *self.shape, self.pipeline.vae_scale_factor)
 
     def forwards(self, prompts: list[str], guidance: float) -> list[list[str | None]]:  # noqa: ARG002
         return [prompts]
 
+    def embed(self, prompt: str) -> dict[str, Any]:
+        text, pooled, ids = self.pipeline.encode_prompt(prompt)
+        return {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": ids}
 
-_STOCK = {"StableDiffusion3Pipeline": Stock, "FluxPipeline": StockFlux}
+    def inputs(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+        height, width = x.shape[-2:]
+        ids = self.pipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", x.dtype)
+        guidance = torch.ones_like(t) if self.pipeline.transformer.config.guidance_embeds else None
+        return {"hidden_states": self.pack(x), "timestep": t / 1000, "img_ids": ids, "guidance": guidance}
+
+
+class StockQwenImage(Stock):
+    """Qwen-Image's: another forward guides, where there is a negative prompt; the norm of each token is kept."""
+
+    mask = "encoder_hidden_states_mask"
+    unconditional = " "
+
+    def options(self, guidance: float, images: int) -> dict[str, Any]:
+        return {"true_cfg_scale": guidance, "negative_prompt": [self.unconditional] * images}
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.pipeline._unpack_latents(hidden_states, *self.shape, self.pipeline.vae_scale_factor)[:, :, 0]
+
+    def forwards(self, prompts: list[str], guidance: float) -> list[list[str | None]]:
+        return [prompts, [None] * len(prompts)] if guidance > 1 else [prompts]
+
+    def guided(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
+        own, combined = self.pack(conditional), self.pack(super().guided(conditional, unconditional, guidance))
+        return self.unpack(combined * (own.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)))
+
+    def embed(self, prompt: str) -> dict[str, Any]:
+        text, mask = self.pipeline.encode_prompt(prompt, max_sequence_length=512)
+        return {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+
+    def inputs(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+        height, width = x.shape[-2:]
+        shapes = [[(1, height // 2, width // 2)]] * len(x)
+        return {"hidden_states": self.pack(x), "timestep": t / 1000, "img_shapes": shapes}
+
+    def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        vae = self.pipeline.vae
+        found = vae.encode(pixels[:, :, None]).latent_dist
+        mean, std = (
+            torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return (found.mean[:, :, 0] - mean) / std, found.std[:, :, 0] / std
+
+
+_STOCK = {
+    "StableDiffusion3Pipeline": Stock,
+    "FluxPipeline": StockFlux,
+    "QwenImagePipeline": StockQwenImage,
+}
 
 
 def load_stock(folder, **parts) -> Stock:

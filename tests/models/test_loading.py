@@ -157,6 +157,7 @@ def test_every_family_is_found():
         "StableDiffusionXLPipeline",
         "StableDiffusion3Pipeline",
         "FluxPipeline",
+        "QwenImagePipeline",
     }
 
 

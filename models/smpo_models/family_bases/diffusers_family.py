@@ -208,20 +208,30 @@ class DiffusersFamily(Family):
     def cuts(self, prompt: str) -> bool:
         """See the base class."""
         return any(
-            len(tokenizer.encode(prompt, truncation=True, max_length=limit + 1)) > limit
+            len(tokenizer.encode(self._as_read(prompt), truncation=True, max_length=limit + 1)) > limit
             for tokenizer, limit in zip(self._tokenizers, self._text_limits(), strict=True)
         )
 
+    def _as_read(self, prompt: str) -> str:
+        """Return the text that the tokenizers are given for a prompt."""
+        return prompt
+
     def _tokens(self, number: int, prompts: Sequence[str]) -> torch.Tensor:
         """Return token ids [N, L] of the ``number``-th tokenizer, cut and padded, as the pipelines do."""
+        return self._tokens_and_mask(number, prompts)[0]
+
+    def _tokens_and_mask(
+        self, number: int, prompts: Sequence[str], padding: str = "max_length"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return :meth:`_tokens`, and 1 where there is no padding: int64 [N, L]."""
         tokens = self._tokenizers[number](
-            list(prompts),
-            padding="max_length",
+            [self._as_read(prompt) for prompt in prompts],
+            padding=padding,
             max_length=self._text_limits()[number],
             truncation=True,
             return_tensors="pt",
         )
-        return tokens.input_ids.to(self._device)
+        return tokens.input_ids.to(self._device), tokens.attention_mask.to(self._device)
 
     def posterior(self, pixels_B3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the base class."""

@@ -59,9 +59,9 @@ class TransformerFamily(DiffusersFamily):
             "embedded_guidance": self.embedded_guidance,
         }
 
-    def sampling_options(self, guidance_scale: float | None) -> dict[str, Any]:
+    def sampling_options(self, guidance_scale: float | None, images: int) -> dict[str, Any]:
         """See the base class; these pipelines cut and pad texts as they are told."""
-        return super().sampling_options(guidance_scale) | {"max_sequence_length": self._text_tokens}
+        return super().sampling_options(guidance_scale, images) | {"max_sequence_length": self._text_tokens}
 
     def resolution_multiple(self) -> int:
         """See the base class."""
