@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 
 from smpo_models.draws import image_noise
-from smpo_pipeline.evaluation.generate import load_generator
 from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.evaluation.results import read_results
+from smpo_pipeline.generation.generator import load_generator
 from smpo_schemas.trained_model import LORA_FILE
 from tests.command import assert_one_line, run_command, run_here
 from tests.tiny import make_tiny_model

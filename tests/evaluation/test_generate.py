@@ -15,8 +15,9 @@ from PIL import Image
 from smpo_common.errors import UserError
 from smpo_models.draws import image_noise
 from smpo_pipeline.evaluation import generate as generate_module
-from smpo_pipeline.evaluation.generate import Picture, generate, latent_shape, load_generator
+from smpo_pipeline.evaluation.generate import Picture, generate
 from smpo_pipeline.evaluation.model_sources import parse_models
+from smpo_pipeline.generation.generator import latent_shape, load_generator
 from tests.evaluation.stubs import EvaluationMaker
 
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from smpo_common.errors import UserError
-from smpo_pipeline.evaluation.generate import load_generator
 from smpo_pipeline.evaluation.model_sources import parse_models
+from smpo_pipeline.generation.generator import load_generator
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.model_sources import choose_base, identity, parse_models, reward_identity
-from smpo_pipeline.evaluation.prompts import read_prompts
+from smpo_pipeline.generation.prompts import read_prompts
 
 
 def test_prompts_of_every_kind_of_file(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from smpo_models.draws import gaussian, named_stream
 from smpo_models.loading import load_family
-from smpo_pipeline.evaluation.generate import load_generator
 from smpo_pipeline.evaluation.model_sources import parse_models
+from smpo_pipeline.generation.generator import load_generator
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.trained_model import LORA_FILE
 from smpo_trainer import run as run_module

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from smpo_common.errors import UserError
 from smpo_common.files import read_json, sha256_json
 from smpo_common.same_settings import require_same_settings
-from smpo_pipeline.evaluation.model_sources import ModelSource, choose_base, identity, parse_models, reward_identity
+from smpo_pipeline.evaluation.model_sources import choose_base, identity, parse_models, reward_identity
 from smpo_pipeline.evaluation.options import EvaluateOptions
-from smpo_pipeline.evaluation.prompts import read_prompts
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
+from smpo_pipeline.generation.prompts import read_prompts
+from smpo_pipeline.generation.source import ModelSource
 from smpo_schemas.dtypes import Dtype
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     sampling, running = options.sampling, options.running
     prompts = read_prompts(options.prompts, running.limit)
     rewards = {spec: reward_identity(spec) for spec in options.reward}
-    from smpo_pipeline.evaluation.generate import check_sampling, read_configs  # noqa: PLC0415  (torch: not for --help)
+    from smpo_pipeline.generation.generator import check_sampling, read_configs  # noqa: PLC0415  (torch: not for --help)
 
     families = {model.name: read_configs(model, whole) for model in sources}
     usual = families[sources[0].name]
@@ -92,7 +93,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         variant=sampling.variant,
         sampler=usual.sampler,
     )
-    check_sampling(families, settings)
+    check_sampling({f"--model {name}": family for name, family in families.items()}, settings)
     return Evaluation(options.out, sources, families, whole, settings, running.batch_size, running.device)
 
 

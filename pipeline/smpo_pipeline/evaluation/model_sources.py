@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from smpo_common.errors import UserError
 from smpo_common.files import files_below, sha256_file, sha256_json
-from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE, METRICS_FILE
+from smpo_pipeline.generation.source import ModelSource
+from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE
 
 INDEX_FILE = "model_index.json"
 
@@ -27,33 +27,6 @@ _CHECKPOINT_COMPANIONS = (
     "pytorch_model*",
 )
 """Files that a reward may read beside its checkpoint: configurations, a tokenizer, a CLIP."""
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """One model of the comparison.
-
-    Attributes:
-        name: its name in tables and folders.
-        source: folder, file or hub id, as the user gave it.
-        kind: ``pipeline`` is a whole model; ``denoiser`` and ``lora`` are outputs of smpo-train, which need a base.
-    """
-
-    name: str
-    source: str
-    kind: Literal["pipeline", "denoiser", "lora"]
-
-    @property
-    def metrics(self) -> Path | None:
-        """The training run's metrics file, if the folder has one."""
-        path = Path(self.source) / METRICS_FILE
-        return path if path.is_file() else None
-
-    @property
-    def lora_file(self) -> Path:
-        """The file of a ``lora``: the source itself, or in smpo-train's output folder."""
-        path = Path(self.source)
-        return path if path.is_file() else path / LORA_FILE
 
 
 def parse_models(specs: Sequence[str]) -> list[ModelSource]:

@@ -23,7 +23,7 @@ from smpo_models.sampling import sampling_in_words
 from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
 from smpo_pipeline.evaluation.evaluation import ORIGIN_FILE, Evaluation
-from smpo_pipeline.evaluation.generate import Picture, generate, load_generator
+from smpo_pipeline.evaluation.generate import Picture, generate
 from smpo_pipeline.evaluation.report import write_report
 from smpo_pipeline.evaluation.results import (
     REPORT_FILE,
@@ -36,6 +36,7 @@ from smpo_pipeline.evaluation.results import (
     write_results,
     write_scores,
 )
+from smpo_pipeline.generation.generator import load_generator
 from smpo_pipeline.isolation import run_isolated
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 

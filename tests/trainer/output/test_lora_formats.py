@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from smpo_pipeline.evaluation.generate import load_generator
 from smpo_pipeline.evaluation.model_sources import parse_models
+from smpo_pipeline.generation.generator import load_generator
 from smpo_schemas.trained_model import LORA_FILE, lora_file
 from tests.tiny import IMAGE_SIDE, make_tiny_model, make_tiny_xl
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3

@@ -1,0 +1,1 @@
+"""Sample images with a model's own diffusers pipeline; plain torch, without Ray."""

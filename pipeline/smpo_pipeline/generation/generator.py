@@ -1,0 +1,178 @@
+"""Load a model for sampling; noise depends on seed, prompt and index alone.
+
+Shape suffixes: B batch, C h w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+from smpo_common.errors import UserError
+from smpo_models.draws import image_noise
+from smpo_models.family import Family
+from smpo_models.fingerprint import fingerprint_module
+from smpo_models.loading import load_family
+from smpo_models.lora import check_lora, fuse_lora
+from smpo_models.sampling import load_pipeline, sample
+from smpo_models.weights import DTYPES
+from smpo_pipeline.generation.source import ModelSource
+
+
+class Sampling(Protocol):
+    """How images are sampled."""
+
+    @property
+    def steps(self) -> int:
+        """Number of the sampler's steps."""
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of all noise."""
+
+    @property
+    def resolution(self) -> int | None:
+        """Side of the images in pixels; None: the model's native resolution."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that samples images.
+
+    Attributes:
+        family: its configs, without weights.
+        pipeline: with weights.
+    """
+
+    family: Family
+    pipeline: DiffusionPipeline
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The pipeline's denoiser."""
+        denoiser: nn.Module = getattr(self.pipeline, self.family.denoiser_folder)
+        return denoiser
+
+    def fingerprint(self) -> str:
+        """Fingerprint the denoiser; if it was loaded in fp32, this is the fingerprint in manifests of shards."""
+        return fingerprint_module(self.denoiser)
+
+    def sample(self, prompts: Sequence[str], indices: Sequence[int], sampling: Sampling) -> list[Image.Image]:
+        """Sample one image a prompt, each from the noise of its prompt and index."""
+        shape = latent_shape(self.family, sampling)
+        noise = [
+            image_noise(sampling.seed, prompt, index, shape) for prompt, index in zip(prompts, indices, strict=True)
+        ]
+        noise_BChw = torch.stack(noise).to(self.pipeline.device, next(self.denoiser.parameters()).dtype)
+        with torch.inference_mode():
+            images: list[Image.Image] = sample(
+                self.pipeline,
+                self.family,
+                prompts,
+                noise_BChw,
+                steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+            )
+        return images
+
+
+def read_configs(model: ModelSource, base: str | None) -> Family:
+    """Read and check a model's configs, and a LoRA's layers, without loading other weights.
+
+    Raises:
+        UserError: the model does not exist or is of an unknown family; or it is a denoiser or a LoRA that does not fit
+            ``base``.
+    """
+    whole, named = _whole(model, base)
+    folder = Path(model.source) if model.kind == "denoiser" else None
+    family = load_family(whole, (), denoiser=folder, what=named)
+    if model.kind == "lora":
+        check_lora(model.lora_file, family.empty_denoiser(), model.named, whole)
+    return family
+
+
+def check_sampling(families: Mapping[str, Family], sampling: Sampling) -> None:
+    """Check that models can be sampled with these settings, and from the same noise.
+
+    Args:
+        families: the models' configs, by what errors call them, such as ``--model NAME``.
+        sampling: how.
+
+    Raises:
+        UserError: they cannot.
+    """
+    for named, family in families.items():
+        side = sampling.resolution or family.resolution()
+        family.check_resolution(side, named)
+        # Refuses a number of steps that the sampler has no grid for.
+        family.noise_schedule.grid(sampling.steps, family.num_tokens(side, side))
+        if family.usual_guidance is None and sampling.guidance_scale is not None:
+            raise UserError(f"--guidance-scale {sampling.guidance_scale:g}: {named} takes no guidance; leave it out")
+    shapes = {named: latent_shape(family, sampling) for named, family in families.items()}
+    ways = {(family.sampler, family.usual_guidance is None) for family in families.values()}
+    if len(set(shapes.values())) > 1 or len(ways) > 1:
+        kinds = ", ".join(
+            f"{named.removeprefix('--model ')} ({family.kind}): {shapes[named]}" for named, family in families.items()
+        )
+        raise UserError(
+            f"--model: latents differ in shape, or the way to sample them ({kinds}), so the models cannot start from "
+            "the same noise; compare models of one resolution and family"
+        )
+
+
+def latent_shape(family: Family, sampling: Sampling) -> tuple[int, int, int]:
+    """Return (C, h, w) of the latents that are sampled."""
+    side = sampling.resolution or family.resolution()
+    return family.latent_shape(side, side)
+
+
+def load_generator(
+    model: ModelSource, base: str | None, device: str, dtype: str, variant: str | None = None
+) -> Generator:
+    """Load a model for sampling: with DDIM, flow models with their own sampler, without safety checker.
+
+    Raises:
+        UserError: it cannot be loaded, or lacks weights, which diffusers would initialise at random.
+    """
+    whole, named = _whole(model, base)
+    family, parts = read_configs(model, base), {}
+    if model.kind != "pipeline":
+        # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
+        parts[family.denoiser_folder] = nn.Module.to(load_denoiser(model, base, variant), DTYPES[dtype])
+    pipeline = load_pipeline(whole, named, parts, dtype=DTYPES[dtype], variant=variant)
+    return Generator(family, pipeline.to(device))
+
+
+def load_denoiser(model: ModelSource, base: str | None, variant: str | None = None) -> nn.Module:
+    """Load a model's denoiser alone, in float32 on the CPU.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    whole, named = _whole(model, base)
+    folder = Path(model.source) if model.kind == "denoiser" else None
+    family = load_family(whole, ("denoiser",), denoiser=folder, variant=variant, what=named)
+    if family.denoiser is None:
+        raise RuntimeError("the model was loaded without its denoiser")
+    if model.kind == "lora":
+        fuse_lora(family.denoiser, model.lora_file, model.named, whole)
+    return family.denoiser
+
+
+def _whole(model: ModelSource, base: str | None) -> tuple[str, str]:
+    """Return the whole model, the model itself or its base, and that one's name in errors."""
+    if model.kind == "pipeline":
+        return model.source, model.named
+    # A model with a flag of its own (--unet, --lora) completes --model.
+    return str(base), f"--model {base}" if model.flag else f"--base {base}"
