@@ -5,6 +5,7 @@ This module does not import torch, so that ``--help`` is fast.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,18 +13,18 @@ import typer
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from smpo_common.errors import UserError
+from smpo_common.named_values import (
+    parse_options,
+    parse_ranges,
+    parse_weights,
+    write_options,
+    write_ranges,
+    write_weights,
+)
 from smpo_common.options import Flag, Options, Overwrite
 from smpo_schemas.dtypes import Dtype
 from smpo_schemas.preference import preferences
 from smpo_schemas.trained_model import LoraFormat
-from smpo_trainer.named_values import (
-    parse_options,
-    parse_ranges,
-    parse_rewards,
-    write_options,
-    write_ranges,
-    write_rewards,
-)
 from smpo_trainer.presets import PICKSCORE_RANGE, PRESETS, find_preset
 
 Device = Literal["cpu", "cuda"]
@@ -53,8 +54,8 @@ class RewardOptions(Options):
 
     reward: Annotated[
         dict[str, float],
-        BeforeValidator(parse_rewards),
-        PlainSerializer(write_rewards),
+        BeforeValidator(partial(parse_weights, "--reward")),
+        PlainSerializer(write_weights),
         Flag(typed=list[str], metavar="NAME[:WEIGHT]", identity="resolved"),
     ] = Field(default_factory=dict)
     """Rewards that define the preference, with weight 1 by default. May be left out if the scores have one reward."""
@@ -71,7 +72,7 @@ class RewardOptions(Options):
     --reward is not given."""
     reward_range: Annotated[
         dict[str, tuple[float, float]],
-        BeforeValidator(parse_ranges),
+        BeforeValidator(partial(parse_ranges, "--reward-range")),
         PlainSerializer(write_ranges),
         Flag(typed=list[str], metavar="NAME=MIN:MAX|raw", identity="resolved"),
         Field(
@@ -96,7 +97,7 @@ class LossOptions(Options):
     # One repeatable flag: a flag for each option would make --help import every objective, and so torch.
     objective_option: Annotated[
         dict[str, str],
-        BeforeValidator(parse_options),
+        BeforeValidator(partial(parse_options, "--objective-option")),
         PlainSerializer(write_options),
         Flag(typed=list[str], metavar="NAME=VALUE", identity="resolved"),
     ] = Field(default_factory=dict)

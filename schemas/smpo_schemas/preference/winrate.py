@@ -14,6 +14,9 @@ CaPO selects its pairs on the Pareto front; here the pairs are given.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -47,32 +50,67 @@ class WinRate(Preference):
                 "--preference winrate compares all images of a prompt, but these scores do not identify their images; "
                 "run `smpo-pipeline score` again"
             )
-        # Images are told apart per prompt: the same file has other scores under another prompt.
-        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(pairs.prompts))}
-        prompt_P = np.array([numbers[prompt] for prompt in pairs.prompts], dtype=np.int64)
-        _, name_P2 = np.unique(pairs.images_P2, return_inverse=True)
-        keys = np.stack([np.repeat(prompt_P, 2), name_P2.reshape(-1)], axis=1)
-        images, first, image_of = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-        image_P2 = image_of.reshape(-1, 2)
-        difference_P = np.zeros(len(prompt_P))
+        images = distinct_images(pairs.prompts, pairs.images_P2)
+        difference_P = np.zeros(len(pairs.prompts))
         for name, weight in self.weights.items():
-            scores = np.asarray(pairs.scores[name], dtype=np.float64).reshape(-1)[first] / self.scales[name]
-            rates = _win_rates(scores, images[:, 0])
-            difference_P += weight * (rates[image_P2[:, 0]] - rates[image_P2[:, 1]])
+            scores_I = images.first_scores(pairs.scores[name]) / self.scales[name]
+            rates_P2 = win_rates(scores_I, images.prompt_I)[images.image_P2]
+            difference_P += weight * (rates_P2[:, 0] - rates_P2[:, 1])
         return (1 + difference_P) / 2
 
 
-def _win_rates(scores: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class DistinctImages:
+    """The I distinct images of P pairs, prompt by prompt; the images of a prompt are in the order of their hashes.
+
+    Images are told apart per prompt: the same file has other scores under another prompt.
+
+    Attributes:
+        prompt_I: int64 [I], each image's prompt: prompts are numbered from 0 in the order of their first pair.
+        image_P2: int64 [P, 2], the images of each pair.
+        place_I: int64 [I], the image's first place in the flattened [P, 2].
+    """
+
+    prompt_I: np.ndarray
+    image_P2: np.ndarray
+    place_I: np.ndarray
+
+    def first_scores(self, scores_P2: np.ndarray) -> np.ndarray:
+        """Return each image's score, float64 [I], in the first pair that has the image."""
+        return np.asarray(scores_P2, dtype=np.float64).reshape(-1)[self.place_I]
+
+    def bounds(self) -> Iterator[tuple[int, int]]:
+        """Yield the range of each prompt's images."""
+        starts = np.flatnonzero(np.diff(self.prompt_I, prepend=-1))
+        return pairwise([*starts.tolist(), len(self.prompt_I)])
+
+
+def distinct_images(prompts: Sequence[str], images_P2: np.ndarray) -> DistinctImages:
+    """Find the distinct images of each prompt.
+
+    Args:
+        prompts: one per pair.
+        images_P2: str [P, 2], content hashes.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    prompt_P = np.array([numbers[prompt] for prompt in prompts], dtype=np.int64)
+    _, name_P2 = np.unique(images_P2, return_inverse=True)
+    keys = np.stack([np.repeat(prompt_P, 2), name_P2.reshape(-1)], axis=1)
+    images, place_I, image_of = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return DistinctImages(images[:, 0], image_of.reshape(-1, 2), place_I)
+
+
+def win_rates(scores_I: np.ndarray, prompt_I: np.ndarray) -> np.ndarray:
     """Average sigmoid(score - other score) over the other images of the same prompt; 0.5 if there is none.
 
     Args:
-        scores: float64 [I], in units of the scale.
-        prompts: int [I], each image's prompt, sorted.
+        scores_I: float64 [I], in units of the scale.
+        prompt_I: int [I], each image's prompt, sorted.
     """
-    rates = np.full(len(scores), 0.5)
-    starts = np.flatnonzero(np.diff(prompts, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(scores)], strict=True):
-        group = scores[start:stop]
+    rates = np.full(len(scores_I), 0.5)
+    starts = np.flatnonzero(np.diff(prompt_I, prepend=-1))
+    for start, stop in pairwise([*starts.tolist(), len(scores_I)]):
+        group = scores_I[start:stop]
         if len(group) == 1:
             continue
         rows = max(1, _COMPARISONS_AT_ONCE // len(group))

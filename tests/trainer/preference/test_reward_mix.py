@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_common.errors import UserError
+from smpo_common.named_values import parse_ranges
 from smpo_schemas.scores import read_scores_info, write_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
-from smpo_trainer.named_values import parse_ranges
 from smpo_trainer.preference.reward_mix import RewardMix, resolve_mix
 from smpo_trainer.shards.shard_set import open_shards
 from tests.calibration.helpers import populations, write_scores
@@ -265,7 +265,7 @@ def test_flags_that_do_not_fit(mix: Mix, two: Path, calibration: Path, tmp_path:
 )
 def test_ranges_are_two_increasing_numbers(text: str) -> None:
     with pytest.raises(UserError, match="expected NAME=MIN:MAX.*NAME=raw"):
-        parse_ranges([text])
+        parse_ranges("--reward-range", [text])
 
 
 def test_raw_scores_are_log_odds_as_they_are(mix: Mix, two: Path) -> None:
@@ -287,9 +287,9 @@ def test_win_rates_of_log_odds_by_hand(mix: Mix, two: Path, tmp_path: Path) -> N
 
 
 def test_ranges_are_given_once() -> None:
-    assert parse_ranges(["a=-1:2.5", "b=0:1e-3"]) == {"a": (-1.0, 2.5), "b": (0.0, 0.001)}
+    assert parse_ranges("--reward-range", ["a=-1:2.5", "b=0:1e-3"]) == {"a": (-1.0, 2.5), "b": (0.0, 0.001)}
     with pytest.raises(UserError, match="a is given twice"):
-        parse_ranges(["a=0:1", "a=raw"])
+        parse_ranges("--reward-range", ["a=0:1", "a=raw"])
 
 
 def test_from_calibrate_to_a_trained_model(

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from smpo_common.errors import UserError
+from smpo_common.named_values import parse_ranges
 from smpo_schemas.calibration import Calibration, read_calibration
 from smpo_schemas.preference import Preference, ScoredPairs, find_preference, preferences
+from smpo_schemas.preference.scales import Range, calibrated_temperatures, refuse_unused_ranges, with_ranges
 from smpo_schemas.scores import RewardStatistics, read_scores_info
 from smpo_schemas.shards.samples import SampleMeta
-from smpo_trainer.named_values import parse_ranges
 from smpo_trainer.preference.preference_table import PreferenceTable, preference_table
 from smpo_trainer.presets import PRESETS
 from smpo_trainer.settings import RewardOptions
 from smpo_trainer.shards.shard_set import ShardSet
-
-Range = tuple[float, float]
-"""Minimum and maximum of a reward."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +91,11 @@ def resolve_mix(options: RewardOptions, preset: str | None, shards: ShardSet, sa
     given = _given_ranges(options, preset)
     calibration = _read_calibration(options, given)
     weights = _weights(options, calibration, statistics, source)
-    temperatures = _temperatures(calibration, weights, statistics, options.calibration, say) if calibration else None
+    temperatures = (
+        calibrated_temperatures(calibration, weights, statistics, options.calibration, say) if calibration else None
+    )
     ranges = _ranges(options, given, weights)
-    preference = find_preference(options.preference)(weights, _with_ranges(statistics, ranges), temperatures)
+    preference = find_preference(options.preference)(weights, with_ranges(statistics, ranges), temperatures)
     if preference.needs_images and info is None:
         raise UserError(
             f"--preference {preference.name} compares all images of a prompt, which the shards may not hold; give the "
@@ -145,46 +144,13 @@ def _weights(
     return weights
 
 
-def _temperatures(
-    calibration: Calibration,
-    weights: Mapping[str, float],
-    statistics: Mapping[str, RewardStatistics],
-    path: Path | None,
-    say: Callable[[str], None],
-) -> dict[str, float]:
-    """Return tau by name: fitted together for a mixture, or alone for a single reward.
-
-    Raises:
-        UserError: a reward was not calibrated, or with another model.
-    """
-    for name in weights:
-        if name not in calibration.rewards:
-            raise UserError(f"--reward {name}: not in --calibration {path} ({', '.join(calibration.rewards)})")
-        if calibration.rewards[name].fingerprint != statistics[name].fingerprint:
-            raise UserError(
-                f"--calibration {path}: reward {name!r} was calibrated with the model "
-                f"{calibration.rewards[name].model}, but the scores are from {statistics[name].model}; run "
-                "`smpo-pipeline calibrate` on these scores"
-            )
-    if len(weights) == 1:
-        return {name: calibration.rewards[name].tau_alone for name in weights}
-    if len(weights) < len(calibration.rewards):
-        say(
-            f"WARNING: --reward uses {len(weights)} of the {len(calibration.rewards)} rewards of --calibration {path}, "
-            "whose temperatures were fitted together; fit these alone with `smpo-pipeline calibrate --reward`"
-        )
-    return {name: calibration.rewards[name].tau for name in weights}
-
-
 def _ranges(options: RewardOptions, given: Mapping[str, Range], weights: Mapping[str, float]) -> dict[str, Range]:
     """Return the ranges of the rewards in use; none with a calibration, whose temperatures replace them.
 
     Raises:
         UserError: a range is given for a reward that is not used.
     """
-    for name in given:
-        if name not in weights:
-            raise UserError(f"--reward-range {name}: this reward is not used; used: {', '.join(weights)}")
+    refuse_unused_ranges(given, weights)
     if options.calibration:
         return {}
     return {name: limits for name, limits in options.reward_range.items() if name in weights}
@@ -193,16 +159,5 @@ def _ranges(options: RewardOptions, given: Mapping[str, Range], weights: Mapping
 def _given_ranges(options: RewardOptions, preset: str | None) -> dict[str, Range]:
     # A preset's own range is not an error if another reward is used.
     flags = PRESETS[preset].flags if preset else {}
-    of_preset = parse_ranges(cast("list[str]", flags.get("reward_range", [])))
+    of_preset = parse_ranges("--reward-range", cast("list[str]", flags.get("reward_range", [])))
     return {name: limits for name, limits in options.reward_range.items() if of_preset.get(name) != limits}
-
-
-def _with_ranges(
-    statistics: Mapping[str, RewardStatistics], ranges: Mapping[str, Range]
-) -> dict[str, RewardStatistics]:
-    return {
-        name: reward.model_copy(update=dict(zip(("min", "max"), ranges[name], strict=True)))
-        if name in ranges
-        else reward
-        for name, reward in statistics.items()
-    }

@@ -1,6 +1,6 @@
 """Parse flags that give a value to each name: ``NAME:WEIGHT``, ``NAME=VALUE`` and ``NAME=MIN:MAX``.
 
-Each parser also accepts the finished mapping, as Python code passes it.
+Each parser takes the flag's name, for errors, and also accepts the finished mapping, as Python code passes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from smpo_common.errors import UserError
 T = TypeVar("T")
 
 
-def parse_rewards(texts: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+def parse_weights(flag: str, texts: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     """Parse weights by name from ``NAME`` (weight 1) or ``NAME:WEIGHT``.
 
     Raises:
@@ -23,29 +23,27 @@ def parse_rewards(texts: Sequence[str] | Mapping[str, float]) -> dict[str, float
 
     def parse(text: str) -> tuple[str, float]:
         if "," in text:
-            raise UserError(
-                f"--reward {text}: separate several rewards by spaces: --reward {' '.join(text.split(','))}"
-            )
+            raise UserError(f"{flag} {text}: separate several by spaces: {flag} {' '.join(text.split(','))}")
         name, colon, number = text.partition(":")
         if "=" in name:
-            raise UserError(f"--reward {text}: write the weight as {text.replace('=', ':')}")
+            raise UserError(f"{flag} {text}: write the weight as {text.replace('=', ':')}")
         try:
             weight = float(number) if colon else 1.0
         except ValueError:
             weight = math.nan
         if not name or not math.isfinite(weight):
-            raise UserError(f"--reward {text}: expected NAME or NAME:WEIGHT, with a finite number as weight")
+            raise UserError(f"{flag} {text}: expected NAME or NAME:WEIGHT, with a finite number as weight")
         return name, weight
 
-    return _parse("--reward", texts, parse)
+    return _parse(flag, texts, parse)
 
 
-def write_rewards(weights: Mapping[str, float]) -> list[str]:
-    """Invert :func:`parse_rewards`."""
+def write_weights(weights: Mapping[str, float]) -> list[str]:
+    """Invert :func:`parse_weights`."""
     return [f"{name}:{weight!r}" for name, weight in weights.items()]
 
 
-def parse_options(texts: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def parse_options(flag: str, texts: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Parse values by name from ``NAME=VALUE``.
 
     Raises:
@@ -55,10 +53,10 @@ def parse_options(texts: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     def parse(text: str) -> tuple[str, str]:
         name, _, value = text.partition("=")
         if not (name and value):
-            raise UserError(f"--objective-option {text}: expected NAME=VALUE")
+            raise UserError(f"{flag} {text}: expected NAME=VALUE")
         return name, value
 
-    return _parse("--objective-option", texts, parse)
+    return _parse(flag, texts, parse)
 
 
 def write_options(values: Mapping[str, str]) -> list[str]:
@@ -66,10 +64,10 @@ def write_options(values: Mapping[str, str]) -> list[str]:
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def parse_ranges(texts: Sequence[str] | Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Parse minimum and maximum by reward name from ``NAME=MIN:MAX``, in units of the raw score.
+def parse_ranges(flag: str, texts: Sequence[str] | Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Parse minimum and maximum by name from ``NAME=MIN:MAX``.
 
-    Only their difference matters: ``NAME=raw``, for scores that are log-odds, stands for 0 and 1.
+    ``NAME=raw``, where only their difference matters and values are taken as they are, stands for 0 and 1.
 
     Raises:
         UserError: they are not finite numbers in increasing order, or a name is given twice.
@@ -82,10 +80,10 @@ def parse_ranges(texts: Sequence[str] | Mapping[str, tuple[float, float]]) -> di
         except ValueError:
             low = high = math.nan
         if not name or not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise UserError(f"--reward-range {text}: expected NAME=MIN:MAX with two numbers, MIN < MAX, or NAME=raw")
+            raise UserError(f"{flag} {text}: expected NAME=MIN:MAX with two numbers, MIN < MAX, or NAME=raw")
         return name, (low, high)
 
-    return _parse("--reward-range", texts, parse)
+    return _parse(flag, texts, parse)
 
 
 def write_ranges(ranges: Mapping[str, tuple[float, float]]) -> list[str]:
