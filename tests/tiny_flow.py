@@ -62,7 +62,7 @@ def make_tiny_sd3(path: Path, seed: int = 0, *, version: str = "3.5", t5: bool =
         tokenizer = make_tokenizer()
         clips = [CLIPTextModelWithProjection(make_text_config(tokenizer, hidden_act=act)) for act in ("gelu", "relu")]
         vae = make_tiny_vae(scaling_factor=1.5305, shift_factor=0.0609)
-        encoder, words = _make_t5() if t5 else (None, None)
+        encoder, words = make_t5() if t5 else (None, None)
     StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
@@ -103,7 +103,7 @@ def make_tiny_flux(path: Path, seed: int = 0, *, guided: bool = True, **schedule
         tokenizer = make_tokenizer()
         clip = CLIPTextModel(make_text_config(tokenizer))
         vae = make_tiny_vae(scaling_factor=0.3611, shift_factor=0.1159)
-        encoder, words = _make_t5()
+        encoder, words = make_t5()
     FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**published | scheduler),
@@ -116,7 +116,7 @@ def make_tiny_flux(path: Path, seed: int = 0, *, guided: bool = True, **schedule
     return path
 
 
-def _make_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
+def make_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
     """Make a random encoder, from torch's global generator, and a tokenizer of single letters and two words."""
     special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     letters = [(chr(code), -5.0) for code in range(ord("!"), 127)]

@@ -45,7 +45,8 @@ class Family(ABC):
     Attributes:
         pipelines: names of the diffusers pipeline classes (``_class_name`` of ``model_index.json``) that this is for.
         denoiser_folder: the denoiser's folder in a pipeline, which is also the prefix of its layers in LoRA files.
-        lora_targets: ends of the names of the denoiser's layers that a LoRA adapts.
+        lora_targets: ends of the names of the denoiser's layers that a LoRA adapts; none where diffusers has no LoRA
+            for it.
         kind: short name that the manifest records, for example ``sd15``.
         latent_factor: pixels a latent position, along one side.
         patch: side, in latent positions, of what is one token to the denoiser; 1 for UNets.

@@ -138,8 +138,10 @@ def _add(denoiser: Any, lora: Lora, of: str) -> None:  # noqa: ANN401
     """Attach the adapter, all of it.
 
     Raises:
-        UserError: a layer does not fit.
+        UserError: the denoiser takes none, or a layer does not fit.
     """
+    if not hasattr(denoiser, "load_lora_adapter"):
+        raise UserError(f"{lora.what}: diffusers has no LoRA for the denoiser of {of} ({type(denoiser).__name__})")
     # diffusers logs what does not fit over many lines, and goes on without any of it.
     logger = logging.getLogger("diffusers.loaders.peft")
     logger.disabled = True

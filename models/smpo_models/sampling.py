@@ -9,9 +9,16 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from smpo_models.family import Family
+from smpo_models.noise_schedules.rectified_flow import is_flow_solver
+from smpo_models.noise_schedules.variance_preserving import ddim_options
 from smpo_models.weights import load_part, load_weights
 
 
@@ -52,9 +59,11 @@ def load_pipeline(
                 loader.from_pretrained, model, what, variant=variant, subfolder=name, dtype=dtype
             )
     pipeline = load_part(kind.from_pretrained, model, what, dtype=dtype, **loaded)
-    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-        # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    config = pipeline.scheduler.config
+    if is_flow_solver({"_class_name": type(pipeline.scheduler).__name__, **config}):
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config, solver_order=1)  # Euler's steps
+    elif not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        pipeline.scheduler = DDIMScheduler.from_config(config, **ddim_options(config))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

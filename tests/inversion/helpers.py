@@ -124,11 +124,7 @@ class FlowOracle:
     @torch.no_grad()
     def embed(self, prompt: str, *_size_and_crop) -> dict[str, Any]:
         """The empty prompt stands for what the pipeline guides with."""
-        made = self.stock.embed(prompt or self.stock.unconditional)
-        return {
-            name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-            for name, value in made.items()
-        }
+        return _double(self.stock.embed(prompt or self.stock.unconditional))
 
     @torch.no_grad()
     def output(self, x: torch.Tensor, t: float, text: dict[str, Any]) -> torch.Tensor:
@@ -159,6 +155,41 @@ class FlowOracle:
             x_t = self.step(x, s, t, text, renoise_steps)
             yield t, x, s, x_t
             x, s = x_t, t
+
+
+def _double(value: Any) -> Any:
+    """Cast all floating-point tensors to float64, in lists and dictionaries too."""
+    if isinstance(value, dict):
+        return {name: _double(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_double(each) for each in value]
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+class PixArtOracle(Oracle):
+    """The same for PixArt-Sigma: betas from 0.0001 to 0.02, and a trajectory that begins at no noise at all."""
+
+    def __init__(self, folder, prediction_type: str) -> None:
+        self.stock, self.prediction_type = load_stock(folder), prediction_type
+        self.vae = self.stock.pipeline.vae
+        self.transformer = copy.deepcopy(self.stock.pipeline.transformer).double()
+        betas = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float32)
+        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0).double()
+
+    def a(self, t: int) -> float:
+        return super().a(t) if t >= 0 else 1.0
+
+    def s(self, t: int) -> float:
+        return super().s(t) if t >= 0 else 0.0
+
+    @torch.no_grad()
+    def embed(self, prompt: str, *_size_and_crop) -> dict[str, Any]:
+        return _double(self.stock.embed(prompt))
+
+    @torch.no_grad()
+    def output(self, x: torch.Tensor, t: int, text: dict[str, Any]) -> torch.Tensor:
+        made = self.transformer(**self.stock.inputs(x[None], torch.tensor([t])), **text).sample
+        return self.stock.velocity(made)[0]
 
 
 class OracleXL(Oracle):

@@ -5,13 +5,15 @@ Only what the pipelines themselves do; nothing here uses ``smpo_models``.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 
-SHAPE = (32, 48)
-"""Height and width of images, where a test takes no others."""
+SHAPE = (32, 64)
+"""Height and width of all images; Sana's pipeline takes multiples of 32."""
 
 _SWITCHES = ("return_dict", "attention_kwargs", "joint_attention_kwargs")
 
@@ -21,11 +23,13 @@ class Stock:
 
     Attributes:
         mask: the denoiser's name of the mask of its text, where it takes one.
+        positional: the denoiser's names of what the pipeline gives it by position.
         unconditional: what the pipeline guides with.
         shape: height and width of images.
     """
 
     mask: str | None = None
+    positional: tuple[str, ...] = ()
     unconditional = ""
     shape = SHAPE
 
@@ -45,11 +49,15 @@ class Stock:
         """Undo :meth:`pack`; also the denoiser's."""
         return hidden_states
 
+    def noisy(self, call: dict[str, Any]) -> torch.Tensor:
+        """Latents [B, C, h, w] that the denoiser is given."""
+        return self.unpack(call["hidden_states"])
+
     def result(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents [B, C, h, w] of what ``output_type="latent"`` gives."""
         return self.unpack(latents)
 
-    def velocity(self, output: torch.Tensor) -> torch.Tensor:
+    def velocity(self, output: Any) -> torch.Tensor:
         """What the pipeline hands to its scheduler for an output of the denoiser, unpacked."""
         return self.unpack(output)
 
@@ -88,7 +96,7 @@ class Stock:
         """Sample from unpacked noise; latents come back unpacked and normalised."""
         height, width = self.shape
         made = self.pipeline(
-            prompt=prompts,
+            prompt=list(prompts),  # Z-Image's writes into it
             latents=self.pack(noise),
             height=height,
             width=width,
@@ -166,10 +174,99 @@ class StockQwenImage(Stock):
         return (found.mean[:, :, 0] - mean) / std, found.std[:, :, 0] / std
 
 
+class StockPixArt(Stock):
+    """PixArt-Sigma's: half of the output is a variance; without its table of sizes and further packages' cleaning."""
+
+    mask = "encoder_attention_mask"
+    positional = ("hidden_states",)
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        super().__init__(pipeline)
+        # Of the linspace timesteps of its own, DDIM's steps do not lead from one to the next.
+        changed = {"clip_sample": False, "timestep_spacing": "trailing"}
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **changed)
+
+    def options(self, guidance: float, images: int) -> dict[str, Any]:
+        return super().options(guidance, images) | {"use_resolution_binning": False, "clean_caption": False}
+
+    def velocity(self, output: torch.Tensor) -> torch.Tensor:
+        return output[:, : self.pipeline.transformer.config.in_channels]
+
+    def embed(self, prompt: str) -> dict[str, Any]:
+        text, mask, _, _ = self.pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+
+    def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found, scale = self.pipeline.vae.encode(pixels).latent_dist, self.pipeline.vae.config.scaling_factor
+        return found.mean * scale, found.std * scale
+
+
+class StockZImage(Stock):
+    """Z-Image's: lists of images and texts, a negated output, unguided at scale 0, the prompts first."""
+
+    positional = ("x", "t", "cap_feats")
+
+    def options(self, guidance: float, images: int) -> dict[str, Any]:
+        return super().options(guidance - 1, images)
+
+    def noisy(self, call: dict[str, Any]) -> torch.Tensor:
+        return torch.stack(call["x"]).squeeze(2)
+
+    def velocity(self, output: list[torch.Tensor]) -> torch.Tensor:
+        return -torch.stack(output).squeeze(2)
+
+    def forwards(self, prompts: list[str], guidance: float) -> list[list[str | None]]:
+        return [prompts + [None] * len(prompts)] if guidance > 1 else [prompts]
+
+    def embed(self, prompt: str) -> dict[str, Any]:
+        (text,), _ = self.pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        return {"cap_feats": [text]}
+
+    def inputs(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+        return {"x": list(x.unsqueeze(2)), "t": (1000 - t) / 1000}
+
+    def given(self, call: dict[str, Any]) -> dict[str, Any]:
+        texts = {f"encoder_hidden_states {number}": text for number, text in enumerate(call["cap_feats"])}
+        return {"x": torch.stack(call["x"]), "t": call["t"], **texts}
+
+
+class StockSana(Stock):
+    """Sana's: a multistep solver, here of first order; an autoencoder without posterior; without its table of sizes."""
+
+    mask = "encoder_attention_mask"
+    positional = ("hidden_states",)
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        super().__init__(pipeline)
+        config = pipeline.scheduler.config
+        if "solver_order" in config:
+            pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config, solver_order=1)
+
+    def options(self, guidance: float, images: int) -> dict[str, Any]:
+        return super().options(guidance, images) | {"use_resolution_binning": False}
+
+    def embed(self, prompt: str) -> dict[str, Any]:
+        """The empty prompt is the negative one, which has no instruction."""
+        default = inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default
+        made = self.pipeline.encode_prompt(prompt, complex_human_instruction=default)
+        text, mask = made[:2] if prompt else made[2:]
+        return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+
+    def inputs(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+        return {"hidden_states": x, "timestep": t.long()}
+
+    def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = self.pipeline.vae.encode(pixels).latent * self.pipeline.vae.config.scaling_factor
+        return latents, torch.zeros_like(latents)
+
+
 _STOCK = {
     "StableDiffusion3Pipeline": Stock,
     "FluxPipeline": StockFlux,
     "QwenImagePipeline": StockQwenImage,
+    "PixArtSigmaPipeline": StockPixArt,
+    "ZImagePipeline": StockZImage,
+    "SanaPipeline": StockSana,
 }
 
 
@@ -182,14 +279,14 @@ def load_stock(folder, **parts) -> Stock:
 class Calls:
     """Records what a denoiser is given, by name, and its output, at each forward."""
 
-    def __init__(self, denoiser: torch.nn.Module) -> None:
+    def __init__(self, denoiser: torch.nn.Module, positional: Sequence[str] = ()) -> None:
         self.given: list[dict[str, Any]] = []
-        self.output: list[torch.Tensor] = []
+        self.output: list[Any] = []
+        self._positional = positional
         denoiser.register_forward_hook(self._record, with_kwargs=True)
 
     def _record(self, _module, args, kwargs, output) -> None:
-        assert not args
-        self.given.append(
-            {name: value for name, value in kwargs.items() if value is not None and name not in _SWITCHES}
-        )
+        named = dict(zip(self._positional, args, strict=False)) | kwargs
+        assert len(named) == len(args) + len(kwargs)
+        self.given.append({name: value for name, value in named.items() if value is not None and name not in _SWITCHES})
         self.output.append(output[0])

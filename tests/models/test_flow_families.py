@@ -14,10 +14,11 @@ from smpo_models.family import Conditioning, Family
 from smpo_models.loading import load_family
 from smpo_models.noise_schedules.base import START
 from smpo_models.sampling import load_pipeline, sample
-from smpo_schemas.shards.text_rows import split_rows
+from smpo_schemas.shards.text_rows import TextRow, split_rows, stack_rows
 from tests.models.stock import SHAPE, Calls, Stock, load_stock
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
 from tests.tiny_qwen import make_tiny_qwen_image
+from tests.tiny_transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
 
 PROMPTS = ["a cat", "a cat and a dog " * 40, ""]
 """Of different lengths; the second is longer than either CLIP tokenizer takes."""
@@ -32,6 +33,9 @@ MODELS: dict[str, Callable] = {
     "flux1-dev": make_tiny_flux,
     "flux1-schnell": lambda path: make_tiny_flux(path, guided=False),
     "qwen-image": make_tiny_qwen_image,
+    "pixart-sigma": make_tiny_pixart,
+    "z-image": make_tiny_z_image,
+    "sana": make_tiny_sana,
 }
 
 
@@ -49,10 +53,15 @@ def make_noise(family: Family) -> torch.Tensor:
 
 def condition(family: Family, prompts: Sequence[str | None]) -> Conditioning:
     """Encode prompts, and for None what the pipeline guides with; then the empty prompt stands for it, too."""
-    family.encodes_empty_prompt = None not in prompts
-    made = family.condition([prompt or "" for prompt in prompts], [SHAPE] * len(prompts), [(0, 0)] * len(prompts))
+    rows: dict[str | None, TextRow] = {}
+    for some in ([None], [prompt for prompt in prompts if prompt is not None]):
+        family.encodes_empty_prompt = None not in some
+        rows |= (
+            zip(some, split_rows(family.encode_text([prompt or "" for prompt in some])), strict=True) if some else ()
+        )
     family.encodes_empty_prompt = False
-    return made
+    text = stack_rows([rows[prompt] for prompt in prompts])
+    return family.conditioning(text, [SHAPE] * len(prompts), [(0, 0)] * len(prompts))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -60,7 +69,7 @@ def condition(family: Family, prompts: Sequence[str | None]) -> Conditioning:
 def test_the_denoiser_is_given_what_the_pipeline_gives_it(world, guidance):
     """Some pipelines guide by a second half of the batch, some by another forward, and FLUX.1's tells dev the scale."""
     family, stock = world
-    theirs, ours = Calls(stock.pipeline.transformer), Calls(family.denoiser)
+    theirs, ours = Calls(stock.pipeline.transformer, stock.positional), Calls(family.denoiser, stock.positional)
     stock.run(PROMPTS, make_noise(family), guidance, STEPS)
     if family.embedded_guidance is not None:
         family.embedded_guidance = guidance
@@ -69,8 +78,9 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(world, guidance):
     for t, (prompts, conditioning), given, output in zip(
         timesteps, forwards * STEPS, theirs.given, theirs.output, strict=True
     ):
-        x = stock.unpack(given["hidden_states"])
-        found = family.denoise(family.denoiser, x, torch.full((len(prompts),), t), conditioning)
+        x = stock.noisy(given)
+        t_B = torch.full((len(prompts),), t, dtype=family.noise_schedule.timestep_dtype)
+        found = family.denoise(family.denoiser, x, t_B, conditioning)
         handed, wanted = stock.given(ours.given[-1]), stock.given(given)
         assert handed.keys() == wanted.keys()
         for name, value in wanted.items():
@@ -78,7 +88,7 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(world, guidance):
                 assert handed[name] == value, name
                 continue
             # Embeddings of other batches have other last bits.
-            tolerance = 1e-5 if name in {"pooled_projections", "encoder_hidden_states"} else 0
+            tolerance = 1e-5 if name.startswith(("pooled_projections", "encoder_hidden_states")) else 0
             torch.testing.assert_close(handed[name], value, rtol=tolerance, atol=tolerance, msg=name)
         torch.testing.assert_close(found, stock.velocity(output), rtol=1e-4, atol=1e-5)
 
@@ -97,7 +107,7 @@ def test_sampling_by_the_schedule_gives_the_pipelines_latents(world, guidance):
     grid = [float(START), *schedule.grid(STEPS, family.num_tokens(*SHAPE))]
     x = noise
     for s, t in zip(grid[-2::-1], grid[::-1], strict=False):
-        t_B, s_B = torch.full((len(x),), t), torch.full((len(x),), s)
+        t_B, s_B = (torch.full((len(x),), time, dtype=schedule.timestep_dtype) for time in (t, s))
         output = family.denoise(family.denoiser, x, t_B, conditioning)
         if guides:
             output = stock.guided(output, family.denoise(family.denoiser, x, t_B, unconditional), guidance)
@@ -122,8 +132,8 @@ def test_a_prompts_embedding_does_not_depend_on_the_others(world):
     if "mask" in together:
         assert not together["text"][~together["mask"]].any()
     for row, prompt in zip(split_rows(together), [*PROMPTS, PROMPTS[0]], strict=True):
-        for name, value in family.encode_text([prompt]).items():
-            torch.testing.assert_close(row[name], value[0], rtol=1e-5, atol=1e-6)
+        (alone,) = split_rows(family.encode_text([prompt]))
+        torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-6)
     assert family.cuts(PROMPTS[1])
     assert not family.cuts(PROMPTS[0])
 
@@ -137,9 +147,9 @@ class Facts:
     limits: tuple[int, int | None]
     steps: int = 28
     guidance: float | None = None
-    latents: tuple[int, int, int] = (4, 8, 12)
+    latents: tuple[int, int, int] = (4, 8, 16)
     multiple: int = 8
-    tokens: int = 24
+    tokens: int = 32
     schedule_steps: int | None = None
 
 
@@ -154,6 +164,10 @@ FACTS = {
     "flux1-dev": Facts("flux1-dev", guidance=3.5, **FLUX),
     "flux1-schnell": Facts("flux1-schnell", steps=4, **FLUX),
     "qwen-image": Facts("qwen-image", steps=50, guidance=4.0, schedule_steps=50, **FLUX),
+    "pixart-sigma": Facts("pixart-sigma", 32, (16, None), steps=20, guidance=4.5),
+    # Its tiny table holds 64 positions of 8 pixels.
+    "z-image": Facts("z-image", 512, (256, 512), steps=50, guidance=6.0),
+    "sana": Facts("sana", 32, (16, None), steps=20, guidance=4.5, multiple=32, tokens=128),
 }
 
 
@@ -191,7 +205,7 @@ def test_lora_targets_are_layers_of_the_denoiser(world):
         assert any(name.endswith(f".{target}") for name in names), target
 
 
-@pytest.mark.parametrize("make", [make_tiny_sd3, make_tiny_flux])
+@pytest.mark.parametrize("make", [MODELS[name] for name in ("sd35", "flux1-dev", "pixart-sigma", "z-image", "sana")])
 def test_a_folder_with_a_missing_part_is_one_line(tmp_path, make):
     whole = make(tmp_path / "whole")
     for part in [path.name for path in whole.iterdir() if path.is_dir()]:

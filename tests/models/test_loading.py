@@ -158,6 +158,9 @@ def test_every_family_is_found():
         "StableDiffusion3Pipeline",
         "FluxPipeline",
         "QwenImagePipeline",
+        "PixArtSigmaPipeline",
+        "ZImagePipeline",
+        "SanaPipeline",
     }
 
 

@@ -29,6 +29,7 @@ class NoiseSchedule(ABC):
             none below.
         sampler_steps: how many steps the sampler takes, where :meth:`timesteps_at` depends on it; else None. Set it
             after loading.
+        cuts_times: whether the sampler tells the denoiser t without its fraction.
         prediction_type: what the denoiser predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
     """
 
@@ -36,6 +37,7 @@ class NoiseSchedule(ABC):
     num_train_timesteps: int
     first_pure_noise: int
     sampler_steps: int | None = None
+    cuts_times: bool = False
     prediction_type: str
 
     @abstractmethod

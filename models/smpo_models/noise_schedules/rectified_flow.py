@@ -6,12 +6,12 @@ Shape suffixes: B batch, C h w a latent.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
@@ -27,6 +27,18 @@ _UNKNOWN = (
     "stochastic_sampling",
 )
 """Settings of the scheduler under which its grid is another one, its time runs backwards, or it adds noise."""
+
+_SOLVER = {
+    "algorithm_type": "dpmsolver++",
+    "prediction_type": "flow_prediction",
+    "final_sigmas_type": "zero",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_dynamic_shifting": False,
+}
+"""Settings of DPM-Solver that its grid, its end and the meaning of the model's output depend on."""
 
 _SHIFT = (
     "num_train_timesteps",
@@ -157,7 +169,8 @@ class RectifiedFlow(NoiseSchedule):
     def fingerprint(self) -> str:
         """See the base class."""
         config = self.scheduler.config
-        return sha256_json({"prediction_type": self.prediction_type} | {name: config[name] for name in _SHIFT})
+        settings = {"prediction_type": self.prediction_type} | {name: config[name] for name in _SHIFT}
+        return sha256_json(settings | ({"cuts_times": True} if self.cuts_times else {}))
 
 
 def load_rectified_flow(
@@ -181,9 +194,41 @@ def load_rectified_flow(
         UserError: there is none, or it is another one.
     """
     kind, folder = FlowMatchEulerDiscreteScheduler, {"subfolder": "scheduler"}
-    check_flow_scheduler(load_part(kind.load_config, model, what, **folder), what)
+    config = load_part(kind.load_config, model, what, **folder)
+    if is_flow_solver(config):
+        return _by_solver_config(config, what, sampler_steps)
+    check_flow_scheduler(config, what)
     scheduler = load_part(kind.from_pretrained, model, what, **folder)
     return RectifiedFlow(scheduler, sampler_steps=sampler_steps, sigmas=sigmas, mu=mu)
+
+
+def is_flow_solver(config: Mapping[str, Any]) -> bool:
+    """Return whether a scheduler's config is that of DPM-Solver for flow models, whose first order is Euler's step."""
+    return config.get("_class_name") == "DPMSolverMultistepScheduler" and bool(config.get("use_flow_sigmas"))
+
+
+def _by_solver_config(config: Mapping[str, Any], what: str, sampler_steps: int) -> RectifiedFlow:
+    """Return the noise schedule of a DPM-Solver's config, which has another grid than diffusers' Euler scheduler.
+
+    Raises:
+        UserError: it has settings that change its grid, its end or what the model predicts, or that add noise.
+    """
+    complete = {**DPMSolverMultistepScheduler().config, **config}
+    for setting, value in _SOLVER.items():
+        if complete[setting] != value:
+            raise UserError(
+                f"{what}: its scheduler's config sets {setting} to {complete[setting]}; of DPM-Solver for flow models "
+                f"only {value} is known"
+            )
+    steps = int(complete["num_train_timesteps"])
+
+    def sigmas(number: int) -> np.ndarray:
+        return (1 - np.linspace(1, 1 / steps, number + 1))[:0:-1]
+
+    scheduler = FlowMatchEulerDiscreteScheduler(steps, shift=complete["flow_shift"])
+    schedule = RectifiedFlow(scheduler, sampler_steps=sampler_steps, sigmas=sigmas)
+    schedule.cuts_times = True
+    return schedule
 
 
 def check_flow_scheduler(config: dict[str, Any], what: str) -> None:

@@ -5,7 +5,7 @@ Shape suffixes: B batch, C h w a latent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -119,9 +119,20 @@ def load_variance_preserving(model: str, what: str) -> VariancePreserving:
         UserError: there is none, or it is another one.
     """
     kind, folder = DDIMScheduler, {"subfolder": "scheduler"}
-    check_scheduler(load_part(kind.load_config, model, what, **folder), what)
-    # clip_sample defaults to True and survives from schedulers that lack it; latents must not be clipped.
-    return VariancePreserving(load_part(kind.from_pretrained, model, what, clip_sample=False, **folder))
+    config = load_part(kind.load_config, model, what, **folder)
+    check_scheduler(config, what)
+    return VariancePreserving(load_part(kind.from_pretrained, model, what, **ddim_options(config), **folder))
+
+
+def ddim_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what DDIM takes otherwise than a model's own scheduler config says.
+
+    ``clip_sample`` defaults to True and survives from schedulers that lack it; latents must not be clipped. Of
+    ``linspace`` timesteps, which the multistep solvers take, diffusers' DDIM would not step to the next one but T / n
+    below; ``trailing`` ones begin at the same timestep, and it steps from one to the next.
+    """
+    spacing = {"timestep_spacing": "trailing"} if config.get("timestep_spacing") == "linspace" else {}
+    return {"clip_sample": False, **spacing}
 
 
 def check_scheduler(config: dict[str, Any], what: str) -> None:

@@ -8,6 +8,7 @@ from smpo_pipeline.images.buckets import Size, bucket_sizes
 from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import FLOW
+from smpo_schemas.trained_model import UNET_FOLDER
 
 
 def check_settings(family: Family, model: str, resolution: int | None, settings: InversionSettings) -> int:
@@ -20,6 +21,11 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
     _check_resolution(family, model, chosen, settings)
     if family.noise_schedule.prediction_type == FLOW:
         _refuse_of_flow(model, settings)
+    elif settings.timesteps == "published" and family.denoiser_folder != UNET_FOLDER:
+        raise UserError(
+            f"--timesteps published: the published code is for Stable Diffusion and SDXL; {model} is {family.kind}; "
+            "use --timesteps jittered or grid"
+        )
     start, last = settings.start, family.noise_schedule.num_train_timesteps
     if isinstance(start, int) and not 0 <= start < last:
         raise UserError(f"--start {start}: {model} has timesteps 0 to {last - 1}")

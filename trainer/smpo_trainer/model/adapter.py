@@ -20,13 +20,19 @@ def require_adapter(settings: TrainSettings) -> None:
     """Check the flags of the adapter, before any weights are loaded.
 
     Raises:
-        UserError: one of them needs ``--lora-rank``, or the model's adapter cannot be written in ``--lora-format``.
+        UserError: one of them needs ``--lora-rank``; or the model takes no adapter, or it cannot be written in
+            ``--lora-format``.
     """
     options = settings.denoiser
     given = {"--lora-alpha": options.lora_alpha is not None, "--lora-format": options.lora_format != "diffusers"}
     without = [flag for flag, is_given in given.items() if is_given and options.lora_rank is None]
     if without:
         raise UserError(f"{', '.join(without)}: for an adapter; give --lora-rank too, for example --lora-rank 16")
+    if options.lora_rank is not None and not (family := load_family(settings.model, ())).lora_targets:
+        raise UserError(
+            f"--lora-rank {options.lora_rank}: diffusers has no LoRA for the denoiser of --model {settings.model} "
+            f"({family.kind}); leave it out to train all weights"
+        )
     if given["--lora-format"]:
         require_lora_format(options.lora_format, _denoiser_class(settings), f"--model {settings.model}")
 
