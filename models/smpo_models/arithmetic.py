@@ -17,11 +17,12 @@ def narrow_products(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """Cast, in place, those frozen weights that autocast casts at each use.
 
     No bit of a forward or backward under autocast changes: norms keep float32 weights, and what is trained does.
+    Quantized weights stay as they are.
     """
     for module in denoiser.modules():
         if isinstance(module, _PRODUCTS):
             for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
+                if not parameter.requires_grad and parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
 
 
@@ -39,4 +40,5 @@ def input_dtype(denoiser: nn.Module, device: torch.device) -> torch.dtype:
     """
     # The meta device, on which operations are counted, knows no autocast.
     casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.float32 if casts else next(denoiser.parameters()).dtype
+    # Quantized weights are integers.
+    return torch.float32 if casts else next(each.dtype for each in denoiser.parameters() if each.is_floating_point())

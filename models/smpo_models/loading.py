@@ -32,6 +32,7 @@ class _Loader(Protocol):
         vae: str | None,
         variant: str | None,
         device: torch.device,
+        denoiser_dtype: torch.dtype,
         what: str,
     ) -> Family: ...
 
@@ -50,6 +51,7 @@ def load_family(
     vae: str | None = None,
     variant: str | None = None,
     device: torch.device | str = "cpu",
+    denoiser_dtype: torch.dtype = torch.float32,
     what: str | None = None,
 ) -> Family:
     """Load the named parts of a text-to-image model, all in float32 (fingerprint first, cast then).
@@ -63,6 +65,7 @@ def load_family(
         vae: hub id or folder of a VAE in place of the model's own.
         variant: of the files of weights, for example ``fp16``.
         device: for all parts.
+        denoiser_dtype: of the denoiser's weights.
         what: names the model in errors; default: ``--model`` and its name.
 
     Raises:
@@ -75,7 +78,16 @@ def load_family(
     if name not in known:
         raise UserError(f"{what} is a {name or 'folder without model_index.json'}; known: {', '.join(known)}")
     loader = cast("_Loader", known[name])
-    return loader(model, parts, denoiser=denoiser, vae=vae, variant=variant, device=torch.device(device), what=what)
+    return loader(
+        model,
+        parts,
+        denoiser=denoiser,
+        vae=vae,
+        variant=variant,
+        device=torch.device(device),
+        denoiser_dtype=denoiser_dtype,
+        what=what,
+    )
 
 
 def load_inverting_denoiser(family: Family, model: str, path: Path, variant: str | None = None) -> nn.Module:

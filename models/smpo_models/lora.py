@@ -22,7 +22,7 @@ _UNET, _TRANSFORMER = "unet", "transformer"
 """Start of a layer's name in diffusers' format: the denoiser's name in a pipeline."""
 
 _ADAPTER = "loaded"
-_SETTINGS = "lora_adapter_metadata"
+LORA_SETTINGS = "lora_adapter_metadata"
 """Where diffusers keeps a LoRA's alpha and the like, in the file's header."""
 
 _KOHYA = "lora_unet_"
@@ -63,7 +63,7 @@ def read_lora(path: Path, kind: type, config: Mapping[str, Any], what: str) -> L
     with loading_errors(what):
         layers = safetensors.torch.load_file(path)
         with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get(_SETTINGS, "{}"))
+            settings = json.loads((file.metadata() or {}).get(LORA_SETTINGS, "{}"))
     others = sorted(key for key in layers if key.startswith(("lora_te", "text_encoder")))
     if others:
         raise UserError(

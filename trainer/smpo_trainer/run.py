@@ -26,6 +26,7 @@ from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.model.adapter import convert_finished, require_adapter
 from smpo_trainer.model.optimizers import require_optimizer
 from smpo_trainer.model.policy import Policy, load_policy
+from smpo_trainer.model.quantization import require_quantization
 from smpo_trainer.model.reference import prepare_reference_errors
 from smpo_trainer.monitoring.console import RunConsole
 from smpo_trainer.output.run_folder import OutputFolder, evaluation_command, training_summary
@@ -56,6 +57,7 @@ def run_training(settings: TrainSettings) -> None:
     # on_all and on_main are collective: every process reaches each of them, in the same order.
     on_all(accelerator, lambda: require_optimizer(settings.optimizer, accelerator.device))
     on_all(accelerator, lambda: require_adapter(settings))
+    on_all(accelerator, lambda: require_quantization(settings))
     experiment = on_all(accelerator, lambda: resolve_experiment(settings, console.say))
     states_per_step = settings.steps.batch_size * settings.steps.grad_accum * accelerator.num_processes
     identity = on_main(accelerator, lambda: experiment.identity(states_per_step))

@@ -31,6 +31,7 @@ Device = Literal["cpu", "cuda"]
 ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
 TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
 LrSchedule = Literal["constant", "linear", "cosine"]
+Quantization = Literal["nf4", "int8"]
 OptimizerName = Literal["adamw", "adafactor", "adamw8bit"]
 
 DEFAULT_LR = 1e-5
@@ -177,6 +178,9 @@ class DenoiserOptions(Options):
     lora_format: LoraFormat = "diffusers"
     """Write the LoRA also in this format, to OUT and checkpoints: kohya_lora.safetensors for programs that read kohya's
     files, comfyui_lora.safetensors for ComfyUI. diffusers' own file is always written; every command here reads it."""
+    quantize: Annotated[Quantization | None, IDENTITY] = None
+    """Keep the frozen weights below the LoRA in 4 bits (nf4) or 8 (int8), with bitsandbytes. The reference is then this
+    quantized model (see --reference); the LoRA is saved alone, and `evaluate` adds it to the unquantized model."""
     unet: Annotated[Path | None, Flag(metavar="DIR", identity="resolved")] = None
     """Start from this denoiser folder. Required if the shards were made with a denoiser other than the model's own."""
     variant: Annotated[str | None, Flag(metavar="NAME")] = None
@@ -209,7 +213,7 @@ class ComputeOptions(Options):
     """Source of the reference's errors. stored: those in the shards. recomputed: computed once in this run's precision,
     before the first step. live: computed in every step by a second, frozen denoiser (with --lora-rank by the same one,
     with its adapter disabled). auto: stored, or recomputed if the rounding noise of the stored ones would move margins
-    noticeably."""
+    noticeably, and with --quantize."""
 
     @property
     def chosen_dtype(self) -> Dtype:
@@ -331,6 +335,13 @@ class TrainSettings(Options):
     held_out: HeldOutOptions = HeldOutOptions()
     images: ImageOptions = ImageOptions()
     output: OutputOptions = OutputOptions()
+
+    @property
+    def recomputes_reference(self) -> bool:
+        """Whether reference errors are recomputed whatever their noise: those in shards are of no quantized model."""
+        return self.compute.reference == "recomputed" or (
+            self.compute.reference == "auto" and self.denoiser.quantize is not None
+        )
 
     def peak_lr(self, states_per_step: int) -> float:
         """Return the learning rate after the warm-up.

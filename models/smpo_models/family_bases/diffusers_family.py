@@ -75,6 +75,7 @@ class DiffusersFamily(Family):
         vae: str | None,
         variant: str | None,
         device: torch.device,
+        denoiser_dtype: torch.dtype,
         what: str,
     ) -> None:
         self._model, self._what, self._variant, self._device = model, what, variant, device
@@ -86,7 +87,7 @@ class DiffusersFamily(Family):
         self.noise_schedule = self._load_schedule()
         self.latent_factor = self.autoencoder.factor(self.autoencoder.config(model, vae, self._channels, self._what))
         if "denoiser" in parts:
-            self.denoiser = self._load_denoiser(denoiser)
+            self.denoiser = self._load_denoiser(denoiser, denoiser_dtype)
         if "text" in parts:
             self.text_modules = tuple(module.requires_grad_(False).eval().to(device) for module in self._load_text())
         if "vae" in parts:
@@ -138,7 +139,7 @@ class DiffusersFamily(Family):
         with torch.device("meta"):
             return cast("Any", self.denoiser_class).from_config(self._config)
 
-    def _load_denoiser(self, folder: Path | None) -> nn.Module:
+    def _load_denoiser(self, folder: Path | None, dtype: torch.dtype) -> nn.Module:
         name, kind = self.denoiser_folder, cast("Any", self.denoiser_class)
         source = str(denoiser_folder(folder, name)) if folder else self._model
         what = f"denoiser {folder}" if folder else self._what
@@ -147,7 +148,7 @@ class DiffusersFamily(Family):
             source,
             what,
             variant=self._variant,
-            torch_dtype=torch.float32,
+            torch_dtype=dtype,
             **subfolder(name, folder is None),
         )
         return loaded.requires_grad_(False).eval().to(self._device)

@@ -68,7 +68,9 @@ def test_a_smaller_batch_divides_the_batch() -> None:
     )  # fmt: skip
     ways = {"uses_fsdp": False, "holds_text_encoders": False}
     assert remedies(given, **ways)[0] == "--batch-size 3 --grad-accum 6"
-    assert not any(remedy.startswith("--") for remedy in remedies(given.replace(batch_size=1), **ways))
+    alone = given.replace(batch_size=1)
+    assert [remedy for remedy in remedies(alone, **ways) if remedy.startswith("--")] == ["--quantize nf4"]
+    assert not any(remedy.startswith("--") for remedy in remedies(alone.replace(quantize="int8"), **ways))
     assert not any("--text stored" in remedy for remedy in remedies(given, **ways))
     assert any("--text stored" in remedy for remedy in remedies(given, uses_fsdp=False, holds_text_encoders=True))
 
@@ -78,3 +80,5 @@ def test_with_fsdp_only_supported_flags_are_named() -> None:
     one, several = (remedies(given, uses_fsdp=uses_fsdp, holds_text_encoders=False) for uses_fsdp in (False, True))
     assert any("FSDP" in remedy for remedy in one)
     assert not any("FSDP" in remedy or "adafactor" in remedy for remedy in several)
+    adapted = given.replace(lora_rank=4)
+    assert "--quantize nf4" not in remedies(adapted, uses_fsdp=True, holds_text_encoders=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import nn
@@ -72,3 +73,4 @@ def add_lora(denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: floa
         lora_dropout=0.0,
     )
     denoiser.add_adapter(config)
+    cast_training_params(denoiser)  # PEFT gives it the dtype that products with 4 bit weights have

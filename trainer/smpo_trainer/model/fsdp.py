@@ -51,6 +51,7 @@ def fsdp_plugin(settings: TrainSettings) -> FullyShardedDataParallelPlugin | Non
         f"--optimizer {settings.optimizer.optimizer} (use adamw)": settings.optimizer.optimizer != "adamw",
         "--dtype fp16 (use bf16)": settings.compute.dtype == "fp16",
         "--compile": settings.compute.compile,
+        "--quantize": settings.denoiser.quantize is not None,
     }
     given = [name for name, is_given in unsupported.items() if is_given]
     if given:

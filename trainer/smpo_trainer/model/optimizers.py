@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -13,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import Adafactor
 
 from smpo_common.errors import UserError
+from smpo_trainer.model.quantization import import_bitsandbytes
 from smpo_trainer.settings import OptimizerOptions
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -24,6 +23,8 @@ _FUSED = ("cpu", "cuda")
 _EIGHT_BIT = ("cuda",)
 """Devices with 8-bit optimizers in bitsandbytes; elsewhere it fails at the first step."""
 
+_EIGHT_BIT_FLAG = "--optimizer adamw8bit"
+
 
 def require_optimizer(options: OptimizerOptions, device: torch.device) -> None:
     """Check that the optimizer of ``--optimizer`` can be made, before a model is loaded.
@@ -34,7 +35,7 @@ def require_optimizer(options: OptimizerOptions, device: torch.device) -> None:
     if options.optimizer == "adamw8bit":
         if device.type not in _EIGHT_BIT:
             raise UserError(f"--optimizer adamw8bit needs a GPU, the device is {device.type}; use adamw or adafactor")
-        _bitsandbytes()
+        import_bitsandbytes(_EIGHT_BIT_FLAG)
 
 
 def make_optimizer(
@@ -47,7 +48,7 @@ def make_optimizer(
         # As in the published SDXL runs: an external learning rate instead of one relative to step and weights.
         return Adafactor(list(parameters), **common, scale_parameter=False, relative_step=False, warmup_init=False)
     if options.optimizer == "adamw8bit":
-        return _bitsandbytes().optim.AdamW8bit(list(parameters), **common)
+        return import_bitsandbytes(_EIGHT_BIT_FLAG).optim.AdamW8bit(list(parameters), **common)
     return torch.optim.AdamW(parameters, **common, fused=device in _FUSED)
 
 
@@ -59,13 +60,3 @@ def make_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer, m
         num_warmup_steps=options.warmup_steps,
         num_training_steps=max_steps,
     )
-
-
-def _bitsandbytes() -> ModuleType:
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise UserError(
-            "--optimizer adamw8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or use adamw "
-            "or adafactor"
-        ) from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -20,12 +22,14 @@ from smpo_models.arithmetic import narrow_products
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
+from smpo_models.lora import LORA_SETTINGS
 from smpo_models.lora_formats import write_lora_format
 from smpo_models.weights import DTYPES, variant_remark
 from smpo_schemas.manifest import ModelInfo
 from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER, LoraFormat
 from smpo_trainer.model.adapter import add_lora
 from smpo_trainer.model.fsdp import shard_like, unsharded_class
+from smpo_trainer.model.quantization import CPU_REMARK, quantize
 from smpo_trainer.settings import TrainSettings
 
 
@@ -104,7 +108,9 @@ class Policy:
         if self.lora_rank:
             layers = {name: tensor.detach().cpu() for name, tensor in self._lora_layers(weights).items()}
             pipeline = getattr(diffusers, self.family.pipelines[0])
-            options = {f"{self._folder}_lora_layers": layers, f"{self._folder}_lora_adapter_metadata": self._adapter()}
+            # diffusers' own function writes two entries into the header, which safetensors puts in a random order.
+            save = partial(safetensors.torch.save_file, metadata={LORA_SETTINGS: json.dumps(self._adapter())})
+            options = {f"{self._folder}_lora_layers": layers, "save_function": save}
             pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **options)
             write_lora_format(folder, self.lora_format, unsharded_class(self.denoiser))
             return
@@ -137,10 +143,11 @@ class Policy:
         return self.family.denoiser_folder
 
     def _adapter(self) -> dict[str, object]:
-        """Return what a LoRA file says of its adapter; without alpha, readers take the rank for it."""
+        """Return what diffusers reads of an adapter in a file's header; without alpha, it takes the rank for it."""
         config = self.denoiser.peft_config["default"]
         # In a fixed order: PEFT keeps the targets as a set.
-        return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+        own = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+        return {f"{self._folder}.{name}": value for name, value in own.items()}
 
     def _lora_layers(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename the weights of the adapter as diffusers names them in a file."""
@@ -165,24 +172,15 @@ def load_policy(
     Raises:
         UserError: the model is not the one that the shards were made with.
     """
-    start = settings.denoiser
+    start, dtype = settings.denoiser, DTYPES[settings.compute.chosen_dtype]
     if remark := variant_remark(settings.model, start.variant):
         say(remark)
-    family = load_family(
-        settings.model,
-        ("denoiser", "text") if text else ("denoiser",),
-        denoiser=start.unet,
-        variant=start.variant,
-    )
-    denoiser = family.denoiser
-    if denoiser is None:
-        raise UserError(f"--model {settings.model} has no denoiser")
+    family, is_reference = _load_start(settings, info, text=text)
+    denoiser = _denoiser(family, settings)
     if family.noise_schedule.fingerprint() != info.scheduler:
         raise UserError(_mismatch(settings, info, "its scheduler config has another noise schedule or prediction type"))
     if text and fingerprint_module(*family.text_modules) != info.text:
         raise UserError(_mismatch(settings, info, "its text encoder has other weights"))
-    # Compare weights, not names: a hub id may get new weights, and --unet may hold the reference itself.
-    is_reference = fingerprint_module(denoiser) == info.reference
     if not is_reference and start.unet is None:
         raise UserError(
             _mismatch(settings, info, "its denoiser is not the reference of the shards")
@@ -191,16 +189,54 @@ def load_policy(
     if not is_reference:
         say(f"starting from --unet {start.unet}, which is not the reference of the shards: the first margins are not 0")
     reference = _choose_reference(settings, info, denoiser, is_reference=is_reference)
+    modules = [denoiser] if reference is None or reference is denoiser else [denoiser, reference]
+    if start.quantize:
+        # The reference, too: margins must not contain what rounding the weights does.
+        millions = [quantize(module, start.quantize, dtype, device) / 1e6 for module in modules]
+        say(
+            f"{millions[0]:,.1f} million weights below the adapter are in {start.quantize}; `smpo-pipeline evaluate` "
+            "adds the adapter to the unquantized model"
+        )
+        if device.type == "cpu":
+            say(f"WARNING: {CPU_REMARK}")
     if start.lora_rank is None:
         denoiser.requires_grad_(True)
     else:
         add_lora(denoiser, family.lora_targets, start.lora_rank, start.lora_alpha)
     # Cast on the CPU: in float32 they may be too large for the device.
-    for module in [denoiser] if reference is None else [denoiser, reference]:
-        narrow_products(module, DTYPES[settings.compute.chosen_dtype])
+    for module in modules:
+        narrow_products(module, dtype)
         module.to(device)
     family.to(device)
     return Policy(family, denoiser, reference, is_reference, start.lora_rank, start.lora_format)
+
+
+def _load_start(settings: TrainSettings, info: ModelInfo, *, text: bool) -> tuple[Family, bool]:
+    """Load the model to start from; returns whether its denoiser has the weights of the reference.
+
+    Weights are compared, not names: a hub id may get new weights, and --unet may hold the reference itself.
+    """
+    dtypes = [torch.float32]
+    if settings.denoiser.quantize:
+        # Where the files hold no more than this, their values, and so the fingerprint, are the same in half the memory.
+        dtypes.insert(0, DTYPES[settings.compute.chosen_dtype])
+    for dtype in dtypes:
+        family = load_family(
+            settings.model,
+            ("denoiser", "text") if text else ("denoiser",),
+            denoiser=settings.denoiser.unet,
+            variant=settings.denoiser.variant,
+            denoiser_dtype=dtype,
+        )
+        if is_reference := fingerprint_module(_denoiser(family, settings)) == info.reference:
+            break
+    return family, is_reference
+
+
+def _denoiser(family: Family, settings: TrainSettings) -> nn.Module:
+    if family.denoiser is None:
+        raise UserError(f"--model {settings.model} has no denoiser")
+    return family.denoiser
 
 
 def _mismatch(settings: TrainSettings, info: ModelInfo, reason: str) -> str:
@@ -217,7 +253,7 @@ def _choose_reference(
     # Copy the reference before training changes it; below an adapter its weights stay as they are.
     if settings.compute.reference == "live" and is_reference:
         return denoiser if settings.denoiser.lora_rank else copy.deepcopy(denoiser)
-    if settings.compute.reference in {"live", "recomputed"} and not is_reference:
+    if (settings.compute.reference == "live" or settings.recomputes_reference) and not is_reference:
         return _load_reference(settings, info)
     return None
 

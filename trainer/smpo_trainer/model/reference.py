@@ -115,7 +115,9 @@ def prepare_reference_errors(
     reference = _Pass(policy, feed, accelerator)
     noise = reference.measure(experiment.pair_loss(policy.family.noise_schedule), settings.steps.max_steps)
     console.say(noise.describe())
-    if settings.compute.reference == "recomputed" or (settings.compute.reference == "auto" and noise.is_significant):
+    if settings.denoiser.quantize and settings.recomputes_reference:
+        console.say(f"--quantize {settings.denoiser.quantize}: the reference errors are those of the quantized weights")
+    if settings.recomputes_reference or (settings.compute.reference == "auto" and noise.is_significant):
         feed.dataset.ref_error_S2 = _recompute(reference, settings.steps.max_steps, output, console)
     elif settings.compute.reference == "stored" and noise.is_significant:
         console.say(

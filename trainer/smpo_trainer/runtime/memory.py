@@ -46,6 +46,7 @@ def remedies(settings: TrainSettings, *, uses_fsdp: bool, holds_text_encoders: b
         "--dtype bf16": compute.dtype == "fp32",
         "--optimizer adafactor": settings.optimizer.optimizer == "adamw" and lora_rank is None and not uses_fsdp,
         "--lora-rank 16": lora_rank is None,
+        "--quantize nf4": lora_rank is not None and settings.denoiser.quantize is None and not uses_fsdp,
         "more GPUs" if uses_fsdp else "several GPUs with FSDP (docs/guide/training.md)": True,
     }
     return [flag for flag, does_help in helps.items() if does_help]
