@@ -5,6 +5,7 @@ The names below are for notebooks (docs/guide/python.md); they are imported when
 
 from __future__ import annotations
 
+import logging as python_logging
 from typing import TYPE_CHECKING
 
 from transformers.utils import logging
@@ -23,6 +24,8 @@ __all__ = ["Conditioning", "Family", "image_noise", "load_family", "load_pipelin
 # loads it checks and says itself.
 logging.disable_progress_bar()
 logging.set_verbosity_error()
+# PEFT imports bitsandbytes where it is installed, which on some CPUs prints that it lacks a kernel it can do without.
+python_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(python_logging.ERROR)
 
 __getattr__, __dir__ = lazy_exports(
     __name__,

@@ -28,6 +28,14 @@ _ADD_Q_K_V = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 _MATRICES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora.down.weight": "A", ".lora.up.weight": "B"}
 """The matrices by the ends of their names in diffusers' files, those of transformers and those of UNets."""
 
+_FLUX = {
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+}
+"""Layers of FLUX's blocks that are one in diffusers and where they were published, by diffusers' name."""
+
 _MLP_RATIO = 4
 """Of FLUX.1: outputs of ``proj_mlp`` for each of ``attn.to_q``."""
 
@@ -42,7 +50,7 @@ def _kohya(layers: _Layers, alpha: float) -> _Tensors:
 
 
 def _kohya_flux(layers: _Layers, alpha: float) -> _Tensors:
-    """Name the layers of FLUX.1 as in its first publication, where several of diffusers' layers are one."""
+    """Name the layers of FLUX.1 and FLUX.2 as they were published, where several of diffusers' layers are one."""
     blocks: dict[str, _Layers] = {}
     for name, matrices in layers.items():
         kind, number, layer = name.split(".", 2)
@@ -54,12 +62,10 @@ def _kohya_flux(layers: _Layers, alpha: float) -> _Tensors:
         if block.startswith("double"):
             tensors |= _fused(f"{block}.img_attn.qkv", left, _TO_Q_K_V, alpha)
             tensors |= _fused(f"{block}.txt_attn.qkv", left, _ADD_Q_K_V, alpha)
-            renamed = {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj"}
-        else:
+        elif _TO_Q_K_V[0] in left:  # FLUX.1; FLUX.2 has one layer in diffusers, too
             rows = _MLP_RATIO * left[_TO_Q_K_V[0]][1].shape[0]
             tensors |= _fused(f"{block}.linear1", left, _TO_Q_K_V, alpha, rows_below=rows)
-            renamed = {}
-        tensors |= _kohya({f"{block}.{renamed[layer]}": matrices for layer, matrices in left.items()}, alpha)
+        tensors |= _kohya({f"{block}.{_FLUX[layer]}": matrices for layer, matrices in left.items()}, alpha)
     return tensors
 
 
@@ -93,6 +99,8 @@ _NAMINGS: Mapping[str, Mapping[str, Callable[[_Layers, float], _Tensors]]] = {
     # diffusers reads no kohya file of SD3.
     "SD3Transformer2DModel": {"comfyui": _peft("transformer")},
     "FluxTransformer2DModel": {"kohya": _kohya_flux, "comfyui": _peft("transformer")},
+    # ComfyUI knows FLUX.2's single blocks by their published names.
+    "Flux2Transformer2DModel": {"kohya": _kohya_flux, "comfyui": _kohya_flux},
     "QwenImageTransformer2DModel": {"kohya": _kohya, "comfyui": _peft("diffusion_model")},
     "ZImageTransformer2DModel": {"kohya": _kohya, "comfyui": _peft("diffusion_model")},
 }

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -65,6 +67,16 @@ def flux_shapes() -> dict[str, tuple[int, int]]:
     return dict.fromkeys(names, (3072, 3072))
 
 
+def flux2_shapes() -> dict[str, tuple[int, int]]:
+    """The attention of FLUX.2: in a single block it is one layer with the MLP."""
+    double = [name for name in flux_shapes() if not name.startswith("single")]
+    single = {
+        "single_transformer_blocks.19.attn.to_qkv_mlp_proj": (8, 70),
+        "single_transformer_blocks.19.attn.to_out": (20, 8),
+    }
+    return {**dict.fromkeys(double, (8, 8)), **single}
+
+
 def names_in(blocks: list[str], layers: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     return {f"{block}.{layer}": (8, 6) for block in blocks for layer in layers}
 
@@ -83,6 +95,7 @@ Z_IMAGE = names_in(
     ("pipeline", "kind", "shapes"),
     [
         (FluxPipeline, FluxTransformer2DModel, flux_shapes()),
+        (Flux2KleinPipeline, Flux2Transformer2DModel, flux2_shapes()),
         (QwenImagePipeline, QwenImageTransformer2DModel, QWEN),
         (ZImagePipeline, ZImageTransformer2DModel, Z_IMAGE),
     ],

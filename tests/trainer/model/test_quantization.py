@@ -29,10 +29,19 @@ from smpo_trainer.model.quantization import _config, quantize
 from smpo_trainer.output.checkpoints import Checkpoints
 from tests.tiny import make_tiny_model, make_tiny_xl
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny_qwen import make_tiny_qwen_image
+from tests.tiny_transformers import make_tiny_z_image
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, invert_tiny, make_settings, run_cli
 
-MODELS = {"sd15": make_tiny_model, "sdxl": make_tiny_xl, "sd35": make_tiny_sd3, "flux1-dev": make_tiny_flux}
+MODELS = {
+    "sd15": make_tiny_model,
+    "sdxl": make_tiny_xl,
+    "sd35": make_tiny_sd3,
+    "flux1-dev": make_tiny_flux,
+    "qwen": make_tiny_qwen_image,
+    "z-image": make_tiny_z_image,
+}
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

@@ -16,17 +16,27 @@ from smpo_pipeline.generation.generator import load_generator
 from smpo_schemas.trained_model import LORA_FILE, lora_file
 from tests.tiny import IMAGE_SIDE, make_tiny_model, make_tiny_xl
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny_qwen import make_tiny_qwen_image
+from tests.tiny_transformers import make_tiny_z_image
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, invert_tiny, run_cli
 
-MODELS = {"sd15": make_tiny_model, "sdxl": make_tiny_xl, "sd35": make_tiny_sd3, "flux1-dev": make_tiny_flux}
+MODELS = {
+    "sd15": (make_tiny_model, "kohya"),
+    "sdxl": (make_tiny_xl, "comfyui"),
+    "sd35": (make_tiny_sd3, "comfyui"),
+    "flux1-dev": (make_tiny_flux, "comfyui"),
+    "qwen": (make_tiny_qwen_image, "kohya"),
+    "z-image": (make_tiny_z_image, "comfyui"),
+}
+"""How each is made, and a format."""
 
 RANK, ALPHA = 3, 1.5
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return MODELS[request.param](tmp_path_factory.mktemp("models") / request.param)
+    return MODELS[request.param][0](tmp_path_factory.mktemp("models") / request.param)
 
 
 def picture(base: Path, folder: Path | None, file: str = LORA_FILE) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
@@ -47,8 +57,15 @@ def picture(base: Path, folder: Path | None, file: str = LORA_FILE) -> tuple[np.
 def test_each_file_is_the_policy_in_a_stock_pipeline(train: Train, base: Path, tmp_path: Path) -> None:
     """W + alpha / rank B A, with an alpha that is not the rank; of a run that was resumed."""
     shards = invert_tiny(base, tmp_path / "shards")
-    lora_format = "kohya" if base.name in {"sd15", "sdxl"} else "comfyui"
-    options = {"on": shards, "base": base, "lora_rank": RANK, "lora_alpha": ALPHA, "lora_format": lora_format}
+    lora_format = MODELS[base.name][1]
+    options = {
+        "on": shards,
+        "base": base,
+        "lora_rank": RANK,
+        "lora_alpha": ALPHA,
+        "lora_format": lora_format,
+        "beta": 2000,
+    }
     train("lora", **options, max_steps=2, batch_size=4, lr=0.1)
     out = train("lora", **options, max_steps=3, batch_size=4, lr=0.1)
     assert column(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-4)
