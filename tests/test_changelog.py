@@ -8,6 +8,7 @@ from pathlib import Path
 
 from smpo_pipeline.evaluation.results import RESULTS_VERSION
 from smpo_schemas.calibration import CALIBRATION_VERSION
+from smpo_schemas.candidates import CANDIDATES_VERSION
 from smpo_schemas.manifest import MANIFEST_VERSION
 from smpo_schemas.scores import SCORES_VERSION
 from smpo_trainer.output.run_folder import TRAINING_VERSION
@@ -26,6 +27,7 @@ def test_the_formats_are_those_that_are_written() -> None:
     assert table == {
         "`manifest.json` of shards": MANIFEST_VERSION,
         "`scores.json`": SCORES_VERSION,
+        "`candidates.json`": CANDIDATES_VERSION,
         "`training.json`": TRAINING_VERSION,
         "`results.json`": RESULTS_VERSION,
         "calibration": CALIBRATION_VERSION,

@@ -15,6 +15,7 @@ from described_fields import described_fields, descriptions
 from generated_page import table, write_or_check
 
 from smpo_schemas.calibration import CALIBRATION_VERSION, Calibration
+from smpo_schemas.candidates import CANDIDATES_SCHEMA, CANDIDATES_VERSION, Candidates
 from smpo_schemas.manifest import MANIFEST_VERSION, Manifest
 from smpo_schemas.pairs.columns import PICK_A_PIC, PairColumns
 from smpo_schemas.pairs.normalising import Pair
@@ -35,9 +36,29 @@ _HEAD = """# File formats
 Made by `python docs/reference/generate_formats.py` from the classes that write and read these files. Do not edit by
 hand.
 
-Every stage writes its marker last (`scores.json`, `manifest.json`, `training.json`): a folder without it is an
-unfinished run, which the same command continues. Files name their `schema_version`; another version is refused.
+Every stage writes its marker last (`candidates.json`, `scores.json`, `manifest.json`, `training.json`): a folder
+without it is an unfinished run, which the same command continues. Files name their `schema_version`; another version is
+refused.
 """
+
+_CANDIDATES = {
+    "pair_id": "made from seed, prompt, row of the prompt and model",
+    "prompt": "without blanks at its ends",
+    "image_0": "file of the image",
+    "image_1": "file of the image",
+    "label": "null",
+    "index_0": "number of the image among those of its prompt, from 0",
+    "index_1": "number of the image",
+    "seed": "of the noise, which depends on seed, prompt and index",
+    "model": "fingerprint of the denoiser in float32",
+    "noise_shape": "C, h, w of the initial noise",
+}
+
+_KEPT = [
+    ("`ID`", "float32 [C, h, w]", "what the VAE decoded, normalised"),
+    ("`ID.states`", "float32 [M, C, h, w]", "inputs of M steps of the sampler, normalised (`--keep states:M`)"),
+    ("`ID.timesteps`", "float32 [M]", "their timesteps, decreasing"),
+]
 
 _SCORES = {
     "pair_id": "as in the pairs, or made from prompt and images",
@@ -85,13 +106,21 @@ def _page() -> Iterator[str]:
     seen: set[type] = set()
     yield _HEAD
     yield from _pairs()
+    yield "## Candidates (output of `generate`)\n"
+    yield "`candidates-NNNNNN.parquet` are pairs, two images of a prompt per row; further columns are the prompts'.\n"
+    yield from _columns(CANDIDATES_SCHEMA, _CANDIDATES)
+    yield "### latents-NNNNNN.safetensors\n"
+    yield "With `--keep`: ID is the hash of the image file's content, as in the scores.\n"
+    yield from table(("tensor", "shape", "meaning"), _KEPT)
+    yield "### candidates.json\n"
+    yield from _models(Candidates, CANDIDATES_VERSION, seen)
     yield "## Scores (output of `score`)\n"
     yield "### scores.json\n"
     yield from _models(ScoresInfo, SCORES_VERSION, seen)
     yield "### Parquet files\n"
     yield "One row per pair, in input order. `scores.json` lists the files.\n"
     yield from _columns(score_schema(["NAME"]), _SCORES)
-    yield "## rejected.parquet (output of `score` and `invert`)\n"
+    yield "## rejected.parquet (output of `generate`, `score` and `invert`)\n"
     yield "Pairs that are in no result: pairs in = pairs out + rejected.\n"
     yield from _columns(REJECT_SCHEMA, descriptions(Reject))
     yield "## Shards (output of `invert`)\n"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import diffusers
@@ -17,6 +20,7 @@ from diffusers import (
 )
 
 from smpo_models.family import Family
+from smpo_models.family_bases.packing import unpacked
 from smpo_models.noise_schedules.rectified_flow import is_flow_solver
 from smpo_models.noise_schedules.variance_preserving import ddim_options
 from smpo_models.weights import load_part, load_weights
@@ -77,6 +81,7 @@ def sample(
     steps: int,
     guidance_scale: float | None,
     output_type: str = "pil",
+    watch: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Any:  # noqa: ANN401  (PIL images or a tensor)
     """Sample one image a prompt from its initial noise, on the noise's device and in its dtype.
 
@@ -88,18 +93,56 @@ def sample(
         steps: of the sampler.
         guidance_scale: of classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without.
         output_type: ``pil``, or ``latent`` for normalised latents [B, C, h, w].
+        watch: called after each step with its number, from 0, and the normalised latents [B, C, h, w] that it gave.
     """
     height, width = noise_BChw.shape[2:]
-    made = pipeline(
-        prompt=list(prompts),
-        height=height * family.latent_factor,
-        width=width * family.latent_factor,
-        latents=family.to_pipeline(noise_BChw),
-        num_inference_steps=steps,
-        output_type=output_type,
-        **family.sampling_options(guidance_scale, len(prompts)),
-    ).images
+    with _watched(pipeline.scheduler, watch, height, width):
+        made = pipeline(
+            prompt=list(prompts),
+            height=height * family.latent_factor,
+            width=width * family.latent_factor,
+            latents=family.to_pipeline(noise_BChw),
+            num_inference_steps=steps,
+            output_type=output_type,
+            **family.sampling_options(guidance_scale, len(prompts)),
+        ).images
     return family.from_pipeline(made, height, width, pipeline.vae) if output_type == "latent" else made
+
+
+@contextmanager
+def _watched(
+    scheduler: Any,  # noqa: ANN401  (diffusers has no types)
+    watch: Callable[[int, torch.Tensor], None] | None,
+    height: int,
+    width: int,
+) -> Iterator[None]:
+    """Call ``watch`` after each of the scheduler's steps within the block."""
+    if watch is None:
+        yield
+        return
+    # Not the pipeline's own callback: not every pipeline has the same one.
+    inner, numbers = scheduler.step, count()
+
+    @functools.wraps(inner)  # pipelines read the signature
+    def step(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        result = inner(*arguments, **options)
+        watch(next(numbers), _unpacked(result[0], height, width))
+        return result
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _unpacked(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return latents in the form in which a pipeline denoises them as [B, C, h, w]."""
+    if latents.ndim == 4:  # noqa: PLR2004  (B, C, h, w)
+        return latents
+    if latents.shape[1] == height * width:
+        return latents.transpose(1, 2).unflatten(2, (height, width))
+    return unpacked(latents, height, width)
 
 
 def sampling_in_words(sampler: str, steps: int, guidance_scale: float | None) -> str:

@@ -10,6 +10,7 @@ from smpo_common.commandline import run_app
 from smpo_common.options import add_command
 from smpo_pipeline.commands.calibrate import calibrate
 from smpo_pipeline.commands.evaluate import evaluate
+from smpo_pipeline.commands.generate import generate
 from smpo_pipeline.commands.inspect import inspect
 from smpo_pipeline.commands.invert import invert
 from smpo_pipeline.commands.plan import plan
@@ -18,12 +19,12 @@ from smpo_pipeline.commands.status import status
 from smpo_pipeline.commands.toy import toy
 
 app = typer.Typer(
-    help="Stages 1 and 2 of SmPO-Diffusion: score preference pairs, invert them into shards; evaluate and inspect.",
+    help="Stages of SmPO-Diffusion: generate images, score pairs, invert them into shards; evaluate and inspect.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (score, calibrate, plan, invert, status, evaluate, inspect, toy):
+for command in (generate, score, calibrate, plan, invert, status, evaluate, inspect, toy):
     add_command(app, command)
 
 

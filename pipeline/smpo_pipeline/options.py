@@ -163,6 +163,13 @@ AutoBatchSize = Annotated[
         "whose doubling gains less than 5 %."
     ),
 ]
+Concurrency = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        description="Most model actors at once, each with one GPU, or on CPU one core. Default: one per GPU or core.",
+    ),
+]
 RayAddress = Annotated[str | None, Field(description="Address of a Ray cluster; default: start a local one.")]
 Limit = Annotated[int | None, Field(ge=1, description="Use only the first N pairs.")]
 MaxRejectRate = Annotated[

@@ -8,7 +8,7 @@ import torch
 
 from smpo_pipeline.evaluation import run as run_module
 from smpo_pipeline.evaluation.evaluation import Evaluation, prepare_evaluation
-from smpo_pipeline.evaluation.options import EvaluateJobOptions, EvaluateOptions, SamplingOptions
+from smpo_pipeline.evaluation.options import EvaluateJobOptions, EvaluateOptions, EvaluateSamplingOptions
 from tests.evaluation.stubs import STUBS, EvaluationMaker
 from tests.tiny import make_tiny_model, make_tiny_unet
 
@@ -49,7 +49,7 @@ def plan_of(models: dict[str, Path], prompts: Path, tmp_path: Path) -> Evaluatio
             prompts=prompts,
             reward=("brightness",),
             out=tmp_path / "out",
-            sampling=SamplingOptions(images_per_prompt=3, steps=2, guidance_scale=1.0),
+            sampling=EvaluateSamplingOptions(images_per_prompt=3, steps=2, guidance_scale=1.0),
             running=EvaluateJobOptions(batch_size=4, device="cpu"),
         )
         return prepare_evaluation(options.replace(**changes))

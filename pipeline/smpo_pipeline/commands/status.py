@@ -22,11 +22,11 @@ class StatusOptions(Options):
     """The flags of ``status``."""
 
     out: Annotated[str, Flag(positional=True, metavar="DIR|URL")]
-    """The --out of `score` or `invert`."""
+    """The --out of `score`, `invert` or `generate`."""
 
 
 def status(options: StatusOptions) -> None:
-    """Show the progress of a run of score or invert: units, pairs, rejects with reasons, rate, remaining time.
+    """Show the progress of a run of score, invert or generate: units, rows, rejects with reasons, rate, remaining time.
 
     Works from any machine that can read the directory, and changes nothing.
     """
@@ -49,13 +49,14 @@ def _table(status: Status, now: float) -> Table:
         stored, prompts = status.prompts
         table.add_row("prompts encoded", f"{stored:,} of {prompts:,}")
     table.add_row("units", f"{status.units_done:,} of {status.units:,}")
-    table.add_row("pairs", f"{status.pairs_done:,} of {status.pairs_in:,} ({status.pairs_done / status.pairs_in:.1%})")
+    noun = "prompts" if status.job == "generate" else "pairs"
+    table.add_row(noun, f"{status.pairs_done:,} of {status.pairs_in:,} ({status.pairs_done / status.pairs_in:.1%})")
     share = f" ({status.rejected / status.pairs_done:.2%})" if status.pairs_done else ""
     table.add_row("rejected", f"{status.rejected:,}{share}")
     for reason, count in list(status.reasons.items())[:_REASONS]:
         table.add_row("", f"{count:,} {reason}")
     if status.rate is not None and status.remaining is not None:
-        table.add_row("rate", f"{status.rate:.3g} pairs/s since the last start")
+        table.add_row("rate", f"{status.rate:.3g} {noun}/s since the last start")
         if status.model_share is not None:
             table.add_row("model", f"{status.model_share:.0%} of the actors' time")
         table.add_row("remaining", duration(status.remaining))

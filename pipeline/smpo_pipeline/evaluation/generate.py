@@ -67,4 +67,5 @@ def generate(
 
 
 def _sample(generator: Generator, batch: Sequence[Picture], settings: Settings) -> list[Image.Image]:
-    return generator.sample([picture.prompt for picture in batch], [picture.index for picture in batch], settings)
+    sampled = generator.sample([(picture.prompt, picture.index) for picture in batch], settings)
+    return [each.image for each in sampled]

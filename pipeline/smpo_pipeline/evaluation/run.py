@@ -7,10 +7,8 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,7 +34,7 @@ from smpo_pipeline.evaluation.results import (
     write_results,
     write_scores,
 )
-from smpo_pipeline.generation.generator import load_generator
+from smpo_pipeline.generation.generator import load_generator, quiet_libraries
 from smpo_pipeline.isolation import run_isolated
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 
@@ -52,7 +50,7 @@ def run(evaluation: Evaluation, console: Console) -> Results:
     """
     device = choose_device(evaluation.device)
     console.print(f"device: {device_in_words(device)}, models in {evaluation.settings.dtype}", highlight=False)
-    _quiet_libraries()
+    quiet_libraries()
     # True float32, as in the workers of `score`: by default cuDNN convolves in TF32.
     torch.backends.cudnn.allow_tf32 = False
     wholes = {evaluation.base: f"--base {evaluation.base}"} if evaluation.base else {}
@@ -93,13 +91,6 @@ def _sizes(evaluation: Evaluation) -> str:
     sampling = sampling_in_words(settings.sampler, settings.steps, settings.guidance_scale)
     images = f"{len(settings.prompts)} prompts x {settings.images_per_prompt} images of {side} x {side} pixels"
     return f"{images}; {sampling}; batch size {evaluation.batch_size}; seed {settings.seed}"
-
-
-def _quiet_libraries() -> None:
-    """Silence diffusers and transformers: what they print per model and long prompt breaks the progress bars."""
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
 
 
 def _progress(console: Console) -> Progress:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
@@ -46,6 +48,25 @@ class Sampling(Protocol):
         """Side of the images in pixels; None: the model's native resolution."""
 
 
+Wanted = tuple[str, int]
+"""An image to sample: its prompt, and its number among the images of this prompt, from 0."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One image.
+
+    Attributes:
+        image: in RGB.
+        latents_Chw: what was decoded: normalised, float32, on the CPU.
+        states_Chw: kept inputs of the sampler's steps by their timesteps: normalised, float32, on the CPU.
+    """
+
+    image: Image.Image
+    latents_Chw: torch.Tensor
+    states_Chw: dict[float, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Generator:
     """A model that samples images.
@@ -68,23 +89,48 @@ class Generator:
         """Fingerprint the denoiser; if it was loaded in fp32, this is the fingerprint in manifests of shards."""
         return fingerprint_module(self.denoiser)
 
-    def sample(self, prompts: Sequence[str], indices: Sequence[int], sampling: Sampling) -> list[Image.Image]:
-        """Sample one image a prompt, each from the noise of its prompt and index."""
+    def sample(
+        self, wanted: Sequence[Wanted], sampling: Sampling, nodes: Sequence[Sequence[int]] | None = None
+    ) -> list[Sampled]:
+        """Sample images, each from the noise of its prompt and index.
+
+        Args:
+            wanted: prompt and index of each of B images.
+            sampling: how.
+            nodes: per image, the numbers of the sampler's steps, from 0, whose input to keep.
+        """
         shape = latent_shape(self.family, sampling)
-        noise = [
-            image_noise(sampling.seed, prompt, index, shape) for prompt, index in zip(prompts, indices, strict=True)
-        ]
+        noise = [image_noise(sampling.seed, prompt, index, shape) for prompt, index in wanted]
         noise_BChw = torch.stack(noise).to(self.pipeline.device, next(self.denoiser.parameters()).dtype)
+        states: list[dict[int, torch.Tensor]] = [{} for _ in wanted]
+        last_BChw = noise_BChw
+
+        def watch(step: int, latents_BChw: torch.Tensor) -> None:
+            nonlocal last_BChw
+            last_BChw = latents_BChw
+            keep(step + 1, latents_BChw)
+
+        def keep(step: int, latents_BChw: torch.Tensor) -> None:
+            for image, kept in enumerate(nodes or ()):
+                if step in kept:
+                    states[image][step] = latents_BChw[image].float().cpu()
+
+        keep(0, noise_BChw)
         with torch.inference_mode():
-            images: list[Image.Image] = sample(
+            images = sample(
                 self.pipeline,
                 self.family,
-                prompts,
+                [prompt for prompt, _ in wanted],
                 noise_BChw,
                 steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
+                watch=watch,
             )
-        return images
+        timesteps = self.pipeline.scheduler.timesteps.tolist()
+        return [
+            Sampled(image, latents_Chw, {timesteps[step]: state for step, state in kept.items()})
+            for image, latents_Chw, kept in zip(images, last_BChw.float().cpu(), states, strict=True)
+        ]
 
 
 def read_configs(model: ModelSource, base: str | None) -> Family:
@@ -176,3 +222,10 @@ def _whole(model: ModelSource, base: str | None) -> tuple[str, str]:
         return model.source, model.named
     # A model with a flag of its own (--unet, --lora) completes --model.
     return str(base), f"--model {base}" if model.flag else f"--base {base}"
+
+
+def quiet_libraries() -> None:
+    """Silence diffusers and transformers: what they print per model and long prompt breaks the progress bars."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

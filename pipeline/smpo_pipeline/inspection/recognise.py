@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from smpo_common.errors import UserError
+from smpo_schemas.candidates import CANDIDATES_FILE
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import PAIR_SUFFIXES, find_pair_files
 from smpo_schemas.scores import SCORES_FILE
@@ -14,7 +15,7 @@ Kind = Literal["pairs", "scores", "shards"]
 
 
 def recognise(path: Path) -> tuple[Kind, Path]:
-    """Tell pairs, scores and shards apart; for a manifest, ``scores.json`` or tar, return its folder.
+    """Tell pairs, scores and shards apart; for a tar, or the JSON file of an output, return its folder.
 
     An unfinished output of invert or score is recognised too; its reader reports what is missing.
 
@@ -23,7 +24,7 @@ def recognise(path: Path) -> tuple[Kind, Path]:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if path.name in (MANIFEST_FILE, SCORES_FILE) or path.suffix == ".tar":
+    if path.name in (MANIFEST_FILE, SCORES_FILE, CANDIDATES_FILE) or path.suffix == ".tar":
         path = path.parent
     if path.is_file():
         if path.suffix in PAIR_SUFFIXES:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from smpo_common.errors import UserError
 from smpo_common.files import arrow_source, files_below, read_all, reading_parquet, sha256_file
 from smpo_common.store_path import AnyPath
+from smpo_schemas.candidates import without_rejects
 from smpo_schemas.pairs.columns import PairColumns, resolve_columns
 from smpo_schemas.pairs.normalising import is_unicode
 from smpo_schemas.pairs.reading import RowRange, column_names, json_lines
@@ -73,8 +74,12 @@ def list_pair_files(paths: Sequence[AnyPath]) -> list[PairFile]:
 
 
 def find_pair_files(folder: AnyPath) -> list[AnyPath]:
-    """List the Parquet and JSONL files in a folder and its subfolders; see :func:`smpo_common.files.files_below`."""
-    return [path for path in files_below(folder) if path.suffix in PAIR_SUFFIXES]
+    """List the Parquet and JSONL files in a folder and its subfolders; see :func:`smpo_common.files.files_below`.
+
+    Raises:
+        UserError: a folder cannot be listed, or holds an unfinished run of ``generate``.
+    """
+    return [path for path in without_rejects(files_below(folder)) if path.suffix in PAIR_SUFFIXES]
 
 
 def _refuse_repeated(files: Sequence[AnyPath]) -> None:

@@ -108,8 +108,8 @@ def limit_memory(dataset: ray.data.Dataset, limit: int) -> None:
     dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=limit)
 
 
-def task_memory(unit_bytes: int) -> int:
-    """Bytes of a node's memory to request for the task that decodes a unit of ``unit_bytes`` of pixels.
+def task_memory(unit_bytes: int, remedy: str = "a smaller --pairs-per-shard or --shard-size") -> int:
+    """Bytes of a node's memory to request for the task that decodes or encodes a unit of ``unit_bytes`` of pixels.
 
     Raises:
         UserError: no node has that much; Ray would wait for one in silence.
@@ -119,7 +119,7 @@ def task_memory(unit_bytes: int) -> int:
     if wanted > largest:
         raise UserError(
             f"a unit of work is {unit_bytes / 1e9:.1f} GB of decoded pixels, more than any node has memory for "
-            f"({largest / 1e9:.1f} GB by Ray's count): use a smaller --pairs-per-shard or --shard-size"
+            f"({largest / 1e9:.1f} GB by Ray's count): use {remedy}"
         )
     return wanted
 

@@ -52,7 +52,7 @@ def run_units(
         UserError: a stage raised it; too many rows were rejected; or an input file changed.
     """
     records = run.records()
-    rate = RejectRate(max_reject_rate, run.out)
+    rate = RejectRate(max_reject_rate, run.out, noun)
     for record in records.values():
         rate.add(record)
     todo = [unit for unit in range(len(sizes)) if unit not in records]

@@ -12,6 +12,7 @@ from smpo_pipeline.options import (
     FOLDER_OR_URL,
     AutoBatchSize,
     ColumnOptions,
+    Concurrency,
     ExistingPath,
     ExistingPathOrUrl,
     JobOptions,
@@ -191,8 +192,7 @@ class InvertJobOptions(JobOptions):
 
     batch_size: AutoBatchSize = 16
     dtype: ModelDtype = None
-    concurrency: Annotated[int | None, Field(ge=1)] = None
-    """Most model actors at once, each with one GPU, or on CPU one core. Default: one per GPU or core."""
+    concurrency: Concurrency = None
 
 
 class InversionOptions(Options):

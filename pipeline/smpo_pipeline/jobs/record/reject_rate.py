@@ -17,9 +17,9 @@ count."""
 class RejectRate:
     """Counts rows and rejects as units are committed."""
 
-    def __init__(self, limit: float, out: AnyPath) -> None:
-        """``limit``: largest share of rejects, 0 to 1; ``out``: the run's directory, for the message."""
-        self._limit, self._out = limit, out
+    def __init__(self, limit: float, out: AnyPath, noun: str = "pairs") -> None:
+        """``limit``: largest share of rejects, 0 to 1; ``out``, ``noun``: the run's directory and rows, in words."""
+        self._limit, self._out, self._noun = limit, out, noun
         self._rows = self.rejected = 0
         self._kinds: Counter[str] = Counter()
         self._example: Reject | None = None
@@ -37,7 +37,7 @@ class RejectRate:
         if self._example and self.rejected > self._limit * max(self._rows, MIN_ROWS):
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
             raise UserError(
-                f"stopped: {self.rejected} of {self._rows} pairs were rejected, more than --max-reject-rate "
+                f"stopped: {self.rejected} of {self._rows} {self._noun} were rejected, more than --max-reject-rate "
                 f"{self._limit:g} allows ({kinds}; for example {self._example.source}: {self._example.reason}); to "
                 f"continue in {self._out} without them, run the same command with a higher --max-reject-rate"
             )

@@ -52,17 +52,17 @@ class UnitRecord(BaseModel):
 
     Attributes:
         unit: its number.
-        pairs_in: its input rows; ``pairs_in = pairs + len(rejects)``.
-        pairs: number of pairs in its output.
+        pairs_in: its input rows, prompts for ``generate``; ``pairs_in = pairs + len(rejects)``.
+        pairs: number of them in its output.
         rejects: the other rows, with reasons.
         entry: its file: ``name`` within the run's directory, ``bytes``, ``sha256``, and what the manifest lists
-            besides; None if no pair was left to write.
+            besides, such as a second file as ``kept`` (``generate --keep``); None if no pair was left to write.
         health: sums of trajectory health (``invert`` only).
         prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
         committed: time of the commit in seconds since 1970, by the committing machine's clock; not in any result.
         buckets: pairs in its output by image size (``invert --buckets`` only).
-        seconds: the actor's seconds for this unit (``invert`` only; not in any result): in the inversion, and in all
-            since it was ready for the unit, waiting included.
+        seconds: the actor's seconds for this unit (``invert`` and ``generate``; not in any result): in the model, and
+            in all since it was ready for the unit, waiting included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,7 +80,7 @@ class UnitRecord(BaseModel):
 
 
 class Run:
-    """A run of ``score`` or ``invert`` in its output directory."""
+    """A run of ``score``, ``invert`` or ``generate`` in its output directory."""
 
     def __init__(self, out: AnyPath, marker: str, identity: Mapping[str, Any]) -> None:
         """Describe a run; nothing is read or written.
@@ -199,16 +199,18 @@ class Run:
             return None
 
     def _has_output(self, record: UnitRecord, path: AnyPath, files: Statuses) -> bool:
-        """Whether a unit's file is the recorded one."""
-        if record.entry is None:
-            return True
-        file = self.out / record.entry["name"]
+        """Whether a unit's files are the recorded ones."""
+        entries = [record.entry, (record.entry or {}).get("kept")]
+        return all(self._is_written(entry, path, files) for entry in entries if entry)
+
+    def _is_written(self, entry: Mapping[str, Any], record: AnyPath, files: Statuses) -> bool:
+        file = self.out / entry["name"]
         written = files.get(file)
-        if written is None or written.st_size != record.entry["bytes"]:
+        if written is None or written.st_size != entry["bytes"]:
             return False
-        # Hashing every file would take long. A unit writes its file before its record, so only a file that is newer has
-        # been changed since.
-        return written.st_mtime_ns <= files[path].st_mtime_ns or sha256_file(file) == record.entry["sha256"]
+        # Hashing every file would take long. A unit writes its files before its record, so only a file that is newer
+        # has been changed since.
+        return written.st_mtime_ns <= files[record].st_mtime_ns or sha256_file(file) == entry["sha256"]
 
     @retry_transient
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Progress of a run of ``score`` or ``invert``, read from its committed units; without Ray, from any machine."""
+"""Progress of a run of a job, read from its committed units; without Ray, from any machine."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from smpo_pipeline.jobs.record.run_record import (
     read_identity,
     read_records,
 )
+from smpo_schemas.candidates import CANDIDATES_FILE, read_candidates
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, read_manifest
 from smpo_schemas.rejects import count_reasons, read_rejects
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, read_scores_info
@@ -28,14 +29,15 @@ class Status:
     """Progress of a run.
 
     Attributes:
-        job: ``score`` or ``invert``.
+        job: ``score``, ``invert`` or ``generate``.
         rewards: the rewards being scored, or scored (``score`` only).
         finished: whether the output is complete.
         units, units_done: number of units, and of committed ones.
-        pairs_in, pairs_done, rejected: rows of the input, those in committed units, and the rejected ones of these.
+        pairs_in, pairs_done, rejected: rows of the input (prompts for ``generate``), those in committed units, and the
+            rejected ones of these.
         reasons: number of rejects by kind of reason, most frequent first.
-        rate: pairs per second since the run was last started or continued; None if no unit was committed since.
-        model_share: the inversion's share of the actors' time in those units, 0 to 1 (``invert`` only), or None.
+        rate: rows per second since the run was last started or continued; None if no unit was committed since.
+        model_share: the model's share of the actors' time in those units, 0 to 1 (not ``score``), or None.
         holder: the process that runs it, or None; on an object store a killed process is named too.
         last_commit: time of the last commit, in seconds since 1970; None if there is none, or the run is finished.
         prompts: stored prompts and all prompts (``invert --text stored`` only), None where none are stored.
@@ -66,7 +68,7 @@ def read_status(out: AnyPath) -> Status:
     """Read the status of an output directory; nothing is changed.
 
     Raises:
-        UserError: it is not an output of ``score`` or ``invert``, or is malformed.
+        UserError: it is not an output of ``score``, ``invert`` or ``generate``, or is malformed.
     """
     try:
         return _read_status(out)
@@ -78,8 +80,10 @@ def read_status(out: AnyPath) -> Status:
 def _read_status(out: AnyPath) -> Status:
     identity = read_identity(out)
     if identity is None:
-        raise UserError(f"{out} holds no run.json: neither `score` nor `invert` was started there")
+        raise UserError(f"{out} holds no run.json: none of `score`, `invert` and `generate` was started there")
     pairs_in = _rows(identity)
+    if identity["job"] == "generate":
+        return _generate_status(identity, out, pairs_in)
     if identity["job"] == "invert":
         units = math.ceil(pairs_in / identity["pairs_per_shard"])
         if (out / MANIFEST_FILE).is_file():
@@ -98,6 +102,14 @@ def _read_status(out: AnyPath) -> Status:
         return _unfinished(identity, [], out, units, pairs_in, holder(out))
     reasons = count_reasons(read_rejects(out / REJECTS_FILE))
     return _finished("score", sorted(info.rewards), units, pairs_in, info.rejected, reasons)
+
+
+def _generate_status(identity: dict[str, Any], out: AnyPath, prompts: int) -> Status:
+    units = math.ceil(prompts / identity["prompts_per_file"])
+    if not (out / CANDIDATES_FILE).is_file():
+        return _unfinished(identity, [], out, units, prompts, holder(out))
+    made = read_candidates(out)
+    return _finished("generate", [], units, prompts, made.rejected, made.rejected_reasons)
 
 
 def _prompts(folder: AnyPath) -> tuple[int, int] | None:

@@ -1,0 +1,29 @@
+"""The flags of sampling that several commands share. Does not import torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+from smpo_common.options import Flag, Options
+from smpo_pipeline.options import Variant
+
+
+class SamplingOptions(Options):
+    """How images are sampled."""
+
+    model_config = ConfigDict(title="Sampling")
+
+    steps: Annotated[int | None, Field(ge=1)] = None
+    """Steps per image, DDIM's or of a flow model's own sampler. Default: 50; 28 for SD3 and FLUX.1-dev, 4 for
+    FLUX.1-schnell, 20 for PixArt-Sigma and Sana."""
+    guidance_scale: Annotated[float | None, Field(ge=0)] = None
+    """Classifier-free guidance, 1 is none; of FLUX.1-dev, the guidance that the model is told. Default: 7.5; 7 for SD3,
+    4.5 for SD3.5, PixArt-Sigma and Sana, 3.5 for FLUX.1-dev, 6 for Z-Image, whose own pipeline counts from 0 and calls
+    it 5. FLUX.1-schnell takes none."""
+    seed: int = 0
+    """Seed of the initial noise. The noise of an image depends on the seed, its prompt and its number alone."""
+    resolution: Annotated[int | None, Flag(metavar="PIXELS"), Field(ge=8)] = None
+    """Side of the images. Default: the model's native resolution."""
+    variant: Variant = None

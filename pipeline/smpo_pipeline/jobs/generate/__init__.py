@@ -1,0 +1,1 @@
+"""``generate`` as a job on Ray."""

@@ -1,0 +1,208 @@
+"""``smpo-pipeline generate`` on Ray Data: actors that sample a unit's images -> tasks that encode and store them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+import ray
+from rich.console import Console
+
+from smpo_common.errors import UserError
+from smpo_common.files import sha256_file
+from smpo_common.retry import retry_transient
+from smpo_models.devices import default_dtype
+from smpo_models.family import Family
+from smpo_models.sampling import sampling_in_words
+from smpo_pipeline.generation.generator import check_sampling, latent_shape, quiet_libraries, read_configs
+from smpo_pipeline.generation.prompts import PromptFile, read_prompt_file
+from smpo_pipeline.generation.settings import GenerationSettings, num_states
+from smpo_pipeline.jobs.cluster.pools import limit_memory, model_pool, task_memory
+from smpo_pipeline.jobs.cluster.run_units import run_units
+from smpo_pipeline.jobs.cluster.session import resolve_device
+from smpo_pipeline.jobs.generate.actor import GenerateActor
+from smpo_pipeline.jobs.generate.models import GeneratorIdentity, describe_generator, load, weight_bytes
+from smpo_pipeline.jobs.generate.options import GenerateOptions
+from smpo_pipeline.jobs.generate.parts import Prompts, Storing, write_row
+from smpo_pipeline.jobs.record.lock import locked
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_schemas.candidates import (
+    CANDIDATES_FILE,
+    CANDIDATES_VERSION,
+    NOT_CARRIED,
+    REJECTS_FILE,
+    Candidates,
+    CandidatesPart,
+    read_candidates,
+    write_candidates,
+)
+from smpo_schemas.rejects import count_reasons, write_rejects
+
+_PATTERNS = ("candidates-*.parquet", "latents-*.safetensors", REJECTS_FILE)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Facts that are needed before any work starts; ``weights``: bytes of the model's."""
+
+    settings: GenerationSettings
+    model: GeneratorIdentity
+    family: Family
+    weights: int
+    prompts: PromptFile
+    further: pa.Table
+    """The prompts' columns that are carried through."""
+
+
+def generate(options: GenerateOptions) -> Candidates:
+    """Generate the images of all prompts, or continue an unfinished run of the same command.
+
+    Raises:
+        UserError: the prompts, the model or the output directory cannot be used, or every prompt was rejected.
+    """
+    running = options.running
+    options = options.replace(device=resolve_device(running.device, running.ray_address))
+    options.out.exists()  # fails early if the bucket does not exist
+    quiet_libraries()
+    checked = _check(options)
+    run = Run(options.out, CANDIDATES_FILE, _identity(options, checked))
+    with locked(options.out):
+        if not run.open(overwrite=running.overwrite, patterns=_PATTERNS):
+            return read_candidates(options.out)
+        for line in _choices(options, checked):
+            Console(markup=False).print(line, highlight=False, soft_wrap=True)
+        records = _run(options, run, checked)
+        candidates = _finish(options, records, checked)
+        run.finish()
+        return candidates
+
+
+def _check(options: GenerateOptions) -> _Checked:
+    """Check the settings against the model's configs, then load it on the driver to identify it."""
+    prompts = read_prompt_file(options.prompts, options.running.limit)
+    further = prompts.columns.drop_columns([name for name in prompts.columns.column_names if name in NOT_CARRIED])
+    family = read_configs(options.source, options.model)
+    sampling, storing = options.sampling, options.storing
+    settings = GenerationSettings(
+        steps=sampling.steps or family.sampler_steps,
+        guidance_scale=family.usual_guidance if sampling.guidance_scale is None else sampling.guidance_scale,
+        seed=sampling.seed,
+        dtype=options.running.dtype or default_dtype(options.running.chosen_device),
+        resolution=sampling.resolution or family.resolution(),
+        images_per_prompt=sampling.images_per_prompt,
+        image_format=storing.image_format,
+        keep=storing.keep,
+    )
+    check_sampling({options.source.named: family}, settings)
+    if num_states(settings.keep) > settings.steps:
+        raise UserError(f"--keep {settings.keep}: the sampler has {settings.steps} steps, hence as many states")
+    generator = load(options, "cpu", settings.dtype)
+    model = describe_generator(options, generator, settings.dtype)
+    return _Checked(settings, model, family, weight_bytes(generator), prompts, further)
+
+
+def _identity(options: GenerateOptions, checked: _Checked) -> dict[str, Any]:
+    path = options.prompts
+    listing = [[str(path), len(checked.prompts.rows), path.stat().st_size, sha256_file(path)]]
+    return {
+        "job": "generate",
+        "schema_version": CANDIDATES_VERSION,
+        "input": {"files": listing, "limit": options.running.limit},
+        "model": checked.model.model_dump(),
+        "generation": checked.settings.model_dump(),
+        "prompts_per_file": options.prompts_per_file,
+    }
+
+
+def _choices(options: GenerateOptions, checked: _Checked) -> list[str]:
+    """Describe the job for the user: numbers of prompts and images, and what was chosen by default."""
+    settings, running = checked.settings, options.running
+    prompts, side = len(checked.prompts.rows), settings.resolution
+    sampling = sampling_in_words(checked.family.sampler, settings.steps, settings.guidance_scale)
+    images = f"{prompts} prompts x {settings.images_per_prompt} images of {side} x {side} pixels"
+    computing = f"{running.device}, {settings.dtype}; batches of {running.batch_size} images"
+    left_out = [name for name in checked.prompts.columns.column_names if name in NOT_CARRIED]
+    return [
+        f"{images}; {sampling}; {computing}; seed {settings.seed}",
+        *([f"columns of the prompts that are not carried through: {', '.join(left_out)}"] if left_out else []),
+    ]
+
+
+def _run(options: GenerateOptions, run: Run, checked: _Checked) -> list[UnitRecord]:
+    running, settings, per_unit = options.running, checked.settings, options.prompts_per_file
+    total = len(checked.prompts.rows)
+    sizes = [min(per_unit, total - start) for start in range(0, total, per_unit)]
+    shape = latent_shape(checked.family, settings)
+    rows = pa.table(
+        {name: [getattr(row, name) for row in checked.prompts.rows] for name in ("row", "prompt", "reason")},
+        schema=pa.schema([("row", pa.int64()), ("prompt", pa.string()), ("reason", pa.string())]),
+    )
+
+    def build(source: ray.data.Dataset, work_log: WorkLog) -> ray.data.Dataset:
+        pool = model_pool(running.chosen_device, running.concurrency, running.ray_address, checked.weights, len(sizes))
+        prompts = Prompts(options.prompts, per_unit, ray.put((rows, checked.further)))
+        kwargs = {
+            "options": options,
+            "settings": settings,
+            "model": checked.model,
+            "prompts": prompts,
+            "run": run,
+            "work_log": work_log,
+        }
+        storing = Storing(settings, checked.model.denoiser, shape)
+        write = partial(write_row, prompts=prompts, storing=storing, run=run, work_log=work_log)
+        one = {"batch_size": 1, "batch_format": "pyarrow"}
+        unit_bytes = max(sizes) * settings.images_per_prompt * settings.image_bytes(shape)
+        made = source.map_batches(GenerateActor, fn_constructor_kwargs=kwargs, **one, **pool.options())
+        memory = task_memory(unit_bytes, "a smaller --prompts-per-file")
+        written = made.map_batches(write, num_cpus=1, memory=memory, **one)
+        # Units in Ray's object store: for each actor one that is sampled and one that is encoded, and two more.
+        limit_memory(written, (unit_bytes + (1 << 20)) * (2 * pool.size + 2))
+        return written
+
+    def records(table: pa.Table) -> list[UnitRecord]:
+        return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]
+
+    return run_units(
+        run,
+        sizes,
+        build,
+        records,
+        title="generate",
+        address=running.ray_address,
+        max_reject_rate=running.max_reject_rate,
+        noun="prompts",
+    )
+
+
+@retry_transient
+def _finish(options: GenerateOptions, records: Sequence[UnitRecord], checked: _Checked) -> Candidates:
+    """Write the rejects, then ``candidates.json``, which marks the run as finished."""
+    rejects = [reject for record in records for reject in record.rejects]
+    write_rejects(options.out / REJECTS_FILE, rejects)
+    parts = [CandidatesPart.model_validate(record.entry) for record in records if record.entry]
+    if not parts:
+        first = f"; the first: {rejects[0].source}: {rejects[0].reason}" if rejects else ""
+        raise UserError(f"no prompt is left, {len(rejects)} were rejected (see {options.out / REJECTS_FILE}){first}")
+    prompts = sum(part.prompts for part in parts)
+    candidates = Candidates(
+        schema_version=CANDIDATES_VERSION,
+        model=checked.model.info(),
+        sampler=checked.family.sampler,
+        columns=checked.further.column_names,
+        parts=parts,
+        prompts_in=sum(record.pairs_in for record in records),
+        prompts=prompts,
+        images=prompts * checked.settings.images_per_prompt,
+        rejected=len(rejects),
+        rejected_reasons=count_reasons(rejects),
+        versions={name: version(name) for name in ("smpo-diffusion", "torch", "diffusers", "transformers", "numpy")},
+        **checked.settings.model_dump(),
+    )
+    write_candidates(options.out, candidates)
+    return candidates

@@ -1,0 +1,77 @@
+"""Load and identify the model of ``smpo-pipeline generate``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from smpo_models.fingerprint import fingerprint_module, settings_of
+from smpo_pipeline.generation.generator import Generator, load_denoiser, load_generator
+from smpo_pipeline.jobs.generate.options import GenerateOptions
+from smpo_schemas.candidates import CandidatesModel
+from smpo_schemas.dtypes import Dtype
+
+
+class GeneratorIdentity(CandidatesModel):
+    """The description of ``candidates.json``, plus settings, which no fingerprint covers."""
+
+    settings: dict[str, Any]
+
+    def is_of(self, generator: Generator) -> bool:
+        """Whether this loaded model is the described one."""
+        return _parts(generator) == self.parts and _settings(generator) == self.settings
+
+    def info(self) -> CandidatesModel:
+        """The part that ``candidates.json`` holds."""
+        return CandidatesModel(**self.model_dump(exclude={"settings"}))
+
+
+def load(options: GenerateOptions, device: str, dtype: Dtype) -> Generator:
+    """Load the model for sampling.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return load_generator(options.source, options.model, device, dtype, options.sampling.variant)
+
+
+def describe_generator(options: GenerateOptions, generator: Generator, dtype: Dtype) -> GeneratorIdentity:
+    """Identify a loaded model."""
+    parts = _parts(generator)
+    denoiser = parts[generator.family.denoiser_folder]
+    if dtype != "fp32":
+        denoiser = fingerprint_module(load_denoiser(options.source, options.model, options.sampling.variant))
+    return GeneratorIdentity(
+        id=options.model,
+        unet=str(options.unet) if options.unet else None,
+        lora=str(options.lora) if options.lora else None,
+        kind=generator.family.kind,
+        denoiser=denoiser,
+        parts=parts,
+        settings=_settings(generator),
+    )
+
+
+def weight_bytes(generator: Generator) -> int:
+    """Bytes of all weights."""
+    return sum(parameter.nbytes for module in _modules(generator).values() for parameter in module.parameters())
+
+
+def _modules(generator: Generator) -> dict[str, nn.Module]:
+    components = generator.pipeline.components
+    return {name: part for name, part in sorted(components.items()) if isinstance(part, nn.Module)}
+
+
+def _parts(generator: Generator) -> dict[str, str]:
+    return {name: fingerprint_module(module) for name, module in _modules(generator).items()}
+
+
+def _settings(generator: Generator) -> dict[str, Any]:
+    """Settings of the scheduler and of diffusers' models, as JSON values."""
+    diffusers_parts = {
+        name: part for name, part in _modules(generator).items() if hasattr(part.config, "get") and part.config
+    }
+    found = {name: settings_of(part) for name, part in diffusers_parts.items()}
+    return json.loads(json.dumps(found | {"scheduler": settings_of(generator.pipeline.scheduler)}))

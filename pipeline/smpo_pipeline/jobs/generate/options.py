@@ -1,0 +1,110 @@
+"""The flags of ``smpo-pipeline generate``. Imports neither torch nor Ray."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import ConfigDict, Field, PlainValidator, model_validator
+
+from smpo_common.errors import UserError
+from smpo_common.options import Flag, Options
+from smpo_pipeline.generation.options import SamplingOptions
+from smpo_pipeline.generation.source import ModelSource as Source
+from smpo_pipeline.options import (
+    Concurrency,
+    ExistingPath,
+    ExistingPathOrUrl,
+    JobOptions,
+    ModelDtype,
+    ModelSource,
+    OutOrUrl,
+)
+from smpo_schemas.candidates import ImageFormat
+
+_IMAGES_PER_FILE = 256
+
+
+def _keep(value: Any) -> str | None:  # noqa: ANN401  (a user's string)
+    name, _, number = str(value).partition(":")
+    if value is None or value == "latents" or (name == "states" and number.isdecimal() and int(number) > 0):
+        return value
+    raise UserError(f"--keep {value}: expected latents, or states:M with a number of states from 1")
+
+
+class CandidateOptions(SamplingOptions):
+    """How images are sampled."""
+
+    images_per_prompt: Annotated[int, Field(ge=2)] = 16
+    """Images per prompt, an even number: two are one row of the output."""
+
+    @model_validator(mode="after")
+    def _refuse_odd(self) -> Self:
+        if self.images_per_prompt % 2:
+            raise UserError(
+                f"--images-per-prompt {self.images_per_prompt}: a row of the output is a pair of images; give an even "
+                "number"
+            )
+        return self
+
+
+class CandidateFileOptions(Options):
+    """What is stored."""
+
+    model_config = ConfigDict(title="What is stored")
+
+    image_format: ImageFormat = "png"
+    """Format of the images: png, webp (lossless), or jpeg (quality 95)."""
+    keep: Annotated[str | None, PlainValidator(_keep), Flag(typed=str, metavar="latents|states:M")] = None
+    """Store more than images. latents: what the VAE decoded. states:M: also M states of the sampler per image, drawn at
+    random."""
+    prompts_per_file: Annotated[int | None, Field(ge=1)] = None
+    """Prompts per file; a file is also the unit of work. Default: as many as have 256 images."""
+
+
+class GenerateJobOptions(JobOptions):
+    """Settings of the job."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Images per model call; fewer if memory runs out."""
+    dtype: ModelDtype = None
+    concurrency: Concurrency = None
+    limit: Annotated[int | None, Field(ge=1)] = None
+    """Use only the first N prompts."""
+
+
+class GenerateOptions(Options):
+    """The flags of ``generate``."""
+
+    model: Annotated[ModelSource, Flag(place=True)]
+    """Text-to-image model: hub id or diffusers folder."""
+    prompts: Annotated[ExistingPathOrUrl, Flag(typed=str, metavar="FILE|URL", place=True)]
+    """Prompts: .txt with one per line, or .jsonl or .parquet with a column prompt or caption, whose other columns are
+    carried through. A repeated prompt is taken once."""
+    out: OutOrUrl
+    unet: ExistingPath | None = None
+    """Denoiser to use instead of the model's own: a folder, such as an output of smpo-train."""
+    lora: ExistingPath | None = None
+    """LoRA of smpo-train on top of the model's denoiser: its file, or the output folder."""
+    sampling: CandidateOptions = CandidateOptions()
+    storing: CandidateFileOptions = CandidateFileOptions()
+    running: GenerateJobOptions = GenerateJobOptions()
+
+    @property
+    def source(self) -> Source:
+        """The model to sample with; its base is ``model``."""
+        if self.unet:
+            return Source("unet", str(self.unet), "denoiser", f"--unet {self.unet}")
+        if self.lora:
+            return Source("lora", str(self.lora), "lora", f"--lora {self.lora}")
+        return Source("model", self.model, "pipeline", f"--model {self.model}")
+
+    @property
+    def prompts_per_file(self) -> int:
+        """Prompts of a unit."""
+        return self.storing.prompts_per_file or max(1, _IMAGES_PER_FILE // self.sampling.images_per_prompt)
+
+    @model_validator(mode="after")
+    def _refuse_two_denoisers(self) -> Self:
+        if self.unet and self.lora:
+            raise UserError(f"--unet {self.unet} and --lora {self.lora}: give only one of them")
+        return self

@@ -1,0 +1,160 @@
+"""Encode and store a unit's images: a file of candidates, and one of what is kept besides.
+
+Nothing here imports torch: encoding workers start fast and stay small.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from safetensors.numpy import save_file
+
+from smpo_common.files import atomic_path, sha256_file
+from smpo_common.store_path import AnyPath
+from smpo_pipeline.generation.encoding import encode_image
+from smpo_pipeline.generation.settings import GenerationSettings
+from smpo_pipeline.jobs.cells import byte_views, cell_values
+from smpo_pipeline.jobs.faults.crashes import CrashGuard
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_schemas.candidates import CANDIDATES_SCHEMA, CandidatesPart, KeptFile, candidate_pair_id, kept_name, part_name
+from smpo_schemas.pairs import image_id
+from smpo_schemas.rejects import Reject
+
+STAGE = "generate"
+
+_ROWS_PER_GROUP = 8
+"""Rows of a row group, which is read as a whole: 16 images."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of the job.
+
+    Attributes:
+        path: their file.
+        per_unit: prompts of a unit.
+        tables: Ray's reference of two tables with a row each: ``row``, ``prompt`` and ``reason``; further columns.
+    """
+
+    path: AnyPath
+    per_unit: int
+    tables: ray.ObjectRef
+
+
+@dataclass(frozen=True)
+class Storing:
+    """How images are stored.
+
+    Attributes:
+        settings: of the images.
+        model: the denoiser's fingerprint.
+        noise_shape: (C, h, w) of latents.
+    """
+
+    settings: GenerationSettings
+    model: str
+    noise_shape: tuple[int, int, int]
+
+
+def unit_rows(table: pa.Table, unit: int, per_unit: int) -> list[dict[str, Any]]:
+    """The rows of a unit."""
+    return table.slice(unit * per_unit, per_unit).to_pylist()
+
+
+def write_row(row: pa.Table, prompts: Prompts, storing: Storing, run: Run, work_log: WorkLog) -> pa.Table:
+    """Encode, write and commit the unit of an actor's row; return its record as JSON."""
+    unit = row["unit"][0].as_py()
+    record = run.committed(unit)
+    if record is None:
+        with CrashGuard(work_log).working(("write", unit), f"encoding the images of unit {unit}"):
+            record = _write(unit, row, prompts, storing, run)
+    return pa.table({"record": [record.model_dump_json()]})
+
+
+def _write(unit: int, row: pa.Table, prompts: Prompts, storing: Storing, run: Run) -> UnitRecord:
+    rejects = [Reject(**reject) for reject in json.loads(row["rejects"][0].as_py())]
+    places = cell_values(row, "places").to_pylist()
+    entry = None
+    if places:
+        side, image_format = storing.settings.resolution, storing.settings.image_format
+        pixels = byte_views(cell_values(row, "pixels"))
+        images = [encode_image(each.reshape(side, side, 3), image_format) for each in pixels]
+        # Workers may outlive their run.
+        run.require_current()
+        kept = _write_kept(run.out / kept_name(unit), row, images, storing) if storing.settings.keep else None
+        entry = _write_part(unit, places, images, prompts, storing, run.out).model_copy(update={"kept": kept})
+    record = UnitRecord(
+        unit=unit,
+        pairs_in=len(places) + len(rejects),
+        pairs=len(places),
+        rejects=rejects,
+        entry=entry.model_dump() if entry else None,
+        seconds=tuple(row["seconds"][0].as_py()),
+    )
+    run.commit(record)
+    return record
+
+
+def _write_part(
+    unit: int, places: Sequence[int], images: Sequence[bytes], prompts: Prompts, storing: Storing, out: AnyPath
+) -> CandidatesPart:
+    settings, num_images = storing.settings, storing.settings.images_per_prompt
+    table, further = ray.get(prompts.tables)
+    texts = table["prompt"].slice(unit * prompts.per_unit, prompts.per_unit).to_pylist()
+    rows = [
+        {
+            "pair_id": candidate_pair_id(settings.seed, texts[place], index // 2, storing.model),
+            "prompt": texts[place],
+            "image_0": images[number * num_images + index],
+            "image_1": images[number * num_images + index + 1],
+            "index_0": index,
+            "index_1": index + 1,
+            "seed": settings.seed,
+            "model": storing.model,
+            "noise_shape": list(storing.noise_shape),
+        }
+        for number, place in enumerate(places)
+        for index in range(0, num_images, 2)
+    ]
+    part = pa.Table.from_pylist(rows, schema=CANDIDATES_SCHEMA)
+    # Each prompt's values once a row.
+    carried = further.slice(unit * prompts.per_unit, prompts.per_unit)
+    carried = carried.take(np.repeat(places, num_images // 2)) if further.num_columns else carried
+    for name in further.column_names:
+        part = part.append_column(further.schema.field(name), carried[name])
+    path = out / part_name(unit)
+    with atomic_path(path) as temporary:
+        pq.write_table(
+            part, temporary, row_group_size=_ROWS_PER_GROUP, compression="NONE", use_dictionary=["prompt", "model"]
+        )
+        size, digest = temporary.stat().st_size, sha256_file(temporary)
+    return CandidatesPart(name=path.name, rows=len(rows), prompts=len(places), bytes=size, sha256=digest)
+
+
+def _write_kept(path: AnyPath, row: pa.Table, images: Sequence[bytes], storing: Storing) -> KeptFile:
+    """Write latents float32 [C, h, w] by image id, and states [M, C, h, w] with their timesteps [M]."""
+    latents = [_floats(each, storing.noise_shape) for each in byte_views(cell_values(row, "latents"))]
+    tensors = {image_id(image): value for image, value in zip(images, latents, strict=True)}
+    if count := storing.settings.num_states:
+        states = [_floats(each, storing.noise_shape) for each in byte_views(cell_values(row, "states"))]
+        times = np.asarray(cell_values(row, "timesteps"), np.float32)
+        for number, image in enumerate(images):
+            mine = slice(number * count, (number + 1) * count)
+            tensors |= {f"{image_id(image)}.states": np.stack(states[mine])}
+            tensors |= {f"{image_id(image)}.timesteps": times[mine].copy()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+        size, digest = temporary.stat().st_size, sha256_file(temporary)
+    return KeptFile(name=path.name, bytes=size, sha256=digest)
+
+
+def _floats(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    return values.view(np.float32).reshape(shape)

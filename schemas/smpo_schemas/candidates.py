@@ -1,0 +1,196 @@
+"""``generate``'s output: candidate images as pairs in ``candidates-*.parquet``, and ``candidates.json``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from smpo_common.errors import UserError
+from smpo_common.files import Count, FileName, read_versioned, write_json
+from smpo_common.store_path import AnyPath
+from smpo_schemas.dtypes import Dtype
+from smpo_schemas.frozen import FrozenModel
+
+CANDIDATES_VERSION = 1
+CANDIDATES_FILE = "candidates.json"
+REJECTS_FILE = "rejected.parquet"
+
+ImageFormat = Literal["png", "webp", "jpeg"]
+
+CANDIDATES_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("prompt", pa.string()),
+        ("image_0", pa.binary()),
+        ("image_1", pa.binary()),
+        ("label", pa.float32()),
+        ("index_0", pa.int32()),
+        ("index_1", pa.int32()),
+        ("seed", pa.int64()),
+        ("model", pa.string()),
+        ("noise_shape", pa.list_(pa.int32())),
+    ]
+)
+"""The columns of every part; further columns are those of the prompts."""
+
+NOT_CARRIED = frozenset({*CANDIDATES_SCHEMA.names, "jpg_0", "jpg_1", "annotator", "votes"})
+"""Columns of prompts that mean something else in pairs."""
+
+
+class CandidatesModel(FrozenModel):
+    """The model that made the images.
+
+    Attributes:
+        id: hub id or folder, as the user gave it.
+        unet: folder of the denoiser in place of the model's own.
+        lora: LoRA on top of the model's denoiser.
+        kind: model family, for example ``sd15``.
+        denoiser: fingerprint of the denoiser in float32, as in the manifests of shards; also the column ``model``.
+        parts: fingerprint of each part of the pipeline in ``dtype``, by its folder.
+    """
+
+    id: str
+    unet: str | None
+    lora: str | None
+    kind: str
+    denoiser: str
+    parts: dict[str, str]
+
+
+class KeptFile(FrozenModel):
+    """Latents of a part's images, in safetensors.
+
+    Attributes:
+        name: file name.
+        bytes: size of the file.
+        sha256: hash of the file.
+    """
+
+    name: FileName
+    bytes: Count
+    sha256: str
+
+
+class CandidatesPart(FrozenModel):
+    """One file of candidates.
+
+    Attributes:
+        name: file name.
+        rows: number of pairs.
+        prompts: number of prompts.
+        bytes: size of the file.
+        sha256: hash of the file.
+        kept: file of the images' latents (``--keep``).
+    """
+
+    name: FileName
+    rows: Count
+    prompts: Count
+    bytes: Count
+    sha256: str
+    kept: KeptFile | None = None
+
+
+class Candidates(FrozenModel):
+    """The whole of ``candidates.json``; written last, so that its absence marks an unfinished run.
+
+    Attributes:
+        schema_version: of this file.
+        model: that made the images.
+        sampler: name of the sampler.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance, 1 is none; or what the model is told; None for models without.
+        seed: of all noise.
+        dtype: of the model.
+        resolution: side of the images in pixels.
+        images_per_prompt: K; a prompt has K / 2 rows, row j with the images 2j and 2j + 1.
+        image_format: of the images' files.
+        keep: what is kept besides the images: ``latents``, ``states:M``, or None.
+        columns: further columns, from the prompts.
+        parts: the files, in the order of the prompts.
+        prompts_in: distinct prompts, and rows without a usable one; ``prompts_in = prompts + rejected``.
+        prompts: prompts with images.
+        images: number of images.
+        rejected: number of rejects.
+        rejected_reasons: number of rejects by kind of reason.
+        versions: of the libraries.
+    """
+
+    schema_version: int
+    model: CandidatesModel
+    sampler: str
+    steps: int
+    guidance_scale: float | None
+    seed: int
+    dtype: Dtype
+    resolution: int
+    images_per_prompt: int
+    image_format: ImageFormat
+    keep: str | None
+    columns: list[str]
+    parts: list[CandidatesPart]
+    prompts_in: Count
+    prompts: Count
+    images: Count
+    rejected: Count
+    rejected_reasons: dict[str, int]
+    versions: dict[str, str]
+
+
+def read_candidates(directory: AnyPath) -> Candidates:
+    """Read ``candidates.json``.
+
+    Raises:
+        UserError: it is missing, malformed or of another schema version.
+    """
+    path = directory / CANDIDATES_FILE
+    if not path.is_file():
+        raise UserError(f"{directory} holds no {CANDIDATES_FILE}: not an output of `generate`, or an unfinished one")
+    return read_versioned(path, Candidates, CANDIDATES_VERSION, "generate again")
+
+
+def write_candidates(directory: AnyPath, candidates: Candidates) -> None:
+    """Write ``candidates.json``, which finishes the run."""
+    write_json(directory / CANDIDATES_FILE, candidates.model_dump())
+
+
+def part_name(unit: int) -> str:
+    """File name of a part."""
+    return f"candidates-{unit:06d}.parquet"
+
+
+def kept_name(unit: int) -> str:
+    """File name of the latents of a part's images."""
+    return f"latents-{unit:06d}.safetensors"
+
+
+def candidate_pair_id(seed: int, prompt: str, row: int, model: str) -> str:
+    """Id of row ``row`` of a prompt; ``model`` is the denoiser's fingerprint."""
+    parts: tuple[Any, ...] = ("cand", seed, row, model, prompt)
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+def without_rejects(paths: Iterable[AnyPath]) -> list[AnyPath]:
+    """Leave out the ``rejected.parquet`` of folders with candidates, which holds no pairs.
+
+    Raises:
+        UserError: a folder's candidates are unfinished.
+    """
+    paths = list(paths)
+    names: dict[AnyPath, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    made = {folder for folder, inside in names.items() if any(_is_part(name) for name in inside)}
+    for folder in made:
+        if CANDIDATES_FILE not in names[folder]:
+            raise UserError(
+                f"{folder} holds an unfinished run of `generate` (no {CANDIDATES_FILE}); finish it with its own command"
+            )
+    return [path for path in paths if path.name != REJECTS_FILE or path.parent not in made]
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith("candidates-") and name.endswith(".parquet")
