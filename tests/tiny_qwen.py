@@ -57,7 +57,7 @@ def make_tiny_qwen_image(path: Path, seed: int = 0, **scheduler) -> Path:
             axes_dims_rope=(4, 6, 6),
         )
         vae = AutoencoderKLQwenImage(
-            base_dim=8,
+            base_dim=4,
             z_dim=_CHANNELS,
             dim_mult=[1, 2, 2],
             num_res_blocks=1,

@@ -109,7 +109,7 @@ class Bare:
         self._family.text_modules = ()
         self.denoiser = self._family.denoiser
         if lora:
-            add_lora(self.denoiser, self._family.lora_targets, lora)
+            add_lora(self.denoiser, self._family.lora_targets, lora, idle=self._family.idle_layers)
         else:
             self.denoiser.requires_grad_(True)
         self._trained = [each for each in self.denoiser.parameters() if each.requires_grad]

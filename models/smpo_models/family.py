@@ -47,6 +47,8 @@ class Family(ABC):
         denoiser_folder: the denoiser's folder in a pipeline, which is also the prefix of its layers in LoRA files.
         lora_targets: ends of the names of the denoiser's layers that a LoRA adapts; none where diffusers has no LoRA
             for it.
+        idle_layers: starts of the names of layers whose output the denoiser drops: they have no gradient, for which
+            data-parallel training would wait, and are not trained.
         kind: short name that the manifest records, for example ``sd15``.
         latent_factor: pixels a latent position, along one side.
         patch: side, in latent positions, of what is one token to the denoiser; 1 for UNets.
@@ -70,6 +72,7 @@ class Family(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     denoiser_folder: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
+    idle_layers: tuple[str, ...] = ()
     kind: str
     latent_factor: int
     patch: int = 1

@@ -17,23 +17,15 @@ from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_pipeline.toy.create import MODELS
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import FlowOracle, embedded_pair, make_pair
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
-from tests.tiny_qwen import make_tiny_qwen_image
-from tests.tiny_transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
+from tests.tiny_families import FAMILIES, FLOW_FAMILIES
+from tests.tiny_flow import make_tiny_flux
 
 SEED = 5
-FOLDERS = {
-    "sd35": make_tiny_sd3,
-    "flux1-dev": make_tiny_flux,
-    "qwen-image": make_tiny_qwen_image,
-    "z-image": make_tiny_z_image,
-    "sana": make_tiny_sana,
-}
 
 
-@pytest.fixture(scope="module", params=FOLDERS)
+@pytest.fixture(scope="module", params=FLOW_FAMILIES)
 def world(request, tmp_path_factory):
-    folder = FOLDERS[request.param](tmp_path_factory.mktemp("model"), seed=3)
+    folder = FLOW_FAMILIES[request.param](tmp_path_factory.mktemp("model"), seed=3)
     return load_family(str(folder)), FlowOracle(folder)
 
 
@@ -160,7 +152,7 @@ def test_results_do_not_depend_on_batch_size_or_order(world):
 @torch.inference_mode()
 def test_sampling_leads_back_from_an_exact_inversion(tmp_path, solver, timesteps):
     """Over the same nodes, where each step's map contracts: the random denoiser's outputs are made small."""
-    for make in (*FOLDERS.values(), make_tiny_pixart):
+    for make in FAMILIES.values():
         family = load_family(str(make(tmp_path / make.__name__, seed=3)))
         last = "all_final_layer.2-1.linear" if family.kind == "z-image" else "proj_out"
         for parameter in family.denoiser.get_submodule(last).parameters():
@@ -205,7 +197,7 @@ def test_jittered_timesteps_are_shifted_by_the_images_size(tmp_path):
         assert nodes == pytest.approx([1000 * strength / (strength + 1000 / t - 1) for t in drawn], rel=2e-6)
 
 
-@pytest.mark.parametrize("make", FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.parametrize("make", FLOW_FAMILIES.values(), ids=FLOW_FAMILIES)
 def test_what_flow_models_cannot_do_is_one_line(tmp_path, make):
     family = load_family(str(make(tmp_path)), ())
     side = family.resolution()
@@ -225,7 +217,7 @@ def test_what_flow_models_cannot_do_is_one_line(tmp_path, make):
 
 def test_pixart_is_checked_as_a_transformer_of_noise(tmp_path):
     """It has eta, and no published code."""
-    family = load_family(str(make_tiny_pixart(tmp_path)), ())
+    family = load_family(str(FAMILIES["pixart-sigma"](tmp_path)), ())
     assert check_settings(family, "M", None, InversionSettings(eta=0.1)) == 32
     with pytest.raises(UserError, match="--timesteps published: .* M is pixart-sigma"):
         check_settings(family, "M", None, InversionSettings(timesteps="published"))

@@ -174,6 +174,34 @@ class StockQwenImage(Stock):
         return (found.mean[:, :, 0] - mean) / std, found.std[:, :, 0] / std
 
 
+class StockKlein(Stock):
+    """FLUX.2-klein's: its latents are the VAE's own again where they come back."""
+
+    def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        sides = [side // (2 * self.pipeline.vae_scale_factor) for side in self.shape]
+        return hidden_states.permute(0, 2, 1).reshape(len(hidden_states), -1, *sides)
+
+    def result(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()[:, None, None]
+        return (self.pipeline._patchify_latents(latents) - vae.bn.running_mean[:, None, None]) / std
+
+    def forwards(self, prompts: list[str], guidance: float) -> list[list[str | None]]:
+        return [prompts, [None] * len(prompts)] if guidance > 1 else [prompts]
+
+    def embed(self, prompt: str) -> dict[str, Any]:
+        text, ids = self.pipeline.encode_prompt(prompt)
+        return {"encoder_hidden_states": text, "txt_ids": ids}
+
+    def inputs(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+        ids = self.pipeline._prepare_latent_ids(x)
+        return {"hidden_states": self.pipeline._pack_latents(x), "timestep": t / 1000, "img_ids": ids}
+
+    def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = self.pipeline._encode_vae_image(pixels, None)
+        return mean, torch.zeros_like(mean)
+
+
 class StockPixArt(Stock):
     """PixArt-Sigma's: half of the output is a variance; without its table of sizes and further packages' cleaning."""
 
@@ -264,6 +292,7 @@ _STOCK = {
     "StableDiffusion3Pipeline": Stock,
     "FluxPipeline": StockFlux,
     "QwenImagePipeline": StockQwenImage,
+    "Flux2KleinPipeline": StockKlein,
     "PixArtSigmaPipeline": StockPixArt,
     "ZImagePipeline": StockZImage,
     "SanaPipeline": StockSana,

@@ -12,15 +12,15 @@ from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_trainer.model.policy import add_lora
 from tests.tiny import make_tiny_model, make_tiny_xl
+from tests.tiny_families import FLOW_FAMILIES
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
 
 MODELS = {
     "sd15": make_tiny_model,
     "sdxl": make_tiny_xl,
     "sd3": lambda path: make_tiny_sd3(path, version="3"),
-    "sd35": make_tiny_sd3,
-    "flux1-dev": make_tiny_flux,
     "flux1-schnell": lambda path: make_tiny_flux(path, guided=False),
+    **FLOW_FAMILIES,
 }
 
 
@@ -40,7 +40,7 @@ def test_narrow_products_change_no_bit_of_forward_and_backward(family: Family, a
     whole = copy.deepcopy(family.denoiser)
     if adapted:
         torch.manual_seed(0)
-        add_lora(whole, family.lora_targets, 2)
+        add_lora(whole, family.lora_targets, 2, idle=family.idle_layers)
         for name, parameter in whole.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter.data)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,26 +18,20 @@ from smpo_models.noise_schedules.base import START
 from smpo_models.sampling import load_pipeline, sample
 from smpo_schemas.shards.text_rows import TextRow, split_rows, stack_rows
 from tests.models.stock import SHAPE, Calls, Stock, load_stock
+from tests.tiny_families import FAMILIES
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
-from tests.tiny_qwen import make_tiny_qwen_image
-from tests.tiny_transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
+from tests.tiny_qwen import make_tiny_klein, make_tiny_qwen_image
 
 PROMPTS = ["a cat", "a cat and a dog " * 40, ""]
 """Of different lengths; the second is longer than either CLIP tokenizer takes."""
 
 STEPS = 4
 
-MODELS: dict[str, Callable] = {
+MODELS: dict[str, Callable] = FAMILIES | {
     "sd3": lambda path: make_tiny_sd3(path, version="3"),
     "sd3-without-t5": lambda path: make_tiny_sd3(path, version="3", t5=False),
-    "sd35": make_tiny_sd3,
     "sd35-dynamic": lambda path: make_tiny_sd3(path, use_dynamic_shifting=True),
-    "flux1-dev": make_tiny_flux,
     "flux1-schnell": lambda path: make_tiny_flux(path, guided=False),
-    "qwen-image": make_tiny_qwen_image,
-    "pixart-sigma": make_tiny_pixart,
-    "z-image": make_tiny_z_image,
-    "sana": make_tiny_sana,
 }
 
 
@@ -168,6 +164,9 @@ FACTS = {
     # Its tiny table holds 64 positions of 8 pixels.
     "z-image": Facts("z-image", 512, (256, 512), steps=50, guidance=6.0),
     "sana": Facts("sana", 32, (16, None), steps=20, guidance=4.5, multiple=32, tokens=128),
+    "flux2-klein": Facts(
+        "flux2-klein", 256, (128, None), steps=50, guidance=4.0, schedule_steps=50, multiple=4, tokens=128
+    ),
 }
 
 
@@ -205,7 +204,7 @@ def test_lora_targets_are_layers_of_the_denoiser(world):
         assert any(name.endswith(f".{target}") for name in names), target
 
 
-@pytest.mark.parametrize("make", [MODELS[name] for name in ("sd35", "flux1-dev", "pixart-sigma", "z-image", "sana")])
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 def test_a_folder_with_a_missing_part_is_one_line(tmp_path, make):
     whole = make(tmp_path / "whole")
     for part in [path.name for path in whole.iterdir() if path.is_dir()]:
@@ -215,11 +214,51 @@ def test_a_folder_with_a_missing_part_is_one_line(tmp_path, make):
             load_family(str(folder))
 
 
-@pytest.mark.parametrize("make", [make_tiny_sd3, make_tiny_flux])
+@pytest.mark.parametrize("make", [FAMILIES[name] for name in ("sd35", "flux1-dev", "qwen-image", "z-image")])
 def test_a_scheduler_with_another_grid_is_one_line(tmp_path, make):
     folder = make(tmp_path, use_karras_sigmas=True)
     with pytest.raises(UserError, match=f"--model {folder}: its scheduler's config sets use_karras_sigmas"):
         load_family(str(folder))
+
+
+def with_setting(folder: Path, file: str, **settings: object) -> Path:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "distilled klein": (
+        lambda path: make_tiny_klein(path, distilled=True),
+        r"was distilled to a few steps \(is_distilled in model_index.json\).* take its base model, FLUX.2-klein-base",
+    ),
+    "klein that is told a scale": (
+        lambda path: with_setting(make_tiny_klein(path), "transformer/config.json", guidance_embeds=True),
+        "its transformer takes a guidance scale, which no FLUX.2-klein does",
+    ),
+    "klein with other patches": (
+        lambda path: with_setting(make_tiny_klein(path), "vae/config.json", patch_size=[1, 1]),
+        r"its VAE's config sets patch_size \[1, 1\]; only 2 x 2 is known",
+    ),
+    "Qwen-Image-Edit": (
+        lambda path: with_setting(make_tiny_qwen_image(path), "model_index.json", _class_name="QwenImageEditPipeline"),
+        "is a QwenImageEditPipeline; known: .*QwenImagePipeline",
+    ),
+    "Qwen-Image of layers": (
+        lambda path: with_setting(make_tiny_qwen_image(path), "transformer/config.json", use_layer3d_rope=True),
+        "its transformer's config sets use_layer3d_rope, as models that edit images or draw layers do",
+    ),
+    "Qwen-Image with transparency": (
+        lambda path: with_setting(make_tiny_qwen_image(path), "vae/config.json", input_channels=4),
+        "its VAE reads 4 channels, as of layered images; only RGB is known",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_model_that_is_not_known_is_refused_by_its_configs(tmp_path, make, said):
+    with pytest.raises(UserError, match=f"^--model {tmp_path}.*{said}"):
+        load_family(str(make(tmp_path)), ())
 
 
 def test_another_denoiser_must_be_of_the_same_shape(tmp_path):

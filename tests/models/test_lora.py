@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from smpo_common.errors import UserError
 from smpo_models.lora import check_lora, fuse_lora
 from tests.tiny import make_tiny_model, make_tiny_unet
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny_families import FLOW_FAMILIES
 
 _RANK = 2
 _ALPHA = 1.5
@@ -128,7 +128,7 @@ def test_a_lora_for_another_architecture_does_not_fit(unet, tmp_path):
         )
 
 
-@pytest.mark.parametrize("make", [make_tiny_sd3, make_tiny_flux])
+@pytest.mark.parametrize("make", FLOW_FAMILIES.values(), ids=FLOW_FAMILIES)
 def test_a_transformers_lora_is_added_as_its_pipeline_does(tmp_path, make):
     """W + up down; in diffusers' format alone, whose names begin with ``transformer``."""
     pipeline = DiffusionPipeline.from_pretrained(make(tmp_path / "model"))
@@ -141,7 +141,7 @@ def test_a_transformers_lora_is_added_as_its_pipeline_does(tmp_path, make):
             torch.randn(module.out_features, _RANK, generator=generator),
         )
         for name, module in transformer.named_modules()
-        if name.endswith(("attn.to_q", "attn.add_k_proj", "attn.to_out.0"))
+        if name.endswith((".to_q", ".add_k_proj", ".to_out.0"))
     }
     saved = {}
     for name, (down, up) in layers.items():

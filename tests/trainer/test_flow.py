@@ -1,4 +1,4 @@
-"""Training SD3.5 and FLUX.1 on shards that the inverter made, to what stock diffusers loads."""
+"""Training flow models on shards that the inverter made, to what stock diffusers loads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils import checkpoint as torch_checkpoint
@@ -22,20 +22,26 @@ from smpo_schemas.trained_model import LORA_FILE
 from smpo_trainer import run as run_module
 from smpo_trainer.model import policy as policy_module
 from smpo_trainer.model.policy import Policy
+from tests.models.stock import load_stock
 from tests.tiny import IMAGE_SIDE, LATENT_SHAPE
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny_families import FAMILIES
+from tests.tiny_flow import make_tiny_flux
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import column, invert_tiny
 
 PROMPTS = ("a cat", "a dog and " * 40)
 """The second has more tokens than schnell's T5 reads."""
 
-MODELS = {"sd35": make_tiny_sd3, "flux1-dev": make_tiny_flux}
+BETA = 2000
+"""Given, since for some of the families none is published."""
+
+some_families = pytest.mark.parametrize("model", ["sd35", "flux1-dev"], indirect=True, scope="module")
+"""For what does not depend on the family."""
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["sd35", "flux1-dev", "qwen-image", "flux2-klein"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return MODELS[request.param](tmp_path_factory.mktemp("models") / request.param)
+    return FAMILIES[request.param](tmp_path_factory.mktemp("models") / request.param)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def test_the_first_loss_is_ln_2_and_the_pipeline_loads_the_result(
     train: Train, model: Path, shards: Path, options: dict[str, object]
 ) -> None:
     """The stored reference errors are what the trainer's own forward finds, at fractional timesteps."""
-    out = train(on=shards, base=model, max_steps=3, batch_size=4, lr=1e-3, save_every=3, **options)
+    out = train(on=shards, base=model, max_steps=3, batch_size=4, lr=1e-3, save_every=3, beta=BETA, **options)
     assert column(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-4)
     assert column(out, "loss")[-1] != column(out, "loss")[0]
     pipeline = DiffusionPipeline.from_pretrained(model)
@@ -70,6 +76,7 @@ def test_the_first_loss_is_ln_2_and_the_pipeline_loads_the_result(
         assert all(any(f".{target}." in name for target in targets) for name in moved)
 
 
+@some_families
 @pytest.mark.parametrize("source", ["renoise", "forward"])
 def test_one_set_of_shards_trains_every_objective(train: Train, model: Path, tmp_path: Path, source) -> None:
     """A step of all states at the reference: ln 2, or for losses without a sigmoid what the stored errors give."""
@@ -95,30 +102,28 @@ def prompts(tmp_path: Path) -> Path:
 def test_validation_images_are_those_of_the_stock_pipeline(
     train: Train, model: Path, shards: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = train(on=shards, base=model, max_steps=1, batch_size=4, image_prompts=prompts, image_sampling_steps=2)
+    options = {"image_prompts": prompts, "image_sampling_steps": 2}
+    out = train(on=shards, base=model, max_steps=1, batch_size=4, beta=BETA, **options)
     assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-000000.png", "step-000001.png"]
-    guidance = 4.5 if "sd35" in model.name else 3.5
-    assert f"2 prompts, 2 Euler steps, guidance scale {guidance}" in capsys.readouterr().out
+    guidance = load_family(str(model), ()).usual_guidance
+    assert guidance is not None
+    assert f"2 prompts, 2 Euler steps, guidance scale {guidance:g}" in capsys.readouterr().out
     grid = np.asarray(Image.open(out / "validation" / "step-000000.png"), dtype=float)
-    for number, image in enumerate(by_a_stock_pipeline(model, guidance_scale=guidance)):
+    for number, image in enumerate(by_a_stock_pipeline(model, guidance)):
         ours = grid[:, IMAGE_SIDE * number : IMAGE_SIDE * (number + 1)]
         assert np.abs(ours - 255 * image).max() <= 1.5
 
 
-def by_a_stock_pipeline(model: Path, **options: object) -> list[np.ndarray]:
-    pipeline = DiffusionPipeline.from_pretrained(model)
-    images = []
+def by_a_stock_pipeline(model: Path, guidance: float) -> list[np.ndarray]:
+    stock, images = load_stock(model), []
+    stock.shape = (IMAGE_SIDE, IMAGE_SIDE)
     for number, prompt in enumerate(PROMPTS):
         noise = gaussian(named_stream(f"validation\n0\n{number}"), LATENT_SHAPE)[None]
-        latents = pipeline._pack_latents(noise, *noise.shape) if isinstance(pipeline, FluxPipeline) else noise
-        drawn = pipeline(
-            prompt, height=IMAGE_SIDE, width=IMAGE_SIDE, latents=latents, num_inference_steps=2, output_type="np",
-            **options,
-        )  # fmt: skip
-        images.append(drawn.images[0])
+        images.append(stock.run([prompt], noise, guidance, 2, "np")[0])
     return images
 
 
+@pytest.mark.parametrize("model", ["flux1-dev"], indirect=True, scope="module")
 def test_schnells_images_read_texts_as_in_training_and_take_no_guidance(
     train: Train, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,7 +132,7 @@ def test_schnells_images_read_texts_as_in_training_and_take_no_guidance(
     options = {"max_steps": 1, "batch_size": 4, "image_prompts": prompts}
     out = train(on=shards, base=model, **options, image_sampling_steps=2)
     grid = np.asarray(Image.open(out / "validation" / "step-000000.png"), dtype=float)
-    for number, image in enumerate(by_a_stock_pipeline(model, max_sequence_length=256)):
+    for number, image in enumerate(by_a_stock_pipeline(model, 0.0)):
         ours = grid[:, IMAGE_SIDE * number : IMAGE_SIDE * (number + 1)]
         assert np.abs(ours - 255 * image).max() <= 1.5
     capsys.readouterr()
@@ -137,6 +142,7 @@ def test_schnells_images_read_texts_as_in_training_and_take_no_guidance(
     assert not (tmp_path / "refused" / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("model", ["flux1-dev"], indirect=True, scope="module")
 def test_the_model_is_told_the_guidance_of_the_shards(train: Train, tmp_path: Path) -> None:
     model = make_tiny_flux(tmp_path / "model")
     losses = {}
@@ -149,6 +155,28 @@ def test_the_model_is_told_the_guidance_of_the_shards(train: Train, tmp_path: Pa
     assert abs(losses["false"] - math.log(2)) > 2e-3
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+def test_all_that_is_trained_has_a_gradient(
+    train: Train, model: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    """Data-parallel training waits for those that have none."""
+    policies: list[Policy] = []
+    load_policy = policy_module.load_policy
+    monkeypatch.setattr(
+        run_module, "load_policy", lambda *given, **named: policies.append(load_policy(*given, **named)) or policies[0]
+    )
+    train(on=shards, base=model, max_steps=1, batch_size=4, beta=BETA, **options)
+    (policy,) = policies
+    conditioning = policy.family.condition(["a cat"], [(32, 32)], [(0, 0)])
+    policy.family.denoise(
+        policy.denoiser, torch.randn(1, *LATENT_SHAPE), torch.tensor([500.0]), conditioning
+    ).sum().backward()
+    assert [name for name, parameter in policy.trainable_parameters().items() if parameter.grad is None] == []
+    trained = {name.split(".lora_")[0] for name in policy.trainable_parameters()}
+    assert any(name.startswith("transformer_blocks.0.attn.to_q") for name in trained)
+
+
+@some_families
 @pytest.mark.parametrize("options", [{"lora_rank": 2}, {"reference": "live"}], ids=["adapter", "live reference"])
 def test_frozen_weights_are_kept_narrow_without_changing_a_bit(
     train: Train, model: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
@@ -181,13 +209,14 @@ def test_frozen_weights_are_kept_narrow_without_changing_a_bit(
     assert {parameter.dtype for parameter in unchanged.parameters()} == {torch.float32}
 
 
+@some_families
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["full", "lora"])
 def test_gradient_checkpointing_changes_nothing_but_memory(
     train: Train, model: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
     calls, compute = [], torch_checkpoint.checkpoint
     monkeypatch.setattr(torch_checkpoint, "checkpoint", lambda *a, **k: (calls.append(1), compute(*a, **k))[1])
-    common = {"on": shards, "base": model, "max_steps": 3, "batch_size": 4, "lr": 1e-3, **options}
+    common = {"on": shards, "base": model, "max_steps": 3, "batch_size": 4, "lr": 1e-3, "beta": BETA, **options}
     stored = train("stored", **common)
     assert not calls
     recomputed = train("recomputed", gradient_checkpointing=True, **common)

@@ -71,6 +71,9 @@ class QwenImage(TransformerFamily):
                     f"{self._what}: its transformer's config sets {setting}, as models that edit images or draw layers "
                     "do; only text-to-image models are known"
                 )
+        # Of the text, which the last block does not hand on.
+        last = f"transformer_blocks.{config['num_layers'] - 1}"
+        self.idle_layers = (f"{last}.attn.to_add_out", f"{last}.txt_mlp")
         return "qwen-image"
 
     def _latent_channels(self, config: Mapping[str, Any]) -> int:

@@ -200,15 +200,20 @@ def load_policy(
         if device.type == "cpu":
             say(f"WARNING: {CPU_REMARK}")
     if start.lora_rank is None:
-        denoiser.requires_grad_(True)
+        _train_all_but(denoiser, family.idle_layers)
     else:
-        add_lora(denoiser, family.lora_targets, start.lora_rank, start.lora_alpha)
+        add_lora(denoiser, family.lora_targets, start.lora_rank, start.lora_alpha, idle=family.idle_layers)
     # Cast on the CPU: in float32 they may be too large for the device.
     for module in modules:
         narrow_products(module, dtype)
         module.to(device)
     family.to(device)
     return Policy(family, denoiser, reference, is_reference, start.lora_rank, start.lora_format)
+
+
+def _train_all_but(denoiser: nn.Module, idle: tuple[str, ...]) -> None:
+    for name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_(not name.startswith(idle))
 
 
 def _load_start(settings: TrainSettings, info: ModelInfo, *, text: bool) -> tuple[Family, bool]:

@@ -107,7 +107,7 @@ def operations(policy: Policy, latent: tuple[int, ...], conditioning: Conditioni
         denoiser: nn.Module = unsharded_class(policy.denoiser).from_config(policy.denoiser.config)
         denoiser.eval().requires_grad_(policy.lora_rank is None)
         if policy.lora_rank:
-            add_lora(denoiser, policy.family.lora_targets, policy.lora_rank)
+            add_lora(denoiser, policy.family.lora_targets, policy.lora_rank, idle=policy.family.idle_layers)
     added = {name: value.to(meta) for name, value in conditioning.added.items()}
     meta_conditioning = replace(conditioning, text_BLD=conditioning.text_BLD.to(meta), added=added)
     x_1Chw, t_1 = torch.zeros(1, *latent, device=meta), torch.zeros(1, dtype=torch.int64, device=meta)
