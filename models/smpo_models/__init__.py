@@ -15,10 +15,20 @@ from smpo_common.lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from smpo_models.draws import image_noise
     from smpo_models.family import Conditioning, Family
-    from smpo_models.loading import load_family
+    from smpo_models.loading import load_family, load_tuned_denoiser
+    from smpo_models.negative import guide_with_negative
     from smpo_models.sampling import load_pipeline, sample
 
-__all__ = ["Conditioning", "Family", "image_noise", "load_family", "load_pipeline", "sample"]
+__all__ = [
+    "Conditioning",
+    "Family",
+    "guide_with_negative",
+    "image_noise",
+    "load_family",
+    "load_pipeline",
+    "load_tuned_denoiser",
+    "sample",
+]
 
 # A bar for every weight file would tear our own progress bars apart; what is wrong with a checkpoint, the code that
 # loads it checks and says itself.
@@ -32,7 +42,8 @@ __getattr__, __dir__ = lazy_exports(
     {
         "smpo_models.draws": ["image_noise"],
         "smpo_models.family": ["Conditioning", "Family"],
-        "smpo_models.loading": ["load_family"],
+        "smpo_models.loading": ["load_family", "load_tuned_denoiser"],
+        "smpo_models.negative": ["guide_with_negative"],
         "smpo_models.sampling": ["load_pipeline", "sample"],
     },
 )

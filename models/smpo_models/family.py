@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -55,6 +55,8 @@ class Family(ABC):
         embedded_guidance: guidance scale that the denoiser is told, where it was distilled to take one; None where it
             takes none. Set it after loading.
         sampler: name of the sampler that images are made with: ``DDIM``, or ``Euler`` of flow models.
+        guidance_calls: how the pipeline asks its denoiser for both predictions of classifier-free guidance: in one call
+            with the unconditional rows first or last, or in a second call at the same timestep; None: never.
         sampler_steps: how many steps the model is usually sampled in.
         usual_guidance: guidance scale that the model is usually sampled at, of classifier-free guidance or the embedded
             one; None where it takes neither.
@@ -78,6 +80,7 @@ class Family(ABC):
     patch: int = 1
     embedded_guidance: float | None = None
     sampler: ClassVar[str]
+    guidance_calls: ClassVar[Literal["unconditional first", "conditional first", "separate"] | None] = None
     sampler_steps: int
     usual_guidance: float | None
     noise_schedule: NoiseSchedule

@@ -90,13 +90,14 @@ def load_family(
     )
 
 
-def load_inverting_denoiser(family: Family, model: str, path: Path, variant: str | None = None) -> nn.Module:
-    """The denoiser that a training run left behind: a folder of one, or a LoRA file on top of ``family``'s own.
+def load_tuned_denoiser(family: Family, model: str, path: Path, what: str, variant: str | None = None) -> nn.Module:
+    """Load the denoiser that a training run left behind: a folder of one, or a LoRA file on top of ``family``'s own.
 
     Args:
         family: the model, with the denoiser that training started from.
         model: its hub id or folder.
         path: a denoiser folder, a training run's output folder, or a LoRA file.
+        what: names it in errors.
         variant: of a folder's files of weights, where it has several.
 
     Raises:
@@ -105,9 +106,9 @@ def load_inverting_denoiser(family: Family, model: str, path: Path, variant: str
     lora = path if path.is_file() else path / LORA_FILE
     if not lora.is_file():
         return _own(load_family(model, ("denoiser",), denoiser=path, variant=variant))
-    inverting_denoiser = copy.deepcopy(_own(family))
-    fuse_lora(inverting_denoiser, lora, f"--inverting-unet {path}", f"--model {model}")
-    return inverting_denoiser.requires_grad_(False).eval()
+    tuned = copy.deepcopy(_own(family))
+    fuse_lora(tuned, lora, what, f"--model {model}")
+    return tuned.requires_grad_(False).eval()
 
 
 def _own(family: Family) -> nn.Module:

@@ -13,6 +13,7 @@ from smpo_pipeline.commands.evaluate import evaluate
 from smpo_pipeline.commands.generate import generate
 from smpo_pipeline.commands.inspect import inspect
 from smpo_pipeline.commands.invert import invert
+from smpo_pipeline.commands.merge import merge
 from smpo_pipeline.commands.plan import plan
 from smpo_pipeline.commands.score import score
 from smpo_pipeline.commands.status import status
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (generate, score, calibrate, plan, invert, status, evaluate, inspect, toy):
+for command in (generate, score, calibrate, plan, invert, status, evaluate, inspect, merge, toy):
     add_command(app, command)
 
 

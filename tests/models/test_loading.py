@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer
 
 from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import families, load_family, load_inverting_denoiser
+from smpo_models.loading import families, load_family, load_tuned_denoiser
 from smpo_models.noise_schedules.base import START
 from smpo_models.noise_schedules.variance_preserving import VariancePreserving
 from tests.tiny import make_tiny_model, make_tiny_vae, make_tiny_xl
@@ -269,7 +269,7 @@ def test_a_inverting_denoiser_is_a_folder_or_a_lora_on_top(folder, tmp_path):
         expected = family.denoise(tuned, x, t, conditioning)
         assert not torch.allclose(family.denoise(family.denoiser, x, t, conditioning), expected, atol=1e-3)
         for path in (tmp_path / "run", tmp_path / "run" / "pytorch_lora_weights.safetensors"):
-            inverting_denoiser = load_inverting_denoiser(family, str(folder), path)
+            inverting_denoiser = load_tuned_denoiser(family, str(folder), path, f"--inverting-unet {path}")
             torch.testing.assert_close(
                 family.denoise(inverting_denoiser, x, t, conditioning), expected, rtol=1e-4, atol=1e-5
             )
@@ -277,7 +277,7 @@ def test_a_inverting_denoiser_is_a_folder_or_a_lora_on_top(folder, tmp_path):
             assert fingerprint_module(inverting_denoiser) != fingerprint_module(family.denoiser)
         assert fingerprint_module(inverting_denoiser) != fingerprint_module(load_family(str(folder)).denoiser)
         other = make_tiny_model(tmp_path / "other", seed=8)
-        inverting_denoiser = load_inverting_denoiser(family, str(folder), other)
+        inverting_denoiser = load_tuned_denoiser(family, str(folder), other, f"--inverting-unet {other}")
         assert fingerprint_module(inverting_denoiser) == fingerprint_module(load_family(str(other)).denoiser)
 
 
@@ -288,7 +288,7 @@ def test_a_lora_is_added_by_the_settings_in_its_header(folder, tmp_path, dora):
     save_lora(tuned, tmp_path, lora_alpha=8, use_dora=dora)
     layers = get_peft_model_state_dict(tuned)
     family = load_family(str(folder), ("denoiser",))
-    inverting_denoiser = load_inverting_denoiser(family, str(folder), tmp_path).state_dict()
+    inverting_denoiser = load_tuned_denoiser(family, str(folder), tmp_path, f"--inverting-unet {tmp_path}").state_dict()
     changed = 0
     for name, weight in family.denoiser.state_dict().items():
         layer, expected = name.removesuffix(".weight"), weight
@@ -308,12 +308,12 @@ def test_a_inverting_denoiser_that_does_not_fit_is_one_line(folder, tmp_path):
     save_lora(load_family(str(other), ("denoiser",)).denoiser, tmp_path / "run")
     file = tmp_path / "run" / "pytorch_lora_weights.safetensors"
     with pytest.raises(UserError, match="--inverting-unet .*run"):
-        load_inverting_denoiser(family, str(folder), tmp_path / "run")
+        load_tuned_denoiser(family, str(folder), tmp_path / "run", f"--inverting-unet {tmp_path / 'run'}")
     safetensors.torch.save_file({"text_encoder.a.lora.down.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(UserError, match="--inverting-unet .*run"):
-        load_inverting_denoiser(family, str(folder), tmp_path / "run")
+        load_tuned_denoiser(family, str(folder), tmp_path / "run", f"--inverting-unet {tmp_path / 'run'}")
     file.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="--inverting-unet .*run.* cannot be loaded"):
-        load_inverting_denoiser(family, str(folder), tmp_path / "run")
+        load_tuned_denoiser(family, str(folder), tmp_path / "run", f"--inverting-unet {tmp_path / 'run'}")
     with pytest.raises(UserError, match="holds no denoiser"):
-        load_inverting_denoiser(family, str(folder), tmp_path)
+        load_tuned_denoiser(family, str(folder), tmp_path, f"--inverting-unet {tmp_path}")

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from smpo_models.fingerprint import fingerprint_module
-from smpo_models.loading import load_family, load_inverting_denoiser
+from smpo_models.loading import load_family, load_tuned_denoiser
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
@@ -70,7 +70,7 @@ def test_a_lora_loads_and_inverts(train: Train, xl: Path, xl_shards: Path) -> No
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     family = load_family(str(xl))
-    inverting_denoiser = load_inverting_denoiser(family, str(xl), out)
+    inverting_denoiser = load_tuned_denoiser(family, str(xl), out, f"--inverting-unet {out}")
     assert fingerprint_module(inverting_denoiser) != fingerprint_module(family.denoiser)
     for name, expected in pipeline.unet.state_dict().items():
         torch.testing.assert_close(inverting_denoiser.state_dict()[name], expected)

@@ -58,6 +58,7 @@ class QwenImage(TransformerFamily):
     denoiser_class: ClassVar[type[nn.Module]] = QwenImageTransformer2DModel
     autoencoder: ClassVar[Autoencoder] = QwenImageAutoencoder()
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
+    guidance_calls = "separate"
     sampler_steps = 50
     usual_guidance = 4.0
     patch = PATCH

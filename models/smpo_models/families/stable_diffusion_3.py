@@ -31,6 +31,7 @@ class StableDiffusion3(TransformerFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = SD3Transformer2DModel
+    guidance_calls = "unconditional first"
     _text_tokens = 256
     _same_config: ClassVar[tuple[str, ...]] = (
         "in_channels",

@@ -9,7 +9,7 @@ from torch import nn
 from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module, settings_of
-from smpo_models.loading import load_family, load_inverting_denoiser
+from smpo_models.loading import load_family, load_tuned_denoiser
 from smpo_pipeline.jobs.invert.options import InversionOptions
 from smpo_schemas.manifest import ModelInfo
 
@@ -72,7 +72,8 @@ def load_models(options: InversionOptions, *, text: bool = True) -> tuple[Family
     _set_up(family, options)
     if models.inverting_unet is None:
         return family, family.denoiser
-    return family, load_inverting_denoiser(family, models.model, models.inverting_unet, models.variant)
+    path = models.inverting_unet
+    return family, load_tuned_denoiser(family, models.model, path, f"--inverting-unet {path}", models.variant)
 
 
 def load_text_encoders(options: InversionOptions) -> Family:

@@ -1,0 +1,167 @@
+"""Classifier-free guidance with two models: a negative one predicts for the unconditional prompt (Diffusion-NPO).
+
+Shape suffixes: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from smpo_common.errors import UserError
+from smpo_models.family import Family
+
+
+def guide_with_negative(pipeline: DiffusionPipeline, family: Family, negative: nn.Module) -> None:
+    """Make a pipeline guide away from what another denoiser predicts for the unconditional prompt.
+
+    The pipeline's own denoiser predicts for the prompts. Most pipelines then take
+    negative(x, "") + scale (own(x, prompt) - negative(x, "")) (arXiv 2505.11245). Both denoisers are in memory.
+
+    A negative model with the weights of the own one leaves the pipeline as it is, to the bit.
+
+    Args:
+        pipeline: is changed.
+        family: of its model.
+        negative: of the same class and architecture, on the pipeline's device and in its dtype.
+
+    Raises:
+        UserError: the pipeline makes no unconditional prediction, or the denoisers differ in their architecture.
+    """
+    own = getattr(pipeline, family.denoiser_folder)
+    require_guidance(family, "a negative model")
+    require_same_weights(own, negative, "the negative model", "the pipeline's denoiser")
+    theirs = negative.state_dict()
+    if all(torch.equal(value, theirs[name]) for name, value in own.state_dict().items()):
+        return
+    kind = _DENOISERS[str(family.guidance_calls)]
+    setattr(pipeline, family.denoiser_folder, kind(own, negative, lambda: _guides(pipeline)))
+
+
+def _guides(pipeline: DiffusionPipeline) -> bool:
+    """Whether the pipeline's present call guides; without, it asks for the prompts alone."""
+    return bool(getattr(pipeline, "do_classifier_free_guidance", True))
+
+
+def require_guidance(family: Family, what: str) -> None:
+    """Check that a family's pipeline makes an unconditional prediction to guide by.
+
+    Args:
+        family: of the model.
+        what: starts the error.
+
+    Raises:
+        UserError: it makes none.
+    """
+    if family.guidance_calls is None:
+        raise UserError(
+            f"{what}: {family.kind} is sampled without an unconditional prediction, so that there is nothing to replace"
+        )
+
+
+def require_same_weights(own: nn.Module, other: nn.Module, what: str, of: str) -> None:
+    """Check that two denoisers have weights of the same names and shapes.
+
+    Args:
+        own: one of them.
+        other: the other.
+        what: names ``other`` in the error.
+        of: names ``own``.
+
+    Raises:
+        UserError: they differ; names the first weight that does.
+    """
+    shapes = {name: tuple(value.shape) for name, value in own.state_dict().items()}
+    others = {name: tuple(value.shape) for name, value in other.state_dict().items()}
+    for name in sorted(shapes.keys() | others.keys()):
+        if shapes.get(name) != others.get(name):
+            raise UserError(
+                f"{what} has {name} {others.get(name)}, {of} {shapes.get(name)}: they are not one architecture"
+            )
+
+
+class _Pair(nn.Module):
+    """Stands in a pipeline's place of the denoiser; what is not here is the positive model's."""
+
+    def __init__(self, positive: nn.Module, negative: nn.Module, guides: Callable[[], bool]) -> None:
+        super().__init__()
+        self.positive, self.negative, self._guides = positive, negative, guides
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("positive"), name)
+
+
+class _UnconditionalFirst(_Pair):
+    """For pipelines that ask once for a batch of unconditional rows and, after them, conditional ones."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if not self._guides():
+            return self.positive(*args, **kwargs)
+        rows = _rows(args, kwargs)
+        first, second = self._models()
+        outputs = [
+            model(*_part(args, rows, half), **_part(kwargs, rows, half)) for model, half in ((first, 0), (second, 1))
+        ]
+        return _join(*outputs)
+
+    def _models(self) -> tuple[nn.Module, nn.Module]:
+        return self.negative, self.positive
+
+
+class _ConditionalFirst(_UnconditionalFirst):
+    """As above, with the conditional rows first."""
+
+    def _models(self) -> tuple[nn.Module, nn.Module]:
+        return self.positive, self.negative
+
+
+class _SeparateCalls(_Pair):
+    """For pipelines that ask twice at each timestep, for the prompts first; the second call may be left out."""
+
+    _asked: float | None = None
+    """Timestep of the last call, if it was for the prompts."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        t = float(kwargs["timestep"].flatten()[0])
+        unconditional = t == self._asked
+        self._asked = None if unconditional else t
+        return (self.negative if unconditional else self.positive)(*args, **kwargs)
+
+
+_DENOISERS: Mapping[str, type[_Pair]] = {
+    "unconditional first": _UnconditionalFirst,
+    "conditional first": _ConditionalFirst,
+    "separate": _SeparateCalls,
+}
+"""By :attr:`smpo_models.family.Family.guidance_calls`."""
+
+
+def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return the rows of a call: those of its latents, which are its first argument or its first by name."""
+    return len(next(iter((*args, *kwargs.values()))))
+
+
+def _part(value: Any, rows: int, half: int) -> Any:  # noqa: ANN401
+    """Return half of everything that has as many rows as the call."""
+    if isinstance(value, Mapping):
+        return {name: _part(each, rows, half) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_part(each, rows, half) for each in value)
+    has_rows = (torch.is_tensor(value) and value.ndim > 0) or isinstance(value, list)
+    if not has_rows or len(value) != rows:
+        return value
+    return value[: rows // 2] if half == 0 else value[rows // 2 :]
+
+
+def _join(first: Any, second: Any) -> Any:  # noqa: ANN401
+    """Return the rows of two outputs in one: tuples or the library's outputs of a tensor, or of a list of tensors."""
+    one, other = first[0], second[0]
+    rows = one + other if isinstance(one, list) else torch.cat([one, other])
+    return (rows,) if isinstance(first, tuple) else type(first)(rows)

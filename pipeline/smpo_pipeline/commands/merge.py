@@ -1,0 +1,84 @@
+"""``smpo-pipeline merge``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from rich.console import Console
+
+from smpo_common.errors import UserError
+from smpo_common.files import write_json
+from smpo_common.options import Flag, Options, Overwrite
+from smpo_pipeline.options import ExistingPath, ModelSource, Out, Variant
+from smpo_pipeline.terminal import print_next
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MERGED_FILE = "merged.json"
+"""Settings and the result's fingerprint; written last."""
+
+
+class MergeOptions(Options):
+    """The flags of ``merge``."""
+
+    model: Annotated[ModelSource, Flag(place=True)]
+    """Text-to-image model that both were trained from: hub id or diffusers folder."""
+    positive: ExistingPath
+    """Output of smpo-train, or a LoRA file, that generation is to be guided towards."""
+    negative: ExistingPath
+    """Output of smpo-train --objective npo, or a LoRA file."""
+    out: Out
+    alpha: float = 1.0
+    """Weight of the positive model's difference from --model."""
+    beta: float = 1.0
+    """Weight of the negative model's difference from --model."""
+    variant: Variant = None
+    overwrite: Overwrite = False
+    """Replace a merged model in --out."""
+
+
+def merge(options: MergeOptions) -> None:
+    """Merge two tuned denoisers into the negative model of Diffusion-NPO (arXiv 2505.11245).
+
+    Its weights are model + alpha (positive - model) + beta (negative - model), in float32. Guide with it by
+    `smpo-pipeline evaluate --negative NAME=OUT`.
+    """
+    if (options.out / MERGED_FILE).exists() and not options.overwrite:
+        raise UserError(
+            f"--out {options.out} holds a merged model; choose another --out, or replace it with --overwrite"
+        )
+    from smpo_models.fingerprint import fingerprint_module  # noqa: PLC0415  (keeps --help free of torch)
+    from smpo_models.loading import load_family, load_tuned_denoiser  # noqa: PLC0415
+    from smpo_models.merge import merge_into  # noqa: PLC0415
+
+    family = load_family(options.model, ("denoiser",), variant=options.variant)
+    sources = {"--positive": (options.positive, options.alpha), "--negative": (options.negative, options.beta)}
+    tuned = {}
+    for flag, (path, weight) in sources.items():
+        what = f"{flag} {path}"
+        tuned[what] = load_tuned_denoiser(family, options.model, path, what, options.variant), weight
+    merged = cast("nn.Module", family.denoiser)
+    merge_into(merged, tuned)
+    (options.out / MERGED_FILE).unlink(missing_ok=True)
+    _save(merged, options.out / family.denoiser_folder)
+    options.write(options.out)
+    settings = {name: str(value) for name, value in options.flat_values().items() if name not in ("out", "overwrite")}
+    write_json(options.out / MERGED_FILE, {"settings": settings, "fingerprint": fingerprint_module(merged)})
+    console = Console(markup=False)
+    console.print(f"merged into {options.out / family.denoiser_folder}", highlight=False, soft_wrap=True)
+    models = ("--model", f"base={options.model}", f"tuned={options.positive}")
+    print_next(
+        console, "smpo-pipeline", "evaluate", *models, "--negative", f"tuned={options.out}", "--prompts", "PROMPTS",
+        "--reward", "pickscore", "--out", "report",
+    )  # fmt: skip
+
+
+def _save(denoiser: Any, folder: Path) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        denoiser.save_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {folder}: {error.strerror or error}") from error

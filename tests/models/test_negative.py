@@ -1,0 +1,130 @@
+"""Guidance with a negative model: pipelines against both denoisers asked by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from smpo_common.errors import UserError
+from smpo_models.family import Family
+from smpo_models.loading import load_family
+from smpo_models.merge import merge_into
+from smpo_models.negative import guide_with_negative
+from smpo_models.noise_schedules.base import START
+from smpo_models.sampling import load_pipeline, sample
+from tests.models.test_flow_families import MODELS as FLOW_MODELS
+from tests.tiny import make_tiny_model, make_tiny_unet, make_tiny_xl
+
+PROMPTS = ["a cat", "a dog and a cat"]
+STEPS = 3
+MODELS = {"sd15": make_tiny_model, "sdxl": make_tiny_xl} | {
+    name: make
+    for name, make in FLOW_MODELS.items()
+    if not name.startswith("flux1") and "-" not in name.removeprefix("qwen-")
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def family(request, tmp_path_factory) -> Family:
+    return load_family(str(MODELS[request.param](tmp_path_factory.mktemp(request.param))))
+
+
+def another(denoiser: torch.nn.Module) -> torch.nn.Module:
+    """A denoiser of the same architecture with other weights."""
+    other, generator = copy.deepcopy(denoiser), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.05)
+    return other
+
+
+def draw(family: Family, guidance: float, negative: torch.nn.Module | None = None) -> torch.Tensor:
+    """Latents by the model's pipeline."""
+    parts = {family.denoiser_folder: family.denoiser}
+    pipeline = load_pipeline(family._model, "--model m", parts, dtype=torch.float32, variant=None)
+    if negative is not None:
+        guide_with_negative(pipeline, family, negative)
+    with torch.no_grad():
+        return sample(
+            pipeline, family, PROMPTS, noise_of(family), steps=STEPS, guidance_scale=guidance, output_type="latent"
+        )
+
+
+def noise_of(family: Family) -> torch.Tensor:
+    return torch.randn(len(PROMPTS), *family.latent_shape(32, 32), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_same_model_twice_guides_as_one_to_the_bit(family):
+    assert torch.equal(draw(family, 4.0, copy.deepcopy(family.denoiser)), draw(family, 4.0))
+
+
+def test_without_guidance_the_negative_model_is_not_asked(family):
+    assert torch.equal(draw(family, 1.0, another(family.denoiser)), draw(family, 1.0))
+
+
+@torch.no_grad()
+def test_the_negative_model_predicts_for_the_unconditional_prompt(family):
+    negative, guidance, schedule, x = another(family.denoiser), 1.5, family.noise_schedule, noise_of(family)
+    wanted = draw(family, guidance, negative)
+    frames = [(32, 32)] * len(PROMPTS), [(0, 0)] * len(PROMPTS)
+    conditioning, unconditional = family.condition(PROMPTS, *frames), family.condition([""] * len(PROMPTS), *frames)
+    grid = [START, *schedule.grid(STEPS, family.num_tokens(32, 32))]
+    for s, t in zip(grid[-2::-1], grid[::-1], strict=False):
+        t_B, s_B = (torch.full((len(x),), level, dtype=schedule.timestep_dtype) for level in (t, s))
+        away = family.denoise(negative, x, t_B, unconditional)
+        own = family.denoise(family.denoiser, x, t_B, conditioning)
+        output = away + guidance * (own - away)
+        if family.kind == "qwen-image":  # keeps the norm of each token
+            output *= norm_of_tokens(family, own) / norm_of_tokens(family, output)
+        x = schedule.noised(schedule.x0_in(output, x, t_B), schedule.noise_in(output, x, t_B), s_B)
+    assert float((x - wanted).norm() / wanted.norm()) < 1e-4
+    assert float((x - draw(family, guidance)).norm() / wanted.norm()) > 1e-3
+
+
+def norm_of_tokens(family: Family, x: torch.Tensor) -> torch.Tensor:
+    patches = x.unflatten(3, (-1, family.patch)).unflatten(2, (-1, family.patch))
+    norm = patches.square().sum(dim=(1, 3, 5), keepdim=True).sqrt()
+    return norm.expand_as(patches).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "flux1-schnell"])
+def test_a_pipeline_without_an_unconditional_prediction_is_refused(tmp_path, name):
+    family = load_family(str(FLOW_MODELS[name](tmp_path)))
+    with pytest.raises(UserError, match=f"a negative model: {name} is sampled without an unconditional prediction"):
+        draw(family, 2.0, copy.deepcopy(family.denoiser))
+
+
+def test_another_architecture_is_refused_by_the_name_of_a_weight(tmp_path):
+    family = load_family(str(make_tiny_model(tmp_path)))
+    with pytest.raises(UserError, match=r"the negative model has .*to_k\.weight \(.*one architecture"):
+        draw(family, 2.0, make_tiny_unet(cross_attention_dim=8))
+
+
+def filled(value: float) -> torch.nn.Module:
+    layer = torch.nn.Linear(2, 3)
+    for weight in layer.parameters():
+        torch.nn.init.constant_(weight, value)
+    return layer
+
+
+def test_merging_adds_weighted_differences():
+    base = filled(1)
+    merge_into(base, {"positive": (filled(2), 0.5), "negative": (filled(4), 0.25)})
+    assert all((weight == 2.25).all() for weight in base.parameters())
+
+
+@pytest.mark.parametrize(("weights", "chosen"), [((1, 0), 1), ((0, 1), 2), ((0, 0), 0)])
+def test_a_weight_of_one_alone_gives_that_model_to_the_bit(weights, chosen):
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(20, 30) for _ in range(3)]
+    wanted = [weight.clone() for weight in models[chosen].parameters()]
+    merge_into(models[0], dict(zip("ab", zip(models[1:], weights, strict=True), strict=True)))
+    for weight, expected in zip(models[0].parameters(), wanted, strict=True):
+        assert torch.equal(weight, expected)
+
+
+def test_merging_another_architecture_is_refused():
+    with pytest.raises(UserError, match=r"--negative x has bias None, the base \(3,\)"):
+        merge_into(filled(1), {"--negative x": (torch.nn.Linear(2, 3, bias=False), 1.0)})
