@@ -16,7 +16,9 @@ from smpo_common.errors import UserError
 from smpo_models.family import Family
 
 
-def guide_with_negative(pipeline: DiffusionPipeline, family: Family, negative: nn.Module) -> None:
+def guide_with_negative(
+    pipeline: DiffusionPipeline, family: Family, negative: nn.Module, what: str = "the negative model"
+) -> None:
     """Make a pipeline guide away from what another denoiser predicts for the unconditional prompt.
 
     The pipeline's own denoiser predicts for the prompts. Most pipelines then take
@@ -28,13 +30,14 @@ def guide_with_negative(pipeline: DiffusionPipeline, family: Family, negative: n
         pipeline: is changed.
         family: of its model.
         negative: of the same class and architecture, on the pipeline's device and in its dtype.
+        what: names it in errors.
 
     Raises:
         UserError: the pipeline makes no unconditional prediction, or the denoisers differ in their architecture.
     """
     own = getattr(pipeline, family.denoiser_folder)
-    require_guidance(family, "a negative model")
-    require_same_weights(own, negative, "the negative model", "the pipeline's denoiser")
+    require_guidance(family, what)
+    require_same_weights(own, negative, what, "the pipeline's denoiser")
     theirs = negative.state_dict()
     if all(torch.equal(value, theirs[name]) for name, value in own.state_dict().items()):
         return
@@ -42,9 +45,9 @@ def guide_with_negative(pipeline: DiffusionPipeline, family: Family, negative: n
     setattr(pipeline, family.denoiser_folder, kind(own, negative, lambda: _guides(pipeline)))
 
 
-def _guides(pipeline: DiffusionPipeline) -> bool:
-    """Whether the pipeline's present call guides; without, it asks for the prompts alone."""
-    return bool(getattr(pipeline, "do_classifier_free_guidance", True))
+def _guides(pipeline: DiffusionPipeline) -> bool | None:
+    """Whether the pipeline's present call guides; None where the pipeline does not tell (PixArt-Sigma)."""
+    return getattr(pipeline, "do_classifier_free_guidance", None)
 
 
 def require_guidance(family: Family, what: str) -> None:
@@ -87,7 +90,7 @@ def require_same_weights(own: nn.Module, other: nn.Module, what: str, of: str) -
 class _Pair(nn.Module):
     """Stands in a pipeline's place of the denoiser; what is not here is the positive model's."""
 
-    def __init__(self, positive: nn.Module, negative: nn.Module, guides: Callable[[], bool]) -> None:
+    def __init__(self, positive: nn.Module, negative: nn.Module, guides: Callable[[], bool | None]) -> None:
         super().__init__()
         self.positive, self.negative, self._guides = positive, negative, guides
 
@@ -102,9 +105,13 @@ class _UnconditionalFirst(_Pair):
     """For pipelines that ask once for a batch of unconditional rows and, after them, conditional ones."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if not self._guides():
+        latents, guides = next(iter((*args, *kwargs.values()))), self._guides()
+        rows = len(latents)
+        if guides is None:
+            # Guidance asks about the same latents twice.
+            guides = rows % 2 == 0 and torch.equal(latents[: rows // 2], latents[rows // 2 :])
+        if not guides:
             return self.positive(*args, **kwargs)
-        rows = _rows(args, kwargs)
         first, second = self._models()
         outputs = [
             model(*_part(args, rows, half), **_part(kwargs, rows, half)) for model, half in ((first, 0), (second, 1))
@@ -141,11 +148,6 @@ _DENOISERS: Mapping[str, type[_Pair]] = {
     "separate": _SeparateCalls,
 }
 """By :attr:`smpo_models.family.Family.guidance_calls`."""
-
-
-def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return the rows of a call: those of its latents, which are its first argument or its first by name."""
-    return len(next(iter((*args, *kwargs.values()))))
 
 
 def _part(value: Any, rows: int, half: int) -> Any:  # noqa: ANN401

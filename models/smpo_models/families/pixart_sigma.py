@@ -38,6 +38,7 @@ class PixArtSigma(TransformerFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = PixArtTransformer2DModel
     sampler: ClassVar[str] = "DDIM"
+    guidance_calls = "unconditional first"
     sampler_steps = 20
     usual_guidance = 4.5
     lora_targets: ClassVar[tuple[str, ...]] = ()

@@ -40,6 +40,7 @@ class Sana(TransformerFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("SanaPipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = SanaTransformer2DModel
     autoencoder: ClassVar[Autoencoder] = DCAutoencoder()
+    guidance_calls = "unconditional first"
     sampler_steps = 20
     usual_guidance = 4.5
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")

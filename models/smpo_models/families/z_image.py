@@ -42,6 +42,7 @@ class ZImage(TransformerFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = ZImageTransformer2DModel
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
+    guidance_calls = "conditional first"
     sampler_steps = 50
     # 5 of the pipeline, where 0 is no guidance.
     usual_guidance = 6.0

@@ -65,7 +65,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     Raises:
         UserError: a setting is wrong.
     """
-    sources = parse_models(options.model)
+    sources = parse_models(options.model, options.negative)
     whole = choose_base(sources, options.base)
     if not sources:
         raise UserError("name at least one model with --model NAME=DIR")
@@ -93,6 +93,11 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         variant=sampling.variant,
         sampler=usual.sampler,
     )
+    if options.negative and (settings.guidance_scale or 0) <= 1:
+        raise UserError(
+            f"--negative: at --guidance-scale {settings.guidance_scale:g} nothing is predicted for the unconditional "
+            "prompt; choose a scale above 1"
+        )
     check_sampling({f"--model {name}": family for name, family in families.items()}, settings)
     return Evaluation(options.out, sources, families, whole, settings, running.batch_size, running.device)
 

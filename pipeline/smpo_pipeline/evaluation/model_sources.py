@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,33 +30,47 @@ _CHECKPOINT_COMPANIONS = (
 """Files that a reward may read beside its checkpoint: configurations, a tokenizer, a CLIP."""
 
 
-def parse_models(specs: Sequence[str]) -> list[ModelSource]:
+def parse_models(specs: Sequence[str], negatives: Sequence[str] = ()) -> list[ModelSource]:
     """Read ``NAME=DIR_OR_ID`` specifications; the first one is the baseline.
 
+    Args:
+        specs: of ``--model``.
+        negatives: of ``--negative``, each of a model with this name.
+
     Raises:
-        UserError: a name is malformed or repeated, or a folder is missing or holds no model.
+        UserError: a name is malformed, repeated or unknown, or a folder is missing or holds no model.
     """
+    models = {model.name: model for model in _parse("--model", specs)}
+    for negative in _parse("--negative", negatives):
+        if negative.name not in models:
+            raise UserError(f"{negative.named}: no --model has this name; known: {', '.join(models)}")
+        models[negative.name] = replace(models[negative.name], negative=negative)
+    return list(models.values())
+
+
+def _parse(flag: str, specs: Sequence[str]) -> list[ModelSource]:
     models: list[ModelSource] = []
     for spec in specs:
         name, equals, source = spec.partition("=")
         if not equals or not source or not _NAME.fullmatch(name):
             raise UserError(
-                f"--model {spec}: write NAME=DIR, for example tuned=runs/a; a name has letters, digits and . _ - only"
+                f"{flag} {spec}: write NAME=DIR, for example tuned=runs/a; a name has letters, digits and . _ - only"
             )
         if name in (model.name for model in models):
-            raise UserError(f"--model {spec}: the name {name!r} is used twice; give each model its own name")
-        models.append(ModelSource(name, source, _kind(spec, source)))
+            raise UserError(f"{flag} {spec}: the name {name!r} is used twice; give each model its own name")
+        given = f"{flag} {spec}"
+        models.append(ModelSource(name, source, _kind(given, source), None if flag == "--model" else given))
     return models
 
 
-def _kind(spec: str, source: str) -> Literal["pipeline", "denoiser", "lora"]:
+def _kind(given: str, source: str) -> Literal["pipeline", "denoiser", "lora"]:
     folder = Path(source)
     if not folder.exists() and _HUB_ID.fullmatch(source):
         return "pipeline"
     if folder.is_file() and folder.suffix == ".safetensors":
         return "lora"
     if not folder.is_dir():
-        raise UserError(f"--model {spec}: {source} is neither a folder nor a LoRA file (.safetensors)")
+        raise UserError(f"{given}: {source} is neither a folder nor a LoRA file (.safetensors)")
     if (folder / INDEX_FILE).is_file():
         return "pipeline"
     if _denoiser_folder(folder):
@@ -63,7 +78,7 @@ def _kind(spec: str, source: str) -> Literal["pipeline", "denoiser", "lora"]:
     if (folder / LORA_FILE).is_file():
         return "lora"
     raise UserError(
-        f"--model {spec}: {source} is neither a pipeline ({INDEX_FILE}) nor an output of smpo-train "
+        f"{given}: {source} is neither a pipeline ({INDEX_FILE}) nor an output of smpo-train "
         f"({', '.join(f'{name}/config.json' for name in DENOISER_FOLDERS)} or {LORA_FILE})"
     )
 
@@ -81,10 +96,11 @@ def choose_base(models: Sequence[ModelSource], given: str | None) -> str | None:
     """
     whole = [model.source for model in models if model.kind == "pipeline"]
     base = given or (whole[0] if whole else None)
-    partial = [model for model in models if model.kind != "pipeline"]
+    both = [*models, *(model.negative for model in models if model.negative)]
+    partial = [model for model in both if model.kind != "pipeline"]
     if partial and base is None:
         raise UserError(
-            f"--model {partial[0].name}={partial[0].source} is an output of smpo-train, not a whole pipeline; name the "
+            f"{partial[0].named} is an output of smpo-train, not a whole pipeline; name the "
             "model that it was trained from with --base"
         )
     return base if partial else None
@@ -95,6 +111,10 @@ def identity(model: ModelSource, base: str | None) -> str:
 
     Hashing the files recognises a finished evaluation without loading a model.
     """
+    if model.negative:
+        return sha256_json(
+            {"positive": identity(replace(model, negative=None), base), "negative": identity(model.negative, base)}
+        )
     folder = Path(model.source)
     if model.kind == "pipeline":
         return whole_identity(model.source)

@@ -43,6 +43,9 @@ class EvaluateOptions(Options):
     """Prompts: .txt with one per line, or .jsonl or .parquet with a column prompt or caption."""
     reward: Rewards
     out: Out
+    negative: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")] = ()
+    """Guide the --model of this name away from this output of smpo-train or merge, in place of its own unconditional
+    prediction (Diffusion-NPO). Both are in memory. Needs a guidance scale above 1. Repeatable."""
     base: Annotated[str | None, Flag(metavar="MODEL", place=True)] = None
     """The pipeline that an output of smpo-train was trained from. Default: the first --model that is a whole
     pipeline."""

@@ -61,12 +61,13 @@ class Settings(FrozenModel):
 
 
 class ModelEntry(FrozenModel):
-    """One model: its source, the model that completes it, and its denoiser's fingerprint."""
+    """One model: its source, the model that completes it, its denoiser's fingerprint, and its negative's source."""
 
     name: str
     source: str
     base: str | None
     denoiser: str
+    negative: str | None = None
 
 
 class RewardEntry(FrozenModel):

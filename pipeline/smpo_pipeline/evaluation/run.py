@@ -126,7 +126,10 @@ def _generate_all(evaluation: Evaluation, device: str, progress: Progress) -> li
         progress.update(task, completed=len(pictures) - len(missing))
         generate(generator, missing, evaluation.settings, evaluation.batch_size, _advancing(progress, task))
         base = evaluation.base if model.kind != "pipeline" else None
-        entries.append(ModelEntry(name=model.name, source=model.source, base=base, denoiser=denoiser))
+        negative = model.negative.source if model.negative else None
+        entries.append(
+            ModelEntry(name=model.name, source=model.source, base=base, denoiser=denoiser, negative=negative)
+        )
         del generator
         gc.collect()
     return entries

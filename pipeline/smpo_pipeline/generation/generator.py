@@ -23,6 +23,7 @@ from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.lora import check_lora, fuse_lora
+from smpo_models.negative import guide_with_negative, require_guidance
 from smpo_models.sampling import load_pipeline, sample
 from smpo_models.weights import DTYPES
 from smpo_pipeline.generation.source import ModelSource
@@ -74,16 +75,12 @@ class Generator:
     Attributes:
         family: its configs, without weights.
         pipeline: with weights.
+        denoiser: of the model; guided by a negative model, the pipeline holds both.
     """
 
     family: Family
     pipeline: DiffusionPipeline
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The pipeline's denoiser."""
-        denoiser: nn.Module = getattr(self.pipeline, self.family.denoiser_folder)
-        return denoiser
+    denoiser: nn.Module
 
     def fingerprint(self) -> str:
         """Fingerprint the denoiser; if it was loaded in fp32, this is the fingerprint in manifests of shards."""
@@ -145,6 +142,9 @@ def read_configs(model: ModelSource, base: str | None) -> Family:
     family = load_family(whole, (), denoiser=folder, what=named)
     if model.kind == "lora":
         check_lora(model.lora_file, family.empty_denoiser(), model.named, whole)
+    if model.negative:
+        require_guidance(family, model.negative.named)
+        read_configs(model.negative, base)
     return family
 
 
@@ -189,15 +189,20 @@ def load_generator(
     """Load a model for sampling: with DDIM, flow models with their own sampler, without safety checker.
 
     Raises:
-        UserError: it cannot be loaded, or lacks weights, which diffusers would initialise at random.
+        UserError: it cannot be loaded, or lacks weights, which diffusers would initialise at random; or its negative
+            model is of another architecture.
     """
     whole, named = _whole(model, base)
     family, parts = read_configs(model, base), {}
     if model.kind != "pipeline":
         # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
         parts[family.denoiser_folder] = nn.Module.to(load_denoiser(model, base, variant), DTYPES[dtype])
-    pipeline = load_pipeline(whole, named, parts, dtype=DTYPES[dtype], variant=variant)
-    return Generator(family, pipeline.to(device))
+    pipeline = load_pipeline(whole, named, parts, dtype=DTYPES[dtype], variant=variant).to(device)
+    denoiser: nn.Module = getattr(pipeline, family.denoiser_folder)
+    if model.negative:
+        negative = nn.Module.to(load_denoiser(model.negative, base, variant), device, DTYPES[dtype])
+        guide_with_negative(pipeline, family, negative, model.negative.named)
+    return Generator(family, pipeline, denoiser)
 
 
 def load_denoiser(model: ModelSource, base: str | None, variant: str | None = None) -> nn.Module:

@@ -18,12 +18,14 @@ class ModelSource:
         source: folder, file or hub id, as the user gave it.
         kind: ``pipeline`` is a whole model; ``denoiser`` and ``lora`` are outputs of smpo-train, which need a base.
         flag: names it in errors; default: ``--model NAME=SOURCE``.
+        negative: the model that predicts for the unconditional prompt in its place.
     """
 
     name: str
     source: str
     kind: Literal["pipeline", "denoiser", "lora"]
     flag: str | None = None
+    negative: ModelSource | None = None
 
     @property
     def named(self) -> str:
