@@ -9,13 +9,12 @@ from rich.console import Console
 
 from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.evaluation import finished_results
-from smpo_pipeline.evaluation.options import SamplingOptions
 from smpo_pipeline.evaluation.run import run
 from tests.evaluation.stubs import EvaluationMaker
 from tests.tiny import make_tiny_model
 from tests.tiny_flow import make_tiny_flux
 
-GUIDED = SamplingOptions(images_per_prompt=2, steps=2, guidance_scale=3.0)
+GUIDED = {"images_per_prompt": 2, "guidance_scale": 3.0}
 
 
 def images(evaluation, model: str) -> list[bytes]:
@@ -27,11 +26,11 @@ def test_a_negative_model_changes_the_images_of_its_model_alone(
     plan_of: EvaluationMaker, models: dict[str, Path], tmp_path: Path
 ) -> None:
     quiet, base, tuned = Console(quiet=True), models["base"], models["tuned"]
-    plain = plan_of(sampling=GUIDED, out=tmp_path / "plain")
+    plain = plan_of(**GUIDED, out=tmp_path / "plain")
     run(plain, quiet)
     # Of the base guided by itself, to the bit; tuned away from the base.
     negative = {"negative": (f"base={base}", f"tuned={base}")}
-    guided = plan_of(sampling=GUIDED, out=tmp_path / "guided", **negative)
+    guided = plan_of(**GUIDED, out=tmp_path / "guided", **negative)
     results = run(guided, quiet)
     assert images(guided, "base") == images(plain, "base")
     assert not set(images(guided, "tuned")) & set(images(plain, "tuned"))
@@ -40,7 +39,7 @@ def test_a_negative_model_changes_the_images_of_its_model_alone(
     assert str(base) in (tmp_path / "guided" / "report.html").read_text().split("guided away from")[1][:200]
     # Other weights of the negative model are another evaluation.
     assert finished_results(guided, overwrite=False) == results
-    other = plan_of(sampling=GUIDED, out=tmp_path / "guided", negative=(f"base={base}", f"tuned={tuned}"))
+    other = plan_of(**GUIDED, out=tmp_path / "guided", negative=(f"base={base}", f"tuned={tuned}"))
     assert other.settings.digest() != guided.settings.digest()
 
 
@@ -48,19 +47,19 @@ def test_wrong_negatives_are_one_line(plan_of: EvaluationMaker, models: dict[str
     flux = make_tiny_flux(tmp_path / "flux")
     other = make_tiny_model(tmp_path / "other", text_width=16)
     for changes, message in (
-        ({"negative": ("nothing=x",)}, r"--negative nothing=x: x is neither|no such folder"),
+        ({"negative": ("base=./nothing",)}, r"--negative base=./nothing: ./nothing is neither a folder"),
         (
             {"negative": (f"third={models['base']}",)},
             r"--negative third=.*no --model has this name; known: base, tuned",
         ),
         ({"negative": (f"base={models['base']}",)}, r"--negative: at --guidance-scale 1 nothing is predicted"),
         (
-            {"model": (f"flux={flux}",), "negative": (f"flux={flux}",), "sampling": GUIDED},
+            {"model": (f"flux={flux}",), "negative": (f"flux={flux}",), **GUIDED},
             r"--negative flux=.*without an unconditional prediction",
         ),
     ):
         with pytest.raises(UserError, match=message):
             plan_of(**changes)
-    evaluation = plan_of(sampling=GUIDED, negative=(f"base={other}",))
+    evaluation = plan_of(**GUIDED, negative=(f"base={other}",))
     with pytest.raises(UserError, match=rf"--negative base={other} has .* one architecture"):
         run(evaluation, Console(quiet=True))
