@@ -47,7 +47,7 @@ def test_wrong_negatives_are_one_line(plan_of: EvaluationMaker, models: dict[str
     flux = make_tiny_flux(tmp_path / "flux")
     other = make_tiny_model(tmp_path / "other", text_width=16)
     for changes, message in (
-        ({"negative": ("base=./nothing",)}, r"--negative base=./nothing: ./nothing is neither a folder"),
+        ({"negative": ("base=./nothing",)}, r"--negative base=./nothing: no such folder: ./nothing"),
         (
             {"negative": (f"third={models['base']}",)},
             r"--negative third=.*no --model has this name; known: base, tuned",

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from smpo_common.errors import UserError
 from smpo_models.family_bases.masked_text import rows
-from smpo_models.loading import load_family, load_inverting_denoiser
+from smpo_models.loading import load_family, load_tuned_denoiser
 from smpo_models.lora import check_lora
 from smpo_models.sampling import load_pipeline
 from tests.tiny_transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
@@ -54,7 +54,7 @@ def test_pixart_takes_no_lora(tmp_path):
     family = load_family(str(folder), ("denoiser",))
     words = f"--inverting-unet {lora}: diffusers has no LoRA for the denoiser of --model .* .PixArtTransformer2DModel"
     with pytest.raises(UserError, match=words):
-        load_inverting_denoiser(family, str(folder), lora)
+        load_tuned_denoiser(family, str(folder), lora, f"--inverting-unet {lora}")
     with pytest.raises(UserError, match="--model x: diffusers has no LoRA"):
         check_lora(lora, family.empty_denoiser(), "--model x", "m")
 
