@@ -43,6 +43,7 @@ def test_a_negative_model_changes_the_images_of_its_model_alone(
     assert other.settings.digest() != guided.settings.digest()
 
 
+@pytest.mark.usefixtures("stub_rewards")
 def test_wrong_negatives_are_one_line(plan_of: EvaluationMaker, models: dict[str, Path], tmp_path: Path) -> None:
     flux = make_tiny_flux(tmp_path / "flux")
     other = make_tiny_model(tmp_path / "other", text_width=16)
