@@ -16,7 +16,7 @@ elsewhere for its version of Python, and run it beside them. A missing package i
 
     pip download -c constraints.txt --no-deps --only-binary :all: --python-version 3.12 -d wheels \
       diffusers webdataset braceexpand importlib_metadata zipp pydantic pydantic_core annotated_types \
-      typing_inspection typing_extensions ftfy wcwidth pyarrow tensorboard tenacity
+      typing_inspection typing_extensions ftfy wcwidth pyarrow tensorboard tenacity bitsandbytes
     python3 -m pip install --no-index --no-deps --upgrade --target site wheels/*.whl
     python3 -m pip install --no-index --no-deps --no-build-isolation --target site .
     HF_HUB_OFFLINE=1 PYTHONPATH=site timeout 525 python3 benchmarks/gpu_acceptance.py --out gpu-acceptance

@@ -9,6 +9,7 @@ from acceptance.ceilings import measure_ceilings
 from acceptance.commands import check_evaluation, check_fsdp, check_plan, check_torchrun
 from acceptance.inverting import check_inversion, check_inversion_rate, check_xl_inversion
 from acceptance.memory import check_memory
+from acceptance.quantizing import check_quantization
 from acceptance.runner import Check, Report
 from acceptance.scoring import check_scoring
 from acceptance.stopping import check_overflow, check_resume
@@ -44,5 +45,6 @@ def make_checks(began: float) -> list[Check]:
         Check("plan", check_plan, 25, optional=True),
         Check("torchrun", check_torchrun, 40),
         Check("FSDP", check_fsdp, 40, optional=True),
+        Check("quantization", check_quantization, 40, optional=True),
         Check("compile", check_compile, 60, optional=True),
     ]
