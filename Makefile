@@ -108,6 +108,7 @@ bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/half_precision.py
+	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/invert.py
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/scale.py
