@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -195,6 +196,16 @@ def test_the_guidance_that_a_denoiser_is_told_is_recorded(tmp_path):
     assert dev.settings()["embedded_guidance"] == 3.5
     schnell = load_family(str(make_tiny_flux(tmp_path / "schnell", guided=False)))
     assert schnell.settings()["embedded_guidance"] is None
+
+
+def test_idle_layers_are_those_without_a_gradient(world):
+    family, _ = world
+    denoiser = copy.deepcopy(family.denoiser).requires_grad_(True)
+    t_B = torch.full((len(PROMPTS),), 500.0).to(family.noise_schedule.timestep_dtype)
+    family.denoise(denoiser, make_noise(family), t_B, condition(family, PROMPTS)).sum().backward()
+    named = dict(denoiser.named_parameters())
+    without = {name for name, parameter in named.items() if parameter.grad is None}
+    assert without == {name for name in named if name.startswith(family.idle_layers)}
 
 
 def test_lora_targets_are_layers_of_the_denoiser(world):

@@ -114,8 +114,8 @@ class Trainer:
         record["states_per_second"] = self._batching.states_per_step / elapsed
         record["data_wait_percent"] = 100 * data_seconds / elapsed
         record["memory_gib"] = peak_memory_gib(self._accelerator.device)
-        if self._utilization:
-            record["mfu_percent"] = 100 * self._utilization.share(elapsed)
+        if self._utilization and (share := self._utilization.share(elapsed)) is not None:
+            record["mfu_percent"] = 100 * share
         return record
 
     @torch.no_grad()

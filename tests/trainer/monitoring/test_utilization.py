@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from smpo_models.families.stable_diffusion import StableDiffusion
 from smpo_models.family import Conditioning
 from smpo_models.loading import load_family
 from smpo_trainer.model.adapter import add_lora
@@ -96,6 +97,21 @@ def test_the_share_of_a_known_peak(model: Path, train: Train, monkeypatch: pytes
     for record in metrics(out):
         seconds = 6 / record["states_per_second"]
         assert record["mfu_percent"] == pytest.approx(100 * of_row * 12 / (seconds * 1e12), rel=1e-6)
+
+
+def test_a_denoiser_that_reads_values_is_not_counted(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device it cannot; training goes on without the share."""
+    denoise = StableDiffusion.denoise
+
+    def reading(self, denoiser, x_BChw, t_B, conditioning):
+        x_BChw.sum().item()
+        return denoise(self, denoiser, x_BChw, t_B, conditioning)
+
+    monkeypatch.setattr(StableDiffusion, "denoise", reading)
+    monkeypatch.setattr(Utilization, "on_device", classmethod(lambda cls, policy, _: cls(policy, 1e12)))
+    records = metrics(train(max_steps=2))
+    assert len(records) == 2
+    assert all("mfu_percent" not in record for record in records)
 
 
 @pytest.mark.parametrize(

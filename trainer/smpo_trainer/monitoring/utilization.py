@@ -69,6 +69,7 @@ class Utilization:
         self._policy, self._peak = policy, peak
         self._operations_per_row: dict[tuple[int, ...], int] = {}  # by latent shape
         self._operations = 0
+        self._is_countable = True
 
     @classmethod
     def on_device(cls, policy: Policy, accelerator: Accelerator) -> Utilization | None:
@@ -84,13 +85,17 @@ class Utilization:
         """Add the operations of a micro-batch."""
         shape = tuple(batch.x0_B2Chw.shape[2:])
         if shape not in self._operations_per_row:
-            self._operations_per_row[shape] = operations(self._policy, shape, conditioning[:1])
+            try:
+                self._operations_per_row[shape] = operations(self._policy, shape, conditioning[:1])
+            except RuntimeError:
+                # The denoiser's forward reads values, such as the lengths of texts; on the meta device there are none.
+                self._operations_per_row[shape], self._is_countable = 0, False
         self._operations += self._operations_per_row[shape] * 2 * len(batch.pair_ids)
 
-    def share(self, seconds: float) -> float:
-        """Return the utilization over the last ``seconds``, and reset the count."""
+    def share(self, seconds: float) -> float | None:
+        """Return the utilization over the last ``seconds``, and reset the count; None if it cannot be counted."""
         count, self._operations = self._operations, 0
-        return count / (seconds * self._peak)
+        return count / (seconds * self._peak) if self._is_countable else None
 
 
 def operations(policy: Policy, latent: tuple[int, ...], conditioning: Conditioning) -> int:
