@@ -11,6 +11,7 @@ from smpo_schemas.calibration import CALIBRATION_VERSION
 from smpo_schemas.candidates import CANDIDATES_VERSION
 from smpo_schemas.manifest import MANIFEST_VERSION
 from smpo_schemas.scores import SCORES_VERSION
+from smpo_schemas.selection import SELECTION_VERSION
 from smpo_trainer.output.run_folder import TRAINING_VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,7 @@ def test_the_formats_are_those_that_are_written() -> None:
         "`manifest.json` of shards": MANIFEST_VERSION,
         "`scores.json`": SCORES_VERSION,
         "`candidates.json`": CANDIDATES_VERSION,
+        "`selection.json`": SELECTION_VERSION,
         "`training.json`": TRAINING_VERSION,
         "`results.json`": RESULTS_VERSION,
         "calibration": CALIBRATION_VERSION,

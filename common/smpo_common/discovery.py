@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from smpo_common.commandline import nearest
 from smpo_common.errors import UserError
 
 Base = TypeVar("Base")
@@ -57,3 +60,43 @@ def import_object(place: str, flag: str) -> object:
     if not hasattr(module, name):
         raise UserError(f"{flag} {place}: {getattr(module, '__file__', None) or module_name} has no {name!r}")
     return getattr(module, name)
+
+
+def find_subclass(
+    flag: str, name: str, known: Mapping[str, type[Base]], base: type[Base], attributes: Sequence[str]
+) -> type[Base]:
+    """Return the class of this name, or a user's own.
+
+    Args:
+        flag: the flag that named it, for errors.
+        name: a name in ``known``, or ``MODULE:CLASS``.
+        known: the project's classes.
+        base: what a user's class must derive from.
+        attributes: class attributes that it must define.
+
+    Raises:
+        UserError: there is none, or it is incomplete.
+    """
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        meant = nearest(name, known)
+        hint = f"did you mean {meant}? " if meant else ""
+        raise UserError(f"{flag} {name}: {hint}known: {', '.join(sorted(known))}, or your own as MODULE:CLASS")
+    kind = import_object(name, flag)
+    if not (inspect.isclass(kind) and issubclass(kind, base)):
+        raise UserError(f"{flag} {name} is not a subclass of {base.__module__}.{base.__name__}")
+    missing = [attribute for attribute in attributes if not hasattr(kind, attribute)]
+    missing += sorted(getattr(kind, "__abstractmethods__", ()))
+    if missing:
+        raise UserError(f"{flag} {name}: the class does not define {', '.join(missing)}")
+    return kind
+
+
+def source_sha256(kind: type) -> str | None:
+    """Return the SHA-256 of the source file of a class; None where it has no file.
+
+    It stands for a user's own class in a run's identity, so that the run is not continued by other code.
+    """
+    source = inspect.getsourcefile(kind)
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None

@@ -21,6 +21,7 @@ from smpo_schemas.pairs.columns import PICK_A_PIC, PairColumns
 from smpo_schemas.pairs.normalising import Pair
 from smpo_schemas.rejects import REJECT_SCHEMA, Reject
 from smpo_schemas.scores import SCORES_VERSION, ScoresInfo, score_schema
+from smpo_schemas.selection import SELECTED_SCHEMA, SELECTION_VERSION, SelectionInfo
 from smpo_schemas.shards.index import INDEX_SCHEMA
 from smpo_schemas.shards.samples import Sample, SampleMeta
 from smpo_trainer.monitoring.bands import BANDED, banded_name, bands
@@ -69,6 +70,18 @@ _SCORES = {
     "image_1_id": "hash of the image file's content",
     "NAME_0": "raw score of image_0 by the reward NAME; two columns per reward",
     "NAME_1": "raw score of image_1",
+}
+
+_SELECTED = {
+    "pair_id": "hash of the prompt and of both images' hashes, in either order",
+    "prompt": "as in the candidates",
+    "image_0": "encoded image file; a hash decides which of the two it is",
+    "image_1": "the other image",
+    "label": "null; with `--label` 1 if image_0 was chosen, else 0",
+    "annotator": "`select:` and the name of the method",
+    "chosen_image": "which image was chosen: 0 or 1",
+    "gap": "by how much the chosen image is better, from -1 to 1: difference of the mean win rates; for `ranking` "
+    "2 P(chosen over rejected) - 1",
 }
 
 _INDEX = {
@@ -120,8 +133,15 @@ def _page() -> Iterator[str]:
     yield "### Parquet files\n"
     yield "One row per pair, in input order. `scores.json` lists the files.\n"
     yield from _columns(score_schema(["NAME"]), _SCORES)
-    yield "## rejected.parquet (output of `generate`, `score` and `invert`)\n"
-    yield "Pairs that are in no result: pairs in = pairs out + rejected.\n"
+    yield "## Selection (output of `select`)\n"
+    yield "### pairs.parquet\n"
+    yield "One row per selected pair, prompt by prompt; further columns are the candidates'. `scores/` holds the scores"
+    yield "of these pairs, then those of all candidates, as an output of `score`.\n"
+    yield from _columns(SELECTED_SCHEMA, _SELECTED)
+    yield "### selection.json\n"
+    yield from _models(SelectionInfo, SELECTION_VERSION, seen)
+    yield "## rejected.parquet (output of `generate`, `score`, `select` and `invert`)\n"
+    yield "Pairs, or prompts of `generate` and `select`, that are in no result: in = out + rejected.\n"
     yield from _columns(REJECT_SCHEMA, descriptions(Reject))
     yield "## Shards (output of `invert`)\n"
     yield "`shard-NNNNNN.tar` are WebDataset tars. A sample is one trajectory of one pair; KEY is a running number.\n"

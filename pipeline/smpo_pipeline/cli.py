@@ -16,6 +16,7 @@ from smpo_pipeline.commands.invert import invert
 from smpo_pipeline.commands.merge import merge
 from smpo_pipeline.commands.plan import plan
 from smpo_pipeline.commands.score import score
+from smpo_pipeline.commands.select import select
 from smpo_pipeline.commands.status import status
 from smpo_pipeline.commands.toy import toy
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (generate, score, calibrate, plan, invert, status, evaluate, inspect, merge, toy):
+for command in (generate, score, calibrate, select, plan, invert, status, evaluate, inspect, merge, toy):
     add_command(app, command)
 
 

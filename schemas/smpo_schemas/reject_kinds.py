@@ -35,3 +35,11 @@ class RejectKind(StrEnum):
     NO_SCORE = "no score"
     OTHER_PAIR = "other pair"
     OTHER_IMAGES = "other images"
+    # A prompt, for select
+    ONE_IMAGE = "one image"
+    ALL_EQUAL = "all equal"
+    NO_FRONTIER_PAIR = "no frontier pair"
+    GAP_TOO_SMALL = "gap too small"
+    NO_CLEAR_ORDER = "no clear order"
+    JUDGE_FAILED = "judge failed"
+    IMAGES_MISSING = "images missing"

@@ -15,6 +15,7 @@ HEAVY = (
     "smpo_pipeline.jobs.invert.job",
     "smpo_pipeline.evaluation.run",
     "smpo_pipeline.calibration",
+    "smpo_pipeline.selection.run",
 )
 
 
@@ -37,6 +38,7 @@ def run(tmp_path, monkeypatch, capfd):
         "evaluate": {"--model": "a=model", "--prompts": "prompts.txt", "--reward": "pickscore=clip", "--out": "out"},
         "toy": {"--out": "out"},
         "calibrate": {"--scores": "scores"},
+        "select": {"--candidates": "pairs", "--scores": "scores", "--by": "extremes", "--out": "out"},
     }
 
     def run(command, flags):
@@ -68,12 +70,15 @@ def test_an_unknown_reward_is_one_line(run, command, spec, hint):
     ("commands", "flag", "value"),
     [
         (("score", "invert", "plan"), "--pairs", "nowhere"),
-        (("invert", "plan"), "--scores", "nowhere"),
+        (("invert", "plan", "select"), "--scores", "nowhere"),
+        (("select",), "--candidates", "nowhere"),
+        (("select",), "--by", "extrems"),
+        (("select",), "--judge", "nothing"),
         (("invert", "plan"), "--model", "no/such/folder"),
         (("invert", "plan"), "--vae", "no/such/folder"),
         (("invert", "plan"), "--unet", "nowhere"),
         (("invert", "plan"), "--inverting-unet", "nowhere"),
-        (("score", "invert", "evaluate", "toy"), "--out", "file"),
+        (("score", "select", "invert", "evaluate", "toy"), "--out", "file"),
         (("score", "invert", "evaluate", "toy"), "--out", "file/below"),
         (("score", "invert", "plan", "evaluate"), "--device", "gpu"),
         (("invert", "plan"), "--batch-size", "many"),
@@ -109,8 +114,8 @@ def test_a_file_on_the_hub_may_be_a_rewards_model(run):
 
 
 def test_valid_flags_reach_the_heavy_imports(run):
-    for command in ("score", "invert", "plan"):
-        with pytest.raises(ImportError, match="job|session"):
+    for command in ("score", "select", "invert", "plan"):
+        with pytest.raises(ImportError, match="job|session|selection"):
             run(command, {})
 
 

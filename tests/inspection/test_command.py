@@ -28,6 +28,8 @@ def test_recognised_by_content(tmp_path: Path, shards: Path) -> None:
     assert recognise(scores) == recognise(scores / "scores.json") == ("scores", scores)
     assert recognise(shards) == recognise(shards / "manifest.json") == ("shards", shards)
     assert recognise(shards / "shard-000000.tar") == ("shards", shards)
+    (tmp_path / "data" / "selection.json").touch()
+    assert recognise(tmp_path / "data") == ("selection", tmp_path / "data")
 
 
 def test_pairs_sheet(tmp_path: Path) -> None:

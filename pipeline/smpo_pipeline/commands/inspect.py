@@ -21,7 +21,7 @@ class InspectOptions(Options):
     """The flags of ``inspect``."""
 
     path: Annotated[LocalPath, Flag(typed=str, positional=True)]
-    """Pairs (file or folder), or an output directory of score or invert."""
+    """Pairs (file or folder), or an output directory of score, select or invert."""
     out: Annotated[OutFile | None, FILE] = None
     """PNG file for the contact sheet. Default: inspect-NAME.png in the current folder."""
     samples: Annotated[int | None, Field(ge=0)] = None
@@ -38,7 +38,7 @@ class InspectOptions(Options):
 
 
 def inspect(options: InspectOptions) -> None:
-    """Describe pairs, scores or shards: statistics, and a contact sheet of images."""
+    """Describe pairs, scores, a selection or shards: statistics, and a contact sheet of images."""
     console = Console(markup=False)  # prints text from files
     kind, folder = recognise(options.path)
     target = options.out or Path(f"inspect-{folder.resolve().stem}.png")
@@ -46,6 +46,8 @@ def inspect(options: InspectOptions) -> None:
         _inspect_pairs(folder, options, console, target)
     elif kind == "scores":
         _inspect_scores(folder, console)
+    elif kind == "selection":
+        _inspect_selection(folder, options, console, target)
     else:
         _inspect_shards(folder, options, console, target)
 
@@ -77,6 +79,23 @@ def _inspect_scores(path: Path, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _inspect_selection(path: Path, options: InspectOptions, console: Console, target: Path) -> None:
+    from smpo_pipeline.inspection.selection import (  # noqa: PLC0415
+        draw_selection,
+        print_selection_summary,
+        summarise_selection,
+    )
+    from smpo_pipeline.inspection.sheet import save_sheet  # noqa: PLC0415
+
+    samples = 12 if options.samples is None else options.samples
+    with _progress(console, "reading pairs") as advance:
+        summary = summarise_selection(path, limit=options.limit, samples=samples, advance=advance)
+    print_selection_summary(summary, path, console)
+    if summary.chosen:
+        save_sheet(draw_selection(summary, path), target)
+        console.print(f"contact sheet: {target}", highlight=False, soft_wrap=True)
 
 
 def _inspect_shards(path: Path, options: InspectOptions, console: Console, target: Path) -> None:

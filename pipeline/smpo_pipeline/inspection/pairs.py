@@ -31,7 +31,8 @@ from smpo_schemas.pairs import (
 )
 from smpo_schemas.rejects import Reject, count_reasons
 
-_TILE = 176
+TILE = 176
+"""Side of a picture on the sheet, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -214,14 +215,12 @@ def draw_pairs(summary: PairsSummary, path: Path, scores: Mapping[str, Mapping[s
 
 def _card(pair: Pair, scores: Mapping[str, Any]) -> Image.Image:
     preferred = {"image_0": 0, "image_1": 1}.get(_label_name(pair.label))
-    tiles = []
-    for number, data in enumerate((pair.image_0, pair.image_1)):
-        try:
-            image, note = Image.fromarray(worker_decoder().decode(data)), ""
-        except ImageRejectedError as reason:
-            image, note = None, str(reason)
-        tiles.append(sheet.tile(image, _TILE, frame=sheet.WINNER if preferred == number else None, note=note))
-    images = sheet.row(tiles)
+    images = sheet.row(
+        [
+            decoded_tile(data, TILE, frame=sheet.WINNER if preferred == number else None)
+            for number, data in enumerate((pair.image_0, pair.image_1))
+        ]
+    )
     annotator = f", by {pair.annotator}" if pair.annotator else ""
     label = {"none": "no label", "tie": "tie", "soft": f"P(left) = {pair.label}"}.get(
         _label_name(pair.label), "left preferred" if preferred == 0 else "right preferred"
@@ -234,3 +233,12 @@ def _card(pair: Pair, scores: Mapping[str, Any]) -> Image.Image:
         values = f"{name}: {scores[f'{name}_0']:.4g} | {scores[f'{name}_1']:.4g}"
         lines.append(sheet.text_block(values, images.width, size=12, colour=sheet.SOFT, lines=1))
     return sheet.column([images, *lines], padding=12)
+
+
+def decoded_tile(data: bytes, side: int, *, frame: str | None) -> Image.Image:
+    """Decode an image file and draw it as :func:`sheet.tile`; one that cannot be decoded says why."""
+    try:
+        image, note = Image.fromarray(worker_decoder().decode(data)), ""
+    except ImageRejectedError as reason:
+        image, note = None, str(reason)
+    return sheet.tile(image, side, frame=frame, note=note)

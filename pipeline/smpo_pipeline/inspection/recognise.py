@@ -10,12 +10,16 @@ from smpo_schemas.candidates import CANDIDATES_FILE
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import PAIR_SUFFIXES, find_pair_files
 from smpo_schemas.scores import SCORES_FILE
+from smpo_schemas.selection import SELECTION_FILE
 
-Kind = Literal["pairs", "scores", "shards"]
+Kind = Literal["pairs", "scores", "selection", "shards"]
+
+_MARKERS: dict[str, Kind] = {MANIFEST_FILE: "shards", SELECTION_FILE: "selection", SCORES_FILE: "scores"}
+_UNFINISHED: dict[str, Kind] = {"shard-*.tar": "shards", "scores-*.parquet": "scores"}
 
 
 def recognise(path: Path) -> tuple[Kind, Path]:
-    """Tell pairs, scores and shards apart; for a tar, or the JSON file of an output, return its folder.
+    """Tell pairs, scores, selections and shards apart; for a tar, or the JSON file of an output, return its folder.
 
     An unfinished output of invert or score is recognised too; its reader reports what is missing.
 
@@ -24,20 +28,15 @@ def recognise(path: Path) -> tuple[Kind, Path]:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if path.name in (MANIFEST_FILE, SCORES_FILE, CANDIDATES_FILE) or path.suffix == ".tar":
+    if path.name in (*_MARKERS, CANDIDATES_FILE) or path.suffix == ".tar":
         path = path.parent
     if path.is_file():
         if path.suffix in PAIR_SUFFIXES:
             return "pairs", path
         raise UserError(f"{path} is neither a file of pairs ({', '.join(PAIR_SUFFIXES)}) nor a folder")
-    if (path / MANIFEST_FILE).is_file():
-        return "shards", path
-    if (path / SCORES_FILE).is_file():
-        return "scores", path
-    if any(path.glob("shard-*.tar")):
-        return "shards", path
-    if any(path.glob("scores-*.parquet")):
-        return "scores", path
+    for pattern, kind in (_MARKERS | _UNFINISHED).items():
+        if any(path.glob(pattern)):
+            return kind, path
     if find_pair_files(path):
         return "pairs", path
     raise UserError(

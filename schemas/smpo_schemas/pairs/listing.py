@@ -42,10 +42,10 @@ class PairFile:
     offsets: Sequence[int] = ()
 
 
-def list_pair_files(paths: Sequence[AnyPath]) -> list[PairFile]:
+def list_pair_files(paths: Sequence[AnyPath], flag: str = "--pairs") -> list[PairFile]:
     """List the Parquet and JSONL files in ``paths`` (files or folders) that have rows, sorted by path within each.
 
-    The listed paths are absolute, since workers have other working directories.
+    The listed paths are absolute, since workers have other working directories. ``flag`` named them, for errors.
 
     Raises:
         UserError: a path does not exist, has no such file, or a file cannot be read.
@@ -55,21 +55,21 @@ def list_pair_files(paths: Sequence[AnyPath]) -> list[PairFile]:
         if path.is_dir():
             inside = find_pair_files(path.absolute())
             if not inside:
-                raise UserError(f"--pairs {path}: no .parquet or .jsonl file in this folder (hidden ones are skipped)")
+                raise UserError(f"{flag} {path}: no .parquet or .jsonl file in this folder (hidden ones are skipped)")
             files.extend(inside)
         elif path.is_file() and path.suffix in PAIR_SUFFIXES:
             files.append(path.absolute())
         elif path.exists():
-            raise UserError(f"--pairs {path}: give .parquet or .jsonl files")
+            raise UserError(f"{flag} {path}: give .parquet or .jsonl files")
         else:
-            raise UserError(f"--pairs {path} does not exist")
-    _refuse_repeated(files)
+            raise UserError(f"{flag} {path} does not exist")
+    _refuse_repeated(files, flag)
     for path in files:
         if not is_unicode(str(path)):
-            raise UserError(f"--pairs {path}: the name is not valid Unicode; rename the file")
+            raise UserError(f"{flag} {path}: the name is not valid Unicode; rename the file")
     with_rows = [file for file in read_all(_describe, files) if file.rows]
     if not with_rows:
-        raise UserError(f"--pairs {paths[0]}: no rows in any file")
+        raise UserError(f"{flag} {paths[0]}: no rows in any file")
     return with_rows
 
 
@@ -82,14 +82,14 @@ def find_pair_files(folder: AnyPath) -> list[AnyPath]:
     return [path for path in without_rejects(files_below(folder)) if path.suffix in PAIR_SUFFIXES]
 
 
-def _refuse_repeated(files: Sequence[AnyPath]) -> None:
+def _refuse_repeated(files: Sequence[AnyPath], flag: str) -> None:
     """Refuse a file with several names, whose pairs would count several times."""
     names: dict[AnyPath, AnyPath] = {}
     for path in files:
         real = path.resolve() if isinstance(path, Path) else path
         first = names.setdefault(real, path)
         if first is not path:
-            raise UserError(f"--pairs has the same file twice: {first} and {path}")
+            raise UserError(f"{flag} has the same file twice: {first} and {path}")
 
 
 def _describe(path: AnyPath) -> PairFile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from smpo_common.errors import UserError, one_line
@@ -43,6 +43,7 @@ class Pair:
         image_0, image_1: encoded image files.
         label: P(image_0 preferred) as people gave it: 1, 0, 0.5 for a tie, or a share of votes; None without a label.
         annotator: who labelled it, or None.
+        further: values of the columns that a reader asked for, by name.
     """
 
     pair_id: str
@@ -51,6 +52,7 @@ class Pair:
     image_1: bytes
     label: float | None
     annotator: str | None
+    further: Mapping[str, Any] = field(default_factory=dict)
 
 
 def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath) -> Pair:

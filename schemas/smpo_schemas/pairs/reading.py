@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -47,16 +47,27 @@ def column_names(path: AnyPath) -> list[str]:
     return list(dict.fromkeys(key for row in _jsonl_rows(RowRange(path, 0, sys.maxsize)) for key in row))
 
 
-def read_rows(rows: RowRange, columns: PairColumns) -> Iterator[tuple[str, Pair | PairRejectedError]]:
+def read_rows(
+    rows: RowRange, columns: PairColumns, further: Sequence[str] = ()
+) -> Iterator[tuple[str, Pair | PairRejectedError]]:
     """Yield ``(source, pair or error)`` for each row, in order; ``source`` is ``path:row``.
+
+    Args:
+        rows: of which file.
+        columns: of the file.
+        further: names of other columns, for :attr:`Pair.further`; a value that Python cannot hold is None.
 
     Raises:
         UserError: the file as a whole cannot be read.
     """
-    for number, row in enumerate(_raw_rows(rows, columns), start=rows.start):
+    for number, row in enumerate(_raw_rows(rows, columns, further), start=rows.start):
         source = f"{rows.path}:{number}"
         try:
-            yield source, row if isinstance(row, PairRejectedError) else normalise(row, columns, rows.path.parent)
+            if isinstance(row, PairRejectedError):
+                yield source, row
+            else:
+                pair = normalise(row, columns, rows.path.parent)
+                yield source, replace(pair, further={name: row.get(name) for name in further}) if further else pair
         except PairRejectedError as reason:
             yield source, reason
 
@@ -74,7 +85,9 @@ def read_prompts(rows: RowRange, columns: PairColumns) -> Iterator[str]:
                 yield prompt_of(row, prompt)
 
 
-def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any] | PairRejectedError]:
+def _raw_rows(
+    rows: RowRange, columns: PairColumns, further: Sequence[str] = ()
+) -> Iterator[Mapping[str, Any] | PairRejectedError]:
     if rows.path.suffix == ".jsonl":
         yield from _jsonl_rows(rows)
         return
@@ -87,36 +100,39 @@ def _raw_rows(rows: RowRange, columns: PairColumns) -> Iterator[Mapping[str, Any
             count = file.metadata.row_group(group).num_rows
             start, stop = max(rows.start, first), min(rows.stop, first + count)
             if start < stop:
-                yield from _group_rows(file, group, names, start - first, stop - first)
+                yield from _group_rows(file, group, names, further, start - first, stop - first)
             first += count
 
 
 def _group_rows(
-    file: pq.ParquetFile, group: int, names: list[str], start: int, stop: int
+    file: pq.ParquetFile, group: int, names: Sequence[str], further: Sequence[str], start: int, stop: int
 ) -> Iterator[Mapping[str, Any] | PairRejectedError]:
     """Yield rows of one row group, in small batches: a group of images may be larger than a worker's memory.
 
     A page is always read whole, and pyarrow writes pages of 1024 rows: in a smaller group, each column is one page.
     """
     number = 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=names):
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[*names, *further]):
         for index in range(batch.num_rows):
             if start <= number < stop:
-                yield _row(batch, index)
+                yield _row(batch, index, further)
             number += 1
         if number >= stop:
             return
     raise ValueError(f"row group {group} ends after {number} rows, before row {stop} of its footer")
 
 
-def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any] | PairRejectedError:
+def _row(batch: pa.RecordBatch, index: int, further: Sequence[str]) -> Mapping[str, Any] | PairRejectedError:
     """Convert one row to Python, which cannot hold some values (text that is not UTF-8, the year 300,000)."""
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             row[name] = column[index].as_py()
         except (ValueError, OverflowError) as error:
-            return PairRejectedError(f"{RejectKind.VALUE_NOT_READABLE}: {name}: {error}")
+            if name in further:
+                row[name] = None
+            else:
+                return PairRejectedError(f"{RejectKind.VALUE_NOT_READABLE}: {name}: {error}")
     return row
 
 

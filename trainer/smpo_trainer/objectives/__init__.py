@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import sys
-from pathlib import Path
 
-from smpo_common.discovery import import_object, offered_by_packages, subclasses_in
+from smpo_common.discovery import import_object, offered_by_packages, source_sha256, subclasses_in
 from smpo_common.errors import UserError
 from smpo_trainer.objectives.base import Objective, ObjectiveOptions, PairBatch
 
@@ -63,8 +61,7 @@ def code_fingerprint(kind: type[Objective]) -> str | None:
 
     It is part of a run's identity, so that the loss does not change when the run is resumed.
     """
-    source = None if _is_built_in(kind) else inspect.getsourcefile(kind)
-    return hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None
+    return None if _is_built_in(kind) else source_sha256(kind)
 
 
 def _is_built_in(kind: type[Objective]) -> bool:

@@ -81,6 +81,8 @@ def _read_status(out: AnyPath) -> Status:
     identity = read_identity(out)
     if identity is None:
         raise UserError(f"{out} holds no run.json: none of `score`, `invert` and `generate` was started there")
+    if identity["job"] == "select":
+        raise UserError(f"{out} holds the output of `select`, which has no status; see `smpo-pipeline inspect {out}`")
     pairs_in = _rows(identity)
     if identity["job"] == "generate":
         return _generate_status(identity, out, pairs_in)
