@@ -47,14 +47,16 @@ class CandidatesModel(FrozenModel):
         id: hub id or folder, as the user gave it.
         unet: folder of the denoiser in place of the model's own.
         lora: LoRA on top of the model's denoiser.
+        negative: the model that predicts for the unconditional prompt in its place.
         kind: model family, for example ``sd15``.
         denoiser: fingerprint of the denoiser in float32, as in the manifests of shards; also the column ``model``.
-        parts: fingerprint of each part of the pipeline in ``dtype``, by its folder.
+        parts: fingerprint of each part of the pipeline in ``dtype``, by its folder; of the denoiser with its negative.
     """
 
     id: str
     unet: str | None
     lora: str | None
+    negative: str | None
     kind: str
     denoiser: str
     parts: dict[str, str]

@@ -88,6 +88,24 @@ def test_scores_on_a_failing_store_equal_those_on_disk(inputs, scores, faults: F
 
 
 @pytest.mark.long
+def test_candidates_on_a_failing_store_equal_those_on_disk(inputs, faults: Faults, tmp_path, here_on_ray):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\ncat and dog")
+    fsspec.filesystem("s3").put(str(tmp_path / "prompts.txt"), "bucket/prompts.txt")
+
+    def generate(prompts: object, out: object) -> tuple[object, ...]:
+        few = ("--images-per-prompt", 2, "--steps", 2, "--prompts-per-file", 2, "--keep", "latents")
+        common = ("--model", inputs / "model", "--prompts", prompts, "--out", out, "--device", "cpu")
+        return ("generate", *common, *few, "--concurrency", 1)
+
+    done = here_on_ray("smpo-pipeline", *generate(tmp_path / "prompts.txt", tmp_path / "candidates"))
+    assert done.returncode == 0, done.stderr
+    run(*generate(BUCKET / "prompts.txt", BUCKET / "candidates"))
+    assert_same(BUCKET / "candidates", tmp_path / "candidates")
+    actual = read_status(BUCKET / "candidates")
+    assert (actual.job, actual.finished, actual.units, actual.pairs_done) == ("generate", True, 2, 3)
+
+
+@pytest.mark.long
 def test_a_killed_invert_on_a_failing_store_is_resumed_to_the_same_bytes_as_on_disk(
     inputs, scores, faults: Faults, tmp_path, here_on_ray
 ):

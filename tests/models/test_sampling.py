@@ -38,6 +38,7 @@ def test_the_last_watched_latents_are_the_pipelines(kind: str, tmp_path: Path) -
         )
     assert list(seen) == [0, 1, 2]
     assert seen[0].shape == (2, *shape)
-    torch.testing.assert_close(seen[2], latents_BChw, atol=0, rtol=0)
+    # FLUX.2's pipeline gives them in the VAE's scale, from which they are normalised again.
+    torch.testing.assert_close(seen[2], latents_BChw, atol=1e-6, rtol=1e-5)
     # Nothing is left behind.
     assert "step" not in vars(pipeline.scheduler)

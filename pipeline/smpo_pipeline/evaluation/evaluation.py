@@ -93,12 +93,8 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         variant=sampling.variant,
         sampler=usual.sampler,
     )
-    if options.negative and (settings.guidance_scale or 0) <= 1:
-        raise UserError(
-            f"--negative: at --guidance-scale {settings.guidance_scale:g} nothing is predicted for the unconditional "
-            "prompt; choose a scale above 1"
-        )
-    check_sampling({f"--model {name}": family for name, family in families.items()}, settings)
+    named = {f"--model {name}": family for name, family in families.items()}
+    check_sampling(named, settings, negative=bool(options.negative))
     return Evaluation(options.out, sources, families, whole, settings, running.batch_size, running.device)
 
 

@@ -7,17 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from smpo_common.errors import UserError
 from smpo_common.files import files_below, sha256_file, sha256_json
-from smpo_pipeline.generation.source import ModelSource
-from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE
-
-INDEX_FILE = "model_index.json"
+from smpo_pipeline.generation.source import INDEX_FILE, ModelSource, find_denoiser, recognise_source
+from smpo_schemas.trained_model import LORA_FILE
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _READ_SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".model")
 _CHECKPOINT_COMPANIONS = (
     "*config.json",
@@ -59,33 +55,8 @@ def _parse(flag: str, specs: Sequence[str]) -> list[ModelSource]:
         if name in (model.name for model in models):
             raise UserError(f"{flag} {spec}: the name {name!r} is used twice; give each model its own name")
         given = f"{flag} {spec}"
-        models.append(ModelSource(name, source, _kind(given, source), None if flag == "--model" else given))
+        models.append(ModelSource(name, source, recognise_source(given, source), None if flag == "--model" else given))
     return models
-
-
-def _kind(given: str, source: str) -> Literal["pipeline", "denoiser", "lora"]:
-    folder = Path(source)
-    if not folder.exists() and _HUB_ID.fullmatch(source):
-        return "pipeline"
-    if folder.is_file() and folder.suffix == ".safetensors":
-        return "lora"
-    if not folder.is_dir():
-        raise UserError(f"{given}: {source} is neither a folder nor a LoRA file (.safetensors)")
-    if (folder / INDEX_FILE).is_file():
-        return "pipeline"
-    if _denoiser_folder(folder):
-        return "denoiser"
-    if (folder / LORA_FILE).is_file():
-        return "lora"
-    raise UserError(
-        f"{given}: {source} is neither a pipeline ({INDEX_FILE}) nor an output of smpo-train "
-        f"({', '.join(f'{name}/config.json' for name in DENOISER_FOLDERS)} or {LORA_FILE})"
-    )
-
-
-def _denoiser_folder(folder: Path) -> str | None:
-    """Return the name of the subfolder with a denoiser, or None."""
-    return next((name for name in DENOISER_FOLDERS if (folder / name / "config.json").is_file()), None)
 
 
 def choose_base(models: Sequence[ModelSource], given: str | None) -> str | None:
@@ -118,7 +89,7 @@ def identity(model: ModelSource, base: str | None) -> str:
     folder = Path(model.source)
     if model.kind == "pipeline":
         return whole_identity(model.source)
-    replaced = _denoiser_folder(folder) if model.kind == "denoiser" else None
+    replaced = find_denoiser(folder) if model.kind == "denoiser" else None
     rest = whole_identity(base, without=replaced) if base else ""
     own = _digest(folder, _model_files(folder / replaced)) if replaced else {LORA_FILE: sha256_file(model.lora_file)}
     return sha256_json({"own": own, "rest": rest})

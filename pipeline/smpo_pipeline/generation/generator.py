@@ -148,16 +148,22 @@ def read_configs(model: ModelSource, base: str | None) -> Family:
     return family
 
 
-def check_sampling(families: Mapping[str, Family], sampling: Sampling) -> None:
+def check_sampling(families: Mapping[str, Family], sampling: Sampling, *, negative: bool = False) -> None:
     """Check that models can be sampled with these settings, and from the same noise.
 
     Args:
         families: the models' configs, by what errors call them, such as ``--model NAME``.
         sampling: how.
+        negative: whether negative models guide.
 
     Raises:
         UserError: they cannot.
     """
+    if negative and (sampling.guidance_scale or 0) <= 1:
+        raise UserError(
+            f"--negative: at --guidance-scale {sampling.guidance_scale:g} nothing is predicted for the unconditional "
+            "prompt; choose a scale above 1"
+        )
     for named, family in families.items():
         side = sampling.resolution or family.resolution()
         family.check_resolution(side, named)

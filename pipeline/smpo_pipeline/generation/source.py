@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from smpo_schemas.trained_model import LORA_FILE, METRICS_FILE
+from smpo_common.errors import UserError
+from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE, METRICS_FILE
+
+INDEX_FILE = "model_index.json"
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+Kind = Literal["pipeline", "denoiser", "lora"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class ModelSource:
 
     name: str
     source: str
-    kind: Literal["pipeline", "denoiser", "lora"]
+    kind: Kind
     flag: str | None = None
     negative: ModelSource | None = None
 
@@ -43,3 +51,33 @@ class ModelSource:
         """The file of a ``lora``: the source itself, or in smpo-train's output folder."""
         path = Path(self.source)
         return path if path.is_file() else path / LORA_FILE
+
+
+def recognise_source(given: str, source: str) -> Kind:
+    """Tell whole models and outputs of smpo-train apart by their files; ``given`` names the source in errors.
+
+    Raises:
+        UserError: it is missing, or holds no model.
+    """
+    folder = Path(source)
+    if not folder.exists() and _HUB_ID.fullmatch(source):
+        return "pipeline"
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return "lora"
+    if not folder.is_dir():
+        raise UserError(f"{given}: {source} is neither a folder nor a LoRA file (.safetensors)")
+    if (folder / INDEX_FILE).is_file():
+        return "pipeline"
+    if find_denoiser(folder):
+        return "denoiser"
+    if (folder / LORA_FILE).is_file():
+        return "lora"
+    raise UserError(
+        f"{given}: {source} is neither a pipeline ({INDEX_FILE}) nor an output of smpo-train "
+        f"({', '.join(f'{name}/config.json' for name in DENOISER_FOLDERS)} or {LORA_FILE})"
+    )
+
+
+def find_denoiser(folder: Path) -> str | None:
+    """Return the name of the subfolder with a denoiser, or None."""
+    return next((name for name in DENOISER_FOLDERS if (folder / name / "config.json").is_file()), None)

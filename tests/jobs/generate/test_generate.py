@@ -28,6 +28,8 @@ from smpo_pipeline.evaluation.generate import generate as generate_for_evaluatio
 from smpo_pipeline.generation.generator import load_generator
 from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.generation.source import ModelSource
+from smpo_pipeline.jobs.generate.models import describe_generator, load
+from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, read_identity
 from smpo_pipeline.jobs.record.status import read_status
 from smpo_schemas.candidates import CANDIDATES_FILE, CANDIDATES_SCHEMA, read_candidates
@@ -275,8 +277,23 @@ def test_mistakes_are_one_line(world, candidates, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     wrong = run(*command(world, tmp_path, "--unet", tmp_path / "empty"))
     assert_one_line(wrong, str(tmp_path / "empty"), "holds no denoiser")
+    unguided = run(*command(world, tmp_path, "--negative", world["model"], "--guidance-scale", 1))
+    assert_one_line(unguided, "--negative", "--guidance-scale 1")
     seed = run(*command(world, candidates, "--seed", 1, "--keep", "states:2"))
     assert_one_line(seed, "finished run", "generation.seed: 0 there, 1 here")
+
+
+def test_a_negative_model_is_in_the_identity(world, tmp_path):
+    """The denoiser's fingerprint stays that of the model."""
+    unet = make_tiny_model(tmp_path / "other", seed=3)
+    described = []
+    for negative in (None, unet):
+        options = GenerateOptions(model=str(world["model"]), prompts=world["prompts"], out=tmp_path, negative=negative)
+        described.append(describe_generator(options, load(options, "cpu", "fp32"), "fp32"))
+    plain, guided = described
+    assert plain.denoiser == guided.denoiser
+    assert plain.parts["unet"] != guided.parts["unet"]
+    assert guided.negative == str(unet)
 
 
 @pytest.mark.long
@@ -306,9 +323,6 @@ def test_killed_at_random_moments_and_run_again_gives_the_same(world, candidates
 
 def test_the_model_is_known_by_its_fingerprint_in_float32(world):
     """Also where it is sampled in half precision: as the manifests of shards name it."""
-    from smpo_pipeline.jobs.generate.models import describe_generator, load
-    from smpo_pipeline.jobs.generate.options import GenerateOptions
-
     options = GenerateOptions(model=str(world["model"]), prompts=world["prompts"], out=world["model"].parent / "no")
     half = load(options, "cpu", "bf16")
     described = describe_generator(options, half, "bf16")

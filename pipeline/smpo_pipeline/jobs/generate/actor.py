@@ -73,8 +73,8 @@ class GenerateActor:
         """
         if self._model_differs:
             raise UserError(
-                f"--model {self._options.model}: its files on {socket.gethostname()} (or those of --unet, --lora) "
-                "differ from those where the command was started; give every machine the same files"
+                f"--model {self._options.model}: its files on {socket.gethostname()} (or those of --unet, --lora, "
+                "--negative) differ from those where the command was started; give every machine the same files"
             )
         unit = row["unit"][0].as_py()
         if self._run.committed(unit):

@@ -98,7 +98,7 @@ def _check(options: GenerateOptions) -> _Checked:
         image_format=storing.image_format,
         keep=storing.keep,
     )
-    check_sampling({options.source.named: family}, settings)
+    check_sampling({options.source.named: family}, settings, negative=options.negative is not None)
     if num_states(settings.keep) > settings.steps:
         raise UserError(f"--keep {settings.keep}: the sampler has {settings.steps} steps, hence as many states")
     generator = load(options, "cpu", settings.dtype)

@@ -40,13 +40,15 @@ def load(options: GenerateOptions, device: str, dtype: Dtype) -> Generator:
 def describe_generator(options: GenerateOptions, generator: Generator, dtype: Dtype) -> GeneratorIdentity:
     """Identify a loaded model."""
     parts = _parts(generator)
-    denoiser = parts[generator.family.denoiser_folder]
-    if dtype != "fp32":
+    if dtype == "fp32":
+        denoiser = generator.fingerprint()
+    else:
         denoiser = fingerprint_module(load_denoiser(options.source, options.model, options.sampling.variant))
     return GeneratorIdentity(
         id=options.model,
         unet=str(options.unet) if options.unet else None,
         lora=str(options.lora) if options.lora else None,
+        negative=str(options.negative) if options.negative else None,
         kind=generator.family.kind,
         denoiser=denoiser,
         parts=parts,

@@ -10,6 +10,7 @@ from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options
 from smpo_pipeline.generation.options import SamplingOptions
 from smpo_pipeline.generation.source import ModelSource as Source
+from smpo_pipeline.generation.source import recognise_source
 from smpo_pipeline.options import (
     Concurrency,
     ExistingPath,
@@ -85,6 +86,9 @@ class GenerateOptions(Options):
     """Denoiser to use instead of the model's own: a folder, such as an output of smpo-train."""
     lora: ExistingPath | None = None
     """LoRA of smpo-train on top of the model's denoiser: its file, or the output folder."""
+    negative: ExistingPath | None = None
+    """Guide away from this output of smpo-train or merge, in place of the model's own unconditional prediction
+    (Diffusion-NPO). Both are in memory. Needs a guidance scale above 1."""
     sampling: CandidateOptions = CandidateOptions()
     storing: CandidateFileOptions = CandidateFileOptions()
     running: GenerateJobOptions = GenerateJobOptions()
@@ -92,11 +96,16 @@ class GenerateOptions(Options):
     @property
     def source(self) -> Source:
         """The model to sample with; its base is ``model``."""
+        negative = None
+        if self.negative:
+            given = f"--negative {self.negative}"
+            kind = recognise_source(given, str(self.negative))
+            negative = Source("negative", str(self.negative), kind, given)
         if self.unet:
-            return Source("unet", str(self.unet), "denoiser", f"--unet {self.unet}")
+            return Source("unet", str(self.unet), "denoiser", f"--unet {self.unet}", negative)
         if self.lora:
-            return Source("lora", str(self.lora), "lora", f"--lora {self.lora}")
-        return Source("model", self.model, "pipeline", f"--model {self.model}")
+            return Source("lora", str(self.lora), "lora", f"--lora {self.lora}", negative)
+        return Source("model", self.model, "pipeline", f"--model {self.model}", negative)
 
     @property
     def prompts_per_file(self) -> int:
