@@ -24,10 +24,10 @@ from acceptance.runner import Report
 from acceptance.world import GIB, World, conditioned, known_fingerprints
 from smpo_models.family import Conditioning
 from smpo_models.loading import fuse_lora
+from smpo_models.lora import add_lora
 from smpo_schemas.trained_model import LORA_FILE
 from smpo_trainer.cli import app
 from smpo_trainer.data.loader import StateBatch
-from smpo_trainer.model.adapter import add_lora
 from smpo_trainer.model.denoising_error import pair_errors
 from smpo_trainer.monitoring import utilization
 from smpo_trainer.trainer import Trainer

@@ -203,6 +203,13 @@ class Family(ABC):
         return {name: self._on_device(value)[rows] for name, value in encoded.items()}
 
     @abstractmethod
+    def longest_text(self, prompts: int) -> dict[str, torch.Tensor]:
+        """Return zeros in the place of encoded prompts of the greatest length, by names of the family.
+
+        Configs are enough for it. Without ``mask``: there is no padding.
+        """
+
+    @abstractmethod
     def conditioning(
         self, text: Mapping[str, torch.Tensor], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
     ) -> Conditioning:

@@ -64,7 +64,7 @@ def load_family(
         denoiser: folder of a denoiser in place of the model's own.
         vae: hub id or folder of a VAE in place of the model's own.
         variant: of the files of weights, for example ``fp16``.
-        device: for all parts.
+        device: for all parts. On ``meta`` they are made from their configs alone, without weights and tokenizers.
         denoiser_dtype: of the denoiser's weights.
         what: names the model in errors; default: ``--model`` and its name.
 

@@ -1,10 +1,10 @@
-"""LoRA files of a denoiser: read in diffusers' format, or for UNets in kohya's, checked without weights, fused."""
+"""LoRAs of a denoiser: new ones; files of diffusers' format, or for UNets kohya's: read, checked, fused."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from peft import get_peft_model_state_dict
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
+from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_models.weights import loading_errors
@@ -165,3 +167,23 @@ def _add(denoiser: Any, lora: Lora, of: str) -> None:  # noqa: ANN401
             f"{lora.what}: of its {len(lora.layers)} layers only {len(fitting)} fit the denoiser of {of}; "
             "it was probably made for another base model"
         )
+
+
+def add_lora(
+    denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float | None = None, idle: Sequence[str] = ()
+) -> None:
+    """Add an adapter to the layers whose names end so; untrained, it changes nothing (its B matrices are 0).
+
+    The adapter is multiplied by alpha / rank, by default by 1. Layers whose names start with one of ``idle`` get none.
+    """
+    ends = tuple(f".{target}" for target in targets)
+    named = [name for name, _ in denoiser.named_modules() if name.endswith(ends) and not name.startswith(tuple(idle))]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        init_lora_weights="gaussian",
+        target_modules=named if idle else list(targets),
+        lora_dropout=0.0,
+    )
+    denoiser.add_adapter(config)
+    cast_training_params(denoiser)  # PEFT gives it the dtype that products with 4 bit weights have

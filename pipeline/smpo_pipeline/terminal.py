@@ -81,3 +81,12 @@ def quantile_cells(values: np.ndarray) -> list[str]:
     if not len(values):
         return ["-"] * len(_QUANTILES)
     return [f"{value:.3g}" for value in np.quantile(values, _QUANTILES)]
+
+
+def format_bytes(count: float) -> str:
+    """Format a number of bytes with three digits and a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:  # noqa: PLR2004
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} PB"

@@ -11,7 +11,7 @@ import torch
 
 from smpo_common.options import fields_of
 from smpo_pipeline.jobs.invert.options import InvertOptions
-from smpo_pipeline.planning.options import PlanOptions
+from smpo_pipeline.planning.options import MemoryOptions, PlanOptions
 from smpo_schemas.manifest import read_manifest
 from tests.command import assert_one_line, run_here
 from tests.pictures import encode, picture
@@ -21,7 +21,8 @@ from tests.tiny import make_tiny_clip, make_tiny_model
 def test_plan_accepts_every_flag_of_invert():
     mine, theirs = ({name for name, *_ in fields_of(model)} for model in (PlanOptions, InvertOptions))
     assert theirs <= mine
-    assert mine - theirs == {"gpus", "price", "seconds", "json"}
+    training = {field for field, *_ in fields_of(MemoryOptions)}
+    assert mine - theirs == {"gpus", "price", "seconds", "json"} | training
 
 
 @pytest.fixture(scope="module")

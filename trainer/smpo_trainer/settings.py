@@ -22,7 +22,8 @@ from smpo_common.named_values import (
     write_weights,
 )
 from smpo_common.options import Flag, Options, Overwrite
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.dtypes import Dtype, Quantization
+from smpo_schemas.optimizers import OptimizerName
 from smpo_schemas.preference import preferences
 from smpo_schemas.trained_model import LoraFormat
 from smpo_trainer.presets import PICKSCORE_RANGE, PRESETS, find_preset
@@ -31,8 +32,6 @@ Device = Literal["cpu", "cuda"]
 ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
 TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
 LrSchedule = Literal["constant", "linear", "cosine"]
-Quantization = Literal["nf4", "int8"]
-OptimizerName = Literal["adamw", "adafactor", "adamw8bit"]
 
 DEFAULT_LR = 1e-5
 DEFAULT_LORA_LR = 1e-4

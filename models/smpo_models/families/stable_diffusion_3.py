@@ -20,6 +20,7 @@ from smpo_models.family import Conditioning
 from smpo_models.family_bases.clip_text import pooled_in_float64
 from smpo_models.family_bases.transformer_family import TransformerFamily
 from smpo_models.weights import load_part
+from smpo_schemas.shards.text_rows import TEXT
 
 
 class StableDiffusion3(TransformerFamily):
@@ -67,6 +68,12 @@ class StableDiffusion3(TransformerFamily):
 
     def _text_limits(self) -> Sequence[int]:
         return [*super()._text_limits()[:2], self._text_tokens][: len(self._tokenizers)]
+
+    def longest_text(self, prompts: int) -> dict[str, torch.Tensor]:
+        """See the base class; CLIP's tokens come before T5's."""
+        tokens = self._encoder_config(CLIPTextModelWithProjection, "text_encoder").max_position_embeddings
+        text = super().longest_text(prompts)
+        return text | {TEXT: functional.pad(text[TEXT], (0, 0, tokens, 0))}
 
     @torch.no_grad()
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

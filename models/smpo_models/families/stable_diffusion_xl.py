@@ -59,6 +59,11 @@ class StableDiffusionXL(UNetFamily):
             pooled_ND[empty] = 0.0
         return {"text": text_NLD, "pooled": pooled_ND}
 
+    def longest_text(self, prompts: int) -> dict[str, torch.Tensor]:
+        """See the base class."""
+        pooled = self._encoder_config(CLIPTextModelWithProjection, "text_encoder_2").projection_dim
+        return super().longest_text(prompts) | {"pooled": torch.zeros(prompts, pooled)}
+
     def conditioning(
         self, text: Mapping[str, torch.Tensor], sizes: Sequence[tuple[int, int]], crops: Sequence[tuple[int, int]]
     ) -> Conditioning:

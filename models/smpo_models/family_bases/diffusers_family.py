@@ -78,7 +78,10 @@ class DiffusersFamily(Family):
         denoiser_dtype: torch.dtype,
         what: str,
     ) -> None:
-        self._model, self._what, self._variant, self._device = model, what, variant, device
+        self._model, self._what, self._variant = model, what, variant
+        # Parts without weights are no reason to make other tensors without values.
+        self._is_empty = device.type == "meta"
+        self._device = torch.device("cpu") if self._is_empty else device
         self.denoiser, self.vae, self.text_modules = None, None, ()
         self._config = config = self._denoiser_config()
         self._channels = self._latent_channels(config)
@@ -91,7 +94,7 @@ class DiffusersFamily(Family):
         if "text" in parts:
             self.text_modules = tuple(module.requires_grad_(False).eval().to(device) for module in self._load_text())
         if "vae" in parts:
-            loaded = self.autoencoder.load(model, vae, variant, self._what)
+            loaded = self._empty_vae(vae) if self._is_empty else self.autoencoder.load(model, vae, variant, self._what)
             self.vae = loaded.requires_grad_(False).eval().to(device)
 
     @abstractmethod
@@ -139,7 +142,14 @@ class DiffusersFamily(Family):
         with torch.device("meta"):
             return cast("Any", self.denoiser_class).from_config(self._config)
 
+    def _empty_vae(self, vae: str | None) -> nn.Module:
+        config = self.autoencoder.config(self._model, vae, self._channels, self._what)
+        with torch.device("meta"):
+            return cast("Any", self.autoencoder.vae_class).from_config(config)
+
     def _load_denoiser(self, folder: Path | None, dtype: torch.dtype) -> nn.Module:
+        if self._is_empty:
+            return self.empty_denoiser().requires_grad_(False).eval()
         name, kind = self.denoiser_folder, cast("Any", self.denoiser_class)
         source = str(denoiser_folder(folder, name)) if folder else self._model
         what = f"denoiser {folder}" if folder else self._what
@@ -163,6 +173,10 @@ class DiffusersFamily(Family):
 
         Language models are published in bfloat16, and would need twice the memory in float32.
         """
+        if self._is_empty:
+            config = self._encoder_config(kind, folder)
+            with torch.device("meta"):
+                return kind(config).to(config.dtype if dtype == "auto" else dtype)
         return load_weights(
             kind.from_pretrained,
             self._model,
@@ -172,8 +186,14 @@ class DiffusersFamily(Family):
             dtype=dtype,
         )
 
+    def _encoder_config(self, kind: Any, folder: str) -> Any:  # noqa: ANN401  (transformers' own)
+        """Read the config of a text encoder."""
+        return load_part(kind.config_class.from_pretrained, self._model, self._what, subfolder=folder)
+
     def _load_tokenizer(self, kind: Any, folder: str) -> Any:  # noqa: ANN401
         """Load a tokenizer from the model's folder of this name."""
+        if self._is_empty:
+            return None
         return load_tokenizer(kind.from_pretrained, self._model, self._what, subfolder=folder)
 
     def settings(self) -> dict[str, Any]:

@@ -63,6 +63,12 @@ class TransformerFamily(DiffusersFamily):
         """See the base class; these pipelines cut and pad texts as they are told."""
         return super().sampling_options(guidance_scale, images) | {"max_sequence_length": self._text_tokens}
 
+    def longest_text(self, prompts: int) -> dict[str, torch.Tensor]:
+        """See the base class; with a pooled embedding where the transformer takes one."""
+        text = {TEXT: torch.zeros(prompts, self._text_tokens, int(self._config["joint_attention_dim"]))}
+        pooled = self._config.get("pooled_projection_dim")
+        return text | ({"pooled": torch.zeros(prompts, int(pooled))} if pooled else {})
+
     def resolution_multiple(self) -> int:
         """See the base class."""
         return self.latent_factor * self.patch

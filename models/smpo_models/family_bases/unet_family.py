@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextModel
 
 from smpo_common.errors import UserError
 from smpo_models.arithmetic import input_dtype
@@ -20,6 +21,7 @@ from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_models.noise_schedules.variance_preserving import load_variance_preserving
 from smpo_models.part_config import complete
 from smpo_models.weights import load_part
+from smpo_schemas.shards.text_rows import TEXT
 
 
 class UNetFamily(DiffusersFamily):
@@ -44,6 +46,11 @@ class UNetFamily(DiffusersFamily):
 
     def _load_schedule(self) -> NoiseSchedule:
         return load_variance_preserving(self._model, self._what)
+
+    def longest_text(self, prompts: int) -> dict[str, torch.Tensor]:
+        """See the base class."""
+        tokens = self._encoder_config(CLIPTextModel, "text_encoder").max_position_embeddings
+        return {TEXT: torch.zeros(prompts, tokens, int(self._config["cross_attention_dim"]))}
 
     def resolution_multiple(self) -> int:
         """See the base class; each block but one halves the sides."""

@@ -10,8 +10,10 @@ from rich.table import Table
 from smpo_common.files import write_json
 from smpo_pipeline.images.buckets import describe_buckets
 from smpo_pipeline.planning.options import PlanOptions
+from smpo_pipeline.terminal import format_bytes
 
 if TYPE_CHECKING:
+    from smpo_pipeline.planning.memory import MemoryPlan
     from smpo_pipeline.planning.plan import Plan
 
 
@@ -20,7 +22,14 @@ def plan(options: PlanOptions) -> None:
 
     Inverts some of the pairs on this machine for a minute, and projects to all pairs, 1 million and 100 million.
     Nothing is stored. --out, --concurrency, --ray-address and --overwrite are accepted and ignored.
+
+    With --gpu-memory, also the GPU memory that `invert` and `smpo-train` need; without --pairs that alone.
     """
+    memory = _account(options) if options.memory.gpu_memory or not options.pairs else None
+    if not options.pairs:
+        if options.projection.json_ and memory:
+            write_json(options.projection.json_, {"memory": memory.model_dump()})
+        return
     from smpo_pipeline.jobs.cluster.session import resolve_device, set_reproducible_arithmetic  # noqa: PLC0415  (keeps --help free of torch and Ray)
     from smpo_pipeline.planning.plan import make_plan  # noqa: PLC0415
 
@@ -33,7 +42,19 @@ def plan(options: PlanOptions) -> None:
         limit = f"--max-reject-rate {options.running.max_reject_rate:g}"
         console.print(f"WARNING: more than {limit} allows: invert will stop", highlight=False, soft_wrap=True)
     if options.projection.json_:
-        write_json(options.projection.json_, measured.model_dump())
+        write_json(
+            options.projection.json_, measured.model_dump() | {"memory": memory.model_dump() if memory else None}
+        )
+
+
+def _account(options: PlanOptions) -> MemoryPlan:
+    """Print the memory account."""
+    from smpo_pipeline.planning.memory import plan_memory  # noqa: PLC0415  (keeps --help free of torch)
+    from smpo_pipeline.planning.memory_table import show_memory  # noqa: PLC0415
+
+    memory = plan_memory(options)
+    show_memory(Console(markup=False), memory)
+    return memory
 
 
 def _show(console: Console, plan: Plan) -> None:
@@ -47,7 +68,7 @@ def _show(console: Console, plan: Plan) -> None:
             f"{projection.pairs:,}",
             _number(projection.device_hours),
             _number(projection.wall_hours),
-            *map(_bytes, (projection.bytes, projection.text_bytes) if plan.text else (projection.bytes,)),
+            *map(format_bytes, (projection.bytes, projection.text_bytes) if plan.text else (projection.bytes,)),
             f"{projection.shards:,}",
             "-" if projection.dollars is None else f"{projection.dollars:,.2f}",
         )
@@ -58,17 +79,17 @@ def _show(console: Console, plan: Plan) -> None:
     trajectory = f"{plan.states_a_trajectory:.3g} states, {forwards}"
     lines = [
         f"{rate} in {plan.measured_seconds:.1f} s (VAE {'' if plan.text else 'and text encoders '}included)",
-        f"per trajectory: {trajectory}, {_bytes(plan.bytes_a_trajectory)}; rewards: {', '.join(plan.rewards)}",
+        f"per trajectory: {trajectory}, {format_bytes(plan.bytes_a_trajectory)}; rewards: {', '.join(plan.rewards)}",
         f"decoding needs {plan.decoding_cores:.2g} CPU cores per device",
     ]
     if plan.text:
         prompts, seconds = plan.text.prompts, plan.text.seconds_a_prompt
         lines.append(
-            f"text: {prompts:,} prompts, each encoded and stored once in {_bytes(plan.text.bytes)}; "
+            f"text: {prompts:,} prompts, each encoded and stored once in {format_bytes(plan.text.bytes)}; "
             f"{1 / seconds:.3g} prompts/s on one device"
         )
     if plan.peak_memory is not None:
-        lines.append(f"peak GPU memory: {_bytes(plan.peak_memory)}")
+        lines.append(f"peak GPU memory: {format_bytes(plan.peak_memory)}")
     if not plan.warm:
         lines.append("one batch took longer than --seconds, so the rate includes its warm-up: use a larger --seconds")
     if plan.buckets:
@@ -82,11 +103,3 @@ def _show(console: Console, plan: Plan) -> None:
 
 def _number(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"  # noqa: PLR2004
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:  # noqa: PLR2004
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} PB"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
+from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options
 from smpo_pipeline.jobs.invert.options import InversionOptions, InvertJobOptions
-from smpo_pipeline.options import FILE, FOLDER_OR_URL, ExistingPathOrUrl, OutFile
+from smpo_pipeline.options import FILE, FOLDER_OR_URL, ExistingPathOrUrl, OutFile, Pairs
+from smpo_schemas.dtypes import Quantization
+from smpo_schemas.optimizers import OptimizerName
 
 
 class PlanJobOptions(InvertJobOptions):
@@ -36,9 +39,44 @@ class ProjectionOptions(Options):
     """Write the plan to this file as JSON, too."""
 
 
+class MemoryOptions(Options):
+    """The training to account for, by the flags of `smpo-train`."""
+
+    model_config = ConfigDict(title="Memory of a GPU, for `invert` and `smpo-train`")
+
+    gpu_memory: Annotated[float | None, Field(gt=0)] = None
+    """GB of the GPU. Print what both commands need of it, and whether it fits; computed from the model's configs, in
+    seconds, without weights or a GPU."""
+    train_batch_size: Annotated[int, Field(ge=1)] = 8
+    """--batch-size of `smpo-train`: states, of two images each."""
+    grad_accum: Annotated[int, Field(ge=1)] = 1
+    """As for `smpo-train`."""
+    lora_rank: Annotated[int | None, Field(ge=1)] = None
+    """As for `smpo-train`. Default: all weights are trained."""
+    quantize: Quantization | None = None
+    """As for `smpo-train`."""
+    gradient_checkpointing: Annotated[bool, Flag(off="--no-gradient-checkpointing")] = False
+    """As for `smpo-train`."""
+    optimizer: OptimizerName = "adamw"
+    """As for `smpo-train`."""
+    ema_decay: Annotated[float | None, Field(ge=0, le=1)] = None
+    """As for `smpo-train`."""
+
+    @model_validator(mode="after")
+    def _refuse_quantized_training(self) -> Self:
+        if self.quantize and self.lora_rank is None:
+            raise UserError(
+                f"--quantize {self.quantize}: quantized weights cannot be trained; give --lora-rank too, for example "
+                "--lora-rank 16, to train an adapter"
+            )
+        return self
+
+
 class PlanOptions(InversionOptions):
     """The flags of ``plan``."""
 
+    pairs: Pairs = ()
+    memory: MemoryOptions = MemoryOptions()
     running: PlanJobOptions = PlanJobOptions()
     projection: ProjectionOptions = ProjectionOptions()
     out: Annotated[str | None, Flag(hidden=True)] = None

@@ -18,12 +18,12 @@ from torch import nn
 from smpo_common.errors import UserError
 from smpo_models.arithmetic import narrow_products
 from smpo_models.loading import load_family
+from smpo_models.lora import add_lora
 from smpo_models.weights import DTYPES
 from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.generation.generator import load_generator
 from smpo_schemas.trained_model import LORA_FILE
 from smpo_trainer.model import policy as policy_module
-from smpo_trainer.model.adapter import add_lora
 from smpo_trainer.model.fsdp import fsdp_plugin
 from smpo_trainer.model.quantization import _config, quantize
 from smpo_trainer.output.checkpoints import Checkpoints

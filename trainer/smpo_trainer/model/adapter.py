@@ -1,12 +1,9 @@
-"""The adapter of ``--lora-rank``: what its flags allow, and adding it to a denoiser."""
+"""What the flags of the adapter of ``--lora-rank`` allow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import nn
 
@@ -58,23 +55,3 @@ def convert_finished(settings: TrainSettings) -> Path | None:
 
 def _denoiser_class(settings: TrainSettings) -> type[nn.Module]:
     return type(load_family(settings.model, ()).empty_denoiser())
-
-
-def add_lora(
-    denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float | None = None, idle: Sequence[str] = ()
-) -> None:
-    """Add an adapter to the layers whose names end so; untrained, it changes nothing (its B matrices are 0).
-
-    The adapter is multiplied by alpha / rank, by default by 1. Layers whose names start with one of ``idle`` get none.
-    """
-    ends = tuple(f".{target}" for target in targets)
-    named = [name for name, _ in denoiser.named_modules() if name.endswith(ends) and not name.startswith(tuple(idle))]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        init_lora_weights="gaussian",
-        target_modules=named if idle else list(targets),
-        lora_dropout=0.0,
-    )
-    denoiser.add_adapter(config)
-    cast_training_params(denoiser)  # PEFT gives it the dtype that products with 4 bit weights have

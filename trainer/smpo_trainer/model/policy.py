@@ -22,12 +22,11 @@ from smpo_models.arithmetic import narrow_products
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_models.lora import LORA_SETTINGS
+from smpo_models.lora import LORA_SETTINGS, add_lora
 from smpo_models.lora_formats import write_lora_format
 from smpo_models.weights import DTYPES, variant_remark
 from smpo_schemas.manifest import ModelInfo
 from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER, LoraFormat
-from smpo_trainer.model.adapter import add_lora
 from smpo_trainer.model.fsdp import shard_like, unsharded_class
 from smpo_trainer.model.quantization import CPU_REMARK, quantize
 from smpo_trainer.settings import TrainSettings

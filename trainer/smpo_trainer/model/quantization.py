@@ -18,7 +18,8 @@ from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from torch import nn
 
 from smpo_common.errors import UserError
-from smpo_trainer.settings import Quantization, TrainSettings
+from smpo_schemas.dtypes import Quantization
+from smpo_trainer.settings import TrainSettings
 
 CPU_REMARK = (
     "on a CPU --quantize is for trials: slow, and bitsandbytes 0.50.2 reads nf4 weights back wrongly there, for layers "

@@ -1,0 +1,137 @@
+"""Gradients in a backward pass: how large each is, and from which node to which it lives."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch.autograd.graph import Node
+
+_START = 0
+"""Below every sequence number: what is never freed."""
+
+_PASSING = (
+    "AddBackward",
+    "AliasBackward",
+    "CloneBackward",
+    "PermuteBackward",
+    "ReshapeAliasBackward",
+    "SqueezeBackward",
+    "TBackward",
+    "TransposeBackward",
+    "UnsafeViewBackward",
+    "UnsqueezeBackward",
+    "ViewBackward",
+)
+"""Nodes that hand on the gradient which they are given, or a view of it."""
+
+_REDUCING = ("MulBackward", "DivBackward")
+"""Nodes that make the gradient of a broadcast factor at full size, and then add it up."""
+
+_Edge = tuple[Node, int]
+"""A node, and which of its outputs the gradient is of."""
+
+
+class Intervals:
+    """Sizes over intervals of sequence numbers, both ends included."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, int] = defaultdict(int)
+
+    def add(self, first: int, last: int, size: int) -> None:
+        """Add what lives while the nodes from ``last`` down to ``first`` run."""
+        self._steps[first] += size
+        self._steps[last + 1] -= size
+
+    def peak(self) -> int:
+        """Return the largest sum at one number."""
+        return max(accumulate(self._steps[number] for number in sorted(self._steps)), default=0)
+
+
+def next_number() -> int:
+    """Return the sequence number of the next node that autograd will make."""
+    return torch._C._autograd._get_sequence_nr()  # noqa: SLF001  (the profiler's; there is no public one)
+
+
+def add_gradients(intervals: Intervals, loss: torch.Tensor, *, accumulates: bool) -> None:
+    """Add the gradients of a backward pass from ``loss``.
+
+    Args:
+        intervals: are added to.
+        loss: the end of the graph.
+        accumulates: whether gradients of an earlier micro-batch are there already.
+    """
+    buffers = _Buffers(intervals)
+    for edge, makers in sorted(_edges(loss).items(), key=lambda item: -_number(item[0][0])):
+        parameter = getattr(edge[0], "variable", None)
+        if parameter is None:
+            buffers.add(edge, makers)
+            continue
+        made, size = max(map(_number, makers)), parameter.untyped_storage().nbytes()
+        if accumulates:
+            intervals.add(made, made, size)
+        intervals.add(_START, next_number() if accumulates else made, size)
+    buffers.close()
+
+
+def _edges(loss: torch.Tensor) -> dict[_Edge, list[Node]]:
+    """Return all gradients of the graph, with the nodes that make them."""
+    edges: dict[_Edge, list[Node]] = defaultdict(list)
+    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        for taker, output in node.next_functions if node else ():
+            if taker is None:
+                continue
+            edges[taker, output].append(node)
+            if taker not in seen:
+                seen.add(taker)
+                waiting.append(taker)
+    return edges
+
+
+class _Buffers:
+    """Gradients on the way; what a node hands on is one buffer for both of its sides.
+
+    Each lives from the first node that makes it, the latest, to the last that takes it.
+    """
+
+    def __init__(self, intervals: Intervals) -> None:
+        self._intervals = intervals
+        self._buffer: dict[_Edge, _Edge] = {}
+        self._span: dict[_Edge, tuple[int, int]] = {}
+
+    def add(self, edge: _Edge, makers: Sequence[Node]) -> None:
+        """Add a gradient; those of later nodes must be there."""
+        size, made, taken = _bytes(edge), max(map(_number, makers)), _number(edge[0])
+        buffer = edge
+        given = self._buffer.get((makers[0], 0))
+        if given and len(makers) == 1 and makers[0].name().startswith(_PASSING) and _bytes(given) == size:
+            buffer = given
+        self._buffer[edge] = buffer
+        first, last = self._span.get(buffer, (taken, made))
+        self._span[buffer] = min(first, taken), last
+        for maker in makers:
+            number = _number(maker)
+            if number != made:  # it is added to the first one
+                self._intervals.add(number, number, size)
+            if maker.name().startswith(_REDUCING) and _bytes((maker, 0)) > size:
+                self._intervals.add(number, number, _bytes((maker, 0)))
+
+    def close(self) -> None:
+        """Add all of them to the intervals."""
+        for buffer, span in self._span.items():
+            self._intervals.add(*span, _bytes(buffer))
+
+
+def _number(node: Node) -> int:
+    return node._sequence_nr()  # noqa: SLF001
+
+
+def _bytes(edge: _Edge) -> int:
+    node, output = edge
+    given = node._input_metadata[output]  # noqa: SLF001
+    return math.prod(map(int, given.shape)) * given.dtype.itemsize
