@@ -29,6 +29,7 @@ from smpo_schemas.shards.samples import decode_sample
 from tests.command import run_command, run_here
 from tests.pictures import encode, picture
 from tests.tiny import make_tiny_clip, make_tiny_model, make_tiny_xl
+from tests.tiny_flow import make_tiny_sd3
 
 SHAPES = [(40, 30), (64, 64), (30, 60), (90, 40), (33, 32), (60, 30)]
 """Width and height of first images; second images have nearly the same shape, except in the last pair."""
@@ -53,6 +54,7 @@ def inputs(tmp_path_factory):
     pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
     make_tiny_model(folder / "sd")
     make_tiny_xl(folder / "sdxl")
+    make_tiny_sd3(folder / "sd35")
     return folder, rows
 
 
@@ -141,7 +143,7 @@ def test_a_worker_whose_weights_differ_from_the_drivers_stops_the_job(inputs, tm
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("scores")
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd35"])
 def test_from_images_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, capfd, here_on_ray):
     folder, rows = inputs
     common = ("--pairs", folder / "pairs.parquet", "--device", "cpu", "--scores", folder / "scores", "--steps", 3)
