@@ -6,7 +6,6 @@ The names below are for notebooks (docs/guide/python.md); they are imported when
 from __future__ import annotations
 
 import logging as python_logging
-import logging as stdlib_logging
 from typing import TYPE_CHECKING
 
 from transformers.utils import logging
@@ -35,8 +34,6 @@ __all__ = [
 # loads it checks and says itself.
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-# PEFT imports bitsandbytes where it is installed, which then warns, on CPUs, of a package that speeds it up.
-stdlib_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(stdlib_logging.ERROR)
 # PEFT imports bitsandbytes where it is installed, which on some CPUs prints that it lacks a kernel it can do without.
 python_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(python_logging.ERROR)
 
