@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -191,6 +192,33 @@ def test_a_finished_run_is_kept_and_another_refused(select, made, tmp_path):
     assert_one_line(select(*made, out, "--seed", 1), "selection.seed: 0 there, 1 here", "--overwrite")
     assert select(*made, out, "--seed", 1, "--overwrite").returncode == 0
     assert json.loads((out / "selection.json").read_text())["settings"]["seed"] == 1
+
+
+def test_an_interrupted_run_is_finished_by_the_same_command(select, made, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_selection", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert select(*made, tmp_path / "out").returncode == 130
+    assert not (tmp_path / "out" / "selection.json").exists()
+    assert_one_line(select(*made, tmp_path / "out", "--label"), "an unfinished run", "selection.label")
+    for name in ("out", "whole"):
+        assert select(*made, tmp_path / name).returncode == 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_on_an_object_store(select, made, tmp_path):
+    """Any of fsspec's; this one is in memory."""
+    store = fsspec.filesystem("memory")
+    for folder in made:
+        store.put(str(folder), f"/select/{folder.name}", recursive=True)
+    urls = [f"memory://select/{name}" for name in ("candidates", "scores", "out")]
+    for arguments in ((*made, tmp_path / "local"), urls):
+        done = select(*arguments)
+        assert done.returncode == 0, done.stderr
+    store.get("/select/out", str(tmp_path / "copy"), recursive=True)
+    local, copied = files_of(tmp_path / "local"), files_of(tmp_path / "copy")
+    named = {"run.json", "selection.json", "rejected.parquet"}  # these name the candidates' place
+    assert {name: copied[name] for name in copied.keys() - named} == {n: local[n] for n in local.keys() - named}
+    assert copied.keys() == local.keys()
 
 
 def test_files_of_other_origin_are_not_replaced(select, made, tmp_path):

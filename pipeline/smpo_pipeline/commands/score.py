@@ -8,6 +8,7 @@ from rich.table import Table
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.terminal import print_next
+from smpo_schemas.candidates import CANDIDATES_FILE
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo
 
 _MOST_SHOWN = 4
@@ -29,6 +30,10 @@ def score(options: ScoreOptions) -> None:
     console = Console(markup=False)
     _show(console, info, options.out)
     pairs = options.pairs if len(options.pairs) <= _MOST_SHOWN else ("PAIRS",)
+    if any((path / CANDIDATES_FILE).is_file() for path in options.pairs if path.is_dir()):
+        select = ("smpo-pipeline", "select", "--candidates", *pairs, "--scores", options.out, "--by", "extremes")
+        print_next(console, *select, "--out", "selected")
+        return
     invert = ("smpo-pipeline", "invert", "--pairs", *pairs, *options.columns.as_flags())
     print_next(console, *invert, "--scores", options.out, "--model", "MODEL", "--out", "shards")
 
