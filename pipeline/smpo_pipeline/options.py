@@ -254,3 +254,18 @@ class JobOptions(Options):
         if self.device is None:
             raise RuntimeError("the device is not resolved yet")
         return self.device
+
+
+class CostOptions(Options):
+    """Settings of a plan."""
+
+    model_config = ConfigDict(title="Plan")
+
+    gpus: Annotated[int, Field(ge=1)] = 1
+    """Number of devices (on CPU: cores) to plan for."""
+    price: Annotated[float | None, Field(ge=0)] = None
+    """Dollars per device hour."""
+    seconds: Annotated[float, Field(ge=0.1)] = 60.0
+    """Seconds to measure, warm-up included."""
+    json_: Annotated[OutFile | None, FILE] = None
+    """Write the plan to this file as JSON, too."""

@@ -48,7 +48,7 @@ def count(family, inverting_denoiser, settings) -> int:
     """Count the images that pass through the denoisers for one batch of all pairs."""
     inverter = Inverter(family, inverting_denoiser, settings, 0)
     batches = iter([[(pair, 0) for pair in PAIRS]])
-    return measure_rate(inverter, {family.denoiser, inverting_denoiser}, batches, 0, "cpu").forwards
+    return measure_rate(inverter.invert, {family.denoiser, inverting_denoiser}, batches, 0, "cpu").forwards
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -113,7 +113,7 @@ def test_a_batch_longer_than_the_time_is_measured_alone(family):
     now = iter(range(100))
     inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
     rate = measure_rate(
-        inverter, [family.denoiser], batches_of_units(PAIRS, 1, 2, 2), 1, "cpu", clock=lambda: next(now)
+        inverter.invert, [family.denoiser], batches_of_units(PAIRS, 1, 2, 2), 1, "cpu", clock=lambda: next(now)
     )
     assert (rate.trajectories, rate.seconds, rate.warm) == (2, 1, False)
     assert rate.forwards == 2 * 2 * 2
@@ -124,7 +124,7 @@ def test_the_warm_up_is_excluded(family):
     times = iter([0, 10, 10, 13, 16, 21, 21])
     inverter = Inverter(family, family.denoiser, InversionSettings(source="forward", steps=2), 0)
     rate = measure_rate(
-        inverter, [family.denoiser], batches_of_units(PAIRS, 1, 3, 3), 20, "cpu", clock=lambda: next(times)
+        inverter.invert, [family.denoiser], batches_of_units(PAIRS, 1, 3, 3), 20, "cpu", clock=lambda: next(times)
     )
     assert (rate.trajectories, rate.seconds, rate.warm) == (9, 11, True)
     assert rate.forwards == 9 * 2 * 2
@@ -146,7 +146,9 @@ def test_peak_memory_excludes_earlier_trials(family, monkeypatch, seconds):
     inverter.invert = on_gpu
     times = iter(range(0, 1000, 5))
     for device, peak in (("cuda", 2), ("cpu", None)):
-        rate = measure_rate(inverter, [], batches_of_units(PAIRS, 1, 1, 1), seconds, device, clock=lambda: next(times))
+        rate = measure_rate(
+            inverter.invert, [], batches_of_units(PAIRS, 1, 1, 1), seconds, device, clock=lambda: next(times)
+        )
         assert (rate.warm, rate.peak_memory) == (seconds > 0, peak)
 
 

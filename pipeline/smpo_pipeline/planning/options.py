@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options
 from smpo_pipeline.jobs.invert.options import InversionOptions, InvertJobOptions
-from smpo_pipeline.options import FILE, FOLDER_OR_URL, ExistingPathOrUrl, OutFile, Pairs
+from smpo_pipeline.options import FOLDER_OR_URL, CostOptions, ExistingPathOrUrl, Pairs
 from smpo_schemas.dtypes import Quantization
 from smpo_schemas.optimizers import OptimizerName
 
@@ -22,21 +22,11 @@ class PlanJobOptions(InvertJobOptions):
     overwrite: Annotated[bool, Flag(hidden=True)] = False
 
 
-class ProjectionOptions(Options):
+class ProjectionOptions(CostOptions):
     """Settings of the projection."""
-
-    model_config = ConfigDict(title="Plan")
 
     scores: Annotated[ExistingPathOrUrl | None, FOLDER_OR_URL] = None
     """Output directory of `score`, for the number of rewards that the shards will hold; default: one."""
-    gpus: Annotated[int, Field(ge=1)] = 1
-    """Number of devices (on CPU: cores) to plan for."""
-    price: Annotated[float | None, Field(ge=0)] = None
-    """Dollars per device hour."""
-    seconds: Annotated[float, Field(ge=0.1)] = 60.0
-    """Seconds to measure, warm-up included."""
-    json_: Annotated[OutFile | None, FILE] = None
-    """Write the plan to this file as JSON, too."""
 
 
 class MemoryOptions(Options):

@@ -143,7 +143,9 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
     batch_size = options.running.batch_size or _choose_batch_size(subject, trajectories, device)
     batches = batches_of_units(subject.sampled.pairs, trajectories, subject.pairs_per_shard, batch_size)
     try:
-        rate = measure_rate(subject.inverter, subject.inverter.denoisers, batches, options.projection.seconds, device)
+        rate = measure_rate(
+            subject.inverter.invert, subject.inverter.denoisers, batches, options.projection.seconds, device
+        )
     except FAILURES as error:
         if not is_out_of_memory(error):
             raise

@@ -1,4 +1,4 @@
-"""Measure how fast trajectories are made on this device."""
+"""Measure how fast trajectories or images are made on this device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.batch_size import Request, batches_of_one_size, trajectory_requests
-from smpo_pipeline.inversion.inverter import Inverter
+
+Item = TypeVar("Item")
+"""A trajectory or image to make."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Rate:
     """A measurement.
 
     Attributes:
-        trajectories: number made in the measured time.
-        seconds: measured time, from prepared pixels to samples in memory: VAE, text encoders and denoiser.
+        trajectories: number made in the measured time; of images, for a generation.
+        seconds: measured time, from what is prepared to results in memory: VAE, text encoders and denoiser.
         forwards: forwards of the denoisers in that time, one per image.
         warm: False if the first batch alone took longer than the time given: its warm-up is then included.
         peak_memory: peak GPU memory in bytes, weights included, without earlier trials of batch sizes; None on CPU.
@@ -64,19 +67,19 @@ def batches_of_units(
 
 
 def measure_rate(
-    inverter: Inverter,
+    make: Callable[[list[Item]], object],
     denoisers: Iterable[nn.Module],
-    batches: Iterator[list[Request]],
+    batches: Iterator[list[Item]],
     seconds: float,
     device: str,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Rate:
-    """Invert batches for some time, after one for warm-up.
+    """Make batches for some time, after one for warm-up.
 
     Args:
-        inverter: on the device.
+        make: makes a batch on the device.
         denoisers: modules whose forwards are counted.
-        batches: requests for the inverter.
+        batches: what to make.
         seconds: time to measure, warm-up included; the last batch may end later.
         device: cpu or cuda.
         clock: in seconds.
@@ -93,9 +96,9 @@ def measure_rate(
             hooks.callback(module.register_forward_pre_hook(counted, with_kwargs=True).remove)
 
         def batch() -> int:
-            requests = next(batches)
-            inverter.invert(requests)
-            return len(requests)
+            items = next(batches)
+            make(items)
+            return len(items)
 
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

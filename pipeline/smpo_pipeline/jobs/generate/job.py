@@ -15,17 +15,22 @@ from rich.console import Console
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_file
 from smpo_common.retry import retry_transient
-from smpo_models.devices import default_dtype
 from smpo_models.family import Family
-from smpo_models.sampling import sampling_in_words
-from smpo_pipeline.generation.generator import check_sampling, latent_shape, quiet_libraries, read_configs
+from smpo_pipeline.generation.generator import latent_shape, quiet_libraries
 from smpo_pipeline.generation.prompts import PromptFile, read_prompt_file
-from smpo_pipeline.generation.settings import GenerationSettings, num_states
+from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.jobs.cluster.pools import limit_memory, model_pool, task_memory
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import resolve_device
 from smpo_pipeline.jobs.generate.actor import GenerateActor
-from smpo_pipeline.jobs.generate.models import GeneratorIdentity, describe_generator, load, weight_bytes
+from smpo_pipeline.jobs.generate.models import (
+    GeneratorIdentity,
+    choices,
+    choose_settings,
+    describe_generator,
+    load,
+    weight_bytes,
+)
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.generate.parts import Prompts, Storing, write_row
 from smpo_pipeline.jobs.record.lock import locked
@@ -86,21 +91,7 @@ def _check(options: GenerateOptions) -> _Checked:
     """Check the settings against the model's configs, then load it on the driver to identify it."""
     prompts = read_prompt_file(options.prompts, options.running.limit)
     further = prompts.columns.drop_columns([name for name in prompts.columns.column_names if name in NOT_CARRIED])
-    family = read_configs(options.source, options.model)
-    sampling, storing = options.sampling, options.storing
-    settings = GenerationSettings(
-        steps=sampling.steps or family.sampler_steps,
-        guidance_scale=family.usual_guidance if sampling.guidance_scale is None else sampling.guidance_scale,
-        seed=sampling.seed,
-        dtype=options.running.dtype or default_dtype(options.running.chosen_device),
-        resolution=sampling.resolution or family.resolution(),
-        images_per_prompt=sampling.images_per_prompt,
-        image_format=storing.image_format,
-        keep=storing.keep,
-    )
-    check_sampling({options.source.named: family}, settings, negative=options.negative is not None)
-    if num_states(settings.keep) > settings.steps:
-        raise UserError(f"--keep {settings.keep}: the sampler has {settings.steps} steps, hence as many states")
+    family, settings = choose_settings(options)
     generator = load(options, "cpu", settings.dtype)
     model = describe_generator(options, generator, settings.dtype)
     return _Checked(settings, model, family, weight_bytes(generator), prompts, further)
@@ -120,15 +111,10 @@ def _identity(options: GenerateOptions, checked: _Checked) -> dict[str, Any]:
 
 
 def _choices(options: GenerateOptions, checked: _Checked) -> list[str]:
-    """Describe the job for the user: numbers of prompts and images, and what was chosen by default."""
-    settings, running = checked.settings, options.running
-    prompts, side = len(checked.prompts.rows), settings.resolution
-    sampling = sampling_in_words(checked.family.sampler, settings.steps, settings.guidance_scale)
-    images = f"{prompts} prompts x {settings.images_per_prompt} images of {side} x {side} pixels"
-    computing = f"{running.device}, {settings.dtype}; batches of {running.batch_size} images"
+    """Describe the job for the user."""
     left_out = [name for name in checked.prompts.columns.column_names if name in NOT_CARRIED]
     return [
-        f"{images}; {sampling}; {computing}; seed {settings.seed}",
+        choices(options, checked.family, checked.settings, len(checked.prompts.rows)),
         *([f"columns of the prompts that are not carried through: {', '.join(left_out)}"] if left_out else []),
     ]
 

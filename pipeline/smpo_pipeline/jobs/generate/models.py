@@ -7,8 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from smpo_common.errors import UserError
+from smpo_models.devices import default_dtype
+from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module, settings_of
-from smpo_pipeline.generation.generator import Generator, load_denoiser, load_generator
+from smpo_models.sampling import sampling_in_words
+from smpo_pipeline.generation.generator import (
+    Generator,
+    check_sampling,
+    load_denoiser,
+    load_generator,
+    read_configs,
+)
+from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_schemas.candidates import CandidatesModel
 from smpo_schemas.dtypes import Dtype
@@ -26,6 +37,39 @@ class GeneratorIdentity(CandidatesModel):
     def info(self) -> CandidatesModel:
         """The part that ``candidates.json`` holds."""
         return CandidatesModel(**self.model_dump(exclude={"settings"}))
+
+
+def choose_settings(options: GenerateOptions) -> tuple[Family, GenerationSettings]:
+    """Check the settings against the model's configs; return these, and the settings with all defaults.
+
+    Raises:
+        UserError: the model is missing, or does not know a setting.
+    """
+    family = read_configs(options.source, options.model)
+    sampling, storing = options.sampling, options.storing
+    settings = GenerationSettings(
+        steps=sampling.steps or family.sampler_steps,
+        guidance_scale=family.usual_guidance if sampling.guidance_scale is None else sampling.guidance_scale,
+        seed=sampling.seed,
+        dtype=options.running.dtype or default_dtype(options.running.chosen_device),
+        resolution=sampling.resolution or family.resolution(),
+        images_per_prompt=sampling.images_per_prompt,
+        image_format=storing.image_format,
+        keep=storing.keep,
+    )
+    check_sampling({options.source.named: family}, settings, negative=options.negative is not None)
+    if settings.num_states > settings.steps:
+        raise UserError(f"--keep {settings.keep}: the sampler has {settings.steps} steps, hence as many states")
+    return family, settings
+
+
+def choices(options: GenerateOptions, family: Family, settings: GenerationSettings, prompts: int) -> str:
+    """Describe the job for the user: numbers of prompts and images, and what was chosen by default."""
+    side, running = settings.resolution, options.running
+    sampling = sampling_in_words(family.sampler, settings.steps, settings.guidance_scale)
+    images = f"{prompts} prompts x {settings.images_per_prompt} images of {side} x {side} pixels"
+    computing = f"{running.device}, {settings.dtype}; batches of {running.batch_size} images"
+    return f"{images}; {sampling}; {computing}; seed {settings.seed}"
 
 
 def load(options: GenerateOptions, device: str, dtype: Dtype) -> Generator:

@@ -13,6 +13,7 @@ from smpo_pipeline.generation.source import ModelSource as Source
 from smpo_pipeline.generation.source import recognise_source
 from smpo_pipeline.options import (
     Concurrency,
+    CostOptions,
     ExistingPath,
     ExistingPathOrUrl,
     JobOptions,
@@ -73,6 +74,13 @@ class GenerateJobOptions(JobOptions):
     """Use only the first N prompts."""
 
 
+class GenerationPlanOptions(CostOptions):
+    """Settings of a plan."""
+
+    plan: Annotated[bool, Flag(recorded=False)] = False
+    """Do not generate: sample for a minute on this machine, and print hours, bytes and dollars."""
+
+
 class GenerateOptions(Options):
     """The flags of ``generate``."""
 
@@ -92,6 +100,7 @@ class GenerateOptions(Options):
     sampling: CandidateOptions = CandidateOptions()
     storing: CandidateFileOptions = CandidateFileOptions()
     running: GenerateJobOptions = GenerateJobOptions()
+    planning: GenerationPlanOptions = GenerationPlanOptions()
 
     @property
     def source(self) -> Source:
