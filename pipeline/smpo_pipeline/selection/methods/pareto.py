@@ -39,8 +39,8 @@ def frontiers(scores_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _dominates(first_AK: np.ndarray, second_BK: np.ndarray) -> np.ndarray:
     """Whether each of the first images dominates each of the second: bool [A, B]."""
-    no_worse, better = np.ones((2, len(first_AK), len(second_BK)), dtype=bool)
-    better[:] = False
+    shape = (len(first_AK), len(second_BK))
+    no_worse, better = np.ones(shape, dtype=bool), np.zeros(shape, dtype=bool)
     for first_A, second_B in zip(first_AK.T, second_BK.T, strict=True):
         no_worse &= first_A[:, None] >= second_B
         better |= first_A[:, None] > second_B
