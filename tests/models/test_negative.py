@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from smpo_models.merge import merge_into
 from smpo_models.negative import guide_with_negative
 from smpo_models.noise_schedules.base import START
 from smpo_models.sampling import load_pipeline, sample
+from tests.models.stock import load_stock
 from tests.models.test_flow_families import MODELS as FLOW_MODELS
 from tests.tiny import make_tiny_model, make_tiny_unet, make_tiny_xl
 
@@ -69,23 +71,26 @@ def test_the_negative_model_predicts_for_the_unconditional_prompt(family):
     wanted = draw(family, guidance, negative)
     frames = [(32, 32)] * len(PROMPTS), [(0, 0)] * len(PROMPTS)
     conditioning, unconditional = family.condition(PROMPTS, *frames), family.condition([""] * len(PROMPTS), *frames)
+    guided = guidance_of(family)
     grid = [START, *schedule.grid(STEPS, family.num_tokens(32, 32))]
     for s, t in zip(grid[-2::-1], grid[::-1], strict=False):
         t_B, s_B = (torch.full((len(x),), level, dtype=schedule.timestep_dtype) for level in (t, s))
         away = family.denoise(negative, x, t_B, unconditional)
         own = family.denoise(family.denoiser, x, t_B, conditioning)
-        output = away + guidance * (own - away)
-        if family.kind == "qwen-image":  # keeps the norm of each token
-            output *= norm_of_tokens(family, own) / norm_of_tokens(family, output)
+        output = guided(own, away, guidance)
         x = schedule.noised(schedule.x0_in(output, x, t_B), schedule.noise_in(output, x, t_B), s_B)
     assert float((x - wanted).norm() / wanted.norm()) < 1e-4
     assert float((x - draw(family, guidance)).norm() / wanted.norm()) > 1e-3
 
 
-def norm_of_tokens(family: Family, x: torch.Tensor) -> torch.Tensor:
-    patches = x.unflatten(3, (-1, family.patch)).unflatten(2, (-1, family.patch))
-    norm = patches.square().sum(dim=(1, 3, 5), keepdim=True).sqrt()
-    return norm.expand_as(patches).reshape(x.shape)
+def guidance_of(family: Family) -> Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]:
+    """How the stock pipeline joins both predictions: some keep the norm of the conditional one."""
+    if family.denoiser_folder == "unet":
+        return lambda conditional, unconditional, scale: unconditional + scale * (conditional - unconditional)
+    parts = {"text_encoder_3": None, "tokenizer_3": None} if family.kind.startswith("sd3") else {}
+    stock = load_stock(family._model, **parts)
+    stock.shape = (32, 32)
+    return stock.guided
 
 
 @pytest.mark.parametrize("name", ["flux1-dev", "flux1-schnell"])

@@ -52,6 +52,7 @@ class Flux2Klein(TransformerFamily):
     sampler_mu: ClassVar[Callable[[int, int], float] | None] = compute_empirical_mu
     sampler_steps = 50
     usual_guidance = 4.0
+    guidance_calls = "separate"
     # In blocks of both streams; and the one product before attention in those of one stream.
     lora_targets: ClassVar[tuple[str, ...]] = (*TransformerFamily.lora_targets, "attn.to_qkv_mlp_proj")
     _text_tokens = 512
