@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny_lumina import make_tiny_lumina2
 from tests.tiny_qwen import make_tiny_klein, make_tiny_qwen_image
 from tests.tiny_transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
 
@@ -16,6 +17,7 @@ FLOW_FAMILIES: dict[str, Callable[..., Path]] = {
     "flux2-klein": make_tiny_klein,
     "z-image": make_tiny_z_image,
     "sana": make_tiny_sana,
+    "lumina2": make_tiny_lumina2,
 }
 """Makers of a folder: ``make(path, seed=0)``, and settings of the scheduler."""
 

@@ -288,6 +288,31 @@ class StockSana(Stock):
         return latents, torch.zeros_like(latents)
 
 
+class StockLumina2(Stock):
+    """Lumina 2's: time from noise to image, a negated output, another forward to guide by; rows keep their norm."""
+
+    mask = "encoder_attention_mask"
+
+    def velocity(self, output: torch.Tensor) -> torch.Tensor:
+        return -output
+
+    def forwards(self, prompts: list[str], guidance: float) -> list[list[str | None]]:
+        return [prompts, [None] * len(prompts)] if guidance > 1 else [prompts]
+
+    def guided(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
+        combined = super().guided(conditional, unconditional, guidance)
+        return combined * (conditional.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+
+    def embed(self, prompt: str) -> dict[str, Any]:
+        """The empty prompt is the negative one, which has no system prompt."""
+        made = self.pipeline.encode_prompt(prompt)
+        text, mask = made[:2] if prompt else made[2:]
+        return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+
+    def inputs(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, Any]:
+        return {"hidden_states": x, "timestep": 1 - t / 1000}
+
+
 _STOCK = {
     "StableDiffusion3Pipeline": Stock,
     "FluxPipeline": StockFlux,
@@ -296,6 +321,7 @@ _STOCK = {
     "PixArtSigmaPipeline": StockPixArt,
     "ZImagePipeline": StockZImage,
     "SanaPipeline": StockSana,
+    "Lumina2Pipeline": StockLumina2,
 }
 
 

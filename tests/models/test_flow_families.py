@@ -164,6 +164,8 @@ FACTS = {
     "pixart-sigma": Facts("pixart-sigma", 32, (16, None), steps=20, guidance=4.5),
     # Its tiny table holds 64 positions of 8 pixels.
     "z-image": Facts("z-image", 512, (256, 512), steps=50, guidance=6.0),
+    # Its tiny table holds 32 positions of 8 pixels; its pipeline counts the channels for tokens.
+    "lumina2": Facts("lumina2", 32, (16, 256), steps=30, guidance=4.0, tokens=4),
     "sana": Facts("sana", 32, (16, None), steps=20, guidance=4.5, multiple=32, tokens=128),
     "flux2-klein": Facts(
         "flux2-klein", 256, (128, None), steps=50, guidance=4.0, schedule_steps=50, multiple=4, tokens=128

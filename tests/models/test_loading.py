@@ -161,6 +161,7 @@ def test_every_family_is_found():
         "PixArtSigmaPipeline",
         "ZImagePipeline",
         "SanaPipeline",
+        "Lumina2Pipeline",
         "Flux2KleinPipeline",
     }
 

@@ -1,0 +1,93 @@
+"""Lumina-Image 2.0 (arXiv 2503.21758): a transformer over one sequence of text and image, and Gemma 2.
+
+Follows diffusers' ``pipeline_lumina2.py``. Shape suffixes: N prompts, B batch, C h w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import Lumina2Transformer2DModel
+from torch import nn
+from transformers import Gemma2Model, GemmaTokenizer
+
+from smpo_models.arithmetic import input_dtype
+from smpo_models.family import Conditioning
+from smpo_models.family_bases.masked_text import without_padding
+from smpo_models.family_bases.transformer_family import TransformerFamily
+from smpo_schemas.shards.text_rows import MASK
+
+_SYSTEM = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start> "
+)
+
+
+def _times(steps: int) -> np.ndarray:
+    """Return the times that the pipeline hands to its scheduler."""
+    return np.linspace(1.0, 1 / steps, steps)
+
+
+class Lumina2(TransformerFamily):
+    """See :class:`smpo_models.family.Family`. The denoiser takes 1 - t / 1000, and answers x0 - noise.
+
+    Each prompt follows the pipeline's system prompt. The empty prompt stands for the pipeline's negative one, which has
+    none; with ``encodes_empty_prompt`` it has one as any other. Where it guides, the pipeline gives each row of the
+    prediction the norm of the conditional one; trajectories of ``invert`` follow plain guidance.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]] = ("Lumina2Pipeline",)
+    denoiser_class: ClassVar[type[nn.Module]] = Lumina2Transformer2DModel
+    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
+    sampler_steps = 30
+    usual_guidance = 4.0
+    guidance_calls = "separate"
+    lora_targets: ClassVar[tuple[str, ...]] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    _text_tokens = 256
+    _same_config: ClassVar[tuple[str, ...]] = ("in_channels", "cap_feat_dim", "patch_size", "num_layers", "hidden_size")
+
+    def _kind(self, config: Mapping[str, Any]) -> str:
+        self.patch = int(config["patch_size"])
+        return "lumina2"
+
+    def resolution_limits(self) -> tuple[int, int | None]:
+        """See the base class; its table of positions ends at the largest side."""
+        smallest, _ = super().resolution_limits()
+        return smallest, min(self._config["axes_lens"][1:]) * self.resolution_multiple()
+
+    def num_tokens(self, height: int, width: int) -> int:  # noqa: ARG002
+        """See the base class; the pipeline, which does not pack latents, takes their channels for it."""
+        return self._channels
+
+    def _load_text(self) -> Sequence[nn.Module]:
+        tokenizer = self._load_tokenizer(GemmaTokenizer, "tokenizer")
+        tokenizer.padding_side = "right"
+        self._tokenizers = [tokenizer]
+        return [self._load_encoder(Gemma2Model, "text_encoder", dtype="auto")]
+
+    def _text_limits(self) -> Sequence[int]:
+        return [self._text_tokens]
+
+    def _as_read(self, prompt: str) -> str:
+        return _SYSTEM + prompt if prompt or self.encodes_empty_prompt else ""
+
+    @torch.no_grad()
+    def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        tokens_NL, mask_NL = self._tokens_and_mask(0, prompts)
+        states = self.text_modules[0](tokens_NL, attention_mask=mask_NL, output_hidden_states=True)
+        return without_padding(states.hidden_states[-2], mask_NL.bool())
+
+    def denoise(
+        self, denoiser: nn.Module, x_BChw: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """See the base class."""
+        dtype = input_dtype(denoiser, x_BChw.device)
+        return -denoiser(
+            hidden_states=x_BChw.to(dtype),
+            timestep=1 - t_B / self.noise_schedule.num_train_timesteps,
+            encoder_hidden_states=conditioning.text_BLD.to(dtype),
+            encoder_attention_mask=conditioning.added[MASK],
+        ).sample.float()
