@@ -145,6 +145,22 @@ class Family(ABC):
                 f"--resolution {side}: {what} knows no positions beyond {largest} pixels; take a smaller one"
             )
 
+    def check_lora(self, rank: int, what: str) -> None:
+        """Check that the denoiser can be trained by an adapter.
+
+        Args:
+            rank: as ``--lora-rank`` names it.
+            what: names the model in errors.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if not self.lora_targets:
+            raise UserError(
+                f"--lora-rank {rank}: diffusers has no LoRA for the denoiser of {what} ({self.kind}); leave it out to "
+                "train all weights"
+            )
+
     @abstractmethod
     def empty_denoiser(self) -> nn.Module:
         """Return a denoiser of the model's own architecture on the meta device, without weights."""

@@ -17,7 +17,7 @@ from smpo_models.family import Conditioning, Family
 from smpo_models.loading import load_family
 from smpo_models.noise_schedules.base import START
 from smpo_models.sampling import load_pipeline, sample
-from smpo_schemas.shards.text_rows import TextRow, split_rows, stack_rows
+from smpo_schemas.shards.text_rows import MASK, TextRow, split_rows, stack_rows
 from tests.models.stock import SHAPE, Calls, Stock, load_stock
 from tests.tiny_families import FAMILIES
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
@@ -133,6 +133,23 @@ def test_a_prompts_embedding_does_not_depend_on_the_others(world):
         torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-6)
     assert family.cuts(PROMPTS[1])
     assert not family.cuts(PROMPTS[0])
+
+
+@torch.no_grad()
+def test_the_longest_text_is_that_of_a_prompt_that_is_cut(world):
+    """By configs alone, and without a mask: the denoiser sees all of it."""
+    family, _ = world
+    made, longest = family.encode_text([PROMPTS[1]] * 2), family.longest_text(2)
+    assert {name: value.shape for name, value in made.items() if name != MASK} == {
+        name: value.shape for name, value in longest.items()
+    }
+    x = torch.randn(2, *family.latent_shape(*SHAPE), generator=torch.Generator().manual_seed(1))
+    t_B = torch.full((2,), 500, dtype=family.noise_schedule.timestep_dtype)
+    outputs = [
+        family.denoise(family.denoiser, x, t_B, family.conditioning(text, [SHAPE] * 2, [(0, 0)] * 2))
+        for text in (longest, longest | {MASK: made[MASK]} if MASK in made else longest)
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
 @dataclass(frozen=True)

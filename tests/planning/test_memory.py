@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from smpo_common.options import fields_of
+from smpo_models.loading import load_family
 from smpo_pipeline.planning.options import MemoryOptions
 from smpo_pipeline.terminal import format_bytes
 from smpo_trainer.settings import TrainSettings
 from tests.command import assert_one_line, run_here
 from tests.tiny import make_tiny_model
+from tests.tiny_families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,18 @@ def test_configs_alone_say_what_fits(configs, tmp_path, capfd):
     less = run_here(capfd, "smpo-pipeline", "plan", *flags, *lora)
     assert "smpo-train fits in 0.01 GB" in less.stdout
     assert json.loads(written.read_text())["memory"]["train_total"] < memory["train_total"] / 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_accounted_for(name, tmp_path, capfd):
+    family = load_family(str(FAMILIES[name](tmp_path / "model")), ())
+    side = ("--resolution", max(32, family.resolution_limits()[0]))
+    flags = ("--model", tmp_path / "model", "--gpu-memory", 80, *side)
+    adapted = run_here(capfd, "smpo-pipeline", "plan", *flags, "--lora-rank", 4)
+    if not family.lora_targets:
+        assert_one_line(adapted, "--lora-rank 4", "diffusers has no LoRA", name)
+        adapted = run_here(capfd, "smpo-pipeline", "plan", *flags)
+    assert "smpo-train fits in 80 GB" in adapted.stdout, adapted.stderr
 
 
 def test_quantized_weights_cannot_all_be_trained(configs, capfd):

@@ -42,6 +42,7 @@ class PixArtSigma(TransformerFamily):
     sampler_steps = 20
     usual_guidance = 4.5
     lora_targets: ClassVar[tuple[str, ...]] = ()
+    _text_width: ClassVar[str] = "caption_channels"
     _text_tokens = 300
     _same_config: ClassVar[tuple[str, ...]] = (
         "in_channels",
@@ -95,7 +96,7 @@ class PixArtSigma(TransformerFamily):
             hidden_states=x_BChw.to(dtype),
             timestep=t_B,
             encoder_hidden_states=conditioning.text_BLD.to(dtype),
-            encoder_attention_mask=conditioning.added[MASK],
+            encoder_attention_mask=conditioning.added.get(MASK),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample
         return output[:, :channels].float()

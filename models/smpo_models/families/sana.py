@@ -44,6 +44,7 @@ class Sana(TransformerFamily):
     sampler_steps = 20
     usual_guidance = 4.5
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    _text_width: ClassVar[str] = "caption_channels"
     _text_tokens = 300
     _same_config: ClassVar[tuple[str, ...]] = (
         "in_channels",
@@ -73,12 +74,12 @@ class Sana(TransformerFamily):
 
     def _load_text(self) -> Sequence[nn.Module]:
         tokenizer = self._load_tokenizer(GemmaTokenizer, "tokenizer")
-        tokenizer.padding_side = "right"
         self._tokenizers = [tokenizer]
-        self._instruction = "\n".join(
-            inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-        )
-        self._instruction_tokens = len(tokenizer.encode(self._instruction))
+        if tokenizer:  # not loaded where configs alone are read
+            tokenizer.padding_side = "right"
+            instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+            self._instruction = "\n".join(instruction)
+            self._instruction_tokens = len(tokenizer.encode(self._instruction))
         return [self._load_encoder(Gemma2Model, "text_encoder", dtype="auto")]
 
     def text_settings(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class Sana(TransformerFamily):
         output = denoiser(
             hidden_states=x_BChw.to(dtype),
             encoder_hidden_states=conditioning.text_BLD.to(dtype),
-            encoder_attention_mask=conditioning.added[MASK],
+            encoder_attention_mask=conditioning.added.get(MASK),
             timestep=told_B * self._config["timestep_scale"],
         ).sample
         return output[:, :channels].float()

@@ -53,6 +53,7 @@ class ZImage(TransformerFamily):
         "attention.to_v",
         "attention.to_out.0",
     )
+    _text_width: ClassVar[str] = "cap_feat_dim"
     _text_tokens = 512
     _same_config: ClassVar[tuple[str, ...]] = ("in_channels", "dim", "cap_feat_dim", "n_layers", "n_refiner_layers")
 
@@ -99,6 +100,6 @@ class ZImage(TransformerFamily):
         outputs = denoiser(
             x=list(x_BChw.to(dtype).unsqueeze(2)),
             t=(steps - t_B) / steps,
-            cap_feats=rows(conditioning.text_BLD.to(dtype), conditioning.added[MASK]),
+            cap_feats=rows(conditioning.text_BLD.to(dtype), conditioning.added.get(MASK)),
         ).sample
         return -torch.stack(outputs).squeeze(2).float()

@@ -22,10 +22,12 @@ def without_padding(states_NLD: torch.Tensor, mask_NL: torch.Tensor) -> dict[str
     )
 
 
-def rows(text_BLD: torch.Tensor, mask_BL: torch.Tensor) -> list[torch.Tensor]:
-    """Return each row without its padding: B tensors [L, D].
+def rows(text_BLD: torch.Tensor, mask_BL: torch.Tensor | None) -> list[torch.Tensor]:
+    """Return each row without its padding: B tensors [L, D]; without a mask there is none.
 
     On the meta device, where nothing is known of the mask, rows keep their padding.
     """
-    lengths = [text_BLD.shape[1]] * len(text_BLD) if mask_BL.is_meta else mask_BL.sum(1).tolist()
+    if mask_BL is None or mask_BL.is_meta:
+        return list(text_BLD)
+    lengths = mask_BL.sum(1).tolist()
     return [row[:length] for row, length in zip(text_BLD, lengths, strict=True)]

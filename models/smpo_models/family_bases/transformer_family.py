@@ -43,6 +43,9 @@ class TransformerFamily(DiffusersFamily):
     stores_text: ClassVar[bool] = True
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = None
     sampler_mu: ClassVar[Callable[[int, int], float] | None] = None
+    _text_width: ClassVar[str] = "joint_attention_dim"
+    """The transformer's setting that is the width of text embeddings."""
+
     _text_tokens: int
     """The most tokens of a prompt, as the pipeline's ``max_sequence_length`` counts them."""
 
@@ -65,7 +68,7 @@ class TransformerFamily(DiffusersFamily):
 
     def longest_text(self, prompts: int) -> dict[str, torch.Tensor]:
         """See the base class; with a pooled embedding where the transformer takes one."""
-        text = {TEXT: torch.zeros(prompts, self._text_tokens, int(self._config["joint_attention_dim"]))}
+        text = {TEXT: torch.zeros(prompts, self._text_tokens, int(self._config[self._text_width]))}
         pooled = self._config.get("pooled_projection_dim")
         return text | ({"pooled": torch.zeros(prompts, int(pooled))} if pooled else {})
 

@@ -48,13 +48,15 @@ def plan_memory(options: PlanOptions) -> MemoryPlan:
     """Account for `invert` and `smpo-train` with the flags of `plan`.
 
     Raises:
-        UserError: the model's configs cannot be read, or it does not know the resolution.
+        UserError: the model's configs cannot be read, or it does not know the resolution or takes no adapter.
     """
     models, flags = options.models, options.memory
     options = choose_text(options)
     family = load_family(models.model, ("text", "vae"), denoiser=models.unet, vae=models.vae, device="meta")
     side = models.resolution or family.resolution()
     family.check_resolution(side, models.model)
+    if flags.lora_rank is not None:
+        family.check_lora(flags.lora_rank, f"--model {models.model}")
     # The account is of a GPU, also where it is asked for on a machine without one.
     dtype, holds_text = options.running.dtype or "bf16", options.storing.text == "live"
     train = account_training(

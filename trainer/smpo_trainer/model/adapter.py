@@ -26,11 +26,8 @@ def require_adapter(settings: TrainSettings) -> None:
     without = [flag for flag, is_given in given.items() if is_given and options.lora_rank is None]
     if without:
         raise UserError(f"{', '.join(without)}: for an adapter; give --lora-rank too, for example --lora-rank 16")
-    if options.lora_rank is not None and not (family := load_family(settings.model, ())).lora_targets:
-        raise UserError(
-            f"--lora-rank {options.lora_rank}: diffusers has no LoRA for the denoiser of --model {settings.model} "
-            f"({family.kind}); leave it out to train all weights"
-        )
+    if options.lora_rank is not None:
+        load_family(settings.model, ()).check_lora(options.lora_rank, f"--model {settings.model}")
     if given["--lora-format"]:
         require_lora_format(options.lora_format, _denoiser_class(settings), f"--model {settings.model}")
 
