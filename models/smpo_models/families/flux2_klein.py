@@ -50,6 +50,7 @@ class Flux2Klein(TransformerFamily):
     autoencoder: ClassVar[Autoencoder] = _VAE
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
     sampler_mu: ClassVar[Callable[[int, int], float] | None] = compute_empirical_mu
+    guidance_calls = "separate"
     sampler_steps = 50
     usual_guidance = 4.0
     guidance_calls = "separate"

@@ -16,12 +16,11 @@ class SamplingOptions(Options):
     model_config = ConfigDict(title="Sampling")
 
     steps: Annotated[int | None, Field(ge=1)] = None
-    """Steps per image, DDIM's or of a flow model's own sampler. Default: 50; 28 for SD3 and FLUX.1-dev, 4 for
-    FLUX.1-schnell, 20 for PixArt-Sigma and Sana."""
+    """Steps per image, DDIM's or of a flow model's own sampler. Default: what the model is usually sampled in, see
+    docs/reference/families.md."""
     guidance_scale: Annotated[float | None, Field(ge=0)] = None
-    """Classifier-free guidance, 1 is none; of FLUX.1-dev, the guidance that the model is told. Default: 7.5; 7 for SD3,
-    4.5 for SD3.5, PixArt-Sigma and Sana, 3.5 for FLUX.1-dev, 6 for Z-Image, whose own pipeline counts from 0 and calls
-    it 5. FLUX.1-schnell takes none."""
+    """Classifier-free guidance, 1 is none; of FLUX.1-dev, the guidance that the model is told. Default: what the model
+    is usually sampled at, see docs/reference/families.md. FLUX.1-schnell takes none."""
     seed: int = 0
     """Seed of the initial noise. The noise of an image depends on the seed, its prompt and its number alone."""
     resolution: Annotated[int | None, Flag(metavar="PIXELS"), Field(ge=8)] = None
