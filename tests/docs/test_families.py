@@ -37,4 +37,6 @@ def test_steps_and_guidance_are_the_familys(tmp_path, kind):
     assert (int(steps), sampler) == (family.sampler_steps, family.sampler)
     assert guidance == ("none" if family.usual_guidance is None else f"{family.usual_guidance:g}")
     assert (negative == "yes") == (family.guidance_calls is not None)
-    assert ("diffusers has none" in PAGE.split(f"| {TITLES[kind]} | {steps}")[1].split("\n")[0]) == (not family.lora_targets)
+    assert ("diffusers has none" in PAGE.split(f"| {TITLES[kind]} | {steps}")[1].split("\n")[0]) == (
+        not family.lora_targets
+    )
