@@ -273,7 +273,7 @@ class Family(ABC):
 
     @abstractmethod
     def decode_in_tiles(self, vae: nn.Module, side: int) -> None:
-        """Make a VAE of the model's class decode in tiles, of ``side`` latent positions where the class lets choose."""
+        """Make a VAE of the model's class decode in tiles, of ``side`` latent positions along a side."""
 
     @abstractmethod
     def decode(self, latents_BChw: torch.Tensor, vae: nn.Module | None = None) -> torch.Tensor:

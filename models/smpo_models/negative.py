@@ -138,8 +138,11 @@ class _SeparateCalls(_Pair):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         t = float(kwargs["timestep"].flatten()[0])
         unconditional = t == self._asked
+        # A call that fails, for lack of memory, ends the pipeline's: the next one begins with the prompts.
+        self._asked = None
+        output = (self.negative if unconditional else self.positive)(*args, **kwargs)
         self._asked = None if unconditional else t
-        return (self.negative if unconditional else self.positive)(*args, **kwargs)
+        return output
 
 
 _DENOISERS: Mapping[str, type[_Pair]] = {

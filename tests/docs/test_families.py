@@ -32,7 +32,9 @@ def test_every_pipeline_class_has_a_row():
 def test_steps_and_guidance_are_the_familys(tmp_path, kind):
     family = load_family(str(KINDS[kind](tmp_path)), ())
     assert f"`{family.kind}`" in PAGE
-    (row,) = re.findall(rf"^\| {re.escape(TITLES[kind])} \| (\d+) (\w+) \| (\w+(?:\.\d+)?).*\| (.*) \|$", PAGE, re.M)
+    (row,) = re.findall(
+        rf"^\| {re.escape(TITLES[kind])} \| (\d+) (\w+) \| (\w+(?:\.\d+)?).*\| (.*) \|$", PAGE, re.MULTILINE
+    )
     steps, sampler, guidance, negative = row
     assert (int(steps), sampler) == (family.sampler_steps, family.sampler)
     assert guidance == ("none" if family.usual_guidance is None else f"{family.usual_guidance:g}")

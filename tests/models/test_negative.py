@@ -66,6 +66,34 @@ def test_without_guidance_the_negative_model_is_not_asked(family):
 
 
 @torch.no_grad()
+def test_a_failed_call_does_not_exchange_the_models(family):
+    """As where memory runs out and fewer images are drawn after it."""
+    negative, calls = another(family.denoiser), []
+    wanted = draw(family, 4.0, negative)
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+
+    parts = {family.denoiser_folder: family.denoiser}
+    pipeline = load_pipeline(family._model, "--model m", parts, dtype=torch.float32, variant=None)
+    guide_with_negative(pipeline, family, negative)
+    pair = getattr(pipeline, family.denoiser_folder)
+    hooks = [model.register_forward_pre_hook(fail) for model in (pair.positive, pair.negative)]
+    options = {"steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
+    for attempt in range(3):
+        calls[:] = [1] * attempt if attempt < 2 else [1] * 9
+        if attempt < 2:  # in the first and in the second call of the first step
+            with pytest.raises(MemoryError):
+                sample(pipeline, family, PROMPTS, noise_of(family), **options)
+        else:
+            assert torch.equal(sample(pipeline, family, PROMPTS, noise_of(family), **options), wanted)
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
 def test_the_negative_model_predicts_for_the_unconditional_prompt(family):
     negative, guidance, schedule, x = another(family.denoiser), 1.5, family.noise_schedule, noise_of(family)
     wanted = draw(family, guidance, negative)

@@ -61,7 +61,7 @@ class Autoencoder(ABC):
         """
 
     def set_tile(self, vae: Any, side: int) -> None:  # noqa: ANN401, ARG002
-        """Decode in tiles from now on, of ``side`` latent positions where the class lets choose."""
+        """Decode in tiles from now on, of ``side`` latent positions along a side."""
         vae.enable_tiling()
 
     def config(self, model: str, vae: str | None, channels: int, what: str) -> dict[str, Any]:

@@ -26,6 +26,12 @@ class DCAutoencoder(Autoencoder):
         """See the base class; each block but one halves the sides."""
         return 2 ** (len(config["encoder_block_out_channels"]) - 1)
 
+    def set_tile(self, vae: Any, side: int) -> None:  # noqa: ANN401
+        """See the base class; tiles overlap by a quarter, as by default."""
+        factor = self.factor(vae.config)
+        tile, stride = side * factor, max(1, side * 3 // 4) * factor
+        vae.enable_tiling(tile, tile, stride, stride)
+
     def _moments(self, vae: Any, pixels_B3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
         latents_BChw = vae.encode(pixels_B3HW).latent * vae.config["scaling_factor"]
         return latents_BChw, torch.zeros_like(latents_BChw)

@@ -18,15 +18,10 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from smpo_models.arithmetic import input_dtype
 from smpo_models.family import Conditioning
 from smpo_models.family_bases.packing import PATCH, packed, unpacked
-from smpo_models.family_bases.transformer_family import TransformerFamily
+from smpo_models.family_bases.transformer_family import TransformerFamily, even_times
 
 _LATENT_SIDE = 128
 """``default_sample_size`` of the pipeline; the transformer's config names none."""
-
-
-def _times(steps: int) -> np.ndarray:
-    """Return the times that the pipeline hands to its scheduler."""
-    return np.linspace(1.0, 1 / steps, steps)
 
 
 class Flux(TransformerFamily):
@@ -37,7 +32,7 @@ class Flux(TransformerFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = FluxTransformer2DModel
-    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
+    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = even_times
     patch = PATCH
     _same_config: ClassVar[tuple[str, ...]] = (
         "in_channels",

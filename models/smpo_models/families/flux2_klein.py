@@ -21,7 +21,7 @@ from smpo_models.arithmetic import input_dtype
 from smpo_models.autoencoders.base import Autoencoder
 from smpo_models.autoencoders.flux2 import Flux2Autoencoder
 from smpo_models.family import Conditioning
-from smpo_models.family_bases.transformer_family import TransformerFamily
+from smpo_models.family_bases.transformer_family import TransformerFamily, even_times
 from smpo_models.weights import load_part
 from smpo_schemas.shards.text_rows import TEXT
 
@@ -34,11 +34,6 @@ _LAYERS = (9, 18, 27)
 _VAE = Flux2Autoencoder()
 
 
-def _times(steps: int) -> np.ndarray:
-    """Return the times that the pipeline hands to its scheduler."""
-    return np.linspace(1.0, 1 / steps, steps)
-
-
 class Flux2Klein(TransformerFamily):
     """See :class:`smpo_models.family.Family`. The denoiser takes one token a latent position, and t / 1000.
 
@@ -48,9 +43,8 @@ class Flux2Klein(TransformerFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = Flux2Transformer2DModel
     autoencoder: ClassVar[Autoencoder] = _VAE
-    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
+    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = even_times
     sampler_mu: ClassVar[Callable[[int, int], float] | None] = compute_empirical_mu
-    guidance_calls = "separate"
     sampler_steps = 50
     usual_guidance = 4.0
     guidance_calls = "separate"

@@ -17,18 +17,13 @@ from transformers import Gemma2Model, GemmaTokenizer
 from smpo_models.arithmetic import input_dtype
 from smpo_models.family import Conditioning
 from smpo_models.family_bases.masked_text import without_padding
-from smpo_models.family_bases.transformer_family import TransformerFamily
+from smpo_models.family_bases.transformer_family import TransformerFamily, even_times
 from smpo_schemas.shards.text_rows import MASK
 
 _SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
     "on textual prompts or user prompts. <Prompt Start> "
 )
-
-
-def _times(steps: int) -> np.ndarray:
-    """Return the times that the pipeline hands to its scheduler."""
-    return np.linspace(1.0, 1 / steps, steps)
 
 
 class Lumina2(TransformerFamily):
@@ -41,12 +36,13 @@ class Lumina2(TransformerFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("Lumina2Pipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = Lumina2Transformer2DModel
-    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
+    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = even_times
     sampler_steps = 30
     usual_guidance = 4.0
     guidance_calls = "separate"
     lora_targets: ClassVar[tuple[str, ...]] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     _text_tokens = 256
+    _text_width: ClassVar[str] = "cap_feat_dim"
     _same_config: ClassVar[tuple[str, ...]] = ("in_channels", "cap_feat_dim", "patch_size", "num_layers", "hidden_size")
 
     def _kind(self, config: Mapping[str, Any]) -> str:

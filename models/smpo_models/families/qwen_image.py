@@ -22,7 +22,7 @@ from smpo_models.autoencoders.qwen_image import QwenImageAutoencoder
 from smpo_models.family import Conditioning
 from smpo_models.family_bases.masked_text import without_padding
 from smpo_models.family_bases.packing import PATCH, packed, unpacked
-from smpo_models.family_bases.transformer_family import TransformerFamily
+from smpo_models.family_bases.transformer_family import TransformerFamily, even_times
 from smpo_schemas.shards.text_rows import MASK
 
 _LATENT_SIDE = 128
@@ -42,11 +42,6 @@ _OTHER_MODELS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use
 """Settings of transformers that take more than noisy latents and text, as those that edit images do."""
 
 
-def _times(steps: int) -> np.ndarray:
-    """Return the times that the pipeline hands to its scheduler."""
-    return np.linspace(1.0, 1 / steps, steps)
-
-
 class QwenImage(TransformerFamily):
     """See :class:`smpo_models.family.Family`. The denoiser takes packed latents and t / 1000.
 
@@ -57,7 +52,7 @@ class QwenImage(TransformerFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = QwenImageTransformer2DModel
     autoencoder: ClassVar[Autoencoder] = QwenImageAutoencoder()
-    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
+    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = even_times
     guidance_calls = "separate"
     sampler_steps = 50
     usual_guidance = 4.0

@@ -18,7 +18,7 @@ from smpo_common.errors import UserError
 from smpo_models.arithmetic import input_dtype
 from smpo_models.family import Conditioning
 from smpo_models.family_bases.masked_text import rows, without_padding
-from smpo_models.family_bases.transformer_family import TransformerFamily
+from smpo_models.family_bases.transformer_family import TransformerFamily, even_times
 from smpo_schemas.shards.text_rows import MASK
 
 _LATENT_SIDE = 128
@@ -26,11 +26,6 @@ _LATENT_SIDE = 128
 
 _PATCH = 2
 """Side of a token, in latent positions, that the pipeline takes of those that the transformer was made for."""
-
-
-def _times(steps: int) -> np.ndarray:
-    """Return the times that the pipeline hands to its scheduler."""
-    return np.linspace(1.0, 1 / steps, steps)
 
 
 class ZImage(TransformerFamily):
@@ -41,7 +36,7 @@ class ZImage(TransformerFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = ZImageTransformer2DModel
-    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = _times
+    sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = even_times
     guidance_calls = "conditional first"
     sampler_steps = 50
     # 5 of the pipeline, where 0 is no guidance.

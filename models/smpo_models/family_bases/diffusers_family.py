@@ -207,10 +207,7 @@ class DiffusersFamily(Family):
     def text_settings(self) -> dict[str, Any]:
         """See the base class."""
         return {
-            "text": [
-                {name: getattr(config, name) for name in _TEXT_SETTINGS if hasattr(config, name)}
-                for config in (text.config.get_text_config() for text in self.text_modules)
-            ],
+            "text": [_encoder_settings(text) for text in self.text_modules],
             "tokenizers": [_tokenizer_settings(tokenizer) for tokenizer in self._tokenizers],
         }
 
@@ -282,10 +279,21 @@ class DiffusersFamily(Family):
         return self.vae
 
 
+def _encoder_settings(text: Any) -> dict[str, Any]:  # noqa: ANN401  (transformers' mixin has no type)
+    config = text.config.get_text_config()
+    settings = {name: getattr(config, name) for name in _TEXT_SETTINGS if hasattr(config, name)}
+    # Fingerprints do not depend on it, embeddings do.
+    return settings if text.dtype == torch.float32 else settings | {"dtype": str(text.dtype)}
+
+
 def _tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # How the last prompts were cut and padded.
     del backend["truncation"], backend["padding"]
     settings = {"tokens": sha256_json(backend), "pad": tokenizer.pad_token_id, "length": tokenizer.model_max_length}
-    template = tokenizer.chat_template
-    return settings | ({"template": sha256_json(template)} if template else {})
+    # Only what differs from the usual, so that settings of earlier versions stay equal.
+    if tokenizer.padding_side != "right":
+        settings["padding_side"] = tokenizer.padding_side
+    if tokenizer.chat_template:
+        settings["template"] = sha256_json(tokenizer.chat_template)
+    return settings

@@ -18,6 +18,11 @@ from smpo_models.noise_schedules.rectified_flow import load_rectified_flow
 from smpo_schemas.shards.text_rows import TEXT
 
 
+def even_times(steps: int) -> np.ndarray:
+    """Return the times that FLUX.1's pipeline, and most later ones, hand to the scheduler."""
+    return np.linspace(1.0, 1 / steps, steps)
+
+
 class TransformerFamily(DiffusersFamily):
     """See :class:`smpo_models.family.Family`.
 

@@ -37,6 +37,7 @@ _SOLVER = {
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
     "use_dynamic_shifting": False,
+    "thresholding": False,
 }
 """Settings of DPM-Solver that its grid, its end and the meaning of the model's output depend on."""
 

@@ -240,5 +240,5 @@ def _reading(path: AnyPath) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; {_REMEDY}") from error
-    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is malformed: {error}; {_REMEDY}") from error

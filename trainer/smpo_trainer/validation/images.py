@@ -25,6 +25,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
 from smpo_models.draws import gaussian, named_stream
 from smpo_models.family import Family
+from smpo_models.loading import load_family
 from smpo_models.memory import is_out_of_memory
 from smpo_models.sampling import load_pipeline, sample, sampling_in_words
 from smpo_trainer.experiment import Experiment
@@ -39,8 +40,8 @@ _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _USUAL_STEPS = 20
 """Fewer than `evaluate` takes: the images are for comparison with each other."""
 
-_SMALLEST_TILE = 32
-"""Latent pixels along a side. Smaller tiles differ visibly, since the norms of the decoder depend on the tile."""
+_SMALLEST_TILE = 256
+"""Pixels along a side. Smaller tiles differ visibly, since the norms of the decoder depend on the tile."""
 
 
 @dataclass(frozen=True)
@@ -136,23 +137,25 @@ class ValidationImages:
             yield ((pixels_BHW3 + 1) * 127.5).round().astype(np.uint8)
 
     def _load_pipeline(self) -> DiffusionPipeline:
-        """Load the pipeline of the model around the denoiser in training, all in float32.
+        """Load the pipeline around the denoiser in training; text encoders in the family's dtype, the rest in float32.
 
         Raises:
             UserError: a part cannot be loaded or lacks weights.
         """
         settings, family = self._settings, self._policy.family
+        # With stored text the family has none: they are in memory only while images are drawn.
+        variant = settings.denoiser.variant
+        encoders = family.text_modules or load_family(settings.model, ("text",), variant=variant).text_modules
         parts = {
             family.denoiser_folder: self._policy.denoiser,
-            **dict(zip(_TEXT_ENCODERS, family.text_modules, strict=False)),
+            **dict(zip(_TEXT_ENCODERS, encoders, strict=False)),
         }
         return load_pipeline(
             settings.model,
             f"--model {settings.model}",
             parts,
-            # As in training; by default text encoders are loaded in their stored dtype.
             dtype=torch.float32,
-            variant=settings.denoiser.variant,
+            variant=variant,
             kind=getattr(diffusers, family.pipelines[0]),
         )
 
@@ -165,7 +168,7 @@ def _decode(family: Family, vae: nn.Module, latents_BChw: torch.Tensor) -> torch
         try:
             return family.decode(latents_BChw, vae)
         except (RuntimeError, MemoryError) as error:
-            if tile // 2 < _SMALLEST_TILE or not is_out_of_memory(error):
+            if tile // 2 * family.latent_factor < _SMALLEST_TILE or not is_out_of_memory(error):
                 raise
         # Outside the handler: its error keeps the tensors of the failed decoding alive.
         tile //= 2

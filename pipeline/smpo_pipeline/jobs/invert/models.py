@@ -40,8 +40,8 @@ def _set_up(family: Family, options: InversionOptions) -> None:
     if steps is not None:
         if family.noise_schedule.sampler_steps is None:
             raise UserError(
-                f"--sampler-steps {steps}: the timesteps of {model} do not depend on it, only those of schedulers with "
-                "shift_terminal do; leave it out"
+                f"--sampler-steps {steps}: the timesteps of {model} do not depend on it, only those of flow models "
+                "whose schedule is shifted by the number of steps do; leave it out"
             )
         family.noise_schedule.sampler_steps = steps
     family.encodes_empty_prompt = options.storing.empty_prompt == "encoded"

@@ -122,8 +122,8 @@ class TrajectoryOptions(Options):
     embedded_guidance: Annotated[float | None, Field(ge=0)] = None
     """Guidance scale that a guidance-distilled model (FLUX.1-dev) is told, here and in training. Default: 1."""
     sampler_steps: Annotated[int | None, Field(ge=1)] = None
-    """Number of sampling steps that the timesteps are for; only of flow models whose scheduler sets shift_terminal.
-    Default: the model's usual number."""
+    """Number of sampling steps that the timesteps are for; only of flow models whose schedule depends on it
+    (Qwen-Image, FLUX.2-klein). Default: the model's usual number."""
     trajectories: Annotated[int, Field(ge=1)] = _DEFAULTS.trajectories
     """Trajectories per pair, each with its own random draws."""
     seed: Annotated[int, Field(ge=0)] = 0

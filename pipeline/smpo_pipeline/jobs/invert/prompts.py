@@ -8,6 +8,7 @@ from itertools import chain, groupby
 
 import torch
 
+from smpo_common.errors import UserError
 from smpo_common.files import read_all
 from smpo_models.family import Family
 from smpo_pipeline.jobs.reading import Columns
@@ -36,11 +37,23 @@ def distinct_prompts(ranges: Sequence[RowRange], columns: Columns) -> list[str]:
 
 
 def encode_batches(family: Family, prompts: Sequence[str], dtype: str) -> Iterator[list[TextRow]]:
-    """Encode prompts, batch by batch: their rows on the CPU, rounded to what is stored for this ``--dtype``."""
+    """Encode prompts, batch by batch: their rows on the CPU, rounded to what is stored for this ``--dtype``.
+
+    Raises:
+        UserError: an embedding is not finite.
+    """
     for start in range(0, len(prompts), _BATCH):
         encoded = family.encode_text(prompts[start : start + _BATCH])
         yield split_rows({name: _rounded(value, TEXT_DTYPES[dtype]) for name, value in encoded.items()})
 
 
 def _rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.to("cpu", dtype if value.is_floating_point() else None)
+    if not value.is_floating_point():
+        return value.cpu()
+    rounded = value.to("cpu", dtype)
+    if not rounded.isfinite().all():
+        # Inner states of language models may be beyond the range of float16.
+        raise UserError(
+            f"an embedding of a prompt is not finite in {str(dtype).removeprefix('torch.')}; use --dtype bf16"
+        )
+    return rounded
