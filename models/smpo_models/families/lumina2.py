@@ -5,7 +5,8 @@ Follows diffusers' ``pipeline_lumina2.py``. Shape suffixes: N prompts, B batch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,8 +42,8 @@ class Lumina2(TransformerFamily):
     usual_guidance = 4.0
     guidance_calls = "separate"
     lora_targets: ClassVar[tuple[str, ...]] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-    _text_tokens = 256
     _text_width: ClassVar[str] = "cap_feat_dim"
+    _text_tokens = 256
     _same_config: ClassVar[tuple[str, ...]] = ("in_channels", "cap_feat_dim", "patch_size", "num_layers", "hidden_size")
 
     def _kind(self, config: Mapping[str, Any]) -> str:
@@ -60,8 +61,9 @@ class Lumina2(TransformerFamily):
 
     def _load_text(self) -> Sequence[nn.Module]:
         tokenizer = self._load_tokenizer(GemmaTokenizer, "tokenizer")
-        tokenizer.padding_side = "right"
         self._tokenizers = [tokenizer]
+        if tokenizer:  # not loaded where configs alone are read
+            tokenizer.padding_side = "right"
         return [self._load_encoder(Gemma2Model, "text_encoder", dtype="auto")]
 
     def _text_limits(self) -> Sequence[int]:
@@ -80,10 +82,39 @@ class Lumina2(TransformerFamily):
         self, denoiser: nn.Module, x_BChw: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """See the base class."""
-        dtype = input_dtype(denoiser, x_BChw.device)
-        return -denoiser(
-            hidden_states=x_BChw.to(dtype),
-            timestep=1 - t_B / self.noise_schedule.num_train_timesteps,
-            encoder_hidden_states=conditioning.text_BLD.to(dtype),
-            encoder_attention_mask=conditioning.added[MASK],
-        ).sample.float()
+        dtype, text_BLD = input_dtype(denoiser, x_BChw.device), conditioning.text_BLD
+        mask_BL = conditioning.added.get(MASK)
+        is_known = mask_BL is not None and not mask_BL.is_meta
+        if mask_BL is None:
+            mask_BL = text_BLD.new_ones(text_BLD.shape[:2], dtype=torch.bool)
+        with nullcontext() if is_known else _full_texts(denoiser):
+            output = denoiser(
+                hidden_states=x_BChw.to(dtype),
+                timestep=1 - t_B / self.noise_schedule.num_train_timesteps,
+                encoder_hidden_states=text_BLD.to(dtype),
+                encoder_attention_mask=mask_BL,
+            ).sample
+        return -output.float()
+
+
+class _FullTexts:
+    """Stands for a mask without padding, of which the denoiser reads the lengths: where tensors have no values."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+
+    def sum(self, dim: int) -> _FullTexts:  # noqa: ARG002
+        return self
+
+    def tolist(self) -> list[int]:
+        rows, length = self.shape
+        return [length] * rows
+
+
+@contextmanager
+def _full_texts(denoiser: Any) -> Iterator[None]:  # noqa: ANN401  (has a module of this name)
+    hook = denoiser.rope_embedder.register_forward_pre_hook(lambda _, inputs: (inputs[0], _FullTexts(inputs[1].shape)))
+    try:
+        yield
+    finally:
+        hook.remove()

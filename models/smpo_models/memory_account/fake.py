@@ -90,11 +90,13 @@ def make_fake(module: nn.Module) -> None:
     """Replace a module's tensors, in place, by fake ones; call it in :func:`fake_arithmetic`."""
     fakes: dict[int, torch.Tensor] = {}
     for part in module.modules():
-        # `to_empty` cannot replace tensors by fake ones. Some modules keep tensors as plain attributes.
+        # `to_empty` cannot replace tensors by fake ones. Some modules keep tensors as plain attributes, or in lists.
         for tensors in (part._parameters, part._buffers, vars(part)):  # noqa: SLF001
-            for name, tensor in tensors.items():
-                if isinstance(tensor, torch.Tensor):
-                    tensors[name] = fakes.setdefault(id(tensor), _fake(tensor))
+            for name, value in tensors.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[name] = fakes.setdefault(id(value), _fake(value))
+                elif isinstance(value, list) and all(isinstance(each, torch.Tensor) for each in value):
+                    value[:] = [fakes.setdefault(id(each), _fake(each)) for each in value]
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
