@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,18 @@ def load_tokenizer(loader: Callable[..., Any], source: str, what: str, **options
     Raises:
         UserError: it cannot be loaded, or is missing, for which the library would make one without words.
     """
-    tokenizer = load_part(loader, source, what, **options)
+    name = options.get("subfolder", "tokenizer")
+    try:
+        tokenizer = load_part(loader, source, what, **options)
+    except UserError as error:
+        if find_spec("sentencepiece") or "tiktoken" not in str(error):
+            raise
+        # The library names the package that it tried last.
+        raise UserError(
+            f"{what} cannot be loaded: its {name} has no tokenizer.json, only a SentencePiece file; "
+            "pip install sentencepiece protobuf"
+        ) from error
     # T5's has a space without any words.
     if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, "\u2581"}:
-        name = options.get("subfolder", "tokenizer")
         raise UserError(f"{what} cannot be loaded: its {name} is missing or has no vocabulary")
     return tokenizer

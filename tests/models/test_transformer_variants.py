@@ -138,3 +138,12 @@ def test_rows_end_where_their_mask_does_and_are_whole_on_the_meta_device():
     assert torch.equal(first, text[0, :2])
     assert torch.equal(second, text[1])
     assert [row.shape for row in rows(text.to("meta"), mask.to("meta"))] == [(3, 2), (3, 2)]
+
+
+def test_a_tokenizer_that_is_only_a_sentencepiece_file_names_the_packages(tmp_path):
+    """As PixArt-Sigma's; they are not among the requirements."""
+    folder = make_tiny_pixart(tmp_path)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "spiece.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(UserError, match="its tokenizer has no tokenizer.json.*pip install sentencepiece protobuf"):
+        load_family(str(folder), ("text",))

@@ -123,7 +123,11 @@ class Generator:
                 guidance_scale=sampling.guidance_scale,
                 watch=watch,
             )
-        timesteps = self.pipeline.scheduler.timesteps.tolist()
+        side = sampling.resolution or self.family.resolution()
+        # Not the scheduler's, which of Sana's are rounded to whole numbers.
+        timesteps = sorted(
+            self.family.noise_schedule.grid(sampling.steps, self.family.num_tokens(side, side)), reverse=True
+        )
         return [
             Sampled(image, latents_Chw, {timesteps[step]: state for step, state in kept.items()})
             for image, latents_Chw, kept in zip(images, last_BChw.float().cpu(), states, strict=True)
