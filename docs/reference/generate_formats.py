@@ -48,11 +48,9 @@ _CANDIDATES = {
     "image_0": "file of the image",
     "image_1": "file of the image",
     "label": "null",
-    "index_0": "number of the image among those of its prompt, from 0",
-    "index_1": "number of the image",
-    "seed": "of the noise, which depends on seed, prompt and index",
+    "noise_0": "of the initial noise: its seed, the number of the image among those of its prompt, and C, h, w",
+    "noise_1": "of the other image's noise",
     "model": "fingerprint of the denoiser in float32",
-    "noise_shape": "C, h, w of the initial noise",
 }
 
 _KEPT = [

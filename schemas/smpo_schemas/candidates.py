@@ -20,6 +20,9 @@ REJECTS_FILE = "rejected.parquet"
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 
+_NOISE = pa.struct([("seed", pa.int64()), ("index", pa.int32()), ("shape", pa.list_(pa.int32()))])
+"""Enough to draw an image's initial noise again, with its prompt (:func:`smpo_models.draws.image_noise`)."""
+
 CANDIDATES_SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -27,11 +30,9 @@ CANDIDATES_SCHEMA = pa.schema(
         ("image_0", pa.binary()),
         ("image_1", pa.binary()),
         ("label", pa.float32()),
-        ("index_0", pa.int32()),
-        ("index_1", pa.int32()),
-        ("seed", pa.int64()),
+        ("noise_0", _NOISE),
+        ("noise_1", _NOISE),
         ("model", pa.string()),
-        ("noise_shape", pa.list_(pa.int32())),
     ]
 )
 """The columns of every part; further columns are those of the prompts."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_pipeline.selection.methods import Candidates
-from smpo_schemas.candidates import CANDIDATES_FILE
+from smpo_schemas.candidates import CANDIDATES_FILE, CANDIDATES_SCHEMA
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import write_rejects
 from tests.calibration.helpers import write_scores
@@ -63,11 +63,9 @@ def make_candidates(
                     "image_0": image(prompt, zero),
                     "image_1": image(prompt, one),
                     "label": None,
-                    "index_0": zero,
-                    "index_1": one,
-                    "seed": 7,
+                    "noise_0": {"seed": 7, "index": zero, "shape": [4, 8, 8]},
+                    "noise_1": {"seed": 7, "index": one, "shape": [4, 8, 8]},
                     "model": "fingerprint",
-                    "noise_shape": [4, 8, 8],
                     "row": len(rows),
                     "scores": (scores[zero], scores[one]),
                 }
@@ -91,9 +89,8 @@ def make_candidates(
             *((name, pa.string()) for name in ("pair_id", "prompt")),
             *((name, pa.binary()) for name in ("image_0", "image_1")),
             ("label", pa.float32()),
-            *((name, pa.int32()) for name in ("index_0", "index_1", "seed")),
+            *(CANDIDATES_SCHEMA.field(name) for name in ("noise_0", "noise_1")),
             ("model", pa.string()),
-            ("noise_shape", pa.list_(pa.int32())),
             ("row", pa.int64()),
         ]
     )

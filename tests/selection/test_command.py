@@ -86,9 +86,9 @@ def test_best_against_worst_of_every_prompt(select, made, tmp_path):
         assert (row["label"], row["annotator"]) == (None, "select:extremes")
         ids = sorted(map(image_id, images))
         assert row["pair_id"] == hashlib.sha256("\n".join([*ids, prompt]).encode()).hexdigest()[:32]
-        places = [row[f"index_{side}"] for side in (0, 1)]  # further columns follow their images
+        places = [row[f"noise_{side}"]["index"] for side in (0, 1)]  # further columns follow their images
         assert [image_of(prompt, index) for index in places] == images
-        assert (row["seed"], row["model"], row["noise_shape"]) == (7, "fingerprint", [4, 8, 8])
+        assert (row["noise_0"]["seed"], row["model"], row["noise_0"]["shape"]) == (7, "fingerprint", [4, 8, 8])
         same_row = any({best, worst} == set(pair) for pair in sides(len(PROMPTS[prompt])))
         assert (row["row"] is not None) == same_row
 
@@ -324,8 +324,8 @@ def test_a_judge_of_your_own_that_looks_at_images(select, tmp_path):
     done = select(*made, tmp_path / "out", "--judge", "my_selection:Brightest", by="ranking")
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "out")
-    chosen = {prompt: row[f"index_{row['chosen_image']}"] for prompt, row in rows.items()}
-    rejected = {prompt: row[f"index_{1 - row['chosen_image']}"] for prompt, row in rows.items()}
+    chosen = {prompt: row[f"noise_{row['chosen_image']}"]["index"] for prompt, row in rows.items()}
+    rejected = {prompt: row[f"noise_{1 - row['chosen_image']}"]["index"] for prompt, row in rows.items()}
     assert (chosen, rejected) == ({"a cat": 1, "a dog": 0}, {"a cat": 0, "a dog": 2})
     assert {row["gap"] for row in rows.values()} == {1.0}
     settings = read_selection(tmp_path / "out").settings

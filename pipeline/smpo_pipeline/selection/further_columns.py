@@ -1,6 +1,6 @@
 """Columns of the candidates beyond a pair's own, such as a category or the seed of an image.
 
-A column whose name has ``_0``, and another with ``_1`` in its place (``index_0`` and ``index_1``), are about one image
+A column whose name has ``_0``, and another with ``_1`` in its place (``noise_0`` and ``noise_1``), are about one image
 each and follow it. Any other column is about the row: it is kept where the rows of both images have the same value.
 """
 

@@ -103,6 +103,10 @@ def _write(unit: int, row: pa.Table, prompts: Prompts, storing: Storing, run: Ru
     return record
 
 
+def _noise(index: int, storing: Storing) -> dict[str, Any]:
+    return {"seed": storing.settings.seed, "index": index, "shape": list(storing.noise_shape)}
+
+
 def _write_part(
     unit: int, places: Sequence[int], images: Sequence[bytes], prompts: Prompts, storing: Storing, out: AnyPath
 ) -> CandidatesPart:
@@ -115,11 +119,9 @@ def _write_part(
             "prompt": texts[place],
             "image_0": images[number * num_images + index],
             "image_1": images[number * num_images + index + 1],
-            "index_0": index,
-            "index_1": index + 1,
-            "seed": settings.seed,
+            "noise_0": _noise(index, storing),
+            "noise_1": _noise(index + 1, storing),
             "model": storing.model,
-            "noise_shape": list(storing.noise_shape),
         }
         for number, place in enumerate(places)
         for index in range(0, num_images, 2)
