@@ -116,6 +116,7 @@ bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (
 	$(BIN)/python benchmarks/train.py --shape sd15
 	$(BIN)/python benchmarks/train.py --shape sdxl
 	$(BIN)/python benchmarks/train_flow.py
+	$(BIN)/python benchmarks/memory.py --measure --processes 2
 	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin
 	$(BIN)/python benchmarks/trajectories.py measure "the world" $(DEMO)/thin/good.json
 	$(BIN)/python benchmarks/trajectories.py measure "its thin copy" $(DEMO)/thin/thin.json --model $(DEMO)/thin

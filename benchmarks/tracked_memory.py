@@ -35,7 +35,7 @@ class _Tracker(MemTracker):
 
 
 def tracked_step(family: Family, run: TrainingRun) -> int:
-    """Return the most bytes at once in the second of two steps, the one with an optimizer state from its start."""
+    """Return the most bytes at once in a step that is not the first: the optimizer's state is there from its start."""
     denoiser, _ = prepare_denoiser(family, run)
     if run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing(_checkpoint if run.gpu else None)
@@ -48,17 +48,23 @@ def tracked_step(family: Family, run: TrainingRun) -> int:
         with tracker:
             inputs = Inputs.make(family, run.height, run.width, 2 * run.batch_size)
             averages = [parameter.detach().clone() for parameter in trained] if run.averages else []
-            for _ in range(2):
-                for _ in range(2 if run.accumulates else 1):
-                    loss = mean_error(family, denoiser, inputs, DTYPES[run.dtype])
-                    torch.autograd.backward(loss)
-                    tracker.reset_mod_stats()
-                    del loss
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            _update(optimizer, trained)
+            for _ in range(2 if run.accumulates else 1):
+                loss = mean_error(family, denoiser, inputs, DTYPES[run.dtype])
+                torch.autograd.backward(loss)
+                tracker.reset_mod_stats()
+                del loss
+            _update(optimizer, trained)
         del averages
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+def _update(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _optimizer(run: TrainingRun, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
