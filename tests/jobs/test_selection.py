@@ -40,7 +40,7 @@ def test_from_candidates_to_a_trained_model(inputs, tmp_path, capfd, here_on_ray
     for sample in samples:
         row = pairs[sample.pair_id]
         assert (sample.prompt, sample.label, sample.annotator) == (row["prompt"], None, "select:pareto")
-        expected = [PROMPTS[row["prompt"]][row[f"index_{side}"]] for side in (0, 1)]
+        expected = [PROMPTS[row["prompt"]][row[f"noise_{side}"]["index"]] for side in (0, 1)]
         assert list(zip(sample.scores["a"], sample.scores["b"], strict=True)) == expected
 
     options = {"preference": "winrate", "scores": out / "scores", "reward": ["a", "b"], "objective": "capo"}

@@ -92,7 +92,7 @@ def rows_of(out: Path) -> list[dict]:
 
 def images_of(out: Path) -> dict[tuple[str, int], bytes]:
     rows = rows_of(out)
-    return {(row["prompt"], row[f"index_{side}"]): row[f"image_{side}"] for row in rows for side in range(2)}
+    return {(row["prompt"], row[f"noise_{side}"]["index"]): row[f"image_{side}"] for row in rows for side in range(2)}
 
 
 def pixels(image: bytes) -> np.ndarray:
