@@ -52,7 +52,9 @@ def check_state(oracle: FlowOracle, sample, k: int, image: int, text, x_t: torch
     torch.testing.assert_close(stored, tau, rtol=2**-10, atol=3e-4 + 2e-6 / oracle.s(t))
     rebuilt = oracle.a(t) * x0 + oracle.s(t) * stored
     error = (oracle.output(rebuilt, t, text) - oracle.target(x0, stored, t)).square().mean()
-    assert sample.ref_error_K2[k, image].item() == pytest.approx(float(error), rel=1e-4, abs=1e-10)
+    # Float32 outputs of size 1 are known to 1e-7, so their mean square error to 2 sqrt(error) 1e-7: Sana's is 2e-7.
+    rounding = 2e-7 * float(error) ** 0.5
+    assert sample.ref_error_K2[k, image].item() == pytest.approx(float(error), rel=1e-4, abs=rounding)
 
 
 SETTINGS = {

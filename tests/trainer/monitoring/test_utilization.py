@@ -100,7 +100,7 @@ def test_the_share_of_a_known_peak(model: Path, train: Train, monkeypatch: pytes
 
 
 def test_a_denoiser_that_reads_values_is_not_counted(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device it cannot; training goes on without the share."""
+    """On the meta device it cannot; training continues without the share."""
     denoise = StableDiffusion.denoise
 
     def reading(self, denoiser, x_BChw, t_B, conditioning):
