@@ -18,7 +18,7 @@ class RejectRate:
     """Counts rows and rejects as units are committed."""
 
     def __init__(self, limit: float, out: AnyPath, noun: str = "pairs") -> None:
-        """``limit``: largest share of rejects, 0 to 1; ``out``: the run's directory; ``noun``: what a row is, for errors."""
+        """``limit``: largest share of rejects, 0 to 1; ``out``: folder of the run; ``noun``: what a row is called."""
         self._limit, self._out, self._noun = limit, out, noun
         self._rows = self.rejected = 0
         self._kinds: Counter[str] = Counter()
