@@ -30,9 +30,13 @@ TRANSIENT_ERRNOS = (
 A full or read-only disk is not among them: waiting does not help."""
 
 
+class TransientError(Exception):
+    """A failure that passes, of something that raises no OSError, such as a busy server."""
+
+
 def _is_transient(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, UserError) else error
-    return isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNOS
+    return isinstance(cause, TransientError) or (isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNOS)
 
 
 TRANSIENT_RETRY = tenacity.Retrying(
@@ -43,7 +47,8 @@ TRANSIENT_RETRY = tenacity.Retrying(
 )
 """Retries after 1, 2, 4, 8 and 16 seconds.
 
-For the driver: Ray itself retries workers' tasks, and :class:`smpo_common.store_path.StorePath` its requests.
+For the driver and for requests to reward servers: Ray itself retries workers' tasks, and
+:class:`smpo_common.store_path.StorePath` its requests.
 """
 
 retry_transient = TRANSIENT_RETRY.wraps

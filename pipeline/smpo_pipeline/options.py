@@ -133,8 +133,8 @@ Rewards = Annotated[
     AfterValidator(_known_rewards),
     Flag(metavar="NAME[=MODEL]", place="named"),
     Field(
-        description="Reward: NAME, NAME=MODEL (hub id, folder or file), or MODULE:CLASS for your own. Repeatable. For "
-        "example pickscore or pickscore=./my-pickscore. List of rewards: docs/guide/scoring.md."
+        description="Reward: NAME, NAME=MODEL (hub id, folder, file or address), or MODULE:CLASS for your own. "
+        "Repeatable. For example pickscore or pickscore=./my-pickscore. List of rewards: docs/guide/scoring.md."
     ),
 ]
 Variant = Annotated[

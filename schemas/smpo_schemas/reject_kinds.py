@@ -31,6 +31,7 @@ class RejectKind(StrEnum):
     FAILS_ALONE = "fails alone"
     OUT_OF_MEMORY = "too little memory"
     NOT_FINITE = "not finite"
+    NO_ANSWER = "no answer"
     # The scores, for invert
     NO_SCORE = "no score"
     OTHER_PAIR = "other pair"

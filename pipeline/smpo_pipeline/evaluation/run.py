@@ -185,11 +185,12 @@ def _score_batch(reward: Reward, batch: Sequence[Picture]) -> np.ndarray:
             raise UserError(
                 f"{picture.path} cannot be read ({error}); delete it and run the same command again"
             ) from error
-    values = checked_scores(reward, images, [picture.prompt for picture in batch])
-    if not np.isfinite(values).all():
-        bad = batch[int(np.flatnonzero(~np.isfinite(values))[0])]
-        raise UserError(f"--reward {reward.name} has no finite score for {bad.path} (prompt {bad.prompt!r})")
-    return values
+    scored = checked_scores(reward, images, [picture.prompt for picture in batch])
+    for position in np.flatnonzero(~np.isfinite(scored.values)).tolist():
+        bad, reason = batch[position], scored.reasons.get(position)
+        why = f": {reason}" if reason else ""
+        raise UserError(f"--reward {reward.name} has no finite score for {bad.path} (prompt {bad.prompt!r}){why}")
+    return scored.values
 
 
 def _results(evaluation: Evaluation, entries: list[ModelEntry], rewards: Sequence[Reward], scores: Scores) -> Results:

@@ -14,13 +14,23 @@ from smpo_common.commandline import nearest
 from smpo_common.discovery import import_object, offered_by_packages
 from smpo_common.errors import UserError
 from smpo_models.hub import require_source
-from smpo_pipeline.rewards.base import Needs, Reward, checked_scores
+from smpo_pipeline.rewards.base import COLUMN_NAME, Needs, Reward, Scored, checked_scores
 
-__all__ = ["Needs", "Reward", "check_reward", "checked_scores", "load_reward", "parse_reward", "reward_classes"]
+__all__ = [
+    "Needs",
+    "Reward",
+    "Scored",
+    "check_reward",
+    "checked_scores",
+    "load_reward",
+    "parse_reward",
+    "reward_classes",
+]
 
 _GROUP = "smpo.rewards"
 _NUMBER = re.compile(r"[0-9.]+")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SERVED = ("http",)
+"""Rewards whose MODEL is the address of a server."""
 
 
 @cache
@@ -46,7 +56,7 @@ def check_reward(spec: str) -> str:
     known = sorted({*_file_names(), *offered_by_packages(_GROUP)})
     if name not in known and (":" not in name or name.partition(":")[0] in known):
         raise UserError(f"--reward {spec}: {_no_reward(name, known)}")
-    if equals and name in _file_names():  # a user's own reward decides what its MODEL may be
+    if equals and name in _file_names() - {*_SERVED}:  # a user's own reward decides what its MODEL may be
         _check_model(spec, name, model)
     return spec
 
@@ -82,11 +92,13 @@ def _file_names() -> set[str]:
 def parse_reward(spec: str) -> tuple[type[Reward], str | None]:
     """Split ``NAME``, ``NAME=MODEL``, ``MODULE:CLASS`` or ``MODULE:CLASS=MODEL`` into class and model (None: default).
 
+    Built-in rewards are imported only for a ``NAME``: a ``MODULE:CLASS`` may run where their libraries are missing.
+
     Raises:
         UserError: there is no such reward, its class is unusable, or the model is not a file, folder or hub id.
     """
     name, _, model = check_reward(spec).partition("=")
-    if name in reward_classes():
+    if name in _file_names():
         kind = reward_classes()[name]
     elif ":" in name:
         kind = _checked(import_object(name, "--reward"), f"--reward {spec}")
@@ -96,7 +108,7 @@ def parse_reward(spec: str) -> tuple[type[Reward], str | None]:
             raise UserError(
                 f"--reward {spec}: the class of this entry point has the name {kind.name!r}; both names must agree"
             )
-    return kind, model or None
+    return kind.named_by(model or None), model or None
 
 
 def _checked(kind: object, what: str) -> type[Reward]:
@@ -111,9 +123,9 @@ def _checked(kind: object, what: str) -> type[Reward]:
     missing += sorted(kind.__abstractmethods__)
     if missing:
         raise UserError(f"{what}: the class does not define {', '.join(missing)}")
-    if not _NAME.fullmatch(kind.name):
+    if not re.fullmatch(COLUMN_NAME, kind.name):
         raise UserError(f"{what}: the name {kind.name!r} cannot be a column; use letters, digits, '-', '_' and '.'")
-    if reward_classes().get(kind.name, kind) is not kind:
+    if kind.name in _file_names() and not kind.__module__.startswith(f"{__name__}."):
         raise UserError(f"{what}: a built-in reward has the name {kind.name!r}; choose another name")
     return kind
 

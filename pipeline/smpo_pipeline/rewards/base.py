@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from smpo_common.errors import UserError
+
+COLUMN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+"""Pattern of a reward's name."""
 
 _MAX_PROMPT = 200
 """Characters of a prompt in a message."""
@@ -27,11 +30,27 @@ class Needs:
         num_gpus: smallest share of a GPU that holds the weights and a batch; on CUDA only. A job divides unused GPU
             memory among its rewards.
         batch_size: images per model call, unless ``--batch-size`` is given.
+        remote: whether a server computes the scores: the job has one actor for it, without a GPU, whatever the device
+            and ``--concurrency``, with exactly ``threads`` threads.
     """
 
     threads: int = 1
     num_gpus: float = 0.25
     batch_size: int = 32
+    remote: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Raw scores of a batch.
+
+    Attributes:
+        values: float64 [N]; NaN means that an image has no score.
+        reasons: by position, why an image has no score, beginning with a kind of reject and a colon; not needed.
+    """
+
+    values: np.ndarray
+    reasons: Mapping[int, str] = field(default_factory=dict)
 
 
 class Reward(ABC):
@@ -71,16 +90,26 @@ class Reward(ABC):
         NaN means that an image has no score.
         """
 
+    def score_with_reasons(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scored:
+        """Like :meth:`score`, for rewards that know why an image has no score."""
+        return Scored(self.score(images, prompts))
 
-def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
-    """Score a batch with a reward, which may be a user's own code, and check the result: float64 [N].
+    @classmethod
+    def named_by(cls, model: str | None) -> type[Reward]:  # noqa: ARG003
+        """Return this class under the name that MODEL gives it; most rewards have one name."""
+        return cls
+
+
+def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scored:
+    """Score a batch with a reward, which may be a user's own code, and check the result.
 
     Raises:
         UserError: ``score`` failed, or did not return one number per image. If it fails for one image alone, the
             message describes that image.
     """
     try:
-        scores_N = np.asarray(reward.score(images, prompts), dtype=np.float64)
+        scored = reward.score_with_reasons(images, prompts)
+        scores_N = np.asarray(scored.values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         if len(images) > 1:
             for image, prompt in zip(images, prompts, strict=True):
@@ -94,4 +123,4 @@ def checked_scores(reward: Reward, images: Sequence[Image.Image], prompts: Seque
             f"--reward {reward.name}: score returned an array of shape {scores_N.shape} for {len(images)} images; "
             f"expected ({len(images)},)"
         )
-    return scores_N
+    return Scored(scores_N, scored.reasons)

@@ -118,6 +118,18 @@ def test_a_clusters_cores_are_counted_by_machine(monkeypatch):
     assert pools("auto", {"pickscore": 100})["pickscore"] == (100, 1)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_reward_that_a_server_computes_has_one_actor_and_no_gpu(monkeypatch, device):
+    monkeypatch.setattr("smpo_pipeline.jobs.score.job.cluster_gpus", lambda: 2)
+    specs = {"pickscore": "pickscore", "ocr": "http=http://host,name=ocr"}
+    options = ScoreOptions.model_construct(running=ScoreJobOptions(device=device))
+    for given in ({}, {"pickscore": 2, "ocr": 8}):
+        pools = _pools(options, specs, given)
+        assert pools["ocr"] == Pool(1, 0, 2)
+        assert bool(pools["pickscore"].num_gpus) == (device == "cuda")
+    assert list(_pools(options, {"ocr": specs["ocr"]}, {})) == ["ocr"]
+
+
 UNIT_BYTES = 8 << 20
 
 

@@ -22,6 +22,7 @@ from smpo_pipeline.jobs.score.chunks import (
     without_images,
 )
 from smpo_pipeline.jobs.score.collector import UnitCollector
+from smpo_pipeline.rewards import Scored
 from smpo_schemas.pairs import Pair
 from tests.pictures import encode, picture
 from tests.poison import Touchy
@@ -31,6 +32,18 @@ BYTES = 24 * 9 * 3
 """At least the size of any image, and less than half the size of three."""
 BROKEN = b"nonsense"
 seen: list[tuple[str, int]] = []
+
+
+class Picky(Touchy):
+    """Has no score for a picture of 21 pixels' width, and knows why."""
+
+    name = "picky"
+
+    def score_with_reasons(self, images, prompts):
+        numbers = [number for number, image in enumerate(images) if image.width == 21]
+        values = self.score(images, prompts)
+        values[numbers] = np.nan
+        return Scored(values, dict.fromkeys(numbers, "no answer: it is 21 wide"))
 
 
 class Means(Touchy):
@@ -58,9 +71,9 @@ def ranking(files, prompt: str = "a cat") -> list[tuple[str, Pair]]:
     return [(f"f:{number}", Pair(str(number), prompt, *pair, 1.0, None)) for number, pair in pairs]
 
 
-def actor(work_log: WorkLog | None = None) -> RewardActor:
+def actor(work_log: WorkLog | None = None, reward: str = "Means") -> RewardActor:
     seen.clear()
-    return RewardActor(f"{__name__}:Means", "0", "cpu", "fp32", 3, work_log or WorkLog(), share=0.5, last=True)
+    return RewardActor(f"{__name__}:{reward}", "0", "cpu", "fp32", 3, work_log or WorkLog(), share=0.5, last=True)
 
 
 def means(*pairs: tuple[int, int]) -> np.ndarray:
@@ -132,6 +145,22 @@ def test_a_failing_image_rejects_exactly_its_pairs(tmp_path):
     assert (record.pairs_in, record.pairs) == (3, 1)
     assert [reject.pair_id for reject in record.rejects] == ["1", "2"]
     assert all("(means)" in reject.reason for reject in record.rejects)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_rewards_own_reason_is_that_of_the_pair(tmp_path, failing):
+    """Also if another image of the batch fails, so that the others are scored without it."""
+    green = encode(Image.new("RGB", (20, 9), (0, 255, 0)), "PNG")
+    (chunk,) = cut_chunks(0, ranking([green, *FILES] if failing else FILES))
+    why = pair_failures(actor(reward="Picky")(chunk), "picky")
+    pairs = list(combinations(range(5), 2)) if failing else list(combinations(range(1, 5), 2))
+    assert [reason for reason, pair in zip(why, pairs, strict=True) if 0 not in pair] == [
+        "no answer: it is 21 wide" if 2 in pair else None for pair in pairs if 0 not in pair
+    ]
+    run = Run(tmp_path / ".scoring", "scores.json", {})
+    run.open(overwrite=False, patterns=())
+    (record,) = UnitCollector(run, ["picky"], 1.0)(actor(reward="Picky")(chunk))
+    assert "no answer: it is 21 wide (picky)" in {reject.reason for reject in record.rejects}
 
 
 def test_a_nan_score_belongs_to_exactly_its_pairs():

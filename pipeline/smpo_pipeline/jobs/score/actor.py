@@ -22,7 +22,7 @@ from smpo_pipeline.jobs.faults.crashes import CrashGuard
 from smpo_pipeline.jobs.record.progress import Reporter
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.score.chunks import chunk_images, with_scores, without_images
-from smpo_pipeline.rewards import Reward, checked_scores, load_reward
+from smpo_pipeline.rewards import Reward, Scored, checked_scores, load_reward
 
 
 class RewardActor:
@@ -96,8 +96,9 @@ class RewardActor:
             numbers = np.array([number for number, _ in batch])
             outcome = run_isolated(self._score, [image for _, image in batch], self._device)
             self._batch_size = outcome.largest_batch or self._batch_size
-            for positions, values in outcome.results:
-                scores[numbers[positions]] = values
+            for positions, scored in outcome.results:
+                scores[numbers[positions]] = scored.values
+                failed |= {int(numbers[positions[position]]): reason for position, reason in scored.reasons.items()}
             failed |= {int(numbers[position]): reason for position, reason in outcome.failed.items()}
             self._report(chunk, (numbers[-1] + 1) / len(scores))
         return scores
@@ -108,5 +109,5 @@ class RewardActor:
         pairs = len(cell_values(chunk, "pair_id")) * self._share * done
         self._reporter.report(unit, (number, self._reward.name), pairs)
 
-    def _score(self, batch: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
+    def _score(self, batch: Sequence[tuple[Image.Image, str]]) -> Scored:
         return checked_scores(self._reward, [image for image, _ in batch], [prompt for _, prompt in batch])

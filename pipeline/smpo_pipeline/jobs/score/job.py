@@ -119,7 +119,7 @@ def _add_stages(
             fn_constructor_kwargs={
                 "spec": specs[name],
                 "fingerprint": models[name].fingerprint,
-                "device": options.running.device,
+                "device": options.running.device if pool.num_gpus else "cpu",
                 "dtype": options.running.dtype,
                 "batch_size": _batch_size(options, specs[name]),
                 "work_log": work_log,
@@ -213,14 +213,16 @@ def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int
 
 def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, int]) -> dict[str, Pool]:
     """The actor pool of each reward. Default size: one actor per GPU; on CPU as many threads as cores."""
-    needs = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
-    if options.running.device == "cuda":
+    everywhere = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
+    # First: a server's answers take longest to come.
+    pools = {name: Pool(1, 0, need.threads) for name, need in everywhere.items() if need.remote}
+    needs = {name: need for name, need in everywhere.items() if not need.remote}
+    if needs and options.running.device == "cuda":
         num_gpus = cluster_gpus()
-        sizes = {name: given.get(name, max(1, num_gpus)) for name in specs}
+        sizes = {name: given.get(name, max(1, num_gpus)) for name in needs}
         shares = share_gpus({name: (sizes[name], need.num_gpus) for name, need in needs.items()}, num_gpus)
-        return {name: Pool(sizes[name], share, needs[name].threads) for name, share in shares.items()}
+        return pools | {name: Pool(sizes[name], share, needs[name].threads) for name, share in shares.items()}
     cores = cores_by_machine(options.running.ray_address)
-    pools = {}
     for name, need in needs.items():
         # Threads of one actor share its weights, and prepare images while the model runs on others. All rewards run at
         # once, each with as many threads as cores: a fixed division would leave cores idle behind the slowest.
