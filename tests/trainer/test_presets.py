@@ -10,6 +10,7 @@ import pytest
 
 from smpo_common.options import fields_of
 from smpo_schemas.shards.reader import ShardDirectory
+from smpo_trainer.beta_decay import BetaDecay
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.presets import PRESETS
 from smpo_trainer.settings import TrainSettings
@@ -22,6 +23,7 @@ Resolve = Callable[..., Experiment]
 DPO = {"scale_lr": True, "lr": 1e-8, "dtype": "fp16", "lora_rank": None}
 NPO = {"scale_lr": False, "lr": 5e-6, "lora_rank": 8, "optimizer": "adamw8bit", "warmup_steps": 0, "max_steps": 2000}
 SD15, SDXL = {"optimizer": "adamw"}, {"optimizer": "adafactor", "gradient_checkpointing": True}
+PNAPO = {"objective": "smpo", "gamma": 1, "lr": 1e-6, "scale_lr": False, "optimizer": "adamw"}
 PUBLISHED: dict[str, dict[str, object]] = {
     "smpo-sd15": {**DPO, **SD15, "objective": "smpo", "beta": 2000, "gamma": 10, "max_steps": 200, "warmup_steps": 100},
     "smpo-sdxl": {**DPO, **SDXL, "objective": "smpo", "beta": 5000, "gamma": 10, "max_steps": 200, "warmup_steps": 100},
@@ -36,8 +38,10 @@ PUBLISHED: dict[str, dict[str, object]] = {
     "capo-sdxl": {"objective": "capo", "preference": "winrate"},
     "npo-sd15": {**NPO, "objective": "npo", "beta": 1000},
     "npo-sdxl": {**NPO, "objective": "npo", "beta": 2000},
+    "pnapo-sd3": {**PNAPO, "beta": 5000},
+    "pnapo-flux": {**PNAPO, "beta": 2000},
 }
-"""From the launch scripts and READMEs of the methods' repositories (CaPO: from secondary sources)."""
+"""From the launch scripts and READMEs of the methods' repositories (CaPO, PNAPO: from secondary sources)."""
 
 STATES_PER_STEP = {"smpo": 1024, "dpo": 2048, "inpo": 1024, "dmpo": 2048}
 """On 8 devices."""
@@ -50,6 +54,8 @@ SHARDS = {
     "inpo-sdxl": {"source": "renoise", "solver": "ddim", "eta": 0.1, "steps": 10, "prompt_dropout": 0.2},
     "mapo-sdxl": {"source": "forward", "prompt_dropout": 0.0},
     "npo-sdxl": {"source": "forward", "prompt_dropout": 0.0},
+    "pnapo-sd3": {"source": "tracked"},
+    "pnapo-flux": {"source": "tracked"},
 }
 
 
@@ -69,7 +75,7 @@ def resolve(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Res
 def test_settings_are_the_published_ones(
     resolve: Resolve, model: Path, shards: Path, tmp_path: Path, name: str
 ) -> None:
-    kind = name.split("-")[1]
+    kind = {"flux": "flux1-dev"}.get(name.split("-")[1], name.split("-")[1])
     on = with_manifest(shards, tmp_path / "shards", kind=kind)
     scores = {"scores": table(tmp_path / "scores", on, names=("taste",))} if name == "capo-sdxl" else {}
     experiment = resolve(name, on, **scores)
@@ -82,8 +88,7 @@ def test_settings_are_the_published_ones(
     if states:
         assert settings["batch_size"] * settings["grad_accum"] * 8 == PRESETS[name].states_per_step == states
     assert PRESETS[name].kind == kind
-    published = {**experiment.objective.published_shards, **PRESETS[name].shards}
-    assert published.items() >= SHARDS.get(name, {}).items()
+    assert PRESETS[name].shards.items() >= SHARDS.get(name, {}).items()
 
 
 def test_options_of_single_objectives(resolve: Resolve, shards: Path, tmp_path: Path) -> None:
@@ -92,6 +97,8 @@ def test_options_of_single_objectives(resolve: Resolve, shards: Path, tmp_path: 
     assert (mapo.margin_weight, mapo.scale) == (0.1, 0.5)
     capo = resolve("capo-sdxl", shards, scores=table(tmp_path / "scores", shards, names=("taste",)))
     assert (capo.weighting.kind, capo.weighting.bias) == ("sigmoid", 1.5)
+    pnapo = resolve("pnapo-sd3", shards).settings
+    assert pnapo.loss.beta_decay == BetaDecay(pnapo.steps.max_steps // 2, pnapo.steps.max_steps, 0.5)
     npo = resolve("npo-sd15", shards).settings.steps
     assert npo.batch_size * npo.grad_accum == 64
     npo = resolve("npo-sdxl", shards).settings.steps
@@ -106,6 +113,14 @@ def test_smpo_uses_the_published_range_of_pickscore(resolve: Resolve, model: Pat
         assert mix
         (sample,) = ShardDirectory(on).samples()
         assert mix.preferences([sample.meta]) == pytest.approx(0.515003, abs=1e-6)
+
+
+def test_pnapo_takes_the_rewards_difference_as_log_odds(resolve: Resolve, model: Path, tmp_path: Path) -> None:
+    """Its factor 2 sigmoid(dr) - 1 is 2p - 1: p of 0.31 and 0.28 is sigmoid(0.03) = 0.507499."""
+    on = make_shards(tmp_path / "hps", model, num_pairs=1, rewards=("hpsv2",), scores=[(0.31, 0.28)])
+    mix = resolve("pnapo-sd3", on).mix
+    assert mix
+    assert mix.preferences([sample.meta for sample in ShardDirectory(on).samples()]) == pytest.approx(0.507499)
 
 
 def test_a_presets_range_is_for_its_own_reward(resolve: Resolve, shards: Path) -> None:
@@ -138,11 +153,11 @@ def test_a_preset_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert run_cli(monkeypatch, ["--show-preset", "smpo-sdxl"]) == 0
     said = capsys.readouterr().out
     assert "sdxl" in said
+    assert "from: SmPO-Diffusion's scripts (arXiv 2506.02698)" in said
     for part in ("--objective smpo", "--beta 5000", "--lr 1e-08 --scale-lr", "--reward-range pickscore=0.1", "--dtype"):
         assert part in said
     for part in ("--source renoise", "--steps 10", "--renoise-steps 1", "--prompt-dropout 0.2"):
         assert part in said
-    # Also the settings of the objective's own shards.
     assert run_cli(monkeypatch, ["--show-preset", "capo-sdxl"]) == 0
     assert "--forward-noise image" in capsys.readouterr().out
     assert run_cli(monkeypatch, ["--show-preset", "smpo"]) == 2

@@ -102,6 +102,16 @@ def test_a_preset_for_another_model_and_reward(said: Said, shards: Path, tmp_pat
     ]
 
 
+def test_a_preset_for_noise_tracked_pairs_and_another_number_of_steps(said: Said, shards: Path) -> None:
+    kind, reward, decay, made = said(preset="pnapo-sd3", max_steps=400)
+    assert "published for sd3 models" in kind
+    assert "published with the reward hpsv2 alone, this run has: taste" in reward
+    assert "--beta-decay 100:200:0.5 is for a run of 200 steps, this one has 400" in decay
+    assert "published with shards of --source tracked; here --source renoise" in made
+    own = said(preset="pnapo-sd3", max_steps=400, beta_decay="200:400:0.5")
+    assert own == [kind, reward, made]
+
+
 def test_all_directories_are_compared(said: Said, shards: Path, model: Path, tmp_path: Path) -> None:
     more = make_shards(tmp_path / "more", model, num_pairs=1, prefix="more")
     forward = with_manifest(shards, tmp_path / "forward", source="forward", prompt_dropout=0.0)

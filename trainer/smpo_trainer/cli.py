@@ -54,13 +54,11 @@ def _show_preset(name: str | None) -> None:
     if name is None:
         return
     preset = find_preset(name)
-    from smpo_trainer.objectives import find_objective  # noqa: PLC0415  (keeps --help fast: torch takes seconds)
-
-    shards = {**find_objective(str(preset.flags["objective"])).published_shards, **preset.shards}
     states = f", with {preset.states_per_step} states per step over all devices" if preset.states_per_step else ""
     typer.echo(f"{name}: published for {preset.kind} models{states}")
+    typer.echo(f"from: {preset.origin}")
     typer.echo(f"smpo-train: {as_flags(preset.flags)}")
-    typer.echo(f"smpo-pipeline invert: {as_flags(shards)}")
+    typer.echo(f"smpo-pipeline invert: {as_flags(preset.shards)}")
     if preset.starts_from_sft:
         typer.echo("give a denoiser that was fine-tuned on the preferred images to both commands with --unet")
     raise typer.Exit

@@ -51,9 +51,9 @@ class Experiment:
         return self.objective.uses_reference or self.settings.loss.budget is not None
 
     def pair_loss(self, schedule: NoiseSchedule) -> PairLoss:
-        """Combine the objective with timestep weights, budget and pair weights."""
+        """Combine the objective with timestep weights, budget, pair weights and the schedule of beta."""
         loss = self.settings.loss
-        return PairLoss(self.objective, schedule, self.weighting, loss.budget, loss.budget_weight)
+        return PairLoss(self.objective, schedule, self.weighting, loss.budget, loss.budget_weight, loss.beta_decay)
 
     def _group(self, states_per_step: int) -> dict[str, int]:
         # With several image sizes, the order of states depends on the size of the groups of one shape.
@@ -70,6 +70,7 @@ class Experiment:
         sizes = ", ".join(f"{width} x {height}" for height, width in sorted(self.shards.image_sizes()))
         pairs = sum(directory.manifest.totals.pairs for directory in self.shards.directories)
         own = "".join(f", {name} {getattr(options, name)}" for name in options.own())
+        decay = f" x --beta-decay {settings.loss.beta_decay}" if settings.loss.beta_decay else ""
         learns_from = "labels"
         if self.mix:
             weights = " ".join(f"{name}:{weight:g}" for name, weight in self.mix.preference.weights.items())
@@ -82,7 +83,7 @@ class Experiment:
         return [
             f"shards: {pairs} pairs at {sizes}; of their trajectories, {dropped} without prompt, {mirrored} mirrored"
             + told,
-            f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{own}",
+            f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{decay}{own}",
             f"steps: {settings.steps.max_steps} of {states_per_step} states; {optimizer.optimizer}, learning rate {lr}",
         ]
 
@@ -160,6 +161,8 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     )
     prompts = _read_prompts(settings.images.image_prompts) if settings.images.image_prompts else []
     experiment = Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
+    if loss.beta_decay and not experiment.uses_reference:
+        raise UserError(f"--beta-decay {loss.beta_decay}: without --budget, --objective {kind.name} has no beta")
     if not experiment.uses_reference and settings.compute.reference == "live":
         say(f"--objective {kind.name} needs no reference: --reference live only affects the metrics")
     return experiment

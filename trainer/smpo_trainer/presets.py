@@ -24,6 +24,7 @@ class Preset:
 
     Attributes:
         kind: model family of the run.
+        origin: where the settings are from, and what was not found.
         flags: values by flag name, with underscores for dashes.
         states_per_step: states of an optimizer step over all devices (the papers say pairs); None if unknown.
         shards: inversion settings of its states, by the names in a manifest's ``inversion``.
@@ -31,6 +32,7 @@ class Preset:
     """
 
     kind: str
+    origin: str
     flags: Mapping[str, object]
     states_per_step: int | None = None
     shards: Mapping[str, object] = field(default_factory=dict)
@@ -45,12 +47,14 @@ _EIGHT_BIT: _Values = {"optimizer": "adamw8bit", "gradient_checkpointing": True}
 _COMMON: _Values = {"lr_schedule": "constant", "weight_decay": 0.01, "max_grad_norm": 1.0, "dtype": "fp16"}
 
 
-def _script(kind: str, states_per_step: int, shards: _Values, flags: _Values, *, sft: bool = False) -> Preset:
+def _script(
+    kind: str, origin: str, states_per_step: int, shards: _Values, flags: _Values, *, sft: bool = False
+) -> Preset:
     """Describe a run of the script of Diffusion-DPO, or of one derived from it."""
     optimizer = {"sd15": _ADAMW, "sdxl": _ADAFACTOR}[kind]
     batch = {"batch_size": 1, "grad_accum": states_per_step // _DEVICES, "lr": 1e-8, "scale_lr": True}
     flags = {**_COMMON, **optimizer, **batch, **flags}
-    return Preset(kind, flags, states_per_step, {**shards, "prompt_dropout": 0.2}, sft)
+    return Preset(kind, origin, flags, states_per_step, {**shards, "prompt_dropout": 0.2}, sft)
 
 
 _FORWARD: _Values = {"source": "forward", "forward_noise": "pair"}
@@ -58,6 +62,7 @@ _ALL_PROMPTS: _Values = {**_FORWARD, "prompt_dropout": 0.0}
 _TRAJECTORY: _Values = {"source": "renoise", "timesteps": "published"}
 _SMPO_TRAJECTORY: _Values = {**_TRAJECTORY, "solver": "renoise", "renoise_steps": 1}
 _INPO_TRAJECTORY: _Values = {**_TRAJECTORY, "steps": 10, "solver": "ddim", "eta": 0.1}
+_TRACKED: _Values = {"source": "tracked"}
 
 _SMPO: _Values = {
     "objective": "smpo",
@@ -73,24 +78,57 @@ _LONG: _Values = {**_COMMON, **_EIGHT_BIT, "max_steps": 2000, "warmup_steps": 0}
 _MAPO: _Values = {**_LONG, "objective": "mapo", "lr": 1e-5, "batch_size": 8, "grad_accum": 2}
 _CAPO: _Values = {"objective": "capo", "preference": "winrate", "sigmoid_bias": 1.5}
 _NPO: _Values = {**_LONG, "objective": "npo", "lr": 5e-6, "lora_rank": 8}
+_PNAPO: _Values = {
+    "objective": "smpo",
+    "gamma": 1.0,
+    "reward_range": ["hpsv2=raw"],
+    "optimizer": "adamw",
+    "lr": 1e-6,
+    "max_steps": 200,
+    "beta_decay": "100:200:0.5",
+}
+
+_SMPO_CODE = "SmPO-Diffusion's scripts (arXiv 2506.02698)"
+_DPO_LAUNCHERS = "Diffusion-DPO's launchers (arXiv 2311.12908)"
+_INPO_CODE = "DDIM-InPO's scripts (arXiv 2503.18454)"
+_DMPO_CODE = (
+    "AIDC-AI/Diffusion-SDPO, the only public code of DMPO (arXiv 2507.07510); the authors' values were not found"
+)
+_MAPO_CODE = "MaPO's README (arXiv 2406.06424)"
+_CAPO_NOTES = "notes about CaPO (arXiv 2502.02588), without code; beta, learning rate and steps were not found"
+_NPO_CODE = "Diffusion-NPO's scripts (arXiv 2505.11245); of up to 5000 steps, 2000 are those of the published weights"
+_PNAPO_NOTES = (
+    "notes about PNAPO (arXiv 2605.09433), without code; steps, batch and the steps of --beta-decay were not found: it "
+    "decays in the second half of the run"
+)
 
 PRESETS = {
-    "smpo-sd15": _script("sd15", 1024, {**_SMPO_TRAJECTORY, "steps": 5}, {**_SMPO, "beta": 2000.0}, sft=True),
-    "smpo-sdxl": _script("sdxl", 1024, {**_SMPO_TRAJECTORY, "steps": 10}, {**_SMPO, "beta": 5000.0}),
-    # The launch scripts use beta 5000 for both models; the paper says 2000 for Stable Diffusion 1.5.
-    "dpo-sd15": _script("sd15", 2048, _FORWARD, {**_DPO, "beta": 2000.0, "warmup_steps": 500}),
-    "dpo-sdxl": _script("sdxl", 2048, _FORWARD, {**_DPO, "beta": 5000.0, "warmup_steps": 200}),
-    "inpo-sd15": _script("sd15", 1024, _INPO_TRAJECTORY, {**_INPO, "beta": 2000.0}, sft=True),
-    "inpo-sdxl": _script("sdxl", 1024, _INPO_TRAJECTORY, {**_INPO, "beta": 5000.0}),
-    # From AIDC-AI/Diffusion-SDPO, the only public implementation; the authors' values were not found.
-    "dmpo-sd15": _script("sd15", 2048, _FORWARD, {**_DMPO, "beta": 2000.0}),
-    "dmpo-sdxl": _script("sdxl", 2048, _FORWARD, {**_DMPO, "beta": 6000.0, "lr": 1e-9}),
-    "mapo-sdxl": Preset("sdxl", _MAPO, shards=_ALL_PROMPTS),
-    # No code was published. Beta, learning rate and steps were not found and are the defaults of this trainer.
-    "capo-sdxl": Preset("sdxl", _CAPO, shards={**_FORWARD, "forward_noise": "image"}),
-    # Trained for up to 5000 steps; the published weights are those of step 2000.
-    "npo-sd15": Preset("sd15", {**_NPO, "beta": 1000.0, "batch_size": 64, "grad_accum": 1}, 64, _ALL_PROMPTS),
-    "npo-sdxl": Preset("sdxl", {**_NPO, "beta": 2000.0, "batch_size": 30, "grad_accum": 2}, 60, _ALL_PROMPTS),
+    "smpo-sd15": _script(
+        "sd15", _SMPO_CODE, 1024, {**_SMPO_TRAJECTORY, "steps": 5}, {**_SMPO, "beta": 2000.0}, sft=True
+    ),
+    "smpo-sdxl": _script("sdxl", _SMPO_CODE, 1024, {**_SMPO_TRAJECTORY, "steps": 10}, {**_SMPO, "beta": 5000.0}),
+    "dpo-sd15": _script(
+        "sd15",
+        f"{_DPO_LAUNCHERS}, but beta of the paper (theirs: 5000)",
+        2048,
+        _FORWARD,
+        {**_DPO, "beta": 2000.0, "warmup_steps": 500},
+    ),
+    "dpo-sdxl": _script("sdxl", _DPO_LAUNCHERS, 2048, _FORWARD, {**_DPO, "beta": 5000.0, "warmup_steps": 200}),
+    "inpo-sd15": _script("sd15", _INPO_CODE, 1024, _INPO_TRAJECTORY, {**_INPO, "beta": 2000.0}, sft=True),
+    "inpo-sdxl": _script("sdxl", _INPO_CODE, 1024, _INPO_TRAJECTORY, {**_INPO, "beta": 5000.0}),
+    "dmpo-sd15": _script("sd15", _DMPO_CODE, 2048, _FORWARD, {**_DMPO, "beta": 2000.0}),
+    "dmpo-sdxl": _script("sdxl", _DMPO_CODE, 2048, _FORWARD, {**_DMPO, "beta": 6000.0, "lr": 1e-9}),
+    "mapo-sdxl": Preset("sdxl", _MAPO_CODE, _MAPO, shards=_ALL_PROMPTS),
+    "capo-sdxl": Preset("sdxl", _CAPO_NOTES, _CAPO, shards={**_FORWARD, "forward_noise": "image"}),
+    "npo-sd15": Preset(
+        "sd15", _NPO_CODE, {**_NPO, "beta": 1000.0, "batch_size": 64, "grad_accum": 1}, 64, _ALL_PROMPTS
+    ),
+    "npo-sdxl": Preset(
+        "sdxl", _NPO_CODE, {**_NPO, "beta": 2000.0, "batch_size": 30, "grad_accum": 2}, 60, _ALL_PROMPTS
+    ),
+    "pnapo-sd3": Preset("sd3", _PNAPO_NOTES, {**_PNAPO, "beta": 5000.0}, shards=_TRACKED),
+    "pnapo-flux": Preset("flux1-dev", _PNAPO_NOTES, {**_PNAPO, "beta": 2000.0}, shards=_TRACKED),
 }
 
 

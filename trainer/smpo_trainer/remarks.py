@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from smpo_common.named_values import parse_ranges
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.presets import PRESETS, Preset, as_flags
@@ -22,8 +23,7 @@ def remarks(experiment: Experiment, states_per_step: int) -> list[str]:
     name = experiment.settings.preset
     preset = PRESETS[name] if name else None
     lines = _preset_remarks(preset, experiment, states_per_step) if preset else []
-    published_shards = {**experiment.objective.published_shards, **(preset.shards if preset else {})}
-    lines += _shard_remarks(published_shards, experiment)
+    lines += _shard_remarks(preset.shards if preset else experiment.objective.published_shards, experiment)
     flag = f"--preset {name}" if name else f"--objective {experiment.objective.name}"
     warnings = experiment.objective.warnings(experiment.mix) if experiment.mix else []
     return [
@@ -48,8 +48,14 @@ def _preset_remarks(preset: Preset, experiment: Experiment, states_per_step: int
             "published with a policy and a reference that were fine-tuned on the preferred images (--objective sft); "
             "give such a denoiser with --unet to this command and to `smpo-pipeline invert`"
         )
-    if "reward_range" in preset.flags and mix and set(mix.preference.weights) != {"pickscore"}:
-        lines.append(f"published with the reward pickscore alone, this run has: {', '.join(mix.preference.weights)}")
+    rewards = parse_ranges("--reward-range", cast("list[str]", preset.flags.get("reward_range", [])))
+    if rewards and mix and set(mix.preference.weights) != set(rewards):
+        lines.append(
+            f"published with the reward {', '.join(rewards)} alone, this run has: {', '.join(mix.preference.weights)}"
+        )
+    decay, max_steps = experiment.settings.loss.beta_decay, experiment.settings.steps.max_steps
+    if decay and "beta_decay" in preset.flags and decay.stop != max_steps:
+        lines.append(f"--beta-decay {decay} is for a run of {decay.stop} steps, this one has {max_steps}")
     return lines
 
 

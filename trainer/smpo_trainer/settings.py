@@ -5,32 +5,22 @@ This module does not import torch, so that ``--help`` is fast.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import ConfigDict, Field
 
 from smpo_common.errors import UserError
-from smpo_common.named_values import (
-    parse_options,
-    parse_ranges,
-    parse_weights,
-    write_options,
-    write_ranges,
-    write_weights,
-)
 from smpo_common.options import Flag, Options, Overwrite
 from smpo_schemas.dtypes import Dtype, Quantization
 from smpo_schemas.optimizers import OptimizerName
-from smpo_schemas.preference import preferences
 from smpo_schemas.trained_model import LoraFormat
-from smpo_trainer.presets import PICKSCORE_RANGE, PRESETS, find_preset
+from smpo_trainer.loss_settings import IDENTITY, RESOLVED_IDENTITY, LossOptions, RewardOptions
+from smpo_trainer.presets import PRESETS, find_preset
 
 Device = Literal["cpu", "cuda"]
 ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
-TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 
 DEFAULT_LR = 1e-5
@@ -41,87 +31,6 @@ MAX_SEED = 2**32 - 1
 
 MAX_CACHE_GIB = 2.0**30
 """An exbibyte."""
-
-# A run is resumed only with the same identity, see Flag.identity and Experiment.identity.
-IDENTITY = Flag(identity="value")
-RESOLVED_IDENTITY = Flag(identity="resolved")
-
-
-class RewardOptions(Options):
-    """From the scores of a pair's images to P(image_0 preferred)."""
-
-    model_config = ConfigDict(title="Rewards and preference")
-
-    reward: Annotated[
-        dict[str, float],
-        BeforeValidator(partial(parse_weights, "--reward")),
-        PlainSerializer(write_weights),
-        Flag(typed=list[str], metavar="NAME[:WEIGHT]", identity="resolved"),
-    ] = Field(default_factory=dict)
-    """Rewards that define the preference, with weight 1 by default. May be left out if the scores have one reward."""
-    preference: Annotated[
-        str,
-        RESOLVED_IDENTITY,
-        Field(
-            description="How scores become the preference, the probability that image_0 is the better one. "
-            + " ".join(f"{name}: {way.summary}." for name, way in sorted(preferences().items()))
-        ),
-    ] = "minmax"
-    calibration: Annotated[Path | None, Flag(metavar="FILE", identity="resolved")] = None
-    """Output of `smpo-pipeline calibrate`, for mixture and winrate: each reward's temperature, and its weight if
-    --reward is not given."""
-    reward_range: Annotated[
-        dict[str, tuple[float, float]],
-        BeforeValidator(partial(parse_ranges, "--reward-range")),
-        PlainSerializer(write_ranges),
-        Flag(typed=list[str], metavar="NAME=MIN:MAX|raw", identity="resolved"),
-        Field(
-            description="Range of a reward's raw score, in place of the minimum and maximum over the data set, for "
-            "minmax and winrate; raw takes scores as they are, for those that are log-odds. SmPO's published range for "
-            f"PickScore: {PICKSCORE_RANGE}."
-        ),
-    ] = Field(default_factory=dict)
-    scores: Annotated[Path | None, Flag(metavar="DIR", identity="resolved")] = None
-    """Output of `smpo-pipeline score`, to replace the scores in the shards; joined by pair_id and prompt."""
-    weight_column: Annotated[str | None, Flag(metavar="NAME", identity="resolved")] = None
-    """Column with a weight for each pair, in the Parquet files of --scores. Pairs without a weight are left out."""
-
-
-class LossOptions(Options):
-    """The loss of a pair, and terms that combine with it."""
-
-    model_config = ConfigDict(title="Objective")
-
-    objective: Annotated[str, RESOLVED_IDENTITY] = "smpo"
-    """Loss, by name or as MODULE:CLASS. --list-objectives prints all of them with their options and defaults."""
-    # One repeatable flag: a flag for each option would make --help import every objective, and so torch.
-    objective_option: Annotated[
-        dict[str, str],
-        BeforeValidator(partial(parse_options, "--objective-option")),
-        PlainSerializer(write_options),
-        Flag(typed=list[str], metavar="NAME=VALUE", identity="resolved"),
-    ] = Field(default_factory=dict)
-    """Option of the chosen objective, such as label_smoothing=0.1 for dpo; see --list-objectives."""
-    beta: Annotated[float | None, Field(ge=0), RESOLVED_IDENTITY] = None
-    """DPO's beta: an image's implicit reward is beta / 2 times the reference's squared error minus the model's. Larger
-    values keep the model closer to the reference. Default: the published value for the objective and model (smpo: 2000
-    for SD 1.5, 5000 for SDXL), see --list-objectives."""
-    gamma: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 10.0
-    """smpo only: the margin, the implicit reward of image_0 minus that of image_1, is multiplied by gamma (2p - 1),
-    where p is P(image_0 preferred)."""
-    timestep_weighting: Annotated[TimestepWeightingKind | None, RESOLVED_IDENTITY] = None
-    """Weight of a state's errors by its timestep: uniform, or smaller at low noise (min-snr, sigmoid). Default: the
-    published weighting of the objective, see --list-objectives."""
-    snr_gamma: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 5.0
-    """With --timestep-weighting min-snr: signal-to-noise ratio above which weights decrease (not --gamma)."""
-    sigmoid_bias: Annotated[float | None, RESOLVED_IDENTITY] = None
-    """With --timestep-weighting sigmoid: log SNR at which the weight is 1/2. Default: the published bias of the
-    objective, else 0."""
-    budget: Annotated[float | None, Field(ge=0), IDENTITY] = None
-    """Penalise the preferred image's error for rising above the reference's by more than this, in units of the margin
-    (beta / 2 times the error), so that not both images get worse. Default: no penalty."""
-    budget_weight: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 1.0
-    """Weight in the loss of the excess over --budget."""
 
 
 class StepOptions(Options):

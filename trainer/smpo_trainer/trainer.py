@@ -31,6 +31,7 @@ from smpo_trainer.monitoring.bands import by_band
 from smpo_trainer.monitoring.metrics import Record, StepMeter
 from smpo_trainer.monitoring.utilization import Utilization, peak_memory_gib
 from smpo_trainer.objectives.base import Metrics, PairBatch, select_preferred
+from smpo_trainer.objectives.pair_loss import PairLoss
 from smpo_trainer.output.checkpoints import Checkpoint
 from smpo_trainer.output.skipped_steps import SkippedStep, SkippedSteps
 from smpo_trainer.runtime.distributed import on_all, on_main
@@ -86,7 +87,7 @@ class Trainer:
             UserError: too many steps in a row were skipped.
         """
         start, data_seconds = time.perf_counter(), 0.0
-        meter = StepMeter()
+        pair_loss, meter = self._pair_loss.at_step(step + 1), StepMeter()
         losses: Losses = []
         for accumulation in range(self._batching.grad_accum):
             before = time.perf_counter()
@@ -98,7 +99,7 @@ class Trainer:
             # each process would hold unsharded gradients.
             reduces = is_last or self._accelerator.is_fsdp2
             with nullcontext() if reduces else self._accelerator.no_sync(self._denoiser):
-                loss_B, metrics = self._forward(batch)
+                loss_B, metrics = self._forward(batch, pair_loss)
                 # Gradients are averaged over processes: undo it, to get the mean over all states of the step.
                 scale = self._accelerator.num_processes / self._batching.states_per_step
                 self._accelerator.backward(loss_B.sum() * scale)
@@ -109,6 +110,8 @@ class Trainer:
         lr = self._schedule.get_last_lr()[0]
         grad_norm = self._update(step, losses)
         record: Record = {"step": step + 1, **meter.means(self._accelerator), "grad_norm": grad_norm, "lr": lr}
+        if self._pair_loss.beta_decay:
+            record["beta"] = pair_loss.objective.options.beta
         record["skipped_steps"] = self._skipped.total
         elapsed = time.perf_counter() - start
         record["states_per_second"] = self._batching.states_per_step / elapsed
@@ -119,19 +122,24 @@ class Trainer:
         return record
 
     @torch.no_grad()
-    def validate(self, held_out: HeldOut) -> Record:
-        """Compute loss and metrics of the weights that would be saved on held-out pairs, by names ``val/...``."""
-        meter = StepMeter()
+    def validate(self, step: int, held_out: HeldOut) -> Record:
+        """Compute loss and metrics of the weights that would be saved on held-out pairs, by names ``val/...``.
+
+        Args:
+            step: number of finished steps; its beta counts.
+            held_out: the pairs.
+        """
+        pair_loss, meter = self._pair_loss.at_step(step), StepMeter()
         with self.as_saved():
             for number in range(held_out.num_forwards):
                 # Collective with FSDP: a process with fewer batches repeats its last, so that all do as many forwards.
                 batch = held_out.batches[min(number, len(held_out.batches) - 1)].to(self._accelerator.device)
-                loss_B, metrics = self._forward(batch)
+                loss_B, metrics = self._forward(batch, pair_loss)
                 if number < len(held_out.batches):
                     meter.add(_with_loss(loss_B, metrics))
         return {f"val/{name}": value for name, value in meter.means(self._accelerator).items()}
 
-    def _forward(self, batch: StateBatch) -> tuple[torch.Tensor, Metrics]:
+    def _forward(self, batch: StateBatch, pair_loss: PairLoss) -> tuple[torch.Tensor, Metrics]:
         """Compute the loss of each state of a micro-batch, [B], and metrics."""
         family = self._policy.family
         conditioning = condition(self._policy, batch)
@@ -144,13 +152,13 @@ class Trainer:
         with self._accelerator.autocast():
             error_B2 = pair_errors(family, self._denoiser, batch, conditioning)
         pairs = PairBatch(error_B2, ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
-        loss_B, metrics = self._pair_loss(pairs, batch.weight_B)
+        loss_B, metrics = pair_loss(pairs, batch.weight_B)
         difference_B2 = error_B2.detach() - ref_error_B2
         for image in (0, 1):
             metrics[f"error/image_{image}"] = error_B2.detach()[:, image]
             metrics[f"error_minus_reference/image_{image}"] = difference_B2[:, image]
         metrics["drift"] = difference_B2.abs().mean(dim=1)
-        preferred_B = self._pair_loss.objective.preferred(pairs)
+        preferred_B = pair_loss.objective.preferred(pairs)
         metrics["error_minus_reference/chosen"] = select_preferred(difference_B2, preferred_B)
         metrics["error_minus_reference/rejected"] = select_preferred(difference_B2, -preferred_B)
         return loss_B, metrics | by_band(metrics, batch.timestep_B, family.noise_schedule.num_train_timesteps)

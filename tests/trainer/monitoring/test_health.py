@@ -123,6 +123,8 @@ def test_harmless_runs_that_look_alike_are_silent() -> None:
     assert warnings_of(lambda _: {f"error_minus_reference/{image}": 0.05 for image in ("chosen", "rejected")}) == []
     # A loss near 0 that generalises.
     assert warnings_of(lambda step: memorising(step) | evaluated(lambda number: 0.6 + 0.3 * number / STEPS, step)) == []
+    # A loss without a least value, like that of linear-dpo.
+    assert warnings_of(lambda step: memorising(step) | {"loss": -0.01 if step < 20 else -0.05}) == []
     # Bands without states are the user's choice.
     alone = {f"rewards/margins/t{band}": None for band in ("0-249", "250-499", "500-749")}
     assert warnings_of(lambda step: one_band(step) | alone) == []

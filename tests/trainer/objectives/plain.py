@@ -61,6 +61,11 @@ def mapo(w, l, _rw, _rl, _p):  # noqa: E741
     return w - 0.1 * torch.log(sigmoid(T * (score_w - score_l)))
 
 
+def linear_dpo(w, l, rw, rl, _p):  # noqa: E741
+    weight = (0.2 * BETA * ((w - rw) - (l - rl)) + 0.5).clamp(1e-3, 1 - 1e-3).detach()
+    return weight * (w - l)
+
+
 def sft(w, _l, _rw, _rl, _p):
     return w
 
@@ -74,4 +79,5 @@ PLAIN: dict[str, Loss] = {
     "dmpo": dmpo,
     "mapo": mapo,
     "sft": sft,
+    "linear-dpo": linear_dpo,
 }

@@ -115,7 +115,8 @@ class Health:
             return None
         held_out = sum(self._accuracies) / len(self._accuracies)
         stagnates = held_out - self._first_accuracy < MIN_IMPROVEMENT and accuracy - held_out > MIN_GAP
-        if not (loss < NEAR_ZERO_LOSS * self._first_loss and stagnates):
+        # In size, since that of linear-dpo is negative in a good run.
+        if not (abs(loss) < NEAR_ZERO_LOSS * abs(self._first_loss) and stagnates):
             return None
         return (
             f"the run memorises its pairs: the training loss is near 0 ({loss:.2g}, at first {self._first_loss:.2g}) "

@@ -20,6 +20,9 @@ from smpo_common.files import write_bytes
 from smpo_schemas.trained_model import METRICS_FILE
 from smpo_trainer.monitoring.trackers import start_tensorboard
 
+ROOT_MEAN_SQUARES = frozenset({"rewards/margins_rms"})
+"""Metrics of which the root of the mean square is logged, not the mean."""
+
 Record = dict[str, float | int | None]
 """Metrics of a step by name; None if no pair of the step has the metric, or it is not finite."""
 
@@ -40,7 +43,8 @@ class StepMeter:
         for name, value_B in values.items():
             is_present_B = ~value_B.isnan()
             # float64: the mean must not depend on how the effective batch is split.
-            sum_2 = torch.stack([value_B.double().where(is_present_B, 0).sum(), is_present_B.double().sum()])
+            power_B = value_B.double().where(is_present_B, 0) ** (2 if name in ROOT_MEAN_SQUARES else 1)
+            sum_2 = torch.stack([power_B.sum(), is_present_B.double().sum()])
             self._sums[name] = self._sums[name] + sum_2 if name in self._sums else sum_2
 
     def means(self, accelerator: Accelerator) -> Record:
@@ -48,7 +52,8 @@ class StepMeter:
         names = sorted(self._sums)  # all processes must sum them in the same order
         sums_N2 = accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
         return {
-            name: total / count if count else None for name, (total, count) in zip(names, sums_N2.tolist(), strict=True)
+            name: (total / count) ** (0.5 if name in ROOT_MEAN_SQUARES else 1) if count else None
+            for name, (total, count) in zip(names, sums_N2.tolist(), strict=True)
         }
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smpo_common.errors import UserError
 from smpo_schemas.labels import TIE
-from smpo_trainer.settings import TimestepWeightingKind
+from smpo_trainer.loss_settings import TimestepWeightingKind
 
 if TYPE_CHECKING:
     from smpo_trainer.preference.reward_mix import RewardMix
@@ -33,8 +33,11 @@ DPO_BETAS = {
     "flux1-dev": 2000.0,
     "flux1-schnell": 2000.0,
 }
-"""Beta by model kind. Published are Diffusion-DPO's and SmPO's (SD 2 uses the value of SD 1.5), and for SD3 that of the
-DPO baseline of Linear-DPO's code (arXiv 2605.21123), which SD3.5 uses too. FLUX.1's is our own, not tuned."""
+"""Beta by model kind: Diffusion-DPO's and SmPO's (SD 2 uses the value of SD 1.5), for SD3 and FLUX.1 PNAPO's (arXiv
+2605.09433). SD3's is also that of the DPO baseline of Linear-DPO's code (arXiv 2605.21123); SD3.5 uses it too."""
+
+SATURATED = 0.05
+"""A state is saturated below this gradient factor, a tenth of that at the reference."""
 
 FORWARD = {"source": "forward", "forward_noise": "pair"}
 """States of Diffusion-DPO and its descendants: forward diffusion with the same noise for both images."""
@@ -142,6 +145,10 @@ class Objective(ABC):
             raise UserError(f"--objective {cls.name}: no beta is published for {kind} models; choose one with --beta")
         return cls.betas[kind]
 
+    def with_beta(self, beta: float) -> Self:
+        """Return the same objective with another beta."""
+        return type(self)(self.options.model_copy(update={"beta": beta}))
+
     @classmethod
     def warnings(cls, mix: RewardMix) -> list[str]:  # noqa: ARG003
         """Return one line for each property of the reward mix that departs from the published method."""
@@ -168,7 +175,15 @@ class Objective(ABC):
 
     def __call__(self, batch: PairBatch) -> tuple[torch.Tensor, Metrics]:
         """Compute the loss of each pair, [B], and metrics."""
-        return self.loss(batch), reward_metrics(batch, self.options.beta, self.preferred(batch))
+        preferred_B, logit_B = self.preferred(batch), self.logit(batch)
+        metrics = reward_metrics(batch, self.options.beta, preferred_B)
+        if logit_B is not None:
+            metrics |= gradient_metrics(logit_B.detach(), preferred_B)
+        return self.loss(batch), metrics
+
+    def logit(self, batch: PairBatch) -> torch.Tensor | None:  # noqa: ARG002
+        """Return z, [B], if the loss is -log sigmoid(z), for the metrics of its gradient; None for another loss."""
+        return None
 
     def margin(self, batch: PairBatch) -> torch.Tensor:
         """Compute h, the implicit reward margin of image_0, [B]."""
@@ -250,5 +265,21 @@ def reward_metrics(batch: PairBatch, beta: float, preferred_B: torch.Tensor) -> 
         "rewards/chosen": select_preferred(reward_B2, preferred_B),
         "rewards/rejected": select_preferred(reward_B2, -preferred_B),
         "rewards/margins": torch.where(preferred_B == 0, nothing_B, margin_B),
+        "rewards/margins_rms": torch.where(preferred_B == 0, nothing_B, margin_B),
         "rewards/accuracies": torch.where(preferred_B == 0, nothing_B, (margin_B > 0).to(margin_B.dtype)),
     }
+
+
+def gradient_metrics(logit_B: torch.Tensor, preferred_B: torch.Tensor) -> Metrics:
+    """Compute how much of a pair's gradient the loss -log sigmoid(z) lets through.
+
+    The gradient factor sigmoid(-z), the size of the loss's derivative by z, is 1/2 at the reference whatever beta is,
+    and near 0 where the loss is saturated.
+
+    Args:
+        logit_B: z.
+        preferred_B: as in :func:`reward_metrics`.
+    """
+    factor_B = (-logit_B).sigmoid().where(preferred_B != 0, torch.nan)
+    saturated_B = (factor_B < SATURATED).to(factor_B.dtype).where(preferred_B != 0, torch.nan)
+    return {"gradient_factor": factor_B, "saturated": saturated_B}

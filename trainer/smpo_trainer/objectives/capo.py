@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from smpo_trainer.loss_settings import TimestepWeightingKind
 from smpo_trainer.objectives.base import PairBatch, RewardObjective
-from smpo_trainer.settings import TimestepWeightingKind
 
 if TYPE_CHECKING:
     from smpo_trainer.preference.reward_mix import RewardMix

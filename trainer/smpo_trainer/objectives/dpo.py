@@ -55,6 +55,10 @@ class DPO(LabelObjective):
             return ~np.isnan(label_P)
         return super().usable(preference_P, label_P)
 
+    def logit(self, batch: PairBatch) -> torch.Tensor:
+        """See the base class; label smoothing does not count."""
+        return self.preferred(batch).sign() * self.margin(batch)
+
     def loss(self, batch: PairBatch) -> torch.Tensor:
         """See the base class."""
         return dpo_loss(self.margin(batch), batch.label_B, self.options.label_smoothing)

@@ -9,10 +9,12 @@ Shape suffixes: B a batch of states, 2 images.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
 from smpo_models.noise_schedules.base import NoiseSchedule
+from smpo_trainer.beta_decay import BetaDecay
 from smpo_trainer.objectives import Objective
 from smpo_trainer.objectives.base import Metrics, PairBatch, implicit_rewards, select_preferred
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
@@ -42,6 +44,7 @@ class PairLoss:
         weighting: weights of the timesteps.
         budget: limit of :func:`budget_excess`; None for no limit.
         budget_weight: factor of the excess.
+        beta_decay: schedule of the objective's beta; None to keep it.
     """
 
     objective: Objective
@@ -49,6 +52,14 @@ class PairLoss:
     weighting: TimestepWeighting
     budget: float | None
     budget_weight: float
+    beta_decay: BetaDecay | None = None
+
+    def at_step(self, step: int) -> Self:
+        """Return the loss of optimizer step ``step``, from 1: the same, but for a beta that has decayed."""
+        if self.beta_decay is None:
+            return self
+        beta = self.objective.options.beta * self.beta_decay.factor(step)
+        return replace(self, objective=self.objective.with_beta(beta), beta_decay=None)
 
     def __call__(self, pairs: PairBatch, weight_B: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
         """Compute the loss of each pair, [B], and metrics; rewards are those of the weighted errors.

@@ -32,6 +32,10 @@ class SmPO(RewardObjective):
     summary: ClassVar[str] = "smoothed preferences from rewards (SmPO-Diffusion, arXiv 2506.02698)"
     published_shards: ClassVar[Mapping[str, object]] = {"source": "renoise", "prompt_dropout": 0.2}
 
+    def logit(self, batch: PairBatch) -> torch.Tensor:
+        """See the base class."""
+        return self.options.gamma * self.preferred(batch) * self.margin(batch)
+
     def loss(self, batch: PairBatch) -> torch.Tensor:
         """See the base class."""
         return smpo_loss(self.margin(batch), batch.preference_B, self.options.gamma)

@@ -14,7 +14,7 @@ import torch
 
 from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_schemas.manifest import FLOW
-from smpo_trainer.settings import TimestepWeightingKind
+from smpo_trainer.loss_settings import TimestepWeightingKind
 
 
 @dataclass(frozen=True)

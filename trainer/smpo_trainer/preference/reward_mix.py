@@ -15,9 +15,9 @@ from smpo_schemas.preference import Preference, ScoredPairs, find_preference, pr
 from smpo_schemas.preference.scales import Range, calibrated_temperatures, refuse_unused_ranges, with_ranges
 from smpo_schemas.scores import RewardStatistics, read_scores_info
 from smpo_schemas.shards.samples import SampleMeta
+from smpo_trainer.loss_settings import RewardOptions
 from smpo_trainer.preference.preference_table import PreferenceTable, preference_table
 from smpo_trainer.presets import PRESETS
-from smpo_trainer.settings import RewardOptions
 from smpo_trainer.shards.shard_set import ShardSet
 
 
