@@ -116,8 +116,9 @@ def test_defaults_are_printed(train: Train, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_unknown_objective(refused: Refused) -> None:
-    assert "--objective nonsense is not known; known: capo, dmpo, dpo, ipo, mapo, npo, sft, smpo" in refused(
-        objective="nonsense"
+    assert (
+        "--objective nonsense is not known; known: capo, dmpo, dpo, ipo, linear-dpo, mapo, npo, sft, smpo"
+        in refused(objective="nonsense")
     )
 
 
