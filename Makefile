@@ -63,7 +63,7 @@ $(DEMO)/tuned/training.json: $(DEMO)/shards/manifest.json
 	  --batch-size 24 --max-steps 150
 
 picture: demo ## Draw docs/images/demo.png from the demo's output
-	$(BIN)/python benchmarks/picture.py --demo $(DEMO)
+	$(BIN)/python -m benchmarks.picture --demo $(DEMO)
 
 test: $(READY_DEV) ## All tests but those of minutes each, which `make chaos` runs
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not long'
@@ -100,34 +100,34 @@ format: $(READY_DEV) ## Format, and fix what ruff can
 	$(BIN)/ruff check --fix .
 
 bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (hours on 2 cores)
-	$(BIN)/python benchmarks/objectives.py
-	$(BIN)/python benchmarks/calibration.py
-	$(BIN)/python benchmarks/solvers.py
-	$(BIN)/python benchmarks/solvers.py --family sd3
-	$(BIN)/python benchmarks/flow_training.py --work $(DEMO)/flow
-	$(BIN)/python benchmarks/forward.py
-	$(BIN)/python benchmarks/score.py
-	$(BIN)/python benchmarks/half_precision.py
-	$(BIN)/python benchmarks/generate.py
-	$(BIN)/python benchmarks/invert.py
-	$(BIN)/python benchmarks/index.py
-	$(BIN)/python benchmarks/scale.py
-	$(BIN)/python benchmarks/invariance.py --demo $(DEMO)
-	$(BIN)/python benchmarks/train.py --shape sd15
-	$(BIN)/python benchmarks/train.py --shape sdxl
-	$(BIN)/python benchmarks/train_flow.py
-	$(BIN)/python benchmarks/memory.py --measure --processes 2
-	$(BIN)/python benchmarks/thin_world.py --out $(DEMO)/thin
-	$(BIN)/python benchmarks/trajectories.py measure "the world" $(DEMO)/thin/good.json
-	$(BIN)/python benchmarks/trajectories.py measure "its thin copy" $(DEMO)/thin/thin.json --model $(DEMO)/thin
-	$(BIN)/python benchmarks/trajectories.py page $(DEMO)/thin/good.json $(DEMO)/thin/thin.json
-	$(BIN)/python benchmarks/trajectory_training.py --work $(DEMO)
-	$(BIN)/python benchmarks/drift.py --work $(DEMO)
-	$(BIN)/python benchmarks/lora.py --work $(DEMO)
-	$(BIN)/python benchmarks/health.py --demo $(DEMO) --work $(DEMO)/health
+	$(BIN)/python -m benchmarks.experiments.objectives
+	$(BIN)/python -m benchmarks.experiments.calibration
+	$(BIN)/python -m benchmarks.inversion.solvers
+	$(BIN)/python -m benchmarks.inversion.solvers --family sd3
+	$(BIN)/python -m benchmarks.experiments.flow_training --work $(DEMO)/flow
+	$(BIN)/python -m benchmarks.speed.forward
+	$(BIN)/python -m benchmarks.speed.score
+	$(BIN)/python -m benchmarks.speed.half_precision
+	$(BIN)/python -m benchmarks.speed.generate
+	$(BIN)/python -m benchmarks.speed.invert
+	$(BIN)/python -m benchmarks.speed.index
+	$(BIN)/python -m benchmarks.capacity.scale
+	$(BIN)/python -m benchmarks.experiments.invariance --demo $(DEMO)
+	$(BIN)/python -m benchmarks.speed.train --shape sd15
+	$(BIN)/python -m benchmarks.speed.train --shape sdxl
+	$(BIN)/python -m benchmarks.speed.train_flow
+	$(BIN)/python -m benchmarks.capacity.memory --measure --processes 2
+	$(BIN)/python -m benchmarks.toy_world.thin --out $(DEMO)/thin
+	$(BIN)/python -m benchmarks.inversion.trajectories measure "the world" $(DEMO)/thin/good.json
+	$(BIN)/python -m benchmarks.inversion.trajectories measure "its thin copy" $(DEMO)/thin/thin.json --model $(DEMO)/thin
+	$(BIN)/python -m benchmarks.inversion.trajectories page $(DEMO)/thin/good.json $(DEMO)/thin/thin.json
+	$(BIN)/python -m benchmarks.experiments.trajectory_training --work $(DEMO)
+	$(BIN)/python -m benchmarks.experiments.drift --work $(DEMO)
+	$(BIN)/python -m benchmarks.experiments.lora --work $(DEMO)
+	$(BIN)/python -m benchmarks.experiments.health --demo $(DEMO) --work $(DEMO)/health
 
 gpu-acceptance: $(READY_DEV) ## Are numbers and rates right on this machine's GPU? (nine minutes; docs/guide/deploy.md)
-	$(BIN)/python benchmarks/gpu_acceptance.py --out gpu-acceptance
+	$(BIN)/python -m benchmarks.gpu_acceptance --out gpu-acceptance
 
 clean: ## Remove .venv and the demo's output
 	rm -rf $(VENV) $(DEMO)

@@ -1,7 +1,7 @@
 r"""Check on one GPU, in one run of nine minutes, that numbers are right and rates are as expected.
 
-    python benchmarks/gpu_acceptance.py --out DIR [--budget 510]
-    python benchmarks/gpu_acceptance.py --out DIR --device cpu --shape tiny
+    python -m benchmarks.gpu_acceptance --out DIR [--budget 510]
+    python -m benchmarks.gpu_acceptance --out DIR --device cpu --shape tiny
 
 For one GPU of 80 GB (H100 class) without any data. The script makes its inputs: random models of the published shapes,
 pairs of JPEGs, shards. Each check has its own budget and alarm; a check that raises or exceeds its budget is a row
@@ -19,7 +19,7 @@ elsewhere for its version of Python, and run it beside them. A missing package i
       typing_inspection typing_extensions ftfy wcwidth pyarrow tensorboard tenacity bitsandbytes
     python3 -m pip install --no-index --no-deps --upgrade --target site wheels/*.whl
     python3 -m pip install --no-index --no-deps --no-build-isolation --target site .
-    HF_HUB_OFFLINE=1 PYTHONPATH=site timeout 525 python3 benchmarks/gpu_acceptance.py --out gpu-acceptance
+    HF_HUB_OFFLINE=1 PYTHONPATH=site timeout 525 python3 -m benchmarks.gpu_acceptance --out gpu-acceptance
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from acceptance.ray_stubs import install_ray_stubs
+from benchmarks.acceptance.ray_stubs import install_ray_stubs
 
 
 def main() -> int:
@@ -51,10 +51,10 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no GPU here")
     stubbed = install_ray_stubs()
-    from acceptance.checks import make_checks  # noqa: PLC0415  (imports all of the project, and with it Ray)
-    from acceptance.device import DEVICES  # noqa: PLC0415
-    from acceptance.runner import run_checks  # noqa: PLC0415
-    from acceptance.world import SIZES, World  # noqa: PLC0415
+    from benchmarks.acceptance.checks import make_checks  # noqa: PLC0415  (imports all of the project, and with it Ray)
+    from benchmarks.acceptance.device import DEVICES  # noqa: PLC0415
+    from benchmarks.acceptance.runner import run_checks  # noqa: PLC0415
+    from benchmarks.acceptance.world import SIZES, World  # noqa: PLC0415
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="acceptance-", dir=arguments.work))

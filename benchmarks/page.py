@@ -12,7 +12,8 @@ from pathlib import Path
 from smpo_common.files import write_bytes
 from smpo_models.devices import device_in_words
 
-RESULTS = Path(__file__).parents[1] / "docs/results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs/results"
 IMAGES = RESULTS / "images"
 BENCHMARKS = RESULTS / "benchmarks.md"
 _TITLE = "# Benchmarks\n\nRatios are taken within one run; rates of one run say little of another machine.\n"

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import importlib
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def load(monkeypatch):
-    """Imports a program of the folder, which is no package."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for name in ("clock", "page", "shapes", "train", "train_flow", "invert"):
-        sys.modules.pop(name, None)
+def load():
+    """Imports a program when a test needs it: some take seconds."""
+    return lambda name: importlib.import_module(f"benchmarks.speed.{name}")
 
 
 @pytest.mark.parametrize("program", ["published", "bare", "invert", "ours"])

@@ -18,26 +18,24 @@ import torch
 
 from tests.forking import forking_python
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 GIB = 2**30
 
 WITHOUT_RAY = """
 import importlib.util, runpy, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *more: None if name.partition(".")[0] == "ray" else find(name, *more)
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_module("benchmarks.gpu_acceptance", run_name="__main__", alter_sys=True)
 """
 """As on the machine that the script is for."""
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch):
+def module():
     """Imports one of the script's modules."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
 
     def load(name: str) -> ModuleType:
-        return importlib.import_module(f"acceptance.{name}")
+        return importlib.import_module(f"benchmarks.acceptance.{name}")
 
     return load
 
@@ -47,10 +45,10 @@ def test_every_check_runs_on_a_cpu(tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     work.mkdir()
     flags = ["--out", out, "--work", work, "--device", "cpu", "--shape", "tiny", "--budget", "5000"]
-    paths = os.pathsep.join([str(BENCHMARKS), *(path for path in sys.path if path)])
+    paths = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
     python = forking_python()
     done = subprocess.run(
-        [python, "-c", WITHOUT_RAY, BENCHMARKS / "gpu_acceptance.py", *flags],
+        [python, "-c", WITHOUT_RAY, *flags],
         env={**os.environ, "PYTHON_EXEC": python, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -90,7 +88,7 @@ def test_no_gpu_is_one_line(module, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", "--out", "nowhere"])
     with pytest.raises(SystemExit, match="2"):
-        importlib.import_module("gpu_acceptance").main()
+        importlib.import_module("benchmarks.gpu_acceptance").main()
     assert "--device cuda" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("nowhere").exists()
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
+from benchmarks import picture
 from PIL import Image
 
 from smpo_common.errors import UserError
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 
-
-@pytest.fixture
-def picture(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("picture")
-    sys.modules.pop("picture", None)
-
-
-def test_the_first_image_of_evenly_spread_prompts(picture, tmp_path: Path) -> None:
+def test_the_first_image_of_evenly_spread_prompts(tmp_path: Path) -> None:
     """Image 0 of prompt n is grey n in the base and 100 + n in the tuned model; other images are white."""
     prompts = tmp_path / "world" / "prompts" / "test.txt"
     prompts.parent.mkdir(parents=True)
@@ -40,6 +30,6 @@ def test_the_first_image_of_evenly_spread_prompts(picture, tmp_path: Path) -> No
     assert shown == [[(value,) * 3 for value in row] for row in ((0, 2, 4), (100, 102, 104))]
 
 
-def test_without_the_demo_one_line_says_so(picture, tmp_path: Path) -> None:
+def test_without_the_demo_one_line_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="make demo"):
         picture.picture(tmp_path, tmp_path / "out.png", 3)

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from acceptance.runner import Report
-from acceptance.world import PROMPT, World, conditioned, latents
+from benchmarks.acceptance.runner import Report
+from benchmarks.acceptance.world import PROMPT, World, conditioned, latents
 from smpo_models.family import Conditioning, Family
 from smpo_trainer.data.loader import StateBatch
 from smpo_trainer.model.denoising_error import pair_errors

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from acceptance.runner import Report
-from acceptance.world import World
+from benchmarks.acceptance.runner import Report
+from benchmarks.acceptance.world import World
 
 Rates = dict[str, float]
 """Bytes per second of ``copy``; operations per second by kind (``mm``, ``convolution``, ``attention``) and dtype."""

@@ -12,10 +12,10 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from acceptance.arithmetic import distance
-from acceptance.ceilings import roofline
-from acceptance.runner import Report
-from acceptance.world import GIB, World, conditioned, known_fingerprints, latents, random_pair
+from benchmarks.acceptance.arithmetic import distance
+from benchmarks.acceptance.ceilings import roofline
+from benchmarks.acceptance.runner import Report
+from benchmarks.acceptance.world import GIB, World, conditioned, known_fingerprints, latents, random_pair
 from smpo_models.family import Family
 from smpo_pipeline.images.buckets import Size as ImageSize
 from smpo_pipeline.inversion.batch import PreparedPair

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from acceptance.device import Device, lines_of_gpu_alone
+from benchmarks.acceptance.device import Device, lines_of_gpu_alone
 
 if TYPE_CHECKING:  # It imports all of the project.
-    from acceptance.world import World
+    from benchmarks.acceptance.world import World
 
 RESULTS_FILE, TABLE_FILE = "results.jsonl", "table.md"
 BUDGET = 510.0

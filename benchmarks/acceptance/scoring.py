@@ -10,11 +10,11 @@ from contextlib import nullcontext
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from score_programs import make_pairs
 
-from acceptance.ceilings import operations
-from acceptance.runner import Report
-from acceptance.world import World
+from benchmarks.acceptance.ceilings import operations
+from benchmarks.acceptance.runner import Report
+from benchmarks.acceptance.world import World
+from benchmarks.speed.score_programs import make_pairs
 from smpo_pipeline.images.decoder import Decoder
 from smpo_pipeline.jobs.cells import cell_values
 from smpo_pipeline.jobs.reading import read_unit

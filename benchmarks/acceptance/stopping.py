@@ -16,11 +16,11 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file
 
-from acceptance.arithmetic import distance
-from acceptance.device import resident
-from acceptance.runner import Report
-from acceptance.training import around_steps, train
-from acceptance.world import PROMPT, World
+from benchmarks.acceptance.arithmetic import distance
+from benchmarks.acceptance.device import resident
+from benchmarks.acceptance.runner import Report
+from benchmarks.acceptance.training import around_steps, train
+from benchmarks.acceptance.world import PROMPT, World
 from smpo_trainer.train_loop import TrainLoop
 from smpo_trainer.trainer import Trainer
 

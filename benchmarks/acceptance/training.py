@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.optimization import Adafactor
 
-from acceptance.arithmetic import random_states
-from acceptance.ceilings import operations
-from acceptance.runner import Report
-from acceptance.world import GIB, World, conditioned, known_fingerprints
+from benchmarks.acceptance.arithmetic import random_states
+from benchmarks.acceptance.ceilings import operations
+from benchmarks.acceptance.runner import Report
+from benchmarks.acceptance.world import GIB, World, conditioned, known_fingerprints
 from smpo_models.family import Conditioning
 from smpo_models.loading import fuse_lora
 from smpo_models.lora import add_lora

@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from diffusers import DiffusionPipeline
-from invert import make_scores
-from score_programs import build_clip, make_pairs
-from shapes import build_model
 from torch import nn
 from transformers import CLIPConfig
 
-from acceptance.device import Device
+from benchmarks.acceptance.device import Device
+from benchmarks.speed.invert import make_scores
+from benchmarks.speed.score_programs import build_clip, make_pairs
+from benchmarks.speed.shapes import build_model
 from smpo_models.family import Conditioning, Family
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.batch import PreparedPair

@@ -1,1 +1,1 @@
-"""The training of the embedded world's models by `benchmarks/build_toy_world.py`."""
+"""The training of the embedded world's models by `benchmarks/toy_world/build.py`."""

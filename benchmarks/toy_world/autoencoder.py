@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from toy_world.training import Report, steps, to_pixels, training_renders
+from benchmarks.toy_world.training import Report, steps, to_pixels, training_renders
 
 LATENT_CHANNELS = 4
 

@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.toy_world.autoencoder import LATENT_CHANNELS
+from benchmarks.toy_world.tokenizer import MAX_TOKENS
+from benchmarks.toy_world.training import Report, steps, to_pixels, training_renders
 from smpo_pipeline.toy.world import RADIUS_OF_SIZE, RGB_OF_COLOUR, SHAPES, captions_of, scene_of
-from toy_world.autoencoder import LATENT_CHANNELS
-from toy_world.tokenizer import MAX_TOKENS
-from toy_world.training import Report, steps, to_pixels, training_renders
 
 CORRUPTED_SHARE = 0.22
 """Training captions with attributes that are not those of the picture: the base learns to make mistakes from them."""

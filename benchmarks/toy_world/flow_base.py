@@ -13,9 +13,9 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from toy_world.autoencoder import LATENT_CHANNELS
-from toy_world.base import TrainingLatents, text_config, token_ids, training_text
-from toy_world.training import Report, steps
+from benchmarks.toy_world.autoencoder import LATENT_CHANNELS
+from benchmarks.toy_world.base import TrainingLatents, text_config, token_ids, training_text
+from benchmarks.toy_world.training import Report, steps
 
 PADDING = 256
 """Zeros in place of T5's tokens, which the pipeline gives to a model without T5."""

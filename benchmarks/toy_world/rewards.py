@@ -18,11 +18,11 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from benchmarks.toy_world.tokenizer import MAX_TOKENS
+from benchmarks.toy_world.training import Report, steps, to_pixels
 from smpo_pipeline.toy.annotators import Annotator, choose, qualities, utility
 from smpo_pipeline.toy.sampling import from_pixels
 from smpo_pipeline.toy.world import IMAGE_SIZE, captions_of, random_centre, render, scene_of
-from toy_world.tokenizer import MAX_TOKENS
-from toy_world.training import Report, steps, to_pixels
 
 TASTES: dict[str, tuple[Annotator, ...]] = {
     "pickscore": (

@@ -24,7 +24,7 @@ OTHERS = {
     *("--num_processes", "--use_fsdp", "--mixed_precision"),  # accelerate launch
     "--shutdown-timeout",  # torchrun
     "--work",  # benchmarks/gpu_acceptance.py
-    "--shape",  # benchmarks/train.py
+    "--shape",  # benchmarks/speed/train.py
 }
 """Flags of other programs in the pages' text."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from benchmarks.toy_world.autoencoder import POSTERIOR_STD
+from benchmarks.toy_world.flow_base import PADDING, PaddingOnce
+from benchmarks.toy_world.rewards import TASTES, normalise, score
+from benchmarks.toy_world.tokenizer import MAX_TOKENS, build_tokenizer
+from benchmarks.toy_world.training import to_pixels, training_renders
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0
-from toy_world.autoencoder import POSTERIOR_STD
-from toy_world.flow_base import PADDING, PaddingOnce
-from toy_world.rewards import TASTES, normalise, score
-from toy_world.tokenizer import MAX_TOKENS, build_tokenizer
-from toy_world.training import to_pixels, training_renders
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from smpo_pipeline.toy.create import ASSETS, MODELS

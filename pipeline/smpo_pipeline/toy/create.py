@@ -25,7 +25,7 @@ from smpo_pipeline.toy.world import SPLITS, captions_of
 from smpo_schemas.labels import TIE
 
 ASSETS = Path(__file__).parent / "assets"
-"""The world's checkpoints, made by benchmarks/build_toy_world.py."""
+"""The world's checkpoints, made by benchmarks/toy_world/build.py."""
 
 ToyFamily = Literal["sd15", "sd3"]
 MODELS: dict[ToyFamily, Path] = {"sd15": ASSETS / "model", "sd3": ASSETS / "model-sd3"}

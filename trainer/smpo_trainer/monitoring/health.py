@@ -1,7 +1,8 @@
 """Warnings about common failures of preference training, from the metrics of a run.
 
 They depend on the records in ``metrics.jsonl`` only, so a resumed run reads its earlier records and warns like an
-uninterrupted one. Thresholds separate good from broken runs on the embedded world (``benchmarks/health.py``).
+uninterrupted one. Thresholds separate good from broken runs on the embedded world
+(``benchmarks/experiments/health.py``).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Measure the noise ratios of trajectories on two worlds; writes docs/results/noise_ratio.md.
 
 The same pairs, drawn by the embedded world's base model from held-out captions, are inverted with the world's own model
-and with a copy that has a thin posterior (made by benchmarks/thin_world.py), with every number of steps, solver and
+and with a copy that has a thin posterior (made by benchmarks/toy_world/thin.py), with every number of steps, solver and
 start. The page lists the health that `invert` writes to its manifest, over all pairs, and whether it would warn.
 
-    python benchmarks/thin_world.py --out DIR
-    python benchmarks/trajectories.py measure "the world" good.json
-    python benchmarks/trajectories.py measure "its thin copy" thin.json --model DIR
-    python benchmarks/trajectories.py page good.json thin.json
+    python -m benchmarks.toy_world.thin --out DIR
+    python -m benchmarks.inversion.trajectories measure "the world" good.json
+    python -m benchmarks.inversion.trajectories measure "its thin copy" thin.json --model DIR
+    python -m benchmarks.inversion.trajectories page good.json thin.json
 
 Three to four CPU minutes per world.
 """
@@ -24,8 +24,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from page import IMAGES, RESULTS, stamp, write_page
 
+from benchmarks.page import IMAGES, RESULTS, stamp, write_page
 from smpo_common.files import read_json, write_json
 from smpo_models.family import Family
 from smpo_models.loading import load_family
@@ -186,7 +186,7 @@ def write(files: Sequence[Path]) -> None:
     )
     used = ", ".join(f"{count} for {steps} steps" for steps, count in PAIRS_OF_STEPS.items())
     minutes = sum(world["seconds"] for world in worlds) / 60
-    text = f"""{stamp("python benchmarks/trajectories.py", ("torch", "diffusers"), cores=1)}
+    text = f"""{stamp("python -m benchmarks.inversion.trajectories", ("torch", "diffusers"), cores=1)}
 Measured in {minutes:.0f} CPU minutes.
 
 ![noise ratio of the worst band](images/noise_ratio.png)

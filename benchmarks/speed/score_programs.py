@@ -1,6 +1,6 @@
-"""The programs that `benchmarks/score.py` measures, each in a separate process, and their inputs.
+"""The programs that `benchmarks/speed/score.py` measures, each in a separate process, and their inputs.
 
-python benchmarks/score_programs.py PROGRAM PAIRS ...     prints wall-clock and CPU seconds
+python -m benchmarks.speed.score_programs PROGRAM PAIRS ...     prints wall-clock and CPU seconds
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from benchmarks.page import ROOT
 from smpo_models.weights import DTYPES
 from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.jobs.cells import cell_values
@@ -35,7 +36,7 @@ from smpo_pipeline.jobs.score.chunks import with_scores, without_images
 from smpo_pipeline.jobs.score.options import ScoreJobOptions, ScoreOptions
 from smpo_pipeline.rewards import load_reward
 
-TOY = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/rewards/pickscore"
+TOY = ROOT / "pipeline/smpo_pipeline/toy/assets/rewards/pickscore"
 BATCH = 32
 SLEEP = 0.02
 """Seconds per image of the slow reward."""

@@ -1,6 +1,6 @@
 """Measure what channels_last and torch.compile gain in a forward pass of a denoiser, on one CPU core.
 
-    python benchmarks/forward.py [--batch 32] [--turns 20]
+    python -m benchmarks.speed.forward [--batch 32] [--turns 20]
 
 Runs the embedded world's denoiser and writes a section of docs/results/benchmarks.md. One or two minutes.
 """
@@ -12,16 +12,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
-from page import stamp, write_section
 from torch import nn
 
+from benchmarks.page import ROOT, stamp, write_section
 from smpo_models.loading import load_family
 
-MODEL = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/model"
+MODEL = ROOT / "pipeline/smpo_pipeline/toy/assets/model"
 
 
 def cpu_seconds(forward: Callable[[], torch.Tensor]) -> float:
@@ -65,7 +64,7 @@ def main() -> None:
         first[name] = time.perf_counter() - start, output
     seconds = [{name: cpu_seconds(forward) for name, forward in forwards.items()} for _ in range(arguments.turns)]
     expected = first["as it is"][1]
-    command = f"python benchmarks/forward.py --batch {arguments.batch} --turns {arguments.turns}"
+    command = f"python -m benchmarks.speed.forward --batch {arguments.batch} --turns {arguments.turns}"
     lines = [
         stamp(command, ["torch", "diffusers"], cores=1),
         "",

@@ -5,7 +5,7 @@ ones), all from one set of pairs, which the flow model drew itself. For each, be
 with a training seed of its own, then three other training seeds are evaluated on the test prompts under the true
 reward, which nothing else sees.
 
-    python benchmarks/flow_training.py --work DIR
+    python -m benchmarks.experiments.flow_training --work DIR
 
 About two hours on two cores. An interrupted stage continues.
 """
@@ -15,10 +15,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiment import BASE, COLUMNS, TRUTH, head, make_world, row, run
-from objectives import SEEDS, Condition, choice_section, choose_betas, judge, train
-from page import RESULTS, stamp, write_page
-
+from benchmarks.experiments.experiment import BASE, COLUMNS, TRUTH, head, make_world, row, run
+from benchmarks.experiments.objectives import SEEDS, Condition, choice_section, choose_betas, judge, train
+from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
 
 INVERSIONS: dict[str, tuple[str, ...]] = {
@@ -78,7 +77,8 @@ def write(work: Path, chosen: dict[str, int], selection: Results, target: Path) 
         each.label: [train(work, each, chosen[each.label], seed, TRAINING) for seed in SEEDS] for each in CONDITIONS
     }
     sections = [section(work, chosen, models, guidance) for guidance in GUIDANCES]
-    text = f"""{stamp("python benchmarks/flow_training.py", ("torch", "diffusers", "transformers", "numpy"))}
+    libraries = ("torch", "diffusers", "transformers", "numpy")
+    text = f"""{stamp("python -m benchmarks.experiments.flow_training", libraries)}
 
 A flow model of Stable Diffusion 3's layout (`toy --family sd3`), 600 pairs of its own samples; {STEPS} steps of {BATCH}
 pairs, AdamW, lr {LR} ({SCHEDULE}, {WARMUP} warm-up steps), gamma 10, all weights trained. `dpo` learns from the

@@ -27,7 +27,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
-_TOKENIZER = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/model/tokenizer"
+from benchmarks.page import ROOT
+
+_TOKENIZER = ROOT / "pipeline/smpo_pipeline/toy/assets/model/tokenizer"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Three numbers for each run:
 - tracker: torch's own memory tracker over a whole step on fake tensors (`tracked_memory.py`), optimizer included;
 - for two runs also measured: a real random SD 1.5 UNet in `smpo-train` on the CPU, by the allocator's events.
 
-    python benchmarks/memory.py [--models sd15 sdxl ...] [--measure]
+    python -m benchmarks.capacity.memory [--models sd15 sdxl ...] [--measure]
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import train
-from page import RESULTS, stamp, write_page
-from shapes import make_model
 from torch.profiler import ProfilerActivity, profile
-from tracked_memory import tracked_step
 
+from benchmarks.capacity.tracked_memory import tracked_step
+from benchmarks.page import RESULTS, ROOT, stamp, write_page
+from benchmarks.speed import train
+from benchmarks.speed.shapes import make_model
 from smpo_models.loading import load_family
 from smpo_models.memory_account.inversion import InversionRun, account_inversion
 from smpo_models.memory_account.training import TrainingRun, account_training
 from smpo_trainer.cli import app
 from smpo_trainer.train_loop import TrainLoop
 
-CONFIGS = Path(__file__).parent / "published_configs"
+CONFIGS = ROOT / "benchmarks/published_configs"
 MODELS = {
     "sd15": "SD 1.5",
     "sdxl": "SDXL",
@@ -205,7 +205,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         found = pool.map(account, cells, chunksize=1)
         inversions = dict(zip(arguments.models, pool.map(invert, arguments.models, chunksize=1), strict=True))
-    command = " ".join(["python benchmarks/memory.py", *sys.argv[1:]])
+    command = " ".join(["python -m benchmarks.capacity.memory", *sys.argv[1:]])
     libraries = ("torch", "diffusers", "transformers", "peft")
     text = "\n".join([stamp(command, libraries), "", *lines_of(found, inversions, measured)])
     write_page(RESULTS / "memory.md", "GPU memory", text)

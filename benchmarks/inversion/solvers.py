@@ -11,7 +11,7 @@ On a few pairs of the embedded world, without dropped prompts or flips, this rep
 Further tables: inverting denoisers rounded to narrow types, guided trajectories, and for Stable Diffusion the published
 timesteps. For the flow model also the explicit midpoint rule, the step of RF-Solver (arXiv 2411.04746).
 
-    python benchmarks/solvers.py [--family sd15|sd3] [--pairs 6]
+    python -m benchmarks.inversion.solvers [--family sd15|sd3] [--pairs 6]
 
 About four minutes for sd15 and fifteen for sd3, on one CPU core.
 """
@@ -27,8 +27,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from page import IMAGES, RESULTS, stamp, write_page
 
+from benchmarks.page import IMAGES, RESULTS, stamp, write_page
 from smpo_models.arithmetic import narrowed
 from smpo_models.family import Family
 from smpo_models.loading import load_family
@@ -339,7 +339,7 @@ def write(name: str, pairs: Sequence[PreparedPair]) -> None:
         for each, options in NARROW.items()
     ]
     guided = [[each, *run(each, guidance_scale=3.0, **SOLVERS[each]).cells()] for each in GUIDED]
-    command = "python benchmarks/solvers.py" + (f" --family {name}" if flow else "")
+    command = "python -m benchmarks.inversion.solvers" + (f" --family {name}" if flow else "")
     of_midpoint = (
         f"""
 `{MIDPOINT}` is the explicit midpoint rule, the step of RF-Solver (arXiv 2411.04746): not a solver of the sampler's own

@@ -1,6 +1,6 @@
 """Record the trainer's warnings in runs with deliberate faults, and in a good one; writes docs/results/health.md.
 
-    python benchmarks/health.py [--demo DIR] [--work DIR]
+    python -m benchmarks.experiments.health [--demo DIR] [--work DIR]
 
 About four CPU minutes. Reads the demo's world, scores and shards (`make demo`). Finished runs are not repeated.
 """
@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from page import RESULTS, stamp, write_page
 
+from benchmarks.page import RESULTS, ROOT, stamp, write_page
 from smpo_schemas.scores import read_scores, read_scores_info, write_part, write_scores_info
 from smpo_schemas.trained_model import METRICS_FILE, TRAINING_FILE
 
-ROOT = Path(__file__).parents[1]
 PAGE = RESULTS / "health.md"
 TITLE = "What the trainer says of a run's health"
 COMMON = ("--batch-size", 24, "--warmup-steps", 10, "--val-every", 20, "--val-states", 256)
@@ -128,7 +127,7 @@ def main() -> None:
         print("\n".join(rows))
         return
     lines = "\n".join(rows)
-    text = f"""{stamp("python benchmarks/health.py", ("torch", "diffusers", "numpy"), cores=1)}
+    text = f"""{stamp("python -m benchmarks.experiments.health", ("torch", "diffusers", "numpy"), cores=1)}
 
 Each run trains on the embedded world's 600 pairs, with {COMMON[1]} pairs per step and {COMMON[3]} warm-up steps. Every
 run but the first has one deliberate fault. Numbers are means over the last {LAST} steps (held-out accuracy: over the

@@ -12,7 +12,7 @@ hold it):
 
 Each program runs in a separate process, in turns; ratios are taken within a turn.
 
-    python benchmarks/train.py [--shape sd15|sdxl] [--divide 4] [--device cpu|cuda] [--turns 3]
+    python -m benchmarks.speed.train [--shape sd15|sdxl] [--divide 4] [--device cpu|cuda] [--turns 3]
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from statistics import median
 
 import numpy as np
 import torch
-from clock import now
 from diffusers import DDIMInverseScheduler, DDIMScheduler
-from page import stamp, write_section
-from shapes import SHAPES, Shape, make_model
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.page import ROOT, stamp, write_section
+from benchmarks.speed.clock import now
+from benchmarks.speed.shapes import SHAPES, Shape, make_model
 from smpo_models.family import Conditioning, Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
@@ -62,7 +62,6 @@ from smpo_schemas.shards.text import TEXT_INDEX, text_file_name, write_text, wri
 from smpo_schemas.shards.text_rows import split_rows
 from smpo_schemas.shards.writer import ShardWriter
 
-ROOT = Path(__file__).parents[1]
 SIDE = 64
 """Of the latents; images are eight times larger."""
 
@@ -237,7 +236,17 @@ def _timed(work: Callable[[], object]) -> float:
 
 def measure(program: str, arguments: argparse.Namespace, work: Path) -> dict[str, float]:
     """Run one program in a separate process; returns mean seconds per step, peak GiB, and its data wait in percent."""
-    command = [sys.executable, __file__, "--measure", program, "--work", str(work), "--shape", arguments.shape]
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--measure",
+        program,
+        "--work",
+        str(work),
+        "--shape",
+        arguments.shape,
+    ]
     command += ["--device", arguments.device]
     said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     return json.loads(said.splitlines()[-1])
@@ -325,11 +334,11 @@ def main() -> None:
         for turn in range(arguments.turns):
             turns.append({each: measure(each, arguments, work) for each in ("published", "ours", "bare", "invert")})
             print(turn, json.dumps(turns[-1]), flush=True)
-    command = (
-        f"python benchmarks/train.py --shape {arguments.shape} --divide {arguments.divide} --device {arguments.device}"
-    )
+    flags = f"--shape {arguments.shape} --divide {arguments.divide} --device {arguments.device}"
     libraries = ("torch", "diffusers", "transformers", "accelerate")
-    text = stamp(f"{command} --turns {arguments.turns}", libraries, device=arguments.device)
+    text = stamp(
+        f"python -m benchmarks.speed.train {flags} --turns {arguments.turns}", libraries, device=arguments.device
+    )
     title = f"Training step: {shape.name}" + (" on a GPU" if arguments.device == "cuda" else "")
     write_section(title, "\n".join([text, "", *lines_of(turns, shape, arguments.divide)]))
 

@@ -10,7 +10,7 @@ process of its own:
 The share is the time inside the denoiser's forward passes over wall-clock time, both from the end of the first unit's
 sampling, during which libraries still initialise, to the last unit's commit.
 
-    python benchmarks/generate.py [--device cpu|cuda] [--turns N] [--units N] [--models world sd15]
+    python -m benchmarks.speed.generate [--device cpu|cuda] [--turns N] [--units N] [--models world sd15]
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from clock import now
-from page import stamp, write_section
-from shapes import make_model
 
+from benchmarks.page import stamp, write_section
+from benchmarks.speed.clock import now
+from benchmarks.speed.shapes import make_model
 from smpo_common.files import write_bytes
 from smpo_pipeline.generation.encoding import encode_image
 from smpo_pipeline.generation.generator import Generator, load_generator, quiet_libraries
@@ -206,7 +206,18 @@ def make_inputs(name: str, work: Path, units: int) -> None:
 
 def measure(program: str, name: str, work: Path, guidance: float, device: str) -> dict[str, float]:
     """Run a program in a separate process."""
-    command = [sys.executable, __file__, "--measure", program, name, str(guidance), str(work), "--device", device]
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--measure",
+        program,
+        name,
+        str(guidance),
+        str(work),
+        "--device",
+        device,
+    ]
     # Ray makes its workers nice; beside other work, the job would then be compared to a loop that is not.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -287,7 +298,7 @@ def main() -> None:
                         for program in PROGRAMS
                     }
                     turns.setdefault((name, guidance), []).append(found)
-    command = f"python benchmarks/generate.py --device {arguments.device}"
+    command = f"python -m benchmarks.speed.generate --device {arguments.device}"
     title = "Generation" + (" on a GPU" if arguments.device == "cuda" else "")
     write_section(title, page(turns, arguments.device, command))
 

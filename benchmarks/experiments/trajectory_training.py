@@ -1,10 +1,10 @@
 """Compare models trained on different trajectories by their images; writes docs/results/trajectory_training.md.
 
 The demo's pairs are inverted in several ways with the embedded world's model and with a copy that has a thin posterior
-(made by benchmarks/thin_world.py). On each set of shards SmPO is trained with three seeds and the demo's settings, and
-evaluated on the test prompts under the true reward, against the model that it started from.
+(made by benchmarks/toy_world/thin.py). On each set of shards SmPO is trained with three seeds and the demo's settings,
+and evaluated on the test prompts under the true reward, against the model that it started from.
 
-    python benchmarks/trajectory_training.py --work DIR [LABEL ...]
+    python -m benchmarks.experiments.trajectory_training --work DIR [LABEL ...]
 
 Six CPU minutes per variant. LABEL limits the work to some variants. The page lists finished variants, and names the
 others. An interrupted stage continues.
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
-from experiment import (
+
+from benchmarks.experiments.experiment import (
     BASE,
     COLUMNS,
     TRUTH,
@@ -32,9 +33,8 @@ from experiment import (
     row,
     run,
 )
-from page import IMAGES as PICTURES
-from page import RESULTS, stamp, write_page
-
+from benchmarks.page import IMAGES as PICTURES
+from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.inversion.advice import believable
 from smpo_schemas.manifest import MANIFEST_FILE, BandHealth, read_manifest
 from smpo_schemas.trained_model import TRAINING_FILE
@@ -211,7 +211,7 @@ def write(work: Path) -> None:
     tables = "\n\n".join(table(work, world) for world in WORLDS)
     missing = sorted(set(VARIANTS) - {variant.label for world in WORLDS for variant in finished(work, world)})
     missing_line = f"\n\nNot run: {', '.join(missing)}." if missing else ""
-    text = f"""{stamp("python benchmarks/trajectory_training.py", ("torch", "diffusers", "numpy"), cores=1)}
+    text = f"""{stamp("python -m benchmarks.experiments.trajectory_training", ("torch", "diffusers", "numpy"), cores=1)}
 
 All models are trained as in the demo, on its 600 pairs: SmPO with two rewards, beta 300, 150 steps of 24 pairs, lr 5e-5
 (cosine, 10 warm-up steps). These settings were chosen on the validation prompts for `renoise-1` on the embedded world
@@ -239,7 +239,7 @@ def main() -> None:
     chosen = [VARIANTS[label] for label in arguments.labels] or list(VARIANTS.values())
     for world in dict.fromkeys(variant.world for variant in chosen):
         if not (model_of(work, world) / "model_index.json").is_file():
-            parser.error(f"{work}/thin is not there: python benchmarks/thin_world.py --out {work}/thin")
+            parser.error(f"{work}/thin is not there: python -m benchmarks.toy_world.thin --out {work}/thin")
     for variant in chosen:
         make(work, variant)
     for world in dict.fromkeys(variant.world for variant in chosen):

@@ -11,7 +11,7 @@ it; latents of 64 x 64, one pair a step):
 Each program runs in a separate process, in turns; ratios are taken within a turn. The operations of the real model and
 of the divided one are counted without computing them, to see whether the division is fair.
 
-    python benchmarks/train_flow.py [--divide 8] [--blocks 4] [--turns 3]
+    python -m benchmarks.speed.train_flow [--divide 8] [--blocks 4] [--turns 3]
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from unittest import mock
 
 import torch
 from accelerate import Accelerator
-from clock import Clock
 from diffusers import FluxPipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from page import stamp, write_section
 from peft import LoraConfig
-from shapes import FLUX_BLOCKS, build_flux
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from train import PROMPT, ROOT, SIDE, make_shards
 
+from benchmarks.page import ROOT, stamp, write_section
+from benchmarks.speed.clock import Clock
+from benchmarks.speed.shapes import FLUX_BLOCKS, build_flux
+from benchmarks.speed.train import PROMPT, SIDE, make_shards
 from smpo_models.families.flux import Flux
 from smpo_trainer import TrainSettings, run_training, trainer
 
@@ -174,7 +174,18 @@ def lora(divide: int) -> LoraConfig:
 
 def measure(method: str, program: str, work: Path, divide: int) -> dict[str, float]:
     """Run one program in a separate process; returns mean seconds of a step's parts, and peak GiB."""
-    command = [sys.executable, __file__, "--measure", method, program, "--work", str(work), "--divide", str(divide)]
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--measure",
+        method,
+        program,
+        "--work",
+        str(work),
+        "--divide",
+        str(divide),
+    ]
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
     return json.loads(said.splitlines()[-1])
 
@@ -336,7 +347,7 @@ def main() -> None:
                 {f"{method} {program}": measure(method, program, work, divide) for method, program in _columns()}
             )
             print(turn, json.dumps(turns[-1]), flush=True)
-    command = f"python benchmarks/train_flow.py --divide {divide} --blocks {blocks} --turns {arguments.turns}"
+    command = f"python -m benchmarks.speed.train_flow --divide {divide} --blocks {blocks} --turns {arguments.turns}"
     text = stamp(command, ("torch", "diffusers", "transformers", "accelerate", "peft"))
     write_section("Training step: FLUX.1-dev", "\n".join([text, "", *lines_of(turns, divide, blocks)]))
 

@@ -6,8 +6,8 @@ trajectory_training.py trained on `renoise-1` are trained for as many steps agai
 shards that the base inverted with other draws, and on shards that the tuned model inverted (`invert
 --inverting-unet`), also with other draws. The reference is always the base.
 
-    python benchmarks/trajectory_training.py --work DIR good-renoise-1
-    python benchmarks/drift.py --work DIR [PART ...]
+    python -m benchmarks.experiments.trajectory_training --work DIR good-renoise-1
+    python -m benchmarks.experiments.drift --work DIR [PART ...]
 
 About twenty CPU minutes. PART limits the work: a number of steps (50, 200, 1000), shards and seed of the second
 round (old-0, redrawn-0, fresh-0, ...), or page. The page shows the parts that exist. An interrupted stage continues.
@@ -20,10 +20,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from experiment import BASE, COLUMNS, TRUTH, difference, evaluate, head, percent, pooled, results_of, row
-from page import RESULTS, stamp, write_page
-from trajectory_training import IMAGES, SEEDS, VARIANTS, invert, model_of, runs_of, shards_of, train
 
+from benchmarks.experiments.experiment import (
+    BASE,
+    COLUMNS,
+    TRUTH,
+    difference,
+    evaluate,
+    head,
+    percent,
+    pooled,
+    results_of,
+    row,
+)
+from benchmarks.experiments.trajectory_training import (
+    IMAGES,
+    SEEDS,
+    VARIANTS,
+    invert,
+    model_of,
+    runs_of,
+    shards_of,
+    train,
+)
+from benchmarks.page import RESULTS, stamp, write_page
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample
 from smpo_schemas.trained_model import TRAINING_FILE
@@ -168,7 +188,7 @@ def write(work: Path) -> None:
     results = results_of(report)
     not_made = [ARMS[arm] for arm in ARMS if arm not in arms]
     missing = f"\n\nNot run: the second round on shards {', '.join(not_made)}." if not_made else ""
-    text = f"""{stamp("python benchmarks/drift.py", ("torch", "diffusers", "numpy"), cores=1)}
+    text = f"""{stamp("python -m benchmarks.experiments.drift", ("torch", "diffusers", "numpy"), cores=1)}
 
 {moved_table(work)}
 
@@ -191,7 +211,9 @@ def main() -> None:
     """Make some parts, or all and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to make; default: all")
-    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/trajectory_training.py")
+    parser.add_argument(
+        "--work", type=Path, default=Path("demo"), help="folder of benchmarks/experiments/trajectory_training.py"
+    )
     arguments = parser.parse_args()
     work: Path = arguments.work
     parts: dict[str, Callable[[], None]] = {

@@ -1,6 +1,6 @@
-"""The programs that benchmarks/scale.py measures, each in a process of its own: jobs with stand-ins for the models.
+"""The programs that scale.py measures, each in a process of its own: jobs with stand-ins for the models.
 
-python benchmarks/scale_programs.py PROGRAM WORK NUMBER
+python -m benchmarks.capacity.scale_programs PROGRAM WORK NUMBER
 """
 
 from __future__ import annotations

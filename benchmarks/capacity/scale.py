@@ -2,12 +2,12 @@
 
 - Workers: `invert` with a stand-in for the model that takes a fixed time for a batch, by 1, 2, 4 and 8 actors of a
   simulated cluster with a worker node for each: pairs per second from the end of each actor's first unit.
-  Everything else is the real job. benchmarks/invert.py measures the cost of Ray over a bare loop.
+  Everything else is the real job. benchmarks/speed/invert.py measures the cost of Ray over a bare loop.
 - Memory: peak memory of the driver, of all workers and of Ray's object store while `score` and `invert` process
   2,000, 20,000 and 200,000 pairs of small images, with stand-ins for the models that cost nothing.
 - A hundred million pairs: the size of what such a run holds, computed.
 
-    python benchmarks/scale.py [--pairs 2000 20000 200000]
+    python -m benchmarks.capacity.scale [--pairs 2000 20000 200000]
 
 Half an hour on two cores.
 """
@@ -26,17 +26,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from invert import make_inputs
-from page import stamp, write_section
-from scale_account import account_page
-from scale_programs import FILE_PAIRS, PAIRS_A_UNIT, SECONDS, UNITS_A_WORKER, input_files
-from score_programs import make_pairs
 
+from benchmarks.capacity import scale_programs
+from benchmarks.capacity.scale_account import account_page
+from benchmarks.capacity.scale_programs import FILE_PAIRS, PAIRS_A_UNIT, SECONDS, UNITS_A_WORKER, input_files
+from benchmarks.page import stamp, write_section
+from benchmarks.speed.invert import make_inputs
+from benchmarks.speed.score_programs import make_pairs
 from smpo_pipeline.jobs.record.run_record import SCORE_ROWS
 from smpo_pipeline.jobs.score.table import _UNITS_PER_PART
 
 WORKERS = (1, 2, 4, 8)
-PROGRAMS = Path(__file__).with_name("scale_programs.py")
+PROGRAMS = ("-m", scale_programs.__name__)
 
 
 # Measuring
@@ -44,7 +45,7 @@ PROGRAMS = Path(__file__).with_name("scale_programs.py")
 
 def start(program: str, work: Path, number: int) -> subprocess.Popen[str]:
     """Start a program in a separate process."""
-    command = [sys.executable, PROGRAMS, program, str(work), str(number)]
+    command = [sys.executable, *PROGRAMS, program, str(work), str(number)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -107,7 +108,7 @@ def memory_now(pid: int) -> dict[str, int]:
 
 def workers_page(rates: dict[int, float]) -> Iterator[str]:
     """The section's text."""
-    yield stamp("python benchmarks/scale.py", ("ray", "pyarrow"))
+    yield stamp("python -m benchmarks.capacity.scale", ("ray", "pyarrow"))
     yield ""
     yield f"`invert` with a stand-in for the model that sleeps {SECONDS:g} s for a unit of {PAIRS_A_UNIT} pairs, by"
     yield "several actors of a simulated cluster (a head and a worker node per actor, all on these cores). Reading,"
@@ -124,7 +125,7 @@ def workers_page(rates: dict[int, float]) -> Iterator[str]:
 def memory_page(found: dict[tuple[str, int], dict[str, float]]) -> Iterator[str]:
     """The section's text."""
     pairs = dict.fromkeys(pairs for _, pairs in found)
-    yield stamp(f"python benchmarks/scale.py --pairs {' '.join(map(str, pairs))}", ("ray", "pyarrow"))
+    yield stamp(f"python -m benchmarks.capacity.scale --pairs {' '.join(map(str, pairs))}", ("ray", "pyarrow"))
     yield ""
     yield "`score` over pairs of 64 x 64 JPEGs and `invert` over pairs of 32 x 32, with stand-ins for the models that"
     yield "cost nothing. Peaks are in MB, sampled twice a second: resident memory of the driver and of all other"

@@ -5,7 +5,7 @@ Writes docs/results/calibration.md and its picture.
 The world's annotators are code: the exact probability that one of them, drawn at random, prefers image_0 is known.
 `smpo-pipeline calibrate` sees one label per pair; its held-out predictions are also compared with that probability.
 
-    python benchmarks/calibration.py [--work DIR]
+    python -m benchmarks.experiments.calibration [--work DIR]
 
 About five minutes on two cores, most of them to sample the world. Every stage continues where it was stopped.
 """
@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from page import IMAGES, RESULTS, stamp, write_page
 
+from benchmarks.page import IMAGES, RESULTS, ROOT, stamp, write_page
 from smpo_pipeline.calibration.calibrate import CalibrationResult, calibrate
 from smpo_pipeline.calibration.cross_validation import COIN
 from smpo_pipeline.calibration.measures import agreement, calibration_error, log_loss, reliability
@@ -28,7 +28,6 @@ from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.toy.annotators import ANNOTATORS, expected_label
 from smpo_schemas.pairs import PICK_A_PIC, Pair, RowRange, list_pair_files, read_rows
 
-ROOT = Path(__file__).parents[1]
 NUM_PAIRS = 1200
 SEEDS = range(5)
 NUM_RESAMPLES = 2000
@@ -141,7 +140,7 @@ def main() -> None:
     columns = ("held out", "log-loss, true mix", "less the mixture's (95 %)", "ECE, true mix", "orders as true mix %")
     floor = log_loss(true_P, true_P), log_loss(true_P, report.data.labels_P)
     labels = ("log-loss, labels", "ECE, labels", "agrees with labels %")
-    text = f"""{stamp("python benchmarks/calibration.py", ("torch", "numpy", "transformers"))}
+    text = f"""{stamp("python -m benchmarks.experiments.calibration", ("torch", "numpy", "transformers"))}
 
 {NUM_PAIRS} pairs of {found.prompts} prompts, each labelled once by one of {len(ANNOTATORS)} annotators with different
 tastes ({found.labels - found.ties} decided labels, {found.ties} ties). `{COMMAND}`

@@ -3,7 +3,7 @@
 The embedded world's reward models, and small random ones of the other rewards, score its pairs in float32 and by
 autocast in bf16 and fp16.
 
-    python benchmarks/half_precision.py [--pairs demo/world/pairs]
+    python -m benchmarks.speed.half_precision [--pairs demo/world/pairs]
 
 A few minutes on two cores.
 """
@@ -11,18 +11,14 @@ A few minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from page import stamp, write_section
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from tests.tiny_rewards import make_tiny_aesthetic, make_tiny_hpsv2, make_tiny_image_reward
 
+from benchmarks.page import ROOT, stamp, write_section
 from smpo_pipeline.jobs.reading import read_unit
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.score.actor import RewardActor
@@ -30,7 +26,7 @@ from smpo_pipeline.jobs.score.chunks import cut_chunks, pair_scores
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
 
-TOY = Path(__file__).parents[1] / "pipeline/smpo_pipeline/toy/assets/rewards"
+TOY = ROOT / "pipeline/smpo_pipeline/toy/assets/rewards"
 RANDOM = {"hpsv2": make_tiny_hpsv2, "imagereward": make_tiny_image_reward, "aesthetic": make_tiny_aesthetic}
 
 
@@ -75,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, default=Path("demo/world/pairs"))
     pairs = parser.parse_args().pairs
-    text = stamp("python benchmarks/half_precision.py", ("torch", "transformers"))
+    text = stamp("python -m benchmarks.speed.half_precision", ("torch", "transformers"))
     with tempfile.TemporaryDirectory() as folder:
         write_section("Scores in half precision", "\n".join([text, "", *lines(pairs, Path(folder))]))
 

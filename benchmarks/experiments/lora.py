@@ -1,11 +1,11 @@
 """Compare full training and LoRA by the images they generate; writes docs/results/lora.md.
 
-The full runs are those of benchmarks/trajectory_training.py (`good-renoise-1`). A LoRA needs another
+The full runs are those of benchmarks/experiments/trajectory_training.py (`good-renoise-1`). A LoRA needs another
 learning rate: it is chosen on the validation prompts with a training seed of its own; then three others are evaluated
 on the test prompts.
 
-    python benchmarks/trajectory_training.py --work DIR good-renoise-1
-    python benchmarks/lora.py --work DIR
+    python -m benchmarks.experiments.trajectory_training --work DIR good-renoise-1
+    python -m benchmarks.experiments.lora --work DIR
 
 About six CPU minutes. An interrupted stage continues.
 """
@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiment import BASE, COLUMNS, TRUTH, difference, evaluate, head, pooled, results_of, row
-from page import RESULTS, stamp, write_page
-from trajectory_training import IMAGES, SEEDS, VARIANTS, model_of, runs_of, shards_of, train
+from benchmarks.experiments.experiment import BASE, COLUMNS, TRUTH, difference, evaluate, head, pooled, results_of, row
+from benchmarks.experiments.trajectory_training import IMAGES, SEEDS, VARIANTS, model_of, runs_of, shards_of, train
+from benchmarks.page import RESULTS, stamp, write_page
 
 PAGE = RESULTS / "lora.md"
 TITLE = "Full training and LoRA"
@@ -37,7 +37,9 @@ def lora(work: Path, rate: str, seed: int) -> Path:
 def main() -> None:
     """Choose the learning rate, train, evaluate, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of benchmarks/trajectory_training.py")
+    parser.add_argument(
+        "--work", type=Path, default=Path("demo"), help="folder of benchmarks/experiments/trajectory_training.py"
+    )
     work: Path = parser.parse_args().work
     base, prompts = model_of(work, "good"), work / "world/prompts"
     selection, report = work / "report-lora-validation", work / "report-lora"
@@ -51,7 +53,7 @@ def main() -> None:
     }
     evaluate(report, base, [out for outs in final.values() for out in outs], prompts / "test.txt", images=IMAGES)
     results = results_of(report)
-    text = f"""{stamp("python benchmarks/lora.py", ("torch", "diffusers", "peft", "numpy"), cores=1)}
+    text = f"""{stamp("python -m benchmarks.experiments.lora", ("torch", "diffusers", "peft", "numpy"), cores=1)}
 
 The embedded world's 600 pairs, the demo's settings (SmPO with two rewards, beta 300, 150 steps of 24 pairs, cosine);
 three training seeds, pooled; {results.num_images} images of {results.num_prompts} test prompts per model, scored by

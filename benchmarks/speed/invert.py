@@ -9,7 +9,7 @@ each program in a process of its own:
 The share is the time inside the denoiser's forward passes over wall-clock time, both from the end of the first unit,
 during which libraries still initialise.
 
-    python benchmarks/invert.py [--device cpu|cuda] [--turns N]
+    python -m benchmarks.speed.invert [--device cpu|cuda] [--turns N]
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from clock import now
-from page import stamp, write_section
 from PIL import Image
 
+from benchmarks.page import stamp, write_section
+from benchmarks.speed.clock import now
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job
 from smpo_pipeline.jobs.invert.actor import InvertActor
@@ -210,7 +210,7 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 def measure(program: str, work: Path, device: str) -> dict[str, float]:
     """Run a program in a separate process."""
-    command = [sys.executable, __file__, "--measure", program, "--work", str(work), "--device", device]
+    command = [sys.executable, "-m", __spec__.name, "--measure", program, "--work", str(work), "--device", device]
     # Ray makes its workers nice; beside other work, the job would then be compared to a loop that is not.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -244,7 +244,7 @@ def page(turns: list[dict[str, dict[str, float]]], device: str) -> str:
     wanted = "; ".join(f"{program} {target}" for program, target in TARGETS.items())
     rates = ", ".join(f"{program} {spread(program, lambda found: pairs / found['clock'], 2)}" for program in TARGETS)
     libraries = ("torch", "diffusers", "transformers", "ray")
-    return f"""{stamp(f"python benchmarks/invert.py --device {device}", libraries, device=device)}
+    return f"""{stamp(f"python -m benchmarks.speed.invert --device {device}", libraries, device=device)}
 
 The embedded world's model and images ({SIDE} pixels) in float32, with batches of {BATCH} trajectories, {UNITS} units of
 {PAIRS_A_UNIT} pairs, one actor and default settings: {FORWARDS_A_PAIR} forward passes of one image per pair, and those

@@ -1,11 +1,11 @@
-"""Makes a copy of the embedded world's model whose VAE has a thin posterior, for benchmarks/trajectories.py.
+"""Makes a copy of the embedded world's model whose VAE has a thin posterior, for benchmarks/inversion/trajectories.py.
 
 The world's VAE is made with a posterior of standard deviation 0.35, which gives flat pictures the thickness that grain
 gives to photographs (toy_world/autoencoder.py). Here that number is replaced (0.05 by default), and the UNet is
 trained on from the shipped one, on latents sampled from the new posterior, with the base's own captions and losses. The
 encoder's means, the decoder and the text encoder stay as they are.
 
-    python benchmarks/thin_world.py --out DIR [--std 0.05] [--steps 800]
+    python -m benchmarks.toy_world.thin --out DIR [--std 0.05] [--steps 800]
 
 About four minutes on one CPU core.
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from toy_world.autoencoder import LATENT_CHANNELS
-from toy_world.base import DROPPED_SHARE
-from toy_world.training import steps, to_pixels, training_renders
 
+from benchmarks.toy_world.autoencoder import LATENT_CHANNELS
+from benchmarks.toy_world.base import DROPPED_SHARE
+from benchmarks.toy_world.training import steps, to_pixels, training_renders
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.sampling import load_pipeline
 

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from smpo_pipeline.evaluation.comparison import Comparison, compare
 from smpo_pipeline.evaluation.results import Results, read_results
 
-ROOT = Path(__file__).parents[1]
 TRUTH = "toy-truth"
 BASE = "base"
 COLUMNS = ("win rate % (95 %)", "each seed", "mean true reward", "gain over base (95 %)")

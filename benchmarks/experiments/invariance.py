@@ -3,7 +3,7 @@
 Compares variants with one plain run on the demo's model and shards, step by step.
 
     make demo
-    python benchmarks/invariance.py --demo demo
+    python -m benchmarks.experiments.invariance --demo demo
 
 Two minutes on one core.
 """
@@ -18,8 +18,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from experiment import ROOT, head
-from page import RESULTS, stamp, write_page
+
+from benchmarks.experiments.experiment import head
+from benchmarks.page import RESULTS, ROOT, stamp, write_page
 
 PAGE = RESULTS / "invariance.md"
 TITLE = "What does not change the numbers of a training run"
@@ -70,7 +71,8 @@ def main() -> None:
             for n, (label, options) in enumerate(VARIANTS.items())
         ]
     losses, norms = plain_S2.T
-    text = f"""{stamp("python benchmarks/invariance.py", ("torch", "diffusers", "accelerate", "numpy"), cores=1)}
+    libraries = ("torch", "diffusers", "accelerate", "numpy")
+    text = f"""{stamp("python -m benchmarks.experiments.invariance", libraries, cores=1)}
 
 The embedded world's base model, {STEPS} steps of 8 pairs in float32 on CPU (SmPO, beta 300, learning rate 5e-5 after 5
 steps of warm-up), against one process with `--batch-size 8 --workers 0 --reference stored`, whose losses are

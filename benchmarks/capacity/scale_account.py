@@ -1,4 +1,4 @@
-"""Compute the size of what a run over a hundred million pairs holds; a part of benchmarks/scale.py."""
+"""Compute the size of what a run over a hundred million pairs holds; a part of benchmarks/capacity/scale.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-from page import stamp
 
+from benchmarks.page import stamp
 from smpo_models.loading import load_family
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, UnitRecord
@@ -42,7 +42,7 @@ def account_page() -> Iterator[str]:
     table = pa.Table.from_pylist([rows] * 1000, schema=score_schema(["a", "b"]))
     held = table.select(["pair_id", "prompt", *IMAGE_IDS, "a_0", "a_1", "b_0", "b_1"]).nbytes / 1000
     as_object = held_bytes(lambda: UnitRecord.model_validate_json(record.model_dump_json()))
-    yield stamp("python benchmarks/scale.py", ("torch", "pyarrow"))
+    yield stamp("python -m benchmarks.capacity.scale", ("torch", "pyarrow"))
     yield ""
     yield f"{MANY:,} pairs in {FILES:,} Parquet files, with one trajectory per pair, two rewards, ids of 36 and prompts"
     yield "of 80 characters, and default settings except `--shard-size 1GB`. Computed from formulas and from the size"

@@ -4,7 +4,7 @@ Six conditions on the embedded world (dpo, smpo with one reward, smpo with two; 
 all from one set of pairs. For each, beta is chosen on the validation prompts with a training seed of its own, then
 three other training seeds are evaluated on the test prompts under the true reward, which nothing else sees.
 
-    python benchmarks/objectives.py [--work DIR]
+    python -m benchmarks.experiments.objectives [--work DIR]
 
 About forty minutes on two cores. An interrupted stage continues. Without --work the demo's world, scores and shards
 are used (`make demo`).
@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment import BASE, COLUMNS, ROOT, TRUTH, comparison, evaluate, gain, head, row, run
-from page import RESULTS, stamp, write_page
-
+from benchmarks.experiments.experiment import BASE, COLUMNS, TRUTH, comparison, evaluate, gain, head, row, run
+from benchmarks.page import RESULTS, ROOT, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
 
 BETAS = (100, 300, 1000)
@@ -140,7 +139,7 @@ def write_report(work: Path, chosen: dict[str, int], selection: Results, target:
         row(work / "report-test", f"{c.source}, {c.name}, beta {chosen[c.label]}", names[c.label]) for c in CONDITIONS
     ]
     base = results.finding(BASE, TRUTH).mean
-    text = f"""{stamp("python benchmarks/objectives.py", ("torch", "diffusers", "transformers", "numpy"))}
+    text = f"""{stamp("python -m benchmarks.experiments.objectives", ("torch", "diffusers", "transformers", "numpy"))}
 
 600 pairs; {STEPS} steps of {BATCH} pairs, AdamW, lr {LR} ({SCHEDULE}, {WARMUP} warm-up steps), gamma 10, all weights
 trained. `dpo` learns from the annotators' labels, `smpo-1` from pickscore, `smpo-2` from pickscore and clipscore with

@@ -1,4 +1,4 @@
-"""Trains the world's checkpoints: ``python benchmarks/build_toy_world.py --out DIR`` (about 25 minutes on two cores).
+"""Trains the world's checkpoints: ``python -m benchmarks.toy_world.build --out DIR`` (about 25 minutes on two cores).
 
 The package ships such a result: the same code and settings, but run stage by stage with other seeds for the base's
 rounds, so that a build gives a world of the same kind and not the shipped bytes.
@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from toy_world.autoencoder import train_autoencoder
-from toy_world.base import train_base
-from toy_world.flow_base import train_flow_base
-from toy_world.rewards import TASTES, SampledPairs, image_processor, train_matcher, train_taste
-from toy_world.tokenizer import build_tokenizer
-from toy_world.training import Report
 from transformers import CLIPModel, CLIPTokenizer
 
+from benchmarks.toy_world.autoencoder import train_autoencoder
+from benchmarks.toy_world.base import train_base
+from benchmarks.toy_world.flow_base import train_flow_base
+from benchmarks.toy_world.rewards import TASTES, SampledPairs, image_processor, train_matcher, train_taste
+from benchmarks.toy_world.tokenizer import build_tokenizer
+from benchmarks.toy_world.training import Report
 from smpo_common.files import write_json
 from smpo_pipeline.toy.sampling import load_pipeline, sample_images
 from smpo_pipeline.toy.world import captions_of

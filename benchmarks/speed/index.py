@@ -3,7 +3,7 @@
 A synthetic ``index.parquet`` of --trajectories trajectories of nine states and two rewards, in shards of 1000, is
 listed as `smpo-train` does, in a separate process: seconds, and peak memory above that of the imports.
 
-    python benchmarks/index.py [--trajectories 1000000]
+    python -m benchmarks.speed.index [--trajectories 1000000]
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from page import stamp, write_section
 
+from benchmarks.page import stamp, write_section
 from smpo_common.files import sha256_file
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
@@ -132,11 +132,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), arguments.trajectories)
-        command = [sys.executable, __file__, "--measure", folder]
+        command = [sys.executable, "-m", __spec__.name, "--measure", folder]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         size = (Path(folder) / INDEX_FILE).stat().st_size / 2**20
     text = stamp(
-        f"python benchmarks/index.py --trajectories {arguments.trajectories}", ("torch", "numpy", "pyarrow", "pydantic")
+        f"python -m benchmarks.speed.index --trajectories {arguments.trajectories}",
+        ("torch", "numpy", "pyarrow", "pydantic"),
     )
     found_text = (
         f"Before its first step, a trainer lists the states of {arguments.trajectories:,} trajectories\n"

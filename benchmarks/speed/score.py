@@ -4,7 +4,7 @@ Measures images per second of the job, of the published loops over the same mode
 on decoded batches (the difference is Ray's cost); the cost of a second reward; and peak memory at ten times the data
 behind a slow reward. Programs run in turns, each in a separate process; ratios are medians over turns.
 
-    python benchmarks/score.py [--turns N]
+    python -m benchmarks.speed.score [--turns N]
 
 About 45 minutes per turn on two cores. An interrupted run continues with what is missing.
 """
@@ -23,13 +23,14 @@ from pathlib import Path
 from statistics import median
 
 import psutil
-from page import stamp, write_section
 from pydantic import BaseModel
-from score_programs import BATCH, SLEEP, TOY, Cost, make_pairs, make_vit_b
 
+from benchmarks.page import stamp, write_section
+from benchmarks.speed import score_programs
+from benchmarks.speed.score_programs import BATCH, SLEEP, TOY, Cost, make_pairs, make_vit_b
 from smpo_common.files import write_bytes
 
-PROGRAMS = Path(__file__).with_name("score_programs.py")
+PROGRAMS = ("-m", score_programs.__name__)
 CORES = os.cpu_count() or 1
 MEMORY_PAIRS, MEMORY_SIDE = 300, 1024
 
@@ -72,7 +73,7 @@ class Results(BaseModel):
 
 def measure(kind: str, *arguments: object, threads: int = CORES) -> Cost:
     """Run one of the programs in a separate process."""
-    command = [sys.executable, PROGRAMS, kind, *map(str, arguments)]
+    command = [sys.executable, *PROGRAMS, kind, *map(str, arguments)]
     # Ray lowers its workers' priority; on a shared machine the loops would have an advantage.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -91,7 +92,7 @@ def measure_loop(kind: str, *arguments: object) -> Cost:
 
 def peak_memory(*arguments: object) -> tuple[float, float]:
     """Peak proportional resident memory (MB) of a job's process tree, and its seconds."""
-    command = [sys.executable, PROGRAMS, *map(str, arguments)]
+    command = [sys.executable, *PROGRAMS, *map(str, arguments)]
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         done = threading.Event()
@@ -191,7 +192,7 @@ def page(results: Results) -> str:
     """Make the section."""
     counts = "; ".join(f"{name} {', '.join(map(str, each))}" for name, each in results.counts.items())
     memory, turns = results.memory, max(map(len, results.turns.values()))
-    command = f"python benchmarks/score.py --turns {turns}"
+    command = f"python -m benchmarks.speed.score --turns {turns}"
     return f"""{stamp(command, ("torch", "transformers", "ray", "pyarrow", "pillow"))}
 
 The machine's own speed varies, and the ratios with it: the same bare loop took up to {drift(results):.1f} times as long

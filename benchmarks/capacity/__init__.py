@@ -1,0 +1,1 @@
+"""What fits into memory, and what a hundred million pairs need."""

@@ -1,0 +1,1 @@
+"""Methods compared by the images that models generate on the embedded world."""

@@ -1,0 +1,1 @@
+"""How exact inverted trajectories are, and what they cost."""
