@@ -14,14 +14,18 @@ from typer.testing import CliRunner
 
 from smpo_common.options import Options, add_command
 from smpo_pipeline.evaluation.options import EvaluateOptions
+from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.score.options import ScoreOptions
+from smpo_pipeline.selection.options import SelectOptions
 from smpo_trainer.settings import TrainSettings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*/*.yaml"))
 MODELS: dict[str, type[Options]] = {
+    "generate": GenerateOptions,
     "score": ScoreOptions,
+    "select": SelectOptions,
     "invert": InvertOptions,
     "train": TrainSettings,
     "evaluate": EvaluateOptions,
@@ -43,6 +47,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for model in HUB_MODELS:
         (cache / repo_folder_name(repo_id=model, repo_type="model")).mkdir(parents=True)
     (tmp_path / "data").mkdir()
+    (tmp_path / "prompts.txt").touch()
     (tmp_path / "examples").symlink_to(EXAMPLES)
     for folder in FILES:
         (tmp_path / "runs" / folder.parent.name / "scores").mkdir(parents=True, exist_ok=True)
@@ -83,8 +88,15 @@ def test_the_stages_fit_together(folder: str) -> None:
     }
     invert, train, evaluate = stages["invert"], stages["train"], stages["evaluate"]
     score = stages.get("score") or yaml.safe_load((EXAMPLES / "sd15" / "score.yaml").read_text(encoding="utf-8"))
-    assert invert["scores"] == score["out"]
-    assert {key: invert[key] for key in ("pairs", "chosen_column", "rejected_column")}.items() <= score.items()
+    if select := stages.get("select"):
+        assert [stages["generate"]["out"]] == score["pairs"] == select["candidates"]
+        assert stages["generate"]["model"] == invert["model"]
+        assert select["scores"] == score["out"]
+        assert invert["pairs"] == [f"{select['out']}/pairs.parquet"]
+        assert invert["scores"] == f"{select['out']}/scores"
+    else:
+        assert invert["scores"] == score["out"]
+        assert {key: invert[key] for key in ("pairs", "chosen_column", "rejected_column")}.items() <= score.items()
     assert train["shards"] == [invert["out"]]
     assert train["model"] == invert["model"]
     assert {reward.partition(":")[0] for reward in train.get("reward", [])} <= set(score["reward"])
