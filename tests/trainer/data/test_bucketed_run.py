@@ -37,9 +37,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[StateBatch]:
     batches: list[StateBatch] = []
     forward = Trainer._forward
 
-    def recorded(self: Trainer, batch: StateBatch):
+    def recorded(self: Trainer, batch: StateBatch, pair_loss):
         batches.append(batch)
-        return forward(self, batch)
+        return forward(self, batch, pair_loss)
 
     monkeypatch.setattr(Trainer, "_forward", recorded)
     return batches

@@ -85,9 +85,9 @@ def test_no_held_out_prompt_is_trained_on(
     seen: dict[bool, set[str]] = {True: set(), False: set()}
     forward = Trainer._forward
 
-    def note(self: Trainer, batch):
+    def note(self: Trainer, batch, pair_loss):
         seen[torch.is_grad_enabled()] |= set(batch.pair_ids)
-        return forward(self, batch)
+        return forward(self, batch, pair_loss)
 
     monkeypatch.setattr(Trainer, "_forward", note)
     held = held_prompts()
@@ -127,8 +127,8 @@ def test_values_are_those_of_the_plain_version(
 def test_a_nan_loss_is_not_left_out(train: Train, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Trainer._forward
 
-    def break_one(self: Trainer, batch):
-        loss_B, values = forward(self, batch)
+    def break_one(self: Trainer, batch, pair_loss):
+        loss_B, values = forward(self, batch, pair_loss)
         return loss_B if torch.is_grad_enabled() else loss_B.index_fill(0, torch.tensor([0]), torch.nan), values
 
     monkeypatch.setattr(Trainer, "_forward", break_one)
