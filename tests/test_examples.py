@@ -49,8 +49,10 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "data").mkdir()
     (tmp_path / "prompts.txt").touch()
     (tmp_path / "examples").symlink_to(EXAMPLES)
-    for folder in FILES:
-        (tmp_path / "runs" / folder.parent.name / "scores").mkdir(parents=True, exist_ok=True)
+    for run in {tmp_path / "runs" / file.parent.name for file in FILES}:
+        for name in ("candidates", "scores", "selected/scores"):
+            (run / name).mkdir(parents=True)
+        (run / "selected/pairs.parquet").touch()
     monkeypatch.chdir(tmp_path)
 
     def parse(file: Path) -> Options:
