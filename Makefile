@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo picture test test-fast chaos fuzz lint docs docs-check format bench gpu-acceptance clean
+.PHONY: help setup demo picture test test-fast test-browser chaos fuzz lint docs docs-check format bench gpu-acceptance clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -70,6 +70,9 @@ test: $(READY_DEV) ## All tests but those of minutes each, which `make chaos` ru
 
 test-fast: $(READY_DEV) ## The everyday tests: no Ray, no long training
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not long'
+
+test-browser: $(READY_DEV) ## The tests of pages in Chromium (part of `make test` where it is installed)
+	SMPO_BROWSER=required $(BIN)/python -m pytest -q -m browser
 
 fuzz: $(READY_DEV) ## 10,000 hostile images and 1,000 hostile files (minutes)
 	$(BIN)/python -m tests.fuzz

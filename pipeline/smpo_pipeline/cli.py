@@ -19,6 +19,7 @@ from smpo_pipeline.commands.score import score
 from smpo_pipeline.commands.select import select
 from smpo_pipeline.commands.status import status
 from smpo_pipeline.commands.toy import toy
+from smpo_pipeline.commands.vote import vote
 
 app = typer.Typer(
     help="Stages of SmPO-Diffusion: generate images, score pairs, invert them into shards; evaluate and inspect.",
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (generate, score, calibrate, select, plan, invert, status, evaluate, inspect, merge, toy):
+for command in (generate, score, calibrate, select, plan, invert, status, evaluate, inspect, merge, vote, toy):
     add_command(app, command)
 
 

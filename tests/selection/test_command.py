@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from smpo_pipeline.images.image_store import ImageStore
 from smpo_pipeline.selection import run as run_module
-from smpo_pipeline.selection.image_store import ImageStore
 from smpo_schemas.pairs import image_id
 from smpo_schemas.preference.winrate import WinRate
 from smpo_schemas.rejects import read_rejects

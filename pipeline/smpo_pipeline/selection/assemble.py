@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from smpo_common.store_path import AnyPath
 from smpo_models.draws import named_stream
 from smpo_pipeline.images.decode import ImageRejectedError
+from smpo_pipeline.images.image_store import ImageStore
 from smpo_pipeline.selection.candidates import CandidateTable
 from smpo_pipeline.selection.further_columns import FurtherColumns, ImageColumns
-from smpo_pipeline.selection.image_store import ImageStore
 from smpo_pipeline.selection.methods import NoPairError, Proposal, Selection
 from smpo_pipeline.selection.pairs_file import PairsFile
 from smpo_schemas.pairs import Pair, PairColumns, PairFile, PairRejectedError, RowRange, image_id, read_rows

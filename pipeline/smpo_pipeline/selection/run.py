@@ -14,12 +14,12 @@ from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, sha256_file
 from smpo_common.options import flag_name
 from smpo_common.store_path import AnyPath
+from smpo_pipeline.images.image_store import ImageStore
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, describe_input, read_identity
 from smpo_pipeline.selection.assemble import Assembly, Labelling
 from smpo_pipeline.selection.candidates import CandidateTable
 from smpo_pipeline.selection.further_columns import FurtherColumns
-from smpo_pipeline.selection.image_store import ImageStore
 from smpo_pipeline.selection.judges import find_judge, judges
 from smpo_pipeline.selection.methods import Rules, Selection, find_selection, selections
 from smpo_pipeline.selection.options import SelectOptions

@@ -1,4 +1,4 @@
-"""Images that wait for the others of their prompt."""
+"""Image files that wait to be used."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ImageStore:
             self._held[number] = data
             return
         if self._file is None:
-            file = tempfile.TemporaryFile(prefix="smpo-select-")  # noqa: SIM115  (closed by the stack)
+            file = tempfile.TemporaryFile(prefix="smpo-images-")  # noqa: SIM115  (closed by the stack)
             self._file = self._closing.enter_context(file)
         self._file.seek(0, 2)
         self._places[number] = (self._file.tell(), len(data))

@@ -1,0 +1,1 @@
+"""Label pairs in the browser."""

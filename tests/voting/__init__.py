@@ -1,0 +1,1 @@
+"""Tests of voting in the browser."""
