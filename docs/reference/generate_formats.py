@@ -50,6 +50,8 @@ _CANDIDATES = {
     "label": "null",
     "noise_0": "of the initial noise: its seed, the number of the image among those of its prompt, and C, h, w",
     "noise_1": "of the other image's noise",
+    "latents_0": "file of image_0's latents, below; null without `--keep`",
+    "latents_1": "file of image_1's latents",
     "model": "fingerprint of the denoiser in float32",
 }
 

@@ -32,6 +32,8 @@ CANDIDATES_SCHEMA = pa.schema(
         ("label", pa.float32()),
         ("noise_0", _NOISE),
         ("noise_1", _NOISE),
+        ("latents_0", pa.string()),
+        ("latents_1", pa.string()),
         ("model", pa.string()),
     ]
 )
@@ -51,6 +53,7 @@ class CandidatesModel(FrozenModel):
         negative: the model that predicts for the unconditional prompt in its place.
         kind: model family, for example ``sd15``.
         denoiser: fingerprint of the denoiser in float32, as in the manifests of shards; also the column ``model``.
+        scheduler: fingerprint of the noise levels and prediction type, as in the manifests of shards.
         parts: fingerprint of each part of the pipeline in ``dtype``, by its folder; of the denoiser with its negative.
     """
 
@@ -60,6 +63,7 @@ class CandidatesModel(FrozenModel):
     negative: str | None
     kind: str
     denoiser: str
+    scheduler: str
     parts: dict[str, str]
 
 

@@ -40,11 +40,14 @@ class GenerationSettings(FrozenModel):
         """Number of the sampler's states to keep of each image."""
         return num_states(self.keep)
 
-    def nodes(self, prompt: str, index: int) -> list[int]:
-        """Draw which of the sampler's steps to keep the input of, increasing; by seed, prompt and index alone."""
+    def nodes(self, prompt: str) -> list[int]:
+        """Draw which of the sampler's steps to keep the input of, increasing; by seed and prompt alone.
+
+        The images of a prompt share them: both images of a pair need states at the same timesteps.
+        """
         from smpo_models.draws import named_stream  # noqa: PLC0415  (torch: not in workers that encode images)
 
-        stream = named_stream(f"{self.seed}/states/{index}/{prompt}")
+        stream = named_stream(f"{self.seed}/states/{prompt}")
         return sorted(stream.choice(self.steps, self.num_states, replace=False).tolist())
 
     def image_bytes(self, latent_shape: Sequence[int]) -> int:

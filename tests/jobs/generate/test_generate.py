@@ -127,6 +127,7 @@ def test_every_prompt_has_its_images_or_a_reason(world, candidates):
         assert (row["model"], row["label"]) == (model, None)
         for side in range(2):
             assert row[f"noise_{side}"] == {"seed": 0, "index": 2 * j + side, "shape": [4, 8, 8]}
+            assert image_id(row[f"image_{side}"]) in load_file(candidates / row[f"latents_{side}"])
     assert [row["category"] for row in rows[::2]] == ["one", "two", "five"]
     assert [row["rank"] for row in rows[::2]] == [1, 2, 6]
     for part in made.parts:
@@ -169,7 +170,7 @@ def test_images_latents_and_states_are_the_stock_pipelines(world, candidates):
         name = image_id(images[prompt, index])
         assert np.abs(pixels(images[prompt, index]) - np.asarray(image, int)).max() <= 1
         torch.testing.assert_close(kept[name], inputs[-1], atol=1e-4, rtol=1e-4)
-        nodes = settings.nodes(prompt, index)
+        nodes = settings.nodes(prompt)
         drawn.add(tuple(nodes))
         assert kept[f"{name}.timesteps"].tolist() == scheduler.timesteps[nodes].tolist()
         expected = torch.stack([inputs[node] for node in nodes])

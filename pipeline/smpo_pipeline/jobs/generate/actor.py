@@ -145,7 +145,7 @@ class GenerateActor:
         return made, outcome.failed
 
     def _sample(self, batch: Sequence[Wanted]) -> list[Sampled]:
-        nodes = [self._settings.nodes(*wanted) for wanted in batch] if self._settings.num_states else None
+        nodes = [self._settings.nodes(prompt) for prompt, _ in batch] if self._settings.num_states else None
         return self._generator.sample(batch, self._settings, nodes)
 
     def _sample_alone(self, wanted: Wanted) -> None:

@@ -95,6 +95,7 @@ def describe_generator(options: GenerateOptions, generator: Generator, dtype: Dt
         negative=str(options.negative) if options.negative else None,
         kind=generator.family.kind,
         denoiser=denoiser,
+        scheduler=generator.family.noise_schedule.fingerprint(),
         parts=parts,
         settings=_settings(generator),
     )

@@ -57,8 +57,8 @@ class CandidateFileOptions(Options):
     image_format: ImageFormat = "png"
     """Format of the images: png, webp (lossless), or jpeg (quality 95)."""
     keep: Annotated[str | None, PlainValidator(_keep), Flag(typed=str, metavar="latents|states:M")] = None
-    """Store more than images. latents: what the VAE decoded. states:M: also M states of the sampler per image, drawn at
-    random."""
+    """Store more than images. latents: what the VAE decoded. states:M: also M states of the sampler per image, at
+    random steps that are the same for all images of a prompt. invert --source tracked and sampled use them."""
     prompts_per_file: Annotated[int | None, Field(ge=1)] = None
     """Prompts per file; a file is also the unit of work. Default: as many as have 256 images."""
 

@@ -90,7 +90,7 @@ def _write(unit: int, row: pa.Table, prompts: Prompts, storing: Storing, run: Ru
         # Workers may outlive their run.
         run.require_current()
         kept = _write_kept(run.out / kept_name(unit), row, images, storing) if storing.settings.keep else None
-        entry = _write_part(unit, places, images, prompts, storing, run.out).model_copy(update={"kept": kept})
+        entry = _write_part(unit, places, images, prompts, storing, run.out, kept)
     record = UnitRecord(
         unit=unit,
         pairs_in=len(places) + len(rejects),
@@ -108,7 +108,13 @@ def _noise(index: int, storing: Storing) -> dict[str, Any]:
 
 
 def _write_part(
-    unit: int, places: Sequence[int], images: Sequence[bytes], prompts: Prompts, storing: Storing, out: AnyPath
+    unit: int,
+    places: Sequence[int],
+    images: Sequence[bytes],
+    prompts: Prompts,
+    storing: Storing,
+    out: AnyPath,
+    kept: KeptFile | None,
 ) -> CandidatesPart:
     settings, num_images = storing.settings, storing.settings.images_per_prompt
     table, further = ray.get(prompts.tables)
@@ -121,6 +127,7 @@ def _write_part(
             "image_1": images[number * num_images + index + 1],
             "noise_0": _noise(index, storing),
             "noise_1": _noise(index + 1, storing),
+            **dict.fromkeys(("latents_0", "latents_1"), kept.name if kept else None),
             "model": storing.model,
         }
         for number, place in enumerate(places)
@@ -138,7 +145,7 @@ def _write_part(
             part, temporary, row_group_size=_ROWS_PER_GROUP, compression="NONE", use_dictionary=["prompt", "model"]
         )
         size, digest = temporary.stat().st_size, sha256_file(temporary)
-    return CandidatesPart(name=path.name, rows=len(rows), prompts=len(places), bytes=size, sha256=digest)
+    return CandidatesPart(name=path.name, rows=len(rows), prompts=len(places), bytes=size, sha256=digest, kept=kept)
 
 
 def _write_kept(path: AnyPath, row: pa.Table, images: Sequence[bytes], storing: Storing) -> KeptFile:
