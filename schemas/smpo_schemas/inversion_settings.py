@@ -10,21 +10,26 @@ from smpo_common.errors import UserError
 from smpo_schemas.dtypes import Dtype
 from smpo_schemas.frozen import FrozenModel
 
+GENERATED = ("tracked", "sampled")
+"""Sources that take latents which ``generate --keep`` stored, in place of the images."""
+
 
 class InversionSettings(FrozenModel):
     """Everything that determines the stored states, besides the model, the pairs and the seed.
 
     Attributes:
         source: ``renoise``: trajectories of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian
-            noise.
+            noise; ``tracked``: the noise that ``generate`` made each image from, added to the sampler's final latent
+            (arXiv 2605.09433); ``sampled``: the sampler's own states.
         forward_noise: for ``forward``: both images of a ``pair`` get the same noise (Diffusion-DPO), or each ``image``
             its own (CaPO).
         start: where a trajectory begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level),
             or a timestep up to which nodes are reached by forward noising.
         timesteps: ``jittered`` (one uniform draw in each of ``steps`` equal strata), ``grid`` (the scheduler's own
-            inference grid) or ``published`` (the state of the grid's first node at or above a uniform t, or of its last
-            node, used as if it were at t; each step evaluates the model at the timestep that it starts from).
-        steps: steps per trajectory.
+            inference grid; for ``sampled`` those of its timesteps at which states were kept) or ``published`` (the
+            state of the grid's first node at or above a uniform t, or of its last node, used as if it were at t; each
+            step evaluates the model at the timestep that it starts from).
+        steps: steps per trajectory; for ``sampled`` the kept states of an image.
         solver: solves a step's implicit equation: ``ddim`` (one evaluation, no solving), ``renoise`` (a fixed number of
             iterations), ``adaptive`` (iterated to convergence) or ``anderson`` (the same, accelerated).
         renoise_steps: for ``renoise``: iterations per step, one evaluation each after the first; 0 is DDIM inversion.
@@ -54,7 +59,7 @@ class InversionSettings(FrozenModel):
         dtype: of the inverting denoiser's forward passes, and of matrix products in the reference's.
     """
 
-    source: Literal["renoise", "forward"] = "renoise"
+    source: Literal["renoise", "forward", "tracked", "sampled"] = "renoise"
     forward_noise: Literal["pair", "image"] = "pair"
     start: Literal["clean", "level0"] | int = "clean"
     timesteps: Literal["jittered", "grid", "published"] = "jittered"

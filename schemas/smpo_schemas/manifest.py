@@ -9,6 +9,7 @@ from pydantic import Field
 from smpo_common.errors import UserError
 from smpo_common.files import Count, FileName, read_versioned, write_json
 from smpo_common.store_path import AnyPath
+from smpo_schemas.dtypes import Dtype
 from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.scores import RewardStatistics
@@ -49,6 +50,30 @@ class ModelInfo(FrozenModel):
     num_train_timesteps: int = Field(ge=1, le=2**31)
     embedded_guidance: float | None = None
     sampler_steps: int | None = None
+
+
+class ImageSampling(FrozenModel):
+    """How ``generate`` sampled images whose latents it kept.
+
+    Attributes:
+        candidates_sha256: hash of their ``candidates.json``.
+        denoiser: fingerprint of the denoiser that made them.
+        negative: the model that predicted for the unconditional prompt in its place.
+        sampler: name of the sampler.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance, 1 is none; or what the model was told; None for models without.
+        seed: of the initial noise.
+        dtype: of the model, to which the initial noise was rounded.
+    """
+
+    candidates_sha256: str
+    denoiser: str
+    negative: str | None
+    sampler: str
+    steps: int
+    guidance_scale: float | None
+    seed: int
+    dtype: Dtype
 
 
 class ShardEntry(FrozenModel):
@@ -196,6 +221,7 @@ class Manifest(FrozenModel):
         index: None in older directories.
         text: the stored embeddings of the prompts; None with ``--text live``, where the trainer encodes them.
         buckets: image sizes by rising aspect ratio; empty without ``--buckets``.
+        samplings: with the sources ``tracked`` and ``sampled``, how the images were sampled.
         ref_error_arithmetic: arithmetic of ``ref_error``, for example ``fp32`` or ``bf16 autocast``.
     """
 
@@ -213,6 +239,7 @@ class Manifest(FrozenModel):
     index: IndexEntry | None = None
     text: StoredTextEntry | None = None
     buckets: list[Bucket] = Field(default_factory=list)
+    samplings: list[ImageSampling] = Field(default_factory=list)
     ref_error_arithmetic: str
 
 

@@ -36,6 +36,10 @@ class RejectKind(StrEnum):
     NO_SCORE = "no score"
     OTHER_PAIR = "other pair"
     OTHER_IMAGES = "other images"
+    # What `generate` kept, for invert
+    NO_NOISE = "no noise"
+    NO_LATENTS = "no latents"
+    NO_STATES = "no states"
     # A prompt, for select
     ONE_IMAGE = "one image"
     ALL_EQUAL = "all equal"

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from smpo_pipeline.inspection.shards import describe_settings
-from smpo_pipeline.inversion.advice import health_warnings
+from smpo_pipeline.inversion.advice import health_warnings, sampling_remarks
 from smpo_schemas.inversion_settings import InversionSettings
-from smpo_schemas.manifest import BandHealth
+from smpo_schemas.manifest import BandHealth, ImageSampling
 
 
 def band(ratio: float | None, start: int = 0) -> BandHealth:
@@ -33,6 +35,8 @@ def test_good_bands_give_no_warning(ratio: float | None) -> None:
         (0.79, {"start": 100, "solver": "adaptive"}, ["--start T further on", "VAE"], ["--start level0", "ReNoise"]),
         (1.26, {}, ["more --steps", "--start T", "More corrections a step raise it"], ["ReNoise", "level0"]),
         (5.0, {"solver": "anderson"}, ["more --steps", "--start T"], ["ReNoise", "level0"]),
+        (0.7, {"source": "tracked"}, ["--source sampled", "--guidance-scale 1", "--source renoise"], ["--start"]),
+        (1.3, {"source": "sampled"}, ["--guidance-scale 1", "--source renoise"], ["--start", "--source sampled"]),
     ],
 )
 def test_bad_bands_are_named_and_remedies_follow_by_side_and_solver(
@@ -98,6 +102,8 @@ def test_a_solver_that_failed_is_not_recommended() -> None:
         ({}, "1 ReNoise iterations each"),
         ({"renoise_steps": 5, "renoise_average": "3,5"}, "5 ReNoise iterations each, mean of estimates 3,5"),
         ({"solver": "ddim"}, "DDIM inversion without correction"),
+        ({"source": "tracked", "steps": 3}, "each image's own initial noise at 3 jittered timesteps; all"),
+        ({"source": "sampled", "steps": 2}, "up to 2 of the sampler's own states; all"),
         ({"solver": "adaptive"}, "each solved by adaptive iteration to residual 0.0001 or 30 evaluations"),
         (
             {"solver": "anderson", "tolerance": 1e-5},
@@ -107,3 +113,38 @@ def test_a_solver_that_failed_is_not_recommended() -> None:
 )
 def test_solvers_are_described(settings: dict[str, object], words: str) -> None:
     assert words in describe_settings(InversionSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "told", "scale", "words"),
+    [
+        ("tracked", "flow", None, 1.0, []),
+        ("tracked", "flow", None, 4.5, ["guidance scale 4.5, so their states lie off the path"]),
+        ("sampled", "flow", 1.0, 3.5, ["told guidance scale 3.5", "told 1 (--embedded-guidance)"]),
+        ("sampled", "flow", 3.5, 3.5, []),
+        ("sampled", "epsilon", None, 1.0, []),
+        ("tracked", "epsilon", None, 1.0, ["--source tracked approximates", "--source sampled"]),
+        ("tracked", "flow", None, None, []),
+    ],
+)
+def test_sampling_that_leaves_the_measured_path_is_remarked(
+    source: str, kind: str, told: float | None, scale: float | None, words: list[str]
+) -> None:
+    sampling = ImageSampling(
+        candidates_sha256="",
+        denoiser="",
+        negative=None,
+        sampler="Euler",
+        steps=4,
+        guidance_scale=scale,
+        seed=0,
+        dtype="fp32",
+    )
+    manifest = SimpleNamespace(
+        model=SimpleNamespace(embedded_guidance=told, prediction_type=kind),
+        inversion=InversionSettings(source=source),
+        samplings=[sampling, sampling],
+    )
+    remarks = sampling_remarks(manifest)
+    assert len(remarks) == bool(words)
+    assert all(word in remarks[0] for word in words)

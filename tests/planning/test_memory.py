@@ -46,6 +46,8 @@ def test_configs_alone_say_what_fits(configs, tmp_path, capfd):
     parts = ("weights", "text_encoders", "optimizer", "gradients", "activations")
     assert memory["train_total"] == sum(memory["train"][part] for part in parts) > 0.01e9
     assert f"a checkpoint takes {format_bytes(memory['train']['checkpoint'])} of disk" in done.stdout
+    run_here(capfd, "smpo-pipeline", "plan", *flags, "--source", "tracked")
+    assert (json.loads(written.read_text())["memory"]["invert"]["encoding"], memory["invert"]["encoding"] > 0) == (0, 1)
     less = run_here(capfd, "smpo-pipeline", "plan", *flags, *lora)
     assert "smpo-train fits in 0.01 GB" in less.stdout
     assert json.loads(written.read_text())["memory"]["train_total"] < memory["train_total"] / 2

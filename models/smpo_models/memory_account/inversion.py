@@ -26,6 +26,7 @@ class InversionRun:
         dtype: of the denoisers.
         holds_text: whether the text encoders are in memory (``--text live``).
         own_inverting_denoiser: whether the reference inverts.
+        encodes_images: whether images are encoded, rather than their latents known.
     """
 
     height: int
@@ -34,6 +35,7 @@ class InversionRun:
     dtype: Dtype = "bf16"
     holds_text: bool = False
     own_inverting_denoiser: bool = True
+    encodes_images: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def account_inversion(family: Family, run: InversionRun) -> InversionMemory:
         if family.vae is not None:
             make_fake(family.vae)
         denoising = max(_forward(family, reference, run, dtype), _forward(family, inverting, run, None))
-        encoding = _encode(family, run)
+        encoding = _encode(family, run) if run.encodes_images else 0
     return InversionMemory(
         weights=weights,
         vae=vae,

@@ -15,6 +15,8 @@ from smpo_schemas.manifest import MANIFEST_FILE, Manifest
 def invert(options: InvertOptions) -> None:
     """Invert the images of every pair along the model's sampling trajectory, and store the states as WebDataset shards.
 
+    Or take states without inversion, by --source.
+
     Writes OUT/shard-*.tar, OUT/rejected.parquet and, last, OUT/manifest.json. Train on them with
     `smpo-train --shards OUT`, as often as you like.
     """
@@ -39,11 +41,13 @@ def invert(options: InvertOptions) -> None:
 
 
 def _show(console: Console, manifest: Manifest, out: AnyPath) -> None:
-    from smpo_pipeline.inversion.advice import health_warnings  # noqa: PLC0415
+    from smpo_pipeline.inversion.advice import health_warnings, sampling_remarks  # noqa: PLC0415
 
     totals = manifest.totals
     ratios = [f"{band.noise_ratio:.2f}" for band in manifest.health if band.noise_ratio is not None]
     console.print(f"noise ratio by timestep band (exact inversion: 1): {' '.join(ratios)}")
+    for remark in sampling_remarks(manifest):
+        console.print(f"remark: {remark}", highlight=False, soft_wrap=True)
     for warning in health_warnings(manifest.health, manifest.inversion):
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
     if totals.prompts_cut:

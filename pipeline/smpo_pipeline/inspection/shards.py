@@ -13,11 +13,12 @@ import numpy as np
 from rich.console import Console
 
 from smpo_common.errors import UserError
+from smpo_models.sampling import sampling_in_words
 from smpo_pipeline.images.buckets import describe_buckets
 from smpo_pipeline.inspection.scores import print_sharpness
-from smpo_pipeline.inversion.advice import believable, health_warnings, unsolved
+from smpo_pipeline.inversion.advice import believable, health_warnings, sampling_remarks, unsolved
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
-from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.inversion_settings import GENERATED, InversionSettings
 from smpo_schemas.manifest import TEXT_FOLDER, Manifest, ModelInfo
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.shards.reader import ShardDirectory
@@ -107,6 +108,13 @@ def _of_flow(model: ModelInfo) -> dict[str, str]:
     return {name: f"{value:g}" for name, value in values.items() if value is not None}
 
 
+def _of_samplings(manifest: Manifest) -> dict[str, str]:
+    """Describe how the images were made, where their latents were kept."""
+    made = [sampling_in_words(each.sampler, each.steps, each.guidance_scale) for each in manifest.samplings]
+    negative = ", with a negative model" if any(each.negative for each in manifest.samplings) else ""
+    return {"images": f"generated, {'; '.join(dict.fromkeys(made))}{negative}"} if made else {}
+
+
 def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     """Print the summary, warnings last."""
     manifest = summary.manifest
@@ -129,6 +137,7 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
                 "inverted by": "the reference" if own else manifest.model.inverting_denoiser[:16],
                 "inversion": describe_settings(manifest.inversion),
                 **_of_flow(manifest.model),
+                **_of_samplings(manifest),
                 "seed": f"{manifest.seed}",
                 "mirrored": percent(summary.flipped, summary.trajectories),
                 "empty prompt": percent(summary.dropped, summary.trajectories),
@@ -146,6 +155,8 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     rewards = {name: reward for name, reward in manifest.rewards.items() if reward.max > reward.min}
     scores = {name: np.array(summary.scores[name], dtype=np.float64).reshape(-1, 2) for name in rewards}
     print_sharpness({name: minmax(scores, rewards, {name: 1.0}) for name in rewards}, console)
+    for remark in sampling_remarks(manifest):
+        console.print(f"remark: {remark}", highlight=False, soft_wrap=True)
     for warning in health_warnings(manifest.health, manifest.inversion):
         console.print(f"warning: {warning}", style="bold red", highlight=False, soft_wrap=True)
 
@@ -162,6 +173,10 @@ def describe_settings(settings: InversionSettings) -> str:
     if settings.source == "forward":
         noise = {"pair": "the same noise for both images", "image": "separate noise for each image"}
         source = f"forward noise ({noise[settings.forward_noise]}) at {settings.steps} {settings.timesteps} timesteps"
+    elif settings.source == "tracked":
+        source = f"each image's own initial noise at {settings.steps} {settings.timesteps} timesteps"
+    elif settings.source == "sampled":
+        source = f"up to {settings.steps} of the sampler's own states"
     else:
         start = {"clean": "x0", "level0": "x0 at the first noise level"}.get(
             str(settings.start), f"forward noise up to t = {settings.start}"
@@ -172,10 +187,11 @@ def describe_settings(settings: InversionSettings) -> str:
             + (f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
         )
     states = "all states" if settings.states is None else f"{settings.states} states per trajectory"
+    latents = "the sampler's last latents" if settings.source in GENERATED else f"VAE {settings.vae_latent}"
     count = f"{settings.trajectories} {'trajectories' if settings.trajectories > 1 else 'trajectory'}"
     return (
         f"{source}; {states} stored; {count} per pair; "
-        f"VAE {settings.vae_latent}; prompt dropped with probability {settings.prompt_dropout:g}; "
+        f"{latents}; prompt dropped with probability {settings.prompt_dropout:g}; "
         f"{'half mirrored' if settings.hflip else 'not mirrored'}; {settings.dtype}"
     )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smpo_schemas.inversion_settings import InversionSettings
-from smpo_schemas.manifest import BandHealth
+from smpo_schemas.inversion_settings import GENERATED, InversionSettings
+from smpo_schemas.manifest import FLOW, BandHealth, Manifest
 
 LOWEST_RATIO = 0.8
 HIGHEST_RATIO = 1.25
@@ -54,6 +54,8 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
             "--timesteps published uses states at timesteps that they do not belong to, which moves the ratio by "
             "itself; --timesteps jittered does not."
         )
+    if doubted and settings.source in GENERATED:
+        return [*warnings, f"Remedies: {', then '.join(_of_generated(settings))}."]
     if any(band.noise_ratio < LOWEST_RATIO for band in doubted if band.noise_ratio is not None):
         warnings.append(f"Remedies for a low ratio, in this order: {', then '.join(_against_low(settings))}.")
     if any(band.noise_ratio > HIGHEST_RATIO for band in doubted if band.noise_ratio is not None):
@@ -76,6 +78,34 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
         if band.unconverged > _MOST_UNCONVERGED * band.solved
     ]
     return warnings
+
+
+def sampling_remarks(manifest: Manifest) -> list[str]:
+    """A sentence for each way in which the images' sampling was not that of the model that states are measured by."""
+    told, remarks = manifest.model.embedded_guidance, []
+    for scale in sorted({each.guidance_scale for each in manifest.samplings if each.guidance_scale is not None}):
+        if told is None and scale != 1:
+            remarks.append(
+                f"the images were sampled at guidance scale {scale:g}, so their states lie off the path of the model "
+                "without guidance, which ref_error is measured by and training trains"
+            )
+        if told is not None and scale != told:
+            remarks.append(
+                f"the images were sampled by the model told guidance scale {scale:g}, ref_error is of the model told "
+                f"{told:g} (--embedded-guidance)"
+            )
+    if manifest.inversion.source == "tracked" and manifest.model.prediction_type != FLOW:
+        remarks.append(
+            "--source tracked approximates the sampler's states, whose path is curved: see the noise ratio; "
+            "--source sampled takes the states themselves"
+        )
+    return remarks
+
+
+def _of_generated(settings: InversionSettings) -> list[str]:
+    """Remedies where the states are those of images that `generate` made."""
+    sampled = ["--source sampled (of `generate --keep states:M`)"] if settings.source == "tracked" else []
+    return [*sampled, "images generated at --guidance-scale 1", "--source renoise"]
 
 
 def _against_low(settings: InversionSettings) -> list[str]:

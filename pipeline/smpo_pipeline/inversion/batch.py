@@ -1,4 +1,4 @@
-"""A batch of trajectories under way: what was drawn for each, and what both sources of states need of the models.
+"""A batch of trajectories under way: what was drawn for each, and what the sources of states need of the models.
 
 Shape suffixes: B trajectories, R = 2B rows (both images of a trajectory, one after the other), S some of these rows, C
 h w a latent.
@@ -15,20 +15,22 @@ from torch import nn
 
 from smpo_models.draws import gaussian, trajectory_stream
 from smpo_models.family import Conditioning, Family
+from smpo_pipeline.inversion.generated import GeneratedPair
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan, plan_trajectory
-from smpo_schemas.inversion_settings import InversionSettings
+from smpo_schemas.inversion_settings import GENERATED, InversionSettings
 from smpo_schemas.shards.samples import STORAGE, SampleMeta
 
 
 @dataclass(frozen=True)
 class PreparedPair:
-    """A pair whose images are decoded, resized and cropped.
+    """A pair whose images are decoded, resized and cropped, or whose latents are known.
 
     Attributes:
-        pixels_2HW3: uint8, both images.
+        pixels_2HW3: uint8, both images; with ``generated`` without colours, [2, H, W, 0].
         size: both images' original (height, width).
         crop: both crops' (top, left) in the resized images.
         measured: whether this pair is in the sample that trajectory health is measured on.
+        generated: latents that the sampler gave, for sources that take them.
     """
 
     pair_id: str
@@ -40,6 +42,7 @@ class PreparedPair:
     size: tuple[tuple[int, int], tuple[int, int]]
     crop: tuple[tuple[int, int], tuple[int, int]]
     measured: bool
+    generated: GeneratedPair | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -100,7 +103,13 @@ def draw_trajectory(
         pair=pair,
         number=number,
         plan=plan_trajectory(
-            settings, family.noise_schedule, seed, pair.pair_id, number, tokens=family.num_tokens(*pair.image_size)
+            settings,
+            family.noise_schedule,
+            seed,
+            pair.pair_id,
+            number,
+            tokens=family.num_tokens(*pair.image_size),
+            kept=pair.generated.timesteps if pair.generated else (),
         ),
         flipped=settings.hflip and bool(stream("flip").random() < 0.5),  # noqa: PLR2004  (an even coin)
         dropped=bool(stream("dropout").random() < settings.prompt_dropout),
@@ -159,6 +168,18 @@ class Batch:
 
     def _latents(self) -> torch.Tensor:
         """x0 of both images, rounded to what is stored, so that the trajectory begins from the very sample."""
+        if self.settings.source in GENERATED:
+            x0 = torch.from_numpy(np.concatenate([pair.latents_K2Chw[0] for pair in self.generated])).to(self.device)
+        else:
+            x0 = self._encode()
+        return x0.to(STORAGE[self.settings.storage]).float()
+
+    @property
+    def generated(self) -> list[GeneratedPair]:
+        """What is kept of each trajectory's pair, for sources that take it."""
+        return [trajectory.pair.generated for trajectory in self.trajectories if trajectory.pair.generated]
+
+    def _encode(self) -> torch.Tensor:
         images = [
             trajectory.pair.pixels_2HW3[:, :, ::-1] if trajectory.flipped else trajectory.pair.pixels_2HW3
             for trajectory in self.trajectories
@@ -169,7 +190,7 @@ class Batch:
             shape = (2, *mean.shape[1:])
             noise = torch.cat([gaussian(trajectory.stream("vae"), shape) for trajectory in self.trajectories])
             mean = mean + std * noise.to(self.device)
-        return mean.to(STORAGE[self.settings.storage]).float()
+        return mean
 
     def _condition(self, prompts: Sequence[str]) -> Conditioning:
         return self.family.condition(

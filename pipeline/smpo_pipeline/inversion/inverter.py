@@ -42,13 +42,15 @@ class Inverter:
             family: the model; its denoiser is the reference that ``ref_error`` is measured with, in the arithmetic of
                 training: products in ``settings.dtype`` by autocast, norms in float32.
             inverting_denoiser: the denoiser that carries the images along; usually the reference itself. All its
-                weights have ``settings.dtype``.
+                weights have ``settings.dtype``. Only ``--source renoise`` asks it.
             settings: of the inversion.
             seed: with the pair's id, the source of all randomness.
             device: cpu or cuda.
         """
         if family.denoiser is None:
             raise RuntimeError("the model was loaded without its denoiser")
+        if settings.source != "renoise":
+            inverting_denoiser = family.denoiser
         self._family, self._reference, self._inverting_denoiser = family, family.denoiser, inverting_denoiser
         self._reference_inverts = inverting_denoiser is family.denoiser
         self._settings, self._seed = settings, seed

@@ -1,9 +1,10 @@
-"""Where states come from (``--source``): ReNoise trajectories, or forward noising."""
+"""Where states come from (``--source``): ReNoise trajectories, forward noising, or the sampler that made the images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from smpo_models.draws import gaussian
@@ -25,7 +26,7 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
     s_R = torch.full((len(batch.x0_RChw),), inverted_from, dtype=schedule.timestep_dtype, device=batch.device)
     x_RChw = batch.x0_RChw.clone() if settings.start == "clean" else schedule.noised(batch.x0_RChw, start_noise, s_R)
     eta_streams = [trajectory.stream("eta") for trajectory in batch.trajectories]
-    for index in range(max(len(trajectory.plan.nodes) for trajectory in batch.trajectories)):
+    for index in range(_most_nodes(batch)):
         rows, t, asked = batch.rows_at(index)
         x_s, s = x_RChw[rows], s_R[rows]
         stepped = t > inverted_from
@@ -63,14 +64,44 @@ def forward_visits(batch: Batch) -> Iterator[Visit]:
     shape = (2 if own else 1, *batch.x0_RChw.shape[1:])
     for stream in streams:
         gaussian(stream, shape)  # not used: it keeps a seed's draws what they were when the start was a state, too
-    for index in range(max(len(trajectory.plan.nodes) for trajectory in batch.trajectories)):
-        rows, _, _ = batch.rows_at(index)
+    for index in range(_most_nodes(batch)):
         noise = torch.cat([gaussian(stream, shape).expand(2, -1, -1, -1) for stream in streams]).to(batch.device)
-        positions, used_at = batch.stored_at(index, rows)
-        stored = rows[positions]
-        x_t = batch.noise_schedule.noised(batch.x0_RChw[stored], noise[stored], used_at)
-        yield Visit(index, stored, used_at, x_t, None, None, noise[stored])
+        yield _noised(batch, index, noise)
 
 
-SOURCES: dict[str, Callable[[Batch], Iterator[Visit]]] = {"renoise": renoise_visits, "forward": forward_visits}
+def tracked_visits(batch: Batch) -> Iterator[Visit]:
+    """Noise-tracked pairs (arXiv 2605.09433): each image's own initial noise, added to what the sampler made of it."""
+    pairs = zip(batch.generated, batch.trajectories, strict=True)
+    noise = torch.cat([pair.initial_noise(trajectory.pair.prompt) for pair, trajectory in pairs]).to(batch.device)
+    for index in range(_most_nodes(batch)):
+        yield _noised(batch, index, noise)
+
+
+def sampled_visits(batch: Batch) -> Iterator[Visit]:
+    """The states that the sampler itself went through."""
+    for index in range(_most_nodes(batch)):
+        rows, t, _ = batch.rows_at(index)
+        states = [pair.latents_K2Chw[1 + index] for pair in batch.generated if index < len(pair.timesteps)]
+        yield Visit(index, rows, t, torch.from_numpy(np.concatenate(states)).to(batch.device), None, None)
+
+
+def _noised(batch: Batch, index: int, noise_RChw: torch.Tensor) -> Visit:
+    """Visit the ``index``-th nodes by adding noise to x0, where their states are stored."""
+    rows, _, _ = batch.rows_at(index)
+    positions, used_at = batch.stored_at(index, rows)
+    stored = rows[positions]
+    x_t = batch.noise_schedule.noised(batch.x0_RChw[stored], noise_RChw[stored], used_at)
+    return Visit(index, stored, used_at, x_t, None, None, noise_RChw[stored])
+
+
+def _most_nodes(batch: Batch) -> int:
+    return max(len(trajectory.plan.nodes) for trajectory in batch.trajectories)
+
+
+SOURCES: dict[str, Callable[[Batch], Iterator[Visit]]] = {
+    "renoise": renoise_visits,
+    "forward": forward_visits,
+    "tracked": tracked_visits,
+    "sampled": sampled_visits,
+}
 """By the names that ``--source`` takes."""

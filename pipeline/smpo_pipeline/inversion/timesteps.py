@@ -32,7 +32,14 @@ class TrajectoryPlan:
 
 
 def plan_trajectory(
-    settings: InversionSettings, schedule: NoiseSchedule, seed: int, pair_id: str, trajectory: int, *, tokens: int
+    settings: InversionSettings,
+    schedule: NoiseSchedule,
+    seed: int,
+    pair_id: str,
+    trajectory: int,
+    *,
+    tokens: int,
+    kept: Sequence[float] = (),
 ) -> TrajectoryPlan:
     """Draw the path of one trajectory, from (seed, pair_id, trajectory) and the number of image tokens alone.
 
@@ -43,10 +50,15 @@ def plan_trajectory(
         pair_id: of the pair.
         trajectory: number of the pair's trajectory.
         tokens: the image's number of tokens, on which some flow models' timesteps depend.
+        kept: for ``--source sampled``: the timesteps of the pair's kept states, increasing.
 
     Raises:
         UserError: more steps than the model has room for, or none that leads anywhere.
     """
+    if settings.source == "sampled":
+        # The sampler's first, T of flow models, is above all that shards may have.
+        below = float(np.nextafter(np.float32(schedule.num_train_timesteps), np.float32(0)))
+        return _storing([min(t, below) for t in kept], settings, seed, pair_id, trajectory)
     _check_steps(settings, schedule)
     last = schedule.first_pure_noise
     stream = trajectory_stream(seed, pair_id, trajectory, "timesteps")
@@ -64,6 +76,13 @@ def plan_trajectory(
     if settings.timesteps == "published":
         num_timesteps = schedule.num_train_timesteps
         return _published(nodes, num_timesteps // settings.steps, int(stream.integers(num_timesteps)))
+    return _storing(nodes, settings, seed, pair_id, trajectory)
+
+
+def _storing(
+    nodes: Sequence[float], settings: InversionSettings, seed: int, pair_id: str, trajectory: int
+) -> TrajectoryPlan:
+    """Choose which nodes' states are stored."""
     stored = list(range(len(nodes)))
     if settings.states is not None and settings.states < len(nodes):
         choice = trajectory_stream(seed, pair_id, trajectory, "states").choice(

@@ -40,10 +40,15 @@ def pair_fields(pair: Pair, source: str) -> dict[str, Any]:
     }
 
 
-def read_unit(ranges: Sequence[RowRange], columns: Columns) -> Iterator[tuple[str, Pair | PairRejectedError]]:
-    """Yield ``(source, pair or the reason for its rejection)`` for each row of a unit, in order."""
+def read_unit(
+    ranges: Sequence[RowRange], columns: Columns, further: Sequence[str] = ()
+) -> Iterator[tuple[str, Pair | PairRejectedError]]:
+    """Yield ``(source, pair or the reason for its rejection)`` for each row of a unit, in order.
+
+    ``further`` names columns for :attr:`Pair.further`.
+    """
     for rows in ranges:
-        yield from read_rows(rows, columns[rows.path])
+        yield from read_rows(rows, columns[rows.path], further)
 
 
 def unit_sizes(units: Sequence[Sequence[RowRange]]) -> list[int]:

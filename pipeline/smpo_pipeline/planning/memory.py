@@ -10,6 +10,7 @@ from smpo_pipeline.jobs.invert.models import choose_text
 from smpo_pipeline.planning.options import PlanOptions
 from smpo_schemas.dtypes import Dtype
 from smpo_schemas.frozen import FrozenModel
+from smpo_schemas.inversion_settings import GENERATED
 
 GB = 10**9
 
@@ -76,9 +77,15 @@ def plan_memory(options: PlanOptions) -> MemoryPlan:
         ),
     )
     trajectories = options.running.batch_size or 1
-    is_own = models.inverting_unet is None
+    generated = options.trajectory.source in GENERATED
     inverting = InversionRun(
-        side, side, batch_size=trajectories, dtype=dtype, holds_text=holds_text, own_inverting_denoiser=is_own
+        side,
+        side,
+        batch_size=trajectories,
+        dtype=dtype,
+        holds_text=holds_text,
+        own_inverting_denoiser=generated or models.inverting_unet is None,
+        encodes_images=not generated,
     )
     invert = account_inversion(family, inverting)
     return MemoryPlan(

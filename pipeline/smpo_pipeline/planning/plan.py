@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -23,6 +24,7 @@ from smpo_pipeline.inversion.batch_size import (
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import FAILURES
+from smpo_pipeline.jobs.invert.candidates import Found, check_configs, find_candidates, kept_source
 from smpo_pipeline.jobs.invert.models import choose_text, load_models, read_configs
 from smpo_pipeline.planning.options import PlanOptions
 from smpo_pipeline.planning.rate import Rate, batches_of_units, measure_rate
@@ -32,7 +34,7 @@ from smpo_pipeline.planning.text import EncodedPrompts, TextPlan, encode_sampled
 from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import Bucket
-from smpo_schemas.pairs import list_pair_files
+from smpo_schemas.pairs import PairFile, list_pair_files
 from smpo_schemas.scores import read_scores_info
 
 _SAMPLED = 256
@@ -135,8 +137,9 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
         UserError: an input, the model or the device cannot be used.
     """
     device = options.running.chosen_device
-    options = choose_text(options)
-    subject = _prepare(options)
+    files = list_pair_files(options.pairs)
+    options, found = find_candidates(choose_text(options), files)
+    subject = _prepare(options, files, found)
     for line in options.choices(subject.resolution, subject.sampled.total):
         console.print(line, highlight=False, soft_wrap=True)
     trajectories = options.trajectory.trajectories
@@ -153,12 +156,13 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
     return _plan(options, subject, rate, batch_size)
 
 
-def _prepare(options: PlanOptions) -> _Subject:
-    """Load the model, and decode the sampled pairs."""
-    files = list_pair_files(options.pairs)
+def _prepare(options: PlanOptions, files: Sequence[PairFile], found: Found) -> _Subject:
+    """Load the model, and decode the sampled pairs, or read their latents."""
     scores, settings = options.projection.scores, options.settings
     rewards = list(read_scores_info(scores).rewards) if scores else ["pickscore"]
-    resolution = check_settings(read_configs(options), options.models.model, options.models.resolution, settings)
+    configs = read_configs(options)
+    resolution = check_settings(configs, options.models.model, options.models.resolution, settings)
+    check_configs(found, configs, options.models.model)
     family, inverting_denoiser = load_models(options, text=settings.text == "live")
     sampled = sample_pairs(
         files,
@@ -167,6 +171,7 @@ def _prepare(options: PlanOptions) -> _Subject:
         count=_SAMPLED,
         limit=options.running.limit,
         rewards=rewards,
+        kept=kept_source(found, options),
     )
     pairs_per_shard = options.storing.pairs_per_shard
     if options.storing.shard_size:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,9 @@ from smpo_pipeline.images.buckets import Size
 from smpo_pipeline.images.decode import ImageRejectedError
 from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.inversion.batch import PreparedPair
+from smpo_pipeline.inversion.generated import COLUMNS, GeneratedPair, KeptSource, blank_pixels
 from smpo_pipeline.inversion.prepare_pair import prepare_pair
+from smpo_schemas.kept_latents import KeptLatents
 from smpo_schemas.pairs import (
     Pair,
     PairFile,
@@ -55,6 +58,7 @@ def sample_pairs(
     count: int,
     limit: int | None,
     rewards: Sequence[str],
+    kept: KeptSource | None = None,
 ) -> SampledPairs:
     """Read and decode up to ``count`` pairs from evenly spaced places, as `invert` does.
 
@@ -65,6 +69,7 @@ def sample_pairs(
         count: most rows to read.
         limit: use only the first rows of the data set; None: all.
         rewards: names of the scores of each pair; their values are made up.
+        kept: where latents are that take the place of images; None: images are decoded.
 
     Raises:
         UserError: a file cannot be read, or no pair is usable.
@@ -77,16 +82,17 @@ def sample_pairs(
     pairs: list[PreparedPair] = []
     rows = 0
     problem = ""
-    for part in _parts(files, total, count, limit):
-        names = resolve_columns(column_names(part.path), columns, part.path)
-        for source, pair in read_rows(part, names):
-            rows += 1
-            try:
-                if isinstance(pair, PairRejectedError):
-                    raise pair
-                pairs.append(_prepared(pair, sizes, rewards))
-            except (PairRejectedError, ImageRejectedError) as reason:
-                problem = problem or f"{source}: {reason}"
+    with KeptLatents(kept.folders if kept else ()) as latents:
+        for part in _parts(files, total, count, limit):
+            names = resolve_columns(column_names(part.path), columns, part.path)
+            for source, pair in read_rows(part, names, COLUMNS if kept else ()):
+                rows += 1
+                try:
+                    if isinstance(pair, PairRejectedError):
+                        raise pair
+                    pairs.append(_prepared(pair, sizes, rewards, kept, latents))
+                except (PairRejectedError, ImageRejectedError) as reason:
+                    problem = problem or f"{source}: {reason}"
     if not pairs:
         raise UserError(f"none of the {rows} sampled pairs is usable; the first: {problem}")
     return SampledPairs(pairs, rows, total, (time.perf_counter() - begin) / rows)
@@ -100,16 +106,26 @@ def _parts(files: Sequence[PairFile], total: int, count: int, limit: int | None)
     return [RowRange(unit[0].path, unit[0].start, min(unit[0].stop, unit[0].start + room)) for unit in places]
 
 
-def _prepared(pair: Pair, sizes: Sequence[Size], rewards: Sequence[str]) -> PreparedPair:
-    images = [Image.fromarray(worker_decoder().decode(data)) for data in (pair.image_0, pair.image_1)]
+def _prepared(
+    pair: Pair, sizes: Sequence[Size], rewards: Sequence[str], kept: KeptSource | None, latents: KeptLatents
+) -> PreparedPair:
     # As many digits in JSON as a float32 has.
     score = float(np.float32(0.2123456))
-    return prepare_pair(
-        pair.prompt,
-        images,
-        sizes,
-        pair_id=pair.pair_id,
-        label=pair.label,
-        annotator=pair.annotator,
-        scores=dict.fromkeys(rewards, (score, score)),
-    )
+    known: dict[str, Any] = {
+        "prompt": pair.prompt,
+        "pair_id": pair.pair_id,
+        "label": pair.label,
+        "annotator": pair.annotator,
+        "scores": dict.fromkeys(rewards, (score, score)),
+    }
+    if kept:
+        return PreparedPair(
+            **known,
+            pixels_2HW3=blank_pixels(kept.side),
+            size=((kept.side, kept.side),) * 2,
+            crop=((0, 0),) * 2,
+            measured=False,
+            generated=GeneratedPair.find(pair, latents, states=kept.states),
+        )
+    images = [Image.fromarray(worker_decoder().decode(data)) for data in (pair.image_0, pair.image_1)]
+    return prepare_pair(images=images, sizes=sizes, **known)

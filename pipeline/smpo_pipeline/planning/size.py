@@ -39,7 +39,7 @@ def forwards(plan: TrajectoryPlan, settings: InversionSettings, *, own_inverting
         The number, or None for solvers that iterate until convergence: it has to be measured.
     """
     stored = len(plan.stored)
-    if settings.source == "forward":
+    if settings.source != "renoise":
         return stored
     if settings.solver not in ("ddim", "renoise"):
         return None
@@ -74,7 +74,7 @@ def pairs_that_fit(
         settings: of the inversion: trajectories per pair, states per trajectory.
         schedule: of the model.
     """
-    states = len(plan_trajectory(settings, schedule, 0, "", 0, tokens=1).stored)
+    states = len(plan_trajectory(settings, schedule, 0, "", 0, tokens=1, kept=range(settings.steps)).stored)
     trajectory = _member(_TEXT) + _member(_tensor_bytes(states, latent, settings.storage))
     return max(1, (size - 2 * _BLOCK) // (settings.trajectories * trajectory))
 

@@ -67,7 +67,8 @@ class Sample:
     """One trajectory.
 
     Attributes:
-        x0_2Chw: float16 or bfloat16, scaled VAE latents of both images, from which the trajectory started.
+        x0_2Chw: float16 or bfloat16, scaled VAE latents of both images, from which the trajectory started, or at which
+            the sampler ended.
         noise_K2Chw: of the same type, tau_t = (x_t - a_t x0) / s_t.
         timestep_K: int64 (float32 for flow-matching models), increasing.
         ref_error_K2: float32, the reference's error at the stored, rounded state.

@@ -10,12 +10,16 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+
+from smpo_common.errors import UserError
+from smpo_common.store_path import AnyPath
 
 _TYPES = {
     "F16": torch.float16,
@@ -101,6 +105,9 @@ class TensorFile:
         """The tensors' names."""
         return list(self._header)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._header
+
     def __getitem__(self, name: str) -> StoredTensor:
         """Locate a tensor and check its header entry.
 
@@ -115,6 +122,17 @@ class TensorFile:
         if tensor.num_bytes != end - begin or end > self._num_bytes:
             raise ValueError(f"{name} of {tensor.num_bytes} bytes lies at {begin} to {end} of {self._num_bytes}")
         return tensor
+
+
+@contextmanager
+def reading_tensors(path: AnyPath, remedy: str) -> Iterator[None]:
+    """Turn what a missing, cut or malformed file raises into :class:`UserError`; ``remedy`` ends its message."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; {remedy}") from error
+    except (struct.error, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is malformed: {error}; {remedy}") from error
 
 
 def file_bytes(layout: Layout) -> int:

@@ -9,9 +9,7 @@ prompts follow each other without padding, [sum of lengths, D], and ``text_end``
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, sha256_file
 from smpo_common.store_path import AnyPath
 from smpo_schemas.manifest import IndexEntry, StoredTextEntry, TextFile
-from smpo_schemas.shards.tensor_file import Layout, TensorFile, file_bytes, write_rows
+from smpo_schemas.shards.tensor_file import Layout, TensorFile, file_bytes, reading_tensors, write_rows
 from smpo_schemas.shards.text_rows import MASK, TEXT, TextRow
 
 TEXT_INDEX = "index.safetensors"
@@ -115,7 +113,7 @@ class StoredText:
         self.folder, self._entry = folder, entry
         path = folder / TEXT_INDEX
         _verify(path, entry.index)
-        with _reading(path), path.open("rb") as file:
+        with reading_tensors(path, _REMEDY), path.open("rb") as file:
             tensors = TensorFile(file, 0, entry.index.bytes)
             columns = {name: tensors[name] for name in _INDEX_COLUMNS}
             layout = {name: (column.dtype, column.shape) for name, column in columns.items()}
@@ -156,7 +154,7 @@ class StoredText:
         rows: list[TextRow] = [{} for _ in prompts]
         for number in sorted(set(self._files[places].tolist())):
             path = self.folder / self._entry.files[number].name
-            with _reading(path), path.open("rb") as file:
+            with reading_tensors(path, _REMEDY), path.open("rb") as file:
                 tensors = TensorFile(file, 0, self._entry.files[number].bytes)
                 for position, place in enumerate(places):
                     if self._files[place] == number:
@@ -231,14 +229,3 @@ def _columns(prompts: Sequence[str], rows: Sequence[TextRow]) -> Iterator[TextRo
         end += len(row[TEXT])
         added = {name: value[None] for name, value in row.items()} | {_KEY: key[None], _END: torch.tensor([end])}
         yield added | ({TEXT: row[TEXT]} if MASK in row else {})
-
-
-@contextmanager
-def _reading(path: AnyPath) -> Iterator[None]:
-    """Turn what a missing, cut or malformed file raises into :class:`UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; {_REMEDY}") from error
-    except (struct.error, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is malformed: {error}; {_REMEDY}") from error

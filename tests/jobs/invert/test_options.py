@@ -76,6 +76,8 @@ def test_a_written_config_reproduces_sizes_and_the_word_auto(parse, tmp_path):
         ({"source": "forward", "eta": 0.1}, "--eta: --source forward .*--source renoise"),
         ({"source": "forward", "solver": "ddim"}, "--solver: --source forward "),
         ({"forward_noise": "image"}, "--forward-noise: --source renoise .*--source forward"),
+        ({"source": "tracked", "solver": "ddim"}, "--solver: --source tracked "),
+        ({"source": "sampled", "timesteps": "grid"}, "--timesteps: --source sampled .*--source renoise, forward, tr"),
         ({"solver": "renoise", "tolerance": 0.1}, "--tolerance: --solver renoise .*--solver adaptive, anderson"),
         ({"renoise_average": "3"}, "--renoise-average 3: .*0 to 1"),
         ({"start": "middle"}, "--start middle"),
@@ -85,6 +87,14 @@ def test_a_written_config_reproduces_sizes_and_the_word_auto(parse, tmp_path):
 def test_flags_without_effect_are_refused(parse, flags, message):
     with pytest.raises(UserError, match=message):
         parse(**flags)
+
+
+def test_generated_images_are_not_mirrored(parse):
+    """Nor refused where a switch asks for just that."""
+    options = parse(source="sampled", hflip=False, buckets=False, device="cpu")
+    assert (options.settings.hflip, options.settings.timesteps) == (False, "grid")
+    assert not parse(source="tracked", device="cpu").settings.hflip
+    assert parse(source="tracked", device="cpu").settings.timesteps == "jittered"
 
 
 def test_a_config_may_have_flags_that_the_solver_does_not_use(parse):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -26,6 +27,7 @@ from smpo_pipeline.inversion.batch_size import (
     trajectory_requests,
     with_most_pixels,
 )
+from smpo_pipeline.inversion.generated import GeneratedPair, blank_pixels
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.isolation import Failure, run_alone, run_isolated
@@ -161,7 +163,7 @@ class InvertActor:
     def _pairs(self, unit: pa.Table, rejects: list[Reject]) -> Iterator[tuple[int, str, PreparedPair]]:
         """Yield the input row number, source and pair of each pair that has scores; add the others to ``rejects``."""
         positions = self._score_rows(cell_values(unit, "pair_id"))
-        for row, pixels_2HW3 in unit_pairs(unit):
+        for row, content in unit_pairs(unit):
             position = positions.get(row["pair_id"])
             scores = {} if position is None else self._scores.slice(position, 1).to_pylist()[0]
             reason = self._mismatch(scores, row)
@@ -175,10 +177,11 @@ class InvertActor:
                 label=row["label"],
                 annotator=row["annotator"],
                 scores={name: (scores[f"{name}_0"], scores[f"{name}_1"]) for name in names},
-                pixels_2HW3=pixels_2HW3,
+                pixels_2HW3=blank_pixels(self._resolution) if row["noise"] else content,
                 size=_two_pairs(row["size"]),
                 crop=_two_pairs(row["crop"]),
                 measured=row["row"] % self._measure_every == 0,
+                generated=_generated(row, content) if row["noise"] else None,
             )
             yield row["row"], row["source"], pair
 
@@ -278,6 +281,11 @@ def pop_batch_sizes(out: AnyPath) -> list[int]:
     for file in files:
         file.unlink()
     return sizes
+
+
+def _generated(row: Mapping[str, Any], latents_K2Chw: np.ndarray) -> GeneratedPair:
+    noise = [(each["seed"], each["index"], each["dtype"]) for each in row["noise"]]
+    return GeneratedPair(latents_K2Chw, noise, tuple(row["timesteps"]))
 
 
 def _two_pairs(values: list[list[int]]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,20 @@ from smpo_common.retry import retry_transient
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.images.buckets import Size, list_buckets
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
+from smpo_pipeline.inversion.generated import KeptSource
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.cluster.pools import Pool, limit_memory, model_pool, task_memory
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import resolve_device
 from smpo_pipeline.jobs.invert.actor import InvertActor, index_part
+from smpo_pipeline.jobs.invert.candidates import (
+    Found,
+    check_configs,
+    check_weights,
+    find_candidates,
+    kept_source,
+    samplings,
+)
 from smpo_pipeline.jobs.invert.models import ModelIdentity, choose_text, describe_model, load_models, read_configs
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prepare import prepare_row
@@ -39,6 +49,7 @@ from smpo_schemas.manifest import (
     MANIFEST_VERSION,
     REJECTS_FILE,
     TEXT_FOLDER,
+    ImageSampling,
     Manifest,
     ShardEntry,
     StoredTextEntry,
@@ -67,8 +78,9 @@ def invert(options: InvertOptions) -> Manifest:
     columns = options.columns.by_field()
     columns_by_file = columns_of(files, columns)
     info = read_scores_info(options.scores)
+    options, found = find_candidates(options, files)
     options = choose_text(options)
-    checked = _check_model(options)
+    checked = _check_model(options, found)
     options = options.replace(pairs_per_shard=checked.pairs_per_shard)
     units = slice_files(files, checked.pairs_per_shard, running.limit)
     identity = {
@@ -82,6 +94,7 @@ def invert(options: InvertOptions) -> Manifest:
         "ref_error_arithmetic": autocast_arithmetic(options.settings.dtype),
         "seed": options.trajectory.seed,
         "pairs_per_shard": checked.pairs_per_shard,
+        **({"samplings": [each.model_dump() for each in checked.samplings]} if found else {}),
     }
     run = Run(options.out, MANIFEST_FILE, identity)
     with locked(options.out):
@@ -93,6 +106,8 @@ def invert(options: InvertOptions) -> Manifest:
             return read_manifest(options.out)
         for line in options.choices(checked.resolution, sum(unit_sizes(units))):
             Console(markup=False).print(line, highlight=False, soft_wrap=True)
+        for folder in found:
+            Console(markup=False).print(f"latents of the images: {folder}", highlight=False, soft_wrap=True)
         return _invert(options, run, units, columns_by_file, info, checked)
 
 
@@ -120,6 +135,7 @@ def _invert(
             columns=columns,
             pairs_per_unit=options.storing.pairs_per_shard,
             sizes=checked.image_sizes,
+            kept=checked.kept,
             run=run,
             work_log=work_log,
         )
@@ -133,8 +149,7 @@ def _invert(
             "work_log": work_log,
             "text": text,
         }
-        pixels = max(sizes) * 2 * 3 * max(height * width for height, width in checked.image_sizes)
-        return _add_stages(source, prepare, kwargs, pool, pixels)
+        return _add_stages(source, prepare, kwargs, pool, max(sizes) * checked.pair_bytes)
 
     rate = running.max_reject_rate
     records = run_units(run, sizes, build, _records, title="invert", address=running.ray_address, max_reject_rate=rate)
@@ -152,7 +167,7 @@ def _add_stages(
     pool: Pool,
     unit_bytes: int,
 ) -> ray.data.Dataset:
-    """Add decoding and the actors; ``unit_bytes`` are the pixels of the largest unit."""
+    """Add decoding and the actors; ``unit_bytes`` are the pixels, or the latents, of the largest unit."""
     one = {"batch_size": 1, "batch_format": "pyarrow"}
     decoded = source.map_batches(prepare, num_cpus=1, memory=task_memory(unit_bytes), **one)
     made = decoded.map_batches(InvertActor, fn_constructor_kwargs=kwargs, **one, **pool.options())
@@ -202,21 +217,43 @@ class _Checked:
     """Bytes, without text encoders."""
     text_weights: int
     """Bytes of the text encoders."""
+    kept: KeptSource | None
+    samplings: list[ImageSampling]
+    pair_bytes: int
+    """Most bytes of a pair's pixels, or of its kept latents."""
 
 
-def _check_model(options: InvertOptions) -> _Checked:
-    """Check the settings against the model, and load it on the driver to identify it."""
+def _check_model(options: InvertOptions, found: Found) -> _Checked:
+    """Check the settings and the candidates against the model, and load it on the driver to identify it."""
     models = options.models
-    resolution = check_settings(read_configs(options), models.model, models.resolution, options.settings)
+    configs = read_configs(options)
+    resolution = check_settings(configs, models.model, models.resolution, options.settings)
+    check_configs(found, configs, models.model)
     family, inverting_denoiser = load_models(options)
     model = describe_model(options, family, inverting_denoiser)
+    check_weights(found, family, model)
     sizes = sizes_of_images(family, resolution, options.settings)
-    pairs_per_shard = options.storing.pairs_per_shard
+    pairs_per_shard, latent = options.storing.pairs_per_shard, family.latent_shape(resolution, resolution)
     if options.storing.shard_size is not None:
-        latent = family.latent_shape(resolution, resolution)
         pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, options.settings, family.noise_schedule)
-    weights = _weights({family.denoiser, inverting_denoiser, family.vae})
-    return _Checked(model, resolution, sizes, pairs_per_shard, weights, _weights(family.text_modules))
+    kept = kept_source(found, options)
+    # Of kept latents those that the VAE decoded, and the states.
+    content = 4 * math.prod(latent) * (1 + kept.states * options.trajectory.steps) if kept else 3 * _most_pixels(sizes)
+    return _Checked(
+        model=model,
+        resolution=resolution,
+        image_sizes=sizes,
+        pairs_per_shard=pairs_per_shard,
+        weights=_weights({family.denoiser, inverting_denoiser, family.vae}),
+        text_weights=_weights(family.text_modules),
+        kept=kept,
+        samplings=samplings(found),
+        pair_bytes=2 * content,
+    )
+
+
+def _most_pixels(sizes: Iterable[Size]) -> int:
+    return max(height * width for height, width in sizes)
 
 
 def _weights(modules: Iterable[nn.Module]) -> int:
@@ -274,6 +311,7 @@ def _finish(
         health=health.bands(checked.model.num_train_timesteps),
         text=text,
         buckets=list_buckets(buckets),
+        samplings=checked.samplings,
         versions={name: version(name) for name in ("smpo-diffusion", "torch", "diffusers", "transformers", "numpy")},
     )
     parts = [index_part(run, record.unit) for record in records if record.entry]

@@ -22,7 +22,7 @@ from smpo_pipeline.options import (
     Pairs,
     Variant,
 )
-from smpo_schemas.inversion_settings import InversionSettings, averaged_estimates
+from smpo_schemas.inversion_settings import GENERATED, InversionSettings, averaged_estimates
 
 _DEFAULTS = InversionSettings()
 _TOLERANCE = {"fp32": _DEFAULTS.tolerance, "fp16": 3e-4, "bf16": 2e-3}
@@ -36,8 +36,15 @@ _SOLVERS_OF_FLAG = {
     "max_evaluations": ("adaptive", "anderson"),
     "anderson_depth": ("anderson",),
 }
-_TRAJECTORY_FLAGS = ("start", "eta", "guidance_scale", "inverting_unet")
-"""Flags besides those of the solvers that ``--source forward`` does not use."""
+_SOURCES_OF_FLAG: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("start", "eta", "guidance_scale"), ("renoise",)),
+    "inverting_unet": ("renoise", *GENERATED),
+    "forward_noise": ("forward",),
+    "candidates": GENERATED,
+    **dict.fromkeys(("steps", "timesteps"), ("renoise", "forward", "tracked")),
+    **dict.fromkeys(("buckets", "hflip", "vae_latent"), ("renoise", "forward")),
+}
+"""Flags besides those of the solvers that not every source uses."""
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 
@@ -103,8 +110,13 @@ class TrajectoryOptions(Options):
 
     model_config = ConfigDict(title="Trajectories")
 
-    source: Literal["renoise", "forward"] = "renoise"
-    """renoise: invert along the model's sampling trajectory; forward: add Gaussian noise (Diffusion-DPO's estimate)."""
+    source: Literal["renoise", "forward", "tracked", "sampled"] = "renoise"
+    """renoise: invert along the model's sampling trajectory; forward: add Gaussian noise (Diffusion-DPO's estimate).
+    Of images that generate --keep made: tracked adds the noise that an image was made from (PNAPO), sampled takes the
+    sampler's own states."""
+    candidates: Annotated[tuple[ExistingPathOrUrl, ...], Flag(typed=list[str], metavar="DIR|URL", place=True)] = ()
+    """With --source tracked or sampled: outputs of generate --keep with the pairs' latents. Default: the folder of
+    --pairs, or what select made the pairs from."""
     forward_noise: Literal["pair", "image"] = "pair"
     """With --source forward: the same noise for both images of a pair, or different noise (CaPO)."""
     steps: Annotated[int, Field(ge=1)] = _DEFAULTS.steps
@@ -219,6 +231,9 @@ class InversionOptions(Options):
         dtype = self.running.dtype or default_dtype(self.running.chosen_device)
         flags |= {"dtype": dtype, "tolerance": self.solving.tolerance or _TOLERANCE[dtype]}
         flags["text"] = "stored" if self.storing.text == "stored" else "live"
+        # Kept latents cannot be mirrored, and kept states have the sampler's timesteps.
+        flags |= {"hflip": False} if self.trajectory.source in GENERATED else {}
+        flags |= {"timesteps": "grid"} if self.trajectory.source == "sampled" else {}
         return InversionSettings(**{name: flags[name] for name in InversionSettings.model_fields})
 
     def choices(self, resolution: int, pairs: int) -> list[str]:
@@ -237,16 +252,18 @@ class InversionOptions(Options):
     @model_validator(mode="after")
     def _refuse_unused_flags(self) -> Self:
         """Refuse flags on the command line that the source or solver does not use; a config file may have them."""
-        solver = self.solving.solver if self.trajectory.source == "renoise" else None
+        source, values = self.trajectory.source, self.flat_values()
+        solver = self.solving.solver if source == "renoise" else None
         for name, solvers in _SOLVERS_OF_FLAG.items():
             if self.was_typed(name) and solver not in solvers:
-                chosen = "--source forward" if solver is None else f"--solver {solver}"
+                chosen = f"--source {source}" if solver is None else f"--solver {solver}"
                 raise UserError(f"{flag_name(name)}: {chosen} does not use it; only --solver {', '.join(solvers)}")
-        for name in _TRAJECTORY_FLAGS:
-            if self.was_typed(name) and solver is None:
-                raise UserError(f"{flag_name(name)}: --source forward does not use it; only --source renoise")
-        if self.was_typed("forward_noise") and solver is not None:
-            raise UserError("--forward-noise: --source renoise does not use it; only --source forward")
+        for name, sources in _SOURCES_OF_FLAG.items():
+            # A switch that is off asks for nothing.
+            if self.was_typed(name) and values[name] is not False and source not in sources:
+                raise UserError(
+                    f"{flag_name(name)}: --source {source} does not use it; only --source {', '.join(sources)}"
+                )
         averaged_estimates(self.solving.renoise_average, self.solving.renoise_steps)
         return self
 
