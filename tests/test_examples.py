@@ -18,6 +18,7 @@ from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.selection.options import SelectOptions
+from smpo_trainer.beta_decay import BetaDecay
 from smpo_trainer.settings import TrainSettings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -105,6 +106,11 @@ def test_the_stages_fit_together(folder: str) -> None:
     (base, tuned) = (each.partition("=")[2] for each in evaluate["model"])
     assert (base, tuned) == (train["model"], train["out"])
     assert Path(evaluate["prompts"]).name == "prompts.txt"
+
+
+def test_a_preset_in_a_file_sets_the_other_flags(read: Any) -> None:
+    settings = read(EXAMPLES / "sd35-tracked" / "train.yaml")
+    assert (settings.loss.gamma, settings.loss.beta, settings.loss.beta_decay) == (1, 5000, BetaDecay(100, 200, 0.5))
 
 
 def test_prompts_are_distinct() -> None:
