@@ -56,7 +56,8 @@ class Family(ABC):
             takes none. Set it after loading.
         sampler: name of the sampler that images are made with: ``DDIM``, or ``Euler`` of flow models.
         guidance_calls: how the pipeline asks its denoiser for both predictions of classifier-free guidance: in one call
-            with the unconditional rows first or last, or in a second call at the same timestep; None: never.
+            with the unconditional rows first or last, or in a second call at the same timestep; ``never`` where it
+            makes no unconditional one.
         sampler_steps: how many steps the model is usually sampled in.
         usual_guidance: guidance scale that the model is usually sampled at, of classifier-free guidance or the embedded
             one; None where it takes neither.
@@ -80,7 +81,7 @@ class Family(ABC):
     patch: int = 1
     embedded_guidance: float | None = None
     sampler: ClassVar[str]
-    guidance_calls: ClassVar[Literal["unconditional first", "conditional first", "separate"] | None] = None
+    guidance_calls: ClassVar[Literal["unconditional first", "conditional first", "separate", "never"]]
     sampler_steps: int
     usual_guidance: float | None
     noise_schedule: NoiseSchedule

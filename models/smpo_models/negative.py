@@ -41,7 +41,7 @@ def guide_with_negative(
     theirs = negative.state_dict()
     if all(torch.equal(value, theirs[name]) for name, value in own.state_dict().items()):
         return
-    kind = _DENOISERS[str(family.guidance_calls)]
+    kind = _DENOISERS[family.guidance_calls]
     setattr(pipeline, family.denoiser_folder, kind(own, negative, lambda: _guides(pipeline)))
 
 
@@ -60,7 +60,7 @@ def require_guidance(family: Family, what: str) -> None:
     Raises:
         UserError: it makes none.
     """
-    if family.guidance_calls is None:
+    if family.guidance_calls == "never":
         raise UserError(
             f"{what}: {family.kind} is sampled without an unconditional prediction, so that there is nothing to replace"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import checkpoint as torch_checkpoint
 
 from smpo_common.errors import UserError
 from smpo_models.family import Conditioning, Family
@@ -225,6 +226,22 @@ def test_idle_layers_are_those_without_a_gradient(world):
     named = dict(denoiser.named_parameters())
     without = {name for name, parameter in named.items() if parameter.grad is None}
     assert without == {name for name in named if name.startswith(family.idle_layers)}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(world, monkeypatch):
+    family, _ = world
+    t_B = torch.full((len(PROMPTS),), 500.0).to(family.noise_schedule.timestep_dtype)
+    conditioning, calls, gradients = condition(family, PROMPTS), [], []
+    compute = torch_checkpoint.checkpoint
+    monkeypatch.setattr(torch_checkpoint, "checkpoint", lambda *a, **k: (calls.append(1), compute(*a, **k))[1])
+    for recomputes in (False, True):
+        denoiser = copy.deepcopy(family.denoiser).requires_grad_(True)
+        if recomputes:
+            denoiser.enable_gradient_checkpointing()
+        family.denoise(denoiser, make_noise(family), t_B, conditioning).square().mean().backward()
+        assert bool(calls) == recomputes
+        gradients.append({name: each.grad for name, each in denoiser.named_parameters() if each.grad is not None})
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
 
 
 def test_lora_targets_are_layers_of_the_denoiser(world):

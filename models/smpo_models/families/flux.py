@@ -33,6 +33,7 @@ class Flux(TransformerFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = FluxTransformer2DModel
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = even_times
+    guidance_calls = "never"
     patch = PATCH
     _same_config: ClassVar[tuple[str, ...]] = (
         "in_channels",
