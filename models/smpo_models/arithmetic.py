@@ -14,16 +14,16 @@ _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def narrow_products(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """Cast, in place, those frozen weights that autocast casts at each use.
+    """Cast, in place, those frozen weights that autocast casts at each use; others that are narrow become float32.
 
-    No bit of a forward or backward under autocast changes: norms keep float32 weights, and what is trained does.
+    No bit of a forward or backward under autocast changes: norms have float32 weights, and what is trained does.
     Quantized weights stay as they are.
     """
     for module in denoiser.modules():
-        if isinstance(module, _PRODUCTS):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad and parameter.is_floating_point():
-                    parameter.data = parameter.data.to(dtype)
+        is_product = isinstance(module, _PRODUCTS)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if not tensor.requires_grad and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype if is_product else torch.promote_types(tensor.dtype, torch.float32))
 
 
 def narrowed(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -33,3 +33,11 @@ def require_source(source: str, what: str) -> None:
             f"{what}: no such folder: {source}; as a hub id it is not in the cache ({constants.HF_HUB_CACHE}), and "
             "HF_HUB_OFFLINE=1"
         )
+
+
+def part_on_disk(source: str, subfolder: str) -> Path | None:
+    """Return the folder of a part of a model: of a hub id, in the cache; None where its config is not there."""
+    if Path(source).is_dir():
+        return Path(source) / subfolder
+    config = try_to_load_from_cache(source, f"{subfolder}/config.json")
+    return Path(config).parent if isinstance(config, str) else None

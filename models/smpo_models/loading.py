@@ -54,7 +54,7 @@ def load_family(
     denoiser_dtype: torch.dtype = torch.float32,
     what: str | None = None,
 ) -> Family:
-    """Load the named parts of a text-to-image model, all in float32 (fingerprint first, cast then).
+    """Load the named parts of a text-to-image model, in float32 (fingerprint first, cast then).
 
     Without any part only configs are read, and checked.
 
@@ -65,7 +65,9 @@ def load_family(
         vae: hub id or folder of a VAE in place of the model's own.
         variant: of the files of weights, for example ``fp16``.
         device: for all parts. On ``meta`` they are made from their configs alone, without weights and tokenizers.
-        denoiser_dtype: of the denoiser's weights.
+        denoiser_dtype: that the denoiser's products are to be cast to (:func:`smpo_models.arithmetic.narrow_products`).
+            Where its files hold no more, all its weights have this type: the same values, and so the same fingerprint,
+            in half the memory.
         what: names the model in errors; default: ``--model`` and its name.
 
     Raises:
@@ -106,7 +108,7 @@ def load_tuned_denoiser(family: Family, model: str, path: Path, what: str, varia
     lora = path if path.is_file() else path / LORA_FILE
     if not lora.is_file():
         return _own(load_family(model, ("denoiser",), denoiser=path, variant=variant))
-    tuned = copy.deepcopy(_own(family))
+    tuned = nn.Module.float(copy.deepcopy(_own(family)))
     fuse_lora(tuned, lora, what, f"--model {model}")
     return tuned.requires_grad_(False).eval()
 

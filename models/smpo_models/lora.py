@@ -177,12 +177,18 @@ def add_lora(
     The adapter is multiplied by alpha / rank, by default by 1. Layers whose names start with one of ``idle`` get none.
     """
     ends = tuple(f".{target}" for target in targets)
-    named = [name for name, _ in denoiser.named_modules() if name.endswith(ends) and not name.startswith(tuple(idle))]
+    layers = {
+        name: layer
+        for name, layer in denoiser.named_modules()
+        if name.endswith(ends) and not name.startswith(tuple(idle))
+    }
+    for layer in layers.values():
+        layer.float()  # PEFT rounds what it draws to their type
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         init_lora_weights="gaussian",
-        target_modules=named if idle else list(targets),
+        target_modules=list(layers if idle else targets),
         lora_dropout=0.0,
     )
     denoiser.add_adapter(config)

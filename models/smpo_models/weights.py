@@ -9,19 +9,22 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from smpo_common.errors import UserError
-from smpo_models.hub import require_source
+from smpo_models.hub import part_on_disk, require_source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By what ``--dtype`` calls them."""
+
+_IN_FILES = {torch.bfloat16: "BF16", torch.float16: "F16"}
+"""What safetensors files call them."""
 
 
 @contextmanager
@@ -78,6 +81,31 @@ def find_variant(folder: Path, wanted: str | None, what: str) -> str | None:
             f"{what}: {folder} holds several variants of its weights: --variant {' or '.join(sorted(there))}"
         )
     return there.pop()
+
+
+def holds(dtype: torch.dtype, source: str, what: str, *, variant: str | None, subfolder: str = "") -> bool:
+    """Return whether a part's safetensors files hold numbers of this type alone; False where they are not on disk yet.
+
+    Args:
+        dtype: float16 or bfloat16.
+        source: folder or hub id.
+        what: starts the error.
+        variant: of the files, as :func:`load_weights` takes it.
+        subfolder: of the part.
+
+    Raises:
+        UserError: there are several variants, and nothing says which.
+    """
+    folder = part_on_disk(source, subfolder)
+    if folder and Path(source).is_dir():
+        variant = find_variant(folder, variant, what)
+    found = set()
+    for path in folder.glob("*.safetensors") if folder else ():
+        match = _WEIGHTS_FILE.fullmatch(path.name)
+        if match and match["variant"] == variant:
+            with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:  # loading will say what it is
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (no dict)
+    return {name for name in found if "F" in name} == {_IN_FILES[dtype]}
 
 
 def variant_remark(model: str, wanted: str | None) -> str | None:

@@ -282,6 +282,16 @@ def test_a_inverting_denoiser_is_a_folder_or_a_lora_on_top(folder, tmp_path):
         assert fingerprint_module(inverting_denoiser) == fingerprint_module(load_family(str(other)).denoiser)
 
 
+def test_a_lora_is_added_in_float32_to_weights_in_half_precision(folder, tmp_path):
+    save_lora(load_family(str(folder), ("denoiser",)).denoiser, tmp_path)
+    families = [load_family(str(folder), ("denoiser",)) for _ in range(2)]
+    torch.nn.Module.to(families[0].denoiser, torch.bfloat16)
+    families[1].denoiser.load_state_dict(families[0].denoiser.state_dict())
+    tuned = [load_tuned_denoiser(family, str(folder), tmp_path, "--inverting-unet L") for family in families]
+    assert {parameter.dtype for parameter in tuned[0].parameters()} == {torch.float32}
+    assert fingerprint_module(tuned[0]) == fingerprint_module(tuned[1]) != fingerprint_module(families[0].denoiser)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_lora_is_added_by_the_settings_in_its_header(folder, tmp_path, dora):
     """W + alpha / rank B A; DoRA (arXiv 2402.09353) scales its rows to lengths of their own."""

@@ -24,7 +24,7 @@ from smpo_models.fingerprint import settings_of
 from smpo_models.loading import denoiser_folder
 from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_models.part_config import complete, native_resolution, subfolder
-from smpo_models.weights import load_part, load_tokenizer, load_weights
+from smpo_models.weights import holds, load_part, load_tokenizer, load_weights
 
 _TEXT_SETTINGS = (
     "hidden_act",
@@ -153,14 +153,10 @@ class DiffusersFamily(Family):
         name, kind = self.denoiser_folder, cast("Any", self.denoiser_class)
         source = str(denoiser_folder(folder, name)) if folder else self._model
         what = f"denoiser {folder}" if folder else self._what
-        loaded = load_weights(
-            kind.from_pretrained,
-            source,
-            what,
-            variant=self._variant,
-            torch_dtype=dtype,
-            **subfolder(name, folder is None),
-        )
+        place = subfolder(name, folder is None)
+        if dtype != torch.float32 and not holds(dtype, source, what, variant=self._variant, **place):
+            dtype = torch.float32
+        loaded = load_weights(kind.from_pretrained, source, what, variant=self._variant, torch_dtype=dtype, **place)
         return loaded.requires_grad_(False).eval().to(self._device)
 
     def _load_encoder(

@@ -36,7 +36,7 @@ class Inverter:
     def __init__(
         self, family: Family, inverting_denoiser: nn.Module, settings: InversionSettings, seed: int, device: str = "cpu"
     ) -> None:
-        """Take a loaded model, all parts, in float32 on the CPU; cast it as the settings say, and carry it to a device.
+        """Take a loaded model, all parts, on the CPU; cast its weights as the settings say, and move it to a device.
 
         Args:
             family: the model; its denoiser is the reference that ``ref_error`` is measured with, in the arithmetic of

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from smpo_common.errors import UserError
 from smpo_models.family_bases.unet_family import UNetFamily
@@ -20,6 +21,7 @@ from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.isolation import Failure
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job as invert
+from smpo_pipeline.jobs.invert import models as invert_models
 from smpo_pipeline.jobs.invert.actor import InvertActor, pop_batch_sizes
 from smpo_pipeline.jobs.invert.models import describe_model, load_models
 from smpo_pipeline.jobs.invert.options import InvertOptions
@@ -107,6 +109,20 @@ def test_denoisers_are_cast_before_they_move_to_the_device(models, tmp_path, mon
     reference = dict(actor._family.denoiser.named_parameters())
     shared = {"norm" in name for name, parameter in own.named_parameters() if parameter is reference[name]}
     assert shared == ({False} if inverting_denoiser is None else set())
+
+
+def test_files_in_the_runs_dtype_are_never_held_in_float32(models, tmp_path, monkeypatch):
+    DiffusionPipeline.from_pretrained(models / "sd", torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "sd")
+    family, _ = load_models(make_options(tmp_path, tmp_path))
+    assert {parameter.dtype for parameter in family.denoiser.parameters()} == {torch.bfloat16}
+    made = []
+    for name in ("half", "whole"):
+        actor = make_actor(tmp_path, tmp_path / name, monkeypatch)
+        made.append(actor._inverter.invert([(make_pair(number), 0) for number in range(2)])[0])
+        monkeypatch.setattr(invert_models, "DTYPES", {"bf16": torch.float32})
+    for half, whole in zip(*made, strict=True):
+        expected = whole.tensors()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in half.tensors().items())
 
 
 def test_each_batch_is_reported(models, tmp_path, monkeypatch):

@@ -255,8 +255,9 @@ def test_starting_elsewhere_both_denoisers_are_quantized(train: Train, other_une
         assert column(int8, name)[0] == pytest.approx(column(plain, name)[0], rel=0.5)
 
 
+@pytest.mark.parametrize("method", [{}, {"quantize": "nf4"}], ids=["frozen", "nf4"])
 def test_files_in_half_precision_are_never_held_in_float32(
-    train: Train, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, object]
 ) -> None:
     narrow = tmp_path / "narrow"
     DiffusionPipeline.from_pretrained(base, torch_dtype=torch.bfloat16).save_pretrained(narrow)
@@ -269,7 +270,7 @@ def test_files_in_half_precision_are_never_held_in_float32(
         return family
 
     monkeypatch.setattr(policy_module, "load_family", load)
-    options = {"on": shards, "lora_rank": 2, "quantize": "nf4", "max_steps": 1, "batch_size": 4, "dtype": "bf16"}
+    options = {"on": shards, "lora_rank": 2, "max_steps": 1, "batch_size": 4, "dtype": "bf16", **method}
     half = train("half", base=narrow, **options)
     assert loaded == [{torch.bfloat16}]
     loaded.clear()

@@ -220,21 +220,15 @@ def _load_start(settings: TrainSettings, info: ModelInfo, *, text: bool) -> tupl
 
     Weights are compared, not names: a hub id may get new weights, and --unet may hold the reference itself.
     """
-    dtypes = [torch.float32]
-    if settings.denoiser.quantize:
-        # Where the files hold no more than this, their values, and so the fingerprint, are the same in half the memory.
-        dtypes.insert(0, DTYPES[settings.compute.chosen_dtype])
-    for dtype in dtypes:
-        family = load_family(
-            settings.model,
-            ("denoiser", "text") if text else ("denoiser",),
-            denoiser=settings.denoiser.unet,
-            variant=settings.denoiser.variant,
-            denoiser_dtype=dtype,
-        )
-        if is_reference := fingerprint_module(_denoiser(family, settings)) == info.reference:
-            break
-    return family, is_reference
+    start = settings.denoiser
+    family = load_family(
+        settings.model,
+        ("denoiser", "text") if text else ("denoiser",),
+        denoiser=start.unet,
+        variant=start.variant,
+        denoiser_dtype=DTYPES[settings.compute.chosen_dtype] if start.lora_rank else torch.float32,
+    )
+    return family, fingerprint_module(_denoiser(family, settings)) == info.reference
 
 
 def _denoiser(family: Family, settings: TrainSettings) -> nn.Module:
@@ -268,7 +262,9 @@ def _load_reference(settings: TrainSettings, info: ModelInfo) -> nn.Module:
     Raises:
         UserError: it is not.
     """
-    reference = load_family(settings.model, ("denoiser",), variant=settings.denoiser.variant).denoiser
+    dtype = DTYPES[settings.compute.chosen_dtype]
+    variant = settings.denoiser.variant
+    reference = load_family(settings.model, ("denoiser",), variant=variant, denoiser_dtype=dtype).denoiser
     if reference is None or fingerprint_module(reference) != info.reference:
         raise UserError(
             f"--reference {settings.compute.reference} needs the reference's weights, but neither --unet "

@@ -10,6 +10,7 @@ from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module, settings_of
 from smpo_models.loading import load_family, load_tuned_denoiser
+from smpo_models.weights import DTYPES
 from smpo_pipeline.jobs.invert.options import InversionOptions
 from smpo_schemas.manifest import ModelInfo
 
@@ -68,7 +69,14 @@ def load_models(options: InversionOptions, *, text: bool = True) -> tuple[Family
     models = options.models
     parts = ("denoiser", "text", "vae") if text else ("denoiser", "vae")
     # Not on the GPU: before they are cast, the two denoisers take twice the memory that they need later.
-    family = load_family(models.model, parts, denoiser=models.unet, vae=models.vae, variant=models.variant)
+    family = load_family(
+        models.model,
+        parts,
+        denoiser=models.unet,
+        vae=models.vae,
+        variant=models.variant,
+        denoiser_dtype=DTYPES[options.settings.dtype],
+    )
     _set_up(family, options)
     if models.inverting_unet is None:
         return family, family.denoiser
