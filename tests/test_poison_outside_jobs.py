@@ -9,7 +9,7 @@ import pytest
 from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.inspection.pairs import draw_pairs, summarise_pairs
 from smpo_pipeline.planning.sample import sample_pairs
-from smpo_schemas.pairs import list_pair_files
+from smpo_schemas.pairs import ReadingChoices, list_pair_files
 from tests.pictures import encode, picture
 from tests.poison import CRASHES, write_poisoned_decoder
 
@@ -28,7 +28,7 @@ def pairs(tmp_path, monkeypatch):
 
 
 def test_inspect_rejects_the_file_and_shows_the_rest(pairs):
-    summary = summarise_pairs(pairs, {}, limit=None, samples=2, advance=lambda *_: None)
+    summary = summarise_pairs(pairs, ReadingChoices(), limit=None, samples=2, advance=lambda *_: None)
     (reject,) = summary.rejects
     assert REASON in reject.reason
     assert len(summary.headers) == 2  # of the pair that is left
@@ -36,6 +36,6 @@ def test_inspect_rejects_the_file_and_shows_the_rest(pairs):
 
 
 def test_plan_samples_the_other_pairs(pairs):
-    sampled = sample_pairs(list_pair_files([pairs]), {}, [(32, 32)], count=8, limit=None, rewards=[])
+    sampled = sample_pairs(list_pair_files([pairs]), [(32, 32)], count=8, limit=None, rewards=[])
     assert [pair.prompt for pair in sampled.pairs] == ["b"]
     assert sampled.rows == 2

@@ -38,7 +38,7 @@ from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import MANIFEST_FILE
-from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.pairs import layouts_of, list_pair_files, slice_files
 from smpo_schemas.scores import read_scores_info
 from smpo_schemas.shards.samples import Sample
 
@@ -310,9 +310,9 @@ def _options(world: World, shape: str, folder: Path, out: Path, unit: int) -> In
 
 def _prepared(world: World, shape: str, pairs: Path, unit: int) -> list[pa.Table]:
     files = list_pair_files([pairs])
-    columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
+    layouts = layouts_of(files)
     sizes: list[ImageSize] = [(world.pixels(shape),) * 2]
     rows = []
     for number, ranges in enumerate(slice_files(files, unit, None)):
-        rows.append(unit_row(number, *prepare_unit(ranges, columns, number * unit, sizes)))
+        rows.append(unit_row(number, *prepare_unit(ranges, layouts, number * unit, sizes)))
     return rows

@@ -21,7 +21,7 @@ from smpo_pipeline.jobs.reading import read_unit
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import cut_chunks
-from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.pairs import layouts_of, list_pair_files, slice_files
 
 TURNS = 3
 """Repetitions of the pairs, so that many threads have chunks."""
@@ -85,9 +85,9 @@ def _tower_rate(world: World, report: Report, actor: RewardActor) -> float:
 def _chunks(pairs: object) -> list[pa.Table]:
     """Decode the pairs of a Parquet file into the actor's chunks."""
     files = list_pair_files([pairs])
-    columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
+    layouts = layouts_of(files)
     (ranges,) = slice_files(files, files[0].rows, None)
-    return list(cut_chunks(0, read_unit(ranges, columns)))
+    return list(cut_chunks(0, read_unit(ranges, layouts)))
 
 
 def _numbered(chunk: pa.Table, unit: int) -> pa.Table:

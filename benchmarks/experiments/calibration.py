@@ -26,7 +26,7 @@ from smpo_pipeline.calibration.cross_validation import COIN
 from smpo_pipeline.calibration.measures import agreement, calibration_error, log_loss, reliability
 from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.toy.annotators import ANNOTATORS, expected_label
-from smpo_schemas.pairs import PICK_A_PIC, Pair, RowRange, list_pair_files, read_rows
+from smpo_schemas.pairs import Pair, RowRange, layouts_of, list_pair_files, read_rows
 
 NUM_PAIRS = 1200
 SEEDS = range(5)
@@ -52,8 +52,9 @@ def prepare(work: Path) -> None:
 def true_mix(work: Path, report: CalibrationResult) -> np.ndarray:
     """Mean P(image_0 preferred) over all annotators, for each row of the scores: float64 [P]."""
     pairs: dict[str, Pair] = {}
-    for file in list_pair_files([work / "world/pairs"]):
-        for _, pair in read_rows(RowRange(file.path, 0, file.rows), PICK_A_PIC):
+    files = list_pair_files([work / "world/pairs"])
+    for path, layout in layouts_of(files).items():
+        for _, pair in read_rows(RowRange(path, 0, sys.maxsize), layout):
             if not isinstance(pair, Pair):
                 raise pair
             pairs[pair.pair_id] = pair

@@ -24,7 +24,7 @@ from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import cut_chunks, pair_scores
 from smpo_pipeline.rewards import load_reward
-from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.pairs import layouts_of, list_pair_files, slice_files
 
 TOY = ROOT / "pipeline/smpo_pipeline/toy/assets/rewards"
 RANDOM = {"hpsv2": make_tiny_hpsv2, "imagereward": make_tiny_image_reward, "aesthetic": make_tiny_aesthetic}
@@ -36,10 +36,10 @@ def scores(pairs: Path, name: str, model: Path, dtype: str) -> np.ndarray:
     fingerprint = load_reward(spec, "cpu").fingerprint
     actor = RewardActor(spec, fingerprint, "cpu", dtype, batch_size=32, work_log=WorkLog(), share=1, last=False)
     files = list_pair_files([pairs])
-    columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
+    layouts = layouts_of(files)
     found = []
     for unit, ranges in enumerate(slice_files(files, 128, None)):
-        rows = read_unit(ranges, columns)
+        rows = read_unit(ranges, layouts)
         found += [pair_scores(actor(chunk), name) for chunk in cut_chunks(unit, rows)]
     return np.concatenate(found)
 

@@ -45,7 +45,7 @@ from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
 from smpo_schemas.manifest import MANIFEST_FILE
-from smpo_schemas.pairs import column_names, list_pair_files, resolve_columns, slice_files
+from smpo_schemas.pairs import layouts_of, list_pair_files, slice_files
 from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
 
 BATCH = 16
@@ -119,11 +119,11 @@ def run_actor(work: Path, out: Path, device: str) -> float:
     """Run the actor's loop."""
     options = options_of(work, out, device)
     files = list_pair_files(options.pairs)
-    columns = {file.path: resolve_columns(column_names(file.path), {}, file.path) for file in files}
+    layouts = layouts_of(files)
     units = slice_files(files, PAIRS_A_UNIT, None)
     prepared = []
     for unit, ranges in enumerate(units):
-        table, _ = prepare_unit(ranges, columns, unit * PAIRS_A_UNIT, [(SIDE, SIDE)])
+        table, _ = prepare_unit(ranges, layouts, unit * PAIRS_A_UNIT, [(SIDE, SIDE)])
         prepared.append(unit_row(unit, table, []))
     invert_unit.ray.get = lambda value: value  # the scores, which Ray would hand over
     scores = pq.read_table(

@@ -172,6 +172,11 @@ def reading_parquet(path: AnyPath) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def file_size(path: AnyPath) -> int:
+    """Read a file's size in bytes, without its time, which some stores are asked for separately."""
+    return path.size() if isinstance(path, StorePath) else path.stat().st_size
+
+
 def sha256_file(path: AnyPath) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

@@ -65,6 +65,7 @@ _SCORES = {
     "pair_id": "as in the pairs, or made from prompt and images",
     "prompt": "as in the pairs",
     "label": "as in the pairs",
+    "votes": "as in the pairs",
     "annotator": "as in the pairs",
     "image_0_id": "hash of the image file's content",
     "image_1_id": "hash of the image file's content",
@@ -165,9 +166,10 @@ def _page() -> Iterator[str]:
 
 def _pairs() -> Iterator[str]:
     yield "## Pairs (input)\n"
-    yield "Parquet or JSONL, one row per pair. Pick-a-Pic's column names are recognised; flags give other names.\n"
+    yield "Parquet, JSON, JSONL or WebDataset, one row per pair. [Layouts](layouts.md) of known data sets are"
+    yield "recognised; flags name other columns.\n"
     meaning = descriptions(Pair)
-    defaults = PairColumns(label="label", pair_id="pair_id", annotator="annotator")
+    defaults = PairColumns(label="label", votes="votes", pair_id="pair_id", annotator="annotator")
     rows = [
         (
             f"`{name}`" if (name := getattr(defaults, field.name)) else "",

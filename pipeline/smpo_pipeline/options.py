@@ -12,6 +12,8 @@ from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options, Overwrite, flag_name
 from smpo_common.store_path import AnyPath, parse_path
 from smpo_schemas.dtypes import Dtype
+from smpo_schemas.layouts import find_layout, layouts
+from smpo_schemas.pairs import ReadingChoices, expanded
 
 # Validators; their UserErrors name the flag.
 
@@ -37,6 +39,11 @@ def _existing(path: AnyPath, info: ValidationInfo) -> AnyPath:
     if isinstance(path, Path) and not path.exists():
         raise UserError(f"{_flag(info, path)} does not exist")
     return path.absolute()
+
+
+def _matched(path: AnyPath, info: ValidationInfo) -> AnyPath:
+    """Refuse a path or pattern that nothing matches."""
+    return path.absolute() if expanded([path]) != [path] else _existing(path, info)
 
 
 def _writable(path: AnyPath, info: ValidationInfo) -> AnyPath:
@@ -78,6 +85,10 @@ def _known_rewards(specs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(check_reward(spec) for spec in specs)
 
 
+def _known_layout(name: str | None) -> str | None:
+    return name and find_layout(name).name
+
+
 def _known_device(device: str | None) -> str | None:
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: expected cpu or cuda")
@@ -100,18 +111,19 @@ FOLDER_OR_URL = Flag(typed=str, metavar="DIR|URL", place=True)
 
 _AsText = PlainSerializer(str)
 ExistingPathOrUrl = Annotated[AnyPath, PlainValidator(_path), AfterValidator(_existing), _AsText]
+PathOrPattern = Annotated[AnyPath, PlainValidator(_path), AfterValidator(_matched), _AsText]
 ExistingPath = Annotated[Path, AfterValidator(_existing)]
 LocalPath = Annotated[Path, PlainValidator(_local_path)]
 OutFile = Annotated[LocalPath, AfterValidator(_writable_file)]
 ModelSource = Annotated[str, AfterValidator(_model_source)]
 
 Pairs = Annotated[
-    tuple[ExistingPathOrUrl, ...],
+    tuple[PathOrPattern, ...],
     Flag(typed=list[str], metavar="PATH|URL", place=True),
     Field(
-        description="Parquet or JSONL files, or folders of them, with one row per pair. Links are followed, hidden "
-        "files skipped. The column names of Pick-a-Pic v2 are recognised; name others by flags (--image-0-column, "
-        "--chosen-column, ...)."
+        description="Pairs: Parquet, JSON, JSONL or WebDataset files, folders of them, or quoted patterns with *. "
+        "Links are followed, hidden files skipped. The layouts of known data sets are recognised "
+        "(docs/reference/layouts.md); name other columns by flags (--image-0-column, --chosen-column, ...)."
     ),
 ]
 Out = Annotated[
@@ -183,10 +195,27 @@ MaxRejectRate = Annotated[
 
 
 class ColumnOptions(Options):
-    """Names of the input's columns."""
+    """How the input's rows are read."""
 
-    model_config = ConfigDict(title="Input columns (default: the names of this project or of Pick-a-Pic)")
+    model_config = ConfigDict(title="Input (default: a known layout, or this project's column names)")
 
+    layout: Annotated[
+        str | None,
+        AfterValidator(_known_layout),
+        Flag(metavar="NAME"),
+        Field(
+            description="Layout of the input, in place of the one that is recognised: "
+            f"{', '.join(sorted(layouts()))}. See docs/reference/layouts.md."
+        ),
+    ] = None
+    image_root: Annotated[ExistingPathOrUrl | None, FOLDER_OR_URL] = None
+    """Folder that image paths are relative to. Default: the input file's, or the one that its layout says."""
+    axis: str | None = None
+    """Which question the votes answer (preference, coherence, alignment, ...), where a data set has several. Default:
+    preference."""
+    min_confidence: Annotated[float | None, Field(ge=0, le=1)] = None
+    """Reject pairs whose labels the data set is less sure of (HPDv3; its authors used 0.95). They do not count against
+    --max-reject-rate."""
     prompt_column: str | None = None
     """Prompt."""
     image_0_column: str | None = None
@@ -194,7 +223,9 @@ class ColumnOptions(Options):
     image_1_column: str | None = None
     """Second image."""
     label_column: str | None = None
-    """Label, P(image_0 preferred): 1, 0, or 0.5 for a tie."""
+    """Label, P(image_0 preferred): 1, 0, 0.5 for a tie, or a share of votes."""
+    votes_column: str | None = None
+    """Number of people that the label stands for."""
     pair_id_column: str | None = None
     """Stable id of the pair; if missing (null, NaN or blank), a hash of prompt and images."""
     annotator_column: str | None = None
@@ -223,13 +254,14 @@ class ColumnOptions(Options):
                 )
         return self
 
-    def by_field(self) -> dict[str, str | None]:
-        """The columns by field of :class:`smpo_schemas.pairs.PairColumns`."""
-        return {name.removesuffix("_column"): column for name, column in self}
+    def choices(self) -> ReadingChoices:
+        """What the flags say about reading the input."""
+        columns = {name.removesuffix("_column"): column for name, column in self if name.endswith("_column")}
+        return ReadingChoices(columns, self.layout, self.image_root, self.axis, self.min_confidence)
 
     def as_flags(self) -> list[str]:
-        """The command-line arguments that choose the same columns."""
-        return [word for name, column in self if column is not None for word in (flag_name(name), column)]
+        """The command-line arguments that choose the same."""
+        return [word for name, value in self if value is not None for word in (flag_name(name), str(value))]
 
 
 class JobOptions(Options):

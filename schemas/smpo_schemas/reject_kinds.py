@@ -17,6 +17,7 @@ class RejectKind(StrEnum):
     VALUE_NOT_READABLE = "value not readable"
     NO_IMAGE = "no image"
     REPEATED_ID = "repeated pair_id"
+    LOW_CONFIDENCE = "low confidence"
     # The image file
     IMAGE_NOT_READABLE = "image not readable"
     IMAGE_TOO_LARGE = "image too large"
@@ -48,3 +49,7 @@ class RejectKind(StrEnum):
     NO_CLEAR_ORDER = "no clear order"
     JUDGE_FAILED = "judge failed"
     IMAGES_MISSING = "images missing"
+
+
+LEFT_OUT = frozenset({RejectKind.LOW_CONFIDENCE})
+"""Kinds of rows that the user asked to leave out: they do not count against ``--max-reject-rate``."""

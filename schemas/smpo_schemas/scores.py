@@ -23,6 +23,7 @@ from smpo_common.files import (
 from smpo_common.store_path import AnyPath
 from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.labels import TIE
+from smpo_schemas.pairs.layout import FURTHER
 
 SCORES_VERSION = 1
 SCORES_FILE = "scores.json"
@@ -31,7 +32,7 @@ IMAGE_IDS = ("image_0_id", "image_1_id")
 """Columns with a hash of each image's content (:func:`smpo_schemas.pairs.image_id`), null or missing where unknown:
 tables written before these columns existed have schema version 1 too."""
 
-_NULL_IF_MISSING = ("label", "annotator")
+_NULL_IF_MISSING = ("label", "votes", "annotator")
 
 _TOLERANCE = 1e-4
 """Largest difference of two float32 scores of one image, as a share of the reward's range."""
@@ -98,23 +99,32 @@ class ScoresInfo(FrozenModel):
     rejected: Count
 
 
-def score_schema(rewards: Sequence[str]) -> pa.Schema:
-    """Make the table's Arrow schema for these reward names: two float32 columns per reward."""
+def score_schema(rewards: Sequence[str], further: Sequence[str] = ()) -> pa.Schema:
+    """Make the table's Arrow schema.
+
+    Args:
+        rewards: their names; two float32 columns each.
+        further: names of further columns of the pairs (:data:`smpo_schemas.pairs.FURTHER`).
+    """
     columns: list[tuple[str, pa.DataType]] = [
         ("pair_id", pa.string()),
         ("prompt", pa.string()),
         ("label", pa.float32()),
+        ("votes", pa.int32()),
         ("annotator", pa.string()),
         *((name, pa.string()) for name in IMAGE_IDS),
+        *((name, FURTHER[name]) for name in further),
     ]
     for name in rewards:
         columns += [(f"{name}_0", pa.float32()), (f"{name}_1", pa.float32())]
     return pa.schema(columns)
 
 
-def write_part(path: AnyPath, rows: Sequence[dict[str, Any]] | pa.Table, rewards: Sequence[str]) -> ScoresPart:
+def write_part(
+    path: AnyPath, rows: Sequence[dict[str, Any]] | pa.Table, rewards: Sequence[str], further: Sequence[str] = ()
+) -> ScoresPart:
     """Write one part of the table atomically and return its entry."""
-    schema = score_schema(rewards)
+    schema = score_schema(rewards, further)
     table = rows.select(schema.names).cast(schema) if isinstance(rows, pa.Table) else None
     table = pa.Table.from_pylist(list(rows), schema=schema) if table is None else table
     with atomic_path(path) as temporary:
@@ -167,7 +177,7 @@ def read_scores(directory: AnyPath, info: ScoresInfo, columns: Sequence[str] | N
 def _conform(table: pa.Table, rewards: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
     """Cast to the types of :func:`score_schema` and check the values (text is UTF-8).
 
-    Tables made by hand may lack labels and annotators, which become null.
+    Tables made by hand may lack labels and annotators, and older ones lack votes; these become null.
 
     Raises:
         KeyError: a requested column is missing.
@@ -207,6 +217,11 @@ def score_tolerance(reward: RewardStatistics) -> float:
 def table_labels(table: pa.Table) -> np.ndarray:
     """Return P(image_0 preferred) of each row, float64 [P], NaN where there is no label."""
     return np.array([np.nan if label is None else label for label in table["label"].to_pylist()], dtype=np.float64)
+
+
+def table_votes(table: pa.Table) -> np.ndarray:
+    """Return the number of votes of each row, float64 [P], NaN where it is unknown."""
+    return np.array([np.nan if votes is None else votes for votes in table["votes"].to_pylist()], dtype=np.float64)
 
 
 def label_agreement(preference_P: np.ndarray, labels_P: np.ndarray) -> tuple[int, int]:

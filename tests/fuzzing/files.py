@@ -27,10 +27,10 @@ from smpo_pipeline.rewards._weights import read_checkpoint
 from smpo_schemas.manifest import MANIFEST_FILE, read_manifest
 from smpo_schemas.pairs import (
     PairRejectedError,
-    column_names,
+    ReadingChoices,
+    layouts_of,
     list_pair_files,
     read_rows,
-    resolve_columns,
     slice_files,
 )
 from smpo_schemas.rejects import Reject, read_rejects, write_rejects
@@ -52,6 +52,7 @@ from smpo_trainer.data.state_table import index_states
 from smpo_trainer.objectives.dpo import DPO
 from smpo_trainer.shards.fetch import ShardSource
 from smpo_trainer.shards.shard_set import ShardSet
+from tests.fuzzing.layouts import write_layout
 from tests.fuzzing.mutate import damage, distort, hostile_text
 from tests.pictures import encode, picture
 from tests.schemas.helpers import statistics
@@ -151,6 +152,11 @@ def _jsonl_pairs(draw: random.Random, folder: Path) -> Run:
     return lambda: _read_pairs(path)
 
 
+def _layout_pairs(draw: random.Random, folder: Path) -> Run:
+    path = write_layout(draw, folder)
+    return lambda: _read_pairs(path)
+
+
 _HOSTILE_JSON: tuple[Callable[[], bytes], ...] = (
     lambda: b"[" * 100_000,
     lambda: b'{"prompt":' * 50_000 + b"1" + b"}" * 50_000,
@@ -170,8 +176,8 @@ _HOSTILE_JSON: tuple[Callable[[], bytes], ...] = (
 
 def _read_pairs(path: Path) -> str:
     files = list_pair_files([path])
-    columns = resolve_columns(column_names(path), {}, path)
-    found = [each for (rows,) in slice_files(files, 3) for each in read_rows(rows, columns)]
+    layouts = layouts_of(files)
+    found = [each for (rows,) in slice_files(files, 3) for each in read_rows(rows, layouts[path])]
     assert len(found) == files[0].rows
     for _, pair in found:
         if isinstance(pair, PairRejectedError):
@@ -179,7 +185,7 @@ def _read_pairs(path: Path) -> str:
             assert len(str(pair)) < 2000
     rejects = [Reject(pair_id=p.pair_id, source=s, stage="x", reason="x") for s, p in found]
     write_rejects(path.with_name("rejected.parquet"), rejects)
-    summary = summarise_pairs(recognise(path)[1], {}, limit=None, samples=4, advance=lambda *_: None)
+    summary = summarise_pairs(recognise(path)[1], ReadingChoices(), limit=None, samples=4, advance=lambda *_: None)
     print_pairs(summary, path, Console(markup=False))
     draw_pairs(summary, path, {})
     return "rejected" if summary.rejects else "read"
@@ -481,4 +487,5 @@ def _weights(draw: random.Random, folder: Path) -> Run:
     return run
 
 
-_KINDS = (_parquet_pairs, _parquet_pairs, _jsonl_pairs, _scores, _manifest, _tar, _tar, _index, _member, _weights)
+_PAIRS = (_parquet_pairs, _parquet_pairs, _jsonl_pairs, _layout_pairs)
+_KINDS = (*_PAIRS, _scores, _manifest, _tar, _tar, _index, _member, _weights)

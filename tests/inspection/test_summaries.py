@@ -12,6 +12,7 @@ from smpo_pipeline.inspection.pairs import print_pairs, summarise_pairs
 from smpo_pipeline.inspection.scores import print_scores, reward_agreement, summarise_scores
 from smpo_pipeline.inspection.shards import print_shards, summarise_shards
 from smpo_schemas.manifest import read_manifest, write_manifest
+from smpo_schemas.pairs import ReadingChoices
 from smpo_schemas.scores import label_agreement
 from tests.inspection.helpers import make_pairs, make_scores
 
@@ -28,7 +29,7 @@ def printed(show, summary, path: Path) -> str:
 
 def test_pairs(tmp_path: Path) -> None:
     path = make_pairs(tmp_path / "pairs.parquet")
-    summary = summarise_pairs(path, {}, limit=None, samples=4, advance=ignore)
+    summary = summarise_pairs(path, ReadingChoices(), limit=None, samples=4, advance=ignore)
     assert (summary.files, summary.rows, summary.rows_read) == (1, 10, 10)
     assert summary.labels == {"image_0": 3, "image_1": 3, "tie": 2, "none": 2}
     assert summary.annotators == {"0": 4, "1": 3, "2": 3}
@@ -44,22 +45,25 @@ def test_pairs(tmp_path: Path) -> None:
 
 def test_pairs_limit(tmp_path: Path) -> None:
     path = make_pairs(tmp_path / "pairs.parquet")
-    summary = summarise_pairs(path, {}, limit=3, samples=12, advance=ignore)
+    summary = summarise_pairs(path, ReadingChoices(), limit=3, samples=12, advance=ignore)
     assert (summary.rows, summary.rows_read, len(summary.chosen)) == (10, 3, 3)
 
 
 def test_pairs_without_the_named_column(tmp_path: Path) -> None:
     path = make_pairs(tmp_path / "pairs.parquet")
     with pytest.raises(UserError, match="no column 'text'"):
-        summarise_pairs(path, {"prompt": "text"}, limit=None, samples=1, advance=ignore)
+        summarise_pairs(path, ReadingChoices({"prompt": "text"}), limit=None, samples=1, advance=ignore)
 
 
 def test_pairs_of_chosen_and_rejected(tmp_path: Path) -> None:
     path = make_pairs(tmp_path / "pairs.parquet")
     given = {"chosen": "jpg_0", "rejected": "jpg_1"}
-    summary = summarise_pairs(path, given, limit=None, samples=1, advance=ignore)
+    summary = summarise_pairs(path, ReadingChoices(given), limit=None, samples=1, advance=ignore)
     assert summary.labels["image_0"] + summary.labels["image_1"] == summary.rows_read
-    assert "images from jpg_0 (preferred) and jpg_1" in printed(print_pairs, summary, path)
+    assert (
+        "columns: prompt from caption, pair_id from ranking_id, annotator from user_id, chosen from jpg_0, rejected"
+        in (printed(print_pairs, summary, path))
+    )
 
 
 def test_agreement_by_hand() -> None:

@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_common.errors import UserError
-from smpo_schemas.pairs import Pair, PairRejectedError, RowRange, column_names, read_rows, resolve_columns
+from smpo_schemas.layouts import layout_of
+from smpo_schemas.pairs import (
+    Pair,
+    PairRejectedError,
+    ReadingChoices,
+    RowRange,
+    column_names,
+    read_rows,
+    resolve_columns,
+)
 
 GIVEN = {"chosen": "chosen", "rejected": "rejected"}
 ROWS = 2000
@@ -33,8 +42,8 @@ def write(path: Path, rows: list[dict], **more: list) -> Path:
 
 
 def read(path: Path, start: int = 0, stop: int = ROWS, given: dict = GIVEN) -> list[Pair]:
-    columns = resolve_columns(column_names(path), given, path)
-    found = [pair for _, pair in read_rows(RowRange(path, start, stop), columns)]
+    layout = layout_of(path, column_names(path), ReadingChoices(given))
+    found = [pair for _, pair in read_rows(RowRange(path, start, stop), layout)]
     assert all(isinstance(pair, Pair) for pair in found), found
     return found  # type: ignore[return-value]
 
@@ -98,8 +107,8 @@ def test_other_columns_mean_what_they_mean(tmp_path: Path) -> None:
 
 def test_a_missing_image_is_named_by_its_column(tmp_path: Path) -> None:
     path = write(tmp_path / "p.parquet", [{"prompt": "a", "chosen": b"x", "rejected": None}])
-    columns = resolve_columns(column_names(path), GIVEN, path)
-    ((_, found),) = read_rows(RowRange(path, 0, 1), columns)
+    layout = layout_of(path, column_names(path), ReadingChoices(GIVEN))
+    ((_, found),) = read_rows(RowRange(path, 0, 1), layout)
     assert isinstance(found, PairRejectedError)
     assert "rejected" in str(found)
 

@@ -20,23 +20,20 @@ from smpo_schemas.pairs import (
     PairColumns,
     PairRejectedError,
     RowRange,
-    column_names,
+    json_rows,
     list_pair_files,
     normalise,
     normalising,
     read_rows,
-    reading,
-    resolve_columns,
 )
 
 GOOD = {"prompt": "x", "image_0": b"one", "image_1": b"two", "pair_id": "p", "label": 1.0, "annotator": "me"}
 
 
-def read(path, columns=None):
+def read(path):
     """Read every row of a file: a pair, or the error that rejects it."""
-    rows = list_pair_files([path])[0].rows
-    columns = columns or resolve_columns(column_names(path), {}, path)
-    return [pair for _, pair in read_rows(RowRange(path, 0, rows), columns)]
+    (file,) = list_pair_files([path])
+    return [pair for _, pair in read_rows(RowRange(path, 0, file.rows), file.layout)]
 
 
 def write_lines(path, *rows):
@@ -68,7 +65,7 @@ def test_unusable_json_rejects_its_row_only(tmp_path, line):
         line | {"image_0": "y" * 100_000},
         line,
     )
-    first, *bad, last = read(path, PairColumns(label="label", pair_id="pair_id", annotator="annotator"))
+    first, *bad, last = read(path)
     assert first == last == Pair("p", "x", b"image", b"image", None, None)
     assert all(isinstance(each, PairRejectedError) for each in bad)
     assert [str(each).split(":")[0] for each in bad] == [
@@ -92,7 +89,7 @@ def test_a_prompt_of_control_characters_is_kept_as_it_is(tmp_path, line):
 
 
 def test_an_overlong_line_is_one_reject_and_the_next_is_read(tmp_path, line, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 1000)
     long = line | {"prompt": "w" * 5000}
     exact = json.dumps(line | {"prompt": ""}).encode()
     exact = exact.replace(b'"prompt": ""', b'"prompt": "' + b"w" * (999 - len(exact)) + b'"')

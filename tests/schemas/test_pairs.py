@@ -10,20 +10,26 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_common.errors import UserError
+from smpo_schemas.layouts import layout_of
 from smpo_schemas.pairs import (
     PICK_A_PIC,
     Pair,
-    PairColumns,
     PairFile,
     PairRejectedError,
+    ReadingChoices,
     RowRange,
     column_names,
+    json_rows,
     list_pair_files,
     read_rows,
-    reading,
     resolve_columns,
     slice_files,
 )
+
+
+def read(path):
+    (file,) = list_pair_files([path])
+    return [pair for _, pair in read_rows(RowRange(path, 0, file.rows), file.layout)]
 
 
 def write_pick_a_pic(path, rows: int, row_group_size: int = 3):
@@ -46,7 +52,7 @@ def test_pick_a_pic_columns_are_known(tmp_path):
     path = write_pick_a_pic(tmp_path / "a.parquet", 5)
     columns = resolve_columns(column_names(path), {}, path)
     assert columns == PICK_A_PIC
-    rows = list(read_rows(RowRange(path, 2, 5), columns))
+    rows = list(read_rows(RowRange(path, 2, 5), layout_of(path, column_names(path), ReadingChoices())))
     assert [source for source, _ in rows] == [f"{path}:{row}" for row in (2, 3, 4)]
     assert rows[0][1] == Pair("102", "prompt 2", b"first 2", b"second 2", 0.5, "7")
 
@@ -55,7 +61,8 @@ def test_pick_a_pic_columns_are_known(tmp_path):
 @pytest.mark.parametrize("stop", range(5, 8))
 def test_any_row_range_of_a_file_with_row_groups(tmp_path, start, stop):
     path = write_pick_a_pic(tmp_path / "a.parquet", 7)
-    rows = [pair.pair_id for _, pair in read_rows(RowRange(path, start, stop), PICK_A_PIC)]
+    layout = layout_of(path, column_names(path), ReadingChoices())
+    rows = [pair.pair_id for _, pair in read_rows(RowRange(path, start, stop), layout)]
     assert rows == [str(100 + row) for row in range(start, min(stop, 7))]
 
 
@@ -86,9 +93,9 @@ def test_jsonl_with_paths_named_columns_and_bad_rows(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     given = {"prompt": "text", "image_0": "a", "image_1": "b", "annotator": "who", "label": "won"}
-    columns = resolve_columns(column_names(path), given, path)
-    assert list_pair_files([path])[0].rows == 6
-    rows = [pair for _, pair in read_rows(RowRange(path, 0, 6), columns)]
+    (file,) = list_pair_files([path], ReadingChoices(given))
+    assert file.rows == 6
+    rows = [pair for _, pair in read_rows(RowRange(path, 0, 6), file.layout)]
     assert rows[0].prompt == "größer"
     assert (rows[0].image_0, rows[0].label, rows[0].annotator) == (b"one", None, "3")
     reasons = [str(row).split(":")[0] for row in rows[1:]]
@@ -101,7 +108,7 @@ def test_without_an_id_the_content_names_the_pair(tmp_path):
     rows = [("a", b"x", b"y"), ("a", b"x", b"y"), ("a", b"y", b"x"), ("ax", b"", b"y"), ("a", b"xy", b"z")]
     columns = dict(zip(("prompt", "image_0", "image_1"), zip(*rows, strict=True), strict=True))
     pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), path)
-    pairs = [pair for _, pair in read_rows(RowRange(path, 0, 5), PairColumns())]
+    pairs = read(path)
     assert pairs[0].pair_id == pairs[1].pair_id
     assert isinstance(pairs[3], PairRejectedError)
     assert len({pairs[0].pair_id, pairs[2].pair_id, pairs[4].pair_id}) == 3
@@ -113,18 +120,18 @@ def test_an_empty_id_counts_as_missing(tmp_path, ids):
     path = tmp_path / "p.parquet"
     columns = {"prompt": ["a", "b", "c"], "image_0": [b"x"] * 3, "image_1": [b"y"] * 3}
     pq.write_table(pa.table(columns), path)
-    expected = [pair.pair_id for _, pair in read_rows(RowRange(path, 0, 2), PairColumns())]
+    expected = [pair.pair_id for pair in read(path)[:2]]
     pq.write_table(pa.table(columns | {"pair_id": ids, "annotator": ids}), path)
-    read = [pair for _, pair in read_rows(RowRange(path, 0, 3), PairColumns(pair_id="pair_id", annotator="annotator"))]
-    assert [pair.pair_id for pair in read] == [*expected, "7.0"]
-    assert [pair.annotator for pair in read] == [None, None, "7.0"]
+    pairs = read(path)
+    assert [pair.pair_id for pair in pairs] == [*expected, "7.0"]
+    assert [pair.annotator for pair in pairs] == [None, None, "7.0"]
 
 
 def test_images_of_the_datasets_library(tmp_path):
     path = tmp_path / "p.parquet"
     image = {"bytes": b"abc", "path": None}
     pq.write_table(pa.table({"prompt": ["a"], "image_0": [image], "image_1": [image]}), path)
-    ((_, pair),) = read_rows(RowRange(path, 0, 1), PairColumns())
+    (pair,) = read(path)
     assert pair.image_0 == b"abc"
 
 
@@ -160,7 +167,7 @@ def test_a_jsonl_file_has_the_columns_of_all_its_rows(tmp_path):
 @pytest.mark.parametrize("rows_a_unit", [1, 100, 2000])
 def test_a_slice_of_a_jsonl_file_reads_little_before_its_own_rows(tmp_path, monkeypatch, rows_a_unit):
     """Blank, broken and overlong lines shift bytes; a blank line does not count as a row."""
-    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 200)
     path, lines, number = tmp_path / "a.jsonl", [], 0
     for line in range(2500):
         if line % 7 == 3:
@@ -169,13 +176,14 @@ def test_a_slice_of_a_jsonl_file_reads_little_before_its_own_rows(tmp_path, monk
         lines.append("broken\n" if number % 60 == 8 else json.dumps({"prompt": text, "row": number}) + "\n")
         number += 1
     path.write_text("".join(lines))
-    (file,) = list_pair_files([path])
+    scan = json_rows.scan(path)
+    file = PairFile(path, scan.rows, scan.bytes, scan.digest, scan.offsets)
     assert file.rows == number == 2500
     assert len(file.offsets) == 3
     read = []
     for (part,) in slice_files([file], rows_a_unit):
         assert 0 <= part.start - part.seek_to[0] < 1024
-        rows = list(reading._jsonl_rows(part))
+        rows = list(json_rows.rows(part))
         assert len(rows) == part.stop - part.start
         read += rows
     expected = [{} if row % 60 == 8 or row % 50 == 9 else row for row in range(2500)]
@@ -191,7 +199,8 @@ def test_a_large_row_group_is_read_in_parts(tmp_path):
     del table
     pool = pa.default_memory_pool()
     before = pool.bytes_allocated()
-    held = [pool.bytes_allocated() - before for _ in read_rows(RowRange(path, 0, rows), PairColumns())]
+    layout = layout_of(path, column_names(path), ReadingChoices())
+    held = [pool.bytes_allocated() - before for _ in read_rows(RowRange(path, 0, rows), layout)]
     assert len(held) == rows
     assert max(held) < 40e6  # 16 rows at a time are 16 MB
 
@@ -202,8 +211,7 @@ def test_lone_surrogates_are_rejected(tmp_path):
     rows = [good, *(good | {name: "half \ud83d"} for name in ("prompt", "annotator", "pair_id", "image_0"))]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "i").write_bytes(b"image")
-    columns = resolve_columns(column_names(path), {}, path)
-    first, *others = [pair for _, pair in read_rows(RowRange(path, 0, 5), columns)]
+    first, *others = read(path)
     assert isinstance(first, Pair)
     problems = ["not Unicode: prompt", "not Unicode: annotator", "not Unicode: pair_id"]
     assert [str(each) for each in others[:3]] == problems

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from smpo_pipeline.voting.ballot import Ballot
+from smpo_schemas.pairs import ReadingChoices
 
 COUNT = 34
 BROKEN = 3
@@ -24,7 +25,7 @@ def png(colour: tuple[int, int, int]) -> bytes:
 
 def read(pairs: Path, limit: int = 1000, seed: int = 0) -> Ballot:
     """Read a ballot, without progress."""
-    return Ballot.read([pairs], {}, limit=limit, seed=seed, advance=lambda _done, _total: None)
+    return Ballot.read([pairs], ReadingChoices(), limit=limit, seed=seed, advance=lambda _done, _total: None)
 
 
 def is_red(picture: bytes) -> bool:

@@ -62,8 +62,8 @@ def _inspect_pairs(path: Path, options: InspectOptions, console: Console, target
         rows = {row["pair_id"]: row for row in read_scores(options.scores, info).to_pylist()}
     samples = 12 if options.samples is None else options.samples
     with _progress(console, "reading pairs") as advance:
-        columns = options.columns.by_field()
-        summary = summarise_pairs(path, columns, limit=options.limit, samples=samples, advance=advance)
+        choices = options.columns.choices()
+        summary = summarise_pairs(path, choices, limit=options.limit, samples=samples, advance=advance)
     print_pairs(summary, path, console)
     if summary.chosen:
         save_sheet(draw_pairs(summary, path, rows), target)

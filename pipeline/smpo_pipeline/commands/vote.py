@@ -60,7 +60,7 @@ def _read(options: VoteOptions, console: Console) -> Ballot:
         task = progress.add_task("reading pairs", total=None)
         return Ballot.read(
             options.pairs,
-            options.columns.by_field(),
+            options.columns.choices(),
             limit=options.limit,
             seed=options.seed,
             advance=lambda done, total: progress.update(task, completed=done, total=total),

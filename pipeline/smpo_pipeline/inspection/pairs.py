@@ -20,13 +20,13 @@ from smpo_pipeline.inspection import sheet
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
 from smpo_schemas.labels import TIE
 from smpo_schemas.pairs import (
+    Layout,
     Pair,
-    PairColumns,
     PairRejectedError,
-    column_names,
+    ReadingChoices,
+    layouts_of,
     list_pair_files,
     read_rows,
-    resolve_columns,
     slice_files,
 )
 from smpo_schemas.rejects import Reject, count_reasons
@@ -52,7 +52,7 @@ class PairsSummary:
 
     Attributes:
         files, rows: number of files, and of rows in all of them.
-        columns: number of files by the columns that are used.
+        layouts: number of files by layout and what it takes the columns for.
         rows_read: number of rows that were read.
         rejects: rows that are malformed or have an unusable image.
         labels: number of rows by label: ``image_0``, ``image_1``, ``tie``, ``soft`` (between), ``none``.
@@ -63,7 +63,7 @@ class PairsSummary:
 
     files: int
     rows: int
-    columns: Counter[PairColumns] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
     rows_read: int = 0
     rejects: list[Reject] = field(default_factory=list)
     labels: Counter[str] = field(default_factory=Counter)
@@ -76,7 +76,7 @@ class PairsSummary:
 
 def summarise_pairs(
     path: Path,
-    given: Mapping[str, str | None],
+    choices: ReadingChoices,
     *,
     limit: int | None,
     samples: int,
@@ -86,19 +86,19 @@ def summarise_pairs(
 
     Args:
         path: file or folder.
-        given: columns named by flags.
+        choices: what flags say about reading it.
         limit: maximum number of rows to read.
         samples: number of pairs for the sheet.
         advance: called with the number of rows read so far and the number of rows to read.
     """
-    files = list_pair_files([path])
+    files = list_pair_files([path], choices)
+    layouts = layouts_of(files)
     summary = PairsSummary(len(files), sum(file.rows for file in files))
-    columns = {file.path: resolve_columns(column_names(file.path), given, file.path) for file in files if file.rows}
-    summary.columns.update(columns.values())
+    summary.layouts.update(map(_describe_layout, layouts.values()))
     total = min(summary.rows, limit) if limit else summary.rows
     chosen = set(np.linspace(0, max(0, total - 1), min(samples, total)).round().astype(int).tolist())
     for rows in (rows for unit in slice_files(files, max(1, summary.rows), limit) for rows in unit):
-        for source, pair in read_rows(rows, columns[rows.path]):
+        for source, pair in read_rows(rows, layouts[rows.path]):
             if isinstance(pair, PairRejectedError):
                 summary.rejects.append(Reject(pair_id=None, source=source, stage="inspect", reason=str(pair)))
             else:
@@ -143,7 +143,6 @@ def print_pairs(summary: PairsSummary, path: Path, console: Console) -> None:
     total = summary.rows_read
     labels = ", ".join(f"{name} {count} ({percent(count, total)})" for name, count in summary.labels.most_common())
     repeated = sum(count - 1 for count in summary.pair_ids.values())
-    columns = "; ".join(_describe_columns(columns) for columns in summary.columns)
     people = {name: count for name, count in summary.annotators.items() if name}
     anonymous = summary.annotators[""]
     console.print(
@@ -152,7 +151,7 @@ def print_pairs(summary: PairsSummary, path: Path, console: Console) -> None:
             {
                 "rows": f"{summary.rows} in {summary.files} files; {total} read",
                 "usable": f"{total - len(summary.rejects)} pairs; {len(summary.rejects)} would be rejected",
-                "columns": columns,
+                "layout": "; ".join(summary.layouts),
                 "preferred": labels,
                 "annotators": f"{len(people)}: {counted(people)}" + (f"; {anonymous} unnamed" if anonymous else ""),
                 "prompts": f"{len(summary.prompts)} distinct; {summary.prompts.get('', 0)} rows have an empty prompt",
@@ -180,13 +179,15 @@ def print_pairs(summary: PairsSummary, path: Path, console: Console) -> None:
     print_rejects(summary.rejects, console)
 
 
-def _describe_columns(columns: PairColumns) -> str:
-    images, label = f"{columns.image_0} and {columns.image_1}", columns.label
-    if columns.chosen:
-        images = label = f"{columns.chosen} (preferred) and {columns.rejected}"
-    named = {"prompt": columns.prompt, "images": images, "label": label}
-    named |= {"pair id": columns.pair_id, "annotator": columns.annotator}
-    return ", ".join(f"{what} from {name}" if name else f"no {what}" for what, name in named.items())
+def _describe_layout(layout: Layout) -> str:
+    taken = layout.describe()
+    missing = [f"no {name}" for name in ("label", "pair_id", "annotator") if not taken.keys() & _SAY.get(name, {name})]
+    parts = [f"{name} from {source}" for name, source in taken.items()]
+    return f"{layout.name}: {', '.join([*parts, *missing])}; images relative to {layout.folder}"
+
+
+_SAY = {"label": {"label", "chosen"}}
+"""Fields of which any says what is named."""
 
 
 def print_rejects(rejects: list[Reject], console: Console) -> None:

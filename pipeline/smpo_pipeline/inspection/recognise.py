@@ -8,7 +8,7 @@ from typing import Literal
 from smpo_common.errors import UserError
 from smpo_schemas.candidates import CANDIDATES_FILE
 from smpo_schemas.manifest import MANIFEST_FILE
-from smpo_schemas.pairs import PAIR_SUFFIXES, find_pair_files
+from smpo_schemas.pairs import PAIR_SUFFIXES, holds_pairs
 from smpo_schemas.scores import SCORES_FILE
 from smpo_schemas.selection import SELECTION_FILE
 
@@ -28,7 +28,8 @@ def recognise(path: Path) -> tuple[Kind, Path]:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if path.name in (*_MARKERS, CANDIDATES_FILE) or path.suffix == ".tar":
+    shard = path.suffix == ".tar" and ((path.parent / MANIFEST_FILE).exists() or path.match("shard-*.tar"))
+    if shard or path.name in (*_MARKERS, CANDIDATES_FILE):
         path = path.parent
     if path.is_file():
         if path.suffix in PAIR_SUFFIXES:
@@ -37,7 +38,7 @@ def recognise(path: Path) -> tuple[Kind, Path]:
     for pattern, kind in (_MARKERS | _UNFINISHED).items():
         if any(path.glob(pattern)):
             return kind, path
-    if find_pair_files(path):
+    if holds_pairs(path):
         return "pairs", path
     raise UserError(
         f"{path} holds neither pairs ({', '.join(PAIR_SUFFIXES)}), nor scores ({SCORES_FILE}), nor shards "

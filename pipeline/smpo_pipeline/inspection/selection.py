@@ -17,7 +17,7 @@ from smpo_pipeline.inspection import sheet
 from smpo_pipeline.inspection.pairs import TILE, decoded_tile, print_rejects
 from smpo_pipeline.selection.report import print_selection
 from smpo_pipeline.terminal import histogram
-from smpo_schemas.pairs import Pair, PairRejectedError, columns_of, list_pair_files, read_rows, slice_files
+from smpo_schemas.pairs import Pair, PairRejectedError, layouts_of, list_pair_files, read_rows, slice_files
 from smpo_schemas.rejects import Reject, read_rejects
 from smpo_schemas.scores import REJECTS_FILE, read_scores, read_scores_info
 from smpo_schemas.selection import PAIRS_FILE, SCORES_FOLDER, SelectionInfo, read_selection
@@ -60,11 +60,11 @@ def summarise_selection(
     """
     summary = SelectionSummary(read_selection(folder), read_rejects(folder / REJECTS_FILE))
     files = list_pair_files([folder / PAIRS_FILE])
-    columns = columns_of(files, {})
+    layouts = layouts_of(files)
     total = min(files[0].rows, limit or files[0].rows)
     drawn = set(np.linspace(0, total - 1, min(samples, total)).round().astype(int).tolist())
     for rows in (rows for unit in slice_files(files, total, total) for rows in unit):
-        for number, (_, pair) in enumerate(read_rows(rows, columns[rows.path], ("chosen_image", "gap"))):
+        for number, (_, pair) in enumerate(read_rows(rows, layouts[rows.path], ("chosen_image", "gap"))):
             if not isinstance(pair, PairRejectedError):
                 summary.gaps.append(pair.further["gap"])
                 if number in drawn:

@@ -43,6 +43,7 @@ class PreparedPair:
     crop: tuple[tuple[int, int], tuple[int, int]]
     measured: bool
     generated: GeneratedPair | None = None
+    votes: int | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -82,6 +83,7 @@ class Trajectory:
             prompt=self.pair.prompt,
             prompt_dropped=self.dropped,
             label=self.pair.label,
+            votes=self.pair.votes,
             annotator=self.pair.annotator,
             scores=self.pair.scores,
             size=self.size,

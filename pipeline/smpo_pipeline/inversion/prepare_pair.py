@@ -18,6 +18,7 @@ def prepare_pair(
     *,
     pair_id: str = "pair",
     label: float | None = None,
+    votes: int | None = None,
     annotator: str | None = None,
     scores: Mapping[str, tuple[float, float]] | None = None,
     measured: bool = False,
@@ -30,6 +31,7 @@ def prepare_pair(
         sizes: heights and widths in pixels that the model takes; a pair is brought to the one that suits it.
         pair_id: with the seed, the source of the pair's randomness.
         label: P(image_0 preferred) as people gave it.
+        votes: how many people the label stands for.
         annotator: who labelled it.
         scores: of both images by reward.
         measured: whether the noise ratio is measured at its states.
@@ -42,6 +44,7 @@ def prepare_pair(
         pair_id=pair_id,
         prompt=prompt,
         label=label,
+        votes=votes,
         annotator=annotator,
         scores=dict(scores or {}),
         pixels_2HW3=np.stack(pixels),

@@ -11,18 +11,20 @@ from typing import Any
 import pyarrow as pa
 
 from smpo_common.store_path import AnyPath
-from smpo_schemas.pairs import Pair, PairColumns, PairRejectedError, RowRange, image_id, read_rows
+from smpo_schemas.pairs import FURTHER, Layout, Pair, PairRejectedError, RowRange, image_id, read_rows
 from smpo_schemas.scores import IMAGE_IDS
 
-Columns = Mapping[AnyPath, PairColumns]
-"""The columns of each input file."""
+Layouts = Mapping[AnyPath, Layout]
+"""The layout of each input file."""
 
 PAIR_FIELDS = (
     ("pair_id", pa.string()),
     ("prompt", pa.string()),
     ("label", pa.float32()),
+    ("votes", pa.int32()),
     ("annotator", pa.string()),
     *((name, pa.string()) for name in IMAGE_IDS),
+    *FURTHER.items(),
     ("source", pa.string()),
 )
 """Fields of a row, besides its pixels, that both jobs carry; ``source`` is ``path:row``."""
@@ -34,21 +36,23 @@ def pair_fields(pair: Pair, source: str) -> dict[str, Any]:
         "pair_id": pair.pair_id,
         "prompt": pair.prompt,
         "label": pair.label,
+        "votes": pair.votes,
         "annotator": pair.annotator,
+        **{name: pair.further.get(name) for name in FURTHER},
         **dict(zip(IMAGE_IDS, map(image_id, (pair.image_0, pair.image_1)), strict=True)),
         "source": source,
     }
 
 
 def read_unit(
-    ranges: Sequence[RowRange], columns: Columns, further: Sequence[str] = ()
+    ranges: Sequence[RowRange], layouts: Layouts, further: Sequence[str] = ()
 ) -> Iterator[tuple[str, Pair | PairRejectedError]]:
     """Yield ``(source, pair or the reason for its rejection)`` for each row of a unit, in order.
 
     ``further`` names columns for :attr:`Pair.further`.
     """
     for rows in ranges:
-        yield from read_rows(rows, columns[rows.path], further)
+        yield from read_rows(rows, layouts[rows.path], further)
 
 
 def unit_sizes(units: Sequence[Sequence[RowRange]]) -> list[int]:

@@ -137,7 +137,7 @@ def make_plan(options: PlanOptions, console: Console) -> Plan:
         UserError: an input, the model or the device cannot be used.
     """
     device = options.running.chosen_device
-    files = list_pair_files(options.pairs)
+    files = list_pair_files(options.pairs, options.columns.choices())
     options, found = find_candidates(choose_text(options), files)
     subject = _prepare(options, files, found)
     for line in options.choices(subject.resolution, subject.sampled.total):
@@ -166,7 +166,6 @@ def _prepare(options: PlanOptions, files: Sequence[PairFile], found: Found) -> _
     family, inverting_denoiser = load_models(options, text=settings.text == "live")
     sampled = sample_pairs(
         files,
-        options.columns.by_field(),
         sizes_of_images(family, resolution, settings),
         count=_SAMPLED,
         limit=options.running.limit,

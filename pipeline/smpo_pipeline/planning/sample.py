@@ -24,9 +24,8 @@ from smpo_schemas.pairs import (
     PairFile,
     PairRejectedError,
     RowRange,
-    column_names,
+    layouts_of,
     read_rows,
-    resolve_columns,
     slice_files,
 )
 
@@ -52,7 +51,6 @@ class SampledPairs:
 
 def sample_pairs(
     files: Sequence[PairFile],
-    columns: dict[str, str | None],
     sizes: Sequence[Size],
     *,
     count: int,
@@ -64,7 +62,6 @@ def sample_pairs(
 
     Args:
         files: of the data set.
-        columns: chosen by flags.
         sizes: image sizes to choose from, one for both images of a pair.
         count: most rows to read.
         limit: use only the first rows of the data set; None: all.
@@ -79,13 +76,13 @@ def sample_pairs(
     with suppress(ImageRejectedError):
         worker_decoder().decode(b"")  # starts the child process before the clock
     begin = time.perf_counter()
+    layouts = layouts_of(files)
     pairs: list[PreparedPair] = []
     rows = 0
     problem = ""
     with KeptLatents(kept.folders if kept else ()) as latents:
         for part in _parts(files, total, count, limit):
-            names = resolve_columns(column_names(part.path), columns, part.path)
-            for source, pair in read_rows(part, names, COLUMNS if kept else ()):
+            for source, pair in read_rows(part, layouts[part.path], COLUMNS if kept else ()):
                 rows += 1
                 try:
                     if isinstance(pair, PairRejectedError):
@@ -115,6 +112,7 @@ def _prepared(
         "prompt": pair.prompt,
         "pair_id": pair.pair_id,
         "label": pair.label,
+        "votes": pair.votes,
         "annotator": pair.annotator,
         "scores": dict.fromkeys(rewards, (score, score)),
     }

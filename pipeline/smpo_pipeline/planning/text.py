@@ -10,7 +10,7 @@ from smpo_pipeline.jobs.invert.models import load_text_encoders
 from smpo_pipeline.jobs.invert.prompts import PROMPTS_PER_FILE, distinct_prompts, encode_batches
 from smpo_pipeline.planning.options import PlanOptions
 from smpo_schemas.frozen import FrozenModel
-from smpo_schemas.pairs import PairFile, columns_of, slice_files
+from smpo_schemas.pairs import PairFile, layouts_of, slice_files
 from smpo_schemas.shards.text import text_bytes
 from smpo_schemas.shards.text_rows import TextRow
 
@@ -67,7 +67,7 @@ def encode_sampled(options: PlanOptions, files: Sequence[PairFile], prompts: Seq
     total = max(1, sum(file.rows for file in files))
     units = slice_files(files, total, options.running.limit)
     ranges = [rows for unit in units for rows in unit]
-    count = len(distinct_prompts(ranges, columns_of(files, options.columns.by_field())))
+    count = len(distinct_prompts(ranges, layouts_of(files)))
     family = load_text_encoders(options)
     family.to(options.running.chosen_device)
     distinct = list(dict.fromkeys(["", *prompts]))

@@ -15,7 +15,7 @@ from smpo_pipeline.selection.candidates import CandidateTable
 from smpo_pipeline.selection.further_columns import FurtherColumns, ImageColumns
 from smpo_pipeline.selection.methods import NoPairError, Proposal, Selection
 from smpo_pipeline.selection.pairs_file import PairsFile
-from smpo_schemas.pairs import Pair, PairColumns, PairFile, PairRejectedError, RowRange, image_id, read_rows
+from smpo_schemas.pairs import Layout, Pair, PairFile, PairRejectedError, RowRange, image_id, read_rows
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject
 
@@ -84,13 +84,13 @@ class Assembly:
         self._next = 0
 
     def read(
-        self, files: Sequence[PairFile], columns: Mapping[AnyPath, PairColumns], advance: Callable[[int], None]
+        self, files: Sequence[PairFile], layouts: Mapping[AnyPath, Layout], advance: Callable[[int], None]
     ) -> None:
         """Read all rows of these files; ``advance`` is called with the number of rows so far."""
         names = list(self._further.types)
         for file in files:
             further = names if file.path.suffix == ".parquet" else ()
-            for source, pair in read_rows(RowRange(file.path, 0, file.rows), columns[file.path], further):
+            for source, pair in read_rows(RowRange(file.path, 0, file.rows), layouts[file.path], further):
                 self._add(source, pair)
                 self.rows += 1
                 advance(self.rows)

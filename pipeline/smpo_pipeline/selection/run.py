@@ -26,7 +26,7 @@ from smpo_pipeline.selection.options import SelectOptions
 from smpo_pipeline.selection.pairs_file import PairsFile
 from smpo_pipeline.selection.scores_table import write_selected_scores
 from smpo_schemas.calibration import read_calibration
-from smpo_schemas.pairs import PairFile, columns_of, list_pair_files
+from smpo_schemas.pairs import PairFile, layouts_of, list_pair_files
 from smpo_schemas.preference.scales import calibrated_temperatures, refuse_unused_ranges, with_ranges
 from smpo_schemas.preference.winrate import WinRate
 from smpo_schemas.rejects import count_reasons, write_rejects
@@ -57,15 +57,15 @@ def select(options: SelectOptions, console: Console) -> SelectionInfo:
         UserError: an input cannot be used, the output is another run's, or no prompt gives a pair.
     """
     kind = _method(options)
-    files = list_pair_files(options.candidates, "--candidates")
+    choices = options.columns.choices()
+    files = list_pair_files(options.candidates, choices, "--candidates")
     info = read_scores_info(options.scores)
     mix = _mix(options, info, lambda line: console.print(line, highlight=False, soft_wrap=True))
     settings = _settings(options, kind, mix)
-    columns = options.columns.by_field()
     identity = {
         "job": "select",
         "schema_version": SELECTION_VERSION,
-        **describe_input(files, columns, None),
+        **describe_input(files, choices, None),
         "scores": sha256_file(options.scores / SCORES_FILE),
         "selection": settings.model_dump(),
     }
@@ -185,10 +185,10 @@ def _run(
     Raises:
         UserError: no prompt gives a pair, or a file cannot be read or written.
     """
-    columns = columns_of(files, options.columns.by_field())
+    layouts = layouts_of(files)
     scores = read_scores(options.scores, info)
     table = CandidateTable(options.scores, scores, mix, options.seed)
-    further = FurtherColumns(columns, SELECTED_SCHEMA.names)
+    further = FurtherColumns({path: layout.columns for path, layout in layouts.items()}, SELECTED_SCHEMA.names)
     labelling = Labelling(f"select:{method.name}", options.label, options.seed)
     rows = sum(file.rows for file in files)
     with (
@@ -199,7 +199,7 @@ def _run(
         task = progress.add_task("reading candidates", total=rows)
         with PairsFile(path, further.types) as file:
             assembly = Assembly(table, method, further, labelling, store, file)
-            assembly.read(files, columns, lambda done: progress.update(task, completed=done))
+            assembly.read(files, layouts, lambda done: progress.update(task, completed=done))
             assembly.finish()
         _require_pairs(assembly)
         pairs_sha256 = sha256_file(path)

@@ -58,6 +58,7 @@ def _selected_rows(table: pa.Table, pairs: Sequence[SelectedPair], rewards: Sequ
         "pair_id": pa.array([pair.pair_id for pair in pairs], pa.string()),
         "prompt": pa.array([pair.prompt for pair in pairs], pa.string()),
         "label": pa.array([pair.label for pair in pairs], pa.float32()),
+        "votes": pa.nulls(len(pairs), pa.int32()),
         "annotator": pa.array([annotator] * len(pairs), pa.string()),
     }
     for side, name in enumerate(IMAGE_IDS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -15,7 +15,7 @@ from smpo_pipeline.generation.encoding import encode_image
 from smpo_pipeline.images.decode import ImageRejectedError
 from smpo_pipeline.images.decoder import Decoder
 from smpo_pipeline.images.image_store import ImageStore
-from smpo_schemas.pairs import PairRejectedError, columns_of, list_pair_files, read_rows, slice_files
+from smpo_schemas.pairs import PairRejectedError, ReadingChoices, layouts_of, list_pair_files, read_rows, slice_files
 
 Side = Literal["left", "right"]
 
@@ -54,7 +54,7 @@ class Ballot:
     def read(
         cls,
         paths: Sequence[AnyPath],
-        columns: Mapping[str, str | None],
+        choices: ReadingChoices,
         *,
         limit: int,
         seed: int,
@@ -64,7 +64,7 @@ class Ballot:
 
         Args:
             paths: files or folders of pairs.
-            columns: named by flags.
+            choices: what flags say about reading them.
             limit: number of rows.
             seed: of the sides on which images are shown.
             advance: called with the number of rows read so far and of rows to read.
@@ -73,12 +73,12 @@ class Ballot:
             UserError: a path cannot be read, or holds no usable pair.
         """
         ballot = cls(seed)
-        files = list_pair_files(paths)
-        columns_by_file = columns_of(files, columns)
+        files = list_pair_files(paths, choices)
+        layouts = layouts_of(files)
         total = min(limit, sum(file.rows for file in files))
         done = 0
         for rows in (rows for unit in slice_files(files, total, limit) for rows in unit):
-            for source, pair in read_rows(rows, columns_by_file[rows.path]):
+            for source, pair in read_rows(rows, layouts[rows.path]):
                 if isinstance(pair, PairRejectedError):
                     ballot.left_out[source] = str(pair)
                 elif pair.pair_id not in ballot.pairs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from smpo_common.errors import UserError
@@ -11,13 +11,13 @@ from smpo_common.store_path import AnyPath
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Names of a file's columns; ``pair_id``, ``label`` and ``annotator`` are optional (None: the file has none).
+    """Names of a file's columns; all but the prompt and the images are optional (None: the file has none).
 
     Image columns hold bytes, a struct with ``bytes`` or ``path`` (as the datasets library writes), or a path relative
     to the file's folder.
 
     If ``chosen`` and ``rejected`` name the preferred image and the other one, they replace ``image_0``, ``image_1`` and
-    ``label``; see :func:`smpo_schemas.pairs.normalising.normalise`.
+    ``label``, unless ``label`` then says P(chosen preferred); see :func:`smpo_schemas.pairs.normalising.normalise`.
     """
 
     prompt: str = "prompt"
@@ -28,12 +28,14 @@ class PairColumns:
     annotator: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    votes: str | None = None
 
 
 PICK_A_PIC = PairColumns("caption", "jpg_0", "jpg_1", "label_0", "ranking_id", "user_id")
 """Pick-a-Pic v2's column names."""
 
-_KNOWN_OPTIONAL = PairColumns(label="label", pair_id="pair_id", annotator="annotator")
+_OPTIONAL = ("label", "votes", "pair_id", "annotator")
+_KNOWN_OPTIONAL = PairColumns(**{name: name for name in _OPTIONAL})
 
 
 def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path: AnyPath) -> PairColumns:
@@ -54,14 +56,24 @@ def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path:
     for field in fields(PairColumns):
         flagged = given.get(field.name)
         name = flagged or getattr(preset, field.name)
-        if name is not None and name not in names:
-            if flagged or field.name not in ("label", "pair_id", "annotator"):
+        if name is not None and not has_column(names, name):
+            if flagged or field.name not in _OPTIONAL:
                 raise _missing(path, names, field.name, name)
             name = None
-        if list(names).count(str(name)) > 1:
-            raise UserError(f"{path} has several columns {name!r}; rename all but one of them")
+        refuse_repeated(names, name, path)
         chosen[field.name] = name
     return PairColumns(**chosen)  # type: ignore[arg-type]
+
+
+def refuse_repeated(names: Sequence[str], name: str | None, path: AnyPath) -> None:
+    """Refuse a file with several columns of one name."""
+    if list(names).count(str(name)) > 1:
+        raise UserError(f"{path} has several columns {name!r}; rename all but one of them")
+
+
+def has_column(names: Collection[str], name: str) -> bool:
+    """Whether there is a column of that name, or one whose field it may be: ``a.b`` of a struct a."""
+    return name in names or ("." in name and name.partition(".")[0] in names)
 
 
 def _missing(path: AnyPath, names: Sequence[str], field: str, name: str) -> UserError:

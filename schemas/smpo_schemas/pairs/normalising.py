@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from smpo_common.errors import UserError, one_line
+from smpo_common.files import file_size
 from smpo_common.retry import TRANSIENT_ERRNOS
 from smpo_common.store_path import AnyPath
 from smpo_schemas.pairs.columns import PairColumns
@@ -19,6 +20,10 @@ MAX_TEXT = 100_000
 
 MAX_IMAGE_BYTES = 256 << 20
 """Limit for image files; larger ones are rejected, and not read if the row has their path."""
+
+
+MAX_VOTES = 2**31 - 1
+"""The largest number of votes that a table holds."""
 
 
 class PairRejectedError(Exception):
@@ -43,6 +48,7 @@ class Pair:
         image_0, image_1: encoded image files.
         label: P(image_0 preferred) as people gave it: 1, 0, 0.5 for a tie, or a share of votes; None without a label.
         annotator: who labelled it, or None.
+        votes: how many people the label stands for; None where unknown.
         further: values of the columns that a reader asked for, by name.
     """
 
@@ -52,35 +58,45 @@ class Pair:
     image_1: bytes
     label: float | None
     annotator: str | None
+    votes: int | None = None
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
-def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath) -> Pair:
+def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, further: Sequence[str] = ()) -> Pair:
     """Convert one input row to a :class:`Pair`.
 
     In a row with a chosen and a rejected image, hashes of the prompt and the images decide which one is ``image_0``,
-    and the label says which one was chosen. So positions are independent of the preference, and the same in every run
-    and order of rows.
+    and the label, 1 unless the row has P(chosen preferred), follows. So positions are independent of the preference,
+    and the same in every run and order of rows. Further columns whose names end in ``_0`` and ``_1`` follow, too.
+
+    Args:
+        row: values by column.
+        columns: of the row.
+        folder: that image paths are relative to.
+        further: columns for :attr:`Pair.further`.
 
     Raises:
         PairRejectedError: a field is missing or of the wrong type.
     """
     pair_id = _text(row, columns.pair_id, "pair_id")
     try:
-        return _pair(row, columns, folder, pair_id)
+        return _pair(row, columns, folder, further, pair_id)
     except PairRejectedError as error:
         raise PairRejectedError(str(error), pair_id) from error
 
 
-def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id: str | None) -> Pair:
+def _pair(
+    row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, further: Sequence[str], pair_id: str | None
+) -> Pair:
     prompt = prompt_of(row, columns)
     names = (columns.chosen or columns.image_0 or "", columns.rejected or columns.image_1 or "")
-    image_0, image_1 = (_image_bytes(row.get(name), name, folder) for name in names)
-    label = _label(row.get(columns.label)) if columns.label else None
-    if columns.chosen:
-        label = 1.0
-        if _draw(prompt, image_1) < _draw(prompt, image_0):
-            image_0, image_1, label = image_1, image_0, 0.0
+    image_0, image_1 = (_image_bytes(value_of(row, name), name, folder) for name in names)
+    label = _label(value_of(row, columns.label)) if columns.label else 1.0 if columns.chosen else None
+    values = {name: row.get(name) for name in further}
+    if columns.chosen and _draw(prompt, image_1) < _draw(prompt, image_0):
+        image_0, image_1 = image_1, image_0
+        label = None if label is None else 1 - label
+        values = {name: values.get(_of_other_image(name), value) for name, value in values.items()}
     return Pair(
         pair_id=_content_id(prompt, image_0, image_1) if pair_id is None else pair_id,
         prompt=prompt,
@@ -88,6 +104,8 @@ def _pair(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, pair_id
         image_1=image_1,
         label=label,
         annotator=_text(row, columns.annotator, "annotator"),
+        votes=_votes(value_of(row, columns.votes)) if columns.votes else None,
+        further=values,
     )
 
 
@@ -97,9 +115,23 @@ def prompt_of(row: Mapping[str, Any], columns: PairColumns) -> str:
     Raises:
         PairRejectedError: it is missing or not text.
     """
-    if not isinstance(row.get(columns.prompt), str):
+    if not isinstance(value_of(row, columns.prompt), str):
         raise PairRejectedError(f"{RejectKind.NO_PROMPT}: column {columns.prompt!r} is empty or not text")
     return _text(row, columns.prompt, "prompt") or ""
+
+
+def value_of(row: Mapping[str, Any], column: str) -> Any:  # noqa: ANN401  (any column's)
+    """Return the value of a column; ``a.b`` is the field b of a struct a, unless a column has this very name."""
+    if column in row:
+        return row[column]
+    first, _, rest = column.partition(".")
+    inner = row.get(first)
+    return value_of(inner, rest) if rest and isinstance(inner, Mapping) else None
+
+
+def _of_other_image(name: str) -> str:
+    stem, side = name[:-2], name[-2:]
+    return stem + {"_0": "_1", "_1": "_0"}.get(side, side)
 
 
 def _draw(prompt: str, image: bytes) -> bytes:
@@ -109,7 +141,7 @@ def _draw(prompt: str, image: bytes) -> bytes:
 
 def _text(row: Mapping[str, Any], column: str | None, what: str) -> str | None:
     """Convert a value to text; a null, NaN or blank value gives None."""
-    value = row.get(column) if column else None
+    value = value_of(row, column) if column else None
     # pandas writes NaN for a missing number, and an empty CSV cell may become an empty string.
     if value is None or (isinstance(value, str) and not value.strip()) or _is_nan(value):
         return None
@@ -144,7 +176,7 @@ def _file_bytes(path: AnyPath, name: str) -> bytes:
     """Read a regular file; devices and pipes are not opened, since reading them may never end."""
     shown = repr(str(path)[-200:])
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         if not path.is_file() or not size:
             raise PairRejectedError(f"{RejectKind.IMAGE_NOT_READABLE}: {name} {shown}: no plain file, or empty")
         if size > MAX_IMAGE_BYTES:
@@ -173,6 +205,15 @@ def _label(value: object) -> float | None:
     if isinstance(value, (int, float)) and 0 <= value <= 1:
         return float(value)
     raise PairRejectedError(f"{RejectKind.BAD_LABEL}: {value!r} is not a number from 0 to 1")
+
+
+def _votes(value: object) -> int | None:
+    """Convert a number of votes; without any, nothing is known of the pair's votes."""
+    if value is None or _is_nan(value) or value == 0:
+        return None
+    if isinstance(value, (int, float)) and 0 < value <= MAX_VOTES and value == int(value):
+        return int(value)
+    raise PairRejectedError(f"{RejectKind.BAD_LABEL}: {value!r} is not a number of votes")
 
 
 def _is_nan(value: object) -> bool:

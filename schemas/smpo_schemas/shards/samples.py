@@ -35,7 +35,7 @@ class SampleMeta(FrozenModel):
     """``KEY.json``: a trajectory's pair and the trajectory's random choices.
 
     Attributes:
-        pair_id, prompt, label, annotator: as in the pairs.
+        pair_id, prompt, label, votes, annotator: as in the pairs.
         trajectory: number of the trajectory within its pair, from 0.
         flipped: both images were mirrored.
         prompt_dropped: inverted, and to be trained, under the empty prompt.
@@ -55,6 +55,7 @@ class SampleMeta(FrozenModel):
     scores: dict[str, tuple[float, float]]
     size: tuple[tuple[int, int], tuple[int, int]]
     crop: tuple[tuple[int, int], tuple[int, int]]
+    votes: int | None = None
 
     @property
     def used_prompt(self) -> str:

@@ -21,7 +21,7 @@ from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
-from smpo_schemas.pairs import columns_of, list_pair_files, slice_files
+from smpo_schemas.pairs import layouts_of, list_pair_files, slice_files
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.shards.index import indexed_trajectories
 from smpo_schemas.shards.reader import ShardDirectory
@@ -74,8 +74,8 @@ def test_a_unit_of_many_shapes_does_not_depend_on_the_batch_size(inputs, traject
     monkeypatch.setattr(invert_unit.ray, "get", lambda value: value)
     path = folder / "pairs.parquet"
     (unit,) = slice_files(list_pair_files([path]), len(rows), None)
-    columns = columns_of(list_pair_files([path]), {})
-    table, rejects = prepare_unit(unit, columns, 0, bucket_sizes(32, 8))
+    layouts = layouts_of(list_pair_files([path]))
+    table, rejects = prepare_unit(unit, layouts, 0, bucket_sizes(32, 8))
     assert [reject.pair_id for reject in rejects] == ["112"]
     scored = [
         {"pair_id": row["pair_id"], "prompt": row["prompt"], "taste_0": 0.1, "taste_1": 0.2}

@@ -13,7 +13,7 @@ from smpo_common.errors import UserError
 from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.invert.job import _score_table
 from smpo_pipeline.jobs.invert.prepare import prepare_unit, unit_row
-from smpo_schemas.pairs import PairColumns, RowRange
+from smpo_schemas.pairs import RowRange, layouts_of, list_pair_files
 from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
 from tests.pictures import encode, picture
 
@@ -73,8 +73,8 @@ def test_exchanged_or_replaced_images_get_no_scores(tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     ranges = [RowRange(tmp_path / "pairs.parquet", 0, len(rows))]
-    columns = {tmp_path / "pairs.parquet": PairColumns(pair_id="pair_id")}
-    table, _ = prepare_unit(ranges, columns, 0, [(32, 32)])
+    layouts = layouts_of(list_pair_files([tmp_path / "pairs.parquet"]))
+    table, _ = prepare_unit(ranges, layouts, 0, [(32, 32)])
     scored = {f"image_{index}_id": hashlib.sha256(files[index]).hexdigest()[:32] for index in (0, 1)}
     images = {name: scored for name in shown if name != "unnamed"}
     actor = InvertActor.__new__(InvertActor)

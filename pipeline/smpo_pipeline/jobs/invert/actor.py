@@ -175,6 +175,7 @@ class InvertActor:
                 pair_id=row["pair_id"],
                 prompt=row["prompt"],
                 label=row["label"],
+                votes=row["votes"],
                 annotator=row["annotator"],
                 scores={name: (scores[f"{name}_0"], scores[f"{name}_1"]) for name in names},
                 pixels_2HW3=blank_pixels(self._resolution) if row["noise"] else content,

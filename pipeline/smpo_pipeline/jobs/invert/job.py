@@ -39,7 +39,7 @@ from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prepare import prepare_row
 from smpo_pipeline.jobs.invert.prompts import distinct_prompts
 from smpo_pipeline.jobs.invert.text import store_text, text_run
-from smpo_pipeline.jobs.reading import Columns, unit_sizes
+from smpo_pipeline.jobs.reading import Layouts, unit_sizes
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
 from smpo_pipeline.jobs.record.work_log import WorkLog
@@ -58,7 +58,7 @@ from smpo_schemas.manifest import (
     read_manifest,
     write_manifest,
 )
-from smpo_schemas.pairs import RowRange, columns_of, list_pair_files, slice_files
+from smpo_schemas.pairs import RowRange, layouts_of, list_pair_files, slice_files
 from smpo_schemas.rejects import count_reasons, write_rejects
 from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, score_tolerance
 from smpo_schemas.shards.index import INDEX_FILE, write_index
@@ -74,9 +74,8 @@ def invert(options: InvertOptions) -> Manifest:
     running = options.running
     options = options.replace(device=resolve_device(running.device, running.ray_address))
     options.out.exists()  # fails early if the bucket does not exist
-    files = list_pair_files(options.pairs)
-    columns = options.columns.by_field()
-    columns_by_file = columns_of(files, columns)
+    choices = options.columns.choices()
+    files = list_pair_files(options.pairs, choices)
     info = read_scores_info(options.scores)
     options, found = find_candidates(options, files)
     options = choose_text(options)
@@ -86,7 +85,7 @@ def invert(options: InvertOptions) -> Manifest:
     identity = {
         "job": "invert",
         "schema_version": MANIFEST_VERSION,
-        **describe_input(files, columns, running.limit),
+        **describe_input(files, choices, running.limit),
         "scores": [part.sha256 for part in info.parts],
         "model": checked.model.model_dump(),
         "resolution": checked.resolution,
@@ -108,14 +107,14 @@ def invert(options: InvertOptions) -> Manifest:
             Console(markup=False).print(line, highlight=False, soft_wrap=True)
         for folder in found:
             Console(markup=False).print(f"latents of the images: {folder}", highlight=False, soft_wrap=True)
-        return _invert(options, run, units, columns_by_file, info, checked)
+        return _invert(options, run, units, layouts_of(files), info, checked)
 
 
 def _invert(
     options: InvertOptions,
     run: Run,
     units: Sequence[list[RowRange]],
-    columns: Columns,
+    layouts: Layouts,
     info: ScoresInfo,
     checked: _Checked,
 ) -> Manifest:
@@ -124,7 +123,7 @@ def _invert(
     sizes = unit_sizes(units)
     text = None
     if options.storing.text == "stored":
-        text = store_text(options, _needed_prompts(units, columns, scores), checked.model, checked.text_weights)
+        text = store_text(options, _needed_prompts(units, layouts, scores), checked.model, checked.text_weights)
     weights = checked.weights + (0 if text else checked.text_weights)
 
     def build(source: ray.data.Dataset, work_log: WorkLog) -> ray.data.Dataset:
@@ -132,7 +131,7 @@ def _invert(
         prepare = partial(
             prepare_row,
             units=units,
-            columns=columns,
+            layouts=layouts,
             pairs_per_unit=options.storing.pairs_per_shard,
             sizes=checked.image_sizes,
             kept=checked.kept,
@@ -260,11 +259,11 @@ def _weights(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.nbytes for module in modules for parameter in module.parameters())
 
 
-def _needed_prompts(units: Sequence[list[RowRange]], columns: Columns, scores: pa.Table) -> list[str]:
+def _needed_prompts(units: Sequence[list[RowRange]], layouts: Layouts, scores: pa.Table) -> list[str]:
     """The prompts of the input rows that may be inverted, and the empty one."""
     scored = set(scores["prompt"].to_pylist())
     ranges = [rows for unit in units for rows in unit]
-    return [prompt for prompt in distinct_prompts(ranges, columns) if not prompt or prompt in scored]
+    return [prompt for prompt in distinct_prompts(ranges, layouts) if not prompt or prompt in scored]
 
 
 @retry_transient

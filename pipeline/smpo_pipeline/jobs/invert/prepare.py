@@ -24,7 +24,7 @@ from smpo_pipeline.images.decode import ImageRejectedError
 from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.jobs.cells import byte_views, bytes_array, cell_values, list_cell
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
-from smpo_pipeline.jobs.reading import PAIR_FIELDS, Columns, describe_reading, pair_fields, read_unit
+from smpo_pipeline.jobs.reading import PAIR_FIELDS, Layouts, describe_reading, pair_fields, read_unit
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.pairs import Pair, PairRejectedError, RowRange
@@ -59,7 +59,7 @@ _Load = Callable[[Pair], tuple[dict[str, Any], Sequence[np.ndarray]]]
 def prepare_row(
     row: pa.Table,
     units: Sequence[Sequence[RowRange]],
-    columns: Columns,
+    layouts: Layouts,
     pairs_per_unit: int,
     sizes: Sequence[Size],
     kept: KeptSource | None,
@@ -72,7 +72,7 @@ def prepare_row(
     # record from disk, so nothing is read here.
     ranges = [] if run.committed(unit) else units[unit]
     with CrashGuard(work_log).working(("read", unit), describe_reading(ranges)):
-        table, rejects = prepare_unit(ranges, columns, unit * pairs_per_unit, sizes, kept)
+        table, rejects = prepare_unit(ranges, layouts, unit * pairs_per_unit, sizes, kept)
     return unit_row(unit, table, rejects)
 
 
@@ -84,7 +84,7 @@ def unit_row(unit: int, table: pa.Table, rejects: Sequence[Reject]) -> pa.Table:
 
 def prepare_unit(
     ranges: Sequence[RowRange],
-    columns: Columns,
+    layouts: Layouts,
     first_row: int,
     sizes: Sequence[Size],
     kept: KeptSource | None = None,
@@ -93,7 +93,7 @@ def prepare_unit(
 
     Args:
         ranges: the rows, by file.
-        columns: of each file.
+        layouts: of each file.
         first_row: number of the unit's first row in the whole input.
         sizes: image sizes to choose from, one for both images of a pair.
         kept: where latents are that take the place of images; None: images are decoded.
@@ -104,7 +104,7 @@ def prepare_unit(
     rows, rejects = [], []
     content, ends = bytearray(), [0]
     with _loading(sizes, kept) as (load, further):
-        for number, (source, pair) in enumerate(read_unit(ranges, columns, further), start=first_row):
+        for number, (source, pair) in enumerate(read_unit(ranges, layouts, further), start=first_row):
             try:
                 if isinstance(pair, PairRejectedError):
                     raise pair

@@ -11,7 +11,7 @@ import torch
 from smpo_common.errors import UserError
 from smpo_common.files import read_all
 from smpo_models.family import Family
-from smpo_pipeline.jobs.reading import Columns
+from smpo_pipeline.jobs.reading import Layouts
 from smpo_schemas.pairs import RowRange, read_prompts
 from smpo_schemas.shards.text import TEXT_DTYPES
 from smpo_schemas.shards.text_rows import TextRow, split_rows
@@ -23,7 +23,7 @@ _BATCH = 16
 """Prompts per forward of the encoders; fixed, so that the bytes do not depend on a flag."""
 
 
-def distinct_prompts(ranges: Sequence[RowRange], columns: Columns) -> list[str]:
+def distinct_prompts(ranges: Sequence[RowRange], layouts: Layouts) -> list[str]:
     """Read the prompts of input rows: each distinct one once, the empty one first, then by first occurrence.
 
     Raises:
@@ -32,7 +32,7 @@ def distinct_prompts(ranges: Sequence[RowRange], columns: Columns) -> list[str]:
     # A file at a time: a row group can only be read from its start, whichever unit's rows are wanted.
     files = [list(parts) for _, parts in groupby(ranges, key=lambda rows: rows.path)]
     whole = [replace(parts[0], stop=parts[-1].stop) for parts in files]
-    prompts = read_all(lambda rows: list(dict.fromkeys(read_prompts(rows, columns[rows.path]))), whole)
+    prompts = read_all(lambda rows: list(dict.fromkeys(read_prompts(rows, layouts[rows.path]))), whole)
     return list(dict.fromkeys(["", *chain.from_iterable(prompts)]))
 
 

@@ -34,7 +34,7 @@ from smpo_common.retry import retry_transient
 from smpo_common.same_settings import require_same_settings
 from smpo_common.store_path import AnyPath
 from smpo_schemas.manifest import Bucket
-from smpo_schemas.pairs import PairFile
+from smpo_schemas.pairs import PairFile, ReadingChoices
 from smpo_schemas.rejects import Reject
 
 _IDENTITY = "run.json"
@@ -257,10 +257,7 @@ def _read_record(path: AnyPath) -> UnitRecord | None:
         return None
 
 
-def describe_input(
-    files: Sequence[PairFile], columns: Mapping[str, str | None], limit: int | None
-) -> dict[str, dict[str, Any]]:
+def describe_input(files: Sequence[PairFile], choices: ReadingChoices, limit: int | None) -> dict[str, dict[str, Any]]:
     """The input's part of a run's identity: path, rows, bytes and digest of each file, and the flags about them."""
     listing = [[str(file.path), file.rows, file.bytes, file.digest] for file in files]
-    chosen = {name: column for name, column in columns.items() if column}
-    return {"input": {"files": listing, "limit": limit}, "columns": chosen}
+    return {"input": {"files": listing, "limit": limit}, "columns": choices.given()}

@@ -22,7 +22,7 @@ from smpo_pipeline.images.decode import ImageRejectedError
 from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.jobs.cells import byte_views, bytes_array, cell_values, list_cell
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
-from smpo_pipeline.jobs.reading import PAIR_FIELDS, Columns, describe_reading, pair_fields, read_unit
+from smpo_pipeline.jobs.reading import PAIR_FIELDS, Layouts, describe_reading, pair_fields, read_unit
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.pairs import Pair, PairRejectedError, RowRange
 from smpo_schemas.scores import IMAGE_IDS
@@ -43,12 +43,12 @@ _SHOWN = "shown"
 
 
 def prepare_chunks(
-    table: pa.Table, units: Sequence[Sequence[RowRange]], columns: Columns, work_log: WorkLog
+    table: pa.Table, units: Sequence[Sequence[RowRange]], layouts: Layouts, work_log: WorkLog
 ) -> Iterator[pa.Table]:
     """Read, decode and cut the unit that a one-row ``table`` names."""
     unit = table["unit"][0].as_py()
     with CrashGuard(work_log).working(("read", unit), describe_reading(units[unit])):
-        yield from cut_chunks(unit, read_unit(units[unit], columns))
+        yield from cut_chunks(unit, read_unit(units[unit], layouts))
 
 
 def cut_chunks(unit: int, rows: Iterable[tuple[str, Pair | PairRejectedError]]) -> Iterator[pa.Table]:

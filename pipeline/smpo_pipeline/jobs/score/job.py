@@ -15,7 +15,7 @@ from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.cluster.pools import Pool, cluster_gpus, cores_by_machine, limit_memory, share_gpus
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import resolve_device
-from smpo_pipeline.jobs.reading import Columns, unit_sizes
+from smpo_pipeline.jobs.reading import Layouts, unit_sizes
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, SCORING_FOLDER, Run, describe_input, read_identity
 from smpo_pipeline.jobs.record.work_log import WorkLog
@@ -26,7 +26,7 @@ from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.jobs.score.table import PART_FILES, RewardRecord, remove_leftovers, write_table
 from smpo_pipeline.options import absolute_model
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
-from smpo_schemas.pairs import RowRange, columns_of, list_pair_files, slice_files
+from smpo_schemas.pairs import FURTHER, RowRange, layouts_of, list_pair_files, slice_files
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
 
 
@@ -36,11 +36,11 @@ def score(options: ScoreOptions) -> ScoresInfo:
     Raises:
         UserError: an input, a reward or the output directory cannot be used, or no pair could be scored.
     """
-    running, columns = options.running, options.columns.by_field()
+    running, reading = options.running, options.columns.choices()
     options = options.replace(device=resolve_device(running.device, running.ray_address))
     options.out.exists()  # fails early if the bucket does not exist
-    files = list_pair_files(options.pairs)
-    columns_by_file = columns_of(files, columns)
+    files = list_pair_files(options.pairs, reading)
+    layouts = layouts_of(files)
     units = slice_files(files, SCORE_ROWS, running.limit)
     specs = _specs(options.reward)
     sizes = _pool_sizes(running.concurrency, specs)
@@ -48,7 +48,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
     identity = {
         "job": "score",
         "schema_version": SCORES_VERSION,
-        **describe_input(files, columns, running.limit),
+        **describe_input(files, reading, running.limit),
     }
     run = Run(options.out, SCORES_FILE, identity)
     with locked(options.out):
@@ -70,7 +70,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
                 _add_stages,
                 options=options,
                 units=units,
-                columns=columns_by_file,
+                layouts=layouts,
                 specs=specs,
                 models=new,
                 sizes=sizes,
@@ -80,7 +80,8 @@ def score(options: ScoreOptions) -> ScoresInfo:
             address=running.ray_address,
             max_reject_rate=running.max_reject_rate,
         )
-        info = write_table(options.out, scoring, len(units), new, base)
+        further = [name for name in FURTHER if any(name in layout.further for layout in layouts.values())]
+        info = write_table(options.out, scoring, len(units), new, base, further)
         scoring.remove()
         return info
 
@@ -101,13 +102,13 @@ def _add_stages(
     work_log: WorkLog,
     options: ScoreOptions,
     units: Sequence[list[RowRange]],
-    columns: Columns,
+    layouts: Layouts,
     specs: Mapping[str, str],
     models: Mapping[str, RewardRecord],
     sizes: Mapping[str, int],
 ) -> ray.data.Dataset:
     """Add decoding, then one actor pool per reward."""
-    prepare = partial(prepare_chunks, units=units, columns=columns, work_log=work_log)
+    prepare = partial(prepare_chunks, units=units, layouts=layouts, work_log=work_log)
     dataset = source.map_batches(prepare, batch_size=1, batch_format="pyarrow", num_cpus=1)
     pools = _pools(options, specs, sizes)
     # A chain, not branches: Ray Data cannot feed one stream to several stages. Each reward costs a copy of the pixels.

@@ -56,7 +56,12 @@ class RewardRecord:
 
 @retry_transient
 def write_table(
-    out: AnyPath, scoring: Run, units: int, rewards: Mapping[str, RewardRecord], base: ScoresInfo | None
+    out: AnyPath,
+    scoring: Run,
+    units: int,
+    rewards: Mapping[str, RewardRecord],
+    base: ScoresInfo | None,
+    further: Sequence[str] = (),
 ) -> ScoresInfo:
     """Write the parts, the rejects, and ``scores.json`` last; then remove old parts.
 
@@ -66,6 +71,7 @@ def write_table(
         units: their number.
         rewards: the rewards that they were scored with.
         base: an existing table to add columns to, or None.
+        further: names of further columns of the pairs.
 
     Raises:
         UserError: no pair could be scored, or the pairs are not those of ``base``.
@@ -82,7 +88,7 @@ def write_table(
         rejects += unit_rejects(rows)
         scored = rows.filter(pc.is_null(rows["reason"]))
         if scored.num_rows:
-            parts.append(write_part(out / f"scores-{len(names)}-{number:06d}.parquet", scored, names))
+            parts.append(write_part(out / f"scores-{len(names)}-{number:06d}.parquet", scored, names, further))
     # Added rewards may reject more rows; otherwise the existing file is still right.
     if not base or (parts and len(rejects) > base.rejected):
         write_rejects(out / REJECTS_FILE, rejects)
