@@ -41,7 +41,7 @@ class Bin(FrozenModel):
 
     Attributes:
         start, stop: bounds of p.
-        labels: number of labels.
+        labels: number of labels; a share of n votes counts as n.
         mean_p: mean p of the preferred image.
         share_chosen: share of labels that chose this image; a tie counts half.
     """
@@ -58,7 +58,8 @@ class Fit(FrozenModel):
 
     Attributes:
         agreement: share of decided labels that p orders the same way; p = 0.5 orders none.
-        log_loss: mean cross-entropy of the labels, ties as 0.5, in nats; p = 0.5 everywhere gives ln 2.
+        log_loss: mean cross-entropy of the labels in nats, ties as 0.5, shares weighted by their votes; p = 0.5
+            everywhere gives ln 2.
         calibration_error: expected calibration error over ``bins``.
         bins: the reliability diagram, without empty bins.
     """
@@ -69,6 +70,22 @@ class Fit(FrozenModel):
     bins: list[Bin]
 
 
+class VotesPrior(FrozenModel):
+    """Strength of the Beta prior of a pair's true share of votes, in votes, by beta-binomial maximum likelihood.
+
+    Attributes:
+        strength: with mean 1/2 (``--preference votes``).
+        mixture_strength: with the mixture's p, predicted on held-out prompts, as mean (``--preference votes-mixture``).
+        pairs: number of pairs with labels.
+        votes: number of votes.
+    """
+
+    strength: float = Field(gt=0, allow_inf_nan=False)
+    mixture_strength: float = Field(gt=0, allow_inf_nan=False)
+    pairs: int
+    votes: int
+
+
 class Calibration(FrozenModel):
     """The whole of ``calibration.json``.
 
@@ -77,12 +94,13 @@ class Calibration(FrozenModel):
         rewards: the mixture, by reward name.
         weights: ``fitted``, or ``equal`` where equal weights did better on held-out prompts.
         held_out: by name of a reward or mix, over all labels, each predicted by a fit to the other folds.
-        labels: number of labels, ties included.
+        labels: number of pairs' labels, ties and shares included.
         ties: number of ties among them.
         prompts: number of prompts.
         folds: number of folds of the cross-validation.
         seed: assigned the prompts to the folds.
         scores_sha256: hash of ``scores.json``.
+        votes: the prior of the votes; None in files of older versions.
     """
 
     schema_version: int
@@ -95,6 +113,7 @@ class Calibration(FrozenModel):
     folds: int
     seed: int
     scores_sha256: str
+    votes: VotesPrior | None = None
 
     @model_validator(mode="after")
     def _shares(self) -> Self:

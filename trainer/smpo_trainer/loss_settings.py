@@ -52,8 +52,8 @@ class RewardOptions(Options):
         ),
     ] = "minmax"
     calibration: Annotated[Path | None, Flag(metavar="FILE", identity="resolved")] = None
-    """Output of `smpo-pipeline calibrate`, for mixture and winrate: each reward's temperature, and its weight if
-    --reward is not given."""
+    """Output of `smpo-pipeline calibrate`: each reward's temperature, and its weight if --reward is not given, for
+    mixture, winrate and votes-mixture; the strength of the votes' prior, for votes and votes-mixture."""
     reward_range: Annotated[
         dict[str, tuple[float, float]],
         BeforeValidator(partial(parse_ranges, "--reward-range")),

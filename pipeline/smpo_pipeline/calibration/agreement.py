@@ -54,22 +54,27 @@ def by_annotator(data: LabelledPairs, p_P: np.ndarray, most: int) -> dict[str, t
     }
 
 
-def between_annotators(data: LabelledPairs) -> AnnotatorAgreement:
-    """Compare all labels of the same pair.
+def pair_keys(data: LabelledPairs, rows: np.ndarray) -> tuple[list[str], list[bool]]:
+    """Return a key of each row's pair, and whether the row has its images in the other order than the key.
 
     Rows are the same pair if they have the same prompt and the same two images, in either order; if the table has no
     image hashes, if they have the same pair_id.
     """
-    groups: dict[object, list[tuple[float, str | None]]] = defaultdict(list)
     images_P2 = data.pairs.images_P2
-    for row in np.flatnonzero(data.labelled).tolist():
+    if images_P2 is None:
+        return [data.pair_ids[row] for row in rows.tolist()], [False] * len(rows)
+    images = [(str(first), str(second)) for first, second in images_P2[rows]]
+    keys = ["/".join((*sorted(pair), data.prompts[row])) for row, pair in zip(rows.tolist(), images, strict=True)]
+    return keys, [first > second for first, second in images]
+
+
+def between_annotators(data: LabelledPairs) -> AnnotatorAgreement:
+    """Compare all labels of the same pair (:func:`pair_keys`)."""
+    groups: dict[str, list[tuple[float, str | None]]] = defaultdict(list)
+    rows = np.flatnonzero(data.labelled)
+    for row, key, turned in zip(rows.tolist(), *pair_keys(data, rows), strict=True):
         label = float(data.labels_P[row])
-        key: object = data.pair_ids[row]
-        if images_P2 is not None:
-            first, second = (str(name) for name in images_P2[row])
-            key = (data.prompts[row], *sorted((first, second)))
-            label = label if first <= second else 1 - label
-        groups[key].append((label, data.annotators[row]))
+        groups[key].append((1 - label if turned else label, data.annotators[row]))
     repeated = [labels for labels in groups.values() if len(labels) > 1]
     others: list[tuple[float, float]] = []
     selves: list[tuple[float, float]] = []

@@ -21,6 +21,7 @@ from smpo_pipeline.calibration.cross_validation import (
 )
 from smpo_pipeline.calibration.labels import LabelledPairs, read_labelled
 from smpo_pipeline.calibration.measures import measure
+from smpo_pipeline.calibration.votes import fit_votes_prior
 from smpo_schemas.calibration import CALIBRATION_VERSION, CalibratedReward, Calibration
 from smpo_schemas.scores import SCORES_FILE
 
@@ -66,7 +67,7 @@ def calibrate(
     data = read_labelled(scores, rewards)
     held_out = cross_validate(data, folds, seed, done)
     rows = data.labelled
-    labels = data.labels_P[rows]
+    truth = data.labels_P[rows], data.votes_P[rows]
     mixture = held_out.mixture
     calibration = Calibration(
         schema_version=CALIBRATION_VERSION,
@@ -82,13 +83,14 @@ def calibrate(
             for k, (name, statistics) in enumerate(data.statistics.items())
         },
         weights="equal" if held_out.equal_weights else "fitted",
-        held_out={name: measure(p_P[rows], labels) for name, p_P in held_out.p.items()},
-        labels=len(labels),
+        held_out={name: measure(p_P[rows], *truth) for name, p_P in held_out.p.items()},
+        labels=int(rows.sum()),
         ties=int(rows.sum() - data.decided.sum()),
         prompts=len({data.prompts[row] for row in np.flatnonzero(rows).tolist()}),
         folds=folds,
         seed=seed,
         scores_sha256=sha256_file(scores / SCORES_FILE),
+        votes=fit_votes_prior(data, held_out.p[held_out.chosen]),
     )
     left_out = {COIN, SHARP_MINMAX, MIXTURE, EQUAL_MIXTURE, *(name + FITTED for name in data.statistics)}
     left_out.remove(held_out.chosen)

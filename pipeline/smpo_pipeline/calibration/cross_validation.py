@@ -111,8 +111,8 @@ def cross_validate(data: LabelledPairs, folds: int, seed: int, done: Callable[[i
         done(fold + 1)
     final = fit_all(data, data.labelled)
     done(folds + 1)
-    labels = data.labels_P[labelled]
-    equal = EQUAL_MIXTURE in p and log_loss(p[EQUAL_MIXTURE][labelled], labels) < log_loss(p[MIXTURE][labelled], labels)
+    truth = data.labels_P[labelled], data.votes_P[labelled]
+    equal = EQUAL_MIXTURE in p and log_loss(p[EQUAL_MIXTURE][labelled], *truth) < log_loss(p[MIXTURE][labelled], *truth)
     for mix in _other_mixes(data):
         if mix.calibration != "refused":
             p[f"{mix.name}, calibrated"] = np.full(len(fold_P), np.nan)
@@ -130,15 +130,15 @@ def _check_margins(data: LabelledPairs, name: str, rows_P: np.ndarray) -> None:
 
 def fit_all(data: LabelledPairs, rows_P: np.ndarray) -> Fits:
     """Fit everything to the labels of the rows that ``rows_P`` (bool [P]) selects."""
-    labels = data.labels_P[rows_P]
+    truth = data.labels_P[rows_P], data.votes_P[rows_P]
     scores = {name: scores_P2[rows_P] for name, scores_P2 in data.pairs.scores.items()}
     margins_PK = np.stack([scores_P2[:, 0] - scores_P2[:, 1] for scores_P2 in scores.values()], axis=1)
     range_K = np.array([score_range(statistics) for statistics in data.statistics.values()])
     return Fits(
-        alone={name: fit_temperature(margins_PK[:, k], labels) for k, name in enumerate(scores)},
-        fitted=fit_mixture(margins_PK, labels),
-        equal=fit_mixture(margins_PK, labels, equal_weights=True),
-        sharpness=1 / fit_temperature((margins_PK / range_K).sum(axis=1), labels),
+        alone={name: fit_temperature(margins_PK[:, k], *truth) for k, name in enumerate(scores)},
+        fitted=fit_mixture(margins_PK, *truth),
+        equal=fit_mixture(margins_PK, *truth, equal_weights=True),
+        sharpness=1 / fit_temperature((margins_PK / range_K).sum(axis=1), *truth),
     )
 
 
@@ -173,8 +173,8 @@ def predict(data: LabelledPairs, fits: Fits, unfitted: Mapping[str, np.ndarray])
 
 
 def _other_mixes(data: LabelledPairs) -> list[type[Preference]]:
-    """List the mixes besides ``minmax`` and ``mixture`` that these pairs allow."""
-    mixes = [mix for mix in preferences().values() if mix.name not in (MINMAX, MIXTURE)]
+    """List the mixes besides ``minmax`` and ``mixture`` that these pairs allow, and that do not use the labels."""
+    mixes = [mix for mix in preferences().values() if mix.name not in (MINMAX, MIXTURE) and not mix.uses_labels]
     return [mix for mix in mixes if data.pairs.images_P2 is not None or not mix.needs_images]
 
 

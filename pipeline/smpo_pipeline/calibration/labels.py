@@ -18,6 +18,7 @@ from smpo_schemas.scores import (
     read_scores_info,
     reward_scores,
     table_labels,
+    table_votes,
 )
 
 
@@ -29,6 +30,7 @@ class LabelledPairs:
         pairs: the rewards' scores, the prompts and the images' hashes.
         statistics: by reward name.
         labels_P: P(image_0 preferred), NaN without a label.
+        votes_P: number of votes behind each label: 1 where the table does not say; 0 without a label.
         annotators: one per row, None if unnamed.
         pair_ids: one per row.
     """
@@ -36,6 +38,7 @@ class LabelledPairs:
     pairs: ScoredPairs
     statistics: Mapping[str, RewardStatistics]
     labels_P: np.ndarray
+    votes_P: np.ndarray
     annotators: Sequence[str | None]
     pair_ids: Sequence[str]
 
@@ -71,12 +74,14 @@ def read_labelled(directory: Path, rewards: Sequence[str]) -> LabelledPairs:
             raise UserError(f"--reward {name}: {directory} has no such reward; it has: {', '.join(info.rewards)}")
     names = list(dict.fromkeys(rewards)) or list(info.rewards)
     table = read_scores(directory, info)
+    labels_P, votes_P = table_labels(table), table_votes(table)
     data = LabelledPairs(
         pairs=ScoredPairs(
             {name: reward_scores(table, name) for name in names}, table["prompt"].to_pylist(), image_ids(table)
         ),
         statistics={name: info.rewards[name] for name in names},
-        labels_P=table_labels(table),
+        labels_P=labels_P,
+        votes_P=np.where(np.isnan(labels_P), 0.0, np.where(np.isnan(votes_P), 1.0, votes_P)),
         annotators=table["annotator"].to_pylist(),
         pair_ids=table["pair_id"].to_pylist(),
     )

@@ -15,8 +15,15 @@ def print_report(report: CalibrationResult, scores: str, console: Console) -> No
     """Print all tables and the verdict."""
     result = report.calibration
     labels = f"{result.labels - result.ties} decided, {result.ties} ties (each counts half for either image)"
+    prior = result.votes
     prompts = f"{result.prompts}, in {result.folds} folds; all pairs of a prompt are in one fold"
-    console.print(facts(f"calibration: {scores}", {"labels": labels, "prompts": prompts}))
+    lines = {"labels": labels, "prompts": prompts}
+    if prior and prior.votes > prior.pairs:
+        lines["votes"] = (
+            f"{prior.votes} on {prior.pairs} pairs; their prior counts as {prior.strength:.3g} votes for "
+            f"`--preference votes`, as {prior.mixture_strength:.3g} for `votes-mixture`"
+        )
+    console.print(facts(f"calibration: {scores}", lines))
     _print_measures(report, console)
     _print_rewards(report, console)
     _print_annotators(report, console)

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from smpo_common.errors import UserError
+from smpo_schemas.calibration import Calibration
 from smpo_schemas.scores import RewardStatistics
 
 
@@ -25,11 +26,15 @@ class ScoredPairs:
         scores: per reward, float [P, 2], raw scores of image_0 and image_1.
         prompts: one per pair; None where unknown.
         images_P2: str [P, 2], content hashes: equal hashes of one prompt are one image; None where unknown.
+        labels_P: float64 [P], P(image_0 preferred) as people gave it, NaN without a label; None where unknown.
+        votes_P: float64 [P], number of votes behind each label, NaN or None where unknown.
     """
 
     scores: Mapping[str, np.ndarray]
     prompts: Sequence[str] | None = None
     images_P2: np.ndarray | None = None
+    labels_P: np.ndarray | None = None
+    votes_P: np.ndarray | None = None
 
 
 class Preference(ABC):
@@ -43,8 +48,12 @@ class Preference(ABC):
         calibration: whether it uses the temperatures that ``smpo-pipeline calibrate`` fits to labels.
         normalise_weights: whether weights are scaled to sum to 1.
         needs_images: whether a pair's p depends on the other images of its prompt, so that all pairs must be given.
+        uses_rewards: whether p depends on scores.
+        uses_labels: whether p depends on the label and the number of votes.
+        needs: what a pair must have, for the message about pairs that are left out.
         weights: by reward name, as the mix uses them.
         scales: by reward name, the divisor of score differences, in units of the raw score.
+        strength: of the prior of the votes, in votes, if it uses labels.
     """
 
     name: ClassVar[str]
@@ -52,6 +61,9 @@ class Preference(ABC):
     calibration: ClassVar[Literal["refused", "optional", "required"]]
     normalise_weights: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
+    uses_rewards: ClassVar[bool] = True
+    uses_labels: ClassVar[bool] = False
+    needs: ClassVar[str] = "scores"
     weights: Mapping[str, float]
     scales: Mapping[str, float]
 
@@ -60,13 +72,15 @@ class Preference(ABC):
         weights: Mapping[str, float],
         statistics: Mapping[str, RewardStatistics],
         temperatures: Mapping[str, float] | None = None,
+        strength: float = 0.0,
     ) -> None:
         """Check the rewards and fix their scales.
 
         Args:
-            weights: by reward name, at least one.
+            weights: by reward name.
             statistics: by reward name; without a calibration, max - min is the reward's scale.
             temperatures: by reward name, tau from a calibration, which then is the scale.
+            strength: of the prior of the votes (:meth:`strength_of`).
 
         Raises:
             UserError: a weight is invalid, or a reward is unknown or constant over the data set.
@@ -76,10 +90,16 @@ class Preference(ABC):
                 raise UserError(f"reward {name!r} was not scored (scored: {', '.join(statistics) or 'none'})")
             if temperatures is not None and name not in temperatures:
                 raise UserError(f"reward {name!r} was not calibrated (calibrated: {', '.join(temperatures)})")
+        self.strength = strength
         self.weights = normalised(weights) if self.normalise_weights else dict(weights)
         self.scales = {
             name: score_range(statistics[name]) if temperatures is None else temperatures[name] for name in weights
         }
+
+    @classmethod
+    def strength_of(cls, calibration: Calibration | None) -> float:  # noqa: ARG003
+        """Return the strength of the prior of the votes, in votes: that of a calibration, or a default one."""
+        return 0.0
 
     @abstractmethod
     def probability(self, pairs: ScoredPairs) -> np.ndarray:

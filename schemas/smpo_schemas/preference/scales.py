@@ -36,7 +36,7 @@ def calibrated_temperatures(
             )
     if len(weights) == 1:
         return {name: calibration.rewards[name].tau_alone for name in weights}
-    if len(weights) < len(calibration.rewards):
+    if 0 < len(weights) < len(calibration.rewards):
         say(
             f"WARNING: --reward uses {len(weights)} of the {len(calibration.rewards)} rewards of --calibration {path}, "
             "whose temperatures were fitted together; fit these alone with `smpo-pipeline calibrate --reward`"

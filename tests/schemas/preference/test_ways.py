@@ -29,18 +29,20 @@ def pairs():
         {name: np.stack([each[prompt, image[:, i]] for i in (0, 1)], axis=1) for name, each in scores.items()},
         [f"prompt {number}" for number in prompt],
         np.array([[f"{n}-{i}" for i in two] for n, two in zip(prompt, image, strict=True)]),
+        stream.choice([0.0, 0.25, 0.5, 1.0], size=60),
+        stream.choice([1.0, 4.0, np.nan], size=60),
     )
 
 
 def make(name, pairs, weights=WEIGHTS):
     way = find_preference(name)
     stats = {each: statistics(scores) for each, scores in pairs.scores.items()}
-    return way(weights, stats, TAUS if way.calibration == "required" else None)
+    return way(weights, stats, TAUS if way.calibration == "required" else None, way.strength_of(None))
 
 
 def test_all_are_found():
-    assert set(preferences()) >= {"minmax", "mixture", "winrate"}
-    with pytest.raises(UserError, match="--preference nonsense.*minmax, mixture, winrate"):
+    assert set(preferences()) >= {"minmax", "mixture", "votes", "votes-mixture", "winrate"}
+    with pytest.raises(UserError, match="--preference nonsense.*minmax, mixture, votes, votes-mixture, winrate"):
         find_preference("nonsense")
 
 
@@ -65,7 +67,11 @@ def test_one_that_extends_another_is_found_too():
 @pytest.mark.parametrize("name", sorted(preferences()))
 def test_swapping_the_images_gives_the_complement(name, pairs):
     swapped = ScoredPairs(
-        {each: scores[:, ::-1] for each, scores in pairs.scores.items()}, pairs.prompts, pairs.images_P2[:, ::-1]
+        {each: scores[:, ::-1] for each, scores in pairs.scores.items()},
+        pairs.prompts,
+        pairs.images_P2[:, ::-1],
+        1 - pairs.labels_P,
+        pairs.votes_P,
     )
     mix = make(name, pairs)
     p = mix.probability(pairs)
@@ -82,6 +88,8 @@ def test_the_order_of_pairs_and_rewards_does_not_matter(name, pairs):
         {each: pairs.scores[each][order] for each in ("two", "one")},
         [pairs.prompts[row] for row in order],
         pairs.images_P2[order],
+        pairs.labels_P[order],
+        pairs.votes_P[order],
     )
     p = make(name, pairs).probability(pairs)
     other = make(name, pairs, {"two": 2.1, "one": 0.7}).probability(shuffled)

@@ -158,9 +158,10 @@ def index_states(
     latents: dict[tuple[int, ...], int] = {}  # number of each shape, in order of first occurrence
     trajectories = _read_trajectories(shards, mix, weights, latents)
     num_trajectories = len(trajectories.label_P)
+    needs = objective.needs if mix is None or mix.preference.uses_rewards else mix.preference.needs
     usable_P = objective.usable(trajectories.preference_P, trajectories.label_P)
     if not usable_P.all():
-        say(f"left out: {int((~usable_P).sum())} of {num_trajectories} trajectories without {objective.needs}")
+        say(f"left out: {int((~usable_P).sum())} of {num_trajectories} trajectories without {needs}")
     if weights and not trajectories.weight_P.all():
         unweighted = int((trajectories.weight_P == 0).sum())
         say(f"left out: {unweighted} of {num_trajectories} trajectories without a weight in {weights.column}")
@@ -169,7 +170,7 @@ def index_states(
     trajectory_S, k_S = _select(trajectories, usable_P, low, high)
     if len(trajectory_S) == 0:
         raise UserError(
-            f"no state to train on: {int(usable_P.sum())} of {num_trajectories} trajectories have {objective.needs}"
+            f"no state to train on: {int(usable_P.sum())} of {num_trajectories} trajectories have {needs}"
             f"{' and a weight' if weights else ''}, as --objective {objective.name} needs, and none of their states is "
             f"within {_range(low, high)}"
         )

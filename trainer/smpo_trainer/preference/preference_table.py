@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,15 @@ import numpy as np
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_schemas.preference import Preference, ScoredPairs
-from smpo_schemas.scores import ScoresInfo, image_ids, read_scores, reward_scores, score_tolerance
+from smpo_schemas.scores import (
+    ScoresInfo,
+    image_ids,
+    read_scores,
+    reward_scores,
+    score_tolerance,
+    table_labels,
+    table_votes,
+)
 from smpo_schemas.shards.samples import SampleMeta
 
 _MAX_CHARACTERS = 60
@@ -79,6 +87,9 @@ def preference_table(
     ids, prompts = table["pair_id"].to_pylist(), table["prompt"].to_pylist()
     scores = {name: reward_scores(table, name) for name in preference.weights}
     scored = ScoredPairs(scores, prompts, image_ids(table) if preference.needs_images else None)
+    if preference.uses_labels:
+        labels_P, votes_P = pooled_votes(ids, table_labels(table), table_votes(table))
+        scored = replace(scored, labels_P=labels_P, votes_P=votes_P)
     p_P = preference.probability(scored)
     allowed = {name: score_tolerance(info.rewards[name]) for name in scores}
     first: dict[str, int] = {}
@@ -95,9 +106,27 @@ def preference_table(
                 f"{what}); score again with another --pair-id-column, or without it"
             )
     if len(first) < len(ids):
-        say(f"{len(ids) - len(first)} of {len(ids)} rows of {folder} repeat a pair; the first row of each pair is used")
+        used = "their votes count together" if preference.uses_labels else "the first row of each pair is used"
+        say(f"{len(ids) - len(first)} of {len(ids)} rows of {folder} repeat a pair; {used}")
     pairs = {pair_id: (prompts[row], float(p_P[row])) for pair_id, row in first.items()}
     return PreferenceTable(folder, _sha256(ids, scored, preference), pairs)
+
+
+def pooled_votes(pair_ids: Sequence[str], labels_P: np.ndarray, votes_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each row's share and number of all votes on its pair: float64 [P] each, NaN without a label.
+
+    Args:
+        pair_ids: one per row; rows with the same id, labels by several people, are the same pair.
+        labels_P: share of the row's votes for image_0; NaN without a label.
+        votes_P: number of the row's votes; NaN where unknown, which is one.
+    """
+    labelled = ~np.isnan(labels_P)
+    votes = np.where(labelled, np.where(np.isnan(votes_P), 1.0, votes_P), 0.0)
+    _, pair_P = np.unique(np.array(pair_ids, dtype=object), return_inverse=True)
+    of_pair = np.bincount(pair_P, votes)
+    for_first = np.bincount(pair_P, votes * np.where(labelled, labels_P, 0.0))
+    with np.errstate(invalid="ignore"):
+        return (for_first / of_pair)[pair_P], np.where(of_pair > 0, of_pair, np.nan)[pair_P]
 
 
 def _sha256(ids: Sequence[str], scored: ScoredPairs, preference: Preference) -> str:
@@ -107,6 +136,9 @@ def _sha256(ids: Sequence[str], scored: ScoredPairs, preference: Preference) -> 
     digest = hashlib.sha256(sha256_json(inputs).encode())
     for name in sorted(scored.scores):
         digest.update(scored.scores[name].tobytes())
+    if scored.labels_P is not None and scored.votes_P is not None:
+        digest.update(sha256_json(preference.strength).encode())
+        digest.update(scored.labels_P.tobytes() + scored.votes_P.tobytes())
     return digest.hexdigest()
 
 

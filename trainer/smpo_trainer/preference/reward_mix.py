@@ -50,7 +50,8 @@ class RewardMix:
         if not metas:  # the last chunk of an index
             return np.zeros(0)
         columns = {name: np.array([_scores(name, meta) for meta in metas]) for name in self.preference.weights}
-        return self.preference.probability(ScoredPairs(columns))
+        labels_P, votes_P = (_numbers(name, metas) for name in ("label", "votes"))
+        return self.preference.probability(ScoredPairs(columns, labels_P=labels_P, votes_P=votes_P))
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the results of a run, by flag name (JSON values)."""
@@ -58,10 +59,20 @@ class RewardMix:
             "preference": self.preference.name,
             "reward": dict(self.preference.weights),
             "reward_range": {name: list(limits) for name, limits in self.ranges.items()},
-            # A calibration affects the run by its temperatures and by the weights above.
-            "calibration": None if self.temperatures is None else dict(self.temperatures),
+            # A calibration affects the run by what is here and by the weights above.
+            "calibration": self._calibrated(),
             "scores": self.table.sha256 if self.table else None,
         }
+
+    def _calibrated(self) -> dict[str, float] | None:
+        if self.preference.uses_labels:
+            return {**(self.temperatures or {}), "strength": self.preference.strength}
+        return None if self.temperatures is None else dict(self.temperatures)
+
+
+def _numbers(name: str, metas: Sequence[SampleMeta]) -> np.ndarray:
+    values = (getattr(meta, name) for meta in metas)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _scores(name: str, meta: SampleMeta) -> tuple[float, float]:
@@ -95,7 +106,8 @@ def resolve_mix(options: RewardOptions, preset: str | None, shards: ShardSet, sa
         calibrated_temperatures(calibration, weights, statistics, options.calibration, say) if calibration else None
     )
     ranges = _ranges(options, given, weights)
-    preference = find_preference(options.preference)(weights, with_ranges(statistics, ranges), temperatures)
+    way = find_preference(options.preference)
+    preference = way(weights, with_ranges(statistics, ranges), temperatures, way.strength_of(calibration))
     if preference.needs_images and info is None:
         raise UserError(
             f"--preference {preference.name} compares all images of a prompt, which the shards may not hold; give the "
@@ -128,8 +140,14 @@ def _read_calibration(options: RewardOptions, given: Mapping[str, Range]) -> Cal
 def _weights(
     options: RewardOptions, calibration: Calibration | None, statistics: Mapping[str, RewardStatistics], source: str
 ) -> dict[str, float]:
-    """Return weights by name: those given, or the calibration's, or 1 for the only reward."""
+    """Return weights by name: those given, or the calibration's, or 1 for the only reward; none if none is used."""
     weights = dict(options.reward)
+    if not find_preference(options.preference).uses_rewards:
+        if weights:
+            raise UserError(
+                f"--preference {options.preference} uses no rewards; leave out --reward {', '.join(weights)}"
+            )
+        return {}
     if not weights and calibration:
         weights = {name: reward.weight for name, reward in calibration.rewards.items()}
     available = ", ".join(statistics) or "none"
