@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -65,6 +66,15 @@ def make_tiny_model(path: Path, prediction_type: str = "epsilon", seed: int = 0,
         requires_safety_checker=False,
     ).save_pretrained(path)
     return path
+
+
+def put_scheduler(folder: Path, scheduler: SchedulerMixin) -> Path:
+    """Replace the scheduler of a model folder, with the noise levels that all models here have."""
+    type(scheduler).from_config({**scheduler.config, **_LEVELS}).save_pretrained(folder / "scheduler")
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text()) | {"scheduler": ["diffusers", type(scheduler).__name__]}
+    file.write_text(json.dumps(index))
+    return folder
 
 
 def make_tiny_xl(path: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:

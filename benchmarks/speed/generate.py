@@ -36,12 +36,12 @@ from benchmarks.speed.clock import now
 from benchmarks.speed.shapes import make_model
 from smpo_common.files import write_bytes
 from smpo_pipeline.generation.encoding import encode_image
-from smpo_pipeline.generation.generator import Generator, load_generator, quiet_libraries
+from smpo_pipeline.generation.generator import Generator, quiet_libraries
 from smpo_pipeline.generation.prompts import read_prompts
-from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.jobs.cluster.session import set_reproducible_arithmetic
 from smpo_pipeline.jobs.generate import job
 from smpo_pipeline.jobs.generate.actor import GenerateActor
+from smpo_pipeline.jobs.generate.models import choose_settings, load
 from smpo_pipeline.jobs.generate.options import (
     CandidateFileOptions,
     CandidateOptions,
@@ -125,29 +125,26 @@ def options_of(subject: Subject, work: Path, out: Path, guidance: float, device:
         model=str(work / "model"),
         prompts=work / "prompts.txt",
         out=out / "candidates",
-        sampling=CandidateOptions(images_per_prompt=IMAGES, steps=STEPS, guidance_scale=guidance),
+        sampling=CandidateOptions(
+            sampler="ddim",
+            images_per_prompt=IMAGES,
+            steps=STEPS,
+            guidance_scale=guidance,
+            resolution=subject.side,
+        ),
         storing=CandidateFileOptions(prompts_per_file=subject.prompts),
         running=GenerateJobOptions(batch_size=subject.batch, device=device, dtype="fp32", concurrency=1),
     )
 
 
-def run_loop(options: GenerateOptions, side: int, out: Path) -> float:
+def run_loop(options: GenerateOptions, out: Path) -> float:
     """Run the loop; returns when its last unit was written."""
     device = options.running.chosen_device
     set_reproducible_arithmetic(device)
     quiet_libraries()
-    generator = load_generator(options.source, None, device, "fp32")
+    _, settings = choose_settings(options)
+    generator = load(options, device, settings.dtype)
     parts = Parts(generator)
-    settings = GenerationSettings(
-        steps=STEPS,
-        guidance_scale=options.sampling.guidance_scale,
-        seed=0,
-        dtype="fp32",
-        resolution=side,
-        images_per_prompt=IMAGES,
-        image_format="png",
-        keep=None,
-    )
     prompts = read_prompts(options.prompts)
     wanted = [(prompt, index) for prompt in prompts for index in range(IMAGES)]
     per_unit, size = options.prompts_per_file * IMAGES, options.running.batch_size
@@ -159,7 +156,7 @@ def run_loop(options: GenerateOptions, side: int, out: Path) -> float:
     return time.time()
 
 
-def run_job(options: GenerateOptions, _side: int, _out: Path) -> float:
+def run_job(options: GenerateOptions, _out: Path) -> float:
     """Run the whole job; returns when its last unit was committed."""
     committed: list[float] = []
     run_units = job.run_units
@@ -181,7 +178,7 @@ def measured(program: str, subject: Subject, work: Path, guidance: float, device
         out = Path(folder)
         began = time.time()
         options = options_of(subject, work, out, guidance, device)
-        end = {"loop": run_loop, "job": run_job}[program](options, subject.side, out)
+        end = {"loop": run_loop, "job": run_job}[program](options, out)
         whole = time.time() - began
         notes = [json.loads(line) for line in (out / "units.jsonl").read_text().splitlines()]
     parts = {name: notes[-1][name] - notes[0][name] for name in PARTS}

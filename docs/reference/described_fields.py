@@ -27,14 +27,14 @@ class Field:
 
 
 def descriptions(kind: type) -> dict[str, str]:
-    """The descriptions in the section "Attributes:" of a class's docstring, by attribute."""
-    section = _ATTRIBUTES.search(inspect.cleandoc(kind.__doc__ or ""))
-    names_and_texts = _ENTRY.split(section.group(1))[1:] if section else []
-    return {
-        name: _markdown(text)
-        for names, text in zip(names_and_texts[::2], names_and_texts[1::2], strict=True)
-        for name in names.split(", ")
-    }
+    """The descriptions in the section "Attributes:" of the docstrings of a class and its bases, by attribute."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        section = _ATTRIBUTES.search(inspect.cleandoc(each.__doc__ or ""))
+        names_and_texts = _ENTRY.split(section.group(1))[1:] if section else []
+        for names, text in zip(names_and_texts[::2], names_and_texts[1::2], strict=True):
+            found |= dict.fromkeys(names.split(", "), _markdown(text))
+    return found
 
 
 def described_fields(kind: type) -> Iterator[Field]:

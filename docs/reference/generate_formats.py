@@ -43,7 +43,8 @@ refused.
 """
 
 _CANDIDATES = {
-    "pair_id": "made from seed, prompt, row of the prompt and model",
+    "pair_id": "hash of the prompt, the row's number among its own, and all that decides the images: model, sampler, "
+    "steps, guidance, seed, ...",
     "prompt": "without blanks at its ends",
     "image_0": "file of the image",
     "image_1": "file of the image",

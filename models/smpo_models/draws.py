@@ -25,6 +25,11 @@ def gaussian(stream: np.random.Generator, shape: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(stream.standard_normal(tuple(shape), dtype=np.float32))
 
 
+def torch_generator(name: str) -> torch.Generator:
+    """A generator of torch's on the CPU, seeded by :func:`named_stream`."""
+    return torch.Generator().manual_seed(int(named_stream(name).integers(2**63)))
+
+
 def image_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> torch.Tensor:
     """The initial noise of image ``index`` of a prompt: every model begins the image from the same."""
     return gaussian(named_stream(f"{seed}\n{index}\n{prompt}"), shape)

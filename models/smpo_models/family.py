@@ -16,6 +16,7 @@ from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_models.noise_schedules.base import NoiseSchedule
+from smpo_schemas.samplers import SamplerChoice
 from smpo_schemas.shards.text_rows import TextRow, stack_rows
 
 
@@ -54,7 +55,9 @@ class Family(ABC):
         patch: side, in latent positions, of what is one token to the denoiser; 1 for UNets.
         embedded_guidance: guidance scale that the denoiser is told, where it was distilled to take one; None where it
             takes none. Set it after loading.
-        sampler: name of the sampler that images are made with: ``DDIM``, or ``Euler`` of flow models.
+        samplers: names of the samplers that images can be made with: ``model``, the class of the pipeline's own
+            scheduler; ``ddim``, its first-order steps: ``DDIM``, or ``Euler`` of flow models. Both have this name where
+            the own one takes such steps.
         guidance_calls: how the pipeline asks its denoiser for both predictions of classifier-free guidance: in one call
             with the unconditional rows first or last, or in a second call at the same timestep; ``never`` where it
             makes no unconditional one.
@@ -80,7 +83,7 @@ class Family(ABC):
     latent_factor: int
     patch: int = 1
     embedded_guidance: float | None = None
-    sampler: ClassVar[str]
+    samplers: Mapping[SamplerChoice, str]
     guidance_calls: ClassVar[Literal["unconditional first", "conditional first", "separate", "never"]]
     sampler_steps: int
     usual_guidance: float | None

@@ -1,4 +1,4 @@
-"""Sampling images with a model's own pipeline, by DDIM or Euler's steps, from initial noise that the caller draws."""
+"""Sampling images with a model's own pipeline, from initial noise that the caller draws."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import DiffusionPipeline
 
+from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.family_bases.packing import unpacked
-from smpo_models.noise_schedules.rectified_flow import is_flow_solver
-from smpo_models.noise_schedules.variance_preserving import ddim_options
+from smpo_models.noise_schedules.samplers import first_order_scheduler
 from smpo_models.weights import load_part, load_weights
+from smpo_schemas.samplers import SamplerChoice
+
+_OWN_NOISE = "DPMSolverSDEScheduler"
+"""The scheduler that takes no generators, one an image."""
 
 
 def load_pipeline(
@@ -34,8 +33,9 @@ def load_pipeline(
     dtype: torch.dtype,
     variant: str | None,
     kind: type[DiffusionPipeline] = DiffusionPipeline,
+    sampler: SamplerChoice = "model",
 ) -> DiffusionPipeline:
-    """Load a model's pipeline without safety checker, on the CPU: with a DDIM scheduler, flow models with their own.
+    """Load a model's pipeline without safety checker, on the CPU.
 
     Args:
         model: hub id or folder.
@@ -44,11 +44,15 @@ def load_pipeline(
         dtype: of the other parts.
         variant: of the files of weights; None: those without one, or the only one there.
         kind: class of the pipeline; by default the one that the model names.
+        sampler: with its own scheduler, or the first-order one.
 
     Raises:
-        UserError: it cannot be loaded; or a part lacks weights, which diffusers would draw at random.
+        UserError: it cannot be loaded; a part lacks weights, which diffusers would draw at random; or its own scheduler
+            draws noise that would depend on the batch.
     """
     index = load_part(kind.load_config, model, what)
+    if sampler == "model" and _OWN_NOISE in index.get("scheduler", ()):
+        raise UserError(f"{what}: its {_OWN_NOISE} draws one noise for a whole batch; give --sampler ddim")
     loaded = dict(parts)
     if "safety_checker" in index:
         loaded |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -63,11 +67,8 @@ def load_pipeline(
                 loader.from_pretrained, model, what, variant=variant, subfolder=name, dtype=dtype
             )
     pipeline = load_part(kind.from_pretrained, model, what, dtype=dtype, **loaded)
-    config = pipeline.scheduler.config
-    if is_flow_solver({"_class_name": type(pipeline.scheduler).__name__, **config}):
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config, solver_order=1)  # Euler's steps
-    elif not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-        pipeline.scheduler = DDIMScheduler.from_config(config, **ddim_options(config))
+    if sampler == "ddim":
+        pipeline.scheduler = first_order_scheduler(pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -80,6 +81,7 @@ def sample(
     *,
     steps: int,
     guidance_scale: float | None,
+    generators: Sequence[torch.Generator] | None = None,
     output_type: str = "pil",
     watch: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Any:  # noqa: ANN401  (PIL images or a tensor)
@@ -92,6 +94,7 @@ def sample(
         noise_BChw: standard normal noise of the latents' shape.
         steps: of the sampler.
         guidance_scale: of classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without.
+        generators: one an image, for what a stochastic sampler draws; None: torch's global one.
         output_type: ``pil``, or ``latent`` for normalised latents [B, C, h, w].
         watch: called after each step with its number, from 0, and the normalised latents [B, C, h, w] that it gave.
     """
@@ -103,6 +106,7 @@ def sample(
             width=width * family.latent_factor,
             latents=family.to_pipeline(noise_BChw),
             num_inference_steps=steps,
+            generator=None if generators is None else list(generators),
             output_type=output_type,
             **family.sampling_options(guidance_scale, len(prompts)),
         ).images

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import Any, Literal
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import pyarrow as pa
 
@@ -41,6 +42,42 @@ CANDIDATES_SCHEMA = pa.schema(
 
 NOT_CARRIED = frozenset({*CANDIDATES_SCHEMA.names, "jpg_0", "jpg_1", "annotator", "votes"})
 """Columns of prompts that mean something else in pairs."""
+
+
+class GenerationSettings(FrozenModel):
+    """Everything that decides what ``generate`` stores, besides model and prompts.
+
+    Attributes:
+        sampler: name of the sampler: the scheduler's class, or DDIM or Euler.
+        steps: of the sampler.
+        guidance_scale: of classifier-free guidance, 1 is none; or what the model is told; None for models without.
+        seed: of all noise.
+        dtype: of the model.
+        resolution: side of the images in pixels.
+        images_per_prompt: K; a prompt has K / 2 rows, row j with the images 2j and 2j + 1.
+        image_format: of the images' files.
+        keep: what is kept besides the images: ``latents``, ``states:M``, or None.
+    """
+
+    sampler: str
+    steps: int
+    guidance_scale: float | None
+    seed: int
+    dtype: Dtype
+    resolution: int
+    images_per_prompt: int
+    image_format: ImageFormat
+    keep: str | None
+
+    @property
+    def num_states(self) -> int:
+        """Number of the sampler's states to keep of each image."""
+        return int((self.keep or "").partition(":")[2] or 0)
+
+    def image_bytes(self, latent_shape: Sequence[int]) -> int:
+        """Bytes of an image's pixels and what is kept of it, in memory."""
+        kept = (1 + self.num_states) if self.keep else 0
+        return 3 * self.resolution**2 + 4 * kept * math.prod(latent_shape)
 
 
 class CandidatesModel(FrozenModel):
@@ -101,21 +138,12 @@ class CandidatesPart(FrozenModel):
     kept: KeptFile | None = None
 
 
-class Candidates(FrozenModel):
+class Candidates(GenerationSettings):
     """The whole of ``candidates.json``; written last, so that its absence marks an unfinished run.
 
     Attributes:
         schema_version: of this file.
         model: that made the images.
-        sampler: name of the sampler.
-        steps: of the sampler.
-        guidance_scale: of classifier-free guidance, 1 is none; or what the model is told; None for models without.
-        seed: of all noise.
-        dtype: of the model.
-        resolution: side of the images in pixels.
-        images_per_prompt: K; a prompt has K / 2 rows, row j with the images 2j and 2j + 1.
-        image_format: of the images' files.
-        keep: what is kept besides the images: ``latents``, ``states:M``, or None.
         columns: further columns, from the prompts.
         parts: the files, in the order of the prompts.
         prompts_in: distinct prompts, and rows without a usable one; ``prompts_in = prompts + rejected``.
@@ -128,15 +156,6 @@ class Candidates(FrozenModel):
 
     schema_version: int
     model: CandidatesModel
-    sampler: str
-    steps: int
-    guidance_scale: float | None
-    seed: int
-    dtype: Dtype
-    resolution: int
-    images_per_prompt: int
-    image_format: ImageFormat
-    keep: str | None
     columns: list[str]
     parts: list[CandidatesPart]
     prompts_in: Count
@@ -174,10 +193,16 @@ def kept_name(unit: int) -> str:
     return f"latents-{unit:06d}.safetensors"
 
 
-def candidate_pair_id(seed: int, prompt: str, row: int, model: str) -> str:
-    """Id of row ``row`` of a prompt; ``model`` is the denoiser's fingerprint."""
-    parts: tuple[Any, ...] = ("cand", seed, row, model, prompt)
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+def candidate_pair_id(origin: str, prompt: str, row: int) -> str:
+    """Id of row ``row`` of a prompt.
+
+    Args:
+        origin: fingerprint of everything else that decides the images, so that the candidates of several runs can be
+            scored and selected from together.
+        prompt: the prompt.
+        row: number of the row among those of its prompt.
+    """
+    return hashlib.sha256(f"cand\n{origin}\n{row}\n{prompt}".encode()).hexdigest()[:32]
 
 
 def without_rejects(paths: Iterable[AnyPath]) -> list[AnyPath]:

@@ -108,7 +108,7 @@ def test_where_memory_runs_out_batches_are_halved(
 
 def test_ddim_without_clipping_whatever_the_scheduler(models: dict[str, Path]) -> None:
     (model,) = parse_models([f"base={models['base']}"])
-    pipeline = load_generator(model, None, "cpu", "fp32").pipeline
+    pipeline = load_generator(model, None, "cpu", "fp32", sampler="ddim").pipeline
     assert type(pipeline.scheduler) is DDIMScheduler
     assert pipeline.scheduler.config["clip_sample"] is False
     assert pipeline.safety_checker is None

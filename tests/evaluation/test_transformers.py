@@ -53,7 +53,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def evaluate(world: dict[str, Any], capfd: pytest.CaptureFixture[str], out: Path, names: tuple[str, ...]) -> Any:
     flags = ["--model", *(f"{name}={world['folder'] / name}" for name in names), "--prompts", world["prompts"]]
     flags += ["--reward", "tests.evaluation.stubs:Brightness", "--images-per-prompt", 1, "--steps", STEPS]
-    flags += ["--device", "cpu", "--out", out, "--resolution", world["side"], "--batch-size", 3]
+    flags += ["--device", "cpu", "--out", out, "--resolution", world["side"], "--batch-size", 3, "--sampler", "ddim"]
     return run_here(capfd, "smpo-pipeline", "evaluate", *flags)
 
 

@@ -325,10 +325,14 @@ _STOCK = {
 }
 
 
-def load_stock(folder, **parts) -> Stock:
-    """Load a folder's own pipeline."""
+def load_stock(folder, *, own_scheduler: bool = False, **parts) -> Stock:
+    """Load a folder's own pipeline, with its own scheduler or the first-order one."""
     pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
-    return _STOCK[type(pipeline).__name__](pipeline)
+    scheduler = pipeline.scheduler
+    stock = _STOCK[type(pipeline).__name__](pipeline)
+    if own_scheduler:
+        pipeline.scheduler = scheduler
+    return stock
 
 
 class Calls:

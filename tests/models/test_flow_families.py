@@ -318,8 +318,8 @@ def test_another_denoiser_must_be_of_the_same_shape(tmp_path):
 
 
 @torch.no_grad()
-def test_a_loaded_pipeline_samples_by_its_own_scheduler_from_unpacked_noise(world):
-    """As validation images are drawn; both ways around the denoiser that is handed in."""
+def test_a_loaded_pipeline_takes_first_order_steps_from_unpacked_noise(world):
+    """As the stock pipeline does with such a scheduler; both ways around the denoiser that is handed in."""
     family, stock = world
     noise = make_noise(family)
     pipeline = load_pipeline(
@@ -328,6 +328,7 @@ def test_a_loaded_pipeline_samples_by_its_own_scheduler_from_unpacked_noise(worl
         {family.denoiser_folder: family.denoiser},
         dtype=torch.float32,
         variant=None,
+        sampler="ddim",
     )
     assert pipeline.transformer is family.denoiser
     for guidance in (1.0, 3.0):

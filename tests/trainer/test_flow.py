@@ -133,7 +133,7 @@ def test_validation_images_are_those_of_the_stock_pipeline(
     assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-000000.png", "step-000001.png"]
     guidance = load_family(str(model), ()).usual_guidance
     assert guidance is not None
-    sampler = "DDIM" if model.name == "pixart-sigma" else "Euler"
+    sampler = "DPMSolverMultistepScheduler" if model.name in ("pixart-sigma", "sana") else "Euler"
     assert f"2 prompts, 2 {sampler} steps, guidance scale {guidance:g}" in capsys.readouterr().out
     grid = np.asarray(Image.open(out / "validation" / "step-000000.png"), dtype=float)
     for number, image in enumerate(by_a_stock_pipeline(model, guidance)):
@@ -142,7 +142,7 @@ def test_validation_images_are_those_of_the_stock_pipeline(
 
 
 def by_a_stock_pipeline(model: Path, guidance: float) -> list[np.ndarray]:
-    stock, images = load_stock(model), []
+    stock, images = load_stock(model, own_scheduler=True), []
     stock.shape = (IMAGE_SIDE, IMAGE_SIDE)
     for number, prompt in enumerate(PROMPTS):
         noise = gaussian(named_stream(f"validation\n0\n{number}"), LATENT_SHAPE)[None]

@@ -186,7 +186,7 @@ class ImageOptions(Options):
     image_every: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between two drawings. Images are also drawn before the first step and after the last."""
     image_sampling_steps: Annotated[int | None, Field(ge=1)] = None
-    """Steps per image, DDIM's or of a flow model's own sampler. Default: 20; 4 for FLUX.1-schnell."""
+    """Steps per image, of the model's own sampler. Default: 20; 4 for FLUX.1-schnell."""
     image_guidance_scale: Annotated[float | None, Field(ge=1)] = None
     """Classifier-free guidance, 1 is none; of FLUX.1-dev, the guidance that the model is told. Default: that of
     `smpo-pipeline evaluate`."""

@@ -37,7 +37,6 @@ class PixArtSigma(TransformerFamily):
 
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = PixArtTransformer2DModel
-    sampler: ClassVar[str] = "DDIM"
     guidance_calls = "unconditional first"
     sampler_steps = 20
     usual_guidance = 4.5

@@ -23,6 +23,7 @@ from smpo_models.family import Family
 from smpo_models.fingerprint import settings_of
 from smpo_models.loading import denoiser_folder
 from smpo_models.noise_schedules.base import NoiseSchedule
+from smpo_models.noise_schedules.samplers import own_sampler
 from smpo_models.part_config import complete, native_resolution, subfolder
 from smpo_models.weights import holds, load_part, load_tokenizer, load_weights
 
@@ -88,6 +89,8 @@ class DiffusersFamily(Family):
         self._sample_size = self._latent_side(self._replacing_config(denoiser) if denoiser else config)
         self.kind = self._kind(config)
         self.noise_schedule = self._load_schedule()
+        first_order = self.noise_schedule.first_order
+        self.samplers = {"model": own_sampler(model, what, first_order), "ddim": first_order}
         self.latent_factor = self.autoencoder.factor(self.autoencoder.config(model, vae, self._channels, self._what))
         if "denoiser" in parts:
             self.denoiser = self._load_denoiser(denoiser, denoiser_dtype)

@@ -33,7 +33,6 @@ class TransformerFamily(DiffusersFamily):
     """
 
     denoiser_folder: ClassVar[str] = "transformer"
-    sampler: ClassVar[str] = "Euler"
     sampler_steps: int = 28
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q",

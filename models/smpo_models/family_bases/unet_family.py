@@ -29,7 +29,6 @@ class UNetFamily(DiffusersFamily):
 
     denoiser_class: ClassVar[type[nn.Module]] = UNet2DConditionModel
     denoiser_folder: ClassVar[str] = "unet"
-    sampler: ClassVar[str] = "DDIM"
     guidance_calls = "unconditional first"
     sampler_steps: int = 50
     usual_guidance: float | None = 7.5

@@ -23,6 +23,7 @@ class NoiseSchedule(ABC):
     All latents are [B, C, h, w].
 
     Attributes:
+        first_order: name of the sampler whose step is :meth:`carry`.
         timestep_dtype: int64 where the model knows only whole timesteps, else float32.
         num_train_timesteps: T: timesteps are in [0, T).
         first_pure_noise: the timestep from which on a_t is 0 (zero terminal SNR, arXiv 2305.08891); T where there is
@@ -33,6 +34,7 @@ class NoiseSchedule(ABC):
         prediction_type: what the denoiser predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
     """
 
+    first_order: ClassVar[str]
     timestep_dtype: ClassVar[torch.dtype]
     num_train_timesteps: int
     first_pure_noise: int

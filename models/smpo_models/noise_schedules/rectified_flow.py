@@ -63,6 +63,7 @@ class RectifiedFlow(NoiseSchedule):
     All shifting is done by diffusers' FlowMatchEulerDiscreteScheduler itself.
     """
 
+    first_order: ClassVar[str] = "Euler"
     timestep_dtype: ClassVar[torch.dtype] = torch.float32
     prediction_type = FLOW
 

@@ -23,6 +23,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 class VariancePreserving(NoiseSchedule):
     """Discrete levels with a_t^2 + s_t^2 = 1, a_t^2 = alphas_cumprod[t]; timesteps are whole numbers in [0, T)."""
 
+    first_order: ClassVar[str] = "DDIM"
     timestep_dtype: ClassVar[torch.dtype] = torch.int64
 
     def __init__(self, scheduler: DDIMScheduler) -> None:

@@ -15,6 +15,7 @@ from smpo_pipeline.evaluation.results import Results, Settings, read_results
 from smpo_pipeline.generation.prompts import read_prompts
 from smpo_pipeline.generation.source import ModelSource
 from smpo_schemas.dtypes import Dtype
+from smpo_schemas.samplers import SamplerChoice
 
 if TYPE_CHECKING:
     from smpo_models.family import Family
@@ -33,6 +34,7 @@ class Evaluation:
         families: the models' configs, by their names.
         base: folder or hub id of the whole model that completes outputs of smpo-train; None without such outputs.
         settings: everything that affects the results.
+        sampler: as ``--sampler`` names it.
         batch_size: images at once.
         device: ``cpu`` or ``cuda``; None is ``cuda`` if available.
     """
@@ -42,6 +44,7 @@ class Evaluation:
     families: dict[str, Family]
     base: str | None
     settings: Settings
+    sampler: SamplerChoice
     batch_size: int
     device: str | None
 
@@ -91,11 +94,13 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         dtype=running.dtype or _default_dtype(running.device),
         resolution=sampling.resolution,
         variant=sampling.variant,
-        sampler=usual.sampler,
+        sampler=usual.samplers[sampling.sampler],
     )
     named = {f"--model {name}": family for name, family in families.items()}
-    check_sampling(named, settings, negative=bool(options.negative))
-    return Evaluation(options.out, sources, families, whole, settings, running.batch_size, running.device)
+    check_sampling(named, settings, sampling.sampler, negative=bool(options.negative))
+    return Evaluation(
+        options.out, sources, families, whole, settings, sampling.sampler, running.batch_size, running.device
+    )
 
 
 def _default_dtype(device: str | None) -> Dtype:

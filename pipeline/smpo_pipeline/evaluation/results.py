@@ -35,7 +35,7 @@ class Settings(FrozenModel):
         dtype: of the models, a key of :data:`smpo_models.weights.DTYPES`.
         resolution: side of the images in pixels; None: the models' native resolution.
         variant: variant of the weight files; None: files without a variant, or the only variant.
-        sampler: name of the models' sampler.
+        sampler: name of the models' sampler: the scheduler's class, or DDIM or Euler.
     """
 
     models: dict[str, str]

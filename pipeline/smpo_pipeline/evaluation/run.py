@@ -117,14 +117,13 @@ def _generate_all(evaluation: Evaluation, device: str, progress: Progress) -> li
     for model in evaluation.models:
         pictures = _pictures(evaluation, model.name)
         task = progress.add_task(f"sample {model.name}", total=len(pictures))
-        generator = load_generator(
-            model, evaluation.base, device, evaluation.settings.dtype, evaluation.settings.variant
-        )
+        settings = evaluation.settings
+        generator = load_generator(model, evaluation.base, device, settings.dtype, settings.variant, evaluation.sampler)
         denoiser = generator.fingerprint()
         _claim_folder(evaluation, model.name, denoiser)
         missing = [picture for picture in pictures if not picture.path.is_file()]
         progress.update(task, completed=len(pictures) - len(missing))
-        generate(generator, missing, evaluation.settings, evaluation.batch_size, _advancing(progress, task))
+        generate(generator, missing, settings, evaluation.batch_size, _advancing(progress, task))
         base = evaluation.base if model.kind != "pipeline" else None
         negative = model.negative.source if model.negative else None
         entries.append(

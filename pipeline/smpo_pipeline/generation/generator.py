@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from smpo_common.errors import UserError
-from smpo_models.draws import image_noise
+from smpo_models.draws import image_noise, named_stream, torch_generator
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
@@ -27,6 +27,8 @@ from smpo_models.negative import guide_with_negative, require_guidance
 from smpo_models.sampling import load_pipeline, sample
 from smpo_models.weights import DTYPES
 from smpo_pipeline.generation.source import ModelSource
+from smpo_schemas.candidates import GenerationSettings
+from smpo_schemas.samplers import SamplerChoice
 
 
 class Sampling(Protocol):
@@ -89,7 +91,7 @@ class Generator:
     def sample(
         self, wanted: Sequence[Wanted], sampling: Sampling, nodes: Sequence[Sequence[int]] | None = None
     ) -> list[Sampled]:
-        """Sample images, each from the noise of its prompt and index.
+        """Sample images, each from the noise of its prompt and index alone.
 
         Args:
             wanted: prompt and index of each of B images.
@@ -121,6 +123,7 @@ class Generator:
                 noise_BChw,
                 steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
+                generators=[torch_generator(f"{sampling.seed}/sampler/{index}/{prompt}") for prompt, index in wanted],
                 watch=watch,
             )
         side = sampling.resolution or self.family.resolution()
@@ -132,6 +135,15 @@ class Generator:
             Sampled(image, latents_Chw, {timesteps[step]: state for step, state in kept.items()})
             for image, latents_Chw, kept in zip(images, last_BChw.float().cpu(), states, strict=True)
         ]
+
+
+def state_nodes(settings: GenerationSettings, prompt: str) -> list[int]:
+    """Draw which of the sampler's steps to keep the input of, increasing; by seed and prompt alone.
+
+    The images of a prompt share them: both images of a pair need states at the same timesteps.
+    """
+    stream = named_stream(f"{settings.seed}/states/{prompt}")
+    return sorted(stream.choice(settings.steps, settings.num_states, replace=False).tolist())
 
 
 def read_configs(model: ModelSource, base: str | None) -> Family:
@@ -152,12 +164,15 @@ def read_configs(model: ModelSource, base: str | None) -> Family:
     return family
 
 
-def check_sampling(families: Mapping[str, Family], sampling: Sampling, *, negative: bool = False) -> None:
+def check_sampling(
+    families: Mapping[str, Family], sampling: Sampling, sampler: SamplerChoice, *, negative: bool = False
+) -> None:
     """Check that models can be sampled with these settings, and from the same noise.
 
     Args:
         families: the models' configs, by what errors call them, such as ``--model NAME``.
         sampling: how.
+        sampler: as ``--sampler`` names it.
         negative: whether negative models guide.
 
     Raises:
@@ -176,14 +191,16 @@ def check_sampling(families: Mapping[str, Family], sampling: Sampling, *, negati
         if family.usual_guidance is None and sampling.guidance_scale is not None:
             raise UserError(f"--guidance-scale {sampling.guidance_scale:g}: {named} takes no guidance; leave it out")
     shapes = {named: latent_shape(family, sampling) for named, family in families.items()}
-    ways = {(family.sampler, family.usual_guidance is None) for family in families.values()}
+    ways = {(family.samplers[sampler], family.usual_guidance is None) for family in families.values()}
     if len(set(shapes.values())) > 1 or len(ways) > 1:
         kinds = ", ".join(
-            f"{named.removeprefix('--model ')} ({family.kind}): {shapes[named]}" for named, family in families.items()
+            f"{named.removeprefix('--model ')} ({family.kind}, {family.samplers[sampler]}): {shapes[named]}"
+            for named, family in families.items()
         )
         raise UserError(
             f"--model: latents differ in shape, or the way to sample them ({kinds}), so the models cannot start from "
-            "the same noise; compare models of one resolution and family"
+            "the same noise; compare models of one resolution and family; --sampler ddim samples those with different "
+            "schedulers alike"
         )
 
 
@@ -194,9 +211,14 @@ def latent_shape(family: Family, sampling: Sampling) -> tuple[int, int, int]:
 
 
 def load_generator(
-    model: ModelSource, base: str | None, device: str, dtype: str, variant: str | None = None
+    model: ModelSource,
+    base: str | None,
+    device: str,
+    dtype: str,
+    variant: str | None = None,
+    sampler: SamplerChoice = "model",
 ) -> Generator:
-    """Load a model for sampling: with DDIM, flow models with their own sampler, without safety checker.
+    """Load a model for sampling, without safety checker.
 
     Raises:
         UserError: it cannot be loaded, or lacks weights, which diffusers would initialise at random; or its negative
@@ -207,7 +229,7 @@ def load_generator(
     if model.kind != "pipeline":
         # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
         parts[family.denoiser_folder] = nn.Module.to(load_denoiser(model, base, variant), DTYPES[dtype])
-    pipeline = load_pipeline(whole, named, parts, dtype=DTYPES[dtype], variant=variant).to(device)
+    pipeline = load_pipeline(whole, named, parts, dtype=DTYPES[dtype], variant=variant, sampler=sampler).to(device)
     denoiser: nn.Module = getattr(pipeline, family.denoiser_folder)
     if model.negative:
         negative = nn.Module.to(load_denoiser(model.negative, base, variant), device, DTYPES[dtype])

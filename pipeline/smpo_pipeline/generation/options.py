@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from smpo_common.options import Flag, Options
 from smpo_pipeline.options import Variant
+from smpo_schemas.samplers import SamplerChoice
 
 
 class SamplingOptions(Options):
@@ -15,9 +16,11 @@ class SamplingOptions(Options):
 
     model_config = ConfigDict(title="Sampling")
 
+    sampler: SamplerChoice = "model"
+    """model: the scheduler that the model comes with, such as PNDM, Euler or DPM-Solver++. ddim: DDIM's first-order
+    steps, which are Euler's for flow models; inversion follows those."""
     steps: Annotated[int | None, Field(ge=1)] = None
-    """Steps per image, DDIM's or of a flow model's own sampler. Default: what the model is usually sampled in, see
-    docs/reference/families.md."""
+    """Steps per image. Default: what the model is usually sampled in, see docs/reference/families.md."""
     guidance_scale: Annotated[float | None, Field(ge=0)] = None
     """Classifier-free guidance, 1 is none; of FLUX.1-dev, the guidance that the model is told. Default: what the model
     is usually sampled at, see docs/reference/families.md. FLUX.1-schnell takes none."""

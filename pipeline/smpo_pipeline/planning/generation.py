@@ -17,11 +17,11 @@ from smpo_models.memory import is_out_of_memory
 from smpo_pipeline.generation.encoding import encode_image
 from smpo_pipeline.generation.generator import Sampled, Wanted, latent_shape, quiet_libraries
 from smpo_pipeline.generation.prompts import read_prompt_file
-from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.isolation import FAILURES
 from smpo_pipeline.jobs.generate.models import choices, choose_settings, load
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.planning.rate import measure_rate
+from smpo_schemas.candidates import GenerationSettings
 from smpo_schemas.frozen import FrozenModel
 
 _PROJECTED = (10_000, 1_000_000)
@@ -90,7 +90,7 @@ def plan_generation(options: GenerateOptions, console: Console) -> GenerationPla
     rows = read_prompt_file(options.prompts, options.running.limit).rows
     prompts = [row.prompt for row in rows if row.prompt]
     family, settings = choose_settings(options)
-    console.print(choices(options, family, settings, len(prompts)), highlight=False, soft_wrap=True)
+    console.print(choices(options, settings, len(prompts)), highlight=False, soft_wrap=True)
     device, size = options.running.chosen_device, options.running.batch_size
     generator = load(options, device, settings.dtype)
     sampled: list[Sampled] = []

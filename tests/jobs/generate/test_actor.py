@@ -10,9 +10,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from diffusers import PNDMScheduler
+from PIL import Image
 
 from smpo_common.errors import UserError
-from smpo_pipeline.generation.generator import Generator, Sampled, Wanted
+from smpo_pipeline.evaluation.evaluation import prepare_evaluation
+from smpo_pipeline.evaluation.generate import Picture
+from smpo_pipeline.evaluation.generate import generate as generate_for_evaluation
+from smpo_pipeline.evaluation.options import EvaluateJobOptions, EvaluateOptions, EvaluateSamplingOptions
+from smpo_pipeline.generation.generator import Generator, Sampled, Wanted, load_generator
 from smpo_pipeline.jobs.cells import byte_views, cell_values
 from smpo_pipeline.jobs.generate import actor as actor_module
 from smpo_pipeline.jobs.generate.actor import GenerateActor
@@ -22,7 +28,7 @@ from smpo_pipeline.jobs.generate.parts import Prompts
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.candidates import CANDIDATES_FILE
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, put_scheduler
 
 PROMPTS = ["a cat", "a dog", "cat and dog"]
 UNIT = pa.table({"unit": [0]})
@@ -30,7 +36,8 @@ UNIT = pa.table({"unit": [0]})
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("actor") / "model")
+    folder = make_tiny_model(tmp_path_factory.mktemp("actor") / "model")
+    return put_scheduler(folder, PNDMScheduler(skip_prk_steps=True))
 
 
 @pytest.fixture
@@ -80,6 +87,28 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Sequence[Wanted]],
 
     monkeypatch.setattr(Generator, "sample", sample)
     return sizes
+
+
+def test_an_evaluation_makes_the_same_images(make, model, tmp_path):
+    """With the defaults of both commands."""
+    made = images(make()(UNIT))
+    options = EvaluateOptions(
+        model=(f"m={model}",),
+        prompts=tmp_path / "prompts.txt",
+        reward=("tests.evaluation.stubs:Brightness",),
+        out=tmp_path / "report",
+        sampling=EvaluateSamplingOptions(steps=2),
+        running=EvaluateJobOptions(device="cpu"),
+    )
+    evaluation = prepare_evaluation(options)
+    assert evaluation.settings.sampler == "PNDMScheduler"
+    generator = load_generator(*evaluation.models, None, "cpu", "fp32", sampler=evaluation.sampler)
+    for prompt in PROMPTS:
+        pictures = [Picture(prompt, index, tmp_path / f"{index}.png") for index in range(2)]
+        generate_for_evaluation(generator, pictures, evaluation.settings, 3, lambda _: None)
+        for ours, picture in zip(made[prompt], pictures, strict=True):
+            theirs = np.asarray(Image.open(picture.path), int).reshape(-1)
+            assert np.abs(ours - theirs).max() <= 1
 
 
 def test_a_prompt_that_fails_alone_is_rejected_and_the_others_are_made(make, monkeypatch):

@@ -16,19 +16,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
 from smpo_models.draws import image_noise
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_pipeline.evaluation.generate import Picture
-from smpo_pipeline.evaluation.generate import generate as generate_for_evaluation
-from smpo_pipeline.generation.generator import load_generator
-from smpo_pipeline.generation.settings import GenerationSettings
-from smpo_pipeline.generation.source import ModelSource
-from smpo_pipeline.jobs.generate.models import describe_generator, load
+from smpo_pipeline.generation.generator import state_nodes
+from smpo_pipeline.jobs.generate.models import choose_settings, describe_generator, load, origin_of
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, read_identity
 from smpo_pipeline.jobs.record.status import read_status
@@ -37,7 +33,7 @@ from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
 from tests.command import assert_one_line, run_here
-from tests.tiny import make_tiny_clip, make_tiny_model
+from tests.tiny import make_tiny_clip, make_tiny_model, put_scheduler
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +54,7 @@ STEPS, GUIDANCE, IMAGES = 3, 3.0, 4
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("world")
-    model = make_tiny_model(folder / "model")
+    model = put_scheduler(make_tiny_model(folder / "model"), PNDMScheduler(skip_prk_steps=True))
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     (dog,) = pipeline.tokenizer("dog", add_special_tokens=False).input_ids
     with torch.no_grad():
@@ -72,8 +68,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def command(world: dict[str, Path], out: Path, *more: object) -> list[object]:
     """Options given later replace earlier ones."""
     fixed = ("--model", world["model"], "--prompts", world["prompts"], "--out", out, "--device", "cpu")
-    fixed += ("--steps", STEPS, "--guidance-scale", GUIDANCE, "--images-per-prompt", IMAGES, "--prompts-per-file", 2)
-    return ["smpo-pipeline", "generate", *fixed, "--batch-size", 3, "--concurrency", 1, *more]
+    fixed += ("--sampler", "ddim", "--steps", STEPS, "--guidance-scale", GUIDANCE, "--images-per-prompt", IMAGES)
+    fixed += ("--prompts-per-file", 2, "--batch-size", 3, "--concurrency", 1)
+    return ["smpo-pipeline", "generate", *fixed, *more]
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +119,6 @@ def test_every_prompt_has_its_images_or_a_reason(world, candidates):
     assert [row["prompt"] for row in rows] == [prompt for prompt in MADE for _ in range(IMAGES // 2)]
     for number, row in enumerate(rows):
         j = number % 2
-        text = f"cand\n0\n{j}\n{model}\n{row['prompt']}"
-        assert row["pair_id"] == hashlib.sha256(text.encode()).hexdigest()[:32]
         assert (row["model"], row["label"]) == (model, None)
         for side in range(2):
             assert row[f"noise_{side}"] == {"seed": 0, "index": 2 * j + side, "shape": [4, 8, 8]}
@@ -141,18 +136,9 @@ def test_images_latents_and_states_are_the_stock_pipelines(world, candidates):
     """The loop of the paper's DDIM with diffusers' own parts, one image at a time."""
     pipeline = StableDiffusionPipeline.from_pretrained(world["model"])
     scheduler = pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    settings = GenerationSettings(
-        steps=STEPS,
-        guidance_scale=GUIDANCE,
-        seed=0,
-        dtype="fp32",
-        resolution=32,
-        images_per_prompt=IMAGES,
-        image_format="png",
-        keep="states:2",
-    )
-    kept = {}
-    for part in read_candidates(candidates).parts:
+    made, kept = read_candidates(candidates), {}
+    assert (made.sampler, made.steps) == ("DDIM", STEPS)
+    for part in made.parts:
         assert part.kept is not None
         kept |= load_file(candidates / part.kept.name)
     drawn = set()
@@ -170,7 +156,7 @@ def test_images_latents_and_states_are_the_stock_pipelines(world, candidates):
         name = image_id(images[prompt, index])
         assert np.abs(pixels(images[prompt, index]) - np.asarray(image, int)).max() <= 1
         torch.testing.assert_close(kept[name], inputs[-1], atol=1e-4, rtol=1e-4)
-        nodes = settings.nodes(prompt)
+        nodes = state_nodes(made, prompt)
         drawn.add(tuple(nodes))
         assert kept[f"{name}.timesteps"].tolist() == scheduler.timesteps[nodes].tolist()
         expected = torch.stack([inputs[node] for node in nodes])
@@ -179,32 +165,13 @@ def test_images_latents_and_states_are_the_stock_pipelines(world, candidates):
     assert all(len(set(nodes)) == 2 and set(nodes) <= set(range(STEPS)) for nodes in drawn)
 
 
-def test_an_evaluation_makes_the_same_images(world, candidates, tmp_path):
-    images = images_of(candidates)
-    generator = load_generator(ModelSource("base", str(world["model"]), "pipeline"), None, "cpu", "fp32")
-    settings = GenerationSettings(
-        steps=STEPS,
-        guidance_scale=GUIDANCE,
-        seed=0,
-        dtype="fp32",
-        resolution=32,
-        images_per_prompt=IMAGES,
-        image_format="png",
-        keep=None,
-    )
-    for prompt in MADE[:2]:
-        pictures = [Picture(prompt, index, tmp_path / f"{index}.png") for index in range(IMAGES)]
-        generate_for_evaluation(generator, pictures, settings, 3, lambda _: None)
-        theirs = {(prompt, picture.index): picture.path.read_bytes() for picture in pictures}
-        assert largest_difference(images, theirs) <= 1
-
-
 def test_fewer_images_other_batches_and_files_make_the_same_images(world, candidates, tmp_path, here_on_ray):
     images = images_of(candidates)
     more = ("--images-per-prompt", 2, "--batch-size", 5, "--prompts-per-file", 3, "--concurrency", 2)
     done = here_on_ray(*command(world, tmp_path / "few", *more))
     assert done.returncode == 0, done.stderr
     few = images_of(tmp_path / "few")
+    assert {row["pair_id"] for row in rows_of(tmp_path / "few")} < {row["pair_id"] for row in rows_of(candidates)}
     assert few.keys() == {(prompt, index) for prompt in MADE for index in range(2)}
     assert largest_difference(few, images) <= 1
     assert not list((tmp_path / "few").glob("latents-*"))
@@ -219,7 +186,7 @@ def test_a_denoiser_equal_to_the_models_and_another_format(world, candidates, tm
     assert done.returncode == 0, done.stderr
     ours, theirs = rows_of(tmp_path / "out"), rows_of(candidates)
     for our, their in zip(ours, theirs, strict=True):
-        assert our["pair_id"] == their["pair_id"]
+        assert our["pair_id"] != their["pair_id"]  # `score` takes a pair of other files for another pair
         for side in range(2):
             assert our[f"image_{side}"][8:12] == b"WEBP"
             np.testing.assert_array_equal(pixels(our[f"image_{side}"]), pixels(their[f"image_{side}"]))
@@ -273,6 +240,8 @@ def test_mistakes_are_one_line(world, candidates, tmp_path, capfd):
     assert_one_line(odd, "--images-per-prompt 3", "even")
     assert_one_line(run(*command(world, tmp_path, "--keep", "states:0")), "--keep states:0", "states:M")
     assert_one_line(run(*command(world, tmp_path, "--keep", "states:4")), "--keep states:4", "3 steps")
+    pndm = run(*command(world, tmp_path, "--keep", "states:2", "--sampler", "model"))
+    assert_one_line(pndm, "--keep states:2", "PNDMScheduler", "--sampler ddim")
     both = ("--unet", world["model"] / "unet", "--lora", world["model"])
     assert_one_line(run(*command(world, tmp_path, *both)), "--unet", "--lora", "only one")
     assert_one_line(run(*command(world, tmp_path, "--prompts", tmp_path / "none.txt")), "--prompts", "does not exist")
@@ -283,19 +252,40 @@ def test_mistakes_are_one_line(world, candidates, tmp_path, capfd):
     assert_one_line(unguided, "--negative", "--guidance-scale 1")
     seed = run(*command(world, candidates, "--seed", 1, "--keep", "states:2"))
     assert_one_line(seed, "finished run", "generation.seed: 0 there, 1 here")
+    sampler = run(*command(world, candidates, "--sampler", "model"))
+    assert_one_line(sampler, "finished run", "generation.sampler: DDIM there, PNDMScheduler here")
 
 
-def test_a_negative_model_is_in_the_identity(world, tmp_path):
-    """The denoiser's fingerprint stays that of the model."""
+def test_pairs_of_different_images_have_different_ids(world, tmp_path):
+    """Whatever decides the pixels is in the id. The denoiser's fingerprint stays that of the model."""
     unet = make_tiny_model(tmp_path / "other", seed=3)
+    options = GenerateOptions(model=str(world["model"]), prompts=world["prompts"], out=tmp_path)
+    options = options.replace(device="cpu")
     described = []
     for negative in (None, unet):
-        options = GenerateOptions(model=str(world["model"]), prompts=world["prompts"], out=tmp_path, negative=negative)
-        described.append(describe_generator(options, load(options, "cpu", "fp32"), "fp32"))
+        some = options.replace(negative=negative)
+        described.append(describe_generator(some, load(some, "cpu", "fp32"), "fp32"))
     plain, guided = described
     assert plain.denoiser == guided.denoiser
     assert plain.parts["unet"] != guided.parts["unet"]
     assert guided.negative == str(unet)
+    changes = [{}, *({name: value} for name, value in OTHERS.items())]
+    origins = [origin_of(plain, choose_settings(options.replace(**change))[1]) for change in changes]
+    origins += [origin_of(guided, choose_settings(options)[1])]
+    assert len(set(origins)) == len(origins)
+    more = options.replace(images_per_prompt=4, keep="latents", batch_size=2)
+    assert origin_of(plain, choose_settings(more)[1]) == origins[0]
+
+
+OTHERS = {
+    "sampler": "ddim",
+    "steps": 7,
+    "guidance_scale": 2.0,
+    "seed": 1,
+    "dtype": "bf16",
+    "resolution": 64,
+    "image_format": "jpeg",
+}
 
 
 @pytest.mark.long

@@ -23,7 +23,7 @@ from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
-from smpo_models.draws import gaussian, named_stream
+from smpo_models.draws import gaussian, named_stream, torch_generator
 from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_models.memory import is_out_of_memory
@@ -69,7 +69,7 @@ class Sampling:
         if guidance is not None and family.usual_guidance is None:
             raise UserError(f"--image-guidance-scale {guidance:g}: {family.kind} takes no guidance; leave it out")
         steps = options.image_sampling_steps or min(_USUAL_STEPS, family.sampler_steps)
-        return cls(family.sampler, steps, family.usual_guidance if guidance is None else guidance)
+        return cls(family.samplers["model"], steps, family.usual_guidance if guidance is None else guidance)
 
     def __str__(self) -> str:
         return sampling_in_words(self.sampler, self.steps, self.guidance_scale)
@@ -119,18 +119,19 @@ class ValidationImages:
         for start in range(0, len(self._prompts), settings.steps.batch_size):
             prompts = list(self._prompts[start : start + settings.steps.batch_size])
             numbers = range(start, start + len(prompts))
-            # One stream per prompt: its noise does not depend on the other prompts or the batch size.
-            streams = [named_stream(f"validation\n{settings.steps.seed}\n{number}") for number in numbers]
-            noise_BChw = torch.stack([gaussian(stream, shape) for stream in streams]).to(self._accelerator.device)
+            # Streams of each prompt's own: its noise does not depend on the other prompts or the batch size.
+            names = [f"validation\n{settings.steps.seed}\n{number}" for number in numbers]
+            noise_BChw = torch.stack([gaussian(named_stream(name), shape) for name in names])
             # Do not compile the denoiser for the shapes of a drawing.
             with self._accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 latents_BChw = sample(
                     pipeline,
                     family,
                     prompts,
-                    noise_BChw,
+                    noise_BChw.to(self._accelerator.device),
                     steps=self._sampling.steps,
                     guidance_scale=self._sampling.guidance_scale,
+                    generators=[torch_generator(f"{name}\nsampler") for name in names],
                     output_type="latent",
                 )
             pixels_BHW3 = _decode(family, pipeline.vae, latents_BChw).permute(0, 2, 3, 1).cpu().nan_to_num().numpy()

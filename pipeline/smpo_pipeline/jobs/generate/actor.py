@@ -14,8 +14,7 @@ import ray
 import torch
 
 from smpo_common.errors import UserError
-from smpo_pipeline.generation.generator import Sampled, Wanted
-from smpo_pipeline.generation.settings import GenerationSettings
+from smpo_pipeline.generation.generator import Sampled, Wanted, state_nodes
 from smpo_pipeline.isolation import run_alone, run_isolated
 from smpo_pipeline.jobs.cells import bytes_array, list_cell
 from smpo_pipeline.jobs.cluster.session import set_reproducible_arithmetic
@@ -26,6 +25,7 @@ from smpo_pipeline.jobs.generate.parts import STAGE, Prompts, unit_rows
 from smpo_pipeline.jobs.record.progress import Reporter
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_schemas.candidates import GenerationSettings
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject
 
@@ -145,7 +145,7 @@ class GenerateActor:
         return made, outcome.failed
 
     def _sample(self, batch: Sequence[Wanted]) -> list[Sampled]:
-        nodes = [self._settings.nodes(prompt) for prompt, _ in batch] if self._settings.num_states else None
+        nodes = [state_nodes(self._settings, prompt) for prompt, _ in batch] if self._settings.num_states else None
         return self._generator.sample(batch, self._settings, nodes)
 
     def _sample_alone(self, wanted: Wanted) -> None:

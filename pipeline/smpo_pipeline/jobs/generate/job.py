@@ -18,7 +18,6 @@ from smpo_common.retry import retry_transient
 from smpo_models.family import Family
 from smpo_pipeline.generation.generator import latent_shape, quiet_libraries
 from smpo_pipeline.generation.prompts import PromptFile, read_prompt_file
-from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.jobs.cluster.pools import limit_memory, model_pool, task_memory
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import resolve_device
@@ -29,6 +28,7 @@ from smpo_pipeline.jobs.generate.models import (
     choose_settings,
     describe_generator,
     load,
+    origin_of,
     weight_bytes,
 )
 from smpo_pipeline.jobs.generate.options import GenerateOptions
@@ -43,6 +43,7 @@ from smpo_schemas.candidates import (
     REJECTS_FILE,
     Candidates,
     CandidatesPart,
+    GenerationSettings,
     read_candidates,
     write_candidates,
 )
@@ -114,7 +115,7 @@ def _choices(options: GenerateOptions, checked: _Checked) -> list[str]:
     """Describe the job for the user."""
     left_out = [name for name in checked.prompts.columns.column_names if name in NOT_CARRIED]
     return [
-        choices(options, checked.family, checked.settings, len(checked.prompts.rows)),
+        choices(options, checked.settings, len(checked.prompts.rows)),
         *([f"columns of the prompts that are not carried through: {', '.join(left_out)}"] if left_out else []),
     ]
 
@@ -140,7 +141,7 @@ def _run(options: GenerateOptions, run: Run, checked: _Checked) -> list[UnitReco
             "run": run,
             "work_log": work_log,
         }
-        storing = Storing(settings, checked.model.denoiser, shape)
+        storing = Storing(settings, checked.model.denoiser, origin_of(checked.model, settings), shape)
         write = partial(write_row, prompts=prompts, storing=storing, run=run, work_log=work_log)
         one = {"batch_size": 1, "batch_format": "pyarrow"}
         unit_bytes = max(sizes) * settings.images_per_prompt * settings.image_bytes(shape)
@@ -179,7 +180,6 @@ def _finish(options: GenerateOptions, records: Sequence[UnitRecord], checked: _C
     candidates = Candidates(
         schema_version=CANDIDATES_VERSION,
         model=checked.model.info(),
-        sampler=checked.family.sampler,
         columns=checked.further.column_names,
         parts=parts,
         prompts_in=sum(record.pairs_in for record in records),

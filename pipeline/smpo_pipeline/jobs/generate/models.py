@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from smpo_common.errors import UserError
+from smpo_common.files import sha256_json
 from smpo_models.devices import default_dtype
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module, settings_of
@@ -19,9 +20,8 @@ from smpo_pipeline.generation.generator import (
     load_generator,
     read_configs,
 )
-from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.jobs.generate.options import GenerateOptions
-from smpo_schemas.candidates import CandidatesModel
+from smpo_schemas.candidates import CandidatesModel, GenerationSettings
 from smpo_schemas.dtypes import Dtype
 
 
@@ -48,6 +48,7 @@ def choose_settings(options: GenerateOptions) -> tuple[Family, GenerationSetting
     family = read_configs(options.source, options.model)
     sampling, storing = options.sampling, options.storing
     settings = GenerationSettings(
+        sampler=family.samplers[sampling.sampler],
         steps=sampling.steps or family.sampler_steps,
         guidance_scale=family.usual_guidance if sampling.guidance_scale is None else sampling.guidance_scale,
         seed=sampling.seed,
@@ -57,16 +58,21 @@ def choose_settings(options: GenerateOptions) -> tuple[Family, GenerationSetting
         image_format=storing.image_format,
         keep=storing.keep,
     )
-    check_sampling({options.source.named: family}, settings, negative=options.negative is not None)
+    check_sampling({options.source.named: family}, settings, sampling.sampler, negative=options.negative is not None)
     if settings.num_states > settings.steps:
         raise UserError(f"--keep {settings.keep}: the sampler has {settings.steps} steps, hence as many states")
+    if settings.num_states and settings.sampler != family.samplers["ddim"]:
+        raise UserError(
+            f"--keep {settings.keep}: {settings.sampler} takes no first-order steps between states of the noise "
+            "schedule; give --sampler ddim"
+        )
     return family, settings
 
 
-def choices(options: GenerateOptions, family: Family, settings: GenerationSettings, prompts: int) -> str:
+def choices(options: GenerateOptions, settings: GenerationSettings, prompts: int) -> str:
     """Describe the job for the user: numbers of prompts and images, and what was chosen by default."""
     side, running = settings.resolution, options.running
-    sampling = sampling_in_words(family.sampler, settings.steps, settings.guidance_scale)
+    sampling = sampling_in_words(settings.sampler, settings.steps, settings.guidance_scale)
     images = f"{prompts} prompts x {settings.images_per_prompt} images of {side} x {side} pixels"
     computing = f"{running.device}, {settings.dtype}; batches of {running.batch_size} images"
     return f"{images}; {sampling}; {computing}; seed {settings.seed}"
@@ -78,7 +84,8 @@ def load(options: GenerateOptions, device: str, dtype: Dtype) -> Generator:
     Raises:
         UserError: it cannot be loaded.
     """
-    return load_generator(options.source, options.model, device, dtype, options.sampling.variant)
+    sampling = options.sampling
+    return load_generator(options.source, options.model, device, dtype, sampling.variant, sampling.sampler)
 
 
 def describe_generator(options: GenerateOptions, generator: Generator, dtype: Dtype) -> GeneratorIdentity:
@@ -99,6 +106,12 @@ def describe_generator(options: GenerateOptions, generator: Generator, dtype: Dt
         parts=parts,
         settings=_settings(generator),
     )
+
+
+def origin_of(model: GeneratorIdentity, settings: GenerationSettings) -> str:
+    """Fingerprint everything that decides an image besides its prompt and its number."""
+    sampling = settings.model_dump(exclude={"images_per_prompt", "keep"})
+    return sha256_json({"parts": model.parts, "settings": model.settings, "sampling": sampling})
 
 
 def weight_bytes(generator: Generator) -> int:

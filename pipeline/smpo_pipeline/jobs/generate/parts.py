@@ -19,12 +19,19 @@ from safetensors.numpy import save_file
 from smpo_common.files import atomic_path, sha256_file
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.generation.encoding import encode_image
-from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.jobs.cells import byte_views, cell_values
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
-from smpo_schemas.candidates import CANDIDATES_SCHEMA, CandidatesPart, KeptFile, candidate_pair_id, kept_name, part_name
+from smpo_schemas.candidates import (
+    CANDIDATES_SCHEMA,
+    CandidatesPart,
+    GenerationSettings,
+    KeptFile,
+    candidate_pair_id,
+    kept_name,
+    part_name,
+)
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import Reject
 
@@ -56,11 +63,13 @@ class Storing:
     Attributes:
         settings: of the images.
         model: the denoiser's fingerprint.
+        origin: fingerprint of everything that decides the images of a prompt.
         noise_shape: (C, h, w) of latents.
     """
 
     settings: GenerationSettings
     model: str
+    origin: str
     noise_shape: tuple[int, int, int]
 
 
@@ -116,12 +125,12 @@ def _write_part(
     out: AnyPath,
     kept: KeptFile | None,
 ) -> CandidatesPart:
-    settings, num_images = storing.settings, storing.settings.images_per_prompt
+    num_images = storing.settings.images_per_prompt
     table, further = ray.get(prompts.tables)
     texts = table["prompt"].slice(unit * prompts.per_unit, prompts.per_unit).to_pylist()
     rows = [
         {
-            "pair_id": candidate_pair_id(settings.seed, texts[place], index // 2, storing.model),
+            "pair_id": candidate_pair_id(storing.origin, texts[place], index // 2),
             "prompt": texts[place],
             "image_0": images[number * num_images + index],
             "image_1": images[number * num_images + index + 1],
