@@ -42,7 +42,8 @@ $(READY_DEV): $(READY) tests/authors.txt tests/torchvision_beside_cpu_torch.py
 
 demo: $(DEMO)/tuned/training.json ## The whole way on the embedded world: score, invert, train, evaluate (minutes)
 	$(BIN)/smpo-pipeline evaluate --model base=$(DEMO)/world/model tuned=$(DEMO)/tuned \
-	  --prompts $(DEMO)/world/prompts/test.txt --images-per-prompt 8 --steps 16 --guidance-scale 1 --batch-size 64 \
+	  --prompts $(DEMO)/world/prompts/test.txt --images-per-prompt 8 --batch-size 64 \
+	  --sampler ddim --steps 16 --guidance-scale 1 \
 	  --reward toy-truth pickscore=$(DEMO)/world/rewards/pickscore clipscore=$(DEMO)/world/rewards/clipscore \
 	  --out $(DEMO)/report
 

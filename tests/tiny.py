@@ -68,12 +68,11 @@ def make_tiny_model(path: Path, prediction_type: str = "epsilon", seed: int = 0,
     return path
 
 
-def put_scheduler(folder: Path, scheduler: SchedulerMixin) -> Path:
-    """Replace the scheduler of a model folder, with the noise levels that all models here have."""
-    type(scheduler).from_config({**scheduler.config, **_LEVELS}).save_pretrained(folder / "scheduler")
+def put_scheduler(folder: Path, kind: type[SchedulerMixin], **settings) -> Path:
+    """Give a model folder another scheduler of the same noise levels."""
+    kind(**_LEVELS, **settings).save_pretrained(folder / "scheduler")
     file = folder / "model_index.json"
-    index = json.loads(file.read_text()) | {"scheduler": ["diffusers", type(scheduler).__name__]}
-    file.write_text(json.dumps(index))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scheduler": ["diffusers", kind.__name__]}))
     return folder
 
 

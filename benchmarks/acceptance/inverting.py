@@ -19,8 +19,8 @@ from benchmarks.acceptance.world import GIB, World, conditioned, known_fingerpri
 from smpo_models.family import Family
 from smpo_pipeline.images.buckets import Size as ImageSize
 from smpo_pipeline.inversion.batch import PreparedPair
-from smpo_pipeline.inversion.batch_size import batches_of_one_size
 from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.inversion.requests import batches_of_one_size
 from smpo_pipeline.isolation import Failure
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job

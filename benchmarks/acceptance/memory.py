@@ -12,7 +12,7 @@ from benchmarks.acceptance.inverting import make_inverter
 from benchmarks.acceptance.runner import Report
 from benchmarks.acceptance.world import GIB, World, random_pair
 from smpo_models.memory import is_out_of_memory
-from smpo_pipeline.inversion.batch_size import largest_that_fits
+from smpo_pipeline.batch_size import largest_that_fits
 from smpo_pipeline.isolation import FAILURES, Failure, Outcome, run_isolated
 from smpo_pipeline.rewards import load_reward
 

@@ -29,7 +29,7 @@ class Field:
 def descriptions(kind: type) -> dict[str, str]:
     """The descriptions in the section "Attributes:" of the docstrings of a class and its bases, by attribute."""
     found: dict[str, str] = {}
-    for each in reversed(kind.__mro__):
+    for each in (each for each in reversed(kind.__mro__) if each is not BaseModel):
         section = _ATTRIBUTES.search(inspect.cleandoc(each.__doc__ or ""))
         names_and_texts = _ENTRY.split(section.group(1))[1:] if section else []
         for names, text in zip(names_and_texts[::2], names_and_texts[1::2], strict=True):

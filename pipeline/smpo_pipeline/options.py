@@ -194,6 +194,11 @@ MaxRejectRate = Annotated[
 ]
 
 
+def batches_in_words(batch_size: int | None, noun: str) -> str:
+    """Say how large batches are; None: auto."""
+    return "batches of automatic size" if batch_size is None else f"batches of {batch_size} {noun}"
+
+
 class ColumnOptions(Options):
     """How the input's rows are read."""
 

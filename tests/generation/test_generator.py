@@ -35,15 +35,20 @@ SETTINGS = GenerationSettings(
 
 
 @pytest.mark.parametrize(
-    "scheduler", [PNDMScheduler(skip_prk_steps=True), UniPCMultistepScheduler(), EulerAncestralDiscreteScheduler()]
+    ("kind", "settings"),
+    [
+        (PNDMScheduler, {"skip_prk_steps": True}),
+        (UniPCMultistepScheduler, {}),
+        (EulerAncestralDiscreteScheduler, {}),
+    ],
 )
 def test_batches_and_memory_that_runs_out_in_a_step_change_no_image(
-    scheduler: SchedulerMixin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[SchedulerMixin], settings: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Multistep samplers remember earlier steps, and stochastic ones draw noise in each."""
-    folder = put_scheduler(make_tiny_model(tmp_path), scheduler)
+    folder = put_scheduler(make_tiny_model(tmp_path), kind, **settings)
     generator = load_generator(ModelSource("m", str(folder), "pipeline"), None, "cpu", "fp32")
-    assert type(generator.pipeline.scheduler) is type(scheduler)
+    assert type(generator.pipeline.scheduler) is kind
     alone = [generator.sample([each], SETTINGS)[0].latents_Chw for each in WANTED]
     forward, calls = UNet2DConditionModel.forward, []
 

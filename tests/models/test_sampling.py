@@ -32,7 +32,7 @@ STEPS = 4
 
 
 def with_scheduler(kind: type[SchedulerMixin], **settings: object) -> Callable[[Path], Path]:
-    return lambda path: put_scheduler(make_tiny_model(path), kind(**settings))
+    return lambda path: put_scheduler(make_tiny_model(path), kind, **settings)
 
 
 OWN: dict[str, tuple[Callable[[Path], Path], str]] = {

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from smpo_common.files import write_json
 from smpo_pipeline.jobs.generate.options import GenerateOptions
+from smpo_pipeline.jobs.record.batch_sizes import pop_batch_sizes
 from smpo_pipeline.terminal import format_bytes, print_next
 from smpo_schemas.candidates import CANDIDATES_FILE, REJECTS_FILE
 
@@ -33,6 +34,8 @@ def generate(options: GenerateOptions) -> None:
         console.print(remark, highlight=False, soft_wrap=True)
     made = run_job(options)
     options.write(options.out, options.out / CANDIDATES_FILE)
+    for line in pop_batch_sizes(options.out, options.running.batch_size, "images"):
+        console.print(line)
     rejected = f", {made.rejected} rejected (reasons: {options.out / REJECTS_FILE})" if made.rejected else ""
     size = f"{sum(part.bytes for part in made.parts) / 1e6:.1f} MB in {len(made.parts)} files"
     console.print(f"{made.prompts} prompts, {made.images} images, {size}{rejected}: {options.out}", soft_wrap=True)

@@ -8,6 +8,7 @@ from rich.text import Text
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.images.buckets import describe_buckets
 from smpo_pipeline.jobs.invert.options import InvertOptions
+from smpo_pipeline.jobs.record.batch_sizes import pop_batch_sizes
 from smpo_pipeline.terminal import print_next
 from smpo_schemas.manifest import MANIFEST_FILE, Manifest
 
@@ -21,7 +22,6 @@ def invert(options: InvertOptions) -> None:
     `smpo-train --shards OUT`, as often as you like.
     """
     from smpo_models.weights import variant_remark  # noqa: PLC0415
-    from smpo_pipeline.jobs.invert.actor import pop_batch_sizes  # noqa: PLC0415
     from smpo_pipeline.jobs.invert.job import invert as run_job  # noqa: PLC0415  (keeps --help free of torch and Ray)
 
     console, models = Console(markup=False), options.models
@@ -29,10 +29,8 @@ def invert(options: InvertOptions) -> None:
         console.print(remark, highlight=False, soft_wrap=True)
     manifest = run_job(options)
     options.write(options.out, options.out / MANIFEST_FILE)
-    requested = options.running.batch_size
-    for size in pop_batch_sizes(options.out):
-        flag = f"{requested}: larger batches failed, usually for lack of memory" if requested else "auto"
-        console.print(f"--batch-size {flag}: batches of {size} trajectories")
+    for line in pop_batch_sizes(options.out, options.running.batch_size, "trajectories"):
+        console.print(line)
     _show(console, manifest, options.out)
     optional = {"--unet": models.unet, "--variant": models.variant}
     flags = [word for flag, value in optional.items() if value for word in (flag, value)]

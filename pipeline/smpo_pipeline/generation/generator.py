@@ -5,8 +5,9 @@ Shape suffixes: B batch, C h w a latent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,8 @@ from smpo_models.weights import DTYPES
 from smpo_pipeline.generation.source import ModelSource
 from smpo_schemas.candidates import GenerationSettings
 from smpo_schemas.samplers import SamplerChoice
+
+_TRIAL_STEPS = 4
 
 
 class Sampling(Protocol):
@@ -144,6 +147,20 @@ def state_nodes(settings: GenerationSettings, prompt: str) -> list[int]:
     """
     stream = named_stream(f"{settings.seed}/states/{prompt}")
     return sorted(stream.choice(settings.steps, settings.num_states, replace=False).tolist())
+
+
+def sampling_trials(
+    generator: Generator, wanted: Sequence[Wanted], settings: GenerationSettings
+) -> Callable[[int], object]:
+    """Return what samples a batch of so many images, to choose a batch size by.
+
+    Args:
+        generator: on the device.
+        wanted: images to try it with, in turns.
+        settings: of the sampling; all steps are alike, also in memory, so that a few are enough.
+    """
+    few, trials = settings.model_copy(update={"steps": min(settings.steps, _TRIAL_STEPS)}), cycle(wanted)
+    return lambda size: generator.sample(list(islice(trials, size)), few)
 
 
 def read_configs(model: ModelSource, base: str | None) -> Family:

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from smpo_common.errors import UserError
 from smpo_models.memory import is_out_of_memory
+from smpo_pipeline.batch_size import choose_batch_size
 from smpo_pipeline.generation.encoding import encode_image
-from smpo_pipeline.generation.generator import Sampled, Wanted, latent_shape, quiet_libraries
+from smpo_pipeline.generation.generator import Sampled, Wanted, latent_shape, quiet_libraries, sampling_trials
 from smpo_pipeline.generation.prompts import read_prompt_file
 from smpo_pipeline.isolation import FAILURES
 from smpo_pipeline.jobs.generate.models import choices, choose_settings, load
@@ -91,8 +92,13 @@ def plan_generation(options: GenerateOptions, console: Console) -> GenerationPla
     prompts = [row.prompt for row in rows if row.prompt]
     family, settings = choose_settings(options)
     console.print(choices(options, settings, len(prompts)), highlight=False, soft_wrap=True)
-    device, size = options.running.chosen_device, options.running.batch_size
+    device = options.running.chosen_device
     generator = load(options, device, settings.dtype)
+    size = options.running.batch_size
+    if size is None:
+        most = options.prompts_per_file * settings.images_per_prompt
+        wanted = next(_batches(prompts, settings.images_per_prompt, most))
+        size = choose_batch_size(sampling_trials(generator, wanted, settings), most, device)
     sampled: list[Sampled] = []
 
     def make(batch: Sequence[Wanted]) -> None:
@@ -105,7 +111,7 @@ def plan_generation(options: GenerateOptions, console: Console) -> GenerationPla
     except FAILURES as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"--batch-size {size}: too little memory ({error}); try a smaller one") from error
+        raise UserError(f"--batch-size {size}: too little memory ({error}); try --batch-size auto") from error
     shape = latent_shape(family, settings)
     encoded = [len(encode_image(np.asarray(each.image.convert("RGB")), settings.image_format)) for each in sampled]
     kept = settings.image_bytes(shape) - 3 * settings.resolution**2

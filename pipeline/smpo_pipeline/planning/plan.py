@@ -14,15 +14,12 @@ from rich.console import Console
 from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.memory import is_out_of_memory
+from smpo_pipeline.batch_size import choose_batch_size
 from smpo_pipeline.images.buckets import list_buckets
 from smpo_pipeline.inversion.batch import draw_trajectory
-from smpo_pipeline.inversion.batch_size import (
-    choose_batch_size,
-    trajectory_requests,
-    with_most_pixels,
-)
 from smpo_pipeline.inversion.checks import check_settings, sizes_of_images
 from smpo_pipeline.inversion.inverter import Inverter
+from smpo_pipeline.inversion.requests import trajectory_requests, with_most_pixels
 from smpo_pipeline.isolation import FAILURES
 from smpo_pipeline.jobs.invert.candidates import Found, check_configs, find_candidates, kept_source
 from smpo_pipeline.jobs.invert.models import choose_text, load_models, read_configs

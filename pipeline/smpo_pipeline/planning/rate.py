@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from smpo_pipeline.inversion.batch import PreparedPair
-from smpo_pipeline.inversion.batch_size import Request, batches_of_one_size, trajectory_requests
+from smpo_pipeline.inversion.requests import Request, batches_of_one_size, trajectory_requests
 
 Item = TypeVar("Item")
 """A trajectory or image to make."""

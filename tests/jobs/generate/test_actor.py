@@ -25,6 +25,7 @@ from smpo_pipeline.jobs.generate.actor import GenerateActor
 from smpo_pipeline.jobs.generate.models import choose_settings, describe_generator, load
 from smpo_pipeline.jobs.generate.options import CandidateOptions, GenerateJobOptions, GenerateOptions
 from smpo_pipeline.jobs.generate.parts import Prompts
+from smpo_pipeline.jobs.record.batch_sizes import pop_batch_sizes
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.candidates import CANDIDATES_FILE
@@ -37,12 +38,12 @@ UNIT = pa.table({"unit": [0]})
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_tiny_model(tmp_path_factory.mktemp("actor") / "model")
-    return put_scheduler(folder, PNDMScheduler(skip_prk_steps=True))
+    return put_scheduler(folder, PNDMScheduler, skip_prk_steps=True)
 
 
 @pytest.fixture
 def make(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., GenerateActor]:
-    def actor(log: WorkLog | None = None, batch_size: int = 4) -> GenerateActor:
+    def actor(log: WorkLog | None = None, batch_size: int | None = 4) -> GenerateActor:
         monkeypatch.setattr(actor_module.ray, "get", lambda value: value)
         (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
         options = GenerateOptions(
@@ -133,15 +134,31 @@ def test_a_prompt_that_crashes_workers_is_rejected(make):
     assert list(images(row)) == ["a cat", "cat and dog"]
 
 
-def test_where_memory_runs_out_batches_become_smaller(make, monkeypatch):
+def test_where_memory_runs_out_batches_become_smaller(make, monkeypatch, tmp_path):
     monkeypatch.setattr("smpo_pipeline.isolation.PAUSES", ())
     fitting = 2
     sizes = failing(monkeypatch, lambda wanted: MemoryError("out") if len(wanted) > fitting else None)
     assert reasons(make()(UNIT)) == {}
     assert sizes == [2, 2, 2]
+    (said,) = pop_batch_sizes(tmp_path / "out", 4, "images")
+    assert "--batch-size 4: larger batches failed" in said
     fitting = 0
     with pytest.raises(UserError, match="too little memory for a single image"):
         make()(UNIT)
+
+
+def test_a_batch_size_is_chosen_by_trials(make, monkeypatch, tmp_path):
+    def choose(try_batch: Callable[[int], object], most: int, device: str) -> int:
+        assert (most, device) == (6, "cpu")
+        try_batch(5)
+        return 3
+
+    monkeypatch.setattr("smpo_pipeline.jobs.batches.choose_batch_size", choose)
+    sizes = failing(monkeypatch, lambda _wanted: None)
+    actor = make(batch_size=None)
+    assert len(images(actor(UNIT))) == len(images(actor(UNIT))) == 3
+    assert sizes == [5, 3, 3, 3, 3]
+    assert pop_batch_sizes(tmp_path / "out", None, "images") == ["--batch-size auto: batches of 3 images"]
 
 
 def test_other_weights_than_the_drivers_are_refused(make, monkeypatch):

@@ -54,7 +54,7 @@ STEPS, GUIDANCE, IMAGES = 3, 3.0, 4
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("world")
-    model = put_scheduler(make_tiny_model(folder / "model"), PNDMScheduler(skip_prk_steps=True))
+    model = put_scheduler(make_tiny_model(folder / "model"), PNDMScheduler, skip_prk_steps=True)
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     (dog,) = pipeline.tokenizer("dog", add_special_tokens=False).input_ids
     with torch.no_grad():

@@ -22,10 +22,11 @@ from smpo_pipeline.isolation import Failure
 from smpo_pipeline.jobs.invert import actor as invert_unit
 from smpo_pipeline.jobs.invert import job as invert
 from smpo_pipeline.jobs.invert import models as invert_models
-from smpo_pipeline.jobs.invert.actor import InvertActor, pop_batch_sizes
+from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.invert.models import describe_model, load_models
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.record import progress
+from smpo_pipeline.jobs.record.batch_sizes import pop_batch_sizes
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from tests.inversion.helpers import make_pair
@@ -155,7 +156,9 @@ def test_a_batch_size_that_runs_out_of_memory_is_tried_once(models, tmp_path, mo
         assert not any(isinstance(result, Failure) for result in actor._trajectories(0, pairs, {}, HealthSums()))
     first = [8, 8, 4, 4, 4, 4, 2, 2, 2, 2]  # what fails is tried twice
     assert tried == first + [2] * 2 + [2] * 6
-    assert pop_batch_sizes(tmp_path) == [2]
+    (said,) = pop_batch_sizes(tmp_path, 8, "trajectories")
+    assert said == "--batch-size 8: larger batches failed, usually for lack of memory: batches of 2 trajectories"
+    assert pop_batch_sizes(tmp_path, 8, "trajectories") == []
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_a_pair_that_fails_in_the_batch_size_search_rejects_only_itself(models, 
     first, *others = actor._trajectories(0, pairs, {}, HealthSums())
     assert first.reason == "fails alone: RuntimeError: CUDA error: device-side assert triggered"
     assert [len(samples) for samples in others] == [1, 1]
-    assert pop_batch_sizes(tmp_path) == [1]
+    assert pop_batch_sizes(tmp_path, None, "trajectories") == ["--batch-size auto: batches of 1 trajectories"]
 
 
 def test_too_little_memory_for_one_trajectory_stops_the_job_and_rejects_no_pair(models, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ import ray
 import torch
 
 from smpo_common.errors import UserError
-from smpo_pipeline.generation.generator import Sampled, Wanted, state_nodes
-from smpo_pipeline.isolation import run_alone, run_isolated
+from smpo_pipeline.generation.generator import Sampled, Wanted, sampling_trials, state_nodes
+from smpo_pipeline.isolation import run_alone
+from smpo_pipeline.jobs.batches import Batches
 from smpo_pipeline.jobs.cells import bytes_array, list_cell
 from smpo_pipeline.jobs.cluster.session import set_reproducible_arithmetic
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
@@ -61,9 +61,8 @@ class GenerateActor:
         self._generator, self._settings, self._options = generator, settings, options
         self._rows, _ = ray.get(prompts.tables)
         self._prompts, self._run = prompts, run
-        self._batch_size = options.running.batch_size
         self._guard, self._reporter = CrashGuard(work_log), Reporter(work_log)
-        self._model_seconds, self._ready = 0.0, time.monotonic()
+        self._batches = Batches(options.running.batch_size, self._device, run.out, "image")
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """Sample the unit of a one-row table; return it as one row for :func:`write_row`.
@@ -80,9 +79,9 @@ class GenerateActor:
         if self._run.committed(unit):
             return pa.table({"unit": [unit]})
         made = self._make(unit)
-        seconds = (self._model_seconds, time.monotonic() - self._ready)
-        self._model_seconds, self._ready = 0.0, time.monotonic()
-        return made.append_column("seconds", pa.array([seconds], pa.list_(pa.float64())))
+        made = made.append_column("seconds", pa.array([self._batches.seconds], pa.list_(pa.float64())))
+        self._batches.start_unit()
+        return made
 
     def _make(self, unit: int) -> pa.Table:
         rows = unit_rows(self._rows, unit, self._prompts.per_unit)
@@ -108,13 +107,21 @@ class GenerateActor:
     ) -> dict[int, list[Sampled]]:
         """Sample the images by the places of their prompts in the unit; add the places that fail to ``failed``."""
         made: dict[int, list[Sampled]] = {place: [] for place, _ in wanted}
+        if wanted:
+            try_batch = sampling_trials(self._generator, [item for _, item in wanted], self._settings)
+            self._batches.choose_size(try_batch, self._prompts.per_unit * self._settings.images_per_prompt)
         done = 0
         while done < len(wanted):
-            batch = wanted[done : done + self._batch_size]
-            images, reasons = self._sample_batch([item for _, item in batch])
+            batch = wanted[done : done + self._batches.size]
+            outcome = self._batches.run(self._sample, [item for _, item in batch])
+            images = {
+                position: image
+                for positions, some in outcome.results
+                for position, image in zip(positions, some, strict=True)
+            }
             for position, (place, (_, index)) in enumerate(batch):
-                if position in reasons:
-                    failed.setdefault(place, reasons[position])
+                if position in outcome.failed:
+                    failed.setdefault(place, outcome.failed[position])
                 elif not torch.isfinite(images[position].latents_Chw).all():
                     failed.setdefault(place, f"{RejectKind.NOT_FINITE}: latents of image {index}")
                 else:
@@ -122,27 +129,6 @@ class GenerateActor:
             done += len(batch)
             self._reporter.report(unit, None, done / self._settings.images_per_prompt)
         return made
-
-    def _sample_batch(self, batch: Sequence[Wanted]) -> tuple[dict[int, Sampled], dict[int, str]]:
-        """Sample images; return them, and reasons where there is none, by position.
-
-        Raises:
-            UserError: memory does not hold a single image.
-        """
-        start = time.monotonic()
-        outcome = run_isolated(self._sample, batch, self._device)
-        self._model_seconds += time.monotonic() - start
-        if outcome.out_of_memory:
-            raise UserError(
-                f"too little memory for a single image on {socket.gethostname()}, also after pauses: "
-                f"{outcome.out_of_memory}; is another program using it? Committed units are kept, run the same command "
-                "again to resume"
-            )
-        self._batch_size = outcome.largest_batch or self._batch_size
-        made: dict[int, Sampled] = {}
-        for positions, images in outcome.results:
-            made |= dict(zip(positions, images, strict=True))
-        return made, outcome.failed
 
     def _sample(self, batch: Sequence[Wanted]) -> list[Sampled]:
         nodes = [state_nodes(self._settings, prompt) for prompt, _ in batch] if self._settings.num_states else None

@@ -21,6 +21,7 @@ from smpo_pipeline.generation.generator import (
     read_configs,
 )
 from smpo_pipeline.jobs.generate.options import GenerateOptions
+from smpo_pipeline.options import batches_in_words
 from smpo_schemas.candidates import CandidatesModel, GenerationSettings
 from smpo_schemas.dtypes import Dtype
 
@@ -74,7 +75,7 @@ def choices(options: GenerateOptions, settings: GenerationSettings, prompts: int
     side, running = settings.resolution, options.running
     sampling = sampling_in_words(settings.sampler, settings.steps, settings.guidance_scale)
     images = f"{prompts} prompts x {settings.images_per_prompt} images of {side} x {side} pixels"
-    computing = f"{running.device}, {settings.dtype}; batches of {running.batch_size} images"
+    computing = f"{running.device}, {settings.dtype}; {batches_in_words(running.batch_size, 'images')}"
     return f"{images}; {sampling}; {computing}; seed {settings.seed}"
 
 

@@ -12,11 +12,13 @@ from smpo_pipeline.generation.options import SamplingOptions
 from smpo_pipeline.generation.source import ModelSource as Source
 from smpo_pipeline.generation.source import recognise_source
 from smpo_pipeline.options import (
+    AutoBatchSize,
     Concurrency,
     CostOptions,
     ExistingPath,
     ExistingPathOrUrl,
     JobOptions,
+    MaxRejectRate,
     ModelDtype,
     ModelSource,
     OutOrUrl,
@@ -66,12 +68,21 @@ class CandidateFileOptions(Options):
 class GenerateJobOptions(JobOptions):
     """Settings of the job."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    """Images per model call; fewer if memory runs out."""
+    batch_size: Annotated[
+        AutoBatchSize,
+        Field(
+            description="Images per model call, or auto: the largest batch that fits on the GPU; on CPU the smallest "
+            "whose doubling gains less than 5 %. Fewer if memory runs out."
+        ),
+    ] = 8
     dtype: ModelDtype = None
     concurrency: Concurrency = None
     limit: Annotated[int | None, Field(ge=1)] = None
     """Use only the first N prompts."""
+    max_reject_rate: Annotated[
+        MaxRejectRate,
+        Field(description="Stop if a larger share of the prompts is rejected (of the first 200, then of all so far)."),
+    ] = 0.05
 
 
 class GenerationPlanOptions(CostOptions):

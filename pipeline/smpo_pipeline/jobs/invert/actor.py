@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -17,20 +15,15 @@ import pyarrow.compute as pc
 import ray
 
 from smpo_common.errors import UserError
-from smpo_common.files import list_files, read_json, write_json
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.images.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
-from smpo_pipeline.inversion.batch_size import (
-    batches_of_one_size,
-    choose_batch_size,
-    trajectory_requests,
-    with_most_pixels,
-)
 from smpo_pipeline.inversion.generated import GeneratedPair, blank_pixels
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.inverter import Inverter
-from smpo_pipeline.isolation import Failure, run_alone, run_isolated
+from smpo_pipeline.inversion.requests import batches_of_one_size, trajectory_requests, with_most_pixels
+from smpo_pipeline.isolation import Failure, run_alone
+from smpo_pipeline.jobs.batches import Batches
 from smpo_pipeline.jobs.cells import cell_values
 from smpo_pipeline.jobs.cluster.session import set_reproducible_arithmetic
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
@@ -51,8 +44,6 @@ from smpo_schemas.shards.writer import ShardWriter
 
 _MEASURED_PAIRS = 128
 """About how many pairs of the input trajectory health is measured on, with one more forward per state."""
-
-_BATCH_SIZES = ".batch-size-*.json"
 
 
 class InvertActor:
@@ -95,9 +86,9 @@ class InvertActor:
         self._family, self._options, self._run = family, options, run
         self._scores: pa.Table = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
-        self._batch_size, self._resolution = options.running.batch_size, resolution
+        self._resolution = resolution
         self._guard, self._reporter = CrashGuard(work_log), Reporter(work_log)
-        self._model_seconds, self._ready = 0.0, time.monotonic()
+        self._batches = Batches(options.running.batch_size, self._device, run.out, "trajectory")
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """Invert and commit the unit of a :func:`unit_row`; return its record as JSON.
@@ -113,7 +104,7 @@ class InvertActor:
             )
         unit = row["unit"][0].as_py()
         record = self._run.committed(unit) or self._make(unit, row)
-        self._model_seconds, self._ready = 0.0, time.monotonic()
+        self._batches.start_unit()
         return pa.table({"record": [record.model_dump_json()]})
 
     def _make(self, unit: int, row: pa.Table) -> UnitRecord:
@@ -151,7 +142,7 @@ class InvertActor:
             health=health.to_lists(),
             prompts_cut=prompts_cut,
             buckets=list_buckets(sizes) if self._options.models.buckets else [],
-            seconds=(self._model_seconds, time.monotonic() - self._ready),
+            seconds=self._batches.seconds,
         )
         if num_pairs:
             write_index_part(index_part(self._run, unit), shard.trajectories)
@@ -207,13 +198,17 @@ class InvertActor:
     def _trajectories(
         self, unit: int, pairs: Sequence[PreparedPair], crashing: dict[int, str], health: HealthSums
     ) -> Iterator[list[Sample] | Failure]:
-        """Yield the trajectories of each pair, made ``batch_size`` at a time, or the reason why there are none."""
+        """Yield the trajectories of each pair, made in batches, or the reason why there are none."""
         safe = [pair for position, pair in enumerate(pairs) if position not in crashing]
         requests = [(pair, trajectory) for pair in safe for trajectory in range(self._trajectories_per_pair)]
-        if requests and self._batch_size is None:
-            self._choose_batch_size(safe)
+        if requests:
+            trials = trajectory_requests(with_most_pixels(safe, self._resolution))
+            self._batches.choose_size(
+                lambda count: self._inverter.invert([next(trials) for _ in range(count)]),
+                self._options.storing.pairs_per_shard * self._trajectories_per_pair,
+            )
         made: dict[int, Sample | Failure] = {}
-        for positions in batches_of_one_size(requests, lambda: self._batch_size or 1):
+        for positions in batches_of_one_size(requests, lambda: self._batches.size):
             batch = self._make_batch([requests[position] for position in positions], health)
             made |= zip(positions, batch, strict=True)
             self._reporter.report(unit, None, len(made) / self._trajectories_per_pair)
@@ -232,18 +227,7 @@ class InvertActor:
         Raises:
             UserError: memory does not hold a single trajectory.
         """
-        start = time.monotonic()
-        outcome = run_isolated(self._inverter.invert, requests, self._device)
-        self._model_seconds += time.monotonic() - start
-        if outcome.out_of_memory:
-            # All trajectories need about the same memory, so that the others would fail too: do not reject the pair.
-            raise UserError(
-                f"too little memory for a single trajectory on {socket.gethostname()}, also after pauses: "
-                f"{outcome.out_of_memory}; is another program using it? Committed units are kept, run the same command "
-                "again to resume"
-            )
-        if outcome.largest_batch:
-            self._set_batch_size(outcome.largest_batch)
+        outcome = self._batches.run(self._inverter.invert, requests)
         made: dict[int, Sample | Failure] = {position: Failure(reason) for position, reason in outcome.failed.items()}
         for positions, (samples, sums) in outcome.results:
             made |= dict(zip(positions, samples, strict=True))
@@ -254,34 +238,10 @@ class InvertActor:
         for trajectory in range(self._trajectories_per_pair):
             run_alone(self._inverter.invert, (pair, trajectory), self._device)
 
-    def _choose_batch_size(self, pairs: Sequence[PreparedPair]) -> None:
-        """Choose the batch size of ``--batch-size auto`` for this actor's device."""
-        trials = trajectory_requests(with_most_pixels(pairs, self._resolution))
-        size = choose_batch_size(
-            lambda count: self._inverter.invert([next(trials) for _ in range(count)]),
-            self._options.storing.pairs_per_shard * self._trajectories_per_pair,
-            self._device,
-        )
-        self._set_batch_size(size)
-
-    def _set_batch_size(self, size: int) -> None:
-        """Set the batch size, and write it to a file for the driver to print."""
-        self._batch_size = size
-        write_json(self._run.out / _BATCH_SIZES.replace("*", f"{socket.gethostname()}-{os.getpid()}"), size)
-
 
 def index_part(run: Run, unit: int) -> AnyPath:
     """The file of a unit's part of the index, until the index of all shards is written."""
     return run.record_path(unit).with_suffix(".parquet")
-
-
-def pop_batch_sizes(out: AnyPath) -> list[int]:
-    """Read and remove the files of the batch sizes that actors chose, with ``--batch-size auto`` or after failures."""
-    files = list_files(out, _BATCH_SIZES)
-    sizes = sorted({read_json(file) for file in files})
-    for file in files:
-        file.unlink()
-    return sizes
 
 
 def _generated(row: Mapping[str, Any], latents_K2Chw: np.ndarray) -> GeneratedPair:

@@ -21,6 +21,7 @@ from smpo_pipeline.options import (
     OutOrUrl,
     Pairs,
     Variant,
+    batches_in_words,
 )
 from smpo_schemas.inversion_settings import GENERATED, InversionSettings, averaged_estimates
 
@@ -238,11 +239,11 @@ class InversionOptions(Options):
 
     def choices(self, resolution: int, pairs: int) -> list[str]:
         """Describe the job for the user: number of pairs, and the settings that were chosen by default."""
-        settings, batch_size = self.settings, self.running.batch_size
+        settings = self.settings
         size = f"{resolution} x {resolution}" + (", by aspect ratio" if settings.buckets else "")
-        batches = "of automatic size" if batch_size is None else f"of {batch_size} trajectories"
+        batches = batches_in_words(self.running.batch_size, "trajectories")
         dropped, mirrored = f"{100 * settings.prompt_dropout:g} %", f"{100 * settings.hflip / 2:g} %"
-        computing = f"{self.running.device}, {settings.dtype}; batches {batches}"
+        computing = f"{self.running.device}, {settings.dtype}; {batches}"
         return [
             f"{pairs} pairs at {size} pixels; {computing}; seed {self.trajectory.seed}",
             f"{dropped} of the trajectories without their prompt (--prompt-dropout), {mirrored} mirrored (--hflip)",

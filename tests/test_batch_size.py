@@ -6,18 +6,11 @@ import pytest
 import torch
 
 from smpo_common.errors import UserError
-from smpo_pipeline.inversion.batch_size import (
-    batches_of_one_size,
-    fastest_by_doubling,
-    largest_that_fits,
-    trajectory_requests,
-    with_most_pixels,
-)
-from tests.inversion.helpers import make_pair
+from smpo_pipeline.batch_size import fastest_by_doubling, largest_that_fits
 
 
 class Device:
-    """Holds so many trajectories; a batch takes the time that is set down for its size."""
+    """Holds a batch of so many; one takes the time that is set down for its size."""
 
     def __init__(self, room: int = 10**9, seconds=lambda size: size, full: Exception | None = None) -> None:
         self.room, self.seconds, self.tried, self.now = room, seconds, [], 0.0
@@ -47,8 +40,8 @@ def test_the_last_doubling_that_fits_is_taken(room, most, size, tried):
     assert device.tried == tried
 
 
-def test_a_device_that_holds_not_one_trajectory_is_said_so():
-    with pytest.raises(UserError, match="not hold a single trajectory.*--dtype"):
+def test_a_device_that_does_not_hold_a_batch_of_one_is_said_so():
+    with pytest.raises(UserError, match="not hold a batch of one.*--dtype"):
         largest_that_fits(Device(0), 8)
 
 
@@ -58,7 +51,7 @@ def test_libraries_that_find_no_memory_are_understood():
 
 
 @pytest.mark.parametrize(("room", "size"), [(0, 1), (1, 1), (5, 4)])
-def test_a_pair_that_fails_ends_the_search_at_what_was_made(room, size):
+def test_a_batch_that_fails_ends_the_search_at_what_was_made(room, size):
     failing = RuntimeError("CUDA error: device-side assert triggered")
     assert largest_that_fits(Device(room, full=failing), 100) == size
     device = Device(room, seconds=lambda count: 100 + count, full=failing)
@@ -82,27 +75,3 @@ def test_on_cpu_doubling_ends_where_it_gains_less_than_a_twentieth(overhead, mos
     assert fastest_by_doubling(device, most, clock=lambda: device.now) == size
     assert device.tried[0] == 1
     assert max(device.tried) <= most
-
-
-def test_few_pairs_are_inverted_again_with_other_draws():
-    pairs = [make_pair(0), make_pair(1)]
-    requests = trajectory_requests(pairs, first_trajectory=3)
-    assert [(pair.pair_id, number) for pair, number in (next(requests) for _ in range(5))] == [
-        ("pair-0", 3), ("pair-1", 3), ("pair-0", 4), ("pair-1", 4), ("pair-0", 5)
-    ]  # fmt: skip
-
-
-SHAPES = [(32, 32), (24, 40), (32, 32), (32, 32), (40, 24), (24, 40), (32, 32)]
-MIXED = [make_pair(number, shape=shape) for number, shape in enumerate(SHAPES)]
-
-
-def test_batches_are_of_one_size_and_hold_every_request_once():
-    requests = [(pair, 0) for pair in MIXED]
-    assert list(batches_of_one_size(requests, lambda: 3)) == [[0, 2, 3], [6], [1, 5], [4]]
-    assert list(batches_of_one_size(requests[:1] * 5, iter([3, 1, 1, 1]).__next__)) == [[0, 1, 2], [3], [4]]
-
-
-def test_the_size_is_tried_with_the_largest_images():
-    assert {pair.pixels_2HW3.shape for pair in with_most_pixels(MIXED, 32)} == {(2, 32, 32, 3)}
-    for pair, tried in zip(MIXED, with_most_pixels(MIXED, 32), strict=True):
-        assert (pair.pair_id, pair.prompt) == (tried.pair_id, tried.prompt)
