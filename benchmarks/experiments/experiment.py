@@ -42,7 +42,7 @@ def evaluate(
     """
     run(
         *("smpo-pipeline", "evaluate", "--model", f"{BASE}={base}", *(f"{each.name}={each}" for each in runs)),
-        *("--prompts", prompts, "--images-per-prompt", images, "--steps", 16),
+        *("--prompts", prompts, "--images-per-prompt", images, "--sampler", "ddim", "--steps", 16),
         *("--guidance-scale", guidance, "--batch-size", 64, "--reward", TRUTH, "--out", report, "--overwrite"),
     )
     return results_of(report)

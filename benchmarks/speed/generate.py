@@ -70,7 +70,7 @@ class Subject:
 
 SUBJECTS = {
     "world": Subject("the embedded world's model", 32, 16, 32),
-    "sd15": Subject("Stable Diffusion 1.5, widths / 4", 256, 4, 2),
+    "sd15": Subject("Stable Diffusion 1.5, widths / 4", 256, 4, 1),
 }
 
 
@@ -251,7 +251,7 @@ def page(turns: Mapping[tuple[str, float], Sequence[Turn]], device: str, command
         rates = [rate(SUBJECTS[name], program, some) for program in PROGRAMS]
         rows.append(f"| {SUBJECTS[name].name}, guidance {guidance:g} | {' | '.join([*cells, *rates, cost])} |")
     sizes = "; ".join(
-        f"{each.name}: {each.side} pixels, batches of {each.batch}, {each.prompts} prompts to a unit"
+        f"{each.name}: {each.side} pixels, batches of {each.batch}, units of {IMAGES * each.prompts} images"
         for each in (SUBJECTS[name] for name in dict.fromkeys(name for name, _ in turns))
     )
     count = len(next(iter(turns.values())))
