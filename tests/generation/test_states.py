@@ -11,8 +11,8 @@ from smpo_models.draws import image_noise
 from smpo_models.loading import load_family
 from smpo_models.noise_schedules.base import START
 from smpo_pipeline.generation.generator import load_generator
-from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.generation.source import ModelSource
+from smpo_schemas.candidates import GenerationSettings
 from tests.tiny import make_tiny_model
 from tests.tiny_families import FAMILIES
 
@@ -26,9 +26,10 @@ def test_a_step_from_each_state_gives_the_next_and_from_the_last_the_latents(kin
     """At the timestep of its label, by the formula of the sampler's step: a wrong label gives another state."""
     folder = str(MODELS[kind](tmp_path, seed=3))
     family, schedule = load_family(folder), load_family(folder, ()).noise_schedule
-    generator = load_generator(ModelSource("base", folder, "pipeline"), None, "cpu", "fp32")
+    generator = load_generator(ModelSource("base", folder, "pipeline"), None, "cpu", "fp32", sampler="ddim")
     side = family.resolution()
     settings = GenerationSettings(
+        sampler="DDIM",
         steps=STEPS,
         guidance_scale=None if family.usual_guidance is None else 1.0,
         seed=0,

@@ -14,11 +14,11 @@ import torch
 from smpo_models.draws import image_noise
 from smpo_models.loading import load_family
 from smpo_pipeline.generation.generator import Sampled, load_generator
-from smpo_pipeline.generation.settings import GenerationSettings
 from smpo_pipeline.generation.source import ModelSource
 from smpo_pipeline.inversion.generated import GeneratedPair, blank_pixels
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.inversion.timesteps import plan_trajectory
+from smpo_schemas.candidates import GenerationSettings
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion import test_flow, test_inverter
 from tests.inversion.helpers import FlowOracle, Oracle, make_pair
@@ -34,9 +34,10 @@ PROMPTS = ("a cat and a dog", "dog")
 
 def sample_pairs(folder: Path, dtype: str = "fp32", patch=lambda _generator: None) -> list[GeneratedPair]:
     """Two images of each prompt by the model's pipeline, with all states of every second step."""
-    generator = load_generator(ModelSource("base", str(folder), "pipeline"), None, "cpu", dtype)
+    generator = load_generator(ModelSource("base", str(folder), "pipeline"), None, "cpu", dtype, sampler="ddim")
     patch(generator)
     settings = GenerationSettings(
+        sampler="DDIM",
         steps=STEPS,
         guidance_scale=1.0,
         seed=7,

@@ -33,6 +33,11 @@ class Batches:
         self.start_unit()
 
     @property
+    def chosen(self) -> bool:
+        """Whether the size is known."""
+        return self._size is not None
+
+    @property
     def size(self) -> int:
         """Items of a batch; it may become smaller with each one."""
         return self._size or 1
@@ -47,9 +52,8 @@ class Batches:
         self._busy, self._started = 0.0, time.monotonic()
 
     def choose_size(self, try_batch: Callable[[int], object], most: int) -> None:
-        """Choose the size where it is not known; see :func:`smpo_pipeline.batch_size.choose_batch_size`."""
-        if self._size is None:
-            self._set_size(choose_batch_size(try_batch, most, self._device))
+        """Choose the size; see :func:`smpo_pipeline.batch_size.choose_batch_size`."""
+        self._set_size(choose_batch_size(try_batch, most, self._device))
 
     def run(self, run: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> Outcome[Result]:
         """Run a batch, in parts if it must be; see :func:`smpo_pipeline.isolation.run_isolated`.

@@ -107,7 +107,7 @@ class GenerateActor:
     ) -> dict[int, list[Sampled]]:
         """Sample the images by the places of their prompts in the unit; add the places that fail to ``failed``."""
         made: dict[int, list[Sampled]] = {place: [] for place, _ in wanted}
-        if wanted:
+        if wanted and not self._batches.chosen:
             try_batch = sampling_trials(self._generator, [item for _, item in wanted], self._settings)
             self._batches.choose_size(try_batch, self._prompts.per_unit * self._settings.images_per_prompt)
         done = 0

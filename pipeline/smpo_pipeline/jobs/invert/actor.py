@@ -201,7 +201,7 @@ class InvertActor:
         """Yield the trajectories of each pair, made in batches, or the reason why there are none."""
         safe = [pair for position, pair in enumerate(pairs) if position not in crashing]
         requests = [(pair, trajectory) for pair in safe for trajectory in range(self._trajectories_per_pair)]
-        if requests:
+        if requests and not self._batches.chosen:
             trials = trajectory_requests(with_most_pixels(safe, self._resolution))
             self._batches.choose_size(
                 lambda count: self._inverter.invert([next(trials) for _ in range(count)]),

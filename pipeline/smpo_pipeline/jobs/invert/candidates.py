@@ -14,7 +14,6 @@ from smpo_common.store_path import AnyPath, parse_path
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import DTYPES
-from smpo_pipeline.generation.settings import num_states
 from smpo_pipeline.inversion.generated import COLUMNS, KeptSource
 from smpo_pipeline.jobs.invert.models import ModelIdentity
 from smpo_pipeline.jobs.invert.options import InversionOptions
@@ -50,7 +49,7 @@ def find_candidates(options: AnyOptions, files: Sequence[PairFile]) -> tuple[Any
     found = {folder: read_candidates(folder) for folder in options.trajectory.candidates or _recorded(options)}
     resolution = options.models.resolution or next(iter(found.values())).resolution
     for folder, candidates in found.items():
-        if not (num_states(candidates.keep) if source == "sampled" else candidates.keep):
+        if not (candidates.num_states if source == "sampled" else candidates.keep):
             needed = "states:M" if source == "sampled" else "latents"
             raise UserError(f"--source {source}: the images in {folder} were generated without --keep {needed}")
         if candidates.resolution != resolution:
@@ -60,7 +59,7 @@ def find_candidates(options: AnyOptions, files: Sequence[PairFile]) -> tuple[Any
             )
     options = options.replace(resolution=resolution)
     if source == "sampled":
-        options = options.replace(steps=max(num_states(candidates.keep) for candidates in found.values()))
+        options = options.replace(steps=max(candidates.num_states for candidates in found.values()))
     return options, found
 
 
