@@ -109,6 +109,9 @@ bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (
 	$(BIN)/python -m benchmarks.inversion.solvers
 	$(BIN)/python -m benchmarks.inversion.solvers --family sd3
 	$(BIN)/python -m benchmarks.experiments.flow_training --work $(DEMO)/flow
+	$(BIN)/python -m benchmarks.experiments.from_prompts --work $(DEMO)/from-prompts
+	$(BIN)/python -m benchmarks.experiments.from_prompts --work $(DEMO)/from-prompts-flow --family sd3
+	$(BIN)/python -m benchmarks.experiments.negative --work $(DEMO)/negative
 	$(BIN)/python -m benchmarks.speed.forward
 	$(BIN)/python -m benchmarks.speed.score
 	$(BIN)/python -m benchmarks.speed.half_precision

@@ -25,23 +25,37 @@ def run(program: str, *arguments: object) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def make_world(work: Path, family: str = "sd15") -> None:
-    """Make a world of 600 pairs and its scores: ``world/`` and ``scores/``."""
-    world = work / "world"
-    run("smpo-pipeline", "toy", "--out", world, "--pairs", 600, "--family", family)
-    rewards = [f"{name}={world / 'rewards' / name}" for name in ("pickscore", "clipscore")]
-    run("smpo-pipeline", "score", "--pairs", world / "pairs", "--out", work / "scores", "--reward", *rewards)
+def make_world(work: Path, family: str = "sd15", pairs: int = 600) -> None:
+    """Make a world of so many pairs and its scores: ``world/`` and ``scores/``."""
+    run("smpo-pipeline", "toy", "--out", work / "world", "--pairs", pairs, "--family", family)
+    score(work, work / "world/pairs", work / "scores")
+
+
+def score(work: Path, pairs: Path, out: Path) -> None:
+    """Score pairs by two of the world's reward models."""
+    rewards = [f"{name}={work / 'world/rewards' / name}" for name in ("pickscore", "clipscore")]
+    run("smpo-pipeline", "score", "--pairs", pairs, "--out", out, "--reward", *rewards)
 
 
 def evaluate(
-    report: Path, base: Path, runs: Sequence[Path], prompts: Path, *, images: int, guidance: float = 1
+    report: Path,
+    base: Path,
+    runs: Sequence[Path],
+    prompts: Path,
+    *,
+    images: int,
+    guidance: float = 1,
+    negative: bool = False,
 ) -> Results:
     """Evaluate trained models, named by their folders, against the base under the true reward.
 
-    Images that the report's folder contains already are not generated again.
+    Images that the report's folder contains already are not generated again. With ``negative`` the trained models are
+    negative ones: the base is guided away from each.
     """
+    models = [f"{each.name}={base if negative else each}" for each in runs]
+    negatives = ("--negative", *(f"{each.name}={each}" for each in runs)) if negative else ()
     run(
-        *("smpo-pipeline", "evaluate", "--model", f"{BASE}={base}", *(f"{each.name}={each}" for each in runs)),
+        *("smpo-pipeline", "evaluate", "--model", f"{BASE}={base}", *models, *negatives),
         *("--prompts", prompts, "--images-per-prompt", images, "--sampler", "ddim", "--steps", 16),
         *("--guidance-scale", guidance, "--batch-size", 64, "--reward", TRUTH, "--out", report, "--overwrite"),
     )

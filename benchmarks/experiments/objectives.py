@@ -87,18 +87,28 @@ def train(work: Path, condition: Condition, beta: int, seed: int, training: Sequ
     return out
 
 
-def judge(work: Path, report: str, models: list[Path], prompts: str, images: int, guidance: int) -> Results:
+def judge(
+    work: Path, report: str, models: list[Path], prompts: str, images: int, guidance: int, *, negative: bool = False
+) -> Results:
     """Evaluate models against the base under the true reward."""
-    file = work / f"world/prompts/{prompts}.txt"
-    return evaluate(work / report, work / "world/model", models, file, images=images, guidance=guidance)
+    file, base = work / f"world/prompts/{prompts}.txt", work / "world/model"
+    return evaluate(work / report, base, models, file, images=images, guidance=guidance, negative=negative)
 
 
 def choose_betas(
-    work: Path, conditions: Sequence[Condition], betas: Sequence[int], training: Sequence[object], images: int
+    work: Path,
+    conditions: Sequence[Condition],
+    betas: Sequence[int],
+    training: Sequence[object],
+    images: int,
+    guidance: int = 1,
+    *,
+    report: str = "report-selection",
+    negative: bool = False,
 ) -> tuple[dict[str, int], Results]:
     """Choose for each condition the beta with the largest gain on the validation prompts, by images of each prompt."""
     models = [train(work, condition, beta, SELECTION_SEED, training) for condition in conditions for beta in betas]
-    results = judge(work, "report-selection", models, "validation", images, 1)
+    results = judge(work, report, models, "validation", images, guidance, negative=negative)
     chosen = {
         each.label: max(betas, key=lambda beta, c=each: gain(results, f"{c.label}-b{beta}-s{SELECTION_SEED}"))
         for each in conditions
