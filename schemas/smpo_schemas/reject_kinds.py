@@ -33,6 +33,7 @@ class RejectKind(StrEnum):
     OUT_OF_MEMORY = "too little memory"
     NOT_FINITE = "not finite"
     NO_ANSWER = "no answer"
+    ANSWER_NOT_READABLE = "answer not readable"
     # The scores, for invert
     NO_SCORE = "no score"
     OTHER_PAIR = "other pair"

@@ -28,6 +28,9 @@ from smpo_schemas.pairs.layout import FURTHER
 SCORES_VERSION = 1
 SCORES_FILE = "scores.json"
 REJECTS_FILE = "rejected.parquet"
+REWARD_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+"""Pattern of a reward's name NAME; its columns are NAME_0 and NAME_1."""
+
 IMAGE_IDS = ("image_0_id", "image_1_id")
 """Columns with a hash of each image's content (:func:`smpo_schemas.pairs.image_id`), null or missing where unknown:
 tables written before these columns existed have schema version 1 too."""

@@ -48,7 +48,7 @@ class SelectionSettings(FrozenModel):
     Attributes:
         by: name of the method, or its ``MODULE:CLASS``.
         by_sha256: hash of the source file of a method of your own, else null.
-        judge: name of the pairwise judge, or its ``MODULE:CLASS``; null for methods that ask none.
+        judge: name of the pairwise judge, or its ``MODULE:CLASS``, with its model; null for methods that ask none.
         judge_sha256: hash of the source file of a judge of your own, else null.
         rewards: by reward name.
         pairs_per_prompt: most pairs of a prompt.
@@ -118,6 +118,9 @@ class SelectionInfo(FrozenModel):
         rejected: number of rows of ``rejected.parquet``.
         reasons: number of rows of ``rejected.parquet`` by kind of reason.
         pairs_sha256: hash of ``pairs.parquet``.
+        comparisons: number of comparisons by the judge, each in both orders.
+        shown_first: the judge's mean preference for the image that it was shown first, from 0 to 1; 0.5 without a bias
+            towards one position, which cancels. Null without a judge.
     """
 
     schema_version: int
@@ -134,6 +137,8 @@ class SelectionInfo(FrozenModel):
     rejected: Count
     reasons: dict[str, int]
     pairs_sha256: str
+    comparisons: Count = 0
+    shown_first: float | None = None
 
 
 def write_selection(directory: AnyPath, info: SelectionInfo) -> None:

@@ -268,7 +268,7 @@ def test_candidates_of_no_score_at_all(select, made, tmp_path):
         ("extremes", ("--dominated-only",), ("--dominated-only has no effect with --by extremes", "--by pareto")),
         ("pareto", ("--loser", "random"), ("--loser has no effect", "--by ranking")),
         ("pareto", ("--judge", "nothing:Here"), ("--judge has no effect", "--by ranking")),
-        ("ranking", ("--judge", "nothing"), ("--judge nothing: known: rewards",)),
+        ("ranking", ("--judge", "nothing"), ("--judge nothing: known: rewards, vlm",)),
         ("ranking", ("--judge", "nothing:Here"), ("--judge nothing:Here: nothing cannot be imported",)),
         ("extremes", ("--reward", "c"), ("--reward c: not in --scores", "a, b")),
         ("extremes", ("--reward", "a", "--reward-range", "b=raw"), ("--reward-range b: this reward is not used",)),

@@ -31,7 +31,7 @@ def reason(method, scores) -> RejectKind:
 def test_methods_and_judges_are_found_by_their_file():
     assert set(selections()) == {"extremes", "pareto", "ranking"}
     assert find_selection("pareto") is Pareto
-    assert set(judges()) == {"rewards"}
+    assert set(judges()) == {"rewards", "vlm"}
     assert find_judge("rewards") is RewardsJudge
     with pytest.raises(UserError, match="--by extreme: did you mean extremes.*MODULE:CLASS"):
         find_selection("extreme")
@@ -202,7 +202,7 @@ def test_the_rewards_judge_is_the_mixture():
     one, two = (JudgedImage(str(n), {"r0": r0, "r1": r1}) for n, (r0, r1) in enumerate([(1.0, 3.0), (0.0, 4.0)]))
     expected = 0.25 / (1 + math.exp(-2.0)) + 0.75 / (1 + math.exp(0.5))
     assert judge.compare(one, two, "") == pytest.approx(expected, rel=1e-14)
-    assert in_both_orders(judge, one, two, "") == pytest.approx(expected, rel=1e-14)
+    assert in_both_orders(judge, one, two, "") == pytest.approx((expected, 0.5), rel=1e-14)
 
 
 class Answers(PairwiseJudge):
@@ -217,10 +217,11 @@ class Answers(PairwiseJudge):
         return self.answers.pop(0)
 
 
-def test_a_bias_towards_one_position_cancels():
+def test_a_bias_towards_one_position_is_measured_and_cancels():
     image = JudgedImage("", {})
-    assert in_both_orders(Answers(0.7, 0.7), image, image, "") == 0.5
-    assert in_both_orders(Answers(1.0, 0.5), image, image, "") == 0.75
+    assert in_both_orders(Answers(0.7, 0.7), image, image, "") == (0.5, 0.7)
+    assert in_both_orders(Answers(1.0, 0.5), image, image, "") == (0.75, 0.75)
+    assert in_both_orders(Answers(0.2, 0.6), image, image, "") == pytest.approx((0.3, 0.4))
 
 
 @pytest.mark.parametrize("answer", [1.5, -0.1, math.nan, None, "first"])

@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import cache
+from threading import Lock
 from typing import IO
 
 import numpy as np
@@ -43,12 +44,13 @@ _ANSWER = struct.Struct("<qqq")
 
 
 class Decoder:
-    """A child process that decodes; started with the first file, and again after a file has killed it."""
+    """A child process that decodes, for any thread; started with the first file, and again after one has killed it."""
 
     def __init__(self, seconds: int = SECONDS) -> None:
         """``seconds``: time limit per file."""
         self._seconds = seconds
         self._child: subprocess.Popen[bytes] | None = None
+        self._lock = Lock()
 
     def decode(self, data: bytes) -> np.ndarray:
         """Call :func:`smpo_pipeline.images.decode.decode_image` in the child.
@@ -59,6 +61,10 @@ class Decoder:
         Raises:
             ImageRejectedError: the image cannot be used, or in each try it killed the child or took too long.
         """
+        with self._lock:
+            return self._decode(data)
+
+    def _decode(self, data: bytes) -> np.ndarray:
         status = 0
         for pause in (0.0, *PAUSES):
             if status in _MAYBE_OUT_OF_MEMORY:

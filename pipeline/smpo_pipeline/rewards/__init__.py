@@ -14,7 +14,8 @@ from smpo_common.commandline import nearest
 from smpo_common.discovery import import_object, offered_by_packages
 from smpo_common.errors import UserError
 from smpo_models.hub import require_source
-from smpo_pipeline.rewards.base import COLUMN_NAME, Needs, Reward, Scored, checked_scores
+from smpo_pipeline.rewards.base import Needs, Reward, Scored, checked_scores
+from smpo_schemas.scores import REWARD_NAME
 
 __all__ = [
     "Needs",
@@ -29,7 +30,7 @@ __all__ = [
 
 _GROUP = "smpo.rewards"
 _NUMBER = re.compile(r"[0-9.]+")
-_SERVED = ("http",)
+_SERVED = ("http", "judge")
 """Rewards whose MODEL is the address of a server."""
 
 
@@ -123,7 +124,7 @@ def _checked(kind: object, what: str) -> type[Reward]:
     missing += sorted(kind.__abstractmethods__)
     if missing:
         raise UserError(f"{what}: the class does not define {', '.join(missing)}")
-    if not re.fullmatch(COLUMN_NAME, kind.name):
+    if not re.fullmatch(REWARD_NAME, kind.name):
         raise UserError(f"{what}: the name {kind.name!r} cannot be a column; use letters, digits, '-', '_' and '.'")
     if kind.name in _file_names() and not kind.__module__.startswith(f"{__name__}."):
         raise UserError(f"{what}: a built-in reward has the name {kind.name!r}; choose another name")

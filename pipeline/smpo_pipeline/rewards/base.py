@@ -12,9 +12,6 @@ from PIL import Image
 
 from smpo_common.errors import UserError
 
-COLUMN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-"""Pattern of a reward's name."""
-
 _MAX_PROMPT = 200
 """Characters of a prompt in a message."""
 

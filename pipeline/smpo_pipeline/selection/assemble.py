@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 from smpo_common.store_path import AnyPath
 from smpo_models.draws import named_stream
@@ -20,6 +23,9 @@ from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject
 
 STAGE = "select"
+
+_WAITING = 4
+"""Prompts per thread whose images may wait for a judge, so that a slow prompt does not stop the others."""
 
 _MOST_PROMPT = 200
 """Most characters of a prompt in a reason."""
@@ -82,6 +88,17 @@ class Assembly:
         self._decided = [[] if method.needs_images else self._decide(prompt) for prompt in range(len(table.prompts))]
         self._wanted = [self._images_wanted(prompt) for prompt in range(len(table.prompts))]
         self._next = 0
+        self._pool = ThreadPoolExecutor(method.concurrency, thread_name_prefix="select")
+        self._deciding: deque[tuple[int, Future[list[Proposal]]]] = deque()
+        """Complete prompts that are not written yet."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def read(
         self, files: Sequence[PairFile], layouts: Mapping[AnyPath, Layout], advance: Callable[[int], None]
@@ -104,8 +121,9 @@ class Assembly:
                     self._next, RejectKind.IMAGES_MISSING, f"{missing} that were scored are in no row of --candidates"
                 )
             else:
-                self._write(self._next)
+                self._complete(self._next)
             self._next += 1
+        self._write_decided(0)
         for prompt, reason in sorted(self._reasons.items()):
             source = self._sources.get(prompt, "")
             self.rejects.append(Reject(pair_id=None, source=source, stage=STAGE, reason=reason))
@@ -154,15 +172,27 @@ class Assembly:
                 self._store.put(number, data)
                 self._columns[number] = self._further.of_image(pair.further, side)
         while self._next < len(self._wanted) and not self._wanted[self._next]:
-            self._write(self._next)
+            self._complete(self._next)
             self._next += 1
 
-    def _write(self, prompt: int) -> None:
-        """Write the pairs of a prompt whose images are here."""
+    def _complete(self, prompt: int) -> None:
+        """Write the pairs of a prompt whose images are here, or have a thread select them."""
+        if not self._method.needs_images:
+            self._write(prompt, self._decided[prompt])
+            return
+        self._deciding.append((prompt, self._pool.submit(self._decide, prompt, self._store.get)))
+        self._write_decided(_WAITING * self._method.concurrency)
+
+    def _write_decided(self, most: int) -> None:
+        """Write what is decided, in order, and wait until at most ``most`` prompts are not."""
+        while self._deciding and (len(self._deciding) > most or self._deciding[0][1].done()):
+            prompt, future = self._deciding.popleft()
+            self._write(prompt, future.result())
+
+    def _write(self, prompt: int, proposals: Sequence[Proposal]) -> None:
+        """Write the pairs of a prompt, and forget its images."""
         start, stop = self._table.bounds(prompt)
-        if self._method.needs_images:
-            self._decided[prompt] = self._decide(prompt, self._store.get)
-        for proposal in self._decided[prompt]:
+        for proposal in proposals:
             self._write_pair(prompt, start + proposal.chosen, start + proposal.rejected, proposal.gap)
         for number in range(start, stop):
             self._store.drop(number)

@@ -15,11 +15,11 @@ from smpo_pipeline.selection.judges import find_judge, judges
 from smpo_pipeline.selection.methods import find_selection, selections
 
 
-def _named(find: Any, name: str) -> str:  # noqa: ANN401  (find_selection or find_judge)
+def _named(find: Any, spec: str) -> str:  # noqa: ANN401  (find_selection or find_judge)
     """Check a name early; a user's own class is imported when it is used."""
-    if ":" not in name:
-        find(name)
-    return name
+    if ":" not in spec.partition("=")[0]:
+        find(spec)
+    return spec
 
 
 class SelectRewardOptions(Options):
@@ -84,11 +84,11 @@ class SelectOptions(Options):
     judge: Annotated[
         str,
         AfterValidator(partial(_named, find_judge)),
-        Flag(metavar="NAME"),
+        Flag(metavar="NAME[=MODEL]"),
         Field(
             description="ranking only: who compares two images, asked in both orders: "
-            + ", ".join(sorted(judges()))
-            + " (by their scores), or your own as MODULE:CLASS."
+            + "; ".join(f"{name}, {judge.summary}" for name, judge in sorted(judges().items()))
+            + "; or your own as MODULE:CLASS."
         ),
     ] = "rewards"
     label: bool = False

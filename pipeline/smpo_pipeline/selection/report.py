@@ -19,4 +19,7 @@ def print_selection(info: SelectionInfo, out: AnyPath, console: Console) -> None
         "mean gap": f"{gaps.mean:.3f} ({gaps.min:.3f} to {gaps.max:.3f})",
         "rejected": f"{counted(info.reasons)}; see {out / REJECTS_FILE}" if info.rejected else "none",
     }
+    if info.shown_first is not None:
+        position = f"the image shown first got {info.shown_first:.3f} of the preference (0.5: no bias; it cancels)"
+        rows["judge"] = f"{info.comparisons} comparisons in both orders; {position}"
     console.print(facts(f"selection by {info.settings.by}: {out}", rows))

@@ -20,7 +20,7 @@ from smpo_pipeline.jobs.record.run_record import Run, describe_input, read_ident
 from smpo_pipeline.selection.assemble import Assembly, Labelling
 from smpo_pipeline.selection.candidates import CandidateTable
 from smpo_pipeline.selection.further_columns import FurtherColumns
-from smpo_pipeline.selection.judges import find_judge, judges
+from smpo_pipeline.selection.judges import find_judge, judges, make_judge
 from smpo_pipeline.selection.methods import Rules, Selection, find_selection, selections
 from smpo_pipeline.selection.options import SelectOptions
 from smpo_pipeline.selection.pairs_file import PairsFile
@@ -76,7 +76,7 @@ def select(options: SelectOptions, console: Console) -> SelectionInfo:
         if not run.open(overwrite=options.overwrite, patterns=patterns):
             return read_selection(options.out)
         console.print(_choices(settings, files), highlight=False, soft_wrap=True)
-        judge = find_judge(options.judge)(mix.weights, mix.scales) if "judge" in kind.flags else None
+        judge = make_judge(options.judge, mix.weights, mix.scales) if "judge" in kind.flags else None
         rules = Rules(options.pairs_per_prompt, options.min_gap, options.dominated_only, options.loser, judge)
         selection = _run(options, files, info, mix, kind(rules), settings)
         write_selection(options.out, selection)
@@ -150,7 +150,7 @@ def _settings(options: SelectOptions, kind: type[Selection], mix: WinRate) -> Se
     return SelectionSettings(
         by=options.by,
         by_sha256=None if kind in selections().values() else source_sha256(kind),
-        judge=options.judge if judge else None,
+        judge=_recorded(options.judge) if judge else None,
         judge_sha256=None if judge is None or judge in judges().values() else source_sha256(judge),
         rewards=rewards,
         pairs_per_prompt=options.pairs_per_prompt,
@@ -160,6 +160,12 @@ def _settings(options: SelectOptions, kind: type[Selection], mix: WinRate) -> Se
         seed=options.seed,
         label=options.label,
     )
+
+
+def _recorded(spec: str) -> str:
+    """Return ``--judge`` without what affects no answer."""
+    name, equals, model = spec.partition("=")
+    return f"{name}={find_judge(spec).recorded(model)}" if equals else name
 
 
 def _choices(settings: SelectionSettings, files: Sequence[PairFile]) -> str:
@@ -197,8 +203,10 @@ def _run(
         ImageStore() as store,
     ):
         task = progress.add_task("reading candidates", total=rows)
-        with PairsFile(path, further.types) as file:
-            assembly = Assembly(table, method, further, labelling, store, file)
+        with (
+            PairsFile(path, further.types) as file,
+            Assembly(table, method, further, labelling, store, file) as assembly,
+        ):
             assembly.read(files, layouts, lambda done: progress.update(task, completed=done))
             assembly.finish()
         _require_pairs(assembly)
@@ -223,6 +231,8 @@ def _run(
         rejected=len(assembly.rejects),
         reasons=count_reasons(assembly.rejects),
         pairs_sha256=pairs_sha256,
+        comparisons=len(method.shown_first),
+        shown_first=math.fsum(method.shown_first) / len(method.shown_first) if method.shown_first else None,
     )
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from smpo_common.errors import UserError, describe_problem
 from smpo_common.named_values import parse_options
-from smpo_pipeline.rewards.base import COLUMN_NAME
+from smpo_schemas.scores import REWARD_NAME
 
 
 class Address(BaseModel):
@@ -24,7 +24,7 @@ class Address(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     url: str
-    name: Annotated[str, Field(pattern=f"^{COLUMN_NAME}$")] | None = None
+    name: Annotated[str, Field(pattern=f"^{REWARD_NAME}$")] | None = None
     timeout: Annotated[float, Field(gt=0)] = 300.0
 
     @field_validator("url")

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from smpo_common.errors import UserError
 
@@ -57,17 +57,37 @@ class PairwiseJudge(ABC):
 
     Attributes:
         name: the value of ``--judge``.
+        summary: for the help of ``--judge``; a judge of your own needs none.
         needs_images: whether it looks at the images; False if their scores are enough.
+        concurrency: threads that may call ``compare`` at once.
         weights: the rewards' shares, by name, which sum to 1.
         scales: what a difference of each reward's raw scores is divided by.
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str] = ""
     needs_images: ClassVar[bool] = True
+    concurrency: int = 1
 
-    def __init__(self, weights: Mapping[str, float], scales: Mapping[str, float]) -> None:
-        """Keep the rewards of the command line; a judge of your own may ignore them."""
+    def __init__(self, weights: Mapping[str, float], scales: Mapping[str, float], model: str | None = None) -> None:
+        """Keep the rewards of the command line; a judge of your own may ignore them.
+
+        Args:
+            weights: the rewards' shares.
+            scales: of the rewards.
+            model: MODEL of ``--judge NAME=MODEL``.
+
+        Raises:
+            UserError: the judge takes no MODEL.
+        """
+        if model:
+            raise UserError(f"--judge {self.name}={model}: this judge takes no model")
         self.weights, self.scales = weights, scales
+
+    @classmethod
+    def recorded(cls, model: str) -> str:
+        """Return MODEL without what affects no answer, for the record of the selection."""
+        return model
 
     @abstractmethod
     def compare(self, first: JudgedImage, second: JudgedImage, prompt: str) -> float:
@@ -78,8 +98,20 @@ class PairwiseJudge(ABC):
         """
 
 
-def in_both_orders(judge: PairwiseJudge, first: JudgedImage, second: JudgedImage, prompt: str) -> float:
-    """Return P(first preferred), the mean of both orders, so that a judge's bias towards one position cancels.
+class Verdict(NamedTuple):
+    """A comparison in both orders.
+
+    Attributes:
+        first: P(first preferred), the mean of both orders, so that a judge's bias towards one position cancels.
+        shown_first: the mean preference for the image that was shown first; 0.5 without a bias.
+    """
+
+    first: float
+    shown_first: float
+
+
+def in_both_orders(judge: PairwiseJudge, first: JudgedImage, second: JudgedImage, prompt: str) -> Verdict:
+    """Ask a judge in both orders.
 
     Raises:
         UserError: compare failed, or an answer is not a probability.
@@ -91,4 +123,4 @@ def in_both_orders(judge: PairwiseJudge, first: JudgedImage, second: JudgedImage
     for answer in (forward, backward):
         if not (isinstance(answer, Real) and math.isfinite(answer) and 0 <= answer <= 1):
             raise UserError(f"--judge {judge.name}: compare returned {answer!r}; expected a number from 0 to 1")
-    return (forward + 1 - backward) / 2
+    return Verdict((forward + 1 - backward) / 2, (forward + backward) / 2)

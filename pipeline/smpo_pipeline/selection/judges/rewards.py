@@ -12,6 +12,7 @@ class RewardsJudge(PairwiseJudge):
     """P(first preferred) = sum_k w_k sigmoid((r_k,first - r_k,second) / scale_k), as ``--preference mixture``."""
 
     name: ClassVar[str] = "rewards"
+    summary: ClassVar[str] = "by their scores"
     needs_images: ClassVar[bool] = False
 
     def compare(self, first: JudgedImage, second: JudgedImage, prompt: str) -> float:  # noqa: ARG002

@@ -105,6 +105,8 @@ class Selection(ABC):
         flags: fields of :class:`Rules` that only some methods use, and this one does.
         any_gap: whether a pair may have a gap of 0 or less.
         rules: the settings.
+        concurrency: threads that may call ``select`` at once, if it looks at images.
+        shown_first: of each comparison by a judge, the preference for the image that was shown first.
     """
 
     name: ClassVar[str]
@@ -114,6 +116,8 @@ class Selection(ABC):
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
+        self.concurrency = 1
+        self.shown_first: list[float] = []
 
     @property
     def needs_images(self) -> bool:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from smpo_common.errors import UserError
 from smpo_pipeline.selection.judges.base import in_both_orders
-from smpo_pipeline.selection.methods.base import Candidates, NoPairError, Proposal, Selection
+from smpo_pipeline.selection.methods.base import Candidates, NoPairError, Proposal, Rules, Selection
 from smpo_schemas.reject_kinds import RejectKind
 
 _UNDECIDED = 0.5
@@ -30,6 +30,10 @@ class Ranking(Selection):
     name: ClassVar[str] = "ranking"
     summary: ClassVar[str] = "winner against last of a tournament of pairwise comparisons by --judge"
     flags: ClassVar[frozenset[str]] = frozenset({"loser", "judge"})
+
+    def __init__(self, rules: Rules) -> None:
+        super().__init__(rules)
+        self.concurrency = rules.judge.concurrency if rules.judge else 1
 
     @property
     def needs_images(self) -> bool:
@@ -46,7 +50,9 @@ class Ranking(Selection):
         def better(first: int, second: int) -> float:
             """Return P(first preferred)."""
             images = candidates.judged(first), candidates.judged(second)
-            return in_both_orders(judge, *images, candidates.prompt)
+            verdict = in_both_orders(judge, *images, candidates.prompt)
+            self.shown_first.append(verdict.shown_first)
+            return verdict.first
 
         left = candidates.stream.permutation(len(candidates.image_ids)).tolist()
         while len(left) > 1:
