@@ -44,16 +44,17 @@ _CHAT_TEMPLATE = (
 """The part of Qwen3's that pipelines use."""
 
 
-def make_qwen_tokenizer() -> Qwen2Tokenizer:
-    """Make a tokenizer of single bytes, and of the words of Qwen-Image's system message.
+def make_qwen_tokenizer(*, words: bool = True) -> Qwen2Tokenizer:
+    """Make a tokenizer of single bytes and, with ``words``, of the words of Qwen-Image's system message.
 
     That message has as many tokens as with the published tokenizer, of which the pipeline drops a fixed number.
     """
     letters = bytes_to_unicode().values()
     tokenizer = Qwen2Tokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
     tokenizer.add_tokens([AddedToken(token, special=True) for token in _SPECIAL])
-    words = [word for each in _SYSTEM_WORDS.split() for word in (f" {each}", each)]
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    if words:
+        both = [word for each in _SYSTEM_WORDS.split() for word in (f" {each}", each)]
+        tokenizer.add_tokens([AddedToken(word, normalized=False) for word in both])
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
 

@@ -37,7 +37,10 @@ def loading_errors(what: str) -> Iterator[None]:
     except (pickle.UnpicklingError, EOFError, struct.error, AssertionError, OverflowError) as error:
         # The library's own message is a page that offers to run whatever code the file holds.
         raise UserError(f"{what} is damaged, or is no plain file of weights") from error
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError),
+        ImportError,  # of a package that only some models need
+    ) as error:
         first, *more = str(error).strip().split("\n")
         # torch says in the next line which weight it is that does not fit.
         first += f" {more[0].strip()}" if first.endswith(":") and more else ""

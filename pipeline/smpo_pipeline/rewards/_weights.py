@@ -6,13 +6,16 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 
 from smpo_common.errors import UserError
+from smpo_common.files import sha256_file, sha256_json
+from smpo_models.hub import require_source
 from smpo_models.weights import loading_errors
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 
 def find_checkpoint(model: str, what: str, ignore: Collection[str] = ()) -> Path:
@@ -69,3 +72,31 @@ def read_checkpoint(path: Path, what: str) -> dict[str, torch.Tensor]:
         name.removeprefix("module."): value.float() if value.is_floating_point() else value
         for name, value in state.items()
     }
+
+
+def model_folder(model: str, what: str) -> Path:
+    """Return the folder of a transformers model: its own, or that of its download, weights included.
+
+    Raises:
+        UserError: there is none, or it cannot be downloaded.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    require_source(model, what)
+    with loading_errors(what):
+        return Path(snapshot_download(model, allow_patterns=list(_MODEL_FILES)))
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Hash the files of a transformers model: weights, configurations, tokenizer.
+
+    Unlike :func:`smpo_models.fingerprint.fingerprint_module` it reads no weights into memory; the same weights in other
+    files have another fingerprint.
+
+    Raises:
+        UserError: there are no safetensors.
+    """
+    files = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)})
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(f"{folder} has no *.safetensors")
+    return sha256_json({file.name: sha256_file(file) for file in files})
