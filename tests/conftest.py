@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,15 +16,45 @@ from tests.forking import forking_python
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+_OF_RAY = {"ray_address", "on_ray", "here_on_ray"}
+_ON_RAY = pytest.StashKey[set[Path]]()
+_RAY: list[Any] = []
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files on Ray come first, then others that take minutes: at the end no process waits for another's long file.
 
     pytest-xdist would put those with the most tests first; ``--no-loadscope-reorder`` in the Makefile keeps this order.
     """
-    on_ray = {item.path for item in items if "ray_address" in getattr(item, "fixturenames", ())}
+    on_ray = {item.path for item in items if _OF_RAY & set(getattr(item, "fixturenames", ()))}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in on_ray, item.path not in slow))
+    config.stash[_ON_RAY] = on_ray
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End Ray after the last file on it: its services take CPU while they wait."""
+    if _RAY and (nextitem is None or nextitem.path not in item.config.stash[_ON_RAY]):
+        _RAY.pop().shutdown()
+
+
+def _ray_address() -> str:
+    """Start one Ray for the jobs of all tests of this process: each start of one is 10 s of CPU.
+
+    Its workers have a command's working directory but not its environment, and outlive the command: what is about
+    Ray's start, killed commands or workers' environment keeps a Ray of its own.
+    """
+    if not _RAY:
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 2, "object_store_memory": 1 << 30, "include_dashboard": False}
+        node |= {"include_log_monitor": False, "no_monitor": True}  # of no use here; the first is never idle
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+            patch.setattr("sys.executable", forking_python())  # each worker would import torch and more
+            _RAY.append(Cluster(initialize_head=True, head_node_args=node))
+    return _RAY[0].address
 
 
 @pytest.fixture(autouse=True)
@@ -49,31 +80,19 @@ def browser() -> Iterator[Browser]:
     yield from open_browser()
 
 
-@pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
-    """One Ray for the jobs of all tests of this process: each start of one is 10 s of CPU.
-
-    Its workers have a command's working directory but not its environment, and outlive the command: what is about
-    Ray's start, killed commands or workers' environment keeps a Ray of its own.
-    """
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 2, "object_store_memory": 1 << 30, "include_dashboard": False}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
-        patch.setattr("sys.executable", forking_python())  # each worker would import torch and more
-        cluster = Cluster(initialize_head=True, head_node_args=node)
-    yield cluster.address
-    cluster.shutdown()
+@pytest.fixture
+def ray_address() -> str:
+    """Address of the Ray that the tests of this process share."""
+    return _ray_address()
 
 
 @pytest.fixture(scope="session")
-def on_ray(ray_address: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+def on_ray() -> Callable[..., subprocess.CompletedProcess[str]]:
     """:func:`run_command` for jobs, on that Ray."""
-    return lambda *command, **more: run_command(*command, "--ray-address", ray_address, **more)
+    return lambda *command, **more: run_command(*command, "--ray-address", _ray_address(), **more)
 
 
 @pytest.fixture
-def here_on_ray(ray_address: str, capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
+def here_on_ray(capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
     """:func:`run_here` for jobs, on that Ray."""
-    return lambda *command: run_here(capfd, *command, "--ray-address", ray_address)
+    return lambda *command: run_here(capfd, *command, "--ray-address", _ray_address())

@@ -41,7 +41,7 @@ class Size:
 
     Attributes:
         divide: by what widths are divided.
-        shallow: whether SDXL has few layers.
+        shallow: whether the models have few layers.
         side: of the latents, by shape.
         clip: of the random ViT-H: parts of its config.
         steps: of a trajectory.

@@ -74,7 +74,8 @@ def build_model(
         side: of the latents, in latent pixels.
         device: where the weights are drawn; of a full-size model a GPU does it in a second.
         dtype: to which they are cast.
-        shallow: with one layer in the place of up to ten in SDXL's transformers, and two of up to 32 in its encoders.
+        shallow: with one layer in the place of two in every block and of up to ten in SDXL's transformers, and two of
+            up to 32 in its encoders.
     """
     torch.manual_seed(0)
     scheduler = DDIMScheduler(
@@ -96,21 +97,23 @@ def _pipeline(
         block_out_channels=tuple(each // divide for each in (128, 256, 512, 512)),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
+        layers_per_block=1 if shallow else 2,
         latent_channels=4,
         norm_num_groups=32 // divide,
         sample_size=8 * side,
     )
     if shape == "sd15":
-        return _sd15(vae, scheduler, divide, side)
+        return _sd15(vae, scheduler, divide, side, shallow)
     return _sdxl(vae, scheduler, divide, side, shallow)
 
 
-def _sd15(vae: AutoencoderKL, scheduler: DDIMScheduler, divide: int, side: int) -> StableDiffusionPipeline:
+def _sd15(
+    vae: AutoencoderKL, scheduler: DDIMScheduler, divide: int, side: int, shallow: bool
+) -> StableDiffusionPipeline:
     unet = UNet2DConditionModel(
         sample_size=side,
         block_out_channels=tuple(each // divide for each in (320, 640, 1280, 1280)),
-        layers_per_block=2,
+        layers_per_block=1 if shallow else 2,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=768 // divide,
@@ -130,7 +133,7 @@ def _sdxl(
     unet = UNet2DConditionModel(
         sample_size=side,
         block_out_channels=tuple(each // divide for each in (320, 640, 1280)),
-        layers_per_block=2,
+        layers_per_block=1 if shallow else 2,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
         transformer_layers_per_block=(1, 1, 1) if shallow else (1, 2, 10),

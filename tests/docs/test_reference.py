@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forking import forking_python
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 
@@ -21,7 +22,7 @@ def test_the_page_is_up_to_date(name: str, said: str, otherwise: str, tmp_path: 
     page = folder / f"{name}.md"
 
     def check() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, folder / f"generate_{name}.py", "--check"]
+        command = [forking_python(), folder / f"generate_{name}.py", "--check"]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert check().returncode == 0, "run `make docs`"

@@ -18,8 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
+
 _ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = dict(os.environ)
+_SERVERS: list[int] = []
 
 
 @functools.cache
@@ -41,5 +44,13 @@ def forking_python() -> str:
         command = [sys.executable, "-m", "tests.forking.server", str(listener.fileno())]
         # The server ends with its standard input, which is this process's to close. Libraries keep what they read from
         # the environment when they are imported: nothing that one test has set.
-        subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], cwd=_ROOT, env=_ENVIRONMENT)
+        server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], cwd=_ROOT, env=_ENVIRONMENT
+        )
+    _SERVERS.append(server.pid)
     return str(executable)
+
+
+def forked() -> list[psutil.Process]:
+    """All forked programs that run, then their children."""
+    return [process for server in _SERVERS for process in psutil.Process(server).children(recursive=True)]

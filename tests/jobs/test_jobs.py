@@ -26,21 +26,10 @@ from smpo_schemas.scores import read_scores, read_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
 from tests.command import assert_one_line, run_command, run_here
 from tests.jobs.conftest import REJECTED_IDS, pair_rows
+from tests.jobs.helpers import invert, score
 from tests.tiny import make_tiny_clip, make_tiny_xl
 
 pytestmark = pytest.mark.slow
-
-
-def score(inputs, out, *more, run):
-    rewards = [f"{name}={inputs / name}" for name in ("pickscore", "clipscore")]
-    common = ("--pairs", inputs / "pairs", "--reward", *rewards, "--out", out, "--device", "cpu")
-    return run("smpo-pipeline", "score", *common, *more)
-
-
-def invert(inputs, scores, out, *more, run):
-    common = ("--pairs", inputs / "pairs", "--scores", scores, "--model", inputs / "model", "--out", out)
-    few = () if "--concurrency" in more else ("--concurrency", 1)  # each worker's start is seconds
-    return run("smpo-pipeline", "invert", *common, "--device", "cpu", "--pairs-per-shard", 6, "--steps", 3, *few, *more)
 
 
 @pytest.fixture(scope="module")
@@ -253,23 +242,6 @@ def test_the_forward_source_through_the_command_line(inputs, scores, tmp_path, h
     assert (totals.pairs_in, totals.pairs, totals.rejected, totals.samples, totals.states) == (4, 3, 1, 6, 18)
 
 
-def test_wrong_use_is_one_line(inputs, scores, tmp_path, capfd):
-    run = partial(run_here, capfd)
-    out = tmp_path / "out"
-    assert_one_line(score(inputs, out, "--pairs", tmp_path / "no", run=run), "--pairs", "does not exist")
-    assert_one_line(score(inputs, out, "--reward", "nothing", run=run), "--reward nothing")
-    assert_one_line(score(inputs, out, "--prompt-column", "text", run=run), "no column 'text'")
-    assert_one_line(score(inputs, out, "--reward", f"pickscore={inputs / 'model'}", run=run), "twice")
-    assert_one_line(invert(inputs, tmp_path, out, run=run), "no scores.json")
-    assert_one_line(invert(inputs, scores, out, "--model", inputs, run=run), "--model", "cannot be loaded")
-    assert_one_line(invert(inputs, scores, out, "--resolution", 33, run=run), "--resolution 33", "multiple of 8")
-    assert_one_line(invert(inputs, scores, out, "--start", "sideways", run=run), "--start sideways")
-    assert_one_line(invert(inputs, scores, out, "--steps", 1000, run=run), "--steps 1000", "1000 timesteps")
-    (tmp_path / "file").write_text("")
-    assert_one_line(invert(inputs, scores, tmp_path / "file" / "out", run=run), "--out", "cannot write")
-    assert not out.exists()
-
-
 def test_all_pairs_rejected_is_one_line_with_the_reason(inputs, tmp_path, here_on_ray):
     path = tmp_path / "bad.parquet"
     row = pair_rows()[0] | {"jpg_0": b"nonsense"}
@@ -332,22 +304,3 @@ def test_sdxl_solved_by_anderson_and_inverted_by_a_lora(inputs, scores, tmp_path
         == manifest.model.inverting_denoiser
         != again.model.inverting_denoiser
     )
-
-
-def test_flags_that_a_solver_does_not_use_are_one_line(inputs, scores, tmp_path, capfd):
-    run = partial(run_here, capfd)
-    out = tmp_path / "out"
-    assert_one_line(invert(inputs, scores, out, "--tolerance", 1e-3, run=run), "--tolerance", "--solver renoise")
-    done = invert(inputs, scores, out, "--solver", "anderson", "--renoise-steps", 3, run=run)
-    assert_one_line(done, "--renoise-steps: --solver anderson", "--solver renoise")
-    done = invert(inputs, scores, out, "--source", "forward", "--solver", "ddim", run=run)
-    assert_one_line(done, "--solver: --source forward")
-    for flag, value in (("--eta", 0.1), ("--guidance-scale", 3), ("--start", "level0"), ("--inverting-unet", tmp_path)):
-        done = invert(inputs, scores, out, "--source", "forward", flag, value, run=run)
-        assert_one_line(done, f"{flag}: --source forward", "--source renoise")
-    assert_one_line(
-        invert(inputs, scores, out, "--forward-noise", "image", run=run), "--forward-noise: --source renoise"
-    )
-    assert_one_line(invert(inputs, scores, out, "--renoise-average", "3", run=run), "--renoise-average 3: ", "lastN")
-    assert_one_line(invert(inputs, scores, out, "--inverting-unet", tmp_path, run=run), str(tmp_path), "no denoiser")
-    assert not out.exists()

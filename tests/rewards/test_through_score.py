@@ -73,11 +73,13 @@ def test_odd_rows_are_scored_rightly_or_rejected_and_change_nothing_else(folders
     assert set(info.rewards) == {reward.name for reward in rewards}
     for reward in rewards:
         assert info.rewards[reward.name].fingerprint == reward.fingerprint
-        for row in rows:
-            if row["pair_id"] in rejects:
-                continue
+    for row in rows:
+        if row["pair_id"] in rejects:
+            continue
+        images = [decode_image(row[f"image_{index}"]) for index in range(2)]
+        for reward in rewards:
             stored = [table[row["pair_id"]][f"{reward.name}_{index}"] for index in range(2)]
-            alone = [reward.score([decode_image(row[f"image_{index}"])], [row["prompt"]])[0] for index in range(2)]
+            alone = [reward.score([image], [row["prompt"]])[0] for image in images]
             np.testing.assert_allclose(stored, alone, rtol=1e-5, atol=1e-5, err_msg=f"{reward.name}, {row['pair_id']}")
 
 

@@ -19,6 +19,14 @@ from tests.calibration.helpers import write_scores
 
 Image = Callable[[str, int], bytes]
 
+PROMPTS = {
+    "a cat": [(2.0, 1.0), (1.0, 2.0), (0.0, 0.0), (-1.0, 3.0)],
+    "a dog": [(0.0, 0.0), (1.0, 0.5), (0.5, 2.0)],
+    "alone": [(1.0, 1.0)],
+    "equal": [(1.0, 1.0), (1.0, 1.0)],
+    "two": [(1.0, 0.0), (3.0, 1.0)],
+}
+
 
 def image_of(prompt: str, index: int) -> bytes:
     """Bytes that stand for an image file; ``select`` decodes none."""
@@ -99,6 +107,13 @@ def make_candidates(
     write_rejects(folder / "candidates" / "rejected.parquet", [])
     (folder / "candidates" / CANDIDATES_FILE).touch()
     return folder / "candidates", scored
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    """The selected pairs by prompt, one of each."""
+    rows = pq.read_table(out / "pairs.parquet").to_pylist()
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    return {row["prompt"]: row for row in rows}
 
 
 def win_rates(scores: Sequence[float], scale: float = 1.0) -> list[float]:

@@ -35,10 +35,6 @@ PROMPTS = ("a cat", "a dog and " * 40)
 BETA = 2000
 """Given, since for some of the families none is published."""
 
-some_families = pytest.mark.parametrize("model", ["sd35", "flux1-dev"], indirect=True, scope="module")
-"""For what does not depend on the family."""
-
-
 WITHOUT_LORA = "pixart-sigma"
 
 
@@ -102,8 +98,7 @@ def test_stored_texts_of_different_lengths_train_as_the_text_encoders_do(
         np.testing.assert_allclose(column(stored, name), column(live, name), rtol=1e-5)
 
 
-@some_families
-@pytest.mark.parametrize("source", ["renoise", "forward"])
+@pytest.mark.parametrize(("model", "source"), [("sd35", "renoise"), ("flux1-dev", "forward")], indirect=["model"])
 def test_one_set_of_shards_trains_every_objective(train: Train, model: Path, tmp_path: Path, source) -> None:
     """A step of all states at the reference: ln 2, or for losses without a sigmoid what the stored errors give."""
     shards = invert_tiny(model, tmp_path / "shards", source=source)
@@ -196,8 +191,9 @@ def test_idle_layers_are_not_trained(train: Train, model: Path, shards: Path, op
     assert any(".0.attn.to_add_out." in name for name in trained)
 
 
-@some_families
-@pytest.mark.parametrize("options", [{"lora_rank": 2}, {"reference": "live"}], ids=["adapter", "live reference"])
+@pytest.mark.parametrize(
+    ("model", "options"), [("flux1-dev", {"lora_rank": 2}), ("sd35", {"reference": "live"})], indirect=["model"]
+)
 def test_frozen_weights_are_kept_narrow_without_changing_a_bit(
     train: Train, model: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
@@ -229,8 +225,7 @@ def test_frozen_weights_are_kept_narrow_without_changing_a_bit(
     assert {parameter.dtype for parameter in unchanged.parameters()} == {torch.float32}
 
 
-@some_families
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize(("model", "options"), [("sd35", {}), ("flux1-dev", {"lora_rank": 2})], indirect=["model"])
 def test_gradient_checkpointing_changes_nothing_but_memory(
     train: Train, model: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:

@@ -26,10 +26,14 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_xl(tmp_path_factory.mktemp("models") / "xl")
 
 
-@pytest.fixture(scope="module", params=[("image", "model"), ("constant", "model"), ("image", "encoded")])
+CONDITIONED = {"sizes": ("image", "model"), "one size": ("constant", "model"), "encoded": ("image", "encoded")}
+"""``--size-conditioning`` and ``--empty-prompt``."""
+
+
+@pytest.fixture(scope="module", params=CONDITIONED)
 def xl_shards(request: pytest.FixtureRequest, xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six pairs whose images have different sizes and crops."""
-    sizes, empty = request.param
+    sizes, empty = CONDITIONED[request.param]
     family = load_family(str(xl))
     family.encodes_empty_prompt = empty == "encoded"
     settings = InversionSettings(steps=3, size_conditioning=sizes, prompt_dropout=0.4, empty_prompt=empty)
@@ -51,6 +55,9 @@ def xl_shards(request: pytest.FixtureRequest, xl: Path, tmp_path_factory: pytest
     return directory
 
 
+default = pytest.mark.parametrize("xl_shards", ["sizes"], indirect=True)
+
+
 def test_the_first_loss_is_ln_2_and_the_unet_loads(train: Train, xl: Path, xl_shards: Path) -> None:
     """The trainer reproduces the stored reference errors, so sizes, crops and prompts are the same."""
     out = train(on=xl_shards, base=xl, max_steps=3, batch_size=6, lr=1e-3)
@@ -60,6 +67,7 @@ def test_the_first_loss_is_ln_2_and_the_unet_loads(train: Train, xl: Path, xl_sh
     assert not np.array_equal(picture, generate(StableDiffusionXLPipeline.from_pretrained(xl)))
 
 
+@default
 def test_a_lora_loads_and_inverts(train: Train, xl: Path, xl_shards: Path) -> None:
     out = train(on=xl_shards, base=xl, max_steps=3, batch_size=6, lr=1e-2, lora_rank=4)
     assert column(out, "loss")[0] == pytest.approx(math.log(2), abs=2e-4)
@@ -82,7 +90,9 @@ def generate(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
     return pipeline("a cat", num_inference_steps=2, output_type="np", generator=generator).images
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("xl_shards", "dtype"), [("sizes", "fp32"), ("sizes", "bf16"), ("encoded", "fp32")], indirect=["xl_shards"]
+)
 def test_stored_text_equals_live_to_the_bit(
     train: Train, xl: Path, xl_shards: Path, tmp_path: Path, dtype: str
 ) -> None:
@@ -93,6 +103,7 @@ def test_stored_text_equals_live_to_the_bit(
         assert column(stored, name) == column(live, name)
 
 
+@default
 def test_validation_images_are_drawn(train: Train, xl: Path, xl_shards: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,14 +22,15 @@ from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prepare import prepare_unit, unit_row
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
-from smpo_schemas.pairs import layouts_of, list_pair_files, slice_files
+from smpo_schemas.pairs import image_id, layouts_of, list_pair_files, slice_files
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.shards.index import indexed_trajectories
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import decode_sample
+from tests.calibration.helpers import write_scores
 from tests.command import run_command, run_here
 from tests.pictures import encode, picture
-from tests.tiny import make_tiny_clip, make_tiny_model, make_tiny_xl
+from tests.tiny import make_tiny_model, make_tiny_xl
 from tests.tiny_flow import make_tiny_sd3
 
 SHAPES = [(40, 30), (64, 64), (30, 60), (90, 40), (33, 32), (60, 30)]
@@ -55,16 +57,11 @@ def inputs(tmp_path_factory):
     make_tiny_model(folder / "sd")
     make_tiny_xl(folder / "sdxl")
     make_tiny_sd3(folder / "sd35")
+    images = [(image_id(row["jpg_0"]), image_id(row["jpg_1"])) for row in rows]
+    ids, prompts = [str(row["ranking_id"]) for row in rows], [row["caption"] for row in rows]
+    made_up = {"clipscore": np.random.default_rng(0).random((len(rows), 2))}
+    write_scores(folder / "scores", made_up, [1.0] * len(rows), prompts, images=images, pair_ids=ids)
     return folder, rows
-
-
-@pytest.fixture(scope="module")
-def scores(inputs, on_ray):
-    folder, _ = inputs
-    reward = f"clipscore={make_tiny_clip(folder / 'clip')}"
-    common = ("--pairs", folder / "pairs.parquet", "--device", "cpu")
-    done = on_ray("smpo-pipeline", "score", *common, "--reward", reward, "--out", folder / "scores")
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("trajectories", [1, 2])
@@ -142,7 +139,6 @@ def test_a_worker_whose_weights_differ_from_the_drivers_stops_the_job(inputs, tm
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd35"])
 def test_from_images_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, capfd, here_on_ray):
     folder, rows = inputs
@@ -186,7 +182,7 @@ def test_from_images_of_many_shapes_to_a_trained_model(inputs, kind, tmp_path, c
     run = tmp_path / "run"
     settings = ("--batch-size", 2, "--max-steps", 6, "--workers", 0, "--warmup-steps", 0, "--lr", "1e-6")
     data = ("--shards", tmp_path / "shards", "--model", folder / kind, "--out", run)
-    done = run_command("smpo-train", *data, *settings, ACCELERATE_USE_CPU="1")
+    done = run_command("smpo-train", *data, *settings, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "in groups of 2 states of the same shape" in done.stdout
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

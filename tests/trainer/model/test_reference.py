@@ -23,13 +23,13 @@ from tests.trainer.helpers import metrics, write_shards
 
 
 def inverted(folder: Path, model: Path, dtype: str) -> Path:
-    """Shards of 48 states as ``invert --dtype`` makes them, all under one prompt.
+    """Shards of 24 states as ``invert --dtype`` makes them, all under one prompt.
 
     With several prompts, encodings would differ by a bf16 step if they are batched differently.
     """
     family = load_family(str(model))
     inverter = Inverter(family, family.denoiser, InversionSettings(dtype=dtype, steps=6, prompt_dropout=0), seed=0)
-    samples, _ = inverter.invert([(replace(make_pair(number), prompt="a cat"), 0) for number in range(8)])
+    samples, _ = inverter.invert([(replace(make_pair(number), prompt="a cat"), 0) for number in range(4)])
     folder.mkdir()
     write_shards(folder, model, samples, ["clipscore"], dtype=dtype)
     return folder
@@ -49,26 +49,30 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.fixture(scope="module")
+def bf16_shards(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return inverted(tmp_path_factory.mktemp("bf16") / "shards", base, "bf16")
+
+
 def test_bf16_shards_hold_the_errors_that_a_bf16_run_computes(
-    train: Train, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, base: Path, bf16_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal bits, except where the position in a batch changes the last bit before rounding."""
     computed: list[torch.Tensor] = []
     monkeypatch.setattr(reference, "write_reference", lambda _path, error_S2, _steps: computed.append(error_S2))
-    shards = inverted(tmp_path / "shards", base, "bf16")
-    options = {"base": base, "max_steps": 3, "batch_size": 16, "dtype": "bf16"}
-    out = train(on=shards, reference="recomputed", **options)
-    stored_S2 = torch.cat([sample.ref_error_K2 for sample in ShardDirectory(shards).samples()])
+    options = {"base": base, "max_steps": 3, "batch_size": 8, "dtype": "bf16"}
+    out = train(on=bf16_shards, reference="recomputed", **options)
+    stored_S2 = torch.cat([sample.ref_error_K2 for sample in ShardDirectory(bf16_shards).samples()])
     assert (computed[0] == stored_S2).float().mean() > 0.75
     assert metrics(out)[0]["reference_noise/std"] < 0.2
 
 
 def test_errors_of_another_precision_are_named_and_significant(
-    train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, base: Path, bf16_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"base": base, "max_steps": 1, "batch_size": 48, "dtype": "bf16", "reference": "stored"}
+    options = {"base": base, "max_steps": 1, "batch_size": 24, "dtype": "bf16", "reference": "stored"}
     words = ("reference errors were computed in fp32", "this run computes in bf16 autocast")
-    train("same", on=inverted(tmp_path / "bf16", base, "bf16"), **options)
+    train("same", on=bf16_shards, **options)
     assert words[0] not in capsys.readouterr().out
     out = train("other", on=inverted(tmp_path / "fp32", base, "fp32"), **options)
     assert metrics(out)[0]["reference_noise/std"] > 0.05

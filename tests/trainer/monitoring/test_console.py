@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from smpo_trainer.monitoring.console import RunConsole
-from tests.forking import forking_python
 from tests.trainer.helpers import arguments, column
 from tests.trainer.output.test_resume import start
 
@@ -27,7 +26,7 @@ def test_a_closed_pipe_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_run_continues_when_the_reader_of_its_output_exits(shards: Path, model: Path, tmp_path: Path) -> None:
     """`smpo-train ... | head -1`."""
-    run = start(arguments(shards, model, tmp_path / "run"), python=forking_python())
+    run = start(arguments(shards, model, tmp_path / "run"))
     run.stdout.readline()
     run.stdout.close()
     assert run.wait(120) == 0, run.stderr.read()

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer.helpers import arguments, column, metrics
-from tests.trainer.output.test_resume import TWO_PROCESSES, start
+from tests.trainer.output import test_resume
+from tests.trainer.output.test_resume import TWO_PROCESSES
 
+start = partial(test_resume.start, python=sys.executable)  # a parent of all that it starts
 KILLS = int(os.environ.get("SMPO_KILLS", "3"))
 STEPS = 12 * KILLS
 OF_THE_CLOCK = ("states_per_second", "data_wait_percent", "memory_gib")

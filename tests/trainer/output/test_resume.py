@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,10 +29,11 @@ ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def start(args: Sequence[str], launch: Sequence[str] = (), python: str = sys.executable) -> subprocess.Popen[str]:
+def start(args: Sequence[str], launch: Sequence[str] = (), python: str = "") -> subprocess.Popen[str]:
+    python = python or forking_python()
     return subprocess.Popen(
         [python, *launch, "-m", "smpo_trainer", *args],
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, "PYTHON_EXEC": python},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

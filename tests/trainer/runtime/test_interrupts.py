@@ -16,6 +16,7 @@ import pytest
 from smpo_trainer.monitoring.health import Health
 from smpo_trainer.monitoring.metrics import Record
 from smpo_trainer.runtime.interrupts import StopRequest
+from tests.forking import forked
 from tests.trainer.helpers import arguments, column, run_cli
 from tests.trainer.output.test_resume import TWO_PROCESSES, start, wait_for_steps
 
@@ -29,9 +30,24 @@ def assert_saved(out: Path, said: str) -> None:
     assert not (out / "training.json").exists()
 
 
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    parent = psutil.Process(process.pid)
-    return [parent, *parent.children(recursive=True)]
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """End what a failing test leaves."""
+    before = forked()
+    yield
+    for process in forked():
+        if process not in before:
+            process.kill()
+
+
+def start_and_list(
+    args: Sequence[str], out: Path, launch: Sequence[str] = ()
+) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A run after two steps, and its processes: the trainer, or launcher, first."""
+    before = forked()
+    process = start(args, launch)
+    wait_for_steps(out, 2, process)
+    return process, [each for each in forked() if each not in before]
 
 
 def assert_gone(processes: Sequence[psutil.Process]) -> None:
@@ -82,22 +98,22 @@ def test_a_stopped_run_has_its_own_status(
     assert column(tmp_path / "run", "step") == [1, 2, 3, 4]
 
 
-def to_one(process: subprocess.Popen[str]) -> int:
+def to_one(everyone: Sequence[psutil.Process]) -> int:
     """Send SIGTERM as Kubernetes does."""
-    process.send_signal(signal.SIGTERM)
+    everyone[0].send_signal(signal.SIGTERM)
     return 143
 
 
-def ctrl_c(process: subprocess.Popen[str]) -> int:
-    for member in family(process):
+def ctrl_c(everyone: Sequence[psutil.Process]) -> int:
+    for member in everyone:
         member.send_signal(signal.SIGINT)
     return 130
 
 
-def to_all_twice(process: subprocess.Popen[str]) -> int:
+def to_all_twice(everyone: Sequence[psutil.Process]) -> int:
     """Send SIGTERM as systemd and Slurm may do, to the loaders first."""
     for _ in range(2):
-        for member in reversed(family(process)):
+        for member in reversed(everyone):
             with suppress(psutil.NoSuchProcess):
                 member.send_signal(signal.SIGTERM)
     return 143
@@ -106,39 +122,37 @@ def to_all_twice(process: subprocess.Popen[str]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [to_one, pytest.param(ctrl_c, marks=pytest.mark.long), to_all_twice])
 def test_a_signal_finishes_the_step_and_saves(
-    shards: Path, model: Path, tmp_path: Path, stop: Callable[[subprocess.Popen[str]], int]
+    shards: Path, model: Path, tmp_path: Path, stop: Callable[[Sequence[psutil.Process]], int]
 ) -> None:
-    process = start(arguments(shards, model, tmp_path / "run", workers=1, **LONG))
-    wait_for_steps(tmp_path / "run", 2, process)
-    everyone = family(process)
-    status = stop(process)
+    out = tmp_path / "run"
+    process, everyone = start_and_list(arguments(shards, model, out, workers=1, **LONG), out)
+    assert len(everyone) == 2
+    status = stop(everyone)
     said, error = process.communicate(timeout=240)
     assert process.returncode == status, error
-    assert_saved(tmp_path / "run", said)
+    assert_saved(out, said)
     assert_gone(everyone)
 
 
 @pytest.mark.slow
 def test_torchrun_passes_sigterm_on_to_trainers_and_loaders(shards: Path, model: Path, tmp_path: Path) -> None:
-    process = start(arguments(shards, model, tmp_path / "run", workers=1, **LONG), TWO_PROCESSES)
-    wait_for_steps(tmp_path / "run", 2, process)
-    everyone = family(process)
+    out = tmp_path / "run"
+    process, everyone = start_and_list(arguments(shards, model, out, workers=1, **LONG), out, TWO_PROCESSES)
     assert len(everyone) >= 5
-    process.send_signal(signal.SIGTERM)
+    everyone[0].send_signal(signal.SIGTERM)
     said, error = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "DataLoader worker" not in error
-    assert_saved(tmp_path / "run", said)
+    assert_saved(out, said)
     assert_gone(everyone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["trainer", "loader"])
 def test_loaders_do_not_outlive_a_trainer_that_dies(shards: Path, model: Path, tmp_path: Path, victim: str) -> None:
-    process = start(arguments(shards, model, tmp_path / "run", workers=2, **LONG))
-    wait_for_steps(tmp_path / "run", 2, process)
-    everyone = family(process)
-    assert len(everyone) >= 3
+    out = tmp_path / "run"
+    process, everyone = start_and_list(arguments(shards, model, out, workers=2, **LONG), out)
+    assert len(everyone) == 3
     everyone[0 if victim == "trainer" else 1].kill()
     process.communicate(timeout=240)
     assert process.returncode != 0
