@@ -149,6 +149,14 @@ Rewards = Annotated[
         "Repeatable. For example pickscore or pickscore=./my-pickscore. List of rewards: docs/guide/scoring.md."
     ),
 ]
+LabelsFile = Annotated[
+    ExistingPathOrUrl | None,
+    Flag(typed=str, metavar="FILE|URL", place=True),
+    Field(
+        description="Output of `smpo-pipeline vote`: these labels replace those of the pairs. Several annotators' are "
+        "averaged, and their number counts as votes."
+    ),
+]
 Variant = Annotated[
     str | None,
     Field(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from smpo_common.errors import UserError
@@ -77,3 +78,22 @@ def read_labels(path: AnyPath) -> Mapping[str, PairVotes]:
         )
         for pair_id, votes in grouped.items()
     }
+
+
+def with_labels(pairs: pa.Table, labels: Mapping[str, PairVotes]) -> pa.Table:
+    """Replace label, votes and annotator of the rows whose ``pair_id`` has votes.
+
+    Args:
+        pairs: with these four columns.
+        labels: by pair id.
+    """
+    if not labels:
+        return pairs
+    votes = pa.Table.from_pylist([{"pair_id": pair_id, **asdict(given)} for pair_id, given in labels.items()])
+    place = pc.index_in(pairs["pair_id"], votes["pair_id"])
+    voted = pc.is_valid(place)
+    for name in ("label", "votes", "annotator"):
+        column = pairs.schema.field(name)
+        given = votes[name].take(place.combine_chunks()).cast(column.type)
+        pairs = pairs.set_column(pairs.schema.get_field_index(name), column, pc.if_else(voted, given, pairs[name]))
+    return pairs

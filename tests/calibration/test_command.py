@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -12,6 +14,7 @@ from smpo_common.errors import UserError
 from smpo_pipeline.commands.calibrate import CalibrateOptions
 from smpo_pipeline.commands.calibrate import calibrate as calibrate_command
 from smpo_schemas.calibration import Calibration, read_calibration
+from smpo_schemas.label_file import LABELS_SCHEMA
 from tests.calibration.helpers import populations, write_scores
 from tests.command import assert_one_line, run_here
 
@@ -51,6 +54,21 @@ def test_equal_runs_write_equal_bytes(capfd, scores, tmp_path):
         one, other = ((tmp_path / name / f"c{suffix}").read_bytes() for name in ("a", "b"))
         assert one == other
     assert read_calibration(tmp_path / "a" / "c.json").folds == 3
+
+
+def test_votes_of_a_file_replace_the_tables_labels(capfd, scores, tmp_path):
+    def write_votes(name, pair_ids):
+        path = tmp_path / name
+        rows = [{"pair_id": pair_id, "label": 1.0, "annotator": "ann", "time": None} for pair_id in pair_ids]
+        pq.write_table(pa.Table.from_pylist(rows, LABELS_SCHEMA), path)
+        return path
+
+    ties = write_votes("ties.parquet", [f"pair-{row}" for row in range(0, 240, 20)])  # the table has ties there
+    done = calibrate(capfd, "--scores", scores, "--labels", ties, "--folds", 2)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "240 decided, 0 ties" in done.stdout
+    others = write_votes("others.parquet", ["elsewhere"])
+    assert_one_line(calibrate(capfd, "--scores", scores, "--labels", others), "none of its 1 pairs is in")
 
 
 def test_people_who_agree_are_shown(capfd, tmp_path):

@@ -14,7 +14,7 @@ from smpo_common.errors import UserError
 from smpo_pipeline.voting.ballot import Ballot
 from smpo_pipeline.voting.server import make_app
 from smpo_pipeline.voting.votes import Votes
-from smpo_schemas.label_file import PairVotes, read_labels
+from smpo_schemas.label_file import PairVotes, read_labels, with_labels
 from tests.command import assert_one_line, run_here
 from tests.voting.helpers import BROKEN, COUNT, is_red, read, rows
 
@@ -171,6 +171,25 @@ def test_votes_are_averaged_by_pair(ballot: Ballot, path: Path) -> None:
         vote(server, first, side, annotator)
     vote(server, second, "tie", "ann")
     assert read_labels(path) == {first: PairVotes(pytest.approx(2 / 3), 3, None), second: PairVotes(0.5, 1, "ann")}
+
+
+def test_votes_replace_the_labels_of_their_pairs_only() -> None:
+    schema = pa.schema(
+        [("pair_id", pa.string()), ("label", pa.float32()), ("votes", pa.int32()), ("annotator", pa.string())]
+    )
+    rows = [("a", 1.0, 20, "x"), ("b", None, None, None), ("c", 0.0, 3, None), ("b", 1.0, 2, "y")]
+    pairs = pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema)
+    labelled = with_labels(
+        pairs, {"b": PairVotes(0.25, 4, None), "a": PairVotes(0.0, 1, "ann"), "z": PairVotes(1, 1, "ann")}
+    )
+    assert labelled.schema == schema
+    assert [tuple(row.values()) for row in labelled.to_pylist()] == [
+        ("a", 0.0, 1, "ann"),
+        ("b", 0.25, 4, None),
+        ("c", 0.0, 3, None),
+        ("b", 0.25, 4, None),
+    ]
+    assert with_labels(pairs, {}) is pairs
 
 
 def test_another_file_is_not_taken_for_votes(tmp_path: Path, pairs: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from smpo_common.files import sha256_file
+from smpo_common.store_path import AnyPath
 from smpo_pipeline.calibration.agreement import AnnotatorAgreement, between_annotators, by_annotator
 from smpo_pipeline.calibration.cross_validation import (
     COIN,
@@ -50,7 +51,13 @@ class CalibrationResult:
 
 
 def calibrate(
-    scores: Path, rewards: Sequence[str], *, folds: int, seed: int, done: Callable[[int], None] = lambda _: None
+    scores: Path,
+    rewards: Sequence[str],
+    *,
+    folds: int,
+    seed: int,
+    labels: AnyPath | None = None,
+    done: Callable[[int], None] = lambda _: None,
 ) -> CalibrationResult:
     """Calibrate rewards to the labels of an output of ``score``.
 
@@ -59,12 +66,13 @@ def calibrate(
         rewards: names of rewards; empty: all.
         folds: number of parts of the prompts, each held out once.
         seed: assigns the prompts to folds.
+        labels: a file of votes, whose labels replace those of the scores.
         done: called with the number of finished fits, of ``folds`` + 1.
 
     Raises:
         UserError: the scores or labels cannot be used.
     """
-    data = read_labelled(scores, rewards)
+    data = read_labelled(scores, rewards, labels)
     held_out = cross_validate(data, folds, seed, done)
     rows = data.labelled
     truth = data.labels_P[rows], data.votes_P[rows]

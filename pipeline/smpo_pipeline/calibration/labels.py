@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from smpo_common.errors import UserError
+from smpo_common.store_path import AnyPath
+from smpo_schemas.label_file import read_labels, with_labels
 from smpo_schemas.labels import TIE
 from smpo_schemas.preference import ScoredPairs
 from smpo_schemas.scores import (
@@ -58,12 +60,13 @@ class LabelledPairs:
         return self.labelled & (self.labels_P != TIE)
 
 
-def read_labelled(directory: Path, rewards: Sequence[str]) -> LabelledPairs:
+def read_labelled(directory: Path, rewards: Sequence[str], labels: AnyPath | None = None) -> LabelledPairs:
     """Read an output of ``score``.
 
     Args:
         directory: the output's folder.
         rewards: names of rewards; empty: all.
+        labels: a file of votes, whose labels replace the table's.
 
     Raises:
         UserError: the output is unfinished, lacks a reward, or has no decided label.
@@ -74,6 +77,11 @@ def read_labelled(directory: Path, rewards: Sequence[str]) -> LabelledPairs:
             raise UserError(f"--reward {name}: {directory} has no such reward; it has: {', '.join(info.rewards)}")
     names = list(dict.fromkeys(rewards)) or list(info.rewards)
     table = read_scores(directory, info)
+    if labels:
+        votes = read_labels(labels)
+        if votes.keys().isdisjoint(table["pair_id"].to_pylist()):
+            raise UserError(f"--labels {labels}: none of its {len(votes)} pairs is in {directory}")
+        table = with_labels(table, votes)
     labels_P, votes_P = table_labels(table), table_votes(table)
     data = LabelledPairs(
         pairs=ScoredPairs(

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options
-from smpo_pipeline.options import FILE, FOLDER, LocalPath, OutFile
+from smpo_pipeline.options import FILE, FOLDER, LabelsFile, LocalPath, OutFile
 from smpo_pipeline.terminal import print_next
 from smpo_schemas.calibration import CALIBRATION_FILE, write_calibration
 from smpo_schemas.scores import SCORES_FILE
@@ -27,6 +27,7 @@ class CalibrateOptions(Options):
         FILE,
         Field(description=f"File to write, ending in .json; default: {CALIBRATION_FILE} in the scores' folder."),
     ] = None
+    labels: LabelsFile = None
     reward: Annotated[tuple[str, ...], Flag(metavar="NAME")] = ()
     """Rewards to calibrate; default: all. Repeatable."""
     folds: Annotated[int, Field(ge=2)] = 5
@@ -67,6 +68,7 @@ def calibrate(options: CalibrateOptions) -> None:
             options.reward,
             folds=folds,
             seed=options.seed,
+            labels=options.labels,
             done=lambda count: progress.update(task, completed=count),
         )
     write_calibration(target, report.calibration)

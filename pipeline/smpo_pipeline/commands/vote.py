@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from smpo_common.errors import UserError
 from smpo_common.run_lock import hold
+from smpo_pipeline.terminal import print_next
 from smpo_pipeline.voting.options import VoteOptions
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def vote(options: VoteOptions) -> None:
         finally:
             for place, reason in ballot.left_out.items():
                 console.print(f"left out: {place}: {reason}")
+            pairs = options.pairs if len(options.pairs) == 1 else ("PAIRS",)
+            labelled = ("--labels", options.out, "--reward", "REWARD", "--out", "scores")
+            print_next(console, "smpo-pipeline", "score", "--pairs", *pairs, *options.columns.as_flags(), *labelled)
 
 
 def _read(options: VoteOptions, console: Console) -> Ballot:

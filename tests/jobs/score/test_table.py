@@ -20,6 +20,7 @@ from smpo_pipeline.jobs.score import table as score_table
 from smpo_pipeline.jobs.score.chunks import chunk_images, cut_chunks, with_scores, without_images
 from smpo_pipeline.jobs.score.collector import UnitCollector
 from smpo_pipeline.jobs.score.table import RewardRecord, write_table
+from smpo_schemas.label_file import PairVotes
 from smpo_schemas.pairs import Pair, PairRejectedError
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scores import read_scores, read_scores_info
@@ -117,6 +118,20 @@ def test_adding_a_reward_gives_the_bytes_of_scoring_both_together(tmp_path):
         mean = np.asarray(picture(12, 9, seed=8 + index)).mean()
         assert picked[f"a_{index}"] == pytest.approx(mean + ord("a"), rel=1e-6)
         assert picked[f"b_{index}"] == pytest.approx(mean + ord("b"), rel=1e-6)
+
+
+def test_votes_replace_the_pairs_labels(tmp_path):
+    votes = {"0-0": PairVotes(0.25, 4, None)}
+    base = write_table(tmp_path, commit(tmp_path, "a"), UNITS, models("a"), None, labels=votes)
+    assert base.rewards["a"].num_labelled == 15
+    Run(tmp_path / ".scoring", "scores.json", {}).remove()
+    info = write_table(tmp_path, commit(tmp_path, "b"), UNITS, models("b"), base, labels=votes)
+    rows = {
+        row["pair_id"]: (row["label"], row["votes"], row["annotator"])
+        for row in read_scores(tmp_path, info).to_pylist()
+    }
+    assert rows["0-0"] == (0.25, 4, None)
+    assert rows["0-2"] == (1.0, None, "me")
 
 
 def test_a_kill_while_the_table_is_written_leaves_the_old_table_intact(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import ray
 from rich.console import Console
 
 from smpo_common.errors import UserError
+from smpo_common.files import sha256_file
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.cluster.pools import Pool, cluster_gpus, cores_by_machine, limit_memory, share_gpus
 from smpo_pipeline.jobs.cluster.run_units import run_units
@@ -26,6 +27,7 @@ from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.jobs.score.table import PART_FILES, RewardRecord, remove_leftovers, write_table
 from smpo_pipeline.options import absolute_model
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
+from smpo_schemas.label_file import read_labels
 from smpo_schemas.pairs import FURTHER, RowRange, layouts_of, list_pair_files, slice_files
 from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
 
@@ -45,11 +47,14 @@ def score(options: ScoreOptions) -> ScoresInfo:
     specs = _specs(options.reward)
     sizes = _pool_sizes(running.concurrency, specs)
     models = {name: _describe(load_reward(spec, "cpu"), running.dtype) for name, spec in specs.items()}
+    labels = read_labels(options.labels) if options.labels else {}
     identity = {
         "job": "score",
         "schema_version": SCORES_VERSION,
         **describe_input(files, reading, running.limit),
     }
+    if options.labels:
+        identity["labels"] = sha256_file(options.labels)
     run = Run(options.out, SCORES_FILE, identity)
     with locked(options.out):
         unfinished = run.open(overwrite=running.overwrite, patterns=(PART_FILES, REJECTS_FILE))
@@ -81,7 +86,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
             max_reject_rate=running.max_reject_rate,
         )
         further = [name for name in FURTHER if any(name in layout.further for layout in layouts.values())]
-        info = write_table(options.out, scoring, len(units), new, base, further)
+        info = write_table(options.out, scoring, len(units), new, base, further, labels)
         scoring.remove()
         return info
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from smpo_common.options import Flag, Options
-from smpo_pipeline.options import ColumnOptions, Dtype, JobOptions, OutOrUrl, Pairs, Rewards
+from smpo_pipeline.options import ColumnOptions, Dtype, JobOptions, LabelsFile, OutOrUrl, Pairs, Rewards
 
 
 class ScoreJobOptions(JobOptions):
@@ -29,5 +29,6 @@ class ScoreOptions(Options):
     pairs: Pairs
     reward: Rewards
     out: OutOrUrl
+    labels: LabelsFile = None
     columns: ColumnOptions = ColumnOptions()
     running: ScoreJobOptions = ScoreJobOptions()

@@ -23,6 +23,7 @@ from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.score.collector import unit_path, unit_rejects, with_reasons
 from smpo_pipeline.jobs.score.pair_ids import PairIds
+from smpo_schemas.label_file import PairVotes, with_labels
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import read_rejects, write_rejects
 from smpo_schemas.scores import (
@@ -62,6 +63,7 @@ def write_table(
     rewards: Mapping[str, RewardRecord],
     base: ScoresInfo | None,
     further: Sequence[str] = (),
+    labels: Mapping[str, PairVotes] | None = None,
 ) -> ScoresInfo:
     """Write the parts, the rejects, and ``scores.json`` last; then remove old parts.
 
@@ -72,6 +74,7 @@ def write_table(
         rewards: the rewards that they were scored with.
         base: an existing table to add columns to, or None.
         further: names of further columns of the pairs.
+        labels: of :func:`smpo_schemas.label_file.read_labels`, in place of the pairs' own.
 
     Raises:
         UserError: no pair could be scored, or the pairs are not those of ``base``.
@@ -82,6 +85,7 @@ def write_table(
     for number, start in enumerate(range(0, units, _UNITS_PER_PART)):
         group = range(start, min(units, start + _UNITS_PER_PART))
         rows = pa.concat_tables(read_all(lambda unit: pq.read_table(arrow_source(unit_path(scoring, unit))), group))
+        rows = with_labels(rows, labels or {})
         if old_table:
             rows = old_table.join(rows)
         rows = _reject_repeated_ids(rows, ids)
