@@ -140,7 +140,7 @@ def make_tiny_unet(**more) -> UNet2DConditionModel:
     config = {"cross_attention_dim": _TEXT_WIDTH, **more}
     return UNet2DConditionModel(
         sample_size=LATENT_SHAPE[-1],
-        block_out_channels=(16, 32),
+        block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),

@@ -279,7 +279,7 @@ def _run_actor(world: World, report: Report, shape: str, unit: int, units: int, 
             records.append(UnitRecord.model_validate_json(actor(row)["record"][0].as_py()))
         clocks.append(time.perf_counter() - began)
         splits.append(split.seconds())
-    checked = job._Checked(model, resolution, (), unit, weights=0, text_weights=0)  # noqa: SLF001
+    checked = job._Checked(model, resolution, (), unit, 0, 0, kept=None, samplings=[], pair_bytes=0)  # noqa: SLF001
     manifest = job._finish(options, run, records, info, checked, text=None)  # noqa: SLF001
     run.finish()
     report.judge(f"{shape}: rejected", manifest.totals.rejected, most=0)

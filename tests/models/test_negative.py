@@ -42,9 +42,9 @@ def another(denoiser: torch.nn.Module) -> torch.nn.Module:
 
 
 def draw(family: Family, guidance: float, negative: torch.nn.Module | None = None) -> torch.Tensor:
-    """Latents by the model's pipeline."""
+    """Latents by the model's pipeline, in first-order steps."""
     parts = {family.denoiser_folder: family.denoiser}
-    pipeline = load_pipeline(family._model, "--model m", parts, dtype=torch.float32, variant=None)
+    pipeline = load_pipeline(family._model, "--model m", parts, dtype=torch.float32, variant=None, sampler="ddim")
     if negative is not None:
         guide_with_negative(pipeline, family, negative)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_a_failed_call_does_not_exchange_the_models(family):
             raise MemoryError
 
     parts = {family.denoiser_folder: family.denoiser}
-    pipeline = load_pipeline(family._model, "--model m", parts, dtype=torch.float32, variant=None)
+    pipeline = load_pipeline(family._model, "--model m", parts, dtype=torch.float32, variant=None, sampler="ddim")
     guide_with_negative(pipeline, family, negative)
     pair = getattr(pipeline, family.denoiser_folder)
     hooks = [model.register_forward_pre_hook(fail) for model in (pair.positive, pair.negative)]

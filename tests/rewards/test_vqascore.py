@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoImageProcessor, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from smpo_common.errors import UserError
 from smpo_pipeline.rewards import load_reward
@@ -24,7 +24,7 @@ PROMPTS = ["a cat", "dog " * 40, "", 'Größe "{}" 東京 🐈']
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_tiny_vlm(tmp_path_factory.mktemp("vlm"))
+    return make_tiny_vlm(tmp_path_factory.mktemp("vlm"), seed=1)  # one whose answers differ
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def reward(folder):
 def plain_scores(folder) -> list[float]:
     """The chat as a string, the whole model, softmax over the vocabulary at the last position."""
     processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).eval()
     (yes, *_) = processor.tokenizer.encode("Yes")
     scores = []
@@ -72,7 +73,7 @@ def test_special_tokens_in_a_prompt_are_text(reward):
 def test_weights_and_template_are_in_the_fingerprint(folder, tmp_path):
     first = load_reward(f"vqascore={folder}", "cpu")
     assert first.fingerprint == load_reward(f"vqascore={shutil.copytree(folder, tmp_path / 'copy')}", "cpu").fingerprint
-    assert first.fingerprint != load_reward(f"vqascore={make_tiny_vlm(tmp_path / 'b', seed=1)}", "cpu").fingerprint
+    assert first.fingerprint != load_reward(f"vqascore={make_tiny_vlm(tmp_path / 'b', seed=2)}", "cpu").fingerprint
     template = tmp_path / "copy" / "chat_template.jinja"
     template.write_text(template.read_text().replace("helpful", "strict"))
     other = load_reward(f"vqascore={tmp_path / 'copy'}", "cpu")

@@ -23,6 +23,7 @@ LEVELS = {"a cat": (40, 120, 80, 10), "a dog": (90, 20, 60), "a cow": (30, 70, 1
 @pytest.fixture
 def select(capfd, tmp_path, monkeypatch):
     """Select from grey candidates by the judge of a server; return the command's result."""
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(retry.TRANSIENT_RETRY, "wait", tenacity.wait_none())
     prompts = {prompt: [(float(level % 3),) for level in levels] for prompt, levels in LEVELS.items()}
     made = make_candidates(

@@ -29,6 +29,7 @@ from smpo_pipeline.rewards._hpsv3 import (
     pad_right,
     question_tokens,
 )
+from smpo_pipeline.rewards._prompts import long_ones_alone
 from smpo_pipeline.rewards._weights import find_checkpoint
 from smpo_pipeline.rewards.base import Needs, Reward
 
@@ -75,6 +76,9 @@ class HpsV3(Reward):
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """See the base class."""
+        return long_ones_alone(self._score_together, images, prompts)
+
+    def _score_together(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         with self._preparing:  # a tokenizer stores its settings, so two threads must not call it at once
             pixels = self._processor(list(images), return_tensors="pt")
             merged = self._processor.merge_size**2

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_models.weights import load_part, load_weights
+from smpo_pipeline.rewards._prompts import long_ones_alone
 from smpo_pipeline.rewards._weights import fingerprint_folder, model_folder
 from smpo_pipeline.rewards.base import Needs, Reward
 
@@ -64,6 +65,9 @@ class VqaScore(Reward):
     @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """See the base class."""
+        return long_ones_alone(self._score_together, images, prompts)
+
+    def _score_together(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         conversations = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": _ask(prompt)}]}]
             for image, prompt in zip(images, prompts, strict=True)

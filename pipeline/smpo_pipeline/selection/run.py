@@ -69,6 +69,7 @@ def select(options: SelectOptions, console: Console) -> SelectionInfo:
         "scores": sha256_file(options.scores / SCORES_FILE),
         "selection": settings.model_dump(),
     }
+    judge = make_judge(options.judge, mix.weights, mix.scales) if "judge" in kind.flags else None
     run = Run(options.out, SELECTION_FILE, identity)
     with locked(options.out):
         patterns = (PAIRS_FILE, REJECTS_FILE, f"{SCORES_FOLDER}/")
@@ -76,7 +77,6 @@ def select(options: SelectOptions, console: Console) -> SelectionInfo:
         if not run.open(overwrite=options.overwrite, patterns=patterns):
             return read_selection(options.out)
         console.print(_choices(settings, files), highlight=False, soft_wrap=True)
-        judge = make_judge(options.judge, mix.weights, mix.scales) if "judge" in kind.flags else None
         rules = Rules(options.pairs_per_prompt, options.min_gap, options.dominated_only, options.loser, judge)
         selection = _run(options, files, info, mix, kind(rules), settings)
         write_selection(options.out, selection)

@@ -14,7 +14,14 @@ from tests.tiny_flow import make_tiny_flux
 
 
 def options_of(model, **trajectory) -> InvertOptions:
-    return InvertOptions(pairs=[], scores=model, out=model, models={"model": str(model)}, trajectory=trajectory)
+    return InvertOptions(
+        pairs=[],
+        scores=model,
+        out=model,
+        models={"model": str(model)},
+        trajectory=trajectory,
+        running={"device": "cpu"},
+    )
 
 
 def test_another_number_of_sampler_steps_gives_other_nodes(tmp_path):

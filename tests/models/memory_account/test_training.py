@@ -39,7 +39,7 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda flags: " ".join(map(str, flags.values())) or "full",
 )
 def test_torchs_tracker_sees_the_same_peak(sd: Path, flags: dict) -> None:
-    from tracked_memory import tracked_step
+    from benchmarks.capacity.tracked_memory import tracked_step
 
     family, run = load_family(str(sd), ()), TrainingRun(128, 128, batch_size=2, **flags)
     assert account_training(family, run).total == pytest.approx(tracked_step(family, run), rel=0.03)
@@ -47,7 +47,7 @@ def test_torchs_tracker_sees_the_same_peak(sd: Path, flags: dict) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_torchs_tracker_sees_the_same_peak_of_two_blocks_of_flux(tmp_path: Path, checkpointing: bool) -> None:
-    from tracked_memory import tracked_step
+    from benchmarks.capacity.tracked_memory import tracked_step
 
     config = json.loads((PUBLISHED / "flux1-dev/transformer/config.json").read_text())
     config |= {"num_layers": 1, "num_single_layers": 2}

@@ -47,12 +47,16 @@ class Ranking(Selection):
             raise UserError("--by ranking needs a --judge")
 
         @cache  # the winner and the last may have met
-        def better(first: int, second: int) -> float:
+        def asked(first: int, second: int) -> float:
             """Return P(first preferred)."""
             images = candidates.judged(first), candidates.judged(second)
             verdict = in_both_orders(judge, *images, candidates.prompt)
             self.shown_first.append(verdict.shown_first)
             return verdict.first
+
+        def better(first: int, second: int) -> float:
+            """Return P(first preferred); asking in both orders makes the order of the two irrelevant."""
+            return asked(first, second) if first < second else 1 - asked(second, first)
 
         left = candidates.stream.permutation(len(candidates.image_ids)).tolist()
         while len(left) > 1:
