@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from smpo_schemas.inversion_settings import InversionSettings
 
 
 @pytest.fixture
@@ -76,3 +79,12 @@ def test_operations_of_a_flow_models_step(load):
     assert 2 * counted["reference"] < counted["LoRA"] < counted["full"]
     assert 0 < counted["text encoders"] < counted["reference"]
     assert 0 < counted["VAE"] < counted["reference"]
+
+
+@pytest.mark.parametrize(("source", "states"), [("renoise", 54), ("tracked", 18)])
+def test_evaluations_of_noise_tracked_pairs_by_hand(source, states):
+    """Nine steps: of both images, two evaluations to solve a step, and one for the reference's error of a state."""
+    tracked = importlib.import_module("benchmarks.experiments.tracked")
+    totals = SimpleNamespace(pairs=100, samples=100, states=900)
+    manifest = SimpleNamespace(inversion=InversionSettings(source=source), totals=totals)
+    assert tracked.evaluations(manifest, training_states=2400) == (8 * 16 / 2, states, 2 * 3 * 24)
