@@ -22,9 +22,9 @@ SIDES = {"qwen-image": 256, "z-image": 256, "flux2-klein": 128, "pixart-sigma": 
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, on_ray) -> Path:
+def inputs(tmp_path_factory) -> Path:
     """Ten pairs, in four shards; prompts of different lengths meet in a batch."""
-    return make_inputs(tmp_path_factory.mktemp("inputs"), [*PROMPTS, *PROMPTS], on_ray)
+    return make_inputs(tmp_path_factory.mktemp("inputs"), [*PROMPTS, *PROMPTS])
 
 
 @pytest.fixture(scope="module", params=SIDES)
