@@ -2,7 +2,7 @@
 
 The base model draws eight candidates of every training prompt, two reward models score them, `select` makes pairs by
 `extremes` and by `pareto`, and SmPO is trained on their inverted states (on those of `pareto`, CaPO, too). Pairs of the
-embedded world, which nobody selected, are inverted and trained alike. For each condition beta is chosen on the
+embedded world, drawn at random, are inverted and trained alike. For each condition beta is chosen on the
 validation prompts with a training seed of its own, then three other training seeds are evaluated on the test prompts
 under the true reward, which nothing else sees. Writes docs/results/from_prompts.md, or with `--family sd3`, the world's
 flow model, docs/results/from_prompts_flow.md.

@@ -105,7 +105,7 @@ def test_the_models_own_sampler_is_the_stock_pipelines(kind: str, tmp_path: Path
     ).images
     own_BChw = drawn("model")
     assert torch.equal(own_BChw, wanted)
-    # Stable Diffusion's pipeline itself mends a scheduler that clips.
+    # Stable Diffusion's pipeline itself corrects a scheduler that clips.
     is_first_order = name == family.samplers["ddim"] or kind == "clipped"
     assert torch.equal(own_BChw, drawn("ddim")) == is_first_order
 
