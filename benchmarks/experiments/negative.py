@@ -1,8 +1,9 @@
 """Guide the embedded world's model away from a negative one, trained by `npo`; writes docs/results/negative.md.
 
-The negative models learn the reversed labels of the world's pairs. Beta is chosen on the validation prompts at guidance
-4 with a training seed of its own; then three other seeds are evaluated on the test prompts at several guidance scales
-under the true reward: the base with the negative model in place of its own unconditional prediction, against the base.
+The negative models learn the reversed labels of the world's pairs, with all prompts in training and with a fifth of
+them dropped. For each, beta is chosen on the validation prompts at guidance 4 with a training seed of its own; then
+three other seeds are evaluated on the test prompts at several guidance scales under the true reward: the base with the
+negative model in place of its own unconditional prediction, against the base.
 
     python -m benchmarks.experiments.negative --work DIR
 
@@ -30,45 +31,56 @@ from benchmarks.experiments.objectives import (
 from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
 
-NEGATIVE = Condition("npo", "undropped", ("--objective", "npo"))
-BETAS = (30, 100, 300)
+DROPOUT = {"undropped": 0.0, "dropped": 0.2}
+CONDITIONS = [Condition("npo", source, ("--objective", "npo")) for source in DROPOUT]
+BETAS = (300, 1000, 3000, 10000)
 CHOSEN_AT = 4
 GUIDANCES = (2, 4, 7)
 IMAGES = 4
 
 
 def prepare(work: Path) -> None:
-    """Make the world and states of its pairs, with the prompts of all, as Diffusion-NPO has them."""
+    """Make the world and states of its pairs; Diffusion-NPO drops no prompt."""
     make_world(work)
     common = ("--pairs", work / "world/pairs", "--scores", work / "scores", "--model", work / "world/model")
-    run("smpo-pipeline", "invert", *common, "--prompt-dropout", 0, "--out", work / NEGATIVE.shards)
+    for condition in CONDITIONS:
+        dropout = DROPOUT[condition.source]
+        run("smpo-pipeline", "invert", *common, "--prompt-dropout", dropout, "--out", work / condition.shards)
 
 
-def guided_row(work: Path, models: list[Path], guidance: int) -> str:
-    """Make the row of a guidance scale."""
-    report = f"report-test-{guidance}"
-    base = judge(work, report, models, "test", IMAGES, guidance, negative=True).finding(BASE, TRUTH).mean
-    return row(work / report, f"{guidance} | {base:.3f}", [model.name for model in models])
+def guided_rows(work: Path, models: dict[str, list[Path]], guidance: int) -> list[str]:
+    """Make the rows of a guidance scale."""
+    report, flat = f"report-test-{guidance}", [model for group in models.values() for model in group]
+    base = judge(work, report, flat, "test", IMAGES, guidance, negative=True).finding(BASE, TRUTH).mean
+    return [
+        row(work / report, f"{guidance} | {base:.3f} | {label}", [model.name for model in group])
+        for label, group in models.items()
+    ]
 
 
-def write(work: Path, beta: int, selection: Results, target: Path) -> None:
+def write(work: Path, chosen: dict[str, int], selection: Results, target: Path) -> None:
     """Train and evaluate the final seeds, and write the page."""
-    models = [train(work, NEGATIVE, beta, seed, TRAINING) for seed in SEEDS]
-    rows = [guided_row(work, models, guidance) for guidance in GUIDANCES]
+    models = {
+        f"{DROPOUT[each.source]:g}, beta {chosen[each.label]}": [
+            train(work, each, chosen[each.label], seed, TRAINING) for seed in SEEDS
+        ]
+        for each in CONDITIONS
+    }
+    rows = [line for guidance in GUIDANCES for line in guided_rows(work, models, guidance)]
     command = "python -m benchmarks.experiments.negative"
     text = f"""{stamp(command, ("torch", "diffusers", "transformers", "numpy"))}
 
-Negative models of the embedded world's base (`--objective npo`, beta {beta}): 600 pairs with the annotators' labels,
-ReNoise states without prompt dropout; {STEPS} steps of {BATCH} pairs, lr {LR}, all weights trained. `evaluate
+Negative models of the embedded world's base (`--objective npo`): 600 pairs with the annotators' labels, ReNoise states
+with the given share of prompts dropped; {STEPS} steps of {BATCH} pairs, lr {LR}, all weights trained. `evaluate
 --negative` takes the unconditional prediction from them and the conditional one from the base, which the base alone is
 compared with at the same scale, from the same noise: {len(SEEDS)} training seeds, {IMAGES} images of each of 64 test
 prompts, 16 DDIM steps. Intervals are 95 % bootstraps over prompts (a prompt's images, of all seeds, belong together);
 they do not cover the choice of training seeds, so each seed's win rate is listed too.
 
-{head("guidance", "base's true reward", *COLUMNS)}
+{head("guidance", "base's true reward", "prompts dropped", *COLUMNS)}
 {chr(10).join(rows)}
 
-{choice_section(selection, [NEGATIVE], BETAS)}
+{choice_section(selection, CONDITIONS, BETAS)}
 
 These are gains at guidance {CHOSEN_AT}.
 """
@@ -82,8 +94,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "negative.md", help="page to write")
     arguments = parser.parse_args()
     prepare(arguments.work)
-    chosen, selection = choose_betas(arguments.work, [NEGATIVE], BETAS, TRAINING, IMAGES // 2, CHOSEN_AT, negative=True)
-    write(arguments.work, chosen[NEGATIVE.label], selection, arguments.out)
+    chosen, selection = choose_betas(arguments.work, CONDITIONS, BETAS, TRAINING, IMAGES // 2, CHOSEN_AT, negative=True)
+    write(arguments.work, chosen, selection, arguments.out)
 
 
 if __name__ == "__main__":
