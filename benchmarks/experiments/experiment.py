@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +123,16 @@ def row(report: Path, label: str, models: Sequence[str]) -> str:
 def head(*columns: str) -> str:
     """Make a table's header."""
     return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+
+
+def comparison_row(report: Path, models: Mapping[str, Sequence[Path]], one: str, other: str) -> str:
+    """Make the row that compares two conditions, training seed by training seed on the same noise.
+
+    Args:
+        report: an evaluation's folder.
+        models: trained models by condition.
+        one: a condition.
+        other: the condition that it is compared with.
+    """
+    found, _ = pooled(report, *([model.name for model in models[label]] for label in (one, other)))
+    return f"| {one} against {other} | {percent(found)} | {difference(found)} |"

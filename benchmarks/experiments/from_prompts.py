@@ -25,11 +25,9 @@ from benchmarks.experiments.experiment import (
     BASE,
     COLUMNS,
     TRUTH,
-    difference,
+    comparison_row,
     head,
     make_world,
-    percent,
-    pooled,
     row,
     run,
     score,
@@ -145,13 +143,6 @@ def selection_row(work: Path, method: str) -> str:
     gaps = np.where(chosen_is_0, 1, -1) * (truths[0] - truths[1])
     agrees = 100 * ((gaps > 0) + (gaps == 0) / 2).mean()
     return f"| {method} | {len(pairs)} | {len(set(prompts))} | {gaps.mean():+.3f} | {agrees:.0f} |"
-
-
-def comparison_row(report: Path, models: dict[str, list[Path]], one: str, other: str) -> str:
-    """Make the row that compares two conditions, seed by seed on the same noise."""
-    names = [[model.name for model in models[label]] for label in (one, other)]
-    found, _ = pooled(report, *names)
-    return f"| {one} against {other} | {percent(found)} | {difference(found)} |"
 
 
 def write(work: Path, family: str, chosen: dict[str, int], selection: Results, target: Path) -> None:
