@@ -145,7 +145,7 @@ def run_loop(options: GenerateOptions, out: Path) -> float:
     _, settings = choose_settings(options)
     generator = load(options, device, settings.dtype)
     parts = Parts(generator)
-    prompts = read_prompts(options.prompts)
+    prompts = read_prompts(options.prompts).texts
     wanted = [(prompt, index) for prompt in prompts for index in range(IMAGES)]
     per_unit, size = options.prompts_per_file * IMAGES, options.running.batch_size
     for start in range(0, len(wanted), size):

@@ -9,13 +9,14 @@ import torch
 from smpo_pipeline.evaluation import run as run_module
 from smpo_pipeline.evaluation.evaluation import Evaluation, prepare_evaluation
 from smpo_pipeline.evaluation.options import EvaluateJobOptions, EvaluateOptions, EvaluateSamplingOptions
-from tests.evaluation.stubs import STUBS, EvaluationMaker
+from smpo_pipeline.generation.suites import PromptSource
+from tests.evaluation.stubs import STUBS, EvaluationMaker, write_training
 from tests.tiny import make_tiny_model, make_tiny_unet
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Make a whole model and an output of smpo-train: another denoiser for it, with metrics."""
+    """Make a whole model and an output of smpo-train: another denoiser for it, with metrics and record."""
     folder = tmp_path_factory.mktemp("models")
     base = make_tiny_model(folder / "base")
     with torch.random.fork_rng():
@@ -23,6 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         make_tiny_unet().save_pretrained(folder / "tuned" / "unet")
     lines = [f'{{"step": {step}, "loss": {0.7 - step / 100}, "lr": 0.1}}\n' for step in range(1, 9)]
     (folder / "tuned" / "metrics.jsonl").write_text("".join(lines))
+    write_training(folder / "tuned", {"redness": 1.0})
     return {"base": base, "tuned": folder / "tuned"}
 
 
@@ -46,7 +48,7 @@ def plan_of(models: dict[str, Path], prompts: Path, tmp_path: Path) -> Evaluatio
         # replace() does not validate, which the stubs' names would not pass.
         options = EvaluateOptions.model_construct(
             model=(f"base={models['base']}", f"tuned={models['tuned']}"),
-            prompts=prompts,
+            prompts=PromptSource(None, prompts),
             reward=("brightness",),
             out=tmp_path / "out",
             sampling=EvaluateSamplingOptions(images_per_prompt=3, steps=2, guidance_scale=1.0),

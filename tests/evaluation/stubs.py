@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -42,3 +44,22 @@ class Broken(Brightness):
 
 
 STUBS = {each.name: each for each in (Brightness, Redness, Broken)}
+
+
+def write_training(folder: Path, rewards: Mapping[str, float]) -> None:
+    """Write the ``training.json`` of a run that learned from rewards, by name and weight."""
+    mix = {name: {"weight": weight, "scale": 1.0, "model": "stub"} for name, weight in rewards.items()}
+    record = {
+        "schema_version": 1,
+        "settings": {"beta": 2000, "lr": 1e-5, "lora_rank": None, "seed": 0},
+        "model": "base",
+        "objective": "smpo",
+        "rewards": mix,
+        "shards": [{"path": name, "manifest_sha256": name} for name in ("a", "b")],
+        "states_per_step": 8,
+        "steps": 200,
+        "epochs": 1.5,
+        "versions": {"smpo-diffusion": "0.2.0"},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training.json").write_text(json.dumps(record))

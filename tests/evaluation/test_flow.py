@@ -144,9 +144,13 @@ def test_what_a_flow_model_cannot_be_sampled_with_is_one_line(
 def test_the_usual_steps_and_guidance_are_the_default(world: dict[str, Any], tmp_path: Path) -> None:
     from smpo_pipeline.evaluation.evaluation import prepare_evaluation
     from smpo_pipeline.evaluation.options import EvaluateOptions
+    from smpo_pipeline.generation.suites import PromptSource
 
     options = EvaluateOptions.model_construct(
-        model=(f"base={world['base']}",), prompts=world["prompts"], reward=(REWARD,), out=tmp_path
+        model=(f"base={world['base']}",),
+        prompts=PromptSource(None, world["prompts"]),
+        reward=(REWARD,),
+        out=tmp_path,
     )
     settings = prepare_evaluation(options).settings
     assert settings.steps == (4 if world["kind"] == "flux1-schnell" else world.get("steps", 28))

@@ -1,58 +1,12 @@
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.model_sources import choose_base, identity, parse_models, reward_identity
-from smpo_pipeline.generation.prompts import read_prompts
-
-
-def test_prompts_of_every_kind_of_file(tmp_path: Path) -> None:
-    wanted = ["a cat", "ein Bär"]
-    (tmp_path / "a.txt").write_text("a cat\n\n  ein Bär \na cat\n", encoding="utf-8")
-    rows = [{"prompt": prompt} for prompt in ("a cat", "", None, "ein Bär")]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    pq.write_table(pa.table({"caption": ["a cat", "a cat", None, "ein Bär"]}), tmp_path / "a.parquet")
-    for kind in ("txt", "jsonl", "parquet"):
-        assert read_prompts(tmp_path / f"a.{kind}") == wanted
-    assert read_prompts(tmp_path / "a.txt", limit=1) == ["a cat"]
-    (tmp_path / "odd.txt").write_bytes("a\u2028cat\r\na\x85dog\r\n".encode())
-    assert read_prompts(tmp_path / "odd.txt") == ["a\u2028cat", "a\x85dog"]
-    pq.write_table(pa.table({"prompt": [b"a cat"]}), tmp_path / "bytes.parquet")
-    with pytest.raises(UserError, match="--prompts .*b'a cat'"):
-        read_prompts(tmp_path / "bytes.parquet")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("none.txt", None, "--prompts .*not a file"),
-        ("empty.txt", "\n \n", "holds no prompt"),
-        ("odd.csv", "a", r"--prompts .*\.txt"),
-        ("bad.jsonl", '{"prompt": ', "cannot be read"),
-        ("list.jsonl", "[1]", "line 1"),
-        ("other.jsonl", '{"text": "a"}', "no column prompt or caption"),
-        ("bad.parquet", "no parquet", "cannot be read"),
-        ("number.jsonl", '{"prompt": 3}', "--prompts .*: 3"),
-        ("two.jsonl", '{"prompt": ["a", "b"]}', r"--prompts .*\['a', 'b'\]"),
-        ("half.jsonl", '{"prompt": "\\ud83d"}', "not Unicode"),
-        ("deep.jsonl", '{"prompt": ' + "[" * 100_000, "cannot be read"),
-    ],
-)
-def test_unusable_prompt_files(tmp_path: Path, name: str, content: str | None, words: str) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=words) as caught:
-        read_prompts(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_kinds_and_base(models: dict[str, Path], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from smpo_pipeline.evaluation.evaluation import finished_results
 from smpo_pipeline.evaluation.results import read_results
 from smpo_pipeline.evaluation.run import run
 from smpo_pipeline.evaluation.summary import headline, print_results
+from smpo_pipeline.generation.suites import PromptSource
 from smpo_pipeline.rewards import Reward
 from tests.command import run_command
 from tests.evaluation.stubs import STUBS, EvaluationMaker
@@ -34,8 +35,12 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def test_the_whole_evaluation(plan_of: EvaluationMaker, quiet: Console, models: dict[str, Path]) -> None:
-    evaluation = plan_of(reward=["brightness", "redness"])
+def test_the_whole_evaluation(
+    plan_of: EvaluationMaker, quiet: Console, models: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt,category\na cat,one\na dog,\ncat and dog <b>,two\n")
+    prompts = PromptSource(None, tmp_path / "prompts.csv")
+    evaluation = plan_of(reward=["brightness", "redness"], prompts=prompts)
     assert finished_results(evaluation, overwrite=False) is None
     results = run(evaluation, quiet)
     assert read_results(evaluation.out) == results
@@ -45,6 +50,12 @@ def test_the_whole_evaluation(plan_of: EvaluationMaker, quiet: Console, models: 
     table = pq.read_table(evaluation.out / "scores.parquet").to_pydict()
     assert len(table["model"]) == 18
     assert all((evaluation.out / file).is_file() for file in table["file"])
+    assert set(zip(table["prompt"], table["category"], strict=True)) == {
+        ("a cat", "one"),
+        ("a dog", None),
+        ("cat and dog <b>", "two"),
+    }
+    assert results.settings.categories == ["one", "", "two"]
     scores = {
         model: np.array([value for name, value in zip(table["model"], table["redness"], strict=True) if name == model])
         for model in ("base", "tuned")
@@ -63,6 +74,8 @@ def test_the_whole_evaluation(plan_of: EvaluationMaker, quiet: Console, models: 
     assert denoiser is not None
     assert results.models[0].denoiser == fingerprint_module(denoiser)
     assert (results.models[0].base, results.models[1].base) == (None, str(models["base"]))
+    assert [model.trained_rewards for model in results.models] == [[], ["redness"]]
+    assert (results.models[0].training, results.models[1].training["objective"]) == ({}, "smpo")
 
 
 def test_report_is_self_contained(plan_of: EvaluationMaker, quiet: Console) -> None:
@@ -103,11 +116,12 @@ def test_the_models_are_in_half_precision_on_a_gpu_unless_asked_otherwise(plan_o
         assert plan_of(device=device, dtype=dtype).settings.dtype == expected
 
 
-def test_defaults_are_printed(plan_of: EvaluationMaker) -> None:
+def test_defaults_are_printed(plan_of: EvaluationMaker, tmp_path: Path) -> None:
     console = Console(record=True, width=200)
-    run(plan_of(), console)
+    (tmp_path / "twice.txt").write_text("a cat\na dog\na cat\ncat")
+    run(plan_of(prompts=PromptSource(None, tmp_path / "twice.txt")), console)
     said = console.export_text()
-    for part in ("device: cpu", "fp32", "3 images of 32 x 32 pixels", "batch size 4", "seed 0"):
+    for part in ("device: cpu", "fp32", "3 images of 32 x 32 pixels", "batch size 4", "seed 0", "1 rows repeat"):
         assert part in said
 
 

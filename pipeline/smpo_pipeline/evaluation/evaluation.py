@@ -12,7 +12,6 @@ from smpo_common.same_settings import require_same_settings
 from smpo_pipeline.evaluation.model_sources import choose_base, identity, parse_models, reward_identity
 from smpo_pipeline.evaluation.options import EvaluateOptions
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
-from smpo_pipeline.generation.prompts import read_prompts
 from smpo_pipeline.generation.source import ModelSource
 from smpo_schemas.dtypes import Dtype
 from smpo_schemas.samplers import SamplerChoice
@@ -36,6 +35,7 @@ class Evaluation:
         settings: everything that affects the results.
         sampler: as ``--sampler`` names it.
         batch_size: images at once.
+        repeated: number of rows of the prompts that repeat an earlier one.
         device: ``cpu`` or ``cuda``; None is ``cuda`` if available.
     """
 
@@ -46,6 +46,7 @@ class Evaluation:
     settings: Settings
     sampler: SamplerChoice
     batch_size: int
+    repeated: int
     device: str | None
 
     def folder(self, model: str) -> Path:
@@ -58,7 +59,8 @@ class Evaluation:
 
     def origin(self, model: str) -> str:
         """Hash everything that affects the content of a model's images, though not their number."""
-        values = self.settings.model_dump(exclude={"models", "rewards", "images_per_prompt"}, exclude_defaults=True)
+        others = {"models", "rewards", "images_per_prompt", "categories", "suite"}
+        values = self.settings.model_dump(exclude=others, exclude_defaults=True)
         return sha256_json({**values, "model": self.settings.models[model]})
 
 
@@ -77,7 +79,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     if len(set(options.reward)) != len(options.reward):
         raise UserError("--reward names the same reward twice")
     sampling, running = options.sampling, options.running
-    prompts = read_prompts(options.prompts, running.limit)
+    prompts = options.prompts.read(running.limit, running.category_column)
     rewards = {spec: reward_identity(spec) for spec in options.reward}
     from smpo_pipeline.generation.generator import check_sampling, read_configs  # noqa: PLC0415  (torch: not for --help)
 
@@ -86,7 +88,7 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     settings = Settings(
         models={model.name: identity(model, whole) for model in sources},
         rewards=rewards,
-        prompts=prompts,
+        prompts=prompts.texts,
         images_per_prompt=sampling.images_per_prompt,
         steps=sampling.steps or usual.sampler_steps,
         guidance_scale=usual.usual_guidance if sampling.guidance_scale is None else sampling.guidance_scale,
@@ -95,11 +97,21 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         resolution=sampling.resolution,
         variant=sampling.variant,
         sampler=usual.samplers[sampling.sampler],
+        categories=prompts.categories,
+        suite=options.prompts.suite,
     )
     named = {f"--model {name}": family for name, family in families.items()}
     check_sampling(named, settings, sampling.sampler, negative=bool(options.negative))
     return Evaluation(
-        options.out, sources, families, whole, settings, sampling.sampler, running.batch_size, running.device
+        out=options.out,
+        models=sources,
+        families=families,
+        base=whole,
+        settings=settings,
+        sampler=sampling.sampler,
+        batch_size=running.batch_size,
+        repeated=prompts.repeated,
+        device=running.device,
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator
 
 from smpo_common.options import Flag, Options, Overwrite
 from smpo_pipeline.generation.options import SamplingOptions
-from smpo_pipeline.options import FILE, Device, LocalPath, ModelDtype, Out, Rewards
+from smpo_pipeline.generation.suites import PromptSource
+from smpo_pipeline.options import Device, ModelDtype, Out, Rewards
 
 
 class EvaluateSamplingOptions(SamplingOptions):
@@ -27,6 +28,8 @@ class EvaluateJobOptions(Options):
     """Images generated, and scored, at once."""
     device: Device = None
     dtype: ModelDtype = None
+    category_column: str | None = None
+    """Column of the prompts' categories. Default: category, tag or style, where there is one."""
     limit: Annotated[int | None, Field(ge=1)] = None
     """Use only the first N prompts."""
     overwrite: Overwrite = False
@@ -39,8 +42,15 @@ class EvaluateOptions(Options):
     model: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")]
     """A model to compare: a diffusers pipeline (folder or hub id) or an output of smpo-train. The first is the
     baseline. Repeatable."""
-    prompts: Annotated[LocalPath, FILE]
-    """Prompts: .txt with one per line, or .jsonl or .parquet with a column prompt or caption."""
+    prompts: Annotated[
+        PromptSource,
+        PlainValidator(lambda value: value if isinstance(value, PromptSource) else PromptSource.parse(str(value))),
+        PlainSerializer(str),
+        Flag(typed=str, metavar="FILE|URL|SUITE[=PATH]"),
+    ]
+    """Prompts: .txt with one per line, or .json, .jsonl, .csv, .tsv or .parquet with a column prompt, prompts or
+    caption. Or a published suite, from the hub or from its file or folder: hpsv2, parti, papv2, drawbench, geneval, as
+    in parti or parti=PartiPrompts.tsv."""
     reward: Rewards
     out: Out
     negative: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")] = ()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from smpo_common.files import atomic_path, read_versioned, sha256_json, write_json
 from smpo_pipeline.evaluation.comparison import Comparison
@@ -36,6 +37,8 @@ class Settings(FrozenModel):
         resolution: side of the images in pixels; None: the models' native resolution.
         variant: variant of the weight files; None: files without a variant, or the only variant.
         sampler: name of the models' sampler: the scheduler's class, or DDIM or Euler.
+        categories: of each prompt, blank where it has none; None: the prompts have no categories.
+        suite: name of a published suite of prompts, as ``--prompts`` names it.
     """
 
     models: dict[str, str]
@@ -49,6 +52,8 @@ class Settings(FrozenModel):
     resolution: int | None = None
     variant: str | None = None
     sampler: str = "DDIM"
+    categories: list[str] | None = None
+    suite: str | None = None
 
     def digest(self) -> str:
         """Hash :meth:`identity`."""
@@ -61,13 +66,25 @@ class Settings(FrozenModel):
 
 
 class ModelEntry(FrozenModel):
-    """One model: its source, the model that completes it, its denoiser's fingerprint, and its negative's source."""
+    """One model.
+
+    Attributes:
+        name: as ``--model`` names it.
+        source: folder, file or hub id.
+        base: the whole model that completes it.
+        denoiser: its fingerprint.
+        negative: source of the model that predicts for the unconditional prompt.
+        training: settings and data of the run of smpo-train that made it, by name; empty if they are not known.
+        trained_rewards: rewards that it was trained on, by name; the others are held out.
+    """
 
     name: str
     source: str
     base: str | None
     denoiser: str
     negative: str | None = None
+    training: dict[str, str | float | None] = Field(default_factory=dict)
+    trained_rewards: list[str] = Field(default_factory=list)
 
 
 class RewardEntry(FrozenModel):
@@ -135,7 +152,7 @@ def write_results(directory: Path, results: Results) -> None:
 def write_scores(
     directory: Path,
     scores: Mapping[str, Mapping[str, np.ndarray]],
-    prompts: Sequence[str],
+    settings: Settings,
     files: Mapping[str, list[str]],
 ) -> None:
     """Write ``scores.parquet``: one row per image.
@@ -143,17 +160,19 @@ def write_scores(
     Args:
         directory: the evaluation's folder.
         scores: per reward and model, float [P, I].
-        prompts: P prompts.
+        settings: with P prompts and their categories.
         files: per model, the P * I image files, relative to ``directory``.
     """
     first = next(iter(scores.values()))
+    categories = settings.categories or [""] * len(settings.prompts)
     tables = []
     for model, scores_PI in first.items():
         prompt_index, image_index = np.indices(scores_PI.shape).reshape(2, -1)
         columns: dict[str, Any] = {
             "model": [model] * scores_PI.size,
             "prompt_index": prompt_index,
-            "prompt": [prompts[number] for number in prompt_index],
+            "prompt": [settings.prompts[number] for number in prompt_index],
+            "category": pa.array([categories[number] or None for number in prompt_index], pa.string()),
             "image_index": image_index,
             "file": files[model],
         }

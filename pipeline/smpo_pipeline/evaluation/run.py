@@ -22,6 +22,7 @@ from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
 from smpo_pipeline.evaluation.evaluation import ORIGIN_FILE, Evaluation
 from smpo_pipeline.evaluation.generate import Picture, generate
+from smpo_pipeline.evaluation.provenance import read_training
 from smpo_pipeline.evaluation.report import write_report
 from smpo_pipeline.evaluation.results import (
     REPORT_FILE,
@@ -62,6 +63,8 @@ def run(evaluation: Evaluation, console: Console) -> Results:
         if remark := variant_remark(whole, evaluation.settings.variant):
             console.print(remark, highlight=False, soft_wrap=True)
     console.print(_sizes(evaluation), highlight=False, soft_wrap=True)
+    if evaluation.repeated:
+        console.print(f"--prompts: {evaluation.repeated} rows repeat an earlier prompt, which is taken once")
     # Before hours of sampling.
     rewards = [load_reward(spec, device) for spec in evaluation.settings.rewards]
     names = [reward.name for reward in rewards]
@@ -76,7 +79,7 @@ def run(evaluation: Evaluation, console: Console) -> Results:
     write_scores(
         evaluation.out,
         scores,
-        evaluation.settings.prompts,
+        evaluation.settings,
         {model.name: _files(evaluation, model.name) for model in evaluation.models},
     )
     write_report(evaluation, results, scores)
@@ -125,9 +128,17 @@ def _generate_all(evaluation: Evaluation, device: str, progress: Progress) -> li
         progress.update(task, completed=len(pictures) - len(missing))
         generate(generator, missing, settings, evaluation.batch_size, _advancing(progress, task))
         base = evaluation.base if model.kind != "pipeline" else None
-        negative = model.negative.source if model.negative else None
+        training, trained_rewards = read_training(model.source)
         entries.append(
-            ModelEntry(name=model.name, source=model.source, base=base, denoiser=denoiser, negative=negative)
+            ModelEntry(
+                name=model.name,
+                source=model.source,
+                base=base,
+                denoiser=denoiser,
+                negative=model.negative.source if model.negative else None,
+                training=training,
+                trained_rewards=trained_rewards,
+            )
         )
         del generator
         gc.collect()

@@ -1,22 +1,21 @@
-"""Read the prompts that images are made for, from a text file, JSONL or Parquet."""
+"""Check the prompts that images are made for: each distinct one once, with its category."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from smpo_common.errors import UserError
-from smpo_common.files import arrow_source
 from smpo_common.store_path import AnyPath
+from smpo_pipeline.generation.prompt_files import BLANK, read_values
 from smpo_schemas.pairs.normalising import MAX_TEXT, is_unicode
 from smpo_schemas.reject_kinds import RejectKind
 
-_COLUMNS = ("prompt", "caption")
+_CATEGORIES = ("category", "tag", "style")
+"""Names of the column of categories, in any case: of PartiPrompts and DrawBench, of GenEval, of HPSv2."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +38,103 @@ class PromptFile:
     """The content of a file of prompts.
 
     Attributes:
+        path: the file.
         rows: in the order of first appearance. A repeated prompt is taken once: it would get the same noise, hence the
             same images.
         columns: the file's other columns, a row for each of ``rows``.
+        repeated: number of rows that repeat an earlier prompt.
     """
 
+    path: AnyPath
     rows: list[PromptRow]
     columns: pa.Table
+    repeated: int
+
+    def categories(self, column: str | None = None) -> list[str] | None:
+        """Return the category of each of ``rows``, blank where there is none; None without a column of categories.
+
+        Args:
+            column: its name; default: the first of the known names.
+
+        Raises:
+            UserError: there is no such column, or it holds lists or objects.
+        """
+        names = self.columns.column_names
+        known = [name for wanted in _CATEGORIES for name in names if name.lower() == wanted]
+        if column is None and not known:
+            return None
+        if column is not None and column not in names:
+            raise UserError(f"--category-column {column}: {self.path} has no such column (it has: {', '.join(names)})")
+        name = column or known[0]
+        if pa.types.is_nested(self.columns.schema.field(name).type):
+            raise UserError(f"--prompts {self.path}: the column {name!r} holds no categories; choose --category-column")
+        return ["" if value is None else str(value).strip() for value in self.columns[name].to_pylist()]
 
 
-def read_prompts(path: AnyPath, limit: int | None = None) -> list[str]:
-    """Read the distinct prompts of a file, in the order of their first appearance.
+@dataclass(frozen=True)
+class PromptSet:
+    """Usable distinct prompts.
+
+    Attributes:
+        texts: in the order of their first appearance.
+        categories: of each, blank where it has none; None without a column of categories.
+        repeated: number of rows that repeat an earlier prompt.
+        rows: number of each one's row in its file, from 0.
+    """
+
+    texts: list[str]
+    categories: list[str] | None
+    repeated: int
+    rows: list[int]
+
+    def first(self, limit: int | None) -> PromptSet:
+        """Return the first ``limit`` prompts; None: all."""
+        categories = self.categories and self.categories[:limit]
+        return replace(self, texts=self.texts[:limit], categories=categories, rows=self.rows[:limit])
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, PromptSet]) -> PromptSet:
+        """Join the prompts of several categories, by their names; one that an earlier category has is left out."""
+        found: dict[str, tuple[str, int]] = {}
+        for category, part in parts.items():
+            for text, row in zip(part.texts, part.rows, strict=True):
+                found.setdefault(text, (category, row))
+        given = sum(part.repeated + len(part.texts) for part in parts.values())
+        categories, rows = zip(*found.values(), strict=True)
+        return cls(list(found), list(categories), given - len(found), list(rows))
+
+
+def read_prompts(path: AnyPath, limit: int | None = None, category_column: str | None = None) -> PromptSet:
+    """Read the distinct prompts of a file; blank ones are skipped.
 
     Args:
         path: the file; see :func:`read_prompt_file`.
         limit: maximum number of prompts.
+        category_column: name of the column of categories; default: see :meth:`PromptFile.categories`.
 
     Raises:
         UserError: the file is missing, of another type, malformed, or has no prompt; or a prompt cannot be used.
     """
-    rows = [row for row in read_prompt_file(path).rows if not _is_blank(row)]
-    for row in rows:
+    file = read_prompt_file(path)
+    categories = file.categories(category_column)
+    kept = [place for place, row in enumerate(file.rows) if not _is_blank(row)]
+    for row in (file.rows[place] for place in kept):
         if row.reason:
             raise UserError(f"--prompts {path}: row {row.row}: {row.reason}")
-    return [row.prompt for row in rows if row.prompt is not None][:limit]
+    return PromptSet(
+        texts=[str(file.rows[place].prompt) for place in kept],
+        categories=categories and [categories[place] for place in kept],
+        repeated=file.repeated,
+        rows=[file.rows[place].row for place in kept],
+    ).first(limit)
 
 
 def read_prompt_file(path: AnyPath, limit: int | None = None) -> PromptFile:
     """Read a file of prompts.
 
-    ``.txt`` holds one prompt per line; ``.jsonl`` and ``.parquet`` a column ``prompt`` or ``caption``, as files of
-    pairs do. Blank lines of a ``.txt`` are skipped.
+    ``.txt`` holds one prompt per line; ``.json``, ``.jsonl``, ``.csv``, ``.tsv`` and ``.parquet`` a column ``prompt``,
+    ``prompts`` or ``caption``, in any case; ``.json`` also a list of prompts, or such a list for each category. Blank
+    lines are skipped.
 
     Args:
         path: the file.
@@ -78,44 +143,38 @@ def read_prompt_file(path: AnyPath, limit: int | None = None) -> PromptFile:
     Raises:
         UserError: the file is missing, of another type, malformed, or has no prompt.
     """
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if not path.is_file():
-        raise UserError(f"--prompts {path} is not a file")
-    if path.suffix not in readers:
-        raise UserError(f"--prompts {path}: give a {', '.join(readers)} file")
-    try:
-        prompts, columns = readers[path.suffix](path)
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise UserError(f"--prompts {path} cannot be read: {error}") from error
-    rows = _distinct(prompts)
+    prompts, columns = read_values(path)
+    rows, repeated = _distinct(prompts)
     if not any(row.prompt for row in rows):
         reasons = [f"row {row.row}: {row.reason}" for row in rows if not _is_blank(row)]
         raise UserError(f"--prompts {path} holds no prompt" + (f"; {reasons[0]}" if reasons else ""))
     rows = rows[:limit]
-    return PromptFile(rows, columns.take([row.row for row in rows]) if columns.num_columns else columns)
+    kept = columns.take([row.row for row in rows]) if columns.num_columns else columns
+    return PromptFile(path, rows, kept, repeated)
 
 
 def _is_blank(row: PromptRow) -> bool:
     return row.reason is not None and row.reason.startswith(RejectKind.NO_PROMPT)
 
 
-def _distinct(prompts: Sequence[Any]) -> list[PromptRow]:
-    """Check the prompts; each distinct one once."""
+def _distinct(prompts: Sequence[Any]) -> tuple[list[PromptRow], int]:
+    """Check the prompts; each distinct one once. Also count the rows that repeat one."""
     seen: set[str] = set()
-    rows = []
+    rows, repeated = [], 0
     for number, value in enumerate(prompts):
-        row = _checked(number, value)
-        if row is None or row.prompt in seen:
+        row = None if value is BLANK else _checked(number, value)
+        if row is None:
+            continue
+        if row.prompt in seen:
+            repeated += 1
             continue
         if row.prompt is not None:
             seen.add(row.prompt)
         rows.append(row)
-    return rows
+    return rows, repeated
 
 
-def _checked(number: int, value: Any) -> PromptRow | None:  # noqa: ANN401  (anything that a file may hold)
-    if value is _BLANK_LINE:
-        return None
+def _checked(number: int, value: Any) -> PromptRow:  # noqa: ANN401  (anything that a file may hold)
     if value is not None and not isinstance(value, str):
         return PromptRow(number, None, f"{RejectKind.NOT_TEXT}: {str(value)[:100]}")
     prompt = (value or "").strip()
@@ -127,55 +186,3 @@ def _checked(number: int, value: Any) -> PromptRow | None:  # noqa: ANN401  (any
         reason = f"{RejectKind.TEXT_TOO_LONG}: prompt has {len(prompt)} characters, above {MAX_TEXT}"
         return PromptRow(number, None, reason)
     return PromptRow(number, prompt)
-
-
-_BLANK_LINE = object()
-
-
-def _read_text(path: AnyPath) -> tuple[list[Any], pa.Table]:
-    # Not splitlines, which also splits at characters that a prompt may contain, such as U+2028.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [line if line.strip() else _BLANK_LINE for line in lines], pa.table({})
-
-
-def _read_jsonl(path: AnyPath) -> tuple[list[Any], pa.Table]:
-    rows = list(_json_rows(path))
-    prompts = [row[_column(list(row), path)] for row in rows]
-    names = dict.fromkeys(name for row in rows for name in row if name not in _COLUMNS)
-    columns = {}
-    for name in names:
-        try:
-            columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, OverflowError) as error:
-            raise UserError(f"--prompts {path}: the values of {name!r} are not all of one type: {error}") from error
-    return prompts, pa.table(columns)
-
-
-def _json_rows(path: AnyPath) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise UserError(f"--prompts {path}: line {number} is not a JSON object")
-            yield row
-
-
-def _read_parquet(path: AnyPath) -> tuple[list[Any], pa.Table]:
-    schema = pq.read_schema(arrow_source(path))
-    name = _column(schema.names, path)
-    # Not the images of a file of pairs: they may not fit in memory.
-    others = [field.name for field in schema if field.name not in _COLUMNS and not _holds_bytes(field.type)]
-    table = pq.read_table(arrow_source(path), columns=[name, *others])
-    return table[name].to_pylist(), table.select(others)
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    inner = [kind.field(number).type for number in range(kind.num_fields)]
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or any(map(_holds_bytes, inner))
-
-
-def _column(names: Sequence[str], path: AnyPath) -> str:
-    for name in _COLUMNS:
-        if name in names:
-            return name
-    raise UserError(f"--prompts {path} has no column {' or '.join(_COLUMNS)} (it has: {', '.join(names) or 'none'})")

@@ -98,8 +98,8 @@ class GenerateOptions(Options):
     model: Annotated[ModelSource, Flag(place=True)]
     """Text-to-image model: hub id or diffusers folder."""
     prompts: Annotated[ExistingPathOrUrl, Flag(typed=str, metavar="FILE|URL", place=True)]
-    """Prompts: .txt with one per line, or .jsonl or .parquet with a column prompt or caption, whose other columns are
-    carried through. A repeated prompt is taken once."""
+    """Prompts: .txt with one per line, or .json, .jsonl, .csv, .tsv or .parquet with a column prompt, prompts or
+    caption, whose other columns are carried through. A repeated prompt is taken once."""
     out: OutOrUrl
     unet: ExistingPath | None = None
     """Denoiser to use instead of the model's own: a folder, such as an output of smpo-train."""
