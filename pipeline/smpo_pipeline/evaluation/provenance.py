@@ -13,7 +13,7 @@ _SETTINGS = ("beta", "gamma", "lr", "optimizer", "lora_rank", "seed")
 """Settings of a run that are shown, besides objective, steps and data."""
 
 
-def read_training(source: str) -> tuple[dict[str, str | float | None], list[str]]:
+def read_training(source: str) -> tuple[dict[str, str | int | float | bool | None], list[str]]:
     """Read how a model was trained.
 
     Args:
@@ -43,7 +43,7 @@ def _training_file(path: Path) -> Path | None:
     return next((folder / TRAINING_FILE for folder in folders if (folder / TRAINING_FILE).is_file()), None)
 
 
-def _shown(record: dict[str, Any]) -> dict[str, str | float | None]:
+def _shown(record: dict[str, Any]) -> dict[str, str | int | float | bool | None]:
     settings = record["settings"]
     rewards = ", ".join(f"{name}:{reward['weight']:g}" for name, reward in record["rewards"].items())
     shown = {

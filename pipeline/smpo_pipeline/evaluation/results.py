@@ -83,7 +83,7 @@ class ModelEntry(FrozenModel):
     base: str | None
     denoiser: str
     negative: str | None = None
-    training: dict[str, str | float | None] = Field(default_factory=dict)
+    training: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     trained_rewards: list[str] = Field(default_factory=list)
 
 
