@@ -40,7 +40,7 @@ from smpo_pipeline.generation.generator import Generator, quiet_libraries
 from smpo_pipeline.generation.prompts import read_prompts
 from smpo_pipeline.jobs.cluster.session import set_reproducible_arithmetic
 from smpo_pipeline.jobs.generate import job
-from smpo_pipeline.jobs.generate.actor import GenerateActor
+from smpo_pipeline.jobs.generate.actor import GenerateActor, SamplingWork
 from smpo_pipeline.jobs.generate.models import choose_settings, load
 from smpo_pipeline.jobs.generate.options import (
     CandidateFileOptions,
@@ -108,9 +108,9 @@ class Parts:
 class TimedActor(GenerateActor):
     """The actor, which notes the end of each unit and the seconds of each kind of work so far."""
 
-    def __init__(self, options: GenerateOptions, **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init__(options, **kwargs)
-        self._parts, self._notes = Parts(self._generator), options.out.parent / "units.jsonl"
+    def __init__(self, work: SamplingWork, content: Mapping[str, Any]) -> None:
+        super().__init__(work, content)
+        self._parts, self._notes = Parts(self._generator), work.run.out.parent / "units.jsonl"
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """Sample one unit."""
@@ -143,7 +143,7 @@ def run_loop(options: GenerateOptions, out: Path) -> float:
     set_reproducible_arithmetic(device)
     quiet_libraries()
     _, settings = choose_settings(options)
-    generator = load(options, device, settings.dtype)
+    generator = load(options.loading, device, settings.dtype)
     parts = Parts(generator)
     prompts = read_prompts(options.prompts).texts
     wanted = [(prompt, index) for prompt in prompts for index in range(IMAGES)]

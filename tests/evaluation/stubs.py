@@ -9,8 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 
+from smpo_pipeline.evaluation import run as run_module
 from smpo_pipeline.evaluation.evaluation import Evaluation
+from smpo_pipeline.evaluation.results import Results
+from smpo_pipeline.jobs.evaluate.sampling import sample_model
 from smpo_pipeline.rewards import Reward
 
 EvaluationMaker = Callable[..., Evaluation]
@@ -44,6 +48,11 @@ class Broken(Brightness):
 
 
 STUBS = {each.name: each for each in (Brightness, Redness, Broken)}
+
+
+def run(evaluation: Evaluation, console: Console) -> Results:
+    """Run an evaluation as the command does."""
+    return run_module.run(evaluation, console, sample_model)
 
 
 def write_training(folder: Path, rewards: Mapping[str, float]) -> None:

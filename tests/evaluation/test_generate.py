@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from PIL import Image
 
 from smpo_common.errors import UserError
 from smpo_models.draws import image_noise
-from smpo_pipeline.evaluation import generate as generate_module
-from smpo_pipeline.evaluation.generate import Picture, generate
 from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.generation.generator import latent_shape, load_generator
 from tests.evaluation.stubs import EvaluationMaker
@@ -32,9 +29,7 @@ def test_noise_depends_on_seed_prompt_and_index_alone() -> None:
     assert many.std() == pytest.approx(1, abs=0.01)
 
 
-def test_models_begin_from_the_same_noise(
-    plan_of: EvaluationMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_begin_from_the_same_noise(plan_of: EvaluationMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation = plan_of()
     seen: dict[str, list[np.ndarray]] = {}
     for model in evaluation.models:
@@ -42,8 +37,7 @@ def test_models_begin_from_the_same_noise(
         inner = generator.denoiser.forward
         noises = seen.setdefault(model.name, [])
         monkeypatch.setattr(generator.denoiser, "forward", _recording(inner, noises))
-        pictures = [Picture("a cat", index, tmp_path / f"{model.name}{index}.png") for index in range(3)]
-        generate(generator, pictures, evaluation.settings, 3, lambda _: None)
+        generator.sample([("a cat", index) for index in range(3)], evaluation.settings)
         assert latent_shape(generator.family, evaluation.settings) == (4, 8, 8)
     assert np.array_equal(seen["base"][0], seen["tuned"][0])
     assert np.array_equal(seen["base"][0][1], image_noise(0, "a cat", 1, (4, 8, 8)))
@@ -58,52 +52,20 @@ def _recording(inner: Callable[..., Any], noises: list[np.ndarray]) -> Callable[
     return forward
 
 
-def test_images_do_not_depend_on_batch_size_or_order(plan_of: EvaluationMaker, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_batch_size_or_order(plan_of: EvaluationMaker) -> None:
     evaluation = plan_of()
     generator = load_generator(evaluation.models[0], evaluation.base, "cpu", "fp32")
     keys = [(prompt, index) for prompt in ("a cat", "a dog and a cat") for index in range(3)]
-    made = {}
+    made = []
     for batch_size, order in ((1, keys), (4, keys), (6, keys[::-1])):
-        folder = tmp_path / f"{batch_size}"
-        pictures = [Picture(prompt, index, folder / f"{prompt}-{index}.png") for prompt, index in order]
-        counted: list[int] = []
-        generate(generator, pictures, evaluation.settings, batch_size, counted.append)
-        assert sum(counted) == 6
-        made[batch_size] = [np.asarray(Image.open(folder / f"{prompt}-{index}.png"), int) for prompt, index in keys]
-    for batch_size in (4, 6):
+        images = {}
+        for start in range(0, 6, batch_size):
+            batch = order[start : start + batch_size]
+            images |= dict(zip(batch, generator.sample(batch, evaluation.settings), strict=True))
+        made.append([np.asarray(images[key].image, int) for key in keys])
+    for others in made[1:]:
         # float32 sums in another order may move a value over a rounding step of the PNG
-        assert max(np.abs(a - b).max() for a, b in zip(made[1], made[batch_size], strict=True)) <= 1
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("GET was unable to find an engine to execute this computation"),
-    ],
-)
-def test_where_memory_runs_out_batches_are_halved(
-    plan_of: EvaluationMaker, tmp_path: Path, monkeypatch: Any, error: RuntimeError
-) -> None:
-    evaluation = plan_of()
-    generator = load_generator(evaluation.models[0], evaluation.base, "cpu", "fp32")
-    inner, fitting, sizes = generate_module._sample, 2, []
-
-    def sample(generator: Any, batch: list[Picture], settings: Any) -> list[Image.Image]:
-        if len(batch) > fitting:
-            raise error
-        sizes.append(len(batch))
-        return inner(generator, batch, settings)
-
-    monkeypatch.setattr(generate_module, "_sample", sample)
-    pictures = [Picture("a cat", index, tmp_path / f"{index}.png") for index in range(5)]
-    counted: list[int] = []
-    generate(generator, pictures, evaluation.settings, 5, counted.append)
-    assert sizes == counted == [2, 2, 1]
-    assert all(picture.path.is_file() for picture in pictures)
-    fitting = 0
-    with pytest.raises(UserError, match=f"too little memory to sample one image: {error}.*--dtype fp16"):
-        generate(generator, pictures, evaluation.settings, 5, counted.append)
+        assert max(np.abs(a - b).max() for a, b in zip(made[0], others, strict=True)) <= 1
 
 
 def test_ddim_without_clipping_whatever_the_scheduler(models: dict[str, Path]) -> None:
@@ -125,9 +87,8 @@ def test_a_model_without_a_size_takes_the_one_that_is_given(
         evaluation = plan_of(model=[f"base={source}"], resolution=resolution)
         (model,) = evaluation.models
         assert latent_shape(evaluation.families["base"], evaluation.settings) == (4, 8, 8)
-        picture = Picture("a cat", 0, tmp_path / f"{resolution}.png")
-        generate(load_generator(model, None, "cpu", "fp32"), [picture], evaluation.settings, 1, print)
-        images.append(picture.path.read_bytes())
+        (sampled,) = load_generator(model, None, "cpu", "fp32").sample([("a cat", 0)], evaluation.settings)
+        images.append(sampled.image.tobytes())
     assert images[0] == images[1]
     with pytest.raises(UserError, match="--resolution"):
         plan_of(model=[f"base={sizeless}"])

@@ -9,8 +9,7 @@ from rich.console import Console
 
 from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.evaluation import finished_results
-from smpo_pipeline.evaluation.run import run
-from tests.evaluation.stubs import EvaluationMaker
+from tests.evaluation.stubs import EvaluationMaker, run
 from tests.tiny import make_tiny_model
 from tests.tiny_flow import make_tiny_flux
 

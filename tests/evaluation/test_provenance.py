@@ -14,8 +14,9 @@ from tests.evaluation.stubs import write_training
 
 def test_a_run_its_checkpoints_and_its_lora_file(tmp_path: Path) -> None:
     write_training(tmp_path / "run", {"pickscore": 0.25, "clipscore": 1.0})
+    (tmp_path / "run" / "checkpoint-000200").mkdir()
+    (tmp_path / "run" / "checkpoint-000200" / "pytorch_lora_weights.safetensors").touch()
     for place in ("", "checkpoint-000200", "checkpoint-000200/pytorch_lora_weights.safetensors"):
-        (tmp_path / "run" / place).mkdir(exist_ok=True, parents=True)
         shown, rewards = read_training(str(tmp_path / "run" / place))
         assert rewards == ["pickscore", "clipscore"]
         assert shown["rewards"] == "pickscore:0.25, clipscore:1"

@@ -19,12 +19,11 @@ from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_pipeline.evaluation.evaluation import finished_results
 from smpo_pipeline.evaluation.results import read_results
-from smpo_pipeline.evaluation.run import run
 from smpo_pipeline.evaluation.summary import headline, print_results
 from smpo_pipeline.generation.suites import PromptSource
 from smpo_pipeline.rewards import Reward
 from tests.command import run_command
-from tests.evaluation.stubs import STUBS, EvaluationMaker
+from tests.evaluation.stubs import STUBS, EvaluationMaker, run
 from tests.tiny import make_tiny_unet
 
 pytestmark = pytest.mark.usefixtures("stub_rewards")

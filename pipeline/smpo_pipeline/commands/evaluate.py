@@ -23,11 +23,15 @@ def evaluate(options: EvaluateOptions) -> None:
             f"{evaluation.out} is finished with these settings; nothing to do.", highlight=False, soft_wrap=True
         )
     else:
-        from smpo_pipeline.evaluation.run import run  # noqa: PLC0415  (loads torch: not for a finished evaluation)
+        # Torch and Ray: not for a finished evaluation.
+        from smpo_pipeline.evaluation.run import run  # noqa: PLC0415
+        from smpo_pipeline.jobs.evaluate.sampling import sample_model  # noqa: PLC0415
+        from smpo_pipeline.jobs.record.lock import locked  # noqa: PLC0415
 
         # With what was chosen by default, so that the config reproduces the numbers on any machine.
         chosen = {name: getattr(evaluation.settings, name) for name in ("dtype", "steps", "guidance_scale")}
         options.replace(**chosen).write(evaluation.out)
-        results = run(evaluation, console)
+        with locked(evaluation.out):
+            results = run(evaluation, console, sample_model)
     print_results(results, console)
     console.print(f"report: {evaluation.out / REPORT_FILE}", highlight=False, soft_wrap=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from smpo_common.errors import UserError
-from smpo_common.files import read_json, sha256_json
+from smpo_common.files import sha256_json
 from smpo_common.same_settings import require_same_settings
 from smpo_pipeline.evaluation.model_sources import choose_base, identity, parse_models, reward_identity
 from smpo_pipeline.evaluation.options import EvaluateOptions
+from smpo_pipeline.evaluation.picture_files import PictureFiles
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
-from smpo_pipeline.generation.source import ModelSource
+from smpo_pipeline.generation.source import Loading, ModelSource
+from smpo_schemas.candidates import GenerationSettings
 from smpo_schemas.dtypes import Dtype
 from smpo_schemas.samplers import SamplerChoice
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from smpo_models.family import Family
 
 IMAGES_FOLDER = "images"
-ORIGIN_FILE = "made_from.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class Evaluation:
         sampler: as ``--sampler`` names it.
         batch_size: images at once.
         repeated: number of rows of the prompts that repeat an earlier one.
+        metadata: of GenEval: each prompt's row of its file, which its scorer reads.
         device: ``cpu`` or ``cuda``; None is ``cuda`` if available.
+        concurrency: most models at once; None: one per GPU.
+        ray_address: of a cluster to sample on.
     """
 
     out: Path
@@ -47,15 +51,51 @@ class Evaluation:
     sampler: SamplerChoice
     batch_size: int
     repeated: int
+    metadata: list[dict[str, Any]] | None
     device: str | None
+    concurrency: int | None
+    ray_address: str | None
 
     def folder(self, model: str) -> Path:
         """Return the folder of a model's images."""
         return self.out / IMAGES_FOLDER / model
 
+    def pictures(self, model: str) -> PictureFiles:
+        """Return the files of a model's images."""
+        return PictureFiles(self.folder(model), nested=self.metadata is not None)
+
     def file(self, model: str, prompt_number: int, index: int) -> Path:
         """Return the file of one image."""
-        return self.folder(model) / f"{prompt_number:05d}-{index:02d}.png"
+        return self.pictures(model).path(prompt_number, index)
+
+    def lacking(self, model: str) -> list[int]:
+        """Number the prompts that lack an image of a model."""
+        indices = range(self.settings.images_per_prompt)
+        return [
+            number
+            for number in range(len(self.settings.prompts))
+            if not all(self.file(model, number, index).is_file() for index in indices)
+        ]
+
+    def generation(self) -> GenerationSettings:
+        """Return the settings of the images as ``generate`` has them."""
+        settings = self.settings
+        return GenerationSettings(
+            sampler=settings.sampler,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            seed=settings.seed,
+            dtype=cast("Dtype", settings.dtype),
+            resolution=settings.resolution or self.families[self.models[0].name].resolution(),
+            images_per_prompt=settings.images_per_prompt,
+            image_format="png",
+            keep=None,
+        )
+
+    def loading(self, model: ModelSource) -> Loading:
+        """Return what a model is loaded from."""
+        base = self.base if model.kind != "pipeline" else None
+        return Loading(model, base, self.settings.variant, self.sampler)
 
     def origin(self, model: str) -> str:
         """Hash everything that affects the content of a model's images, though not their number."""
@@ -111,7 +151,10 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         sampler=sampling.sampler,
         batch_size=running.batch_size,
         repeated=prompts.repeated,
+        metadata=options.prompts.geneval_rows(prompts),
         device=running.device,
+        concurrency=running.concurrency,
+        ray_address=running.ray_address,
     )
 
 
@@ -145,9 +188,10 @@ def _check_images(evaluation: Evaluation, model: str, *, overwrite: bool) -> Non
     folder = evaluation.folder(model)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not (folder / ORIGIN_FILE).is_file():
+    origin = evaluation.pictures(model).origin()
+    if origin is None:
         raise UserError(f"{folder} holds files that were not written by evaluate; choose another --out")
-    if read_json(folder / ORIGIN_FILE).get("origin") != evaluation.origin(model) and not overwrite:
+    if origin.get("origin") != evaluation.origin(model) and not overwrite:
         raise UserError(
             f"--out {evaluation.out} holds an unfinished evaluation of {model!r} with other settings; "
             "choose another --out, or replace it with --overwrite"

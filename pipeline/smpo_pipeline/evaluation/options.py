@@ -28,6 +28,12 @@ class EvaluateJobOptions(Options):
     """Images generated, and scored, at once."""
     device: Device = None
     dtype: ModelDtype = None
+    concurrency: Annotated[
+        int | None, Field(ge=1, description="Most models that sample at once, each with one GPU. Default: one per GPU.")
+    ] = None
+    ray_address: Annotated[
+        str | None, Field(description="Address of a Ray cluster to sample on. Default: the GPUs of this machine.")
+    ] = None
     category_column: str | None = None
     """Column of the prompts' categories. Default: category, tag or style, where there is one."""
     limit: Annotated[int | None, Field(ge=1)] = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,14 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smpo_common.errors import UserError
-from smpo_common.files import read_json, write_json
 from smpo_models.devices import choose_device, device_in_words
 from smpo_models.hub import require_source
 from smpo_models.sampling import sampling_in_words
 from smpo_models.weights import variant_remark
 from smpo_pipeline.evaluation.comparison import compare
-from smpo_pipeline.evaluation.evaluation import ORIGIN_FILE, Evaluation
-from smpo_pipeline.evaluation.generate import Picture, generate
+from smpo_pipeline.evaluation.evaluation import Evaluation
 from smpo_pipeline.evaluation.provenance import read_training
 from smpo_pipeline.evaluation.report import write_report
 from smpo_pipeline.evaluation.results import (
@@ -35,7 +34,8 @@ from smpo_pipeline.evaluation.results import (
     write_results,
     write_scores,
 )
-from smpo_pipeline.generation.generator import load_generator, quiet_libraries
+from smpo_pipeline.generation.generator import quiet_libraries
+from smpo_pipeline.generation.source import ModelSource
 from smpo_pipeline.isolation import run_isolated
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 
@@ -43,13 +43,27 @@ Scores = dict[str, dict[str, np.ndarray]]
 """Per reward and model, float64 [P, I]: P prompts, I images per prompt."""
 
 
-def run(evaluation: Evaluation, console: Console) -> Results:
+Sample = Callable[[Evaluation, ModelSource, str], str]
+"""Samples the missing images of a model on a device; returns the fingerprint of its denoiser."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image: its prompt, its number within the prompt, and its file."""
+
+    prompt: str
+    index: int
+    path: Path
+
+
+def run(evaluation: Evaluation, console: Console, sample: Sample) -> Results:
     """Run the evaluation; existing images of the same settings are reused.
 
     Raises:
         UserError: a model or a reward cannot be loaded, or a folder cannot be written.
     """
-    device = choose_device(evaluation.device)
+    # On a cluster, this machine may have no GPU.
+    device = choose_device(None if evaluation.ray_address and evaluation.device != "cpu" else evaluation.device)
     console.print(f"device: {device_in_words(device)}, models in {evaluation.settings.dtype}", highlight=False)
     quiet_libraries()
     # True float32, as in the workers of `score`: by default cuDNN convolves in TF32.
@@ -72,8 +86,8 @@ def run(evaluation: Evaluation, console: Console) -> Results:
         raise UserError(f"--reward: two of {', '.join(names)} share a name; evaluate them one at a time")
     for stale in (RESULTS_FILE, REPORT_FILE):
         (evaluation.out / stale).unlink(missing_ok=True)
+    entries = [_entry(evaluation, model, sample(evaluation, model, device)) for model in evaluation.models]
     with _progress(console) as progress:
-        entries = _generate_all(evaluation, device, progress)
         scores = {reward.name: _score_all(evaluation, reward, device, progress) for reward in rewards}
     results = _results(evaluation, entries, rewards, scores)
     write_scores(
@@ -114,50 +128,17 @@ def _files(evaluation: Evaluation, model: str) -> list[str]:
     return [str(picture.path.relative_to(evaluation.out)) for picture in _pictures(evaluation, model)]
 
 
-def _generate_all(evaluation: Evaluation, device: str, progress: Progress) -> list[ModelEntry]:
-    """Generate every model's missing images, with one model in memory at a time."""
-    entries: list[ModelEntry] = []
-    for model in evaluation.models:
-        pictures = _pictures(evaluation, model.name)
-        task = progress.add_task(f"sample {model.name}", total=len(pictures))
-        settings = evaluation.settings
-        generator = load_generator(model, evaluation.base, device, settings.dtype, settings.variant, evaluation.sampler)
-        denoiser = generator.fingerprint()
-        _claim_folder(evaluation, model.name, denoiser)
-        missing = [picture for picture in pictures if not picture.path.is_file()]
-        progress.update(task, completed=len(pictures) - len(missing))
-        generate(generator, missing, settings, evaluation.batch_size, _advancing(progress, task))
-        base = evaluation.base if model.kind != "pipeline" else None
-        training, trained_rewards = read_training(model.source)
-        entries.append(
-            ModelEntry(
-                name=model.name,
-                source=model.source,
-                base=base,
-                denoiser=denoiser,
-                negative=model.negative.source if model.negative else None,
-                training=training,
-                trained_rewards=trained_rewards,
-            )
-        )
-        del generator
-        gc.collect()
-    return entries
-
-
-def _advancing(progress: Progress, task: object) -> Callable[[int], None]:
-    return lambda count: progress.advance(task, count)  # type: ignore[arg-type]
-
-
-def _claim_folder(evaluation: Evaluation, model: str, denoiser: str) -> None:
-    """Record the settings and weights of a model's images in its folder; remove images of other settings or weights."""
-    folder = evaluation.folder(model)
-    # With the denoiser's fingerprint, since the weights behind a hub id may change.
-    file, origin = folder / ORIGIN_FILE, {"origin": evaluation.origin(model), "denoiser": denoiser}
-    if file.is_file() and read_json(file) != origin:
-        for stale in folder.glob("*.png"):
-            stale.unlink()
-    write_json(file, origin)
+def _entry(evaluation: Evaluation, model: ModelSource, denoiser: str) -> ModelEntry:
+    training, trained_rewards = read_training(model.source)
+    return ModelEntry(
+        name=model.name,
+        source=model.source,
+        base=evaluation.loading(model).base,
+        denoiser=denoiser,
+        negative=model.negative.source if model.negative else None,
+        training=training,
+        trained_rewards=trained_rewards,
+    )
 
 
 def _score_all(evaluation: Evaluation, reward: Reward, device: str, progress: Progress) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from smpo_common.errors import UserError
+from smpo_schemas.samplers import SamplerChoice
 from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE, METRICS_FILE
 
 INDEX_FILE = "model_index.json"
@@ -51,6 +52,23 @@ class ModelSource:
         """The file of a ``lora``: the source itself, or in smpo-train's output folder."""
         path = Path(self.source)
         return path if path.is_file() else path / LORA_FILE
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a model is loaded from for sampling.
+
+    Attributes:
+        source: the model.
+        base: folder or hub id of the whole model that completes it; None for a whole one.
+        variant: of the files of weights; None: those without a variant, or the only one.
+        sampler: as ``--sampler`` names it.
+    """
+
+    source: ModelSource
+    base: str | None
+    variant: str | None
+    sampler: SamplerChoice
 
 
 def recognise_source(given: str, source: str) -> Kind:

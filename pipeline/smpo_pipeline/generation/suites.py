@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 
 from smpo_common.errors import UserError
 from smpo_common.store_path import AnyPath, StorePath, parse_path
+from smpo_pipeline.generation.prompt_files import json_rows
 from smpo_pipeline.generation.prompts import PromptSet, read_prompts
 
 
@@ -106,6 +108,24 @@ class PromptSource:
         if len(parts) == 1:
             return next(iter(parts.values())).first(limit)
         return PromptSet.joined({Path(name).stem: part for name, part in parts.items()}).first(limit)
+
+    def geneval_rows(self, prompts: PromptSet) -> list[dict[str, Any]] | None:
+        """Return the row of each prompt in GenEval's file, which its scorer reads; None for other suites.
+
+        Raises:
+            UserError: a row has not what the scorer needs.
+        """
+        if self.suite != "geneval":
+            return None
+        (path,) = self.files()
+        if path.suffix != ".jsonl":
+            raise UserError(f"--prompts {self}: its scorer needs its JSON lines, from {SUITES['geneval'].origin}")
+        lines = list(json_rows(path))
+        rows = [lines[number] for number in prompts.rows]
+        for row in rows:
+            if not {"tag", "include"} <= row.keys():
+                raise UserError(f"--prompts {self}: {row['prompt']!r} lacks tag or include, which its scorer reads")
+        return rows
 
     def _on_hub(self) -> AnyPath:
         suite = SUITES[str(self.suite)]

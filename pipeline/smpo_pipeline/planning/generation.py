@@ -93,7 +93,7 @@ def plan_generation(options: GenerateOptions, console: Console) -> GenerationPla
     family, settings = choose_settings(options)
     console.print(choices(options, settings, len(prompts)), highlight=False, soft_wrap=True)
     device = options.running.chosen_device
-    generator = load(options, device, settings.dtype)
+    generator = load(options.loading, device, settings.dtype)
     size = options.running.batch_size
     if size is None:
         most = options.prompts_per_file * settings.images_per_prompt

@@ -15,14 +15,13 @@ from PIL import Image
 
 from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.evaluation import prepare_evaluation
-from smpo_pipeline.evaluation.generate import Picture
-from smpo_pipeline.evaluation.generate import generate as generate_for_evaluation
 from smpo_pipeline.evaluation.options import EvaluateJobOptions, EvaluateOptions, EvaluateSamplingOptions
-from smpo_pipeline.generation.generator import Generator, Sampled, Wanted, load_generator
+from smpo_pipeline.generation.generator import Generator, Sampled, Wanted
 from smpo_pipeline.jobs.cells import byte_views, cell_values
+from smpo_pipeline.jobs.evaluate.sampling import sample_model
 from smpo_pipeline.jobs.generate import actor as actor_module
-from smpo_pipeline.jobs.generate.actor import GenerateActor
-from smpo_pipeline.jobs.generate.models import choose_settings, describe_generator, load
+from smpo_pipeline.jobs.generate.actor import GenerateActor, SamplingWork
+from smpo_pipeline.jobs.generate.models import choose_settings, content_of, load
 from smpo_pipeline.jobs.generate.options import CandidateOptions, GenerateJobOptions, GenerateOptions
 from smpo_pipeline.jobs.generate.parts import Prompts
 from smpo_pipeline.jobs.record.batch_sizes import pop_batch_sizes
@@ -42,9 +41,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., GenerateActor]:
+def make(model: Path, tmp_path: Path) -> Callable[..., GenerateActor]:
     def actor(log: WorkLog | None = None, batch_size: int | None = 4) -> GenerateActor:
-        monkeypatch.setattr(actor_module.ray, "get", lambda value: value)
         (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
         options = GenerateOptions(
             model=str(model),
@@ -55,11 +53,10 @@ def make(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         )
         _, settings = choose_settings(options)
         table = pa.table({"row": range(3), "prompt": PROMPTS, "reason": pa.nulls(3, pa.string())})
-        prompts: Any = Prompts(options.prompts, 3, (table, pa.table({})))
-        identity = describe_generator(options, load(options, "cpu", "fp32"), "fp32")
-        return GenerateActor(
-            options, settings, identity, prompts, Run(options.out, CANDIDATES_FILE, {}), log or WorkLog()
-        )
+        prompts = Prompts(options.prompts, 3, (table, pa.table({})))
+        run = Run(options.out, CANDIDATES_FILE, {})
+        work = SamplingWork(options.loading, settings, "cpu", batch_size, prompts, run, log or WorkLog())
+        return GenerateActor(work, content_of(load(options.loading, "cpu", "fp32")))
 
     return actor
 
@@ -91,24 +88,22 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Sequence[Wanted]],
 
 
 def test_an_evaluation_makes_the_same_images(make, model, tmp_path):
-    """With the defaults of both commands."""
+    """With the defaults of both commands' sampling."""
     made = images(make()(UNIT))
     options = EvaluateOptions(
         model=(f"m={model}",),
         prompts=tmp_path / "prompts.txt",
         reward=("tests.evaluation.stubs:Brightness",),
         out=tmp_path / "report",
-        sampling=EvaluateSamplingOptions(steps=2),
+        sampling=EvaluateSamplingOptions(steps=2, images_per_prompt=2),
         running=EvaluateJobOptions(device="cpu"),
     )
     evaluation = prepare_evaluation(options)
     assert evaluation.settings.sampler == "PNDMScheduler"
-    generator = load_generator(*evaluation.models, None, "cpu", "fp32", sampler=evaluation.sampler)
-    for prompt in PROMPTS:
-        pictures = [Picture(prompt, index, tmp_path / f"{index}.png") for index in range(2)]
-        generate_for_evaluation(generator, pictures, evaluation.settings, 3, lambda _: None)
-        for ours, picture in zip(made[prompt], pictures, strict=True):
-            theirs = np.asarray(Image.open(picture.path), int).reshape(-1)
+    sample_model(evaluation, *evaluation.models, "cpu")
+    for number, prompt in enumerate(PROMPTS):
+        for index, ours in enumerate(made[prompt]):
+            theirs = np.asarray(Image.open(evaluation.file("m", number, index)), int).reshape(-1)
             assert np.abs(ours - theirs).max() <= 1
 
 
@@ -164,6 +159,6 @@ def test_a_batch_size_is_chosen_by_trials(make, monkeypatch, tmp_path):
 def test_other_weights_than_the_drivers_are_refused(make, monkeypatch):
     actor = make()
     assert not actor._model_differs
-    monkeypatch.setattr("smpo_pipeline.jobs.generate.models.GeneratorIdentity.is_of", lambda *_: False)
+    monkeypatch.setattr(actor_module, "content_of", lambda _: {})
     with pytest.raises(UserError, match="--model .* differ from those where the command was started"):
         make()(UNIT)

@@ -24,7 +24,7 @@ from smpo_models.draws import image_noise
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_pipeline.generation.generator import state_nodes
-from smpo_pipeline.jobs.generate.models import choose_settings, describe_generator, load, origin_of
+from smpo_pipeline.jobs.generate.models import choose_settings, content_of, describe_generator, load, origin_of
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, read_identity
 from smpo_pipeline.jobs.record.status import read_status
@@ -264,7 +264,7 @@ def test_pairs_of_different_images_have_different_ids(world, tmp_path):
     described = []
     for negative in (None, unet):
         some = options.replace(negative=negative)
-        described.append(describe_generator(some, load(some, "cpu", "fp32"), "fp32"))
+        described.append(describe_generator(some, load(some.loading, "cpu", "fp32"), "fp32"))
     plain, guided = described
     assert plain.denoiser == guided.denoiser
     assert plain.parts["unet"] != guided.parts["unet"]
@@ -316,9 +316,9 @@ def test_killed_at_random_moments_and_run_again_gives_the_same(world, candidates
 def test_the_model_is_known_by_its_fingerprint_in_float32(world):
     """Also where it is sampled in half precision: as the manifests of shards name it."""
     options = GenerateOptions(model=str(world["model"]), prompts=world["prompts"], out=world["model"].parent / "no")
-    half = load(options, "cpu", "bf16")
+    half = load(options.loading, "cpu", "bf16")
     described = describe_generator(options, half, "bf16")
     denoiser = load_family(str(world["model"]), ("denoiser",)).denoiser
     assert described.denoiser == fingerprint_module(denoiser) != described.parts["unet"]
-    assert described.is_of(half)
-    assert not described.is_of(load(options, "cpu", "fp32"))
+    assert described.content == content_of(half)
+    assert described.content != content_of(load(options.loading, "cpu", "fp32"))

@@ -1,80 +1,75 @@
-"""The model actors of ``generate``: turn a unit of prompts into pixels, which other workers encode and store."""
+"""Turn units of prompts into pixels, which other workers encode and store: in model actors, or in this process."""
 
 from __future__ import annotations
 
 import json
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from smpo_common.errors import UserError
-from smpo_pipeline.generation.generator import Sampled, Wanted, sampling_trials, state_nodes
+from smpo_pipeline.generation.generator import Generator, Sampled, Wanted, sampling_trials, state_nodes
+from smpo_pipeline.generation.source import Loading
 from smpo_pipeline.isolation import run_alone
 from smpo_pipeline.jobs.batches import Batches
 from smpo_pipeline.jobs.cells import bytes_array, list_cell
 from smpo_pipeline.jobs.cluster.session import set_reproducible_arithmetic
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
-from smpo_pipeline.jobs.generate.models import GeneratorIdentity, load
-from smpo_pipeline.jobs.generate.options import GenerateOptions
+from smpo_pipeline.jobs.generate.models import content_of, load
 from smpo_pipeline.jobs.generate.parts import STAGE, Prompts, unit_rows
 from smpo_pipeline.jobs.record.progress import Reporter
-from smpo_pipeline.jobs.record.run_record import Run
+from smpo_pipeline.jobs.record.run_record import Units
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.candidates import GenerationSettings
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject
 
 
-class GenerateActor:
-    """Holds the model; samples the images of a unit's prompts."""
+@dataclass(frozen=True)
+class SamplingWork:
+    """What the workers of a job share.
 
-    def __init__(
-        self,
-        options: GenerateOptions,
-        settings: GenerationSettings,
-        model: GeneratorIdentity,
-        prompts: Prompts,
-        run: Run,
-        work_log: WorkLog,
-    ) -> None:
-        """Load the model.
+    Attributes:
+        loading: what the model is loaded from.
+        settings: of the images.
+        device: cpu or cuda.
+        batch_size: images per model call; None: to be chosen.
+        prompts: of the job.
+        run: where units are committed.
+        work_log: of the job.
+    """
 
-        Args:
-            options: of the command, with a resolved device.
-            settings: of the images.
-            model: identity of the model that the driver loaded.
-            prompts: of the job, in Ray's object store.
-            run: where units are committed.
-            work_log: of the job.
-        """
-        self._device = options.running.chosen_device
-        set_reproducible_arithmetic(self._device)
-        generator = load(options, "cpu", settings.dtype)
-        # Not raised here: Ray retries a constructor that raises five times.
-        self._model_differs = not model.is_of(generator)
-        generator.pipeline.to(self._device)
-        self._generator, self._settings, self._options = generator, settings, options
-        self._rows, _ = ray.get(prompts.tables)
-        self._prompts, self._run = prompts, run
-        self._guard, self._reporter = CrashGuard(work_log), Reporter(work_log)
-        self._batches = Batches(options.running.batch_size, self._device, run.out, "image")
+    loading: Loading
+    settings: GenerationSettings
+    device: str
+    batch_size: int | None
+    prompts: Prompts
+    run: Units
+    work_log: WorkLog
+
+
+class UnitSampler:
+    """Samples the images of a unit's prompts with a loaded model."""
+
+    def __init__(self, generator: Generator, work: SamplingWork) -> None:
+        """Take a model that is on the device."""
+        self._generator, self._settings, self._device = generator, work.settings, work.device
+        self._prompts, self._run, self._named = work.prompts, work.run, work.loading.source.named
+        self._rows = work.prompts.rows()
+        self._guard, self._reporter = CrashGuard(work.work_log), Reporter(work.work_log)
+        self._batches = Batches(work.batch_size, work.device, work.run.out, "image")
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        """Sample the unit of a one-row table; return it as one row for :func:`write_row`.
+        """Sample the unit of a one-row table; return it as one row for the task that encodes and stores it.
 
         Raises:
-            UserError: the model's files are not those that the driver found, or memory is too small.
+            UserError: memory is too small.
         """
-        if self._model_differs:
-            raise UserError(
-                f"--model {self._options.model}: its files on {socket.gethostname()} (or those of --unet, --lora, "
-                "--negative) differ from those where the command was started; give every machine the same files"
-            )
         unit = row["unit"][0].as_py()
         if self._run.committed(unit):
             return pa.table({"unit": [unit]})
@@ -136,6 +131,37 @@ class GenerateActor:
 
     def _sample_alone(self, wanted: Wanted) -> None:
         run_alone(self._sample, wanted, self._device)
+
+
+class GenerateActor(UnitSampler):
+    """A worker that loads the model."""
+
+    def __init__(self, work: SamplingWork, content: Mapping[str, Any]) -> None:
+        """Load the model.
+
+        Args:
+            work: of the job.
+            content: of the model that the driver loaded (:func:`smpo_pipeline.jobs.generate.models.content_of`).
+        """
+        set_reproducible_arithmetic(work.device)
+        generator = load(work.loading, "cpu", work.settings.dtype)
+        # Not raised here: Ray retries a constructor that raises five times.
+        self._model_differs = content_of(generator) != content
+        generator.pipeline.to(work.device)
+        super().__init__(generator, work)
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        """See the base class.
+
+        Raises:
+            UserError: the model's files are not those that the driver found, or memory is too small.
+        """
+        if self._model_differs:
+            raise UserError(
+                f"{self._named}: its files on {socket.gethostname()}, or those of its base or negative model, differ "
+                "from those where the command was started; give every machine the same files"
+            )
+        return super().__call__(row)
 
 
 def _as_row(unit: int, made: Mapping[int, Sequence[Sampled]], rejects: Sequence[Reject]) -> pa.Table:

@@ -18,10 +18,10 @@ from smpo_common.retry import retry_transient
 from smpo_models.family import Family
 from smpo_pipeline.generation.generator import latent_shape, quiet_libraries
 from smpo_pipeline.generation.prompts import PromptFile, read_prompt_file
-from smpo_pipeline.jobs.cluster.pools import limit_memory, model_pool, task_memory
+from smpo_pipeline.jobs.cluster.pools import model_pool
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import resolve_device
-from smpo_pipeline.jobs.generate.actor import GenerateActor
+from smpo_pipeline.jobs.generate.actor import GenerateActor, SamplingWork
 from smpo_pipeline.jobs.generate.models import (
     GeneratorIdentity,
     choices,
@@ -32,7 +32,8 @@ from smpo_pipeline.jobs.generate.models import (
     weight_bytes,
 )
 from smpo_pipeline.jobs.generate.options import GenerateOptions
-from smpo_pipeline.jobs.generate.parts import Prompts, Storing, write_row
+from smpo_pipeline.jobs.generate.parts import Prompts, Storing, prompt_rows, write_row
+from smpo_pipeline.jobs.generate.stages import sampled, stored, unit_records
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
@@ -93,7 +94,7 @@ def _check(options: GenerateOptions) -> _Checked:
     prompts = read_prompt_file(options.prompts, options.running.limit)
     further = prompts.columns.drop_columns([name for name in prompts.columns.column_names if name in NOT_CARRIED])
     family, settings = choose_settings(options)
-    generator = load(options, "cpu", settings.dtype)
+    generator = load(options.loading, "cpu", settings.dtype)
     model = describe_generator(options, generator, settings.dtype)
     return _Checked(settings, model, family, weight_bytes(generator), prompts, further)
 
@@ -125,41 +126,24 @@ def _run(options: GenerateOptions, run: Run, checked: _Checked) -> list[UnitReco
     total = len(checked.prompts.rows)
     sizes = [min(per_unit, total - start) for start in range(0, total, per_unit)]
     shape = latent_shape(checked.family, settings)
-    rows = pa.table(
-        {name: [getattr(row, name) for row in checked.prompts.rows] for name in ("row", "prompt", "reason")},
-        schema=pa.schema([("row", pa.int64()), ("prompt", pa.string()), ("reason", pa.string())]),
-    )
+    rows = prompt_rows(checked.prompts.rows)
 
     def build(source: ray.data.Dataset, work_log: WorkLog) -> ray.data.Dataset:
-        pool = model_pool(running.chosen_device, running.concurrency, running.ray_address, checked.weights, len(sizes))
+        device = running.chosen_device
+        pool = model_pool(device, running.concurrency, running.ray_address, checked.weights, len(sizes))
         prompts = Prompts(options.prompts, per_unit, ray.put((rows, checked.further)))
-        kwargs = {
-            "options": options,
-            "settings": settings,
-            "model": checked.model,
-            "prompts": prompts,
-            "run": run,
-            "work_log": work_log,
-        }
+        work = SamplingWork(options.loading, settings, device, running.batch_size, prompts, run, work_log)
         storing = Storing(settings, checked.model.denoiser, origin_of(checked.model, settings), shape)
         write = partial(write_row, prompts=prompts, storing=storing, run=run, work_log=work_log)
-        one = {"batch_size": 1, "batch_format": "pyarrow"}
         unit_bytes = max(sizes) * settings.images_per_prompt * settings.image_bytes(shape)
-        made = source.map_batches(GenerateActor, fn_constructor_kwargs=kwargs, **one, **pool.options())
-        memory = task_memory(unit_bytes, "a smaller --prompts-per-file")
-        written = made.map_batches(write, num_cpus=1, memory=memory, **one)
-        # Units in Ray's object store: for each actor one that is sampled and one that is encoded, and two more.
-        limit_memory(written, (unit_bytes + (1 << 20)) * (2 * pool.size + 2))
-        return written
-
-    def records(table: pa.Table) -> list[UnitRecord]:
-        return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]
+        made = sampled(source, GenerateActor, work, checked.model.content, pool)
+        return stored(made, write, pool, unit_bytes, "a smaller --prompts-per-file")
 
     return run_units(
         run,
         sizes,
         build,
-        records,
+        unit_records,
         title="generate",
         address=running.ray_address,
         max_reject_rate=running.max_reject_rate,

@@ -20,6 +20,7 @@ from smpo_pipeline.generation.generator import (
     load_generator,
     read_configs,
 )
+from smpo_pipeline.generation.source import Loading
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.options import batches_in_words
 from smpo_schemas.candidates import CandidatesModel, GenerationSettings
@@ -31,9 +32,10 @@ class GeneratorIdentity(CandidatesModel):
 
     settings: dict[str, Any]
 
-    def is_of(self, generator: Generator) -> bool:
-        """Whether this loaded model is the described one."""
-        return _parts(generator) == self.parts and _settings(generator) == self.settings
+    @property
+    def content(self) -> dict[str, Any]:
+        """See :func:`content_of`."""
+        return {"parts": self.parts, "settings": self.settings}
 
     def info(self) -> CandidatesModel:
         """The part that ``candidates.json`` holds."""
@@ -79,19 +81,22 @@ def choices(options: GenerateOptions, settings: GenerationSettings, prompts: int
     return f"{images}; {sampling}; {computing}; seed {settings.seed}"
 
 
-def load(options: GenerateOptions, device: str, dtype: Dtype) -> Generator:
+def load(loading: Loading, device: str, dtype: str) -> Generator:
     """Load the model for sampling.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    sampling = options.sampling
-    return load_generator(options.source, options.model, device, dtype, sampling.variant, sampling.sampler)
+    return load_generator(loading.source, loading.base, device, dtype, loading.variant, loading.sampler)
+
+
+def content_of(generator: Generator) -> dict[str, Any]:
+    """Fingerprint the parts of a loaded model, and list their settings: equal for the same files in the same dtype."""
+    return {"parts": _parts(generator), "settings": _settings(generator)}
 
 
 def describe_generator(options: GenerateOptions, generator: Generator, dtype: Dtype) -> GeneratorIdentity:
     """Identify a loaded model."""
-    parts = _parts(generator)
     if dtype == "fp32":
         denoiser = generator.fingerprint()
     else:
@@ -104,15 +109,14 @@ def describe_generator(options: GenerateOptions, generator: Generator, dtype: Dt
         kind=generator.family.kind,
         denoiser=denoiser,
         scheduler=generator.family.noise_schedule.fingerprint(),
-        parts=parts,
-        settings=_settings(generator),
+        **content_of(generator),
     )
 
 
 def origin_of(model: GeneratorIdentity, settings: GenerationSettings) -> str:
     """Fingerprint everything that decides an image besides its prompt and its number."""
     sampling = settings.model_dump(exclude={"images_per_prompt", "keep"})
-    return sha256_json({"parts": model.parts, "settings": model.settings, "sampling": sampling})
+    return sha256_json({**model.content, "sampling": sampling})
 
 
 def weight_bytes(generator: Generator) -> int:

@@ -9,8 +9,8 @@ from pydantic import ConfigDict, Field, PlainValidator, model_validator
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options
 from smpo_pipeline.generation.options import SamplingOptions
+from smpo_pipeline.generation.source import Loading, recognise_source
 from smpo_pipeline.generation.source import ModelSource as Source
-from smpo_pipeline.generation.source import recognise_source
 from smpo_pipeline.options import (
     AutoBatchSize,
     Concurrency,
@@ -126,6 +126,11 @@ class GenerateOptions(Options):
         if self.lora:
             return Source("lora", str(self.lora), "lora", f"--lora {self.lora}", negative)
         return Source("model", self.model, "pipeline", f"--model {self.model}", negative)
+
+    @property
+    def loading(self) -> Loading:
+        """How it is loaded."""
+        return Loading(self.source, self.model, self.sampling.variant, self.sampling.sampler)
 
     @property
     def prompts_per_file(self) -> int:

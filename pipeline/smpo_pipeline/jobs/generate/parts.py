@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from smpo_common.files import atomic_path, sha256_file
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.generation.encoding import encode_image
+from smpo_pipeline.generation.prompts import PromptRow
 from smpo_pipeline.jobs.cells import byte_views, cell_values
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
@@ -46,14 +47,28 @@ class Prompts:
     """The prompts of the job.
 
     Attributes:
-        path: their file.
+        path: their file, or what names it.
         per_unit: prompts of a unit.
-        tables: Ray's reference of two tables with a row each: ``row``, ``prompt`` and ``reason``; further columns.
+        tables: two tables with a row each: ``row``, ``prompt`` and ``reason``; further columns. Or Ray's reference.
     """
 
-    path: AnyPath
+    path: AnyPath | str
     per_unit: int
-    tables: ray.ObjectRef
+    tables: tuple[pa.Table, pa.Table] | ray.ObjectRef
+
+    def rows(self) -> pa.Table:
+        """The table of ``row``, ``prompt`` and ``reason``."""
+        return self.both()[0]
+
+    def both(self) -> tuple[pa.Table, pa.Table]:
+        """Both tables."""
+        return self.tables if isinstance(self.tables, tuple) else ray.get(self.tables)
+
+
+def prompt_rows(rows: Sequence[PromptRow]) -> pa.Table:
+    """Make the table of ``row``, ``prompt`` and ``reason``."""
+    schema = pa.schema([("row", pa.int64()), ("prompt", pa.string()), ("reason", pa.string())])
+    return pa.table({name: [getattr(row, name) for row in rows] for name in schema.names}, schema=schema)
 
 
 @dataclass(frozen=True)
@@ -88,14 +103,22 @@ def write_row(row: pa.Table, prompts: Prompts, storing: Storing, run: Run, work_
     return pa.table({"record": [record.model_dump_json()]})
 
 
-def _write(unit: int, row: pa.Table, prompts: Prompts, storing: Storing, run: Run) -> UnitRecord:
+def encoded(row: pa.Table, settings: GenerationSettings) -> tuple[list[int], list[bytes], list[Reject]]:
+    """Encode the images of an actor's row.
+
+    Returns:
+        The places in the unit of the prompts that have images; their images, prompt by prompt; the rejects.
+    """
     rejects = [Reject(**reject) for reject in json.loads(row["rejects"][0].as_py())]
-    places = cell_values(row, "places").to_pylist()
+    places, side = cell_values(row, "places").to_pylist(), settings.resolution
+    pixels = byte_views(cell_values(row, "pixels")) if places else ()
+    return places, [encode_image(each.reshape(side, side, 3), settings.image_format) for each in pixels], rejects
+
+
+def _write(unit: int, row: pa.Table, prompts: Prompts, storing: Storing, run: Run) -> UnitRecord:
+    places, images, rejects = encoded(row, storing.settings)
     entry = None
     if places:
-        side, image_format = storing.settings.resolution, storing.settings.image_format
-        pixels = byte_views(cell_values(row, "pixels"))
-        images = [encode_image(each.reshape(side, side, 3), image_format) for each in pixels]
         # Workers may outlive their run.
         run.require_current()
         kept = _write_kept(run.out / kept_name(unit), row, images, storing) if storing.settings.keep else None
@@ -126,7 +149,7 @@ def _write_part(
     kept: KeptFile | None,
 ) -> CandidatesPart:
     num_images = storing.settings.images_per_prompt
-    table, further = ray.get(prompts.tables)
+    table, further = prompts.both()
     texts = table["prompt"].slice(unit * prompts.per_unit, prompts.per_unit).to_pylist()
     rows = [
         {

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -77,6 +77,23 @@ class UnitRecord(BaseModel):
     committed: float | None = None
     buckets: list[Bucket] = []
     seconds: tuple[float, float] | None = None
+
+
+class Units(Protocol):
+    """The units of a run: where they are, and which ones are committed."""
+
+    @property
+    def out(self) -> AnyPath:
+        """The output directory."""
+
+    def records(self) -> dict[int, UnitRecord]:
+        """Read the committed units' records, by number."""
+
+    def committed(self, unit: int) -> UnitRecord | None:
+        """Return a unit's record if it is committed."""
+
+    def forget(self, unit: int) -> None:
+        """Remove a unit's record: it is made again."""
 
 
 class Run:
@@ -154,6 +171,10 @@ class Run:
     def record_path(self, unit: int) -> AnyPath:
         """The file of a unit's record."""
         return self.out / _UNITS / f"{unit:06d}-{self._digest}.json"
+
+    def forget(self, unit: int) -> None:
+        """Remove a unit's record: it is made again."""
+        self.record_path(unit).unlink()
 
     def commit(self, record: UnitRecord) -> None:
         """Record a unit whose output is written."""
