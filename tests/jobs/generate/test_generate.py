@@ -165,6 +165,24 @@ def test_images_latents_and_states_are_the_stock_pipelines(world, candidates):
     assert all(len(set(nodes)) == 2 and set(nodes) <= set(range(STEPS)) for nodes in drawn)
 
 
+def test_an_evaluation_on_a_cluster_has_the_same_images(world, candidates, tmp_path, here_on_ray):
+    """Also of a part of the prompts, in another order, and of fewer images."""
+    prompts, numbers = MADE[:0:-1], range(3)
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    settings = ("--sampler", "ddim", "--steps", STEPS, "--guidance-scale", GUIDANCE, "--images-per-prompt", 3)
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--reward", f"pickscore={world['pickscore']}", *settings)
+    running = ("--device", "cpu", "--concurrency", 2, "--batch-size", 2, "--out", tmp_path / "out")
+    done = here_on_ray("smpo-pipeline", "evaluate", "--model", f"m={world['model']}", *arguments, *running)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "images" / "m"
+    files = {
+        (prompt, index): f"{place:05d}-{index:02d}.png" for place, prompt in enumerate(prompts) for index in numbers
+    }
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*files.values(), "made_from.json"])
+    images = {key: (folder / file).read_bytes() for key, file in files.items()}
+    assert largest_difference(images, images_of(candidates)) <= 1
+
+
 def test_fewer_images_other_batches_and_files_make_the_same_images(world, candidates, tmp_path, here_on_ray):
     images = images_of(candidates)
     more = ("--images-per-prompt", 2, "--batch-size", 5, "--prompts-per-file", 3, "--concurrency", 2)
