@@ -1,10 +1,12 @@
-"""CHANGELOG.md names the version of the distribution and those of the file formats."""
+"""CHANGELOG.md and CITATION.cff name the version of the distribution; CHANGELOG.md those of the file formats."""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from pathlib import Path
+
+import yaml
 
 from smpo_pipeline.evaluation.results import RESULTS_VERSION
 from smpo_schemas.calibration import CALIBRATION_VERSION
@@ -21,6 +23,8 @@ TEXT = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 def test_the_newest_entry_is_the_projects_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert re.findall(r"^## (\S+)", TEXT, re.MULTILINE)[0] == project["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
 
 
 def test_the_formats_are_those_that_are_written() -> None:

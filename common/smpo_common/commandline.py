@@ -40,6 +40,8 @@ _OTHER_NAMES = {
     "validation_steps": "image_every",
     "validation_sampling_steps": "image_sampling_steps",
     "validation_guidance_scale": "image_guidance_scale",
+    "hub_model_id": "push_to_hub",
+    "private": "hub_private_repo",
     "walks": "trajectories",
     "walker": "inverting_unet",
 }

@@ -15,6 +15,7 @@ from smpo_pipeline.commands.inspect import inspect
 from smpo_pipeline.commands.invert import invert
 from smpo_pipeline.commands.merge import merge
 from smpo_pipeline.commands.plan import plan
+from smpo_pipeline.commands.push import push
 from smpo_pipeline.commands.score import score
 from smpo_pipeline.commands.select import select
 from smpo_pipeline.commands.status import status
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (generate, score, calibrate, select, plan, invert, status, evaluate, inspect, merge, vote, toy):
+for command in (generate, score, calibrate, select, plan, invert, status, evaluate, inspect, merge, push, vote, toy):
     add_command(app, command)
 
 

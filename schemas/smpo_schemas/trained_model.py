@@ -20,6 +20,9 @@ EXTRA_LORA_FILES = {"kohya": "kohya_lora.safetensors", "comfyui": "comfyui_lora.
 METRICS_FILE = "metrics.jsonl"
 """One JSON object per optimizer step."""
 
+VALIDATION_FOLDER = "validation"
+"""Images that were drawn during the run."""
+
 TRAINING_FILE = "training.json"
 """Settings and result; written last."""
 

@@ -2,86 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.hub_server import hub_server
+
 REPO = "owner/pairs"
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """Information about a data set, its files by folder and by name, and ranges of their content."""
-
-    folder: Path
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        tree, content = f"/api/datasets/{REPO}/tree/main", f"/datasets/{REPO}/resolve/main/"
-        if path.startswith(tree):
-            recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
-            inside = self.folder / path.removeprefix(tree).strip("/")
-            self._json([self._entry(each) for each in sorted(inside.rglob("*") if recursive else inside.iterdir())])
-        elif path.startswith(content):
-            self._range((self.folder / path.removeprefix(content)).read_bytes())
-        elif path in (f"/api/datasets/{REPO}", f"/api/datasets/{REPO}/revision/main"):
-            self._json({"id": REPO, "sha": "0" * 40, "siblings": [], "tags": [], "private": False})
-        else:
-            self.send_error(404)
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
-        self._json([self._entry(self.folder / name) for name in asked if (self.folder / name).exists()])
-
-    def _entry(self, path: Path) -> dict[str, object]:
-        name = str(path.relative_to(self.folder))
-        if path.is_dir():
-            return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
-        return {"type": "file", "path": name, "oid": "0" * 40, "size": path.stat().st_size}
-
-    def _range(self, data: bytes) -> None:
-        first, last = (int(each) for each in self.headers["Range"].removeprefix("bytes=").split("-"))
-        self._send(206, data[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
-
-    def _json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, text in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, text)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
 
 
 @pytest.fixture
 def endpoint(tmp_path: Path) -> Iterator[str]:
-    for split in range(2):
-        rows = [{"prompt": f"cat {split}", "chosen": b"good", "rejected": b"bad"}] * 3
-        (tmp_path / "data").mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / f"train-{split}.parquet")
-    (tmp_path / "README.md").write_text("pairs")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"folder": tmp_path}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with hub_server(tmp_path) as hub:
+        folder = hub.make(f"datasets/{REPO}")
+        for split in range(2):
+            rows = [{"prompt": f"cat {split}", "chosen": b"good", "rejected": b"bad"}] * 3
+            (folder / "data").mkdir(exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"train-{split}.parquet")
+        (folder / "README.md").write_text("pairs")
+        yield hub.url
 
 
 READ = f"""

@@ -30,6 +30,7 @@ from smpo_trainer.model.quantization import require_quantization
 from smpo_trainer.model.reference import prepare_reference_errors
 from smpo_trainer.monitoring.console import RunConsole
 from smpo_trainer.output.run_folder import OutputFolder, evaluation_command, training_summary
+from smpo_trainer.output.sharing import open_result, push_result
 from smpo_trainer.remarks import bucket_remark, remarks
 from smpo_trainer.runtime.distributed import end_run, on_all, on_main
 from smpo_trainer.runtime.launch import choose_dtype, describe, make_accelerator
@@ -70,7 +71,11 @@ def run_training(settings: TrainSettings) -> None:
     with ExitStack() as stack:
         # Only the main process writes into the folder, so it alone takes the lock.
         on_main(accelerator, lambda: stack.enter_context(hold(settings.out, fcntl.lockf)))
-        if on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity)):
+        finished = on_main(accelerator, lambda: not settings.overwrite and output.is_finished(identity))
+        repository = on_main(accelerator, lambda: open_result(settings))
+        if repository:
+            console.say(f"the result will be pushed to {repository}")
+        if finished:
             on_main(accelerator, output.checkpoints.drop_leftovers)
             if written := on_main(accelerator, lambda: convert_finished(settings)):
                 console.say(f"wrote {written}")
@@ -93,6 +98,9 @@ def run_training(settings: TrainSettings) -> None:
     end_run(accelerator)
     if stopped_by:
         raise SystemExit(128 + stopped_by)  # the shell's convention; 0 would mean a finished run
+    if repository and accelerator.is_main_process:
+        # After the last collective: an upload may outlast the time that processes wait for each other.
+        push_result(settings, repository, console.say)
 
 
 def _train(
@@ -138,7 +146,8 @@ def _train(
     if loop.stopped_by:
         return loop.stopped_by
     summary = training_summary(experiment, policy, batching, identity)
-    on_main(accelerator, lambda: output.finish({**summary, "warnings": loop.health.warnings, "metrics": last}))
+    summary |= {"warnings": loop.health.warnings, "metrics": last}
+    on_main(accelerator, lambda: output.finish(summary, settings.sharing.license_))
     console.say(f"saved {settings.out / (LORA_FILE if policy.lora_rank else policy.family.denoiser_folder)}")
     console.say(f"next: {evaluation_command(experiment)}")
     return 0

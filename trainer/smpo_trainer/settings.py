@@ -207,6 +207,20 @@ class OutputOptions(Options):
     """Also log to this Weights & Biases project; needs wandb."""
 
 
+class SharingOptions(Options):
+    """The result on the Hugging Face hub."""
+
+    model_config = ConfigDict(title="Hugging Face hub")
+
+    push_to_hub: Annotated[str | None, Flag(metavar="OWNER/NAME", recorded=False)] = None
+    """Upload the trained model, with a model card, to this repository at the end; of a finished run, at once. Needs a
+    token (`hf auth login`, or HF_TOKEN). The repository is made, and the right to write checked, before training."""
+    hub_private_repo: bool = False
+    """Make a new repository private. Default: public, unless its organisation chose otherwise."""
+    license_: Annotated[str | None, Flag(metavar="ID")] = None
+    """License in the model card, by the hub's identifier, such as openrail++. Default: none is named."""
+
+
 def _apply_preset(context: typer.Context, name: str | None) -> str | None:
     """Make a preset's values the defaults of the flags; a config file and the command line override them."""
     if name is not None:
@@ -243,6 +257,7 @@ class TrainSettings(Options):
     held_out: HeldOutOptions = HeldOutOptions()
     images: ImageOptions = ImageOptions()
     output: OutputOptions = OutputOptions()
+    sharing: SharingOptions = SharingOptions()
 
     @property
     def recomputes_reference(self) -> bool:

@@ -1,7 +1,15 @@
 """The files that a run leaves in ``--out``, with their content; the reference lists them."""
 
 from smpo_common.commandline import CONFIG_FILE
-from smpo_schemas.trained_model import DENOISER_FOLDERS, EXTRA_LORA_FILES, LORA_FILE, METRICS_FILE, TRAINING_FILE
+from smpo_models.sharing.card import CARD_FILE
+from smpo_schemas.trained_model import (
+    DENOISER_FOLDERS,
+    EXTRA_LORA_FILES,
+    LORA_FILE,
+    METRICS_FILE,
+    TRAINING_FILE,
+    VALIDATION_FOLDER,
+)
 
 _UNET, _TRANSFORMER = (f"{name}/" for name in DENOISER_FOLDERS)
 
@@ -11,11 +19,12 @@ RUN_FILES = {
     LORA_FILE: "with `--lora-rank`: the adapter, as `load_lora_weights` takes it",
     **{name: f"with `--lora-format {key}`: the adapter once more" for key, name in EXTRA_LORA_FILES.items()},
     TRAINING_FILE: "settings and result; written last",
+    CARD_FILE: "model card: data, settings, how to load the model",
     CONFIG_FILE: "every flag as it was resolved, by its key; `--config` takes it again",
     METRICS_FILE: "one JSON object per optimizer step",
     "checkpoint-NNNNNN/": "what a run continues from, and a model",
     "tensorboard/": "event files",
-    "validation/": "with `--image-prompts`: `step-NNNNNN.png`, all prompts of a step",
+    f"{VALIDATION_FOLDER}/": "with `--image-prompts`: `step-NNNNNN.png`, all prompts of a step",
     "reference.safetensors": "reference errors, where this run recomputed them",
     "nonfinite.jsonl": "one object per skipped step: `step`, `bad_pairs` (their loss is not finite), `pairs`",
     "wandb/": "with `--wandb-project`: its files, and the id of the run",

@@ -12,10 +12,19 @@ from typing import Any, cast
 
 from smpo_common.commandline import CONFIG_FILE
 from smpo_common.errors import UserError
-from smpo_common.files import read_json, write_json
+from smpo_common.files import read_json, write_bytes, write_json
 from smpo_common.same_settings import require_same_settings
+from smpo_models.sharing.card import CARD_FILE, own_card
+from smpo_models.sharing.model_card import describe_model
 from smpo_schemas.dtypes import Dtype
-from smpo_schemas.trained_model import DENOISER_FOLDERS, EXTRA_LORA_FILES, LORA_FILE, METRICS_FILE, TRAINING_FILE
+from smpo_schemas.trained_model import (
+    DENOISER_FOLDERS,
+    EXTRA_LORA_FILES,
+    LORA_FILE,
+    METRICS_FILE,
+    TRAINING_FILE,
+    VALIDATION_FOLDER,
+)
 from smpo_trainer.data.order import Batching
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.model.policy import Policy
@@ -23,7 +32,6 @@ from smpo_trainer.monitoring.trackers import TENSORBOARD_FOLDER, WANDB_FOLDER
 from smpo_trainer.output.checkpoints import Checkpoints, read_state
 from smpo_trainer.output.skipped_steps import NONFINITE_FILE
 from smpo_trainer.preference.reward_mix import RewardMix
-from smpo_trainer.validation.images import VALIDATION_FOLDER
 
 TRAINING_VERSION = 1
 REFERENCE_FILE = "reference.safetensors"
@@ -92,6 +100,8 @@ class OutputFolder:
         # training.json first: a kill in between must not leave a folder that looks finished.
         for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE, *EXTRA_LORA_FILES.values()):
             (self.path / name).unlink(missing_ok=True)
+        if own_card(self.path) is None:
+            (self.path / CARD_FILE).unlink(missing_ok=True)
         self._forget()
         for name in (*DENOISER_FOLDERS, TENSORBOARD_FOLDER, WANDB_FOLDER, VALIDATION_FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -108,8 +118,12 @@ class OutputFolder:
         for name in (REFERENCE_FILE, NONFINITE_FILE):
             (self.path / name).unlink(missing_ok=True)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Copy the model of the last checkpoint and write ``training.json``, which marks the run as finished.
+    def finish(self, summary: Mapping[str, Any], license_: str | None = None) -> None:
+        """Copy the model of the last checkpoint, write its card and ``training.json``, which finishes the run.
+
+        Args:
+            summary: of the run.
+            license_: of the model, for its card.
 
         Raises:
             UserError: they cannot be written.
@@ -124,7 +138,11 @@ class OutputFolder:
             raise UserError(f"cannot write the trained weights into {self.path}: {error}") from error
         # Before training.json, since a finished run is never changed again.
         self.tidy()
-        write_json(self.path / TRAINING_FILE, {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()})
+        record = {"schema_version": TRAINING_VERSION, **summary, "versions": _versions()}
+        if own_card(self.path) is None:
+            card = describe_model(self.path, record, self.path.absolute().name, license_)
+            write_bytes(self.path / CARD_FILE, card.encode())
+        write_json(self.path / TRAINING_FILE, record)
 
     def tidy(self) -> None:
         """Remove the checkpoints that a finished run does not keep."""
@@ -170,7 +188,7 @@ def training_summary(
     settings, shards = experiment.settings, experiment.shards
     return {
         "settings": identity,
-        "model": settings.model,
+        "model": str(Path(settings.model).absolute()) if Path(settings.model).exists() else settings.model,
         "kind": shards.model.kind,
         "objective": experiment.objective.name,
         "rewards": _described(experiment.mix) if experiment.mix else {},

@@ -44,7 +44,7 @@ class TrainingRecord(TypedDict):
     Attributes:
         schema_version: of this file.
         settings: all settings that decide the numbers of the run; an unfinished run continues only with the same.
-        model: ``--model``.
+        model: ``--model``; a folder's whole path.
         kind: model family, for example ``sd15``.
         objective: ``--objective``.
         rewards: by name; empty for objectives that learn from labels.

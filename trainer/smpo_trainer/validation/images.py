@@ -28,11 +28,10 @@ from smpo_models.family import Family
 from smpo_models.loading import load_family
 from smpo_models.memory import is_out_of_memory
 from smpo_models.sampling import load_pipeline, sample, sampling_in_words
+from smpo_schemas.trained_model import VALIDATION_FOLDER
 from smpo_trainer.experiment import Experiment
 from smpo_trainer.model.policy import Policy
 from smpo_trainer.settings import ImageOptions
-
-VALIDATION_FOLDER = "validation"
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Names of a family's text encoders in pipelines, in its order."""
