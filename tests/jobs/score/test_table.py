@@ -18,7 +18,7 @@ from smpo_pipeline.jobs.cells import cell_values
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.score import table as score_table
 from smpo_pipeline.jobs.score.chunks import chunk_images, cut_chunks, with_scores, without_images
-from smpo_pipeline.jobs.score.collector import UnitCollector
+from smpo_pipeline.jobs.score.collector import UnitCollector, require_current_units, unit_path
 from smpo_pipeline.jobs.score.table import RewardRecord, write_table
 from smpo_schemas.label_file import PairVotes
 from smpo_schemas.pairs import Pair, PairRejectedError
@@ -246,3 +246,13 @@ def test_a_unit_with_only_rejects_is_committed(tmp_path):
     with pytest.raises(UserError, match=r"no pair could be scored, 1 were rejected .*the first: file:0: no image: x"):
         write_table(tmp_path, step, 1, models("a"), None)
     assert pq.read_table(tmp_path / "rejected.parquet").num_rows == 1
+
+
+def test_units_of_an_earlier_version_are_refused_before_more_are_scored(tmp_path):
+    step = commit(tmp_path, "a")
+    require_current_units(step)
+    path = unit_path(step, 0)
+    pq.write_table(pq.read_table(path).drop(["votes"]), path)
+    for work in (lambda: require_current_units(step), lambda: write_table(tmp_path, step, UNITS, models("a"), None)):
+        with pytest.raises(UserError, match="earlier version, which kept no votes; .* --overwrite"):
+            work()

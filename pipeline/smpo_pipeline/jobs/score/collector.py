@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from smpo_common.files import atomic_path, sha256_file
+from smpo_common.errors import UserError
+from smpo_common.files import arrow_source, atomic_path, list_files, sha256_file
 from smpo_common.retry import retry_transient
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.cells import cell_values
@@ -82,6 +83,33 @@ class UnitCollector:
 def unit_path(run: Run, unit: int) -> AnyPath:
     """The file of a unit's rows until the whole table is written."""
     return run.record_path(unit).with_suffix(".parquet")
+
+
+def read_unit_rows(path: AnyPath) -> pa.Table:
+    """Read the file of a unit's rows.
+
+    Raises:
+        UserError: an earlier version wrote it, and did not keep all that the table holds.
+    """
+    rows = pq.read_table(arrow_source(path))
+    missing = [name for name in ROWS.names if name not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"{path} is of an unfinished run of an earlier version, which kept no {', '.join(missing)}; finish it with "
+            "that version, or start over with --overwrite"
+        )
+    return rows
+
+
+def require_current_units(run: Run) -> None:
+    """Refuse to continue a run of an earlier version before more units are scored.
+
+    Raises:
+        UserError: it is one.
+    """
+    any_unit = unit_path(run, 0)
+    for path in list_files(any_unit.parent, f"*-{any_unit.name.partition('-')[2]}")[:1]:
+        read_unit_rows(path)
 
 
 def unit_rejects(table: pa.Table) -> list[Reject]:

@@ -22,7 +22,7 @@ from smpo_pipeline.jobs.record.run_record import SCORE_ROWS, SCORING_FOLDER, Run
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import CHUNK_BYTES, prepare_chunks
-from smpo_pipeline.jobs.score.collector import UnitCollector
+from smpo_pipeline.jobs.score.collector import UnitCollector, require_current_units
 from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.jobs.score.table import PART_FILES, RewardRecord, remove_leftovers, write_table
 from smpo_pipeline.options import absolute_model
@@ -177,7 +177,7 @@ def _open_scoring(
     """Start or continue the run that scores with these rewards, after removing what a kill may have left.
 
     Raises:
-        UserError: a run with other rewards is unfinished.
+        UserError: a run with other rewards, or of an earlier version, is unfinished.
     """
     wanted = {name: [model.fingerprint, model.dtype] for name, model in rewards.items()}
     onto = [part.sha256 for part in base.parts] if base else []
@@ -198,6 +198,7 @@ def _open_scoring(
             f"another --dtype, if the names are the same); finish it with its own command, {fix}"
         )
     scoring.open(overwrite=options.running.overwrite, patterns=())
+    require_current_units(scoring)
     return scoring
 
 

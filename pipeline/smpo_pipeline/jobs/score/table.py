@@ -14,14 +14,13 @@ from typing import NoReturn
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from smpo_common.errors import UserError
-from smpo_common.files import arrow_source, read_all
+from smpo_common.files import read_all
 from smpo_common.retry import retry_transient
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.record.run_record import Run
-from smpo_pipeline.jobs.score.collector import unit_path, unit_rejects, with_reasons
+from smpo_pipeline.jobs.score.collector import read_unit_rows, unit_path, unit_rejects, with_reasons
 from smpo_pipeline.jobs.score.pair_ids import PairIds
 from smpo_schemas.label_file import PairVotes, with_labels
 from smpo_schemas.reject_kinds import RejectKind
@@ -84,7 +83,7 @@ def write_table(
     old_table, ids = _OldTable(out, base) if base else None, PairIds()
     for number, start in enumerate(range(0, units, _UNITS_PER_PART)):
         group = range(start, min(units, start + _UNITS_PER_PART))
-        rows = pa.concat_tables(read_all(lambda unit: pq.read_table(arrow_source(unit_path(scoring, unit))), group))
+        rows = pa.concat_tables(read_all(lambda unit: read_unit_rows(unit_path(scoring, unit)), group))
         rows = with_labels(rows, labels or {})
         if old_table:
             rows = old_table.join(rows)
