@@ -23,7 +23,7 @@ from smpo_pipeline.inspection.pairs import draw_pairs, print_pairs, summarise_pa
 from smpo_pipeline.inspection.recognise import recognise
 from smpo_pipeline.inspection.scores import print_scores, summarise_scores
 from smpo_pipeline.inspection.shards import print_shards, summarise_shards
-from smpo_pipeline.rewards._weights import read_checkpoint
+from smpo_pipeline.rewards.networks.weights import read_checkpoint
 from smpo_schemas.manifest import MANIFEST_FILE, read_manifest
 from smpo_schemas.pairs import (
     PairRejectedError,

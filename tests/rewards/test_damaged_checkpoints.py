@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smpo_common.errors import UserError
-from smpo_pipeline.rewards._weights import read_checkpoint
+from smpo_pipeline.rewards.networks.weights import read_checkpoint
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -17,7 +17,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
 from smpo_common.errors import UserError
 from smpo_pipeline.rewards import load_reward
-from smpo_pipeline.rewards._hpsv3 import AFTER, BEFORE, QUESTION, model_key
+from smpo_pipeline.rewards.networks.hpsv3 import AFTER, BEFORE, QUESTION, model_key
 from tests.pictures import picture
 from tests.rewards.helpers import assert_independent
 from tests.tiny_vision_language import hpsv3_head, make_tiny_hpsv3, qwen2_vl_config

@@ -16,7 +16,8 @@ from transformers import modeling_utils
 
 from smpo_common.errors import UserError
 from smpo_pipeline.images.decode import decode_image
-from smpo_pipeline.rewards import _image_reward, load_reward
+from smpo_pipeline.rewards import load_reward
+from smpo_pipeline.rewards.networks import image_reward
 from tests.pictures import all_kinds
 from tests.rewards.helpers import assert_independent, batch
 from tests.tiny_rewards import make_tiny_image_reward
@@ -130,14 +131,14 @@ def test_other_weights_are_one_line(folders, tmp_path):
 
 
 def test_a_missing_package_is_one_line(folders, monkeypatch):
-    _image_reward._import.cache_clear()
-    monkeypatch.setattr(_image_reward.importlib.util, "find_spec", lambda _: None)
+    image_reward._import.cache_clear()
+    monkeypatch.setattr(image_reward.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'smpo-diffusion\[imagereward\]'"):
         load_reward(f"imagereward={folders['imagereward']}", "cpu")
 
 
 def test_a_package_that_cannot_be_imported_is_one_line(folders, monkeypatch):
-    _image_reward._import.cache_clear()
+    image_reward._import.cache_clear()
     for name in [name for name in sys.modules if name.startswith("smpo_image_reward")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -146,4 +147,4 @@ def test_a_package_that_cannot_be_imported_is_one_line(folders, monkeypatch):
     with pytest.raises(UserError, match="--reward imagereward: .* cannot be imported: .*timm"):
         load_reward(f"imagereward={folders['imagereward']}", "cpu")
     assert (transformers.logging.get_verbosity(), list(warnings.filters), set(vars(modeling_utils))) == before
-    _image_reward._import.cache_clear()
+    image_reward._import.cache_clear()

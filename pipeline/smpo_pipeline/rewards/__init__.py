@@ -38,8 +38,8 @@ _SERVED = ("http", "judge")
 def reward_classes() -> dict[str, type[Reward]]:
     """Import the rewards of this folder, by name."""
     classes = {}
-    for file in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{file.name}")
+    for file in _files():
+        module = importlib.import_module(f"{__name__}.{file}")
         for item in vars(module).values():
             # Base classes that rewards share have no name.
             if inspect.isclass(item) and issubclass(item, Reward) and "name" in vars(item):
@@ -84,10 +84,14 @@ def _no_reward(name: str, known: Sequence[str]) -> str:
     return f"there is no reward {name!r}; {hint}known: {', '.join(known)}, or your own as MODULE:CLASS"
 
 
+def _files() -> set[str]:
+    """List this folder's modules with a reward; those that rewards share are in a folder of their own."""
+    return {file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg} - {"base"}
+
+
 def _file_names() -> set[str]:
     """List the names of this folder's rewards by their files, without importing them."""
-    files = {file.name for file in pkgutil.iter_modules(__path__) if not file.name.startswith("_")}
-    return {name.replace("_", "-") for name in files - {"base"}}
+    return {name.replace("_", "-") for name in _files()}
 
 
 def parse_reward(spec: str) -> tuple[type[Reward], str | None]:

@@ -17,10 +17,10 @@ from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import load_weights
-from smpo_pipeline.rewards._clip import tower_settings
-from smpo_pipeline.rewards._pixels import clip_pixels
-from smpo_pipeline.rewards._weights import find_checkpoint, read_checkpoint
 from smpo_pipeline.rewards.base import Needs, Reward
+from smpo_pipeline.rewards.networks.clip import tower_settings
+from smpo_pipeline.rewards.networks.pixels import clip_pixels
+from smpo_pipeline.rewards.networks.weights import find_checkpoint, read_checkpoint
 
 _CLIP = "openai/clip-vit-large-patch14"
 _CLIP_FILES = ("model.safetensors", "pytorch_model.bin")

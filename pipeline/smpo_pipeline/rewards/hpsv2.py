@@ -21,10 +21,10 @@ from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import load_part
-from smpo_pipeline.rewards._open_clip import load_open_clip
-from smpo_pipeline.rewards._pixels import normalise
-from smpo_pipeline.rewards._weights import find_checkpoint, read_checkpoint
 from smpo_pipeline.rewards.base import Needs, Reward
+from smpo_pipeline.rewards.networks.open_clip import load_open_clip
+from smpo_pipeline.rewards.networks.pixels import normalise
+from smpo_pipeline.rewards.networks.weights import find_checkpoint, read_checkpoint
 
 _TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLImageProcessorPil
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_file, sha256_json
 from smpo_models.weights import load_part, load_tokenizer
-from smpo_pipeline.rewards._hpsv3 import (
+from smpo_pipeline.rewards.base import Needs, Reward
+from smpo_pipeline.rewards.networks.hpsv3 import (
     AFTER,
     BEFORE,
     QUESTION,
@@ -29,9 +30,8 @@ from smpo_pipeline.rewards._hpsv3 import (
     pad_right,
     question_tokens,
 )
-from smpo_pipeline.rewards._prompts import long_ones_alone
-from smpo_pipeline.rewards._weights import find_checkpoint
-from smpo_pipeline.rewards.base import Needs, Reward
+from smpo_pipeline.rewards.networks.prompts import long_ones_alone
+from smpo_pipeline.rewards.networks.weights import find_checkpoint
 
 _BASE = "Qwen/Qwen2-VL-7B-Instruct"
 _PIXELS = 256 * 28 * 28

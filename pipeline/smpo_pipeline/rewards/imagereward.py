@@ -19,9 +19,9 @@ from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import load_part
-from smpo_pipeline.rewards._image_reward import build_image_reward
-from smpo_pipeline.rewards._weights import find_checkpoint, hub_file, read_checkpoint
 from smpo_pipeline.rewards.base import Needs, Reward
+from smpo_pipeline.rewards.networks.image_reward import build_image_reward
+from smpo_pipeline.rewards.networks.weights import find_checkpoint, hub_file, read_checkpoint
 
 _TOKENIZER = "google-bert/bert-base-uncased"
 _CONFIG_FILE = "med_config.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from smpo_pipeline.rewards._clip import ClipCosineReward
+from smpo_pipeline.rewards.networks.clip import ClipCosineReward
 
 
 class PickScore(ClipCosineReward):

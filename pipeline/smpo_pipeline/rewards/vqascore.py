@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_models.weights import load_part, load_weights
-from smpo_pipeline.rewards._prompts import long_ones_alone
-from smpo_pipeline.rewards._weights import fingerprint_folder, model_folder
 from smpo_pipeline.rewards.base import Needs, Reward
+from smpo_pipeline.rewards.networks.prompts import long_ones_alone
+from smpo_pipeline.rewards.networks.weights import fingerprint_folder, model_folder
 
 _QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 _ANSWER = "Yes"
