@@ -159,13 +159,15 @@ class _Handler(BaseHTTPRequestHandler):
             large = each["key"] == "lfsFile"
             target.write_bytes(self.hub.large[value["oid"]] if large else base64.b64decode(value["content"]))
         self.hub.uploads.append(sorted(each["value"]["path"] for each in files))
-        self._json({"commitUrl": f"{self.hub.url}/commit/{_SHA}", "commitOid": _SHA})
+        page = f"{self.hub.url}/{repo.removeprefix('models/')}"
+        self._json({"commitUrl": f"{page}/commit/{_SHA}", "commitOid": _SHA})
 
     def _entry(self, repo: str, path: Path) -> dict[str, object]:
         name = str(path.relative_to(self.hub.folder(repo)))
         if path.is_dir():
             return {"type": "directory", "path": name, "oid": _SHA, "size": 0}
-        return {"type": "file", "path": name, "oid": _SHA, "size": path.stat().st_size}
+        commit = {"id": _SHA, "title": "Upload", "date": "2026-01-02T03:04:05.000Z"}
+        return {"type": "file", "path": name, "oid": _SHA, "size": path.stat().st_size, "lastCommit": commit}
 
     def _content(self, file: Path) -> None:
         if not file.is_file():
@@ -242,6 +244,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_TOKEN", WRITER)
     monkeypatch.setenv("NO_PROXY", "*")
     with hub_server(tmp_path_factory.mktemp("hub")) as served:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, served.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         close_session()
         HfFileSystem.clear_instance_cache()

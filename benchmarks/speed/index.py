@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.page import stamp, write_section
 from smpo_common.files import sha256_file
+from smpo_schemas.frozen import StoredFile
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
-    IndexEntry,
     Manifest,
     ModelInfo,
     ShardEntry,
@@ -91,7 +91,7 @@ def make(path: Path, trajectories: int) -> None:
                    bytes=PER_SHARD * 170_000, sha256="0" * 64)
         for number in range(trajectories // PER_SHARD)
     ]  # fmt: skip
-    index = IndexEntry(name=INDEX_FILE, bytes=(path / INDEX_FILE).stat().st_size, sha256=sha256_file(path / INDEX_FILE))
+    index = StoredFile(name=INDEX_FILE, bytes=(path / INDEX_FILE).stat().st_size, sha256=sha256_file(path / INDEX_FILE))
     write_manifest(path, Manifest(
         schema_version=MANIFEST_VERSION,
         model=ModelInfo(id="none", kind="sd15", prediction_type="epsilon", reference="0",

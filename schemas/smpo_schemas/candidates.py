@@ -13,7 +13,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import Count, FileName, read_versioned, write_json
 from smpo_common.store_path import AnyPath
 from smpo_schemas.dtypes import Dtype
-from smpo_schemas.frozen import FrozenModel
+from smpo_schemas.frozen import FrozenModel, StoredFile
 
 CANDIDATES_VERSION = 1
 CANDIDATES_FILE = "candidates.json"
@@ -104,20 +104,6 @@ class CandidatesModel(FrozenModel):
     parts: dict[str, str]
 
 
-class KeptFile(FrozenModel):
-    """Latents of a part's images, in safetensors.
-
-    Attributes:
-        name: file name.
-        bytes: size of the file.
-        sha256: hash of the file.
-    """
-
-    name: FileName
-    bytes: Count
-    sha256: str
-
-
 class CandidatesPart(FrozenModel):
     """One file of candidates.
 
@@ -127,7 +113,7 @@ class CandidatesPart(FrozenModel):
         prompts: number of prompts.
         bytes: size of the file.
         sha256: hash of the file.
-        kept: file of the images' latents (``--keep``).
+        kept: the images' latents, in safetensors (``--keep``).
     """
 
     name: FileName
@@ -135,7 +121,7 @@ class CandidatesPart(FrozenModel):
     prompts: Count
     bytes: Count
     sha256: str
-    kept: KeptFile | None = None
+    kept: StoredFile | None = None
 
 
 class Candidates(GenerationSettings):

@@ -10,7 +10,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import Count, FileName, read_versioned, write_json
 from smpo_common.store_path import AnyPath
 from smpo_schemas.dtypes import Dtype
-from smpo_schemas.frozen import FrozenModel
+from smpo_schemas.frozen import FrozenModel, StoredFile
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.scores import RewardStatistics
 
@@ -96,20 +96,6 @@ class ShardEntry(FrozenModel):
     sha256: str
 
 
-class IndexEntry(FrozenModel):
-    """An index: of all trajectories (:mod:`smpo_schemas.shards.index`), or of all prompts' embeddings.
-
-    Attributes:
-        name: file name.
-        bytes: size of the file.
-        sha256: hash of the file.
-    """
-
-    name: FileName
-    bytes: Count
-    sha256: str
-
-
 class TextFile(FrozenModel):
     """A file of prompts' embeddings in ``text/`` (:mod:`smpo_schemas.shards.text`).
 
@@ -140,7 +126,7 @@ class StoredTextEntry(FrozenModel):
     dtype: Literal["float32", "float16", "bfloat16"]
     prompts: Count
     bytes: Count
-    index: IndexEntry
+    index: StoredFile
     files: list[TextFile]
 
 
@@ -218,7 +204,7 @@ class Manifest(FrozenModel):
         rejected_reasons: number of rejected pairs by kind of reason.
         health: quality of the states by timestep band.
         versions: of the libraries.
-        index: None in older directories.
+        index: of all trajectories (:mod:`smpo_schemas.shards.index`); None in older directories.
         text: the stored embeddings of the prompts; None with ``--text live``, where the trainer encodes them.
         buckets: image sizes by rising aspect ratio; empty without ``--buckets``.
         samplings: with the sources ``tracked`` and ``sampled``, how the images were sampled.
@@ -236,7 +222,7 @@ class Manifest(FrozenModel):
     rejected_reasons: dict[str, Count]
     health: list[BandHealth]
     versions: dict[str, str]
-    index: IndexEntry | None = None
+    index: StoredFile | None = None
     text: StoredTextEntry | None = None
     buckets: list[Bucket] = Field(default_factory=list)
     samplings: list[ImageSampling] = Field(default_factory=list)

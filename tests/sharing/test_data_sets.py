@@ -36,7 +36,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_shards_with_stored_text_come_back_as_they_are(hub: Hub, tmp_path, capfd):
     model = make_tiny_model(tmp_path / "model")
-    shards = with_stored_text(make_shards(tmp_path / "plain", model), model, tmp_path / "shards")
+    shards = with_stored_text(
+        make_shards(tmp_path / "plain", model, num_pairs=5, num_states=1), model, tmp_path / "shards"
+    )
     (shards / "config.yaml").write_text("out: /home/me/shards\n")  # this and the next are not of the data set
     (shards / ".lock").touch()
     done = push(capfd, shards, "owner/shards", *LICENSE)
@@ -77,7 +79,7 @@ def test_a_selection_brings_its_scores_and_candidates_are_pairs(hub: Hub, tmp_pa
     card = there.pop("README.md").decode()
     assert "--scores hf://datasets/owner/selected/scores" in card
     assert "| selected by | extremes |" in card
-    assert there == {name: data for name, data in here.items() if name != "config.yaml"}
+    assert there == {name: data for name, data in here.items() if name not in ("config.yaml", "run.json")}
 
 
 def test_what_stops_a_push_is_one_line(hub: Hub, scores, tmp_path, capfd, monkeypatch):

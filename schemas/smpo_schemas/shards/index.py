@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from smpo_common.errors import UserError
 from smpo_common.files import arrow_source, atomic_path, read_all, reading_parquet, sha256_file
 from smpo_common.store_path import AnyPath
-from smpo_schemas.manifest import IndexEntry, ShardEntry
+from smpo_schemas.frozen import StoredFile
+from smpo_schemas.manifest import ShardEntry
 from smpo_schemas.shards.reader import IndexedTrajectory, SampleLocation, ShardDirectory
 from smpo_schemas.shards.samples import SampleMeta
 from smpo_schemas.shards.stored_state import read_trajectory
@@ -58,7 +59,7 @@ def indexed_trajectories(directory: ShardDirectory) -> Iterator[IndexedTrajector
     return _read(directory, directory.manifest.index) if directory.manifest.index else _scan_all(directory)
 
 
-def write_index(directory: ShardDirectory, parts: Sequence[AnyPath] = ()) -> IndexEntry:
+def write_index(directory: ShardDirectory, parts: Sequence[AnyPath] = ()) -> StoredFile:
     """Index the tars of a directory; equal tars give equal bytes.
 
     Args:
@@ -70,7 +71,7 @@ def write_index(directory: ShardDirectory, parts: Sequence[AnyPath] = ()) -> Ind
     """
     with atomic_path(directory.path / INDEX_FILE) as temporary:
         _write(temporary, _from_parts(directory, parts) if parts else _scan_all(directory))
-        return IndexEntry(name=INDEX_FILE, bytes=temporary.stat().st_size, sha256=sha256_file(temporary))
+        return StoredFile(name=INDEX_FILE, bytes=temporary.stat().st_size, sha256=sha256_file(temporary))
 
 
 def write_index_part(path: AnyPath, trajectories: Iterable[IndexedTrajectory]) -> None:
@@ -126,7 +127,7 @@ def _row(trajectory: IndexedTrajectory) -> dict[str, object]:
     }
 
 
-def _read(directory: ShardDirectory, entry: IndexEntry) -> Iterator[IndexedTrajectory]:
+def _read(directory: ShardDirectory, entry: StoredFile) -> Iterator[IndexedTrajectory]:
     path = directory.path / entry.name
     if not path.is_file():
         raise UserError(f"{path} is missing; the manifest lists it")

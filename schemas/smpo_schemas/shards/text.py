@@ -19,7 +19,8 @@ import torch
 from smpo_common.errors import UserError
 from smpo_common.files import atomic_path, sha256_file
 from smpo_common.store_path import AnyPath
-from smpo_schemas.manifest import IndexEntry, StoredTextEntry, TextFile
+from smpo_schemas.frozen import StoredFile
+from smpo_schemas.manifest import StoredTextEntry, TextFile
 from smpo_schemas.shards.tensor_file import Layout, TensorFile, file_bytes, reading_tensors, write_rows
 from smpo_schemas.shards.text_rows import MASK, TEXT, TextRow
 
@@ -62,7 +63,7 @@ def write_text(path: AnyPath, prompts: Sequence[str], rows: Sequence[TextRow]) -
         return TextFile(name=path.name, prompts=len(prompts), **_described(temporary))
 
 
-def write_text_index(path: AnyPath, prompts: Sequence[str], cut: Sequence[bool], prompts_per_file: int) -> IndexEntry:
+def write_text_index(path: AnyPath, prompts: Sequence[str], cut: Sequence[bool], prompts_per_file: int) -> StoredFile:
     """Write ``index.safetensors``.
 
     Args:
@@ -83,7 +84,7 @@ def write_text_index(path: AnyPath, prompts: Sequence[str], cut: Sequence[bool],
     tensors = {name: torch.from_numpy(columns[name][order]).to(dtype) for name, dtype in _INDEX_COLUMNS.items()}
     with atomic_path(path) as temporary:
         write_rows(temporary, _index_layout(len(keys)), [tensors])
-        return IndexEntry(name=path.name, **_described(temporary))
+        return StoredFile(name=path.name, **_described(temporary))
 
 
 def text_bytes(prompts: int, rows: Sequence[TextRow], prompts_per_file: int) -> int:
@@ -186,7 +187,7 @@ class StoredText:
         return int(place)
 
 
-def verify_text(folder: AnyPath, entry: TextFile | IndexEntry) -> None:
+def verify_text(folder: AnyPath, entry: TextFile | StoredFile) -> None:
     """Check a file's size and SHA-256 against the manifest.
 
     Raises:
@@ -195,7 +196,7 @@ def verify_text(folder: AnyPath, entry: TextFile | IndexEntry) -> None:
     _verify(folder / entry.name, entry)
 
 
-def _verify(path: AnyPath, entry: TextFile | IndexEntry) -> None:
+def _verify(path: AnyPath, entry: TextFile | StoredFile) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing; the manifest lists it; {_REMEDY}")
     size = path.stat().st_size

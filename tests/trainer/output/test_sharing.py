@@ -11,6 +11,7 @@ from huggingface_hub import RepoCard
 from PIL import Image
 
 from smpo_models.loading import load_family, load_tuned_denoiser
+from smpo_models.sharing.model_card import model_metadata
 from tests.command import assert_one_line, run_here
 from tests.hub_server import Hub
 from tests.trainer.conftest import Train
@@ -40,12 +41,19 @@ def test_a_run_is_pushed_at_its_end_with_a_card(hub: Hub, shards: Path, model: P
     assert card.data.license == "openrail++"
     assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
     assert {"lora", "smpo"} <= set(card.data.tags)
-    assert card.data.base_model is None  # a folder
+    assert card.data.get("base_model") is None  # a folder
     for text in ('load_lora_weights("owner/tuned")', "| reward taste | weight 1,", "| steps | 1 of 2 states", "lu2025"):
         assert text in card.text
     assert str(tmp_path) not in card.text
     # The settings say nothing of the hub: a run repeated from them must not replace this model.
     assert "push_to_hub" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_metadata_name_what_is_on_the_hub() -> None:
+    shards = ["hf://datasets/me/shards/first", "s3://bucket/x"]
+    data = model_metadata("org/base", "smpo", lora=True, shards=shards, license_=None)
+    assert (data.base_model, data.base_model_relation, data.datasets) == ("org/base", "adapter", ["me/shards"])
+    assert "license" not in data.to_yaml()
 
 
 def test_a_failed_push_loses_nothing_and_says_how_to_repeat_it(hub: Hub, shards: Path, model: Path, tmp_path, capfd):

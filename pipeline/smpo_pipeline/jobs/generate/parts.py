@@ -28,11 +28,11 @@ from smpo_schemas.candidates import (
     CANDIDATES_SCHEMA,
     CandidatesPart,
     GenerationSettings,
-    KeptFile,
     candidate_pair_id,
     kept_name,
     part_name,
 )
+from smpo_schemas.frozen import StoredFile
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import Reject
 
@@ -146,7 +146,7 @@ def _write_part(
     prompts: Prompts,
     storing: Storing,
     out: AnyPath,
-    kept: KeptFile | None,
+    kept: StoredFile | None,
 ) -> CandidatesPart:
     num_images = storing.settings.images_per_prompt
     table, further = prompts.both()
@@ -180,7 +180,7 @@ def _write_part(
     return CandidatesPart(name=path.name, rows=len(rows), prompts=len(places), bytes=size, sha256=digest, kept=kept)
 
 
-def _write_kept(path: AnyPath, row: pa.Table, images: Sequence[bytes], storing: Storing) -> KeptFile:
+def _write_kept(path: AnyPath, row: pa.Table, images: Sequence[bytes], storing: Storing) -> StoredFile:
     """Write latents float32 [C, h, w] by image id, and states [M, C, h, w] with their timesteps [M]."""
     latents = [_floats(each, storing.noise_shape) for each in byte_views(cell_values(row, "latents"))]
     tensors = {image_id(image): value for image, value in zip(images, latents, strict=True)}
@@ -194,7 +194,7 @@ def _write_kept(path: AnyPath, row: pa.Table, images: Sequence[bytes], storing: 
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
         size, digest = temporary.stat().st_size, sha256_file(temporary)
-    return KeptFile(name=path.name, bytes=size, sha256=digest)
+    return StoredFile(name=path.name, bytes=size, sha256=digest)
 
 
 def _floats(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
