@@ -44,6 +44,11 @@ def _cell(value: object) -> str:
     return one_line(str(value)).replace("|", "\\|").replace("<", "&lt;")
 
 
+def shared_name(place: str) -> str:
+    """Name a model or data set for others: a folder here by its last part, since its path may say too much."""
+    return Path(place).name if Path(place).is_absolute() or Path(place).exists() else place
+
+
 def own_card(folder: Path) -> str | None:
     """Return the folder's README.md if the user wrote or changed it, else None.
 

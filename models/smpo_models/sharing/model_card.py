@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from smpo_common.errors import UserError
 from smpo_common.files import read_json
-from smpo_models.sharing.card import SMPO_CITATION, compose, table
+from smpo_models.sharing.card import SMPO_CITATION, compose, shared_name, table
 from smpo_schemas.trained_model import (
     DENOISER_FOLDERS,
     EXTRA_LORA_FILES,
@@ -154,13 +154,14 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     for name in ("beta", "gamma"):
         yield name, f"{settings[name]:g}"
     for name, reward in record["rewards"].items():
-        yield f"reward {name}", f"weight {reward['weight']:g}, differences / {reward['scale']:.4g}; {reward['model']}"
+        yield (
+            f"reward {name}",
+            f"weight {reward['weight']:g}, differences / {reward['scale']:.4g}; {shared_name(reward['model'])}",
+        )
     if not record["rewards"]:
         yield "learns from", "labels"
     for shard in record["shards"]:
-        # A folder's path says nothing to others, and may say too much.
-        place = shard["path"] if "://" in shard["path"] else Path(shard["path"]).name
-        yield "shards", f"{place} (manifest.json has SHA-256 {shard['manifest_sha256'][:16]}...)"
+        yield "shards", f"{shared_name(shard['path'])} (manifest.json has SHA-256 {shard['manifest_sha256'][:16]}...)"
     yield "steps", f"{record['steps']} of {record['states_per_step']} states; {record['epochs']:.3g} epochs"
     for name in ("optimizer", "lr", "lora_rank", "quantize", "dtype", "seed"):
         if settings.get(name) is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from smpo_common.errors import UserError
 from smpo_models.sampling import sampling_in_words
+from smpo_models.sharing.card import shared_name
 from smpo_schemas.candidates import CANDIDATES_FILE, read_candidates
 from smpo_schemas.candidates import REJECTS_FILE as CANDIDATES_REJECTS
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, read_manifest
@@ -67,7 +68,7 @@ def _shards(folder: Path) -> Contents:
     facts: Facts = [
         ("pairs", f"{totals.pairs:,}; {totals.rejected:,} of the input were rejected"),
         ("states", f"{totals.states:,}, of {totals.samples:,} trajectories"),
-        ("model", f"{_place(manifest.model.id)} ({manifest.model.kind})"),
+        ("model", f"{shared_name(manifest.model.id)} ({manifest.model.kind})"),
         ("resolution", manifest.resolution),
         ("source of the states", inversion.source),
         ("timesteps", f"{inversion.steps}, {inversion.timesteps}"),
@@ -80,7 +81,7 @@ def _shards(folder: Path) -> Contents:
         "shard-*.tar",
         totals.pairs,
         facts,
-        f"smpo-train --shards DATA --model {_place(manifest.model.id)} --out tuned",
+        f"smpo-train --shards DATA --model {shared_name(manifest.model.id)} --out tuned",
         _existing(folder, names, SHARDS_REJECTS),
     )
 
@@ -127,7 +128,7 @@ def _candidates(folder: Path) -> Contents:
     record = read_candidates(folder)
     facts: Facts = [
         ("images", f"{record.images:,} of {record.prompts:,} prompts, {record.resolution} pixels"),
-        ("model", f"{_place(record.model.id)} ({record.model.kind})"),
+        ("model", f"{shared_name(record.model.id)} ({record.model.kind})"),
         ("sampling", sampling_in_words(record.sampler, record.steps, record.guidance_scale)),
         ("seed", record.seed),
     ]
@@ -154,12 +155,7 @@ _READERS: dict[str, Callable[[Path], Contents]] = {
 
 def _rewards(rewards: dict[str, RewardStatistics]) -> Iterator[tuple[str, str]]:
     for name, reward in rewards.items():
-        yield f"reward {name}", f"{_place(reward.model)}; {reward.min:.4g} .. {reward.max:.4g} {reward.unit}"
-
-
-def _place(model: str) -> str:
-    """Name a model for others: of a folder, its last part."""
-    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
+        yield f"reward {name}", f"{shared_name(reward.model)}; {reward.min:.4g} .. {reward.max:.4g} {reward.unit}"
 
 
 def _existing(folder: Path, names: Iterable[str], optional: str) -> dict[str, Path]:
