@@ -47,14 +47,14 @@ def evaluation_table(results: Results, name: str) -> str:
     """Write one model's win rates against the baseline as Markdown."""
     settings = results.settings
     sampling = sampling_in_words(settings.sampler, settings.steps, settings.guidance_scale)
+    trained = next(entry.trained_rewards for entry in results.models if entry.name == name)
     rows: list[tuple[object, ...]] = []
     for finding in results.findings:
         versus = finding.versus_baseline
         if finding.model == name and versus:
+            reward = f"{finding.reward} (trained on)" if finding.reward in trained else finding.reward
             rate = f"{100 * versus.win_rate.value:.1f} %"
-            rows.append(
-                (finding.reward, rate, percent_interval(versus.win_rate), signed_interval(versus.mean_difference))
-            )
+            rows.append((reward, rate, percent_interval(versus.win_rate), signed_interval(versus.mean_difference)))
     if not rows:
         return ""
     columns = ("reward", "win rate", "95 % interval", "mean gain, in the reward's unit")

@@ -98,7 +98,7 @@ def test_an_evaluation_gives_the_card_its_numbers_and_samples(hub: Hub, train: T
     there = hub.folder("models/owner/tuned")
     card = (there / "README.md").read_text()
     # By hand: tuned wins 3 of 4 images (2 prompts x 2), and gains (1 + 1 + 1 - 1) / 4.
-    assert "| brightness | 75.0 % |" in card
+    assert "| brightness (trained on) | 75.0 % |" in card
     assert "+0.5 (" in card
     assert "| a \\| b | ![0](samples/0-base.png) | ![0](samples/0-tuned.png) |" in card
     assert (there / "samples/1-tuned.png").read_bytes() == (evaluation / "images/tuned/00001-00.png").read_bytes()
@@ -152,9 +152,11 @@ def make_evaluation(folder: Path, run: Path) -> Path:
         for name, values in scores.items()
     ]  # fmt: skip
     entries = [ModelEntry(name="base", source="base", base=None, denoiser="hash")]
-    entries.append(ModelEntry(name="tuned", source=str(run), base="base", denoiser="hash"))
+    entries.append(
+        ModelEntry(name="tuned", source=str(run), base="base", denoiser="hash", trained_rewards=["brightness"])
+    )
     rewards = [RewardEntry(name="brightness", unit="grey level", model="none", fingerprint="hash")]
-    write_scores(folder, {"brightness": scores}, prompts, images)
+    write_scores(folder, {"brightness": scores}, settings, images)
     write_results(
         folder,
         Results(
