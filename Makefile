@@ -75,7 +75,7 @@ test-fast: $(READY_DEV) ## The everyday tests: no Ray, no long training
 test-browser: $(READY_DEV) ## The tests of pages in Chromium (part of `make test` where it is installed)
 	SMPO_BROWSER=required $(BIN)/python -m pytest -q -m browser
 
-fuzz: $(READY_DEV) ## 10,000 hostile images and 1,000 hostile files (minutes)
+fuzz: $(READY_DEV) ## 10,000 hostile images and 2,000 hostile files (minutes)
 	$(BIN)/python -m tests.fuzz
 
 chaos: $(READY_DEV) ## Training and 50 runs of stages 1 and 2, killed at random moments and compared (hours)

@@ -21,13 +21,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = {"images": 10_000, "files": 1000}
+KINDS = {"images": 10_000, "files": 1000, "layouts": 1000}
 """Modules of ``tests/fuzzing``, and how many inputs of each a whole campaign reads."""
 
 SECONDS = 5.0
 """CPU time of one input; an answer must come within three times that on the clock, since machines may be busy."""
 
-PEAK_BYTES = {"images": 2 << 30, "files": 512 << 20}
+PEAK_BYTES = {"images": 2 << 30, "files": 512 << 20, "layouts": 512 << 20}
 """Of one input; an image of the most pixels that are decoded is allowed 20 bytes a pixel."""
 
 

@@ -1,11 +1,16 @@
-"""Damage to bytes and to JSON values, drawn from a seeded generator."""
+"""Damage to bytes, JSON values and Parquet files, drawn from a seeded generator."""
 
 from __future__ import annotations
 
 import copy
+import json
 import random
+import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 _NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _NONSENSE: tuple[Callable[[], Any], ...] = (
@@ -150,3 +155,60 @@ def hostile_text(draw: random.Random) -> str:
     """A prompt that nobody would type."""
     anything = (draw.choice((draw.randrange(0xD800), draw.randrange(0xE000, 0x110000))) for _ in range(50))
     return draw.choice((*HOSTILE_TEXTS, "".join(map(chr, anything))))
+
+
+HOSTILE_JSON: tuple[Callable[[], bytes], ...] = (
+    lambda: b"[" * 100_000,
+    lambda: b'{"prompt":' * 50_000 + b"1" + b"}" * 50_000,
+    lambda: b'{"pair_id": ' + b"[" * 900 + b"]" * 900 + b"}",
+    lambda: b'{"label": ' + b"9" * 5000 + b"}",
+    lambda: b'{"label": 1e999, "prompt": "x"}',
+    lambda: b'{"prompt": "' + b"x" * 20_000_000 + b'"}',
+    lambda: b"\xff\xfe{\x00}",
+    lambda: b"NaN",
+    lambda: b'{"prompt": "a", "prompt": "b"}',
+    lambda: b'{"prompt": "a", "image_0": "/dev/zero", "image_1": "/proc/self/mem"}',
+    lambda: b'{"prompt": "a", "image_0": "..", "image_1": "picture.png/"}',
+    lambda: b'{"prompt": "a", "image_0": "/dev/stdin", "image_1": "/dev/stdin"}',
+    lambda: b"",
+)
+
+
+def distort_json(path: Path, draw: random.Random) -> None:
+    value = json.loads(path.read_text())
+    what = draw.random()
+    if what < 0.7:
+        data = json.dumps(distort(value, draw)).encode()
+    elif what < 0.9:
+        data = damage(path.read_bytes(), draw, [path.read_bytes()])
+    else:
+        data = draw.choice(HOSTILE_JSON)()
+    path.write_bytes(data)
+
+
+def damaged_parquet(data: bytes, draw: random.Random) -> bytes:
+    """Damage anywhere, or in the footer with its length and magic kept, so that its reader believes it."""
+    if draw.random() < 0.5:
+        return damage(data, draw, [data])
+    (length,) = struct.unpack("<I", data[-8:-4])
+    footer = damage(data[-8 - length : -8], draw, [data])
+    return data[: -8 - length] + footer + struct.pack("<I", len(footer)) + b"PAR1"
+
+
+def odd_column(draw: random.Random, rows: int) -> pa.Array:
+    return draw.choice(
+        (
+            lambda: pa.nulls(rows),
+            lambda: pa.array([10**30] * rows, pa.decimal128(38)),
+            lambda: pa.array([2**60] * rows, pa.timestamp("ms")),
+            lambda: pa.array([2**62] * rows, pa.duration("s")),
+            lambda: pa.array([-(2**31)] * rows, pa.date32()),
+            lambda: pa.array([float("nan")] * rows, pa.float16()),
+            lambda: pa.array([[["deep"]]] * rows),
+            lambda: pa.array([{"bytes": {"bytes": "x"}, "path": 3}] * rows),
+            lambda: pa.array([{"bytes": None, "path": "/dev/zero"}] * rows),
+            lambda: pa.array([[("k", 1)]] * rows, pa.map_(pa.string(), pa.int64())),
+            lambda: pa.array([b"\xff" * 4] * rows, pa.binary(4)),
+            lambda: pa.array([True] * rows),
+        )
+    )()
