@@ -51,7 +51,7 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no GPU here")
     stubbed = install_ray_stubs()
-    from benchmarks.acceptance.checks import make_checks  # noqa: PLC0415  (imports all of the project, and with it Ray)
+    from benchmarks.acceptance.checks.order import make_checks  # noqa: PLC0415  (imports all of the project, and with it Ray)
     from benchmarks.acceptance.device import DEVICES  # noqa: PLC0415
     from benchmarks.acceptance.runner import run_checks  # noqa: PLC0415
     from benchmarks.acceptance.world import SIZES, World  # noqa: PLC0415

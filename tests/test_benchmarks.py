@@ -60,12 +60,12 @@ def test_the_clock_waits_for_the_gpu(module, load, monkeypatch):
 def test_each_program_of_a_flow_models_step_trains_and_is_measured_by_parts(
     program, method, load, monkeypatch, tmp_path
 ):
-    train_flow, train = load("train_flow"), load("train")
-    for module in (train, train_flow):
+    train_flow, programs, train = load("train_flow"), load("flow_programs"), load("train")
+    for module in (train, programs):
         monkeypatch.setattr(module, "SIDE", 16)
     load("shapes").build_flux(8, 1).save_pretrained(tmp_path / "model")
     train.make_shards(tmp_path / "shards", tmp_path / "model", trajectories=1, text=True)
-    monkeypatch.setattr(train_flow, "STEPS", 2)
+    monkeypatch.setattr(programs, "STEPS", 2)
     found = train_flow._measured(method, program, tmp_path, 8)
     frozen = {"VAE", "text encoders", "reference"} if program == "Flow-DPO" else set()
     assert found.keys() == frozen | {"forward", "backward", "clipping and AdamW", "the rest", "GiB"}

@@ -12,8 +12,8 @@ import torch
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from torch import nn
 
+from benchmarks.acceptance.checks.training import train
 from benchmarks.acceptance.runner import Report
-from benchmarks.acceptance.training import train
 from benchmarks.acceptance.world import GIB, World, known_fingerprints
 from smpo_models.loading import load_family
 from smpo_trainer.model.quantization import _config, quantize

@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from benchmarks.acceptance.arithmetic import distance
-from benchmarks.acceptance.ceilings import roofline
+from benchmarks.acceptance.checks.arithmetic import distance
+from benchmarks.acceptance.checks.ceilings import roofline
 from benchmarks.acceptance.runner import Report
 from benchmarks.acceptance.world import GIB, World, conditioned, known_fingerprints, latents, random_pair
 from smpo_models.family import Family

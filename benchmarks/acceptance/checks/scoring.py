@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.acceptance.ceilings import operations
+from benchmarks.acceptance.checks.ceilings import operations
 from benchmarks.acceptance.runner import Report
 from benchmarks.acceptance.world import World
 from benchmarks.speed.score_programs import make_pairs

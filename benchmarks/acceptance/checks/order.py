@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 
-from benchmarks.acceptance.arithmetic import check_numbers, check_xl_numbers
-from benchmarks.acceptance.ceilings import measure_ceilings
-from benchmarks.acceptance.commands import check_evaluation, check_fsdp, check_plan, check_torchrun
-from benchmarks.acceptance.inverting import check_inversion, check_inversion_rate, check_xl_inversion
-from benchmarks.acceptance.memory import check_memory
-from benchmarks.acceptance.quantizing import check_quantization
+from benchmarks.acceptance.checks.arithmetic import check_numbers, check_xl_numbers
+from benchmarks.acceptance.checks.ceilings import measure_ceilings
+from benchmarks.acceptance.checks.commands import check_evaluation, check_fsdp, check_plan, check_torchrun
+from benchmarks.acceptance.checks.inverting import check_inversion, check_inversion_rate, check_xl_inversion
+from benchmarks.acceptance.checks.memory import check_memory
+from benchmarks.acceptance.checks.quantizing import check_quantization
+from benchmarks.acceptance.checks.scoring import check_scoring
+from benchmarks.acceptance.checks.stopping import check_overflow, check_resume
+from benchmarks.acceptance.checks.training import check_compile, check_lora, check_training, check_xl_training
 from benchmarks.acceptance.runner import Check, Report
-from benchmarks.acceptance.scoring import check_scoring
-from benchmarks.acceptance.stopping import check_overflow, check_resume
-from benchmarks.acceptance.training import check_compile, check_lora, check_training, check_xl_training
 from benchmarks.acceptance.world import World
 
 

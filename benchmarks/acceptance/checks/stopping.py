@@ -16,10 +16,10 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.acceptance.arithmetic import distance
+from benchmarks.acceptance.checks.arithmetic import distance
+from benchmarks.acceptance.checks.training import around_steps, train
 from benchmarks.acceptance.device import resident
 from benchmarks.acceptance.runner import Report
-from benchmarks.acceptance.training import around_steps, train
 from benchmarks.acceptance.world import PROMPT, World
 from smpo_trainer.train_loop import TrainLoop
 from smpo_trainer.trainer import Trainer

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.optimization import Adafactor
 
-from benchmarks.acceptance.arithmetic import random_states
-from benchmarks.acceptance.ceilings import operations
+from benchmarks.acceptance.checks.arithmetic import random_states
+from benchmarks.acceptance.checks.ceilings import operations
 from benchmarks.acceptance.runner import Report
 from benchmarks.acceptance.world import GIB, World, conditioned, known_fingerprints
 from smpo_models.family import Conditioning

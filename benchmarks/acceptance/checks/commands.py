@@ -9,8 +9,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from benchmarks.acceptance.checks.training import arguments, records_of
 from benchmarks.acceptance.runner import Report
-from benchmarks.acceptance.training import arguments, records_of
 from benchmarks.acceptance.world import World
 from smpo_common.files import read_json
 from smpo_pipeline.cli import app

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.acceptance.inverting import make_inverter
+from benchmarks.acceptance.checks.inverting import make_inverter
 from benchmarks.acceptance.runner import Report
 from benchmarks.acceptance.world import GIB, World, random_pair
 from smpo_models.memory import is_out_of_memory
