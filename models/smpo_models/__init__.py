@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from smpo_models.draws import image_noise
     from smpo_models.family import Conditioning, Family
     from smpo_models.loading import load_family, load_tuned_denoiser
-    from smpo_models.negative import guide_with_negative
     from smpo_models.sampling import load_pipeline, sample
+    from smpo_models.tuned.negative import guide_with_negative
 
 __all__ = [
     "Conditioning",
@@ -43,7 +43,7 @@ __getattr__, __dir__ = lazy_exports(
         "smpo_models.draws": ["image_noise"],
         "smpo_models.family": ["Conditioning", "Family"],
         "smpo_models.loading": ["load_family", "load_tuned_denoiser"],
-        "smpo_models.negative": ["guide_with_negative"],
+        "smpo_models.tuned.negative": ["guide_with_negative"],
         "smpo_models.sampling": ["load_pipeline", "sample"],
     },
 )

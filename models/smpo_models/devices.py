@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from smpo_common.errors import UserError
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.choices import Dtype
 
 _DEVICES = Path("/dev")
 

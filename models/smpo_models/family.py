@@ -16,7 +16,7 @@ from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_models.noise_schedules.base import NoiseSchedule
-from smpo_schemas.samplers import SamplerChoice
+from smpo_schemas.choices import SamplerChoice
 from smpo_schemas.shards.text_rows import TextRow, stack_rows
 
 

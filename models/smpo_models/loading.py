@@ -15,7 +15,7 @@ import smpo_models.families
 from smpo_common.discovery import subclasses_in
 from smpo_common.errors import UserError
 from smpo_models.family import Family
-from smpo_models.lora import fuse_lora
+from smpo_models.tuned.lora import fuse_lora
 from smpo_models.weights import load_part
 from smpo_schemas.trained_model import LORA_FILE
 

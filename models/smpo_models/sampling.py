@@ -19,7 +19,7 @@ from smpo_models.family import Family
 from smpo_models.family_bases.packing import unpacked
 from smpo_models.noise_schedules.samplers import first_order_scheduler
 from smpo_models.weights import load_part, load_weights
-from smpo_schemas.samplers import SamplerChoice
+from smpo_schemas.choices import SamplerChoice
 
 _OWN_NOISE = "DPMSolverSDEScheduler"
 """The scheduler that takes no generators, one an image."""

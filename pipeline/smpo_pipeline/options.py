@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, PlainVa
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options, Overwrite, flag_name
 from smpo_common.store_path import AnyPath, parse_path
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.choices import Dtype
 from smpo_schemas.layouts import find_layout, layouts
 from smpo_schemas.pairs import ReadingChoices, expanded
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from smpo_common.errors import UserError
 from smpo_common.files import Count, FileName, read_versioned, write_json
 from smpo_common.store_path import AnyPath
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.choices import Dtype
 from smpo_schemas.frozen import FrozenModel, StoredFile
 
 CANDIDATES_VERSION = 1

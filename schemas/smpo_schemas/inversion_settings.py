@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from smpo_common.errors import UserError
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.choices import Dtype
 from smpo_schemas.frozen import FrozenModel
 
 GENERATED = ("tracked", "sampled")

@@ -9,7 +9,7 @@ from pydantic import Field
 from smpo_common.errors import UserError
 from smpo_common.files import Count, FileName, read_versioned, write_json
 from smpo_common.store_path import AnyPath
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.choices import Dtype
 from smpo_schemas.frozen import FrozenModel, StoredFile
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.scores import RewardStatistics

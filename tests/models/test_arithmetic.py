@@ -15,7 +15,7 @@ from smpo_models.arithmetic import narrow_products
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_models.lora import add_lora
+from smpo_models.tuned.lora import add_lora
 from tests.tiny import make_tiny_model, make_tiny_xl
 from tests.tiny_families import FLOW_FAMILIES
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3

@@ -9,7 +9,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
 from smpo_common.errors import UserError
-from smpo_models.lora import check_lora, fuse_lora
+from smpo_models.tuned.lora import check_lora, fuse_lora
 from tests.tiny import make_tiny_model, make_tiny_unet
 from tests.tiny_families import FLOW_FAMILIES
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from smpo_common.errors import UserError
-from smpo_models.lora_formats import require_lora_format, write_lora_format
+from smpo_models.tuned.lora_formats import require_lora_format, write_lora_format
 from smpo_schemas.trained_model import LORA_FILE, lora_file
 
 _RANK, _ALPHA = 3, 1.5

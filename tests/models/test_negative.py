@@ -11,10 +11,10 @@ import torch
 from smpo_common.errors import UserError
 from smpo_models.family import Family
 from smpo_models.loading import load_family
-from smpo_models.merge import merge_into
-from smpo_models.negative import guide_with_negative
 from smpo_models.noise_schedules.base import START
 from smpo_models.sampling import load_pipeline, sample
+from smpo_models.tuned.merge import merge_into
+from smpo_models.tuned.negative import guide_with_negative
 from tests.models.stock import load_stock
 from tests.models.test_flow_families import MODELS as FLOW_MODELS
 from tests.tiny import make_tiny_model, make_tiny_unet, make_tiny_xl

@@ -20,7 +20,7 @@ from smpo_common.errors import UserError
 from smpo_models.draws import torch_generator
 from smpo_models.loading import load_family
 from smpo_models.sampling import load_pipeline, sample
-from smpo_schemas.samplers import SamplerChoice
+from smpo_schemas.choices import SamplerChoice
 from tests.models.test_flow_families import MODELS as FLOW_MODELS
 from tests.models.test_flow_families import SHAPE
 from tests.tiny import make_tiny_model, make_tiny_xl, put_scheduler

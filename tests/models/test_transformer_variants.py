@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from smpo_common.errors import UserError
 from smpo_models.family_bases.masked_text import rows
 from smpo_models.loading import load_family, load_tuned_denoiser
-from smpo_models.lora import check_lora
 from smpo_models.sampling import load_pipeline
+from smpo_models.tuned.lora import check_lora
 from tests.tiny_transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
 
 

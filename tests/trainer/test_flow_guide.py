@@ -74,7 +74,7 @@ def test_every_training_run_and_snippet_is_run() -> None:
 def test_the_layers_that_a_lora_adapts(tmp_path: Path) -> None:
     """As the page says: not the second attention of SD3.5, and of FLUX.1 both kinds of blocks."""
     from smpo_models.loading import load_family
-    from smpo_models.lora import add_lora
+    from smpo_models.tuned.lora import add_lora
 
     for maker, also in ((make_tiny_sd3, "attn2"), (make_tiny_flux, "single_transformer_blocks")):
         family = load_family(str(maker(tmp_path / maker.__name__)), ("denoiser",))

@@ -13,8 +13,7 @@ from pydantic import ConfigDict, Field
 
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options, Overwrite
-from smpo_schemas.dtypes import Dtype, Quantization
-from smpo_schemas.optimizers import OptimizerName
+from smpo_schemas.choices import Dtype, OptimizerName, Quantization
 from smpo_schemas.trained_model import LoraFormat
 from smpo_trainer.loss_settings import IDENTITY, RESOLVED_IDENTITY, LossOptions, RewardOptions
 from smpo_trainer.presets import PRESETS, find_preset

@@ -24,7 +24,7 @@ from benchmarks.acceptance.runner import Report
 from benchmarks.acceptance.world import GIB, World, conditioned, known_fingerprints
 from smpo_models.family import Conditioning
 from smpo_models.loading import fuse_lora
-from smpo_models.lora import add_lora
+from smpo_models.tuned.lora import add_lora
 from smpo_schemas.trained_model import LORA_FILE
 from smpo_trainer.cli import app
 from smpo_trainer.data.loader import StateBatch

@@ -13,7 +13,7 @@ from smpo_models.memory_account.fake import Inputs, fake_arithmetic, make_fake
 from smpo_models.memory_account.live import LiveTensors
 from smpo_models.memory_account.training import tensor_bytes
 from smpo_models.weights import DTYPES
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.choices import Dtype
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smpo_schemas.dtypes import Quantization
+from smpo_schemas.choices import Quantization
 
 _BLOCK = 64
 """Weights that share one float32 scale in nf4."""

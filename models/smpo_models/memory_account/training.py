@@ -12,13 +12,12 @@ from torch import nn
 
 from smpo_models.arithmetic import narrow_products
 from smpo_models.family import Family
-from smpo_models.lora import add_lora
 from smpo_models.memory_account.backward import SavedForBackward
 from smpo_models.memory_account.fake import Inputs, fake_arithmetic, make_fake
 from smpo_models.memory_account.quantized import quantize
+from smpo_models.tuned.lora import add_lora
 from smpo_models.weights import DTYPES
-from smpo_schemas.dtypes import Dtype, Quantization
-from smpo_schemas.optimizers import OptimizerName
+from smpo_schemas.choices import Dtype, OptimizerName, Quantization
 
 _FLOAT = torch.float32.itemsize
 _EIGHT_BIT_FROM, _EIGHT_BIT_BLOCK = 4096, 256

@@ -52,7 +52,7 @@ def merge(options: MergeOptions) -> None:
         )
     from smpo_models.fingerprint import fingerprint_module  # noqa: PLC0415  (keeps --help free of torch)
     from smpo_models.loading import load_family, load_tuned_denoiser  # noqa: PLC0415
-    from smpo_models.merge import merge_into  # noqa: PLC0415
+    from smpo_models.tuned.merge import merge_into  # noqa: PLC0415
 
     family = load_family(options.model, ("denoiser",), variant=options.variant)
     sources = {"--positive": (options.positive, options.alpha), "--negative": (options.negative, options.beta)}

@@ -15,8 +15,7 @@ from smpo_pipeline.evaluation.picture_files import PictureFiles
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
 from smpo_pipeline.generation.source import Loading, ModelSource
 from smpo_schemas.candidates import GenerationSettings
-from smpo_schemas.dtypes import Dtype
-from smpo_schemas.samplers import SamplerChoice
+from smpo_schemas.choices import Dtype, SamplerChoice
 
 if TYPE_CHECKING:
     from smpo_models.family import Family

@@ -23,13 +23,13 @@ from smpo_models.draws import image_noise, named_stream, torch_generator
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_models.lora import check_lora, fuse_lora
-from smpo_models.negative import guide_with_negative, require_guidance
 from smpo_models.sampling import load_pipeline, sample
+from smpo_models.tuned.lora import check_lora, fuse_lora
+from smpo_models.tuned.negative import guide_with_negative, require_guidance
 from smpo_models.weights import DTYPES
 from smpo_pipeline.generation.source import ModelSource
 from smpo_schemas.candidates import GenerationSettings
-from smpo_schemas.samplers import SamplerChoice
+from smpo_schemas.choices import SamplerChoice
 
 _TRIAL_STEPS = 4
 

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from smpo_common.options import Flag, Options
 from smpo_pipeline.options import Variant
-from smpo_schemas.samplers import SamplerChoice
+from smpo_schemas.choices import SamplerChoice
 
 
 class SamplingOptions(Options):

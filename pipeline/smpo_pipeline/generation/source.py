@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from smpo_common.errors import UserError
-from smpo_schemas.samplers import SamplerChoice
+from smpo_schemas.choices import SamplerChoice
 from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE, METRICS_FILE
 
 INDEX_FILE = "model_index.json"

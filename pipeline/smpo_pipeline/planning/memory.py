@@ -8,7 +8,7 @@ from smpo_models.memory_account.inversion import InversionMemory, InversionRun, 
 from smpo_models.memory_account.training import TrainingMemory, TrainingRun, account_training
 from smpo_pipeline.jobs.invert.models import choose_text
 from smpo_pipeline.planning.options import PlanOptions
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.choices import Dtype
 from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.inversion_settings import GENERATED
 

@@ -10,8 +10,7 @@ from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options
 from smpo_pipeline.jobs.invert.options import InversionOptions, InvertJobOptions
 from smpo_pipeline.options import FOLDER_OR_URL, CostOptions, ExistingPathOrUrl, Pairs
-from smpo_schemas.dtypes import Quantization
-from smpo_schemas.optimizers import OptimizerName
+from smpo_schemas.choices import OptimizerName, Quantization
 
 
 class PlanJobOptions(InvertJobOptions):

@@ -18,7 +18,7 @@ from torch import nn
 from smpo_common.errors import UserError
 from smpo_models.arithmetic import narrow_products
 from smpo_models.loading import load_family
-from smpo_models.lora import add_lora
+from smpo_models.tuned.lora import add_lora
 from smpo_models.weights import DTYPES
 from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.generation.generator import load_generator

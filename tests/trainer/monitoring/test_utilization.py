@@ -15,7 +15,7 @@ from torch import nn
 from smpo_models.families.stable_diffusion import StableDiffusion
 from smpo_models.family import Conditioning
 from smpo_models.loading import load_family
-from smpo_models.lora import add_lora
+from smpo_models.tuned.lora import add_lora
 from smpo_trainer.model.policy import Policy
 from smpo_trainer.monitoring import utilization
 from smpo_trainer.monitoring.utilization import Utilization, operations

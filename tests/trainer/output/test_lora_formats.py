@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from smpo_models.loading import load_family
-from smpo_models.lora import add_lora
+from smpo_models.tuned.lora import add_lora
 from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.generation.generator import load_generator
 from smpo_schemas.trained_model import LORA_FILE, lora_file

@@ -9,7 +9,7 @@ from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_models.loading import load_family
-from smpo_models.lora_formats import require_lora_format, write_lora_format
+from smpo_models.tuned.lora_formats import require_lora_format, write_lora_format
 from smpo_schemas.trained_model import lora_file
 from smpo_trainer.settings import TrainSettings
 

@@ -22,8 +22,8 @@ from smpo_models.arithmetic import narrow_products
 from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
-from smpo_models.lora import LORA_SETTINGS, add_lora
-from smpo_models.lora_formats import write_lora_format
+from smpo_models.tuned.lora import LORA_SETTINGS, add_lora
+from smpo_models.tuned.lora_formats import write_lora_format
 from smpo_models.weights import DTYPES, variant_remark
 from smpo_schemas.manifest import ModelInfo
 from smpo_schemas.trained_model import LORA_FILE, UNET_FOLDER, LoraFormat

@@ -18,7 +18,7 @@ from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from torch import nn
 
 from smpo_common.errors import UserError
-from smpo_schemas.dtypes import Quantization
+from smpo_schemas.choices import Quantization
 from smpo_trainer.settings import TrainSettings
 
 CPU_REMARK = (

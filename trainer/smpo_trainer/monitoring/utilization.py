@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from smpo_models.family import Conditioning
-from smpo_models.lora import add_lora
+from smpo_models.tuned.lora import add_lora
 from smpo_trainer.data.loader import StateBatch
 from smpo_trainer.model.fsdp import unsharded_class
 from smpo_trainer.model.policy import Policy

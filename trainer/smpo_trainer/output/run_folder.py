@@ -16,7 +16,7 @@ from smpo_common.files import read_json, write_bytes, write_json
 from smpo_common.same_settings import require_same_settings
 from smpo_models.sharing.card import CARD_FILE, own_card
 from smpo_models.sharing.model_card import describe_model
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.choices import Dtype
 from smpo_schemas.trained_model import (
     DENOISER_FOLDERS,
     EXTRA_LORA_FILES,

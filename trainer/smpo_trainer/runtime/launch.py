@@ -17,7 +17,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 
 from smpo_common.errors import UserError
 from smpo_models.devices import default_dtype, gpus_are_hidden, no_gpu, refuse_silent_cpu
-from smpo_schemas.dtypes import Dtype
+from smpo_schemas.choices import Dtype
 from smpo_trainer.model.fsdp import fsdp_plugin
 from smpo_trainer.output.run_folder import dtype_of_run
 from smpo_trainer.settings import Device, TrainSettings

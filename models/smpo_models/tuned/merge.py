@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from smpo_models.negative import require_same_weights
+from smpo_models.tuned.negative import require_same_weights
 
 
 @torch.no_grad()

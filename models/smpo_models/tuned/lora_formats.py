@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from smpo_common.errors import UserError
-from smpo_models.lora import Lora, read_lora
+from smpo_models.tuned.lora import Lora, read_lora
 from smpo_schemas.trained_model import LORA_FILE, LoraFormat, lora_file
 
 _Layers = dict[str, tuple[torch.Tensor, torch.Tensor]]
