@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import typer
 
@@ -36,4 +37,13 @@ def main() -> None:
     """Entry point."""
     # matplotlib warns if it cannot cache fonts in the home directory, which does not matter here.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    sys.argv[1:] = _plan_of_generation(sys.argv[1:])
     run_app(app)
+
+
+def _plan_of_generation(arguments: list[str]) -> list[str]:
+    """Make ``plan --prompts`` what it stands for: ``generate --plan`` with the same flags."""
+    if arguments[:1] != ["plan"] or not any(word.partition("=")[0] == "--prompts" for word in arguments):
+        return arguments
+    out = [] if any(word.partition("=")[0] == "--out" for word in arguments) else ["--out", "candidates"]
+    return ["generate", *arguments[1:], *out, "--plan"]

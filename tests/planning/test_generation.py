@@ -53,3 +53,17 @@ def test_the_plan_is_the_measured_rate_times_the_images(tmp_path, capfd, monkeyp
         assert each["wall_hours"] == pytest.approx(hours / 4)
         assert each["dollars"] == pytest.approx(hours * 2.5)
         assert each["bytes"] == pytest.approx(4 * each["prompts"] * size, abs=1)
+
+
+def test_a_plan_with_prompts_is_that_of_generate(tmp_path, capfd, monkeypatch):
+    planned = []
+    monkeypatch.setattr("smpo_pipeline.commands.generate._plan", planned.append)
+    (tmp_path / "prompts.txt").write_text("a cat")
+    flags = ("--model", make_tiny_model(tmp_path / "model"), "--images-per-prompt", 6, "--gpus", 4)
+    for out in ((), ("--out", tmp_path / "out")):
+        done = run_here(capfd, "smpo-pipeline", "plan", *flags, f"--prompts={tmp_path / 'prompts.txt'}", *out)
+        assert done.returncode == 0, done.stderr
+    assert [(each.sampling.images_per_prompt, each.planning.gpus) for each in planned] == [(6, 4)] * 2
+    assert [each.out.name for each in planned] == ["candidates", "out"]
+    pairs = run_here(capfd, "smpo-pipeline", "plan", "--model", tmp_path / "model", "--pairs", tmp_path / "nope")
+    assert "--pairs" in pairs.stderr

@@ -24,7 +24,7 @@ def plan(options: PlanOptions) -> None:
     Nothing is stored. --out, --concurrency, --ray-address and --overwrite are accepted and ignored.
 
     With --gpu-memory, also the GPU memory that `invert` and `smpo-train` need; without --pairs that alone.
-    `generate --plan` plans a generation.
+    With --prompts and the flags of `generate`, it estimates what that costs, as `generate --plan` does.
     """
     memory = _account(options) if options.memory.gpu_memory or not options.pairs else None
     if not options.pairs:
