@@ -6,7 +6,6 @@ Only what the pipelines themselves do; nothing here uses ``smpo_models``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 
 SHAPE = (32, 64)
 """Height and width of all images; Sana's pipeline takes multiples of 32."""
-
-_SWITCHES = ("return_dict", "attention_kwargs", "joint_attention_kwargs")
 
 
 class Stock:
@@ -333,19 +330,3 @@ def load_stock(folder, *, own_scheduler: bool = False, **parts) -> Stock:
     if own_scheduler:
         pipeline.scheduler = scheduler
     return stock
-
-
-class Calls:
-    """Records what a denoiser is given, by name, and its output, at each forward."""
-
-    def __init__(self, denoiser: torch.nn.Module, positional: Sequence[str] = ()) -> None:
-        self.given: list[dict[str, Any]] = []
-        self.output: list[Any] = []
-        self._positional = positional
-        denoiser.register_forward_hook(self._record, with_kwargs=True)
-
-    def _record(self, _module, args, kwargs, output) -> None:
-        named = dict(zip(self._positional, args, strict=False)) | kwargs
-        assert len(named) == len(args) + len(kwargs)
-        self.given.append({name: value for name, value in named.items() if value is not None and name not in _SWITCHES})
-        self.output.append(output[0])
