@@ -55,7 +55,7 @@ def write_and_read(draw: random.Random, folder: Path) -> Run:
     (folder / "picture.png").write_bytes(image)
     path = draw.choice((_json, _json, _json, _parquet, _parquet, _tar, _folder, _two_backends))(draw, folder)
     choices = ReadingChoices(
-        layout=draw.choice((None, None, *layouts())),
+        layout=draw.choice((*layouts(),)) if draw.random() < 0.3 else None,
         axis=draw.choice((None, None, None, "coherence", "", "\x00")),
         min_confidence=draw.choice((None, None, None, 0.5)),
     )
@@ -64,6 +64,8 @@ def write_and_read(draw: random.Random, folder: Path) -> Run:
 
 def _rows(draw: random.Random) -> list[Any]:
     row = draw.choice(_ROWS)
+    if draw.random() < 0.2:
+        return [row] * 4
     rows = [distort(row, draw) if draw.random() < 0.5 else dict(row) for _ in range(4)]
     return [
         dict(each, prompt=hostile_text(draw)) if isinstance(each, dict) and draw.random() < 0.3 else each
