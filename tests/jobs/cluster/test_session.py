@@ -225,3 +225,21 @@ def test_ray_starts_without_a_home_and_with_a_long_tmpdir_and_stops_at_sigterm(t
     assert done.stdout == "a worker answered\n", done.stderr
     assert done.returncode == 143
     assert re.fullmatch("stopped.*same command.*\n", done.stderr)
+
+
+def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch):
+    def fail(**_options):
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002  (what Ray raises)
+
+    monkeypatch.setattr("ray.init", fail)
+    with (
+        pytest.raises(UserError, match=r"^Ray cannot start on this machine: The current node timed out"),
+        connected(None),
+    ):
+        pass
+
+
+def test_a_defect_while_ray_starts_is_not_taken_for_the_machines(monkeypatch):
+    monkeypatch.setattr("ray.init", lambda **_options: {}["missing"])
+    with pytest.raises(KeyError), connected(None):
+        pass

@@ -62,7 +62,10 @@ def connected(address: str | None) -> Iterator[None]:
     try:
         with _native_stderr_silenced():
             ray.init(**options)
-    except (ConnectionError, ValueError) as error:
+    except Exception as error:
+        # Ray raises a plain Exception where its processes do not start in time, as on a machine with too much to do.
+        if not isinstance(error, (ConnectionError, ValueError)) and type(error) is not Exception:
+            raise
         where = f"--ray-address {address}" if address else "Ray cannot start on this machine"
         raise UserError(f"{where}: {error}") from error
     except SystemExit as ended:
