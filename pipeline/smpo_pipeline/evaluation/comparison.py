@@ -11,7 +11,9 @@ Shape suffixes: P prompts, I images per prompt, V quantities.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
@@ -20,6 +22,9 @@ RESAMPLES = 10_000
 CONFIDENCE = 0.95
 _BOOTSTRAP_SEED = 20_250_602
 _CHUNK = 4_000_000  # resampling weights in memory at once, which bounds the memory with many prompts
+_ROUNDING = 1e-9  # a bound that is 50 % but for the rounding of a sum does not exclude it
+
+Verdict = Literal["better", "worse", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,33 @@ class Comparison:
     ties: int
     losses: int
 
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the interval of the win rate lies above or below 50 %; else, or without one, ``undecided``."""
+        low, high = self.win_rate.low, self.win_rate.high
+        if low is not None and low > 1 / 2 + _ROUNDING:
+            return "better"
+        return "worse" if high is not None and high < 1 / 2 - _ROUNDING else "undecided"
+
+    def reversed(self) -> Comparison:
+        """Return the comparison of the other model against this one."""
+        rate, difference = self.win_rate, self.mean_difference
+        return Comparison(
+            win_rate=_reflected(rate, 1.0),
+            mean_difference=_reflected(difference, 0.0),
+            wins=self.losses,
+            ties=self.ties,
+            losses=self.wins,
+        )
+
+
+def _reflected(estimate: Estimate, total: float) -> Estimate:
+    """Return the estimate of ``total`` minus the quantity."""
+    low, high = estimate.low, estimate.high
+    return Estimate(
+        total - estimate.value, None if high is None else total - high, None if low is None else total - low
+    )
+
 
 def compare(scores_PI: np.ndarray, baseline_PI: np.ndarray) -> Comparison:
     """Compare a model with the baseline.
@@ -55,17 +87,31 @@ def compare(scores_PI: np.ndarray, baseline_PI: np.ndarray) -> Comparison:
         scores_PI: the model's scores, finite; image i of prompt p starts from the same noise in both arrays.
         baseline_PI: the baseline's scores.
     """
-    difference_PI = np.asarray(scores_PI, dtype=np.float64) - baseline_PI
-    outcome_PI = (np.sign(difference_PI) + 1) / 2
-    per_prompt_PV = np.stack([outcome_PI.mean(axis=1), difference_PI.mean(axis=1)], axis=1)
-    win_rate, mean_difference = clustered_means(per_prompt_PV)
-    return Comparison(
-        win_rate=_widen_near_unanimity(win_rate, num_prompts=len(per_prompt_PV)),
-        mean_difference=mean_difference,
-        wins=int((difference_PI > 0).sum()),
-        ties=int((difference_PI == 0).sum()),
-        losses=int((difference_PI < 0).sum()),
-    )
+    return compare_differences([np.asarray(scores_PI, dtype=np.float64) - baseline_PI])[0]
+
+
+def compare_differences(differences: Sequence[np.ndarray]) -> list[Comparison]:
+    """Make several comparisons on the same resamples, which is much faster than one by one.
+
+    Args:
+        differences: per comparison, the model's scores minus the other's, [P, I].
+    """
+    per_prompt = [
+        quantity
+        for difference_PI in differences
+        for quantity in ((np.sign(difference_PI) + 1).mean(axis=1) / 2, difference_PI.mean(axis=1))
+    ]
+    estimates = clustered_means(np.stack(per_prompt, axis=1))
+    return [
+        Comparison(
+            win_rate=_widen_near_unanimity(win_rate, num_prompts=len(difference_PI)),
+            mean_difference=mean_difference,
+            wins=int((difference_PI > 0).sum()),
+            ties=int((difference_PI == 0).sum()),
+            losses=int((difference_PI < 0).sum()),
+        )
+        for difference_PI, win_rate, mean_difference in zip(differences, estimates[::2], estimates[1::2], strict=True)
+    ]
 
 
 def clustered_means(per_prompt_PV: np.ndarray) -> list[Estimate]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from smpo_common.files import atomic_path, read_versioned, sha256_json, write_json
-from smpo_pipeline.evaluation.comparison import Comparison
+from smpo_pipeline.evaluation.comparison import Comparison, compare
 from smpo_schemas.frozen import FrozenModel
 
 RESULTS_VERSION = 1
@@ -86,6 +86,12 @@ class ModelEntry(FrozenModel):
     training: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     trained_rewards: list[str] = Field(default_factory=list)
 
+    def standing(self, reward: str) -> str:
+        """Say whether the model was trained on a reward or has not seen it; empty where that is not known."""
+        if reward in self.trained_rewards:
+            return "trained on"
+        return "held out" if self.training else ""
+
 
 class RewardEntry(FrozenModel):
     """One reward: its unit, its model, and the model's fingerprint."""
@@ -105,6 +111,27 @@ class Finding(FrozenModel):
     mean: float
     std: float
     versus_baseline: Comparison | None
+
+
+def find_all(scores: Mapping[str, Mapping[str, np.ndarray]], baseline: str) -> list[Finding]:
+    """Describe every model under every reward, and compare it with the baseline.
+
+    Args:
+        scores: per reward and model, float [P, I].
+        baseline: one of the models.
+    """
+    return [
+        Finding(
+            model=model,
+            reward=reward,
+            median=float(np.median(scores_PI)),
+            mean=float(scores_PI.mean()),
+            std=float(scores_PI.std()),
+            versus_baseline=None if model == baseline else compare(scores_PI, by_model[baseline]),
+        )
+        for reward, by_model in scores.items()
+        for model, scores_PI in by_model.items()
+    ]
 
 
 class Results(FrozenModel):

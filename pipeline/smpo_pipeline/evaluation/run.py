@@ -19,18 +19,17 @@ from smpo_models.devices import choose_device, device_in_words
 from smpo_models.hub import require_source
 from smpo_models.sampling import sampling_in_words
 from smpo_models.weights import variant_remark
-from smpo_pipeline.evaluation.comparison import compare
 from smpo_pipeline.evaluation.evaluation import Evaluation
 from smpo_pipeline.evaluation.provenance import read_training
-from smpo_pipeline.evaluation.report import write_report
+from smpo_pipeline.evaluation.report.write import write_report
 from smpo_pipeline.evaluation.results import (
     REPORT_FILE,
     RESULTS_FILE,
     RESULTS_VERSION,
-    Finding,
     ModelEntry,
     Results,
     RewardEntry,
+    find_all,
     write_results,
     write_scores,
 )
@@ -96,7 +95,14 @@ def run(evaluation: Evaluation, console: Console, sample: Sample) -> Results:
         evaluation.settings,
         {model.name: _files(evaluation, model.name) for model in evaluation.models},
     )
-    write_report(evaluation, results, scores)
+    console.print("writing the report and its pictures", highlight=False)
+    write_report(
+        evaluation.out,
+        results,
+        scores,
+        {model.name: [each.path for each in _pictures(evaluation, model.name)] for model in evaluation.models},
+        {model.name: model.metrics for model in evaluation.models if model.metrics},
+    )
     write_results(evaluation.out, results)
     return results
 
@@ -186,20 +192,6 @@ def _score_batch(reward: Reward, batch: Sequence[Picture]) -> np.ndarray:
 
 def _results(evaluation: Evaluation, entries: list[ModelEntry], rewards: Sequence[Reward], scores: Scores) -> Results:
     baseline = evaluation.models[0].name
-    findings = []
-    for reward, by_model in scores.items():
-        for model, scores_PI in by_model.items():
-            versus = None if model == baseline else compare(scores_PI, by_model[baseline])
-            findings.append(
-                Finding(
-                    model=model,
-                    reward=reward,
-                    median=float(np.median(scores_PI)),
-                    mean=float(scores_PI.mean()),
-                    std=float(scores_PI.std()),
-                    versus_baseline=versus,
-                )
-            )
     return Results(
         schema_version=RESULTS_VERSION,
         digest=evaluation.settings.digest(),
@@ -212,6 +204,6 @@ def _results(evaluation: Evaluation, entries: list[ModelEntry], rewards: Sequenc
             RewardEntry(name=reward.name, unit=reward.unit, model=reward.model, fingerprint=reward.fingerprint)
             for reward in rewards
         ],
-        findings=findings,
+        findings=find_all(scores, baseline),
         versions={name: importlib.metadata.version(name) for name in ("smpo-diffusion", "diffusers", "torch", "numpy")},
     )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import pytest
 from PIL import Image
 
 from smpo_common.errors import UserError
-from smpo_pipeline.evaluation.charts import curve, distribution, ticks
-from smpo_pipeline.evaluation.gallery import Spot, embed, select_extremes, select_random
-from smpo_pipeline.evaluation.training import read_curves
+from smpo_pipeline.evaluation.report.charts import curve, distribution, ticks
+from smpo_pipeline.evaluation.report.curves import read_curves
+from smpo_pipeline.evaluation.report.gallery import Spot, select_extremes, select_random
+from smpo_pipeline.evaluation.report.pictures import embed, embed_all
 
 
 def test_curves_of_a_resumed_and_killed_run(tmp_path: Path) -> None:
@@ -50,15 +53,37 @@ def test_random_choice_is_reproducible_and_of_distinct_prompts() -> None:
 
 
 def test_small_images_are_embedded_losslessly_and_large_ones_reduced(tmp_path: Path) -> None:
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "small.png")
+    Image.effect_noise((32, 24), 90).save(tmp_path / "small.png")
     Image.effect_noise((1024, 512), 90).save(tmp_path / "large.png")
-    uri, small = embed(tmp_path / "small.png")
-    assert uri.startswith("data:image/png;base64,")
-    assert small
-    uri, small = embed(tmp_path / "large.png")
-    assert uri.startswith("data:image/webp;base64,")
-    assert not small
-    assert len(uri) < 120_000
+    small = embed(tmp_path / "small.png", 16)
+    assert (small.size, small.hard_pixels) == ((32, 24), True)
+    with Image.open(tmp_path / "small.png") as original:
+        np.testing.assert_array_equal(decode(small.uri, "png"), np.asarray(original.convert("RGB")))
+    large = embed(tmp_path / "large.png", 384)
+    assert (large.size, large.hard_pixels) == ((1024, 512), False)
+    assert decode(large.uri, "webp").shape == (192, 384, 3)
+    assert decode(embed(tmp_path / "large.png", 2000).uri, "webp").shape == (512, 1024, 3)
+
+
+def decode(uri: str, kind: str) -> np.ndarray:
+    head, content = uri.split(",")
+    assert head == f"data:image/{kind};base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_largest_size_that_fits_is_taken(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        Image.effect_noise((300, 300), 90).save(path)
+    whole = embed_all([*paths, *paths])  # each once
+    assert (whole.side, whole.reduced, sorted(whole.by_path)) == (1024, 0, paths)
+    total = sum(len(each.uri) for each in whole.by_path.values())
+    assert embed_all(paths, budget=total).side == 1024
+    less = embed_all(paths, budget=total - 1)
+    assert (less.side, less.reduced) == (256, 3)
+    assert sum(len(each.uri) for each in less.by_path.values()) < total
+    assert embed_all(paths, budget=1).side == 256
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ WIDTH = 340
 _HEIGHT = 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 10, 24
 _BINS = 32
+SERIES = 8
+"""Number of colours in the page's style; further models begin again."""
 _MAX_POINTS = 400
 _SMOOTHING_SHARE = 0.08  # window of the running mean, as a share of all points
 
@@ -84,9 +86,10 @@ def distribution(scores: Mapping[str, np.ndarray], description: str) -> Markup:
     for number, (name, share) in enumerate(shares.items()):
         xs = np.concatenate([[edges[0]], np.repeat(edges, 2)[1:-1], [edges[-1]]])
         ys = np.concatenate([[0.0], np.repeat(share, 2), [0.0]])
-        parts.append(f'<path class="area series-{number}" d="{axes.path(xs, ys)}"/>')
+        colour = f"series-{number % SERIES}"
+        parts.append(f'<path class="area {colour}" d="{axes.path(xs, ys)}"/>')
         x, bottom = axes.place(float(np.median(scores[name])), 0.0)
-        parts.append(f'<line class="median series-{number}" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom:.1f}"/>')
+        parts.append(f'<line class="median {colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom:.1f}"/>')
     return _svg(parts, description)
 
 
