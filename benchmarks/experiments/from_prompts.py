@@ -83,7 +83,7 @@ class World:
 
 WORLDS = {
     "sd15": World("Stable Diffusion 1.5's layout", "from_prompts", 1, 100, "5e-5", (100, 300), 4),
-    "sd3": World("Stable Diffusion 3's layout, a flow model", "from_prompts_flow", 2, 60, "5e-4", (30, 100), 2),
+    "sd3": World("Stable Diffusion 3's layout (a flow model)", "from_prompts_flow", 2, 60, "5e-4", (30, 100), 2),
 }
 
 
@@ -162,7 +162,7 @@ def write(work: Path, family: str, chosen: dict[str, int], selection: Results, t
     capo = ", `capo` from their win rates over a prompt's candidates" if family == "sd15" else ""
     text = f"""{stamp(command, ("torch", "diffusers", "transformers", "ray", "numpy"))}
 
-The embedded world's model of {world.layout}, draws {CANDIDATES} candidates of {prompts} training prompts
+The embedded world's model of {world.layout} draws {CANDIDATES} candidates of {prompts} training prompts
 (`generate --sampler ddim`, {STEPS} steps, guidance 1). `pickscore` and `clipscore` score them, with equal weights;
 {PAIRS_A_PROMPT} pairs of a prompt are selected, and inverted with the defaults. `world` are {PAIRS_A_PROMPT * prompts}
 pairs of the same model's images of random training prompts, not selected (in JPEG files, candidates in PNG). `smpo`
