@@ -107,18 +107,23 @@ def _parquet(draw: random.Random, folder: Path) -> Path:
         as_bytes: Callable[[Any], Any] = draw.choice((lambda _: image, lambda path: {"bytes": image, "path": path}))
         rows = [{name: as_bytes(value) if value == _TWO[0] else value for name, value in row.items()} for row in rows]
     names = {name: [row.get(name) for row in rows] for row in rows for name in row}
-    columns = {}
-    for name, values in names.items():
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-            columns[name] = pa.array([repr(value)[:50] for value in values])
+    columns = {name: _column(values) for name, values in names.items()}
     if columns and draw.random() < 0.4:
         columns[draw.choice(list(columns))] = odd_column(draw, len(rows))
     pq.write_table(pa.table(columns), path)
     if draw.random() < 0.2:
         path.write_bytes(damaged_parquet(path.read_bytes(), draw))
     return path
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """The values, or as text what Parquet cannot hold."""
+    try:
+        column = pa.array(values)
+        pq.write_table(pa.table({"column": column}), io.BytesIO())
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        return pa.array([repr(value)[:50] for value in values])
+    return column
 
 
 def _tar(draw: random.Random, folder: Path) -> Path:
