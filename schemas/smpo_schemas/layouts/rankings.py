@@ -34,6 +34,10 @@ _PARENTS = 3
 """Folders between the root of ImageRewardDB, which its paths start from, and the JSON of a part."""
 
 
+_MOST_IMAGES = 256
+"""Of a prompt: their pairs are listed in memory. The published rankings have up to 9."""
+
+
 class _Rankings(ListedLayout):
     columns: PairColumns = PairColumns("prompt", None, None, "label", chosen="one", rejected="other", votes="votes")
 
@@ -69,7 +73,7 @@ class ImageRewardDB(_Rankings):
                 "category": _text(one.get("classification")),
             }
             for images in prompts.values()
-            for one, other in combinations(images, 2)
+            for one, other in _pairs_of(images, self.path)
         ]
         return pa.Table.from_pylist(pairs, schema=_PAIRS)
 
@@ -103,9 +107,11 @@ class HPDv2Rankings(_Rankings):
             paths, ranks = known.get("image_path"), known.get("rank")
             if not (isinstance(paths, list) and isinstance(ranks, list) and _are_ranks(ranks, len(paths))):
                 raise UserError(f"{self.path}: row {number} has no list of image paths with a rank for each")
-            people = [each.get("rank") for each in known.get("raw_annotations") or [] if isinstance(each, Mapping)]
+            annotations = known.get("raw_annotations")
+            annotations = annotations if isinstance(annotations, list) else []
+            people = [each.get("rank") for each in annotations if isinstance(each, Mapping)]
             given = [each for each in people if isinstance(each, list) and _are_ranks(each, len(paths))]
-            for i, j in combinations(range(len(paths)), 2):
+            for i, j in _pairs_of(range(len(paths)), self.path):
                 label, votes = _share([(ranks_N[i], ranks_N[j]) for ranks_N in given or [ranks]])
                 pairs.append(
                     {
@@ -121,6 +127,17 @@ class HPDv2Rankings(_Rankings):
     def image_folders(self) -> list[AnyPath]:
         """See the base class."""
         return [self.folder, self.folder / "test"]
+
+
+def _pairs_of(images: Sequence[Any], path: AnyPath) -> Iterator[tuple[Any, Any]]:
+    """Pair each of a prompt's images with each other.
+
+    Raises:
+        UserError: there are so many that the file is none of rankings.
+    """
+    if len(images) > _MOST_IMAGES:
+        raise UserError(f"{path} has {len(images)} images of one prompt; a ranking has at most {_MOST_IMAGES}")
+    return combinations(images, 2)
 
 
 def _are_ranks(values: list[Any], count: int) -> bool:

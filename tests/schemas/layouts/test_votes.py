@@ -200,3 +200,24 @@ def test_both_orders_of_a_ranking_are_present(tmp_path):
     pairs = read(write(tmp_path / "metadata-train.parquet", *rows), rows_a_unit=50)
     assert all(preferred(pair).endswith(b"-0.webp") for pair in pairs)
     assert 15 < sum(pair.label for pair in pairs) < 45
+
+
+@pytest.mark.parametrize("people", [3, True, {"rank": [1, 2]}, "ab", [3], [{"rank": 3}]])
+def test_annotations_that_are_none_leave_the_ranks(tmp_path, people):
+    write_images(tmp_path, ["0.jpg", "1.jpg"])
+    row = {"prompt": "a", "image_path": ["0.jpg", "1.jpg"], "rank": [2, 1], "raw_annotations": people}
+    (pair,) = read(write_json(tmp_path / "test.json", [row]))
+    assert (preferred(pair), pair.votes) == (b"1.jpg", None)
+
+
+@pytest.mark.parametrize("count", [256, 257])
+def test_a_ranking_of_very_many_images_is_refused_before_its_pairs_are_listed(tmp_path, count):
+    rows = [{"image_path": "0.jpg", "prompt_id": "p", "prompt": "a", "rank": 1} for _ in range(count)]
+    lists = [{"prompt": "a", "image_path": ["0.jpg"] * count, "rank": [1] * count}]
+    for name, content in (("images.json", rows), ("test.json", lists)):
+        path = write_json(tmp_path / name, content)
+        if count <= 256:
+            assert listed(path)[0].rows == 256 * 255 / 2
+        else:
+            with pytest.raises(UserError, match=f"{name} has 257 images of one prompt"):
+                listed(path)
