@@ -115,6 +115,7 @@ class Experiment:
             **{name: getattr(self.objective.options, name) for name in self.objective.options.own()},
             **self.weighting.identity(),
             "budget_weight": values["budget_weight"] if values["budget"] is not None else None,
+            "robust_form": values["robust_form"] if values["robust"] is not None else None,
             "weight_column": self.weights.identity() if self.weights else None,
             # Only the product counts: the order of states and the loss, a mean over the step, do not depend on its
             # parts.

@@ -25,6 +25,7 @@ from smpo_trainer.beta_decay import BetaDecay
 from smpo_trainer.presets import PICKSCORE_RANGE
 
 TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
+RobustForm = Literal["pair", "list"]
 
 # A run is resumed only with the same identity, see Flag.identity and Experiment.identity.
 IDENTITY = Flag(identity="value")
@@ -114,3 +115,9 @@ class LossOptions(Options):
     (beta / 2 times the error), so that not both images get worse. Default: no penalty."""
     budget_weight: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 1.0
     """Weight in the loss of the excess over --budget."""
+    robust: Annotated[float | None, Field(gt=0), Flag(metavar="LAMBDA", identity="value")] = None
+    """Minimise LAMBDA log mean exp(loss / LAMBDA) over the states of a step in place of the mean, so that large losses
+    count more: DoRA's loss, published with 1. Smaller values count them more still. Default: the mean."""
+    robust_form: Annotated[RobustForm, RESOLVED_IDENTITY] = "pair"
+    """With --robust, where the weights of --weight-column are: pair multiplies the losses by them, within the
+    exponential; list multiplies the whole by the mean weight of the step."""

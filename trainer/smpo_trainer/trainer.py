@@ -35,6 +35,7 @@ from smpo_trainer.objectives.pair_loss import PairLoss
 from smpo_trainer.output.checkpoints import Checkpoint
 from smpo_trainer.output.skipped_steps import SkippedStep, SkippedSteps
 from smpo_trainer.runtime.distributed import on_all, on_main
+from smpo_trainer.safeguards.robust import RobustMean
 from smpo_trainer.validation.held_out import HeldOut
 
 Losses = list[tuple[str, float]]
@@ -80,14 +81,16 @@ class Trainer:
     def train_step(self, step: int, batches: Iterator[StateBatch]) -> Record:
         """Take optimizer step ``step`` (from 0) and return its metrics.
 
-        The gradient is that of the mean loss over all states of the step, independent of how they are split into
-        micro-batches and processes. If it or a loss is not finite, weights and learning rate stay unchanged.
+        The gradient is that of the mean loss over all states of the step (with ``--robust`` of the robust mean),
+        independent of how they are split into micro-batches and processes. If it or a loss is not finite, weights and
+        learning rate stay unchanged.
 
         Raises:
             UserError: too many steps in a row were skipped.
         """
         start, data_seconds = time.perf_counter(), 0.0
         pair_loss, meter = self._pair_loss.at_step(step + 1), StepMeter()
+        robust = self._robust_mean()
         losses: Losses = []
         for accumulation in range(self._batching.grad_accum):
             before = time.perf_counter()
@@ -100,16 +103,18 @@ class Trainer:
             reduces = is_last or self._accelerator.is_fsdp2
             with nullcontext() if reduces else self._accelerator.no_sync(self._denoiser):
                 loss_B, metrics = self._forward(batch, pair_loss)
+                total = robust.add(loss_B, batch.weight_B) if robust else loss_B.sum()
                 # Gradients are averaged over processes: undo it, to get the mean over all states of the step.
                 scale = self._accelerator.num_processes / self._batching.states_per_step
-                self._accelerator.backward(loss_B.sum() * scale)
+                self._accelerator.backward(total * scale)
             loss_B = loss_B.detach()
             meter.add(_with_loss(loss_B, metrics))
             # Keep numbers only, so that the latents and the graph of the micro-batch are freed.
             losses += zip(batch.pair_ids, loss_B.tolist(), strict=True)
         lr = self._schedule.get_last_lr()[0]
+        means = meter.means(self._accelerator) | (robust.finish() if robust else {})
         grad_norm = self._update(step, losses)
-        record: Record = {"step": step + 1, **meter.means(self._accelerator), "grad_norm": grad_norm, "lr": lr}
+        record: Record = {"step": step + 1, **means, "grad_norm": grad_norm, "lr": lr}
         if self._pair_loss.beta_decay:
             record["beta"] = pair_loss.objective.options.beta
         record["skipped_steps"] = self._skipped.total
@@ -120,6 +125,13 @@ class Trainer:
         if self._utilization and (share := self._utilization.share(elapsed)) is not None:
             record["mfu_percent"] = 100 * share
         return record
+
+    def _robust_mean(self) -> RobustMean | None:
+        loss = self._settings.loss
+        if loss.robust is None:
+            return None
+        states = self._batching.states_per_step
+        return RobustMean(loss.robust, loss.robust_form, states, self._accelerator, self._parameters)
 
     @torch.no_grad()
     def validate(self, step: int, held_out: HeldOut) -> Record:
