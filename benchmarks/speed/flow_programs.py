@@ -108,7 +108,7 @@ def ours(work: Path, method: str, divide: int, clock: Clock) -> None:
 
     with (
         mock.patch.object(loop, "train_step", measured_step),
-        mock.patch.object(trainer, "pair_errors", clock.timed("forward", trainer.pair_errors)),
+        mock.patch.object(trainer, "pair_outputs", clock.timed("forward", trainer.pair_outputs)),
         mock.patch.object(Accelerator, "backward", clock.timed("backward", Accelerator.backward)),
         mock.patch.object(loop, "_update", clock.timed("clipping and AdamW", loop._update)),  # noqa: SLF001
     ):

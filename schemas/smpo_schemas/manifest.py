@@ -209,6 +209,7 @@ class Manifest(FrozenModel):
         buckets: image sizes by rising aspect ratio; empty without ``--buckets``.
         samplings: with the sources ``tracked`` and ``sampled``, how the images were sampled.
         ref_error_arithmetic: arithmetic of ``ref_error``, for example ``fp32`` or ``bf16 autocast``.
+        has_ref_norm: whether each sample has ``ref_norm``; older ones have none.
     """
 
     schema_version: int
@@ -227,6 +228,7 @@ class Manifest(FrozenModel):
     buckets: list[Bucket] = Field(default_factory=list)
     samplings: list[ImageSampling] = Field(default_factory=list)
     ref_error_arithmetic: str
+    has_ref_norm: bool = False
 
 
 def autocast_arithmetic(dtype: str) -> str:

@@ -64,6 +64,19 @@ class PlainReference:
 
     def error_with_gradient(self, x0: torch.Tensor, noise: torch.Tensor, t: int, prompt: str) -> torch.Tensor:
         """As ``error``, float64 [], with the gradient of the denoiser's weights."""
+        output, target = self.output_and_target(x0, noise, t, prompt)
+        return (output - target).square().mean()
+
+    @torch.no_grad()
+    def error_and_norm(self, x0: torch.Tensor, noise: torch.Tensor, t: int, prompt: str) -> tuple[float, float]:
+        """As ``error``, and the root mean square of the output."""
+        output, target = self.output_and_target(x0, noise, t, prompt)
+        return float((output - target).square().mean()), float(output.square().mean().sqrt())
+
+    def output_and_target(
+        self, x0: torch.Tensor, noise: torch.Tensor, t: int, prompt: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The denoiser's output and its regression target, float64 [C, h, w]."""
         tokens = self.tokenizer(
             prompt,
             padding="max_length",
@@ -77,8 +90,7 @@ class PlainReference:
         x = a * x0.double() + s * noise.double()
         output = self.unet(x.float()[None], t, encoder_hidden_states=text).sample[0].double()
         is_v = self.scheduler.config["prediction_type"] == "v_prediction"
-        target = a * noise.double() - s * x0.double() if is_v else noise.double()
-        return (output - target).square().mean()
+        return output, a * noise.double() - s * x0.double() if is_v else noise.double()
 
 
 def make_shards(
@@ -96,7 +108,7 @@ def make_shards(
     latent: Sequence[int] = LATENT_SHAPE,
     storage: torch.dtype = torch.float16,
 ) -> Path:
-    """Write shards of up to four pairs with random latents and a true ref_error.
+    """Write shards of up to four pairs with random latents and true ref_error and ref_norm.
 
     Args:
         labels: repeated over the pairs.
@@ -114,12 +126,15 @@ def make_shards(
         timesteps = np.sort(generator.choice(1000, num_states, replace=False))
         prompt, dropped = PROMPTS[number % len(PROMPTS)], number % 4 == 3
         seen = "" if dropped else prompt
-        errors = [[reference.error(x0[i], noise[k, i], int(t), seen) for i in (0, 1)] for k, t in enumerate(timesteps)]
+        measured = [
+            [reference.error_and_norm(x0[i], noise[k, i], int(t), seen) for i in (0, 1)]
+            for k, t in enumerate(timesteps)
+        ]
         label = labels[number % len(labels)]
         pair_scores = drawn if scores is None else dict.fromkeys(rewards, scores[number % len(scores)])
-        ref_error = torch.tensor(errors, dtype=torch.float32)
+        ref_error, ref_norm = torch.tensor(measured, dtype=torch.float32).unbind(-1)
         if swapped:
-            x0, noise, ref_error = x0.flip(0), noise.flip(1), ref_error.flip(1)
+            x0, noise, ref_error, ref_norm = x0.flip(0), noise.flip(1), ref_error.flip(1), ref_norm.flip(1)
             pair_scores = {name: (second, first) for name, (first, second) in pair_scores.items()}
             label = None if label is None else 1 - label
         meta = SampleMeta(
@@ -135,7 +150,7 @@ def make_shards(
             crop=((0, 0), (0, 0)),
         )
         residual = torch.zeros(num_states, 2)
-        samples.append(Sample(meta, x0, noise, torch.from_numpy(timesteps), ref_error, residual))
+        samples.append(Sample(meta, x0, noise, torch.from_numpy(timesteps), ref_error, residual, ref_norm))
     write_shards(directory, model, samples, rewards)
     return directory
 
@@ -182,6 +197,7 @@ def write_shards(
         resolution=32,
         inversion=InversionSettings(dtype=dtype, empty_prompt=empty_prompt),
         ref_error_arithmetic=autocast_arithmetic(dtype),
+        has_ref_norm=all(sample.ref_norm_K2 is not None for sample in samples),
         seed=0,
         rewards=statistics,
         shards=entries,

@@ -51,9 +51,18 @@ class Experiment:
         return self.objective.uses_reference or self.settings.loss.budget is not None
 
     def pair_loss(self, schedule: NoiseSchedule) -> PairLoss:
-        """Combine the objective with timestep weights, budget, pair weights and the schedule of beta."""
+        """Combine the objective with timestep weights, safeguards, pair weights and the schedule of beta."""
         loss = self.settings.loss
-        return PairLoss(self.objective, schedule, self.weighting, loss.budget, loss.budget_weight, loss.beta_decay)
+        return PairLoss(
+            self.objective,
+            schedule,
+            self.weighting,
+            loss.budget,
+            loss.budget_weight,
+            loss.beta_decay,
+            loss.winner_preserving,
+            loss.norm_guard,
+        )
 
     def _group(self, states_per_step: int) -> dict[str, int]:
         # With several image sizes, the order of states depends on the size of the groups of one shape.
@@ -164,9 +173,31 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     experiment = Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
     if loss.beta_decay and not experiment.uses_reference:
         raise UserError(f"--beta-decay {loss.beta_decay}: without --budget, --objective {kind.name} has no beta")
+    _require_options(experiment)
     if not experiment.uses_reference and settings.compute.reference == "live":
         say(f"--objective {kind.name} needs no reference: --reference live only affects the metrics")
     return experiment
+
+
+def _require_options(experiment: Experiment) -> None:
+    """Refuse options of the loss that mean nothing for this objective or these shards.
+
+    Raises:
+        UserError: there is one.
+    """
+    loss, objective = experiment.settings.loss, experiment.objective
+    for flag, value in {"winner-preserving": loss.winner_preserving, "norm-guard": loss.norm_guard}.items():
+        if value is not None and not objective.uses_reference:
+            raise UserError(
+                f"--{flag} {value:g}: --objective {objective.name} does not compare a pair with a reference; it is for "
+                "those that do, such as smpo and dpo"
+            )
+    without = [s.name for s in experiment.shards.sources if not s.directory.manifest.has_ref_norm]
+    if loss.norm_guard is not None and without and experiment.settings.compute.reference != "live":
+        raise UserError(
+            f"--norm-guard {loss.norm_guard:g}: --shards {without[0]} have no norms of the reference; make them again "
+            "with `smpo-pipeline invert`, or give --reference live"
+        )
 
 
 def _percent(fractions: Iterable[float]) -> str:

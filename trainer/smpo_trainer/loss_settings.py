@@ -115,6 +115,14 @@ class LossOptions(Options):
     (beta / 2 times the error), so that not both images get worse. Default: no penalty."""
     budget_weight: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 1.0
     """Weight in the loss of the excess over --budget."""
+    winner_preserving: Annotated[float | None, Field(ge=0, le=1), Flag(metavar="MU", identity="value")] = None
+    """Scale the gradient of the image that is not preferred such that the preferred image's error does not rise, to
+    first order: Diffusion-SDPO, published with 0. With MU it must fall by this share of what its own gradient would do
+    alone. Default: full gradients."""
+    norm_guard: Annotated[float | None, Field(gt=0), Flag(metavar="WEIGHT", identity="value")] = None
+    """Penalise norms (rms) of the model's outputs above the reference's, in both images of a pair: NormGuard. The loss
+    gets WEIGHT times beta / 2 times the excess. Needs shards that have the reference's norms, or --reference live.
+    Default: no penalty."""
     robust: Annotated[float | None, Field(gt=0), Flag(metavar="LAMBDA", identity="value")] = None
     """Minimise LAMBDA log mean exp(loss / LAMBDA) over the states of a step in place of the mean, so that large losses
     count more: DoRA's loss, published with 1. Smaller values count them more still. Default: the mean."""

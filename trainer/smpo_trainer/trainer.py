@@ -22,7 +22,7 @@ from smpo_common.errors import UserError
 from smpo_trainer.data.loader import StateBatch
 from smpo_trainer.data.order import Batching
 from smpo_trainer.experiment import Experiment
-from smpo_trainer.model.denoising_error import condition, pair_errors
+from smpo_trainer.model.denoising_error import condition, pair_outputs
 from smpo_trainer.model.ema import WeightAverage
 from smpo_trainer.model.fsdp import full_tensor, gather_full, reshard, shard_like
 from smpo_trainer.model.optimizers import make_optimizer, make_schedule
@@ -157,13 +157,24 @@ class Trainer:
         conditioning = condition(self._policy, batch)
         if self._utilization and torch.is_grad_enabled():
             self._utilization.add(batch, conditioning)
-        ref_error_B2 = batch.ref_error_B2
+        ref_error_B2, ref_norm_B2 = batch.ref_error_B2, batch.ref_norm_B2
         if self._policy.reference is not None:
             with self._policy.as_reference(), torch.no_grad(), self._accelerator.autocast():
-                ref_error_B2 = pair_errors(family, self._policy.reference, batch, conditioning)
+                reference = pair_outputs(family, self._policy.reference, batch, conditioning)
+            ref_error_B2, ref_norm_B2 = reference.error_B2, reference.norm_B2
         with self._accelerator.autocast():
-            error_B2 = pair_errors(family, self._denoiser, batch, conditioning)
-        pairs = PairBatch(error_B2, ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
+            outputs = pair_outputs(family, self._denoiser, batch, conditioning)
+        error_B2 = outputs.error_B2
+        pairs = PairBatch(
+            error_B2=error_B2,
+            ref_error_B2=ref_error_B2,
+            preference_B=batch.preference_B,
+            label_B=batch.label_B,
+            timestep_B=batch.timestep_B,
+            cross_B=outputs.cross_B,
+            norm_B2=outputs.norm_B2,
+            ref_norm_B2=ref_norm_B2,
+        )
         loss_B, metrics = pair_loss(pairs, batch.weight_B)
         difference_B2 = error_B2.detach() - ref_error_B2
         for image in (0, 1):

@@ -26,7 +26,7 @@ from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.shards.samples import STORAGE, Sample
 
-_State = tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]
+_State = tuple[float, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Of one image at one stored state: timestep, tau [C, h, w] as it is stored, reference error and residual (scalars)."""
 
 
@@ -110,6 +110,7 @@ class Inverter:
         x_t = schedule.noised(x0, tau.float(), t_S)
         output = self._refer(x_t, t_S, batch.conditioning[rows_S])
         ref_error = (output - schedule.target(x0, tau.float(), t_S)).square().mean((1, 2, 3))
+        ref_norm = output.square().mean((1, 2, 3)).sqrt()
         predicted = schedule.noise_in(output, x_t, t_S)
         residual = self._residual(batch, visit, positions_S, t_S, schedule.direction(output, x_t, t_S))
         self._measure(batch, rows_S, t_S, predicted, tau, residual, health)
@@ -117,7 +118,7 @@ class Inverter:
             last = schedule.num_train_timesteps
             health.count_solved(t_S, last, visit.solved_S[positions_S], self._settings.tolerance)
         for row, t, *state in zip(
-            rows_S.tolist(), t_S.tolist(), tau.cpu(), ref_error.cpu(), residual.cpu(), strict=True
+            rows_S.tolist(), t_S.tolist(), tau.cpu(), ref_error.cpu(), residual.cpu(), ref_norm.cpu(), strict=True
         ):
             states[row].append((t, *state))
 
@@ -203,7 +204,7 @@ def _sample(
 ) -> Sample | Failure:
     """Put both images' states together, or say why they cannot be stored."""
     stored = [torch.stack([torch.stack(each) for each in column]) for column in _columns(images)]
-    noise_2KChw, ref_error_2K, residual_2K = stored
+    noise_2KChw, ref_error_2K, residual_2K, ref_norm_2K = stored
     if not all(torch.isfinite(tensor).all() for tensor in (x0_2Chw, noise_2KChw, ref_error_2K)):
         return Failure(f"{RejectKind.NOT_FINITE}: latents, noise or reference error of this pair overflow")
     return Sample(
@@ -213,9 +214,10 @@ def _sample(
         timestep_K=torch.tensor([t for t, *_ in images[0]], dtype=schedule.timestep_dtype),
         ref_error_K2=ref_error_2K.T.float(),
         residual_K2=residual_2K.T.float(),
+        ref_norm_K2=ref_norm_2K.T.float(),
     )
 
 
 def _columns(images: Sequence[list[_State]]) -> list[list[list[torch.Tensor]]]:
     """Per stored tensor, per image, the list over its K states."""
-    return [[[state[column] for state in states] for states in images] for column in (1, 2, 3)]
+    return [[[state[column] for state in states] for states in images] for column in (1, 2, 3, 4)]

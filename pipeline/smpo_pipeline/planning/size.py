@@ -105,6 +105,7 @@ def _blank(meta: SampleMeta, states: int, latent: tuple[int, int, int], storage:
         timestep_K=torch.zeros(states, dtype=torch.int64),
         ref_error_K2=torch.zeros(states, 2),
         residual_K2=torch.zeros(states, 2),
+        ref_norm_K2=torch.zeros(states, 2),
     )
 
 

@@ -23,6 +23,9 @@ from smpo_schemas.manifest import FLOW, ModelInfo
 META, TENSORS = "json", "safetensors"
 """Extensions of a sample's two members."""
 
+REF_NORM = "ref_norm"
+"""The tensor that older shards lack."""
+
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 """Dtypes of stored latents and noise, by their names in the manifest."""
 
@@ -74,6 +77,7 @@ class Sample:
         timestep_K: int64 (float32 for flow-matching models), increasing.
         ref_error_K2: float32, the reference's error at the stored, rounded state.
         residual_K2: float32, relative distance from the inversion's fixed point; NaN without an inversion step.
+        ref_norm_K2: float32, root mean square of the reference's output at the stored state; None in older shards.
     """
 
     meta: SampleMeta
@@ -82,15 +86,18 @@ class Sample:
     timestep_K: torch.Tensor
     ref_error_K2: torch.Tensor
     residual_K2: torch.Tensor
+    ref_norm_K2: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors by their stored names."""
+        norms = {} if self.ref_norm_K2 is None else {REF_NORM: self.ref_norm_K2}
         return {
             "x0": self.x0_2Chw,
             "noise": self.noise_K2Chw,
             "timestep": self.timestep_K,
             "ref_error": self.ref_error_K2,
             "residual": self.residual_K2,
+            **norms,
         }
 
 
@@ -117,6 +124,7 @@ def decode_sample(meta: bytes, tensors: bytes, source: str) -> Sample:
             timestep_K=loaded["timestep"],
             ref_error_K2=loaded["ref_error"],
             residual_K2=loaded["residual"],
+            ref_norm_K2=loaded.get(REF_NORM),
         )
     except ValidationError as error:
         raise UserError(f"{source}: malformed {META} member: {describe_problem(error)}") from error
@@ -153,6 +161,7 @@ def layout_problem(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -
         "timestep": (times if times in TIMESTEPS else torch.int64, (count,)),
         "ref_error": (torch.float32, (count, 2)),
         "residual": (torch.float32, (count, 2)),
+        REF_NORM: (torch.float32, (count, 2)),
     }
     if len(latent) != 4 or latent[0] != 2 or 0 in latent or count == 0:  # noqa: PLR2004  (2 images of C x h x w)
         return f"x0 has shape {latent} and there are {count} states; expected [2, C, h, w] and at least one"

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from smpo_common.errors import UserError, describe_problem
 from smpo_common.store_path import AnyPath
 from smpo_schemas.shards.reader import COPY_AGAIN, IndexedTrajectory, SampleLocation, ShardDirectory
-from smpo_schemas.shards.samples import TIMESTEPS, SampleMeta, layout_problem, timestep_problem
+from smpo_schemas.shards.samples import REF_NORM, TIMESTEPS, SampleMeta, layout_problem, timestep_problem
 from smpo_schemas.shards.tensor_file import TensorFile, read_at
 
 _NAMES = ("x0", "noise", "timestep", "ref_error", "residual")
@@ -29,13 +29,14 @@ class StoredState:
 
     Attributes:
         trajectory: the state's trajectory.
-        x0_2Chw, noise_2Chw, ref_error_2: as in :class:`~smpo_schemas.shards.samples.Sample`, of this state.
+        x0_2Chw, noise_2Chw, ref_error_2, ref_norm_2: as in :class:`~smpo_schemas.shards.samples.Sample`, of this state.
     """
 
     trajectory: IndexedTrajectory
     x0_2Chw: torch.Tensor
     noise_2Chw: torch.Tensor
     ref_error_2: torch.Tensor
+    ref_norm_2: torch.Tensor | None = None
 
 
 def read_trajectory(file: BinaryIO, location: SampleLocation, path: AnyPath) -> IndexedTrajectory:
@@ -57,12 +58,14 @@ def read_state(directory: ShardDirectory, location: SampleLocation, k: int) -> S
     path = directory.path / directory.manifest.shards[location.shard].name
     with _reading(path, location), path.open("rb") as file:
         trajectory, tensors = _read_trajectory(file, location)
-        problem = layout_problem({name: (tensors[name].dtype, tensors[name].shape) for name in _NAMES})
+        norms = [REF_NORM] if REF_NORM in tensors else []
+        problem = layout_problem({name: (tensors[name].dtype, tensors[name].shape) for name in (*_NAMES, *norms)})
         problem = problem or timestep_problem(trajectory.timesteps, directory.manifest.model)
         if problem is None and not 0 <= k < len(trajectory.timesteps):
             problem = f"there is no state {k} among its {len(trajectory.timesteps)}"
         if problem is None:
-            state = {"x0": tensors["x0"].read()} | {name: tensors[name][k].read() for name in ("noise", "ref_error")}
+            of_state = ("noise", "ref_error", *norms)
+            state = {"x0": tensors["x0"].read()} | {name: tensors[name][k].read() for name in of_state}
             bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
             if not bad:
                 return StoredState(trajectory, *state.values())

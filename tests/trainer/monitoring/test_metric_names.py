@@ -15,7 +15,7 @@ BAND = re.compile(r"/t\d+-\d+$")
 
 def test_a_run_with_everything_writes_exactly_the_declared_metrics(train: Train) -> None:
     with patch.object(Utilization, "on_device", classmethod(lambda cls, policy, _accelerator: cls(policy, peak=1e12))):
-        terms = {"budget": 0.1, "robust": 1, "beta_decay": "0:2:0.5"}
+        terms = {"budget": 0.1, "robust": 1, "winner_preserving": 0, "norm_guard": 1, "beta_decay": "0:2:0.5"}
         out = train(max_steps=2, **terms, val_fraction=0.3, val_every=1, reference="stored")
     written = {name for record in metrics(out) for name in record}
     plain = {BAND.sub("", name.removeprefix("val/")) for name in written}

@@ -196,7 +196,8 @@ def test_finished_run_is_left_alone(
 @pytest.mark.parametrize(
     "options",
     [
-        {"ema_decay": 0.8, "val_fraction": 0.3, "val_every": 4, "beta_decay": "2:6:0.5", "robust": 1},
+        {"ema_decay": 0.8, "val_fraction": 0.3, "val_every": 4, "beta_decay": "2:6:0.5", "robust": 1}
+        | {"winner_preserving": 0.1, "norm_guard": 1},
         {
             "lora_rank": 2,
             "dtype": "bf16",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smpo_trainer import trainer as loop
-from smpo_trainer.model.denoising_error import pair_errors
+from smpo_trainer.model.denoising_error import pair_outputs
 from smpo_trainer.runtime.memory import remedies
 from tests.trainer.helpers import arguments, make_settings, run_cli
 
@@ -28,7 +28,7 @@ def failing_after(calls: int, error: BaseException) -> object:
         count += 1
         if count > calls:
             raise error
-        return pair_errors(*given)
+        return pair_outputs(*given)
 
     return fail
 
@@ -42,7 +42,7 @@ def test_one_line_names_flags_to_try(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(loop, "pair_errors", failing_after(1, error))
+    monkeypatch.setattr(loop, "pair_outputs", failing_after(1, error))
     options = {"batch_size": 6, "grad_accum": 3, "gradient_checkpointing": True}
     assert run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **options)) == 2
     said = capsys.readouterr().err.strip()
@@ -56,7 +56,7 @@ def test_one_line_names_flags_to_try(
 def test_other_errors_keep_their_traceback(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "pair_errors", failing_after(1, RuntimeError("a bug")))
+    monkeypatch.setattr(loop, "pair_outputs", failing_after(1, RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run_cli(monkeypatch, arguments(shards, model, tmp_path / "run"))
 

@@ -6,7 +6,7 @@ the model to prefer: by the label, or by the reward mix.
 
 METRICS = {
     "step": "optimizer step, from 1",
-    "loss": "the objective's loss, with the budget's term and the pair weights",
+    "loss": "the objective's loss, with the terms of budget and norm and the pair weights",
     "rewards/chosen": "implicit reward of the preferred image, -(beta/2) (error - reference error)",
     "rewards/rejected": "implicit reward of the other image",
     "rewards/margins": "implicit reward of the preferred image minus that of the other",
@@ -23,6 +23,11 @@ METRICS = {
     "error_minus_reference/rejected": "the same at the other image",
     "drift": "absolute difference of the model's and the reference's error, mean of both images",
     "budget/excess": "how far the preferred image is beyond `--budget`, in margin units; only with `--budget`",
+    "norm_growth": "norm (rms) of the model's output over the reference's, minus 1, mean of both images; where shards "
+    "have the reference's norms, and with `--reference live`",
+    "norm_guard/excess": "how far norms exceed the reference's, mean of both images; only with `--norm-guard`",
+    "winner_preserving/scale": "factor of the gradient of the image that is not preferred, 0 to 1; only with "
+    "`--winner-preserving`",
     "robust/loss": "what `--robust` minimises, of the step's states; only with it",
     "robust/largest_share": "largest weight of a state in the gradient, all of them sum to 1; only with `--robust`",
     "robust/effective": "number of equally weighted states with the same sum of squared weights; only with `--robust`",

@@ -93,6 +93,9 @@ class PairBatch:
         preference_B: P(image_0 preferred) under the reward mix, float32; NaN without scores.
         label_B: the annotator's P(image_0 preferred), float32; NaN without a label.
         timestep_B: int64 (float32 for flow-matching models).
+        cross_B: mean product of both images' differences of output and target, of the policy, float32; None if unknown.
+        norm_B2: root mean square of the policy's outputs, float32, with gradient; None if unknown.
+        ref_norm_B2: that of the reference's at the same states, float32; None if unknown.
     """
 
     error_B2: torch.Tensor
@@ -100,6 +103,9 @@ class PairBatch:
     preference_B: torch.Tensor
     label_B: torch.Tensor
     timestep_B: torch.Tensor
+    cross_B: torch.Tensor | None = None
+    norm_B2: torch.Tensor | None = None
+    ref_norm_B2: torch.Tensor | None = None
 
 
 class Objective(ABC):

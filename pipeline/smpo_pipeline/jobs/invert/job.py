@@ -91,6 +91,7 @@ def invert(options: InvertOptions) -> Manifest:
         "resolution": checked.resolution,
         "inversion": options.settings.model_dump(),
         "ref_error_arithmetic": autocast_arithmetic(options.settings.dtype),
+        "has_ref_norm": True,  # of all of its shards: a run of an older version is not continued
         "seed": options.trajectory.seed,
         "pairs_per_shard": checked.pairs_per_shard,
         **({"samplings": [each.model_dump() for each in checked.samplings]} if found else {}),
@@ -294,6 +295,7 @@ def _finish(
         resolution=checked.resolution,
         inversion=options.settings,
         ref_error_arithmetic=autocast_arithmetic(options.settings.dtype),
+        has_ref_norm=True,
         seed=options.trajectory.seed,
         rewards=info.rewards,
         shards=shards,
