@@ -19,6 +19,7 @@ from smpo_trainer.objectives.pair_loss import PairLoss
 from smpo_trainer.objectives.timestep_weighting import TimestepWeighting
 from smpo_trainer.preference.pair_weights import PairWeights, read_pair_weights
 from smpo_trainer.preference.reward_mix import RewardMix, resolve_mix
+from smpo_trainer.safeguards.auto_beta import AutoBeta, BetaController
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shards.shard_set import ShardSet, open_shards
 
@@ -64,11 +65,23 @@ class Experiment:
             loss.norm_guard,
         )
 
+    def beta_controller(self) -> BetaController | None:
+        """Return what moves beta; None if it does not follow the margins."""
+        loss, warmup_steps = self.settings.loss, self.settings.optimizer.warmup_steps
+        if not isinstance(loss.beta, AutoBeta):
+            return None
+        return BetaController(self.objective.options.beta, loss.beta_band, loss.beta_rate, warmup_steps)
+
     def _group(self, states_per_step: int) -> dict[str, int]:
         # With several image sizes, the order of states depends on the size of the groups of one shape.
         if len(self.shards.image_sizes()) == 1:
             return {}
         return {"states of one shape at a time": group_size(states_per_step, self.settings.steps.batch_size)}
+
+    def _moving_beta(self) -> dict[str, Any]:
+        if not isinstance(self.settings.loss.beta, AutoBeta):
+            return {}
+        return {"beta_band": str(self.settings.loss.beta_band), "beta_rate": self.settings.loss.beta_rate}
 
     def describe(self, states_per_step: int) -> list[str]:
         """Describe data, loss and steps for the user, including values that come from defaults."""
@@ -79,7 +92,9 @@ class Experiment:
         sizes = ", ".join(f"{width} x {height}" for height, width in sorted(self.shards.image_sizes()))
         pairs = sum(directory.manifest.totals.pairs for directory in self.shards.directories)
         own = "".join(f", {name} {getattr(options, name)}" for name in options.own())
-        decay = f" x --beta-decay {settings.loss.beta_decay}" if settings.loss.beta_decay else ""
+        moves = f" x --beta-decay {settings.loss.beta_decay}" if settings.loss.beta_decay else ""
+        if isinstance(settings.loss.beta, AutoBeta):
+            moves = f" at first, then by the margins (--beta-band {settings.loss.beta_band})"
         learns_from = "labels"
         if self.mix:
             weights = " ".join(f"{name}:{weight:g}" for name, weight in self.mix.preference.weights.items())
@@ -92,7 +107,7 @@ class Experiment:
         return [
             f"shards: {pairs} pairs at {sizes}; of their trajectories, {dropped} without prompt, {mirrored} mirrored"
             + told,
-            f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{decay}{own}",
+            f"objective: {self.objective.name} from {learns_from}; beta {options.beta:g}{moves}{own}",
             f"steps: {settings.steps.max_steps} of {states_per_step} states; {optimizer.optimizer}, learning rate {lr}",
         ]
 
@@ -120,6 +135,7 @@ class Experiment:
             **{name: values[name] for name in compared},
             **(self.mix.identity() if self.mix else {}),
             "beta": self.objective.options.beta,
+            **self._moving_beta(),
             "gamma": self.objective.options.gamma,
             **{name: getattr(self.objective.options, name) for name in self.objective.options.own()},
             **self.weighting.identity(),
@@ -160,7 +176,7 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     options = kind.Options.parse(
         kind.name,
         loss.objective_option,
-        beta=kind.resolve_beta(loss.beta, shards.model.kind),
+        beta=kind.resolve_beta(loss.beta.start if isinstance(loss.beta, AutoBeta) else loss.beta, shards.model.kind),
         gamma=loss.gamma,
         num_train_timesteps=shards.model.num_train_timesteps,
     )
@@ -192,6 +208,14 @@ def _require_options(experiment: Experiment) -> None:
                 f"--{flag} {value:g}: --objective {objective.name} does not compare a pair with a reference; it is for "
                 "those that do, such as smpo and dpo"
             )
+    if isinstance(loss.beta, AutoBeta):
+        if not objective.has_sigmoid():
+            raise UserError(
+                f"--beta {loss.beta}: the loss of --objective {objective.name} has no sigmoid that margins could "
+                "saturate; choose a number"
+            )
+        if loss.beta_decay:
+            raise UserError(f"--beta {loss.beta}: beta follows the margins or --beta-decay, not both")
     without = [s.name for s in experiment.shards.sources if not s.directory.manifest.has_ref_norm]
     if loss.norm_guard is not None and without and experiment.settings.compute.reference != "live":
         raise UserError(

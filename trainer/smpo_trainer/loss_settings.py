@@ -23,6 +23,7 @@ from smpo_common.options import Flag, Options
 from smpo_schemas.preference import preferences
 from smpo_trainer.beta_decay import BetaDecay
 from smpo_trainer.presets import PICKSCORE_RANGE
+from smpo_trainer.safeguards.auto_beta import AutoBeta, Band
 
 TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
 RobustForm = Literal["pair", "list"]
@@ -87,10 +88,25 @@ class LossOptions(Options):
         Flag(typed=list[str], metavar="NAME=VALUE", identity="resolved"),
     ] = Field(default_factory=dict)
     """Option of the chosen objective, such as label_smoothing=0.1 for dpo; see --list-objectives."""
-    beta: Annotated[float | None, Field(ge=0), RESOLVED_IDENTITY] = None
+    beta: Annotated[
+        Annotated[float, Field(ge=0)] | AutoBeta | None,
+        BeforeValidator(AutoBeta.parse),
+        PlainSerializer(lambda beta: str(beta) if isinstance(beta, AutoBeta) else beta),
+        Flag(typed=str, metavar="FLOAT|auto[:START]", identity="resolved"),
+    ] = None
     """DPO's beta: an image's implicit reward is beta / 2 times the reference's squared error minus the model's. Larger
     values keep the model closer to the reference. Default: the published value for the objective and model (smpo: 2000
-    for SD 1.5, 5000 for SDXL), see --list-objectives."""
+    for SD 1.5, 5000 for SDXL), see --list-objectives. auto begins with it, or with START, and moves beta after the
+    warm-up so that margins stay within --beta-band; for smpo, dpo and npo."""
+    beta_band: Annotated[
+        Band,
+        BeforeValidator(Band.parse),
+        PlainSerializer(str),
+        Flag(typed=str, metavar="LOW:HIGH", identity="resolved"),
+    ] = Band(0.5, 2.0)
+    """With --beta auto: bounds of rewards/margins_rms."""
+    beta_rate: Annotated[float, Field(gt=1), RESOLVED_IDENTITY] = 1.05
+    """With --beta auto: largest factor between the betas of two steps."""
     beta_decay: Annotated[
         BetaDecay | None,
         BeforeValidator(BetaDecay.parse),

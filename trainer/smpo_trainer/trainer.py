@@ -61,6 +61,7 @@ class Trainer:
         """Prepare the first step."""
         settings = experiment.settings
         self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.noise_schedule)
+        self._beta = experiment.beta_controller()
         self._policy, self._batching, self._accelerator = policy, batching, accelerator
         if settings.compute.gradient_checkpointing:
             policy.denoiser.enable_gradient_checkpointing()
@@ -89,7 +90,7 @@ class Trainer:
             UserError: too many steps in a row were skipped.
         """
         start, data_seconds = time.perf_counter(), 0.0
-        pair_loss, meter = self._pair_loss.at_step(step + 1), StepMeter()
+        pair_loss, meter = self._loss_of(step + 1), StepMeter()
         robust = self._robust_mean()
         losses: Losses = []
         for accumulation in range(self._batching.grad_accum):
@@ -115,8 +116,10 @@ class Trainer:
         means = meter.means(self._accelerator) | (robust.finish() if robust else {})
         grad_norm = self._update(step, losses)
         record: Record = {"step": step + 1, **means, "grad_norm": grad_norm, "lr": lr}
-        if self._pair_loss.beta_decay:
+        if self._pair_loss.beta_decay or self._beta:
             record["beta"] = pair_loss.objective.options.beta
+        if self._beta:
+            self._beta.update(step + 1, means.get("rewards/margins_rms"))
         record["skipped_steps"] = self._skipped.total
         elapsed = time.perf_counter() - start
         record["states_per_second"] = self._batching.states_per_step / elapsed
@@ -125,6 +128,10 @@ class Trainer:
         if self._utilization and (share := self._utilization.share(elapsed)) is not None:
             record["mfu_percent"] = 100 * share
         return record
+
+    def _loss_of(self, step: int) -> PairLoss:
+        """Return the loss of optimizer step ``step``, from 1."""
+        return self._pair_loss.with_beta(self._beta.beta) if self._beta else self._pair_loss.at_step(step)
 
     def _robust_mean(self) -> RobustMean | None:
         loss = self._settings.loss
@@ -141,7 +148,7 @@ class Trainer:
             step: number of finished steps; its beta counts.
             held_out: the pairs.
         """
-        pair_loss, meter = self._pair_loss.at_step(step), StepMeter()
+        pair_loss, meter = self._loss_of(step), StepMeter()
         with self.as_saved():
             for number in range(held_out.num_forwards):
                 # Collective with FSDP: a process with fewer batches repeats its last, so that all do as many forwards.
@@ -245,6 +252,7 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler else None,
             "average": self._average.state_dict() if self._average else None,
             "skipped": self._skipped.state_dict(),
+            "beta": self._beta.state_dict() if self._beta else None,
         }
         # No random state: the order of states is a function of the step, and training draws no random numbers.
         keep = self._accelerator.is_main_process
@@ -283,6 +291,8 @@ class Trainer:
             tensors = [averaged[name] for name in self._policy.trainable_parameters()]
             self._average.load_state_dict(checkpoint.optimizer["average"], tensors)
         self._skipped.load_state_dict(checkpoint.optimizer["skipped"])
+        if self._beta:
+            self._beta.load_state_dict(checkpoint.optimizer["beta"])
         on_main(self._accelerator, self._skipped.write)
 
     def _shard_moments(self, optimizer: dict[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,14 @@ def one_band(step: int) -> Record:
     }
 
 
+def saturating(_step: int) -> Record:
+    return {"saturated": 0.8, "gradient_factor": 0.1}
+
+
+def still(_step: int) -> Record:
+    return {"rewards/margins_rms": 0.01, "gradient_factor": 0.5}
+
+
 NO_HELD_OUT = {"num_held_out": 0}
 
 
@@ -88,6 +96,7 @@ NO_HELD_OUT = {"num_held_out": 0}
         (exploding, {}, "margins explode (mean 30 over 20 steps"),
         (guessing, {}, "the implicit accuracy on held-out pairs is at chance after the warm-up (0.50 over 500 states)"),
         (guessing_in_training, NO_HELD_OUT, "the implicit accuracy in training is at chance after the warm-up (0.50"),
+        (saturating, {}, "the sigmoid is saturated for 80% of the states (mean gradient factor 0.1, at the reference"),
         (one_band, {}, "one band of timesteps dominates (t 750 to 999 has 82% of the margin)"),
     ],
 )
@@ -108,6 +117,13 @@ def test_early_steps_are_not_judged(change: Callable[[int], Record]) -> None:
     assert warnings_of(change, steps=WARM_UP + 19, **NO_HELD_OUT) == []
     assert warnings_of(change, steps=STEPS, warmup_steps=STEPS - 19, **NO_HELD_OUT) == []
     assert len(warnings_of(change, steps=WARM_UP + 20, **NO_HELD_OUT)) == 1
+
+
+def test_a_model_that_does_not_move_is_noticed_late() -> None:
+    assert warnings_of(still, steps=WARM_UP + 99) == []
+    (warning,) = warnings_of(still, steps=WARM_UP + 110)
+    assert warning.startswith("margins stay near 0 (rms 0.01 after 100 steps)")
+    assert warnings_of(lambda _: {"rewards/margins_rms": 0.03}, steps=WARM_UP + 110) == []
 
 
 def test_accuracies_and_bands_wait_for_enough_states() -> None:

@@ -94,12 +94,21 @@ def test_killed_and_continued_equals_uninterrupted(shards: Path, model: Path, tm
 
 @pytest.mark.slow
 def test_two_processes_equal_one(shards: Path, model: Path, tmp_path: Path) -> None:
-    options = {"max_steps": 3, "beta": 200, "lr": 1e-5, "save_every": 2}
+    options = {"max_steps": 3, "beta": "auto:200", "lr": 1e-5, "save_every": 2}
+    options |= {"robust": 0.1, "winner_preserving": 0, "norm_guard": 1}
     one = start(arguments(shards, model, tmp_path / "one", batch_size=4, **options))
     assert one.wait() == 0
     two = launch_two(arguments(shards, model, tmp_path / "two", batch_size=2, **options))
     assert two.returncode == 0, two.stderr
-    for name in ("loss", "grad_norm", "rewards/margins"):
+    for name in (
+        "loss",
+        "grad_norm",
+        "rewards/margins",
+        "robust/loss",
+        "robust/effective",
+        "norm_guard/excess",
+        "beta",
+    ):
         np.testing.assert_allclose(column(tmp_path / "two", name), column(tmp_path / "one", name), rtol=1e-3, atol=1e-4)
 
 
@@ -202,6 +211,7 @@ def test_finished_run_is_left_alone(
             "lora_rank": 2,
             "dtype": "bf16",
             "batch_size": 1,
+            "beta": "auto:300",
         },  # the reference errors are recomputed for more steps
     ],
 )

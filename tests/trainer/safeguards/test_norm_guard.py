@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +55,9 @@ def test_it_is_added_times_half_of_beta_and_does_not_depend_on_the_order_of_imag
 
 def test_a_step_has_the_numbers_of_plain_forwards(train: Train, shards: Path, model: Path, other_unet: Path) -> None:
     """Both options: all 18 states in two micro-batches, the stored norms of the reference, other weights."""
-    out = train(unet=other_unet, max_steps=1, batch_size=9, grad_accum=2, lr=0, winner_preserving=0, norm_guard=2)
+    # With noise of its own each, two images' differences from their targets are nearly orthogonal.
+    options = {"unet": other_unet, "max_steps": 1, "lr": 0, "norm_guard": 2}
+    out = train(batch_size=9, grad_accum=2, winner_preserving=0.98, **options)
     policy, reference = PlainReference(model, other_unet), PlainReference(model)
     scales, growths, excesses = [], [], []
     for sample in ShardDirectory(shards).samples():
@@ -69,7 +70,7 @@ def test_a_step_has_the_numbers_of_plain_forwards(train: Train, shards: Path, mo
             residuals = [(output - target).flatten() for output, target in outputs]
             winner, loser = residuals if first > second else residuals[::-1]
             aligned = float(winner @ loser)
-            scales.append(min(1.0, float(winner @ winner) / aligned) if aligned > 0 else 1.0)
+            scales.append(min(1.0, 0.02 * float(winner @ winner) / aligned) if aligned > 0 else 1.0)
             norms = [float(output.square().mean().sqrt()) for output, _ in outputs]
             before = [reference.error_and_norm(*state)[1] for state in states]
             growths.append(np.mean([new / old - 1 for new, old in zip(norms, before, strict=True)]))
@@ -79,9 +80,8 @@ def test_a_step_has_the_numbers_of_plain_forwards(train: Train, shards: Path, mo
     assert record["winner_preserving/scale"] == pytest.approx(np.mean(scales), rel=1e-4)
     assert record["norm_growth"] == pytest.approx(np.mean(growths), rel=1e-3)
     assert record["norm_guard/excess"] == pytest.approx(np.mean(excesses), rel=1e-3)
-    live = metrics(train("live", unet=other_unet, max_steps=1, batch_size=18, lr=0, reference="live", norm_guard=2))[0]
+    live = metrics(train("live", batch_size=18, reference="live", **options))[0]
     assert live["norm_guard/excess"] == pytest.approx(record["norm_guard/excess"], rel=1e-3)
-    assert math.isfinite(record["loss"])
 
 
 @pytest.mark.parametrize("objective", ["sft", "mapo"])

@@ -31,11 +31,11 @@ class State:
     x0_2Chw: torch.Tensor
     noise_2Chw: torch.Tensor
     ref_error_2: torch.Tensor
-    ref_norm_2: torch.Tensor | None
     timestep: float
     preference: float
     label: float
     weight: float
+    ref_norm_2: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class StateBatch:
         sizes, crops: of both images of each state, in pixels.
         x0_B2Chw, noise_B2Chw: in their stored dtype, float16 or bfloat16.
         ref_error_B2: errors of the reference, float32.
-        ref_norm_B2: root mean squares of its outputs, float32; None if the shards of a state have none.
         timestep_B: int64 (float32 for flow-matching models).
         preference_B, label_B: P(image_0 preferred) from rewards and from the annotator, float32; NaN if missing.
         weight_B: weight of the pair in the loss, float32.
+        ref_norm_B2: root mean squares of the reference's outputs, float32; None if the shards of a state have none.
     """
 
     pair_ids: list[str]
@@ -60,11 +60,11 @@ class StateBatch:
     x0_B2Chw: torch.Tensor
     noise_B2Chw: torch.Tensor
     ref_error_B2: torch.Tensor
-    ref_norm_B2: torch.Tensor | None
     timestep_B: torch.Tensor
     preference_B: torch.Tensor
     label_B: torch.Tensor
     weight_B: torch.Tensor
+    ref_norm_B2: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> StateBatch:
         """Copy all tensors to ``device``."""
@@ -123,11 +123,11 @@ class StateDataset(Dataset[State | UserError]):
             x0_2Chw=state.x0_2Chw,
             noise_2Chw=state.noise_2Chw,
             ref_error_2=state.ref_error_2 if self.ref_error_S2 is None else self.ref_error_S2[index].clone(),
-            ref_norm_2=state.ref_norm_2,
             timestep=state.trajectory.timesteps[k],
             preference=float(table.preference_P[trajectory]),
             label=float(table.label_P[trajectory]),
             weight=float(table.weight_P[trajectory]),
+            ref_norm_2=state.ref_norm_2,
         )
 
 
@@ -147,11 +147,11 @@ def collate(items: Sequence[State | UserError]) -> StateBatch | UserError:
         x0_B2Chw=torch.stack([state.x0_2Chw for state in states]),
         noise_B2Chw=torch.stack([state.noise_2Chw for state in states]),
         ref_error_B2=torch.stack([state.ref_error_2 for state in states]),
-        ref_norm_B2=torch.stack(norms) if len(norms) == len(states) else None,
         timestep_B=torch.tensor([state.timestep for state in states]),
         preference_B=torch.tensor([state.preference for state in states], dtype=torch.float32),
         label_B=torch.tensor([state.label for state in states], dtype=torch.float32),
         weight_B=torch.tensor([state.weight for state in states], dtype=torch.float32),
+        ref_norm_B2=torch.stack(norms) if len(norms) == len(states) else None,
     )
 
 

@@ -44,6 +44,12 @@ DOMINANT_SHARE = 2 / 3
 SMALL_MARGIN = 0.01
 """Below this mean margin the shares of the bands are noise."""
 
+SATURATED_SHARE = 0.75
+"""Share of saturated states above which the sigmoid hides most of the data."""
+
+STILL_STEPS, STILL_MARGIN = 100, 0.02
+"""Steps after which a root mean square of the margins below this says that the model hardly moves."""
+
 Rule = Callable[[Sequence[Record]], str | None]
 """Takes the last :data:`MIN_STEPS` records; returns a warning or None."""
 
@@ -82,9 +88,10 @@ class Health:
         self._accuracies: deque[float] = deque(maxlen=MIN_EVALUATIONS)
         self._first_accuracy: float | None = None
         self._first_loss: float | None = None
+        self._num_judged = 0
         self._rules: list[Rule] = [self._memorises]
         if uses_reference:
-            self._rules += [self._explodes, self._guesses, self._one_band]
+            self._rules += [self._explodes, self._saturates, self._stands_still, self._guesses, self._one_band]
         self.warnings: list[str] = []
 
     def check(self, record: Record) -> list[str]:
@@ -94,6 +101,7 @@ class Health:
         if int(record["step"] or 0) <= self._warmup_steps:
             return []
         self._records.append(record)
+        self._num_judged += 1
         accuracy = record.get("val/rewards/accuracies")
         if accuracy is not None:
             self._first_accuracy = accuracy if self._first_accuracy is None else self._first_accuracy
@@ -134,6 +142,27 @@ class Health:
         return (
             f"margins explode (mean {margin:.3g} over {MIN_STEPS} steps; good runs end near 1): lower --lr or --gamma, "
             "or stop earlier"
+        )
+
+    def _saturates(self, recent: Sequence[Record]) -> str | None:
+        """Warn if the sigmoid of the loss is saturated for most states."""
+        share = mean(recent, "saturated")
+        if not share > SATURATED_SHARE:
+            return None
+        return (
+            f"the sigmoid is saturated for {share:.0%} of the states (mean gradient factor "
+            f"{mean(recent, 'gradient_factor'):.2g}, at the reference 0.5), which train nothing any more: lower "
+            "--beta, give --beta auto, or stop earlier"
+        )
+
+    def _stands_still(self, recent: Sequence[Record]) -> str | None:
+        """Warn if the margins stay near 0."""
+        margin = mean(recent, "rewards/margins_rms")
+        if self._num_judged < STILL_STEPS or not margin < STILL_MARGIN:
+            return None
+        return (
+            f"margins stay near 0 (rms {margin:.2g} after {self._num_judged} steps): the model hardly moves, or beta "
+            "is too small to feel it; raise --lr or --beta, or give --beta auto"
         )
 
     def _guesses(self, recent: Sequence[Record]) -> str | None:  # noqa: ARG002  (judged over a longer time)

@@ -33,7 +33,7 @@ METRICS = {
     "robust/effective": "number of equally weighted states with the same sum of squared weights; only with `--robust`",
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of this step",
-    "beta": "beta of this step; only with `--beta-decay`",
+    "beta": "beta of this step; only with `--beta-decay` and `--beta auto`",
     "skipped_steps": "steps so far whose loss or gradient was not finite",
     "states_per_second": "states of the step, over all processes, divided by its duration",
     "data_wait_percent": "share of the step that the main process waited for data",

@@ -187,6 +187,11 @@ class Objective(ABC):
             metrics |= gradient_metrics(logit_B.detach(), preferred_B)
         return self.loss(batch), metrics
 
+    @classmethod
+    def has_sigmoid(cls) -> bool:
+        """Whether the loss is -log sigmoid(z) of :meth:`logit`."""
+        return cls.logit is not Objective.logit
+
     def logit(self, batch: PairBatch) -> torch.Tensor | None:  # noqa: ARG002
         """Return z, [B], if the loss is -log sigmoid(z), for the metrics of its gradient; None for another loss."""
         return None

@@ -64,7 +64,10 @@ class PairLoss:
         """Return the loss of optimizer step ``step``, from 1: the same, but for a beta that has decayed."""
         if self.beta_decay is None:
             return self
-        beta = self.objective.options.beta * self.beta_decay.factor(step)
+        return self.with_beta(self.objective.options.beta * self.beta_decay.factor(step))
+
+    def with_beta(self, beta: float) -> Self:
+        """Return the same loss with another beta, which stays."""
         return replace(self, objective=self.objective.with_beta(beta), beta_decay=None)
 
     def __call__(self, pairs: PairBatch, weight_B: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
