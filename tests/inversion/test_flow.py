@@ -44,14 +44,16 @@ def expected_x0(oracle: FlowOracle, sample, pair) -> torch.Tensor:
 
 
 def check_state(oracle: FlowOracle, sample, k: int, image: int, text, x_t: torch.Tensor) -> None:
-    """Tau to float16's rounding of the float64 state; ref_error at exactly the stored state."""
+    """Tau to float16's rounding of the float64 state; ref_error and ref_norm at exactly the stored state."""
     t = sample.timestep_K[k].item()
     x0, stored = sample.x0_2Chw[image].double(), sample.noise_K2Chw[k, image].double()
     tau = (x_t - oracle.a(t) * x0) / oracle.s(t)
     # Float32 states divided by a small sigma: 2e-6 of their size, over sigma.
     torch.testing.assert_close(stored, tau, rtol=2**-10, atol=3e-4 + 2e-6 / oracle.s(t))
     rebuilt = oracle.a(t) * x0 + oracle.s(t) * stored
-    error = (oracle.output(rebuilt, t, text) - oracle.target(x0, stored, t)).square().mean()
+    output = oracle.output(rebuilt, t, text)
+    error = (output - oracle.target(x0, stored, t)).square().mean()
+    assert sample.ref_norm_K2[k, image].item() == pytest.approx(float(output.square().mean().sqrt()), rel=1e-4)
     # Float32 outputs of size 1 are known to 1e-7, so their mean square error to 2 sqrt(error) 1e-7: Sana's is 2e-7.
     rounding = 2e-7 * float(error) ** 0.5
     assert sample.ref_error_K2[k, image].item() == pytest.approx(float(error), rel=1e-4, abs=rounding)

@@ -67,12 +67,14 @@ def expected_x0(oracle: Oracle, sample: Sample, pair, mode: bool) -> torch.Tenso
 def check_state(
     oracle: Oracle, sample: Sample, k: int, image: int, text: torch.Tensor, x_t: torch.Tensor, rounding: float = 2**-10
 ) -> None:
-    """tau to the rounding (default: float16's) of the float64 state, ref_error at exactly the stored state."""
+    """tau to the rounding (default: float16's) of the float64 state; ref_error and ref_norm at the stored state."""
     t = int(sample.timestep_K[k])
     x0 = sample.x0_2Chw[image].double()
     tau = (x_t - oracle.a(t) * x0) / oracle.s(t)
     stored = sample.noise_K2Chw[k, image].double()
     torch.testing.assert_close(stored, tau, rtol=rounding, atol=3e-4)
     rebuilt = oracle.a(t) * x0 + oracle.s(t) * stored
-    error = (oracle.output(rebuilt, t, text) - oracle.target(x0, stored, t)).square().mean()
+    output = oracle.output(rebuilt, t, text)
+    error = (output - oracle.target(x0, stored, t)).square().mean()
     assert float(sample.ref_error_K2[k, image]) == pytest.approx(float(error), rel=1e-4)
+    assert float(sample.ref_norm_K2[k, image]) == pytest.approx(float(output.square().mean().sqrt()), rel=1e-4)

@@ -153,6 +153,8 @@ def test_an_interrupted_shard_leaves_nothing(tmp_path):
         ({"x0_2Chw": torch.zeros(2, 4, 8, 8)}, "x0 is torch.float32"),
         ({"timestep_K": torch.tensor([5, 5, 7])}, "do not increase"),
         ({"ref_error_K2": torch.full((3, 2), torch.inf)}, "ref_error is not finite"),
+        ({"ref_norm_K2": torch.full((3, 2), torch.nan)}, "ref_norm is not finite"),
+        ({"ref_norm_K2": torch.ones(2, 2)}, "ref_norm is torch.float32 .2, 2., expected torch.float32 .3, 2."),
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, tensors, problem):

@@ -30,7 +30,7 @@ def written(folder: Path, sample: Sample) -> tuple[ShardDirectory, SampleLocatio
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])
 def test_a_state_is_that_of_the_whole_sample(tmp_path: Path, storage: torch.dtype) -> None:
-    sample = make_sample(3)
+    sample = make_sample(3, ref_norm_K2=torch.rand(3, 2)) if storage is torch.float16 else make_sample(3)
     sample = replace(sample, x0_2Chw=sample.x0_2Chw.to(storage), noise_K2Chw=sample.noise_K2Chw.to(storage))
     directory, location = written(tmp_path, sample)
     for k in range(3):
@@ -38,6 +38,10 @@ def test_a_state_is_that_of_the_whole_sample(tmp_path: Path, storage: torch.dtyp
         assert state.trajectory.meta == sample.meta
         assert state.trajectory.timesteps == (100, 200, 300)
         assert state.trajectory.latent == (4, 8, 8)
+        assert (state.ref_norm_2 is None) == (sample.ref_norm_K2 is None)
+        if sample.ref_norm_K2 is not None:
+            assert torch.equal(state.ref_norm_2, sample.ref_norm_K2[k])
+            assert torch.equal(directory.read(location).ref_norm_K2, sample.ref_norm_K2)
         for found, wanted in (
             (state.x0_2Chw, sample.x0_2Chw),
             (state.noise_2Chw, sample.noise_K2Chw[k]),
