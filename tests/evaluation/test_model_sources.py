@@ -1,15 +1,35 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.model_sources import choose_base, identity, parse_models, reward_identity
+from smpo_pipeline.generation.generator import load_generator
 
 
-def test_kinds_and_base(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Put files into a hub cache, which alone is asked: makes the folder of a repository's one commit."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(repository: str) -> Path:
+        folder, commit = tmp_path / "hub" / f"models--{repository.replace('/', '--')}", "0" * 40
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        return folder / "snapshots" / commit
+
+    return put
+
+
+def test_kinds_and_base(models: dict[str, Path], tmp_path: Path, hub: Callable[..., Path]) -> None:
+    (hub("owner/some-model") / "model_index.json").write_text("{}")
     lora = tmp_path / "lora"
     lora.mkdir()
     (lora / "pytorch_lora_weights.safetensors").write_bytes(b"x")
@@ -22,6 +42,35 @@ def test_kinds_and_base(models: dict[str, Path], tmp_path: Path) -> None:
     assert found[0].metrics is None
     with pytest.raises(UserError, match="--base"):
         choose_base(found[1:3], None)
+
+
+def test_published_denoisers_and_loras(models: dict[str, Path], tmp_path: Path, hub: Callable[..., Path]) -> None:
+    """As those of Diffusion-DPO (unet/ alone), LCM (a denoiser at the top) and SPO (a LoRA under any name)."""
+    shutil.copytree(models["tuned"] / "unet", hub("mhdang/dpo") / "unet")
+    shutil.copytree(models["tuned"] / "unet", hub("owner/lcm"), dirs_exist_ok=True)
+    lora = hub("owner/spo")
+    for name in ("pytorch_lora_weights.safetensors", "some lora.safetensors"):
+        (lora / name).write_bytes(b"x")
+    specs = ["dpo=mhdang/dpo", "lcm=owner/lcm", "spo=owner/spo", "other=owner/spo/some lora.safetensors"]
+    dpo, lcm, spo, other = parse_models(specs)
+    assert [model.kind for model in (dpo, lcm, spo, other)] == ["denoiser", "denoiser", "lora", "lora"]
+    assert (spo.lora_file.parent, other.lora_file.name) == (lora, "some lora.safetensors")
+    base = str(models["base"])
+    (tuned,) = parse_models([f"tuned={models['tuned']}"])
+    assert {identity(model, base) for model in (dpo, lcm)} == {identity(tuned, base)}
+    prints = {load_generator(model, base, "cpu", "fp32").fingerprint() for model in (dpo, lcm, tuned)}
+    assert len(prints) == 1
+    (hub("owner/none") / "README.md").write_text("x")
+    for spec, words in (
+        ("a=owner/none", "--model a=owner/none: .* on the hub has no model_index.json, no unet/config.json"),
+        ("a=owner/spo/no.safetensors", "owner/spo on the hub has no file no.safetensors"),
+        (
+            "a=owner/nowhere/x.safetensors",
+            "--model a=owner/nowhere/x.safetensors: no such folder: owner/nowhere; as a hub",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse_models([spec])
 
 
 @pytest.mark.parametrize(

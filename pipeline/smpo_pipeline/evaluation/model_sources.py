@@ -10,7 +10,7 @@ from pathlib import Path
 
 from smpo_common.errors import UserError
 from smpo_common.files import files_below, sha256_file, sha256_json
-from smpo_pipeline.generation.source import INDEX_FILE, ModelSource, find_denoiser, recognise_source
+from smpo_pipeline.generation.source import INDEX_FILE, ModelSource, find_denoiser, find_source
 from smpo_schemas.trained_model import LORA_FILE
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -45,18 +45,22 @@ def parse_models(specs: Sequence[str], negatives: Sequence[str] = ()) -> list[Mo
 
 
 def _parse(flag: str, specs: Sequence[str]) -> list[ModelSource]:
-    models: list[ModelSource] = []
+    named: dict[str, str] = {}
     for spec in specs:
         name, equals, source = spec.partition("=")
         if not equals or not source or not _NAME.fullmatch(name):
             raise UserError(
                 f"{flag} {spec}: write NAME=DIR, for example tuned=runs/a; a name has letters, digits and . _ - only"
             )
-        if name in (model.name for model in models):
+        if name in named:
             raise UserError(f"{flag} {spec}: the name {name!r} is used twice; give each model its own name")
-        given = f"{flag} {spec}"
-        models.append(ModelSource(name, source, recognise_source(given, source), None if flag == "--model" else given))
-    return models
+        named[name] = source
+    # The flag of a model says its name and source; another flag's is to be named in errors.
+    given = {name: f"{flag} {name}={source}" for name, source in named.items()}
+    return [
+        find_source(name, given[name], source, flag=None if flag == "--model" else given[name])
+        for name, source in named.items()
+    ]
 
 
 def choose_base(models: Sequence[ModelSource], given: str | None) -> str | None:
@@ -71,7 +75,7 @@ def choose_base(models: Sequence[ModelSource], given: str | None) -> str | None:
     partial = [model for model in both if model.kind != "pipeline"]
     if partial and base is None:
         raise UserError(
-            f"{partial[0].named} is an output of smpo-train, not a whole pipeline; name the "
+            f"{partial[0].named} is a denoiser or a LoRA, not a whole pipeline; name the "
             "model that it was trained from with --base"
         )
     return base if partial else None
@@ -86,12 +90,15 @@ def identity(model: ModelSource, base: str | None) -> str:
         return sha256_json(
             {"positive": identity(replace(model, negative=None), base), "negative": identity(model.negative, base)}
         )
-    folder = Path(model.source)
     if model.kind == "pipeline":
         return whole_identity(model.source)
-    replaced = find_denoiser(folder) if model.kind == "denoiser" else None
+    found = find_denoiser(model.path) if model.denoiser else None
+    folder, replaced = found or (model.path, None)
     rest = whole_identity(base, without=replaced) if base else ""
-    own = _digest(folder, _model_files(folder / replaced)) if replaced else {LORA_FILE: sha256_file(model.lora_file)}
+    if replaced:
+        own = {f"{replaced}/{name}": digest for name, digest in _digest(folder, _model_files(folder)).items()}
+    else:
+        own = {LORA_FILE: sha256_file(model.lora_file)}
     return sha256_json({"own": own, "rest": rest})
 
 

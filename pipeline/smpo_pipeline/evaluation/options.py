@@ -46,8 +46,8 @@ class EvaluateOptions(Options):
     """The settings of ``evaluate``."""
 
     model: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")]
-    """A model to compare: a diffusers pipeline (folder or hub id) or an output of smpo-train. The first is the
-    baseline. Repeatable."""
+    """A model to compare: a diffusers pipeline, a denoiser or a LoRA, by folder, file or hub id, such as an output of
+    smpo-train. The first is the baseline. Repeatable."""
     prompts: Annotated[
         PromptSource,
         PlainValidator(lambda value: value if isinstance(value, PromptSource) else PromptSource.parse(str(value))),
@@ -63,7 +63,6 @@ class EvaluateOptions(Options):
     """Guide the --model of this name away from this output of smpo-train or merge, in place of its own unconditional
     prediction (Diffusion-NPO). Both are in memory. Needs a guidance scale above 1. Repeatable."""
     base: Annotated[str | None, Flag(metavar="MODEL", place=True)] = None
-    """The pipeline that an output of smpo-train was trained from. Default: the first --model that is a whole
-    pipeline."""
+    """The pipeline that completes denoisers and LoRAs. Default: the first --model that is a whole pipeline."""
     sampling: EvaluateSamplingOptions = EvaluateSamplingOptions()
     running: EvaluateJobOptions = EvaluateJobOptions()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Protocol
 
 import diffusers
@@ -171,8 +170,7 @@ def read_configs(model: ModelSource, base: str | None) -> Family:
             ``base``.
     """
     whole, named = _whole(model, base)
-    folder = Path(model.source) if model.kind == "denoiser" else None
-    family = load_family(whole, (), denoiser=folder, what=named)
+    family = load_family(whole, (), denoiser=model.denoiser, what=named)
     if model.kind == "lora":
         check_lora(model.lora_file, family.empty_denoiser(), model.named, whole)
     if model.negative:
@@ -261,8 +259,7 @@ def load_denoiser(model: ModelSource, base: str | None, variant: str | None = No
         UserError: it cannot be loaded.
     """
     whole, named = _whole(model, base)
-    folder = Path(model.source) if model.kind == "denoiser" else None
-    family = load_family(whole, ("denoiser",), denoiser=folder, variant=variant, what=named)
+    family = load_family(whole, ("denoiser",), denoiser=model.denoiser, variant=variant, what=named)
     if family.denoiser is None:
         raise RuntimeError("the model was loaded without its denoiser")
     if model.kind == "lora":

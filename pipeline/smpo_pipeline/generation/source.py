@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from smpo_common.errors import UserError
+from smpo_common.files import read_json
 from smpo_schemas.choices import SamplerChoice
 from smpo_schemas.trained_model import DENOISER_FOLDERS, LORA_FILE, METRICS_FILE
 
 INDEX_FILE = "model_index.json"
 
+_CONFIG_FILE = "config.json"
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_LORA = re.compile(r"[\w-][\w.-]*/[\w.-]+/[\w./ -]+\.safetensors")
 
 Kind = Literal["pipeline", "denoiser", "lora"]
 
@@ -28,6 +32,7 @@ class ModelSource:
         kind: ``pipeline`` is a whole model; ``denoiser`` and ``lora`` are outputs of smpo-train, which need a base.
         flag: names it in errors; default: ``--model NAME=SOURCE``.
         negative: the model that predicts for the unconditional prompt in its place.
+        downloaded: where the files of a denoiser or a LoRA on the hub lie.
     """
 
     name: str
@@ -35,6 +40,7 @@ class ModelSource:
     kind: Kind
     flag: str | None = None
     negative: ModelSource | None = None
+    downloaded: Path | None = None
 
     @property
     def named(self) -> str:
@@ -42,16 +48,25 @@ class ModelSource:
         return self.flag or f"--model {self.name}={self.source}"
 
     @property
+    def path(self) -> Path:
+        """Its folder or file; of a whole model on the hub a path that does not exist."""
+        return self.downloaded or Path(self.source)
+
+    @property
+    def denoiser(self) -> Path | None:
+        """The folder of a ``denoiser``, or the one that has it as a subfolder."""
+        return self.path if self.kind == "denoiser" else None
+
+    @property
     def metrics(self) -> Path | None:
         """The training run's metrics file, if the folder has one."""
-        path = Path(self.source) / METRICS_FILE
+        path = self.path / METRICS_FILE
         return path if path.is_file() else None
 
     @property
     def lora_file(self) -> Path:
         """The file of a ``lora``: the source itself, or in smpo-train's output folder."""
-        path = Path(self.source)
-        return path if path.is_file() else path / LORA_FILE
+        return self.path if self.path.is_file() else self.path / LORA_FILE
 
 
 @dataclass(frozen=True)
@@ -71,19 +86,36 @@ class Loading:
     sampler: SamplerChoice
 
 
-def recognise_source(given: str, source: str) -> Kind:
-    """Tell whole models and outputs of smpo-train apart by their files; ``given`` names the source in errors.
+def find_source(
+    name: str, given: str, source: str, *, flag: str | None = None, negative: ModelSource | None = None
+) -> ModelSource:
+    """Tell whole models, denoisers and LoRAs apart by their files.
+
+    Args:
+        name: see :class:`ModelSource`.
+        given: names the source in errors.
+        source: folder, file, hub id, or ``OWNER/NAME/FILE.safetensors`` on the hub.
+        flag: see :class:`ModelSource`.
+        negative: see :class:`ModelSource`.
 
     Raises:
         UserError: it is missing, or holds no model.
     """
-    folder = Path(source)
-    if not folder.exists() and _HUB_ID.fullmatch(source):
-        return "pipeline"
+    downloaded = None
+    if not Path(source).exists() and (_HUB_ID.fullmatch(source) or _HUB_LORA.fullmatch(source)):
+        from smpo_pipeline.generation.hub_models import find_on_hub  # noqa: PLC0415  (keeps --help quick)
+
+        kind, downloaded = find_on_hub(given, source)
+    else:
+        kind = _kind_of(given, Path(source))
+    return ModelSource(name, source, kind, flag, negative, downloaded)
+
+
+def _kind_of(given: str, folder: Path) -> Kind:
     if folder.is_file() and folder.suffix == ".safetensors":
         return "lora"
     if not folder.is_dir():
-        raise UserError(f"{given}: {source} is neither a folder nor a LoRA file (.safetensors)")
+        raise UserError(f"{given}: {folder} is neither a folder nor a LoRA file (.safetensors)")
     if (folder / INDEX_FILE).is_file():
         return "pipeline"
     if find_denoiser(folder):
@@ -91,11 +123,25 @@ def recognise_source(given: str, source: str) -> Kind:
     if (folder / LORA_FILE).is_file():
         return "lora"
     raise UserError(
-        f"{given}: {source} is neither a pipeline ({INDEX_FILE}) nor an output of smpo-train "
-        f"({', '.join(f'{name}/config.json' for name in DENOISER_FOLDERS)} or {LORA_FILE})"
+        f"{given}: {folder} is neither a pipeline ({INDEX_FILE}) nor a denoiser or a LoRA, such as an output of "
+        f"smpo-train ({', '.join(f'{name}/config.json' for name in DENOISER_FOLDERS)}, config.json or {LORA_FILE})"
     )
 
 
-def find_denoiser(folder: Path) -> str | None:
-    """Return the name of the subfolder with a denoiser, or None."""
-    return next((name for name in DENOISER_FOLDERS if (folder / name / "config.json").is_file()), None)
+def find_denoiser(folder: Path) -> tuple[Path, str] | None:
+    """Find a denoiser: in a subfolder, or the folder itself.
+
+    Returns:
+        Its folder, and the subfolder of a whole model that it replaces; None if there is none.
+    """
+    for name in DENOISER_FOLDERS:
+        if (folder / name / _CONFIG_FILE).is_file():
+            return folder / name, name
+    if (folder / _CONFIG_FILE).is_file():
+        unet, transformer = DENOISER_FOLDERS
+        kind = str(read_json(folder / _CONFIG_FILE).get("_class_name", ""))
+        if kind.startswith("UNet2D"):
+            return folder, unet
+        if "Transformer2D" in kind:
+            return folder, transformer
+    return None

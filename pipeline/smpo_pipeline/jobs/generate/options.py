@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, PlainValidator, model_validator
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options
 from smpo_pipeline.generation.options import SamplingOptions
-from smpo_pipeline.generation.source import Loading, recognise_source
+from smpo_pipeline.generation.source import Loading, find_source
 from smpo_pipeline.generation.source import ModelSource as Source
 from smpo_pipeline.options import (
     AutoBatchSize,
@@ -119,8 +119,7 @@ class GenerateOptions(Options):
         negative = None
         if self.negative:
             given = f"--negative {self.negative}"
-            kind = recognise_source(given, str(self.negative))
-            negative = Source("negative", str(self.negative), kind, given)
+            negative = find_source("negative", given, str(self.negative), flag=given)
         if self.unet:
             return Source("unet", str(self.unet), "denoiser", f"--unet {self.unet}", negative)
         if self.lora:
