@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
 from smpo_common.errors import UserError
+from smpo_models.weights import DTYPES
 from smpo_schemas.choices import Dtype
 
 _DEVICES = Path("/dev")
@@ -39,6 +41,14 @@ def default_dtype(device: str) -> Dtype:
     """
     emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     return "fp32" if device == "cpu" or emulated else "bf16"
+
+
+def reward_arithmetic(device: str, dtype: str) -> AbstractContextManager[object]:
+    """Compute a reward's matrix products in ``dtype``, by autocast: weights and sensitive operations stay in float32.
+
+    Rewards that are vision-language models load their weights in it.
+    """
+    return nullcontext() if dtype == "fp32" else torch.autocast(device, DTYPES[dtype])
 
 
 def refuse_silent_cpu() -> None:

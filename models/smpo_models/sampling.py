@@ -150,7 +150,9 @@ def _unpacked(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def sampling_in_words(sampler: str, steps: int, guidance_scale: float | None) -> str:
-    """Say how images are sampled."""
+    """Say how images are sampled; without a sampler they are not."""
+    if not sampler:
+        return "images made elsewhere"
     guidance = "no guidance scale" if guidance_scale is None else f"guidance scale {guidance_scale:g}"
     return f"{steps} {sampler} steps, {guidance}"
 

@@ -97,6 +97,66 @@ def test_same_model_twice_ties(plan_of: EvaluationMaker, quiet: Console, models:
     assert (versus.win_rate.value, versus.ties) == (0.5, 9)
 
 
+def test_folders_of_images_are_compared_like_models(
+    plan_of: EvaluationMaker, quiet: Console, models: dict[str, Path], tmp_path: Path
+) -> None:
+    first = plan_of()
+    run(first, quiet)
+    base, tuned = (f"{name}={first.folder(name)}" for name in ("base", "tuned"))
+    for file in (tmp_path / "out" / "images").glob("*/made_from.json"):
+        file.unlink()  # not made by an evaluation
+    both = plan_of(out=tmp_path / "both", model=(f"model={models['base']}",), images=(base, tuned))
+    results = run(both, quiet)
+    assert finished_results(both, overwrite=False) == results
+    assert [(model.name, model.source, model.denoiser == "") for model in results.models] == [
+        ("model", str(models["base"]), False),
+        ("base", str(first.folder("base")), True),
+        ("tuned", str(first.folder("tuned")), True),
+    ]
+    same = results.finding("base", "brightness").versus_baseline
+    assert same is not None
+    assert same.ties == 9
+    alone = plan_of(out=tmp_path / "alone", model=(), images=(tuned, base))
+    console = Console(record=True, width=200)
+    found = run(alone, console)
+    assert "3 prompts x 3 images made elsewhere" in console.export_text()
+    assert (found.baseline, found.settings.sampler, found.settings.steps) == ("tuned", "", 0)
+    assert found.finding("base", "brightness").mean == results.finding("base", "brightness").mean
+    files = pq.read_table(alone.out / "scores.parquet")["file"].to_pylist()
+    assert files[0] == str(first.folder("tuned") / "00000-00.png")
+    # Another image is another evaluation.
+    Image.new("RGB", (32, 32)).save(first.folder("tuned") / "00002-02.png")
+    changed = plan_of(out=tmp_path / "alone", model=(), images=(tuned, base))
+    with pytest.raises(UserError, match="other settings .models"):
+        finished_results(changed, overwrite=False)
+    for images, words in (((base, base), "the name 'base' is used twice"), ((), "name at least one model .*--images")):
+        with pytest.raises(UserError, match=words):
+            plan_of(model=(), images=images)
+
+
+def test_rewards_score_in_the_dtype_of_the_flag(
+    plan_of: EvaluationMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in `score`: those of vision-language models look at it when they load their weights."""
+    seen = []
+
+    class Watching(STUBS["brightness"]):
+        def score(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+            seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return super().score(images, prompts)
+
+    monkeypatch.setitem(STUBS, "brightness", Watching)
+    for name in ("a", "b"):
+        for number in range(3):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    folders = {"model": (), "images": (f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}"), "images_per_prompt": 1}
+    assert run(plan_of(**folders), quiet).rewards[0].dtype == "fp32"
+    half = plan_of(**folders, reward_dtype="bf16", out=tmp_path / "half")
+    assert run(half, quiet).rewards[0].dtype == "bf16"
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
 def test_an_unfinished_run_is_continued(plan_of: EvaluationMaker, quiet: Console) -> None:
     evaluation = plan_of()
     first = run(evaluation, quiet)

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_common.same_settings import require_same_settings
-from smpo_pipeline.evaluation.model_sources import choose_base, identity, parse_models, reward_identity
+from smpo_pipeline.evaluation.image_folders import ImageFolder, read_image_folder
+from smpo_pipeline.evaluation.model_sources import (
+    choose_base,
+    identity,
+    parse_models,
+    parse_names,
+    reward_identity,
+)
 from smpo_pipeline.evaluation.options import EvaluateOptions
 from smpo_pipeline.evaluation.picture_files import PictureFiles
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
@@ -29,7 +36,8 @@ class Evaluation:
 
     Attributes:
         out: the output folder.
-        models: the first is the baseline.
+        models: that sample images.
+        folders: of images that were made elsewhere.
         families: the models' configs, by their names.
         base: folder or hub id of the whole model that completes outputs of smpo-train; None without such outputs.
         settings: everything that affects the results.
@@ -44,6 +52,7 @@ class Evaluation:
 
     out: Path
     models: list[ModelSource]
+    folders: list[ImageFolder]
     families: dict[str, Family]
     base: str | None
     settings: Settings
@@ -55,6 +64,23 @@ class Evaluation:
     concurrency: int | None
     ray_address: str | None
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the models, and of the folders of images; the first is the baseline."""
+        return [model.name for model in self.models] + [folder.name for folder in self.folders]
+
+    def files(self, name: str) -> list[Path]:
+        """List the image files of a model or a folder, prompt by prompt."""
+        for folder in self.folders:
+            if folder.name == name:
+                return list(folder.files)
+        settings = self.settings
+        return [
+            self.file(name, number, index)
+            for number in range(len(settings.prompts))
+            for index in range(settings.images_per_prompt)
+        ]
+
     def folder(self, model: str) -> Path:
         """Return the folder of a model's images."""
         return self.out / IMAGES_FOLDER / model
@@ -64,7 +90,7 @@ class Evaluation:
         return PictureFiles(self.folder(model), nested=self.metadata is not None)
 
     def file(self, model: str, prompt_number: int, index: int) -> Path:
-        """Return the file of one image."""
+        """Return the file of one sampled image."""
         return self.pictures(model).path(prompt_number, index)
 
     def lacking(self, model: str) -> list[int]:
@@ -98,7 +124,7 @@ class Evaluation:
 
     def origin(self, model: str) -> str:
         """Hash everything that affects the content of a model's images, though not their number."""
-        others = {"models", "rewards", "images_per_prompt", "categories", "suite"}
+        others = {"models", "rewards", "images_per_prompt", "categories", "suite", "reward_dtype"}
         values = self.settings.model_dump(exclude=others, exclude_defaults=True)
         return sha256_json({**values, "model": self.settings.models[model]})
 
@@ -111,43 +137,46 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
     """
     sources = parse_models(options.model, options.negative)
     whole = choose_base(sources, options.base)
-    if not sources:
-        raise UserError("name at least one model with --model NAME=DIR")
+    folders = parse_names("--images", options.images, [model.name for model in sources])
+    if not sources and not folders:
+        raise UserError("name at least one model with --model NAME=DIR, or a folder of images with --images NAME=DIR")
     if not options.reward:
         raise UserError("name at least one reward with --reward NAME[=MODEL]")
     if len(set(options.reward)) != len(options.reward):
         raise UserError("--reward names the same reward twice")
-    sampling, running = options.sampling, options.running
+    running, per_prompt = options.running, options.sampling.images_per_prompt
     prompts = options.prompts.read(running.limit, running.category_column)
     rewards = {spec: reward_identity(spec) for spec in options.reward}
+    limited = running.limit is not None
+    made = [
+        read_image_folder(name, source, prompts.texts, per_prompt, more_prompts=limited)
+        for name, source in folders.items()
+    ]
     from smpo_pipeline.generation.generator import check_sampling, read_configs  # noqa: PLC0415  (torch: not for --help)
 
     families = {model.name: read_configs(model, whole) for model in sources}
-    usual = families[sources[0].name]
     settings = Settings(
-        models={model.name: identity(model, whole) for model in sources},
+        models={model.name: identity(model, whole) for model in sources} | {each.name: each.identity for each in made},
         rewards=rewards,
         prompts=prompts.texts,
-        images_per_prompt=sampling.images_per_prompt,
-        steps=sampling.steps or usual.sampler_steps,
-        guidance_scale=usual.usual_guidance if sampling.guidance_scale is None else sampling.guidance_scale,
-        seed=sampling.seed,
-        dtype=running.dtype or _default_dtype(running.device),
-        resolution=sampling.resolution,
-        variant=sampling.variant,
-        sampler=usual.samplers[sampling.sampler],
+        images_per_prompt=per_prompt,
+        seed=options.sampling.seed,
         categories=prompts.categories,
         suite=options.prompts.suite,
+        reward_dtype=running.reward_dtype,
+        **_sampling(options, next(iter(families.values()), None)),
     )
-    named = {f"--model {name}": family for name, family in families.items()}
-    check_sampling(named, settings, sampling.sampler, negative=bool(options.negative))
+    if families:
+        named = {f"--model {name}": family for name, family in families.items()}
+        check_sampling(named, settings, options.sampling.sampler, negative=bool(options.negative))
     return Evaluation(
         out=options.out,
         models=sources,
+        folders=made,
         families=families,
         base=whole,
         settings=settings,
-        sampler=sampling.sampler,
+        sampler=options.sampling.sampler,
         batch_size=running.batch_size,
         repeated=prompts.repeated,
         metadata=options.prompts.geneval_rows(prompts),
@@ -155,6 +184,21 @@ def prepare_evaluation(options: EvaluateOptions) -> Evaluation:
         concurrency=running.concurrency,
         ray_address=running.ray_address,
     )
+
+
+def _sampling(options: EvaluateOptions, family: Family | None) -> dict[str, Any]:
+    """Choose how images are sampled, as the models' family usually is; nothing without models."""
+    sampling, running = options.sampling, options.running
+    if family is None:
+        return {"steps": 0, "guidance_scale": None, "dtype": "", "sampler": ""}
+    return {
+        "steps": sampling.steps or family.sampler_steps,
+        "guidance_scale": family.usual_guidance if sampling.guidance_scale is None else sampling.guidance_scale,
+        "dtype": running.dtype or _default_dtype(running.device),
+        "resolution": sampling.resolution,
+        "variant": sampling.variant,
+        "sampler": family.samplers[sampling.sampler],
+    }
 
 
 def _default_dtype(device: str | None) -> Dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +45,26 @@ def parse_models(specs: Sequence[str], negatives: Sequence[str] = ()) -> list[Mo
 
 
 def _parse(flag: str, specs: Sequence[str]) -> list[ModelSource]:
+    named = parse_names(flag, specs)
+    # The flag of a model says its name and source; another flag's is to be named in errors.
+    given = {name: f"{flag} {name}={source}" for name, source in named.items()}
+    return [
+        find_source(name, given[name], source, flag=None if flag == "--model" else given[name])
+        for name, source in named.items()
+    ]
+
+
+def parse_names(flag: str, specs: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """Read ``NAME=VALUE`` specifications.
+
+    Args:
+        flag: of the specifications.
+        specs: its values.
+        taken: names that other flags gave.
+
+    Raises:
+        UserError: a name is malformed or used twice.
+    """
     named: dict[str, str] = {}
     for spec in specs:
         name, equals, source = spec.partition("=")
@@ -52,15 +72,10 @@ def _parse(flag: str, specs: Sequence[str]) -> list[ModelSource]:
             raise UserError(
                 f"{flag} {spec}: write NAME=DIR, for example tuned=runs/a; a name has letters, digits and . _ - only"
             )
-        if name in named:
+        if name in named or name in taken:
             raise UserError(f"{flag} {spec}: the name {name!r} is used twice; give each model its own name")
         named[name] = source
-    # The flag of a model says its name and source; another flag's is to be named in errors.
-    given = {name: f"{flag} {name}={source}" for name, source in named.items()}
-    return [
-        find_source(name, given[name], source, flag=None if flag == "--model" else given[name])
-        for name, source in named.items()
-    ]
+    return named
 
 
 def choose_base(models: Sequence[ModelSource], given: str | None) -> str | None:

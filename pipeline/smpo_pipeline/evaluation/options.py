@@ -10,6 +10,7 @@ from smpo_common.options import Flag, Options, Overwrite
 from smpo_pipeline.generation.options import SamplingOptions
 from smpo_pipeline.generation.suites import PromptSource
 from smpo_pipeline.options import Device, ModelDtype, Out, Rewards
+from smpo_schemas.choices import Dtype
 
 
 class EvaluateSamplingOptions(SamplingOptions):
@@ -28,6 +29,8 @@ class EvaluateJobOptions(Options):
     """Images generated, and scored, at once."""
     device: Device = None
     dtype: ModelDtype = None
+    reward_dtype: Dtype = "fp32"
+    """Dtype of the reward models' matrix products, like --dtype of score."""
     concurrency: Annotated[
         int | None, Field(ge=1, description="Most models that sample at once, each with one GPU. Default: one per GPU.")
     ] = None
@@ -45,9 +48,9 @@ class EvaluateJobOptions(Options):
 class EvaluateOptions(Options):
     """The settings of ``evaluate``."""
 
-    model: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")]
+    model: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")] = ()
     """A model to compare: a diffusers pipeline, a denoiser or a LoRA, by folder, file or hub id, such as an output of
-    smpo-train. The first is the baseline. Repeatable."""
+    smpo-train. The first is the baseline; without models, the first folder of --images. Repeatable."""
     prompts: Annotated[
         PromptSource,
         PlainValidator(lambda value: value if isinstance(value, PromptSource) else PromptSource.parse(str(value))),
@@ -59,6 +62,9 @@ class EvaluateOptions(Options):
     in parti or parti=PartiPrompts.tsv."""
     reward: Rewards
     out: Out
+    images: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")] = ()
+    """A folder of images that were made elsewhere, to compare like a model's: PROMPT.png or PROMPT-IMAGE.png by numbers
+    from 0, GenEval's folders, or metadata.jsonl with file_name and prompt. Repeatable."""
     negative: Annotated[tuple[str, ...], Flag(metavar="NAME=DIR", place="named")] = ()
     """Guide the --model of this name away from this output of smpo-train or merge, in place of its own unconditional
     prediction (Diffusion-NPO). Both are in memory. Needs a guidance scale above 1. Repeatable."""

@@ -25,12 +25,13 @@ class Settings(FrozenModel):
     """Everything that affects the results; two evaluations with equal settings are the same evaluation.
 
     Attributes:
-        models: by name, a hash of the model's files, or its hub id; the first is the baseline.
+        models: by name, a hash of the model's files, or its hub id; of images that were made elsewhere, a hash of them.
+            The first is the baseline.
         rewards: by the value of ``--reward``, a hash of the model's files, or its hub id, or without a model this
             value.
         prompts: the prompts.
         images_per_prompt: each from its own noise.
-        steps: of the sampler.
+        steps: of the sampler. Without sampled images it is 0, and sampler and dtype are blank.
         guidance_scale: of classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without.
         seed: of all noise.
         dtype: of the models, a key of :data:`smpo_models.weights.DTYPES`.
@@ -39,6 +40,7 @@ class Settings(FrozenModel):
         sampler: name of the models' sampler: the scheduler's class, or DDIM or Euler.
         categories: of each prompt, blank where it has none; None: the prompts have no categories.
         suite: name of a published suite of prompts, as ``--prompts`` names it.
+        reward_dtype: of the rewards' matrix products.
     """
 
     models: dict[str, str]
@@ -54,6 +56,7 @@ class Settings(FrozenModel):
     sampler: str = "DDIM"
     categories: list[str] | None = None
     suite: str | None = None
+    reward_dtype: str = "fp32"
 
     def digest(self) -> str:
         """Hash :meth:`identity`."""
@@ -70,9 +73,9 @@ class ModelEntry(FrozenModel):
 
     Attributes:
         name: as ``--model`` names it.
-        source: folder, file or hub id.
+        source: folder, file or hub id; of images that were made elsewhere, their folder.
         base: the whole model that completes it.
-        denoiser: its fingerprint.
+        denoiser: its fingerprint; empty for images that were made elsewhere.
         negative: source of the model that predicts for the unconditional prompt.
         training: settings and data of the run of smpo-train that made it, by name; empty if they are not known.
         trained_rewards: rewards that it was trained on, by name; the others are held out.
@@ -94,12 +97,13 @@ class ModelEntry(FrozenModel):
 
 
 class RewardEntry(FrozenModel):
-    """One reward: its unit, its model, and the model's fingerprint."""
+    """One reward: its unit, its model, the model's fingerprint, and the dtype of its matrix products."""
 
     name: str
     unit: str
     model: str
     fingerprint: str
+    dtype: str = "fp32"
 
 
 class Finding(FrozenModel):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smpo_common.errors import UserError
-from smpo_models.devices import choose_device, device_in_words
+from smpo_models.devices import choose_device, device_in_words, reward_arithmetic
 from smpo_models.hub import require_source
 from smpo_models.sampling import sampling_in_words
 from smpo_models.weights import variant_remark
@@ -35,6 +35,7 @@ from smpo_pipeline.evaluation.results import (
 )
 from smpo_pipeline.generation.generator import quiet_libraries
 from smpo_pipeline.generation.source import ModelSource
+from smpo_pipeline.images.decode import ImageRejectedError, decode_image
 from smpo_pipeline.isolation import run_isolated
 from smpo_pipeline.rewards import Reward, checked_scores, load_reward
 
@@ -63,7 +64,9 @@ def run(evaluation: Evaluation, console: Console, sample: Sample) -> Results:
     """
     # On a cluster, this machine may have no GPU.
     device = choose_device(None if evaluation.ray_address and evaluation.device != "cpu" else evaluation.device)
-    console.print(f"device: {device_in_words(device)}, models in {evaluation.settings.dtype}", highlight=False)
+    models = f"models in {evaluation.settings.dtype}, " if evaluation.models else ""
+    rewarded = f"{models}rewards in {evaluation.settings.reward_dtype}"
+    console.print(f"device: {device_in_words(device)}, {rewarded}", highlight=False)
     quiet_libraries()
     # True float32, as in the workers of `score`: by default cuDNN convolves in TF32.
     torch.backends.cudnn.allow_tf32 = False
@@ -86,6 +89,7 @@ def run(evaluation: Evaluation, console: Console, sample: Sample) -> Results:
     for stale in (RESULTS_FILE, REPORT_FILE):
         (evaluation.out / stale).unlink(missing_ok=True)
     entries = [_entry(evaluation, model, sample(evaluation, model, device)) for model in evaluation.models]
+    entries += [ModelEntry(name=each.name, source=each.source, base=None, denoiser="") for each in evaluation.folders]
     with _progress(console) as progress:
         scores = {reward.name: _score_all(evaluation, reward, device, progress) for reward in rewards}
     results = _results(evaluation, entries, rewards, scores)
@@ -93,14 +97,14 @@ def run(evaluation: Evaluation, console: Console, sample: Sample) -> Results:
         evaluation.out,
         scores,
         evaluation.settings,
-        {model.name: _files(evaluation, model.name) for model in evaluation.models},
+        {name: _files(evaluation, name) for name in evaluation.names},
     )
     console.print("writing the report and its pictures", highlight=False)
     write_report(
         evaluation.out,
         results,
         scores,
-        {model.name: [each.path for each in _pictures(evaluation, model.name)] for model in evaluation.models},
+        {name: evaluation.files(name) for name in evaluation.names},
         {model.name: model.metrics for model in evaluation.models if model.metrics},
     )
     write_results(evaluation.out, results)
@@ -110,7 +114,9 @@ def run(evaluation: Evaluation, console: Console, sample: Sample) -> Results:
 def _sizes(evaluation: Evaluation) -> str:
     """Describe the numbers and sizes of images, and how they are sampled, in one line."""
     settings = evaluation.settings
-    side = settings.resolution or evaluation.families[evaluation.models[0].name].resolution()
+    if not evaluation.models:
+        return f"{len(settings.prompts)} prompts x {settings.images_per_prompt} images made elsewhere"
+    side = evaluation.generation().resolution
     sampling = sampling_in_words(settings.sampler, settings.steps, settings.guidance_scale)
     images = f"{len(settings.prompts)} prompts x {settings.images_per_prompt} images of {side} x {side} pixels"
     return f"{images}; {sampling}; batch size {evaluation.batch_size}; seed {settings.seed}"
@@ -121,17 +127,19 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _pictures(evaluation: Evaluation, model: str) -> list[Picture]:
-    """List all images of a model, prompt by prompt."""
+def _pictures(evaluation: Evaluation, name: str) -> list[Picture]:
+    """List all images of a model or a folder, prompt by prompt."""
+    per_prompt = evaluation.settings.images_per_prompt
     return [
-        Picture(prompt, index, evaluation.file(model, number, index))
-        for number, prompt in enumerate(evaluation.settings.prompts)
-        for index in range(evaluation.settings.images_per_prompt)
+        Picture(evaluation.settings.prompts[number // per_prompt], number % per_prompt, file)
+        for number, file in enumerate(evaluation.files(name))
     ]
 
 
-def _files(evaluation: Evaluation, model: str) -> list[str]:
-    return [str(picture.path.relative_to(evaluation.out)) for picture in _pictures(evaluation, model)]
+def _files(evaluation: Evaluation, name: str) -> list[str]:
+    """List them relative to the evaluation's folder, or, if they were made elsewhere, as absolute paths."""
+    out = evaluation.out
+    return [str(file.relative_to(out) if file.is_relative_to(out) else file) for file in evaluation.files(name)]
 
 
 def _entry(evaluation: Evaluation, model: ModelSource, denoiser: str) -> ModelEntry:
@@ -155,34 +163,28 @@ def _score_all(evaluation: Evaluation, reward: Reward, device: str, progress: Pr
     """
     scores: dict[str, np.ndarray] = {}
     shape = (len(evaluation.settings.prompts), evaluation.settings.images_per_prompt)
-    for model in evaluation.models:
-        pictures = _pictures(evaluation, model.name)
-        task = progress.add_task(f"score {model.name} with {reward.name}", total=len(pictures))
+    run_batch = partial(_score_batch, reward, device, evaluation.settings.reward_dtype)
+    for name in evaluation.names:
+        pictures = _pictures(evaluation, name)
+        task = progress.add_task(f"score {name} with {reward.name}", total=len(pictures))
         values = np.empty(len(pictures))
         for start in range(0, len(pictures), evaluation.batch_size):
             batch = pictures[start : start + evaluation.batch_size]
-            outcome = run_isolated(partial(_score_batch, reward), batch, device)
+            outcome = run_isolated(run_batch, batch, device)
             if outcome.failed:
                 position, reason = min(outcome.failed.items())
                 raise UserError(f"--reward {reward.name}: {batch[position].path} {reason}")
             for positions, batch_scores in outcome.results:
                 values[start + np.array(positions)] = batch_scores
             progress.advance(task, len(batch))
-        scores[model.name] = values.reshape(shape)
+        scores[name] = values.reshape(shape)
     return scores
 
 
-def _score_batch(reward: Reward, batch: Sequence[Picture]) -> np.ndarray:
-    images = []
-    for picture in batch:
-        try:
-            with Image.open(picture.path) as image:
-                images.append(image.convert("RGB"))
-        except OSError as error:
-            raise UserError(
-                f"{picture.path} cannot be read ({error}); delete it and run the same command again"
-            ) from error
-    scored = checked_scores(reward, images, [picture.prompt for picture in batch])
+def _score_batch(reward: Reward, device: str, dtype: str, batch: Sequence[Picture]) -> np.ndarray:
+    images = [_decoded(picture.path) for picture in batch]
+    with reward_arithmetic(device, dtype):
+        scored = checked_scores(reward, images, [picture.prompt for picture in batch])
     for position in np.flatnonzero(~np.isfinite(scored.values)).tolist():
         bad, reason = batch[position], scored.reasons.get(position)
         why = f": {reason}" if reason else ""
@@ -190,8 +192,16 @@ def _score_batch(reward: Reward, batch: Sequence[Picture]) -> np.ndarray:
     return scored.values
 
 
+def _decoded(path: Path) -> Image.Image:
+    """Decode a file as ``score`` does."""
+    try:
+        return decode_image(path.read_bytes())
+    except (OSError, ImageRejectedError) as error:
+        raise UserError(f"{path} cannot be read ({error}); make it again: delete it, if evaluate made it") from error
+
+
 def _results(evaluation: Evaluation, entries: list[ModelEntry], rewards: Sequence[Reward], scores: Scores) -> Results:
-    baseline = evaluation.models[0].name
+    baseline = evaluation.names[0]
     return Results(
         schema_version=RESULTS_VERSION,
         digest=evaluation.settings.digest(),
@@ -201,7 +211,13 @@ def _results(evaluation: Evaluation, entries: list[ModelEntry], rewards: Sequenc
         baseline=baseline,
         models=entries,
         rewards=[
-            RewardEntry(name=reward.name, unit=reward.unit, model=reward.model, fingerprint=reward.fingerprint)
+            RewardEntry(
+                name=reward.name,
+                unit=reward.unit,
+                model=reward.model,
+                fingerprint=reward.fingerprint,
+                dtype=evaluation.settings.reward_dtype,
+            )
             for reward in rewards
         ],
         findings=find_all(scores, baseline),

@@ -41,8 +41,12 @@ def read_values(path: AnyPath) -> Read:
         raise UserError(f"--prompts {path} cannot be read: {error}") from error
 
 
-def json_rows(path: AnyPath) -> Iterator[dict[str, Any]]:
+def json_rows(path: AnyPath, what: str | None = None) -> Iterator[dict[str, Any]]:
     """Read the objects of a file of JSON lines.
+
+    Args:
+        path: the file.
+        what: names it in errors; default: ``--prompts`` and its path.
 
     Raises:
         UserError: a line is not a JSON object.
@@ -51,7 +55,7 @@ def json_rows(path: AnyPath) -> Iterator[dict[str, Any]]:
         if line.strip():
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise UserError(f"--prompts {path}: line {number} is not a JSON object")
+                raise UserError(f"{what or f'--prompts {path}'}: line {number} is not a JSON object")
             yield row
 
 

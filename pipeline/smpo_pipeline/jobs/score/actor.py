@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
 
 from smpo_common.errors import UserError
-from smpo_models.weights import DTYPES
+from smpo_models.devices import reward_arithmetic
 from smpo_pipeline.isolation import run_alone, run_isolated
 from smpo_pipeline.jobs.cells import cell_values
 from smpo_pipeline.jobs.cluster.session import set_reproducible_arithmetic
@@ -55,7 +53,7 @@ class RewardActor:
         set_reproducible_arithmetic(device)
         self._reward: Reward = load_reward(spec, device)
         self._spec, self._fingerprint = spec, fingerprint
-        self._autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, DTYPES[dtype])
+        self._autocast = partial(reward_arithmetic, device, dtype)
         self._device, self._batch_size, self._last = device, batch_size, last
         self._guard, self._reporter, self._share = CrashGuard(work_log), Reporter(work_log), share
 
