@@ -185,12 +185,12 @@ def test_defaults_are_printed(plan_of: EvaluationMaker, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_of_an_earlier_version_is_finished(plan_of: EvaluationMaker, quiet: Console) -> None:
-    """Its settings name no sampler, which was DDIM."""
+    """Its settings name no sampler, which was DDIM, and no dtype of rewards."""
     evaluation = plan_of()
     run(evaluation, quiet)
     file = evaluation.out / "results.json"
     written = json.loads(file.read_text())
-    del written["settings"]["sampler"]
+    del written["settings"]["sampler"], written["settings"]["reward_dtype"]
     identity = {name: value for name, value in written["settings"].items() if value is not None}
     identity["models"] = [list(item) for item in identity["models"].items()]
     assert written["digest"] == sha256_json(identity)

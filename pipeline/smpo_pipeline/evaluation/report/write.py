@@ -94,6 +94,8 @@ def write_report(
 def _sampling(results: Results) -> str:
     settings = results.settings
     sampling = sampling_in_words(settings.sampler, settings.steps, settings.guidance_scale)
+    if not settings.sampler:
+        return sampling
     size = [f"{settings.resolution} pixels"] if settings.resolution else []
     variant = [f"{settings.variant} weights"] if settings.variant else []
     return ", ".join([sampling, *size, f"seed {settings.seed}", settings.dtype, *variant])
