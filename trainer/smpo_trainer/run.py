@@ -146,7 +146,7 @@ def _train(
     if loop.stopped_by:
         return loop.stopped_by
     summary = training_summary(experiment, policy, batching, identity)
-    summary |= {"warnings": loop.health.warnings, "metrics": last}
+    summary |= {"warnings": loop.warnings, "metrics": last}
     on_main(accelerator, lambda: output.finish(summary, settings.sharing.license_))
     console.say(f"saved {settings.out / (LORA_FILE if policy.lora_rank else policy.family.denoiser_folder)}")
     console.say(f"next: {evaluation_command(experiment)}")

@@ -21,6 +21,7 @@ from smpo_trainer.presets import PRESETS, find_preset
 Device = Literal["cpu", "cuda"]
 ReferenceSource = Literal["auto", "stored", "recomputed", "live"]
 LrSchedule = Literal["constant", "linear", "cosine"]
+OnSpike = Literal["continue", "stop", "rollback"]
 
 DEFAULT_LR = 1e-5
 DEFAULT_LORA_LR = 1e-4
@@ -191,6 +192,19 @@ class ImageOptions(Options):
     `smpo-pipeline evaluate`."""
 
 
+class SafeguardOptions(Options):
+    """What is done when a run goes wrong."""
+
+    model_config = ConfigDict(title="When a run goes wrong")
+
+    on_spike: OnSpike = "continue"
+    """When the model's error rises suddenly, as in a run that diverges: continue with a warning; stop; or rollback, to
+    the last checkpoint well before it, with half of the learning rate. Spikes are listed in OUT/spikes.jsonl."""
+    spike_ratio: Annotated[float, Field(gt=1)] = 2.0
+    """A spike: for 3 steps, the model's error over the reference's is above this many times its median of the 20 steps
+    before."""
+
+
 class OutputOptions(Options):
     """Checkpoints and logs."""
 
@@ -255,6 +269,7 @@ class TrainSettings(Options):
     data: DataOptions = DataOptions()
     held_out: HeldOutOptions = HeldOutOptions()
     images: ImageOptions = ImageOptions()
+    safeguards: SafeguardOptions = SafeguardOptions()
     output: OutputOptions = OutputOptions()
     sharing: SharingOptions = SharingOptions()
 

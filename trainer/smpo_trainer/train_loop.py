@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 
+from smpo_common.errors import UserError
 from smpo_schemas.trained_model import METRICS_FILE
 from smpo_trainer.data.loader import Feed
 from smpo_trainer.experiment import Experiment
@@ -16,10 +18,11 @@ from smpo_trainer.monitoring.console import RunConsole
 from smpo_trainer.monitoring.health import Health
 from smpo_trainer.monitoring.metrics import MetricsLog, Record, json_record
 from smpo_trainer.monitoring.trackers import start_wandb
-from smpo_trainer.output.checkpoints import load_checkpoint
+from smpo_trainer.output.checkpoints import Checkpoint, load_checkpoint
 from smpo_trainer.output.run_folder import OutputFolder
 from smpo_trainer.runtime.distributed import on_all, on_main
 from smpo_trainer.runtime.interrupts import StopRequest
+from smpo_trainer.safeguards.spikes import LR_FACTOR, MAX_ROLLBACKS, USUAL_STEPS, Spike
 from smpo_trainer.trainer import Trainer
 from smpo_trainer.validation.held_out import HeldOut
 from smpo_trainer.validation.images import ValidationImages
@@ -64,13 +67,22 @@ class TrainLoop:
         self._policy, self._feed, self._held_out, self._images = policy, feed, held_out, images
         self._accelerator, self._output = accelerator, output
         self._console, self._identity = console, identity
-        self.health = Health(
+        self._uses_reference = experiment.objective.uses_reference
+        self._health = self._new_health()
+
+    def _new_health(self) -> Health:
+        return Health(
             warmup_steps=self._settings.optimizer.warmup_steps,
-            states_per_step=feed.batching.states_per_step,
-            num_held_out=held_out.num_states if held_out else 0,
-            num_train_timesteps=policy.family.noise_schedule.num_train_timesteps,
-            uses_reference=experiment.objective.uses_reference,
+            states_per_step=self._feed.batching.states_per_step,
+            num_held_out=self._held_out.num_states if self._held_out else 0,
+            num_train_timesteps=self._policy.family.noise_schedule.num_train_timesteps,
+            uses_reference=self._uses_reference,
         )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the run said of its health, and its spikes."""
+        return [*self._health.warnings, *(spike.describe() for spike in self._trainer.spikes.spikes)]
 
     def train(self, noise: Record, checkpoint: Path | None) -> Record:
         """Train until the last step or a signal, and return the last step's record.
@@ -78,15 +90,31 @@ class TrainLoop:
         Args:
             noise: metrics measured before the first step, logged with it.
             checkpoint: checkpoint to resume from; None starts a run.
+
+        Raises:
+            UserError: a spike ends the run.
         """
         # The count of finished steps is all that positions the data order.
-        first, last = self._resume(checkpoint) if checkpoint else 0, self._settings.steps.max_steps
+        first = self._resume(checkpoint) if checkpoint else 0
+        if checkpoint is None and self._settings.safeguards.on_spike == "rollback":
+            self._save(0, None)  # what an early spike goes back to
+        with StopRequest() as stop:
+            while True:
+                record, spike = self._train_from(first, noise, stop)
+                if spike is None:
+                    return record
+                first = self._roll_back(spike)
+
+    def _train_from(self, first: int, noise: Record, stop: StopRequest) -> tuple[Record, Spike | None]:
+        """Train after ``first`` steps; return the last record, and the spike that ended it, to roll back from."""
+        last = self._settings.steps.max_steps
         batches = self._feed.batches(first, last)
         is_main = self._accelerator.is_main_process
         log = on_all(self._accelerator, lambda: self._open_log(first) if is_main else None)
         # Health is a function of the logged records, so a resumed run warns exactly like an uninterrupted one.
+        self._health = self._new_health()
         for earlier in log.earlier if log else []:
-            self.health.check(earlier)
+            self._health.check(earlier)
         record: Record = log.earlier[-1] if log and log.earlier else {}
         if log and len(log.earlier) != first:
             self._console.say(f"WARNING: {METRICS_FILE} holds {len(log.earlier)} of the {first} finished steps")
@@ -94,32 +122,93 @@ class TrainLoop:
             self._draw(0, log)
         self._console.start(first, last)
         try:
-            with StopRequest() as stop:
-                for step in range(first, last):
-                    record = json_record(
-                        self._trainer.train_step(step, batches)
-                        | (noise if step == 0 else {})
-                        | self._evaluate_held_out(step + 1)
-                    )
-                    if log:
-                        log.write(record)
-                    self._console.step(record)
-                    for warning in self.health.check(record):
-                        self._console.say(f"WARNING: {warning}")
-                    self._draw(step + 1, log)
-                    # Collective: a signal may reach one process only. After the last step the run just ends.
-                    self.stopped_by = self._agree(stop.requested) if step + 1 < last else 0
-                    if self.stopped_by or (step + 1) % self._settings.output.save_every == 0 or step + 1 == last:
-                        self._save(step + 1, log)
-                    if self.stopped_by:
-                        same = "the same command" + (" without --overwrite" if self._settings.overwrite else "")
-                        self._console.say(f"stopped after step {step + 1} of {last}; run {same} again to resume")
-                        return record
+            for step in range(first, last):
+                record = json_record(
+                    self._trainer.train_step(step, batches)
+                    | (noise if step == 0 else {})
+                    | self._evaluate_held_out(step + 1)
+                )
+                if log:
+                    log.write(record)
+                self._console.step(record)
+                for warning in self._health.check(record):
+                    self._console.say(f"WARNING: {warning}")
+                spike = self._check_spike(record)
+                if spike:
+                    return record, spike
+                self._draw(step + 1, log)
+                if self._save_or_stop(step + 1, log, stop):
+                    break
         finally:
+            batches.close()
             self._console.stop()
             if log:
                 log.close()
-        return record
+        return record, None
+
+    def _save_or_stop(self, step: int, log: MetricsLog | None, stop: StopRequest) -> bool:
+        """Save a checkpoint if one is due after ``step`` steps; return whether a signal ends the run."""
+        last = self._settings.steps.max_steps
+        # Collective: a signal may reach one process only. After the last step the run just ends.
+        self.stopped_by = self._agree(stop.requested) if step < last else 0
+        if self.stopped_by or step % self._settings.output.save_every == 0 or step == last:
+            self._save(step, log)
+        if self.stopped_by:
+            same = "the same command" + (" without --overwrite" if self._settings.overwrite else "")
+            self._console.say(f"stopped after step {step} of {last}; run {same} again to resume")
+        return bool(self.stopped_by)
+
+    def _check_spike(self, record: Record) -> Spike | None:
+        """Look for a spike at a step; return it if the run must roll back.
+
+        All processes see the same metrics, and so decide alike.
+
+        Raises:
+            UserError: with ``--on-spike stop`` there is one.
+        """
+        spikes, on_spike = self._trainer.spikes, self._settings.safeguards.on_spike
+        spike = spikes.check(record)
+        if spike is None or on_spike == "rollback":
+            return spike
+        spikes.add(spike)
+        on_main(self._accelerator, spikes.write)
+        if on_spike == "stop":
+            self._end(spike, "lower --lr, raise --warmup-steps or --beta, or give --on-spike rollback")
+        self._console.say(f"WARNING: {spike.describe()}; look at samples, or see --on-spike")
+        return None
+
+    def _roll_back(self, spike: Spike) -> int:
+        """Return to a checkpoint before a spike, with a lower learning rate; return its number of steps.
+
+        Raises:
+            UserError: there is none, or there were too many spikes.
+        """
+        spikes, checkpoints = self._trainer.spikes, self._output.checkpoints
+        earlier, path = spikes.spikes, on_main(self._accelerator, lambda: checkpoints.before(spike.step - USUAL_STEPS))
+        if path is None:
+            self._end(spike, "there is no checkpoint to go back to; start over with --overwrite")
+        if spikes.rollbacks >= MAX_ROLLBACKS:
+            self._end(spike, f"after {MAX_ROLLBACKS} rollbacks; lower --lr, or look at the pairs")
+        step = self._load(path).step
+        factor = LR_FACTOR ** (1 + sum(each.rolled_back_to is not None for each in earlier))
+        self._trainer.scale_lr(factor)
+        spikes.spikes = [*earlier, replace(spike, rolled_back_to=step, lr_factor=factor)]
+        # In this order: after a kill in between, the run meets the same spike, and goes back in the same way.
+        on_main(self._accelerator, lambda: checkpoints.drop_after(step))
+        self._save(step, None)
+        on_main(self._accelerator, spikes.write)
+        self._console.say(
+            f"WARNING: {spike.describe()}; rolled back to step {step}, from where the learning rate is multiplied by "
+            f"{factor:g}"
+        )
+        return step
+
+    def _end(self, spike: Spike, remedy: str) -> NoReturn:
+        def end() -> NoReturn:
+            raise UserError(f"{spike.describe()}; {remedy}")
+
+        on_main(self._accelerator, end)
+        raise AssertionError
 
     def _evaluate_held_out(self, step: int) -> Record:
         """Evaluate the held-out pairs if they are due after ``step`` steps; return their metrics."""
@@ -150,10 +239,14 @@ class TrainLoop:
         project, out = self._settings.output.wandb_project, self._output.path
         return MetricsLog(out, finished_steps, start_wandb(project, out, self._identity) if project else None)
 
-    def _resume(self, path: Path) -> int:
-        """Restore a checkpoint and return its number of finished steps."""
+    def _load(self, path: Path) -> Checkpoint:
         checkpoint = on_all(self._accelerator, lambda: load_checkpoint(path, self._policy))
         self._trainer.restore(checkpoint)
+        return checkpoint
+
+    def _resume(self, path: Path) -> int:
+        """Restore a checkpoint and return its number of finished steps."""
+        checkpoint = self._load(path)
         settings, before = self._settings, checkpoint.identity["max_steps"]
         self._console.say(f"resuming after step {checkpoint.step} of {settings.steps.max_steps}")
         if before != settings.steps.max_steps and settings.optimizer.lr_schedule != "constant":

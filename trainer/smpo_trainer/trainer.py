@@ -36,6 +36,7 @@ from smpo_trainer.output.checkpoints import Checkpoint
 from smpo_trainer.output.skipped_steps import SkippedStep, SkippedSteps
 from smpo_trainer.runtime.distributed import on_all, on_main
 from smpo_trainer.safeguards.robust import RobustMean
+from smpo_trainer.safeguards.spikes import SpikeDetector
 from smpo_trainer.validation.held_out import HeldOut
 
 Losses = list[tuple[str, float]]
@@ -55,7 +56,11 @@ def _prepare(accelerator: Accelerator, policy: Policy, optimizer: Optimizer) -> 
 
 
 class Trainer:
-    """Denoiser, optimizer and schedule of a run; ``train_step`` takes one optimizer step."""
+    """Denoiser, optimizer and schedule of a run; ``train_step`` takes one optimizer step.
+
+    Attributes:
+        spikes: sudden rises of the model's error.
+    """
 
     def __init__(self, experiment: Experiment, policy: Policy, batching: Batching, accelerator: Accelerator) -> None:
         """Prepare the first step."""
@@ -65,12 +70,12 @@ class Trainer:
         self._policy, self._batching, self._accelerator = policy, batching, accelerator
         if settings.compute.gradient_checkpointing:
             policy.denoiser.enable_gradient_checkpointing()
-        optimizer = make_optimizer(
-            settings.optimizer, list(policy.trainable_parameters().values()), settings.peak_lr(batching.states_per_step)
-        )
+        self._peak_lr = settings.peak_lr(batching.states_per_step)
+        optimizer = make_optimizer(settings.optimizer, list(policy.trainable_parameters().values()), self._peak_lr)
         # Not prepared by accelerate, which would step it once per process.
         self._schedule = make_schedule(settings.optimizer, optimizer, settings.steps.max_steps)
         self._skipped = SkippedSteps(settings.out, min(settings.steps.max_skipped, settings.steps.max_steps))
+        self.spikes = SpikeDetector(settings.out, settings.safeguards.spike_ratio)
         self._utilization = Utilization.on_device(policy, accelerator)
         self._denoiser, self._optimizer = on_all(accelerator, lambda: _prepare(accelerator, policy, optimizer))
         # FSDP replaces the parameters by DTensors: collect them again.
@@ -253,6 +258,7 @@ class Trainer:
             "average": self._average.state_dict() if self._average else None,
             "skipped": self._skipped.state_dict(),
             "beta": self._beta.state_dict() if self._beta else None,
+            "spikes": self.spikes.state_dict(),
         }
         # No random state: the order of states is a function of the step, and training draws no random numbers.
         keep = self._accelerator.is_main_process
@@ -281,9 +287,8 @@ class Trainer:
             optimizer = self._shard_moments(optimizer)
         self._optimizer.load_state_dict(optimizer)
         self._schedule.load_state_dict(checkpoint.optimizer["schedule"])
-        # Recompute the learning rate: this run may have another --max-steps than the one that wrote the checkpoint.
-        self._schedule.last_epoch -= 1
-        self._schedule.step()
+        # This run may have another --max-steps than the one that wrote the checkpoint.
+        self._recompute_lr()
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
         if self._average:
@@ -293,7 +298,18 @@ class Trainer:
         self._skipped.load_state_dict(checkpoint.optimizer["skipped"])
         if self._beta:
             self._beta.load_state_dict(checkpoint.optimizer["beta"])
+        if "spikes" in checkpoint.optimizer:  # not in checkpoints of older versions
+            self.spikes.load_state_dict(checkpoint.optimizer["spikes"])
         on_main(self._accelerator, self._skipped.write)
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiply the configured learning rate of this and all later steps; checkpoints keep it."""
+        self._schedule.base_lrs = [factor * self._peak_lr for _ in self._schedule.base_lrs]
+        self._recompute_lr()
+
+    def _recompute_lr(self) -> None:
+        self._schedule.last_epoch -= 1
+        self._schedule.step()
 
     def _shard_moments(self, optimizer: dict[str, Any]) -> dict[str, Any]:
         """Shard the moments of an AdamW state like their parameters."""

@@ -5,7 +5,7 @@ Shape suffixes: B batch, 2 images, C h w a latent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -182,7 +182,7 @@ class Feed:
         self.dataset, self.batching = dataset, batching
         self._store, self._rank, self._workers = store, rank, workers
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[StateBatch]:
+    def batches(self, first_step: int, last_step: int) -> Generator[StateBatch, None, None]:
         """Yield the micro-batches of the steps ``first_step`` to ``last_step`` (excluded).
 
         Raises:

@@ -66,6 +66,8 @@ class RunConsole:
     def start(self, finished_steps: int, max_steps: int) -> None:
         """Show the progress bar."""
         self._max_steps = max_steps
+        for earlier in self._progress.task_ids:  # of a run that was rolled back
+            self._progress.remove_task(earlier)
         self._task = self._progress.add_task("training", total=max_steps, completed=finished_steps, numbers="")
         self._progress.start()
 

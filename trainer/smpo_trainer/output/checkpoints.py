@@ -58,6 +58,18 @@ class Checkpoints:
         folders = self._all()
         return folders[-1] if folders else None
 
+    def before(self, step: int) -> Path | None:
+        """Return the folder of the last checkpoint of at most ``step`` steps, else of the first one; None without."""
+        folders = self._all()
+        early = [folder for folder in folders if _step_of(folder) <= step]
+        return next(iter([*early[-1:], *folders]), None)
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of more than ``step`` steps."""
+        for folder in reversed(self._all()):
+            if _step_of(folder) > step:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def save(self, checkpoint: Checkpoint, policy: Policy) -> Path:
         """Write a checkpoint of ``policy``, then remove old ones.
 
@@ -91,7 +103,11 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         folders = [path for path in self._out.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
+        return sorted(folders, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 def _write(folder: Path, checkpoint: Checkpoint, policy: Policy) -> None:

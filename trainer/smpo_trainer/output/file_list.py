@@ -27,6 +27,8 @@ RUN_FILES = {
     f"{VALIDATION_FOLDER}/": "with `--image-prompts`: `step-NNNNNN.png`, all prompts of a step",
     "reference.safetensors": "reference errors, where this run recomputed them",
     "nonfinite.jsonl": "one object per skipped step: `step`, `bad_pairs` (their loss is not finite), `pairs`",
+    "spikes.jsonl": "one object per sudden rise of the model's error: `step`, `error_ratio` (the model's error over the "
+    "reference's), `usual` (this ratio before), `rolled_back_to` (step), `lr_factor`; where there was one",
     "wandb/": "with `--wandb-project`: its files, and the id of the run",
 }
 
@@ -34,7 +36,7 @@ CHECKPOINT_FILES = {
     _UNET: "as above (with `--lora-rank` the files of the adapter); with `--ema-decay` the averaged weights",
     _TRANSFORMER: f"in place of `{_UNET}`, as above",
     "weights_in_training.safetensors": "with `--ema-decay`: the weights that training continues with",
-    "optimizer.pt": "state of optimizer, schedule, gradient scaler, average and skipped steps",
+    "optimizer.pt": "state of optimizer, schedule, gradient scaler, average, skipped steps, beta and spikes",
     "state.json": "`version`; `step`: finished optimizer steps; `identity`: the settings that a run which continues "
     "from here must share",
 }

@@ -32,6 +32,7 @@ from smpo_trainer.monitoring.trackers import TENSORBOARD_FOLDER, WANDB_FOLDER
 from smpo_trainer.output.checkpoints import Checkpoints, read_state
 from smpo_trainer.output.skipped_steps import NONFINITE_FILE
 from smpo_trainer.preference.reward_mix import RewardMix
+from smpo_trainer.safeguards.spikes import SPIKES_FILE
 
 TRAINING_VERSION = 1
 REFERENCE_FILE = "reference.safetensors"
@@ -115,7 +116,7 @@ class OutputFolder:
 
     def _forget(self) -> None:
         # These files belong to checkpoints: without one, they may come from a run with other settings.
-        for name in (REFERENCE_FILE, NONFINITE_FILE):
+        for name in (REFERENCE_FILE, NONFINITE_FILE, SPIKES_FILE):
             (self.path / name).unlink(missing_ok=True)
 
     def finish(self, summary: Mapping[str, Any], license_: str | None = None) -> None:
