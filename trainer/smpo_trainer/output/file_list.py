@@ -27,8 +27,8 @@ RUN_FILES = {
     f"{VALIDATION_FOLDER}/": "with `--image-prompts`: `step-NNNNNN.png`, all prompts of a step",
     "reference.safetensors": "reference errors, where this run recomputed them",
     "nonfinite.jsonl": "one object per skipped step: `step`, `bad_pairs` (their loss is not finite), `pairs`",
-    "spikes.jsonl": "one object per sudden rise of the model's error, if any: `step`, `error_ratio` (to the reference's "
-    "error), `usual` (this ratio before), `rolled_back_to` (step), `lr_factor`",
+    "spikes.jsonl": "one object per sudden rise of the model's error, if any: `step`, `error_ratio` (to the "
+    "reference's error), `usual` (this ratio before), `rolled_back_to` (step), `lr_factor`",
     "wandb/": "with `--wandb-project`: its files, and the id of the run",
 }
 
