@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smpo_common.errors import UserError
+from smpo_common.files import sha256_json
 from smpo_common.options import fields_of
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
@@ -22,6 +23,7 @@ from smpo_trainer.preference.reward_mix import RewardMix, resolve_mix
 from smpo_trainer.safeguards.auto_beta import AutoBeta, BetaController
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shards.shard_set import ShardSet, open_shards
+from smpo_trainer.validation.rewards import require_reward
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ class Experiment:
         if len(self.shards.image_sizes()) == 1:
             return {}
         return {"states of one shape at a time": group_size(states_per_step, self.settings.steps.batch_size)}
+
+    def _validation(self) -> dict[str, Any]:
+        # It decides which model is the result, and where the run ends.
+        settings = self.settings
+        if settings.safeguards.validation_reward is None:
+            return {}
+        return {
+            "validation_patience": settings.safeguards.validation_patience,
+            "image_prompts": sha256_json(self.image_prompts),
+            "image_every": settings.images.image_every,
+            "image_sampling_steps": settings.images.image_sampling_steps,
+            "image_guidance_scale": settings.images.image_guidance_scale,
+        }
 
     def _moving_beta(self) -> dict[str, Any]:
         if not isinstance(self.settings.loss.beta, AutoBeta):
@@ -141,6 +156,7 @@ class Experiment:
             **self.weighting.identity(),
             "budget_weight": values["budget_weight"] if values["budget"] is not None else None,
             "robust_form": values["robust_form"] if values["robust"] is not None else None,
+            **self._validation(),
             "weight_column": self.weights.identity() if self.weights else None,
             # Only the product counts: the order of states and the loss, a mean over the step, do not depend on its
             # parts.
@@ -196,12 +212,17 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
 
 
 def _require_options(experiment: Experiment) -> None:
-    """Refuse options of the loss that mean nothing for this objective or these shards.
+    """Refuse options that mean nothing for this objective or these shards, or lack what they need.
 
     Raises:
         UserError: there is one.
     """
     loss, objective = experiment.settings.loss, experiment.objective
+    reward = experiment.settings.safeguards.validation_reward
+    if reward is not None:
+        if not experiment.image_prompts:
+            raise UserError(f"--validation-reward {reward} scores validation images: give --image-prompts FILE")
+        require_reward(reward)
     for flag, value in {"winner-preserving": loss.winner_preserving, "norm-guard": loss.norm_guard}.items():
         if value is not None and not objective.uses_reference:
             raise UserError(

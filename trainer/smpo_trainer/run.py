@@ -145,8 +145,10 @@ def _train(
     last = loop.train(noise, checkpoint)
     if loop.stopped_by:
         return loop.stopped_by
-    summary = training_summary(experiment, policy, batching, identity)
-    summary |= {"warnings": loop.warnings, "metrics": last}
+    # With --validation-reward the run may have ended before --max-steps.
+    steps = int(last.get("step") or settings.steps.max_steps)
+    summary = training_summary(experiment, policy, batching, identity, steps)
+    summary |= {"best": loop.best, "warnings": loop.warnings, "metrics": last}
     on_main(accelerator, lambda: output.finish(summary, settings.sharing.license_))
     console.say(f"saved {settings.out / (LORA_FILE if policy.lora_rank else policy.family.denoiser_folder)}")
     console.say(f"next: {evaluation_command(experiment)}")

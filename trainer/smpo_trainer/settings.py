@@ -203,6 +203,12 @@ class SafeguardOptions(Options):
     spike_ratio: Annotated[float, Field(gt=1)] = 2.0
     """A spike: for 3 steps, the model's error over the reference's is above this many times its median of the 20 steps
     before."""
+    validation_reward: Annotated[str | None, Flag(metavar="NAME[=MODEL]", identity="value")] = None
+    """Score the images of --image-prompts by this reward, as `smpo-pipeline score --reward` names it, each time they
+    are drawn. The model with the highest mean is the result, and is kept in OUT/best. Take a reward that is not trained
+    on. It is loaded in a process of its own."""
+    validation_patience: Annotated[int, Field(ge=1), RESOLVED_IDENTITY] = 3
+    """With --validation-reward: end the run after so many drawings in a row whose mean is not above the best."""
 
 
 class OutputOptions(Options):

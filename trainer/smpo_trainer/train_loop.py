@@ -20,12 +20,14 @@ from smpo_trainer.monitoring.metrics import MetricsLog, Record, json_record
 from smpo_trainer.monitoring.trackers import start_wandb
 from smpo_trainer.output.checkpoints import Checkpoint, load_checkpoint
 from smpo_trainer.output.run_folder import OutputFolder
+from smpo_trainer.output.training_record import BestStep
 from smpo_trainer.runtime.distributed import on_all, on_main
 from smpo_trainer.runtime.interrupts import StopRequest
 from smpo_trainer.safeguards.spikes import LR_FACTOR, MAX_ROLLBACKS, USUAL_STEPS, Spike
 from smpo_trainer.trainer import Trainer
 from smpo_trainer.validation.held_out import HeldOut
 from smpo_trainer.validation.images import ValidationImages
+from smpo_trainer.validation.rewards import mean_reward
 
 
 class TrainLoop:
@@ -84,6 +86,12 @@ class TrainLoop:
         """What the run said of its health, and its spikes."""
         return [*self._health.warnings, *(spike.describe() for spike in self._trainer.spikes.spikes)]
 
+    @property
+    def best(self) -> BestStep | None:
+        """The best checkpoint by ``--validation-reward``."""
+        best = self._trainer.best
+        return None if best.step is None or best.reward is None else {"step": best.step, "reward": best.reward}
+
     def train(self, noise: Record, checkpoint: Path | None) -> Record:
         """Train until the last step or a signal, and return the last step's record.
 
@@ -107,7 +115,7 @@ class TrainLoop:
 
     def _train_from(self, first: int, noise: Record, stop: StopRequest) -> tuple[Record, Spike | None]:
         """Train after ``first`` steps; return the last record, and the spike that ended it, to roll back from."""
-        last = self._settings.steps.max_steps
+        last = first if self._trainer.best.has_fallen else self._settings.steps.max_steps
         batches = self._feed.batches(first, last)
         is_main = self._accelerator.is_main_process
         log = on_all(self._accelerator, lambda: self._open_log(first) if is_main else None)
@@ -118,8 +126,8 @@ class TrainLoop:
         record: Record = log.earlier[-1] if log and log.earlier else {}
         if log and len(log.earlier) != first:
             self._console.say(f"WARNING: {METRICS_FILE} holds {len(log.earlier)} of the {first} finished steps")
-        if first == 0:
-            self._draw(0, log)
+        before = self._draw(0, log) if first == 0 else {}
+        noise |= {f"{name}/start": value for name, value in before.items()}
         self._console.start(first, last)
         try:
             for step in range(first, last):
@@ -127,6 +135,7 @@ class TrainLoop:
                     self._trainer.train_step(step, batches)
                     | (noise if step == 0 else {})
                     | self._evaluate_held_out(step + 1)
+                    | self._draw(step + 1, log)
                 )
                 if log:
                     log.write(record)
@@ -136,8 +145,7 @@ class TrainLoop:
                 spike = self._check_spike(record)
                 if spike:
                     return record, spike
-                self._draw(step + 1, log)
-                if self._save_or_stop(step + 1, log, stop):
+                if self._save_or_stop(record, log, stop):
                     break
         finally:
             batches.close()
@@ -146,13 +154,24 @@ class TrainLoop:
                 log.close()
         return record, None
 
-    def _save_or_stop(self, step: int, log: MetricsLog | None, stop: StopRequest) -> bool:
-        """Save a checkpoint if one is due after ``step`` steps; return whether a signal ends the run."""
-        last = self._settings.steps.max_steps
+    def _save_or_stop(self, record: Record, log: MetricsLog | None, stop: StopRequest) -> bool:
+        """Save a checkpoint if one is due after a step; return whether the run ends before its last step."""
+        step, last, best = int(record["step"] or 0), self._settings.steps.max_steps, self._trainer.best
+        reward = record.get("validation_reward")
+        is_best = reward is not None and best.update(step, reward)
         # Collective: a signal may reach one process only. After the last step the run just ends.
         self.stopped_by = self._agree(stop.requested) if step < last else 0
-        if self.stopped_by or step % self._settings.output.save_every == 0 or step == last:
+        ends = best.has_fallen and step < last and not self.stopped_by
+        if self.stopped_by or ends or is_best or step % self._settings.output.save_every == 0 or step == last:
             self._save(step, log)
+        if is_best:
+            on_main(self._accelerator, lambda: self._output.keep_best(step))
+        if ends:
+            self._console.say(
+                f"ended after step {step} of {last}: --validation-reward was highest after step {best.step}, whose "
+                "model is the result"
+            )
+            return True
         if self.stopped_by:
             same = "the same command" + (" without --overwrite" if self._settings.overwrite else "")
             self._console.say(f"stopped after step {step} of {last}; run {same} again to resume")
@@ -189,7 +208,9 @@ class TrainLoop:
             self._end(spike, "there is no checkpoint to go back to; start over with --overwrite")
         if spikes.rollbacks >= MAX_ROLLBACKS:
             self._end(spike, f"after {MAX_ROLLBACKS} rollbacks; lower --lr, or look at the pairs")
+        best = self._trainer.best.state_dict()  # its model is kept, whatever step it is of
         step = self._load(path).step
+        self._trainer.best.load_state_dict(best)
         factor = LR_FACTOR ** (1 + sum(each.rolled_back_to is not None for each in earlier))
         self._trainer.scale_lr(factor)
         spikes.spikes = [*earlier, replace(spike, rolled_back_to=step, lr_factor=factor)]
@@ -223,17 +244,24 @@ class TrainLoop:
         )
         return record
 
-    def _draw(self, step: int, log: MetricsLog | None) -> None:
-        """Draw the validation images if they are due after ``step`` steps."""
+    def _draw(self, step: int, log: MetricsLog | None) -> Record:
+        """Draw the validation images if they are due after ``step`` steps; return their reward, if one is asked for."""
         images = self._images
         if images is None or not images.due(step):
-            return
+            return {}
         with self._trainer.as_saved():
             # Collective with FSDP: a forward of a sharded denoiser gathers its parameters from all processes.
             draw = on_all if self._accelerator.is_fsdp2 else on_main
-            image_HW3 = draw(self._accelerator, lambda: images.draw(step))
+            drawn, image_HW3 = draw(self._accelerator, lambda: images.draw(step))
         if log:
             log.draw(step, image_HW3)
+        spec = self._settings.safeguards.validation_reward
+        if spec is None:
+            return {}
+        device = self._accelerator.device.type
+        reward = on_main(self._accelerator, lambda: mean_reward(spec, drawn, images.prompts, device))
+        self._console.say(f"step {step}: --validation-reward {spec}: {reward:.5g}")
+        return {"validation_reward": reward}
 
     def _open_log(self, finished_steps: int) -> MetricsLog:
         project, out = self._settings.output.wandb_project, self._output.path
@@ -247,6 +275,8 @@ class TrainLoop:
     def _resume(self, path: Path) -> int:
         """Restore a checkpoint and return its number of finished steps."""
         checkpoint = self._load(path)
+        if self._trainer.best.step == checkpoint.step:  # a kill may have come before
+            on_main(self._accelerator, lambda: self._output.keep_best(checkpoint.step))
         settings, before = self._settings, checkpoint.identity["max_steps"]
         self._console.say(f"resuming after step {checkpoint.step} of {settings.steps.max_steps}")
         if before != settings.steps.max_steps and settings.optimizer.lr_schedule != "constant":

@@ -35,6 +35,7 @@ from smpo_trainer.objectives.pair_loss import PairLoss
 from smpo_trainer.output.checkpoints import Checkpoint
 from smpo_trainer.output.skipped_steps import SkippedStep, SkippedSteps
 from smpo_trainer.runtime.distributed import on_all, on_main
+from smpo_trainer.safeguards.best_checkpoint import BestCheckpoint
 from smpo_trainer.safeguards.robust import RobustMean
 from smpo_trainer.safeguards.spikes import SpikeDetector
 from smpo_trainer.validation.held_out import HeldOut
@@ -60,6 +61,7 @@ class Trainer:
 
     Attributes:
         spikes: sudden rises of the model's error.
+        best: the best checkpoint by the reward of validation images.
     """
 
     def __init__(self, experiment: Experiment, policy: Policy, batching: Batching, accelerator: Accelerator) -> None:
@@ -75,6 +77,7 @@ class Trainer:
         # Not prepared by accelerate, which would step it once per process.
         self._schedule = make_schedule(settings.optimizer, optimizer, settings.steps.max_steps)
         self._skipped = SkippedSteps(settings.out, min(settings.steps.max_skipped, settings.steps.max_steps))
+        self.best = BestCheckpoint(settings.safeguards.validation_patience)
         self.spikes = SpikeDetector(settings.out, settings.safeguards.spike_ratio)
         self._utilization = Utilization.on_device(policy, accelerator)
         self._denoiser, self._optimizer = on_all(accelerator, lambda: _prepare(accelerator, policy, optimizer))
@@ -259,6 +262,7 @@ class Trainer:
             "skipped": self._skipped.state_dict(),
             "beta": self._beta.state_dict() if self._beta else None,
             "spikes": self.spikes.state_dict(),
+            "best": self.best.state_dict(),
         }
         # No random state: the order of states is a function of the step, and training draws no random numbers.
         keep = self._accelerator.is_main_process
@@ -300,6 +304,7 @@ class Trainer:
             self._beta.load_state_dict(checkpoint.optimizer["beta"])
         if "spikes" in checkpoint.optimizer:  # not in checkpoints of older versions
             self.spikes.load_state_dict(checkpoint.optimizer["spikes"])
+            self.best.load_state_dict(checkpoint.optimizer["best"])
         on_main(self._accelerator, self._skipped.write)
 
     def scale_lr(self, factor: float) -> None:

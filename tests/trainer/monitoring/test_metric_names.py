@@ -19,7 +19,7 @@ def test_a_run_with_everything_writes_exactly_the_declared_metrics(train: Train)
         out = train(max_steps=2, **terms, val_fraction=0.3, val_every=1, reference="stored")
     written = {name for record in metrics(out) for name in record}
     plain = {BAND.sub("", name.removeprefix("val/")) for name in written}
-    assert plain == set(METRICS)
+    assert plain == set(METRICS) - {"validation_reward", "validation_reward/start"}  # of test_best_checkpoint
     assert any(name.startswith("val/") for name in written)
     assert any(BAND.search(name) for name in written)
 

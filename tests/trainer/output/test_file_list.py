@@ -26,7 +26,7 @@ def test_runs_leave_the_declared_files(train: Train, tmp_path: Path) -> None:
     # A finished run is not trained again, but its adapter is written in this format, too.
     lora = train("lora", lora_rank=2, max_steps=1, lora_format="comfyui")
     left = names(full) | names(lora)
-    assert left == set(RUN_FILES) - {"transformer/", "nonfinite.jsonl", "spikes.jsonl", "wandb/"}
+    assert left == set(RUN_FILES) - {"transformer/", "nonfinite.jsonl", "spikes.jsonl", "best/", "wandb/"}
     assert names(full / "checkpoint-000001") == set(CHECKPOINT_FILES) - {"transformer/"}
 
 

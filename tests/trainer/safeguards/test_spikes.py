@@ -84,7 +84,7 @@ def test_a_resumed_detector_is_the_same(tmp_path: Path) -> None:
     assert "from 1 to 6.58 times the reference's" in whole.spikes[0].describe()
 
 
-DIVERGES = {"objective": "dpo", "beta": 20, "lr": 3e-2, "warmup_steps": 4, "max_steps": 16, "save_every": 3}
+DIVERGES = {"objective": "dpo", "beta": 20, "lr": 3e-2, "warmup_steps": 4, "max_steps": 12, "save_every": 3}
 
 
 def lines(out: Path) -> list[dict[str, float]]:
@@ -119,7 +119,7 @@ def test_a_diverging_run_stops_or_rolls_back(
     assert spike["rolled_back_to"] is None
     # The same run, allowed to go back: from its last checkpoint it meets the same spike.
     out = train("run", **DIVERGES, on_spike="rollback")
-    assert column(out, "step") == list(range(1, 17))
+    assert column(out, "step") == list(range(1, 13))
     rollbacks = lines(out)
     assert [each["lr_factor"] for each in rollbacks] == [0.5**n for n in range(1, len(rollbacks) + 1)]
     last = rollbacks[-1]

@@ -39,6 +39,8 @@ METRICS = {
     "data_wait_percent": "share of the step that the main process waited for data",
     "memory_gib": "the main process's peak memory so far: tensors on a GPU, resident memory on a CPU",
     "mfu_percent": "model FLOPs utilization; only on GPUs whose peak is known",
+    "validation_reward": "mean `--validation-reward` of the validation images, of steps at which they are drawn",
+    "validation_reward/start": "the same before the first step; first step only",
     "reference_noise/std": "rms of the margins that rounding of the stored reference errors makes; first step only",
     "reference_noise/max": "the largest of these margins; first step only",
     "reference_noise/loss": "what this rounding adds to the mean loss; first step only",

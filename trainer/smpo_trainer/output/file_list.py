@@ -22,6 +22,7 @@ RUN_FILES = {
     CARD_FILE: "model card: data, settings, how to load the model",
     CONFIG_FILE: "every flag as it was resolved, by its key; `--config` takes it again",
     METRICS_FILE: "one JSON object per optimizer step",
+    "best/": "with `--validation-reward`: the model with the highest reward so far",
     "checkpoint-NNNNNN/": "what a run continues from, and a model",
     "tensorboard/": "event files",
     f"{VALIDATION_FOLDER}/": "with `--image-prompts`: `step-NNNNNN.png`, all prompts of a step",
@@ -36,7 +37,7 @@ CHECKPOINT_FILES = {
     _UNET: "as above (with `--lora-rank` the files of the adapter); with `--ema-decay` the averaged weights",
     _TRANSFORMER: f"in place of `{_UNET}`, as above",
     "weights_in_training.safetensors": "with `--ema-decay`: the weights that training continues with",
-    "optimizer.pt": "state of optimizer, schedule, gradient scaler, average, skipped steps, beta and spikes",
+    "optimizer.pt": "state of optimizer, schedule, gradient scaler, average, skipped steps, beta, spikes and best step",
     "state.json": "`version`; `step`: finished optimizer steps; `identity`: the settings that a run which continues "
     "from here must share",
 }

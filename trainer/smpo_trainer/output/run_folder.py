@@ -36,6 +36,7 @@ from smpo_trainer.safeguards.spikes import SPIKES_FILE
 
 TRAINING_VERSION = 1
 REFERENCE_FILE = "reference.safetensors"
+BEST_FOLDER = "best"
 
 _PACKAGES = ("smpo-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft")
 
@@ -104,7 +105,7 @@ class OutputFolder:
         if own_card(self.path) is None:
             (self.path / CARD_FILE).unlink(missing_ok=True)
         self._forget()
-        for name in (*DENOISER_FOLDERS, TENSORBOARD_FOLDER, WANDB_FOLDER, VALIDATION_FOLDER):
+        for name in (*DENOISER_FOLDERS, TENSORBOARD_FOLDER, WANDB_FOLDER, VALIDATION_FOLDER, BEST_FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.checkpoints.drop_all_but(0)
 
@@ -119,8 +120,19 @@ class OutputFolder:
         for name in (REFERENCE_FILE, NONFINITE_FILE, SPIKES_FILE):
             (self.path / name).unlink(missing_ok=True)
 
+    def keep_best(self, step: int) -> None:
+        """Keep the model of a checkpoint as the best one.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            self._copy_models(self.path / f"checkpoint-{step:06d}", self.path / BEST_FOLDER)
+        except OSError as error:
+            raise UserError(f"cannot write the best model into {self.path / BEST_FOLDER}: {error}") from error
+
     def finish(self, summary: Mapping[str, Any], license_: str | None = None) -> None:
-        """Copy the model of the last checkpoint, write its card and ``training.json``, which finishes the run.
+        """Copy the best or last model, write its card and ``training.json``, which finishes the run.
 
         Args:
             summary: of the run.
@@ -132,9 +144,9 @@ class OutputFolder:
         checkpoint = self.checkpoints.latest()
         if checkpoint is None:
             raise RuntimeError("a run ends with a checkpoint")
+        best = self.path / BEST_FOLDER
         try:
-            for name in (*DENOISER_FOLDERS, LORA_FILE, *EXTRA_LORA_FILES.values()):
-                self._copy(checkpoint / name)
+            self._copy_models(checkpoint if summary.get("best") is None else best, self.path)
         except OSError as error:
             raise UserError(f"cannot write the trained weights into {self.path}: {error}") from error
         # Before training.json, since a finished run is never changed again.
@@ -149,10 +161,15 @@ class OutputFolder:
         """Remove the checkpoints that a finished run does not keep."""
         self.checkpoints.drop_all_but(self._max_checkpoints_at_end)
 
-    def _copy(self, source: Path) -> None:
-        """Copy a file or folder here, and replace an existing one by a rename."""
-        target = self.path / source.name
-        staging = self.path / f".{source.name}.tmp"
+    def _copy_models(self, source: Path, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        for name in (*DENOISER_FOLDERS, LORA_FILE, *EXTRA_LORA_FILES.values()):
+            self._copy(source / name, folder)
+
+    def _copy(self, source: Path, folder: Path) -> None:
+        """Copy a file or folder into ``folder``, and replace an existing one by a rename."""
+        target = folder / source.name
+        staging = folder / f".{source.name}.tmp"
         if source.is_dir():
             shutil.rmtree(staging, ignore_errors=True)
             shutil.copytree(source, staging, copy_function=_link_or_copy)
@@ -183,9 +200,9 @@ def _versions() -> dict[str, str]:
 
 
 def training_summary(
-    experiment: Experiment, policy: Policy, batching: Batching, identity: dict[str, Any]
+    experiment: Experiment, policy: Policy, batching: Batching, identity: dict[str, Any], steps: int
 ) -> dict[str, Any]:
-    """Return the content of ``training.json`` about settings and data."""
+    """Return the content of ``training.json`` about settings and data, after ``steps`` steps."""
     settings, shards = experiment.settings, experiment.shards
     return {
         "settings": identity,
@@ -200,8 +217,8 @@ def training_summary(
         "starts_from_reference": policy.starts_from_reference,
         "states": batching.num_states,
         "states_per_step": batching.states_per_step,
-        "steps": settings.steps.max_steps,
-        "epochs": settings.steps.max_steps * batching.states_per_step / batching.num_states,
+        "steps": steps,
+        "epochs": steps * batching.states_per_step / batching.num_states,
     }
 
 

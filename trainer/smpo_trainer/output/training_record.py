@@ -38,6 +38,18 @@ class TrainedShards(TypedDict):
     manifest_sha256: str
 
 
+class BestStep(TypedDict):
+    """The best checkpoint.
+
+    Attributes:
+        step: number of its steps.
+        reward: mean over the validation images.
+    """
+
+    step: int
+    reward: float
+
+
 class TrainingRecord(TypedDict):
     """The whole of ``training.json``.
 
@@ -54,6 +66,8 @@ class TrainingRecord(TypedDict):
         states_per_step: over all processes and accumulated batches.
         steps: optimizer steps.
         epochs: how often each state was used, on average.
+        best: with ``--validation-reward``: ``step`` and mean ``reward`` of the best checkpoint, which is the result;
+            otherwise None, and the result is the last one.
         warnings: what the run said of its health, in order.
         metrics: the last line of ``metrics.jsonl``.
         versions: of this package and its libraries.
@@ -71,6 +85,7 @@ class TrainingRecord(TypedDict):
     states_per_step: int
     steps: int
     epochs: float
+    best: BestStep | None
     warnings: list[str]
     metrics: Record
     versions: dict[str, str]

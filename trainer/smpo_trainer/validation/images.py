@@ -75,10 +75,14 @@ class Sampling:
 
 
 class ValidationImages:
-    """Draws images of the validation prompts."""
+    """Draws images of the validation prompts.
+
+    Attributes:
+        prompts: one for each image.
+    """
 
     def __init__(self, experiment: Experiment, policy: Policy, accelerator: Accelerator, sampling: Sampling) -> None:
-        self._settings, self._prompts = experiment.settings, experiment.image_prompts
+        self._settings, self.prompts = experiment.settings, experiment.image_prompts
         self._policy, self._accelerator, self._sampling = policy, accelerator, sampling
         self._side = experiment.shards.directories[0].manifest.resolution
 
@@ -86,8 +90,8 @@ class ValidationImages:
         """Whether to draw after ``step`` steps: at step 0, every ``image_every`` steps and after the last."""
         return step % self._settings.images.image_every == 0 or step == self._settings.steps.max_steps
 
-    def draw(self, step: int) -> np.ndarray:
-        """Draw after ``step`` steps, save the images as one PNG, and return it: uint8 [H, W, 3].
+    def draw(self, step: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Draw after ``step`` steps, save the images as one PNG; return the images and it, all uint8 [H, W, 3].
 
         Called in the main process, or with FSDP in all processes, of which the main one saves. Does not change the
         training: its random state, modes and gradients are kept.
@@ -106,7 +110,7 @@ class ValidationImages:
         Image.fromarray(grid_HW3).save(buffer, format="PNG")
         if self._accelerator.is_main_process:
             write_bytes(self._settings.out / VALIDATION_FOLDER / f"step-{step:06d}.png", buffer.getvalue())
-        return grid_HW3
+        return images, grid_HW3
 
     def _batches(self) -> Iterator[np.ndarray]:
         """Draw the images batch by batch: uint8 [B, H, W, 3]."""
@@ -115,8 +119,8 @@ class ValidationImages:
         pipeline.to(self._accelerator.device)
         pipeline.vae.enable_slicing()  # decode one image at a time
         shape = family.latent_shape(self._side, self._side)
-        for start in range(0, len(self._prompts), settings.steps.batch_size):
-            prompts = list(self._prompts[start : start + settings.steps.batch_size])
+        for start in range(0, len(self.prompts), settings.steps.batch_size):
+            prompts = list(self.prompts[start : start + settings.steps.batch_size])
             numbers = range(start, start + len(prompts))
             # Streams of each prompt's own: its noise does not depend on the other prompts or the batch size.
             names = [f"validation\n{settings.steps.seed}\n{number}" for number in numbers]

@@ -1,0 +1,105 @@
+"""The best checkpoint by a reward of validation images, and the process that scores them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smpo_common.errors import UserError
+from smpo_pipeline.score_images import score_lines
+from smpo_trainer.experiment import resolve_experiment
+from smpo_trainer.output.checkpoints import Checkpoints
+from smpo_trainer.safeguards.best_checkpoint import BestCheckpoint
+from smpo_trainer.validation.rewards import mean_reward, require_reward
+from tests.trainer.conftest import Train
+from tests.trainer.helpers import arguments, collecting, column, metrics, resolve_settings
+from tests.trainer.safeguards.redness import REDNESS
+
+
+def test_a_run_ends_after_so_many_worse_rewards() -> None:
+    best = BestCheckpoint(patience=2)
+    seen = [(best.update(step, reward), best.has_fallen) for step, reward in enumerate((1.0, 2.0, 1.5, 3.0, 3.0, 2.9))]
+    assert seen == [(True, False), (True, False), (False, False), (True, False), (False, False), (False, True)]
+    resumed = BestCheckpoint(patience=2)
+    resumed.load_state_dict(json.loads(json.dumps(best.state_dict())))
+    assert (resumed.step, resumed.reward, resumed.has_fallen) == (3, 3.0, True)
+
+
+def test_images_are_scored_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [np.full((4, 6, 3), level, dtype=np.uint8) for level in (10, 30)]
+    assert mean_reward(REDNESS, images, ["a", "ünï"], "cpu") == pytest.approx((10 + 1 + 30 + 3) / 2, rel=1e-12)
+    # The same program, in this process.
+    monkeypatch.setattr("smpo_trainer.validation.rewards._run", lambda spec, *given: score_lines(spec, *_lines(given)))
+    assert mean_reward(REDNESS, images, ["a", "b"], "cpu") == 21
+    with pytest.raises(UserError, match=f"^--validation-reward {REDNESS}: 1 of 2 validation images have no score$"):
+        mean_reward(REDNESS, images, ["a", "none"], "cpu")
+
+
+def _lines(given: tuple[str, str]) -> tuple[str, list[str]]:
+    return given[0], given[1].splitlines()
+
+
+def test_a_wrong_reward_is_one_line_before_anything_is_loaded(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="^--validation-reward pickscor: --reward pickscor: there is no reward"):
+        require_reward("pickscor")
+    run = arguments(shards, model, tmp_path / "run", validation_reward="pickscore")
+    with pytest.raises(
+        UserError, match="^--validation-reward pickscore scores validation images: give --image-prompts"
+    ):
+        resolve_experiment(resolve_settings(monkeypatch, run), print)
+    monkeypatch.setattr("smpo_trainer.validation.rewards.find_spec", lambda _name: None)
+    with pytest.raises(UserError, match="^--validation-reward pickscore needs the pipeline's reward models"):
+        require_reward("pickscore")
+
+
+REWARDS = {0: 0.5, 1: 0.6, 2: 0.9, 3: 0.7, 4: 0.8}
+
+
+def test_the_best_model_is_the_result_also_of_a_killed_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    drawn: list[int] = []
+
+    def reward(spec: str, images: Sequence[np.ndarray], prompts: Sequence[str], device: str) -> float:
+        assert (spec, len(images), prompts, device) == (REDNESS, 1, ["a red circle"], "cpu")
+        return REWARDS[drawn[-1]]
+
+    monkeypatch.setattr("smpo_trainer.train_loop.mean_reward", reward)
+    draw = "smpo_trainer.validation.images.ValidationImages.draw"
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    monkeypatch.setattr(draw, lambda _self, step: drawn.append(step) or ([image], image))
+    monkeypatch.setattr("smpo_trainer.experiment.require_reward", lambda _spec: None)
+    options = {"image_prompts": tmp_path / "prompts.txt", "image_every": 1, "max_steps": 9, "save_every": 5}
+    options |= {"validation_reward": REDNESS, "validation_patience": 2, "lora_rank": 2}
+    weights: list[dict[str, object]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", collecting(weights))  # type: ignore[arg-type]
+        whole = train("whole", **options)
+    assert "ended after step 4 of 9: --validation-reward was highest after step 2" in capsys.readouterr().out
+    record = json.loads((whole / "training.json").read_text())
+    assert record["best"] == {"step": 2, "reward": 0.9}
+    assert record["steps"] == 4
+    assert column(whole, "validation_reward") == [0.6, 0.9, 0.7, 0.8]
+    assert metrics(whole)[0]["validation_reward/start"] == 0.5
+    lora = "pytorch_lora_weights.safetensors"
+    assert (whole / lora).read_bytes() == (whole / "best" / lora).read_bytes()
+    assert (whole / lora).read_bytes() == train("two", lora_rank=2, max_steps=2).joinpath(lora).read_bytes()
+    with monkeypatch.context() as patch:
+        # After the checkpoint of the best step was written, before its model was kept.
+        patch.setattr("smpo_trainer.output.run_folder.OutputFolder.keep_best", _die)
+        with pytest.raises(AssertionError):
+            train("killed", **options, on_spike="continue")
+    killed = train("killed", **options)
+    assert (killed / lora).read_bytes() == (whole / lora).read_bytes()
+    assert column(killed, "validation_reward") == column(whole, "validation_reward")
+
+
+def _die(*_: object) -> None:
+    raise UserError("power cut")
