@@ -182,6 +182,12 @@ def test_files_to_take_away(page: Page, made: Made) -> None:
         assert download.value.path().read_bytes() == (made.path.parent / name).read_bytes()
 
 
+def test_training_settings_of_the_models_that_have_them(page: Page) -> None:
+    rows = [row.locator("th, td").all_inner_texts() for row in page.locator(".settings tr").all()]
+    assert [text.strip() for text in rows[0]] == ["", "smpo", "dpo", "worse-one"]
+    assert ["beta", "2000", "5000", "5000"] in rows
+
+
 def test_the_matrix_says_who_is_better(page: Page) -> None:
     row = page.locator("#matrix ~ .scroll").first.locator("tbody tr").nth(1)
     assert row.locator("th").inner_text().split() == ["smpo", "trained", "on"]

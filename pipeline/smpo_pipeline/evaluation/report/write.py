@@ -51,9 +51,7 @@ def write_report(
     sections = select_sections(results, scores, files)
     in_table = [path for paths in files.values() for path in paths[SHOWN_IMAGE :: results.settings.images_per_prompt]]
     pictures = embed_all([*in_table, *(path for section in sections for path in section.paths())])
-    names = {
-        path: (path.relative_to(out) if path.is_relative_to(out) else path).as_posix() for path in pictures.by_path
-    }
+    names = {path: _name(path, out) for path in pictures.by_path}
     everywhere = compare_models(scores, range(results.num_prompts))
     by_category = compare_by_category(results, scores)
     beside = {
@@ -64,31 +62,32 @@ def write_report(
     for name, content in beside.items():
         write_bytes(out / name, content)
     first = results.rewards[0].name
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            results=results,
-            sampling=_sampling(results),
-            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            headlines=[headline(results, model.name, first) for model in results.models[1:]],
-            colours={model.name: f"series-{number % SERIES}" for number, model in enumerate(results.models)},
-            everywhere=everywhere,
-            by_category=by_category,
-            distributions={
-                reward: distribution(by_model, f"distribution of {reward} by model")
-                for reward, by_model in scores.items()
-            },
-            sections=sections,
-            pictures=pictures,
-            names=names,
-            prompts=prompt_table(results, scores, files, pictures, names),
-            curves=_curves(metrics),
-            training=_training_settings(results),
-            beside={name: _data_uri(name, content) for name, content in beside.items()},
-        )
+    trained = [model for model in results.models if model.training]
+    page = _environment().get_template("report.html.j2")
+    rendered = page.render(
+        results=results,
+        sampling=_sampling(results),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        headlines=[headline(results, model.name, first) for model in results.models[1:]],
+        colours={model.name: f"series-{number % SERIES}" for number, model in enumerate(results.models)},
+        everywhere=everywhere,
+        by_category=by_category,
+        distributions={name: distribution(by_model, f"scores of {name} by model") for name, by_model in scores.items()},
+        sections=sections,
+        pictures=pictures,
+        names=names,
+        prompts=prompt_table(results, scores, files, pictures, names),
+        curves=_curves(metrics),
+        trained=trained,
+        training_settings=list(dict.fromkeys(name for model in trained for name in model.training)),
+        beside={name: _data_uri(name, content) for name, content in beside.items()},
     )
-    write_bytes(out / REPORT_FILE, page.encode())
+    write_bytes(out / REPORT_FILE, rendered.encode())
+
+
+def _name(path: Path, out: Path) -> str:
+    """Name a file as the page links to it."""
+    return (path.relative_to(out) if path.is_relative_to(out) else path).as_posix()
 
 
 def _sampling(results: Results) -> str:
@@ -115,13 +114,6 @@ def _curves(metrics: Mapping[str, Path]) -> dict[str, dict[str, Markup]]:
         }
         for model, path in metrics.items()
     }
-
-
-def _training_settings(results: Results) -> dict[str, list[str]]:
-    """Return what is known of how the models were trained: by setting, each model's value, empty where unknown."""
-    trained = [model.training for model in results.models]
-    names = dict.fromkeys(name for training in trained for name in training)
-    return {name: ["" if each.get(name) is None else str(each[name]) for each in trained] for name in names}
 
 
 def _environment() -> jinja2.Environment:
