@@ -12,6 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
+_LONG = 1_000_000
+"""What is as long is not repeated again."""
+
 _NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _NONSENSE: tuple[Callable[[], Any], ...] = (
     lambda: None,
@@ -119,7 +122,8 @@ def distort(value: Any, draw: random.Random) -> Any:
         elif isinstance(holder[key], (int, float)):
             holder[key] = holder[key] * draw.choice((-1, 2, 1000, 10**12)) + draw.choice((0, 1))
         elif isinstance(holder[key], (list, str)):
-            holder[key] = holder[key] * draw.choice((0, 2, 1000))
+            times = draw.choice((0, 2, 1000))
+            holder[key] = holder[key] * (times if len(holder[key]) < _LONG else 1)
         else:
             holder[key] = [holder[key]]
     return changed[0]
