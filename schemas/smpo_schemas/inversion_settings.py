@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from smpo_common.errors import UserError
 from smpo_schemas.choices import Dtype
@@ -13,6 +13,9 @@ from smpo_schemas.frozen import FrozenModel
 GENERATED = ("tracked", "sampled")
 """Sources that take latents which ``generate --keep`` stored, in place of the images."""
 
+TRUNCATED = {"steps": 25, "guidance_scale": 0.0, "states": 9, "timesteps": "grid"}
+"""Defaults of the source ``truncated`` that differ from those of the others; its timesteps are no choice."""
+
 
 class InversionSettings(FrozenModel):
     """Everything that determines the stored states, besides the model, the pairs and the seed.
@@ -20,7 +23,8 @@ class InversionSettings(FrozenModel):
     Attributes:
         source: ``renoise``: trajectories of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian
             noise; ``tracked``: the noise that ``generate`` made each image from, added to the sampler's final latent
-            (arXiv 2605.09433); ``sampled``: the sampler's own states.
+            (arXiv 2605.09433); ``sampled``: the sampler's own states; ``truncated``: noised again from a point of the
+            model's own sampling, x0 its estimate there (Self-NPO, arXiv 2505.11777).
         forward_noise: for ``forward``: both images of a ``pair`` get the same noise (Diffusion-DPO), or each ``image``
             its own (CaPO).
         start: where a trajectory begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level),
@@ -29,7 +33,11 @@ class InversionSettings(FrozenModel):
             inference grid; for ``sampled`` those of its timesteps at which states were kept) or ``published`` (the
             state of the grid's first node at or above a uniform t, or of its last node, used as if it were at t; each
             step evaluates the model at the timestep that it starts from).
-        steps: steps per trajectory; for ``sampled`` the kept states of an image.
+        steps: steps per trajectory; for ``sampled`` the kept states of an image; for ``truncated`` those of the
+            sampler's whole grid.
+        truncated_steps: for ``truncated``: the sampler's steps from where it begins to where x0 is estimated.
+        truncated_from: for ``truncated``: it begins at the noised ``image``, at a random timestep of the grid, or at
+            pure ``noise``.
         solver: solves a step's implicit equation: ``ddim`` (one evaluation, no solving), ``renoise`` (a fixed number of
             iterations), ``adaptive`` (iterated to convergence) or ``anderson`` (the same, accelerated).
         renoise_steps: for ``renoise``: iterations per step, one evaluation each after the first; 0 is DDIM inversion.
@@ -40,7 +48,7 @@ class InversionSettings(FrozenModel):
         anderson_depth: for ``anderson``: previous differences that the acceleration uses.
         eta: scale of the Gaussian noise added after each step, in DDIM posterior standard deviations
             (DDIM-InPO, arXiv 2503.18454).
-        guidance_scale: classifier-free guidance of the inverting denoiser; 1 is none.
+        guidance_scale: classifier-free guidance of the inverting denoiser; 1 is none, 0 the unconditional model.
         states: number of a trajectory's states that are stored, drawn per trajectory; None is all.
         trajectories: inversions of each pair, each with its own draws.
         vae_latent: ``sample`` the VAE's posterior or take its ``mode``.
@@ -59,11 +67,13 @@ class InversionSettings(FrozenModel):
         dtype: of the inverting denoiser's forward passes, and of matrix products in the reference's.
     """
 
-    source: Literal["renoise", "forward", "tracked", "sampled"] = "renoise"
+    source: Literal["renoise", "forward", "tracked", "sampled", "truncated"] = "renoise"
     forward_noise: Literal["pair", "image"] = "pair"
     start: Literal["clean", "level0"] | int = "clean"
     timesteps: Literal["jittered", "grid", "published"] = "jittered"
     steps: int = Field(default=9, ge=1)
+    truncated_steps: int = Field(default=5, ge=0)
+    truncated_from: Literal["image", "noise"] = "image"
     solver: Literal["ddim", "renoise", "adaptive", "anderson"] = "renoise"
     renoise_steps: int = Field(default=1, ge=0)
     renoise_average: str = "last2"
@@ -83,6 +93,13 @@ class InversionSettings(FrozenModel):
     text: Literal["stored", "live"] = "live"
     buckets: bool = False
     dtype: Dtype = "fp32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_source(cls, values: Any) -> Any:  # noqa: ANN401  (what is validated)
+        if not isinstance(values, dict) or values.get("source") != "truncated":
+            return values
+        return {**TRUNCATED, **{name: value for name, value in values.items() if value is not None}}
 
 
 def averaged_estimates(text: str, renoise_steps: int) -> frozenset[int]:

@@ -11,10 +11,14 @@ from tests.inversion.helpers import make_pair
 from tests.inversion.worlds import SEED, invert
 
 
-@pytest.mark.parametrize("timesteps", ["jittered", "published"])
-def test_results_do_not_depend_on_batch_size_or_order(some_world, timesteps):
+@pytest.mark.parametrize(
+    "of",
+    [{"timesteps": "jittered"}, {"timesteps": "published"}, {"source": "truncated", "truncated_steps": 2}],
+    ids=str,
+)
+def test_results_do_not_depend_on_batch_size_or_order(some_world, of):
     family, _ = some_world
-    settings = InversionSettings(timesteps=timesteps, steps=5, trajectories=2, states=3, prompt_dropout=0.3)
+    settings = InversionSettings(**of, steps=5, trajectories=2, states=3, prompt_dropout=0.3)
     pairs = [make_pair(number) for number in range(4)]
     one, _ = invert(family, settings, pairs, batch_size=1)
     for size, order in ((3, pairs), (8, pairs[::-1])):

@@ -233,9 +233,10 @@ def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tm
     assert not (out / ".units").exists()
 
 
-def test_the_forward_source_through_the_command_line(inputs, scores, tmp_path, here_on_ray):
+@pytest.mark.parametrize("flags", [("forward",), ("truncated", "--truncated-steps", 1, "--states", 3)], ids=str)
+def test_other_sources_through_the_command_line(inputs, scores, tmp_path, here_on_ray, flags):
     done = invert(
-        inputs, scores, tmp_path / "out", "--limit", 4, "--source", "forward", "--trajectories", 2, run=here_on_ray
+        inputs, scores, tmp_path / "out", "--limit", 4, "--trajectories", 2, "--source", *flags, run=here_on_ray
     )
     assert done.returncode == 0, done.stderr
     totals = ShardDirectory(tmp_path / "out").manifest.totals

@@ -177,6 +177,12 @@ def describe_settings(settings: InversionSettings) -> str:
         source = f"each image's own initial noise at {settings.steps} {settings.timesteps} timesteps"
     elif settings.source == "sampled":
         source = f"up to {settings.steps} of the sampler's own states"
+    elif settings.source == "truncated":
+        source = (
+            f"the model's own estimates of x0 after {settings.truncated_steps} of the sampler's {settings.steps} steps "
+            f"from {'pure noise' if settings.truncated_from == 'noise' else 'the noised image'}, guidance "
+            f"{settings.guidance_scale:g}, noised again"
+        )
     else:
         start = {"clean": "x0", "level0": "x0 at the first noise level"}.get(
             str(settings.start), f"forward noise up to t = {settings.start}"

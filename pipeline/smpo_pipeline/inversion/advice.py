@@ -54,6 +54,8 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
             "--timesteps published uses states at timesteps that they do not belong to, which moves the ratio by "
             "itself; --timesteps jittered does not."
         )
+    if doubted and settings.source == "truncated":
+        return [*warnings, "Their x0 is the model's own estimate (--source truncated), for which no remedy was measured."]
     if doubted and settings.source in GENERATED:
         return [*warnings, f"Remedies: {', then '.join(_of_generated(settings))}."]
     if any(band.noise_ratio < LOWEST_RATIO for band in doubted if band.noise_ratio is not None):

@@ -165,7 +165,7 @@ class Batch:
         self.conditioning = self._condition(
             ["" if trajectory.dropped else trajectory.pair.prompt for trajectory in trajectories]
         )
-        guided = settings.source == "renoise" and settings.guidance_scale != 1
+        guided = settings.source in ("renoise", "truncated") and settings.guidance_scale != 1
         self._unconditional = self._condition([""] * len(trajectories)) if guided else None
 
     def _latents(self) -> torch.Tensor:
@@ -233,17 +233,31 @@ class Batch:
     def _timesteps(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=self.noise_schedule.timestep_dtype, device=self.device)
 
-    def predicted_direction(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
-        """Return the inverting denoiser's direction at (x, t), with guidance (arXiv 2207.12598): [S, C, h, w]."""
-        conditional = self._direction(x_SChw, t_S, self.conditioning[rows_S])
-        if self._unconditional is None:
-            return conditional
-        unconditional = self._direction(x_SChw, t_S, self._unconditional[rows_S])
-        return unconditional + self.settings.guidance_scale * (conditional - unconditional)
+    def most_nodes(self) -> int:
+        """The number of nodes of the trajectory that has most."""
+        return max(len(trajectory.plan.nodes) for trajectory in self.trajectories)
 
-    def _direction(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        output = self.family.denoise(self._inverting_denoiser, x_SChw, t_S, conditioning)
-        return self.noise_schedule.direction(output, x_SChw, t_S)
+    def sampled_at(self) -> list[torch.Tensor]:
+        """Timesteps of all rows at each step of truncated sampling: [R] each."""
+        steps = zip(*(trajectory.plan.sampled_at for _, trajectory in self._rows()), strict=True)
+        return [self._timesteps(timesteps) for timesteps in steps]
+
+    def predicted(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
+        """Return the inverting denoiser's output at (x, t), with guidance (arXiv 2207.12598): [S, C, h, w]."""
+        scale = self.settings.guidance_scale
+        if self._unconditional is None:
+            return self._output(x_SChw, t_S, self.conditioning[rows_S])
+        unconditional = self._output(x_SChw, t_S, self._unconditional[rows_S])
+        if scale == 0:
+            return unconditional
+        return unconditional + scale * (self._output(x_SChw, t_S, self.conditioning[rows_S]) - unconditional)
+
+    def predicted_direction(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
+        """Return the direction of :meth:`predicted` at (x, t): [S, C, h, w]."""
+        return self.noise_schedule.direction(self.predicted(x_SChw, t_S, rows_S), x_SChw, t_S)
+
+    def _output(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return self.family.denoise(self._inverting_denoiser, x_SChw, t_S, conditioning)
 
     def noise_a_pair(self, purpose: str) -> torch.Tensor:
         """One Gaussian noise a trajectory, the same for both images: [R, C, h, w]."""

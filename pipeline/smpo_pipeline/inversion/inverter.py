@@ -42,7 +42,7 @@ class Inverter:
             family: the model; its denoiser is the reference that ``ref_error`` is measured with, in the arithmetic of
                 training: products in ``settings.dtype`` by autocast, norms in float32.
             inverting_denoiser: the denoiser that carries the images along; usually the reference itself. All its
-                weights have ``settings.dtype``. Only ``--source renoise`` asks it.
+                weights have ``settings.dtype``. Only ``--source renoise`` asks another than the reference.
             settings: of the inversion.
             seed: with the pair's id, the source of all randomness.
             device: cpu or cuda.

@@ -12,6 +12,9 @@ from smpo_models.draws import trajectory_stream
 from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_schemas.inversion_settings import InversionSettings
 
+_DRAWS = 64
+"""Timesteps drawn at once, of which those too low are dropped."""
+
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
@@ -23,12 +26,15 @@ class TrajectoryPlan:
         ``published``.
         stored: indices into ``nodes`` of the states that are stored.
         used_at: the timestep that each stored state is used at; its own node's but under ``published``.
+        sampled_at: for ``--source truncated``: the timesteps of the sampler's steps to where x0 is estimated,
+            decreasing; all nodes are above the last.
     """
 
     nodes: tuple[float, ...]
     asked_at: tuple[float, ...]
     stored: tuple[int, ...]
     used_at: tuple[float, ...]
+    sampled_at: tuple[float, ...] = ()
 
 
 def plan_trajectory(
@@ -59,6 +65,8 @@ def plan_trajectory(
         # The sampler's first, T of flow models, is above all that shards may have.
         below = float(np.nextafter(np.float32(schedule.num_train_timesteps), np.float32(0)))
         return _storing([min(t, below) for t in kept], settings, seed, pair_id, trajectory)
+    if settings.source == "truncated":
+        return _truncated(settings, schedule, trajectory_stream(seed, pair_id, trajectory, "truncated"), tokens)
     _check_steps(settings, schedule)
     last = schedule.first_pure_noise
     stream = trajectory_stream(seed, pair_id, trajectory, "timesteps")
@@ -90,6 +98,43 @@ def _storing(
         )
         stored = sorted(int(index) for index in choice)
     return TrajectoryPlan(tuple(nodes), tuple(nodes), tuple(stored), tuple(nodes[index] for index in stored))
+
+
+def _truncated(
+    settings: InversionSettings, schedule: NoiseSchedule, stream: np.random.Generator, tokens: int
+) -> TrajectoryPlan:
+    """Draw where the sampler begins on its grid, and timesteps above the one that it is left at: Self-NPO's code.
+
+    The latter are uniform in the sampler's clock, without repetition.
+
+    Raises:
+        UserError: the grid or the model has too few timesteps.
+    """
+    grid, steps, states = schedule.grid(settings.steps, tokens), settings.truncated_steps, settings.states or 1
+    whole, last = not schedule.timestep_dtype.is_floating_point, schedule.first_pure_noise
+    starts = [
+        index
+        for index in range(steps, len(grid))
+        if grid[index - steps] < last and not (whole and last - 1 - grid[index - steps] < states)
+    ]
+    if settings.truncated_from == "noise":
+        starts = [index for index in starts if index == len(grid) - 1]
+    if not starts:
+        raise UserError(
+            f"--truncated-steps {steps}: of a sampler of --steps {settings.steps} there is no place to begin, with "
+            f"{states} timesteps (--states) above the one that it is left at; take more --steps, or fewer --states"
+        )
+    start = starts[int(stream.integers(len(starts)))]
+    sampled_at = tuple(grid[start - steps : start + 1][::-1])
+    nodes: set[float] = set()
+    while len(nodes) < states:
+        times = stream.random(_DRAWS)
+        timesteps = np.empty(_DRAWS, object)  # whole numbers stay whole
+        timesteps[np.argsort(times)] = schedule.timesteps_at(np.sort(times), tokens)
+        above = [t for t in timesteps if t > sampled_at[-1]]
+        nodes.update(above[: states - len(nodes)])
+    ordered = tuple(sorted(nodes))
+    return TrajectoryPlan(ordered, ordered, tuple(range(states)), ordered, sampled_at)
 
 
 def _check_steps(settings: InversionSettings, schedule: NoiseSchedule) -> None:

@@ -27,8 +27,8 @@ _TEXT = 512
 def forwards(plan: TrajectoryPlan, settings: InversionSettings, *, own_inverting_denoiser: bool) -> int | None:
     """Count the forwards of a denoiser for one image of a trajectory, without those that measure health.
 
-    One per evaluation of a step (two with guidance), one per stored state for ``ref_error``, and one (or two) per
-    stored state for its residual if no other forward gives it: see ``Inverter._residual``.
+    One per evaluation of a step (two with guidance but that of scale 0), one per stored state for ``ref_error``, and
+    one (or two) per stored state for its residual if no other forward gives it: see ``Inverter._residual``.
 
     Args:
         plan: the trajectory's timesteps.
@@ -39,6 +39,9 @@ def forwards(plan: TrajectoryPlan, settings: InversionSettings, *, own_inverting
         The number, or None for solvers that iterate until convergence: it has to be measured.
     """
     stored = len(plan.stored)
+    evaluation = 1 if settings.guidance_scale in (0, 1) else 2
+    if settings.source == "truncated":
+        return len(plan.sampled_at) * evaluation + stored
     if settings.source != "renoise":
         return stored
     if settings.solver not in ("ddim", "renoise"):
@@ -48,7 +51,7 @@ def forwards(plan: TrajectoryPlan, settings: InversionSettings, *, own_inverting
     evaluations = steps * (1 if settings.solver == "ddim" else settings.renoise_steps + 1)
     if not own_inverting_denoiser or settings.guidance_scale != 1 or settings.timesteps == "published":
         evaluations += stored
-    return evaluations * (1 if settings.guidance_scale == 1 else 2) + stored
+    return evaluations * evaluation + stored
 
 
 def trajectory_bytes(trajectory: Trajectory, latent: tuple[int, int, int], storage: str) -> int:

@@ -54,11 +54,12 @@ def test_every_setting_has_its_flag(parse):
         "eta": 0.1, "guidance_scale": 2.0,
     }  # fmt: skip
     renoise = {"renoise_steps": 2, "renoise_average": "all", "start": "500"}
-    for typed in (flags, path, renoise):
+    truncated = {"source": "truncated", "truncated_steps": 3, "truncated_from": "noise"}
+    for typed in (flags, path, renoise, truncated):
         settings = parse(device="cpu", **typed).settings.model_dump()
         expected = typed | ({"states": 2} if "states" in typed else {}) | ({"start": 500} if typed is renoise else {})
         assert {name: settings[name] for name in typed} == expected
-    assert {*flags, *path, *renoise} == set(InversionSettings.model_fields)
+    assert {*flags, *path, *renoise, *truncated} == set(InversionSettings.model_fields)
 
 
 def test_a_written_config_reproduces_sizes_and_the_word_auto(parse, tmp_path):
@@ -82,11 +83,22 @@ def test_a_written_config_reproduces_sizes_and_the_word_auto(parse, tmp_path):
         ({"renoise_average": "3"}, "--renoise-average 3: .*0 to 1"),
         ({"start": "middle"}, "--start middle"),
         ({"states": "0"}, "--states 0"),
+        ({"source": "truncated", "states": "all"}, "--states all: .* give a number"),
+        ({"source": "truncated", "timesteps": "grid"}, "--timesteps: --source truncated "),
+        ({"truncated_steps": 3}, "--truncated-steps: --source renoise .*--source truncated"),
     ],
 )
 def test_flags_without_effect_are_refused(parse, flags, message):
     with pytest.raises(UserError, match=message):
         parse(**flags)
+
+
+def test_truncated_sampling_has_defaults_of_its_own(parse):
+    settings = parse(source="truncated", device="cpu").settings
+    assert (settings.steps, settings.truncated_steps, settings.states, settings.guidance_scale) == (25, 5, 9, 0)
+    assert settings.timesteps == "grid"
+    settings = parse(source="truncated", steps=10, states="2", guidance_scale=1.0, device="cpu").settings
+    assert (settings.steps, settings.states, settings.guidance_scale) == (10, 2, 1)
 
 
 def test_generated_images_are_not_mirrored(parse):

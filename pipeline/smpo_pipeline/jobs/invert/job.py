@@ -238,7 +238,7 @@ def _check_model(options: InvertOptions, found: Found) -> _Checked:
         pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, options.settings, family.noise_schedule)
     kept = kept_source(found, options)
     # Of kept latents those that the VAE decoded, and the states.
-    content = 4 * math.prod(latent) * (1 + kept.states * options.trajectory.steps) if kept else 3 * _most_pixels(sizes)
+    content = 4 * math.prod(latent) * (1 + kept.states * options.settings.steps) if kept else 3 * _most_pixels(sizes)
     return _Checked(
         model=model,
         resolution=resolution,

@@ -38,12 +38,15 @@ _SOLVERS_OF_FLAG = {
     "anderson_depth": ("anderson",),
 }
 _SOURCES_OF_FLAG: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("start", "eta", "guidance_scale"), ("renoise",)),
+    **dict.fromkeys(("start", "eta"), ("renoise",)),
+    "guidance_scale": ("renoise", "truncated"),
     "inverting_unet": ("renoise", *GENERATED),
     "forward_noise": ("forward",),
     "candidates": GENERATED,
-    **dict.fromkeys(("steps", "timesteps"), ("renoise", "forward", "tracked")),
-    **dict.fromkeys(("buckets", "hflip", "vae_latent"), ("renoise", "forward")),
+    "steps": ("renoise", "forward", "tracked", "truncated"),
+    "timesteps": ("renoise", "forward", "tracked"),
+    **dict.fromkeys(("truncated_steps", "truncated_from"), ("truncated",)),
+    **dict.fromkeys(("buckets", "hflip", "vae_latent"), ("renoise", "forward", "truncated")),
 }
 """Flags besides those of the solvers that not every source uses."""
 
@@ -111,17 +114,23 @@ class TrajectoryOptions(Options):
 
     model_config = ConfigDict(title="Trajectories")
 
-    source: Literal["renoise", "forward", "tracked", "sampled"] = "renoise"
+    source: Literal["renoise", "forward", "tracked", "sampled", "truncated"] = "renoise"
     """renoise: invert along the model's sampling trajectory; forward: add Gaussian noise (Diffusion-DPO's estimate).
     Of images that generate --keep made: tracked adds the noise that an image was made from (PNAPO), sampled takes the
-    sampler's own states."""
+    sampler's own states. truncated: a few steps of the model's own sampling, for --objective selfnpo."""
     candidates: Annotated[tuple[ExistingPathOrUrl, ...], Flag(typed=list[str], metavar="DIR|URL", place=True)] = ()
     """With --source tracked or sampled: outputs of generate --keep with the pairs' latents. Default: the folder of
     --pairs, or what select made the pairs from."""
     forward_noise: Literal["pair", "image"] = "pair"
     """With --source forward: the same noise for both images of a pair, or different noise (CaPO)."""
-    steps: Annotated[int, Field(ge=1)] = _DEFAULTS.steps
-    """Steps per trajectory; each gives one state."""
+    truncated_steps: Annotated[int, Field(ge=0)] = _DEFAULTS.truncated_steps
+    """With --source truncated: the sampler's steps before x0 is estimated."""
+    truncated_from: Literal["image", "noise"] = _DEFAULTS.truncated_from
+    """With --source truncated: begin at the image, noised to a random one of the sampler's timesteps (published code),
+    or at pure noise (the paper's text)."""
+    steps: Annotated[int | None, Field(ge=1)] = None
+    """Steps per trajectory; each gives one state. With --source truncated: steps of the sampler's whole grid. Default:
+    9; truncated: 25."""
     timesteps: Literal["jittered", "grid", "published"] = "jittered"
     """jittered: one uniform draw per stratum; grid: the scheduler's timesteps; published: as in the published code, the
     grid state at or above a uniform t, used as if it were at t."""
@@ -130,8 +139,9 @@ class TrajectoryOptions(Options):
     made by adding noise."""
     eta: Annotated[float, Field(ge=0)] = _DEFAULTS.eta
     """Noise added after each step, as a multiple of DDIM's posterior standard deviation (DDIM-InPO: 0.1)."""
-    guidance_scale: Annotated[float, Field(ge=0)] = _DEFAULTS.guidance_scale
-    """Classifier-free guidance of the inverting denoiser; 1: none."""
+    guidance_scale: Annotated[float | None, Field(ge=0)] = None
+    """Classifier-free guidance of the inverting denoiser; 1: none, 0: without the prompt. Default: 1; with --source
+    truncated 0 (published code)."""
     embedded_guidance: Annotated[float | None, Field(ge=0)] = None
     """Guidance scale that a guidance-distilled model (FLUX.1-dev) is told, here and in training. Default: 1."""
     sampler_steps: Annotated[int | None, Field(ge=1)] = None
@@ -169,7 +179,8 @@ class StorageOptions(Options):
     model_config = ConfigDict(title="What is stored")
 
     states: Annotated[int | None, PlainValidator(_states), Flag(typed=str)] = None
-    """States to store per trajectory: a number, drawn at random, or all. Default: all."""
+    """States to store per trajectory: a number, drawn at random, or all. Default: all; with --source truncated, which
+    has as many as are asked for, 9."""
     vae_latent: Literal["sample", "mode"] = "sample"
     """Latents: sample or mode of the VAE's posterior."""
     prompt_dropout: Annotated[float, Field(ge=0, le=1)] = _DEFAULTS.prompt_dropout
@@ -226,7 +237,8 @@ class InversionOptions(Options):
         ``--text auto`` counts as live: see :func:`smpo_pipeline.jobs.invert.models.choose_text`.
         """
         groups = (self.models, self.trajectory, self.solving, self.storing, self.running)
-        flags = {name: value for group in groups for name, value in group}
+        # What is None has a default that depends on the source.
+        flags = {name: value for group in groups for name, value in group if value is not None}
         from smpo_models.devices import default_dtype  # noqa: PLC0415  (torch: not for --help)
 
         dtype = self.running.dtype or default_dtype(self.running.chosen_device)
@@ -234,8 +246,8 @@ class InversionOptions(Options):
         flags["text"] = "stored" if self.storing.text == "stored" else "live"
         # Kept latents cannot be mirrored, and kept states have the sampler's timesteps.
         flags |= {"hflip": False} if self.trajectory.source in GENERATED else {}
-        flags |= {"timesteps": "grid"} if self.trajectory.source == "sampled" else {}
-        return InversionSettings(**{name: flags[name] for name in InversionSettings.model_fields})
+        flags |= {"timesteps": "grid"} if self.trajectory.source in ("sampled", "truncated") else {}
+        return InversionSettings(**{name: flags[name] for name in InversionSettings.model_fields if name in flags})
 
     def choices(self, resolution: int, pairs: int) -> list[str]:
         """Describe the job for the user: number of pairs, and the settings that were chosen by default."""
@@ -265,6 +277,8 @@ class InversionOptions(Options):
                 raise UserError(
                     f"{flag_name(name)}: --source {source} does not use it; only --source {', '.join(sources)}"
                 )
+        if source == "truncated" and self.was_typed("states") and self.storing.states is None:
+            raise UserError("--states all: --source truncated has as many as are asked for; give a number")
         averaged_estimates(self.solving.renoise_average, self.solving.renoise_steps)
         return self
 
