@@ -45,7 +45,8 @@ def _list_objectives(wanted: bool) -> None:
         betas = ", ".join(f"{beta:g} ({kind})" for kind, beta in objective.betas.items())
         weighting = objective.timestep_weighting
         bias = f" (bias {objective.sigmoid_bias:g})" if weighting == "sigmoid" else ""
-        typer.echo(f"       defaults: beta {betas}; timestep weighting {weighting}{bias}")
+        beta = f"beta {betas}" if betas else "no beta"
+        typer.echo(f"       defaults: {beta}; timestep weighting {weighting}{bias}")
     typer.echo("Your own: --objective MODULE:CLASS; see docs/guide/python.md.")
     raise typer.Exit
 

@@ -200,9 +200,14 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
         loss.timestep_weighting or kind.timestep_weighting,
         loss.snr_gamma,
         kind.sigmoid_bias if loss.sigmoid_bias is None else loss.sigmoid_bias,
+        loss.x0_cap,
     )
     prompts = _read_prompts(settings.images.image_prompts) if settings.images.image_prompts else []
     experiment = Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
+    if loss.budget is not None and not kind.prefers:
+        raise UserError(
+            f"--budget {loss.budget:g}: --objective {kind.name} prefers no image, whose error it could limit"
+        )
     if loss.beta_decay and not experiment.uses_reference:
         raise UserError(f"--beta-decay {loss.beta_decay}: without --budget, --objective {kind.name} has no beta")
     _require_options(experiment)

@@ -25,7 +25,7 @@ from smpo_trainer.beta_decay import BetaDecay
 from smpo_trainer.presets import PICKSCORE_RANGE
 from smpo_trainer.safeguards.auto_beta import AutoBeta, Band
 
-TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid"]
+TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid", "x0"]
 RobustForm = Literal["pair", "list"]
 
 # A run is resumed only with the same identity, see Flag.identity and Experiment.identity.
@@ -119,13 +119,16 @@ class LossOptions(Options):
     """smpo only: the margin, the implicit reward of image_0 minus that of image_1, is multiplied by gamma (2p - 1),
     where p is P(image_0 preferred)."""
     timestep_weighting: Annotated[TimestepWeightingKind | None, RESOLVED_IDENTITY] = None
-    """Weight of a state's errors by its timestep: uniform, or smaller at low noise (min-snr, sigmoid). Default: the
-    published weighting of the objective, see --list-objectives."""
+    """Weight of a state's errors by its timestep: uniform, smaller at low noise (min-snr, sigmoid), or that of the
+    error of x0 (x0). Default: the published weighting of the objective, see --list-objectives."""
     snr_gamma: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 5.0
     """With --timestep-weighting min-snr: signal-to-noise ratio above which weights decrease (not --gamma)."""
     sigmoid_bias: Annotated[float | None, RESOLVED_IDENTITY] = None
     """With --timestep-weighting sigmoid: log SNR at which the weight is 1/2. Default: the published bias of the
     objective, else 0."""
+    x0_cap: Annotated[float | None, Field(gt=0), RESOLVED_IDENTITY] = None
+    """With --timestep-weighting x0: largest weight of the noise's squared error, noise over signal, which is 213 at the
+    last timestep of SD 1.5. Default: none."""
     budget: Annotated[float | None, Field(ge=0), IDENTITY] = None
     """Penalise the preferred image's error for rising above the reference's by more than this, in units of the margin
     (beta / 2 times the error), so that not both images get worse. Default: no penalty."""

@@ -63,6 +63,14 @@ _TRAJECTORY: _Values = {"source": "renoise", "timesteps": "published"}
 _SMPO_TRAJECTORY: _Values = {**_TRAJECTORY, "solver": "renoise", "renoise_steps": 1}
 _INPO_TRAJECTORY: _Values = {**_TRAJECTORY, "steps": 10, "solver": "ddim", "eta": 0.1}
 _TRACKED: _Values = {"source": "tracked"}
+_TRUNCATED: _Values = {
+    "source": "truncated",
+    "steps": 25,
+    "truncated_steps": 5,
+    "truncated_from": "image",
+    "guidance_scale": 0.0,
+    "prompt_dropout": 0.0,
+}
 
 _SMPO: _Values = {
     "objective": "smpo",
@@ -78,6 +86,7 @@ _LONG: _Values = {**_COMMON, **_EIGHT_BIT, "max_steps": 2000, "warmup_steps": 0}
 _MAPO: _Values = {**_LONG, "objective": "mapo", "lr": 1e-5, "batch_size": 8, "grad_accum": 2}
 _CAPO: _Values = {"objective": "capo", "preference": "winrate", "sigmoid_bias": 1.5}
 _NPO: _Values = {**_LONG, "objective": "npo", "lr": 5e-6, "lora_rank": 8}
+_SELF_NPO: _Values = {**_LONG, "objective": "selfnpo", "max_steps": 1000, "warmup_steps": 500, "grad_accum": 1}
 _PNAPO: _Values = {
     "objective": "smpo",
     "gamma": 1.0,
@@ -97,6 +106,10 @@ _DMPO_CODE = (
 _MAPO_CODE = "MaPO's README (arXiv 2406.06424)"
 _CAPO_NOTES = "notes about CaPO (arXiv 2502.02588), without code; beta, learning rate and steps were not found"
 _NPO_CODE = "Diffusion-NPO's scripts (arXiv 2505.11245); of up to 5000 steps, 2000 are those of the published weights"
+_SELF_NPO_CODE = (
+    "Self-NPO's scripts (arXiv 2505.11777), whose batch counts images, here pairs of two; the number of devices, the "
+    "dtype and the limit of the gradient's norm were not found"
+)
 _PNAPO_NOTES = (
     "notes about PNAPO (arXiv 2605.09433), without code; steps, batch and the steps of --beta-decay were not found: it "
     "decays in the second half of the run"
@@ -126,6 +139,12 @@ PRESETS = {
     ),
     "npo-sdxl": Preset(
         "sdxl", _NPO_CODE, {**_NPO, "beta": 2000.0, "batch_size": 30, "grad_accum": 2}, 60, _ALL_PROMPTS
+    ),
+    "selfnpo-sd15": Preset(
+        "sd15", _SELF_NPO_CODE, {**_SELF_NPO, "lr": 1e-6, "weight_decay": 1e-3, "batch_size": 10}, shards=_TRUNCATED
+    ),
+    "selfnpo-sdxl": Preset(
+        "sdxl", _SELF_NPO_CODE, {**_SELF_NPO, "lr": 1e-7, "weight_decay": 0.0, "batch_size": 5}, shards=_TRUNCATED
     ),
     "pnapo-sd3": Preset("sd3", _PNAPO_NOTES, {**_PNAPO, "beta": 5000.0}, shards=_TRACKED),
     "pnapo-flux": Preset("flux1-dev", _PNAPO_NOTES, {**_PNAPO, "beta": 2000.0}, shards=_TRACKED),

@@ -70,6 +70,10 @@ def sft(w, _l, _rw, _rl, _p):
     return w
 
 
+def selfnpo(w, l, _rw, _rl, _p):  # noqa: E741
+    return (w + l) / 2
+
+
 PLAIN: dict[str, Loss] = {
     "smpo": smpo,
     "dpo": dpo,
@@ -80,4 +84,5 @@ PLAIN: dict[str, Loss] = {
     "mapo": mapo,
     "sft": sft,
     "linear-dpo": linear_dpo,
+    "selfnpo": selfnpo,
 }

@@ -66,7 +66,7 @@ def write_scores(folder: Path, pairs: int = PAIRS, **columns: list[object]) -> P
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if name not in ("smpo", "capo")])
+@pytest.mark.parametrize("name", [name for name in PLAIN if name not in ("smpo", "capo", "selfnpo")])
 def test_first_loss_of_a_label_objective(train: Train, states: list[State], other_unet: Path, name: str) -> None:
     out = train(objective=name, unet=other_unet, max_steps=1, batch_size=6, grad_accum=2, beta=BETA)
     wanted = np.mean([s.plain_loss(name, s.label) for s in states if s.label in (0, 1)])
@@ -88,6 +88,28 @@ def test_first_loss_of_capo_has_the_sigmoid_weight_inside(
     assert column(out, "loss")[0] == pytest.approx(np.mean(losses), rel=1e-3)
     settings = json.loads((out / "training.json").read_text())["settings"]
     assert (settings["timestep_weighting"], settings["sigmoid_bias"]) == ("sigmoid", bias)
+
+
+def test_first_loss_of_selfnpo_is_the_error_of_x0_of_all_images(
+    train: Train, states: list[State], model: Path, other_unet: Path
+) -> None:
+    out = train(objective="selfnpo", unet=other_unet, max_steps=2, batch_size=9, x0_cap=50)
+    products = PlainReference(model).scheduler.alphas_cumprod.double()
+    weights = [min(float((1 - products[state.t]) / products[state.t]), 50) for state in states]
+    losses = [weight * sum(state.errors) / 2 for weight, state in zip(weights, states, strict=True)]
+    first, second = column(out, "loss")
+    assert second < first
+    assert (len(losses), metrics(out)[0]["rewards/margins"]) == (18, None)
+    out = train("all", objective="selfnpo", unet=other_unet, max_steps=1, batch_size=18, x0_cap=50)
+    assert column(out, "loss")[0] == pytest.approx(np.mean(losses), rel=1e-5)
+    settings = json.loads((out / "training.json").read_text())["settings"]
+    assert (settings["timestep_weighting"], settings["x0_cap"]) == ("x0", 50)
+
+
+def test_selfnpo_refuses_a_budget(shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = resolve_settings(monkeypatch, arguments(shards, model, tmp_path, objective="selfnpo", budget=1.0))
+    with pytest.raises(UserError, match="--budget 1: --objective selfnpo prefers no image"):
+        resolve_experiment(settings, print)
 
 
 def test_only_capo_has_a_bias_of_its_own(

@@ -222,6 +222,12 @@ def test_reference_as_model_gives_capo_the_squared_reward_difference() -> None:
     torch.testing.assert_close(loss, (2 * batch().preference_B - 1) ** 2)
 
 
+def test_selfnpo_needs_neither_beta_nor_preference() -> None:
+    assert find_objective("selfnpo").resolve_beta(None, "a model of next year") == 1
+    _, metrics = make("selfnpo")(batch())
+    assert all(values.isnan().all() for values in metrics.values())
+
+
 @pytest.mark.parametrize("name", ["mapo", "sft"])
 def test_reference_free_objectives_do_not_see_the_reference(name: str) -> None:
     objective = make(name)
@@ -287,7 +293,7 @@ def test_swapping_images_changes_nothing(name: str) -> None:
     swapped_loss, swapped_metrics = make(name)(swap(batch()))
     torch.testing.assert_close(loss, swapped_loss, rtol=1e-12, atol=1e-12)
     for metric, values in metrics.items():
-        torch.testing.assert_close(values, swapped_metrics[metric], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(values, swapped_metrics[metric], rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -331,6 +337,7 @@ def test_usable_pairs(name: str) -> None:
     nan = math.nan
     p, label = np.array([0.5, nan, 0.7, 0.2]), np.array([1.0, 0.0, 0.5, nan])
     wanted = [True, False, True, True] if name in ("smpo", "capo") else [True, True, False, False]
+    wanted = [True] * 4 if name == "selfnpo" else wanted
     assert make(name).usable(p, label).tolist() == wanted
     if name in ("dpo", "npo"):
         assert make(name, ties="keep").usable(p, label).tolist() == [True, True, True, False]

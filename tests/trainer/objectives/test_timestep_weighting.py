@@ -59,6 +59,36 @@ def test_sigmoid(bias: float) -> None:
     assert wanted == sorted(wanted)
 
 
+@pytest.mark.parametrize("cap", [None, 20.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_x0_weighs_errors_as_those_of_x0(prediction_type: str, cap: float | None) -> None:
+    """At a given x_t, weight times error is the squared error of x0, or that of the noise times the cap."""
+    flow = RectifiedFlow(FlowMatchEulerDiscreteScheduler(), sampler_steps=28)
+    at = flow if prediction_type == "flow" else schedule(prediction_type)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, output = (torch.randn(6, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    a, s = at.levels(TIMESTEPS, x0)
+    error = (output - at.target(x0, noise, TIMESTEPS)).square().mean(dim=(1, 2, 3))
+    weighted = TimestepWeighting("x0", 5.0, 0.0, cap)(at, TIMESTEPS, error.detach()) * error
+    found = at.x0_in(output, a * x0 + s * noise, TIMESTEPS)
+    wanted = (found - x0).square().mean(dim=(1, 2, 3)) * ((a / s) ** 2 * (cap or math.inf)).clamp(max=1).flatten()
+    torch.testing.assert_close(weighted, wanted, rtol=1e-8, atol=0)
+
+
+def test_x0_by_hand() -> None:
+    """(1 - a^2) / a^2 at the last timestep of SD 1.5, where a^2 is 0.0046600."""
+    assert weights("x0", "epsilon")[-1].item() == pytest.approx(213.59, rel=1e-4)
+    assert TimestepWeighting("x0", 5.0, 0.0, 7.0).identity() == {"timestep_weighting": "x0", "x0_cap": 7.0}
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_x0_is_finite_at_zero_terminal_snr(prediction_type: str) -> None:
+    like = torch.zeros(len(TIMESTEPS), dtype=torch.float64)
+    at = schedule(prediction_type, rescale_betas_zero_snr=True)
+    assert TimestepWeighting("x0", 5.0, 0.0)(at, TIMESTEPS, like)[-1].item() == pytest.approx(1, abs=1e-6)
+    assert TimestepWeighting("x0", 5.0, 0.0, 9.0)(at, TIMESTEPS, like)[-1].item() == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["min-snr", "sigmoid"])
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_a_prediction_type_changes_nothing(kind: str, prediction_type: str) -> None:

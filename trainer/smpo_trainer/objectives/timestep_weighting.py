@@ -1,7 +1,7 @@
 """Weights of timesteps: omega(lambda_t) in the margin of Diffusion-DPO (arXiv 2311.12908, equation 14).
 
 A weight multiplies the errors of policy and reference, so it acts inside the margin: the objective regularises with a
-weighted bound of the likelihood. For epsilon models all weights lie in [0, 1].
+weighted bound of the likelihood. For epsilon models all weights but those of ``x0`` lie in [0, 1].
 
 Shape suffixes: B a batch of states.
 """
@@ -24,14 +24,17 @@ class TimestepWeighting:
     Attributes:
         kind: ``uniform`` is 1 in the model's own prediction space; ``min-snr`` is min(SNR, gamma) on the error of x0
             (arXiv 2303.09556); ``sigmoid`` is sigmoid(bias - log SNR) on the error of the noise (arXiv 2303.00848;
-            CaPO, arXiv 2502.02588). The last two are converted to the model's prediction space.
+            CaPO, arXiv 2502.02588); ``x0`` is 1 on the error of x0 (Self-NPO, arXiv 2505.11777), that is 1 / SNR on
+            that of the noise. All but ``uniform`` are converted to the model's prediction space.
         snr_gamma: gamma of ``min-snr``; the published value is 5.
         bias: bias of ``sigmoid``; the weight is 1/2 at SNR = exp(bias).
+        x0_cap: largest weight of ``x0`` on the error of the noise; None for no limit.
     """
 
     kind: TimestepWeightingKind
     snr_gamma: float
     bias: float
+    x0_cap: float | None = None
 
     def __call__(self, schedule: NoiseSchedule, t_B: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
         """Compute the weights at timesteps ``t_B``: [B], in the dtype and on the device of ``like_B``."""
@@ -39,6 +42,8 @@ class TimestepWeighting:
             return torch.ones_like(like_B)
         a_B, s_B = (level.reshape(-1) for level in schedule.levels(t_B, like_B))
         signal_B, noise_B = a_B.square(), s_B.square()  # SNR = signal / noise; never divide by it, it may be 0
+        if self.kind == "x0":
+            return self._on_x0(schedule, signal_B, noise_B)
         if self.kind == "min-snr":
             on_noise_B = (self.snr_gamma * noise_B / signal_B).clamp(max=1)
         else:
@@ -49,11 +54,21 @@ class TimestepWeighting:
             return on_noise_B * signal_B
         return on_noise_B if schedule.prediction_type == "epsilon" else on_noise_B * signal_B / noise_B
 
-    def identity(self) -> dict[str, str | float]:
+    def _on_x0(self, schedule: NoiseSchedule, signal_B: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
+        """The weight of the error of x0, min(1, cap SNR), in the prediction space."""
+        cap = torch.inf if self.x0_cap is None else self.x0_cap
+        if schedule.prediction_type == "epsilon":
+            return (noise_B / signal_B).clamp(max=cap)
+        on_x0_B = torch.ones_like(signal_B) if self.x0_cap is None else (cap * signal_B / noise_B).clamp(max=1)
+        return on_x0_B if schedule.prediction_type == "sample" else on_x0_B * noise_B
+
+    def identity(self) -> dict[str, str | float | None]:
         """Return the settings that affect the weights, by the names of their flags."""
-        identity: dict[str, str | float] = {"timestep_weighting": self.kind}
+        identity: dict[str, str | float | None] = {"timestep_weighting": self.kind}
         if self.kind == "min-snr":
             identity["snr_gamma"] = self.snr_gamma
         elif self.kind == "sigmoid":
             identity["sigmoid_bias"] = self.bias
+        elif self.kind == "x0":
+            identity["x0_cap"] = self.x0_cap
         return identity
