@@ -33,8 +33,8 @@ def test_published_settings_need_no_remark(said: Said) -> None:
 
 def test_self_npo_on_shards_of_another_source(said: Said, shards: Path, tmp_path: Path) -> None:
     published = {"source": "truncated", "steps": 25, "truncated_steps": 5, "guidance_scale": 0.0, "prompt_dropout": 0.0}
-    _, *lines = said(preset="selfnpo-sd15")
-    assert any("published with shards of --source truncated --steps 25 --guidance-scale 0" in line for line in lines)
+    (line,) = said(preset="selfnpo-sd15")
+    assert "published with shards of --source truncated --steps 25 --guidance-scale 0 --prompt-dropout 0; here" in line
     (line,) = said(
         preset="selfnpo-sd15", on=with_manifest(shards, tmp_path / "few", **published | {"truncated_steps": 3})
     )

@@ -185,8 +185,8 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     scores_unused = rewards.scores and not rewards.weight_column
     if mix is None and (rewards.reward or scores_unused or rewards.calibration or rewards.reward_range):
         say(
-            f"--objective {kind.name} learns from labels: it ignores --reward, --reward-range, --calibration and "
-            "--scores"
+            f"--objective {kind.name} does not learn from rewards: it ignores --reward, --reward-range, --calibration "
+            "and --scores"
         )
     weights = read_pair_weights(rewards.scores, rewards.weight_column) if rewards.weight_column else None
     options = kind.Options.parse(
@@ -204,10 +204,6 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
     )
     prompts = _read_prompts(settings.images.image_prompts) if settings.images.image_prompts else []
     experiment = Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)
-    if loss.budget is not None and not kind.prefers:
-        raise UserError(
-            f"--budget {loss.budget:g}: --objective {kind.name} prefers no image, whose error it could limit"
-        )
     if loss.beta_decay and not experiment.uses_reference:
         raise UserError(f"--beta-decay {loss.beta_decay}: without --budget, --objective {kind.name} has no beta")
     _require_options(experiment)
@@ -234,6 +230,10 @@ def _require_options(experiment: Experiment) -> None:
                 f"--{flag} {value:g}: --objective {objective.name} does not compare a pair with a reference; it is for "
                 "those that do, such as smpo and dpo"
             )
+    if loss.budget is not None and not objective.prefers:
+        raise UserError(
+            f"--budget {loss.budget:g}: --objective {objective.name} prefers no image, whose error it could limit"
+        )
     if isinstance(loss.beta, AutoBeta):
         if not objective.has_sigmoid():
             raise UserError(

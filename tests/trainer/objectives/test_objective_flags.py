@@ -93,14 +93,11 @@ def test_first_loss_of_capo_has_the_sigmoid_weight_inside(
 def test_first_loss_of_selfnpo_is_the_error_of_x0_of_all_images(
     train: Train, states: list[State], model: Path, other_unet: Path
 ) -> None:
-    out = train(objective="selfnpo", unet=other_unet, max_steps=2, batch_size=9, x0_cap=50)
+    out = train(objective="selfnpo", unet=other_unet, max_steps=1, batch_size=18, x0_cap=50)
     products = PlainReference(model).scheduler.alphas_cumprod.double()
     weights = [min(float((1 - products[state.t]) / products[state.t]), 50) for state in states]
     losses = [weight * sum(state.errors) / 2 for weight, state in zip(weights, states, strict=True)]
-    first, second = column(out, "loss")
-    assert second < first
     assert (len(losses), metrics(out)[0]["rewards/margins"]) == (18, None)
-    out = train("all", objective="selfnpo", unet=other_unet, max_steps=1, batch_size=18, x0_cap=50)
     assert column(out, "loss")[0] == pytest.approx(np.mean(losses), rel=1e-5)
     settings = json.loads((out / "training.json").read_text())["settings"]
     assert (settings["timestep_weighting"], settings["x0_cap"]) == ("x0", 50)

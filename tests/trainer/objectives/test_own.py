@@ -62,7 +62,7 @@ def test_by_its_place(here: Path) -> None:
         ("sys:path", "is not a subclass of smpo_trainer.objectives.Objective"),
         ("own:Taken", "a built-in objective has the name 'smpo'"),
         ("own:Half", "the class does not define summary, uses_rewards, needs, loss, preferred, usable"),
-        ("smop", "known: capo, dmpo, dpo, ipo, linear-dpo, mapo, npo, sft, smpo, or your own as MODULE:CLASS"),
+        ("smop", "known: capo, dmpo, dpo, ipo, linear-dpo, mapo, npo, selfnpo, sft, smpo, or your own as MODULE:CLASS"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(here: Path, name: str, message: str) -> None:
