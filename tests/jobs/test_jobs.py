@@ -241,6 +241,7 @@ def test_other_sources_through_the_command_line(inputs, scores, tmp_path, here_o
     assert done.returncode == 0, done.stderr
     totals = ShardDirectory(tmp_path / "out").manifest.totals
     assert (totals.pairs_in, totals.pairs, totals.rejected, totals.samples, totals.states) == (4, 3, 1, 6, 18)
+    assert ("--objective selfnpo --out runs/selfnpo" in done.stdout) == ("truncated" in flags)
 
 
 def test_all_pairs_rejected_is_one_line_with_the_reason(inputs, tmp_path, here_on_ray):

@@ -117,7 +117,7 @@ def test_defaults_are_printed(train: Train, capsys: pytest.CaptureFixture[str]) 
 
 def test_unknown_objective(refused: Refused) -> None:
     assert (
-        "--objective nonsense is not known; known: capo, dmpo, dpo, ipo, linear-dpo, mapo, npo, sft, smpo"
+        "--objective nonsense is not known; known: capo, dmpo, dpo, ipo, linear-dpo, mapo, npo, selfnpo, sft, smpo"
         in refused(objective="nonsense")
     )
 
@@ -126,7 +126,7 @@ def test_unknown_objective(refused: Refused) -> None:
     ("name", "value"),
     [
         ("sigmoid_bias", "nan"),
-        *((name, "inf") for name in ("beta", "lr", "max_grad_norm", "budget", "budget_weight", "snr_gamma")),
+        *((name, "inf") for name in ("beta", "lr", "max_grad_norm", "budget", "budget_weight", "snr_gamma", "x0_cap")),
     ],
 )
 def test_numbers_are_finite(refused: Refused, name: str, value: str) -> None:

@@ -35,7 +35,10 @@ def invert(options: InvertOptions) -> None:
     optional = {"--unet": models.unet, "--variant": models.variant}
     flags = [word for flag, value in optional.items() if value for word in (flag, value)]
     train = ("smpo-train", "--shards", options.out, "--model", models.model, *flags)
-    print_next(console, *train, "--reward", *manifest.rewards, "--out", "runs/smpo")
+    if manifest.inversion.source == "truncated":
+        print_next(console, *train, "--objective", "selfnpo", "--out", "runs/selfnpo")
+    else:
+        print_next(console, *train, "--reward", *manifest.rewards, "--out", "runs/smpo")
 
 
 def _show(console: Console, manifest: Manifest, out: AnyPath) -> None:

@@ -55,7 +55,10 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
             "itself; --timesteps jittered does not."
         )
     if doubted and settings.source == "truncated":
-        return [*warnings, "Their x0 is the model's own estimate (--source truncated), for which no remedy was measured."]
+        return [
+            *warnings,
+            "Their x0 is the model's own estimate (--source truncated), for which no remedy was measured.",
+        ]
     if doubted and settings.source in GENERATED:
         return [*warnings, f"Remedies: {', then '.join(_of_generated(settings))}."]
     if any(band.noise_ratio < LOWEST_RATIO for band in doubted if band.noise_ratio is not None):

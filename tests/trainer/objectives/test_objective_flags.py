@@ -91,9 +91,10 @@ def test_first_loss_of_capo_has_the_sigmoid_weight_inside(
 
 
 def test_first_loss_of_selfnpo_is_the_error_of_x0_of_all_images(
-    train: Train, states: list[State], model: Path, other_unet: Path
+    train: Train, states: list[State], model: Path, other_unet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = train(objective="selfnpo", unet=other_unet, max_steps=1, batch_size=18, x0_cap=50)
+    assert f"--model base={model} guided={model} --negative guided={out} --prompts" in capsys.readouterr().out
     products = PlainReference(model).scheduler.alphas_cumprod.double()
     weights = [min(float((1 - products[state.t]) / products[state.t]), 50) for state in states]
     losses = [weight * sum(state.errors) / 2 for weight, state in zip(weights, states, strict=True)]

@@ -117,6 +117,7 @@ class Objective(ABC):
         uses_rewards: whether it needs the preference of a reward mix.
         uses_reference: whether the loss depends on the reference. If not, the reference only serves the metrics.
         prefers: whether one image of a pair is preferred, so that a budget has an image to limit.
+        trains_negative: whether the result is a model to guide away from.
         needs: requirement on a pair, for the message about pairs that are left out.
         betas: published beta by model kind.
         timestep_weighting: published weighting of timesteps.
@@ -130,6 +131,7 @@ class Objective(ABC):
     uses_rewards: ClassVar[bool]
     uses_reference: ClassVar[bool] = True
     prefers: ClassVar[bool] = True
+    trains_negative: ClassVar[bool] = False
     needs: ClassVar[str]
     betas: ClassVar[Mapping[str, float]] = DPO_BETAS
     timestep_weighting: ClassVar[TimestepWeightingKind] = "uniform"

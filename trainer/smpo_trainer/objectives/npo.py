@@ -23,6 +23,7 @@ class NPO(DPO):
 
     name: ClassVar[str] = "npo"
     summary: ClassVar[str] = "reversed labels, for a negative-guidance model (Diffusion-NPO, arXiv 2505.11245)"
+    trains_negative: ClassVar[bool] = True
     published_shards: ClassVar[Mapping[str, object]] = {**FORWARD, "prompt_dropout": 0.0}
     betas: ClassVar[Mapping[str, float]] = {"sd15": 1000.0, "sd2": 1000.0, "sdxl": 2000.0}
 

@@ -36,6 +36,7 @@ class SelfNPO(Objective):
     uses_rewards: ClassVar[bool] = False
     uses_reference: ClassVar[bool] = False
     prefers: ClassVar[bool] = False
+    trains_negative: ClassVar[bool] = True
     needs: ClassVar[str] = "nothing"
     betas: ClassVar[Mapping[str, float]] = {}
     timestep_weighting: ClassVar[TimestepWeightingKind] = "x0"

@@ -241,9 +241,13 @@ def _reward_words(mix: RewardMix) -> list[str]:
 
 
 def evaluation_command(experiment: Experiment) -> str:
-    """Return the command that compares the result of a run with its base model."""
+    """Return the command that compares the result of a run with its base model; of a negative one, the base with it."""
     settings = experiment.settings
-    words = ["smpo-pipeline", "evaluate", "--model", f"base={settings.model}", f"tuned={settings.out}"]
+    words = ["smpo-pipeline", "evaluate", "--model", f"base={settings.model}"]
+    if experiment.objective.trains_negative:
+        words += [f"guided={settings.model}", "--negative", f"guided={settings.out}"]
+    else:
+        words += [f"tuned={settings.out}"]
     words += ["--prompts", str(settings.images.image_prompts or "FILE")]
     words += ["--reward", *(_reward_words(experiment.mix) if experiment.mix else ["NAME"])]
     return shlex.join([*words, "--out", f"{settings.out}-evaluation"])
