@@ -43,6 +43,18 @@ def test_a_negative_model_changes_the_images_of_its_model_alone(
 
 
 @pytest.mark.usefixtures("stub_rewards")
+def test_a_whole_model_is_guided_away_from_a_trained_one(
+    plan_of: EvaluationMaker, models: dict[str, Path], tmp_path: Path
+) -> None:
+    base, tuned = models["base"], models["tuned"]
+    few = {"images_per_prompt": 1, "guidance_scale": 3.0, "model": (f"base={base}", f"guided={base}")}
+    guided = plan_of(**few, out=tmp_path / "guided", negative=(f"guided={tuned}",))
+    results = run(guided, Console(quiet=True))
+    assert [(entry.base, entry.negative) for entry in results.models] == [(None, None), (None, str(tuned))]
+    assert not set(images(guided, "guided")) & set(images(guided, "base"))
+
+
+@pytest.mark.usefixtures("stub_rewards")
 def test_wrong_negatives_are_one_line(plan_of: EvaluationMaker, models: dict[str, Path], tmp_path: Path) -> None:
     flux = make_tiny_flux(tmp_path / "flux")
     other = make_tiny_model(tmp_path / "other", text_width=16)

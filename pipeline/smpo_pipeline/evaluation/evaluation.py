@@ -119,8 +119,7 @@ class Evaluation:
 
     def loading(self, model: ModelSource) -> Loading:
         """Return what a model is loaded from."""
-        base = self.base if model.kind != "pipeline" else None
-        return Loading(model, base, self.settings.variant, self.sampler)
+        return Loading(model, self.base, self.settings.variant, self.sampler)
 
     def origin(self, model: str) -> str:
         """Hash everything that affects the content of a model's images, though not their number."""

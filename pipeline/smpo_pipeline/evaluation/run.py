@@ -147,7 +147,7 @@ def _entry(evaluation: Evaluation, model: ModelSource, denoiser: str) -> ModelEn
     return ModelEntry(
         name=model.name,
         source=model.source,
-        base=evaluation.loading(model).base,
+        base=None if model.kind == "pipeline" else evaluation.base,
         denoiser=denoiser,
         negative=model.negative.source if model.negative else None,
         training=training,

@@ -75,7 +75,7 @@ class Loading:
 
     Attributes:
         source: the model.
-        base: folder or hub id of the whole model that completes it; None for a whole one.
+        base: folder or hub id of the whole model that completes it or its negative model; None if both are whole.
         variant: of the files of weights; None: those without a variant, or the only one.
         sampler: as ``--sampler`` names it.
     """
