@@ -11,6 +11,8 @@ PYTHONS := python3.13 python3.12 python3.11 python3
 SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(firstword $(foreach name,$(PYTHONS),$(shell $(name) -c '$(SUITABLE)' 2>/dev/null && echo $(name))))
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+# Without --max-worker-restart 0, pytest-xdist waits for ever for a process that a crash has ended.
+PARALLEL := -q --dist loadfile --max-worker-restart 0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export HF_HUB_OFFLINE := 1
@@ -67,10 +69,10 @@ picture: demo ## Draw docs/images/demo.png from the demo's output
 	$(BIN)/python -m benchmarks.picture --demo $(DEMO)
 
 test: $(READY_DEV) ## All tests but those of minutes each, which `make chaos` runs
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not long'
+	$(BIN)/python -m pytest $(PARALLEL) -n 3 --no-loadscope-reorder -m 'not long'
 
 test-fast: $(READY_DEV) ## The everyday tests: no Ray, no long training
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not long'
+	$(BIN)/python -m pytest $(PARALLEL) -n 2 -m 'not slow and not long'
 
 test-browser: $(READY_DEV) ## The tests of pages in Chromium (part of `make test` where it is installed)
 	SMPO_BROWSER=required $(BIN)/python -m pytest -q -m browser

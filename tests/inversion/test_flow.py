@@ -60,6 +60,7 @@ def check_state(oracle: FlowOracle, sample, k: int, image: int, text, x_t: torch
 
 
 SETTINGS = {
+    "defaults": InversionSettings(),
     "euler-grid": InversionSettings(renoise_steps=0, timesteps="grid", steps=5),
     "renoise3": InversionSettings(renoise_steps=3, steps=4, prompt_dropout=0.5),
     "some-states": InversionSettings(states=3),
@@ -67,7 +68,7 @@ SETTINGS = {
 
 
 def test_every_stored_tensor_equals_an_independent_float64_trajectory(world):
-    check_trajectories(*world, InversionSettings())
+    check_trajectories(*world, InversionSettings(steps=4))
 
 
 @pytest.mark.parametrize("world", ["sd35"], indirect=True)
@@ -78,7 +79,7 @@ def test_other_settings_too(world, settings):
 
 
 def check_trajectories(family, oracle: FlowOracle, settings: InversionSettings) -> None:
-    pairs = [make_pair(number) for number in range(3)]
+    pairs = [make_pair(number) for number in (1, 2)]  # the second one's prompt is empty
     samples, health = invert(family, settings, pairs)
     everything = settings.model_copy(update={"states": None})
     for sample, pair in zip(samples, pairs, strict=True):
@@ -159,15 +160,18 @@ def test_results_do_not_depend_on_batch_size_or_order(world):
             torch.testing.assert_close(twin.tensors()[name].double(), tensor.double(), rtol=2e-3, atol=5e-4)
 
 
-@pytest.mark.parametrize(("solver", "timesteps"), [("adaptive", "grid"), ("anderson", "jittered")])
+@pytest.mark.parametrize(("first", "solver", "timesteps"), [(0, "adaptive", "grid"), (1, "anderson", "jittered")])
 @torch.inference_mode()
-def test_sampling_leads_back_from_an_exact_inversion(tmp_path, monkeypatch, solver, timesteps):
-    """Over the same nodes, where each step's map contracts: the random denoiser's outputs are made small."""
-    for make in FAMILIES.values():
+def test_sampling_leads_back_from_an_exact_inversion(tmp_path, monkeypatch, first, solver, timesteps):
+    """Over the same nodes, where each step's map contracts: the random denoiser's outputs are made small.
+
+    Every other family for each solver; no solver has code of a family's own.
+    """
+    for make in list(FAMILIES.values())[first::2]:
         family = load_family(str(make(tmp_path / make.__name__, seed=3)))
         denoise = family.denoise
         monkeypatch.setattr(family, "denoise", lambda *inputs, denoise=denoise: 0.3 * denoise(*inputs))
-        check_round_trip(family, [make_pair(number) for number in range(3)], solver, timesteps, tolerance=1e-6)
+        check_round_trip(family, [make_pair(number) for number in range(2)], solver, timesteps, tolerance=1e-6)
 
 
 @torch.inference_mode()

@@ -19,9 +19,9 @@ from tests.inversion.worlds import SEED, invert
 def test_results_do_not_depend_on_batch_size_or_order(some_world, of):
     family, _ = some_world
     settings = InversionSettings(**of, steps=5, trajectories=2, states=3, prompt_dropout=0.3)
-    pairs = [make_pair(number) for number in range(4)]
+    pairs = [make_pair(number) for number in range(3)]
     one, _ = invert(family, settings, pairs, batch_size=1)
-    for size, order in ((3, pairs), (8, pairs[::-1])):
+    for size, order in ((4, pairs), (6, pairs[::-1])):
         other, _ = invert(family, settings, order, batch_size=size)
         by_name = {(sample.meta.pair_id, sample.meta.trajectory): sample for sample in other}
         for sample in one:

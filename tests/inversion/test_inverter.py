@@ -30,20 +30,25 @@ def world(request, tmp_path_factory):
 
 def test_every_stored_tensor_equals_an_independent_float64_trajectory(world):
     """For every prediction type and every family."""
-    check_trajectories(*world, InversionSettings())
+    check_trajectories(*world, InversionSettings(steps=4))
+
+
+def test_more_estimates_and_trajectories_too(some_world):
+    check_trajectories(*some_world, InversionSettings(renoise_steps=3, steps=4, trajectories=2, prompt_dropout=0.5))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
+        InversionSettings(),
         InversionSettings(renoise_steps=0, vae_latent="mode", timesteps="grid", steps=5),
-        InversionSettings(renoise_steps=3, steps=4, trajectories=2, prompt_dropout=0.5),
         InversionSettings(states=3),
     ],
-    ids=["ddim-grid-mode", "renoise3-trajectories2", "some-states"],
+    ids=["defaults", "ddim-grid-mode", "some-states"],
 )
-def test_other_settings_too(some_world, settings):
-    check_trajectories(*some_world, settings)
+def test_other_settings_too(epsilon_world, settings):
+    """Of which no family has code of its own."""
+    check_trajectories(*epsilon_world, settings)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (64, 16)], ids=str)

@@ -9,9 +9,10 @@ CHANGES_NO_RESULT = {
     *("model", "out", "preset", "variant", "device", "gradient_checkpointing", "workers", "overwrite"),
     *("cache", "cache_gib", "max_skipped", "val_every", "val_states", "save_every", "checkpoints_total_limit"),
     *("keep_checkpoints", "wandb_project", "image_prompts", "image_every"),
-    *("image_sampling_steps", "image_guidance_scale", "lora_format"),
+    *("image_sampling_steps", "image_guidance_scale", "lora_format", "push_to_hub", "hub_private_repo", "license"),
+    *("on_spike", "spike_ratio"),
 }
-"""The shards' manifest identifies the model; presets only set other flags."""
+"""The shards' manifest identifies the model; presets only set other flags; a resumed run may treat spikes otherwise."""
 
 
 def test_a_flag_is_part_of_the_identity_unless_it_is_listed_here() -> None:

@@ -148,7 +148,7 @@ class _SlowActor:
     def __call__(self, row):
         """Return how many decoded units wait."""
         assert len(cell_values(row, "pixels")[0].as_buffer()) == UNIT_BYTES
-        time.sleep(0.2)
+        time.sleep(0.1)
         (self._folder / f"made-{row['unit'][0].as_py()}").touch()
         waiting = len(list(self._folder.glob("decoded-*"))) - len(list(self._folder.glob("made-*")))
         return pa.table({"waiting": [waiting]})
@@ -158,14 +158,14 @@ class _SlowActor:
 def test_decoded_units_do_not_pile_up_before_a_slow_actor(tmp_path, monkeypatch, ray_address):
     monkeypatch.setattr(invert, "InvertActor", _SlowActor)
     with connected(ray_address):
-        source = ray.data.from_items([{"unit": unit} for unit in range(20)], override_num_blocks=20)
+        source = ray.data.from_items([{"unit": unit} for unit in range(16)], override_num_blocks=16)
         decode = partial(_decode, folder=tmp_path)
         made = invert._add_stages(source, decode, {"folder": tmp_path}, Pool(1, 0), UNIT_BYTES)
         tables = made.iter_batches(batch_size=None, batch_format="pyarrow")
         waiting = [count for table in tables for count in table["waiting"].to_pylist()]
         with pytest.raises(UserError, match=r"1000000\.0 GB .*--pairs-per-shard"):
             task_memory(10**15)
-    assert len(waiting) == 20
+    assert len(waiting) == 16
     assert max(waiting) <= 6
 
 
@@ -182,11 +182,11 @@ def test_decoded_chunks_do_not_pile_up_before_a_slow_reward(tmp_path, monkeypatc
     specs = {"toy-truth": f"toy-truth={tmp_path}"}
     models = {"toy-truth": score.RewardRecord("m", "f", "u", "fp32")}
     with connected(ray_address):
-        source = ray.data.from_items([{"unit": unit} for unit in range(40)], override_num_blocks=40)
+        source = ray.data.from_items([{"unit": unit} for unit in range(32)], override_num_blocks=32)
         made = score._add_stages(source, None, options, [], {}, specs, models, {"toy-truth": 1})
         tables = made.iter_batches(batch_size=None, batch_format="pyarrow")
         waiting = [count for table in tables for count in table["waiting"].to_pylist()]
-    assert len(waiting) == 40
+    assert len(waiting) == 32
     assert max(waiting) <= 14  # ten by the limit, and four tasks that run
 
 

@@ -166,6 +166,7 @@ def test_the_plan_has_the_bytes_of_the_files(inputs, model, stored, tmp_path, ca
     assert (text is None) == (model.name == "sd15")
 
 
+@pytest.mark.parametrize("model", ["sd35", "sana"], indirect=True)
 def test_the_tars_are_those_of_live_text(inputs, model, stored, tmp_path, here_on_ray):
     done = invert(inputs, model, tmp_path / "live", "--text", "live", run=here_on_ray)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from tests.forking import forking_python
 from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, invert_tiny, metrics, run_cli
-from tests.trainer.output.test_resume import ENVIRONMENT, launch_two
+from tests.trainer.output.test_resume import ENVIRONMENT
 
 # As in docs/guide/training.md.
 FSDP = "--num_processes 2 --use_fsdp --fsdp_version 2"
@@ -80,14 +80,15 @@ def assert_same_held_out_loss(out: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp_equals_ddp(shards: Path, model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    ddp, sharded = tmp_path / "ddp", tmp_path / "sharded"
-    done = launch_two(arguments(shards, model, ddp, **options))
-    assert done.returncode == 0, done.stderr
+def test_fsdp_equals_one_process(
+    train: Train, shards: Path, model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """As two processes without it do: ``tests/trainer/output/test_resume.py``."""
+    one, sharded = train("one", batch_size=4, **options), tmp_path / "sharded"
     done = launch(arguments(shards, model, sharded, **options))
     assert done.returncode == 0, done.stderr
-    assert_same_course(sharded, ddp)
-    assert_same_held_out_loss(sharded, ddp)
+    assert_same_course(sharded, one)
+    assert_same_held_out_loss(sharded, one)
     # Each process holds its own shard.
     held = [tuple(map(int, pair)) for pair in re.findall(r"holds (\d+) of (\d+)", done.stderr)]
     assert len(held) == 2
@@ -95,7 +96,7 @@ def test_fsdp_equals_ddp(shards: Path, model: Path, tmp_path: Path, options: dic
     assert sum(part for part, _ in held) == held[0][1]
     # Saved tensors are full, and diffusers loads them.
     unet = UNet2DConditionModel.from_pretrained(sharded / "unet")
-    expected = UNet2DConditionModel.from_pretrained(ddp / "unet").state_dict()
+    expected = UNet2DConditionModel.from_pretrained(one / "unet").state_dict()
     start = UNet2DConditionModel.from_pretrained(model / "unet").state_dict()
     assert all(type(parameter) is torch.nn.Parameter for parameter in unet.parameters())
     for name, tensor in unet.state_dict().items():
@@ -104,7 +105,7 @@ def test_fsdp_equals_ddp(shards: Path, model: Path, tmp_path: Path, options: dic
     for step in (0, 2, 3):
         images = [
             np.asarray(Image.open(out / "validation" / f"step-{step:06d}.png"), dtype=np.int16)
-            for out in (ddp, sharded)
+            for out in (one, sharded)
         ]
         assert np.abs(images[0] - images[1]).max() <= 2
 
