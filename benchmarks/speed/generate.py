@@ -257,11 +257,11 @@ def page(turns: Mapping[tuple[str, float], Sequence[Turn]], device: str, command
     count = len(next(iter(turns.values())))
     return f"""{stamp(command, ("torch", "diffusers", "transformers", "ray"), device=device)}
 
-{STEPS} DDIM steps in float32, {IMAGES} images per prompt, PNG, one actor. {sizes}.
+{STEPS} DDIM steps in float32, {IMAGES} images per prompt, PNG, one actor; {sizes}.
 Shares are of the wall-clock time of the whole Ray job from the end of the first unit's sampling to the last unit's
 commit: imports, loading and fingerprinting the model, Ray's start and end, and the first unit are left out. The loop is
-one process that samples a batch, encodes and writes it, and so on; the job encodes beside the actor. Medians of
-{count} turns, with the smallest and the largest in brackets. Targets: the denoiser's share at least {TARGET_SHARE},
+one process that samples a batch, encodes and writes it, and so on; the job encodes beside the actor. Turns:
+{count}; medians, with the smallest and the largest in brackets. Targets: the denoiser's share at least {TARGET_SHARE},
 the job's time at most {TARGET_COST} of the loop's.
 
 | | denoiser | VAE | text encoder | images/s, loop | images/s, job | job's time over the loop's |
@@ -295,7 +295,8 @@ def main() -> None:
                         for program in PROGRAMS
                     }
                     turns.setdefault((name, guidance), []).append(found)
-    command = f"python -m benchmarks.speed.generate --device {arguments.device}"
+    flags = f"--device {arguments.device} --turns {arguments.turns} --units {arguments.units}"
+    command = f"python -m benchmarks.speed.generate {flags}"
     title = "Generation" + (" on a GPU" if arguments.device == "cuda" else "")
     write_section(title, page(turns, arguments.device, command))
 
