@@ -40,6 +40,7 @@ def test_trained_unet_generates_in_a_stock_pipeline(train: Train, model: Path) -
 def test_a_run_leaves_these_files_and_no_others(train: Train) -> None:
     out = train(max_steps=2, save_every=1)
     assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
         "checkpoint-000002",
         "config.yaml",
         "metrics.jsonl",
