@@ -137,7 +137,7 @@ def test_folders_of_images_are_compared_like_models(
 def test_rewards_score_in_the_dtype_of_the_flag(
     plan_of: EvaluationMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As in `score`: those of vision-language models look at it when they load their weights."""
+    """As in `score`: those of vision-language models load their weights by it."""
     seen = []
 
     class Watching(STUBS["brightness"]):
