@@ -24,7 +24,9 @@ class InversionSettings(FrozenModel):
         source: ``renoise``: trajectories of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian
             noise; ``tracked``: the noise that ``generate`` made each image from, added to the sampler's final latent
             (arXiv 2605.09433); ``sampled``: the sampler's own states; ``truncated``: noised again from a point of the
-            model's own sampling, x0 its estimate there (Self-NPO, arXiv 2505.11777).
+            model's own sampling, x0 its estimate there (Self-NPO, arXiv 2505.11777); ``steps``: two draws of the
+            sampler's step from one state, made by `smpo-pipeline steps` (TailorPO, arXiv 2502.01667; see
+            :class:`smpo_schemas.manifest.StepSettings`).
         forward_noise: for ``forward``: both images of a ``pair`` get the same noise (Diffusion-DPO), or each ``image``
             its own (CaPO).
         start: where a trajectory begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level),
@@ -47,7 +49,7 @@ class InversionSettings(FrozenModel):
         max_evaluations: for ``adaptive`` and ``anderson``: limit of evaluations for an image's step.
         anderson_depth: for ``anderson``: previous differences that the acceleration uses.
         eta: scale of the Gaussian noise added after each step, in DDIM posterior standard deviations
-            (DDIM-InPO, arXiv 2503.18454).
+            (DDIM-InPO, arXiv 2503.18454); for ``steps`` that of the sampler's steps.
         guidance_scale: classifier-free guidance of the inverting denoiser; 1 is none, 0 the unconditional model.
         states: number of a trajectory's states that are stored, drawn per trajectory; None is all.
         trajectories: inversions of each pair, each with its own draws.
@@ -67,7 +69,7 @@ class InversionSettings(FrozenModel):
         dtype: of the inverting denoiser's forward passes, and of matrix products in the reference's.
     """
 
-    source: Literal["renoise", "forward", "tracked", "sampled", "truncated"] = "renoise"
+    source: Literal["renoise", "forward", "tracked", "sampled", "truncated", "steps"] = "renoise"
     forward_noise: Literal["pair", "image"] = "pair"
     start: Literal["clean", "level0"] | int = "clean"
     timesteps: Literal["jittered", "grid", "published"] = "jittered"

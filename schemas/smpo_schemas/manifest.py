@@ -76,6 +76,27 @@ class ImageSampling(FrozenModel):
     dtype: Dtype
 
 
+class StepSettings(FrozenModel):
+    """How the pairs of the source ``steps`` were drawn; steps, eta and guidance are in ``inversion``.
+
+    A pair is two draws x_s of the sampler's step from one x_t. Image i is stored as the state of x_t whose noise and x0
+    would have its draw as the mean of the step, so that both images rebuild x_t.
+
+    Attributes:
+        grid: timesteps of the sampler, increasing; a step leads to the next lower one.
+        trained: the steps that gave pairs, by the number of the timestep that they start from, from 1, the lowest.
+        candidates: draws of a step, of which the pair is the best and the worst.
+        continued: which of them the trajectory goes on from: the ``winner``, or a ``random`` one.
+        gap: at a smaller difference of the rewards, or this one, the label is a tie.
+    """
+
+    grid: list[float]
+    trained: list[int]
+    candidates: int
+    continued: Literal["winner", "random"]
+    gap: float
+
+
 class ShardEntry(FrozenModel):
     """One tar.
 
@@ -208,6 +229,7 @@ class Manifest(FrozenModel):
         text: the stored embeddings of the prompts; None with ``--text live``, where the trainer encodes them.
         buckets: image sizes by rising aspect ratio; empty without ``--buckets``.
         samplings: with the sources ``tracked`` and ``sampled``, how the images were sampled.
+        steps: with the source ``steps``, how the pairs were drawn.
         ref_error_arithmetic: arithmetic of ``ref_error``, for example ``fp32`` or ``bf16 autocast``.
         has_ref_norm: whether each sample has ``ref_norm``; older ones have none.
     """
@@ -227,6 +249,7 @@ class Manifest(FrozenModel):
     text: StoredTextEntry | None = None
     buckets: list[Bucket] = Field(default_factory=list)
     samplings: list[ImageSampling] = Field(default_factory=list)
+    steps: StepSettings | None = None
     ref_error_arithmetic: str
     has_ref_norm: bool = False
 

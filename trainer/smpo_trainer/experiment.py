@@ -196,11 +196,13 @@ def resolve_experiment(settings: TrainSettings, say: Callable[[str], None]) -> E
         gamma=loss.gamma,
         num_train_timesteps=shards.model.num_train_timesteps,
     )
+    weighted = loss.timestep_weighting or kind.timestep_weighting
     weighting = TimestepWeighting(
-        loss.timestep_weighting or kind.timestep_weighting,
+        weighted,
         loss.snr_gamma,
         kind.sigmoid_bias if loss.sigmoid_bias is None else loss.sigmoid_bias,
         loss.x0_cap,
+        shards.stochastic_steps() if weighted == "transition" else None,
     )
     prompts = _read_prompts(settings.images.image_prompts) if settings.images.image_prompts else []
     experiment = Experiment(settings, shards, kind(options), mix, weights, weighting, prompts)

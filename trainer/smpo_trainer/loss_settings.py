@@ -25,7 +25,7 @@ from smpo_trainer.beta_decay import BetaDecay
 from smpo_trainer.presets import PICKSCORE_RANGE
 from smpo_trainer.safeguards.auto_beta import AutoBeta, Band
 
-TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid", "x0"]
+TimestepWeightingKind = Literal["uniform", "min-snr", "sigmoid", "x0", "transition"]
 RobustForm = Literal["pair", "list"]
 
 # A run is resumed only with the same identity, see Flag.identity and Experiment.identity.
@@ -119,8 +119,9 @@ class LossOptions(Options):
     """smpo only: the margin, the implicit reward of image_0 minus that of image_1, is multiplied by gamma (2p - 1),
     where p is P(image_0 preferred)."""
     timestep_weighting: Annotated[TimestepWeightingKind | None, RESOLVED_IDENTITY] = None
-    """Weight of a state's errors by its timestep: uniform, smaller at low noise (min-snr, sigmoid), or that of the
-    error of x0 (x0). Default: the published weighting of the objective, see --list-objectives."""
+    """Weight of a state's errors by its timestep: uniform, smaller at low noise (min-snr, sigmoid), that of the error
+    of x0 (x0), or that of the likelihood of a sampler's step (transition; for shards of `smpo-pipeline steps`).
+    Default: the published weighting of the objective, see --list-objectives."""
     snr_gamma: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 5.0
     """With --timestep-weighting min-snr: signal-to-noise ratio above which weights decrease (not --gamma)."""
     sigmoid_bias: Annotated[float | None, RESOLVED_IDENTITY] = None

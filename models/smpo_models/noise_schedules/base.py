@@ -12,6 +12,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from smpo_common.errors import UserError
+
 START = -1
 """In place of a timestep: the level where the model's own sampler ends and a trajectory begins."""
 
@@ -70,6 +72,26 @@ class NoiseSchedule(ABC):
         Sampling goes from the noisier level to the other with the direction at its start; inversion goes back, and
         x_t is exact where F(x_s, direction at (x_t, t)) is x_t itself.
         """
+
+    @abstractmethod
+    def step_std(self, s_B: torch.Tensor, t_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the standard deviation of the noise of the sampler's stochastic step from level t to level s < t.
+
+        [B, 1, 1, 1], in the dtype and on the device of ``like``; of eta 1.
+        """
+
+    def check_eta(self, eta: float, what: str) -> None:
+        """Check that the sampler has stochastic steps with this much noise, as ``--eta`` names it.
+
+        Args:
+            eta: multiple of :meth:`step_std`.
+            what: names the model in errors.
+
+        Raises:
+            UserError: it has none.
+        """
+        if not 0 < eta <= 1:
+            raise UserError(f"--eta {eta:g}: the steps of {what} need noise; give a number above 0, at most 1")
 
     @abstractmethod
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:

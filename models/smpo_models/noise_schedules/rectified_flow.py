@@ -61,11 +61,15 @@ class RectifiedFlow(NoiseSchedule):
     (``shift``), or by an amount mu that grows with the number of image tokens (``use_dynamic_shifting``, exponential or
     linear), and with ``shift_terminal`` stretches the result so that the last of the sampler's steps has that sigma.
     All shifting is done by diffusers' FlowMatchEulerDiscreteScheduler itself.
+
+    Attributes:
+        has_stochastic_steps: whether the model's scheduler is that one, whose ``stochastic_sampling`` adds noise.
     """
 
     first_order: ClassVar[str] = "Euler"
     timestep_dtype: ClassVar[torch.dtype] = torch.float32
     prediction_type = FLOW
+    has_stochastic_steps = True
 
     def __init__(
         self,
@@ -120,6 +124,17 @@ class RectifiedFlow(NoiseSchedule):
         _, sigma_s = self.levels(s_B, x_s)
         _, sigma_t = self.levels(t_B, x_s)
         return x_s + (sigma_t - sigma_s) * direction
+
+    def step_std(self, s_B: torch.Tensor, t_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """See the base class; s_s: ``stochastic_sampling`` of diffusers' scheduler draws all of the noise anew."""
+        return self.levels(s_B, like)[1]
+
+    def check_eta(self, eta: float, what: str) -> None:
+        """See the base class; 1 alone, and only of the scheduler that draws so."""
+        if not self.has_stochastic_steps:
+            raise UserError(f"{what}: its scheduler, DPM-Solver, has no stochastic Euler steps")
+        if eta != 1:
+            raise UserError(f"--eta {eta:g}: {what} is a flow model, whose stochastic steps have eta 1 alone")
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """See the base class; noise - x0, whatever t."""
@@ -229,7 +244,7 @@ def _by_solver_config(config: Mapping[str, Any], what: str, sampler_steps: int) 
 
     scheduler = FlowMatchEulerDiscreteScheduler(steps, shift=complete["flow_shift"])
     schedule = RectifiedFlow(scheduler, sampler_steps=sampler_steps, sigmas=sigmas)
-    schedule.cuts_times = True
+    schedule.cuts_times, schedule.has_stochastic_steps = True, False
     return schedule
 
 

@@ -80,6 +80,12 @@ class VariancePreserving(NoiseSchedule):
         a_t, s_t = self.levels(t_B, x_s)
         return a_t * (x_s - s_s * direction) / a_s + s_t * direction
 
+    def step_std(self, s_B: torch.Tensor, t_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """See the base class; the posterior's (arXiv 2010.02502, eq. 16): (s_s / s_t) sqrt(1 - a_t^2 / a_s^2)."""
+        a_s, s_s = self.levels(s_B, like)
+        a_t, s_t = self.levels(t_B, like)
+        return (s_s / s_t) * (1 - (a_t / a_s) ** 2).clamp_min(0).sqrt()
+
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         """See the base class."""
         if self.prediction_type == "epsilon":

@@ -25,16 +25,6 @@ def distance(x_NChw: torch.Tensor, image_NChw: torch.Tensor) -> torch.Tensor:
     return (x_NChw - image_NChw).flatten(1).norm(dim=1) / x_NChw.flatten(1).norm(dim=1)
 
 
-def posterior_std(schedule: NoiseSchedule, s_R: torch.Tensor, t_R: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return DDIM's posterior standard deviation between levels s < t (arXiv 2010.02502, eq. 16, eta = 1).
-
-    [R, 1, 1, 1]; only of variance-preserving schedules.
-    """
-    a_s, s_s = schedule.levels(s_R, like)
-    a_t, s_t = schedule.levels(t_R, like)
-    return (s_s / s_t) * (1 - (a_t / a_s) ** 2).clamp_min(0).sqrt()
-
-
 @dataclass(frozen=True)
 class Step:
     """R rows to bring from x_s at level s to level t.

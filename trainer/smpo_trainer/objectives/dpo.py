@@ -6,6 +6,7 @@ Label smoothing is that of conservative DPO (E. Mitchell's note on DPO with nois
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -14,7 +15,13 @@ import torch
 from pydantic import Field
 from torch.nn import functional
 
-from smpo_trainer.objectives.base import LabelObjective, ObjectiveOptions, PairBatch, smoothed_label
+from smpo_trainer.objectives.base import (
+    LabelObjective,
+    ObjectiveOptions,
+    PairBatch,
+    implicit_rewards,
+    smoothed_label,
+)
 
 
 def dpo_loss(margin_B: torch.Tensor, label_B: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -38,6 +45,13 @@ class DPOOptions(ObjectiveOptions):
     ties: Literal["drop", "keep"] = Field(
         "drop", description="drop leaves ties out, as published; keep pulls their margin to 0; default drop"
     )
+    ratio_clip: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="clamp each image's log-likelihood ratio to log(1 - c) .. log(1 + c), where its gradient ends; "
+        "published by D3PO with 0.1; default none",
+    )
 
 
 class DPO(LabelObjective):
@@ -54,6 +68,16 @@ class DPO(LabelObjective):
         if self.options.ties == "keep":
             return ~np.isnan(label_P)
         return super().usable(preference_P, label_P)
+
+    def margin(self, batch: PairBatch) -> torch.Tensor:
+        """See the base class; with ``ratio_clip`` that of clamped ratios (D3PO, arXiv 2311.13231)."""
+        clip, beta = self.options.ratio_clip, self.options.beta
+        if clip is None:
+            return super().margin(batch)
+        # An implicit reward is beta times the log-ratio.
+        ratio_B2 = implicit_rewards(batch.error_B2, batch.ref_error_B2, 1.0)
+        clamped_B2 = ratio_B2.clamp(math.log(1 - clip), math.log(1 + clip))
+        return beta * (clamped_B2[:, 0] - clamped_B2[:, 1])
 
     def logit(self, batch: PairBatch) -> torch.Tensor:
         """See the base class; label smoothing does not count."""

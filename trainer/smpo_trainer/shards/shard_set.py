@@ -9,6 +9,7 @@ from pathlib import Path
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_file
+from smpo_models.noise_schedules.transition import StochasticSteps
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, ModelInfo, TextFile
 from smpo_schemas.scores import RewardStatistics
 from smpo_schemas.shards.index import IndexedTrajectory, indexed_trajectories
@@ -72,6 +73,28 @@ class ShardSet:
     def model(self) -> ModelInfo:
         """The model of the shards; ``id``, ``inverting_denoiser`` and ``vae`` are those of the first directory."""
         return self.directories[0].manifest.model
+
+    def stochastic_steps(self) -> StochasticSteps:
+        """Return the steps of the sampler that the pairs are draws of, the same in all directories.
+
+        Raises:
+            UserError: the shards hold no such pairs, or of other steps.
+        """
+        found: list[StochasticSteps] = []
+        for source in self.sources:
+            manifest = source.directory.manifest
+            if manifest.steps is None:
+                raise UserError(
+                    f"--timestep-weighting transition: --shards {source.name} have states of source "
+                    f"{manifest.inversion.source}; it is for step pairs, which `smpo-pipeline steps` makes"
+                )
+            found.append(StochasticSteps(tuple(manifest.steps.grid), manifest.inversion.eta))
+            if found[0] != found[-1]:
+                raise UserError(
+                    f"--timestep-weighting transition: --shards {self.sources[0].name} and {source.name} differ in the "
+                    "steps of the sampler (--steps, --eta); draw both by the same"
+                )
+        return found[0]
 
     def image_sizes(self) -> set[tuple[int, int]]:
         """Return height and width of the inverted images."""

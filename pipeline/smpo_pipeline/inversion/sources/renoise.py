@@ -10,7 +10,7 @@ from smpo_models.draws import gaussian
 from smpo_models.noise_schedules.base import START
 from smpo_pipeline.inversion.batch import Batch, Visit
 from smpo_pipeline.inversion.solvers import SOLVERS
-from smpo_pipeline.inversion.step import Predict, Step, posterior_std
+from smpo_pipeline.inversion.step import Predict, Step
 
 
 def renoise_visits(batch: Batch) -> Iterator[Visit]:
@@ -42,7 +42,7 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
         if settings.eta:
             # DDIM-InPO (arXiv 2503.18454): fresh noise after each step, of the DDIM posterior's size.
             fresh = torch.cat([gaussian(stream, (2, *x_t.shape[1:])) for stream in eta_streams]).to(batch.device)
-            sigma = posterior_std(schedule, s, t, x_t) * stepped[:, None, None, None]
+            sigma = schedule.step_std(s, t, x_t) * stepped[:, None, None, None]
             x_t = x_t + settings.eta * sigma * fresh[rows]
         x_RChw[rows], s_R[rows] = x_t, t
         yield Visit(index, rows, t, x_t, (x_s, s, asked, stepped), solved)
