@@ -79,10 +79,10 @@ def prepare(work: Path) -> None:
 
 
 def train(work: Path, condition: Condition, beta: int, seed: int, training: Sequence[object] = TRAINING) -> Path:
-    """Train one model; returns its folder."""
+    """Train one model, where the condition's flags override ``training``; returns its folder."""
     out = work / "runs" / f"{condition.label}-b{beta}-s{seed}"
     model = work / "world/model"
-    flags = (*condition.flags, "--beta", beta, "--seed", seed, *training)
+    flags = (*training, "--beta", beta, "--seed", seed, *condition.flags)
     run("smpo-train", "--shards", work / condition.shards, "--model", model, "--out", out, *flags)
     return out
 

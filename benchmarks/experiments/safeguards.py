@@ -22,13 +22,13 @@ from benchmarks.experiments.experiment import (
     COLUMNS,
     TRUTH,
     comparison_row,
-    gain,
     head,
     make_world,
     row,
     run,
 )
-from benchmarks.experiments.objectives import SEEDS, SELECTION_SEED, Condition, judge, train
+from benchmarks.experiments.objectives import SEEDS, judge, train
+from benchmarks.experiments.settings import Setting, choose, describe, make_settings, tried_section
 from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
 from smpo_schemas.trained_model import METRICS_FILE
@@ -42,29 +42,16 @@ TRAINING = (
 IMAGES = 4
 """Of each test prompt; half as many of each validation prompt."""
 
-Setting = tuple[Condition, int]
-"""How to train, and its beta."""
-
-
-def make_settings(name: str, betas: tuple[int, ...], *variants: tuple[str, ...]) -> list[Setting]:
-    """List the settings of one way to train: each variant of its flags at each beta."""
-    return [
-        (Condition(name + (f"-{number}" if number else ""), "renoise", flags), beta)
-        for number, flags in enumerate(variants)
-        for beta in betas
-    ]
-
-
-WAYS: dict[str, list[Setting]] = {
-    "smpo": make_settings("smpo", (100, 300), REWARDS),
+WAYS = {
+    "smpo": make_settings("smpo", (100, 300), [REWARDS]),
     "winner-preserving": make_settings(
-        "winner-preserving", (100, 300), *((*REWARDS, "--winner-preserving", mu) for mu in ("0", "0.5"))
+        "winner-preserving", (100, 300), [(*REWARDS, "--winner-preserving", mu) for mu in ("0", "0.5")]
     ),
     "norm-guard": make_settings(
-        "norm-guard", (100, 300), *((*REWARDS, "--norm-guard", weight) for weight in ("0.1", "1"))
+        "norm-guard", (100, 300), [(*REWARDS, "--norm-guard", weight) for weight in ("0.1", "1")]
     ),
-    "dpo": make_settings("dpo", (100, 300), ("--objective", "dpo")),
-    "linear-dpo": make_settings("linear-dpo", (100, 300, 1000), ("--objective", "linear-dpo")),
+    "dpo": make_settings("dpo", (100, 300), [("--objective", "dpo")]),
+    "linear-dpo": make_settings("linear-dpo", (100, 300, 1000), [("--objective", "linear-dpo")]),
 }
 AGAINST = {"winner-preserving": "smpo", "norm-guard": "smpo", "linear-dpo": "dpo"}
 
@@ -74,29 +61,6 @@ def prepare(work: Path) -> None:
     make_world(work)
     common = ("--pairs", work / "world/pairs", "--scores", work / "scores", "--model", work / "world/model")
     run("smpo-pipeline", "invert", *common, "--out", work / "shards")
-
-
-def describe(setting: Setting) -> str:
-    """Name a setting by its flags."""
-    condition, beta = setting
-    flags = " ".join(flag for flag in condition.flags if flag not in REWARDS)
-    return f"{flags} --beta {beta}".strip()
-
-
-def folder(setting: Setting, seed: int) -> str:
-    """Name of a setting's model."""
-    return f"{setting[0].label}-b{setting[1]}-s{seed}"
-
-
-def choose(work: Path) -> tuple[dict[str, Setting], Results]:
-    """Choose for each way to train the setting with the largest gain on the validation prompts."""
-    every = [setting for settings in WAYS.values() for setting in settings]
-    models = [train(work, *setting, SELECTION_SEED, TRAINING) for setting in every]
-    results = judge(work, "report-safeguards-selection", models, "validation", IMAGES // 2, 1)
-    return {
-        way: max(settings, key=lambda setting: gain(results, folder(setting, SELECTION_SEED)))
-        for way, settings in WAYS.items()
-    }, results
 
 
 def last(models: list[Path], name: str, steps: int = 20) -> float:
@@ -118,11 +82,6 @@ def write(work: Path, chosen: dict[str, Setting], selection: Results, target: Pa
         f"| {way} | {last(group, 'norm_growth'):+.4f} | {last(group, 'error_minus_reference/chosen'):+.5f} "
         f"| {last(group, 'error_minus_reference/rejected'):+.5f} |"
         for way, group in models.items()
-    ]
-    tried = [
-        f"| {way} | {describe(setting)} | {gain(selection, folder(setting, SELECTION_SEED)):+.3f} |"
-        for way, settings in WAYS.items()
-        for setting in settings
     ]
     text = f"""{stamp("python -m benchmarks.experiments.safeguards", ("torch", "diffusers", "transformers", "numpy"))}
 
@@ -150,13 +109,7 @@ the reference's.
 {head("way", "growth of norms", "preferred image's error", "other image's error")}
 {chr(10).join(moved)}
 
-## How settings were chosen
-
-Gain in mean true reward on {selection.num_images} images of {selection.num_prompts} validation prompts, with one
-training seed ({SELECTION_SEED}) that is not among those above. The setting with the largest gain was used.
-
-{head("way", "settings", "gain")}
-{chr(10).join(tried)}
+{tried_section(selection, WAYS)}
 """
     write_page(target, "Options that protect the preferred image, on the embedded world", text)
 
@@ -168,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "safeguards.md", help="page to write")
     arguments = parser.parse_args()
     prepare(arguments.work)
-    chosen, selection = choose(arguments.work)
+    chosen, selection = choose(arguments.work, WAYS, TRAINING, IMAGES // 2, report="report-safeguards-selection")
     write(arguments.work, chosen, selection, arguments.out)
 
 
