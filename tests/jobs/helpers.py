@@ -10,6 +10,20 @@ def score(inputs, out, *more, run):
 
 
 def invert(inputs, scores, out, *more, run):
-    common = ("--pairs", inputs / "pairs", "--scores", scores, "--model", inputs / "model", "--out", out)
+    common = ("--pairs", inputs / "pairs", "--model", inputs / "model", "--out", out)
+    joined = ("--scores", scores) if scores else ()
     few = () if "--concurrency" in more else ("--concurrency", 1)  # each worker's start is seconds
-    return run("smpo-pipeline", "invert", *common, "--device", "cpu", "--pairs-per-shard", 6, "--steps", 3, *few, *more)
+    return run(
+        "smpo-pipeline",
+        "invert",
+        *common,
+        *joined,
+        "--device",
+        "cpu",
+        "--pairs-per-shard",
+        6,
+        "--steps",
+        3,
+        *few,
+        *more,
+    )

@@ -235,11 +235,15 @@ def test_a_killed_run_is_finished_by_the_same_command(inputs, scores, shards, tm
 
 @pytest.mark.parametrize("flags", [("forward",), ("truncated", "--truncated-steps", 1, "--states", 3)], ids=str)
 def test_other_sources_through_the_command_line(inputs, scores, tmp_path, here_on_ray, flags):
+    """Forward-noised states with scores, truncated ones without, as their objective needs none."""
+    scores = scores if "forward" in flags else None
     done = invert(
         inputs, scores, tmp_path / "out", "--limit", 4, "--trajectories", 2, "--source", *flags, run=here_on_ray
     )
     assert done.returncode == 0, done.stderr
-    totals = ShardDirectory(tmp_path / "out").manifest.totals
+    manifest = ShardDirectory(tmp_path / "out").manifest
+    assert bool(manifest.rewards) == bool(scores) != ("the shards have no scores" in done.stdout)
+    totals = manifest.totals
     assert (totals.pairs_in, totals.pairs, totals.rejected, totals.samples, totals.states) == (4, 3, 1, 6, 18)
     assert ("--objective selfnpo --out runs/selfnpo" in done.stdout) == ("truncated" in flags)
 

@@ -41,13 +41,15 @@ def write_table(folder, *parts, images=None, dtype="fp32"):
 
 
 def test_score_lookup_returns_the_first_row_of_each_known_id(tmp_path):
-    first, second = [(f"p{row}", 0.1) for row in range(50)], [(f"p{row}", 0.1) for row in range(40, 90)]
+    first, second = [(f"p{row}", 0.1) for row in range(50)], [(f"p{row}", 0.10005) for row in range(40, 90)]
     table = _score_table(tmp_path, write_table(tmp_path, first, second))
     # take() of a string column fails beyond 2 GiB of text, which no test can hold.
     assert table["pair_id"].type == pa.large_string()
     actor = InvertActor.__new__(InvertActor)
     actor._scores = table
-    assert actor._score_rows(pa.array(["p45", "p3", "none", "p80", "p3"])) == {"p45": 45, "p3": 3, "p80": 90}
+    found = actor._find_scores(pa.array(["p45", "p3", "none", "p80", "p3"]))
+    scores = {name: row["r_0"] for name, row in found.items()}
+    assert scores == pytest.approx({"p45": 0.1, "p3": 0.1, "p80": 0.10005}, abs=1e-6)
 
 
 @pytest.mark.parametrize(

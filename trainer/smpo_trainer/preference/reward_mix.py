@@ -150,7 +150,9 @@ def _weights(
         return {}
     if not weights and calibration:
         weights = {name: reward.weight for name, reward in calibration.rewards.items()}
-    available = ", ".join(statistics) or "none"
+    if not statistics:
+        raise UserError(f"{source} has no scores; give the output of `smpo-pipeline score` with --scores")
+    available = ", ".join(statistics)
     if not weights and len(statistics) != 1:
         raise UserError(f"{source} has {len(statistics)} rewards ({available}); choose with --reward NAME[:WEIGHT]")
     weights = weights or dict.fromkeys(statistics, 1.0)

@@ -66,7 +66,7 @@ class InvertActor:
             options: of the command, with a resolved device.
             model: identity of the models that the driver loaded.
             run: where units are committed.
-            scores: the scores table, in Ray's object store.
+            scores: the scores table, or None, in Ray's object store.
             rows: input rows of the job.
             resolution: side of the square in pixels.
             work_log: of the job.
@@ -84,7 +84,7 @@ class InvertActor:
         seed, self._trajectories_per_pair = options.trajectory.seed, options.trajectory.trajectories
         self._inverter = Inverter(family, inverting_denoiser, options.settings, seed, self._device)
         self._family, self._options, self._run = family, options, run
-        self._scores: pa.Table = ray.get(scores)
+        self._scores: pa.Table | None = ray.get(scores)
         self._measure_every = max(1, rows // _MEASURED_PAIRS)
         self._resolution = resolution
         self._guard, self._reporter = CrashGuard(work_log), Reporter(work_log)
@@ -152,12 +152,11 @@ class InvertActor:
         return record
 
     def _pairs(self, unit: pa.Table, rejects: list[Reject]) -> Iterator[tuple[int, str, PreparedPair]]:
-        """Yield the input row number, source and pair of each pair that has scores; add the others to ``rejects``."""
-        positions = self._score_rows(cell_values(unit, "pair_id"))
+        """Yield the input row number, source and pair of each pair; add those without scores to ``rejects``."""
+        found = self._find_scores(cell_values(unit, "pair_id"))
         for row, content in unit_pairs(unit):
-            position = positions.get(row["pair_id"])
-            scores = {} if position is None else self._scores.slice(position, 1).to_pylist()[0]
-            reason = self._mismatch(scores, row)
+            scores = found.get(row["pair_id"], {})
+            reason = None if self._scores is None else self._mismatch(scores, row)
             if reason:
                 rejects.append(Reject(pair_id=row["pair_id"], source=row["source"], stage=STAGE, reason=reason))
                 continue
@@ -187,13 +186,15 @@ class InvertActor:
             return f"{RejectKind.OTHER_IMAGES}: {self._options.scores} has other images, or their order exchanged"
         return None
 
-    def _score_rows(self, ids: pa.Array) -> dict[str, int]:
+    def _find_scores(self, ids: pa.Array) -> dict[str, dict[str, Any]]:
         """The first row of the scores table for each of a unit's ids that it has."""
+        if self._scores is None:
+            return {}
         scored = self._scores["pair_id"]
         # A hash set of the unit's ids: one of the table's, a million for each unit, takes fifteen times as long.
         rows = pc.indices_nonzero(pc.is_in(scored, value_set=ids.cast(scored.type)))
         # Reversed, so that the first row of an id is the one that the dict keeps.
-        return dict(zip(reversed(scored.take(rows).to_pylist()), reversed(rows.to_pylist()), strict=True))
+        return {row["pair_id"]: row for row in reversed(self._scores.take(rows).to_pylist())}
 
     def _trajectories(
         self, unit: int, pairs: Sequence[PreparedPair], crashing: dict[int, str], health: HealthSums

@@ -66,7 +66,7 @@ from smpo_schemas.shards.reader import ShardDirectory
 
 
 def invert(options: InvertOptions) -> Manifest:
-    """Make shards of all scored pairs, or continue an unfinished run of the same command.
+    """Make shards of all pairs, with ``scores`` of those that have some; or continue an unfinished run of the command.
 
     Raises:
         UserError: an input, the model or the output directory cannot be used, or every pair was rejected.
@@ -76,7 +76,7 @@ def invert(options: InvertOptions) -> Manifest:
     options.out.exists()  # fails early if the bucket does not exist
     choices = options.columns.choices()
     files = list_pair_files(options.pairs, choices)
-    info = read_scores_info(options.scores)
+    info = read_scores_info(options.scores) if options.scores else None
     options, found = find_candidates(options, files)
     options = choose_text(options)
     checked = _check_model(options, found)
@@ -86,7 +86,7 @@ def invert(options: InvertOptions) -> Manifest:
         "job": "invert",
         "schema_version": MANIFEST_VERSION,
         **describe_input(files, choices, running.limit),
-        "scores": [part.sha256 for part in info.parts],
+        "scores": [part.sha256 for part in info.parts] if info else [],
         "model": checked.model.model_dump(),
         "resolution": checked.resolution,
         "inversion": options.settings.model_dump(),
@@ -116,11 +116,12 @@ def _invert(
     run: Run,
     units: Sequence[list[RowRange]],
     layouts: Layouts,
-    info: ScoresInfo,
+    info: ScoresInfo | None,
     checked: _Checked,
 ) -> Manifest:
     """Make the shards that are missing, then write the manifest."""
-    running, scores = options.running, _score_table(options.scores, info)
+    running = options.running
+    scores = _score_table(options.scores, info) if options.scores and info else None
     sizes = unit_sizes(units)
     text = None
     if options.storing.text == "stored":
@@ -260,11 +261,13 @@ def _weights(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.nbytes for module in modules for parameter in module.parameters())
 
 
-def _needed_prompts(units: Sequence[list[RowRange]], layouts: Layouts, scores: pa.Table) -> list[str]:
+def _needed_prompts(units: Sequence[list[RowRange]], layouts: Layouts, scores: pa.Table | None) -> list[str]:
     """The prompts of the input rows that may be inverted, and the empty one."""
+    prompts = distinct_prompts([rows for unit in units for rows in unit], layouts)
+    if scores is None:
+        return prompts
     scored = set(scores["prompt"].to_pylist())
-    ranges = [rows for unit in units for rows in unit]
-    return [prompt for prompt in distinct_prompts(ranges, layouts) if not prompt or prompt in scored]
+    return [prompt for prompt in prompts if not prompt or prompt in scored]
 
 
 @retry_transient
@@ -272,7 +275,7 @@ def _finish(
     options: InvertOptions,
     run: Run,
     records: Sequence[UnitRecord],
-    info: ScoresInfo,
+    info: ScoresInfo | None,
     checked: _Checked,
     text: StoredTextEntry | None,
 ) -> Manifest:
@@ -297,7 +300,7 @@ def _finish(
         ref_error_arithmetic=autocast_arithmetic(options.settings.dtype),
         has_ref_norm=True,
         seed=options.trajectory.seed,
-        rewards=info.rewards,
+        rewards=info.rewards if info else {},
         shards=shards,
         totals=Totals(
             pairs_in=sum(record.pairs_in for record in records),

@@ -286,6 +286,12 @@ class InversionOptions(Options):
 class InvertOptions(InversionOptions):
     """The flags of ``invert``."""
 
-    scores: Annotated[ExistingPathOrUrl, FOLDER_OR_URL]
-    """Output directory of `smpo-pipeline score` for these pairs."""
+    scores: Annotated[ExistingPathOrUrl | None, FOLDER_OR_URL] = None
+    """Output directory of `smpo-pipeline score` for these pairs; pairs without scores are rejected. Default: shards
+    without scores, for objectives that learn from labels."""
     out: OutOrUrl
+
+    def choices(self, resolution: int, pairs: int) -> list[str]:
+        """See the base class."""
+        without = "the shards have no scores (--scores): objectives that learn from rewards need smpo-train --scores"
+        return [*super().choices(resolution, pairs), *([] if self.scores else [without])]
