@@ -14,6 +14,7 @@ from smpo_schemas.candidates import CANDIDATES_VERSION
 from smpo_schemas.manifest import MANIFEST_VERSION
 from smpo_schemas.scores import SCORES_VERSION
 from smpo_schemas.selection import SELECTION_VERSION
+from smpo_schemas.weights import WEIGHTS_VERSION
 from smpo_trainer.output.run_folder import TRAINING_VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -37,4 +38,5 @@ def test_the_formats_are_those_that_are_written() -> None:
         "`training.json`": TRAINING_VERSION,
         "`results.json`": RESULTS_VERSION,
         "calibration": CALIBRATION_VERSION,
+        "weights": WEIGHTS_VERSION,
     }

@@ -24,6 +24,7 @@ from smpo_schemas.scores import SCORES_VERSION, ScoresInfo, score_schema
 from smpo_schemas.selection import SELECTED_SCHEMA, SELECTION_VERSION, SelectionInfo
 from smpo_schemas.shards.index import INDEX_SCHEMA
 from smpo_schemas.shards.samples import Sample, SampleMeta
+from smpo_schemas.weights import WEIGHTS_VERSION, WeightsInfo
 from smpo_trainer.monitoring.bands import BANDED, banded_name, bands
 from smpo_trainer.monitoring.metric_names import METRICS
 from smpo_trainer.output.file_list import CHECKPOINT_FILES, RUN_FILES
@@ -162,6 +163,9 @@ def _page() -> Iterator[str]:
     yield from _models(Manifest, MANIFEST_VERSION, seen)
     yield "## calibration.json (output of `calibrate`)\n"
     yield from _models(Calibration, CALIBRATION_VERSION, seen)
+    yield "## weights.json (output of `weigh`)\n"
+    yield "Beside it `weights-rejected.parquet`, as `rejected.parquet`: pairs without a weight.\n"
+    yield from _models(WeightsInfo, WEIGHTS_VERSION, seen)
     yield from _training(seen)
 
 

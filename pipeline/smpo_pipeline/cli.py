@@ -22,6 +22,7 @@ from smpo_pipeline.commands.select import select
 from smpo_pipeline.commands.status import status
 from smpo_pipeline.commands.toy import toy
 from smpo_pipeline.commands.vote import vote
+from smpo_pipeline.commands.weigh import weigh
 
 app = typer.Typer(
     help="Stages of SmPO-Diffusion: generate images, score pairs, invert them into shards; evaluate and inspect.",
@@ -29,8 +30,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (generate, score, calibrate, select, plan, invert, status, evaluate, inspect, merge, push, vote, toy):
-    add_command(app, command)
+_EXAMPLES = {
+    "weigh": "Example: smpo-pipeline weigh --scores scores --pairs pairs/ --golden-column human --source-column site",
+}
+for command in (
+    *(generate, score, calibrate, weigh, select, plan, invert, status),
+    *(evaluate, inspect, merge, push, vote, toy),
+):
+    add_command(app, command, examples=_EXAMPLES.get(command.__name__, ""))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from smpo_schemas.pairs.layout import FURTHER
 
 SCORES_VERSION = 1
 SCORES_FILE = "scores.json"
+PART_FILES = "scores-*.parquet"
 REJECTS_FILE = "rejected.parquet"
 REWARD_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 """Pattern of a reward's name NAME; its columns are NAME_0 and NAME_1."""
@@ -140,6 +141,14 @@ def write_scores_info(directory: AnyPath, info: ScoresInfo) -> None:
     write_json(directory / SCORES_FILE, info.model_dump())
 
 
+def remove_leftovers(directory: AnyPath, info: ScoresInfo) -> None:
+    """Remove parts that do not belong to the table: unfinished or replaced ones."""
+    names = {part.name for part in info.parts}
+    for path in directory.glob(PART_FILES):
+        if path.name not in names:
+            path.unlink()
+
+
 def read_scores_info(directory: AnyPath) -> ScoresInfo:
     """Read ``scores.json``.
 
@@ -175,6 +184,20 @@ def read_scores(directory: AnyPath, info: ScoresInfo, columns: Sequence[str] | N
         return score_schema(list(info.rewards)).empty_table()
     # Older parts lack newer columns, which become null.
     return pa.concat_tables(tables, promote_options="default")
+
+
+def require_column(directory: AnyPath, info: ScoresInfo, column: str, flag: str) -> None:
+    """Check that every part of the table has a column.
+
+    Raises:
+        UserError: one lacks it, or cannot be read; names the ``flag``.
+    """
+    for part in info.parts:
+        path = directory / part.name
+        with reading_parquet(path):
+            columns = pq.read_schema(arrow_source(path)).names
+        if column not in columns:
+            raise UserError(f"{flag} {column}: not a column of {path}, which has: {', '.join(columns)}")
 
 
 def _conform(table: pa.Table, rewards: Sequence[str], columns: Sequence[str] | None) -> pa.Table:

@@ -16,6 +16,7 @@ HEAVY = (
     "smpo_pipeline.evaluation.run",
     "smpo_pipeline.calibration",
     "smpo_pipeline.selection.run",
+    "smpo_pipeline.weighing.run",
 )
 
 
@@ -39,6 +40,7 @@ def run(tmp_path, monkeypatch, capfd):
         "toy": {"--out": "out"},
         "calibrate": {"--scores": "scores"},
         "select": {"--candidates": "pairs", "--scores": "scores", "--by": "extremes", "--out": "out"},
+        "weigh": {"--pairs": "pairs", "--scores": "scores", "--golden-column": "golden"},
     }
 
     def run(command, flags):
@@ -69,7 +71,7 @@ def test_an_unknown_reward_is_one_line(run, command, spec, hint):
 @pytest.mark.parametrize(
     ("commands", "flag", "value"),
     [
-        (("score", "invert", "plan"), "--pairs", "nowhere"),
+        (("score", "invert", "plan", "weigh"), "--pairs", "nowhere"),
         (("invert", "plan", "select"), "--scores", "nowhere"),
         (("select",), "--candidates", "nowhere"),
         (("select",), "--by", "extrems"),
@@ -80,7 +82,9 @@ def test_an_unknown_reward_is_one_line(run, command, spec, hint):
         (("invert", "plan"), "--inverting-unet", "nowhere"),
         (("score", "select", "invert", "evaluate", "toy"), "--out", "file"),
         (("score", "invert", "evaluate", "toy"), "--out", "file/below"),
-        (("score", "invert", "plan", "evaluate"), "--device", "gpu"),
+        (("score", "invert", "plan", "evaluate", "weigh"), "--device", "gpu"),
+        (("weigh",), "--golden", "nowhere"),
+        (("weigh",), "--features", "hpsv2"),
         (("invert", "plan"), "--batch-size", "many"),
         (("plan",), "--json", "file/below.json"),
         (("plan",), "--json", "pairs"),

@@ -23,8 +23,8 @@ def split_by_prompt(prompts: Sequence[str], folds: int, seed: int) -> np.ndarray
     counts = Counter(prompts)
     if len(counts) < folds:
         raise UserError(
-            f"--folds {folds} needs at least {folds} prompts with labels, since all pairs of a prompt are in one fold; "
-            f"there are {len(counts)}"
+            f"--folds {folds} needs at least {folds} prompts that can be used, since all pairs of a prompt are in one "
+            f"fold; there are {len(counts)}"
         )
     sizes = [0] * folds
     fold_of: dict[str, int] = {}

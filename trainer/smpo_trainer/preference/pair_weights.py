@@ -1,8 +1,8 @@
 """Weights of pairs, from a column of the scores table (``--weight-column``).
 
 They reweight the data towards a target distribution, as distributionally robust alignment does with a calibration value
-per pair (arXiv 2504.05831). The user adds the column to the Parquet files of ``--scores``; its values are used as they
-are. Their mean scales the learning rate, so it should be about 1.
+per pair (arXiv 2504.05831). ``smpo-pipeline weigh``, or the user, adds the column to the Parquet files of ``--scores``;
+its values are used as they are. Their mean scales the learning rate, so it should be about 1.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from smpo_common.errors import UserError
-from smpo_common.files import reading_parquet, sha256_json
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_common.files import sha256_json
+from smpo_schemas.scores import read_scores, read_scores_info, require_column
 from smpo_schemas.shards.samples import SampleMeta
 from smpo_trainer.preference.preference_table import require_same_prompt
 
@@ -71,13 +70,7 @@ def read_pair_weights(scores: Path | None, column: str) -> PairWeights:
     if scores is None:
         raise UserError(f"--weight-column {column} names a column of a scores table: give the table with --scores DIR")
     info = read_scores_info(scores)
-    for part in info.parts:
-        with reading_parquet(scores / part.name):
-            columns = pq.read_schema(scores / part.name).names
-        if column not in columns:
-            raise UserError(
-                f"--weight-column {column}: not a column of {scores / part.name}, which has: {', '.join(columns)}"
-            )
+    require_column(scores, info, column, "--weight-column")
     table: dict[str, tuple[str | None, float]] = {}
     for row in read_scores(scores, info, ["pair_id", "prompt", column]).to_pylist():
         value = row[column]

@@ -24,12 +24,20 @@ from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import CHUNK_BYTES, prepare_chunks
 from smpo_pipeline.jobs.score.collector import UnitCollector, require_current_units
 from smpo_pipeline.jobs.score.options import ScoreOptions
-from smpo_pipeline.jobs.score.table import PART_FILES, RewardRecord, remove_leftovers, write_table
+from smpo_pipeline.jobs.score.table import RewardRecord, write_table
 from smpo_pipeline.options import absolute_model
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.label_file import read_labels
 from smpo_schemas.pairs import FURTHER, RowRange, layouts_of, list_pair_files, slice_files
-from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, SCORES_VERSION, ScoresInfo, read_scores_info
+from smpo_schemas.scores import (
+    PART_FILES,
+    REJECTS_FILE,
+    SCORES_FILE,
+    SCORES_VERSION,
+    ScoresInfo,
+    read_scores_info,
+    remove_leftovers,
+)
 
 
 def score(options: ScoreOptions) -> ScoresInfo:

@@ -32,6 +32,7 @@ from smpo_schemas.scores import (
     ScoresInfo,
     ScoresPart,
     read_scores,
+    remove_leftovers,
     reward_scores,
     reward_statistics,
     table_labels,
@@ -40,8 +41,6 @@ from smpo_schemas.scores import (
 )
 
 _UNITS_PER_PART = 512
-
-PART_FILES = "scores-*.parquet"
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,6 @@ def write_table(
     write_scores_info(out, info)
     remove_leftovers(out, info)
     return info
-
-
-def remove_leftovers(out: AnyPath, info: ScoresInfo) -> None:
-    """Remove parts that do not belong to the table: unfinished or replaced ones."""
-    names = {part.name for part in info.parts}
-    for path in out.glob(PART_FILES):
-        if path.name not in names:
-            path.unlink()
 
 
 def _reject_repeated_ids(rows: pa.Table, ids: PairIds) -> pa.Table:

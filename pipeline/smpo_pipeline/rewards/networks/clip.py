@@ -74,18 +74,23 @@ class ClipCosineReward(Reward):
             ]
         )
 
-    @torch.inference_mode()
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """See the base class."""
+        return cosine(*self.embed(self.pixels(images), prompts))
+
+    def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Resize, crop and normalise images as the model takes them: float32 [N, 3, side, side]; thread-safe."""
         # Without the layout the processor guesses it, wrongly for images one or three pixels high.
-        pixels = self._processor(
+        return self._processor(
             images=[np.asarray(image) for image in images], input_data_format="channels_last", return_tensors="pt"
-        ).pixel_values.to(self._device)
-        image_ND = self._clip.get_image_features(pixel_values=pixels).pooler_output.double()
+        ).pixel_values
+
+    @torch.inference_mode()
+    def embed(self, pixels_N3hw: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed N images and their prompts: float64 [N, D] each, as the projections leave them, not normalised."""
+        image_ND = self._clip.get_image_features(pixel_values=pixels_N3hw.to(self._device)).pooler_output.double()
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        text_MD = self._text_features(list(rows))
-        text_ND = text_MD[[rows[prompt] for prompt in prompts]]
-        return torch.nn.functional.cosine_similarity(image_ND, text_ND).cpu().numpy()
+        return image_ND, self._text_features(list(rows))[[rows[prompt] for prompt in prompts]]
 
     def _text_features(self, prompts: Sequence[str]) -> torch.Tensor:
         """Encode M distinct prompts: float64 [M, D].
@@ -106,6 +111,11 @@ class ClipCosineReward(Reward):
             for row, feature in zip(rows, features_MD, strict=True):
                 features[row] = feature
         return torch.stack(features)
+
+
+def cosine(image_ND: torch.Tensor, text_ND: torch.Tensor) -> np.ndarray:
+    """Return the cosine of each image and its prompt, float64 [N]."""
+    return torch.nn.functional.cosine_similarity(image_ND, text_ND).cpu().numpy()
 
 
 def tower_settings(config: CLIPTextConfig | CLIPVisionConfig) -> dict[str, float | str]:

@@ -1,0 +1,174 @@
+"""Read what ``weigh`` needs of a scores table, and write its column.
+
+Shape suffix: P rows of the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smpo_common.errors import UserError
+from smpo_common.files import atomic_path, reading_parquet, sha256_file, sha256_json
+from smpo_pipeline.weighing.formula import GOLDEN
+from smpo_schemas.scores import (
+    ScoresInfo,
+    ScoresPart,
+    image_ids,
+    read_scores,
+    remove_leftovers,
+    require_column,
+    score_schema,
+    write_scores_info,
+)
+
+OTHERS = "the others"
+"""Name of the only source where no column names any, and of pairs without a name in it."""
+
+
+@dataclass(frozen=True)
+class WeighedTable:
+    """The rows of a scores table.
+
+    Attributes:
+        pair_ids, prompts: of each row.
+        image_ids_P2: hashes of both images' files, or None where the table lacks any.
+        source_P: number of each pair's source, :data:`smpo_pipeline.weighing.formula.GOLDEN` for golden pairs.
+        sources: names of the sources.
+    """
+
+    pair_ids: list[str]
+    prompts: list[str]
+    image_ids_P2: np.ndarray | None
+    source_P: np.ndarray
+    sources: list[str]
+
+
+def read_table(
+    scores: Path, info: ScoresInfo, golden: Path | None, golden_column: str | None, source_column: str | None
+) -> WeighedTable:
+    """Read the table and decide which pairs are golden.
+
+    Args:
+        scores: output of ``score``.
+        info: its ``scores.json``.
+        golden: a file of pair_ids, one a line or in a Parquet file's column ``pair_id``; or
+        golden_column: a column of true and false, or of 1 and 0; null is false.
+        source_column: a column that names each pair's source; None: all pairs that are not golden are one source.
+
+    Raises:
+        UserError: a column is missing or has other values, or a pair is in two of these classes.
+    """
+    for flag, column in (("--golden-column", golden_column), ("--source-column", source_column)):
+        if column is not None:
+            require_column(scores, info, column, flag)
+    table = read_scores(scores, info)
+    pair_ids, ids_P2 = table["pair_id"].to_pylist(), image_ids(table)
+    inside = _listed(golden, pair_ids) if golden else _flagged(str(golden_column), table[golden_column].to_pylist())
+    names = table[source_column].to_pylist() if source_column else [None] * len(pair_ids)
+    named = [
+        None if is_golden else OTHERS if name is None else str(name)
+        for is_golden, name in zip(inside, names, strict=True)
+    ]
+    _require_one_class(pair_ids, named)
+    sources = sorted({name for name in named if name is not None})
+    if not any(inside) or not sources:
+        which = "every pair" if any(inside) else "no pair"
+        raise UserError(f"{which} of {scores} is golden ({len(pair_ids)} pairs): weights need golden pairs and others")
+    numbers = {name: number for number, name in enumerate(sources)}
+    return WeighedTable(
+        pair_ids=pair_ids,
+        prompts=table["prompt"].to_pylist(),
+        image_ids_P2=ids_P2,
+        source_P=np.array([GOLDEN if name is None else numbers[name] for name in named]),
+        sources=sources,
+    )
+
+
+def _listed(path: Path, pair_ids: Sequence[str]) -> list[bool]:
+    """Whether each pair is in the file of ``--golden``."""
+    if path.suffix == ".parquet":
+        with reading_parquet(path):
+            listed = set(pq.read_table(path, columns=["pair_id"])["pair_id"].to_pylist())
+    else:
+        try:
+            listed = set(path.read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--golden {path} cannot be read: {error}") from error
+    if listed.isdisjoint(pair_ids):
+        raise UserError(f"--golden {path}: none of its {len(listed)} lines is the pair_id of a pair in --scores")
+    return [pair_id in listed for pair_id in pair_ids]
+
+
+def _flagged(column: str, values: Sequence[object]) -> list[bool]:
+    for value in values:
+        if value not in (None, 0, 1):
+            raise UserError(f"--golden-column {column} has the value {value!r}; expected true or false, or 1 or 0")
+    return [bool(value) for value in values]
+
+
+def _require_one_class(pair_ids: Sequence[str], named: Sequence[str | None]) -> None:
+    """Refuse a pair whose rows would get different weights: training takes one weight a pair."""
+    first: dict[str, str | None] = {}
+    for pair_id, name in zip(pair_ids, named, strict=True):
+        if first.setdefault(pair_id, name) != name:
+            classes = " and ".join(
+                "golden" if each is None else f"of source {each!r}" for each in (first[pair_id], name)
+            )
+            raise UserError(f"pair {pair_id} is {classes} in different rows of --scores")
+
+
+def require_free(info: ScoresInfo, column: str, existing: Sequence[str], made: str | None, *, overwrite: bool) -> None:
+    """Refuse to replace a column that ``weigh`` has not made.
+
+    Args:
+        info: the table's ``scores.json``.
+        column: to be written.
+        existing: the table's columns.
+        made: the column that an earlier run made.
+        overwrite: replace any column but the table's own.
+
+    Raises:
+        UserError: the table has another column of this name.
+    """
+    if column in score_schema(list(info.rewards)).names:
+        raise UserError(f"--column {column} is a column of every scores table; choose another name")
+    if column in existing and column != made and not overwrite:
+        raise UserError(f"--column {column} exists, and weigh did not make it; choose another name, or --overwrite")
+
+
+def write_column(scores: Path, info: ScoresInfo, column: str, weight_P: np.ndarray) -> None:
+    """Write the table with a float32 column of weights, null where NaN; it replaces the old table at once.
+
+    New parts are written beside the old ones, which go when ``scores.json`` lists the new ones. A table that has these
+    weights already is left as it is.
+    """
+    parts, start, changed = [], 0, False
+    for part in info.parts:
+        path = scores / part.name
+        with reading_parquet(path):
+            table = pq.read_table(path)
+        values_R = weight_P[start : start + part.pairs].astype(np.float32)
+        start += part.pairs
+        values = pa.array(values_R, pa.float32(), from_pandas=True)
+        if column in table.column_names and table[column].combine_chunks().equals(values):
+            parts.append(part)
+            continue
+        changed = True
+        place = table.column_names.index(column) if column in table.column_names else table.num_columns
+        table = table.drop_columns([column]) if place < table.num_columns else table
+        digest = sha256_json([part.sha256, column, hashlib.sha256(values_R.tobytes()).hexdigest()])
+        name = f"scores-{len(info.rewards)}-{len(parts):06d}-{digest[:12]}.parquet"
+        with atomic_path(scores / name) as temporary:
+            pq.write_table(table.add_column(place, column, values), temporary)
+            parts.append(ScoresPart(name=name, pairs=part.pairs, sha256=sha256_file(temporary)))
+    if changed:
+        info = info.model_copy(update={"parts": parts})
+        write_scores_info(scores, info)
+        remove_leftovers(scores, info)
