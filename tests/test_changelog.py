@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from smpo_pipeline.evaluation.results import RESULTS_VERSION
+from smpo_pipeline.rounds.record import ROUNDS_VERSION
 from smpo_schemas.calibration import CALIBRATION_VERSION
 from smpo_schemas.candidates import CANDIDATES_VERSION
 from smpo_schemas.manifest import MANIFEST_VERSION
@@ -37,6 +38,7 @@ def test_the_formats_are_those_that_are_written() -> None:
         "`selection.json`": SELECTION_VERSION,
         "`training.json`": TRAINING_VERSION,
         "`results.json`": RESULTS_VERSION,
+        "`rounds.json`": ROUNDS_VERSION,
         "calibration": CALIBRATION_VERSION,
         "weights": WEIGHTS_VERSION,
     }

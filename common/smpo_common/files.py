@@ -252,6 +252,14 @@ def read_all(read: Callable[[Item], Result], items: Iterable[Item]) -> list[Resu
         return list(pool.map(read, items))
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Make a hard link, for files that are never changed in place, or a copy if the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def remove_tree(directory: AnyPath) -> None:
     """Remove a folder with its content, if it exists."""
     if isinstance(directory, StorePath):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
@@ -23,6 +23,8 @@ from smpo_common.commandline import CONFIG_FILE, read_config
 from smpo_common.errors import UserError
 from smpo_common.files import write_bytes
 from smpo_common.store_path import AnyPath
+
+AnyOptions = TypeVar("AnyOptions", bound="Options")
 
 
 class Options(BaseModel):
@@ -105,13 +107,17 @@ class Options(BaseModel):
         target = directory / CONFIG_FILE
         if result and target.is_file() and target.stat().st_mtime_ns >= result.stat().st_mtime_ns:
             return
+        write_bytes(target, self.as_config().encode())
+
+    def as_config(self) -> str:
+        """Write every flag, defaults included, as the text of a config file; local paths become absolute."""
         values = self.flat_values()
         recorded = {
             name: _portable(values[name], place=flag.place)
             for name, _, _, flag in fields_of(type(self))
             if flag.recorded and values[name] is not None
         }
-        write_bytes(target, yaml.safe_dump(recorded, sort_keys=True, allow_unicode=True).encode())
+        return yaml.safe_dump(recorded, sort_keys=True, allow_unicode=True)
 
     def flat_values(self) -> dict[str, Any]:
         """Return the values by flag name, without groups, as a user would type them."""
@@ -139,6 +145,7 @@ class Flag:
         hidden: accepted, but not shown in the help.
         off: the flag that turns a boolean off, for example ``--no-hflip``.
         eager: called with the context and the value before other flags are parsed.
+        parser: makes the value of the text on the command line, or of what a config file has.
     """
 
     metavar: str | None = None
@@ -150,6 +157,7 @@ class Flag:
     hidden: bool = False
     off: str | None = None
     eager: Callable[[typer.Context, Any], Any] | None = None
+    parser: Callable[[Any], Any] | None = None
 
 
 Overwrite = Annotated[bool, Flag(recorded=False)]
@@ -185,6 +193,31 @@ def add_command(
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = function.__doc__
     app.command(function.__name__, epilog=examples)(command)
+
+
+def parse_arguments(model: type[AnyOptions], arguments: Sequence[str]) -> AnyOptions:
+    """Parse arguments as the command of a model does, without running a command.
+
+    Args:
+        model: the command's.
+        arguments: of the command line; a flag with several values is repeated.
+
+    Raises:
+        UserError: they are refused.
+    """
+    app, seen = typer.Typer(add_completion=False), []
+
+    def command(options: Any) -> None:  # noqa: ANN401  (the model below)
+        seen.append(options)
+
+    command.__annotations__["options"] = model
+    add_command(app, command)
+    try:
+        app(list(arguments), standalone_mode=False)
+    except typer.TyperException as error:
+        raise UserError(error.format_message()) from error
+    (options,) = seen
+    return options
 
 
 def fields_of(model: type[Options], group: str | None = None) -> Iterator[tuple[str, FieldInfo, str | None, Flag]]:
@@ -240,7 +273,8 @@ def _parameter(name: str, field: FieldInfo, group: str | None, flag: Flag) -> in
         option: Any = typer.Argument(**shown)
     else:
         names = "/".join(filter(None, (flag_name(name), flag.off)))
-        option = typer.Option(names, callback=flag.eager, is_eager=flag.eager is not None, **shown, **bounds)
+        shown |= bounds | {"parser": flag.parser}
+        option = typer.Option(names, callback=flag.eager, is_eager=flag.eager is not None, **shown)
     required = field.is_required()
     default = inspect.Parameter.empty if required else field.get_default(call_default_factory=True)
     if isinstance(default, (Sequence, Mapping)) and not isinstance(default, str):

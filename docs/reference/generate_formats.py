@@ -14,6 +14,7 @@ import pyarrow as pa
 from described_fields import described_fields, descriptions
 from generated_page import table, write_or_check
 
+from smpo_pipeline.rounds.record import ROUNDS_VERSION, RoundsRecord
 from smpo_schemas.calibration import CALIBRATION_VERSION, Calibration
 from smpo_schemas.candidates import CANDIDATES_SCHEMA, CANDIDATES_VERSION, Candidates
 from smpo_schemas.manifest import MANIFEST_VERSION, Manifest
@@ -246,6 +247,10 @@ def _training(seen: set[type]) -> Iterator[str]:
     example = banded_name(BANDED[0], bands(1000)[0])
     yield f"By band of timesteps, for example `{example}`: {', '.join(f'`{name}`' for name in BANDED)}. On held-out"
     yield "pairs (`--val-fraction`), every metric of states with `val/` before its name.\n"
+    yield "## Rounds (output of `rounds`)\n"
+    yield "The folders of a round are outputs of the commands above.\n"
+    yield "### rounds.json\n"
+    yield from _models(RoundsRecord, ROUNDS_VERSION, seen)
 
 
 if __name__ == "__main__":

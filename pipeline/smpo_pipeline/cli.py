@@ -17,6 +17,7 @@ from smpo_pipeline.commands.invert import invert
 from smpo_pipeline.commands.merge import merge
 from smpo_pipeline.commands.plan import plan
 from smpo_pipeline.commands.push import push
+from smpo_pipeline.commands.rounds import rounds
 from smpo_pipeline.commands.score import score
 from smpo_pipeline.commands.select import select
 from smpo_pipeline.commands.status import status
@@ -31,11 +32,12 @@ app = typer.Typer(
     add_completion=False,
 )
 _EXAMPLES = {
+    "rounds": "Example: smpo-pipeline rounds --config examples/rounds/rounds.yaml --rounds 2 --out runs/rounds",
     "weigh": "Example: smpo-pipeline weigh --scores scores --pairs pairs/ --golden-column human --source-column site",
 }
 for command in (
     *(generate, score, calibrate, weigh, select, plan, invert, status),
-    *(evaluate, inspect, merge, push, vote, toy),
+    *(evaluate, inspect, rounds, merge, push, vote, toy),
 ):
     add_command(app, command, examples=_EXAMPLES.get(command.__name__, ""))
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
@@ -50,6 +52,30 @@ def test_the_merged_denoiser_is_the_base_plus_both_differences(base, tmp_path, c
     assert (out / "config.yaml").is_file()
     assert_one_line(merge(capfd, base, out, *models), f"--out {out}", "--overwrite")
     assert merge(capfd, base, out, *models, "--overwrite").returncode == 0
+
+
+def test_a_lora_is_added_to_the_denoiser_that_it_was_trained_on(base, tmp_path, capfd):
+    """W + (alpha / rank) B A of the attention's projections, with rank 2 and alpha 4; other weights to the bit."""
+    start = tuned(base, tmp_path / "start", 0.5)
+    unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet")
+    own = {name: value.clone() for name, value in unet.state_dict().items()}
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    metadata = unet.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "lora", unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
+    )
+    flags = ("--positive", tmp_path / "lora", "--unet", start, "--out", tmp_path / "out")
+    done = run_here(capfd, "smpo-pipeline", "merge", "--model", base, *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"tuned={tmp_path / 'out'} --prompts" in done.stdout
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet").state_dict()
+    assert merged.keys() == own.keys()
+    changed = {name for name, value in merged.items() if not torch.equal(value, own[name])}
+    assert changed == {f"{name.rpartition('.lora')[0]}.weight" for name in layers}
+    for name in changed:
+        down, up = (layers[f"{name.removesuffix('.weight')}.lora.{way}.weight"].double() for way in ("down", "up"))
+        torch.testing.assert_close(merged[name], (own[name].double() + 2 * up @ down).float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [make_tiny_xl, None])

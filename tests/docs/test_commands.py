@@ -15,7 +15,7 @@ from smpo_common.commandline import run_app
 from smpo_common.options import Options
 from smpo_pipeline.cli import app as pipeline
 from smpo_trainer.cli import app as trainer
-from tests.docs.snippets import PAGES, commands
+from tests.docs.snippets import PAGES, ROOT, commands
 
 APPS = {"pipeline": pipeline, "train": trainer}
 COMMANDS = [each for page in PAGES for each in commands(page)]
@@ -35,7 +35,7 @@ class Parsed(BaseException):
 
 @pytest.fixture
 def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Commands end where their settings have been parsed and validated, in a folder with the demo's config alone."""
+    """Commands end where their settings have been parsed and validated, in a folder with two configs alone."""
     parse, depth = Options.parse.__func__, 0
 
     def parse_and_end(cls: type[Options], typed: Mapping[str, Any], given: frozenset[str] = frozenset()) -> Self:
@@ -54,6 +54,8 @@ def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tmp_path / "demo" / "tuned" / "config.yaml"
     config.parent.mkdir(parents=True)
     config.write_text("shards: [demo/shards]\nmodel: demo/world/model\nout: demo/tuned\n", encoding="utf-8")
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "rounds").symlink_to(ROOT / "examples" / "rounds")
     monkeypatch.chdir(tmp_path)
 
 

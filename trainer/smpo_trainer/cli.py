@@ -98,6 +98,9 @@ def train(settings: TrainSettings) -> None:
     For several devices run it under `torchrun` or `accelerate launch`: `torchrun -m smpo_trainer ...`.
     Run the same command again to resume a run that was stopped or killed.
     """
+    if settings.print_config:
+        typer.echo(settings.as_config(), nl=False)
+        return
     from smpo_trainer.run import run_training  # noqa: PLC0415  (keeps --help fast: torch takes seconds)
 
     run_training(settings)

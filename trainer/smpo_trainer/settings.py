@@ -266,6 +266,8 @@ class TrainSettings(Options):
     ] = None
     overwrite: Overwrite = False
     """Delete the run in OUT and start over. By default an unfinished run resumes from its last checkpoint."""
+    print_config: Annotated[bool, Flag(recorded=False)] = False
+    """Print all flags with their values, those of a preset included, as a config file, and exit."""
     rewards: RewardOptions = RewardOptions()
     loss: LossOptions = LossOptions()
     steps: StepOptions = StepOptions()

@@ -28,9 +28,12 @@ class MergeOptions(Options):
     """Text-to-image model that both were trained from: hub id or diffusers folder."""
     positive: ExistingPath
     """Output of smpo-train, or a LoRA file, that generation is to be guided towards."""
-    negative: ExistingPath
-    """Output of smpo-train --objective npo, or a LoRA file."""
     out: Out
+    negative: ExistingPath | None = None
+    """Output of smpo-train --objective npo, or a LoRA file. Without it the result is the positive model: of a LoRA, the
+    denoiser with it."""
+    unet: ExistingPath | None = None
+    """Denoiser folder that both were trained from, if it is not the model's own."""
     alpha: float = 1.0
     """Weight of the positive model's difference from --model."""
     beta: float = 1.0
@@ -41,10 +44,10 @@ class MergeOptions(Options):
 
 
 def merge(options: MergeOptions) -> None:
-    """Merge two tuned denoisers into the negative model of Diffusion-NPO (arXiv 2505.11245).
+    """Merge two tuned denoisers into the negative model of Diffusion-NPO (arXiv 2505.11245), or a LoRA into its model.
 
-    Its weights are model + alpha (positive - model) + beta (negative - model), in float32. Guide with it by
-    `smpo-pipeline evaluate --negative NAME=OUT`.
+    The weights are model + alpha (positive - model) + beta (negative - model), in float32. Guide with a negative model
+    by `smpo-pipeline evaluate --negative NAME=OUT`; give any other to `--unet` of generate, invert and smpo-train.
     """
     if (options.out / MERGED_FILE).exists() and not options.overwrite:
         raise UserError(
@@ -54,8 +57,10 @@ def merge(options: MergeOptions) -> None:
     from smpo_models.loading import load_family, load_tuned_denoiser  # noqa: PLC0415
     from smpo_models.tuned.merge import merge_into  # noqa: PLC0415
 
-    family = load_family(options.model, ("denoiser",), variant=options.variant)
-    sources = {"--positive": (options.positive, options.alpha), "--negative": (options.negative, options.beta)}
+    family = load_family(options.model, ("denoiser",), denoiser=options.unet, variant=options.variant)
+    sources = {"--positive": (options.positive, options.alpha)}
+    if options.negative:
+        sources["--negative"] = (options.negative, options.beta)
     tuned = {}
     for flag, (path, weight) in sources.items():
         what = f"{flag} {path}"
@@ -69,11 +74,11 @@ def merge(options: MergeOptions) -> None:
     write_json(options.out / MERGED_FILE, {"settings": settings, "fingerprint": fingerprint_module(merged)})
     console = Console(markup=False)
     console.print(f"merged into {options.out / family.denoiser_folder}", highlight=False, soft_wrap=True)
-    models = ("--model", f"base={options.model}", f"tuned={options.positive}")
-    print_next(
-        console, "smpo-pipeline", "evaluate", *models, "--negative", f"tuned={options.out}", "--prompts", "PROMPTS",
-        "--reward", "pickscore", "--out", "report",
-    )  # fmt: skip
+    tuned_model = options.positive if options.negative else options.out
+    models = ("--model", f"base={options.model}", f"tuned={tuned_model}")
+    negative = ("--negative", f"tuned={options.out}") if options.negative else ()
+    common = ("--prompts", "PROMPTS", "--reward", "pickscore", "--out", "report")
+    print_next(console, "smpo-pipeline", "evaluate", *models, *negative, *common)
 
 
 def _save(denoiser: Any, folder: Path) -> None:  # noqa: ANN401  (diffusers' mixin has no type)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 from smpo_common.commandline import CONFIG_FILE
 from smpo_common.errors import UserError
-from smpo_common.files import read_json, write_bytes, write_json
+from smpo_common.files import link_or_copy, read_json, write_bytes, write_json
 from smpo_common.same_settings import require_same_settings
 from smpo_models.sharing.card import CARD_FILE, own_card
 from smpo_models.sharing.model_card import describe_model
@@ -172,21 +171,13 @@ class OutputFolder:
         staging = folder / f".{source.name}.tmp"
         if source.is_dir():
             shutil.rmtree(staging, ignore_errors=True)
-            shutil.copytree(source, staging, copy_function=_link_or_copy)
+            shutil.copytree(source, staging, copy_function=link_or_copy)
             shutil.rmtree(target, ignore_errors=True)
             staging.replace(target)
         elif source.is_file():
             staging.unlink(missing_ok=True)
-            _link_or_copy(source, staging)
+            link_or_copy(source, staging)
             staging.replace(target)
-
-
-def _link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Make a hard link (files of a run are never changed in place), or a copy if the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _versions() -> dict[str, str]:

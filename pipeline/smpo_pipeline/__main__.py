@@ -1,0 +1,5 @@
+"""``python -m smpo_pipeline``."""
+
+from smpo_pipeline.cli import main
+
+main()

@@ -1,0 +1,134 @@
+"""Check the flags of all stages against their commands before anything runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smpo_common.errors import UserError
+from smpo_common.files import write_bytes
+from smpo_common.options import Options, parse_arguments
+from smpo_pipeline.evaluation.options import EvaluateOptions
+from smpo_pipeline.jobs.generate.options import GenerateOptions
+from smpo_pipeline.jobs.invert.options import InvertOptions
+from smpo_pipeline.jobs.score.options import ScoreOptions
+from smpo_pipeline.rounds.options import Flags, RoundsOptions
+from smpo_pipeline.rounds.stages import Plan, Stage, Training
+from smpo_pipeline.selection.options import SelectOptions
+
+Resolve = Callable[[list[str]], Mapping[str, Any]]
+"""Parses arguments of smpo-train, which this program does not import; returns the values of all its flags."""
+
+_MODELS: dict[str, type[Options]] = {
+    "generate": GenerateOptions,
+    "score": ScoreOptions,
+    "select": SelectOptions,
+    "invert": InvertOptions,
+    "evaluate": EvaluateOptions,
+}
+
+_OWN = {
+    "generate": ("model", "prompts", "unet", "lora", "seed", "plan"),
+    "score": ("pairs",),
+    "select": ("candidates", "scores", "seed"),
+    "invert": ("pairs", "scores", "model", "unet", "inverting_unet", "seed"),
+    "train": ("shards", "model", "unet", "scores", "weight_column", "seed", "print_config"),
+    "evaluate": ("model", "base", "seed"),
+}
+"""Flags that ``rounds`` sets, besides --out."""
+
+
+def given_stages(options: RoundsOptions) -> dict[str, Flags]:
+    """Return the flags of each stage that is done, without those that are set for each round."""
+    stages = {name: dict(flags) for name, flags in options.stages if flags is not None}
+    if isinstance(stages["train"].get("beta"), list):
+        del stages["train"]["beta"]
+    return stages
+
+
+def write_flags(options: RoundsOptions, folder: Path) -> None:
+    """Write the config files of the stages."""
+    for name, flags in given_stages(options).items():
+        if flags:
+            content = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
+            write_bytes(folder / f"{name}.yaml", content.encode())
+
+
+def check_stages(options: RoundsOptions, resolve: Resolve) -> Training:
+    """Parse the commands of all stages, with an empty folder for what is not there yet.
+
+    Raises:
+        UserError: a flag is unknown, set by ``rounds`` itself, or refused; it names stage and flag.
+    """
+    for name, flags in given_stages(options).items():
+        for key in (*_OWN.get(name, ()), "out", "overwrite"):
+            if key in flags:
+                raise UserError(f"{name}: {key}: `rounds` sets this flag; leave it out")
+    _check_stop(options)
+    with tempfile.TemporaryDirectory(prefix="smpo-") as folder:
+        write_flags(options, Path(folder))
+        plan = Plan(options, Training(), Path(folder))
+        resolved: Mapping[str, Any] = {}
+        for number in range(options.rounds if plan.beta(0) is not None else 1):
+            for stage in plan.stages(number):
+                if stage.name == "train":
+                    resolved = _parsed(stage, plan, resolve)
+                elif number == 0:
+                    _parsed(stage, plan, partial(_strictly, stage.name, options))
+    return Training(
+        lora=resolved.get("lora_rank") is not None,
+        needs_scores=resolved.get("preference") == "winrate",
+        variant=resolved.get("variant"),
+    )
+
+
+def _check_stop(options: RoundsOptions) -> None:
+    rewards = (options.stages.evaluate or {}).get("reward", [])
+    names = [str(spec).partition("=")[0] for spec in (rewards if isinstance(rewards, list) else [rewards])]
+    # The name of a user's own reward, MODULE:CLASS, is known when it is loaded.
+    if options.stop_if_worse and options.stop_if_worse not in names and not any(":" in name for name in names):
+        raise UserError(f"--stop-if-worse {options.stop_if_worse}: evaluate: reward has only {', '.join(names)}")
+
+
+def _parsed(stage: Stage, plan: Plan, parse: Callable[[list[str]], Any]) -> Any:  # noqa: ANN401  (what ``parse`` returns)
+    """Parse a stage's arguments; an error names the stage in place of the config file."""
+    start = stage.command.index("--config") if "--config" in stage.command else stage.command.index(_first_flag(stage))
+    arguments = [_existing(word, plan) for word in stage.command[start:]]
+    try:
+        return parse(arguments)
+    except UserError as error:
+        said = str(error).replace(f"--config {plan.flags / stage.name}.yaml: ", "")
+        raise UserError(f"{stage.name}: {said}") from error
+
+
+def _first_flag(stage: Stage) -> str:
+    return next(word for word in stage.command if word.startswith("--"))
+
+
+def _existing(word: str, plan: Plan) -> str:
+    """Replace a path below the output folder by a folder that exists."""
+    name, equals, path = word.rpartition("=")
+    return f"{name}{equals}{plan.flags}" if Path(path).is_relative_to(plan.options.out) else word
+
+
+def _strictly(name: str, options: RoundsOptions, arguments: list[str]) -> None:
+    """Parse as if the flags of a stage stood on its command line, where those that have no effect are refused."""
+    model = _MODELS[name]
+    parsed = parse_arguments(model, _repeated(arguments))
+    model.parse(parsed.flat_values(), frozenset(given_stages(options)[name]))
+
+
+def _repeated(arguments: list[str]) -> list[str]:
+    """Write ``--model a b`` as ``--model a --model b``; all flags of the stages' commands have values."""
+    flag, words = "", []
+    for word in arguments:
+        if word.startswith("--"):
+            flag = word
+        else:
+            words += [flag, word]
+    return words

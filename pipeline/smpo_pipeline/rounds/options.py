@@ -1,0 +1,100 @@
+"""The flags of ``smpo-pipeline rounds``. Imports neither torch nor Ray."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import ConfigDict, Field, model_validator
+
+from smpo_common.errors import UserError
+from smpo_common.options import Flag, Options, Overwrite
+from smpo_pipeline.options import ExistingPath, ModelSource, Out
+
+Flags = dict[str, Any]
+"""Values of a command's flags, by their keys in a config file."""
+
+
+def _mapping(value: Any) -> Flags:  # noqa: ANN401  (of a config file, or YAML text)
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"a stage's flags are no YAML: {error}") from error
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"expected a YAML mapping of a stage's flags to values, not {value!r}")
+    return value
+
+
+_FLAGS = Flag(typed=dict, metavar="YAML", parser=_mapping)
+StageFlags = Annotated[Flags, _FLAGS]
+OptionalStage = Annotated[Flags | None, _FLAGS]
+
+
+class StagesOptions(Options):
+    """The stages of a round, each with flags of its command."""
+
+    model_config = ConfigDict(title="Stages: flags of each command, as a mapping in the config file")
+
+    generate: StageFlags = Field(default_factory=dict)
+    """Flags of `generate`."""
+    score: StageFlags = Field(default_factory=dict)
+    """Flags of `score`."""
+    select: StageFlags = Field(default_factory=dict)
+    """Flags of `select`."""
+    invert: StageFlags = Field(default_factory=dict)
+    """Flags of `invert`."""
+    train: StageFlags = Field(default_factory=dict)
+    """Flags of `smpo-train`; beta may be a list, with a value for each round."""
+    evaluate: OptionalStage = None
+    """Flags of `evaluate`, such as prompts that are not trained on: compares the base and all rounds' models. Default:
+    not done."""
+
+
+class RoundsOptions(Options):
+    """The flags of ``rounds``."""
+
+    base: Annotated[ModelSource, Flag(place=True)]
+    """Text-to-image model to begin with: hub id or diffusers folder."""
+    prompts: Annotated[tuple[ExistingPath, ...], Flag(typed=list[str], metavar="FILE", place=True)]
+    """Prompts to train on: one file for all rounds, or a list with one for each."""
+    out: Out
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """Number of rounds. Run again with a larger number to go on."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed; round 0 has this one, round 1 the next. evaluate has it in all rounds."""
+    start: Literal["previous", "base"] = "previous"
+    """Where a round's training begins: at the model of the round before, or again at the base."""
+    reference: Literal["base", "previous"] = "base"
+    """The frozen model that a round's training is held to: the base, or the model of the round before."""
+    inverting: Literal["reference", "policy"] = "reference"
+    """Who inverts a round's images: the reference, or the model of the round before, which drew them."""
+    force: bool = False
+    """Accept --inverting policy with --reference base, which did harm (docs/results/drift.md)."""
+    stop_if_worse: Annotated[str | None, Flag(metavar="REWARD")] = None
+    """Stop after a round whose model loses to that of the round before by this reward of evaluate: the 95 % interval of
+    its win rate ends below 50 %. Take a reward that is not trained on."""
+    launcher: Annotated[str | None, Flag(metavar="COMMAND")] = None
+    """Start training by this, for several devices: torchrun --nproc-per-node 8. Default: smpo-train alone."""
+    stages: StagesOptions = StagesOptions()
+    dry_run: Annotated[bool, Flag(recorded=False)] = False
+    """Write the stages' config files, print the commands of all rounds, and run none."""
+    overwrite: Overwrite = False
+    """Start over. Without it an unfinished run is continued."""
+
+    @model_validator(mode="after")
+    def _refuse_what_does_not_fit(self) -> Self:
+        if self.reference == "base" and self.inverting == "policy" and not self.force:
+            raise UserError(
+                "--inverting policy with --reference base did harm (docs/results/drift.md): the reference's states are "
+                "then not its own; use --reference previous, or --force"
+            )
+        if self.reference == "previous" and self.start == "base":
+            raise UserError("--start base with --reference previous: training would begin away from its reference")
+        betas = self.stages.train.get("beta")
+        for key, values in {"prompts": self.prompts, "train: beta": betas if isinstance(betas, list) else ()}.items():
+            if len(values) > 1 and len(values) < self.rounds:
+                raise UserError(f"{key}: {len(values)} values for {self.rounds} rounds; give one, or one for each")
+        if self.stop_if_worse and self.stages.evaluate is None:
+            raise UserError(f"--stop-if-worse {self.stop_if_worse} needs the stage evaluate")
+        return self
