@@ -21,6 +21,7 @@ from smpo_pipeline.commands.rounds import rounds
 from smpo_pipeline.commands.score import score
 from smpo_pipeline.commands.select import select
 from smpo_pipeline.commands.status import status
+from smpo_pipeline.commands.steps import steps
 from smpo_pipeline.commands.toy import toy
 from smpo_pipeline.commands.vote import vote
 from smpo_pipeline.commands.weigh import weigh
@@ -33,10 +34,11 @@ app = typer.Typer(
 )
 _EXAMPLES = {
     "rounds": "Example: smpo-pipeline rounds --config examples/rounds/rounds.yaml --rounds 2 --out runs/rounds",
+    "steps": "Example: smpo-pipeline steps --model MODEL --prompts prompts.txt --reward pickscore --out shards",
     "weigh": "Example: smpo-pipeline weigh --scores scores --pairs pairs/ --golden-column human --source-column site",
 }
 for command in (
-    *(generate, score, calibrate, weigh, select, plan, invert, status),
+    *(generate, score, calibrate, weigh, select, plan, invert, steps, status),
     *(evaluate, inspect, rounds, merge, push, vote, toy),
 ):
     add_command(app, command, examples=_EXAMPLES.get(command.__name__, ""))

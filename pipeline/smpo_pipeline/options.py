@@ -85,6 +85,10 @@ def _known_rewards(specs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(check_reward(spec) for spec in specs)
 
 
+def _known_reward(spec: str) -> str:
+    return _known_rewards((spec,))[0]
+
+
 def _known_layout(name: str | None) -> str | None:
     return name and find_layout(name).name
 
@@ -148,6 +152,12 @@ Rewards = Annotated[
         description="Reward: NAME, NAME=MODEL (hub id, folder, file or address), or MODULE:CLASS for your own. "
         "Repeatable. For example pickscore or pickscore=./my-pickscore. List of rewards: docs/guide/scoring.md."
     ),
+]
+OneReward = Annotated[
+    str,
+    AfterValidator(_known_reward),
+    Flag(metavar="NAME[=MODEL]", place="named"),
+    Field(description="Reward: NAME, NAME=MODEL (hub id, folder, file or address), or MODULE:CLASS for your own."),
 ]
 LabelsFile = Annotated[
     ExistingPathOrUrl | None,

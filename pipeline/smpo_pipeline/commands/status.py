@@ -22,11 +22,11 @@ class StatusOptions(Options):
     """The flags of ``status``."""
 
     out: Annotated[str, Flag(positional=True, metavar="DIR|URL")]
-    """The --out of `score`, `invert` or `generate`."""
+    """The --out of `score`, `invert`, `generate` or `steps`."""
 
 
 def status(options: StatusOptions) -> None:
-    """Show the progress of a run of score, invert or generate: units, rows, rejects with reasons, rate, remaining time.
+    """Show the progress of a run of score, invert, generate or steps: units, rows, rejects, rate, remaining time.
 
     Works from any machine that can read the directory, and changes nothing.
     """

@@ -19,7 +19,7 @@ from smpo_pipeline.inspection.scores import print_sharpness
 from smpo_pipeline.inversion.advice import believable, health_warnings, sampling_remarks, unsolved
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, histogram, make_table, percent, quantile_cells
 from smpo_schemas.inversion_settings import GENERATED, InversionSettings
-from smpo_schemas.manifest import TEXT_FOLDER, Manifest, ModelInfo
+from smpo_schemas.manifest import TEXT_FOLDER, Manifest, ModelInfo, StepSettings
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample
@@ -120,12 +120,13 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
     manifest = summary.manifest
     totals = manifest.totals
     read = "all" if summary.trajectories == totals.samples else f"the first {summary.trajectories}"
+    made = "drawn" if manifest.steps else "inverted"
     own = manifest.model.inverting_denoiser == manifest.model.reference
     console.print(
         facts(
             f"shards: {path}",
             {
-                "pairs": f"{totals.pairs_in} in = {totals.pairs} inverted + {totals.rejected} rejected",
+                "pairs": f"{totals.pairs_in} in = {totals.pairs} {made} + {totals.rejected} rejected",
                 "rejected": counted(manifest.rejected_reasons),
                 "trajectories": f"{totals.samples} with {totals.states} states; {read} read",
                 "files": f"{len(manifest.shards)} tars, {totals.bytes / 1e6:.1f} MB",
@@ -134,8 +135,12 @@ def print_shards(summary: ShardsSummary, path: Path, console: Console) -> None:
                 f"{manifest.resolution} pixels",
                 **({"buckets": f"{describe_buckets(manifest.buckets)}, height x width"} if manifest.buckets else {}),
                 "reference": f"{manifest.model.reference[:16]}; its errors in {manifest.ref_error_arithmetic}",
-                "inverted by": "the reference" if own else manifest.model.inverting_denoiser[:16],
-                "inversion": describe_settings(manifest.inversion),
+                f"{made} by": "the reference" if own else manifest.model.inverting_denoiser[:16],
+                **(
+                    {"step pairs": _describe_steps(manifest.inversion, manifest.steps)}
+                    if manifest.steps
+                    else {"inversion": describe_settings(manifest.inversion)}
+                ),
                 **_of_flow(manifest.model),
                 **_of_samplings(manifest),
                 "seed": f"{manifest.seed}",
@@ -166,6 +171,15 @@ def _describe_text(manifest: Manifest) -> str:
     if text is None:
         return "not stored: the trainer encodes the prompts"
     return f"{text.prompts} prompts stored once in {text.dtype}, {text.bytes / 1e6:.1f} MB in {len(text.files)} files"
+
+
+def _describe_steps(settings: InversionSettings, steps: StepSettings) -> str:
+    """Describe step pairs in one sentence."""
+    return (
+        f"{steps.candidates} draws of each of the sampler's steps {', '.join(map(str, steps.trained))} of "
+        f"{settings.steps}, eta {settings.eta:g}, guidance {settings.guidance_scale:g}; a trajectory goes on from "
+        f"{'the best' if steps.continue_from == 'winner' else 'a random one'}; {settings.dtype}"
+    )
 
 
 def describe_settings(settings: InversionSettings) -> str:

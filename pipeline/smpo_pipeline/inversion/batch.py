@@ -15,6 +15,7 @@ from torch import nn
 
 from smpo_models.draws import gaussian, trajectory_stream
 from smpo_models.family import Conditioning, Family
+from smpo_pipeline.inversion.denoisers import guided_output
 from smpo_pipeline.inversion.generated import GeneratedPair
 from smpo_pipeline.inversion.timesteps import TrajectoryPlan, plan_trajectory
 from smpo_schemas.inversion_settings import GENERATED, InversionSettings
@@ -244,20 +245,16 @@ class Batch:
 
     def predicted(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
         """Return the inverting denoiser's output at (x, t), with guidance (arXiv 2207.12598): [S, C, h, w]."""
-        scale = self.settings.guidance_scale
-        if self._unconditional is None:
-            return self._output(x_SChw, t_S, self.conditioning[rows_S])
-        unconditional = self._output(x_SChw, t_S, self._unconditional[rows_S])
-        if scale == 0:
-            return unconditional
-        return unconditional + scale * (self._output(x_SChw, t_S, self.conditioning[rows_S]) - unconditional)
+        return guided_output(
+            lambda conditioning: self.family.denoise(self._inverting_denoiser, x_SChw, t_S, conditioning),
+            self.conditioning[rows_S],
+            self._unconditional and self._unconditional[rows_S],
+            self.settings.guidance_scale,
+        )
 
     def predicted_direction(self, x_SChw: torch.Tensor, t_S: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
         """Return the direction of :meth:`predicted` at (x, t): [S, C, h, w]."""
         return self.noise_schedule.direction(self.predicted(x_SChw, t_S, rows_S), x_SChw, t_S)
-
-    def _output(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        return self.family.denoise(self._inverting_denoiser, x_SChw, t_S, conditioning)
 
     def noise_a_pair(self, purpose: str) -> torch.Tensor:
         """One Gaussian noise a trajectory, the same for both images: [R, C, h, w]."""

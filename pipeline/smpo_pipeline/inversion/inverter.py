@@ -5,19 +5,16 @@ Shape suffixes: S rows (images) that store a state at one visit, K stored states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from smpo_models.arithmetic import narrow_products, narrowed
 from smpo_models.draws import gaussian
-from smpo_models.family import Conditioning, Family
+from smpo_models.family import Family
 from smpo_models.noise_schedules.base import NoiseSchedule
-from smpo_models.weights import DTYPES
 from smpo_pipeline.inversion.batch import Batch, PreparedPair, Trajectory, Visit, draw_trajectory
+from smpo_pipeline.inversion.denoisers import Denoisers
 from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.inversion.sources import SOURCES
 from smpo_pipeline.inversion.step import distance
@@ -39,38 +36,21 @@ class Inverter:
         """Take a loaded model, all parts, on the CPU; cast its weights as the settings say, and move it to a device.
 
         Args:
-            family: the model; its denoiser is the reference that ``ref_error`` is measured with, in the arithmetic of
-                training: products in ``settings.dtype`` by autocast, norms in float32.
-            inverting_denoiser: the denoiser that carries the images along; usually the reference itself. All its
-                weights have ``settings.dtype``. Only ``--source renoise`` asks another than the reference.
+            family: the model; its denoiser is the reference.
+            inverting_denoiser: the denoiser that carries the images along; see :class:`Denoisers`. Only ``--source
+                renoise`` asks another than the reference.
             settings: of the inversion.
             seed: with the pair's id, the source of all randomness.
             device: cpu or cuda.
         """
-        if family.denoiser is None:
-            raise RuntimeError("the model was loaded without its denoiser")
-        if settings.source != "renoise":
-            inverting_denoiser = family.denoiser
-        self._family, self._reference, self._inverting_denoiser = family, family.denoiser, inverting_denoiser
-        self._reference_inverts = inverting_denoiser is family.denoiser
-        self._settings, self._seed = settings, seed
-        self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
-        dtype = DTYPES[settings.dtype]
-        # Cast first: in float32 two denoisers would take twice the device's memory that they need.
-        if dtype != torch.float32:
-            self._autocast = partial(torch.autocast, device, dtype)
-            narrow_products(self._reference, dtype)
-            if not self._reference_inverts:
-                self._inverting_denoiser = narrowed(inverting_denoiser, dtype)
-        family.to(device)
-        self._inverting_denoiser.to(device)
-        if dtype != torch.float32 and self._reference_inverts:
-            self._inverting_denoiser = narrowed(self._reference, dtype)  # here, where it shares the weights of products
+        self._family, self._settings, self._seed = family, settings, seed
+        inverting = inverting_denoiser if settings.source == "renoise" else None
+        self._denoisers = Denoisers(family, inverting, settings.dtype, device)
 
     @property
     def denoisers(self) -> set[nn.Module]:
         """The modules whose forwards it makes."""
-        return {self._reference, self._inverting_denoiser}
+        return {self._denoisers.reference, self._denoisers.inverting}
 
     @torch.inference_mode()
     def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | Failure], HealthSums]:
@@ -82,7 +62,7 @@ class Inverter:
         trajectories = [
             draw_trajectory(pair, number, self._family, self._settings, self._seed) for pair, number in requests
         ]
-        batch = Batch(trajectories, self._family, self._inverting_denoiser, self._settings)
+        batch = Batch(trajectories, self._family, self._denoisers.inverting, self._settings)
         health = HealthSums()
         states: list[list[_State]] = [[] for _ in range(2 * len(trajectories))]
         for visit in SOURCES[self._settings.source](batch):
@@ -107,25 +87,17 @@ class Inverter:
         tau = (visit.x_SChw[positions_S] - a * x0) / s if known is None else known[positions_S]
         tau = tau.to(STORAGE[self._settings.storage])
         # From here on the stored, rounded state: the very one that the trainer rebuilds.
-        x_t = schedule.noised(x0, tau.float(), t_S)
-        output = self._refer(x_t, t_S, batch.conditioning[rows_S])
-        ref_error = (output - schedule.target(x0, tau.float(), t_S)).square().mean((1, 2, 3))
-        ref_norm = output.square().mean((1, 2, 3)).sqrt()
+        measured = self._denoisers.measure(x0, tau, t_S, batch.conditioning[rows_S])
+        x_t, output = measured.x_SChw, measured.output_SChw
         predicted = schedule.noise_in(output, x_t, t_S)
         residual = self._residual(batch, visit, positions_S, t_S, schedule.direction(output, x_t, t_S))
         self._measure(batch, rows_S, t_S, predicted, tau, residual, health)
         if visit.solved_S is not None:
             last = schedule.num_train_timesteps
             health.count_solved(t_S, last, visit.solved_S[positions_S], self._settings.tolerance)
-        for row, t, *state in zip(
-            rows_S.tolist(), t_S.tolist(), tau.cpu(), ref_error.cpu(), residual.cpu(), ref_norm.cpu(), strict=True
-        ):
+        columns = (tau, measured.error_S, residual, measured.norm_S)
+        for row, t, *state in zip(rows_S.tolist(), t_S.tolist(), *(each.cpu() for each in columns), strict=True):
             states[row].append((t, *state))
-
-    def _refer(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The reference's output, float32 [S, C, h, w]."""
-        with self._autocast():
-            return self._family.denoise(self._reference, x_SChw, t_S, conditioning)
 
     def _residual(
         self,
@@ -149,7 +121,7 @@ class Inverter:
             return visit.solved_S[positions_S]
         x_s, s, asked, stepped = (value[positions_S] for value in visit.origin)
         rows, node, x_t = (value[positions_S] for value in (visit.rows_S, visit.t_S, visit.x_SChw))
-        own = self._reference_inverts and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
+        own = self._denoisers.reference_inverts and self._settings.guidance_scale == 1 and torch.equal(asked, used_at_S)
         direction = referred if own else batch.predicted_direction(x_t, asked, rows)
         return torch.where(stepped, distance(x_t, batch.noise_schedule.carry(x_s, direction, s, node)), residual)
 
@@ -178,7 +150,7 @@ class Inverter:
                 [_health_noise(batch, row, t) for row, t in zip(rows.tolist(), t.tolist(), strict=True)]
             )
             x_t = batch.noise_schedule.noised(x0, noise.to(batch.device), t)
-            output = self._refer(x_t, t, batch.conditioning[rows])
+            output = self._denoisers.refer(x_t, t, batch.conditioning[rows])
             forward = batch.noise_schedule.noise_in(output, x_t, t)
         # A pair whose numbers overflow is rejected in the end; it must not make the sums of the others NaN before.
         finite = [torch.isfinite(each).flatten(1).all(1) for each in (predicted, forward, tau[measured])]

@@ -105,7 +105,7 @@ def test_denoisers_are_cast_before_they_move_to_the_device(models, tmp_path, mon
     )
     # Norms stay in float32 in the reference, as in the trainer.
     assert moved == {(False, torch.bfloat16, "cpu", "meta"), (True, torch.float32, "cpu", "meta")}
-    own = actor._inverter._inverting_denoiser
+    own = actor._inverter._denoisers.inverting
     assert {(parameter.dtype, parameter.device.type) for parameter in own.parameters()} == {(torch.bfloat16, "meta")}
     reference = dict(actor._family.denoiser.named_parameters())
     shared = {"norm" in name for name, parameter in own.named_parameters() if parameter is reference[name]}

@@ -124,7 +124,7 @@ def test_clipped_ratios() -> None:
 def with_steps(shards: Path, directory: Path, grid: list[float], **inversion: object) -> Path:
     with_manifest(shards, directory, source="steps", **inversion)
     manifest = ShardDirectory(directory).manifest
-    made = StepSettings(grid=grid, trained=[2], candidates=2, continued="winner", gap=0.0)
+    made = StepSettings(grid=grid, trained=[2], candidates=2, continue_from="winner", gap=0.0)
     write_manifest(directory, manifest.model_copy(update={"steps": made}))
     return directory
 

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import ray
 
 from smpo_common.errors import UserError
-from smpo_common.store_path import AnyPath
 from smpo_pipeline.images.buckets import Size, list_buckets
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.generated import GeneratedPair, blank_pixels
@@ -33,6 +32,7 @@ from smpo_pipeline.jobs.invert.prepare import STAGE, unit_pairs
 from smpo_pipeline.jobs.record.progress import Reporter
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_pipeline.jobs.shards import index_part
 from smpo_schemas.manifest import TEXT_FOLDER, StoredTextEntry
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject
@@ -238,11 +238,6 @@ class InvertActor:
     def _invert_alone(self, pair: PreparedPair) -> None:
         for trajectory in range(self._trajectories_per_pair):
             run_alone(self._inverter.invert, (pair, trajectory), self._device)
-
-
-def index_part(run: Run, unit: int) -> AnyPath:
-    """The file of a unit's part of the index, until the index of all shards is written."""
-    return run.record_path(unit).with_suffix(".parquet")
 
 
 def _generated(row: Mapping[str, Any], latents_K2Chw: np.ndarray) -> GeneratedPair:

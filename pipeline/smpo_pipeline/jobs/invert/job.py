@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from rich.console import Console
-from torch import nn
 
 from smpo_common.errors import UserError
 from smpo_common.retry import retry_transient
@@ -25,7 +23,7 @@ from smpo_pipeline.inversion.health import HealthSums
 from smpo_pipeline.jobs.cluster.pools import Pool, limit_memory, model_pool, task_memory
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import resolve_device
-from smpo_pipeline.jobs.invert.actor import InvertActor, index_part
+from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.invert.candidates import (
     Found,
     check_configs,
@@ -34,7 +32,14 @@ from smpo_pipeline.jobs.invert.candidates import (
     kept_source,
     samplings,
 )
-from smpo_pipeline.jobs.invert.models import ModelIdentity, choose_text, describe_model, load_models, read_configs
+from smpo_pipeline.jobs.invert.models import (
+    ModelIdentity,
+    choose_text,
+    describe_model,
+    load_models,
+    read_configs,
+    weight_bytes,
+)
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prepare import prepare_row
 from smpo_pipeline.jobs.invert.prompts import distinct_prompts
@@ -43,6 +48,7 @@ from smpo_pipeline.jobs.reading import Layouts, unit_sizes
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
 from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_pipeline.jobs.shards import assemble_manifest
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_schemas.manifest import (
     MANIFEST_FILE,
@@ -51,18 +57,14 @@ from smpo_schemas.manifest import (
     TEXT_FOLDER,
     ImageSampling,
     Manifest,
-    ShardEntry,
     StoredTextEntry,
-    Totals,
     autocast_arithmetic,
     read_manifest,
     write_manifest,
 )
 from smpo_schemas.pairs import RowRange, layouts_of, list_pair_files, slice_files
-from smpo_schemas.rejects import count_reasons, write_rejects
 from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, score_tolerance
-from smpo_schemas.shards.index import INDEX_FILE, write_index
-from smpo_schemas.shards.reader import ShardDirectory
+from smpo_schemas.shards.index import INDEX_FILE
 
 
 def invert(options: InvertOptions) -> Manifest:
@@ -245,8 +247,8 @@ def _check_model(options: InvertOptions, found: Found) -> _Checked:
         resolution=resolution,
         image_sizes=sizes,
         pairs_per_shard=pairs_per_shard,
-        weights=_weights({family.denoiser, inverting_denoiser, family.vae}),
-        text_weights=_weights(family.text_modules),
+        weights=weight_bytes({family.denoiser, inverting_denoiser, family.vae}),
+        text_weights=weight_bytes(family.text_modules),
         kept=kept,
         samplings=samplings(found),
         pair_bytes=2 * content,
@@ -255,10 +257,6 @@ def _check_model(options: InvertOptions, found: Found) -> _Checked:
 
 def _most_pixels(sizes: Iterable[Size]) -> int:
     return max(height * width for height, width in sizes)
-
-
-def _weights(modules: Iterable[nn.Module]) -> int:
-    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
 
 
 def _needed_prompts(units: Sequence[list[RowRange]], layouts: Layouts, scores: pa.Table | None) -> list[str]:
@@ -280,45 +278,24 @@ def _finish(
     text: StoredTextEntry | None,
 ) -> Manifest:
     """Write the rejects, then ``manifest.json``, which marks the run as finished."""
-    rejects = [reject for record in records for reject in record.rejects]
-    write_rejects(options.out / REJECTS_FILE, rejects)
-    shards = [ShardEntry.model_validate(record.entry) for record in records if record.entry]
-    if not shards:
-        first = f"; the first: {rejects[0].source}: {rejects[0].reason}" if rejects else ""
-        raise UserError(f"no pair is left, {len(rejects)} were rejected (see {options.out / REJECTS_FILE}){first}")
     health = HealthSums()
     for record in records:
         health += HealthSums(record.health)
     buckets: Counter[Size] = Counter()
     for bucket in (bucket for record in records for bucket in record.buckets):
         buckets[bucket.height, bucket.width] += bucket.pairs
-    manifest = Manifest(
-        schema_version=MANIFEST_VERSION,
+    manifest = assemble_manifest(
+        run,
+        records,
         model=checked.model.info(),
         resolution=checked.resolution,
         inversion=options.settings,
-        ref_error_arithmetic=autocast_arithmetic(options.settings.dtype),
-        has_ref_norm=True,
         seed=options.trajectory.seed,
         rewards=info.rewards if info else {},
-        shards=shards,
-        totals=Totals(
-            pairs_in=sum(record.pairs_in for record in records),
-            pairs=sum(record.pairs for record in records),
-            samples=sum(shard.samples for shard in shards),
-            states=sum(shard.states for shard in shards),
-            rejected=len(rejects),
-            bytes=sum(shard.bytes for shard in shards),
-            prompts_cut=sum(record.prompts_cut for record in records),
-        ),
-        rejected_reasons=count_reasons(rejects),
         health=health.bands(checked.model.num_train_timesteps),
         text=text,
         buckets=list_buckets(buckets),
         samplings=checked.samplings,
-        versions={name: version(name) for name in ("smpo-diffusion", "torch", "diffusers", "transformers", "numpy")},
     )
-    parts = [index_part(run, record.unit) for record in records if record.entry]
-    manifest = manifest.model_copy(update={"index": write_index(ShardDirectory(options.out, manifest), parts)})
     write_manifest(options.out, manifest)
     return manifest

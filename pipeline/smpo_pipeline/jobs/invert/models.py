@@ -1,8 +1,9 @@
-"""Load and identify the models of ``smpo-pipeline invert``."""
+"""Load and identify the models of jobs that make shards: ``invert`` and ``steps``."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -12,12 +13,14 @@ from smpo_models.fingerprint import fingerprint_module, settings_of
 from smpo_models.loading import load_family, load_tuned_denoiser
 from smpo_models.weights import DTYPES
 from smpo_pipeline.jobs.invert.options import InversionOptions
+from smpo_pipeline.jobs.steps.options import StepsOptions
 from smpo_schemas.manifest import ModelInfo
 
-AnyOptions = TypeVar("AnyOptions", bound=InversionOptions)
+ModelChoice = InversionOptions | StepsOptions
+AnyOptions = TypeVar("AnyOptions", bound=ModelChoice)
 
 
-def read_configs(options: InversionOptions) -> Family:
+def read_configs(options: ModelChoice) -> Family:
     """Read the model's configs and check the settings of the model against them, without loading weights.
 
     Raises:
@@ -29,7 +32,7 @@ def read_configs(options: InversionOptions) -> Family:
     return family
 
 
-def _set_up(family: Family, options: InversionOptions) -> None:
+def _set_up(family: Family, options: ModelChoice) -> None:
     guidance, steps = options.trajectory.embedded_guidance, options.trajectory.sampler_steps
     model = options.models.model
     if guidance is not None:
@@ -56,10 +59,11 @@ def choose_text(options: AnyOptions) -> AnyOptions:
     """
     if options.storing.text != "auto":
         return options
-    return options.replace(text="stored" if load_family(options.models.model, ()).stores_text else "live")
+    text = "stored" if load_family(options.models.model, ()).stores_text else "live"
+    return cast("AnyOptions", options.replace(text=text))
 
 
-def load_models(options: InversionOptions, *, text: bool = True) -> tuple[Family, nn.Module]:
+def load_models(options: ModelChoice, *, text: bool = True) -> tuple[Family, nn.Module]:
     """Load the model with its reference denoiser, and the inverting denoiser (default: the reference), on the CPU.
 
     Args:
@@ -81,10 +85,10 @@ def load_models(options: InversionOptions, *, text: bool = True) -> tuple[Family
     if models.inverting_unet is None:
         return family, family.denoiser
     path = models.inverting_unet
-    return family, load_tuned_denoiser(family, models.model, path, f"--inverting-unet {path}", models.variant)
+    return family, load_tuned_denoiser(family, models.model, path, f"{models.inverting_flag} {path}", models.variant)
 
 
-def load_text_encoders(options: InversionOptions) -> Family:
+def load_text_encoders(options: ModelChoice) -> Family:
     """Load the model's text encoders alone, on the CPU."""
     family = load_family(options.models.model, ("text",), variant=options.models.variant)
     family.encodes_empty_prompt = options.storing.empty_prompt == "encoded"
@@ -96,7 +100,7 @@ class ModelIdentity(ModelInfo):
 
     settings: dict[str, Any]
 
-    def is_of(self, family: Family, inverting_denoiser: nn.Module, options: InversionOptions) -> bool:
+    def is_of(self, family: Family, inverting_denoiser: nn.Module, options: ModelChoice) -> bool:
         """Whether these models, perhaps loaded without their text encoders, are the described ones."""
         loaded = describe_model(options, family, inverting_denoiser)
         if family.text_modules:
@@ -116,7 +120,7 @@ class ModelIdentity(ModelInfo):
         return ModelInfo(**self.model_dump(exclude={"settings"}))
 
 
-def describe_model(options: InversionOptions, family: Family, inverting_denoiser: nn.Module) -> ModelIdentity:
+def describe_model(options: ModelChoice, family: Family, inverting_denoiser: nn.Module) -> ModelIdentity:
     """Identify the models; call it before they are cast from float32."""
     reference = fingerprint_module(family.denoiser)
     return ModelIdentity(
@@ -135,3 +139,8 @@ def describe_model(options: InversionOptions, family: Family, inverting_denoiser
         sampler_steps=family.noise_schedule.sampler_steps,
         settings={**family.settings(), "inverting_denoiser": settings_of(inverting_denoiser)},
     )
+
+
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
+    """Return the bytes of all weights."""
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
@@ -90,6 +90,8 @@ class ModelOptions(Options):
     """The model, and replacements for its parts."""
 
     model_config = ConfigDict(title="Model")
+
+    inverting_flag: ClassVar[str] = "--inverting-unet"
 
     model: Annotated[ModelSource, Flag(place=True)]
     """Text-to-image model to align: hub id or diffusers folder."""

@@ -1,7 +1,7 @@
-"""The first stage of ``invert`` with ``--text stored``: each distinct prompt is encoded once, by actors of its own.
+"""The first stage of ``invert`` and ``steps`` with ``--text stored``: each distinct prompt is encoded once.
 
-They hold the text encoders alone and end before those that invert start. The stage is a run of its own in ``text/``,
-whose records are kept until the manifest lists its files.
+Actors of its own hold the text encoders alone and end before those of the second stage start. It is a run of its own in
+``text/``, whose records are kept until the manifest lists its files.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prompts import PROMPTS_PER_FILE, encode_batches
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
+from smpo_pipeline.jobs.steps.options import StepsOptions
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, StoredTextEntry, TextFile
 from smpo_schemas.shards.text import (
     TEXT_DTYPES,
@@ -35,12 +36,14 @@ from smpo_schemas.shards.text import (
 )
 
 
-def text_run(options: InvertOptions, identity: dict[str, Any] | None = None) -> Run:
+def text_run(options: InvertOptions | StepsOptions, identity: dict[str, Any] | None = None) -> Run:
     """Return the stage's run, which is never finished by itself: see :meth:`Run.remove`."""
     return Run(options.out / TEXT_FOLDER, MANIFEST_FILE, identity or {})
 
 
-def store_text(options: InvertOptions, prompts: Sequence[str], model: ModelIdentity, weights: int) -> StoredTextEntry:
+def store_text(
+    options: InvertOptions | StepsOptions, prompts: Sequence[str], model: ModelIdentity, weights: int
+) -> StoredTextEntry:
     """Write the files of ``text/`` that are missing, and the index.
 
     Args:
@@ -101,7 +104,12 @@ class TextActor:
     """Holds the text encoders; turns a unit of prompts into a file and commits it."""
 
     def __init__(
-        self, options: InvertOptions, model: ModelIdentity, run: Run, prompts: ray.ObjectRef, work_log: WorkLog
+        self,
+        options: InvertOptions | StepsOptions,
+        model: ModelIdentity,
+        run: Run,
+        prompts: ray.ObjectRef,
+        work_log: WorkLog,
     ) -> None:
         """Load the text encoders; see :func:`store_text` for the arguments."""
         set_reproducible_arithmetic(options.running.chosen_device)

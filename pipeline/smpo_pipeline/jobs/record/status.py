@@ -68,7 +68,7 @@ def read_status(out: AnyPath) -> Status:
     """Read the status of an output directory; nothing is changed.
 
     Raises:
-        UserError: it is not an output of ``score``, ``invert`` or ``generate``, or is malformed.
+        UserError: it is not an output of ``score``, ``invert``, ``generate`` or ``steps``, or is malformed.
     """
     try:
         return _read_status(out)
@@ -80,18 +80,20 @@ def read_status(out: AnyPath) -> Status:
 def _read_status(out: AnyPath) -> Status:
     identity = read_identity(out)
     if identity is None:
-        raise UserError(f"{out} holds no run.json: none of `score`, `invert` and `generate` was started there")
+        raise UserError(f"{out} holds no run.json: none of `score`, `invert`, `generate` and `steps` was started there")
     if identity["job"] == "select":
         raise UserError(f"{out} holds the output of `select`, which has no status; see `smpo-pipeline inspect {out}`")
     pairs_in = _rows(identity)
     if identity["job"] == "generate":
         return _generate_status(identity, out, pairs_in)
-    if identity["job"] == "invert":
-        units = math.ceil(pairs_in / identity["pairs_per_shard"])
+    if identity["job"] in ("invert", "steps"):
+        of_prompts = identity["job"] == "steps"
+        units = math.ceil(pairs_in / identity["prompts_per_shard" if of_prompts else "pairs_per_shard"])
+        pairs_in *= identity["pairs_per_prompt"] if of_prompts else 1
         if (out / MANIFEST_FILE).is_file():
             manifest = read_manifest(out)
             reasons = manifest.rejected_reasons
-            finished = _finished("invert", [], units, pairs_in, manifest.totals.rejected, reasons)
+            finished = _finished(identity["job"], [], units, pairs_in, manifest.totals.rejected, reasons)
             return replace(finished, prompts=(manifest.text.prompts,) * 2) if manifest.text else finished
         unfinished = _unfinished(identity, [], out, units, pairs_in, holder(out))
         return replace(unfinished, prompts=_prompts(out / TEXT_FOLDER))

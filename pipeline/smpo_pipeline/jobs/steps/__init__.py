@@ -1,0 +1,1 @@
+"""``steps`` as a job on Ray."""

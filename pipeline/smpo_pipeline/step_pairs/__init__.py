@@ -1,0 +1,1 @@
+"""Pairs of draws of the sampler's own steps."""
