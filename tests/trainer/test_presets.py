@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from smpo_common.errors import UserError
 from smpo_common.options import fields_of
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.beta_decay import BetaDecay
 from smpo_trainer.experiment import Experiment, resolve_experiment
 from smpo_trainer.presets import PRESETS
+from smpo_trainer.remarks import remarks
 from smpo_trainer.settings import TrainSettings
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, make_shards, resolve_settings, run_cli, with_manifest
+from tests.trainer.objectives.test_transition import with_steps
 from tests.trainer.preference.test_reward_mix import table
 
 Resolve = Callable[..., Experiment]
@@ -109,6 +112,19 @@ def test_options_of_single_objectives(resolve: Resolve, shards: Path, tmp_path: 
     assert npo.batch_size * npo.grad_accum == 64
     npo = resolve("npo-sdxl", shards).settings.steps
     assert npo.batch_size * npo.grad_accum == 60
+
+
+def test_tailorpo(resolve: Resolve, shards: Path, tmp_path: Path) -> None:
+    """From its text and D3PO's code."""
+    on = with_steps(shards, tmp_path / "steps", [1, 51], steps=20, eta=1.0, guidance_scale=5.0)
+    experiment = resolve("tailorpo-sd15", on)
+    assert (experiment.objective.name, experiment.objective.options.ratio_clip) == ("dpo", 0.1)
+    assert (experiment.objective.options.beta, experiment.weighting.kind) == (0.1, "transition")
+    settings = experiment.settings.flat_values()
+    assert (settings["lr"], settings["lora_rank"], settings["batch_size"]) == (3e-5, 4, 2)
+    assert remarks(experiment, 2) == []
+    with pytest.raises(UserError, match="have states of source renoise; it is for step pairs"):
+        resolve("tailorpo-sd15", shards)
 
 
 def test_smpo_uses_the_published_range_of_pickscore(resolve: Resolve, model: Path, tmp_path: Path) -> None:

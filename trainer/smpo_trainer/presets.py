@@ -72,6 +72,8 @@ _TRUNCATED: _Values = {
     "prompt_dropout": 0.0,
 }
 
+_STEPS: _Values = {"source": "steps", "steps": 20, "eta": 1.0, "guidance_scale": 5.0}
+
 _SMPO: _Values = {
     "objective": "smpo",
     "gamma": 10.0,
@@ -97,6 +99,21 @@ _PNAPO: _Values = {
     "beta_decay": "100:200:0.5",
 }
 
+_TAILOR: _Values = {
+    **_COMMON,
+    **_ADAMW,
+    "objective": "dpo",
+    "objective_option": ["ratio_clip=0.1"],
+    "beta": 0.1,
+    "timestep_weighting": "transition",
+    "lr": 3e-5,
+    "lora_rank": 4,
+    "batch_size": 2,
+    "grad_accum": 1,
+    "max_steps": 5000,
+    "warmup_steps": 0,
+}
+
 _SMPO_CODE = "SmPO-Diffusion's scripts (arXiv 2506.02698)"
 _DPO_LAUNCHERS = "Diffusion-DPO's launchers (arXiv 2311.12908)"
 _INPO_CODE = "DDIM-InPO's scripts (arXiv 2503.18454)"
@@ -113,6 +130,10 @@ _SELF_NPO_CODE = (
 _PNAPO_NOTES = (
     "notes about PNAPO (arXiv 2605.09433), without code; steps, batch and the steps of --beta-decay were not found: it "
     "decays in the second half of the run"
+)
+_TAILOR_TEXT = (
+    "TailorPO's text (arXiv 2502.01667), the rest as in D3PO's code (arXiv 2311.13231); rank, steps and warm-up were "
+    "not found: rank 4, and a pass over 10000 samples, 2 a step"
 )
 
 PRESETS = {
@@ -146,6 +167,7 @@ PRESETS = {
     "selfnpo-sdxl": Preset(
         "sdxl", _SELF_NPO_CODE, {**_SELF_NPO, "lr": 1e-7, "weight_decay": 0.0, "batch_size": 5}, shards=_TRUNCATED
     ),
+    "tailorpo-sd15": Preset("sd15", _TAILOR_TEXT, _TAILOR, 2, _STEPS),
     "pnapo-sd3": Preset("sd3", _PNAPO_NOTES, {**_PNAPO, "beta": 5000.0}, shards=_TRACKED),
     "pnapo-flux": Preset("flux1-dev", _PNAPO_NOTES, {**_PNAPO, "beta": 2000.0}, shards=_TRACKED),
 }
