@@ -13,6 +13,7 @@ from smpo_pipeline.rounds.record import ROUNDS_VERSION
 from smpo_schemas.calibration import CALIBRATION_VERSION
 from smpo_schemas.candidates import CANDIDATES_VERSION
 from smpo_schemas.manifest import MANIFEST_VERSION
+from smpo_schemas.refresh import REFRESH_VERSION
 from smpo_schemas.scores import SCORES_VERSION
 from smpo_schemas.selection import SELECTION_VERSION
 from smpo_schemas.weights import WEIGHTS_VERSION
@@ -41,4 +42,5 @@ def test_the_formats_are_those_that_are_written() -> None:
         "`rounds.json`": ROUNDS_VERSION,
         "calibration": CALIBRATION_VERSION,
         "weights": WEIGHTS_VERSION,
+        "`refresh.json`": REFRESH_VERSION,
     }

@@ -20,6 +20,7 @@ from smpo_schemas.candidates import CANDIDATES_SCHEMA, CANDIDATES_VERSION, Candi
 from smpo_schemas.manifest import MANIFEST_VERSION, Manifest
 from smpo_schemas.pairs.columns import PICK_A_PIC, PairColumns
 from smpo_schemas.pairs.normalising import Pair
+from smpo_schemas.refresh import REFRESH_VERSION, RefreshInfo
 from smpo_schemas.rejects import REJECT_SCHEMA, Reject
 from smpo_schemas.scores import SCORES_VERSION, ScoresInfo, score_schema
 from smpo_schemas.selection import SELECTED_SCHEMA, SELECTION_VERSION, SelectionInfo
@@ -162,11 +163,7 @@ def _page() -> Iterator[str]:
     yield from table(("file", "tensor", "shape", "meaning"), _TEXT)
     yield "### manifest.json\n"
     yield from _models(Manifest, MANIFEST_VERSION, seen)
-    yield "## calibration.json (output of `calibrate`)\n"
-    yield from _models(Calibration, CALIBRATION_VERSION, seen)
-    yield "## weights.json (output of `weigh`)\n"
-    yield "Beside it `weights-rejected.parquet`, as `rejected.parquet`: pairs without a weight.\n"
-    yield from _models(WeightsInfo, WEIGHTS_VERSION, seen)
+    yield from _fitted(seen)
     yield from _training(seen)
 
 
@@ -229,6 +226,17 @@ def _tensors() -> list[str]:
         name, _, shape = attribute.rpartition("_")
         rows.append((f"`{name}`", f"[{', '.join(shape)}]", meaning))
     return table(("tensor", "shape", "meaning"), rows)
+
+
+def _fitted(seen: set[type]) -> Iterator[str]:
+    yield "## calibration.json (output of `calibrate`)\n"
+    yield from _models(Calibration, CALIBRATION_VERSION, seen)
+    yield "## weights.json (output of `weigh`)\n"
+    yield "Beside it `weights-rejected.parquet`, as `rejected.parquet`: pairs without a weight.\n"
+    yield from _models(WeightsInfo, WEIGHTS_VERSION, seen)
+    yield "## refresh.json (output of `refresh`)\n"
+    yield "Beside it `head.safetensors` and `rejected.parquet`.\n"
+    yield from _models(RefreshInfo, REFRESH_VERSION, seen)
 
 
 def _training(seen: set[type]) -> Iterator[str]:

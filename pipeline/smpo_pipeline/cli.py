@@ -17,6 +17,7 @@ from smpo_pipeline.commands.invert import invert
 from smpo_pipeline.commands.merge import merge
 from smpo_pipeline.commands.plan import plan
 from smpo_pipeline.commands.push import push
+from smpo_pipeline.commands.refresh import refresh
 from smpo_pipeline.commands.rounds import rounds
 from smpo_pipeline.commands.score import score
 from smpo_pipeline.commands.select import select
@@ -33,12 +34,14 @@ app = typer.Typer(
     add_completion=False,
 )
 _EXAMPLES = {
+    "refresh": "Example: smpo-pipeline refresh --reward pickscore --scores scores --pairs pairs/ "
+    "--candidates candidates --out refreshed",
     "rounds": "Example: smpo-pipeline rounds --config examples/rounds/rounds.yaml --rounds 2 --out runs/rounds",
     "steps": "Example: smpo-pipeline steps --model MODEL --prompts prompts.txt --reward pickscore --out shards",
     "weigh": "Example: smpo-pipeline weigh --scores scores --pairs pairs/ --golden-column human --source-column site",
 }
 for command in (
-    *(generate, score, calibrate, weigh, select, plan, invert, steps, status),
+    *(generate, score, calibrate, weigh, refresh, select, plan, invert, steps, status),
     *(evaluate, inspect, rounds, merge, push, vote, toy),
 ):
     add_command(app, command, examples=_EXAMPLES.get(command.__name__, ""))

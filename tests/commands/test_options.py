@@ -16,6 +16,7 @@ HEAVY = (
     "smpo_pipeline.evaluation.run",
     "smpo_pipeline.calibration",
     "smpo_pipeline.selection.run",
+    "smpo_pipeline.refreshing.run",
     "smpo_pipeline.weighing.run",
 )
 
@@ -40,6 +41,7 @@ def run(tmp_path, monkeypatch, capfd):
         "toy": {"--out": "out"},
         "calibrate": {"--scores": "scores"},
         "select": {"--candidates": "pairs", "--scores": "scores", "--by": "extremes", "--out": "out"},
+        "refresh": pairs | {"--reward": "pickscore=clip", "--scores": "scores", "--candidates": "pairs"},
         "weigh": {"--pairs": "pairs", "--scores": "scores", "--golden-column": "golden"},
     }
 
@@ -51,7 +53,7 @@ def run(tmp_path, monkeypatch, capfd):
     return run
 
 
-@pytest.mark.parametrize("command", ["score", "evaluate"])
+@pytest.mark.parametrize("command", ["score", "evaluate", "refresh"])
 @pytest.mark.parametrize(
     ("spec", "hint"),
     [
@@ -71,9 +73,9 @@ def test_an_unknown_reward_is_one_line(run, command, spec, hint):
 @pytest.mark.parametrize(
     ("commands", "flag", "value"),
     [
-        (("score", "invert", "plan", "weigh"), "--pairs", "nowhere"),
+        (("score", "invert", "plan", "weigh", "refresh"), "--pairs", "nowhere"),
         (("invert", "plan", "select"), "--scores", "nowhere"),
-        (("select",), "--candidates", "nowhere"),
+        (("select", "refresh"), "--candidates", "nowhere"),
         (("select",), "--by", "extrems"),
         (("select",), "--judge", "nothing"),
         (("invert", "plan"), "--model", "no/such/folder"),
@@ -84,7 +86,7 @@ def test_an_unknown_reward_is_one_line(run, command, spec, hint):
         (("score", "invert", "evaluate", "toy"), "--out", "file/below"),
         (("score", "invert", "plan", "evaluate", "weigh"), "--device", "gpu"),
         (("weigh",), "--golden", "nowhere"),
-        (("weigh",), "--features", "hpsv2"),
+        (("weigh", "refresh"), "--features", "hpsv2"),
         (("invert", "plan"), "--batch-size", "many"),
         (("plan",), "--json", "file/below.json"),
         (("plan",), "--json", "pairs"),

@@ -50,7 +50,8 @@ def parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return settings
 
     monkeypatch.setattr(Options, "parse", classmethod(parse_and_end))
-    monkeypatch.setattr("smpo_models.hub.require_source", lambda *_: None)  # hub ids are not in this machine's cache
+    for user in ("smpo_models.hub", "smpo_pipeline.rewards"):  # hub ids are not in this machine's cache
+        monkeypatch.setattr(f"{user}.require_source", lambda *_: None)
     config = tmp_path / "demo" / "tuned" / "config.yaml"
     config.parent.mkdir(parents=True)
     config.write_text("shards: [demo/shards]\nmodel: demo/world/model\nout: demo/tuned\n", encoding="utf-8")

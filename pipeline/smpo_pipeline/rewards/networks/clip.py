@@ -113,9 +113,19 @@ class ClipCosineReward(Reward):
         return torch.stack(features)
 
 
+def clip_of(reward: Reward) -> ClipCosineReward | None:
+    """Return the CLIP that a reward is, or has as its attribute ``clip``; None: it has none."""
+    return reward if isinstance(reward, ClipCosineReward) else getattr(reward, "clip", None)
+
+
 def cosine(image_ND: torch.Tensor, text_ND: torch.Tensor) -> np.ndarray:
     """Return the cosine of each image and its prompt, float64 [N]."""
     return torch.nn.functional.cosine_similarity(image_ND, text_ND).cpu().numpy()
+
+
+def products(image_ND: torch.Tensor, text_ND: torch.Tensor) -> torch.Tensor:
+    """Multiply normalised embeddings of images and prompts entry by entry: [N, D]; their sum over D is the cosine."""
+    return torch.nn.functional.normalize(image_ND) * torch.nn.functional.normalize(text_ND)
 
 
 def tower_settings(config: CLIPTextConfig | CLIPVisionConfig) -> dict[str, float | str]:
