@@ -88,6 +88,8 @@ class StepSettings(FrozenModel):
         candidates: draws of a step, of which the pair is the best and the worst.
         continue_from: which of them the trajectory goes on from: the ``winner``, or a ``random`` one.
         gap: at a smaller difference of the rewards, or this one, the label is a tie.
+        gradient_delta: with gradient guidance (TailorPO-G), the rise of the reward that the best draw is moved towards,
+            in the reward's unit; None without.
     """
 
     grid: list[float]
@@ -95,6 +97,7 @@ class StepSettings(FrozenModel):
     candidates: int
     continue_from: Literal["winner", "random"]
     gap: float
+    gradient_delta: float | None = None
 
 
 class ShardEntry(FrozenModel):

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import CLIPModel
@@ -51,6 +52,16 @@ def test_the_transform_is_openais(side):
     theirs = openai_transform(side)
     for image in odd_pictures():
         torch.testing.assert_close(clip_pixels(image, side), theirs(image), atol=1e-6, rtol=0)
+
+
+def test_scores_with_gradient(folders):
+    """Those of ``score``, to rounding where nothing is resized; and they depend on the pixels."""
+    reward = load_reward(f"aesthetic={folders['aesthetic']}", "cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255).requires_grad_()
+    found = reward.score_tensor(images, ["", ""])
+    np.testing.assert_allclose(found.detach(), reward.score([Image.fromarray(each) for each in pixels], ["", ""]), 1e-5)
+    assert torch.autograd.grad(found.sum(), images)[0].abs().max() > 0
 
 
 def test_equals_the_published_steps(folders):

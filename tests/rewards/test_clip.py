@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from smpo_common.errors import UserError
@@ -35,6 +36,25 @@ def test_equals_the_model_cards_recipe_one_image_at_a_time(folder):
     assert scores.dtype == np.float64
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert np.ptp(scores) > 0.05
+
+
+def test_scores_with_gradient(folder):
+    """Those of ``score`` up to 8 bits: to rounding where nothing is resized; and the slope of the score itself."""
+    reward = load_reward(f"pickscore={folder}", "cpu")
+    stream = np.random.default_rng(0)
+    for shape, tolerance in (((32, 32), 1e-5), ((96, 64), 5e-3)):
+        coarse = stream.integers(0, 256, (2, 4, 4, 3))
+        pixels = np.kron(coarse, np.ones((1, shape[0] // 4, shape[1] // 4, 1))).astype(np.uint8)
+        images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255).requires_grad_()
+        found = reward.score_tensor(images, ["a cat", "a dog"])
+        wanted = reward.score([Image.fromarray(each) for each in pixels], ["a cat", "a dog"])
+        np.testing.assert_allclose(found.detach(), wanted, atol=tolerance)
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    along = gradient / gradient.norm()
+    inside = images.detach() * 0.8 + 0.1
+    (gradient,) = torch.autograd.grad(reward.score_tensor(inside.requires_grad_(), ["a cat", "a dog"]).sum(), inside)
+    ends = [reward.score_tensor(inside.detach() + sign * 0.01 * along, ["a cat", "a dog"]).sum() for sign in (1, -1)]
+    assert float(ends[0] - ends[1]) / 0.02 == pytest.approx(float((gradient * along).sum()), rel=0.02)
 
 
 def test_does_not_depend_on_neighbours_or_order(folder):

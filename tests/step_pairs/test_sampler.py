@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from smpo_models.loading import load_family
 from smpo_pipeline.generation.generator import Wanted
 from smpo_pipeline.isolation import Failure
 from smpo_pipeline.rewards import Reward, Scored
+from smpo_pipeline.step_pairs.gradient import gradient_delta
 from smpo_pipeline.step_pairs.pairs import best_and_worst
 from smpo_pipeline.step_pairs.plan import plan_steps
 from smpo_pipeline.step_pairs.sampler import StepSampler
@@ -62,11 +64,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "sd", seed=3)
 
 
+class Grey(Redness):
+    """Minus the mean squared distance of an image's values from the middle."""
+
+    unit = "cosine"
+    name = "grey"
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:  # noqa: ARG002
+        return np.array([-np.square(np.asarray(image, float) / 255 - 0.5).mean() for image in images])
+
+    def score_with_reasons(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scored:
+        return Scored(self.score(images, prompts))
+
+    def score_tensor(self, images_N3HW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:  # noqa: ARG002
+        return -(images_N3HW - 0.5).square().mean((1, 2, 3))
+
+
+class Misled(Grey):
+    """Its gradient leads the wrong way."""
+
+    def score_tensor(self, images_N3HW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return -super().score_tensor(images_N3HW, prompts)
+
+
 def sampler(
     family: Family, *, trained: Sequence[int] = (5, 4, 3, 1), reward: Reward | None = None, **more: object
 ) -> StepSampler:
     steps, chosen = plan_steps(family, "it", IMAGE_SIDE, steps=STEPS, eta=1, trained=trained)
-    own = {"candidates": 2, "continue_from": "winner", "gap": 0.0}
+    own = {"candidates": 2, "continue_from": "winner", "gap": 0.0, "gradient_delta": None}
     of_steps = {name: more.pop(name, default) for name, default in own.items()}
     settings = {"source": "steps", "steps": STEPS, "eta": 1, "guidance_scale": 3.0, **more}
     return StepSampler(
@@ -242,6 +267,46 @@ def test_pairs_without_a_score_or_a_number_are_rejected_and_the_others_made(mode
         family.denoiser.conv_out.bias.fill_(torch.nan)
     (failed,) = sampler(family, trained=(5, 4)).sample(WANTED[:1])
     assert all(isinstance(pair, Failure) and pair.reason.startswith("not finite: draws of step") for pair in failed)
+
+
+@pytest.mark.parametrize(("guidance", "trained"), [(3.0, 5), (1, 1)])
+def test_gradient_guidance(model: Path, guidance: float, trained: int) -> None:
+    """The best draw moves by 2 eta_t delta 100^2 grad r, the other stays; one that lowers its reward does not."""
+    family = load_family(str(model))
+    own = {"trained": (trained,), "reward": Grey(), "guidance_scale": guidance}
+    ((plain,),) = samples(sampler(family, **own).sample(WANTED[:1]))
+    ((moved,),) = samples(sampler(family, **own, gradient_delta=1.0).sample(WANTED[:1]))
+    ((kept,),) = samples(sampler(family, **own | {"reward": Misled()}, gradient_delta=1.0).sample(WANTED[:1]))
+    best = 0 if plain.meta.label == 1 else 1
+    assert moved.meta.label == plain.meta.label
+    assert torch.equal(kept.noise_K2Chw, plain.noise_K2Chw)
+    assert moved.meta.scores["grey"][best] > plain.meta.scores["grey"][best]
+    assert torch.equal(moved.x0_2Chw[1 - best], plain.x0_2Chw[1 - best])
+    t = int(plain.timestep_K)
+    size = 2 * (0.1 + 0.1 * (1 + math.cos(math.pi * t / 1000)) / 2) * 100**2
+    shift = (draws(family, moved) - draws(family, plain))[best].double() / size
+
+    def reward(x: torch.Tensor) -> float:
+        """Of the estimated image at x_s, without gradients."""
+        with torch.no_grad():
+            if t > 1:
+                text, empty = (family.condition([prompt], [(32, 32)], [(0, 0)]) for prompt in ("a cat", ""))
+                s = torch.tensor([t - 200])
+                free, full = (family.denoise(family.denoiser, x, s, each) for each in (empty, text))
+                x = family.noise_schedule.x0_in(free + guidance * (full - free), x, s)
+            return float(-(family.decode(x).double() / 2).square().mean())
+
+    x_s = draws(family, plain)[best : best + 1]
+    along = (shift / shift.norm()).float()[None]
+    slope = (reward(x_s + 0.05 * along) - reward(x_s - 0.05 * along)) / 0.1
+    assert slope == pytest.approx(float(shift.norm()), rel=0.05)
+
+
+def test_refused_rewards() -> None:
+    assert gradient_delta(Grey, None) == 0.005
+    assert gradient_delta(Grey, 0.1) == 0.1
+    with pytest.raises(UserError, match="redness gives no gradient; those that do: aesthetic, clipscore, pickscore"):
+        gradient_delta(Redness, None)
 
 
 def test_refused_steps(model: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class Autoencoder(ABC):
         mean, std = (torch.cat(each) for each in zip(*parts, strict=True))
         return mean, std
 
-    @torch.no_grad()
     def decode(self, vae: nn.Module, latents_BChw: torch.Tensor) -> torch.Tensor:
-        """Return the images of normalised latents: [B, 3, H, W], clamped to [-1, 1]."""
-        return self._decode(vae, latents_BChw.to(next(vae.parameters()).device)).clamp(-1, 1)
+        """Return the images of normalised latents: [B, 3, H, W], clamped to [-1, 1]; with a gradient if they have."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and latents_BChw.requires_grad):
+            return self._decode(vae, latents_BChw.to(next(vae.parameters()).device)).clamp(-1, 1)

@@ -19,7 +19,7 @@ from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import load_weights
 from smpo_pipeline.rewards.base import Needs, Reward
 from smpo_pipeline.rewards.networks.clip import tower_settings
-from smpo_pipeline.rewards.networks.pixels import clip_pixels
+from smpo_pipeline.rewards.networks.pixels import clip_pixels, cropped, normalise
 from smpo_pipeline.rewards.networks.weights import find_checkpoint, read_checkpoint
 
 _CLIP = "openai/clip-vit-large-patch14"
@@ -67,11 +67,18 @@ class Aesthetic(Reward):
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:  # noqa: ARG002
         """See the base class."""
         pixels = torch.stack([clip_pixels(image, self._side) for image in images]).to(self._device)
-        embedding_ND = self._projection(self._tower(pixel_values=pixels).pooler_output)
+        return self._ratings(pixels).double().cpu().numpy()
+
+    def score_tensor(self, images_N3HW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:  # noqa: ARG002
+        """See the base class."""
+        return self._ratings(normalise(cropped(images_N3HW.to(self._device), self._side)))
+
+    def _ratings(self, pixels_N3hw: torch.Tensor) -> torch.Tensor:
+        """Return the ratings of N preprocessed images, float32 [N]."""
+        embedding_ND = self._projection(self._tower(pixel_values=pixels_N3hw).pooler_output)
         # Half precision would round a rating of about 5 to multiples of 1/32.
         with torch.autocast(self._device, enabled=False):
-            ratings_N1 = self._head(nn.functional.normalize(embedding_ND.float()))
-        return ratings_N1.squeeze(1).double().cpu().numpy()
+            return self._head(nn.functional.normalize(embedding_ND.float())).squeeze(1)
 
 
 def _head(state: dict[str, torch.Tensor], what: str) -> nn.Sequential:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from smpo_common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _MAX_PROMPT = 200
 """Characters of a prompt in a message."""
@@ -90,6 +93,18 @@ class Reward(ABC):
     def score_with_reasons(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scored:
         """Like :meth:`score`, for rewards that know why an image has no score."""
         return Scored(self.score(images, prompts))
+
+    def score_tensor(self, images_N3HW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Return the raw scores of N images with values in [0, 1], float [N], with gradient; not every reward can.
+
+        They differ from :meth:`score` by the rounding of images to 8 bits.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def has_gradient(cls) -> bool:
+        """Whether :meth:`score_tensor` is there."""
+        return cls.score_tensor is not Reward.score_tensor
 
     @classmethod
     def named_by(cls, model: str | None) -> type[Reward]:  # noqa: ARG003

@@ -11,7 +11,7 @@ Shape suffixes: B trajectories, N candidates of a step, C h w a latent.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from smpo_pipeline.generation.generator import Wanted
 from smpo_pipeline.inversion.denoisers import Denoisers, guided_output
 from smpo_pipeline.isolation import Failure
 from smpo_pipeline.rewards import Reward, checked_scores
+from smpo_pipeline.step_pairs.gradient import step_sizes
 from smpo_pipeline.step_pairs.pairs import best_and_worst, describe_pair
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import StepSettings
@@ -73,6 +74,11 @@ class _Candidates:
         return self.reasons.get(row * self.scores_BN.shape[1] + place, unknown)
 
 
+def _best(scores_BN: np.ndarray) -> list[int]:
+    """The best draw of each trajectory, the first of equal ones."""
+    return np.nan_to_num(scores_BN, nan=-np.inf).argmax(axis=1).tolist()
+
+
 class StepSampler:
     """Samples trajectories and makes pairs, each from the seed, its prompt, its number and its step alone."""
 
@@ -105,7 +111,7 @@ class StepSampler:
         self._sampler = StochasticSteps(tuple(steps.grid), settings.eta)
         self._denoisers = Denoisers(family, sampling_denoiser, settings.dtype, device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(self, wanted: Sequence[Wanted], *, most_steps: int | None = None) -> list[list[Sample | Failure]]:
         """Sample trajectories down to the last trained step.
 
@@ -129,6 +135,8 @@ class StepSampler:
                 found = self._candidates(
                     now, step, t_B, self._draw(now, step, mean, transition, self._steps.candidates)
                 )
+                if self._steps.gradient_delta is not None:
+                    found = self._improve(now, step, t_B, found)
                 for made, pair in zip(pairs, self._store(now, step, t_B, transition, found), strict=True):
                     made.append(pair)
                 now = self._go_on(now, step, found)
@@ -190,6 +198,45 @@ class StepSampler:
         scored = checked_scores(self._reward, self._images(x0_SChw), prompts)
         return _Candidates(x_BNChw, output_BNChw, scored.values.reshape(-1, count), scored.reasons)
 
+    def _improve(self, now: _Trajectories, step: int, t_B: torch.Tensor, found: _Candidates) -> _Candidates:
+        """Move the best draw of each trajectory along the gradient of its reward, where that raises the reward."""
+        rows, best_B = torch.arange(len(now.wanted), device=self._device), _best(found.scores_BN)
+        x_BChw = found.x_BNChw[rows, best_B]
+        gradient = torch.cat([self._gradient(now, row, step, t_B, x_BChw) for row in range(len(now.wanted))])
+        last, delta = self._schedule.num_train_timesteps, self._steps.gradient_delta or 0.0
+        size_B = step_sizes(t_B, last, delta, self._reward.unit)
+        moved_BNChw = (x_BChw + size_B.to(x_BChw).reshape(-1, 1, 1, 1) * gradient)[:, None]
+        moved = self._candidates(now, step, t_B, moved_BNChw)
+        scores_BN, x_BNChw = found.scores_BN.copy(), found.x_BNChw.clone()
+        output_BNChw = None if found.output_BNChw is None else found.output_BNChw.clone()
+        for row, best in enumerate(best_B):
+            if moved.scores_BN[row, 0] > scores_BN[row, best]:
+                scores_BN[row, best], x_BNChw[row, best] = moved.scores_BN[row, 0], moved.x_BNChw[row, 0]
+                if output_BNChw is not None and moved.output_BNChw is not None:
+                    output_BNChw[row, best] = moved.output_BNChw[row, 0]
+        return _Candidates(x_BNChw, output_BNChw, scores_BN, found.reasons)
+
+    def _gradient(
+        self, now: _Trajectories, row: int, step: int, t_B: torch.Tensor, x_BChw: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of the reward by one trajectory's draw, through VAE and denoiser: [1, C, h, w]."""
+        one = slice(row, row + 1)
+        alone = replace(
+            now,
+            wanted=now.wanted[one],
+            conditioning=now.conditioning[one],
+            unconditional=now.unconditional and now.unconditional[one],
+        )
+        with torch.enable_grad():
+            x = x_BChw[one].clone().requires_grad_()
+            x0 = x
+            if step > 1:
+                s_1 = self._sampler.below(t_B[one])
+                x0 = self._schedule.x0_in(self._predict(alone, x, s_1), x, s_1)
+            images = (self._family.decode(x0) + 1) / 2
+            score = self._reward.score_tensor(images, [prompt for prompt, _ in alone.wanted]).sum()
+            return torch.autograd.grad(score, x)[0]
+
     def _images(self, x0_SChw: torch.Tensor) -> list[Image.Image]:
         images = []
         for x0_Chw in x0_SChw:  # one at a time: a VAE needs more memory than the denoiser
@@ -203,7 +250,7 @@ class StepSampler:
         """Go on from the best draw of each trajectory, or a random one; its output is known."""
         rows = torch.arange(len(now.wanted), device=self._device)
         if self._steps.continue_from == "winner":
-            chosen = np.nan_to_num(found.scores_BN, nan=-np.inf).argmax(axis=1).tolist()
+            chosen = _best(found.scores_BN)
         else:
             count = found.scores_BN.shape[1]
             chosen = [int(self._stream(each, step, "continue").integers(count)) for each in now.wanted]

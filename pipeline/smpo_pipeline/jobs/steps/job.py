@@ -37,7 +37,8 @@ from smpo_pipeline.jobs.shards import assemble_manifest
 from smpo_pipeline.jobs.steps.actor import StepsActor, StepWork
 from smpo_pipeline.jobs.steps.options import StepsOptions
 from smpo_pipeline.options import absolute_model
-from smpo_pipeline.rewards import load_reward, parse_reward
+from smpo_pipeline.rewards import Reward, load_reward, parse_reward
+from smpo_pipeline.step_pairs.gradient import gradient_delta
 from smpo_pipeline.step_pairs.plan import plan_steps
 from smpo_schemas.manifest import (
     MANIFEST_FILE,
@@ -85,7 +86,7 @@ def steps(options: StepsOptions) -> Manifest:
     options.out.exists()  # fails early if the bucket does not exist
     quiet_libraries()
     options = choose_text(options)
-    checked = _check(options, kind.name)
+    checked = _check(options, kind)
     run = Run(options.out, MANIFEST_FILE, _identity(options, checked))
     with locked(options.out):
         if not run.open(
@@ -101,18 +102,19 @@ def steps(options: StepsOptions) -> Manifest:
         return manifest
 
 
-def _check(options: StepsOptions, reward_name: str) -> _Checked:
+def _check(options: StepsOptions, kind: type[Reward]) -> _Checked:
     """Check the settings against the model's configs, then load model and reward on the driver to identify them."""
     models, drawn = options.models, options.trajectory
     prompts = read_prompt_file(options.prompts, options.running.limit)
     configs = read_configs(options)
     side = models.resolution or configs.resolution()
     sampler, trained = plan_steps(configs, models.model, side, steps=drawn.steps, eta=drawn.eta, trained=drawn.trained)
+    delta = gradient_delta(kind, drawn.gradient_delta) if drawn.gradient_guidance else None
     reward = load_reward(options.reward, "cpu")
     family, sampling_denoiser = load_models(options)
     return _Checked(
         model=describe_model(options, family, sampling_denoiser),
-        reward_name=reward_name,
+        reward_name=kind.name,
         reward=RewardRecord(reward.model, reward.fingerprint, reward.unit, "fp32"),
         steps=StepSettings(
             grid=list(sampler.grid),
@@ -120,6 +122,7 @@ def _check(options: StepsOptions, reward_name: str) -> _Checked:
             candidates=drawn.candidates,
             continue_from=drawn.continue_from,
             gap=drawn.gap,
+            gradient_delta=delta,
         ),
         side=side,
         prompts=prompts,

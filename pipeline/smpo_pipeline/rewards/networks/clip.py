@@ -24,6 +24,7 @@ from smpo_common.files import sha256_json
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.weights import load_part, load_tokenizer, load_weights, loading_errors
 from smpo_pipeline.rewards.base import Needs, Reward
+from smpo_pipeline.rewards.networks.pixels import cropped
 
 _PAD_MULTIPLE = 16
 # CLIP attends causally, so padding changes no score. Padding all prompts to 77 made texts as expensive as images.
@@ -85,9 +86,20 @@ class ClipCosineReward(Reward):
             images=[np.asarray(image) for image in images], input_data_format="channels_last", return_tensors="pt"
         ).pixel_values
 
+    def score_tensor(self, images_N3HW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """See the base class."""
+        of_images = (self._processor.image_mean, self._processor.image_std)
+        mean, std = (torch.tensor(value, device=self._device).view(3, 1, 1) for value in of_images)
+        side = self._clip.config.vision_config.image_size
+        pixels = (cropped(images_N3HW.to(self._device), side) - mean) / std
+        return torch.nn.functional.cosine_similarity(*self._embed(pixels, prompts))
+
     @torch.inference_mode()
     def embed(self, pixels_N3hw: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed N images and their prompts: float64 [N, D] each, as the projections leave them, not normalised."""
+        return self._embed(pixels_N3hw, prompts)
+
+    def _embed(self, pixels_N3hw: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         image_ND = self._clip.get_image_features(pixel_values=pixels_N3hw.to(self._device)).pooler_output.double()
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         return image_ND, self._text_features(list(rows))[[rows[prompt] for prompt in prompts]]
