@@ -23,6 +23,7 @@ from smpo_pipeline.evaluation.results import (
 from smpo_pipeline.rounds.options import RoundsOptions
 from smpo_pipeline.rounds.stages import Plan, Training
 
+ALL = ["generate", "score", "select", "invert", "train"]
 MARKERS = {
     "generate": "candidates.json",
     "score": "scores.json",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import time
 
 import pytest
 
@@ -176,6 +178,24 @@ def test_an_evaluation_takes_over_the_images_of_the_one_before(tmp_path, go):
     runner.before = draw
     go(runner)
     assert seen == {"000": [], "001": ["000.png"]}
+
+
+def test_what_is_told_to_end_ends_its_child(tmp_path):
+    """SIGTERM raises SystemExit in the main thread (smpo_common.commandline)."""
+
+    def end(*_signal):
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGALRM, end)
+    began = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(SystemExit):
+            run_child(["sh", "-c", f"trap 'touch {tmp_path}/ended; exit' TERM; while :; do sleep 0.1; done"])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert (tmp_path / "ended").exists()
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -9 $$", -9)])

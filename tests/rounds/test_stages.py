@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.rounds.helpers import evaluated, flag, plan_of
-
-ALL = ["generate", "score", "select", "invert", "train"]
+from tests.rounds.helpers import ALL, evaluated, flag, plan_of
 
 
 def commands(plan, number):
