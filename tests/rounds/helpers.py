@@ -26,6 +26,7 @@ from smpo_pipeline.rounds.stages import Plan, Training
 ALL = ["generate", "score", "select", "invert", "train"]
 MARKERS = {
     "generate": "candidates.json",
+    "refresh": "refresh.json",
     "score": "scores.json",
     "select": "selection.json",
     "invert": "manifest.json",

@@ -23,6 +23,8 @@ def resolve(_arguments):
         ({"generate": {"seed": 1}}, ("generate: seed:", "leave it out")),
         ({"generate": {"out": "x"}}, ("generate: out:", "leave it out")),
         ({"score": {"reward": "pickscor"}}, ("score:", "pickscore?")),
+        ({"refresh": {"reward": "toy-truth", "pairs": "x"}}, ("refresh:", "--scores")),
+        ({"refresh": {"candidates": "x"}}, ("refresh: candidates:", "leave it out")),
         ({"select": {}}, ("select:", "--by")),
         ({"select": {"by": "extremes", "min_gap": 2}}, ("select:", "--min-gap")),
         ({"invert": {"steps": "many"}}, ("invert:", "--steps", "valid integer")),
@@ -46,6 +48,7 @@ def test_a_stages_flags(tmp_path, changed, parts):
         ({"round": 2}, ("unknown key 'round'", "mean 'rounds'?")),
         ({"generate": ["steps"]}, ("mapping", "['steps']")),
         ({"inverting": "policy"}, ("--inverting policy", "did harm", "--force")),
+        ({"refresh": {}, "start": "base"}, ("--start base with --reference previous",)),
         ({"reference": "previous", "start": "base"}, ("--start base with --reference previous",)),
         ({"rounds": 3, "train": {"beta": [1, 2]}}, ("train: beta: 2 values for 3 rounds",)),
         ({"stop_if_worse": "toy-truth"}, ("--stop-if-worse toy-truth", "evaluate")),
@@ -65,6 +68,12 @@ def test_too_few_prompts_and_a_reward_that_is_not_evaluated(tmp_path):
     options = options_of(tmp_path, stop_if_worse="pickscore", evaluate=evaluated(tmp_path))
     with pytest.raises(UserError, match="--stop-if-worse pickscore: evaluate: reward has only toy-truth"):
         check_stages(options, resolve)
+
+
+def test_a_refreshed_reward_may_be_the_only_one(tmp_path):
+    human = {"scores": str(tmp_path), "pairs": str(tmp_path)}
+    options = options_of(tmp_path, score={}, refresh={"reward": "toy-truth", **human})
+    assert check_stages(options, resolve) == Training()
 
 
 def test_each_beta_is_checked_and_what_training_resolves_is_known(tmp_path):

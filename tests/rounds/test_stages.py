@@ -67,6 +67,22 @@ def test_a_lora_is_merged_into_the_denoiser_that_it_was_trained_on(tmp_path):
     ]
 
 
+def test_a_refreshed_reward_is_scored_beside_the_others_and_each_round_is_held_to_the_one_before(tmp_path):
+    plan = plan_of(tmp_path, rounds=2, refresh={"reward": f"pickscore={tmp_path / 'clip'}"})
+    folder = tmp_path / "out/round-001"
+    assert [stage.name for stage in plan.stages(1)] == [ALL[0], "refresh", *ALL[1:]]
+    found = commands(plan, 1)
+    assert found["refresh"] == (
+        "smpo-pipeline", "refresh", "--config", f"{tmp_path}/out/flags/refresh.yaml",
+        "--candidates", str(folder / "candidates"), "--seed", "1", "--out", str(folder / "refreshed"),
+    )  # fmt: skip
+    assert flag(found["score"], "--reward") == [f"pickscore={tmp_path / 'clip'}", f"refreshed={folder / 'refreshed'}"]
+    assert flag(found["invert"], "--unet") == [str(tmp_path / "out/round-000/run")]
+    base = plan_of(tmp_path, rounds=2, refresh={}, score={}, reference="base")
+    assert flag(commands(base, 1)["score"], "--reward") == [f"refreshed={folder / 'refreshed'}"]
+    assert flag(commands(base, 1)["invert"], "--unet") is None
+
+
 def test_prompts_betas_and_seeds_of_each_round(tmp_path):
     files = [str(tmp_path / name) for name in ("prompts.txt", "other.txt")]
     plan = plan_of(

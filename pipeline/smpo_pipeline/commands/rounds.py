@@ -18,8 +18,9 @@ def rounds(options: RoundsOptions) -> None:
     """Train in rounds on the model's own images: generate, score, select, invert, train, evaluate, and again.
 
     Each stage is a command of its own, with flags from the config file: `smpo-pipeline rounds --config rounds.yaml`
-    (examples/rounds). Writes OUT/round-000/{candidates,scores,pairs,shards,run,evaluation}, OUT/rounds.json after each
-    stage, and OUT/rounds.md, which compares the rounds. The same command continues an interrupted run.
+    (examples/rounds). Writes OUT/round-000/{candidates,refreshed,scores,pairs,shards,run,evaluation} and so on,
+    OUT/rounds.json after each stage, and OUT/rounds.md, which compares the rounds. The same command continues an
+    interrupted run.
     """
     from smpo_pipeline.jobs.record.lock import locked  # noqa: PLC0415  (keeps --help quick)
     from smpo_pipeline.rounds.check import check_stages, write_flags  # noqa: PLC0415

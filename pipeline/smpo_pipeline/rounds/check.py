@@ -17,6 +17,7 @@ from smpo_pipeline.evaluation.options import EvaluateOptions
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.score.options import ScoreOptions
+from smpo_pipeline.refreshing.options import RefreshOptions
 from smpo_pipeline.rounds.options import Flags, RoundsOptions
 from smpo_pipeline.rounds.stages import Plan, Stage, Training
 from smpo_pipeline.selection.options import SelectOptions
@@ -26,6 +27,7 @@ Resolve = Callable[[list[str]], Mapping[str, Any]]
 
 _MODELS: dict[str, type[Options]] = {
     "generate": GenerateOptions,
+    "refresh": RefreshOptions,
     "score": ScoreOptions,
     "select": SelectOptions,
     "invert": InvertOptions,
@@ -34,6 +36,7 @@ _MODELS: dict[str, type[Options]] = {
 
 _OWN = {
     "generate": ("model", "prompts", "unet", "lora", "seed", "plan"),
+    "refresh": ("candidates", "seed"),
     "score": ("pairs",),
     "select": ("candidates", "scores", "seed"),
     "invert": ("pairs", "scores", "model", "unet", "inverting_unet", "seed"),

@@ -38,6 +38,9 @@ class StagesOptions(Options):
 
     generate: StageFlags = Field(default_factory=dict)
     """Flags of `generate`."""
+    refresh: OptionalStage = None
+    """Flags of `refresh`: fit a reward again, so that human choices stay above the round's images (APO). Then `score`
+    has the reward refreshed too. Default: not done."""
     score: StageFlags = Field(default_factory=dict)
     """Flags of `score`."""
     select: StageFlags = Field(default_factory=dict)
@@ -65,8 +68,9 @@ class RoundsOptions(Options):
     """Seed; round 0 has this one, round 1 the next. evaluate has it in all rounds."""
     start: Literal["previous", "base"] = "previous"
     """Where a round's training begins: at the model of the round before, or again at the base."""
-    reference: Literal["base", "previous"] = "base"
-    """The frozen model that a round's training is held to: the base, or the model of the round before."""
+    reference: Literal["base", "previous"] | None = None
+    """The frozen model that a round's training is held to. Default: with refresh the model of the round before, else
+    the base."""
     inverting: Literal["reference", "policy"] = "reference"
     """Who inverts a round's images: the reference, or the model of the round before, which drew them."""
     force: bool = False
@@ -82,14 +86,19 @@ class RoundsOptions(Options):
     overwrite: Overwrite = False
     """Start over. Without it an unfinished run is continued."""
 
+    @property
+    def held_to(self) -> Literal["base", "previous"]:
+        """``reference``, or its default."""
+        return self.reference or ("base" if self.stages.refresh is None else "previous")
+
     @model_validator(mode="after")
     def _refuse_what_does_not_fit(self) -> Self:
-        if self.reference == "base" and self.inverting == "policy" and not self.force:
+        if self.held_to == "base" and self.inverting == "policy" and not self.force:
             raise UserError(
                 "--inverting policy with --reference base did harm (docs/results/drift.md): the reference's states are "
                 "then not its own; use --reference previous, or --force"
             )
-        if self.reference == "previous" and self.start == "base":
+        if self.held_to == "previous" and self.start == "base":
             raise UserError("--start base with --reference previous: training would begin away from its reference")
         betas = self.stages.train.get("beta")
         for key, values in {"prompts": self.prompts, "train: beta": betas if isinstance(betas, list) else ()}.items():

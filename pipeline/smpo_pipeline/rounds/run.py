@@ -149,7 +149,7 @@ def round_settings(plan: Plan, number: int, base: str) -> dict[str, Any]:
         "prompts": sha256_file(plan.prompts(number)),
         "seed": options.seed,
         "start": options.start,
-        "reference": options.reference,
+        "reference": options.held_to,
         "inverting": options.inverting,
         **given_stages(options),
     }

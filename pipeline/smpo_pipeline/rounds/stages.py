@@ -12,6 +12,7 @@ from smpo_pipeline.evaluation.results import RESULTS_FILE
 from smpo_pipeline.rounds.options import RoundsOptions
 from smpo_schemas.candidates import CANDIDATES_FILE
 from smpo_schemas.manifest import MANIFEST_FILE
+from smpo_schemas.refresh import REFRESH_FILE
 from smpo_schemas.scores import SCORES_FILE
 from smpo_schemas.selection import PAIRS_FILE, SCORES_FOLDER, SELECTION_FILE
 from smpo_schemas.trained_model import TRAINING_FILE
@@ -92,7 +93,7 @@ class Plan:
     def merges(self) -> bool:
         """Whether a round's LoRA is merged into its denoiser, since the next one trains on top of it."""
         options = self.options
-        return self.training.lora and "previous" in (options.start, options.reference)
+        return self.training.lora and "previous" in (options.start, options.held_to)
 
     def policy(self, number: int) -> Path:
         """The folder of a round's trained model, as evaluate and the next round take it."""
@@ -119,7 +120,9 @@ class Plan:
         pairs, scores = folder / "pairs" / PAIRS_FILE, folder / "pairs" / SCORES_FOLDER
         yield self._generate(number, candidates)
         scored = folder / "scores" / SCORES_FILE
-        yield self._stage("score", ("--pairs", candidates.parent), (candidates,), scored)
+        if given.refresh is not None:
+            yield self._refresh(number, candidates)
+        yield self._score(number, candidates, scored)
         arguments = ("--candidates", candidates.parent, "--scores", scored.parent, *self._seed(number))
         yield self._stage("select", arguments, (candidates, scored), selected)
         yield self._invert(number, pairs, scores)
@@ -137,11 +140,25 @@ class Plan:
         arguments = ("--model", self.options.base, *policy, "--prompts", prompts, *self._seed(number))
         return self._stage("generate", arguments, (prompts, *filter(None, [previous])), marker)
 
+    def _refresh(self, number: int, candidates: Path) -> Stage:
+        arguments = ("--candidates", candidates.parent, *self._seed(number))
+        return self._stage("refresh", arguments, (candidates,), self.folder(number) / "refreshed" / REFRESH_FILE)
+
+    def _score(self, number: int, candidates: Path, marker: Path) -> Stage:
+        arguments: list[object] = ["--pairs", candidates.parent]
+        inputs = [candidates]
+        if self.options.stages.refresh is not None:
+            refreshed = self.folder(number) / "refreshed"
+            given = self.options.stages.score.get("reward", [])
+            arguments += ["--reward", *(given if isinstance(given, list) else [given]), f"refreshed={refreshed}"]
+            inputs += [refreshed / REFRESH_FILE]
+        return self._stage("score", arguments, tuple(inputs), marker)
+
     def _invert(self, number: int, pairs: Path, scores: Path) -> Stage:
         options, previous = self.options, self._previous(number)
         models: tuple[object, ...] = ("--model", options.base)
         inputs = [pairs.parent / SELECTION_FILE]
-        if previous and options.reference == "previous":
+        if previous and options.held_to == "previous":
             models, inputs = (*models, "--unet", previous.parent), [*inputs, previous]
         elif previous and options.inverting == "policy":
             models, inputs = (*models, "--inverting-unet", previous.parent), [*inputs, previous]
