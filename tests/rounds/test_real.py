@@ -24,7 +24,7 @@ from tests.rounds.helpers import ALL
 pytestmark = pytest.mark.slow
 
 MODEL, REWARD = ASSETS / "model", f"pickscore={ASSETS / 'rewards/pickscore'}"
-SECONDS = 400
+SECONDS = 1500
 
 
 def flags(ray_address: str) -> dict[str, dict[str, Any]]:
@@ -117,6 +117,7 @@ def flag(key: str) -> str:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_two_rounds_killed_in_each_stage_end_with_the_same_weights(tmp_path, ray_address):
     command = write_rounds(tmp_path, ray_address, rounds=2, reference="previous")
     finish(start(*command, "--out", tmp_path / "whole"))
