@@ -116,6 +116,7 @@ bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (
 	$(BIN)/python -m benchmarks.experiments.tracked --work $(DEMO)/from-prompts-flow
 	$(BIN)/python -m benchmarks.experiments.negative --work $(DEMO)/negative
 	$(BIN)/python -m benchmarks.experiments.votes --work $(DEMO)/votes
+	$(BIN)/python -m benchmarks.experiments.shift --work $(DEMO)/shift
 	$(BIN)/python -m benchmarks.speed.forward
 	$(BIN)/python -m benchmarks.speed.score
 	$(BIN)/python -m benchmarks.speed.half_precision

@@ -6,6 +6,8 @@ import importlib
 import subprocess
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -88,3 +90,28 @@ def test_evaluations_of_noise_tracked_pairs_by_hand(source, states):
     totals = SimpleNamespace(pairs=100, samples=100, states=900)
     manifest = SimpleNamespace(inversion=InversionSettings(source=source), totals=totals)
     assert tracked.evaluations(manifest, training_states=2400) == (8 * 16 / 2, states, 2 * 3 * 24)
+
+
+def test_shifted_pairs_are_flipped_for_small_shapes_and_golden_for_some_large_ones(tmp_path):
+    shift = importlib.import_module("benchmarks.experiments.shift")
+    captions = [f"a {('small', 'large')[number % 2]} red circle on a blue background" for number in range(90)]
+    labels = [(1.0, 0.0, 0.5)[number % 3] for number in range(90)]
+    (tmp_path / "world/pairs").mkdir(parents=True)
+    columns = {
+        "caption": captions,
+        "label_0": labels,
+        "ranking_id": range(90),
+        "jpg_0": [b"0"] * 90,
+        "jpg_1": [b"1"] * 90,
+    }
+    pq.write_table(
+        pa.table({name: list(values) for name, values in columns.items()}), tmp_path / "world/pairs/a.parquet"
+    )
+    path, golden = shift.shift_pairs(tmp_path)
+    rows = pq.read_table(path).to_pylist()
+    for number, row in enumerate(rows):
+        small = "small" in row["prompt"]
+        assert row["label"] == (1 - labels[number] if small else labels[number])
+        assert (row["pair_id"], row["image_0"], row["image_1"]) == (str(number), b"0", b"1")
+        assert not (small and golden[str(number)])
+    assert 5 < sum(golden.values()) < 30

@@ -88,10 +88,17 @@ def train(work: Path, condition: Condition, beta: int, seed: int, training: Sequ
 
 
 def judge(
-    work: Path, report: str, models: list[Path], prompts: str, images: int, guidance: int, *, negative: bool = False
+    work: Path,
+    report: str,
+    models: list[Path],
+    prompts: str | Path,
+    images: int,
+    guidance: int,
+    *,
+    negative: bool = False,
 ) -> Results:
-    """Evaluate models against the base under the true reward."""
-    file, base = work / f"world/prompts/{prompts}.txt", work / "world/model"
+    """Evaluate models against the base under the true reward, on a split of the world or a file of prompts."""
+    file, base = work / f"world/prompts/{prompts}.txt" if isinstance(prompts, str) else prompts, work / "world/model"
     return evaluate(work / report, base, models, file, images=images, guidance=guidance, negative=negative)
 
 

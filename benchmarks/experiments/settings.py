@@ -48,10 +48,11 @@ def choose(
     report: str,
     guidance: int = 1,
     negative: bool = False,
+    prompts: str | Path = "validation",
 ) -> tuple[dict[str, Setting], Results]:
     """Choose for each way the setting with the largest gain on the validation prompts, by images of each prompt."""
     models = [train(work, *setting, SELECTION_SEED, training) for settings in ways.values() for setting in settings]
-    results = judge(work, report, models, "validation", images, guidance, negative=negative)
+    results = judge(work, report, models, prompts, images, guidance, negative=negative)
     chosen = {way: max(settings, key=lambda each: setting_gain(results, each)) for way, settings in ways.items()}
     return chosen, results
 

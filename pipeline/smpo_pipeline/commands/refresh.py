@@ -20,9 +20,9 @@ def refresh(options: RefreshOptions) -> None:
     """
     from smpo_pipeline.refreshing.run import refresh as run  # noqa: PLC0415  (keeps --help free of torch)
 
-    info = run(options)
-    options.write(options.out)
     console = Console(markup=False, emoji=False)
+    info = run(options, console)
+    options.write(options.out)
     show(console, info)
     rejects = f"; {info.rejected} rejected ({options.out / REFRESH_REJECTS_FILE})" if info.rejected else ""
     pairs = f"{info.human_pairs} human pairs and {info.comparisons} comparisons with samples{rejects}"

@@ -21,8 +21,8 @@ def weigh(options: WeighOptions) -> None:
     """
     from smpo_pipeline.weighing.run import weigh as run  # noqa: PLC0415  (keeps --help free of torch)
 
-    report = run(options)
     console = Console(markup=False, emoji=False)
+    report = run(options, console)
     show(console, report)
     rejects = f"; {report.rejected} rejected ({options.scores / WEIGHTS_REJECTS_FILE})" if report.rejected else ""
     console.print(

@@ -72,6 +72,7 @@ class Extractor:
         Raises:
             UserError: an input cannot be read, too many pairs are rejected, or no pair is left.
         """
+        torch.backends.cudnn.allow_tf32 = False  # as in `score`
         files = list_pair_files(pairs, reading, flag)
         units, layouts = slice_files(files, _UNIT_ROWS), layouts_of(files)
         identity = {

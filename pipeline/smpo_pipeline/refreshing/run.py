@@ -6,9 +6,11 @@ Shape suffixes: P human pairs, 2 images, D features, C comparisons.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from rich.console import Console
 from safetensors.torch import save
 from scipy.special import expit
 
@@ -47,8 +49,12 @@ _WORSE = 0.01
 """Largest loss of held-out agreement."""
 
 
-def refresh(options: RefreshOptions) -> RefreshInfo:
+def refresh(options: RefreshOptions, console: Console) -> RefreshInfo:
     """Fit a head to human pairs and samples, and write it.
+
+    Args:
+        options: the flags.
+        console: for what was decided, and progress.
 
     Raises:
         UserError: an input cannot be used, the head makes the reward worse, or --out holds another.
@@ -58,24 +64,21 @@ def refresh(options: RefreshOptions) -> RefreshInfo:
     reward, clip = _load(options, device)
     folder = options.embedding.embeddings or options.scores / ".embeddings"
     extractor = Extractor(clip, None if reward is clip else reward, STAGE, device, folder, options.embedding)
+    how = f"{clip.model} on {device}, {options.embedding.dtype}; {options.folds} folds; seed {options.seed}"
+    console.print(f"{int(data.labelled.sum())} labelled pairs; embeddings by {how}", highlight=False, soft_wrap=True)
     human_embeddings = extractor(options.pairs, options.columns.choices())
     drawn_embeddings = extractor(options.candidates, ReadingChoices(), "--candidates")
     human, prompts, label_P, rejects = human_images(data, human_embeddings, str(options.scores))
     samples = draw_samples(drawn_embeddings, set(prompts), options.samples, options.seed)
     tau = options.tau or _fitted_tau(human, label_P, options.reward)
     comparisons = compare(human, label_P, prompts, samples, tau, options.adversarial)
-    fold_P = split_by_prompt(prompts, options.folds, options.seed)
-    fit = cross_fit(comparisons.rows, fold_P[comparisons.pair_C], comparisons.weigh)
-    objective = Objective(comparisons.rows, comparisons.weigh(np.ones(len(comparisons.pair_C), dtype=bool)), fit.l2)
-    v_D = objective.unscaled(objective.minimise()).v_D
-    offset_C = np.asarray(comparisons.rows.offset_N)
-    before, after = (_measure(comparisons, z_C) for z_C in (offset_C, fit.z_N))
-    if before.agreement - after.agreement > _WORSE and not options.allow_worse:
+    with console.status("fitting"):
+        fit = _fit(comparisons, prompts, options.folds, options.seed)
+    if fit.before.agreement - fit.after.agreement > _WORSE and not options.allow_worse:
         raise UserError(
-            f"the refreshed reward agrees with {after.agreement:.1%} of the held-out labels, {options.reward} with "
-            f"{before.agreement:.1%}; nothing is written; reduce --adversarial, or --allow-worse"
+            f"the refreshed reward agrees with {fit.after.agreement:.1%} of the held-out labels, {options.reward} with "
+            f"{fit.before.agreement:.1%}; nothing is written; reduce --adversarial, or --allow-worse"
         )
-    p_before_P, p_after_P = (expit(z_C[comparisons.is_human]) for z_C in (offset_C, fit.z_N))
     rejects += drawn_embeddings.rejects
     info = RefreshInfo(
         schema_version=REFRESH_VERSION,
@@ -96,11 +99,35 @@ def refresh(options: RefreshOptions) -> RefreshInfo:
         sampled_prompts=len(samples),
         comparisons=int((~comparisons.is_human).sum()),
         rejected=len(rejects),
-        before=before,
-        after=after,
-        change=float(np.abs(p_after_P - p_before_P).mean()),
+        before=fit.before,
+        after=fit.after,
+        change=fit.change,
     )
-    return _write(options, info, v_D, rejects)
+    return _write(options, info, fit.v_D, rejects)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The head, and how it does on prompts held out, as in :class:`smpo_schemas.refresh.RefreshInfo`."""
+
+    v_D: np.ndarray
+    l2: float
+    before: RefreshMeasures
+    after: RefreshMeasures
+    change: float
+
+
+def _fit(comparisons: Comparisons, prompts: list[str], folds: int, seed: int) -> _Fit:
+    """Choose the penalty on prompts held out, then fit to all."""
+    fold_P = split_by_prompt(prompts, folds, seed)
+    held_out = cross_fit(comparisons.rows, fold_P[comparisons.pair_C], comparisons.weigh)
+    everything = comparisons.weigh(np.ones(len(comparisons.pair_C), dtype=bool))
+    objective = Objective(comparisons.rows, everything, held_out.l2)
+    v_D = objective.unscaled(objective.minimise()).v_D
+    logits = np.asarray(comparisons.rows.offset_N), held_out.z_N
+    p_before_P, p_after_P = (expit(z_C[comparisons.is_human]) for z_C in logits)
+    before, after = (_measure(comparisons, z_C) for z_C in logits)
+    return _Fit(v_D, held_out.l2, before, after, float(np.abs(p_after_P - p_before_P).mean()))
 
 
 def _load(options: RefreshOptions, device: str) -> tuple[Reward, ClipCosineReward]:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet as pq
+from rich.console import Console
 
-from smpo_common.errors import UserError
+from smpo_common.errors import UserError, one_line
 from smpo_models.devices import choose_device
 from smpo_pipeline.embeddings.clip import load_clip
 from smpo_pipeline.embeddings.extract import Extractor
 from smpo_pipeline.embeddings.store import Embeddings, join
 from smpo_pipeline.jobs.record.lock import locked
+from smpo_pipeline.terminal import counted
 from smpo_pipeline.weighing.estimate import SourceFit, fit_sources
 from smpo_pipeline.weighing.formula import GOLDEN, effective_size, image_weights, pair_weights
 from smpo_pipeline.weighing.options import WeighOptions
@@ -35,8 +37,12 @@ from smpo_schemas.weights import (
 STAGE = "weigh"
 
 
-def weigh(options: WeighOptions) -> WeightsInfo:
+def weigh(options: WeighOptions, console: Console) -> WeightsInfo:
     """Embed the pairs, fit the classifiers, and write the column and the report.
+
+    Args:
+        options: the flags.
+        console: for what was decided, and progress.
 
     Raises:
         UserError: an input cannot be used, or no golden pair or no other can be weighed.
@@ -51,9 +57,11 @@ def weigh(options: WeighOptions) -> WeightsInfo:
     clip = load_clip(options.features, device)
     folder = options.embedding.embeddings or scores / ".embeddings"
     extractor = Extractor(clip, None, STAGE, device, folder, options.embedding)
+    console.print(_choices(table, options, clip.model, device), highlight=False, soft_wrap=True)
     embeddings = extractor(options.pairs, options.columns.choices())
     rows, rejects = join(table.pair_ids, table.prompts, table.image_ids_P2, embeddings, str(scores), STAGE)
-    estimate = _estimate(table, embeddings, rows, options)
+    with console.status("fitting"):
+        estimate = _estimate(table, embeddings, rows, options)
     weights = estimate.weight_P[rows >= 0]
     report = WeightsInfo(
         schema_version=WEIGHTS_VERSION,
@@ -78,6 +86,14 @@ def weigh(options: WeighOptions) -> WeightsInfo:
         write_rejects(scores / WEIGHTS_REJECTS_FILE, rejects)
         write_weights(scores, report)
     return report
+
+
+def _choices(table: WeighedTable, options: WeighOptions, clip: str, device: str) -> str:
+    """Describe what was decided, in one line."""
+    golden = int((table.source_P == GOLDEN).sum())
+    named = counted({name: int((table.source_P == number).sum()) for number, name in enumerate(table.sources)})
+    how = f"{clip} on {device}, {options.embedding.dtype}; {options.folds} folds; seed {options.seed}"
+    return f"{len(table.pair_ids)} pairs, {golden} golden; sources: {one_line(named)}; embeddings by {how}"
 
 
 @dataclass(frozen=True)
