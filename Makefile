@@ -115,6 +115,7 @@ bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (
 	$(BIN)/python -m benchmarks.experiments.from_prompts --work $(DEMO)/from-prompts-flow --family sd3
 	$(BIN)/python -m benchmarks.experiments.tracked --work $(DEMO)/from-prompts-flow
 	$(BIN)/python -m benchmarks.experiments.negative --work $(DEMO)/negative
+	$(BIN)/python -m benchmarks.experiments.tailorpo --work $(DEMO)/tailorpo
 	$(BIN)/python -m benchmarks.experiments.votes --work $(DEMO)/votes
 	$(BIN)/python -m benchmarks.experiments.shift --work $(DEMO)/shift
 	$(BIN)/python -m benchmarks.speed.forward

@@ -115,3 +115,12 @@ def test_shifted_pairs_are_flipped_for_small_shapes_and_golden_for_some_large_on
         assert (row["pair_id"], row["image_0"], row["image_1"]) == (str(number), b"0", b"1")
         assert not (small and golden[str(number)])
     assert 5 < sum(golden.values()) < 30
+
+
+def test_evaluations_of_step_pairs_by_hand():
+    """Of 17 steps down to the 4th, four begin at a draw whose evaluation is known; each pair needs two, and two of the
+    reference: 13 + 5 * 4."""
+    tailorpo = importlib.import_module("benchmarks.experiments.tailorpo")
+    assert tailorpo.step_evaluations(20, [20, 16, 12, 8, 4], 2) == 33
+    totals = SimpleNamespace(samples=100, states=900)
+    assert tailorpo.generated_evaluations(SimpleNamespace(inversion=InversionSettings(), totals=totals)) == 8 * 16 + 108

@@ -210,6 +210,20 @@ def test_results_do_not_depend_on_batch_size_or_order(model: Path) -> None:
     assert len({pair.meta.pair_id for pairs in together.values() for pair in pairs}) == 9
 
 
+def test_evaluations_are_those_of_the_guide(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """23 to sample a trajectory, and 10 of the reference; with guidance the first twice."""
+    family, asked = load_family(str(model)), []
+    inner = type(family).denoise
+    monkeypatch.setattr(type(family), "denoise", lambda *given: asked.append(len(given[2])) or inner(*given))
+    for guidance, count in ((1, 33), (3, 56)):
+        steps, chosen = plan_steps(family, "it", IMAGE_SIDE, steps=20, eta=1, trained=None)
+        made = StepSettings(grid=list(steps.grid), trained=chosen, candidates=2, continue_from="winner", gap=0)
+        settings = InversionSettings(source="steps", steps=20, eta=1, guidance_scale=guidance)
+        asked.clear()
+        StepSampler(family, None, settings, made, Redness(), seed=SEED, side=IMAGE_SIDE).sample(WANTED[:1])
+        assert sum(asked) == count
+
+
 def test_exchanged_candidates_exchange_all(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = sampler(load_family(str(model)), trained=(5,))
     ((first,),) = samples(make.sample(WANTED[:1]))

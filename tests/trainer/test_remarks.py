@@ -10,6 +10,7 @@ import pytest
 from smpo_trainer.experiment import resolve_experiment
 from smpo_trainer.remarks import remarks
 from tests.trainer.helpers import arguments, make_shards, resolve_settings, with_manifest
+from tests.trainer.objectives.test_transition import with_steps
 from tests.trainer.preference.test_reward_mix import table
 
 Said = Callable[..., list[str]]
@@ -42,6 +43,13 @@ def test_self_npo_on_shards_of_another_source(said: Said, shards: Path, tmp_path
     assert said(preset="selfnpo-sd15", on=with_manifest(shards, tmp_path / "as", **published)) == []
     (line,) = said(objective="selfnpo")
     assert "--source truncated --prompt-dropout 0; here --source renoise" in line
+
+
+def test_step_pairs_with_another_weighting(said: Said, shards: Path, tmp_path: Path) -> None:
+    on = with_steps(shards, tmp_path / "steps", [1, 51], eta=1.0)
+    (line,) = said(objective="ipo", on=on)
+    assert line == "--timestep-weighting uniform: that of step pairs' likelihoods is transition"
+    assert said(objective="ipo", on=on, timestep_weighting="transition") == []
 
 
 @pytest.mark.parametrize("objective", ["npo", "mapo"])

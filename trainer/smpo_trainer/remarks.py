@@ -26,8 +26,12 @@ def remarks(experiment: Experiment, states_per_step: int) -> list[str]:
     lines += _shard_remarks(preset.shards if preset else experiment.objective.published_shards, experiment)
     flag = f"--preset {name}" if name else f"--objective {experiment.objective.name}"
     warnings = experiment.objective.warnings(experiment.mix) if experiment.mix else []
+    lines = [f"{flag}: {line}" for line in lines]
+    drawn = any(directory.manifest.steps for directory in experiment.shards.directories)
+    if drawn and experiment.weighting.kind != "transition":
+        lines.append(f"--timestep-weighting {experiment.weighting.kind}: that of step pairs' likelihoods is transition")
     return [
-        *(f"{flag}: {line}" for line in lines),
+        *lines,
         *(f"WARNING: --objective {experiment.objective.name}: {line}" for line in warnings),
     ]
 
