@@ -25,6 +25,8 @@ def resolve(_arguments):
         ({"score": {"reward": "pickscor"}}, ("score:", "pickscore?")),
         ({"refresh": {"reward": "toy-truth", "pairs": "x"}}, ("refresh:", "--scores")),
         ({"refresh": {"candidates": "x"}}, ("refresh: candidates:", "leave it out")),
+        ({"weigh": {"golden_column": "g", "golden": "x"}}, ("weigh:", "--golden")),
+        ({"weigh": {"scores": "x"}}, ("weigh: scores:", "leave it out")),
         ({"select": {}}, ("select:", "--by")),
         ({"select": {"by": "extremes", "min_gap": 2}}, ("select:", "--min-gap")),
         ({"invert": {"steps": "many"}}, ("invert:", "--steps", "valid integer")),
@@ -80,10 +82,11 @@ def test_each_beta_is_checked_and_what_training_resolves_is_known(tmp_path):
     asked = []
 
     def resolve(arguments):
+        assert arguments[0] == "--shards"
         asked.append(arguments[arguments.index("--beta") + 1])
         return {"lora_rank": 8, "preference": "winrate", "variant": "fp16"}
 
-    options = options_of(tmp_path, rounds=2, train={"beta": [10, 20]})
+    options = options_of(tmp_path, rounds=2, train={"beta": [10, 20]}, launcher="torchrun --nproc-per-node 8")
     assert check_stages(options, resolve) == Training(lora=True, needs_scores=True, variant="fp16")
     assert asked == ["10", "20"]
 

@@ -83,6 +83,20 @@ def test_a_refreshed_reward_is_scored_beside_the_others_and_each_round_is_held_t
     assert flag(commands(base, 1)["invert"], "--unet") is None
 
 
+def test_weights_are_made_of_the_selected_pairs_and_trained_by(tmp_path):
+    plan = plan_of(tmp_path, weigh={"golden_column": "golden"}, seed=4)
+    assert [stage.name for stage in plan.stages(0)] == [*ALL[:3], "weigh", *ALL[3:]]
+    found, folder = commands(plan, 0), tmp_path / "out/round-000/pairs"
+    assert found["weigh"] == (
+        "smpo-pipeline", "weigh", "--config", f"{tmp_path}/out/flags/weigh.yaml", "--scores", str(folder / "scores"),
+        "--pairs", str(folder / "pairs.parquet"), "--seed", "4",
+    )  # fmt: skip
+    assert flag(found["train"], "--scores") == [str(folder / "scores")]
+    assert flag(found["train"], "--weight-column") == ["weight"]
+    other = plan_of(tmp_path, weigh={"golden_column": "golden", "column": "mine"})
+    assert flag(commands(other, 0)["train"], "--weight-column") == ["mine"]
+
+
 def test_prompts_betas_and_seeds_of_each_round(tmp_path):
     files = [str(tmp_path / name) for name in ("prompts.txt", "other.txt")]
     plan = plan_of(

@@ -160,3 +160,21 @@ def test_mistakes_are_one_line(weigh, world, tmp_path):
     assert_one_line(weigh(scores, *golden, "--features", "hpsv2"), "--features hpsv2: expected clipscore[=MODEL] or")
     assert {path: path.read_bytes() for path in scores.iterdir()} == before
     assert weigh(scores, *golden, "--column", "site", "--overwrite").returncode == 0
+
+
+def test_columns_of_the_pairs_serve_where_the_table_has_none(weigh, world, tmp_path):
+    """The table in another order than the pairs."""
+    table = pq.read_table(world / "pairs.parquet")
+    sites = ["ab"[number % 2] for number in range(PAIRS)]
+    table = table.append_column("golden", [GOLDEN]).append_column("site", [sites])
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    flags = ("--golden-column", "golden", "--source-column", "site")
+    expected, scores = tmp_path / "expected", tmp_path / "scores"
+    make_scores(expected, world / "pairs.parquet", {"golden": GOLDEN, "site": sites})
+    make_scores(scores, world / "pairs.parquet", {}, list(reversed(range(PAIRS))))
+    assert weigh(expected, *flags).returncode == 0
+    done = weigh(scores, *flags, pairs=tmp_path / "pairs.parquet")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert column(scores) == pytest.approx(column(expected))
+    assert "golden" not in read_scores(scores, read_scores_info(scores)).column_names
+    assert_one_line(weigh(scores, "--golden-column", "nothing"), "--golden-column nothing: not a column of")

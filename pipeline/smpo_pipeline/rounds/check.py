@@ -18,9 +18,10 @@ from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.refreshing.options import RefreshOptions
-from smpo_pipeline.rounds.options import Flags, RoundsOptions
+from smpo_pipeline.rounds.options import RoundsOptions
 from smpo_pipeline.rounds.stages import Plan, Stage, Training
 from smpo_pipeline.selection.options import SelectOptions
+from smpo_pipeline.weighing.options import WeighOptions
 
 Resolve = Callable[[list[str]], Mapping[str, Any]]
 """Parses arguments of smpo-train, which this program does not import; returns the values of all its flags."""
@@ -30,6 +31,7 @@ _MODELS: dict[str, type[Options]] = {
     "refresh": RefreshOptions,
     "score": ScoreOptions,
     "select": SelectOptions,
+    "weigh": WeighOptions,
     "invert": InvertOptions,
     "evaluate": EvaluateOptions,
 }
@@ -39,6 +41,7 @@ _OWN = {
     "refresh": ("candidates", "seed"),
     "score": ("pairs",),
     "select": ("candidates", "scores", "seed"),
+    "weigh": ("scores", "pairs", "seed"),
     "invert": ("pairs", "scores", "model", "unet", "inverting_unet", "seed"),
     "train": ("shards", "model", "unet", "scores", "weight_column", "seed", "print_config"),
     "evaluate": ("model", "base", "seed"),
@@ -46,17 +49,9 @@ _OWN = {
 """Flags that ``rounds`` sets, besides --out."""
 
 
-def given_stages(options: RoundsOptions) -> dict[str, Flags]:
-    """Return the flags of each stage that is done, without those that are set for each round."""
-    stages = {name: dict(flags) for name, flags in options.stages if flags is not None}
-    if isinstance(stages["train"].get("beta"), list):
-        del stages["train"]["beta"]
-    return stages
-
-
 def write_flags(options: RoundsOptions, folder: Path) -> None:
     """Write the config files of the stages."""
-    for name, flags in given_stages(options).items():
+    for name, flags in options.stages.given().items():
         if flags:
             content = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
             write_bytes(folder / f"{name}.yaml", content.encode())
@@ -68,14 +63,14 @@ def check_stages(options: RoundsOptions, resolve: Resolve) -> Training:
     Raises:
         UserError: a flag is unknown, set by ``rounds`` itself, or refused; it names stage and flag.
     """
-    for name, flags in given_stages(options).items():
+    for name, flags in options.stages.given().items():
         for key in (*_OWN.get(name, ()), "out", "overwrite"):
             if key in flags:
                 raise UserError(f"{name}: {key}: `rounds` sets this flag; leave it out")
     _check_stop(options)
     with tempfile.TemporaryDirectory(prefix="smpo-") as folder:
         write_flags(options, Path(folder))
-        plan = Plan(options, Training(), Path(folder))
+        plan = Plan(options.replace(launcher=None), Training(), Path(folder))
         resolved: Mapping[str, Any] = {}
         for number in range(options.rounds if plan.beta(0) is not None else 1):
             for stage in plan.stages(number):
@@ -100,17 +95,13 @@ def _check_stop(options: RoundsOptions) -> None:
 
 def _parsed(stage: Stage, plan: Plan, parse: Callable[[list[str]], Any]) -> Any:  # noqa: ANN401  (what ``parse`` returns)
     """Parse a stage's arguments; an error names the stage in place of the config file."""
-    start = stage.command.index("--config") if "--config" in stage.command else stage.command.index(_first_flag(stage))
-    arguments = [_existing(word, plan) for word in stage.command[start:]]
+    program = 1 if stage.name == "train" else 2  # words: smpo-train, or smpo-pipeline and the command
+    arguments = [_existing(word, plan) for word in stage.command[program:]]
     try:
         return parse(arguments)
     except UserError as error:
         said = str(error).replace(f"--config {plan.flags / stage.name}.yaml: ", "")
         raise UserError(f"{stage.name}: {said}") from error
-
-
-def _first_flag(stage: Stage) -> str:
-    return next(word for word in stage.command if word.startswith("--"))
 
 
 def _existing(word: str, plan: Plan) -> str:
@@ -123,7 +114,7 @@ def _strictly(name: str, options: RoundsOptions, arguments: list[str]) -> None:
     """Parse as if the flags of a stage stood on its command line, where those that have no effect are refused."""
     model = _MODELS[name]
     parsed = parse_arguments(model, _repeated(arguments))
-    model.parse(parsed.flat_values(), frozenset(given_stages(options)[name]))
+    model.parse(parsed.flat_values(), frozenset(options.stages.given()[name]))
 
 
 def _repeated(arguments: list[str]) -> list[str]:

@@ -45,6 +45,9 @@ class StagesOptions(Options):
     """Flags of `score`."""
     select: StageFlags = Field(default_factory=dict)
     """Flags of `select`."""
+    weigh: OptionalStage = None
+    """Flags of `weigh`: weights of the selected pairs, which training then uses; golden_column may be a column of the
+    prompts. Default: not done."""
     invert: StageFlags = Field(default_factory=dict)
     """Flags of `invert`."""
     train: StageFlags = Field(default_factory=dict)
@@ -52,6 +55,13 @@ class StagesOptions(Options):
     evaluate: OptionalStage = None
     """Flags of `evaluate`, such as prompts that are not trained on: compares the base and all rounds' models. Default:
     not done."""
+
+    def given(self) -> dict[str, Flags]:
+        """Return the flags of each stage that is done, without those that are set for each round."""
+        stages = {name: dict(flags) for name, flags in self if flags is not None}
+        if isinstance(stages["train"].get("beta"), list):
+            del stages["train"]["beta"]
+        return stages
 
 
 class RoundsOptions(Options):

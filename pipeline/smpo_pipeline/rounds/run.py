@@ -16,7 +16,7 @@ from smpo_common.files import link_or_copy, remove_tree, sha256_file
 from smpo_common.same_settings import require_same_settings
 from smpo_pipeline.evaluation.evaluation import IMAGES_FOLDER
 from smpo_pipeline.evaluation.model_sources import whole_identity
-from smpo_pipeline.rounds.check import given_stages, write_flags
+from smpo_pipeline.rounds.check import write_flags
 from smpo_pipeline.rounds.record import (
     ROUNDS_FILE,
     RoundRecord,
@@ -151,7 +151,7 @@ def round_settings(plan: Plan, number: int, base: str) -> dict[str, Any]:
         "start": options.start,
         "reference": options.held_to,
         "inverting": options.inverting,
-        **given_stages(options),
+        **options.stages.given(),
     }
     if (beta := plan.beta(number)) is not None:
         settings["train"]["beta"] = beta

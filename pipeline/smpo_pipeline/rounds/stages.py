@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smpo_pipeline.commands.merge import MERGED_FILE
 from smpo_pipeline.evaluation.results import RESULTS_FILE
 from smpo_pipeline.rounds.options import RoundsOptions
+from smpo_pipeline.weighing.options import WeighOptions
 from smpo_schemas.candidates import CANDIDATES_FILE
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.refresh import REFRESH_FILE
 from smpo_schemas.scores import SCORES_FILE
 from smpo_schemas.selection import PAIRS_FILE, SCORES_FOLDER, SELECTION_FILE
 from smpo_schemas.trained_model import TRAINING_FILE
+from smpo_schemas.weights import WEIGHTS_FILE
 
 BASE = "base"
 """The base's name in evaluations."""
@@ -125,6 +127,8 @@ class Plan:
         yield self._score(number, candidates, scored)
         arguments = ("--candidates", candidates.parent, "--scores", scored.parent, *self._seed(number))
         yield self._stage("select", arguments, (candidates, scored), selected)
+        if given.weigh is not None:
+            yield self._weigh(number, pairs, scores)
         yield self._invert(number, pairs, scores)
         yield self._train(number, scores)
         if self.merges:
@@ -154,6 +158,11 @@ class Plan:
             inputs += [refreshed / REFRESH_FILE]
         return self._stage("score", arguments, tuple(inputs), marker)
 
+    def _weigh(self, number: int, pairs: Path, scores: Path) -> Stage:
+        arguments = ("--scores", scores, "--pairs", pairs, *self._seed(number))
+        stage = self._stage("weigh", arguments, (pairs.parent / SELECTION_FILE,), scores / WEIGHTS_FILE)
+        return replace(stage, command=stage.command[:-2])  # its output is in --scores
+
     def _invert(self, number: int, pairs: Path, scores: Path) -> Stage:
         options, previous = self.options, self._previous(number)
         models: tuple[object, ...] = ("--model", options.base)
@@ -172,15 +181,19 @@ class Plan:
         if previous and options.start == "previous":
             arguments += ["--unet", previous.parent]
             inputs += [previous]
-        if self.training.needs_scores:
+        weigh = options.stages.weigh
+        if self.training.needs_scores or weigh is not None:
             arguments += ["--scores", scores]
+        if weigh is not None:
+            arguments += ["--weight-column", weigh.get("column", WeighOptions.model_fields["column"].default)]
+            inputs += [scores / WEIGHTS_FILE]
         if (beta := self.beta(number)) is not None:
             arguments += ["--beta", beta]
         arguments += self._seed(number)
         stage = self._stage("train", arguments, tuple(inputs), folder / "run" / TRAINING_FILE)
         launcher = shlex.split(options.launcher or "")
         program = (*launcher, "-m", "smpo_trainer") if launcher else ("smpo-train",)
-        return Stage(stage.name, (*program, *stage.command[2:]), stage.inputs, stage.marker)
+        return replace(stage, command=(*program, *stage.command[2:]))
 
     def _merge(self, number: int) -> Stage:
         folder, previous, variant = self.folder(number), self._previous(number), self.training.variant
@@ -197,8 +210,7 @@ class Plan:
         return self._stage("evaluate", arguments, inputs, self.folder(number) / "evaluation" / RESULTS_FILE)
 
     def _stage(self, name: str, arguments: object, inputs: tuple[Path, ...], marker: Path) -> Stage:
-        given = getattr(self.options.stages, name, None)
-        config = ("--config", self.flags / f"{name}.yaml") if given else ()
+        config = ("--config", self.flags / f"{name}.yaml") if self.options.stages.given().get(name) else ()
         words = ("smpo-pipeline", name, *config, *arguments, "--out", marker.parent)  # type: ignore[misc]
         return Stage(name, tuple(map(str, words)), inputs, marker)
 

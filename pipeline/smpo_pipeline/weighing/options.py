@@ -22,9 +22,10 @@ class WeighOptions(Options):
     """The golden pairs, of the distribution that the model shall serve: their pair_ids, one a line, or a Parquet file
     with a column pair_id. Or give --golden-column."""
     golden_column: Annotated[str | None, Flag(metavar="NAME")] = None
-    """Column of the scores table that is true, or 1, for golden pairs."""
+    """Column of the scores table, or of --pairs by their pair_id, that is true, or 1, for golden pairs."""
     source_column: Annotated[str | None, Flag(metavar="NAME")] = None
-    """Column of the scores table that names the source of each other pair. Default: the others are one source."""
+    """Column of the scores table, or of --pairs, that names the source of each other pair. Default: the others are one
+    source."""
     features: Features = "clipscore"
     folds: Annotated[int, Field(ge=2)] = 5
     """Number of folds, split by prompt: no image is weighed by a classifier that has seen its prompt."""

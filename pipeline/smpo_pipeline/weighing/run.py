@@ -49,7 +49,7 @@ def weigh(options: WeighOptions, console: Console) -> WeightsInfo:
     """
     scores = options.scores
     info = read_scores_info(scores)
-    table = read_table(scores, info, options.golden, options.golden_column, options.source_column)
+    table = read_table(scores, info, options.pairs, options.golden, options.golden_column, options.source_column)
     made = read_weights(scores).column if (scores / WEIGHTS_FILE).is_file() else None
     columns = pq.read_schema(scores / info.parts[0].name).names
     require_free(info, options.column, columns, made, overwrite=options.overwrite)

@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_common.errors import UserError
-from smpo_common.files import atomic_path, reading_parquet, sha256_file, sha256_json
+from smpo_common.files import arrow_source, atomic_path, reading_parquet, sha256_file, sha256_json
+from smpo_common.store_path import AnyPath
 from smpo_pipeline.weighing.formula import GOLDEN
+from smpo_schemas.pairs import expanded
 from smpo_schemas.scores import (
     ScoresInfo,
     ScoresPart,
@@ -51,13 +53,19 @@ class WeighedTable:
 
 
 def read_table(
-    scores: Path, info: ScoresInfo, golden: Path | None, golden_column: str | None, source_column: str | None
+    scores: Path,
+    info: ScoresInfo,
+    pairs: Sequence[AnyPath],
+    golden: Path | None,
+    golden_column: str | None,
+    source_column: str | None,
 ) -> WeighedTable:
     """Read the table and decide which pairs are golden.
 
     Args:
         scores: output of ``score``.
         info: its ``scores.json``.
+        pairs: files of pairs; a column that the table lacks is read from them.
         golden: a file of pair_ids, one a line or in a Parquet file's column ``pair_id``; or
         golden_column: a column of true and false, or of 1 and 0; null is false.
         source_column: a column that names each pair's source; None: all pairs that are not golden are one source.
@@ -65,10 +73,13 @@ def read_table(
     Raises:
         UserError: a column is missing or has other values, or a pair is in two of these classes.
     """
-    for flag, column in (("--golden-column", golden_column), ("--source-column", source_column)):
-        if column is not None:
-            require_column(scores, info, column, flag)
     table = read_scores(scores, info)
+    for flag, column in (("--golden-column", golden_column), ("--source-column", source_column)):
+        if column is not None and column not in table.column_names:
+            values = _of_pairs(pairs, column)
+            if not values:
+                require_column(scores, info, column, flag)
+            table = table.append_column(column, [[values.get(each) for each in table["pair_id"].to_pylist()]])
     pair_ids, ids_P2 = table["pair_id"].to_pylist(), image_ids(table)
     inside = _listed(golden, pair_ids) if golden else _flagged(str(golden_column), table[golden_column].to_pylist())
     names = table[source_column].to_pylist() if source_column else [None] * len(pair_ids)
@@ -89,6 +100,18 @@ def read_table(
         source_P=np.array([GOLDEN if name is None else numbers[name] for name in named]),
         sources=sources,
     )
+
+
+def _of_pairs(pairs: Sequence[AnyPath], column: str) -> dict[str, object]:
+    """Read a column of pairs by their pair_ids, from the Parquet files that have both."""
+    found: dict[str, object] = {}
+    for path in expanded(pairs):
+        if path.is_file() and path.suffix == ".parquet":
+            with reading_parquet(path):
+                if {"pair_id", column} <= set(pq.read_schema(arrow_source(path)).names):
+                    table = pq.read_table(arrow_source(path), columns=["pair_id", column])
+                    found |= dict(zip(table["pair_id"].to_pylist(), table[column].to_pylist(), strict=True))
+    return found
 
 
 def _listed(path: Path, pair_ids: Sequence[str]) -> list[bool]:
