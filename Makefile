@@ -118,6 +118,7 @@ bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (
 	$(BIN)/python -m benchmarks.experiments.tailorpo --work $(DEMO)/tailorpo
 	$(BIN)/python -m benchmarks.experiments.votes --work $(DEMO)/votes
 	$(BIN)/python -m benchmarks.experiments.shift --work $(DEMO)/shift
+	$(BIN)/python -m benchmarks.experiments.rounds --work $(DEMO)/rounds
 	$(BIN)/python -m benchmarks.speed.forward
 	$(BIN)/python -m benchmarks.speed.score
 	$(BIN)/python -m benchmarks.speed.half_precision

@@ -1,0 +1,197 @@
+"""Two rounds on the model's own images, with and without a refreshed reward (APO), against one round.
+
+On the embedded world: the model draws candidates of every training prompt, pickscore scores them, SmPO is trained on
+the best against the worst, and once more on the tuned model's own images (`smpo-pipeline rounds`, reference: previous).
+With `refresh` pickscore is fitted again in each round, to labels of people and so that what they preferred stays above
+the model's images (APO's reward player). One round has as many steps as two. Beta is chosen for one round on the
+validation prompts with a seed of its own; then three other seeds are evaluated on the test prompts under the true
+reward, which nothing else sees. Writes docs/results/rounds.md.
+
+    python -m benchmarks.experiments.rounds --work DIR [--beta-only]
+
+An interrupted stage continues, and a finished one is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.experiments.experiment import (
+    BASE,
+    COLUMNS,
+    TRUTH,
+    comparison_row,
+    evaluate,
+    gain,
+    head,
+    make_world,
+    results_of,
+    row,
+    run,
+)
+from benchmarks.page import RESULTS, stamp, write_page
+from smpo_pipeline.toy.world import captions_of
+
+CANDIDATES = 6
+HUMAN_PAIRS = 600
+STEPS = 60
+BATCH = 24
+BETAS = (100, 300)
+SELECTION_SEED = 1000
+SEEDS = (0, 100, 200)
+"""Apart, since round k has seed + k."""
+
+PLAIN, REFRESHED, LONG = "without refresh", "with refresh", "one round, twice the steps"
+SAMPLING = {"sampler": "ddim", "steps": 16, "guidance_scale": 1, "batch_size": 64}
+COMPARED = (
+    (f"{PLAIN}, round 1", f"{PLAIN}, round 0"),
+    (f"{REFRESHED}, round 1", f"{REFRESHED}, round 0"),
+    (f"{PLAIN}, round 1", LONG),
+    (f"{REFRESHED}, round 1", LONG),
+    (f"{REFRESHED}, round 1", f"{PLAIN}, round 1"),
+)
+
+
+def training(beta: int, steps: int = STEPS) -> dict[str, Any]:
+    """Flags of smpo-train, as keys of a config file."""
+    return {
+        "beta": beta,
+        "lr": 5e-5,
+        "lr_schedule": "cosine",
+        "warmup_steps": 5,
+        "batch_size": BATCH,
+        "max_steps": steps,
+    }
+
+
+def go_round(work: Path, name: str, seed: int, beta: int, rounds: int, *, refresh: bool) -> Path:
+    """Run rounds; returns their folder."""
+    world, out = work / "world", work / "rounds" / f"{name}-b{beta}-s{seed}"
+    pickscore = f"pickscore={world / 'rewards/pickscore'}"
+    reward = "refreshed" if refresh else "pickscore"
+    config: dict[str, Any] = {
+        "base": str(world / "model"),
+        "prompts": str(world / "prompts/train.txt"),
+        "rounds": rounds,
+        "seed": seed,
+        "reference": "previous",
+        "generate": {**SAMPLING, "images_per_prompt": CANDIDATES},
+        "score": {} if refresh else {"reward": pickscore},
+        "select": {"by": "extremes", "pairs_per_prompt": 2},
+        "train": {**training(beta), "reward": reward},
+    }
+    if refresh:
+        config["refresh"] = {"reward": pickscore, "scores": str(work / "scores"), "pairs": str(world / "pairs")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    run("smpo-pipeline", "rounds", "--config", file, "--out", out)
+    return out
+
+
+def train_longer(work: Path, rounds: Path, beta: int, seed: int, steps: int) -> Path:
+    """Train on the shards of the first of some rounds with other flags; returns the model's folder."""
+    out = work / "runs" / f"steps{steps}-b{beta}-s{seed}"
+    flags = [word for key, value in training(beta, steps).items() for word in (f"--{key.replace('_', '-')}", value)]
+    common = ("--shards", rounds / "round-000/shards", "--model", work / "world/model", "--seed", seed)
+    run("smpo-train", *common, "--reward", "pickscore", *flags, "--out", out)
+    return out
+
+
+def named(work: Path, name: str, model: Path) -> Path:
+    """Give a model's folder the name that tables have; returns a link to it."""
+    link = work / "models" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(model.absolute())
+    return link
+
+
+def choose_beta(work: Path) -> tuple[int, list[str]]:
+    """Choose beta for one round on the validation prompts; returns it, and the rows of a table."""
+    make_world(work, pairs=HUMAN_PAIRS)
+    first, *others = BETAS
+    out = go_round(work, "plain", SELECTION_SEED, first, 1, refresh=False)
+    models = {first: out / "round-000/run"}
+    models |= {beta: train_longer(work, out, beta, SELECTION_SEED, STEPS) for beta in others}
+    links = {beta: named(work, f"selection-b{beta}", model) for beta, model in models.items()}
+    prompts = work / "world/prompts/validation.txt"
+    results = evaluate(work / "report-selection", work / "world/model", [*links.values()], prompts, images=2)
+    gains = {beta: gain(results, link.name) for beta, link in links.items()}
+    return max(gains, key=lambda beta: gains[beta]), [f"| {beta} | {value:+.3f} |" for beta, value in gains.items()]
+
+
+def seeds_of(work: Path, beta: int) -> Iterator[tuple[str, Path]]:
+    """Train all seeds of all conditions: yields condition and model."""
+    for seed in SEEDS:
+        plain = go_round(work, "plain", seed, beta, 2, refresh=False)
+        refreshed = go_round(work, "apo", seed, beta, 2, refresh=True)
+        for condition, short, out in ((PLAIN, "plain", plain), (REFRESHED, "apo", refreshed)):
+            for number in (0, 1):
+                model = out / f"round-00{number}/run"
+                yield f"{condition}, round {number}", named(work, f"{short}-{number}-s{seed}", model)
+        yield LONG, named(work, f"long-s{seed}", train_longer(work, plain, beta, seed, 2 * STEPS))
+
+
+def write(work: Path, beta: int, selection: list[str], target: Path) -> None:
+    """Evaluate all models on the test prompts and write the page."""
+    models: dict[str, list[Path]] = {}
+    for condition, model in seeds_of(work, beta):
+        models.setdefault(condition, []).append(model)
+    report, prompts = work / "report-test", work / "world/prompts/test.txt"
+    every = [model for group in models.values() for model in group]
+    evaluate(report, work / "world/model", every, prompts, images=4)
+    results = results_of(report)
+    rows = [row(report, condition, [model.name for model in group]) for condition, group in models.items()]
+    libraries = ("torch", "diffusers", "transformers", "ray", "numpy")
+    text = f"""{stamp("python -m benchmarks.experiments.rounds", libraries)}
+
+The embedded world's model draws {CANDIDATES} candidates of {len(captions_of("train"))} training prompts (DDIM, 16
+steps, guidance 1) in each round; two pairs of a prompt are selected by `extremes` and inverted by the reference, the
+model of the round before. {STEPS} steps of {BATCH} pairs a round, lr 5e-5, beta {beta}, all weights trained.
+`without refresh` learns from pickscore. `with refresh` learns from pickscore refreshed in each round on {HUMAN_PAIRS}
+labelled pairs and the round's candidates (`--adversarial 0.1`, 4 samples). Intervals are 95 % bootstraps over prompts
+(a prompt's images, of all seeds, belong together); they do not cover the choice of training seeds, so each seed's win
+rate is listed too.
+
+## Test prompts, guidance 1
+
+The base's mean true reward is {results.finding(BASE, TRUTH).mean:.3f}. Each condition pools {len(SEEDS)} training
+seeds, {results.num_images} images of {results.num_prompts} prompts each:
+
+{head("condition", *COLUMNS)}
+{chr(10).join(rows)}
+
+{head("compared, seed by seed", "win rate % (95 %)", "difference of the true reward (95 %)")}
+{chr(10).join(comparison_row(report, models, *each) for each in COMPARED)}
+
+## How beta was chosen
+
+One round without refresh, a training seed of its own, the validation prompts; beta is then that of all conditions:
+
+{head("beta", "gain of the true reward")}
+{chr(10).join(selection)}
+"""
+    write_page(target, "Rounds on the model's own images, on the embedded world", text)
+
+
+def main() -> None:
+    """Run all conditions and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for world, rounds, runs, reports")
+    parser.add_argument("--out", type=Path, default=RESULTS / "rounds.md", help="page to write")
+    parser.add_argument("--beta-only", action="store_true", help="choose beta, and end")
+    arguments = parser.parse_args()
+    beta, selection = choose_beta(arguments.work)
+    print(f"beta {beta} of", *selection)
+    if not arguments.beta_only:
+        write(arguments.work, beta, selection, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
