@@ -38,7 +38,7 @@ def data():
 def test_equals_newtons_method(data, l2, intercept, monkeypatch):
     monkeypatch.setattr(logistic, "_BLOCK", 64)
     x, y, weight, offset = data
-    objective = Objective(Rows(x.astype(np.float32), y, offset, intercept), weight, l2)
+    objective = Objective.of(Rows(x.astype(np.float32), y, offset, intercept), weight, l2)
     found = objective.unscaled(objective.minimise())
     v, b = newton(x.astype(np.float32).astype(float), y, weight, l2, offset, intercept)
     np.testing.assert_allclose(found.v_D, v, rtol=1e-4, atol=1e-7)
@@ -48,7 +48,7 @@ def test_equals_newtons_method(data, l2, intercept, monkeypatch):
 def test_value_and_gradient_by_hand():
     """One feature, rows x = 1 (y = 1) and x = 2 (y = 0), weights 1 and 3, no intercept: s = sqrt(13 / 4)."""
     rows = Rows(np.array([[1.0], [2.0]]), np.array([1.0, 0.0]), intercept=False)
-    objective = Objective(rows, np.array([1.0, 3.0]), 2.0)
+    objective = Objective.of(rows, np.array([1.0, 3.0]), 2.0)
     value, gradient = objective(np.zeros(1))
     assert value == pytest.approx(4 * np.log(2))
     assert gradient == pytest.approx((0.5 * 3 * 2 - 0.5) / np.sqrt(13 / 4))
@@ -62,7 +62,7 @@ def test_value_and_gradient_by_hand():
 def test_a_constant_feature_changes_nothing(data):
     x, y, weight, _ = data
     with_constant = np.column_stack([x, np.full(200, np.float32(0.1))])
-    one, other = (Objective(Rows(each, y), weight, 0.01) for each in (x, with_constant))
+    one, other = (Objective.of(Rows(each, y), weight, 0.01) for each in (x, with_constant))
     fitted = other.unscaled(other.minimise())
     assert fitted.v_D[3] == 0
     np.testing.assert_allclose(fitted.v_D[:3], one.unscaled(one.minimise()).v_D, rtol=1e-5)

@@ -50,7 +50,7 @@ def plain_loss(v, human, label, prompts, samples, tau, adversarial):
 def test_the_loss_and_its_minimum(adversarial):
     human, label, prompts, samples = toy()
     comparisons = compare(human, label, prompts, samples, 0.7, adversarial)
-    objective = Objective(comparisons.rows, everything(comparisons), 0.0)
+    objective = Objective.of(comparisons.rows, everything(comparisons), 0.0)
     v = objective.unscaled(objective.minimise()).v_D
     spread = np.sqrt(np.average(comparisons.rows.x_ND**2, axis=0, weights=everything(comparisons)))
     for point in (np.zeros(3), np.array([0.3, -1.0, 2.0])):
@@ -67,7 +67,7 @@ def test_the_loss_and_its_minimum(adversarial):
 def test_without_adversarial_samples_change_nothing():
     human, label, prompts, samples = toy()
     with_samples, alone = (compare(human, label, prompts, each, 0.7, 0.0) for each in (samples, {}))
-    fits = [Objective(each.rows, everything(each), 0.01) for each in (with_samples, alone)]
+    fits = [Objective.of(each.rows, everything(each), 0.01) for each in (with_samples, alone)]
     one, other = (each.unscaled(each.minimise()).v_D for each in fits)
     np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -77,7 +77,7 @@ def test_the_gradient_by_hand():
     human = Images(np.array([[[1.0], [3.0]]]), np.array([[0.5, 0.0]]))
     samples = {"a": Images(np.array([[2.0]]), np.array([1.0]))}
     comparisons = compare(human, np.array([0.0]), ["a"], samples, 2.0, 0.1)
-    objective = Objective(comparisons.rows, everything(comparisons), 0.0)
+    objective = Objective.of(comparisons.rows, everything(comparisons), 0.0)
     spread = np.sqrt((1 * 1 + 0.1 * 0.25) / 1.1)  # x = -1 with weight 1, x = 1/2 with weight 0.1
     for v in (0.0, 0.8):
         human_margin, sample_margin = (0.0 - 0.5 + 2 * v) / 2, (0.0 - 1.0 + v) / 2
@@ -94,7 +94,7 @@ def test_copies_of_a_sample_are_one():
     fits = []
     for each in (one, four):
         comparisons = compare(human, label, prompts, each, 0.7, 0.5)
-        objective = Objective(comparisons.rows, everything(comparisons), 0.01)
+        objective = Objective.of(comparisons.rows, everything(comparisons), 0.01)
         fits.append(objective.unscaled(objective.minimise()).v_D)
     np.testing.assert_allclose(*fits, rtol=1e-6)
 

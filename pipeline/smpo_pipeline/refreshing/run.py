@@ -122,7 +122,7 @@ def _fit(comparisons: Comparisons, prompts: list[str], folds: int, seed: int) ->
     fold_P = split_by_prompt(prompts, folds, seed)
     held_out = cross_fit(comparisons.rows, fold_P[comparisons.pair_C], comparisons.weigh)
     everything = comparisons.weigh(np.ones(len(comparisons.pair_C), dtype=bool))
-    objective = Objective(comparisons.rows, everything, held_out.l2)
+    objective = Objective.of(comparisons.rows, everything, held_out.l2)
     v_D = objective.unscaled(objective.minimise()).v_D
     logits = np.asarray(comparisons.rows.offset_N), held_out.z_N
     p_before_P, p_after_P = (expit(z_C[comparisons.is_human]) for z_C in logits)
