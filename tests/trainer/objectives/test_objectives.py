@@ -332,6 +332,11 @@ def test_default_beta_is_the_published_one(name: str, sd15: float, sdxl: float) 
         kind.resolve_beta(None, "flux")
 
 
+@pytest.mark.parametrize("name", ["sft", "mapo"])
+def test_a_loss_without_beta_needs_none(name: str) -> None:
+    assert find_objective(name).resolve_beta(None, "a model of next year") == 2000
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_usable_pairs(name: str) -> None:
     nan = math.nan

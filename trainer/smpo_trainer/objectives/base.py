@@ -146,12 +146,16 @@ class Objective(ABC):
     def resolve_beta(cls, beta: float | None, kind: str) -> float:
         """Return the given beta, or the one published for this kind of model.
 
+        Where none is published, a loss without the reference takes that of SD 1.5, for what is logged.
+
         Raises:
-            UserError: no beta is given, and none is published for this kind.
+            UserError: no beta is given, the loss depends on it, and none is published for this kind.
         """
         if beta is not None:
             return beta
         if kind not in cls.betas:
+            if not cls.uses_reference:
+                return cls.betas["sd15"]
             raise UserError(f"--objective {cls.name}: no beta is published for {kind} models; choose one with --beta")
         return cls.betas[kind]
 
