@@ -117,6 +117,8 @@ bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (
 	$(BIN)/python -m benchmarks.experiments.negative --work $(DEMO)/negative
 	$(BIN)/python -m benchmarks.experiments.tailorpo --work $(DEMO)/tailorpo
 	$(BIN)/python -m benchmarks.experiments.votes --work $(DEMO)/votes
+	$(BIN)/python -m benchmarks.experiments.safeguards --work $(DEMO)/safeguards
+	$(BIN)/python -m benchmarks.experiments.auto_beta --work $(DEMO)/auto-beta
 	$(BIN)/python -m benchmarks.experiments.shift --work $(DEMO)/shift
 	$(BIN)/python -m benchmarks.experiments.rounds --work $(DEMO)/rounds
 	$(BIN)/python -m benchmarks.speed.forward
