@@ -48,7 +48,7 @@ def generated_evaluations(manifest: Manifest) -> int:
 def step_evaluations(steps: int, trained: list[int], candidates: int) -> int:
     """Count those of a trajectory of step pairs without guidance: the sampler's, the draws', and the reference's.
 
-    A step after a trained one needs none: the evaluation at the draw that it goes on from is known.
+    A step after a trained one needs none: the evaluation at the draw that it continues from is known.
     """
     asked = [step for step in range(steps, min(trained) - 1, -1) if step + 1 not in trained]
     return len(asked) + len(trained) * (candidates + 2)

@@ -86,7 +86,7 @@ class StepSettings(FrozenModel):
         grid: timesteps of the sampler, increasing; a step leads to the next lower one.
         trained: the steps that gave pairs, by the number of the timestep that they start from, from 1, the lowest.
         candidates: draws of a step, of which the pair is the best and the worst.
-        continue_from: which of them the trajectory goes on from: the ``winner``, or a ``random`` one.
+        continue_from: which of them the trajectory continues from: the ``winner``, or a ``random`` one.
         gap: at a smaller difference of the rewards, or this one, the label is a tie.
         gradient_delta: with gradient guidance (TailorPO-G), the rise of the reward that the best draw is moved towards,
             in the reward's unit; None without.

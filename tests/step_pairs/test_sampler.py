@@ -1,4 +1,4 @@
-"""Step pairs of tiny models, against a float64 walk with diffusers' parts alone, and what they must not depend on."""
+"""Step pairs of tiny models, against float64 with diffusers' parts alone, and what they must not depend on."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class RectifiedFlow(NoiseSchedule):
         return x_s + (sigma_t - sigma_s) * direction
 
     def step_std(self, s_B: torch.Tensor, t_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """See the base class; s_s: ``stochastic_sampling`` of diffusers' scheduler draws all of the noise anew."""
+        """See the base class; s_s: ``stochastic_sampling`` of diffusers' scheduler draws fresh noise."""
         return self.levels(s_B, like)[1]
 
     def check_eta(self, eta: float, what: str) -> None:

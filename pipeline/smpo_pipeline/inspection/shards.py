@@ -177,7 +177,7 @@ def _describe_steps(settings: InversionSettings, steps: StepSettings) -> str:
     """Describe step pairs in one sentence."""
     return (
         f"{steps.candidates} draws of each of the sampler's steps {', '.join(map(str, steps.trained))} of "
-        f"{settings.steps}, eta {settings.eta:g}, guidance {settings.guidance_scale:g}; a trajectory goes on from "
+        f"{settings.steps}, eta {settings.eta:g}, guidance {settings.guidance_scale:g}; a trajectory continues from "
         f"{'the best' if steps.continue_from == 'winner' else 'a random one'}; {settings.dtype}"
     )
 

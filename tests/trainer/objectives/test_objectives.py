@@ -224,6 +224,7 @@ def test_reference_as_model_gives_capo_the_squared_reward_difference() -> None:
 
 def test_selfnpo_needs_neither_beta_nor_preference() -> None:
     assert find_objective("selfnpo").resolve_beta(None, "a model of next year") == 1
+    assert find_objective("mapo").resolve_beta(None, "a model of next year") == 2000
     _, metrics = make("selfnpo")(batch())
     assert all(values.isnan().all() for values in metrics.values())
 
@@ -330,11 +331,6 @@ def test_default_beta_is_the_published_one(name: str, sd15: float, sdxl: float) 
     assert kind.resolve_beta(7.0, "sdxl") == 7
     with pytest.raises(UserError, match=f"--objective {name}: no beta is published for flux.*--beta"):
         kind.resolve_beta(None, "flux")
-
-
-@pytest.mark.parametrize("name", ["sft", "mapo"])
-def test_a_loss_without_beta_needs_none(name: str) -> None:
-    assert find_objective(name).resolve_beta(None, "a model of next year") == 2000
 
 
 @pytest.mark.parametrize("name", NAMES)

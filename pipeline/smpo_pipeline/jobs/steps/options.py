@@ -82,7 +82,7 @@ class StepDrawOptions(Options):
     candidates: Annotated[int, Field(ge=2)] = 2
     """Draws of a trained step; the best and the worst are its pair."""
     continue_from: Literal["winner", "random"] = "winner"
-    """Which draw the trajectory goes on from: the best one (TailorPO), or a random one (SPO)."""
+    """Which draw the trajectory continues from: the best one (TailorPO), or a random one (SPO)."""
     trajectories: Annotated[int, Field(ge=1)] = 1
     """Trajectories per prompt, each from noise of its own."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
