@@ -10,7 +10,7 @@ CHANGES_NO_RESULT = {
     *("cache", "cache_gib", "max_skipped", "val_every", "val_states", "save_every", "checkpoints_total_limit"),
     *("keep_checkpoints", "wandb_project", "image_prompts", "image_every"),
     *("image_sampling_steps", "image_guidance_scale", "lora_format", "push_to_hub", "hub_private_repo", "license"),
-    *("on_spike", "spike_ratio"),
+    *("on_spike", "spike_ratio", "print_config"),
 }
 """The shards' manifest identifies the model; presets only set other flags; a resumed run may treat spikes otherwise."""
 

@@ -95,7 +95,8 @@ def test_killed_and_continued_equals_uninterrupted(shards: Path, model: Path, tm
 @pytest.mark.slow
 def test_two_processes_equal_one(shards: Path, model: Path, tmp_path: Path) -> None:
     options = {"max_steps": 3, "beta": "auto:200", "lr": 1e-5, "save_every": 2}
-    options |= {"robust": 0.1, "winner_preserving": 0, "norm_guard": 1}
+    # A small weight of the norms: at the reference the hinge is at its corner, where rounding decides its slope.
+    options |= {"robust": 0.1, "winner_preserving": 0, "norm_guard": 1e-4}
     one = start(arguments(shards, model, tmp_path / "one", batch_size=4, **options))
     assert one.wait() == 0
     two = launch_two(arguments(shards, model, tmp_path / "two", batch_size=2, **options))

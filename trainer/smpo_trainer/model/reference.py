@@ -113,7 +113,7 @@ def prepare_reference_errors(
     if settings.compute.reference in {"auto", "stored"}:
         _compare_arithmetic(experiment, accelerator.device, console)
     reference = _Pass(policy, feed, accelerator)
-    noise = reference.measure(experiment.pair_loss(policy.family.noise_schedule), settings.steps.max_steps)
+    noise = reference.measure(experiment.pair_loss(policy.family.noise_schedule))
     console.say(noise.describe())
     if settings.denoiser.quantize and settings.recomputes_reference:
         console.say(f"--quantize {settings.denoiser.quantize}: the reference errors are those of the quantized weights")
@@ -147,16 +147,17 @@ class _Pass:
     def __init__(self, policy: Policy, feed: Feed, accelerator: Accelerator) -> None:
         self._policy, self._feed, self._batching, self.accelerator = policy, feed, feed.batching, accelerator
 
-    def measure(self, pair_loss: PairLoss, max_steps: int) -> ReferenceNoise:
+    def measure(self, pair_loss: PairLoss) -> ReferenceNoise:
         """Compare stored errors with recomputed ones.
 
-        Uses as many steps as give :data:`NUM_MEASURED_STATES` states, or all steps that visit new states.
+        Uses as many steps as give :data:`NUM_MEASURED_STATES` states, or all steps that visit new states. The length of
+        the run plays no part: a finished run with a larger --max-steps must be that of one from the start.
         """
         margins: list[torch.Tensor] = []
         losses: list[torch.Tensor] = []
         evens: list[torch.Tensor] = []
-        steps = min(self.steps(max_steps), -(-NUM_MEASURED_STATES // self._batching.states_per_step))
-        for batch, error_B2 in self._batches(steps):
+        steps = -(-NUM_MEASURED_STATES // self._batching.states_per_step)
+        for batch, error_B2 in self._batches(self.steps(steps)):
             noisy = PairBatch(error_B2, batch.ref_error_B2, batch.preference_B, batch.label_B, batch.timestep_B)
             exact = pair_loss(replace(noisy, ref_error_B2=error_B2), batch.weight_B)[0]
             opposite = replace(noisy, ref_error_B2=2 * error_B2 - batch.ref_error_B2)
