@@ -125,10 +125,14 @@ def score_schema(rewards: Sequence[str], further: Sequence[str] = ()) -> pa.Sche
 
 
 def write_part(
-    path: AnyPath, rows: Sequence[dict[str, Any]] | pa.Table, rewards: Sequence[str], further: Sequence[str] = ()
+    path: AnyPath,
+    rows: Sequence[dict[str, Any]] | pa.Table,
+    rewards: Sequence[str],
+    further: Sequence[str] = (),
+    added: Sequence[pa.Field] = (),
 ) -> ScoresPart:
-    """Write one part of the table atomically and return its entry."""
-    schema = score_schema(rewards, further)
+    """Write one part of the table atomically and return its entry; ``added`` are columns besides the schema's."""
+    schema = pa.schema([*score_schema(rewards, further), *added])
     table = rows.select(schema.names).cast(schema) if isinstance(rows, pa.Table) else None
     table = pa.Table.from_pylist(list(rows), schema=schema) if table is None else table
     with atomic_path(path) as temporary:

@@ -20,6 +20,7 @@ from smpo_pipeline.jobs.score import table as score_table
 from smpo_pipeline.jobs.score.chunks import chunk_images, cut_chunks, with_scores, without_images
 from smpo_pipeline.jobs.score.collector import UnitCollector, require_current_units, unit_path
 from smpo_pipeline.jobs.score.table import RewardRecord, write_table
+from smpo_pipeline.weighing.table import write_column
 from smpo_schemas.label_file import PairVotes
 from smpo_schemas.pairs import Pair, PairRejectedError
 from smpo_schemas.rejects import read_rejects
@@ -91,6 +92,19 @@ def test_transient_storage_errors_of_the_driver_change_nothing(tmp_path, monkeyp
     assert not failing
     for path in (tmp_path / "whole").glob("*"):
         assert path.is_dir() or path.read_bytes() == (tmp_path / "failed" / path.name).read_bytes()
+
+
+def test_adding_a_reward_keeps_columns_that_others_added(tmp_path):
+    base = write_table(tmp_path, commit(tmp_path, "a"), UNITS, models("a"), None)
+    ids = read_scores(tmp_path, base)["pair_id"].to_pylist()
+    weights = np.array([np.nan, *range(1, len(ids))])
+    write_column(tmp_path, base, "weight", weights)
+    Run(tmp_path / ".scoring", "scores.json", {}).remove()
+    info = write_table(tmp_path, commit(tmp_path, "b"), UNITS, models("b"), read_scores_info(tmp_path))
+    table = read_scores(tmp_path, info)
+    kept = dict(zip(ids, [None, *weights[1:].tolist()], strict=True))
+    assert [kept[pair] for pair in table["pair_id"].to_pylist()] == table["weight"].to_pylist()
+    assert (table.num_rows, table["weight"].null_count, str(table["weight"].type)) == (14, 1, "float")
 
 
 def test_adding_a_reward_gives_the_bytes_of_scoring_both_together(tmp_path):

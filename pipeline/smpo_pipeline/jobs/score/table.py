@@ -14,15 +14,17 @@ from typing import NoReturn
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from smpo_common.errors import UserError
-from smpo_common.files import read_all
+from smpo_common.files import arrow_source, read_all, reading_parquet
 from smpo_common.retry import retry_transient
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.score.collector import read_unit_rows, unit_path, unit_rejects, with_reasons
 from smpo_pipeline.jobs.score.pair_ids import PairIds
 from smpo_schemas.label_file import PairVotes, with_labels
+from smpo_schemas.pairs.layout import FURTHER
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import read_rejects, write_rejects
 from smpo_schemas.scores import (
@@ -35,6 +37,7 @@ from smpo_schemas.scores import (
     remove_leftovers,
     reward_scores,
     reward_statistics,
+    score_schema,
     table_labels,
     write_part,
     write_scores_info,
@@ -79,7 +82,7 @@ def write_table(
     """
     names = [*(base.rewards if base else ()), *rewards]
     parts, rejects = [], []
-    old_table, ids = _OldTable(out, base) if base else None, PairIds()
+    old_table, ids = _OldTable(out, base, names) if base else None, PairIds()
     for number, start in enumerate(range(0, units, _UNITS_PER_PART)):
         group = range(start, min(units, start + _UNITS_PER_PART))
         rows = pa.concat_tables(read_all(lambda unit: read_unit_rows(unit_path(scoring, unit)), group))
@@ -90,7 +93,8 @@ def write_table(
         rejects += unit_rejects(rows)
         scored = rows.filter(pc.is_null(rows["reason"]))
         if scored.num_rows:
-            parts.append(write_part(out / f"scores-{len(names)}-{number:06d}.parquet", scored, names, further))
+            path = out / f"scores-{len(names)}-{number:06d}.parquet"
+            parts.append(write_part(path, scored, names, further, old_table.added if old_table else ()))
     # Added rewards may reject more rows; otherwise the existing file is still right.
     if not base or (parts and len(rejects) > base.rejected):
         write_rejects(out / REJECTS_FILE, rejects)
@@ -140,10 +144,15 @@ def _describe(
 class _OldTable:
     """An existing table, read part by part beside the same input rows with scores of more rewards."""
 
-    def __init__(self, out: AnyPath, base: ScoresInfo) -> None:
+    def __init__(self, out: AnyPath, base: ScoresInfo, rewards: Sequence[str]) -> None:
         self._out, self._base = out, base
         self._rejects = {reject.source: reject.reason for reject in read_rejects(out / REJECTS_FILE)}
         self._parts, self._next = base.parts, 0
+        own = score_schema(rewards, list(FURTHER)).names
+        with reading_parquet(out / base.parts[0].name):
+            first = pq.read_schema(arrow_source(out / base.parts[0].name))
+        self.added = [field for field in first if field.name not in own]
+        """Columns that others added to the table, such as the weights of ``weigh``."""
 
     def join(self, rows: pa.Table) -> pa.Table:
         """Add the existing columns to ``rows``, which are all rows of one part.
@@ -160,6 +169,11 @@ class _OldTable:
             column = np.full(rows.num_rows, np.nan, dtype=np.float32)
             column[scored] = old[name].to_numpy() if scored else ()
             rows = rows.append_column(name, pa.array(column))
+        at = np.full(rows.num_rows, -1)
+        at[scored] = range(len(scored))
+        for field in self.added:
+            column = old[field.name].take(pa.array(at, mask=at < 0)) if scored else pa.nulls(len(at), field.type)
+            rows = rows.append_column(field, column)
         return with_reasons(rows, reasons)
 
     def _match(self, rows: pa.Table, old: Sequence[tuple[object, ...]]) -> tuple[list[int], list[str | None]]:
