@@ -10,13 +10,13 @@ import yaml
 
 from smpo_pipeline.evaluation.results import RESULTS_VERSION
 from smpo_pipeline.rounds.record import ROUNDS_VERSION
-from smpo_schemas.calibration import CALIBRATION_VERSION
-from smpo_schemas.candidates import CANDIDATES_VERSION
+from smpo_schemas.generation.candidates import CANDIDATES_VERSION
+from smpo_schemas.generation.selection import SELECTION_VERSION
 from smpo_schemas.manifest import MANIFEST_VERSION
-from smpo_schemas.refresh import REFRESH_VERSION
-from smpo_schemas.scores import SCORES_VERSION
-from smpo_schemas.selection import SELECTION_VERSION
-from smpo_schemas.weights import WEIGHTS_VERSION
+from smpo_schemas.scoring.calibration import CALIBRATION_VERSION
+from smpo_schemas.scoring.refresh import REFRESH_VERSION
+from smpo_schemas.scoring.scores import SCORES_VERSION
+from smpo_schemas.scoring.weights import WEIGHTS_VERSION
 from smpo_trainer.output.run_folder import TRAINING_VERSION
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import ShardEntry
 from smpo_schemas.pairs import PairFile, slice_files
 from smpo_schemas.rejects import Reject
-from smpo_schemas.scores import IMAGE_IDS, score_schema
+from smpo_schemas.scoring.scores import IMAGE_IDS, score_schema
 
 MANY, FILES, GIGABYTE = 100_000_000, 10_000, 10**9
 

@@ -38,7 +38,7 @@ from smpo_pipeline.evaluation.results import Results
 from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.toy.truth import true_reward
 from smpo_pipeline.toy.world import captions_of
-from smpo_schemas.selection import PAIRS_FILE, SCORES_FOLDER
+from smpo_schemas.generation.selection import PAIRS_FILE, SCORES_FOLDER
 
 CANDIDATES = 8
 PAIRS_A_PROMPT = 2

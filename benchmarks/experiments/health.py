@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.experiments.experiment import TRUTH, gain, head, results_of, run
 from benchmarks.page import RESULTS, ROOT, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
-from smpo_schemas.scores import read_scores, read_scores_info, write_part, write_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info, write_part, write_scores_info
 from smpo_schemas.trained_model import METRICS_FILE, TRAINING_FILE
 from smpo_trainer.safeguards.spikes import LAST_STEPS, USUAL_STEPS, error_ratio
 

@@ -29,8 +29,8 @@ from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
 from smpo_pipeline.toy.world import scene_of
 from smpo_pipeline.weighing.table import write_column
-from smpo_schemas.scores import read_scores, read_scores_info
-from smpo_schemas.weights import WeightsInfo, read_weights
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.weights import WeightsInfo, read_weights
 
 BETAS = (100, 300)
 STEPS, LR, BATCH = 80, "5e-5", 24

@@ -23,8 +23,8 @@ from benchmarks.experiments.settings import Setting, choose, describe, make_sett
 from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
 from smpo_pipeline.toy.world import captions_of
+from smpo_schemas.generation.selection import PAIRS_FILE, SCORES_FOLDER
 from smpo_schemas.manifest import Manifest, read_manifest
-from smpo_schemas.selection import PAIRS_FILE, SCORES_FOLDER
 
 REWARD = "pickscore"
 WORLD = WORLDS["sd15"]

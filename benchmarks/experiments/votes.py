@@ -35,7 +35,7 @@ from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
 from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.toy.annotators import expected_label
-from smpo_schemas.calibration import read_calibration
+from smpo_schemas.scoring.calibration import read_calibration
 
 VOTERS = (1, 5, 20)
 BETAS = (100, 300)

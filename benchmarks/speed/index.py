@@ -34,7 +34,7 @@ from smpo_schemas.manifest import (
     write_manifest,
 )
 from smpo_schemas.preference import find_preference
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.scoring.scores import RewardStatistics
 from smpo_schemas.shards.index import INDEX_FILE, INDEX_SCHEMA
 from smpo_trainer.data.state_table import index_states
 from smpo_trainer.objectives import find_objective

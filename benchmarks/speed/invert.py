@@ -46,7 +46,7 @@ from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import all_scenes, random_centre, render
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import layouts_of, list_pair_files, slice_files
-from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
+from smpo_schemas.scoring.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
 
 BATCH = 16
 PAIRS_A_UNIT, UNITS = 64, 4

@@ -54,7 +54,7 @@ from smpo_schemas.manifest import (
     Totals,
     write_manifest,
 )
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.scoring.scores import RewardStatistics
 from smpo_schemas.shards.index import write_index
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample, SampleMeta

@@ -15,18 +15,18 @@ from described_fields import described_fields, descriptions
 from generated_page import table, write_or_check
 
 from smpo_pipeline.rounds.record import ROUNDS_VERSION, RoundsRecord
-from smpo_schemas.calibration import CALIBRATION_VERSION, Calibration
-from smpo_schemas.candidates import CANDIDATES_SCHEMA, CANDIDATES_VERSION, Candidates
+from smpo_schemas.generation.candidates import CANDIDATES_SCHEMA, CANDIDATES_VERSION, Candidates
+from smpo_schemas.generation.selection import SELECTED_SCHEMA, SELECTION_VERSION, SelectionInfo
 from smpo_schemas.manifest import MANIFEST_VERSION, Manifest
 from smpo_schemas.pairs.columns import PICK_A_PIC, PairColumns
 from smpo_schemas.pairs.normalising import Pair
-from smpo_schemas.refresh import REFRESH_VERSION, RefreshInfo
 from smpo_schemas.rejects import REJECT_SCHEMA, Reject
-from smpo_schemas.scores import SCORES_VERSION, ScoresInfo, score_schema
-from smpo_schemas.selection import SELECTED_SCHEMA, SELECTION_VERSION, SelectionInfo
+from smpo_schemas.scoring.calibration import CALIBRATION_VERSION, Calibration
+from smpo_schemas.scoring.refresh import REFRESH_VERSION, RefreshInfo
+from smpo_schemas.scoring.scores import SCORES_VERSION, ScoresInfo, score_schema
+from smpo_schemas.scoring.weights import WEIGHTS_VERSION, WeightsInfo
 from smpo_schemas.shards.index import INDEX_SCHEMA
 from smpo_schemas.shards.samples import Sample, SampleMeta
-from smpo_schemas.weights import WEIGHTS_VERSION, WeightsInfo
 from smpo_trainer.monitoring.bands import BANDED, banded_name, bands
 from smpo_trainer.monitoring.metric_names import METRICS
 from smpo_trainer.output.file_list import CHECKPOINT_FILES, RUN_FILES

@@ -12,7 +12,7 @@ from smpo_common.store_path import AnyPath
 from smpo_schemas.choices import Dtype
 from smpo_schemas.frozen import FrozenModel, StoredFile
 from smpo_schemas.inversion_settings import InversionSettings
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.scoring.scores import RewardStatistics
 
 MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from smpo_pipeline.calibration.labels import LabelledPairs, read_labelled
-from smpo_schemas.scores import SCORES_VERSION, ScoresInfo, reward_statistics, write_part, write_scores_info
+from smpo_schemas.scoring.scores import SCORES_VERSION, ScoresInfo, reward_statistics, write_part, write_scores_info
 
 
 def write_scores(

@@ -13,8 +13,8 @@ from PIL import Image
 from smpo_common.errors import UserError
 from smpo_pipeline.commands.calibrate import CalibrateOptions
 from smpo_pipeline.commands.calibrate import calibrate as calibrate_command
-from smpo_schemas.calibration import Calibration, read_calibration
 from smpo_schemas.label_file import LABELS_SCHEMA
+from smpo_schemas.scoring.calibration import Calibration, read_calibration
 from tests.calibration.helpers import populations, write_scores
 from tests.command import assert_one_line, run_here
 

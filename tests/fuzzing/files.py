@@ -17,7 +17,7 @@ from rich.console import Console
 from smpo_pipeline.inspection.scores import print_scores, summarise_scores
 from smpo_pipeline.rewards.networks.weights import read_checkpoint
 from smpo_schemas.rejects import Reject, read_rejects, write_rejects
-from smpo_schemas.scores import (
+from smpo_schemas.scoring.scores import (
     SCORES_FILE,
     SCORES_VERSION,
     ScoresInfo,

@@ -17,7 +17,7 @@ from diffusers import (
 from smpo_pipeline.generation.generator import load_generator
 from smpo_pipeline.generation.source import ModelSource
 from smpo_pipeline.isolation import run_isolated
-from smpo_schemas.candidates import GenerationSettings
+from smpo_schemas.generation.candidates import GenerationSettings
 from tests.tiny import make_tiny_model, put_scheduler
 
 WANTED = [("a cat", 0), ("a dog", 0), ("a cat", 1)]

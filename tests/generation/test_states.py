@@ -12,7 +12,7 @@ from smpo_models.loading import load_family
 from smpo_models.noise_schedules.base import START
 from smpo_pipeline.generation.generator import load_generator
 from smpo_pipeline.generation.source import ModelSource
-from smpo_schemas.candidates import GenerationSettings
+from smpo_schemas.generation.candidates import GenerationSettings
 from tests.tiny import make_tiny_model
 from tests.tiny_families import FAMILIES
 

@@ -24,7 +24,7 @@ from smpo_schemas.manifest import (
     write_manifest,
 )
 from smpo_schemas.rejects import Reject, write_rejects
-from smpo_schemas.scores import (
+from smpo_schemas.scoring.scores import (
     SCORES_VERSION,
     RewardStatistics,
     ScoresInfo,

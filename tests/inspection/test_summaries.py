@@ -13,7 +13,7 @@ from smpo_pipeline.inspection.scores import print_scores, reward_agreement, summ
 from smpo_pipeline.inspection.shards import print_shards, summarise_shards
 from smpo_schemas.manifest import read_manifest, write_manifest
 from smpo_schemas.pairs import ReadingChoices
-from smpo_schemas.scores import label_agreement
+from smpo_schemas.scoring.scores import label_agreement
 from tests.inspection.helpers import make_pairs, make_scores
 
 

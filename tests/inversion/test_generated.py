@@ -18,7 +18,7 @@ from smpo_pipeline.generation.source import ModelSource
 from smpo_pipeline.inversion.generated import GeneratedPair, blank_pixels
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_pipeline.inversion.timesteps import plan_trajectory
-from smpo_schemas.candidates import GenerationSettings
+from smpo_schemas.generation.candidates import GenerationSettings
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion import test_flow, test_inverter
 from tests.inversion.helpers import FlowOracle, Oracle, make_pair

@@ -22,7 +22,7 @@ from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, read_identity
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
 from tests.command import assert_one_line, run_command, run_here
 from tests.jobs.conftest import REJECTED_IDS, pair_rows

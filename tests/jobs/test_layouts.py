@@ -11,7 +11,7 @@ import pytest
 
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import count_reasons, read_rejects
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
 from tests.pictures import encode, picture
 

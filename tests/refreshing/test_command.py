@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from smpo_common.errors import UserError
 from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.rewards import load_reward
-from smpo_schemas.refresh import read_refresh
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.refresh import read_refresh
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from tests.command import assert_one_line, run_here
 from tests.embeddings.helpers import make_pairs, make_scores, tinted
 from tests.tiny import make_tiny_clip

@@ -15,7 +15,7 @@ from smpo_pipeline.jobs.score.job import _refuse_other_weights
 from smpo_pipeline.jobs.score.table import RewardRecord
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.pairs import Pair
-from smpo_schemas.scores import ScoresInfo, reward_statistics
+from smpo_schemas.scoring.scores import ScoresInfo, reward_statistics
 from tests.pictures import encode, picture
 from tests.rewards.conftest import MAKERS
 

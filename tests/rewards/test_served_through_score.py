@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from tests.json_server import json_server
 from tests.pictures import encode, picture
 

@@ -13,7 +13,7 @@ from PIL import Image
 from smpo_pipeline.images.decode import decode_image
 from smpo_pipeline.rewards import load_reward
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from tests.pictures import encode, picture
 from tests.rewards.test_own import guide_code
 

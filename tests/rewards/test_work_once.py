@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_pipeline.rewards import load_reward
-from smpo_schemas.scores import read_scores_info
+from smpo_schemas.scoring.scores import read_scores_info
 from tests.command import run_command
 from tests.pictures import encode, picture
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from smpo_schemas.scores import RewardStatistics, reward_statistics
+from smpo_schemas.scoring.scores import RewardStatistics, reward_statistics
 
 
 def statistics(scores, labels=None, fingerprint="f") -> RewardStatistics:

@@ -12,7 +12,7 @@ import pytest
 from smpo_common.errors import UserError
 from smpo_common.files import write_json
 from smpo_schemas.rejects import Reject, read_rejects, write_rejects
-from smpo_schemas.scores import (
+from smpo_schemas.scoring.scores import (
     SCORES_FILE,
     SCORES_VERSION,
     ScoresInfo,

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from smpo_common.errors import UserError
 from smpo_common.store_path import StorePath
-from smpo_schemas.kept_latents import CandidateFolder, KeptLatents
+from smpo_schemas.generation.kept_latents import CandidateFolder, KeptLatents
 
 NAME = "latents-000000.safetensors"
 

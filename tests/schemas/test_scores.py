@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, image_ids, read_scores, score_schema, write_part
+from smpo_schemas.scoring.scores import IMAGE_IDS, ScoresInfo, image_ids, read_scores, score_schema, write_part
 from tests.schemas.helpers import statistics
 
 

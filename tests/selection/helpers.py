@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_pipeline.selection.methods import Candidates
-from smpo_schemas.candidates import CANDIDATES_FILE, CANDIDATES_SCHEMA
+from smpo_schemas.generation.candidates import CANDIDATES_FILE, CANDIDATES_SCHEMA
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import write_rejects
 from tests.calibration.helpers import write_scores

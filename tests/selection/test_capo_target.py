@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_schemas.preference.winrate import WinRate
-from smpo_schemas.scores import read_scores_info
+from smpo_schemas.scoring.scores import read_scores_info
 from smpo_trainer.preference.preference_table import preference_table
 from tests.command import run_here
 from tests.selection.helpers import make_candidates

@@ -15,11 +15,11 @@ from PIL import Image
 
 from smpo_pipeline.images.image_store import ImageStore
 from smpo_pipeline.selection import run as run_module
+from smpo_schemas.generation.selection import read_selection
 from smpo_schemas.pairs import image_id
 from smpo_schemas.preference.winrate import WinRate
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.scores import read_scores, read_scores_info
-from smpo_schemas.selection import read_selection
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from smpo_trainer.preference.preference_table import preference_table
 from tests.command import assert_one_line, run_here
 from tests.pictures import encode, picture

@@ -7,9 +7,9 @@ import hashlib
 import pytest
 from PIL import Image
 
+from smpo_schemas.generation.selection import read_selection
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.selection import read_selection
 from tests.pictures import encode
 from tests.selection.helpers import PROMPTS, image_of, make_candidates, rows_of
 

@@ -9,8 +9,8 @@ import pytest
 import tenacity
 
 from smpo_common import retry
+from smpo_schemas.generation.selection import read_selection
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.selection import read_selection
 from tests.command import assert_one_line, run_here
 from tests.json_server import JsonServer
 from tests.pictures import encode

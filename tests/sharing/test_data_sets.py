@@ -10,7 +10,7 @@ from huggingface_hub import RepoCard
 
 from smpo_common.store_path import parse_path
 from smpo_schemas.manifest import read_manifest
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
 from tests.command import assert_one_line, run_here
 from tests.hub_server import READER, Hub

@@ -32,7 +32,7 @@ from smpo_schemas.manifest import (
     autocast_arithmetic,
     write_manifest,
 )
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.scoring.scores import RewardStatistics
 from smpo_schemas.shards.index import write_index
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.samples import Sample, SampleMeta

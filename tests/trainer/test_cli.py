@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from smpo_common.files import sha256_file
-from smpo_schemas.scores import ScoresInfo, ScoresPart, write_scores_info
+from smpo_schemas.scoring.scores import ScoresInfo, ScoresPart, write_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.run import run_training
 from smpo_trainer.settings import TrainSettings

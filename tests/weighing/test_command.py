@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.scores import read_scores, read_scores_info
-from smpo_schemas.weights import read_weights
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.weights import read_weights
 from smpo_trainer.preference.pair_weights import read_pair_weights
 from tests.command import assert_one_line, run_here
 from tests.embeddings.helpers import make_pairs, make_scores

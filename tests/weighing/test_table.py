@@ -7,7 +7,7 @@ import pytest
 
 from smpo_pipeline.weighing import table as weighing_table
 from smpo_pipeline.weighing.table import write_column
-from smpo_schemas.scores import read_scores, read_scores_info, write_part, write_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info, write_part, write_scores_info
 from tests.calibration.helpers import write_scores
 
 

@@ -39,7 +39,7 @@ from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import layouts_of, list_pair_files, slice_files
-from smpo_schemas.scores import read_scores_info
+from smpo_schemas.scoring.scores import read_scores_info
 from smpo_schemas.shards.samples import Sample
 
 

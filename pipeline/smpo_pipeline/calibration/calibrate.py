@@ -23,8 +23,8 @@ from smpo_pipeline.calibration.cross_validation import (
 from smpo_pipeline.calibration.labels import LabelledPairs, read_labelled
 from smpo_pipeline.calibration.measures import measure
 from smpo_pipeline.calibration.votes import fit_votes_prior
-from smpo_schemas.calibration import CALIBRATION_VERSION, CalibratedReward, Calibration
-from smpo_schemas.scores import SCORES_FILE
+from smpo_schemas.scoring.calibration import CALIBRATION_VERSION, CalibratedReward, Calibration
+from smpo_schemas.scoring.scores import SCORES_FILE
 
 _MOST_ANNOTATORS = 10
 

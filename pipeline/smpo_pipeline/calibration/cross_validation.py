@@ -16,7 +16,7 @@ from smpo_schemas.preference import Preference, preferences
 from smpo_schemas.preference.base import score_range
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.preference.mixture import Mixture
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.scoring.scores import RewardStatistics
 
 COIN = "p = 0.5"
 MINMAX, MIXTURE = "minmax", "mixture"

@@ -13,7 +13,7 @@ from smpo_common.store_path import AnyPath
 from smpo_schemas.label_file import read_labels, with_labels
 from smpo_schemas.labels import TIE
 from smpo_schemas.preference import ScoredPairs
-from smpo_schemas.scores import (
+from smpo_schemas.scoring.scores import (
     RewardStatistics,
     image_ids,
     read_scores,

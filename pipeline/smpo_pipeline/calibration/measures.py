@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from smpo_schemas.calibration import Bin, Fit
-from smpo_schemas.scores import label_agreement
+from smpo_schemas.scoring.calibration import Bin, Fit
+from smpo_schemas.scoring.scores import label_agreement
 
 NUM_BINS = 10
 """Equal bins of the preferred image's p, from 0.5 to 1."""

@@ -15,7 +15,7 @@ from smpo_common.errors import one_line
 from smpo_common.files import write_bytes
 from smpo_pipeline.calibration.calibrate import CalibrationResult
 from smpo_pipeline.calibration.cross_validation import COIN
-from smpo_schemas.calibration import Fit
+from smpo_schemas.scoring.calibration import Fit
 
 _COLUMNS = 4
 _SIDE = 3.0  # inches of a panel

@@ -16,8 +16,8 @@ from scipy.special import betaln
 
 from smpo_pipeline.calibration.agreement import pair_keys
 from smpo_pipeline.calibration.labels import LabelledPairs
-from smpo_schemas.calibration import VotesPrior
 from smpo_schemas.preference.votes import DEFAULT_STRENGTH
+from smpo_schemas.scoring.calibration import VotesPrior
 
 _PRIOR_STD = 3.0
 _BOUNDS = (math.log(1e-3), math.log(1e5))

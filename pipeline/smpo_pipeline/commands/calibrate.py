@@ -13,8 +13,8 @@ from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options
 from smpo_pipeline.options import FILE, FOLDER, LabelsFile, LocalPath, OutFile
 from smpo_pipeline.terminal import print_next
-from smpo_schemas.calibration import CALIBRATION_FILE, write_calibration
-from smpo_schemas.scores import SCORES_FILE
+from smpo_schemas.scoring.calibration import CALIBRATION_FILE, write_calibration
+from smpo_schemas.scoring.scores import SCORES_FILE
 
 
 class CalibrateOptions(Options):

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from smpo_common.options import Flag, Options
 from smpo_pipeline.inspection.recognise import recognise
 from smpo_pipeline.options import FILE, FOLDER, ColumnOptions, LocalPath, OutFile
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 
 
 class InspectOptions(Options):

@@ -7,7 +7,7 @@ from rich.console import Console
 from smpo_common.errors import one_line
 from smpo_pipeline.refreshing.options import RefreshOptions
 from smpo_pipeline.terminal import make_table, print_next
-from smpo_schemas.refresh import REFRESH_REJECTS_FILE, RefreshInfo
+from smpo_schemas.scoring.refresh import REFRESH_REJECTS_FILE, RefreshInfo
 
 
 def refresh(options: RefreshOptions) -> None:

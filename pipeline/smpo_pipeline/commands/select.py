@@ -7,7 +7,7 @@ from rich.console import Console
 from smpo_pipeline.selection.options import SelectOptions
 from smpo_pipeline.selection.report import print_selection
 from smpo_pipeline.terminal import print_next
-from smpo_schemas.selection import PAIRS_FILE, SCORES_FOLDER, SELECTION_FILE
+from smpo_schemas.generation.selection import PAIRS_FILE, SCORES_FOLDER, SELECTION_FILE
 
 
 def select(options: SelectOptions) -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from smpo_common.errors import one_line
 from smpo_pipeline.terminal import make_table, print_next
 from smpo_pipeline.weighing.options import WeighOptions
-from smpo_schemas.weights import WEIGHTS_FILE, WEIGHTS_REJECTS_FILE, WeightsInfo
+from smpo_schemas.scoring.weights import WEIGHTS_FILE, WEIGHTS_REJECTS_FILE, WeightsInfo
 
 
 def weigh(options: WeighOptions) -> None:

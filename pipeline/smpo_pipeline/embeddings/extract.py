@@ -39,7 +39,7 @@ from smpo_pipeline.rewards.networks.clip import ClipCosineReward
 from smpo_schemas.pairs import Pair, PairRejectedError, ReadingChoices, layouts_of, list_pair_files, slice_files
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject, read_rejects, write_rejects
-from smpo_schemas.scores import IMAGE_IDS
+from smpo_schemas.scoring.scores import IMAGE_IDS
 
 _UNIT_ROWS = 512
 _REJECTS = "rejected.parquet"

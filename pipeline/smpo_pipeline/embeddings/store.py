@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from smpo_common.files import read_all, reading_parquet
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject
-from smpo_schemas.scores import IMAGE_IDS
+from smpo_schemas.scoring.scores import IMAGE_IDS
 
 MARKER = "embeddings.json"
 _VECTORS = ("image_0", "image_1", "text")

@@ -21,8 +21,8 @@ from smpo_pipeline.evaluation.options import EvaluateOptions
 from smpo_pipeline.evaluation.picture_files import PictureFiles
 from smpo_pipeline.evaluation.results import Results, Settings, read_results
 from smpo_pipeline.generation.source import Loading, ModelSource
-from smpo_schemas.candidates import GenerationSettings
 from smpo_schemas.choices import Dtype, SamplerChoice
+from smpo_schemas.generation.candidates import GenerationSettings
 
 if TYPE_CHECKING:
     from smpo_models.family import Family

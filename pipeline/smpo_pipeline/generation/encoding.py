@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from smpo_schemas.candidates import ImageFormat
+from smpo_schemas.generation.candidates import ImageFormat
 
 _OPTIONS: dict[ImageFormat, dict[str, Any]] = {
     "png": {},

@@ -27,8 +27,8 @@ from smpo_models.tuned.lora import check_lora, fuse_lora
 from smpo_models.tuned.negative import guide_with_negative, require_guidance
 from smpo_models.weights import DTYPES
 from smpo_pipeline.generation.source import ModelSource
-from smpo_schemas.candidates import GenerationSettings
 from smpo_schemas.choices import SamplerChoice
+from smpo_schemas.generation.candidates import GenerationSettings
 
 _TRIAL_STEPS = 4
 

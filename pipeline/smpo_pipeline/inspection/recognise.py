@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from smpo_common.errors import UserError
-from smpo_schemas.candidates import CANDIDATES_FILE
+from smpo_schemas.generation.candidates import CANDIDATES_FILE
+from smpo_schemas.generation.selection import SELECTION_FILE
 from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.pairs import PAIR_SUFFIXES, holds_pairs
-from smpo_schemas.scores import SCORES_FILE
-from smpo_schemas.selection import SELECTION_FILE
+from smpo_schemas.scoring.scores import SCORES_FILE
 
 Kind = Literal["pairs", "scores", "selection", "shards"]
 

@@ -20,7 +20,7 @@ from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, make_table, p
 from smpo_schemas.labels import TIE
 from smpo_schemas.preference.minmax import minmax
 from smpo_schemas.rejects import Reject, read_rejects
-from smpo_schemas.scores import (
+from smpo_schemas.scoring.scores import (
     REJECTS_FILE,
     ScoresInfo,
     label_agreement,

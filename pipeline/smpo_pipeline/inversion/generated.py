@@ -15,7 +15,7 @@ import torch
 from smpo_models.draws import image_noise
 from smpo_models.weights import DTYPES
 from smpo_schemas.choices import Dtype
-from smpo_schemas.kept_latents import CandidateFolder, KeptImage, KeptLatents
+from smpo_schemas.generation.kept_latents import CandidateFolder, KeptImage, KeptLatents
 from smpo_schemas.pairs import Pair, PairRejectedError, image_id
 from smpo_schemas.reject_kinds import RejectKind
 

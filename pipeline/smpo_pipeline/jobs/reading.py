@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from smpo_common.store_path import AnyPath
 from smpo_schemas.pairs import FURTHER, Layout, Pair, PairRejectedError, RowRange, image_id, read_rows
-from smpo_schemas.scores import IMAGE_IDS
+from smpo_schemas.scoring.scores import IMAGE_IDS
 
 Layouts = Mapping[AnyPath, Layout]
 """The layout of each input file."""

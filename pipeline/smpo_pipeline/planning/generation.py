@@ -22,8 +22,8 @@ from smpo_pipeline.isolation import FAILURES
 from smpo_pipeline.jobs.generate.models import choices, choose_settings, load
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.planning.rate import measure_rate
-from smpo_schemas.candidates import GenerationSettings
 from smpo_schemas.frozen import FrozenModel
+from smpo_schemas.generation.candidates import GenerationSettings
 
 _PROJECTED = (10_000, 1_000_000)
 """Numbers of prompts to project for, besides the file's own."""

@@ -32,7 +32,7 @@ from smpo_schemas.frozen import FrozenModel
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import Bucket
 from smpo_schemas.pairs import PairFile, list_pair_files
-from smpo_schemas.scores import read_scores_info
+from smpo_schemas.scoring.scores import read_scores_info
 
 _SAMPLED = 256
 """Most pairs to sample from the data set."""

@@ -18,7 +18,7 @@ from smpo_pipeline.images.decoder import worker_decoder
 from smpo_pipeline.inversion.batch import PreparedPair
 from smpo_pipeline.inversion.generated import COLUMNS, GeneratedPair, KeptSource, blank_pixels
 from smpo_pipeline.inversion.prepare_pair import prepare_pair
-from smpo_schemas.kept_latents import KeptLatents
+from smpo_schemas.generation.kept_latents import KeptLatents
 from smpo_schemas.pairs import (
     Pair,
     PairFile,

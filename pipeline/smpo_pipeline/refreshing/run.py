@@ -33,7 +33,8 @@ from smpo_pipeline.rewards import Reward, load_reward
 from smpo_pipeline.rewards.networks.clip import ClipCosineReward, clip_of
 from smpo_schemas.frozen import StoredFile
 from smpo_schemas.pairs import ReadingChoices
-from smpo_schemas.refresh import (
+from smpo_schemas.rejects import Reject, write_rejects
+from smpo_schemas.scoring.refresh import (
     HEAD_FILE,
     REFRESH_FILE,
     REFRESH_REJECTS_FILE,
@@ -43,7 +44,6 @@ from smpo_schemas.refresh import (
     read_refresh,
     write_refresh,
 )
-from smpo_schemas.rejects import Reject, write_rejects
 
 _WORSE = 0.01
 """Largest loss of held-out agreement."""
@@ -108,7 +108,7 @@ def refresh(options: RefreshOptions, console: Console) -> RefreshInfo:
 
 @dataclass(frozen=True)
 class _Fit:
-    """The head, and how it does on prompts held out, as in :class:`smpo_schemas.refresh.RefreshInfo`."""
+    """The head, and how it does on prompts held out, as in :class:`smpo_schemas.scoring.refresh.RefreshInfo`."""
 
     v_D: np.ndarray
     l2: float

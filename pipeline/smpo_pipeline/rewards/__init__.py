@@ -15,7 +15,7 @@ from smpo_common.discovery import import_object, offered_by_packages
 from smpo_common.errors import UserError
 from smpo_models.hub import require_source
 from smpo_pipeline.rewards.base import Needs, Reward, Scored, checked_scores
-from smpo_schemas.scores import REWARD_NAME
+from smpo_schemas.scoring.scores import REWARD_NAME
 
 __all__ = [
     "Needs",

@@ -20,7 +20,7 @@ from smpo_common.files import sha256_file, sha256_json
 from smpo_models.weights import loading_errors
 from smpo_pipeline.rewards import Needs, Reward, load_reward
 from smpo_pipeline.rewards.networks.clip import ClipCosineReward, clip_of, cosine, products
-from smpo_schemas.refresh import HEAD_FILE, REFRESH_FILE, read_refresh
+from smpo_schemas.scoring.refresh import HEAD_FILE, REFRESH_FILE, read_refresh
 
 
 class Refreshed(Reward):

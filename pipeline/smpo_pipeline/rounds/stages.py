@@ -11,13 +11,13 @@ from smpo_pipeline.commands.merge import MERGED_FILE
 from smpo_pipeline.evaluation.results import RESULTS_FILE
 from smpo_pipeline.rounds.options import RoundsOptions
 from smpo_pipeline.weighing.options import WeighOptions
-from smpo_schemas.candidates import CANDIDATES_FILE
+from smpo_schemas.generation.candidates import CANDIDATES_FILE
+from smpo_schemas.generation.selection import PAIRS_FILE, SCORES_FOLDER, SELECTION_FILE
 from smpo_schemas.manifest import MANIFEST_FILE
-from smpo_schemas.refresh import REFRESH_FILE
-from smpo_schemas.scores import SCORES_FILE
-from smpo_schemas.selection import PAIRS_FILE, SCORES_FOLDER, SELECTION_FILE
+from smpo_schemas.scoring.refresh import REFRESH_FILE
+from smpo_schemas.scoring.scores import SCORES_FILE
+from smpo_schemas.scoring.weights import WEIGHTS_FILE
 from smpo_schemas.trained_model import TRAINING_FILE
-from smpo_schemas.weights import WEIGHTS_FILE
 
 BASE = "base"
 """The base's name in evaluations."""

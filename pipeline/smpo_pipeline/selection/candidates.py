@@ -15,7 +15,7 @@ from smpo_common.store_path import AnyPath
 from smpo_models.draws import named_stream
 from smpo_pipeline.selection.methods import Candidates
 from smpo_schemas.preference.winrate import WinRate, distinct_images, win_rates
-from smpo_schemas.scores import IMAGE_IDS, image_ids, reward_scores
+from smpo_schemas.scoring.scores import IMAGE_IDS, image_ids, reward_scores
 
 
 class CandidateTable:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smpo_schemas.selection import SELECTED_SCHEMA
+from smpo_schemas.generation.selection import SELECTED_SCHEMA
 
 _GROUP_BYTES = 64 << 20
 _GROUP_ROWS = 256

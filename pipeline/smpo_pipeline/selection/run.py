@@ -25,13 +25,7 @@ from smpo_pipeline.selection.methods import Rules, Selection, find_selection, se
 from smpo_pipeline.selection.options import SelectOptions
 from smpo_pipeline.selection.pairs_file import PairsFile
 from smpo_pipeline.selection.scores_table import write_selected_scores
-from smpo_schemas.calibration import read_calibration
-from smpo_schemas.pairs import PairFile, layouts_of, list_pair_files
-from smpo_schemas.preference.scales import calibrated_temperatures, refuse_unused_ranges, with_ranges
-from smpo_schemas.preference.winrate import WinRate
-from smpo_schemas.rejects import count_reasons, write_rejects
-from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo, read_scores, read_scores_info
-from smpo_schemas.selection import (
+from smpo_schemas.generation.selection import (
     PAIRS_FILE,
     SCORES_FOLDER,
     SELECTED_SCHEMA,
@@ -45,6 +39,12 @@ from smpo_schemas.selection import (
     read_selection,
     write_selection,
 )
+from smpo_schemas.pairs import PairFile, layouts_of, list_pair_files
+from smpo_schemas.preference.scales import calibrated_temperatures, refuse_unused_ranges, with_ranges
+from smpo_schemas.preference.winrate import WinRate
+from smpo_schemas.rejects import count_reasons, write_rejects
+from smpo_schemas.scoring.calibration import read_calibration
+from smpo_schemas.scoring.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo, read_scores, read_scores_info
 
 _OWN_FLAGS = {"dominated_only": False, "loser": "last", "judge": "rewards"}
 """Flags that only some methods use, with their defaults."""

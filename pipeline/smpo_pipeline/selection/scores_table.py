@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.selection.assemble import SelectedPair
-from smpo_schemas.scores import (
+from smpo_schemas.scoring.scores import (
     IMAGE_IDS,
     SCORES_VERSION,
     RewardStatistics,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from smpo_common.errors import UserError, describe_problem
 from smpo_common.named_values import parse_options
-from smpo_schemas.scores import REWARD_NAME
+from smpo_schemas.scoring.scores import REWARD_NAME
 
 
 class Address(BaseModel):

@@ -9,12 +9,12 @@ from pathlib import Path
 from smpo_common.errors import UserError
 from smpo_models.sampling import sampling_in_words
 from smpo_models.sharing.card import shared_name
-from smpo_schemas.candidates import CANDIDATES_FILE, read_candidates
-from smpo_schemas.candidates import REJECTS_FILE as CANDIDATES_REJECTS
+from smpo_schemas.generation.candidates import CANDIDATES_FILE, read_candidates
+from smpo_schemas.generation.candidates import REJECTS_FILE as CANDIDATES_REJECTS
+from smpo_schemas.generation.selection import PAIRS_FILE, SCORES_FOLDER, SELECTION_FILE, read_selection
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, read_manifest
 from smpo_schemas.manifest import REJECTS_FILE as SHARDS_REJECTS
-from smpo_schemas.scores import REJECTS_FILE, SCORES_FILE, RewardStatistics, read_scores_info
-from smpo_schemas.selection import PAIRS_FILE, SCORES_FOLDER, SELECTION_FILE, read_selection
+from smpo_schemas.scoring.scores import REJECTS_FILE, SCORES_FILE, RewardStatistics, read_scores_info
 from smpo_schemas.shards.text import TEXT_INDEX
 
 Facts = list[tuple[str, object]]

@@ -23,8 +23,8 @@ from smpo_pipeline.weighing.formula import GOLDEN, effective_size, image_weights
 from smpo_pipeline.weighing.options import WeighOptions
 from smpo_pipeline.weighing.table import WeighedTable, read_table, require_free, write_column
 from smpo_schemas.rejects import write_rejects
-from smpo_schemas.scores import read_scores_info
-from smpo_schemas.weights import (
+from smpo_schemas.scoring.scores import read_scores_info
+from smpo_schemas.scoring.weights import (
     WEIGHTS_FILE,
     WEIGHTS_REJECTS_FILE,
     WEIGHTS_VERSION,

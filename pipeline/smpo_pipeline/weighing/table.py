@@ -19,7 +19,7 @@ from smpo_common.files import arrow_source, atomic_path, reading_parquet, sha256
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.weighing.formula import GOLDEN
 from smpo_schemas.pairs import expanded
-from smpo_schemas.scores import (
+from smpo_schemas.scoring.scores import (
     ScoresInfo,
     ScoresPart,
     image_ids,

@@ -14,7 +14,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import files_below, read_all
 from smpo_common.store_path import AnyPath, StorePath
 from smpo_schemas import layouts
-from smpo_schemas.candidates import without_rejects
+from smpo_schemas.generation.candidates import without_rejects
 from smpo_schemas.pairs.layout import FolderLayout, Layout, ListedLayout, ReadingChoices
 from smpo_schemas.pairs.normalising import PairRejectedError, is_unicode, value_of
 from smpo_schemas.pairs.raw_rows import MARK_EVERY, NotRowsError, RawRow, RowRange

@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from smpo_common.errors import UserError
-from smpo_schemas.calibration import Calibration
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.scoring.calibration import Calibration
+from smpo_schemas.scoring.scores import RewardStatistics
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from smpo_schemas.preference.base import Preference, ScoredPairs, sigmoid
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.scoring.scores import RewardStatistics
 
 
 def minmax(

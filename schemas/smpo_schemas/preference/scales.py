@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from smpo_common.errors import UserError
-from smpo_schemas.calibration import Calibration
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.scoring.calibration import Calibration
+from smpo_schemas.scoring.scores import RewardStatistics
 
 Range = tuple[float, float]
 """Minimum and maximum of a reward."""

@@ -16,9 +16,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from smpo_common.errors import UserError
-from smpo_schemas.calibration import Calibration
 from smpo_schemas.preference.base import Preference, ScoredPairs
 from smpo_schemas.preference.mixture import Mixture
+from smpo_schemas.scoring.calibration import Calibration
 
 DEFAULT_STRENGTH = 2.0
 """Strength without a calibration: with m = 1/2 the uniform prior, Laplace's rule of succession."""

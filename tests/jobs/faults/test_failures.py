@@ -21,7 +21,7 @@ from smpo_pipeline.jobs.score.actor import RewardActor
 from smpo_pipeline.jobs.score.chunks import cut_chunks, pair_failures, pair_scores
 from smpo_schemas.pairs import Pair
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
 from tests.command import assert_one_line, run_command
 from tests.jobs.conftest import pair_rows

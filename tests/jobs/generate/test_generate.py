@@ -28,10 +28,10 @@ from smpo_pipeline.jobs.generate.models import choose_settings, content_of, desc
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, read_identity
 from smpo_pipeline.jobs.record.status import read_status
-from smpo_schemas.candidates import CANDIDATES_FILE, CANDIDATES_SCHEMA, read_candidates
+from smpo_schemas.generation.candidates import CANDIDATES_FILE, CANDIDATES_SCHEMA, read_candidates
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from tests.command import assert_one_line, run_here
 from tests.tiny import make_tiny_clip, make_tiny_model, put_scheduler
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from smpo_models.draws import image_noise
 from smpo_pipeline.toy.create import ASSETS, MODELS
-from smpo_schemas.candidates import CANDIDATES_FILE, read_candidates
+from smpo_schemas.generation.candidates import CANDIDATES_FILE, read_candidates
 from smpo_schemas.manifest import read_manifest
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects

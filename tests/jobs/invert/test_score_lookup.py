@@ -14,7 +14,7 @@ from smpo_pipeline.jobs.invert.actor import InvertActor
 from smpo_pipeline.jobs.invert.job import _score_table
 from smpo_pipeline.jobs.invert.prepare import prepare_unit, unit_row
 from smpo_schemas.pairs import RowRange, layouts_of, list_pair_files
-from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
+from smpo_schemas.scoring.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_part, write_scores_info
 from tests.pictures import encode, picture
 
 STATISTICS = RewardStatistics(

@@ -15,7 +15,7 @@ from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.status import read_status
 from smpo_schemas.rejects import Reject, write_rejects
-from smpo_schemas.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_scores_info
+from smpo_schemas.scoring.scores import SCORES_VERSION, RewardStatistics, ScoresInfo, write_scores_info
 from tests.command import assert_one_line, run_here
 
 BEGUN = 1_000_000.0

@@ -24,7 +24,7 @@ from smpo_pipeline.weighing.table import write_column
 from smpo_schemas.label_file import PairVotes
 from smpo_schemas.pairs import Pair, PairRejectedError
 from smpo_schemas.rejects import read_rejects
-from smpo_schemas.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from tests.pictures import encode, picture
 
 MODELS = {name: RewardRecord(f"hub/{name}", f"weights of {name}", "cosine", "fp32") for name in "ab"}

@@ -14,7 +14,7 @@ import torch
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_file
-from smpo_schemas.scores import ScoresInfo, ScoresPart, write_scores_info
+from smpo_schemas.scoring.scores import ScoresInfo, ScoresPart, write_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.experiment import resolve_experiment
 from smpo_trainer.preference.pair_weights import read_pair_weights

@@ -14,7 +14,7 @@ import pytest
 
 from smpo_common.errors import UserError
 from smpo_common.named_values import parse_ranges
-from smpo_schemas.scores import read_scores_info, write_scores_info
+from smpo_schemas.scoring.scores import read_scores_info, write_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.preference.reward_mix import RewardMix
 from tests.calibration.helpers import write_scores

@@ -16,7 +16,7 @@ import numpy as np
 
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
-from smpo_schemas.scores import read_scores, read_scores_info, require_column
+from smpo_schemas.scoring.scores import read_scores, read_scores_info, require_column
 from smpo_schemas.shards.samples import SampleMeta
 from smpo_trainer.preference.preference_table import require_same_prompt
 

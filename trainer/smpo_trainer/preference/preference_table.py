@@ -12,7 +12,7 @@ import numpy as np
 from smpo_common.errors import UserError
 from smpo_common.files import sha256_json
 from smpo_schemas.preference import Preference, ScoredPairs
-from smpo_schemas.scores import (
+from smpo_schemas.scoring.scores import (
     ScoresInfo,
     image_ids,
     read_scores,

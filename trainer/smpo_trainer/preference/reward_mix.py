@@ -10,10 +10,10 @@ import numpy as np
 
 from smpo_common.errors import UserError
 from smpo_common.named_values import parse_ranges
-from smpo_schemas.calibration import Calibration, read_calibration
 from smpo_schemas.preference import Preference, ScoredPairs, find_preference, preferences
 from smpo_schemas.preference.scales import Range, calibrated_temperatures, refuse_unused_ranges, with_ranges
-from smpo_schemas.scores import RewardStatistics, read_scores_info
+from smpo_schemas.scoring.calibration import Calibration, read_calibration
+from smpo_schemas.scoring.scores import RewardStatistics, read_scores_info
 from smpo_schemas.shards.samples import SampleMeta
 from smpo_trainer.loss_settings import RewardOptions
 from smpo_trainer.preference.preference_table import PreferenceTable, preference_table

@@ -11,7 +11,7 @@ from smpo_common.errors import UserError
 from smpo_common.files import sha256_file
 from smpo_models.noise_schedules.transition import StochasticSteps
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, ModelInfo, TextFile
-from smpo_schemas.scores import RewardStatistics
+from smpo_schemas.scoring.scores import RewardStatistics
 from smpo_schemas.shards.index import IndexedTrajectory, indexed_trajectories
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.text import StoredText

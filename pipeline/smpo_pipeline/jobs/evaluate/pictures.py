@@ -13,7 +13,7 @@ from smpo_pipeline.jobs.faults.crashes import CrashGuard
 from smpo_pipeline.jobs.generate.parts import Prompts, encoded, unit_rows
 from smpo_pipeline.jobs.record.run_record import UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
-from smpo_schemas.candidates import GenerationSettings
+from smpo_schemas.generation.candidates import GenerationSettings
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from smpo_pipeline.jobs.generate.parts import STAGE, Prompts, unit_rows
 from smpo_pipeline.jobs.record.progress import Reporter
 from smpo_pipeline.jobs.record.run_record import Units
 from smpo_pipeline.jobs.record.work_log import WorkLog
-from smpo_schemas.candidates import GenerationSettings
+from smpo_schemas.generation.candidates import GenerationSettings
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject
 

@@ -37,7 +37,7 @@ from smpo_pipeline.jobs.generate.stages import sampled, stored, unit_records
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
-from smpo_schemas.candidates import (
+from smpo_schemas.generation.candidates import (
     CANDIDATES_FILE,
     CANDIDATES_VERSION,
     NOT_CARRIED,

@@ -23,8 +23,8 @@ from smpo_pipeline.generation.generator import (
 from smpo_pipeline.generation.source import Loading
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.options import batches_in_words
-from smpo_schemas.candidates import CandidatesModel, GenerationSettings
 from smpo_schemas.choices import Dtype
+from smpo_schemas.generation.candidates import CandidatesModel, GenerationSettings
 
 
 class GeneratorIdentity(CandidatesModel):

@@ -23,7 +23,7 @@ from smpo_pipeline.options import (
     ModelSource,
     OutOrUrl,
 )
-from smpo_schemas.candidates import ImageFormat
+from smpo_schemas.generation.candidates import ImageFormat
 
 _IMAGES_PER_FILE = 256
 

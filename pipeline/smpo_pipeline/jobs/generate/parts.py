@@ -24,7 +24,8 @@ from smpo_pipeline.jobs.cells import byte_views, cell_values
 from smpo_pipeline.jobs.faults.crashes import CrashGuard
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
-from smpo_schemas.candidates import (
+from smpo_schemas.frozen import StoredFile
+from smpo_schemas.generation.candidates import (
     CANDIDATES_SCHEMA,
     CandidatesPart,
     GenerationSettings,
@@ -32,7 +33,6 @@ from smpo_schemas.candidates import (
     kept_name,
     part_name,
 )
-from smpo_schemas.frozen import StoredFile
 from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import Reject
 

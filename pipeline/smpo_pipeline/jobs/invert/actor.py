@@ -36,7 +36,7 @@ from smpo_pipeline.jobs.shards import index_part
 from smpo_schemas.manifest import TEXT_FOLDER, StoredTextEntry
 from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.rejects import Reject
-from smpo_schemas.scores import IMAGE_IDS
+from smpo_schemas.scoring.scores import IMAGE_IDS
 from smpo_schemas.shards.index import write_index_part
 from smpo_schemas.shards.samples import Sample
 from smpo_schemas.shards.text import StoredText

@@ -17,12 +17,12 @@ from smpo_models.weights import DTYPES
 from smpo_pipeline.inversion.generated import COLUMNS, KeptSource
 from smpo_pipeline.jobs.invert.models import ModelIdentity
 from smpo_pipeline.jobs.invert.options import InversionOptions
-from smpo_schemas.candidates import CANDIDATES_FILE, Candidates, read_candidates
+from smpo_schemas.generation.candidates import CANDIDATES_FILE, Candidates, read_candidates
+from smpo_schemas.generation.kept_latents import CandidateFolder
+from smpo_schemas.generation.selection import SELECTION_FILE, read_selection
 from smpo_schemas.inversion_settings import GENERATED
-from smpo_schemas.kept_latents import CandidateFolder
 from smpo_schemas.manifest import ImageSampling
 from smpo_schemas.pairs import PairFile, column_names
-from smpo_schemas.selection import SELECTION_FILE, read_selection
 
 AnyOptions = TypeVar("AnyOptions", bound=InversionOptions)
 Found = Mapping[AnyPath, Candidates]

@@ -63,7 +63,7 @@ from smpo_schemas.manifest import (
     write_manifest,
 )
 from smpo_schemas.pairs import RowRange, layouts_of, list_pair_files, slice_files
-from smpo_schemas.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, score_tolerance
+from smpo_schemas.scoring.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, score_tolerance
 from smpo_schemas.shards.index import INDEX_FILE
 
 

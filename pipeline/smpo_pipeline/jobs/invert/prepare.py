@@ -129,7 +129,7 @@ def _loading(sizes: Sequence[Size], kept: KeptSource | None) -> Iterator[tuple[_
         yield partial(_decode, sizes=sizes), ()
         return
     from smpo_pipeline.inversion.generated import COLUMNS, GeneratedPair  # noqa: PLC0415  (torch)
-    from smpo_schemas.kept_latents import KeptLatents  # noqa: PLC0415  (torch)
+    from smpo_schemas.generation.kept_latents import KeptLatents  # noqa: PLC0415  (torch)
 
     def load(pair: Pair) -> tuple[dict[str, Any], Sequence[np.ndarray]]:
         found = GeneratedPair.find(pair, latents, states=kept.states)

@@ -25,7 +25,7 @@ from smpo_pipeline.jobs.faults.crashes import CrashGuard
 from smpo_pipeline.jobs.reading import PAIR_FIELDS, Layouts, describe_reading, pair_fields, read_unit
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.pairs import Pair, PairRejectedError, RowRange
-from smpo_schemas.scores import IMAGE_IDS
+from smpo_schemas.scoring.scores import IMAGE_IDS
 
 CHUNK_BYTES = 64 << 20
 """Decoded images of a chunk, at most: 21 of 1024 x 1024 pixels. A pair that is larger has a chunk of its own."""

@@ -29,7 +29,7 @@ from smpo_pipeline.options import absolute_model
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.label_file import read_labels
 from smpo_schemas.pairs import FURTHER, RowRange, layouts_of, list_pair_files, slice_files
-from smpo_schemas.scores import (
+from smpo_schemas.scoring.scores import (
     PART_FILES,
     REJECTS_FILE,
     SCORES_FILE,

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from smpo_common.errors import UserError
 from smpo_pipeline.jobs.record.reject_rate import MIN_ROWS
-from smpo_schemas.scores import IMAGE_IDS
+from smpo_schemas.scoring.scores import IMAGE_IDS
 
 _CONTENT = ("prompt", *IMAGE_IDS)
 _CHECKED_ROWS = 1 << 20

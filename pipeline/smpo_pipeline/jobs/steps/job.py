@@ -52,7 +52,7 @@ from smpo_schemas.manifest import (
     read_manifest,
     write_manifest,
 )
-from smpo_schemas.scores import RewardStatistics, reward_statistics
+from smpo_schemas.scoring.scores import RewardStatistics, reward_statistics
 from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories
 from smpo_schemas.shards.reader import ShardDirectory
 

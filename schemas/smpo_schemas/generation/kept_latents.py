@@ -15,8 +15,8 @@ import numpy as np
 
 from smpo_common.errors import UserError
 from smpo_common.store_path import AnyPath
-from smpo_schemas.candidates import Candidates
 from smpo_schemas.choices import Dtype
+from smpo_schemas.generation.candidates import Candidates
 from smpo_schemas.shards.tensor_file import StoredTensor, TensorFile, reading_tensors
 
 _REMEDY = "copy the folder of the candidates again, or generate again with --overwrite"

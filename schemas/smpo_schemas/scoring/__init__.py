@@ -1,0 +1,1 @@
+"""Tables and records about scores: the scores table, calibrations, weights, refreshed rewards."""
