@@ -107,20 +107,20 @@ format: $(READY_DEV) ## Format, and fix what ruff can
 
 bench: $(READY_DEV) ## The experiments and timings behind the numbers in docs/ (hours on 2 cores)
 	$(BIN)/python -m benchmarks.experiments.objectives
-	$(BIN)/python -m benchmarks.experiments.calibration
+	$(BIN)/python -m benchmarks.experiments.pairs.calibration
 	$(BIN)/python -m benchmarks.inversion.solvers
 	$(BIN)/python -m benchmarks.inversion.solvers --family sd3
 	$(BIN)/python -m benchmarks.experiments.flow_training --work $(DEMO)/flow
-	$(BIN)/python -m benchmarks.experiments.from_prompts --work $(DEMO)/from-prompts
-	$(BIN)/python -m benchmarks.experiments.from_prompts --work $(DEMO)/from-prompts-flow --family sd3
-	$(BIN)/python -m benchmarks.experiments.tracked --work $(DEMO)/from-prompts-flow
+	$(BIN)/python -m benchmarks.experiments.pairs.from_prompts --work $(DEMO)/from-prompts
+	$(BIN)/python -m benchmarks.experiments.pairs.from_prompts --work $(DEMO)/from-prompts-flow --family sd3
+	$(BIN)/python -m benchmarks.experiments.pairs.tracked --work $(DEMO)/from-prompts-flow
 	$(BIN)/python -m benchmarks.experiments.negative --work $(DEMO)/negative
-	$(BIN)/python -m benchmarks.experiments.tailorpo --work $(DEMO)/tailorpo
-	$(BIN)/python -m benchmarks.experiments.votes --work $(DEMO)/votes
+	$(BIN)/python -m benchmarks.experiments.pairs.tailorpo --work $(DEMO)/tailorpo
+	$(BIN)/python -m benchmarks.experiments.pairs.votes --work $(DEMO)/votes
 	$(BIN)/python -m benchmarks.experiments.safeguards --work $(DEMO)/safeguards
 	$(BIN)/python -m benchmarks.experiments.auto_beta --work $(DEMO)/auto-beta
-	$(BIN)/python -m benchmarks.experiments.shift --work $(DEMO)/shift
-	$(BIN)/python -m benchmarks.experiments.rounds --work $(DEMO)/rounds
+	$(BIN)/python -m benchmarks.experiments.pairs.shift --work $(DEMO)/shift
+	$(BIN)/python -m benchmarks.experiments.pairs.rounds --work $(DEMO)/rounds
 	$(BIN)/python -m benchmarks.speed.forward
 	$(BIN)/python -m benchmarks.speed.score
 	$(BIN)/python -m benchmarks.speed.half_precision

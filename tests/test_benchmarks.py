@@ -86,14 +86,14 @@ def test_operations_of_a_flow_models_step(load):
 @pytest.mark.parametrize(("source", "states"), [("renoise", 54), ("tracked", 18)])
 def test_evaluations_of_noise_tracked_pairs_by_hand(source, states):
     """Nine steps: of both images, two evaluations to solve a step, and one for the reference's error of a state."""
-    tracked = importlib.import_module("benchmarks.experiments.tracked")
+    tracked = importlib.import_module("benchmarks.experiments.pairs.tracked")
     totals = SimpleNamespace(pairs=100, samples=100, states=900)
     manifest = SimpleNamespace(inversion=InversionSettings(source=source), totals=totals)
     assert tracked.evaluations(manifest, training_states=2400) == (8 * 16 / 2, states, 2 * 3 * 24)
 
 
 def test_shifted_pairs_are_flipped_for_small_shapes_and_golden_for_some_large_ones(tmp_path):
-    shift = importlib.import_module("benchmarks.experiments.shift")
+    shift = importlib.import_module("benchmarks.experiments.pairs.shift")
     captions = [f"a {('small', 'large')[number % 2]} red circle on a blue background" for number in range(90)]
     labels = [(1.0, 0.0, 0.5)[number % 3] for number in range(90)]
     (tmp_path / "world/pairs").mkdir(parents=True)
@@ -120,7 +120,7 @@ def test_shifted_pairs_are_flipped_for_small_shapes_and_golden_for_some_large_on
 def test_evaluations_of_step_pairs_by_hand():
     """Of 17 steps down to the 4th, four begin at a draw whose evaluation is known; each pair needs two, and two of the
     reference: 13 + 5 * 4."""
-    tailorpo = importlib.import_module("benchmarks.experiments.tailorpo")
+    tailorpo = importlib.import_module("benchmarks.experiments.pairs.tailorpo")
     assert tailorpo.step_evaluations(20, [20, 16, 12, 8, 4], 2) == 33
     totals = SimpleNamespace(samples=100, states=900)
     assert tailorpo.generated_evaluations(SimpleNamespace(inversion=InversionSettings(), totals=totals)) == 8 * 16 + 108

@@ -5,7 +5,7 @@ learn are compared: SmPO on the votes, on two calibrated rewards, on the rewards
 the majority. For each, beta is chosen on the validation prompts with a training seed of its own, then three other seeds
 are evaluated on the test prompts under the true reward, which nothing else sees.
 
-    python -m benchmarks.experiments.votes --work DIR
+    python -m benchmarks.experiments.pairs.votes --work DIR
 
 An interrupted stage continues, and a finished one is kept.
 """
@@ -117,7 +117,7 @@ def write(work: Path, chosen: dict[str, int], selection: Results, target: Path) 
         for voters in VOTERS
         for name in ("votes", "rewards", "dpo")
     ]
-    text = f"""{stamp("python -m benchmarks.experiments.votes", ("torch", "diffusers", "transformers", "numpy"))}
+    text = f"""{stamp("python -m benchmarks.experiments.pairs.votes", ("torch", "diffusers", "transformers", "numpy"))}
 
 The embedded world's 600 pairs, each shown to 1, 5 or 20 of its annotators. `votes` is SmPO on their share
 (`--preference votes`), `rewards` on the calibrated mixture of pickscore and clipscore, `both` on the mixture as the

@@ -7,7 +7,7 @@ the model's images (APO's reward player). One round has as many steps as two. Be
 validation prompts with a seed of its own; then three other seeds are evaluated on the test prompts under the true
 reward, which nothing else sees. Writes docs/results/rounds.md.
 
-    python -m benchmarks.experiments.rounds --work DIR [--beta-only]
+    python -m benchmarks.experiments.pairs.rounds --work DIR [--beta-only]
 
 An interrupted stage continues, and a finished one is kept.
 """
@@ -149,7 +149,7 @@ def write(work: Path, beta: int, selection: list[str], target: Path) -> None:
     results = results_of(report)
     rows = [row(report, condition, [model.name for model in group]) for condition, group in models.items()]
     libraries = ("torch", "diffusers", "transformers", "ray", "numpy")
-    text = f"""{stamp("python -m benchmarks.experiments.rounds", libraries)}
+    text = f"""{stamp("python -m benchmarks.experiments.pairs.rounds", libraries)}
 
 The embedded world's model draws {CANDIDATES} candidates of {len(captions_of("train"))} training prompts (DDIM, 16
 steps, guidance 1) in each round; two pairs of a prompt are selected by `extremes` and inverted by the reference, the

@@ -5,7 +5,7 @@ candidates, inverted states and models are taken. For each source of states beta
 with a training seed of its own, then three other training seeds are evaluated on the test prompts under the true
 reward. The denoiser's evaluations are counted. Writes docs/results/tracked.md.
 
-    python -m benchmarks.experiments.tracked --work DIR
+    python -m benchmarks.experiments.pairs.tracked --work DIR
 
 An interrupted stage continues, and a finished one is kept.
 """
@@ -16,7 +16,8 @@ import argparse
 from pathlib import Path
 
 from benchmarks.experiments.experiment import BASE, COLUMNS, TRUTH, head, row
-from benchmarks.experiments.from_prompts import (
+from benchmarks.experiments.objectives import SEEDS, Condition, choice_section, choose_betas, judge, train
+from benchmarks.experiments.pairs.from_prompts import (
     BATCH,
     CANDIDATES,
     PAIRS_A_PROMPT,
@@ -28,7 +29,6 @@ from benchmarks.experiments.from_prompts import (
     make_candidates,
     select,
 )
-from benchmarks.experiments.objectives import SEEDS, Condition, choice_section, choose_betas, judge, train
 from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
 from smpo_schemas.manifest import Manifest, read_manifest
@@ -91,7 +91,7 @@ def write(work: Path, chosen: dict[str, int], selection: Results, target: Path) 
         for each in CONDITIONS
     ]
     libraries = ("torch", "diffusers", "transformers", "ray", "numpy")
-    text = f"""{stamp("python -m benchmarks.experiments.tracked", libraries)}
+    text = f"""{stamp("python -m benchmarks.experiments.pairs.tracked", libraries)}
 
 {read_manifest(work / CONDITIONS[0].shards).totals.pairs} pairs, the `extremes` among {CANDIDATES} candidates of a
 prompt, which the flow model of Stable Diffusion 3's layout (`toy --family sd3`) drew by {STEPS} of Euler's steps

@@ -7,7 +7,7 @@ from one source of which nothing is known. DPO on the labels as they are, on the
 kind with a training seed of its own, then three other seeds are evaluated on test prompts of that kind, and of the
 other one, under the true reward.
 
-    python -m benchmarks.experiments.shift --work DIR
+    python -m benchmarks.experiments.pairs.shift --work DIR
 
 About thirty minutes on one core. An interrupted stage continues, and a finished one is kept. With --prepare it ends
 when the pairs are weighed and inverted.
@@ -140,7 +140,7 @@ def write(work: Path, weights: WeightsInfo, chosen: dict[str, Setting], selectio
     models = {way: [train(work, *setting, seed, TRAINING) for seed in SEEDS] for way, setting in chosen.items()}
     sections = [kind_section(work, models, kind, IMAGES // (number + 1)) for number, kind in enumerate(KINDS)]
     (source,) = weights.sources.values()
-    text = f"""{stamp("python -m benchmarks.experiments.shift", ("torch", "diffusers", "transformers", "numpy"))}
+    text = f"""{stamp("python -m benchmarks.experiments.pairs.shift", ("torch", "diffusers", "transformers", "numpy"))}
 
 The embedded world's 600 pairs; labels of captions with a small shape are flipped. {weights.golden} of the pairs with a
 large shape are golden; the other {source.pairs} pairs are one source. `dpo` learns from all labels, `golden` from the

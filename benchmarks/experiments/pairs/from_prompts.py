@@ -7,7 +7,7 @@ validation prompts with a training seed of its own, then three other training se
 under the true reward, which nothing else sees. Writes docs/results/from_prompts.md, or with `--family sd3`, the world's
 flow model, docs/results/from_prompts_flow.md.
 
-    python -m benchmarks.experiments.from_prompts --work DIR [--family sd3]
+    python -m benchmarks.experiments.pairs.from_prompts --work DIR [--family sd3]
 
 An interrupted stage continues, and a finished one is kept.
 """
@@ -158,7 +158,9 @@ def write(work: Path, family: str, chosen: dict[str, int], selection: Results, t
         for each in conditions
     ]
     prompts = len(captions_of("train")[:: world.every])
-    command = "python -m benchmarks.experiments.from_prompts" + (f" --family {family}" if family != "sd15" else "")
+    command = "python -m benchmarks.experiments.pairs.from_prompts" + (
+        f" --family {family}" if family != "sd15" else ""
+    )
     capo = ", `capo` from their win rates over a prompt's candidates" if family == "sd15" else ""
     text = f"""{stamp(command, ("torch", "diffusers", "transformers", "ray", "numpy"))}
 

@@ -6,7 +6,7 @@ steps of as many pairs. For each way settings are chosen on the validation promp
 three other seeds are evaluated on the test prompts under the true reward, which nothing else sees. Writes
 docs/results/tailorpo.md.
 
-    python -m benchmarks.experiments.tailorpo --work DIR
+    python -m benchmarks.experiments.pairs.tailorpo --work DIR
 
 About 35 minutes of one core. An interrupted stage continues, and a finished one is kept.
 """
@@ -17,8 +17,15 @@ import argparse
 from pathlib import Path
 
 from benchmarks.experiments.experiment import BASE, COLUMNS, TRUTH, comparison_row, head, make_world, row, run, score
-from benchmarks.experiments.from_prompts import BATCH, CANDIDATES, PAIRS_A_PROMPT, STEPS, VALIDATION_IMAGES, WORLDS
 from benchmarks.experiments.objectives import SEEDS, judge, train
+from benchmarks.experiments.pairs.from_prompts import (
+    BATCH,
+    CANDIDATES,
+    PAIRS_A_PROMPT,
+    STEPS,
+    VALIDATION_IMAGES,
+    WORLDS,
+)
 from benchmarks.experiments.settings import Setting, choose, describe, make_settings, tried_section
 from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
@@ -107,7 +114,7 @@ def write(work: Path, trajectories: int, chosen: dict[str, Setting], selection: 
     ]
     first, second = WAYS
     libraries = ("torch", "diffusers", "transformers", "ray", "numpy")
-    text = f"""{stamp("python -m benchmarks.experiments.tailorpo", libraries)}
+    text = f"""{stamp("python -m benchmarks.experiments.pairs.tailorpo", libraries)}
 
 {REWARD} labels both. SmPO's pairs are the {PAIRS_A_PROMPT} `extremes` among {CANDIDATES} images of each of
 {len(captions_of("train"))} training prompts ({STEPS} DDIM steps), inverted with the defaults. TailorPO's are draws of

@@ -5,7 +5,7 @@ Writes docs/results/calibration.md and its picture.
 The world's annotators are code: the exact probability that one of them, drawn at random, prefers image_0 is known.
 `smpo-pipeline calibrate` sees one label per pair; its held-out predictions are also compared with that probability.
 
-    python -m benchmarks.experiments.calibration [--work DIR]
+    python -m benchmarks.experiments.pairs.calibration [--work DIR]
 
 About five minutes on two cores, most of them to sample the world. Every stage continues where it was stopped.
 """
@@ -141,7 +141,7 @@ def main() -> None:
     columns = ("held out", "log-loss, true mix", "less the mixture's (95 %)", "ECE, true mix", "orders as true mix %")
     floor = log_loss(true_P, true_P), log_loss(true_P, report.data.labels_P)
     labels = ("log-loss, labels", "ECE, labels", "agrees with labels %")
-    text = f"""{stamp("python -m benchmarks.experiments.calibration", ("torch", "numpy", "transformers"))}
+    text = f"""{stamp("python -m benchmarks.experiments.pairs.calibration", ("torch", "numpy", "transformers"))}
 
 {NUM_PAIRS} pairs of {found.prompts} prompts, each labelled once by one of {len(ANNOTATORS)} annotators with different
 tastes ({found.labels - found.ties} decided labels, {found.ties} ties). `{COMMAND}`

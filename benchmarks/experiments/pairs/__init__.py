@@ -1,0 +1,1 @@
+"""Experiments about where the pairs come from, and what labels them."""
