@@ -276,7 +276,7 @@ def read_manifest(directory: AnyPath) -> Manifest:
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise UserError(
-            f"{directory} has no {MANIFEST_FILE}: it is not the output of `smpo-pipeline invert`, or unfinished; run "
-            "`smpo-pipeline invert` again"
+            f"{directory} has no {MANIFEST_FILE}: it is not the output of `smpo-pipeline invert` or `steps`, or "
+            "unfinished; run that command again"
         )
     return read_versioned(path, Manifest, MANIFEST_VERSION, "invert again")

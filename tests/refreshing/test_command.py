@@ -120,6 +120,16 @@ def test_a_reward_that_gets_worse_is_not_written(refresh, world, tmp_path):
     assert not (tmp_path / "out/refresh.json").exists()
 
 
+def test_labels_by_chance_support_no_change(refresh, world, tmp_path):
+    chance = np.random.default_rng(0)
+    kinds, labels = chance.integers(2, size=(PAIRS, 2)).tolist(), chance.integers(2, size=PAIRS).astype(float).tolist()
+    make_scores(tmp_path / "scores", make_pairs(tmp_path, kinds, labels, PROMPTS))
+    data = ("--scores", tmp_path / "scores", "--pairs", tmp_path / "pairs.parquet", "--adversarial", 0)
+    line = "the strongest penalty does best on prompts held out"
+    assert line in refresh(*data, "--allow-worse").stdout
+    assert line not in refresh(out=tmp_path / "true").stdout
+
+
 def make_good(refresh, tmp_path):
     """A reward that agrees with people: the refreshed one, which can be refreshed again."""
     assert refresh(out=tmp_path / "good").returncode == 0

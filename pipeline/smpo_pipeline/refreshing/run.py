@@ -20,7 +20,7 @@ from smpo_models.devices import choose_device
 from smpo_pipeline.calibration.fit import fit_temperature
 from smpo_pipeline.calibration.folds import split_by_prompt
 from smpo_pipeline.calibration.labels import read_labelled
-from smpo_pipeline.calibration.logistic import Objective, cross_fit
+from smpo_pipeline.calibration.logistic import PENALTIES, Objective, cross_fit
 from smpo_pipeline.calibration.measures import agreement, log_loss
 from smpo_pipeline.embeddings.clip import load_clip
 from smpo_pipeline.embeddings.extract import Extractor
@@ -79,6 +79,9 @@ def refresh(options: RefreshOptions, console: Console) -> RefreshInfo:
             f"the refreshed reward agrees with {fit.after.agreement:.1%} of the held-out labels, {options.reward} with "
             f"{fit.before.agreement:.1%}; nothing is written; reduce --adversarial, or --allow-worse"
         )
+    if fit.l2 == max(PENALTIES):
+        said = f"the strongest penalty does best on prompts held out: the data support no change of {options.reward}"
+        console.print(said, highlight=False, soft_wrap=True)
     rejects += drawn_embeddings.rejects
     info = RefreshInfo(
         schema_version=REFRESH_VERSION,
