@@ -19,6 +19,7 @@ import yaml
 from smpo_pipeline.toy.create import ASSETS
 from smpo_pipeline.toy.world import captions_of
 from tests.command import run_command
+from tests.forking import forking_python
 from tests.rounds.helpers import ALL
 
 pytestmark = pytest.mark.slow
@@ -79,14 +80,14 @@ def weights(folder: Path) -> bytes:
     return (folder / "run/unet/diffusion_pytorch_model.safetensors").read_bytes()
 
 
-def test_one_round_killed_and_continued_is_the_separate_commands(tmp_path, ray_address, here_on_ray):
+def test_a_round_is_the_separate_commands(tmp_path, ray_address, here_on_ray):
+    """Each stage is a forked process; the test below starts them as users do."""
     command, out = write_rounds(tmp_path, ray_address), tmp_path / "out"
     first = out / "round-000"
-    kill_when((first / "shards/run.json").is_file, start(*command, "--out", out))
-    assert [stage["stage"] for stage in json.loads((out / "rounds.json").read_text())["rounds"][0]["stages"]] == ALL[:3]
-    said = finish(start(*command, "--out", out))
-    assert [line.split()[5] for line in said.splitlines() if line.startswith("round 0 (")] == ["invert", "train"]
-    assert f"next: smpo-pipeline evaluate --model base={MODEL} tuned={first}/run " in said
+    done = run_command("smpo-pipeline", *command[1:], "--out", out, patch=f"sys.executable = {forking_python()!r}")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[5] for line in done.stdout.splitlines() if line.startswith("round 0 (")] == ALL
+    assert f"next: smpo-pipeline evaluate --model base={MODEL} tuned={first}/run " in done.stdout
 
     def run(name: str, *inputs: object, to: str) -> Path:
         given = yaml.safe_load((out / "flags" / f"{name}.yaml").read_text())

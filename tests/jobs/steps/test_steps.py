@@ -14,7 +14,7 @@ from smpo_pipeline.jobs.record.status import read_status
 from smpo_schemas.manifest import read_manifest
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.shards.reader import ShardDirectory
-from tests.command import assert_one_line, run_command, run_here
+from tests.command import assert_one_line, run_here
 from tests.tiny import make_tiny_clip, make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -72,11 +72,12 @@ def test_every_prompt_has_its_pairs_or_a_reason(shards: Path) -> None:
     assert (status.job, status.finished, status.units, status.pairs_in, status.rejected) == ("steps", True, 3, 10, 2)
 
 
-def test_training_needs_the_shards_alone(world: Path, shards: Path, tmp_path: Path, capfd) -> None:
+def test_training_needs_the_shards_alone(world: Path, shards: Path, tmp_path: Path, capfd, monkeypatch) -> None:
     """And begins with no margin: the reference's errors are those of the stored states."""
     own = ("--shards", shards, "--model", world / "model", "--out", tmp_path / "run", "--objective", "dpo")
     own += ("--timestep-weighting", "transition", "--beta", 0.1, "--max-steps", 2, "--batch-size", 4, "--dtype", "fp32")
-    done = run_command("smpo-train", *own, ACCELERATE_USE_CPU="1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    done = run_here(capfd, "smpo-train", *own)
     assert done.returncode == 0, done.stderr
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
@@ -86,13 +87,15 @@ def test_training_needs_the_shards_alone(world: Path, shards: Path, tmp_path: Pa
     assert (tmp_path / "sheet.png").is_file()
 
 
-def test_killed_and_run_again_gives_the_same(world: Path, shards: Path, tmp_path: Path, here_on_ray) -> None:
+def test_killed_and_run_again_gives_the_same(
+    world: Path, shards: Path, tmp_path: Path, ray_address, here_on_ray
+) -> None:
     out = tmp_path / "out"
-    code = "import sys; sys.argv[0] = 'smpo-pipeline'; from smpo_pipeline.cli import main; main()"
-    arguments = [*command(world, out, "--max-reject-rate", 0.5)[1:]]
+    arguments = command(world, out, "--max-reject-rate", 0.5, "--ray-address", ray_address)[1:]
     with subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+        [sys.executable, "-m", "smpo_pipeline", *map(str, arguments)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
         while process.poll() is None and not list((out / ".units").glob("*.json")):
             time.sleep(0.01)
         process.kill()
