@@ -1,4 +1,4 @@
-"""The end of a job that makes shards: rejects, index and manifest out of its units' records."""
+"""The beginning and the end of a job that makes shards: rejects, index and manifest out of its units' records."""
 
 from __future__ import annotations
 
@@ -13,19 +13,35 @@ from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
     REJECTS_FILE,
+    TEXT_FOLDER,
     Manifest,
     ShardEntry,
     Totals,
     autocast_arithmetic,
+    read_manifest,
 )
 from smpo_schemas.rejects import count_reasons, write_rejects
-from smpo_schemas.shards.index import write_index
+from smpo_schemas.shards.index import INDEX_FILE, write_index
 from smpo_schemas.shards.reader import ShardDirectory
 
 
 def index_part(run: Run, unit: int) -> AnyPath:
     """The file of a unit's part of the index, until the index of all shards is written."""
     return run.record_path(unit).with_suffix(".parquet")
+
+
+def open_shards(run: Run, text: Run, *, overwrite: bool) -> Manifest | None:
+    """Open a run that makes shards; returns the manifest if it is finished.
+
+    Args:
+        run: of the job.
+        text: of the text stage, which a kill after the manifest may have left.
+        overwrite: start over.
+    """
+    if run.open(overwrite=overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE, f"{TEXT_FOLDER}/")):
+        return None
+    text.remove()
+    return read_manifest(run.out)
 
 
 def assemble_manifest(

@@ -48,23 +48,19 @@ from smpo_pipeline.jobs.reading import Layouts, unit_sizes
 from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
 from smpo_pipeline.jobs.record.work_log import WorkLog
-from smpo_pipeline.jobs.shards import assemble_manifest
+from smpo_pipeline.jobs.shards import assemble_manifest, open_shards
 from smpo_pipeline.planning.size import pairs_that_fit
 from smpo_schemas.manifest import (
     MANIFEST_FILE,
     MANIFEST_VERSION,
-    REJECTS_FILE,
-    TEXT_FOLDER,
     ImageSampling,
     Manifest,
     StoredTextEntry,
     autocast_arithmetic,
-    read_manifest,
     write_manifest,
 )
 from smpo_schemas.pairs import RowRange, layouts_of, list_pair_files, slice_files
 from smpo_schemas.scoring.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, score_tolerance
-from smpo_schemas.shards.index import INDEX_FILE
 
 
 def invert(options: InvertOptions) -> Manifest:
@@ -100,12 +96,8 @@ def invert(options: InvertOptions) -> Manifest:
     }
     run = Run(options.out, MANIFEST_FILE, identity)
     with locked(options.out):
-        if not run.open(
-            overwrite=running.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE, f"{TEXT_FOLDER}/")
-        ):
-            if options.storing.text == "stored":
-                text_run(options).remove()  # what a kill after the manifest has left
-            return read_manifest(options.out)
+        if finished := open_shards(run, text_run(options), overwrite=running.overwrite):
+            return finished
         for line in options.choices(checked.resolution, sum(unit_sizes(units))):
             Console(markup=False).print(line, highlight=False, soft_wrap=True)
         for folder in found:

@@ -86,23 +86,28 @@ def _as_size(count: int | None) -> str | None:
     return f"{count // _UNITS[unit]}{unit}"
 
 
-class ModelOptions(Options):
-    """The model, and replacements for its parts."""
+class AlignedModelOptions(Options):
+    """The model to align, and replacements for its parts."""
 
     model_config = ConfigDict(title="Model")
-
-    inverting_flag: ClassVar[str] = "--inverting-unet"
 
     model: Annotated[ModelSource, Flag(place=True)]
     """Text-to-image model to align: hub id or diffusers folder."""
     unet: ExistingPath | None = None
     """Folder of the reference denoiser, if it is not the model's own."""
-    inverting_unet: ExistingPath | None = None
-    """Denoiser that inverts the images, for a second round of training: a folder, or a LoRA of smpo-train on top of the
-    reference; default: the reference."""
     vae: Annotated[ModelSource | None, Flag(place=True)] = None
     """VAE to use instead of the model's own: hub id or folder."""
     variant: Variant = None
+
+
+class ModelOptions(AlignedModelOptions):
+    """The model to align, the denoiser that inverts, and the size of images."""
+
+    inverting_flag: ClassVar[str] = "--inverting-unet"
+
+    inverting_unet: ExistingPath | None = None
+    """Denoiser that inverts the images, for a second round of training: a folder, or a LoRA of smpo-train on top of the
+    reference; default: the reference."""
     resolution: Annotated[int | None, Field(ge=8)] = None
     """Side of the square images in pixels; default: the model's."""
     buckets: Annotated[bool, Flag(off="--no-buckets")] = _DEFAULTS.buckets

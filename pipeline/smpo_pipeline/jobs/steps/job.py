@@ -33,7 +33,7 @@ from smpo_pipeline.jobs.record.lock import locked
 from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.score.table import RewardRecord
-from smpo_pipeline.jobs.shards import assemble_manifest
+from smpo_pipeline.jobs.shards import assemble_manifest, open_shards
 from smpo_pipeline.jobs.steps.actor import StepsActor, StepWork
 from smpo_pipeline.jobs.steps.options import StepsOptions
 from smpo_pipeline.options import absolute_model
@@ -43,17 +43,14 @@ from smpo_pipeline.step_pairs.plan import plan_steps
 from smpo_schemas.manifest import (
     MANIFEST_FILE,
     MANIFEST_VERSION,
-    REJECTS_FILE,
-    TEXT_FOLDER,
     Manifest,
     StepSettings,
     StoredTextEntry,
     autocast_arithmetic,
-    read_manifest,
     write_manifest,
 )
 from smpo_schemas.scoring.scores import RewardStatistics, reward_statistics
-from smpo_schemas.shards.index import INDEX_FILE, indexed_trajectories
+from smpo_schemas.shards.index import indexed_trajectories
 from smpo_schemas.shards.reader import ShardDirectory
 
 
@@ -89,12 +86,8 @@ def steps(options: StepsOptions) -> Manifest:
     checked = _check(options, kind)
     run = Run(options.out, MANIFEST_FILE, _identity(options, checked))
     with locked(options.out):
-        if not run.open(
-            overwrite=running.overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE, f"{TEXT_FOLDER}/")
-        ):
-            if options.storing.text == "stored":
-                text_run(options).remove()  # what a kill after the manifest has left
-            return read_manifest(options.out)
+        if finished := open_shards(run, text_run(options), overwrite=running.overwrite):
+            return finished
         line = options.choices(checked.side, checked.steps.trained, len(checked.prompts.rows))
         Console(markup=False).print(line, highlight=False, soft_wrap=True)
         manifest = _run(options, run, checked)

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, model_v
 
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options
+from smpo_pipeline.jobs.invert.options import AlignedModelOptions
 from smpo_pipeline.options import (
     AutoBatchSize,
     Concurrency,
@@ -17,10 +18,8 @@ from smpo_pipeline.options import (
     JobOptions,
     MaxRejectRate,
     ModelDtype,
-    ModelSource,
     OneReward,
     OutOrUrl,
-    Variant,
     batches_in_words,
 )
 from smpo_schemas.choices import Dtype
@@ -36,23 +35,14 @@ def _trained(value: Any) -> tuple[int, ...] | None:  # noqa: ANN401  (numbers, o
     return tuple(int(part) for part in parts)
 
 
-class StepModelOptions(Options):
-    """The model, and replacements for its parts."""
-
-    model_config = ConfigDict(title="Model")
+class StepModelOptions(AlignedModelOptions):
+    """The model to align, the denoiser that samples, and the size of images."""
 
     inverting_flag: ClassVar[str] = "--sampling-unet"
 
-    model: Annotated[ModelSource, Flag(place=True)]
-    """Text-to-image model to align: hub id or diffusers folder."""
-    unet: ExistingPath | None = None
-    """Folder of the reference denoiser, if it is not the model's own."""
     sampling_unet: ExistingPath | None = None
     """Denoiser that samples, for a further round of training: a folder, or a LoRA of smpo-train on top of the
     reference; default: the reference."""
-    vae: Annotated[ModelSource | None, Flag(place=True)] = None
-    """VAE to use instead of the model's own: hub id or folder."""
-    variant: Variant = None
     resolution: Annotated[int | None, Flag(metavar="PIXELS"), Field(ge=8)] = None
     """Side of the images. Default: the model's native resolution."""
 
