@@ -103,9 +103,9 @@ class LossOptions(Options):
         BeforeValidator(Band.parse),
         PlainSerializer(str),
         Flag(typed=str, metavar="LOW:HIGH", identity="resolved"),
-    ] = Band(0.5, 2.0)
+    ] = Band(1.5, 3.0)
     """With --beta auto: bounds of rewards/margins_rms."""
-    beta_rate: Annotated[float, Field(gt=1), RESOLVED_IDENTITY] = 1.05
+    beta_rate: Annotated[float, Field(gt=1), RESOLVED_IDENTITY] = 1.1
     """With --beta auto: largest factor between the betas of two steps."""
     beta_decay: Annotated[
         BetaDecay | None,

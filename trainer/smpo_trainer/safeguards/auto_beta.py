@@ -81,7 +81,7 @@ class Band:
             low, high = 0.0, 0.0
         if not 0 < low <= high < math.inf:
             raise UserError(
-                f"--beta-band {value}: expected LOW:HIGH with 0 < LOW <= HIGH, such as 0.5:2 (in a config file in "
+                f"--beta-band {value}: expected LOW:HIGH with 0 < LOW <= HIGH, such as 1.5:3 (in a config file in "
                 "quotes)"
             )
         return cls(low, high)
