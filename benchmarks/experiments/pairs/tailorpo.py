@@ -8,7 +8,7 @@ docs/results/tailorpo.md.
 
     python -m benchmarks.experiments.pairs.tailorpo --work DIR
 
-About 35 minutes of one core. An interrupted stage continues, and a finished one is kept.
+About 50 minutes of one core. An interrupted stage continues, and a finished one is kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ IMAGES = 4
 TAILORPO = ("--objective", "dpo", "--timestep-weighting", "transition")
 WAYS = {
     "SmPO, generated pairs": make_settings("smpo", (100, 300, 1000), [("--reward", REWARD)], "extremes"),
-    "TailorPO, step pairs": make_settings("dpo", (1, 30, 300), [TAILORPO], "steps"),
+    "TailorPO, step pairs": make_settings("dpo", (1, 30, 300, 3000, 30000), [TAILORPO], "steps"),
 }
 
 
