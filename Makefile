@@ -71,7 +71,7 @@ picture: demo ## Draw docs/images/demo.png from the demo's output
 test: $(READY_DEV) ## All tests but those of minutes each, which `make chaos` runs
 	$(BIN)/python -m pytest $(PARALLEL) -n 3 --no-loadscope-reorder -m 'not long'
 
-test-fast: $(READY_DEV) ## The everyday tests: no Ray, no long training
+test-fast: $(READY_DEV) ## The everyday tests, each below about a second: no Ray, few trainings
 	$(BIN)/python -m pytest $(PARALLEL) -n 2 -m 'not slow and not long'
 
 test-browser: $(READY_DEV) ## The tests of pages in Chromium (part of `make test` where it is installed)

@@ -57,6 +57,7 @@ def test_the_clock_waits_for_the_gpu(module, load, monkeypatch):
     assert waited == ["waited"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "LoRA"])
 @pytest.mark.parametrize("program", ["Flow-DPO", "ours"])
 def test_each_program_of_a_flow_models_step_trains_and_is_measured_by_parts(

@@ -244,6 +244,7 @@ def test_compose_shows_a_command_of_ours() -> None:
         parse_as_ours(shlex.split(command))
 
 
+@pytest.mark.slow
 def test_composes_store_is_found_and_has_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     store, bucket = COMPOSE["services"]["store"], COMPOSE["services"]["bucket"]
     environment = bucket["environment"]

@@ -30,6 +30,7 @@ def calibrate(capfd, *arguments):
     return run_here(capfd, "smpo-pipeline", "calibrate", *arguments)
 
 
+@pytest.mark.slow
 def test_the_calibration_is_written_and_printed(capfd, scores, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     done = calibrate(capfd, "--scores", scores)
@@ -47,6 +48,7 @@ def test_the_calibration_is_written_and_printed(capfd, scores, monkeypatch):
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+@pytest.mark.slow
 def test_equal_runs_write_equal_bytes(capfd, scores, tmp_path):
     for name in ("a", "b"):
         calibrate(capfd, "--scores", scores, "--out", tmp_path / name / "c.json", "--folds", 3, "--seed", 5)
@@ -56,6 +58,7 @@ def test_equal_runs_write_equal_bytes(capfd, scores, tmp_path):
     assert read_calibration(tmp_path / "a" / "c.json").folds == 3
 
 
+@pytest.mark.slow
 def test_votes_of_a_file_replace_the_tables_labels(capfd, scores, tmp_path):
     def write_votes(name, pair_ids):
         path = tmp_path / name
@@ -71,6 +74,7 @@ def test_votes_of_a_file_replace_the_tables_labels(capfd, scores, tmp_path):
     assert_one_line(calibrate(capfd, "--scores", scores, "--labels", others), "none of its 1 pairs is in")
 
 
+@pytest.mark.slow
 def test_people_who_agree_are_shown(capfd, tmp_path):
     found, _, labels, prompts = populations(60)
     twice = {name: np.concatenate([each, each]) for name, each in found.items()}
@@ -82,6 +86,7 @@ def test_people_who_agree_are_shown(capfd, tmp_path):
     assert "100.0 % of 57 repeated decided labels agree; 3 with a tie" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_names_that_are_markup_formulas_or_long_are_shown_as_they_are(capfd, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
@@ -136,6 +141,7 @@ def test_out_over_the_scores_and_urls_are_one_line(capfd, scores):
     assert {path: path.read_bytes() for path in scores.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_one_line(capfd, scores):
     calibrate(capfd, "--scores", scores)
     path = scores / "calibration.json"

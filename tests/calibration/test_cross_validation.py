@@ -25,6 +25,7 @@ def validate(data, folds=4):
     return cross_validate(data, folds, 0, lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_fold_is_predicted_from_the_others_alone(tmp_path):
     """Invert the labels of one fold: its own predictions stay, those of the other folds change."""
     scores, _, labels, prompts = populations(300)
@@ -64,6 +65,7 @@ def test_rows_without_a_label_are_no_labels(tmp_path):
     assert np.flatnonzero(found.fold_P == -1).tolist() == list(range(0, 200, 3))
 
 
+@pytest.mark.slow
 def test_the_mixture_that_made_the_labels_is_the_best_and_is_written(tmp_path):
     scores, _, labels, prompts = populations(3000)
     folder = write_scores(tmp_path / "s", scores, labels, prompts)

@@ -36,6 +36,7 @@ def merge(capfd, base: Path, out: Path, positive: Path, negative: Path, *flags):
     return run_here(capfd, "smpo-pipeline", "merge", *given, *flags)
 
 
+@pytest.mark.slow
 def test_the_merged_denoiser_is_the_base_plus_both_differences(base, tmp_path, capfd):
     models = tuned(base, tmp_path / "smpo", 0.5), tuned(base, tmp_path / "npo", 2.0)
     out = tmp_path / "merged"

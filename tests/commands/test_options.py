@@ -53,6 +53,7 @@ def run(tmp_path, monkeypatch, capfd):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["score", "evaluate", "refresh"])
 @pytest.mark.parametrize(
     ("spec", "hint"),
@@ -70,6 +71,7 @@ def test_an_unknown_reward_is_one_line(run, command, spec, hint):
     assert_one_line(run(command, {"--reward": spec}), f"--reward {spec}", hint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("commands", "flag", "value"),
     [

@@ -87,6 +87,7 @@ def refusal(program: str, arguments: list[str], capsys: pytest.CaptureFixture[st
             path.touch() if path.suffix else path.mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "program", "arguments"), COMMANDS, ids=[each[0] for each in COMMANDS])
 @pytest.mark.usefixtures("parse_only")
 def test_a_command_is_taken(place: str, program: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

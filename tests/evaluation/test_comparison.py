@@ -56,6 +56,7 @@ def test_the_prompt_is_the_unit() -> None:
     assert together.high - together.low > 1.5 * (apart.high - apart.low)
 
 
+@pytest.mark.slow
 def test_coverage_by_simulation() -> None:
     # Prompts differ (a beta-distributed chance of winning each), with 8 images a prompt; the truth is 2/3.
     rng = np.random.default_rng(5)
@@ -74,6 +75,7 @@ def test_an_interval_by_images_would_not_cover() -> None:
     assert np.mean(np.abs(rates - 2 / 3) <= half_width) < 0.85
 
 
+@pytest.mark.slow
 def test_losing_once_is_not_surer_than_never() -> None:
     scores = np.ones((64, 1))
     found = [compare(np.where(np.arange(64)[:, None] < losses, -scores, scores), 0 * scores) for losses in range(33)]

@@ -82,6 +82,7 @@ def drawn_by_hand(world: dict[str, Any], name: str, index: int) -> list[np.ndarr
     return images
 
 
+@pytest.mark.slow
 def test_base_tuned_lora_and_checkpoint_are_drawn_as_by_hand(world: dict[str, Any], tmp_path: Path) -> None:
     outs = [tmp_path / "three", tmp_path / "one"] if world["kind"] == "flux1-dev" else [tmp_path / "three"]
     for out, batch_size in zip(outs, (3, 1), strict=False):
@@ -112,6 +113,7 @@ def test_base_tuned_lora_and_checkpoint_are_drawn_as_by_hand(world: dict[str, An
     assert "nothing to do" in again.stdout
 
 
+@pytest.mark.slow
 def test_what_a_flow_model_cannot_be_sampled_with_is_one_line(
     world: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

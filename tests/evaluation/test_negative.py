@@ -20,6 +20,7 @@ def images(evaluation, model: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted(evaluation.folder(model).glob("*.png"))]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stub_rewards")
 def test_a_negative_model_changes_the_images_of_its_model_alone(
     plan_of: EvaluationMaker, models: dict[str, Path], tmp_path: Path

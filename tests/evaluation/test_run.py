@@ -90,6 +90,7 @@ def test_report_is_self_contained(plan_of: EvaluationMaker, quiet: Console) -> N
     assert "<strong>loss</strong>" in page
 
 
+@pytest.mark.slow
 def test_same_model_twice_ties(plan_of: EvaluationMaker, quiet: Console, models: dict[str, Path]) -> None:
     evaluation = plan_of(model=[f"one={models['base']}", f"two={models['base']}"])
     versus = run(evaluation, quiet).finding("two", "brightness").versus_baseline
@@ -97,6 +98,7 @@ def test_same_model_twice_ties(plan_of: EvaluationMaker, quiet: Console, models:
     assert (versus.win_rate.value, versus.ties) == (0.5, 9)
 
 
+@pytest.mark.slow
 def test_folders_of_images_are_compared_like_models(
     plan_of: EvaluationMaker, quiet: Console, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -157,6 +159,7 @@ def test_rewards_score_in_the_dtype_of_the_flag(
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_continued(plan_of: EvaluationMaker, quiet: Console) -> None:
     evaluation = plan_of()
     first = run(evaluation, quiet)
@@ -198,6 +201,7 @@ def test_an_evaluation_of_an_earlier_version_is_finished(plan_of: EvaluationMake
     assert finished_results(plan_of(), overwrite=False)
 
 
+@pytest.mark.slow
 def test_other_settings_need_overwrite(plan_of: EvaluationMaker, quiet: Console) -> None:
     run(plan_of(), quiet)
     other = plan_of(steps=3)
@@ -209,6 +213,7 @@ def test_other_settings_need_overwrite(plan_of: EvaluationMaker, quiet: Console)
     assert other.file("base", 0, 0).read_bytes() != old
 
 
+@pytest.mark.slow
 def test_another_reward_keeps_the_images(plan_of: EvaluationMaker, quiet: Console) -> None:
     run(plan_of(), quiet)
     other = plan_of(reward=["brightness", "redness"])
@@ -232,6 +237,7 @@ def test_replaced_weights_of_a_reward_are_another_evaluation(
         finished_results(plan_of(reward=[spec]), overwrite=False)
 
 
+@pytest.mark.slow
 def test_overwrite_scores_again_and_keeps_images(
     plan_of: EvaluationMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +252,7 @@ def test_overwrite_scores_again_and_keeps_images(
     assert evaluation.file("base", 0, 0).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_reward_that_runs_out_of_memory_scores_smaller_batches(
     plan_of: EvaluationMaker, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +278,7 @@ def test_a_reward_that_runs_out_of_memory_scores_smaller_batches(
         run(evaluation, quiet)
 
 
+@pytest.mark.slow
 def test_images_of_another_denoiser_under_the_same_name_are_not_kept(plan_of: EvaluationMaker, quiet: Console) -> None:
     """As if a hub id had another revision by now."""
     evaluation = plan_of()

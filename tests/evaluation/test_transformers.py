@@ -71,6 +71,7 @@ def drawn_by_hand(world: dict[str, Any], name: str, prompt: str, index: int) -> 
     return np.asarray(image, dtype=int)
 
 
+@pytest.mark.slow
 def test_base_tuned_and_lora_are_drawn_as_by_hand(
     world: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ SETTINGS = GenerationSettings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [

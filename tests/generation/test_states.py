@@ -21,6 +21,7 @@ STEPS = 4
 """A divisor of 1000: DDIM's step to the next trailing timestep is off by one for others."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_step_from_each_state_gives_the_next_and_from_the_last_the_latents(kind: str, tmp_path: Path) -> None:
     """At the timestep of its label, by the formula of the sampler's step: a wrong label gives another state."""

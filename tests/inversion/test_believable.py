@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import pytest
 import torch
 
 from smpo_models.loading import load_family
@@ -17,6 +18,7 @@ from tests.inversion.helpers import embedded_pair, make_pair
 from tests.tiny import make_tiny_model
 
 
+@pytest.mark.slow
 def test_the_warning_is_silent_on_the_world_and_fires_on_latents_thinner_than_its_denoiser_knows():
     family = load_family(str(ASSETS / "model"))
     settings = InversionSettings(prompt_dropout=0, hflip=False)

@@ -67,10 +67,12 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_every_stored_tensor_equals_an_independent_float64_trajectory(world):
     check_trajectories(*world, InversionSettings(steps=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", ["sd35"], indirect=True)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_other_settings_too(world, settings):
@@ -107,6 +109,7 @@ def check_trajectories(family, oracle: FlowOracle, settings: InversionSettings) 
     assert sum(band.states for band in bands) == 2 * sum(len(sample.timestep_K) for sample in samples)
 
 
+@pytest.mark.slow
 def test_the_noise_ratio_is_that_of_predicted_noise(world):
     family, oracle = world
     (sample,), health = invert(family, InversionSettings(prompt_dropout=0, steps=5), [make_pair(1)])
@@ -125,6 +128,7 @@ def test_the_noise_ratio_is_that_of_predicted_noise(world):
             assert band.noise_ratio == pytest.approx((at_states / at_noised) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_forward_states_and_a_start_on_the_way(world):
     family, oracle = world
     pair = make_pair(1)
@@ -147,6 +151,7 @@ def test_forward_states_and_a_start_on_the_way(world):
             x, s = x_t, t
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_batch_size_or_order(world):
     family, _ = world
     settings = InversionSettings(steps=4, prompt_dropout=0.3)
@@ -160,6 +165,7 @@ def test_results_do_not_depend_on_batch_size_or_order(world):
             torch.testing.assert_close(twin.tensors()[name].double(), tensor.double(), rtol=2e-3, atol=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "solver", "timesteps"), [(0, "adaptive", "grid"), (1, "anderson", "jittered")])
 @torch.inference_mode()
 def test_sampling_leads_back_from_an_exact_inversion(tmp_path, monkeypatch, first, solver, timesteps):
@@ -174,6 +180,7 @@ def test_sampling_leads_back_from_an_exact_inversion(tmp_path, monkeypatch, firs
         check_round_trip(family, [make_pair(number) for number in range(2)], solver, timesteps, tolerance=1e-6)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_sampling_leads_back_on_the_trained_flow_model_of_the_embedded_world():
     family = load_family(str(MODELS["sd3"]))

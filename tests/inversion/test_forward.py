@@ -11,6 +11,7 @@ from tests.inversion.helpers import make_pair
 from tests.inversion.worlds import SEED, all_nodes, check_state, invert
 
 
+@pytest.mark.slow
 def test_forward_source_gives_both_images_the_same_noise_at_the_same_timesteps(epsilon_world):
     family, oracle = epsilon_world
     pairs = [make_pair(number) for number in range(3)]

@@ -98,6 +98,7 @@ def world(request, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["tracked", "sampled"])
 def test_every_stored_tensor_equals_a_float64_computation(world, source: str) -> None:
     samples, health = invert(world.family, world.pairs, settings_of(source, steps=3))
@@ -127,6 +128,7 @@ def test_every_stored_tensor_equals_a_float64_computation(world, source: str) ->
     assert sum(band.states for band in health.bands(1000)) == 2 * len(samples) * len(samples[0].timestep_K)
 
 
+@pytest.mark.slow
 def test_states_do_not_depend_on_the_batch(world) -> None:
     for settings in (settings_of("tracked"), settings_of("sampled", states=1)):
         (together, _), (alone, _) = (invert(world.family, world.pairs, settings, size) for size in (2, 1))

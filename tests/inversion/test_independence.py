@@ -11,6 +11,7 @@ from tests.inversion.helpers import make_pair
 from tests.inversion.worlds import SEED, invert
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "of",
     [{"timesteps": "jittered"}, {"timesteps": "published"}, {"source": "truncated", "truncated_steps": 2}],
@@ -33,6 +34,7 @@ def test_results_do_not_depend_on_batch_size_or_order(some_world, of):
                 )
 
 
+@pytest.mark.slow
 def test_trajectories_differ_and_are_reproducible(epsilon_world):
     family, _ = epsilon_world
     settings = InversionSettings(trajectories=2)

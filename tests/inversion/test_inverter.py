@@ -28,15 +28,18 @@ def world(request, tmp_path_factory):
     return make_world(tmp_path_factory, *request.param)
 
 
+@pytest.mark.slow
 def test_every_stored_tensor_equals_an_independent_float64_trajectory(world):
     """For every prediction type and every family."""
     check_trajectories(*world, InversionSettings(steps=4))
 
 
+@pytest.mark.slow
 def test_more_estimates_and_trajectories_too(some_world):
     check_trajectories(*some_world, InversionSettings(renoise_steps=3, steps=4, trajectories=2, prompt_dropout=0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -51,6 +54,7 @@ def test_other_settings_too(epsilon_world, settings):
     check_trajectories(*epsilon_world, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(24, 40), (64, 16)], ids=str)
 def test_other_shapes_too(some_world, shape):
     """As buckets have them; the model is told their own size as the target."""
@@ -190,6 +194,7 @@ def test_a_inverting_denoiser_carries_the_images_and_the_reference_is_what_is_me
         assert float(sample.residual_K2[k, 0]) == pytest.approx(float(residual), rel=0.02, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_constant_size_conditioning_is_stored_as_what_the_denoiser_was_told(some_world):
     family, _ = some_world
     pair = dataclasses.replace(make_pair(1), size=((4000, 32), (1, 1)), crop=((900, 0), (0, 0)))

@@ -15,6 +15,7 @@ from tests.inversion.helpers import make_pair
 from tests.tiny import make_tiny_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [64, 128])
 def test_an_inversion_holds_what_the_account_says(tmp_path: Path, side: int) -> None:
     model = make_tiny_model(tmp_path / "model")

@@ -44,6 +44,7 @@ def published_state(oracle: Oracle, x0, t: int, steps: int, text, eta_noise=()) 
 PUBLISHED_T = (0, 1, 2, 150, 500, 801, 950, 999)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "steps"),
     [("sd", "smpo", 5), ("sd", "smpo", 10), ("sd", "inpo", 10), ("sdxl", "smpo", 5), ("sdxl", "inpo", 5)],

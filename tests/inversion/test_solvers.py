@@ -192,6 +192,7 @@ def test_carry_there_and_back_is_the_identity():
     torch.testing.assert_close(SCHEDULE.carry(there, eps, t, s), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "exact"), [("ddim", False), ("adaptive", True), ("anderson", True)])
 @torch.inference_mode()
 def test_sampling_back_returns_to_x0_from_solved_states_only(solver, exact):

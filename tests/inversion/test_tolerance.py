@@ -44,6 +44,7 @@ def embedded():
     return family, oracle, pair, text, trajectories
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["adaptive", "anderson"])
 def test_solvers_with_a_tolerance_store_the_exact_inversion(embedded, solver):
     family, oracle, pair, text, trajectories = embedded
@@ -67,6 +68,7 @@ def test_states_that_did_not_converge_are_counted_and_their_residual_tells(embed
     assert any("did not reach --tolerance" in line for line in health_warnings(health.bands(1000), settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["adaptive", "anderson"])
 def test_solvers_with_a_tolerance_do_not_depend_on_neighbours_or_order(embedded, solver):
     family, _, pair, _, _ = embedded
@@ -82,6 +84,7 @@ def test_solvers_with_a_tolerance_do_not_depend_on_neighbours_or_order(embedded,
             )
 
 
+@pytest.mark.slow
 def test_the_residual_costs_no_evaluation_where_the_solver_has_it(epsilon_world, monkeypatch):
     """With guidance the forward that measures ref_error cannot serve, but the solver's own can."""
     family, _ = epsilon_world
@@ -104,6 +107,7 @@ def test_latents_that_overflow_are_rejected_with_a_reason(epsilon_world, tmp_pat
     assert all(value == 0 for band in health.to_lists() for value in band)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["renoise", "adaptive", "anderson"])
 def test_a_pair_that_is_no_number_is_rejected_and_changes_no_other(solver, tmp_path, monkeypatch):
     family = load_family(str(make_tiny_model(tmp_path / "model", "epsilon", seed=3)))

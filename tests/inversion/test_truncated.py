@@ -55,6 +55,7 @@ def draw(pair_id: str, purpose: str, count: int = 1) -> list[torch.Tensor]:
     return [gaussian(stream, (2, *SHAPE[1:])).double() for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "more"), CASES, indirect=["world"], ids=str)
 def test_every_stored_tensor_equals_a_float64_computation(world, more) -> None:
     """From the formulas: guided steps down, the estimate of x0, and x_s out of x_t by fresh noise."""

@@ -46,6 +46,7 @@ def forward(family: Family, denoiser: torch.nn.Module) -> torch.Tensor:
         return family.denoise(denoiser, x_BChw, t_B, conditioning)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True])
 def test_narrow_products_change_no_bit_of_forward_and_backward(family: Family, adapted: bool) -> None:
     outputs, gradients = [], []
@@ -77,6 +78,7 @@ def test_narrow_products_change_no_bit_of_forward_and_backward(family: Family, a
         assert any(gradient.abs().max() > 0 for gradient in gradients[0].values())
 
 
+@pytest.mark.slow
 def test_files_in_half_precision_are_loaded_as_they_are_without_changing_a_bit(family: Family, tmp_path: Path) -> None:
     folder = shutil.copytree(family._model, tmp_path / "model")
     torch.nn.Module.to(copy.deepcopy(family.denoiser), torch.bfloat16).save_pretrained(folder / family.denoiser_folder)

@@ -63,6 +63,7 @@ def condition(family: Family, prompts: Sequence[str | None]) -> Conditioning:
     return family.conditioning(text, [SHAPE] * len(prompts), [(0, 0)] * len(prompts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @torch.no_grad()
 def test_the_denoiser_is_given_what_the_pipeline_gives_it(world, guidance):
@@ -92,6 +93,7 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(world, guidance):
         torch.testing.assert_close(found, stock.velocity(output), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @torch.no_grad()
 def test_sampling_by_the_schedule_gives_the_pipelines_latents(world, guidance):
@@ -114,6 +116,7 @@ def test_sampling_by_the_schedule_gives_the_pipelines_latents(world, guidance):
     assert float((x - wanted).norm() / wanted.norm()) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_latents_and_images_are_the_pipelines(world):
     family, stock = world
@@ -318,6 +321,7 @@ def test_another_denoiser_must_be_of_the_same_shape(tmp_path):
     assert own.denoiser is not None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_loaded_pipeline_takes_first_order_steps_from_unpacked_noise(world):
     """As the stock pipeline does with such a scheduler; both ways around the denoiser that is handed in."""

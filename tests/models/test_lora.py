@@ -128,6 +128,7 @@ def test_a_lora_for_another_architecture_does_not_fit(unet, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FLOW_FAMILIES.values(), ids=FLOW_FAMILIES)
 def test_a_transformers_lora_is_added_as_its_pipeline_does(tmp_path, make):
     """W + up down; in diffusers' format alone, whose names begin with ``transformer``."""

@@ -57,14 +57,17 @@ def noise_of(family: Family) -> torch.Tensor:
     return torch.randn(len(PROMPTS), *family.latent_shape(32, 32), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_the_same_model_twice_guides_as_one_to_the_bit(family):
     assert torch.equal(draw(family, 4.0, copy.deepcopy(family.denoiser)), draw(family, 4.0))
 
 
+@pytest.mark.slow
 def test_without_guidance_the_negative_model_is_not_asked(family):
     assert torch.equal(draw(family, 1.0, another(family.denoiser)), draw(family, 1.0))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_failed_call_does_not_exchange_the_models(family):
     """As where memory runs out and fewer images are drawn after it."""
@@ -93,6 +96,7 @@ def test_a_failed_call_does_not_exchange_the_models(family):
         hook.remove()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_negative_model_predicts_for_the_unconditional_prompt(family):
     negative, guidance, schedule, x = another(family.denoiser), 1.5, family.noise_schedule, noise_of(family)

@@ -48,6 +48,7 @@ OWN: dict[str, tuple[Callable[[Path], Path], str]] = {
 """Makers of folders, and the name of the own sampler."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_last_watched_latents_are_the_pipelines(kind: str, tmp_path: Path) -> None:
     folder = str(MODELS[kind](tmp_path / "model"))
@@ -75,6 +76,7 @@ def test_the_last_watched_latents_are_the_pipelines(kind: str, tmp_path: Path) -
     assert "step" not in vars(pipeline.scheduler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OWN)
 def test_the_models_own_sampler_is_the_stock_pipelines(kind: str, tmp_path: Path) -> None:
     make, name = OWN[kind]

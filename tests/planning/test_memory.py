@@ -34,6 +34,7 @@ def test_the_flags_are_those_of_the_trainer():
     assert own == {name: trainers[name] for name in own}
 
 
+@pytest.mark.slow
 def test_configs_alone_say_what_fits(configs, tmp_path, capfd):
     written = tmp_path / "plan.json"
     lora = ("--lora-rank", 4, "--quantize", "nf4", "--gradient-checkpointing", "--train-batch-size", 1)
@@ -53,6 +54,7 @@ def test_configs_alone_say_what_fits(configs, tmp_path, capfd):
     assert json.loads(written.read_text())["memory"]["train_total"] < memory["train_total"] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_accounted_for(name, tmp_path, capfd):
     family = load_family(str(FAMILIES[name](tmp_path / "model")), ())

@@ -54,6 +54,7 @@ def count(family, inverting_denoiser, settings) -> int:
     return measure_rate(inverter.invert, {family.denoiser, inverting_denoiser}, batches, 0, "cpu").forwards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
 def test_forwards_equal_those_of_the_inverter(family, other, changes, own):

@@ -51,6 +51,7 @@ def refresh(world, tmp_path, capfd, monkeypatch):
     return refresh
 
 
+@pytest.mark.slow
 def test_a_refreshed_reward_prefers_golden_images_and_scores(refresh, world, tmp_path, capfd, here_on_ray):
     done = refresh()
     assert (done.returncode, done.stderr) == (0, "")
@@ -90,6 +91,7 @@ def test_a_refreshed_reward_prefers_golden_images_and_scores(refresh, world, tmp
     assert scored.rewards["refreshed"].agreement > scored.rewards["clipscore"].agreement
 
 
+@pytest.mark.slow
 def test_v_of_0_is_the_base_to_the_bit(refresh, world, tmp_path):
     images = [decode_image(tinted(number % 2, number)) for number in range(4)]
     for name, flags in (
@@ -136,6 +138,7 @@ def make_good(refresh, tmp_path):
     return tmp_path / "good"
 
 
+@pytest.mark.slow
 def test_the_seed_draws_the_samples(refresh, world, tmp_path):
     heads = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -144,6 +147,7 @@ def test_the_seed_draws_the_samples(refresh, world, tmp_path):
     assert heads[0] == heads[1] != heads[2]
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(refresh, world, tmp_path):
     assert_one_line(
         refresh(reward=f"aesthetic={world / 'aesthetic'}"), "has no CLIP of its own", "--features clipscore"

@@ -31,6 +31,7 @@ def chunk():
     return next(iter(cut_chunks(0, rows)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_scores_differ_by_rounding_alone(folders, name, dtype):

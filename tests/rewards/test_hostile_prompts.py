@@ -16,6 +16,7 @@ from tests.rewards.conftest import MAKERS
 PROMPTS = [text[:MAX_TEXT] for text in HOSTILE_TEXTS] + [hostile_text(random.Random(seed)) for seed in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.timeout(120)
 def test_any_prompt_has_a_score(name, folders):

@@ -122,6 +122,7 @@ def test_the_tokens_are_the_authors(authors, tmp_path):
         assert [token * mask for token, mask in zip(ours.input_ids, ours.attention_mask, strict=True)] == theirs
 
 
+@pytest.mark.slow
 def test_v2_1_is_the_same_file_with_other_weights(folders, tmp_path):
     save_clip_tokenizer(tmp_path)
     state = random_open_clip_state(seed=3)
@@ -136,6 +137,7 @@ def test_v2_1_is_the_same_file_with_other_weights(folders, tmp_path):
     assert np.abs(first.score(*batch()) - second.score(*batch())).max() > 0.01
 
 
+@pytest.mark.slow
 def test_other_weights_are_one_line(folders, tmp_path):
     def refused(change, message):
         state = copy.deepcopy(random_open_clip_state())

@@ -91,6 +91,7 @@ def embedded(model, ids, pixels, grid) -> torch.Tensor:
     return values
 
 
+@pytest.mark.slow
 def test_equals_the_model_written_out(folder, reward):
     scores = reward.score(PICTURES, PROMPTS)
     assert scores.dtype == np.float64
@@ -106,6 +107,7 @@ def test_the_question_is_the_authors():
     )
 
 
+@pytest.mark.slow
 def test_does_not_depend_on_neighbours_or_order(reward):
     # Its tokens are letters, and all its pictures large. Above 2000 characters a prompt is scored alone.
     assert_independent(reward, every=3, longest=2_100)
@@ -143,6 +145,7 @@ def test_the_names_of_both_versions_of_transformers_are_known(folder, tmp_path):
     np.testing.assert_array_equal(*scores)
 
 
+@pytest.mark.slow
 def test_half_precision_is_that_of_the_job_and_not_of_the_head(folder):
     reward = load_reward(f"hpsv3={folder}", "cpu")
     with torch.autocast("cpu", torch.bfloat16):

@@ -59,6 +59,7 @@ def test_equals_the_probability_in_float64(folder, reward):
     assert np.ptp(scores) > 0.05
 
 
+@pytest.mark.slow
 def test_does_not_depend_on_neighbours_or_order(reward):
     # Its tokens are letters, and all its pictures large. Above 2000 characters a prompt is scored alone.
     assert_independent(reward, every=3, longest=2_100)

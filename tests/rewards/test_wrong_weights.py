@@ -45,6 +45,7 @@ def test_nothing_there(name, refused, tmp_path):
     refused(f"{name}=owner/repository/file.pt", f"--reward {name}=owner/repository/file.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_damaged_file(name, refused, folders, tmp_path):
     folder = shutil.copytree(folders[name], tmp_path / "model")
@@ -119,6 +120,7 @@ def test_clip_of_another_depth_width_or_kind(refused, tmp_path):
     refused(f"pickscore={model / 'text_encoder'}", "is a 'clip_text_model' model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pickscore", "clipscore"])
 def test_clip_with_another_models_tokenizer_or_processor(name, refused, folders, tmp_path):
     """Without this check nothing would fail, and scores would be wrong."""

@@ -56,6 +56,7 @@ def test_all_stages_run_once_and_are_recorded(tmp_path, go):
     assert go(again) == again.ran == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(len(BOTH)))
 def test_killed_in_any_stage_it_goes_on_there(tmp_path, go, place):
     class Killed(BaseException):

@@ -123,6 +123,7 @@ def draws(family: Family, sample: Sample) -> torch.Tensor:
     return steps.transition(family.noise_schedule, sample.timestep_K, x_2Chw).mean(x_2Chw, sample.x0_2Chw.float())
 
 
+@pytest.mark.slow
 def test_a_trajectory_in_float64(folder: tuple[Path, str]) -> None:
     """Eta 1 by DDIM's own formulas, guidance, the Tweedie image's score, and the reference's error without guidance."""
     path, prediction_type = folder
@@ -195,6 +196,7 @@ def test_both_images_rebuild_the_state_and_the_winner_goes_on(kind: str, model: 
             assert (both[0] - both[1]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_batch_size_or_order(model: Path) -> None:
     make = sampler(load_family(str(model)), trained=(5, 4, 3))
     together = dict(zip(WANTED, samples(make.sample(WANTED)), strict=True))
@@ -268,6 +270,7 @@ def test_the_best_and_the_worst(scores: list[float], places: tuple[int, int]) ->
     assert best_and_worst(np.array(scores)) == places
 
 
+@pytest.mark.slow
 def test_pairs_without_a_score_or_a_number_are_rejected_and_the_others_made(model: Path) -> None:
     family = load_family(str(model))
     whole = samples(sampler(family).sample(WANTED))

@@ -27,6 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_files(world: Path) -> None:
     assert sorted(path.name for path in world.iterdir()) == ["model", "pairs", "prompts", "rewards", "world.json"]
     for split in SPLITS:
@@ -54,6 +55,7 @@ def test_pairs_are_valid(world: Path) -> None:
     assert len({row["image_0_uid"] for row in rows} | {row["image_1_uid"] for row in rows}) == 2 * NUM_PAIRS
 
 
+@pytest.mark.slow
 def test_same_seed_same_world(world: Path, tmp_path: Path) -> None:
     create_world(tmp_path / "again", num_pairs=NUM_PAIRS, seed=3)
     name = "pairs/train-00000-of-00001.parquet"
@@ -97,6 +99,7 @@ def test_a_world_with_other_settings_is_refused(world: Path) -> None:
         create_world(world, num_pairs=9, seed=3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_world_is_replaced(tmp_path: Path) -> None:
     def interrupt(_done: int, _total: int) -> None:
         raise KeyboardInterrupt

@@ -14,6 +14,7 @@ from tests.command import run_here
 from tests.trainer.helpers import column
 
 
+@pytest.mark.slow
 def test_from_its_own_pairs_to_a_report(tmp_path, capfd, here_on_ray) -> None:
     world, scores, shards, tuned = (tmp_path / name for name in ("world", "scores", "shards", "tuned"))
 

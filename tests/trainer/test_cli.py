@@ -79,6 +79,7 @@ def test_unet_that_is_the_reference_needs_no_remark(
     assert "--unet" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rewards(refused: Refused, tmp_path: Path, model: Path, train: Train) -> None:
     error = refused(reward=["nothing"])
     assert "--reward nothing: not in --shards" in error
@@ -226,6 +227,7 @@ def test_scores_from_a_table(train: Train, tmp_path: Path, shards: Path, capsys:
     assert "12 of 18 states" in said
 
 
+@pytest.mark.slow
 def test_config_file_repeats_a_run_and_flags_override_it(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +308,7 @@ def test_a_config_holds_the_values_of_the_flags(
     assert again.model_dump() == settings.model_dump()
 
 
+@pytest.mark.slow
 def test_the_shell_completes_flags_and_choices() -> None:
     def completed(words: str) -> list[str]:
         asked = {"_SMPO_TRAIN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}

@@ -48,6 +48,7 @@ def shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return invert_tiny(model, tmp_path_factory.mktemp("shards") / "flow")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"objective": "smpo"}, {"objective": "dpo", "lora_rank": 2}], ids=["full", "lora"])
 def test_the_first_loss_is_ln_2_and_the_pipeline_loads_the_result(
     train: Train, model: Path, shards: Path, options: dict[str, object]
@@ -87,6 +88,7 @@ def test_an_adapter_that_diffusers_does_not_have_is_one_line(
     assert f"--lora-rank 2: diffusers has no LoRA for the denoiser of --model {model} (pixart-sigma)" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["qwen-image", "pixart-sigma", "z-image", "sana"], indirect=True, scope="module")
 def test_stored_texts_of_different_lengths_train_as_the_text_encoders_do(
     train: Train, model: Path, shards: Path, tmp_path: Path
@@ -98,6 +100,7 @@ def test_stored_texts_of_different_lengths_train_as_the_text_encoders_do(
         np.testing.assert_allclose(column(stored, name), column(live, name), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "source"), [("sd35", "renoise"), ("flux1-dev", "forward")], indirect=["model"])
 def test_one_set_of_shards_trains_every_objective(train: Train, model: Path, tmp_path: Path, source) -> None:
     """A step of all states at the reference: ln 2, or for losses without a sigmoid what the stored errors give."""
@@ -120,6 +123,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_validation_images_are_those_of_the_stock_pipeline(
     train: Train, model: Path, shards: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +149,7 @@ def by_a_stock_pipeline(model: Path, guidance: float) -> list[np.ndarray]:
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["flux1-dev"], indirect=True, scope="module")
 def test_schnells_images_read_texts_as_in_training_and_take_no_guidance(
     train: Train, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
@@ -164,6 +169,7 @@ def test_schnells_images_read_texts_as_in_training_and_take_no_guidance(
     assert not (tmp_path / "refused" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["flux1-dev"], indirect=True, scope="module")
 def test_the_model_is_told_the_guidance_of_the_shards(train: Train, tmp_path: Path) -> None:
     model = make_tiny_flux(tmp_path / "model")
@@ -191,6 +197,7 @@ def test_idle_layers_are_not_trained(train: Train, model: Path, shards: Path, op
     assert any(".0.attn.to_add_out." in name for name in trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options"), [("flux1-dev", {"lora_rank": 2}), ("sd35", {"reference": "live"})], indirect=["model"]
 )
@@ -225,6 +232,7 @@ def test_frozen_weights_are_kept_narrow_without_changing_a_bit(
     assert {parameter.dtype for parameter in unchanged.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "options"), [("sd35", {}), ("flux1-dev", {"lora_rank": 2})], indirect=["model"])
 def test_gradient_checkpointing_changes_nothing_but_memory(
     train: Train, model: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]

@@ -29,6 +29,7 @@ def value(arguments: list[str], flag: str) -> str:
     return arguments[arguments.index(flag) + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", TRAINING, ids=lambda arguments: value(arguments, "--out"))
 def test_a_run_leaves_what_the_page_lists_and_is_used_as_it_says(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from tests.tiny import IMAGE_SIDE
 from tests.trainer.conftest import Train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 4])
 def test_a_run_holds_what_the_account_says(
     train: Train, model: Path, monkeypatch: pytest.MonkeyPatch, lora_rank: int | None

@@ -186,6 +186,7 @@ def test_a_preset_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "--preset smpo is not known" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_printed_flags_of_a_preset_have_its_effect(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +199,7 @@ def test_the_printed_flags_of_a_preset_have_its_effect(
         assert shown.replace(preset=name).model_dump() == preset.model_dump()
 
 
+@pytest.mark.slow
 def test_a_preset_is_overridden_by_flags_and_config_files(train: Train, tmp_path: Path) -> None:
     small = {"lr": None, "warmup_steps": None, "batch_size": None, "max_steps": 1, "grad_accum": 2}
     out = train("flags", preset="smpo-sdxl", dtype="fp32", beta=100, **small)

@@ -48,6 +48,7 @@ def run(snippet: str, folder: Path) -> dict[str, object]:
     return runpy.run_path(str(script))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_every_snippet_runs(demo: Path, snippet: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo)
@@ -58,6 +59,7 @@ def test_no_snippet_is_left_out() -> None:
     assert GUIDE.count("```python") == len(SNIPPETS) >= 8
 
 
+@pytest.mark.slow
 def test_what_the_snippets_make(
     demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +103,7 @@ def my_objectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sys.modules.pop("my_objectives", None)
 
 
+@pytest.mark.slow
 def test_the_own_objective_trains_and_is_part_of_the_run(
     train: Train, my_objectives: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

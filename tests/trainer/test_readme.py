@@ -43,6 +43,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder / "model", folder / "shards"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("result", ["tuned", "lora"])
 def test_the_result_is_used_as_the_readme_says(
     train: Train, stored: tuple[Path, Path], tmp_path: Path, result: str, monkeypatch: pytest.MonkeyPatch

@@ -38,6 +38,7 @@ def hand_computed_loss(shards: Path, model: Path, unet: Path, beta: float, gamma
     return float(np.mean(losses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("objective", ["smpo", "dpo"])
 def test_first_loss_from_the_reference_is_ln_2(
@@ -51,6 +52,7 @@ def test_first_loss_from_the_reference_is_ln_2(
     assert first["reference_noise/std"] < 1e-3
 
 
+@pytest.mark.slow
 def test_shards_in_bfloat16_begin_at_ln_2(train: Train, tmp_path: Path, model: Path) -> None:
     shards = make_shards(tmp_path / "shards", model, num_pairs=4, storage=torch.bfloat16)
     first = metrics(train(on=shards, max_steps=1, batch_size=12))[0]
@@ -58,6 +60,7 @@ def test_shards_in_bfloat16_begin_at_ln_2(train: Train, tmp_path: Path, model: P
     assert first["reference_noise/std"] < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [20, 2000, 50_000])
 def test_bf16_begins_at_ln_2(train: Train, beta: float) -> None:
     out = train(dtype="bf16", beta=beta, max_steps=1)
@@ -67,6 +70,7 @@ def test_bf16_begins_at_ln_2(train: Train, beta: float) -> None:
     assert (out / REFERENCE_FILE).is_file() == (beta > 20)  # kept for a resumed run
 
 
+@pytest.mark.slow
 def test_significant_noise_of_the_stored_reference_is_warned_of(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +82,7 @@ def test_significant_noise_of_the_stored_reference_is_warned_of(
     assert "WARNING" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_recomputed_equals_live_while_the_model_moves(train: Train, other_unet: Path) -> None:
     # 18 states, 7 steps of 4: the second epoch starts within a step, with other batches.
     options = {"beta": 200, "lr": 1e-5, "max_steps": 7, "batch_size": 4}
@@ -87,6 +92,7 @@ def test_recomputed_equals_live_while_the_model_moves(train: Train, other_unet: 
         np.testing.assert_allclose(column(recomputed, "loss"), column(live, "loss"), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_an_adapter_live_disables_it_and_loads_no_second_denoiser(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +109,7 @@ def test_with_an_adapter_live_disables_it_and_loads_no_second_denoiser(
         np.testing.assert_allclose(column(live, name), column(recomputed, name), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_first_loss_from_other_weights_is_the_hand_computed_mean(
     train: Train, shards: Path, model: Path, other_unet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +123,7 @@ def test_first_loss_from_other_weights_is_the_hand_computed_mean(
     assert "reference_noise/std" not in metrics(out)[0]
 
 
+@pytest.mark.slow
 def test_live_and_stored_reference_agree(train: Train, other_unet: Path) -> None:
     for start, options in (("reference", {"lr": 1e-5}), ("elsewhere", {"unet": other_unet})):
         stored = train(f"stored-{start}", beta=100, **options)
@@ -124,6 +132,7 @@ def test_live_and_stored_reference_agree(train: Train, other_unet: Path) -> None
         np.testing.assert_allclose(column(stored, "grad_norm"), column(live, "grad_norm"), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["smpo", "dpo"])
 def test_accumulation_equals_a_large_batch(train: Train, objective: str) -> None:
     # The shards have ties and unlabelled pairs, which dpo leaves out.
@@ -135,6 +144,7 @@ def test_accumulation_equals_a_large_batch(train: Train, objective: str) -> None
         np.testing.assert_allclose(column(small, name), column(large, name), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_loader_workers_change_nothing(train: Train) -> None:
     none = train("none", workers=0)
@@ -144,12 +154,14 @@ def test_loader_workers_change_nothing(train: Train) -> None:
             assert column(some, name) == column(none, name)
 
 
+@pytest.mark.slow
 def test_the_environment_of_accelerate_does_not_scale_the_loss(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train("plain")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert column(train("set", grad_accum=1), "grad_norm") == column(plain, "grad_norm")
 
 
+@pytest.mark.slow
 def test_drift_is_the_mean_absolute_change_of_errors(train: Train, shards: Path, model: Path, other_unet: Path) -> None:
     # A learning rate of 0 keeps the initial weights; the only step has all 18 states.
     out = train(unet=other_unet, max_steps=1, batch_size=18, lr=0)
@@ -166,6 +178,7 @@ def test_drift_is_the_mean_absolute_change_of_errors(train: Train, shards: Path,
     assert column(train("start", max_steps=1), "drift")[0] < 1e-5
 
 
+@pytest.mark.slow
 def test_swapping_all_images_changes_nothing(train: Train, tmp_path: Path, model: Path) -> None:
     plain = train("plain", on=make_shards(tmp_path / "a", model), beta=200, lr=1e-5)
     swapped = train("swapped", on=make_shards(tmp_path / "b", model, swapped=True), beta=200, lr=1e-5)
@@ -173,6 +186,7 @@ def test_swapping_all_images_changes_nothing(train: Train, tmp_path: Path, model
         np.testing.assert_allclose(column(swapped, name), column(plain, name), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_even_scores_train_nothing(train: Train, tmp_path: Path, model: Path) -> None:
     out = train(on=make_shards(tmp_path / "even", model, scores=[(0.5, 0.5)]), max_steps=2)
     np.testing.assert_allclose(column(out, "loss"), LN2, rtol=1e-7)
@@ -214,6 +228,7 @@ def plain_training(shards: Path, model: Path, steps: int, batch: int, beta: floa
     return [parameter.detach() for parameter in plain.unet.parameters()]
 
 
+@pytest.mark.slow
 def test_weights_equal_those_of_a_plain_loop(train: Train, shards: Path, model: Path) -> None:
     out = train(max_steps=6, batch_size=2, grad_accum=2, beta=200, lr=1e-5)
     ours = [parameter.detach() for parameter in UNet2DConditionModel.from_pretrained(out / "unet").parameters()]

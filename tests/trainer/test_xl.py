@@ -58,6 +58,7 @@ def xl_shards(request: pytest.FixtureRequest, xl: Path, tmp_path_factory: pytest
 default = pytest.mark.parametrize("xl_shards", ["sizes"], indirect=True)
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_ln_2_and_the_unet_loads(train: Train, xl: Path, xl_shards: Path) -> None:
     """The trainer reproduces the stored reference errors, so sizes, crops and prompts are the same."""
     out = train(on=xl_shards, base=xl, max_steps=3, batch_size=6, lr=1e-3)
@@ -67,6 +68,7 @@ def test_the_first_loss_is_ln_2_and_the_unet_loads(train: Train, xl: Path, xl_sh
     assert not np.array_equal(picture, generate(StableDiffusionXLPipeline.from_pretrained(xl)))
 
 
+@pytest.mark.slow
 @default
 def test_a_lora_loads_and_inverts(train: Train, xl: Path, xl_shards: Path) -> None:
     out = train(on=xl_shards, base=xl, max_steps=3, batch_size=6, lr=1e-2, lora_rank=4)
@@ -90,6 +92,7 @@ def generate(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
     return pipeline("a cat", num_inference_steps=2, output_type="np", generator=generator).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("xl_shards", "dtype"), [("sizes", "fp32"), ("sizes", "bf16"), ("encoded", "fp32")], indirect=["xl_shards"]
 )
@@ -103,6 +106,7 @@ def test_stored_text_equals_live_to_the_bit(
         assert column(stored, name) == column(live, name)
 
 
+@pytest.mark.slow
 @default
 def test_validation_images_are_drawn(train: Train, xl: Path, xl_shards: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"

@@ -163,6 +163,7 @@ def test_pages_elsewhere_cannot_vote(ballot: Ballot, path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_votes_are_averaged_by_pair(ballot: Ballot, path: Path) -> None:
     server = client(ballot, path)
     first, second, *_ = ballot.pairs

@@ -79,6 +79,7 @@ def test_golden_looking_pairs_weigh_more_and_training_reads_it(weigh, world, tmp
     assert read_pair_weights(scores, "weight").table["p7"] == ("a cat 7", found["p7"])
 
 
+@pytest.mark.slow
 def test_row_order_and_a_second_run_change_nothing(weigh, world, tmp_path):
     one, other = scores_of(world, tmp_path / "one"), scores_of(world, tmp_path / "other", reversed(range(PAIRS)))
     for scores in (one, other):
@@ -94,6 +95,7 @@ def test_row_order_and_a_second_run_change_nothing(weigh, world, tmp_path):
     assert raw == pytest.approx(scaled, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_listed_pairs_are_golden_and_sources_have_their_shares(weigh, world, tmp_path):
     ids = [f"p{number}" for number in range(PAIRS) if GOLDEN[number]]
     (tmp_path / "golden.txt").write_text("\n".join([*ids, "elsewhere"]))
@@ -141,6 +143,7 @@ def test_a_golden_set_like_the_others_is_called_noise(weigh, world, tmp_path):
     assert "AUC near 0.5: golden images and those of the others look alike; these weights are noise" in done.stdout
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(weigh, world, tmp_path):
     scores = scores_of(world, tmp_path / "scores")
     before = {path: path.read_bytes() for path in scores.iterdir()}
@@ -162,6 +165,7 @@ def test_mistakes_are_one_line(weigh, world, tmp_path):
     assert weigh(scores, *golden, "--column", "site", "--overwrite").returncode == 0
 
 
+@pytest.mark.slow
 def test_columns_of_the_pairs_serve_where_the_table_has_none(weigh, world, tmp_path):
     """The table in another order than the pairs."""
     table = pq.read_table(world / "pairs.parquet")

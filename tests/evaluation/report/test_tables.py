@@ -45,6 +45,7 @@ def test_every_pair_of_models_by_hand() -> None:
     assert (cells["r", "two", "one"].wins, cells["r", "two", "one"].ties, cells["r", "two", "one"].losses) == (1, 1, 2)
 
 
+@pytest.mark.slow
 def test_the_matrix_agrees_with_comparisons_one_by_one(made: Made) -> None:
     """In both directions: an interval of the other model against this one is this one's, reflected."""
     cells = compare_models(made.scores, range(45)).cells

@@ -112,6 +112,7 @@ def test_denoisers_are_cast_before_they_move_to_the_device(models, tmp_path, mon
     assert shared == ({False} if inverting_denoiser is None else set())
 
 
+@pytest.mark.slow
 def test_files_in_the_runs_dtype_are_never_held_in_float32(models, tmp_path, monkeypatch):
     DiffusionPipeline.from_pretrained(models / "sd", torch_dtype=torch.bfloat16).save_pretrained(tmp_path / "sd")
     family, _ = load_models(make_options(tmp_path, tmp_path))
@@ -161,6 +162,7 @@ def test_a_batch_size_that_runs_out_of_memory_is_tried_once(models, tmp_path, mo
     assert pop_batch_sizes(tmp_path, 8, "trajectories") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "file", "name", "value", "message"),
     [

@@ -131,6 +131,7 @@ def test_a_lease_removed_while_watched_goes_to_the_run_that_creates_it_first(out
     assert json.loads((out / LEASE_FILE).read_bytes())["host"] == "third"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_exactly_one_of_many_runs_takes_over_a_stale_lease(out):
     """Threads that act as processes of different machines; the one that takes over renews the lease, as a run does."""

@@ -26,6 +26,7 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("memory") / "sd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -45,6 +46,7 @@ def test_torchs_tracker_sees_the_same_peak(sd: Path, flags: dict) -> None:
     assert account_training(family, run).total == pytest.approx(tracked_step(family, run), rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_torchs_tracker_sees_the_same_peak_of_two_blocks_of_flux(tmp_path: Path, checkpointing: bool) -> None:
     from benchmarks.capacity.tracked_memory import tracked_step
@@ -59,6 +61,7 @@ def test_torchs_tracker_sees_the_same_peak_of_two_blocks_of_flux(tmp_path: Path,
     assert account_training(family, run).total == pytest.approx(tracked_step(family, run), rel=0.1)
 
 
+@pytest.mark.slow
 def test_weights_gradients_and_moments_are_the_published_numbers() -> None:
     memory = account_training(load_family(str(PUBLISHED / "sd15"), ()), TrainingRun(256, 256, batch_size=1))
     weights = 859_520_964  # of SD 1.5's UNet
@@ -67,6 +70,7 @@ def test_weights_gradients_and_moments_are_the_published_numbers() -> None:
     assert (memory.result, memory.checkpoint) == (4 * weights, 12 * weights)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_tokens_and_not_with_their_square(sd: Path) -> None:
     """Attention saves no matrix of all pairs of tokens."""
     family = load_family(str(sd), ())
@@ -128,6 +132,7 @@ def test_optimizers_keep_what_the_account_says(optimizer: str) -> None:
     assert sum(state_bytes(optimizer, tuple(parameter.shape)) for parameter in trained) == real_bytes
 
 
+@pytest.mark.slow
 def test_flux_trains_below_4_bit_weights_in_24_gb() -> None:
     run = TrainingRun(1024, 1024, batch_size=1, lora_rank=16, quantize="nf4", gradient_checkpointing=True)
     memory = account_training(load_family(str(PUBLISHED / "flux1-dev"), ()), run)

@@ -106,6 +106,7 @@ def test_a_cut_list_is_refused_and_other_json_left_out(tmp_path):
         listed(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_long_list_is_never_held_as_a_whole(tmp_path):
     path = tmp_path / "train.json"
     rows = rows_of(1)

@@ -67,6 +67,7 @@ def test_a_damaged_sample_is_rejected_alone(tmp_path):
     assert all(isinstance(each, PairRejectedError) for each in (first, third, fourth))
 
 
+@pytest.mark.slow
 def test_units_of_a_tar(tmp_path):
     path = write_tar(tmp_path / "x.tar", samples(*(f"{number:03d}" for number in range(2100))))
     (file,) = listed(path)

@@ -47,6 +47,7 @@ def test_the_order_is_that_of_queues(group: int, window: int) -> None:
         assert bucketed(group, window).state_at(position) == wanted[position]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_a_group_has_one_shape_and_every_state_comes_once(world_size: int) -> None:
     """For any number of processes, which share a step of 48 states, or a larger one if they are too many."""

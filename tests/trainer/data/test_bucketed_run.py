@@ -45,6 +45,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[StateBatch]:
     return batches
 
 
+@pytest.mark.slow
 def test_each_micro_batch_is_of_one_shape_and_all_shapes_come(
     train: Train, shaped: list[Path], seen: list[StateBatch], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +61,7 @@ def test_each_micro_batch_is_of_one_shape_and_all_shapes_come(
     assert "latents of 3 shapes, in groups of 4 states of the same shape; rarer shapes: 1 (3 states)" in said
 
 
+@pytest.mark.slow
 def test_the_split_of_a_step_changes_nothing(train: Train, shaped: list[Path]) -> None:
     runs = [
         train(f"cut-{batch}", on=shaped, batch_size=batch, grad_accum=accum, max_steps=5, beta=200, lr=1e-5)
@@ -69,6 +71,7 @@ def test_the_split_of_a_step_changes_nothing(train: Train, shaped: list[Path]) -
         assert column(runs[0], name) == pytest.approx(column(runs[1], name), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["stored", "recomputed"])
 def test_held_out_states_of_several_shapes(
     train: Train, shaped: list[Path], seen: list[StateBatch], reference: str
@@ -79,6 +82,7 @@ def test_held_out_states_of_several_shapes(
     assert len({tuple(batch.x0_B2Chw.shape[2:]) for batch in seen}) == 3
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_batch_size_but_not_with_other_groups(
     train: Train, shaped: list[Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,7 @@ def test_a_bad_held_out_state_ends_the_run_with_one_line(
     assert "sample 00000001 (pair pair-1): x0 is not finite" in error
 
 
+@pytest.mark.slow
 def test_the_run_resumes_once_the_shard_is_restored(
     train: Train,
     damaged: Path,

@@ -66,6 +66,7 @@ def another_score(rows: Rows) -> None:
 CHANGES = [one_state_more, one_state_less, another_timestep, another_shape, another_pair, another_score]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_sample_that_differs_from_the_index(

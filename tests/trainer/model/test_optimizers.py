@@ -38,6 +38,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     return seen
 
 
+@pytest.mark.slow
 def test_adafactors_first_step_has_adams_signs_and_the_learning_rate_as_its_size(
     train: Train, model: Path, collected: list[dict[str, torch.Tensor]]
 ) -> None:
@@ -110,6 +111,7 @@ def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     AdamW8bit.made.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bitsandbytes")
 def test_eight_bit_adam_is_called_as_adam_and_makes_its_first_step(
     train: Train, collected: list[dict[str, torch.Tensor]]
@@ -123,6 +125,7 @@ def test_eight_bit_adam_is_called_as_adam_and_makes_its_first_step(
         torch.testing.assert_close(ours[name], wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw8bit"])
 @pytest.mark.usefixtures("bitsandbytes")
 def test_a_resumed_run_equals_the_uninterrupted_one(
@@ -138,6 +141,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_saved(train: Train, collected: list[dict[str, torch.Tensor]]) -> None:
     averaged = train("averaged", max_steps=5, save_every=1, ema_decay=0.3)
     average = collected[0]
@@ -150,6 +154,7 @@ def test_the_average_is_what_is_saved(train: Train, collected: list[dict[str, to
     assert column(averaged, "loss") == column(train("plain", max_steps=5), "loss")
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     compute = torch_checkpoint.checkpoint
@@ -170,6 +175,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(train: Train, monkeyp
     np.testing.assert_allclose(column(lora, "loss"), column(train("lora-kept", lora_rank=2), "loss"), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_scaled_as_published(train: Train, tmp_path: Path) -> None:
     out = train(lr=1e-8, scale_lr=True, batch_size=2, grad_accum=3, max_steps=2)
     assert column(out, "lr") == pytest.approx([6e-8, 6e-8])
@@ -178,6 +184,7 @@ def test_the_learning_rate_is_scaled_as_published(train: Train, tmp_path: Path) 
     assert json.loads((out / "training.json").read_text())["settings"]["lr"] == pytest.approx(6e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "wanted"),
     [
@@ -251,6 +258,7 @@ class _Run:
         self.finished = True
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_records_of_the_file(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a module in place of wandb, which needs an account, that records its calls."""
     prompts = tmp_path / "prompts.txt"

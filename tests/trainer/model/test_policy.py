@@ -25,6 +25,7 @@ def picture(pipeline: StableDiffusionPipeline) -> np.ndarray:
     return pipeline("a cat", num_inference_steps=2, output_type="np", generator=generator).images
 
 
+@pytest.mark.slow
 def test_trained_unet_generates_in_a_stock_pipeline(train: Train, model: Path) -> None:
     out = train(dtype="fp32", max_steps=2)
     unet = UNet2DConditionModel.from_pretrained(out / "unet")
@@ -55,6 +56,7 @@ def test_a_run_leaves_these_files_and_no_others(train: Train) -> None:
     assert summary["settings"]["beta"] == 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5}, {"lora_rank": 2, "ema_decay": 0.5}])
 def test_a_checkpoint_equals_the_result_of_a_run_of_its_steps(
     train: Train, model: Path, options: dict[str, object]
@@ -93,6 +95,7 @@ def test_others_may_read_what_a_run_writes(train: Train, options: dict[str, obje
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
 
 
+@pytest.mark.slow
 def test_lora_loads_into_a_stock_pipeline(train: Train, model: Path) -> None:
     out = train(lora_rank=4, lr=1e-3, max_steps=4)
     assert abs(column(out, "loss")[0] - np.log(2)) < 1e-4

@@ -113,6 +113,7 @@ def inputs_of(name: str) -> dict[str, torch.Tensor]:
     return {"hidden_states": normal(2, 4, 8, 8), **added, **text}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [*((name, "bf16") for name in MODELS), ("sd35", "fp32")])
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_weights_are_those_of_diffusers_own_loading(
@@ -194,6 +195,7 @@ def test_int8_weights_are_127ths_of_their_row(base: Path) -> None:
         torch.testing.assert_close(ours, weight, rtol=0, atol=float(weight.abs().max()) / 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "dtype"), [("nf4", "bf16"), ("int8", "fp32")])
 def test_a_run_starts_at_the_quantized_reference_and_saves_an_adapter(
     train: Train, base: Path, flow_shards: Path, capsys: pytest.CaptureFixture[str], method: str, dtype: str
@@ -225,6 +227,7 @@ def test_a_run_starts_at_the_quantized_reference_and_saves_an_adapter(
             torch.testing.assert_close(tuned[name], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_at_the_same_bits(
     train: Train, base: Path, flow_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +247,7 @@ def test_an_unet_is_quantized_too(train: Train, model: Path) -> None:
     DiffusionPipeline.from_pretrained(model).load_lora_weights(out)
 
 
+@pytest.mark.slow
 def test_starting_elsewhere_both_denoisers_are_quantized(train: Train, other_unet: Path) -> None:
     """So that a margin at the start is what the weights differ by, not what rounding them does."""
     plain = train("plain", lora_rank=2, unet=other_unet, reference="recomputed", max_steps=1)
@@ -253,6 +257,7 @@ def test_starting_elsewhere_both_denoisers_are_quantized(train: Train, other_une
         assert column(int8, name)[0] == pytest.approx(column(plain, name)[0], rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, {"quantize": "nf4"}], ids=["frozen", "nf4"])
 def test_files_in_half_precision_are_never_held_in_float32(
     train: Train, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, object]

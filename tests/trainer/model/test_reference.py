@@ -54,6 +54,7 @@ def bf16_shards(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return inverted(tmp_path_factory.mktemp("bf16") / "shards", base, "bf16")
 
 
+@pytest.mark.slow
 def test_bf16_shards_hold_the_errors_that_a_bf16_run_computes(
     train: Train, base: Path, bf16_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_bf16_shards_hold_the_errors_that_a_bf16_run_computes(
     assert metrics(out)[0]["reference_noise/std"] < 0.2
 
 
+@pytest.mark.slow
 def test_errors_of_another_precision_are_named_and_significant(
     train: Train, base: Path, bf16_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +82,7 @@ def test_errors_of_another_precision_are_named_and_significant(
     assert all(word in printed for word in words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "significant"), [(3e-5, False), (1e-4, True)])
 def test_whether_noise_is_significant_does_not_depend_on_the_size_of_a_step(
     train: Train, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, noise: float, significant: bool

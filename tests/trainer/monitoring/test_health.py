@@ -205,6 +205,7 @@ def warnings(out: Path) -> list[str]:
     return json.loads((out / "training.json").read_text())["warnings"]
 
 
+@pytest.mark.slow
 def test_a_good_tiny_run_is_silent(train: Train, sided: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = train(on=sided, **GENTLE, **HELD_OUT)
     assert warnings(out) == []
@@ -216,18 +217,21 @@ def test_a_good_tiny_run_is_silent(train: Train, sided: Path, capsys: pytest.Cap
 EXPLODING = {"beta": 1e4, "lr": 1e-3}
 
 
+@pytest.mark.slow
 def test_margins_of_a_tiny_run_that_explode(train: Train, sided: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = train(on=sided, **GENTLE | EXPLODING)
     (warning,) = [warning for warning in warnings(out) if warning.startswith("margins explode")]
     assert capsys.readouterr().out.count(f"WARNING: {warning}") == 1
 
 
+@pytest.mark.slow
 def test_shuffled_labels_are_warned_of(train: Train, source: Path, model: Path, tmp_path: Path) -> None:
     shuffled = learnable(tmp_path / "shuffled", source, model, shuffled=True)
     out = train(on=shuffled, **GENTLE, **HELD_OUT)
     assert any("accuracy on held-out pairs is at chance" in warning for warning in warnings(out))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_warns_like_the_uninterrupted_one(
     train: Train, sided: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

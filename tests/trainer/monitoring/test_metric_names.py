@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from unittest.mock import patch
 
+import pytest
+
 from smpo_trainer.monitoring.metric_names import METRICS
 from smpo_trainer.monitoring.utilization import Utilization
 from tests.trainer.conftest import Train
@@ -13,6 +15,7 @@ from tests.trainer.helpers import metrics
 BAND = re.compile(r"/t\d+-\d+$")
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_writes_exactly_the_declared_metrics(train: Train) -> None:
     with patch.object(Utilization, "on_device", classmethod(lambda cls, policy, _accelerator: cls(policy, peak=1e12))):
         terms = {"budget": 0.1, "robust": 1, "winner_preserving": 0, "norm_guard": 1, "beta_decay": "0:2:0.5"}
@@ -24,6 +27,7 @@ def test_a_run_with_everything_writes_exactly_the_declared_metrics(train: Train)
     assert any(BAND.search(name) for name in written)
 
 
+@pytest.mark.slow
 def test_runs_of_all_kinds_write_no_other_metric(train: Train) -> None:
     for number, options in enumerate(({"objective": "dpo"}, {"objective": "mapo", "ema_decay": 0.9}, {"lora_rank": 2})):
         for record in metrics(train(f"{number}", max_steps=1, **options)):

@@ -40,6 +40,7 @@ def test_a_config_file_keeps_it(shards: Path, model: Path, tmp_path: Path, monke
     assert settings.loss.beta_decay == BetaDecay(10, 30, 0.5)
 
 
+@pytest.mark.slow
 def test_a_step_is_that_of_its_beta(train: Train, other_unet: Path) -> None:
     """Of margin, logged rewards, budget and held-out pairs: the second step of two has 3/4 of beta, the third half."""
     same = {"unet": other_unet, "lr": 0, "budget": 0.0, "max_steps": 3, "val_fraction": 0.3, "val_every": 1}

@@ -66,6 +66,7 @@ def write_scores(folder: Path, pairs: int = PAIRS, **columns: list[object]) -> P
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PLAIN if name not in ("smpo", "capo", "selfnpo")])
 def test_first_loss_of_a_label_objective(train: Train, states: list[State], other_unet: Path, name: str) -> None:
     out = train(objective=name, unet=other_unet, max_steps=1, batch_size=6, grad_accum=2, beta=BETA)
@@ -128,6 +129,7 @@ def test_kept_ties_are_trained_on(train: Train, capsys: pytest.CaptureFixture[st
     assert "15 of 18 states of 6 trajectories" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mapo", "capo", "sft"])
 def test_accumulation_equals_a_large_batch(train: Train, other_unet: Path, name: str) -> None:
     # Adam turns rounding of gradients near 0 into full steps; a small learning rate keeps that below the tolerance.
@@ -166,6 +168,7 @@ def test_rows_that_repeat_a_pair_must_agree(tmp_path: Path) -> None:
                 read_pair_weights(scores, "trust")
 
 
+@pytest.mark.slow
 def test_equal_weights_change_nothing(train: Train, tmp_path: Path) -> None:
     scores = write_scores(tmp_path / "scores", trust=[1] * PAIRS)
     weighted = train("weighted", objective="dpo", scores=scores, weight_column="trust")
@@ -285,6 +288,7 @@ def test_each_setting_is_part_of_the_runs_identity(
     assert "finished; nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_budget_makes_every_objective_use_the_reference(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"objective": "sft", "dtype": "bf16", "max_steps": 1, "batch_size": 12}
     assert "reference_noise/std" not in metrics(train("without", **options))[0]

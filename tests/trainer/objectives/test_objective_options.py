@@ -52,6 +52,7 @@ class Hinge(LabelObjective):
 """
 
 
+@pytest.mark.slow
 def test_another_objective_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "hinge.py").write_text(_ANOTHER)
     code = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from smpo_trainer.output.file_list import CHECKPOINT_FILES, RUN_FILES
 from smpo_trainer.output.training_record import RewardInMix, TrainedShards, TrainingRecord
 from tests.trainer.conftest import Train
@@ -18,6 +20,7 @@ def names(folder: Path) -> set[str]:
     return {"checkpoint-NNNNNN/" if name.startswith("checkpoint-") else name for name in found}
 
 
+@pytest.mark.slow
 def test_runs_leave_the_declared_files(train: Train, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     options = {"image_prompts": tmp_path / "prompts.txt", "image_sampling_steps": 1, "max_steps": 1}

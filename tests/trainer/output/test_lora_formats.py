@@ -63,6 +63,7 @@ def draw(pipeline: DiffusionPipeline, **options: object) -> np.ndarray:
     return pipeline(prompt="a cat", output_type="np", generator=generator, **options).images[0]
 
 
+@pytest.mark.slow
 def test_each_file_is_the_policy_in_a_stock_pipeline(train: Train, base: Path, tmp_path: Path) -> None:
     """W + alpha / rank B A, with an alpha that is not the rank; of a run that was resumed."""
     shards = invert_tiny(base, tmp_path / "shards")

@@ -62,6 +62,7 @@ def test_a_broken_step_is_skipped_and_counted(train: Train, overflowing: Path) -
     assert all((rates[step] == rates[step - 1]) == (step in bad) for step in range(1, STEPS))
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_the_weights(
     train: Train, overflowing: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_step_that_is_taken_resets_the_count(train: Train, overflowing: Path) 
     assert column(train(**options(overflowing), max_skipped=2), "skipped_steps")[-1] == len(bad) == 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_count(
     train: Train, overflowing: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +127,7 @@ def test_a_resumed_run_keeps_the_count(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_overwriting_removes_the_file(
     train: Train, overflowing: Path, shards: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

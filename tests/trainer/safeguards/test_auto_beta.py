@@ -104,6 +104,7 @@ def test_it_is_not_combined_with_a_schedule(
         resolve_experiment(resolve_settings(monkeypatch, run), print)
 
 
+@pytest.mark.slow
 def test_each_step_has_the_beta_that_the_margins_before_it_gave(train: Train, other_unet: Path) -> None:
     same = {"unet": other_unet, "lr": 0, "objective": "dpo", "max_steps": 4, "val_fraction": 0.3, "val_every": 4}
     out = train("auto", beta="auto:400", beta_band="3:4", beta_rate=1.5, warmup_steps=1, **same)

@@ -29,6 +29,7 @@ def test_a_run_ends_after_so_many_worse_rewards() -> None:
     assert (resumed.step, resumed.reward, resumed.has_fallen) == (3, 3.0, True)
 
 
+@pytest.mark.slow
 def test_images_are_scored_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [np.full((4, 6, 3), level, dtype=np.uint8) for level in (10, 30)]
     assert mean_reward(REDNESS, images, ["a", "ünï"], "cpu") == pytest.approx((10 + 1 + 30 + 3) / 2, rel=1e-12)
@@ -43,6 +44,7 @@ def _lines(given: tuple[str, str]) -> tuple[str, list[str]]:
     return given[0], given[1].splitlines()
 
 
+@pytest.mark.slow
 def test_a_wrong_reward_is_one_line_before_anything_is_loaded(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +63,7 @@ def test_a_wrong_reward_is_one_line_before_anything_is_loaded(
 REWARDS = {0: 0.5, 1: 0.6, 2: 0.9, 3: 0.7, 4: 0.8}
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_result_also_of_a_killed_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

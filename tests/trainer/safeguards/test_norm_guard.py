@@ -53,6 +53,7 @@ def test_it_is_added_times_half_of_beta_and_does_not_depend_on_the_order_of_imag
     torch.testing.assert_close(run(3), run(3, swapped=True), rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_a_step_has_the_numbers_of_plain_forwards(train: Train, shards: Path, model: Path, other_unet: Path) -> None:
     """Both options: all 18 states in two micro-batches, the stored norms of the reference, other weights."""
     # With noise of its own each, two images' differences from their targets are nearly orthogonal.

@@ -102,6 +102,7 @@ def test_a_bad_loss_reaches_every_gradient(bad: float) -> None:
     assert gradient.isnan().all()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_its_micro_batches(train: Train, other_unet: Path, tmp_path: Path) -> None:
     scores = write_scores(tmp_path / "scores", trust=[1.5, 0.5, 1.0, 2.0, 0.2, 1.0])
     options = {"robust": 0.05, "scores": scores, "weight_column": "trust", "objective": "dpo"}

@@ -102,6 +102,7 @@ def dying_at_the_first_rollback() -> object:
     return save_or_die
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_or_rolls_back(
     train: Train,
     shards: Path,
@@ -128,6 +129,7 @@ def test_a_diverging_run_stops_or_rolls_back(
     assert (error_ratio(metrics(out)[-1]) or 0) < spike["error_ratio"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_rolls_back_ends_like_an_uninterrupted_one(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

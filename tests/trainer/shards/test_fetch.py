@@ -60,6 +60,7 @@ def tars(cache: Path) -> set[str]:
     return {path.name for path in cache.rglob("shard-*.tar")}
 
 
+@pytest.mark.slow
 def test_training_from_a_url_equals_training_from_a_folder(train: Train, tmp_path: Path, bucket: object) -> None:
     local = train("local", max_steps=9, beta=200, lr=1e-5)
     options = {"cache": tmp_path / "cache", "workers": 2, "shuffle_window": 1, "max_steps": 9, "beta": 200, "lr": 1e-5}

@@ -34,6 +34,7 @@ def no_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLIPTextModel, "from_pretrained", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_stored_equals_live_to_the_bit(
     train: Train, shards: Path, model: Path, tmp_path: Path, dtype: str, request: pytest.FixtureRequest
@@ -55,6 +56,7 @@ def bucket(stored: Path) -> Iterator[MemoryFileSystem]:
     memory.rm("/bucket", recursive=True)
 
 
+@pytest.mark.slow
 def test_text_from_a_url_is_fetched_and_kept_within_the_limit(
     train: Train, shards: Path, tmp_path: Path, bucket: object, no_encoders: None
 ) -> None:
@@ -71,6 +73,7 @@ def test_text_from_a_url_is_fetched_and_kept_within_the_limit(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_url_gives_the_numbers_of_live_text(train: Train, shards: Path, tmp_path: Path, bucket: object) -> None:
     options = {"shuffle_window": 1, "max_steps": 4, "beta": 200, "lr": 1e-5}
     live = train("live", **options)
@@ -84,6 +87,7 @@ def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("other") / "shards", model, num_pairs=3, seed=1, prefix="other")
 
 
+@pytest.mark.slow
 def test_two_directories_are_joined(
     train: Train, shards: Path, stored: Path, other: Path, model: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -95,6 +99,7 @@ def test_two_directories_are_joined(
         assert column(joined, name) == column(live, name)
 
 
+@pytest.mark.slow
 def test_beside_shards_without_stored_text_the_encoders_are_loaded(
     train: Train, shards: Path, stored: Path, other: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +151,7 @@ def test_another_model_is_refused_without_its_text_encoders(
     assert "another noise schedule or prediction type" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_images_are_drawn_by_encoders_that_are_loaded_for_it(train: Train, stored: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat")

@@ -71,6 +71,7 @@ def by_a_stock_pipeline(model: Path, unet: Path, guidance: float) -> list[np.nda
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
 def test_images_equal_those_of_a_stock_pipeline(
     train: Train, model: Path, prompts: Path, ema_decay: float | None
@@ -96,6 +97,7 @@ def test_images_equal_those_of_a_stock_pipeline(
     assert [event.step for event in board.Images("validation")] == [0, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_models_stored_precision_does_not_matter(
@@ -112,6 +114,7 @@ def test_the_models_stored_precision_does_not_matter(
     assert difference.max() <= 1.5 if dtype == "fp32" else difference.mean() <= 3
 
 
+@pytest.mark.slow
 def test_a_folder_with_one_variant_and_no_size_draws_the_same(
     train: Train, shards: Path, model: Path, prompts: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +164,7 @@ def test_images_are_decoded_one_by_one_and_in_tiles_if_memory_runs_out(
     assert (tiles > 0).tolist() == [True, True, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"dtype": "bf16"}])
 def test_drawing_does_not_change_the_training(
     train: Train, prompts: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
@@ -195,6 +199,7 @@ def test_a_file_without_prompts_is_one_line(
     assert error.count("\n") == 0
 
 
+@pytest.mark.slow
 def test_overwriting_removes_the_images_of_another_run(train: Train, prompts: Path) -> None:
     out = train(image_prompts=prompts, image_sampling_steps=1, max_steps=2)
     assert len(drawn(out)) == 2
