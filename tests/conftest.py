@@ -23,7 +23,7 @@ _RAY: list[Any] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files on Ray come first, then others that take minutes: at the end no process waits for another's long file.
+    """Files on Ray come first, then others with slow tests: at the end no process waits for another's long file.
 
     Of the rest, the trainer's come first and the commands' last. ``--no-loadscope-reorder`` in the Makefile keeps this
     order; else pytest-xdist puts those with the most tests first.
