@@ -37,6 +37,9 @@ def open_shards(run: Run, text: Run, *, overwrite: bool) -> Manifest | None:
         run: of the job.
         text: of the text stage, which a kill after the manifest may have left.
         overwrite: start over.
+
+    Raises:
+        UserError: the folder holds another job's output, or a run with other settings.
     """
     if run.open(overwrite=overwrite, patterns=("shard-*.tar", INDEX_FILE, REJECTS_FILE, f"{TEXT_FOLDER}/")):
         return None

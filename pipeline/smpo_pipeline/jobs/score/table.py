@@ -151,8 +151,8 @@ class _OldTable:
         own = score_schema(rewards, list(FURTHER)).names
         with reading_parquet(out / base.parts[0].name):
             first = pq.read_schema(arrow_source(out / base.parts[0].name))
+        # The new parts replace these files: what others added, such as the weights of `weigh`, must not go with them.
         self.added = [field for field in first if field.name not in own]
-        """Columns that others added to the table, such as the weights of ``weigh``."""
 
     def join(self, rows: pa.Table) -> pa.Table:
         """Add the existing columns to ``rows``, which are all rows of one part.
