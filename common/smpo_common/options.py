@@ -165,14 +165,19 @@ Overwrite = Annotated[bool, Flag(recorded=False)]
 
 
 def add_command(
-    app: typer.Typer, function: Callable[[Any], None], *, examples: str = "", actions: Mapping[str, Any] | None = None
+    app: typer.Typer,
+    function: Callable[[Any], None],
+    *,
+    heading: str | None = None,
+    actions: Mapping[str, Any] | None = None,
 ) -> None:
     """Add a command to ``app``.
 
     Args:
         app: the program.
-        function: takes one :class:`Options`; its docstring is the help.
-        examples: printed below the help.
+        function: takes one :class:`Options`; its docstring is the help, whose section ``Examples:`` has one command a
+            line and is printed below the flags.
+        heading: of the commands among which the program's help lists it.
         actions: further flags by name, as Typer annotations whose callbacks do the work.
     """
     model = next(iter(get_type_hints(function).values()))
@@ -191,8 +196,10 @@ def add_command(
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = function.__doc__
-    app.command(function.__name__, epilog=examples)(command)
+    command.__doc__, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
+    # Typer joins the lines of a paragraph.
+    epilog = "\n\n".join(["Examples:", *map(str.strip, examples.splitlines())]) if examples else None
+    app.command(function.__name__, epilog=epilog, rich_help_panel=heading)(command)
 
 
 def parse_arguments(model: type[AnyOptions], arguments: Sequence[str]) -> AnyOptions:

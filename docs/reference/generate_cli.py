@@ -41,6 +41,8 @@ def _program(name: str, app: typer.Typer) -> Iterator[str]:
         several = len(app.registered_commands) > 1
         yield f"## {name} {command.name or function.__name__}\n" if several else f"## {name}\n"
         yield f"{inspect.cleandoc(function.__doc__ or '')}\n"
+        _, *examples = (command.epilog or "").split("\n\n")
+        yield from [*(f"    {example}" for example in examples), ""]
         groups: dict[str, list[list[str]]] = {}
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             kind, *declared = get_args(parameter.annotation) or (parameter.annotation,)

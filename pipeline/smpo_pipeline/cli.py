@@ -9,23 +9,23 @@ import typer
 
 from smpo_common.commandline import run_app
 from smpo_common.options import add_command
-from smpo_pipeline.commands.calibrate import calibrate
-from smpo_pipeline.commands.evaluate import evaluate
-from smpo_pipeline.commands.generate import generate
-from smpo_pipeline.commands.inspect import inspect
-from smpo_pipeline.commands.invert import invert
-from smpo_pipeline.commands.merge import merge
-from smpo_pipeline.commands.plan import plan
-from smpo_pipeline.commands.push import push
-from smpo_pipeline.commands.refresh import refresh
-from smpo_pipeline.commands.rounds import rounds
-from smpo_pipeline.commands.score import score
-from smpo_pipeline.commands.select import select
-from smpo_pipeline.commands.status import status
-from smpo_pipeline.commands.steps import steps
-from smpo_pipeline.commands.toy import toy
-from smpo_pipeline.commands.vote import vote
-from smpo_pipeline.commands.weigh import weigh
+from smpo_pipeline.commands.models.evaluate import evaluate
+from smpo_pipeline.commands.models.merge import merge
+from smpo_pipeline.commands.models.push import push
+from smpo_pipeline.commands.pairs.calibrate import calibrate
+from smpo_pipeline.commands.pairs.generate import generate
+from smpo_pipeline.commands.pairs.refresh import refresh
+from smpo_pipeline.commands.pairs.score import score
+from smpo_pipeline.commands.pairs.select import select
+from smpo_pipeline.commands.pairs.vote import vote
+from smpo_pipeline.commands.pairs.weigh import weigh
+from smpo_pipeline.commands.runs.inspect import inspect
+from smpo_pipeline.commands.runs.rounds import rounds
+from smpo_pipeline.commands.runs.status import status
+from smpo_pipeline.commands.runs.toy import toy
+from smpo_pipeline.commands.shards.invert import invert
+from smpo_pipeline.commands.shards.plan import plan
+from smpo_pipeline.commands.shards.steps import steps
 
 app = typer.Typer(
     help="Stages of SmPO-Diffusion: generate images, score pairs, invert them into shards; evaluate and inspect.",
@@ -33,18 +33,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-_EXAMPLES = {
-    "refresh": "Example: smpo-pipeline refresh --reward pickscore --scores scores --pairs pairs/ "
-    "--candidates candidates --out refreshed",
-    "rounds": "Example: smpo-pipeline rounds --config examples/rounds/rounds.yaml --rounds 2 --out runs/rounds",
-    "steps": "Example: smpo-pipeline steps --model MODEL --prompts prompts.txt --reward pickscore --out shards",
-    "weigh": "Example: smpo-pipeline weigh --scores scores --pairs pairs/ --golden-column human --source-column site",
+# Headings of `smpo-pipeline --help`, in the order of a user's work; the folders of commands/ are the same.
+_COMMANDS = {
+    "Make, score and choose pairs": (generate, score, calibrate, weigh, refresh, select, vote),
+    "Turn them into shards, which smpo-train reads": (plan, invert, steps),
+    "Compare, merge and share models": (evaluate, merge, push),
+    "Follow, inspect, repeat and try runs": (status, inspect, rounds, toy),
 }
-for command in (
-    *(generate, score, calibrate, weigh, refresh, select, plan, invert, steps, status),
-    *(evaluate, inspect, rounds, merge, push, vote, toy),
-):
-    add_command(app, command, examples=_EXAMPLES.get(command.__name__, ""))
+for heading, commands in _COMMANDS.items():
+    for command in commands:
+        add_command(app, command, heading=heading)
 
 
 def main() -> None:

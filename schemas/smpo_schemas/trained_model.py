@@ -1,4 +1,4 @@
-"""Names of a trained model's files, which ``smpo-train`` writes and ``evaluate`` reads."""
+"""Names of a trained model's files, which ``smpo-train`` and ``merge`` write and ``evaluate`` reads."""
 
 from typing import Literal
 
@@ -25,6 +25,9 @@ VALIDATION_FOLDER = "validation"
 
 TRAINING_FILE = "training.json"
 """Settings and result; written last."""
+
+MERGED_FILE = "merged.json"
+"""Settings of a merged model and its fingerprint; written last."""
 
 
 def lora_file(lora_format: LoraFormat) -> str:

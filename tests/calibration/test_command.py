@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from smpo_common.errors import UserError
-from smpo_pipeline.commands.calibrate import CalibrateOptions
-from smpo_pipeline.commands.calibrate import calibrate as calibrate_command
+from smpo_pipeline.commands.pairs.calibrate import CalibrateOptions
+from smpo_pipeline.commands.pairs.calibrate import calibrate as calibrate_command
 from smpo_schemas.label_file import LABELS_SCHEMA
 from smpo_schemas.scoring.calibration import Calibration, read_calibration
 from tests.calibration.helpers import populations, write_scores

@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/guide is one that the programs take."""
+"""Every command of README.md, docs/guide and `--help` is one that the programs take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from smpo_trainer.cli import app as trainer
 from tests.docs.snippets import PAGES, ROOT, commands
 
 APPS = {"pipeline": pipeline, "train": trainer}
-COMMANDS = [each for page in PAGES for each in commands(page)]
+EXAMPLES = list(commands(ROOT / "docs" / "reference" / "cli.md"))
+COMMANDS = [*(each for page in PAGES for each in commands(page)), *EXAMPLES]
 
 OTHERS = {
     *("--num_processes", "--use_fsdp", "--mixed_precision"),  # accelerate launch
@@ -100,6 +101,11 @@ def test_a_command_is_taken(place: str, program: str, arguments: list[str], caps
 
 def test_commands_of_both_programs_are_found() -> None:
     assert {program for _, program, _ in COMMANDS} == set(APPS)
+
+
+def test_every_command_has_an_example() -> None:
+    group: Any = typer.main.get_command(pipeline)
+    assert {arguments[0] for _, program, arguments in EXAMPLES if program == "pipeline"} == set(group.commands)
 
 
 @pytest.mark.parametrize(

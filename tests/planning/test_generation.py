@@ -57,7 +57,7 @@ def test_the_plan_is_the_measured_rate_times_the_images(tmp_path, capfd, monkeyp
 
 def test_a_plan_with_prompts_is_that_of_generate(tmp_path, capfd, monkeypatch):
     planned = []
-    monkeypatch.setattr("smpo_pipeline.commands.generate._plan", planned.append)
+    monkeypatch.setattr("smpo_pipeline.commands.pairs.generate._plan", planned.append)
     (tmp_path / "prompts.txt").write_text("a cat")
     flags = ("--model", make_tiny_model(tmp_path / "model"), "--images-per-prompt", 6, "--gpus", 4)
     for out in ((), ("--out", tmp_path / "out")):

@@ -14,18 +14,6 @@ from smpo_trainer.settings import TrainSettings
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
-_EXAMPLES = """Examples:
-
-smpo-train --shards shards --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward pickscore --out runs/smpo
-
-smpo-train --shards shards --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward pickscore:1 clipscore:0.5
---lora-rank 16 --out runs/lora
-
-smpo-train --shards shards --model stabilityai/stable-diffusion-xl-base-1.0 --preset dpo-sdxl --out runs/dpo
-
-accelerate launch --num_processes 8 -m smpo_trainer --shards s3://bucket/shards --model MODEL --out /shared/run
-"""
-
 
 def _list_objectives(wanted: bool) -> None:
     if not wanted:
@@ -97,6 +85,12 @@ def train(settings: TrainSettings) -> None:
 
     For several devices run it under `torchrun` or `accelerate launch`: `torchrun -m smpo_trainer ...`.
     Run the same command again to resume a run that was stopped or killed.
+
+    Examples:
+        smpo-train --shards shards --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward pickscore --out tuned
+        smpo-train --shards shards --model MODEL --reward pickscore:1 clipscore:0.5 --lora-rank 16 --out runs/lora
+        smpo-train --shards shards --model stabilityai/stable-diffusion-xl-base-1.0 --preset dpo-sdxl --out runs/dpo
+        accelerate launch --num_processes 8 -m smpo_trainer --shards shards --model MODEL --out runs/smpo
     """
     if settings.print_config:
         typer.echo(settings.as_config(), nl=False)
@@ -106,7 +100,7 @@ def train(settings: TrainSettings) -> None:
     run_training(settings)
 
 
-add_command(app, train, examples=_EXAMPLES, actions=_ACTIONS)
+add_command(app, train, actions=_ACTIONS)
 
 
 def main() -> None:

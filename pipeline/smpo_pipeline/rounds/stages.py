@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smpo_pipeline.commands.merge import MERGED_FILE
 from smpo_pipeline.evaluation.results import RESULTS_FILE
 from smpo_pipeline.rounds.options import RoundsOptions
 from smpo_pipeline.weighing.options import WeighOptions
@@ -17,7 +16,7 @@ from smpo_schemas.manifest import MANIFEST_FILE
 from smpo_schemas.scoring.refresh import REFRESH_FILE
 from smpo_schemas.scoring.scores import SCORES_FILE
 from smpo_schemas.scoring.weights import WEIGHTS_FILE
-from smpo_schemas.trained_model import TRAINING_FILE
+from smpo_schemas.trained_model import MERGED_FILE, TRAINING_FILE
 
 BASE = "base"
 """The base's name in evaluations."""

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from smpo_common.files import write_json
-from smpo_pipeline.commands.status import duration
+from smpo_pipeline.commands.runs.status import duration
 from smpo_pipeline.jobs.record import run_record as run_module
 from smpo_pipeline.jobs.record import status
 from smpo_pipeline.jobs.record.lock import locked

@@ -17,6 +17,9 @@ def refresh(options: RefreshOptions) -> None:
     with the weight of --adversarial, to comparisons of the preferred image of each pair with samples of its prompt.
 
     Writes a folder for `--reward refreshed=OUT`: head.safetensors, rejected.parquet, and last refresh.json.
+
+    Examples:
+        smpo-pipeline refresh --reward pickscore --scores scores --pairs data --candidates candidates --out refreshed
     """
     from smpo_pipeline.refreshing.run import refresh as run  # noqa: PLC0415  (keeps --help free of torch)
 

@@ -25,6 +25,10 @@ def plan(options: PlanOptions) -> None:
 
     With --gpu-memory, also the GPU memory that `invert` and `smpo-train` need; without --pairs that alone.
     With --prompts and the flags of `generate`, it estimates what that costs, as `generate --plan` does.
+
+    Examples:
+        smpo-pipeline plan --pairs data --scores scores --model stabilityai/stable-diffusion-3.5-medium --gpus 8
+        smpo-pipeline plan --model black-forest-labs/FLUX.1-dev --gpu-memory 24
     """
     memory = _account(options) if options.memory.gpu_memory or not options.pairs else None
     if not options.pairs:

@@ -29,6 +29,9 @@ def status(options: StatusOptions) -> None:
     """Show the progress of a run of score, invert, generate or steps: units, rows, rejects, rate, remaining time.
 
     Works from any machine that can read the directory, and changes nothing.
+
+    Examples:
+        smpo-pipeline status shards
     """
     from smpo_pipeline.jobs.record.status import read_status  # noqa: PLC0415  (keeps --help quick)
 

@@ -20,6 +20,9 @@ def invert(options: InvertOptions) -> None:
 
     Writes OUT/shard-*.tar, OUT/rejected.parquet and, last, OUT/manifest.json. Train on them with
     `smpo-train --shards OUT`, as often as you like.
+
+    Examples:
+        smpo-pipeline invert --pairs data --scores scores --model stabilityai/stable-diffusion-3.5-medium --out shards
     """
     from smpo_models.weights import variant_remark  # noqa: PLC0415
     from smpo_pipeline.jobs.invert.job import invert as run_job  # noqa: PLC0415  (keeps --help free of torch and Ray)

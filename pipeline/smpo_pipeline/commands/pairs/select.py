@@ -16,6 +16,9 @@ def select(options: SelectOptions) -> None:
     Writes OUT/pairs.parquet (the pairs with their images), OUT/scores (their scores and those of all candidates, for
     `smpo-train --preference winrate`), OUT/rejected.parquet (prompts without a pair, with reasons), and last
     OUT/selection.json.
+
+    Examples:
+        smpo-pipeline select --candidates candidates --scores scores --by extremes --out selected
     """
     from smpo_pipeline.selection.run import select as run  # noqa: PLC0415  (keeps --help free of torch)
 

@@ -16,6 +16,9 @@ def steps(options: StepsOptions) -> None:
     Writes shards that `smpo-train --objective dpo --timestep-weighting transition` trains on: OUT/shard-*.tar,
     OUT/rejected.parquet and, last, OUT/manifest.json. No images and no scores are needed. A finished run is kept, an
     unfinished one is resumed.
+
+    Examples:
+        smpo-pipeline steps --model MODEL --prompts prompts.txt --reward pickscore --out shards
     """
     from smpo_models.weights import variant_remark  # noqa: PLC0415
     from smpo_pipeline.jobs.steps.job import steps as run_job  # noqa: PLC0415  (keeps --help free of torch and Ray)

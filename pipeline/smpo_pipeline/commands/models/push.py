@@ -31,6 +31,9 @@ def push(options: PushOptions) -> None:
 
     Needs a token: `hf auth login`, or HF_TOKEN. Run it again after a failure or a change: what is there already is not
     sent again. A README.md of your own in the folder is pushed as it is.
+
+    Examples:
+        smpo-pipeline push shards OWNER/NAME --license cc-by-4.0
     """
     from smpo_pipeline.sharing.push import push_folder  # noqa: PLC0415  (keeps --help quick)
 

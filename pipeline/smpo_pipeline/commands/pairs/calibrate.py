@@ -52,6 +52,9 @@ def calibrate(options: CalibrateOptions) -> None:
     """Fit the temperature of each reward, and its share in a mixture, to human labels; report held-out agreement.
 
     Writes the file for `smpo-train --preference mixture --calibration FILE`, and a plot beside it (.png).
+
+    Examples:
+        smpo-pipeline calibrate --scores scores
     """
     target = options.target
     from smpo_pipeline.calibration import calibrate as job  # noqa: PLC0415  (keeps --help free of torch)

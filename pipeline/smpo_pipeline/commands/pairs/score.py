@@ -22,6 +22,9 @@ def score(options: ScoreOptions) -> None:
 
     Writes OUT/scores-*.parquet (raw scores, one row per pair), OUT/rejected.parquet (the other pairs, with reasons),
     and last OUT/scores.json (statistics).
+
+    Examples:
+        smpo-pipeline score --pairs data --reward pickscore clipscore --out scores
     """
     from smpo_pipeline.jobs.score.job import score as run_job  # noqa: PLC0415  (keeps --help free of torch and Ray)
 

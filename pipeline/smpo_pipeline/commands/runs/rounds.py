@@ -21,6 +21,9 @@ def rounds(options: RoundsOptions) -> None:
     (examples/rounds). Writes OUT/round-000/{candidates,refreshed,scores,pairs,shards,run,evaluation} and so on,
     OUT/rounds.json after each stage, and OUT/rounds.md, which compares the rounds. The same command continues an
     interrupted run.
+
+    Examples:
+        smpo-pipeline rounds --config examples/rounds/rounds.yaml --rounds 2 --out runs/rounds
     """
     from smpo_pipeline.jobs.record.lock import locked  # noqa: PLC0415  (keeps --help quick)
     from smpo_pipeline.rounds.check import check_stages, write_flags  # noqa: PLC0415

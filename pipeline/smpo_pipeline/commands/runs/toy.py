@@ -29,6 +29,9 @@ def toy(options: ToyOptions) -> None:
     """Write the toy world: a small model of coloured shapes, reward models, and preference pairs of its samples.
 
     With it you can try `score`, `invert`, `smpo-train` and `evaluate` in minutes on two CPU cores.
+
+    Examples:
+        smpo-pipeline toy --out world
     """
     import smpo_models  # noqa: F401, PLC0415  (quiets transformers before it is used)
     from smpo_pipeline.toy.create import create_world  # noqa: PLC0415  (keeps --help free of torch)

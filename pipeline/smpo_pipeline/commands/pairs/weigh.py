@@ -18,6 +18,9 @@ def weigh(options: WeighOptions) -> None:
 
     Writes a column into the Parquet files of --scores, for `smpo-train --weight-column`; weights.json (how well the
     classifiers do); and weights-rejected.parquet (pairs whose images cannot be read, which get no weight).
+
+    Examples:
+        smpo-pipeline weigh --scores scores --pairs data --golden human.txt --source-column site
     """
     from smpo_pipeline.weighing.run import weigh as run  # noqa: PLC0415  (keeps --help free of torch)
 

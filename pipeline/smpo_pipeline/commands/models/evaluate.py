@@ -14,6 +14,9 @@ def evaluate(options: EvaluateOptions) -> None:
     """Compare models on the same prompts and noise: scores, win rates with intervals, and a report with images.
 
     A finished evaluation with the same settings is kept, an unfinished one is resumed.
+
+    Examples:
+        smpo-pipeline evaluate --model base=MODEL tuned=runs/smpo --prompts prompts.txt --reward pickscore --out report
     """
     console = Console(markup=False)
     evaluation = prepare_evaluation(options)

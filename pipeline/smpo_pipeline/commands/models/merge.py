@@ -13,12 +13,10 @@ from smpo_common.files import write_json
 from smpo_common.options import Flag, Options, Overwrite
 from smpo_pipeline.options import ExistingPath, ModelSource, Out, Variant
 from smpo_pipeline.terminal import print_next
+from smpo_schemas.trained_model import MERGED_FILE
 
 if TYPE_CHECKING:
     from torch import nn
-
-MERGED_FILE = "merged.json"
-"""Settings and the result's fingerprint; written last."""
 
 
 class MergeOptions(Options):
@@ -48,6 +46,9 @@ def merge(options: MergeOptions) -> None:
 
     The weights are model + alpha (positive - model) + beta (negative - model), in float32. Guide with a negative model
     by `smpo-pipeline evaluate --negative NAME=OUT`; give any other to `--unet` of generate, invert and smpo-train.
+
+    Examples:
+        smpo-pipeline merge --model MODEL --positive runs/smpo --negative runs/npo --out negative
     """
     if (options.out / MERGED_FILE).exists() and not options.overwrite:
         raise UserError(

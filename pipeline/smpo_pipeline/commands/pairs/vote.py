@@ -25,6 +25,9 @@ def vote(options: VoteOptions) -> None:
 
     Writes the file of votes after each one. Several people can vote at once, each under a name. Stop with Ctrl-C; the
     same command continues.
+
+    Examples:
+        smpo-pipeline vote --pairs data --out votes.jsonl
     """
     if options.out.suffix != ".parquet":
         raise UserError(f"--out {options.out}: expected a file that ends in .parquet")

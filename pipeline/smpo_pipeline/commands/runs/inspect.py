@@ -38,7 +38,11 @@ class InspectOptions(Options):
 
 
 def inspect(options: InspectOptions) -> None:
-    """Describe pairs, scores, a selection or shards: statistics, and a contact sheet of images."""
+    """Describe pairs, scores, a selection or shards: statistics, and a contact sheet of images.
+
+    Examples:
+        smpo-pipeline inspect shards
+    """
     console = Console(markup=False)  # prints text from files
     kind, folder = recognise(options.path)
     target = options.out or Path(f"inspect-{folder.resolve().stem}.png")

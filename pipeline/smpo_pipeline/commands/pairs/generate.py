@@ -22,6 +22,9 @@ def generate(options: GenerateOptions) -> None:
 
     Writes OUT/candidates-*.parquet (two images per row), OUT/rejected.parquet (prompts without images, with reasons)
     and, last, OUT/candidates.json. A finished run is kept, an unfinished one is resumed. With --plan nothing is stored.
+
+    Examples:
+        smpo-pipeline generate --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --out candidates
     """
     if options.planning.plan:
         _plan(options)

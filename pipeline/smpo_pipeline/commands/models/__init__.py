@@ -1,0 +1,1 @@
+"""Commands that compare, merge and share models."""

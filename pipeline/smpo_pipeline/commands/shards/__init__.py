@@ -1,0 +1,1 @@
+"""Commands that turn pairs or prompts into shards, and estimate what that costs."""
