@@ -37,7 +37,7 @@ from ray.cluster_utils import Cluster
 
 from smpo_common.files import atomic_path, remove_tree, write_bytes
 from smpo_common.store_path import AnyPath, StorePath
-from tests.object_store import Faults, object_store
+from tests.servers.object_store import Faults, object_store
 
 ROOT = Path(__file__).parent.parent
 KILLS = 5

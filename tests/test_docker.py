@@ -28,7 +28,7 @@ from typer.main import get_command
 
 from smpo_pipeline.cli import app as pipeline
 from smpo_trainer.cli import app as trainer
-from tests.object_store import object_store
+from tests.servers.object_store import object_store
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"

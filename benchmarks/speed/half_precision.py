@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tests.tiny_rewards import make_tiny_aesthetic, make_tiny_hpsv2, make_tiny_image_reward
+from tests.tiny.rewards import make_tiny_aesthetic, make_tiny_hpsv2, make_tiny_image_reward
 
 from benchmarks.page import ROOT, stamp, write_section
 from smpo_pipeline.jobs.reading import read_unit

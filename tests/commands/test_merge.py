@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from tests.command import assert_one_line, run_here
-from tests.tiny import make_tiny_model, make_tiny_unet, make_tiny_xl
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_unet, make_tiny_xl
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub_server import hub_server
+from tests.servers.hub_server import hub_server
 
 REPO = "owner/pairs"
 

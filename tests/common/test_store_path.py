@@ -21,8 +21,8 @@ from smpo_schemas.rejects import Reject, read_rejects, write_rejects
 from smpo_schemas.shards.index import indexed_trajectories, write_index, write_index_part
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_schemas.shards.writer import ShardWriter
-from tests.object_store import Faults, object_store
 from tests.schemas.shards.test_samples import make_sample, write_directory
+from tests.servers.object_store import Faults, object_store
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from smpo_models.loading import families, load_family
 from tests.models.test_flow_families import MODELS
-from tests.tiny import make_tiny_model, make_tiny_xl
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_xl
 
 PAGE = (Path(__file__).parents[2] / "docs/reference/families.md").read_text(encoding="utf-8")
 _OTHERS = {"sd3-without-t5", "sd35-dynamic"}

@@ -18,7 +18,7 @@ from smpo_pipeline.embeddings.store import join
 from smpo_pipeline.images.decode import decode_image
 from smpo_schemas.pairs import ReadingChoices
 from tests.embeddings.helpers import make_pairs, tinted
-from tests.tiny import make_tiny_clip
+from tests.tiny.stable_diffusion import make_tiny_clip
 
 KINDS = [(0, 1), (1, 1), (0, 0), (1, 0), (0, 1)]
 PROMPTS = ["a cat", "a dog", "a cat", "two cats and a dog", ""]

@@ -11,7 +11,7 @@ from smpo_pipeline.evaluation.evaluation import Evaluation, prepare_evaluation
 from smpo_pipeline.evaluation.options import EvaluateJobOptions, EvaluateOptions, EvaluateSamplingOptions
 from smpo_pipeline.generation.suites import PromptSource
 from tests.evaluation.stubs import STUBS, EvaluationMaker, write_training
-from tests.tiny import make_tiny_model, make_tiny_unet
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_unet
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ from smpo_pipeline.generation.generator import load_generator
 from smpo_schemas.trained_model import LORA_FILE
 from tests.command import assert_one_line, run_command, run_here
 from tests.models.stock import load_stock
-from tests.tiny import make_tiny_model
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.stable_diffusion import make_tiny_model
 
 PROMPTS = ("a cat", "a dog and " * 40)
 """The second is cut: it has more tokens than schnell's T5 reads."""

@@ -10,8 +10,8 @@ from rich.console import Console
 from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.evaluation import finished_results
 from tests.evaluation.stubs import EvaluationMaker, run
-from tests.tiny import make_tiny_model
-from tests.tiny_flow import make_tiny_flux
+from tests.tiny.flow import make_tiny_flux
+from tests.tiny.stable_diffusion import make_tiny_model
 
 GUIDED = {"images_per_prompt": 2, "guidance_scale": 3.0}
 

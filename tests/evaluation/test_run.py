@@ -24,7 +24,7 @@ from smpo_pipeline.generation.suites import PromptSource
 from smpo_pipeline.rewards import Reward
 from tests.command import run_command
 from tests.evaluation.stubs import STUBS, EvaluationMaker, run
-from tests.tiny import make_tiny_unet
+from tests.tiny.stable_diffusion import make_tiny_unet
 
 pytestmark = pytest.mark.usefixtures("stub_rewards")
 

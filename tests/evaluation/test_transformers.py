@@ -19,7 +19,7 @@ from smpo_pipeline.evaluation.results import read_results
 from smpo_schemas.trained_model import LORA_FILE
 from tests.command import assert_one_line, run_here
 from tests.models.stock import load_stock
-from tests.tiny_families import FAMILIES
+from tests.tiny.families import FAMILIES
 
 PROMPTS = ("a Cat", "a dog and " * 60)
 """The second has more tokens than any of the models reads."""

@@ -18,7 +18,7 @@ from smpo_pipeline.generation.generator import load_generator
 from smpo_pipeline.generation.source import ModelSource
 from smpo_pipeline.isolation import run_isolated
 from smpo_schemas.generation.candidates import GenerationSettings
-from tests.tiny import make_tiny_model, put_scheduler
+from tests.tiny.stable_diffusion import make_tiny_model, put_scheduler
 
 WANTED = [("a cat", 0), ("a dog", 0), ("a cat", 1)]
 SETTINGS = GenerationSettings(

@@ -13,8 +13,8 @@ from smpo_models.noise_schedules.base import START
 from smpo_pipeline.generation.generator import load_generator
 from smpo_pipeline.generation.source import ModelSource
 from smpo_schemas.generation.candidates import GenerationSettings
-from tests.tiny import make_tiny_model
-from tests.tiny_families import FAMILIES
+from tests.tiny.families import FAMILIES
+from tests.tiny.stable_diffusion import make_tiny_model
 
 MODELS = {"sd15": make_tiny_model, **FAMILIES}
 STEPS = 4

@@ -6,7 +6,7 @@ import pytest
 
 from smpo_models.loading import load_family
 from tests.inspection.helpers import make_shards
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 
 
 @pytest.fixture(scope="session")

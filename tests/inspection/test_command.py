@@ -78,7 +78,7 @@ def test_wrong_paths_are_one_line(tmp_path: Path, files: list[str] | None, words
 
 
 def test_another_model_cannot_decode(tmp_path: Path, shards: Path) -> None:
-    from tests.tiny import make_tiny_model
+    from tests.tiny.stable_diffusion import make_tiny_model
 
     other = make_tiny_model(tmp_path / "other", seed=5)
     with pytest.raises(UserError, match="another VAE"):

@@ -15,7 +15,7 @@ from smpo_pipeline.isolation import Failure
 from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import embedded_pair, make_pair
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 
 
 @pytest.mark.slow

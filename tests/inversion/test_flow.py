@@ -17,8 +17,8 @@ from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_pipeline.toy.create import MODELS
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import FlowOracle, embedded_pair, make_pair
-from tests.tiny_families import FAMILIES, FLOW_FAMILIES
-from tests.tiny_flow import make_tiny_flux
+from tests.tiny.families import FAMILIES, FLOW_FAMILIES
+from tests.tiny.flow import make_tiny_flux
 
 SEED = 5
 

@@ -22,8 +22,8 @@ from smpo_schemas.generation.candidates import GenerationSettings
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion import test_flow, test_inverter
 from tests.inversion.helpers import FlowOracle, Oracle, make_pair
-from tests.tiny import make_tiny_model
-from tests.tiny_families import FLOW_FAMILIES
+from tests.tiny.families import FLOW_FAMILIES
+from tests.tiny.stable_diffusion import make_tiny_model
 
 SEED, SIDE, STEPS = 5, 32, 4
 KINDS = {"sd15": make_tiny_model, **{kind: FLOW_FAMILIES[kind] for kind in ("flux1-dev", "qwen-image")}}

@@ -13,7 +13,7 @@ from smpo_models.loading import load_family
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import Oracle, make_pair
 from tests.inversion.worlds import SEED, all_nodes, check_state, expected_x0, invert, make_world
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 
 PAIRS = [make_pair(number) for number in (1, 2)]
 """The second one's prompt is empty."""

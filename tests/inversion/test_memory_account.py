@@ -12,7 +12,7 @@ from smpo_models.memory_account.live import LiveTensors
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from smpo_pipeline.toy.create import ASSETS
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import Oracle, embedded_pair, make_pair
 from tests.inversion.worlds import SEED, check_state, invert
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 
 STEPS = 5
 

@@ -21,7 +21,7 @@ from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion import test_flow, worlds
 from tests.inversion.helpers import FlowOracle, make_pair
 from tests.inversion.worlds import SEED, make_world
-from tests.tiny_families import FLOW_FAMILIES
+from tests.tiny.families import FLOW_FAMILIES
 
 CASES = [
     ("epsilon", {}),

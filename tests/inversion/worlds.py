@@ -12,8 +12,8 @@ from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.shards.samples import Sample
 from tests.inversion.helpers import Oracle, OracleXL, PixArtOracle
-from tests.tiny import make_tiny_model, make_tiny_xl
-from tests.tiny_transformers import make_tiny_pixart
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_xl
+from tests.tiny.transformers import make_tiny_pixart
 
 SEED = 5
 

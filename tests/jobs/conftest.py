@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import all_kinds, encode, picture
-from tests.tiny import make_tiny_clip, make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_model
 
 PROMPTS = ["a cat", "", "dog " * 500, "Größe 東京 🐈", "cat and dog"]
 

@@ -27,7 +27,7 @@ from smpo_schemas.shards.reader import ShardDirectory
 from tests.command import assert_one_line, run_command, run_here
 from tests.jobs.conftest import REJECTED_IDS, pair_rows
 from tests.jobs.helpers import invert, score
-from tests.tiny import make_tiny_clip, make_tiny_xl
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_xl
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from smpo_pipeline.jobs.record.status import read_status
 from smpo_schemas.manifest import read_manifest
 from smpo_schemas.rejects import read_rejects
 from tests.command import run_command, run_here
-from tests.object_store import Faults, object_store
+from tests.servers.object_store import Faults, object_store
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,9 @@ from smpo_models.family import Family
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.tuned.lora import add_lora
-from tests.tiny import make_tiny_model, make_tiny_xl
-from tests.tiny_families import FLOW_FAMILIES
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.families import FLOW_FAMILIES
+from tests.tiny.flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_xl
 
 F32, BF16 = torch.float32, torch.bfloat16
 

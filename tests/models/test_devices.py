@@ -7,7 +7,7 @@ from smpo_common.errors import UserError
 from smpo_models import devices
 from smpo_models.devices import choose_device
 from tests.command import assert_one_line, run_here
-from tests.tiny import make_tiny_clip, make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_model
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,9 @@ from smpo_models.sampling import load_pipeline, sample
 from smpo_schemas.shards.text_rows import MASK, TextRow, split_rows, stack_rows
 from tests.models.denoiser_calls import Calls
 from tests.models.stock import SHAPE, Stock, load_stock
-from tests.tiny_families import FAMILIES
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
-from tests.tiny_qwen import make_tiny_klein, make_tiny_qwen_image
+from tests.tiny.families import FAMILIES
+from tests.tiny.flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.qwen import make_tiny_klein, make_tiny_qwen_image
 
 PROMPTS = ["a cat", "a cat and a dog " * 40, ""]
 """Of different lengths; the second is longer than either CLIP tokenizer takes."""

@@ -13,7 +13,7 @@ from smpo_common.errors import UserError
 from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import load_family
 from smpo_models.weights import variant_remark
-from tests.tiny import IMAGE_SIDE, make_tiny_model, make_tiny_unet
+from tests.tiny.stable_diffusion import IMAGE_SIDE, make_tiny_model, make_tiny_unet
 
 _PARTS = ("text_encoder", "unet", "vae")
 

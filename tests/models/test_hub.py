@@ -10,7 +10,7 @@ from smpo_models import hub
 from smpo_models.hub import require_source
 from smpo_models.loading import load_family
 from smpo_models.weights import holds
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 
 
 @pytest.mark.parametrize("source", ["./nope", "/nope/x", "a/b/c"])

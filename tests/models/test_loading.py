@@ -27,7 +27,7 @@ from smpo_models.fingerprint import fingerprint_module
 from smpo_models.loading import families, load_family, load_tuned_denoiser
 from smpo_models.noise_schedules.base import START
 from smpo_models.noise_schedules.variance_preserving import VariancePreserving
-from tests.tiny import make_tiny_model, make_tiny_vae, make_tiny_xl
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_vae, make_tiny_xl
 
 
 @pytest.fixture(scope="module")

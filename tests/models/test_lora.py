@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from smpo_common.errors import UserError
 from smpo_models.tuned.lora import check_lora, fuse_lora
-from tests.tiny import make_tiny_model, make_tiny_unet
-from tests.tiny_families import FLOW_FAMILIES
+from tests.tiny.families import FLOW_FAMILIES
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_unet
 
 _RANK = 2
 _ALPHA = 1.5

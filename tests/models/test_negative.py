@@ -17,7 +17,7 @@ from smpo_models.tuned.merge import merge_into
 from smpo_models.tuned.negative import guide_with_negative
 from tests.models.stock import load_stock
 from tests.models.test_flow_families import MODELS as FLOW_MODELS
-from tests.tiny import make_tiny_model, make_tiny_unet, make_tiny_xl
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_unet, make_tiny_xl
 
 PROMPTS = ["a cat", "a dog and a cat"]
 STEPS = 4

@@ -23,9 +23,9 @@ from smpo_models.sampling import load_pipeline, sample
 from smpo_schemas.choices import SamplerChoice
 from tests.models.test_flow_families import MODELS as FLOW_MODELS
 from tests.models.test_flow_families import SHAPE
-from tests.tiny import make_tiny_model, make_tiny_xl, put_scheduler
-from tests.tiny_flow import make_tiny_sd3
-from tests.tiny_transformers import make_tiny_sana
+from tests.tiny.flow import make_tiny_sd3
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_xl, put_scheduler
+from tests.tiny.transformers import make_tiny_sana
 
 MODELS: dict[str, Callable[[Path], Path]] = {"sd15": make_tiny_model, **FLOW_MODELS}
 STEPS = 4

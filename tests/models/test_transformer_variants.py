@@ -17,7 +17,7 @@ from smpo_models.family_bases.masked_text import rows
 from smpo_models.loading import load_family, load_tuned_denoiser
 from smpo_models.sampling import load_pipeline
 from smpo_models.tuned.lora import check_lora
-from tests.tiny_transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
+from tests.tiny.transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
 
 
 def change(folder: Path, name: str, **settings: Any) -> None:

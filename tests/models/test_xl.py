@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from smpo_models.loading import load_family
-from tests.tiny import make_tiny_xl
+from tests.tiny.stable_diffusion import make_tiny_xl
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from smpo_pipeline.planning.options import MemoryOptions, PlanOptions
 from smpo_schemas.manifest import read_manifest
 from tests.command import assert_one_line, run_here
 from tests.pictures import encode, picture
-from tests.tiny import make_tiny_clip, make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_model
 
 
 def test_plan_accepts_every_flag_of_invert():

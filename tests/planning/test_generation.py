@@ -10,7 +10,7 @@ import pytest
 from smpo_pipeline.generation.encoding import encode_image
 from smpo_pipeline.generation.generator import Generator
 from tests.command import run_here
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 
 
 def test_the_plan_is_the_measured_rate_times_the_images(tmp_path, capfd, monkeypatch):

@@ -13,8 +13,8 @@ from smpo_pipeline.planning.options import MemoryOptions
 from smpo_pipeline.terminal import format_bytes
 from smpo_trainer.settings import TrainSettings
 from tests.command import assert_one_line, run_here
-from tests.tiny import make_tiny_model
-from tests.tiny_families import FAMILIES
+from tests.tiny.families import FAMILIES
+from tests.tiny.stable_diffusion import make_tiny_model
 
 
 @pytest.fixture(scope="module")

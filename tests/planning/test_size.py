@@ -14,7 +14,7 @@ from smpo_pipeline.planning.size import forwards, num_shards, pairs_that_fit, to
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.shards.writer import ShardWriter
 from tests.inversion.helpers import make_pair
-from tests.tiny import IMAGE_SIDE, LATENT_SHAPE, make_tiny_model
+from tests.tiny.stable_diffusion import IMAGE_SIDE, LATENT_SHAPE, make_tiny_model
 
 
 @pytest.fixture(scope="module")

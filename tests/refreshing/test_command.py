@@ -17,8 +17,8 @@ from smpo_schemas.scoring.refresh import read_refresh
 from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from tests.command import assert_one_line, run_here
 from tests.embeddings.helpers import make_pairs, make_scores, tinted
-from tests.tiny import make_tiny_clip
-from tests.tiny_rewards import make_tiny_aesthetic
+from tests.tiny.rewards import make_tiny_aesthetic
+from tests.tiny.stable_diffusion import make_tiny_clip
 
 PAIRS = 60
 PROMPTS = [f"a cat {number % 20}" for number in range(PAIRS)]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tiny import make_tiny_clip
-from tests.tiny_rewards import make_tiny_aesthetic, make_tiny_hpsv2, make_tiny_image_reward
+from tests.tiny.rewards import make_tiny_aesthetic, make_tiny_hpsv2, make_tiny_image_reward
+from tests.tiny.stable_diffusion import make_tiny_clip
 
 MAKERS = {
     "pickscore": make_tiny_clip,

@@ -16,7 +16,7 @@ from smpo_common.errors import UserError
 from smpo_pipeline.rewards import load_reward
 from smpo_pipeline.rewards.networks.pixels import clip_pixels
 from tests.rewards.helpers import assert_independent, batch, odd_pictures
-from tests.tiny_rewards import make_tiny_aesthetic
+from tests.tiny.rewards import make_tiny_aesthetic
 
 
 def openai_transform(side: int) -> Compose:

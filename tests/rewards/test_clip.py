@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from smpo_common.errors import UserError
 from smpo_pipeline.rewards import load_reward, parse_reward
 from tests.rewards.helpers import assert_independent, batch
-from tests.tiny import make_tiny_clip, make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_model
 
 
 @pytest.fixture(scope="module")

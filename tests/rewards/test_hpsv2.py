@@ -19,7 +19,7 @@ from smpo_pipeline.rewards import load_reward
 from smpo_pipeline.rewards.hpsv2 import clean, fit_into_square
 from tests.pictures import picture
 from tests.rewards.helpers import PROMPTS, assert_independent, batch, odd_pictures
-from tests.tiny_rewards import clip_vocabulary, open_clip_config, random_open_clip_state, save_clip_tokenizer
+from tests.tiny.rewards import clip_vocabulary, open_clip_config, random_open_clip_state, save_clip_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from smpo_pipeline.rewards import load_reward
 from smpo_pipeline.rewards.networks.hpsv3 import AFTER, BEFORE, QUESTION, model_key
 from tests.pictures import picture
 from tests.rewards.helpers import assert_independent
-from tests.tiny_vision_language import hpsv3_head, make_tiny_hpsv3, qwen2_vl_config
+from tests.tiny.vision_language import hpsv3_head, make_tiny_hpsv3, qwen2_vl_config
 
 SIZES = [(64, 100), (448, 448), (31, 300), (900, 700)]
 PICTURES = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]

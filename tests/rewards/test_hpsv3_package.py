@@ -16,7 +16,7 @@ import pytest
 from smpo_common.errors import UserError
 from smpo_pipeline.rewards import load_reward
 from tests.rewards.test_hpsv3 import PICTURES, PROMPTS
-from tests.tiny_vision_language import make_tiny_hpsv3
+from tests.tiny.vision_language import make_tiny_hpsv3
 
 pytestmark = pytest.mark.long
 

@@ -18,8 +18,8 @@ from smpo_common.errors import UserError
 from smpo_pipeline.isolation import run_isolated
 from smpo_pipeline.rewards import checked_scores, load_reward, parse_reward
 from smpo_pipeline.served.client import NoAnswerError
-from tests.json_server import json_server, late
 from tests.pictures import picture
+from tests.servers.json_server import json_server, late
 
 PICTURES = [picture(20 + number, 9, seed=number) for number in range(4)]
 PROMPTS = ["a cat", "", "Größe 東京 🐈", "a dog"]

@@ -20,7 +20,7 @@ from smpo_pipeline.rewards import load_reward
 from smpo_pipeline.rewards.networks import image_reward
 from tests.pictures import all_kinds
 from tests.rewards.helpers import assert_independent, batch
-from tests.tiny_rewards import make_tiny_image_reward
+from tests.tiny.rewards import make_tiny_image_reward
 
 _PROMPTS = [
     "a cat and a dog",

@@ -15,8 +15,8 @@ from smpo_common.errors import UserError
 from smpo_pipeline.rewards import checked_scores, load_reward, parse_reward
 from smpo_pipeline.served.unified_reward import UnreadableAnswerError, read_comparison, read_ratings
 from smpo_pipeline.served.vision_model import KEY_VARIABLE
-from tests.json_server import late
-from tests.vision_server import completion, content, grey, rate, vision_server
+from tests.servers.json_server import late
+from tests.servers.vision_server import completion, content, grey, rate, vision_server
 
 IMAGES = [grey(level) for level in (0, 51, 102, 255)]
 BRIGHTNESS = np.array([0.0, 0.2, 0.4, 1.0])

@@ -8,8 +8,8 @@ import pytest
 
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scoring.scores import read_scores, read_scores_info
-from tests.json_server import json_server
 from tests.pictures import encode, picture
+from tests.servers.json_server import json_server
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,8 @@ from smpo_common.errors import UserError
 from smpo_pipeline.rewards import load_reward
 from tests.pictures import picture
 from tests.rewards.helpers import assert_independent
-from tests.tiny import make_tiny_clip
-from tests.tiny_vision_language import make_tiny_vlm
+from tests.tiny.stable_diffusion import make_tiny_clip
+from tests.tiny.vision_language import make_tiny_vlm
 
 SIZES = [(64, 100), (200, 31), (56, 56), (300, 280)]
 PICTURES = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]

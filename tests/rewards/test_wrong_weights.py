@@ -11,8 +11,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from tests.command import assert_one_line, run_here
 from tests.rewards.conftest import MAKERS
-from tests.tiny import make_tiny_clip, make_tiny_model
-from tests.tiny_rewards import save_clip_tokenizer
+from tests.tiny.rewards import save_clip_tokenizer
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_model
 
 CHECKPOINTS = {
     "pickscore": "model.safetensors",

@@ -12,10 +12,10 @@ from smpo_common import retry
 from smpo_schemas.generation.selection import read_selection
 from smpo_schemas.rejects import read_rejects
 from tests.command import assert_one_line, run_here
-from tests.json_server import JsonServer
 from tests.pictures import encode
 from tests.selection.helpers import make_candidates
-from tests.vision_server import compare, completion, content, grey, vision_server
+from tests.servers.json_server import JsonServer
+from tests.servers.vision_server import compare, completion, content, grey, vision_server
 
 LEVELS = {"a cat": (40, 120, 80, 10), "a dog": (90, 20, 60), "a cow": (30, 70, 100), "a bat": (5, 15, 25)}
 

@@ -13,9 +13,9 @@ from smpo_schemas.manifest import read_manifest
 from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from smpo_schemas.shards.reader import ShardDirectory
 from tests.command import assert_one_line, run_here
-from tests.hub_server import READER, Hub
 from tests.selection.helpers import PROMPTS, make_candidates
-from tests.tiny import make_tiny_model
+from tests.servers.hub_server import READER, Hub
+from tests.tiny.stable_diffusion import make_tiny_model
 from tests.trainer.helpers import make_shards, with_stored_text
 
 LICENSE = ("--license", "cc-by-4.0")

@@ -26,8 +26,8 @@ from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import StepSettings
 from smpo_schemas.shards.samples import Sample
 from tests.inversion.helpers import Oracle
-from tests.tiny import IMAGE_SIDE, LATENT_SHAPE, make_tiny_model
-from tests.tiny_flow import make_tiny_sd3
+from tests.tiny.flow import make_tiny_sd3
+from tests.tiny.stable_diffusion import IMAGE_SIDE, LATENT_SHAPE, make_tiny_model
 
 WANTED: list[Wanted] = [("a cat", 0), ("a dog and a cat", 0), ("a cat", 1)]
 SEED, STEPS = 3, 5

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 from tests.trainer.helpers import PlainReference, arguments, make_shards, run_cli
 
 Train = Callable[..., Path]

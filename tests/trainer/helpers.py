@@ -43,7 +43,7 @@ from smpo_trainer.model.policy import Policy
 from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.settings import TrainSettings
 from tests.inversion.helpers import make_pair
-from tests.tiny import LATENT_SHAPE
+from tests.tiny.stable_diffusion import LATENT_SHAPE
 
 PROMPTS = ("a cat", "a dog and a cat", "", "ünïcödé 猫", "a very long prompt " * 20)
 

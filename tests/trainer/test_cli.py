@@ -19,7 +19,7 @@ from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.run import run_training
 from smpo_trainer.settings import TrainSettings
 from tests.command import run_command
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PROMPTS, arguments, make_shards, resolve_settings, run_cli
 

@@ -23,9 +23,9 @@ from smpo_trainer import run as run_module
 from smpo_trainer.model import policy as policy_module
 from smpo_trainer.model.policy import Policy
 from tests.models.stock import load_stock
-from tests.tiny import IMAGE_SIDE, LATENT_SHAPE
-from tests.tiny_families import FAMILIES
-from tests.tiny_flow import make_tiny_flux
+from tests.tiny.families import FAMILIES
+from tests.tiny.flow import make_tiny_flux
+from tests.tiny.stable_diffusion import IMAGE_SIDE, LATENT_SHAPE
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import column, invert_tiny, with_stored_text
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.docs.snippets import commands
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.flow import make_tiny_flux, make_tiny_sd3
 from tests.trainer.helpers import invert_tiny, run_cli
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "flow.md"

@@ -10,7 +10,7 @@ from smpo_models.loading import load_family
 from smpo_models.memory_account.live import LiveTensors
 from smpo_models.memory_account.training import TrainingRun, account_training
 from smpo_trainer.trainer import Trainer
-from tests.tiny import IMAGE_SIDE
+from tests.tiny.stable_diffusion import IMAGE_SIDE
 from tests.trainer.conftest import Train
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from smpo_common.errors import UserError
 from smpo_trainer.objectives import find_objective
-from tests.tiny import make_tiny_clip, make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_model
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import make_shards
 

@@ -18,7 +18,7 @@ from smpo_models.loading import load_family
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
-from tests.tiny import IMAGE_SIDE, make_tiny_model, make_tiny_xl
+from tests.tiny.stable_diffusion import IMAGE_SIDE, make_tiny_model, make_tiny_xl
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import run_cli, write_shards
 

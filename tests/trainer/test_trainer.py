@@ -15,7 +15,7 @@ from smpo_schemas.manifest import read_manifest
 from smpo_schemas.shards.reader import ShardDirectory
 from smpo_trainer.data.order import Order
 from smpo_trainer.output.run_folder import REFERENCE_FILE
-from tests.tiny import make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_model
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PlainReference, column, make_shards, metrics
 

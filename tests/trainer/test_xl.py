@@ -16,7 +16,7 @@ from smpo_models.loading import load_family, load_tuned_denoiser
 from smpo_pipeline.inversion.inverter import Inverter
 from smpo_schemas.inversion_settings import InversionSettings
 from tests.inversion.helpers import make_pair
-from tests.tiny import make_tiny_xl
+from tests.tiny.stable_diffusion import make_tiny_xl
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import column, with_stored_text, write_shards
 

@@ -13,7 +13,7 @@ from smpo_schemas.scoring.weights import read_weights
 from smpo_trainer.preference.pair_weights import read_pair_weights
 from tests.command import assert_one_line, run_here
 from tests.embeddings.helpers import make_pairs, make_scores
-from tests.tiny import make_tiny_clip
+from tests.tiny.stable_diffusion import make_tiny_clip
 
 PAIRS = 60
 GOLDEN = [number % 3 == 0 for number in range(PAIRS)]

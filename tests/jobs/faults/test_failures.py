@@ -27,7 +27,7 @@ from tests.command import assert_one_line, run_command
 from tests.jobs.conftest import pair_rows
 from tests.pictures import encode, picture
 from tests.poison import CRASHES, write_poisoned_decoder
-from tests.tiny import make_tiny_clip, make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_model
 
 pytestmark = pytest.mark.slow
 

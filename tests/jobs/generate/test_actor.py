@@ -28,7 +28,7 @@ from smpo_pipeline.jobs.record.batch_sizes import pop_batch_sizes
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.generation.candidates import CANDIDATES_FILE
-from tests.tiny import make_tiny_model, put_scheduler
+from tests.tiny.stable_diffusion import make_tiny_model, put_scheduler
 
 PROMPTS = ["a cat", "a dog", "cat and dog"]
 UNIT = pa.table({"unit": [0]})

@@ -33,7 +33,7 @@ from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from tests.command import assert_one_line, run_here
-from tests.tiny import make_tiny_clip, make_tiny_model, put_scheduler
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_model, put_scheduler
 
 pytestmark = pytest.mark.slow
 

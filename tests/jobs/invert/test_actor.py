@@ -30,7 +30,7 @@ from smpo_pipeline.jobs.record.batch_sizes import pop_batch_sizes
 from smpo_pipeline.jobs.record.run_record import Run
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from tests.inversion.helpers import make_pair
-from tests.tiny import make_tiny_model, make_tiny_xl
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_xl
 
 
 @pytest.fixture(scope="module")

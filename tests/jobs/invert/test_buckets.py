@@ -30,8 +30,8 @@ from smpo_schemas.shards.samples import decode_sample
 from tests.calibration.helpers import write_scores
 from tests.command import run_command, run_here
 from tests.pictures import encode, picture
-from tests.tiny import make_tiny_model, make_tiny_xl
-from tests.tiny_flow import make_tiny_sd3
+from tests.tiny.flow import make_tiny_sd3
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_xl
 
 SHAPES = [(40, 30), (64, 64), (30, 60), (90, 40), (33, 32), (60, 30)]
 """Width and height of first images; second images have nearly the same shape, except in the last pair."""

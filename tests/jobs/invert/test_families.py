@@ -13,7 +13,7 @@ import torch
 
 from smpo_schemas.shards.reader import ShardDirectory
 from tests.jobs.invert.test_text import PROMPTS, files, make_inputs
-from tests.tiny_families import FAMILIES
+from tests.tiny.families import FAMILIES
 
 pytestmark = pytest.mark.long
 

@@ -9,8 +9,8 @@ from smpo_pipeline.inversion.timesteps import plan_trajectory
 from smpo_pipeline.jobs.invert.models import describe_model, load_models, read_configs
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_schemas.inversion_settings import InversionSettings
-from tests.tiny import make_tiny_model
-from tests.tiny_flow import make_tiny_flux
+from tests.tiny.flow import make_tiny_flux
+from tests.tiny.stable_diffusion import make_tiny_model
 
 
 def options_of(model, **trajectory) -> InvertOptions:

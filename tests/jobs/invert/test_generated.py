@@ -23,7 +23,7 @@ from smpo_schemas.pairs import image_id
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.shards.reader import ShardDirectory
 from tests.command import assert_one_line, run_command, run_here
-from tests.tiny_flow import make_tiny_sd3
+from tests.tiny.flow import make_tiny_sd3
 from tests.trainer.helpers import arguments, column, run_cli
 
 pytestmark = pytest.mark.slow

@@ -27,9 +27,9 @@ from smpo_schemas.shards.text import StoredText
 from tests.calibration.helpers import write_scores
 from tests.command import assert_one_line, run_command, run_here
 from tests.pictures import encode, picture
-from tests.tiny import make_tiny_model
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
-from tests.tiny_transformers import make_tiny_sana
+from tests.tiny.flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.stable_diffusion import make_tiny_model
+from tests.tiny.transformers import make_tiny_sana
 
 pytestmark = pytest.mark.slow
 

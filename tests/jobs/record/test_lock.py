@@ -19,7 +19,7 @@ from smpo_common.store_path import StorePath
 from smpo_pipeline.jobs.record import lock
 from smpo_pipeline.jobs.record.lock import LEASE_FILE, holder, locked
 from tests.command import assert_one_line, run_here
-from tests.object_store import object_store
+from tests.servers.object_store import object_store
 
 
 @pytest.fixture(scope="module")

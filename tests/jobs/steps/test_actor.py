@@ -20,7 +20,7 @@ from smpo_pipeline.jobs.steps.options import StepDrawOptions, StepJobOptions, St
 from smpo_pipeline.step_pairs.pairs import step_pair_id
 from smpo_pipeline.step_pairs.sampler import StepSampler
 from smpo_schemas.manifest import MANIFEST_FILE, StepSettings
-from tests.tiny import IMAGE_SIDE, make_tiny_model
+from tests.tiny.stable_diffusion import IMAGE_SIDE, make_tiny_model
 
 PROMPTS = ["a cat", None, "a dog"]
 UNIT = pa.table({"unit": [0]})

@@ -15,7 +15,7 @@ from smpo_schemas.manifest import read_manifest
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.shards.reader import ShardDirectory
 from tests.command import assert_one_line, run_here
-from tests.tiny import make_tiny_clip, make_tiny_model
+from tests.tiny.stable_diffusion import make_tiny_clip, make_tiny_model
 
 pytestmark = pytest.mark.slow
 

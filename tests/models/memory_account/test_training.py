@@ -15,8 +15,8 @@ from smpo_models.memory_account.backward import SavedForBackward
 from smpo_models.memory_account.live import LiveTensors
 from smpo_models.memory_account.quantized import quantized_bytes
 from smpo_models.memory_account.training import TrainingRun, account_training, state_bytes
-from tests.tiny import make_tiny_model, make_tiny_unet
-from tests.tiny_flow import make_tiny_flux
+from tests.tiny.flow import make_tiny_flux
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_unet
 
 PUBLISHED = Path(__file__).parents[3] / "benchmarks/published_configs"
 

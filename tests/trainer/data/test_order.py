@@ -8,7 +8,7 @@ import torch
 
 from smpo_trainer.data.loader import Feed, State
 from smpo_trainer.data.order import Batching, Order
-from tests.tiny import LATENT_SHAPE
+from tests.tiny.stable_diffusion import LATENT_SHAPE
 
 WORLDS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 1000)
 SHARDS = (13, 0, 7, 21, 1, 30, 9, 20)  # 101 states

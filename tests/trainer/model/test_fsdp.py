@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from smpo_trainer.output.checkpoints import Checkpoints
 from tests.forking import forking_python
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.flow import make_tiny_flux, make_tiny_sd3
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, invert_tiny, metrics, run_cli
 from tests.trainer.output.test_resume import ENVIRONMENT

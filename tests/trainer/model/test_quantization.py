@@ -27,10 +27,10 @@ from smpo_trainer.model import policy as policy_module
 from smpo_trainer.model.fsdp import fsdp_plugin
 from smpo_trainer.model.quantization import _config, quantize
 from smpo_trainer.output.checkpoints import Checkpoints
-from tests.tiny import make_tiny_model, make_tiny_xl
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
-from tests.tiny_qwen import make_tiny_qwen_image
-from tests.tiny_transformers import make_tiny_z_image
+from tests.tiny.flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.qwen import make_tiny_qwen_image
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_xl
+from tests.tiny.transformers import make_tiny_z_image
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, invert_tiny, make_settings, run_cli
 

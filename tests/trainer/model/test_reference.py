@@ -17,7 +17,7 @@ from smpo_schemas.shards.stored_state import StoredState
 from smpo_trainer.data import loader as batches
 from smpo_trainer.model import reference
 from tests.inversion.helpers import make_pair
-from tests.tiny import make_tiny_model, make_tiny_xl
+from tests.tiny.stable_diffusion import make_tiny_model, make_tiny_xl
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import metrics, write_shards
 

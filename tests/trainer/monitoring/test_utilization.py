@@ -20,7 +20,7 @@ from smpo_trainer.model.policy import Policy
 from smpo_trainer.monitoring import utilization
 from smpo_trainer.monitoring.utilization import Utilization, operations
 from smpo_trainer.runtime import launch
-from tests.tiny import LATENT_SHAPE
+from tests.tiny.stable_diffusion import LATENT_SHAPE
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, make_settings, metrics, run_cli
 

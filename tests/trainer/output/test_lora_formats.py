@@ -18,10 +18,10 @@ from smpo_pipeline.evaluation.model_sources import parse_models
 from smpo_pipeline.generation.generator import load_generator
 from smpo_schemas.trained_model import LORA_FILE, lora_file
 from smpo_trainer.model.policy import Policy
-from tests.tiny import IMAGE_SIDE, make_tiny_model, make_tiny_xl
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
-from tests.tiny_qwen import make_tiny_klein, make_tiny_qwen_image
-from tests.tiny_transformers import make_tiny_z_image
+from tests.tiny.flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.qwen import make_tiny_klein, make_tiny_qwen_image
+from tests.tiny.stable_diffusion import IMAGE_SIDE, make_tiny_model, make_tiny_xl
+from tests.tiny.transformers import make_tiny_z_image
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, invert_tiny, run_cli
 

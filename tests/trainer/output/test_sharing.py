@@ -13,7 +13,7 @@ from PIL import Image
 from smpo_models.loading import load_family, load_tuned_denoiser
 from smpo_models.sharing.model_card import model_metadata
 from tests.command import assert_one_line, run_here
-from tests.hub_server import Hub
+from tests.servers.hub_server import Hub
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments
 

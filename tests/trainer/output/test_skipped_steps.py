@@ -16,7 +16,7 @@ from smpo_trainer import run
 from smpo_trainer.data.order import Order
 from smpo_trainer.output.checkpoints import Checkpoints
 from smpo_trainer.settings import TrainSettings
-from tests.tiny import make_tiny_unet
+from tests.tiny.stable_diffusion import make_tiny_unet
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import PlainReference, arguments, collecting, column, dying_after, metrics, run_cli
 from tests.trainer.objectives.test_objective_flags import write_scores

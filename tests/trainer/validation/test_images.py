@@ -18,7 +18,7 @@ from transformers import CLIPTextModel
 
 from smpo_models.draws import gaussian, named_stream
 from smpo_trainer.validation import images as validation_images
-from tests.tiny import IMAGE_SIDE, LATENT_SHAPE
+from tests.tiny.stable_diffusion import IMAGE_SIDE, LATENT_SHAPE
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, make_shards, metrics, run_cli
 

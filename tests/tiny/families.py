@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.tiny_flow import make_tiny_flux, make_tiny_sd3
-from tests.tiny_lumina import make_tiny_lumina2
-from tests.tiny_qwen import make_tiny_klein, make_tiny_qwen_image
-from tests.tiny_transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
+from tests.tiny.flow import make_tiny_flux, make_tiny_sd3
+from tests.tiny.lumina import make_tiny_lumina2
+from tests.tiny.qwen import make_tiny_klein, make_tiny_qwen_image
+from tests.tiny.transformers import make_tiny_pixart, make_tiny_sana, make_tiny_z_image
 
 FLOW_FAMILIES: dict[str, Callable[..., Path]] = {
     "sd35": make_tiny_sd3,

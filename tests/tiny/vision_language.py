@@ -17,7 +17,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from tests.tiny_language import LANGUAGE_WIDTH, make_qwen_tokenizer, make_qwen_vl
+from tests.tiny.language import LANGUAGE_WIDTH, make_qwen_tokenizer, make_qwen_vl
 
 _IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.json_server import Answer, JsonServer, json_server
+from tests.servers.json_server import Answer, JsonServer, json_server
 
 RATINGS = "Alignment Score (1-5): {:.4f}\nCoherence Score (1-5): {:.4f}\nStyle Score (1-5): {:.4f}"
 SHARES = "{} Score:\n Image 1: {:.4f}\n Image 2: {:.4f}\n\n"

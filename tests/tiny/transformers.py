@@ -1,7 +1,7 @@
 """Tiny random models of the transformer families with one text encoder: PixArt-Sigma, Z-Image, Sana.
 
 In the diffusers folder layout, made without the network. Latents are 4 x 8 x 8, images 32 x 32, as in
-:mod:`tests.tiny`.
+:mod:`tests.tiny.stable_diffusion`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from diffusers import (
 )
 from transformers import AddedToken
 
-from tests.tiny import LATENT_SHAPE, make_tiny_vae
-from tests.tiny_flow import T5_WIDTH, make_t5
-from tests.tiny_language import LANGUAGE_WIDTH, make_gemma2, make_gemma_tokenizer, make_qwen3, make_qwen_tokenizer
+from tests.tiny.flow import T5_WIDTH, make_t5
+from tests.tiny.language import LANGUAGE_WIDTH, make_gemma2, make_gemma_tokenizer, make_qwen3, make_qwen_tokenizer
+from tests.tiny.stable_diffusion import LATENT_SHAPE, make_tiny_vae
 
 _SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "beta_schedule": "linear"}
 """The multistep solver that PixArt-Sigma's and Sana's pipelines sample with."""

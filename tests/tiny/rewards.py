@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tests.tiny import make_tiny_clip
+from tests.tiny.stable_diffusion import make_tiny_clip
 
 _UNIT = 16
 _CONTEXT = 77

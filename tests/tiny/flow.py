@@ -1,6 +1,6 @@
 """Tiny random flow-matching models (SD3, SD3.5, FLUX.1) in the diffusers folder layout, made without the network.
 
-Latents are 4 x 8 x 8, images 32 x 32, as in :mod:`tests.tiny`.
+Latents are 4 x 8 x 8, images 32 x 32, as in :mod:`tests.tiny.stable_diffusion`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from tests.tiny import LATENT_SHAPE, make_text_config, make_tiny_vae, make_tokenizer
+from tests.tiny.stable_diffusion import LATENT_SHAPE, make_text_config, make_tiny_vae, make_tokenizer
 
 T5_WIDTH = 72
 """Wider than both CLIP encoders' embeddings side by side."""

@@ -1,6 +1,6 @@
 """Tiny random Qwen-Image and FLUX.2-klein, which read prompts with Qwen's language models; made without the network.
 
-Latents are 4 x 8 x 8, images 32 x 32, as in :mod:`tests.tiny`.
+Latents are 4 x 8 x 8, images 32 x 32, as in :mod:`tests.tiny.stable_diffusion`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 
-from tests.tiny import IMAGE_SIDE, LATENT_SHAPE
-from tests.tiny_language import LANGUAGE_WIDTH, make_qwen3, make_qwen_tokenizer, make_qwen_vl
+from tests.tiny.language import LANGUAGE_WIDTH, make_qwen3, make_qwen_tokenizer, make_qwen_vl
+from tests.tiny.stable_diffusion import IMAGE_SIDE, LATENT_SHAPE
 
 _CHANNELS = LATENT_SHAPE[0]
 _SHIFT = {

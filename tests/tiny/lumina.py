@@ -1,6 +1,6 @@
 """A tiny random Lumina 2 in the diffusers folder layout, made without the network.
 
-Latents are 4 x 8 x 8, images 32 x 32, as in :mod:`tests.tiny`.
+Latents are 4 x 8 x 8, images 32 x 32, as in :mod:`tests.tiny.stable_diffusion`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
-from tests.tiny import LATENT_SHAPE, make_tiny_vae
-from tests.tiny_language import LANGUAGE_WIDTH, make_gemma2, make_gemma_tokenizer
+from tests.tiny.language import LANGUAGE_WIDTH, make_gemma2, make_gemma_tokenizer
+from tests.tiny.stable_diffusion import LATENT_SHAPE, make_tiny_vae
 
 
 def make_tiny_lumina2(path: Path, seed: int = 0, **scheduler) -> Path:
