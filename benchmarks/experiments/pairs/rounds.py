@@ -41,7 +41,7 @@ CANDIDATES = 6
 HUMAN_PAIRS = 600
 STEPS = 60
 BATCH = 24
-BETAS = (30, 100, 300)
+BETAS = (3, 10, 30, 100, 300)
 SELECTION_SEED = 1000
 SEEDS = (0, 100, 200)
 """Apart, since round k has seed + k."""
