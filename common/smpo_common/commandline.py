@@ -49,8 +49,8 @@ _OTHER_NAMES = {
 
 
 _GONE = {
-    "text": "it is a flag of `smpo-pipeline invert`: training uses the text that the shards have stored, and else "
-    "encodes prompts itself; leave it out",
+    "text": "it is a flag of `smpo-pipeline invert`: training uses the text stored in the shards, or else encodes "
+    "prompts itself; leave it out",
 }
 """What to do about flags that a command had in earlier versions."""
 

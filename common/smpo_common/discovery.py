@@ -1,4 +1,4 @@
-"""Find rewards, objectives, model families and reward mixes: by their file, as MODULE:CLASS or by a package."""
+"""Find classes that extend the programs (rewards, objectives, ...): by file, as MODULE:CLASS or by entry point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read and write files here or on an object store; a written file is complete or absent, whatever kills the program."""
+"""Read and write files, local or on an object store. Writes are atomic: a killed program leaves no partial file."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def read_versioned(path: AnyPath, model: type[Model], version: int, remedy: str)
 
 @contextmanager
 def reading_parquet(path: AnyPath) -> Iterator[None]:
-    """Turn what pyarrow, or a check of values, raises on a damaged or hostile Parquet file into :class:`UserError`."""
+    """Turn errors of a damaged or hostile Parquet file (from pyarrow or checks of values) into :class:`UserError`."""
     try:
         yield
     except ValidationError as error:
@@ -173,7 +173,7 @@ def reading_parquet(path: AnyPath) -> Iterator[None]:
 
 
 def file_size(path: AnyPath) -> int:
-    """Read a file's size in bytes, without its time, which some stores are asked for separately."""
+    """Read a file's size in bytes, without its time, which takes a second request on some stores."""
     return path.size() if isinstance(path, StorePath) else path.stat().st_size
 
 
@@ -232,7 +232,7 @@ def _raise_unlistable(error: OSError) -> NoReturn:
 
 
 def statuses(directory: AnyPath, pattern: str) -> Statuses:
-    """Read size and time of a folder's files whose names match; on an object store in one listing."""
+    """Read size and modification time of a folder's files whose names match; on an object store in one listing."""
     if isinstance(directory, StorePath):
         return {**directory.statuses(pattern)}
     paths = list(directory.glob(pattern))

@@ -67,7 +67,7 @@ def write_options(values: Mapping[str, str]) -> list[str]:
 def parse_ranges(flag: str, texts: Sequence[str] | Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """Parse minimum and maximum by name from ``NAME=MIN:MAX``.
 
-    ``NAME=raw``, where only their difference matters and values are taken as they are, stands for 0 and 1.
+    ``NAME=raw`` means ``NAME=0:1``, which leaves differences of values unscaled.
 
     Raises:
         UserError: they are not finite numbers in increasing order, or a name is given twice.

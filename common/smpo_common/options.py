@@ -47,7 +47,7 @@ class Options(BaseModel):
         """Make the settings from the values of all flags.
 
         Args:
-            typed: values by flag name, without groups.
+            typed: values by flag name, not nested in groups.
             on_command_line: names of the flags given on the command line, not in a config file.
 
         Raises:
@@ -76,7 +76,7 @@ class Options(BaseModel):
         return name in self._on_command_line
 
     def replace(self, **values: Any) -> Self:  # noqa: ANN401  (each flag's type is its field's)
-        """Copy the settings with these values, by field name in whichever group; values are not validated.
+        """Copy the settings with these values, by name of a field in any group; values are not validated.
 
         Raises:
             TypeError: no field has that name.
@@ -90,7 +90,7 @@ class Options(BaseModel):
         """Copy the settings with those of ``values`` that are its fields, and remove them from ``values``."""
         update: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            # A group may have the name of one of its fields, which is the one that is meant.
+            # A group and one of its fields may share a name (``optimizer``): ``values`` then names the field.
             if group_of(field):
                 update[name] = getattr(self, name)._replace_own(values)  # noqa: SLF001  (the same class)
             elif name in values:
@@ -110,7 +110,7 @@ class Options(BaseModel):
         write_bytes(target, self.as_config().encode())
 
     def as_config(self) -> str:
-        """Write every flag, defaults included, as the text of a config file; local paths become absolute."""
+        """Return the text of a config file with every flag, defaults included; local paths become absolute."""
         values = self.flat_values()
         recorded = {
             name: _portable(values[name], place=flag.place)
@@ -120,7 +120,7 @@ class Options(BaseModel):
         return yaml.safe_dump(recorded, sort_keys=True, allow_unicode=True)
 
     def flat_values(self) -> dict[str, Any]:
-        """Return the values by flag name, without groups, as a user would type them."""
+        """Return the values by flag name, not nested in groups, as a user would type them."""
         dumped = self.model_dump()
         values: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
@@ -145,7 +145,7 @@ class Flag:
         hidden: accepted, but not shown in the help.
         off: the flag that turns a boolean off, for example ``--no-hflip``.
         eager: called with the context and the value before other flags are parsed.
-        parser: makes the value of the text on the command line, or of what a config file has.
+        parser: converts the text on the command line, or the value in a config file.
     """
 
     metavar: str | None = None
@@ -175,9 +175,9 @@ def add_command(
 
     Args:
         app: the program.
-        function: takes one :class:`Options`; its docstring is the help, whose section ``Examples:`` has one command a
+        function: takes one :class:`Options`; its docstring is the help. The section ``Examples:`` has one command per
             line and is printed below the flags.
-        heading: of the commands among which the program's help lists it.
+        heading: the heading under which the program's help lists the command.
         actions: further flags by name, as Typer annotations whose callbacks do the work.
     """
     model = next(iter(get_type_hints(function).values()))
@@ -206,11 +206,11 @@ def parse_arguments(model: type[AnyOptions], arguments: Sequence[str]) -> AnyOpt
     """Parse arguments as the command of a model does, without running a command.
 
     Args:
-        model: the command's.
-        arguments: of the command line; a flag with several values is repeated.
+        model: the command's settings.
+        arguments: command-line arguments; a flag with several values is repeated.
 
     Raises:
-        UserError: they are refused.
+        UserError: an argument is invalid.
     """
     app, seen = typer.Typer(add_completion=False), []
 

@@ -31,7 +31,7 @@ A full or read-only disk is not among them: waiting does not help."""
 
 
 class TransientError(Exception):
-    """A failure that passes, of something that raises no OSError, such as a busy server."""
+    """A transient failure that is not an OSError, such as that of a busy server."""
 
 
 def _is_transient(error: BaseException) -> bool:

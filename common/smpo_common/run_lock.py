@@ -23,11 +23,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of a file system without locks."""
 
 _BY_FILE = "by this file alone"
-"""In a lock file's text: its existence is the lock."""
+"""Text in a lock file whose existence is the lock."""
 
 
 class _HeldByFileError(Exception):
-    """The file itself is the lock, and exists."""
+    """The lock file exists, and its existence is the lock."""
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def hold(directory: Path, lock: Callable[[int, int], object]) -> Iterator[None]:
 
 
 def holder(directory: Path) -> str | None:
-    """Name the process that holds ``directory``, or None. Without file system locks a killed one is named too."""
+    """Name the process that holds ``directory``, or None. Without file system locks, it may have been killed."""
     path = directory / LOCK_FILE
     try:
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
 """Files on an object store, with the part of pathlib's interface that this project uses.
 
-A folder is only a prefix of names: it exists while a file in it does. A PUT is atomic, so that no file is written under
-a temporary name and renamed. A failed request is retried here, beyond the retries of the store's client; one that keeps
-failing raises :class:`UserError`, and is never mistaken for a missing file.
+A folder is only a prefix of names: it exists while a file in it does. A PUT is atomic, so files are written under their
+final names. A failed request is retried here, beyond the retries of the store's client; one that keeps failing raises
+:class:`UserError`, and is never mistaken for a missing file.
 """
 
 from __future__ import annotations

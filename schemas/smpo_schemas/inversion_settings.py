@@ -11,10 +11,10 @@ from smpo_schemas.choices import Dtype
 from smpo_schemas.frozen import FrozenModel
 
 GENERATED = ("tracked", "sampled")
-"""Sources that take latents which ``generate --keep`` stored, in place of the images."""
+"""Sources that use the latents stored by ``generate --keep`` in place of the images."""
 
 TRUNCATED = {"steps": 25, "guidance_scale": 0.0, "states": 9, "timesteps": "grid"}
-"""Defaults of the source ``truncated`` that differ from those of the others; its timesteps are no choice."""
+"""Defaults of the source ``truncated`` that differ from those of the others. It makes no use of ``timesteps``."""
 
 
 class InversionSettings(FrozenModel):
@@ -23,33 +23,34 @@ class InversionSettings(FrozenModel):
     Attributes:
         source: ``renoise``: trajectories of ReNoise inversion (arXiv 2403.14602); ``forward``: independent Gaussian
             noise; ``tracked``: the noise that ``generate`` made each image from, added to the sampler's final latent
-            (arXiv 2605.09433); ``sampled``: the sampler's own states; ``truncated``: noised again from a point of the
-            model's own sampling, x0 its estimate there (Self-NPO, arXiv 2505.11777); ``steps``: two draws of the
-            sampler's step from one state, made by `smpo-pipeline steps` (TailorPO, arXiv 2502.01667; see
+            (arXiv 2605.09433); ``sampled``: the sampler's own states; ``truncated``: x_t after a few of the sampler's
+            steps, noised further, with the model's estimate at x_t as x0 (Self-NPO, arXiv 2505.11777); ``steps``: two
+            draws of the sampler's step from one state, made by `smpo-pipeline steps` (TailorPO, arXiv 2502.01667; see
             :class:`smpo_schemas.manifest.StepSettings`).
         forward_noise: for ``forward``: both images of a ``pair`` get the same noise (Diffusion-DPO), or each ``image``
             its own (CaPO).
         start: where a trajectory begins: ``clean`` (x0 itself), ``level0`` (x0 noised to the scheduler's first level),
-            or a timestep up to which nodes are reached by forward noising.
+            or a timestep: up to it, states are made by adding noise to x0.
         timesteps: ``jittered`` (one uniform draw in each of ``steps`` equal strata), ``grid`` (the scheduler's own
             inference grid; for ``sampled`` those of its timesteps at which states were kept) or ``published`` (the
             state of the grid's first node at or above a uniform t, or of its last node, used as if it were at t; each
             step evaluates the model at the timestep that it starts from).
         steps: steps per trajectory; for ``sampled`` the kept states of an image; for ``truncated`` those of the
             sampler's whole grid.
-        truncated_steps: for ``truncated``: the sampler's steps from where it begins to where x0 is estimated.
-        truncated_from: for ``truncated``: it begins at the noised ``image``, at a random timestep of the grid, or at
-            pure ``noise``.
-        solver: solves a step's implicit equation: ``ddim`` (one evaluation, no solving), ``renoise`` (a fixed number of
-            iterations), ``adaptive`` (iterated to convergence) or ``anderson`` (the same, accelerated).
-        renoise_steps: for ``renoise``: iterations per step, one evaluation each after the first; 0 is DDIM inversion.
+        truncated_steps: for ``truncated``: number of the sampler's steps before x0 is estimated.
+        truncated_from: for ``truncated``: the sampler begins at the ``image``, noised to a random timestep of the grid,
+            or at pure ``noise``.
+        solver: how a step's implicit equation is solved: ``ddim`` (one evaluation, no solving), ``renoise`` (a fixed
+            number of iterations), ``adaptive`` (iterated to convergence) or ``anderson`` (the same, accelerated).
+        renoise_steps: for ``renoise``: iterations per step, each one evaluation besides the initial one; 0 is DDIM
+            inversion.
         renoise_average: for ``renoise``: which of the step's ``renoise_steps`` + 1 estimates are averaged; see
             :func:`averaged_estimates`.
         tolerance: for ``adaptive`` and ``anderson``: stop iterating an image's step at this residual.
         max_evaluations: for ``adaptive`` and ``anderson``: limit of evaluations for an image's step.
-        anderson_depth: for ``anderson``: previous differences that the acceleration uses.
+        anderson_depth: for ``anderson``: number of previous differences that the acceleration uses.
         eta: scale of the Gaussian noise added after each step, in DDIM posterior standard deviations
-            (DDIM-InPO, arXiv 2503.18454); for ``steps`` that of the sampler's steps.
+            (DDIM-InPO, arXiv 2503.18454); for ``steps``, eta of the sampler.
         guidance_scale: classifier-free guidance of the inverting denoiser; 1 is none, 0 the unconditional model.
         states: number of a trajectory's states that are stored, drawn per trajectory; None is all.
         trajectories: inversions of each pair, each with its own draws.
@@ -66,7 +67,7 @@ class InversionSettings(FrozenModel):
             ``live``: both encode prompts themselves.
         buckets: whether images are resized by aspect ratio to one of several sizes of about the resolution's area,
             instead of to a square.
-        dtype: of the inverting denoiser's forward passes, and of matrix products in the reference's.
+        dtype: dtype of the inverting denoiser's forward passes, and of the matrix products in the reference's.
     """
 
     source: Literal["renoise", "forward", "tracked", "sampled", "truncated", "steps"] = "renoise"
@@ -109,7 +110,7 @@ def averaged_estimates(text: str, renoise_steps: int) -> frozenset[int]:
 
     Args:
         text: ``all``, ``lastN`` (all if there are fewer than N estimates) or their numbers, as in ``0,1``.
-        renoise_steps: iterations.
+        renoise_steps: number of iterations.
 
     Raises:
         UserError: the text is malformed, or names an estimate above ``renoise_steps``.

@@ -13,8 +13,6 @@ from smpo_common.errors import UserError
 from smpo_common.files import arrow_source, reading_parquet
 from smpo_common.store_path import AnyPath
 
-LABELS_FILE = "labels.parquet"
-
 LABELS_SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -28,7 +26,7 @@ LABELS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class PairVotes:
-    """The votes on a pair: their mean, P(image_0 preferred), their number, and the annotator where there is one."""
+    """The votes on a pair: their mean, P(image_0 preferred), their number, and the annotator if there is one vote."""
 
     label: float
     votes: int
@@ -38,7 +36,7 @@ class PairVotes:
 def read_label_rows(path: AnyPath, flag: str = "--labels") -> pa.Table:
     """Read a file of votes; ``annotator`` and ``time`` may be missing, and are then null.
 
-    ``flag`` named it, for errors.
+    ``flag`` is the flag that named the file, for errors.
 
     Raises:
         UserError: the file does not exist, is damaged, lacks a column, or has a label outside 0..1.
@@ -67,7 +65,7 @@ def read_labels(path: AnyPath) -> Mapping[str, PairVotes]:
     """Read a file of votes by pair id.
 
     Raises:
-        UserError: as of :func:`read_label_rows`.
+        UserError: as for :func:`read_label_rows`.
     """
     grouped: dict[str, list[tuple[float, str | None]]] = {}
     for row in read_label_rows(path).to_pylist():
@@ -84,8 +82,8 @@ def with_labels(pairs: pa.Table, labels: Mapping[str, PairVotes]) -> pa.Table:
     """Replace label, votes and annotator of the rows whose ``pair_id`` has votes.
 
     Args:
-        pairs: with these four columns.
-        labels: by pair id.
+        pairs: a table with these four columns.
+        labels: the votes by pair id.
     """
     if not labels:
         return pairs

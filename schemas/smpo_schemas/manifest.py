@@ -34,9 +34,11 @@ class ModelInfo(FrozenModel):
         text: fingerprint of the text encoders.
         vae: fingerprint of the VAE.
         scheduler: fingerprint of the noise levels and prediction type.
-        num_train_timesteps: T; timesteps are in [0, T), whole numbers but for ``flow``.
-        embedded_guidance: guidance scale that the denoiser was told, in all forwards; None for models that take none.
-        sampler_steps: steps of the sampler whose timesteps the states are at; None where these do not depend on it.
+        num_train_timesteps: T; timesteps are in [0, T), whole numbers except for ``flow``.
+        embedded_guidance: guidance scale that the denoiser got as an input in all forward passes; None for models
+            without this input.
+        sampler_steps: number of steps of the sampler whose timesteps the states are at; None where the timesteps do not
+            depend on a sampler.
     """
 
     id: str
@@ -58,12 +60,13 @@ class ImageSampling(FrozenModel):
     Attributes:
         candidates_sha256: hash of their ``candidates.json``.
         denoiser: fingerprint of the denoiser that made them.
-        negative: the model that predicted for the unconditional prompt in its place.
+        negative: the model that made the unconditional predictions in its place; None without one.
         sampler: name of the sampler.
-        steps: of the sampler.
-        guidance_scale: of classifier-free guidance, 1 is none; or what the model was told; None for models without.
-        seed: of the initial noise.
-        dtype: of the model, to which the initial noise was rounded.
+        steps: number of the sampler's steps.
+        guidance_scale: scale of classifier-free guidance (1 is none), or of embedded guidance; None for models with
+            neither.
+        seed: seed of the initial noise.
+        dtype: dtype of the model; the initial noise was rounded to it.
     """
 
     candidates_sha256: str
@@ -79,17 +82,18 @@ class ImageSampling(FrozenModel):
 class StepSettings(FrozenModel):
     """How the pairs of the source ``steps`` were drawn; steps, eta and guidance are in ``inversion``.
 
-    A pair is two draws x_s of the sampler's step from one x_t. Image i is stored as the state of x_t whose noise and x0
-    would have its draw as the mean of the step, so that both images rebuild x_t.
+    A pair is two draws x_s of the sampler's step from one x_t. Image i is stored as a state of x_t, with the x0 and the
+    noise for which draw i is the mean of the step. Both images rebuild the same x_t.
 
     Attributes:
         grid: timesteps of the sampler, increasing; a step leads to the next lower one.
-        trained: the steps that gave pairs, by the number of the timestep that they start from, from 1, the lowest.
-        candidates: draws of a step, of which the pair is the best and the worst.
-        continue_from: which of them the trajectory continues from: the ``winner``, or a ``random`` one.
-        gap: at a smaller difference of the rewards, or this one, the label is a tie.
-        gradient_delta: with gradient guidance (TailorPO-G), the rise of the reward that the best draw is moved towards,
-            in the reward's unit; None without.
+        trained: the steps that gave pairs, numbered by the place in ``grid`` (from 1) of the timestep that they start
+            from.
+        candidates: number of draws of a step; the best and the worst of them are the pair.
+        continue_from: the draw that the trajectory continues from: the ``winner``, or a ``random`` one.
+        gap: largest difference of the two rewards that counts as a tie.
+        gradient_delta: the rise of the reward that gradient guidance (TailorPO-G) moves the best draw towards, in the
+            reward's unit; None without gradient guidance.
     """
 
     grid: list[float]
@@ -140,10 +144,10 @@ class StoredTextEntry(FrozenModel):
     """The folder ``text/``: the embeddings of every distinct prompt and of the empty one.
 
     Attributes:
-        dtype: of the embeddings: ``float32``, ``float16`` or ``bfloat16``.
+        dtype: dtype of the embeddings: ``float32``, ``float16`` or ``bfloat16``.
         prompts: number of prompts.
         bytes: size of all files, index included.
-        index: which row of which file is a prompt's.
+        index: the file that gives each prompt's file and row.
         files: the embeddings, in the order of the prompts' first pairs.
     """
 
@@ -158,7 +162,7 @@ class Bucket(FrozenModel):
     """An image size.
 
     Attributes:
-        height, width: in pixels.
+        height, width: size in pixels.
         pairs: number of pairs of this size.
     """
 
@@ -176,8 +180,9 @@ class BandHealth(FrozenModel):
         noise_ratio: rms of the reference's predicted noise at the stored states over its rms at forward-noised states
             of the same images; exact inversion gives 1.
         residual: mean relative distance from the inversion's fixed point; None without inversion steps.
-        neighbour_correlation: mean correlation of tau between neighbouring latent positions; 0 for white noise.
-        solved: number of all stored states of the band, per image, that a solver with a tolerance made.
+        neighbour_correlation: mean correlation of the stored noise between neighbouring latent positions; 0 for white
+            noise.
+        solved: number of all stored states of the band, counted per image, that were made by a solver with a tolerance.
         unconverged: number of these whose ``residual`` stayed above the tolerance.
     """
 
@@ -217,24 +222,24 @@ class Manifest(FrozenModel):
     """The whole of ``manifest.json``.
 
     Attributes:
-        schema_version: of this file and of the shards.
+        schema_version: version of the format of this file and of the shards.
         model: the reference, and the denoiser that made the trajectories.
         resolution: side of the images, or with ``buckets`` the side of the square of their area, in pixels.
         inversion: the settings of ``invert`` that decide what is stored.
-        seed: of all random draws, together with each pair's id.
+        seed: the run's seed; every random draw depends on it and on the pair's id.
         rewards: statistics of each reward over the data set, by name.
         shards: the tars, in order.
         totals: sums over the directory.
         rejected_reasons: number of rejected pairs by kind of reason.
         health: quality of the states by timestep band.
-        versions: of the libraries.
-        index: of all trajectories (:mod:`smpo_schemas.shards.index`); None in older directories.
+        versions: versions of the libraries.
+        index: the index of all trajectories (:mod:`smpo_schemas.shards.index`); None in older directories.
         text: the stored embeddings of the prompts; None with ``--text live``, where the trainer encodes them.
         buckets: image sizes by rising aspect ratio; empty without ``--buckets``.
-        samplings: with the sources ``tracked`` and ``sampled``, how the images were sampled.
-        steps: with the source ``steps``, how the pairs were drawn.
+        samplings: how the images were sampled; only with the sources ``tracked`` and ``sampled``.
+        steps: how the pairs were drawn; only with the source ``steps``.
         ref_error_arithmetic: arithmetic of ``ref_error``, for example ``fp32`` or ``bf16 autocast``.
-        has_ref_norm: whether each sample has ``ref_norm``; older ones have none.
+        has_ref_norm: whether each sample has ``ref_norm``; those of older directories have none.
     """
 
     schema_version: int

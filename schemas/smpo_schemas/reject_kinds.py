@@ -1,4 +1,4 @@
-"""Kinds of reasons for a reject. Imports nothing: the decoder's child process has to start fast."""
+"""Kinds of reasons for a rejected row. Imports nothing: the decoder's child process has to start fast."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class Reject(FrozenModel):
     """One pair that was left out.
 
     Attributes:
-        pair_id: None if the pair's row could not be read so far.
-        source: its file and row, as ``path:row``.
+        pair_id: the pair's id; None if it was not known yet.
+        source: the pair's file and row, as ``path:row``.
         stage: the command that rejected it.
         reason: one sentence; the words before the first colon are its kind.
     """

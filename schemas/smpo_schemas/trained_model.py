@@ -3,10 +3,10 @@
 from typing import Literal
 
 UNET_FOLDER = "unet"
-"""The denoiser; the name is that of diffusers' pipelines."""
+"""Folder of a UNet, named as in diffusers' pipelines."""
 
 DENOISER_FOLDERS = (UNET_FOLDER, "transformer")
-"""The same, of all models."""
+"""Folders of denoisers, over all model families."""
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The adapter, instead of a denoiser; the name is what ``load_lora_weights`` looks for."""
@@ -15,7 +15,7 @@ LoraFormat = Literal["diffusers", "kohya", "comfyui"]
 """How a LoRA file names its layers."""
 
 EXTRA_LORA_FILES = {"kohya": "kohya_lora.safetensors", "comfyui": "comfyui_lora.safetensors"}
-"""The adapter once more, for other programs, by format."""
+"""Files with the same adapter for other programs, by format."""
 
 METRICS_FILE = "metrics.jsonl"
 """One JSON object per optimizer step."""

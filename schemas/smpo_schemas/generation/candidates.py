@@ -41,7 +41,7 @@ CANDIDATES_SCHEMA = pa.schema(
 """The columns of every part; further columns are those of the prompts."""
 
 NOT_CARRIED = frozenset({*CANDIDATES_SCHEMA.names, "jpg_0", "jpg_1", "annotator", "votes"})
-"""Columns of prompts that mean something else in pairs."""
+"""Columns of the prompts that are not copied, since they mean something else in pairs."""
 
 
 class GenerationSettings(FrozenModel):
@@ -49,13 +49,14 @@ class GenerationSettings(FrozenModel):
 
     Attributes:
         sampler: name of the sampler: the scheduler's class, or DDIM or Euler.
-        steps: of the sampler.
-        guidance_scale: of classifier-free guidance, 1 is none; or what the model is told; None for models without.
-        seed: of all noise.
-        dtype: of the model.
+        steps: number of the sampler's steps.
+        guidance_scale: scale of classifier-free guidance (1 is none), or of embedded guidance; None for models with
+            neither.
+        seed: seed of all noise.
+        dtype: dtype of the model.
         resolution: side of the images in pixels.
         images_per_prompt: K; a prompt has K / 2 rows, row j with the images 2j and 2j + 1.
-        image_format: of the images' files.
+        image_format: format of the image files.
         keep: what is kept besides the images: ``latents``, ``states:M``, or None.
     """
 
@@ -71,7 +72,7 @@ class GenerationSettings(FrozenModel):
 
     @property
     def num_states(self) -> int:
-        """Number of the sampler's states to keep of each image."""
+        """Number of the sampler's states to keep for each image."""
         return int((self.keep or "").partition(":")[2] or 0)
 
     def image_bytes(self, latent_shape: Sequence[int]) -> int:
@@ -87,11 +88,12 @@ class CandidatesModel(FrozenModel):
         id: hub id or folder, as the user gave it.
         unet: folder of the denoiser in place of the model's own.
         lora: LoRA on top of the model's denoiser.
-        negative: the model that predicts for the unconditional prompt in its place.
+        negative: the model that makes the unconditional predictions in its place; None without one.
         kind: model family, for example ``sd15``.
         denoiser: fingerprint of the denoiser in float32, as in the manifests of shards; also the column ``model``.
         scheduler: fingerprint of the noise levels and prediction type, as in the manifests of shards.
-        parts: fingerprint of each part of the pipeline in ``dtype``, by its folder; of the denoiser with its negative.
+        parts: fingerprint of each part of the pipeline in ``dtype``, by its folder; the denoiser's includes the
+            negative model.
     """
 
     id: str
@@ -128,8 +130,8 @@ class Candidates(GenerationSettings):
     """The whole of ``candidates.json``; written last, so that its absence marks an unfinished run.
 
     Attributes:
-        schema_version: of this file.
-        model: that made the images.
+        schema_version: version of this file's format.
+        model: the model that made the images.
         columns: further columns, from the prompts.
         parts: the files, in the order of the prompts.
         prompts_in: distinct prompts, and rows without a usable one; ``prompts_in = prompts + rejected``.
@@ -137,7 +139,7 @@ class Candidates(GenerationSettings):
         images: number of images.
         rejected: number of rejects.
         rejected_reasons: number of rejects by kind of reason.
-        versions: of the libraries.
+        versions: versions of the libraries.
     """
 
     schema_version: int
@@ -180,7 +182,7 @@ def kept_name(unit: int) -> str:
 
 
 def candidate_pair_id(origin: str, prompt: str, row: int) -> str:
-    """Id of row ``row`` of a prompt.
+    """Make the id of row ``row`` of a prompt.
 
     Args:
         origin: fingerprint of everything else that decides the images, so that the candidates of several runs can be

@@ -29,9 +29,9 @@ class CandidateFolder:
     Attributes:
         path: the folder.
         sizes: bytes of its files of latents, by name.
-        seed: of the images' initial noise.
+        seed: seed of the images' initial noise.
         images_per_prompt: K.
-        dtype: that the noise was rounded to, the model's.
+        dtype: dtype of the model; the initial noise was rounded to it.
     """
 
     path: AnyPath
@@ -52,10 +52,10 @@ class KeptImage:
     """What is kept of one image.
 
     Attributes:
-        folder: that has it.
+        folder: the folder that has it.
         latents_Chw: what the VAE decoded, normalised, float32.
-        timesteps: of its M states, decreasing; none where only latents were kept.
-        states_MChw: inputs of these steps of the sampler, normalised, float32.
+        timesteps: timesteps of its M states, decreasing; none where only latents were kept.
+        states_MChw: the states: inputs of the sampler's steps at these timesteps, normalised, float32.
     """
 
     folder: CandidateFolder
@@ -65,7 +65,7 @@ class KeptImage:
 
 
 class KeptLatents:
-    """Files of latents of some folders, opened as they are needed; a context that closes them."""
+    """The latents in some folders; files are opened when they are needed, and closed at the end of the context."""
 
     def __init__(self, folders: Sequence[CandidateFolder]) -> None:
         self._folders = folders
@@ -84,8 +84,8 @@ class KeptLatents:
         """Read what is kept of an image; None if no folder has it.
 
         Args:
-            name: of its file of latents, as its row says.
-            image: hash of its content (:func:`smpo_schemas.pairs.image_id`).
+            name: name of the file of latents, from the image's row.
+            image: hash of the image file's content (:func:`smpo_schemas.pairs.image_id`).
 
         Raises:
             UserError: a file is missing, damaged or not the one that was written.

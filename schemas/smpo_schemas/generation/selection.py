@@ -50,12 +50,12 @@ class SelectionSettings(FrozenModel):
         by_sha256: hash of the source file of a method of your own, else null.
         judge: name of the pairwise judge, or its ``MODULE:CLASS``, with its model; null for methods that ask none.
         judge_sha256: hash of the source file of a judge of your own, else null.
-        rewards: by reward name.
-        pairs_per_prompt: most pairs of a prompt.
+        rewards: the rewards, by name.
+        pairs_per_prompt: largest number of pairs of a prompt.
         min_gap: smallest gap of a pair; null: the method's own.
         dominated_only: whether the chosen image must be at least as good by every reward.
         loser: which image the method ``ranking`` rejects.
-        seed: of all draws.
+        seed: seed of all random draws.
         label: whether the pairs are labelled by the selection.
     """
 
@@ -92,7 +92,7 @@ class Gaps(FrozenModel):
     """The gaps of the selected pairs: by how much the chosen image is better, from -1 to 1.
 
     Attributes:
-        min, mean, max: over all pairs.
+        min, mean, max: statistics over all pairs.
     """
 
     min: float
@@ -104,8 +104,8 @@ class SelectionInfo(FrozenModel):
     """``selection.json``; written last, so that its absence marks an unfinished run.
 
     Attributes:
-        schema_version: of this file.
-        version: of the program.
+        schema_version: version of this file's format.
+        version: version of the program.
         settings: what decides the selection.
         candidates: the input files.
         scores_sha256: hash of the candidates' ``scores.json``.
@@ -114,13 +114,13 @@ class SelectionInfo(FrozenModel):
         prompts: number of distinct prompts with a score.
         prompts_with_pairs: number of prompts that gave a pair; the others are rows of ``rejected.parquet``.
         pairs: number of selected pairs.
-        gaps: of the selected pairs.
+        gaps: gaps of the selected pairs.
         rejected: number of rows of ``rejected.parquet``.
         reasons: number of rows of ``rejected.parquet`` by kind of reason.
         pairs_sha256: hash of ``pairs.parquet``.
         comparisons: number of comparisons by the judge, each in both orders.
-        shown_first: the judge's mean preference for the image that it was shown first, from 0 to 1; 0.5 without a bias
-            towards one position, which cancels. Null without a judge.
+        shown_first: the judge's mean preference for the image that it was shown first, from 0 to 1; 0.5 if it is not
+            biased towards a position. A bias cancels, since both orders are compared. Null without a judge.
     """
 
     schema_version: int

@@ -14,7 +14,7 @@ from smpo_schemas.pairs.layout import FolderLayout, Layout, ReadingChoices
 __all__ = ["find_layout", "folder_layout_of", "layout_of", "layouts"]
 
 _OF_A_PAIR = ("image_0", "image_1", "label", "votes", "chosen", "rejected")
-"""Columns whose flags describe the file's layout, so that none is recognised."""
+"""Columns whose flags describe the file's layout, so that no layout is looked for."""
 
 
 def layouts() -> dict[str, type[Layout]]:
@@ -41,7 +41,7 @@ def layout_of(path: AnyPath, names: Sequence[str], choices: ReadingChoices) -> L
     Args:
         path: the file.
         names: its columns.
-        choices: of the user.
+        choices: the user's choices.
 
     Raises:
         UserError: the file is not in the chosen layout, or lacks a column.
@@ -59,13 +59,13 @@ def layout_of(path: AnyPath, names: Sequence[str], choices: ReadingChoices) -> L
     described = any(choices.columns.get(name) for name in _OF_A_PAIR)
     of_files = [kind for kind in layouts().values() if not issubclass(kind, FolderLayout)]
     matching = [] if described else [kind for kind in of_files if kind.recognises(names)]
-    # The one that needs most columns: what others recognise may be part of it.
+    # The one that requires the most columns: a layout may also have all columns that another one requires.
     kind = max(matching, key=lambda layout: len(layout.required), default=NamedColumns)
     return kind(path, names, choices)
 
 
 def folder_layout_of(path: AnyPath, choices: ReadingChoices) -> FolderLayout | None:
-    """Return the layout of a folder with images: the chosen one or the one that is recognised; None without one."""
+    """Return the layout of a folder with images: the chosen or the recognised one; None if there is none."""
     kinds = [find_layout(choices.layout)] if choices.layout else layouts().values()
     names = [entry.name for entry in path.iterdir()]
     for kind in kinds:

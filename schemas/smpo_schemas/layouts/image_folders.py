@@ -25,7 +25,10 @@ _COLUMNS = PairColumns(image_0=None, image_1=None, chosen="chosen", rejected="re
 
 
 class WinLoseFolders(FolderLayout):
-    """``w/`` and ``l/`` with files of the same names, as people ask of kohya's sd-scripts; also other such names."""
+    """``w/`` and ``l/`` with files of the same names, or similar pairs of folders.
+
+    People request this layout for kohya's sd-scripts.
+    """
 
     name: ClassVar[str] = "win-lose-folders"
     data_sets: ClassVar[str] = f"two folders, {', or '.join(f'`{win}/` and `{lose}/`' for win, lose in _FOLDERS)}"
@@ -82,8 +85,8 @@ def paired(
     Args:
         chosen: folder of the preferred images.
         rejected: folder of the others.
-        start: of the paths, which the table leaves out.
-        captions: by name; None: read the files beside the images, of the preferred ones first.
+        start: the start of the paths that the table leaves out.
+        captions: captions by name; None: read the files beside the images, preferably beside the preferred ones.
 
     Raises:
         UserError: a folder or caption cannot be read, or two images of a folder differ in their suffix only.
@@ -101,7 +104,7 @@ def image_names(folder: AnyPath) -> list[str]:
 
 
 def read_captions(paths: Mapping[str, AnyPath]) -> dict[str, str | None]:
-    """Read the first line of each caption file, which trainers take; None where it is not UTF-8."""
+    """Read the first line of each caption file, as other trainers do; None where it is not UTF-8."""
     return dict(zip(paths, read_all(_first_line, paths.values()), strict=True))
 
 
@@ -120,7 +123,7 @@ def _relative(folder: AnyPath) -> dict[str, AnyPath]:
 
 
 def _by_stem(files: Mapping[str, AnyPath], suffixes: Sequence[str]) -> dict[str, AnyPath]:
-    """Return the files with these suffixes by their name without it."""
+    """Return the files that have one of these suffixes, by name without the suffix."""
     found: dict[str, AnyPath] = {}
     for name, path in files.items():
         if name.lower().endswith(tuple(suffixes)):

@@ -25,10 +25,10 @@ class NamedColumns(Layout):
 
     @classmethod
     def recognises(cls, names: Collection[str]) -> bool:  # noqa: ARG003
-        """Never: it is what is left."""
+        """Return False: this layout is taken if no other one is recognised."""
         return False
 
     def use(self, columns: PairColumns) -> None:
-        """Take these columns."""
+        """Read the fields of a pair from these columns."""
         self.columns = columns
         self.needs = [name for each in fields(columns) if (name := getattr(columns, each.name))]

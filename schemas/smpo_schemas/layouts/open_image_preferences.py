@@ -1,4 +1,4 @@
-"""The single answers behind open-image-preferences-v1, as Argilla exports them."""
+"""The individual answers behind open-image-preferences-v1, as Argilla exports them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ON_THE_HUB = re.compile(r"https?://[^/]+/datasets/[^/]+/[^/]+/(?:resolve|raw|bl
 class OpenImagePreferences(Layout):
     """A struct ``images`` of texts, and lists of answers: ``image_1``, ``image_2``, or else a tie.
 
-    Images are addresses on the hub; their files are looked for under the same names, by ``--image-root``.
+    Images are URLs on the hub; files of the same names are looked for in ``--image-root``.
     """
 
     name: ClassVar[str] = "open-image-preferences"

@@ -1,6 +1,6 @@
-"""Rankings of several images of a prompt, as pairs: each two images, in the order of their row.
+"""Rankings of several images of a prompt: every two of the images are a pair.
 
-Where ranks are equal the pair is a tie. Positions are drawn by a hash of the pair, as for chosen and rejected images.
+Equal ranks are a tie. A hash of the pair decides which image is image_0, as for chosen and rejected images.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ _PAIRS = pa.schema(
 )
 
 _PARENTS = 3
-"""Folders between the root of ImageRewardDB, which its paths start from, and the JSON of a part."""
-
+"""Number of folders from the JSON of a part up to the root of ImageRewardDB, which its paths start from."""
 
 _MOST_IMAGES = 256
-"""Of a prompt: their pairs are listed in memory. The published rankings have up to 9."""
+"""Largest number of images of a prompt: their pairs are listed in memory. The published rankings have up to 9."""
 
 
 class _Rankings(ListedLayout):
@@ -43,7 +42,7 @@ class _Rankings(ListedLayout):
 
 
 class ImageRewardDB(_Rankings):
-    """ImageRewardDB (arXiv 2304.05977): a row an image, with its rank among those of its prompt; 1 is best."""
+    """ImageRewardDB (arXiv 2304.05977): one row per image, with its rank among those of its prompt; 1 is best."""
 
     name: ClassVar[str] = "image-reward-db"
     data_sets: ClassVar[str] = "zai-org/ImageRewardDB, `images/*/*/*.json` or `metadata-*.parquet`"
@@ -133,7 +132,7 @@ def _pairs_of(images: Sequence[Any], path: AnyPath) -> Iterator[tuple[Any, Any]]
     """Pair each of a prompt's images with each other.
 
     Raises:
-        UserError: there are so many that the file is none of rankings.
+        UserError: there are more images than a ranking has.
     """
     if len(images) > _MOST_IMAGES:
         raise UserError(f"{path} has {len(images)} images of one prompt; a ranking has at most {_MOST_IMAGES}")

@@ -14,6 +14,8 @@ from smpo_schemas.pairs.layout import Layout, ReadingChoices
 
 _SHARE = "weighted_results_image"
 _DETAILS = "detailed_results"
+_MOST = 2**31
+"""A result from this number on is invalid: numbers of votes are stored as int32."""
 
 
 class Rapidata(Layout):
@@ -85,7 +87,7 @@ def _axes(names: Collection[str]) -> list[str]:
 
 
 def _results(end: str) -> list[tuple[str, ...]]:
-    """List the columns that a question's results may have, those of both images or one of both."""
+    """List the columns that may hold a question's results: one for each image, or a single one for both."""
     return [(f"{_SHARE}1{end}", f"{_SHARE}2{end}"), ("votes_image1", "votes_image2"), ("aggregated_results",)]
 
 
@@ -96,9 +98,6 @@ def _two_numbers(values: Sequence[object]) -> tuple[float, float]:
         values = list(found.values()) if isinstance(found, Mapping) else []
     good = [value for value in values if isinstance(value, (int, float)) and 0 <= value < _MOST]
     return (float(good[0]), float(good[1])) if len(good) == len(values) == 2 else (0.0, 0.0)  # noqa: PLR2004  (images)
-
-
-_MOST = 2**31
 
 
 def _count(details: object) -> int | None:

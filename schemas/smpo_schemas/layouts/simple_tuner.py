@@ -18,7 +18,10 @@ _REJECTED = "reference_strict"
 
 
 class SimpleTuner(ListedLayout):
-    """Preferred images, in a data set whose ``conditioning_data`` names one of ``reference_strict`` rejected images."""
+    """Preferred images, in a data set whose ``conditioning_data`` names that of the rejected ones.
+
+    The ``conditioning_type`` of the rejected images' data set is ``reference_strict``.
+    """
 
     name: ClassVar[str] = "simpletuner"
     data_sets: ClassVar[str] = (

@@ -16,8 +16,8 @@ class PairColumns:
     Image columns hold bytes, a struct with ``bytes`` or ``path`` (as the datasets library writes), or a path relative
     to the file's folder.
 
-    If ``chosen`` and ``rejected`` name the preferred image and the other one, they replace ``image_0``, ``image_1`` and
-    ``label``, unless ``label`` then says P(chosen preferred); see :func:`smpo_schemas.pairs.normalising.normalise`.
+    If ``chosen`` and ``rejected`` name the preferred image and the other one, they replace ``image_0`` and ``image_1``,
+    and ``label``, if there is one, is P(chosen preferred); see :func:`smpo_schemas.pairs.normalising.normalise`.
     """
 
     prompt: str = "prompt"
@@ -72,7 +72,7 @@ def refuse_repeated(names: Sequence[str], name: str | None, path: AnyPath) -> No
 
 
 def has_column(names: Collection[str], name: str) -> bool:
-    """Whether there is a column of that name, or one whose field it may be: ``a.b`` of a struct a."""
+    """Whether there is a column of that name or, for ``a.b``, a column ``a``, which may be a struct."""
     return name in names or ("." in name and name.partition(".")[0] in names)
 
 

@@ -56,18 +56,18 @@ class Layout(ABC):
 
     Attributes:
         name: the value of ``--layout``.
-        data_sets: what lies in this layout, for docs/reference/layouts.md.
+        data_sets: the data sets in this layout, for docs/reference/layouts.md.
         uses: names of further choices (:class:`ReadingChoices`) that it takes into account.
         in_two_formats: whether the data set comes with its pairs in two formats, of which one must be chosen.
         required: columns that it is recognised by.
         optional: columns that it uses where they are there.
-        derived: what fields of a pair are made from, where no column holds them as they are; for ``inspect``.
+        derived: what the fields are computed from that no column holds as they are; shown by ``inspect``.
         further: columns of the converted rows, of :data:`FURTHER`, that the scores table takes over.
         columns: where the fields of a pair are in the converted rows.
         path: the file.
-        choices: of the user.
+        choices: the user's choices.
         needs: the file's columns to read.
-        folder: that image paths are relative to.
+        folder: the folder that image paths are relative to.
     """
 
     name: ClassVar[str]
@@ -90,7 +90,7 @@ class Layout(ABC):
         Args:
             path: the file.
             names: its columns.
-            choices: of the user.
+            choices: the user's choices.
 
         Raises:
             UserError: it lacks a column that is required or named by a flag.
@@ -152,10 +152,10 @@ def _fitting(name: str, value: object) -> object:
 
 
 class ListedLayout(Layout):
-    """A layout whose pairs are listed when the input is: a row of its file is not one pair.
+    """A layout whose pairs are listed in a table in advance, since a row of its file is not one pair.
 
     Attributes:
-        table: one row a pair; its images are paths.
+        table: one row per pair; its images are paths.
     """
 
     table: pa.Table
@@ -165,7 +165,7 @@ class ListedLayout(Layout):
         """Make the table.
 
         Args:
-            rows: of the file, with the columns in ``needs``; none for a folder.
+            rows: rows of the file, with the columns in ``needs``; none for a folder.
 
         Raises:
             UserError: a file cannot be read.

@@ -23,10 +23,10 @@ from smpo_schemas.pairs.reading import FORMATS, raw_rows
 PAIR_SUFFIXES = tuple(FORMATS)
 
 _SURE_SUFFIXES = (".parquet", ".jsonl")
-"""Formats whose files in a folder must be pairs; others in it may be something else and are then left out."""
+"""Formats whose files in a folder must hold pairs. Files of other formats are left out if they hold something else."""
 
 _PROBED_ROWS = 8
-"""Rows whose images are looked for in the folders that they may be in."""
+"""Number of first rows whose images are looked for, to find the folder that image paths are relative to."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class PairFile:
     """One input file, or a folder of images.
 
     Attributes:
-        path: of the file.
+        path: path of the file or folder.
         rows: number of its rows, each of which is a pair or rejected.
         bytes: its size.
-        digest: hash of its content, or of a part that other content hardly shares.
+        digest: hash of its content, or of a part that identifies the content in practice.
         offsets: byte offsets of rows 0, 1024, 2048, ... where its format needs them.
         layout: how its rows are read; None where only their number matters.
     """
@@ -60,7 +60,7 @@ def list_pair_files(
     Args:
         paths: files or folders.
         choices: what flags say about reading them.
-        flag: that named the paths, for errors.
+        flag: the flag that named the paths, for errors.
 
     Raises:
         UserError: a path does not exist, has no such file, or a file cannot be read.
@@ -101,7 +101,7 @@ def _matching(path: AnyPath) -> list[AnyPath]:
 
 @dataclass(frozen=True)
 class _Found:
-    """A file, or a folder with its layout; ``sure``: whether it must be pairs."""
+    """A file, or a folder with its layout; ``sure``: whether it must hold pairs."""
 
     path: AnyPath
     layout: FolderLayout | None = None

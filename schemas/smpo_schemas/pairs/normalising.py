@@ -16,11 +16,10 @@ from smpo_schemas.pairs.columns import PairColumns
 from smpo_schemas.reject_kinds import RejectKind
 
 MAX_TEXT = 100_000
-"""Maximum characters in a prompt, id or annotator name; longer rows are rejected."""
+"""Maximum characters in a prompt, id or annotator name; rows with longer ones are rejected."""
 
 MAX_IMAGE_BYTES = 256 << 20
 """Limit for image files; larger ones are rejected, and not read if the row has their path."""
-
 
 MAX_VOTES = 2**31 - 1
 """The largest number of votes that a table holds."""
@@ -43,7 +42,7 @@ class Pair:
     """Two images of one prompt, and an annotator's label.
 
     Attributes:
-        pair_id: stable name; all of a pair's randomness depends on it and a run's seed alone.
+        pair_id: stable name; all of a pair's randomness depends only on it and on the run's seed.
         prompt: the text that both images were made for.
         image_0, image_1: encoded image files.
         label: P(image_0 preferred) as people gave it: 1, 0, 0.5 for a tie, or a share of votes; None without a label.
@@ -71,8 +70,8 @@ def normalise(row: Mapping[str, Any], columns: PairColumns, folder: AnyPath, fur
 
     Args:
         row: values by column.
-        columns: of the row.
-        folder: that image paths are relative to.
+        columns: names of the row's columns.
+        folder: the folder that image paths are relative to.
         further: columns for :attr:`Pair.further`.
 
     Raises:
@@ -208,7 +207,7 @@ def _label(value: object) -> float | None:
 
 
 def _votes(value: object) -> int | None:
-    """Convert a number of votes; without any, nothing is known of the pair's votes."""
+    """Convert a number of votes; 0 or a missing number gives None, which means unknown."""
     if value is None or _is_nan(value) or value == 0:
         return None
     if isinstance(value, (int, float)) and 0 < value <= MAX_VOTES and value == int(value):

@@ -61,7 +61,7 @@ def rows(part: RowRange, names: Sequence[str], further: Sequence[str] = ()) -> I
     """Yield the rows of a range, in order.
 
     Args:
-        part: of which file.
+        part: the range, and its file.
         names: columns to read; ``a.b`` is the field b of a struct a.
         further: columns whose value becomes None where Python cannot hold it.
 

@@ -1,4 +1,4 @@
-"""Rows of a file as they lie there, whatever its format."""
+"""Rows of a file as they are stored, whatever its format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RawRow = Mapping[str, Any] | PairRejectedError
 
 
 class NotRowsError(UserError):
-    """The file holds something else than rows, such as the settings of a program."""
+    """The file holds something other than rows, such as the settings of a program."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Scan:
     Attributes:
         rows: number of rows.
         bytes: size of the file.
-        digest: hash of the content, or of a part that other content hardly shares.
-        names: of the columns.
+        digest: hash of the content, or of a part that identifies the content in practice.
+        names: names of the columns.
         offsets: byte offsets of rows 0, 1024, 2048, ...; none where a format needs no offsets.
     """
 

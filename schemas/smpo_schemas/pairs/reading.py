@@ -15,7 +15,7 @@ from smpo_schemas.pairs.raw_rows import RawRow, RowRange, Scan
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How files of one format are read: :func:`smpo_schemas.pairs.parquet_rows.scan` and ``rows`` say what these do."""
+    """Functions that read one format; see ``scan`` and ``rows`` of :mod:`smpo_schemas.pairs.parquet_rows`."""
 
     scan: Callable[[AnyPath], Scan]
     rows: Callable[[RowRange, Sequence[str], Sequence[str]], Iterator[RawRow]]
@@ -41,8 +41,8 @@ def read_rows(
     """Yield ``(source, pair or error)`` for each row, in order; ``source`` is ``path:row``.
 
     Args:
-        rows: of which file.
-        layout: of the file.
+        rows: the rows, and their file.
+        layout: layout of the file.
         further: names of other columns, for :attr:`Pair.further`, besides the layout's own; a value that Python cannot
             hold is None.
 
@@ -70,7 +70,7 @@ def read_prompts(rows: RowRange, layout: Layout) -> Iterator[str]:
 
 
 def raw_rows(rows: RowRange, layout: Layout, names: Sequence[str], further: Sequence[str] = ()) -> Iterator[RawRow]:
-    """Yield a range's rows as the layout finds them."""
+    """Yield the rows of a range, from the layout's table of pairs if it has one, else from the file."""
     if isinstance(layout, ListedLayout):
         return layout.listed_rows(rows)
     return FORMATS[rows.path.suffix].rows(rows, names, further)

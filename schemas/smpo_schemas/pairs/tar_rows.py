@@ -21,7 +21,7 @@ from smpo_schemas.reject_kinds import RejectKind
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 _FIRST_SAMPLES = 8
-"""Samples after which a tar without a pair of images is left alone: a large one takes long to read."""
+"""A tar is not read further if none of this many first samples has two images: a large tar takes long to read."""
 
 
 def scan(path: AnyPath) -> Scan:

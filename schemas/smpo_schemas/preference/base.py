@@ -45,15 +45,15 @@ class Preference(ABC):
     Attributes:
         name: the value of ``--preference``.
         summary: one line for the help of ``--preference``.
-        calibration: whether it uses the temperatures that ``smpo-pipeline calibrate`` fits to labels.
+        calibration: whether an output of ``smpo-pipeline calibrate`` is refused, optional or required.
         normalise_weights: whether weights are scaled to sum to 1.
         needs_images: whether a pair's p depends on the other images of its prompt, so that all pairs must be given.
         uses_rewards: whether p depends on scores.
         uses_labels: whether p depends on the label and the number of votes.
         needs: what a pair must have, for the message about pairs that are left out.
-        weights: by reward name, as the mix uses them.
-        scales: by reward name, the divisor of score differences, in units of the raw score.
-        strength: of the prior of the votes, in votes, if it uses labels.
+        weights: weights by reward name, as the mix uses them.
+        scales: divisors of score differences by reward name, in units of the raw score.
+        strength: strength of the prior of the votes, counted in votes; only for mixes that use labels.
     """
 
     name: ClassVar[str]
@@ -77,10 +77,10 @@ class Preference(ABC):
         """Check the rewards and fix their scales.
 
         Args:
-            weights: by reward name.
-            statistics: by reward name; without a calibration, max - min is the reward's scale.
-            temperatures: by reward name, tau from a calibration, which then is the scale.
-            strength: of the prior of the votes (:meth:`strength_of`).
+            weights: weights by reward name.
+            statistics: statistics by reward name; without a calibration, max - min is the reward's scale.
+            temperatures: tau by reward name, from a calibration, which is then the reward's scale.
+            strength: strength of the prior of the votes (:meth:`strength_of`).
 
         Raises:
             UserError: a weight is invalid, or a reward is unknown or constant over the data set.
@@ -98,7 +98,7 @@ class Preference(ABC):
 
     @classmethod
     def strength_of(cls, calibration: Calibration | None) -> float:  # noqa: ARG003
-        """Return the strength of the prior of the votes, in votes: that of a calibration, or a default one."""
+        """Return the strength of the prior of the votes, counted in votes: the calibration's, or a default."""
         return 0.0
 
     @abstractmethod

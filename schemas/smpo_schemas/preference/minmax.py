@@ -18,7 +18,7 @@ from smpo_schemas.scoring.scores import RewardStatistics
 def minmax(
     scores: Mapping[str, np.ndarray], statistics: Mapping[str, RewardStatistics], weights: Mapping[str, float]
 ) -> np.ndarray:
-    """Return P(image_0 preferred), float64 [P] in (0, 1), of each reward's scores, float [P, 2].
+    """Compute P(image_0 preferred), float64 [P] in (0, 1), from each reward's scores, float [P, 2].
 
     Raises:
         UserError: a weighted reward was not scored, or is constant over the data set.

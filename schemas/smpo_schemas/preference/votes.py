@@ -1,4 +1,4 @@
-"""People's own votes, shrunk by how few they are, alone or with calibrated rewards as prior.
+"""People's own votes, shrunk towards a prior the fewer they are; the prior is 1/2 or that of calibrated rewards.
 
 A pair's true share q, of all people, has a Beta prior of mean m whose strength s counts as s votes; k of n people voted
 for image_0. The posterior mean is
@@ -33,7 +33,7 @@ def posterior_mean(
         labels_P: share of the votes for image_0, float [P]; NaN without a label, which counts as no votes.
         votes_P: numbers of votes, float [P]; NaN where unknown, which counts as one.
         prior_P: mean of the prior, 0 to 1.
-        strength: of the prior, in votes.
+        strength: strength of the prior, counted in votes.
     """
     labelled = ~np.isnan(labels_P)
     votes = np.where(labelled, np.where(np.isnan(votes_P), 1.0, votes_P), 0.0)
@@ -63,7 +63,7 @@ class Votes(Preference):
 
 
 class VotesMixture(Mixture):
-    """Shares of votes, drawn towards the mixture's p; without a label it is the mixture's."""
+    """Shares of votes, drawn towards the mixture's p; a pair without a label has the mixture's p."""
 
     name: ClassVar[str] = "votes-mixture"
     summary: ClassVar[str] = "people's share of votes, drawn towards the mixture's p the fewer they are"

@@ -74,8 +74,9 @@ class VotesPrior(FrozenModel):
     """Strength of the Beta prior of a pair's true share of votes, in votes, by beta-binomial maximum likelihood.
 
     Attributes:
-        strength: with mean 1/2 (``--preference votes``).
-        mixture_strength: with the mixture's p, predicted on held-out prompts, as mean (``--preference votes-mixture``).
+        strength: strength of the prior with mean 1/2 (``--preference votes``).
+        mixture_strength: strength of the prior whose mean is the mixture's p, predicted on held-out prompts
+            (``--preference votes-mixture``).
         pairs: number of pairs with labels.
         votes: number of votes.
     """
@@ -90,15 +91,15 @@ class Calibration(FrozenModel):
     """The whole of ``calibration.json``.
 
     Attributes:
-        schema_version: of this file.
+        schema_version: version of this file's format.
         rewards: the mixture, by reward name.
         weights: ``fitted``, or ``equal`` where equal weights did better on held-out prompts.
-        held_out: by name of a reward or mix, over all labels, each predicted by a fit to the other folds.
+        held_out: fit of each reward and mix, by name, over all labels; each is predicted by a fit to the other folds.
         labels: number of pairs' labels, ties and shares included.
         ties: number of ties among them.
         prompts: number of prompts.
         folds: number of folds of the cross-validation.
-        seed: assigned the prompts to the folds.
+        seed: seed of the assignment of prompts to folds.
         scores_sha256: hash of ``scores.json``.
         votes: the prior of the votes; None in files of older versions.
     """
@@ -124,12 +125,12 @@ class Calibration(FrozenModel):
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Write the file."""
+    """Write ``calibration.json``."""
     write_json(path, calibration.model_dump())
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read and validate the file.
+    """Read and validate ``calibration.json``.
 
     Raises:
         UserError: it is missing, malformed or of another schema version.

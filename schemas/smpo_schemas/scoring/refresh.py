@@ -31,26 +31,27 @@ class RefreshInfo(FrozenModel):
     """The whole of ``refresh.json``; written last.
 
     Attributes:
-        schema_version: of this file.
+        schema_version: version of this file's format.
         reward: the base reward, as ``--reward`` named it, folders as absolute paths.
-        fingerprint: of the base reward.
+        fingerprint: fingerprint of the base reward.
         features: the CLIP of the head, as ``--features`` named it; null: the base reward's own.
-        clip_fingerprint: of this CLIP.
-        unit: of the scores.
+        clip_fingerprint: fingerprint of this CLIP.
+        unit: unit of the scores.
         head: the file with the head's weights ``v``, float64 [D].
-        tau: temperature: P(a over b) is sigmoid of the difference of their scores over tau.
-        l2: penalty of the head, the one with the lowest held-out loss.
+        tau: temperature: P(a over b) is sigmoid((score of a - score of b) / tau).
+        l2: L2 penalty of the head, chosen by the lowest held-out loss.
         adversarial: weight of the comparisons with samples.
-        samples: most samples of a prompt.
-        folds, seed: of the split of the prompts; the seed also draws the samples.
+        samples: largest number of samples of a prompt.
+        folds: number of folds that the prompts are split into.
+        seed: seed of this split, and of the draw of the samples.
         human_pairs: number of labelled pairs.
         human_prompts: number of their prompts.
         sampled_prompts: number of these that have samples.
         comparisons: number of comparisons of a preferred image with a sample.
         rejected: number of pairs that could not be embedded (``rejected.parquet``).
-        before: the base reward.
-        after: with heads that have not seen the prompt.
-        change: mean absolute difference of the two p over the human pairs.
+        before: measures of the base reward.
+        after: measures with the head; each prompt is scored by a head that was fitted without it.
+        change: mean absolute difference, over the human pairs, of p before and after.
     """
 
     schema_version: int

@@ -53,10 +53,10 @@ class RewardStatistics(FrozenModel):
         model: hub id or folder of the reward model.
         fingerprint: hash of its weights.
         unit: unit of the raw score, for example ``cosine``.
-        min, max, mean, std: over all images, in ``unit``.
+        min, max, mean, std: statistics over all images, in ``unit``.
         agreement: share of the pairs with a decided label that the reward orders as the label does; None without any.
         num_labelled: number of pairs with a decided label.
-        dtype: of the model's matrix products: ``fp32``, or the half precision of ``score --dtype``.
+        dtype: dtype of the model's matrix products: ``fp32``, or the half precision of ``score --dtype``.
     """
 
     model: str
@@ -89,7 +89,7 @@ class ScoresInfo(FrozenModel):
     """``scores.json``: describes the table; written last, so that its absence marks an unfinished run.
 
     Attributes:
-        schema_version: of this file and of the table.
+        schema_version: version of the format of this file and of the table.
         rewards: statistics of each reward, by name.
         parts: the table's files, in input order.
         scored: number of pairs in the table.
@@ -276,8 +276,8 @@ def reward_statistics(
         labels_P: float [P], P(image_0 preferred), NaN where there is no label.
         model: hub id or folder.
         fingerprint: hash of the weights.
-        unit: of the raw score.
-        dtype: of the model's matrix products.
+        unit: unit of the raw score.
+        dtype: dtype of the model's matrix products.
     """
     scores_P2 = np.asarray(scores_P2, dtype=np.float64)
     alike, decided = label_agreement(scores_P2[:, 0] - scores_P2[:, 1], labels_P)

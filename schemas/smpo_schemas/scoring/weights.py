@@ -16,10 +16,10 @@ class WeighedSource(FrozenModel):
 
     Attributes:
         pairs: number of its pairs.
-        share: of all weighed pairs.
+        share: share of its pairs in all weighed pairs.
         auc: area under the classifier's ROC curve on prompts that it has not seen; 0.5 is chance.
         calibration_error: expected calibration error of P(golden) on these prompts, both classes counting the same.
-        l2: penalty of the logistic regression, the one with the lowest held-out loss.
+        l2: L2 penalty of the logistic regression, chosen by the lowest held-out loss.
         noise: whether the AUC may be chance: the weights then say nothing.
     """
 
@@ -35,19 +35,20 @@ class WeightsInfo(FrozenModel):
     """The whole of ``weights.json``; written last.
 
     Attributes:
-        schema_version: of this file.
-        column: of the scores table.
+        schema_version: version of this file's format.
+        column: name of the column of weights in the scores table.
         clip: hub id or folder of the CLIP whose embeddings the classifiers see.
         fingerprint: hash of its weights.
         golden: number of golden pairs.
         alpha: their share of all weighed pairs.
-        sources: by name.
-        folds, seed: of the split of the prompts.
+        sources: the other sources of pairs, by name.
+        folds: number of folds that the prompts are split into.
+        seed: seed of this split.
         normalised: whether the weights were divided by their mean.
         pairs: number of pairs with a weight.
         rejected: number of pairs without one (``weights-rejected.parquet``).
-        mean, max: of the weights, as they were written.
-        unnormalised_mean: of the weights before they were divided by it; about 1 if the classifiers are right.
+        mean, max: mean and largest of the weights, as they were written.
+        unnormalised_mean: mean of the weights before any division by it; about 1 if the classifiers are right.
         effective_size: (sum w)^2 / sum w^2: how many equally weighted pairs say as much.
     """
 

@@ -22,7 +22,7 @@ from smpo_schemas.shards.samples import (
 from smpo_schemas.shards.tensor_file import read_at
 
 COPY_AGAIN = "copy the shard again from where it was written"
-"""What to do about a damaged one."""
+"""What to do about a damaged shard, for errors."""
 
 _MAX_MEMBER_BYTES = 1 << 40
 """A size that no member has; seek() fails in various ways on absurd ones."""
@@ -66,7 +66,7 @@ class IndexedTrajectory:
     Attributes:
         location: its place in the tars.
         meta: its metadata.
-        timesteps: of its K states, increasing.
+        timesteps: timesteps of its K states, increasing.
         latent: shape (C, h, w) of its latents.
     """
 

@@ -24,11 +24,10 @@ META, TENSORS = "json", "safetensors"
 """Extensions of a sample's two members."""
 
 REF_NORM = "ref_norm"
-"""The tensor that older shards lack."""
+"""Name of the tensor that older shards lack."""
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 """Dtypes of stored latents and noise, by their names in the manifest."""
-
 
 TIMESTEPS = (torch.int64, torch.float32)
 """Dtypes of timesteps: integers, or fractions for flow-matching models."""
@@ -73,7 +72,7 @@ class Sample:
     Attributes:
         x0_2Chw: float16 or bfloat16, scaled VAE latents of both images, from which the trajectory started, or at which
             the sampler ended.
-        noise_K2Chw: of the same type, tau_t = (x_t - a_t x0) / s_t.
+        noise_K2Chw: same dtype as ``x0``, the noise in each state: (x_t - a_t x0) / s_t.
         timestep_K: int64 (float32 for flow-matching models), increasing.
         ref_error_K2: float32, the reference's error at the stored, rounded state.
         residual_K2: float32, relative distance from the inversion's fixed point; NaN without an inversion step.
@@ -179,7 +178,7 @@ def timestep_problem(timesteps: Sequence[float], model: ModelInfo) -> str | None
     last = model.num_train_timesteps
     if model.prediction_type != FLOW and not all(isinstance(t, int) for t in timesteps):
         return f"timesteps are not integers, as {model.kind} needs them"
-    # Asked so that NaN fails, too.
+    # Written so that NaN fails, too.
     if not all(later > earlier for earlier, later in pairwise(timesteps)):
         return "timesteps do not increase"
     if not 0 <= timesteps[0] <= timesteps[-1] < last:

@@ -66,7 +66,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, rows: int | slice) -> StoredTensor:
-        """Select a row along the first axis, or rows that follow each other."""
+        """Select a row along the first axis, or consecutive rows."""
         part = StoredTensor(self.file, self.offset, self.dtype, self.shape[1:])
         if isinstance(rows, int):
             return StoredTensor(self.file, self.offset + rows * part.num_bytes, self.dtype, part.shape)
@@ -89,7 +89,7 @@ class TensorFile:
     """The tensors of a safetensors file, or of one within another file, by name."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        """Read the header of ``length`` bytes at ``offset``.
+        """Read the header of the safetensors content that is the ``length`` bytes at ``offset``.
 
         Raises:
             OSError, ValueError, struct.error: it is cut or malformed.
@@ -136,7 +136,7 @@ def reading_tensors(path: AnyPath, remedy: str) -> Iterator[None]:
 
 
 def file_bytes(layout: Layout) -> int:
-    """Bytes of a file of these tensors."""
+    """Compute the bytes of a file of these tensors."""
     header, offsets = _header(layout)
     return len(header) + max((end for _, end in offsets.values()), default=0)
 
@@ -145,8 +145,8 @@ def write_rows(path: Path, layout: Layout, batches: Iterable[Mapping[str, torch.
     """Write a file whose tensors share their first axis; equal tensors give equal bytes.
 
     Args:
-        path: of the file.
-        layout: of the whole tensors.
+        path: path of the file.
+        layout: dtype and shape of the whole tensors.
         batches: the next rows of every tensor, until all are given.
 
     Raises:

@@ -3,7 +3,7 @@
 ``text-000000.safetensors``, ... hold, for their N prompts, ``key``, int64 [N], hashes of the prompts, and the outputs
 of the text encoders, [N, ...] by the model family's names. Where the length of ``text`` depends on the prompt, the
 prompts follow each other without padding, [sum of lengths, D], and ``text_end``, int64 [N], is where each one ends.
-``index.safetensors`` says of every prompt in which file and row it is.
+``index.safetensors`` gives the file and the row of every prompt.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def write_text(path: AnyPath, prompts: Sequence[str], rows: Sequence[TextRow]) -
     """Write a file of embeddings atomically; equal embeddings give equal bytes.
 
     Args:
-        path: of the file.
-        prompts: N distinct ones, at least one.
-        rows: the embeddings of each, on the CPU.
+        path: path of the file.
+        prompts: N distinct prompts, at least one.
+        rows: the embeddings of each prompt, on the CPU.
 
     Raises:
         UserError: the file cannot be written.
@@ -67,10 +67,10 @@ def write_text_index(path: AnyPath, prompts: Sequence[str], cut: Sequence[bool],
     """Write ``index.safetensors``.
 
     Args:
-        path: of the file.
+        path: path of the file.
         prompts: all prompts in the order of the files.
-        cut: for each, whether the text encoders truncate it.
-        prompts_per_file: in every file but the last.
+        cut: for each prompt, whether the text encoders truncate it.
+        prompts_per_file: number of prompts in every file but the last.
 
     Raises:
         UserError: two prompts have one hash, or the file cannot be written.
@@ -88,7 +88,7 @@ def write_text_index(path: AnyPath, prompts: Sequence[str], cut: Sequence[bool],
 
 
 def text_bytes(prompts: int, rows: Sequence[TextRow], prompts_per_file: int) -> int:
-    """Bytes of ``text/`` for a number of prompts whose embeddings are like ``rows``."""
+    """Estimate the bytes of ``text/`` for a number of prompts whose embeddings are like ``rows``."""
     length = sum(len(row[TEXT]) for row in rows) / len(rows)
 
     def size(count: int) -> int:
@@ -146,7 +146,7 @@ class StoredText:
         return bool(self._cut[self._place(prompt)])
 
     def __call__(self, prompts: Sequence[str]) -> list[TextRow]:
-        """Read the embeddings of N prompts, a row a prompt, on the CPU.
+        """Read the embeddings of N prompts, one row per prompt, on the CPU.
 
         Raises:
             UserError: a prompt is not stored, or a file is missing, cut or not what the index says.

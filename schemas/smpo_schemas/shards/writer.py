@@ -1,4 +1,4 @@
-"""Write shards."""
+"""Write shards: tars of samples, with their entries for the manifest and the index."""
 
 from __future__ import annotations
 
