@@ -1,6 +1,6 @@
-"""Stage 3: preference optimization from shards.
+"""Preference optimization of a denoiser, from the training states in shards.
 
-The names below are for notebooks (docs/guide/python.md); they are imported when they are first used.
+The names below are for notebooks (docs/guide/python.md); they are imported on first use.
 """
 
 from __future__ import annotations

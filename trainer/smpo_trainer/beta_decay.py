@@ -1,4 +1,4 @@
-"""The schedule of beta over a run (``--beta-decay``), of noise-tracked pairs (PNAPO, arXiv 2605.09433)."""
+"""The schedule of beta over a run (``--beta-decay``), as in PNAPO (arXiv 2605.09433)."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Experiment:
         )
 
     def beta_controller(self) -> BetaController | None:
-        """Return what moves beta; None if it does not follow the margins."""
+        """Return the controller of ``--beta auto``; None if beta does not follow the margins."""
         loss, warmup_steps = self.settings.loss, self.settings.optimizer.warmup_steps
         if not isinstance(loss.beta, AutoBeta):
             return None
@@ -234,7 +234,8 @@ def _require_options(experiment: Experiment) -> None:
             )
     if loss.budget is not None and not objective.prefers:
         raise UserError(
-            f"--budget {loss.budget:g}: --objective {objective.name} prefers no image, whose error it could limit"
+            f"--budget {loss.budget:g}: --objective {objective.name} prefers no image, and a budget limits the error "
+            "of the preferred one; leave it out"
         )
     if isinstance(loss.beta, AutoBeta):
         if not objective.has_sigmoid():

@@ -34,7 +34,7 @@ RESOLVED_IDENTITY = Flag(identity="resolved")
 
 
 class RewardOptions(Options):
-    """From the scores of a pair's images to P(image_0 preferred)."""
+    """How the scores of a pair's images become P(image_0 preferred)."""
 
     model_config = ConfigDict(title="Rewards and preference")
 
@@ -106,7 +106,7 @@ class LossOptions(Options):
     ] = Band(1.5, 3.0)
     """With --beta auto: bounds of rewards/margins_rms."""
     beta_rate: Annotated[float, Field(gt=1), RESOLVED_IDENTITY] = 1.1
-    """With --beta auto: largest factor between the betas of two steps."""
+    """With --beta auto: largest factor between the betas of successive steps."""
     beta_decay: Annotated[
         BetaDecay | None,
         BeforeValidator(BetaDecay.parse),
@@ -119,17 +119,17 @@ class LossOptions(Options):
     """smpo only: the margin, the implicit reward of image_0 minus that of image_1, is multiplied by gamma (2p - 1),
     where p is P(image_0 preferred)."""
     timestep_weighting: Annotated[TimestepWeightingKind | None, RESOLVED_IDENTITY] = None
-    """Weight of a state's errors by its timestep: uniform, smaller at low noise (min-snr, sigmoid), that of the error
-    of x0 (x0), or that of the likelihood of a sampler's step (transition; for shards of `smpo-pipeline steps`).
-    Default: the published weighting of the objective, see --list-objectives."""
+    """Weight of a state's errors by its timestep. uniform: 1. min-snr, sigmoid: smaller at low noise. x0: errors count
+    as those of x0. transition: implicit rewards are log-likelihood ratios of the sampler's step, for shards of
+    `smpo-pipeline steps`. Default: the published weighting of the objective, see --list-objectives."""
     snr_gamma: Annotated[float, Field(ge=0), RESOLVED_IDENTITY] = 5.0
     """With --timestep-weighting min-snr: signal-to-noise ratio above which weights decrease (not --gamma)."""
     sigmoid_bias: Annotated[float | None, RESOLVED_IDENTITY] = None
     """With --timestep-weighting sigmoid: log SNR at which the weight is 1/2. Default: the published bias of the
     objective, else 0."""
     x0_cap: Annotated[float | None, Field(gt=0), RESOLVED_IDENTITY] = None
-    """With --timestep-weighting x0: largest weight of the noise's squared error, noise over signal, which is 213 at the
-    last timestep of SD 1.5. Default: none."""
+    """With --timestep-weighting x0: upper limit of the weight of the noise's squared error. This weight is 1 / SNR, for
+    example 213 at the last timestep of SD 1.5. Default: no limit."""
     budget: Annotated[float | None, Field(ge=0), IDENTITY] = None
     """Penalise the preferred image's error for rising above the reference's by more than this, in units of the margin
     (beta / 2 times the error), so that not both images get worse. Default: no penalty."""
@@ -137,8 +137,8 @@ class LossOptions(Options):
     """Weight in the loss of the excess over --budget."""
     winner_preserving: Annotated[float | None, Field(ge=0, le=1), Flag(metavar="MU", identity="value")] = None
     """Scale the gradient of the image that is not preferred such that the preferred image's error does not rise, to
-    first order: Diffusion-SDPO, published with 0. With MU it must fall by this share of what its own gradient would do
-    alone. Default: full gradients."""
+    first order: Diffusion-SDPO, published with 0. With MU above 0 it must fall by at least this share of the fall under
+    its own gradient alone. Default: full gradients."""
     norm_guard: Annotated[float | None, Field(gt=0), Flag(metavar="WEIGHT", identity="value")] = None
     """Penalise norms (rms) of the model's outputs above the reference's, in both images of a pair: NormGuard. The loss
     gets WEIGHT times beta / 2 times the excess. Needs shards that have the reference's norms, or --reference live.
@@ -147,5 +147,5 @@ class LossOptions(Options):
     """Minimise LAMBDA log mean exp(loss / LAMBDA) over the states of a step in place of the mean, so that large losses
     count more: DoRA's loss, published with 1. Smaller values count them more still. Default: the mean."""
     robust_form: Annotated[RobustForm, RESOLVED_IDENTITY] = "pair"
-    """With --robust, where the weights of --weight-column are: pair multiplies the losses by them, within the
-    exponential; list multiplies the whole by the mean weight of the step."""
+    """With --robust, how the weights of --weight-column are applied: pair multiplies each loss within the exponential;
+    list multiplies the loss of the whole step by its mean weight."""

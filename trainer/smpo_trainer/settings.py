@@ -51,7 +51,7 @@ class StepOptions(Options):
 
 
 class OptimizerOptions(Options):
-    """From gradients to weights."""
+    """Optimizer, learning rate, and average of the weights."""
 
     model_config = ConfigDict(title="Optimizer")
 
@@ -82,7 +82,7 @@ class DenoiserOptions(Options):
     lora_rank: Annotated[int | None, Field(ge=1), IDENTITY] = None
     """Train a LoRA of this rank on the attention projections. Default: train all weights."""
     lora_alpha: Annotated[float | None, Field(gt=0), RESOLVED_IDENTITY] = None
-    """Multiply the LoRA by this value divided by --lora-rank. Default: the rank, so by 1."""
+    """Scale the LoRA by this value divided by --lora-rank. Default: the rank, which is a scale of 1."""
     lora_format: LoraFormat = "diffusers"
     """Write the LoRA also in this format, to OUT and checkpoints: kohya_lora.safetensors for programs that read kohya's
     files, comfyui_lora.safetensors for ComfyUI. diffusers' own file is always written; every command here reads it."""
@@ -150,8 +150,8 @@ class DataOptions(Options):
     cache: Annotated[Path, Flag(metavar="DIR")] = Path("~/.cache/smpo-diffusion")
     """Folder for shards fetched from URLs; runs may share it."""
     cache_gib: Annotated[float, Field(ge=0, le=MAX_CACHE_GIB)] = 100.0
-    """Space in --cache for fetched shards, in GiB. Beyond it those unused for longest are deleted, never
-    one in use."""
+    """Space in --cache for fetched shards, in GiB. Beyond it, the shards that were unused for longest are deleted, but
+    none in use."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Data loader processes; 0 reads in the training process."""
 
@@ -188,8 +188,8 @@ class ImageOptions(Options):
     image_sampling_steps: Annotated[int | None, Field(ge=1)] = None
     """Steps per image, of the model's own sampler. Default: 20; 4 for FLUX.1-schnell."""
     image_guidance_scale: Annotated[float | None, Field(ge=1)] = None
-    """Classifier-free guidance, 1 is none; of FLUX.1-dev, the guidance that the model is told. Default: that of
-    `smpo-pipeline evaluate`."""
+    """Scale of classifier-free guidance, 1 is none; for FLUX.1-dev, the guidance scale that is an input of the model.
+    Default: that of `smpo-pipeline evaluate`."""
 
 
 class SafeguardOptions(Options):
@@ -201,14 +201,14 @@ class SafeguardOptions(Options):
     """When the model's error rises suddenly, as in a run that diverges: continue with a warning; stop; or rollback, to
     the last checkpoint well before it, with half of the learning rate. Spikes are listed in OUT/spikes.jsonl."""
     spike_ratio: Annotated[float, Field(gt=1)] = 2.0
-    """A spike: for 3 steps, the model's error over the reference's is above this many times its median of the 20 steps
-    before."""
+    """A spike is where, for 3 steps, the ratio of the model's error to the reference's is above this many times its
+    median over the 20 steps before."""
     validation_reward: Annotated[str | None, Flag(metavar="NAME[=MODEL]", identity="value")] = None
     """Score the images of --image-prompts by this reward, as `smpo-pipeline score --reward` names it, each time they
-    are drawn. The model with the highest mean is the result, and is kept in OUT/best. Take a reward that is not trained
-    on. It is loaded in a process of its own."""
+    are drawn. The model with the highest mean is the result, and is kept in OUT/best. Choose a reward that is not
+    trained on. It is loaded in a separate process."""
     validation_patience: Annotated[int, Field(ge=1), RESOLVED_IDENTITY] = 3
-    """With --validation-reward: end the run after so many drawings in a row whose mean is not above the best."""
+    """With --validation-reward: end the run after this many drawings in a row without a new best mean."""
 
 
 class OutputOptions(Options):
@@ -221,7 +221,7 @@ class OutputOptions(Options):
     checkpoints_total_limit: Annotated[int, Field(ge=1)] = 2
     """Number of checkpoints to keep, the latest ones."""
     keep_checkpoints: bool = False
-    """Keep them after the run. By default a finished run keeps only its last checkpoint."""
+    """Keep these checkpoints after the run. By default a finished run keeps only its last one."""
     wandb_project: Annotated[str | None, Flag(metavar="NAME")] = None
     """Also log to this Weights & Biases project; needs wandb."""
 
@@ -232,8 +232,8 @@ class SharingOptions(Options):
     model_config = ConfigDict(title="Hugging Face hub")
 
     push_to_hub: Annotated[str | None, Flag(metavar="OWNER/NAME", recorded=False)] = None
-    """Upload the trained model, with a model card, to this repository at the end; of a finished run, at once. Needs a
-    token (`hf auth login`, or HF_TOKEN). The repository is made, and the right to write checked, before training."""
+    """Upload the trained model, with a model card, to this repository at the end, or at once if the run is finished.
+    Needs a token (`hf auth login`, or HF_TOKEN). Before training, the repository is made and write access checked."""
     hub_private_repo: bool = False
     """Make a new repository private. Default: public, unless its organisation chose otherwise."""
     license_: Annotated[str | None, Flag(metavar="ID")] = None
@@ -283,7 +283,10 @@ class TrainSettings(Options):
 
     @property
     def recomputes_reference(self) -> bool:
-        """Whether reference errors are recomputed whatever their noise: those in shards are of no quantized model."""
+        """Whether reference errors are recomputed whatever their noise.
+
+        With ``--quantize`` they are by default: those in shards are of the unquantized model.
+        """
         return self.compute.reference == "recomputed" or (
             self.compute.reference == "auto" and self.denoiser.quantize is not None
         )

@@ -83,7 +83,7 @@ class TrainLoop:
 
     @property
     def warnings(self) -> list[str]:
-        """What the run said of its health, and its spikes."""
+        """The health warnings of the run, then its spikes."""
         return [*self._health.warnings, *(spike.describe() for spike in self._trainer.spikes.spikes)]
 
     @property
@@ -114,7 +114,7 @@ class TrainLoop:
                 first = self._roll_back(spike)
 
     def _train_from(self, first: int, noise: Record, stop: StopRequest) -> tuple[Record, Spike | None]:
-        """Train after ``first`` steps; return the last record, and the spike that ended it, to roll back from."""
+        """Train from step ``first`` on; return the last record, and the spike to roll back from, if one ended it."""
         last = first if self._trainer.best.has_fallen else self._settings.steps.max_steps
         batches = self._feed.batches(first, last)
         is_main = self._accelerator.is_main_process
@@ -183,7 +183,7 @@ class TrainLoop:
         All processes see the same metrics, and so decide alike.
 
         Raises:
-            UserError: with ``--on-spike stop`` there is one.
+            UserError: there is a spike, and ``--on-spike stop`` is given.
         """
         spikes, on_spike = self._trainer.spikes, self._settings.safeguards.on_spike
         spike = spikes.check(record)
@@ -208,7 +208,7 @@ class TrainLoop:
             self._end(spike, "there is no checkpoint to go back to; start over with --overwrite")
         if spikes.rollbacks >= MAX_ROLLBACKS:
             self._end(spike, f"after {MAX_ROLLBACKS} rollbacks; lower --lr, or look at the pairs")
-        best = self._trainer.best.state_dict()  # its model is kept, whatever step it is of
+        best = self._trainer.best.state_dict()  # the best model is kept, even if its step is after the checkpoint
         step = self._load(path).step
         self._trainer.best.load_state_dict(best)
         factor = LR_FACTOR ** (1 + sum(each.rolled_back_to is not None for each in earlier))
@@ -275,7 +275,7 @@ class TrainLoop:
     def _resume(self, path: Path) -> int:
         """Restore a checkpoint and return its number of finished steps."""
         checkpoint = self._load(path)
-        if self._trainer.best.step == checkpoint.step:  # a kill may have come before
+        if self._trainer.best.step == checkpoint.step:  # a kill may have come between the checkpoint and this copy
             on_main(self._accelerator, lambda: self._output.keep_best(checkpoint.step))
         settings, before = self._settings, checkpoint.identity["max_steps"]
         self._console.say(f"resuming after step {checkpoint.step} of {settings.steps.max_steps}")

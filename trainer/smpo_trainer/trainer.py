@@ -60,7 +60,7 @@ class Trainer:
     """Denoiser, optimizer and schedule of a run; ``train_step`` takes one optimizer step.
 
     Attributes:
-        spikes: sudden rises of the model's error.
+        spikes: detector of sudden rises of the model's error.
         best: the best checkpoint by the reward of validation images.
     """
 
@@ -150,10 +150,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, step: int, held_out: HeldOut) -> Record:
-        """Compute loss and metrics of the weights that would be saved on held-out pairs, by names ``val/...``.
+        """Compute loss and metrics on held-out pairs, with the weights that would be saved; names are ``val/...``.
 
         Args:
-            step: number of finished steps; its beta counts.
+            step: number of finished steps, which decides beta.
             held_out: the pairs.
         """
         pair_loss, meter = self._loss_of(step), StepMeter()
@@ -224,7 +224,7 @@ class Trainer:
         """Record a step that was not taken.
 
         Args:
-            step: from 0.
+            step: number of the step, from 0.
             pairs: pair ids of this process.
             bad: those of them whose loss is not finite.
             overflowed: whether the gradient is not finite.

@@ -22,7 +22,7 @@ from smpo_trainer.shards.shard_set import ShardSet
 
 @dataclass(frozen=True)
 class State:
-    """One state, with tensors in their stored dtype."""
+    """One state, with tensors in their stored dtype. Fields are those of :class:`StateBatch`, for a single state."""
 
     pair_id: str
     prompt: str

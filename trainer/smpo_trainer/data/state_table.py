@@ -171,8 +171,7 @@ def index_states(
     if len(trajectory_S) == 0:
         raise UserError(
             f"no state to train on: {int(usable_P.sum())} of {num_trajectories} trajectories have {needs}"
-            f"{' and a weight' if weights else ''}, as --objective {objective.name} needs, and none of their states is "
-            f"within {_range(low, high)}"
+            f"{' and a weight' if weights else ''}, as --objective {objective.name} needs{_limits(low, high)}"
         )
     say(f"training on {len(trajectory_S)} of {len(trajectories.timestep_A)} states of {num_trajectories} trajectories")
     locations = TrajectoryLocations(
@@ -284,6 +283,7 @@ def _per_shard(locations: TrajectoryLocations, trajectory_S: np.ndarray, num_sha
     return tuple(np.bincount(locations.shard_P[trajectory_S], minlength=num_shards).tolist())
 
 
-def _range(low: int | None, high: int | None) -> str:
-    flags = {"--min-timestep": low, "--max-timestep": high}
-    return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None) or "the shards"
+def _limits(low: int | None, high: int | None) -> str:
+    given = {"--min-timestep": low, "--max-timestep": high}
+    flags = " ".join(f"{flag} {value}" for flag, value in given.items() if value is not None)
+    return f", and none of their states is within {flags}" if flags else ""

@@ -1,1 +1,1 @@
-"""The model in training: policy, reference errors, text, optimizer, weight average, FSDP."""
+"""The model in training: policy, adapter, quantization, reference errors, optimizer, weight average, FSDP."""

@@ -1,4 +1,4 @@
-"""What the flags of the adapter of ``--lora-rank`` allow."""
+"""The adapter of ``--lora-rank``: check its flags, and convert that of a finished run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def convert_finished(settings: TrainSettings) -> Path | None:
         The new file; None where there is nothing to write.
 
     Raises:
-        UserError: the run's own file cannot be read, or the new one not be written.
+        UserError: the run's own file cannot be read, or the new one cannot be written.
     """
     lora_format = settings.denoiser.lora_format
     if lora_format == "diffusers" or (settings.out / lora_file(lora_format)).is_file():

@@ -72,7 +72,7 @@ class Policy:
                 self.denoiser.enable_adapters()
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are trained by name, in a fixed order."""
+        """Return the trained parameters by name, in a fixed order."""
         return {name: parameter for name, parameter in self.denoiser.named_parameters() if parameter.requires_grad}
 
     def compile(self) -> None:
@@ -95,7 +95,7 @@ class Policy:
                 parameter.copy_(shard_like(tensors[name], parameter))
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        """Write a model that diffusers loads: a denoiser folder, or a LoRA file for the weights at the start.
+        """Write a model that diffusers loads: a denoiser folder, or a LoRA file on top of the initial weights.
 
         Args:
             folder: a new folder.
@@ -165,7 +165,7 @@ def load_policy(
         settings: names the model and the weights to start from.
         info: model of the shards, from their manifest.
         device: device of all models.
-        say: prints a line if training does not start from the reference.
+        say: prints remarks for the user, for example that training does not start from the reference.
         text: whether to load the text encoders.
 
     Raises:

@@ -67,10 +67,11 @@ def quantize(denoiser: Any, method: Quantization, dtype: torch.dtype, device: to
     are layers that the class of the denoiser keeps in float32.
 
     Args:
-        denoiser: on the CPU, its weights in a type that holds them exactly; the rest becomes float32.
+        denoiser: the model, on the CPU, in a dtype that holds its weights exactly; the other weights become float32.
         method: ``nf4`` or ``int8``.
-        dtype: of products in the run; the weights are rounded to it first, as diffusers does for its ``torch_dtype``.
-        device: of the quantized weights.
+        dtype: dtype of matrix products in the run; the weights are rounded to it first, as diffusers does for its
+            ``torch_dtype``.
+        device: device of the quantized weights.
 
     Returns:
         The number of quantized weights.
@@ -94,7 +95,7 @@ def quantize(denoiser: Any, method: Quantization, dtype: torch.dtype, device: to
         new.register_forward_pre_hook(_cast_like_autocast)
         # On some CPUs bitsandbytes repacks weights at a forward without gradients, for which gradients are lost.
         new.support_avx512bf16_for_cpu = False
-    # The rest, of a denoiser that was loaded in half precision; quantized weights are integers.
+    # The other weights, if the denoiser was loaded in half precision; quantized weights are integers and stay.
     nn.Module.float(denoiser)
     denoiser.eval()  # new layers are in training mode
     # int8 products round their inputs to float16 on the way to 8 bits, and warn of it at each of them.

@@ -142,7 +142,7 @@ def _compare_arithmetic(experiment: Experiment, device: torch.device, console: R
 
 
 class _Pass:
-    """Forwards of the reference alone, in the batches of the training."""
+    """Forward passes of the reference alone, over the same batches as in training."""
 
     def __init__(self, policy: Policy, feed: Feed, accelerator: Accelerator) -> None:
         self._policy, self._feed, self._batching, self.accelerator = policy, feed, feed.batching, accelerator
@@ -151,7 +151,8 @@ class _Pass:
         """Compare stored errors with recomputed ones.
 
         Uses as many steps as give :data:`NUM_MEASURED_STATES` states, or all steps that visit new states. The length of
-        the run plays no part: a finished run with a larger --max-steps must be that of one from the start.
+        the run plays no part: a finished run that is continued with a larger --max-steps must give the same result as a
+        run that had this number from the start.
         """
         margins: list[torch.Tensor] = []
         losses: list[torch.Tensor] = []

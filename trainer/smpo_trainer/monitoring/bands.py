@@ -34,7 +34,7 @@ def banded_name(name: str, band: range) -> str:
 
 
 def by_band(metrics: Metrics, timestep_B: torch.Tensor, num_train_timesteps: int) -> Metrics:
-    """Split the metrics :data:`BANDED` by band, with NaN for the states of other bands, which means leave out.
+    """Split the metrics :data:`BANDED` by band; states of other bands have NaN, which the mean leaves out.
 
     Args:
         metrics: per-pair values, each [B].

@@ -56,7 +56,10 @@ class RunConsole:
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show a line and a bar for work before the first step; yields the function to call after each of ``total``."""
+        """Show a line and a bar for work before the first step.
+
+        Yields a function to call after each of the ``total`` parts of the work.
+        """
         self.say(title)
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self._console, disable=self._progress.disable, transient=True) as progress:

@@ -48,7 +48,7 @@ SATURATED_SHARE = 0.75
 """Share of saturated states above which the sigmoid hides most of the data."""
 
 STILL_STEPS, STILL_MARGIN = 100, 0.02
-"""Steps after which a root mean square of the margins below this says that the model hardly moves."""
+"""If the margins' root mean square is below this margin after this many steps, the model hardly changes."""
 
 Rule = Callable[[Sequence[Record]], str | None]
 """Takes the last :data:`MIN_STEPS` records; returns a warning or None."""
@@ -151,7 +151,7 @@ class Health:
             return None
         return (
             f"the sigmoid is saturated for {share:.0%} of the states (mean gradient factor "
-            f"{mean(recent, 'gradient_factor'):.2g}, at the reference 0.5), which train nothing any more: lower "
+            f"{mean(recent, 'gradient_factor'):.2g}, at the reference 0.5), which no longer train the model: lower "
             "--beta, give --beta auto, or stop earlier"
         )
 
@@ -161,8 +161,8 @@ class Health:
         if self._num_judged < STILL_STEPS or not margin < STILL_MARGIN:
             return None
         return (
-            f"margins stay near 0 (rms {margin:.2g} after {self._num_judged} steps): the model hardly moves, or beta "
-            "is too small to feel it; raise --lr or --beta, or give --beta auto"
+            f"margins stay near 0 (rms {margin:.2g} after {self._num_judged} steps): the model hardly changes, or beta "
+            "is too small to show it; raise --lr or --beta, or give --beta auto"
         )
 
     def _guesses(self, recent: Sequence[Record]) -> str | None:  # noqa: ARG002  (judged over a longer time)

@@ -13,8 +13,8 @@ METRICS = {
     "rewards/margins_rms": "root mean square of these margins",
     "rewards/accuracies": "share of states with a positive margin, 0 to 1",
     "gradient_factor": "1 minus the logistic function in the loss: 0.5 at the reference, near 0 for a learned pair; "
-    "only of `smpo`, `dpo` and `npo`",
-    "saturated": "share of states with a gradient factor below 0.05; only of these objectives",
+    "only for `smpo`, `dpo` and `npo`",
+    "saturated": "share of states with a gradient factor below 0.05; only for these objectives",
     "error/image_0": "the model's error at image_0: mean squared difference from its regression target",
     "error/image_1": "the same at image_1",
     "error_minus_reference/image_0": "the model's error at image_0 minus the reference's",
@@ -28,7 +28,7 @@ METRICS = {
     "norm_guard/excess": "how far norms exceed the reference's, mean of both images; only with `--norm-guard`",
     "winner_preserving/scale": "factor of the gradient of the image that is not preferred, 0 to 1; only with "
     "`--winner-preserving`",
-    "robust/loss": "what `--robust` minimises, of the step's states; only with it",
+    "robust/loss": "robust mean of the step's losses, which `--robust` minimises; only with it",
     "robust/largest_share": "largest weight of a state in the gradient, all of them sum to 1; only with `--robust`",
     "robust/effective": "number of equally weighted states with the same sum of squared weights; only with `--robust`",
     "grad_norm": "norm of the gradient before clipping",
@@ -39,9 +39,9 @@ METRICS = {
     "data_wait_percent": "share of the step that the main process waited for data",
     "memory_gib": "the main process's peak memory so far: tensors on a GPU, resident memory on a CPU",
     "mfu_percent": "model FLOPs utilization; only on GPUs whose peak is known",
-    "validation_reward": "mean `--validation-reward` of the validation images, of steps at which they are drawn",
+    "validation_reward": "mean `--validation-reward` of the validation images; only at steps at which they are drawn",
     "validation_reward/start": "the same before the first step; first step only",
-    "reference_noise/std": "rms of the margins that rounding of the stored reference errors makes; first step only",
+    "reference_noise/std": "rms of the margins that come from rounding of the stored reference errors; first step only",
     "reference_noise/max": "the largest of these margins; first step only",
     "reference_noise/loss": "what this rounding adds to the mean loss; first step only",
 }

@@ -59,7 +59,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Utilization:
-    """Compares the operations of forward and backward passes with the peak of the device.
+    """Compares the operations per second of forward and backward passes with the device's peak.
 
     Counts the matrix products of the denoiser, once each: gradient checkpointing does not add to them.
     """

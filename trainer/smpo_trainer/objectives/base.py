@@ -93,9 +93,10 @@ class PairBatch:
         preference_B: P(image_0 preferred) under the reward mix, float32; NaN without scores.
         label_B: the annotator's P(image_0 preferred), float32; NaN without a label.
         timestep_B: int64 (float32 for flow-matching models).
-        cross_B: mean product of both images' differences of output and target, of the policy, float32; None if unknown.
+        cross_B: mean over C, h, w of the product of both images' differences between the policy's output and target,
+            float32; None if unknown.
         norm_B2: root mean square of the policy's outputs, float32, with gradient; None if unknown.
-        ref_norm_B2: that of the reference's at the same states, float32; None if unknown.
+        ref_norm_B2: root mean square of the reference's outputs at the same states, float32; None if unknown.
     """
 
     error_B2: torch.Tensor
@@ -263,7 +264,7 @@ def select_preferred(value_B2: torch.Tensor, preferred_B: torch.Tensor) -> torch
 
 
 def smoothed_label(label_B: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Return P(image_0 preferred) if a share s of the labels is wrong: 1 - s, s, or 1/2 for a tie."""
+    """Return P(image_0 preferred), [B], if a share s of the labels is wrong: 1 - s, s, or 1/2 for a tie."""
     certain_B = (1 + (label_B - TIE).sign()) / 2
     return smoothing + (1 - 2 * smoothing) * certain_B
 
@@ -290,7 +291,7 @@ def reward_metrics(batch: PairBatch, beta: float, preferred_B: torch.Tensor) -> 
 
 
 def gradient_metrics(logit_B: torch.Tensor, preferred_B: torch.Tensor) -> Metrics:
-    """Compute how much of a pair's gradient the loss -log sigmoid(z) lets through.
+    """Compute the gradient factor of the loss -log sigmoid(z), and whether it is saturated: [B] each.
 
     The gradient factor sigmoid(-z), the size of the loss's derivative by z, is 1/2 at the reference whatever beta is,
     and near 0 where the loss is saturated.

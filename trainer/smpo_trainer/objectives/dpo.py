@@ -49,7 +49,7 @@ class DPOOptions(ObjectiveOptions):
         None,
         gt=0,
         lt=1,
-        description="clamp each image's log-likelihood ratio to log(1 - c) .. log(1 + c), where its gradient ends; "
+        description="clamp each image's log-likelihood ratio to log(1 - c) .. log(1 + c), with no gradient beyond; "
         "published by D3PO with 0.1; default none",
     )
 
@@ -80,7 +80,7 @@ class DPO(LabelObjective):
         return beta * (clamped_B2[:, 0] - clamped_B2[:, 1])
 
     def logit(self, batch: PairBatch) -> torch.Tensor:
-        """See the base class; label smoothing does not count."""
+        """See the base class; label smoothing is ignored."""
         return self.preferred(batch).sign() * self.margin(batch)
 
     def loss(self, batch: PairBatch) -> torch.Tensor:

@@ -31,7 +31,7 @@ def budget_excess(reward_B2: torch.Tensor, preferred_B: torch.Tensor, budget: fl
     Args:
         reward_B2: implicit rewards, -(beta/2) (e - e_ref).
         preferred_B: positive where image_0 is preferred, negative where image_1 is.
-        budget: in units of the margin.
+        budget: the allowed excess, in units of the margin.
     """
     return (-select_preferred(reward_B2, preferred_B) - budget).clamp(min=0).where(preferred_B != 0, 0)
 
@@ -48,7 +48,8 @@ class PairLoss:
         budget_weight: factor of the excess.
         beta_decay: schedule of the objective's beta; None to keep it.
         winner_preserving: mu of :mod:`smpo_trainer.safeguards.winner_preserving`; None for full gradients.
-        norm_guard: weight of the hinge of :mod:`smpo_trainer.safeguards.norm_guard`, times beta / 2; None for none.
+        norm_guard: weight of the hinge of :mod:`smpo_trainer.safeguards.norm_guard`, which is multiplied by beta / 2;
+            None to leave it out.
     """
 
     objective: Objective

@@ -23,7 +23,7 @@ def selfnpo_loss(error_B2: torch.Tensor) -> torch.Tensor:
     """Compute the mean of both images' errors, [B].
 
     Args:
-        error_B2: errors of the policy; with the timestep weighting ``x0`` those of x0.
+        error_B2: errors of the policy; with the timestep weighting ``x0``, errors of x0.
     """
     return error_B2.mean(dim=1)
 

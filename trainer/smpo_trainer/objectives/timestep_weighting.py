@@ -32,7 +32,7 @@ class TimestepWeighting:
         snr_gamma: gamma of ``min-snr``; the published value is 5.
         bias: bias of ``sigmoid``; the weight is 1/2 at SNR = exp(bias).
         x0_cap: largest weight of ``x0`` on the error of the noise; None for no limit.
-        steps: the sampler's, for ``transition``.
+        steps: the sampler's steps, for ``transition``.
     """
 
     kind: TimestepWeightingKind
@@ -78,7 +78,7 @@ class TimestepWeighting:
 def _on_x0(
     schedule: NoiseSchedule, signal_B: torch.Tensor, noise_B: torch.Tensor, x0_cap: float | None
 ) -> torch.Tensor:
-    """The weight of the error of x0, min(1, cap SNR), in the prediction space."""
+    """Convert the weight min(1, cap SNR) on the error of x0 to the prediction space: [B]."""
     cap = torch.inf if x0_cap is None else x0_cap
     if schedule.prediction_type == "epsilon":
         return (noise_B / signal_B).clamp(max=cap)

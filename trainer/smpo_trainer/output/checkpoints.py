@@ -59,7 +59,7 @@ class Checkpoints:
         return folders[-1] if folders else None
 
     def before(self, step: int) -> Path | None:
-        """Return the folder of the last checkpoint of at most ``step`` steps, else of the first one; None without."""
+        """Return the folder of the last checkpoint of at most ``step`` steps, else of the first one, else None."""
         folders = self._all()
         early = [folder for folder in folders if _step_of(folder) <= step]
         return next(iter([*early[-1:], *folders]), None)
@@ -71,7 +71,7 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def save(self, checkpoint: Checkpoint, policy: Policy) -> Path:
-        """Write a checkpoint of ``policy``, then remove old ones.
+        """Write a checkpoint of ``policy``, then remove old ones; return its folder.
 
         Raises:
             UserError: it cannot be written; earlier checkpoints remain.

@@ -15,9 +15,9 @@ _UNET, _TRANSFORMER = (f"{name}/" for name in DENOISER_FOLDERS)
 
 RUN_FILES = {
     _UNET: "the trained denoiser, as diffusers saves and loads it; not with `--lora-rank`",
-    _TRANSFORMER: f"of SD3, SD3.5 and FLUX.1, in place of `{_UNET}`",
+    _TRANSFORMER: f"for models whose denoiser is a transformer, such as SD3 and FLUX.1, in place of `{_UNET}`",
     LORA_FILE: "with `--lora-rank`: the adapter, as `load_lora_weights` takes it",
-    **{name: f"with `--lora-format {key}`: the adapter once more" for key, name in EXTRA_LORA_FILES.items()},
+    **{name: f"with `--lora-format {key}`: the adapter in this format, too" for key, name in EXTRA_LORA_FILES.items()},
     TRAINING_FILE: "settings and result; written last",
     CARD_FILE: "model card: data, settings, how to load the model",
     CONFIG_FILE: "every flag as it was resolved, by its key; `--config` takes it again",

@@ -134,8 +134,8 @@ class OutputFolder:
         """Copy the best or last model, write its card and ``training.json``, which finishes the run.
 
         Args:
-            summary: of the run.
-            license_: of the model, for its card.
+            summary: content of ``training.json``, except for the versions.
+            license_: the model's license, for its card.
 
         Raises:
             UserError: they cannot be written.
@@ -232,7 +232,7 @@ def _reward_words(mix: RewardMix) -> list[str]:
 
 
 def evaluation_command(experiment: Experiment) -> str:
-    """Return the command that compares the result of a run with its base model; of a negative one, the base with it."""
+    """Return the command that compares the result with its base model; a negative result guides the base model."""
     settings = experiment.settings
     words = ["smpo-pipeline", "evaluate", "--model", f"base={settings.model}"]
     if experiment.objective.trains_negative:

@@ -24,7 +24,7 @@ class SkippedStep:
     """A skipped step.
 
     Attributes:
-        step: from 1, as in ``metrics.jsonl``.
+        step: number of the step, from 1, as in ``metrics.jsonl``.
         bad_pairs: pairs whose loss is not finite; empty if only the gradient is not.
         pairs: all pairs of the step.
     """
@@ -57,7 +57,7 @@ class SkippedSteps:
         self._steps: list[SkippedStep] = []
 
     def reset_row(self) -> None:
-        """Count a step that was taken."""
+        """Reset the number of skipped steps in a row, after a step that was taken."""
         self._in_a_row = 0
 
     def count_overflow(self) -> None:

@@ -11,11 +11,11 @@ class RewardInMix(TypedDict):
     """One reward of the preference that a run learned from.
 
     Attributes:
-        weight: in the mix.
+        weight: its weight in the mix.
         scale: what its score differences were divided by.
         model: hub id or folder of the reward model.
         unit: unit of the raw score.
-        min, max: over the data set, as in the shards' manifest.
+        min, max: smallest and largest score over the data set, as in the shards' manifest.
     """
 
     weight: float
@@ -30,7 +30,7 @@ class TrainedShards(TypedDict):
     """One directory of shards.
 
     Attributes:
-        path: as given to ``--shards``.
+        path: the folder or URL, as given to ``--shards``.
         manifest_sha256: hash of its ``manifest.json``.
     """
 
@@ -42,8 +42,8 @@ class BestStep(TypedDict):
     """The best checkpoint.
 
     Attributes:
-        step: number of its steps.
-        reward: mean over the validation images.
+        step: number of its optimizer steps.
+        reward: mean reward of its validation images.
     """
 
     step: int
@@ -54,23 +54,23 @@ class TrainingRecord(TypedDict):
     """The whole of ``training.json``.
 
     Attributes:
-        schema_version: of this file.
-        settings: all settings that decide the numbers of the run; an unfinished run continues only with the same.
-        model: ``--model``; a folder's whole path.
+        schema_version: version of this file's format.
+        settings: all settings that decide the result; an unfinished run is continued only with the same settings.
+        model: ``--model``; for a folder, its absolute path.
         kind: model family, for example ``sd15``.
         objective: ``--objective``.
-        rewards: by name; empty for objectives that learn from labels.
-        shards: in the order of ``--shards``.
+        rewards: the rewards, by name; empty for objectives that learn from labels.
+        shards: the directories of shards, in the order of ``--shards``.
         starts_from_reference: whether training started from the weights that the reference errors belong to.
         states: number of states that the run draws from.
-        states_per_step: over all processes and accumulated batches.
-        steps: optimizer steps.
+        states_per_step: states of an optimizer step, over all processes and accumulated batches.
+        steps: number of optimizer steps.
         epochs: how often each state was used, on average.
         best: with ``--validation-reward``: ``step`` and mean ``reward`` of the best checkpoint, which is the result;
             otherwise None, and the result is the last one.
-        warnings: what the run said of its health, in order.
+        warnings: health warnings of the run, then its spikes, each in order.
         metrics: the last line of ``metrics.jsonl``.
-        versions: of this package and its libraries.
+        versions: versions of this package and its libraries.
     """
 
     schema_version: int

@@ -1,1 +1,1 @@
-"""What keeps a run from going wrong: options of the loss, and what watches the run."""
+"""What keeps a run from going wrong: terms of the loss, a beta that adapts, and detectors that watch the metrics."""

@@ -1,8 +1,8 @@
 """A beta that follows the margins (``--beta auto``).
 
 A margin is beta / 2 times a difference of errors, whose size depends on the model, the data and how far training has
-gone. With a fixed beta the sigmoid of a loss may be saturated, or not be felt at all. Here beta moves such that the
-root mean square of the margins stays in a band. The rule is our own.
+gone. With a fixed beta, margins may be so large that the sigmoid of the loss is saturated, or so small that it is
+practically linear. Here beta moves such that the root mean square of the margins stays in a band. The rule is our own.
 
 This module does not import torch: ``--help`` uses it.
 """
@@ -19,7 +19,7 @@ RANGE = 1000.0
 """Beta stays between its start divided and multiplied by this."""
 
 _MEMORY = 0.9
-"""Share of the past in the average of the margins' logarithm: about ten steps."""
+"""Weight of the earlier steps in the moving average of the log margin, which thus covers about ten steps."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class BetaController:
     """Moves beta after each step.
 
     Attributes:
-        beta: of the next step.
+        beta: beta of the next step.
     """
 
     def __init__(self, start: float, band: Band, rate: float, warmup_steps: int) -> None:
@@ -112,10 +112,10 @@ class BetaController:
         self._log_unit: float | None = None
 
     def update(self, step: int, margin: float | None) -> None:
-        """Take in the margins' root mean square of optimizer step ``step``, from 1; None and 0 tell nothing.
+        """Update beta by the margins' root mean square at optimizer step ``step``, from 1; None and 0 are ignored.
 
-        The margin at beta 1 is averaged over steps, in logarithms. Where it leaves the band at the present beta, beta
-        moves towards the nearer bound, by the factor ``rate`` at most.
+        The logarithm of the margin at beta 1 is averaged over steps. If this average, at the present beta, is outside
+        the band, beta moves towards the nearer bound, by the factor ``rate`` at most.
         """
         if step <= self._warmup_steps or not margin or not math.isfinite(margin):
             return

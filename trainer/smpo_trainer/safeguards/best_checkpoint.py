@@ -20,7 +20,7 @@ class BestCheckpoint:
         self._patience, self._worse = patience, 0
 
     def update(self, step: int, reward: float) -> bool:
-        """Take in the reward after ``step`` steps; return whether it is the best so far."""
+        """Record the reward after ``step`` steps; return whether it is the best so far."""
         is_best = self.reward is None or reward > self.reward
         if is_best:
             self.step, self.reward, self._worse = step, reward, 0

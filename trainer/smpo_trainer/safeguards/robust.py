@@ -44,7 +44,7 @@ class RobustMean:
             form: ``pair``, as in the module's docstring; ``list``: mean(w) lambda log mean exp(l / lambda), where x is
                 the loss l without the weight w.
             num_states: n, over all processes.
-            accelerator: of this process.
+            accelerator: this process's accelerator.
             parameters: their gradients are accumulated.
         """
         self._scale, self._form, self._num_states = scale, form, num_states
@@ -54,7 +54,7 @@ class RobustMean:
         self._sums_3 = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
 
     def add(self, loss_B: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
-        """Return what to backpropagate for a micro-batch, []: as its sum without ``--robust``. Collective.
+        """Return the scalar to backpropagate for a micro-batch, in place of the sum of its losses. Collective.
 
         Args:
             loss_B: losses times weights.

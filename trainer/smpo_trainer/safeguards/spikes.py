@@ -1,8 +1,8 @@
 """Spikes: steps after which the model's error is suddenly far above what it was (``--on-spike``).
 
-A run that diverges turns images into noise, and does not recover. What tells it apart from a healthy run is the model's
-error at the states over the reference's: it may rise over a whole run, but not within a few steps. Loss and gradient
-norm do: beta multiplies them, and they jump in healthy runs too.
+A run that diverges turns images into noise, and does not recover. What tells it apart from a healthy run is the ratio
+of the model's error to the reference's: in a healthy run it may rise over the whole run, but not within a few steps.
+Loss and gradient norm do not tell them apart: they are scaled by beta, and jump in healthy runs too.
 
 The detector is a function of the metrics, which are the same in all processes.
 """
@@ -39,12 +39,12 @@ class Spike:
     """One spike.
 
     Attributes:
-        step: at which it was noticed, from 1.
+        step: the step at which it was noticed, from 1.
         error_ratio: the model's mean error over the reference's.
         usual: this ratio before.
         rolled_back_to: number of finished steps of the checkpoint that the run continued from; None if it did not go
             back.
-        lr_factor: of the learning rate from then on, in all.
+        lr_factor: factor of the configured learning rate from then on, earlier rollbacks included.
     """
 
     step: int
@@ -65,7 +65,7 @@ class SpikeDetector:
     """Notices spikes, and keeps them for ``spikes.jsonl``.
 
     Attributes:
-        spikes: of the run so far.
+        spikes: spikes of the run so far.
     """
 
     def __init__(self, out: Path, limit: float) -> None:
@@ -80,9 +80,9 @@ class SpikeDetector:
         self.spikes: list[Spike] = []
 
     def check(self, record: Record) -> Spike | None:
-        """Take in the metrics of a step; return a new spike.
+        """Check the metrics of a step; return a new spike, or None.
 
-        Metrics that are not finite are those of a skipped step and tell nothing.
+        Metrics that are not finite, as those of a skipped step, are ignored.
         """
         ratio = error_ratio(record)
         if ratio is None:

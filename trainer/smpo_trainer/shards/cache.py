@@ -30,7 +30,7 @@ _FOLDERS = "[0-9a-f]" * 16
 may contain files of the user, is counted or removed."""
 
 _FETCHED = ("", "*.tar"), (f"{TEXT_FOLDER}/", "text-*.safetensors")
-"""Folder below, and pattern, of what is fetched when it is needed: shards, and the files of their stored text."""
+"""Subfolder and pattern of the files that are fetched when they are needed: shards, and files of stored text."""
 
 _PARTIAL = ".tmp"
 """Suffix of a shard that is not fetched completely, perhaps because the run was killed."""

@@ -92,7 +92,7 @@ class _File:
     """A shard, or a file of stored text.
 
     Attributes:
-        source: whose file it is.
+        source: the source that the file belongs to.
         folder: its folder within the source, "" or ``text``.
         name: its name.
         verify: checks its size and SHA-256.

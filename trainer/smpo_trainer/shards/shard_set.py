@@ -25,6 +25,7 @@ _SAME = {
     "kind": "the model family",
     "embedded_guidance": "--embedded-guidance",
 }
+"""Fields of the manifest's model that all directories must share, with their names in errors."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class ShardSet:
         """Return the steps of the sampler that the pairs are draws of, the same in all directories.
 
         Raises:
-            UserError: the shards hold no such pairs, or of other steps.
+            UserError: a directory holds no such pairs, or pairs of other steps.
         """
         found: list[StochasticSteps] = []
         for source in self.sources:
@@ -92,7 +93,7 @@ class ShardSet:
             if found[0] != found[-1]:
                 raise UserError(
                     f"--timestep-weighting transition: --shards {self.sources[0].name} and {source.name} differ in the "
-                    "steps of the sampler (--steps, --eta); draw both by the same"
+                    "steps of the sampler (--steps, --eta); draw the pairs of both with the same steps"
                 )
         return found[0]
 
@@ -110,7 +111,7 @@ class ShardSet:
 
     @property
     def encodes_empty_prompt(self) -> bool:
-        """Whether a dropped prompt is what the text encoders make of an empty text: see ``invert --empty-prompt``."""
+        """Whether a dropped prompt has the text encoders' embedding of an empty text; see ``invert --empty-prompt``."""
         return _empty_prompt(self.directories[0]) == "encoded"
 
     def trajectories(self) -> Iterator[tuple[int, IndexedTrajectory]]:
@@ -177,6 +178,6 @@ def open_shards(names: Sequence[str], cache: Path) -> ShardSet:
                 )
         if _empty_prompt(other.directory) != _empty_prompt(first.directory):
             raise UserError(
-                f"--shards {first.name} and {other.name} differ in --empty-prompt; invert both with the same"
+                f"--shards {first.name} and {other.name} differ in --empty-prompt; invert both with the same value"
             )
     return ShardSet(sources)

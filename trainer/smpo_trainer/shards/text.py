@@ -18,7 +18,7 @@ class TextOfShards:
         """Join the directories.
 
         Args:
-            texts: of each directory.
+            texts: the stored text of each directory.
             first_file: number of the first text file among the files of the set.
         """
         self._texts = texts
@@ -38,7 +38,7 @@ class TextOfShards:
         return files_N
 
     def read(self, prompts: Sequence[str], wait_for: Callable[[Iterable[int]], None]) -> list[TextRow]:
-        """Read the embeddings of N prompts, a row a prompt, on the CPU.
+        """Read the embeddings of N prompts, one row per prompt, on the CPU.
 
         Args:
             prompts: N texts.

@@ -48,8 +48,8 @@ def split_by_prompt(table: StateTable, fraction: float) -> tuple[StateTable, Sta
 def sample_evenly(table: StateTable, number: int) -> np.ndarray:
     """Sample ``number`` states from as many trajectories as possible: increasing indices, int64.
 
-    In round k every trajectory with more than k states gives its k-th one, in a fixed random order. Of the round that
-    is only needed in part, evenly spaced stretches of trajectories are taken, to cover all directories with few shards.
+    In round k every trajectory with more than k states gives its k-th one, in a fixed random order. If the last round
+    is needed only in part, it gives evenly spaced stretches of trajectories, to cover all directories with few shards.
     """
     keys_S = np.random.default_rng(0).random(len(table))
     order = np.lexsort([keys_S, table.trajectory_S])  # by trajectory, at random within one

@@ -49,8 +49,9 @@ class Sampling:
 
     Attributes:
         sampler: its name.
-        steps: of the sampler.
-        guidance_scale: of classifier-free guidance, or what FLUX.1-dev is told; None for models without.
+        steps: number of the sampler's steps.
+        guidance_scale: scale of classifier-free guidance, or of FLUX.1-dev's embedded guidance; None for models with
+            neither.
     """
 
     sampler: str
@@ -59,7 +60,7 @@ class Sampling:
 
     @classmethod
     def choose(cls, options: ImageOptions, family: Family) -> Sampling:
-        """Take what the options leave open from the family.
+        """Choose how to sample; the model family decides what the options leave open.
 
         Raises:
             UserError: the model takes no guidance.
@@ -91,10 +92,13 @@ class ValidationImages:
         return step % self._settings.images.image_every == 0 or step == self._settings.steps.max_steps
 
     def draw(self, step: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """Draw after ``step`` steps, save the images as one PNG; return the images and it, all uint8 [H, W, 3].
+        """Draw after ``step`` steps, and save the images as one PNG.
 
         Called in the main process, or with FSDP in all processes, of which the main one saves. Does not change the
         training: its random state, modes and gradients are kept.
+
+        Returns:
+            The images, and the grid of them that is saved, each uint8 [H, W, 3].
 
         Raises:
             UserError: the pipeline cannot be loaded, or the PNG cannot be written.
@@ -122,7 +126,7 @@ class ValidationImages:
         for start in range(0, len(self.prompts), settings.steps.batch_size):
             prompts = list(self.prompts[start : start + settings.steps.batch_size])
             numbers = range(start, start + len(prompts))
-            # Streams of each prompt's own: its noise does not depend on the other prompts or the batch size.
+            # A random stream per prompt: its noise does not depend on the other prompts or the batch size.
             names = [f"validation\n{settings.steps.seed}\n{number}" for number in numbers]
             noise_BChw = torch.stack([gaussian(named_stream(name), shape) for name in names])
             # Do not compile the denoiser for the shapes of a drawing.

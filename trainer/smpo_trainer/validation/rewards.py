@@ -1,7 +1,7 @@
 """The mean reward of the validation images (``--validation-reward``).
 
-A program of the pipeline scores them in a process of its own, which ends after each time: training keeps its memory,
-and imports no reward model.
+A program of the pipeline scores them in a separate process, which ends after each time, so that no reward model takes
+memory during training.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def mean_reward(spec: str, images: Sequence[np.ndarray], prompts: Sequence[str],
     Args:
         spec: NAME or NAME=MODEL, as for ``score --reward``.
         images: uint8 [H, W, 3] each.
-        prompts: of the images.
+        prompts: prompts of the images.
         device: ``cpu`` or ``cuda``.
 
     Raises:
