@@ -32,7 +32,7 @@ from smpo_pipeline.weighing.table import write_column
 from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from smpo_schemas.scoring.weights import WeightsInfo, read_weights
 
-BETAS = (30, 100, 300)
+BETAS = (10, 30, 100, 300, 1000, 3000)
 STEPS, LR, BATCH = 80, "5e-5", 24
 TRAINING = (
     *("--max-steps", STEPS, "--batch-size", BATCH, "--warmup-steps", 5),
