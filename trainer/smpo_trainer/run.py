@@ -35,6 +35,7 @@ from smpo_trainer.remarks import bucket_remark, remarks
 from smpo_trainer.runtime.distributed import end_run, on_all, on_main
 from smpo_trainer.runtime.launch import choose_dtype, describe, make_accelerator
 from smpo_trainer.runtime.memory import explain_out_of_memory
+from smpo_trainer.safeguards.spikes import USUAL_STEPS
 from smpo_trainer.settings import TrainSettings
 from smpo_trainer.shards.fetch import ShardStore
 from smpo_trainer.train_loop import TrainLoop
@@ -65,7 +66,10 @@ def run_training(settings: TrainSettings) -> None:
     for line in [*experiment.describe(states_per_step), *remarks(experiment, states_per_step)]:
         console.say(line)
     output = OutputFolder(
-        settings.out, settings.output.checkpoints_total_limit, keep_checkpoints=settings.output.keep_checkpoints
+        settings.out,
+        settings.output.checkpoints_total_limit,
+        keep_checkpoints=settings.output.keep_checkpoints,
+        reach=USUAL_STEPS if settings.safeguards.on_spike == "rollback" else 0,
     )
     stopped_by = 0
     with ExitStack() as stack:

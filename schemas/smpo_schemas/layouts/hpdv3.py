@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -35,12 +36,14 @@ class HPDv3(Layout):
         if least is not None and isinstance(confidence, (int, float)) and not confidence >= least:
             raise PairRejectedError(f"{RejectKind.LOW_CONFIDENCE}: {confidence:g} is below {least:g}")
         counts = row.get("choice_dist")
-        counts = counts if isinstance(counts, list) and all(isinstance(count, (int, float)) for count in counts) else []
-        total = sum(counts)
+        try:
+            total = float(sum(counts))
+        except (TypeError, OverflowError):  # not a list of numbers, or beyond any float
+            total = 0.0
         return {
             **row,
-            "label": max(counts) / total if total > 0 else 1.0,
-            "votes": int(total) if total > 1 else None,
+            "label": max(counts) / total if 0 < total < math.inf else 1.0,
+            "votes": int(total) if 1 < total < math.inf else None,
             "model_0": row.get("model1"),
             "model_1": row.get("model2"),
         }

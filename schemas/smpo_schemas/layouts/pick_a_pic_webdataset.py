@@ -23,5 +23,5 @@ class PickAPicWebDataset(Layout):
         text = row.get("label_0.txt")
         try:
             return {**row, "label_0.txt": None if text in (None, "", "None") else float(text)}
-        except ValueError:
+        except (TypeError, ValueError, OverflowError):
             return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tracemalloc
 
@@ -50,6 +51,15 @@ def test_the_votes_may_come_in_either_order_or_not_at_all(tmp_path):
         (0.75, 16), (0.75, 16), (1.0, None), (1.0, None), (1.0, None)
     ]  # fmt: skip
     assert all(b"good" in preferred(pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("votes", ["[1e999, 0]", "[NaN, 1]", "[1" + 400 * "0" + ", 1]", '["3", "1"]', "7", "null"])
+def test_votes_that_are_no_numbers_are_left_out(tmp_path, votes):
+    path = write(tmp_path, rows_of(1))
+    row = json.loads(path.read_text())[0]
+    path.write_text(json.dumps([{**row, "choice_dist": "VOTES"}]).replace('"VOTES"', votes))
+    (pair,) = read(path)
+    assert (share_of(pair, preferred(pair)), pair.votes) == (1.0, None)
 
 
 def test_low_confidence_and_missing_images_are_rejected(tmp_path):

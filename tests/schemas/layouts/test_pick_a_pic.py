@@ -67,6 +67,15 @@ def test_a_damaged_sample_is_rejected_alone(tmp_path):
     assert all(isinstance(each, PairRejectedError) for each in (first, third, fourth))
 
 
+@pytest.mark.parametrize("label", ["[1]", "{}", "1" + 400 * "0"])
+def test_a_label_that_is_no_number_is_rejected(tmp_path, label):
+    members = [member for member in samples("a", "b") if member[0] != "a.label_0.txt"]
+    members.insert(1, ("a.json", f'{{"label_0.txt": {label}}}'.encode()))
+    first, second = read(write_tar(tmp_path / "x.tar", members))
+    assert isinstance(first, PairRejectedError)
+    assert second.label == 0
+
+
 @pytest.mark.slow
 def test_units_of_a_tar(tmp_path):
     path = write_tar(tmp_path / "x.tar", samples(*(f"{number:03d}" for number in range(2100))))

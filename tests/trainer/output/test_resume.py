@@ -267,6 +267,26 @@ def test_a_kill_before_the_run_is_finished_loses_no_step(train: Train, monkeypat
     assert (summary["metrics"]["step"], summary["metrics"]["loss"]) == (2, column(out, "loss")[1])
 
 
+@pytest.mark.parametrize("content", ["[]", "null", '{"version": 3, "step": 3}'])
+def test_a_damaged_record_of_a_checkpoint_or_run_is_one_line(
+    content: str,
+    interrupted: Path,
+    shards: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for file in ("checkpoint-000003/state.json", "training.json"):
+        before = (interrupted / file).read_text() if (interrupted / file).exists() else None
+        (interrupted / file).write_text(content)
+        assert run_cli(monkeypatch, arguments(shards, model, interrupted, **OPTIONS)) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert str(interrupted / Path(file).parts[0]) in error
+        if before is not None:
+            (interrupted / file).write_text(before)
+
+
 def test_a_checkpoint_of_another_version_is_refused(
     interrupted: Path, shards: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,7 @@ def test_images_are_scored_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPat
     # The same program, in this process.
     monkeypatch.setattr("smpo_trainer.validation.rewards._run", lambda spec, *given: score_lines(spec, *_lines(given)))
     assert mean_reward(REDNESS, images, ["a", "b"], "cpu") == 21
-    with pytest.raises(UserError, match=f"^--validation-reward {REDNESS}: 1 of 2 validation images have no score$"):
+    with pytest.raises(UserError, match=f"^--validation-reward {REDNESS}: 1 of 2 validation images have a score$"):
         mean_reward(REDNESS, images, ["a", "none"], "cpu")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -82,6 +83,25 @@ def test_a_resumed_detector_is_the_same(tmp_path: Path) -> None:
         first = resumed
     assert first.state_dict() == whole.state_dict()
     assert "from 1 to 6.58 times the reference's" in whole.spikes[0].describe()
+
+
+class SavesNothing:
+    """Stands for a policy."""
+
+    def save(self, folder: Path, weights: object) -> None:
+        """Write no file."""
+
+
+@pytest.mark.parametrize("every", [3, 7, 20, 50])
+def test_a_checkpoint_well_before_the_last_one_is_kept(tmp_path: Path, every: int) -> None:
+    checkpoints, policy = Checkpoints(tmp_path, 2, reach=20), cast("Policy", SavesNothing())
+    for step in range(0, 30 * every, every):
+        checkpoints.save(Checkpoint(step, {}, {}, None, {}), policy)
+        kept = sorted(int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.iterdir())
+        assert kept[-2:] == [each for each in (step - every, step) if each >= 0]
+        assert len(kept) <= 4
+        # From a spike at this step or later the run goes back 20 steps or more, but not to its beginning.
+        assert step - 40 - every <= kept[0] <= max(0, step - 20)
 
 
 DIVERGES = {"objective": "dpo", "beta": 20, "lr": 3e-2, "warmup_steps": 4, "max_steps": 12, "save_every": 3}

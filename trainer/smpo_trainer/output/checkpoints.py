@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,15 @@ class Checkpoint:
 class Checkpoints:
     """The folders ``checkpoint-000100``, ... of a run."""
 
-    def __init__(self, out: Path, limit: int) -> None:
-        """Manage the checkpoints in ``out``, and keep the last ``limit``."""
-        self._out, self._limit = out, limit
+    def __init__(self, out: Path, limit: int, reach: int = 0) -> None:
+        """Manage the checkpoints of a run.
+
+        Args:
+            out: the run's folder.
+            limit: number of checkpoints to keep, the latest ones.
+            reach: if not 0, also keep one that has at least this many steps less than the latest one.
+        """
+        self._out, self._limit, self._reach = out, limit, reach
 
     def latest(self) -> Path | None:
         """Return the folder of the last checkpoint, or None."""
@@ -88,17 +95,28 @@ class Checkpoints:
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             shutil.rmtree(staging, ignore_errors=True)
             raise UserError(f"cannot write {target}: {error}") from error
-        self.drop_all_but(self._limit)
+        self._drop_all_but([*self._all()[-self._limit :], *self._in_reach(checkpoint.step)])
         return target
 
     def drop_leftovers(self) -> None:
         """Remove incomplete checkpoints of a killed run."""
-        self.drop_all_but(len(self._all()))
+        self._drop_all_but(self._all())
 
     def drop_all_but(self, limit: int) -> None:
         """Remove all checkpoints but the last ``limit``, and incomplete ones of a killed run."""
+        self._drop_all_but(self._all()[-limit:] if limit else [])
+
+    def _in_reach(self, last: int) -> list[Path]:
+        """Return the checkpoint to go back to from step ``last``, and the one that takes its place later."""
+        if not self._reach:
+            return []
         folders = self._all()
-        for path in [*folders[: max(0, len(folders) - limit)], *self._out.glob(".checkpoint-*.tmp")]:
+        late = [folder for folder in folders if _step_of(folder) > last - self._reach]
+        return [*folders[: -len(late)][-1:], *late[:1]]
+
+    def _drop_all_but(self, kept: Collection[Path]) -> None:
+        dropped = [folder for folder in self._all() if folder not in kept]
+        for path in [*dropped, *self._out.glob(".checkpoint-*.tmp")]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _all(self) -> list[Path]:
@@ -135,10 +153,10 @@ def read_state(checkpoint: Path) -> tuple[int, dict[str, Any]]:
         UserError: it is damaged, or was written by another version of this program.
     """
     state = read_json(checkpoint / _STATE)
-    if state.get("version") != _VERSION:
+    if not isinstance(state, dict) or state.get("version") != _VERSION or not {"step", "identity"} <= state.keys():
         raise UserError(
-            f"{checkpoint} was written by another version of smpo-train; start over with --overwrite, or choose "
-            "another --out"
+            f"{checkpoint} is damaged, or was written by another version of smpo-train; start over with --overwrite, "
+            "or choose another --out"
         )
     return state["step"], state["identity"]
 

@@ -46,22 +46,36 @@ def dtype_of_run(out: Path) -> Dtype | None:
     if checkpoint is not None:
         return cast("Dtype", read_state(checkpoint)[1]["dtype"])
     marker = out / TRAINING_FILE
-    return cast("Dtype | None", read_json(marker)["settings"].get("dtype")) if marker.is_file() else None
+    return cast("Dtype | None", _settings_of(marker).get("dtype")) if marker.is_file() else None
+
+
+def _settings_of(marker: Path) -> dict[str, Any]:
+    """Read the settings in ``training.json``.
+
+    Raises:
+        UserError: it cannot be read, or has none.
+    """
+    record = read_json(marker)
+    settings = record.get("settings") if isinstance(record, dict) else None
+    if not isinstance(settings, dict):
+        raise UserError(f"{marker} is damaged; start over with --overwrite, or choose another --out")
+    return settings
 
 
 class OutputFolder:
     """``OUT``: the trained model, metrics, checkpoints, and ``training.json``, which is written last."""
 
-    def __init__(self, path: Path, max_checkpoints: int, *, keep_checkpoints: bool) -> None:
+    def __init__(self, path: Path, max_checkpoints: int, *, keep_checkpoints: bool, reach: int = 0) -> None:
         """Manage a folder.
 
         Args:
             path: the folder.
             max_checkpoints: number of checkpoints to keep during the run.
             keep_checkpoints: whether a finished run keeps them all; if not, it keeps its last one.
+            reach: if not 0, keep during the run also one that has at least this many steps less than the latest one.
         """
         self.path = path
-        self.checkpoints = Checkpoints(path, max_checkpoints)
+        self.checkpoints = Checkpoints(path, max_checkpoints, reach)
         self.reference = path / REFERENCE_FILE
         self._max_checkpoints_at_end = max_checkpoints if keep_checkpoints else 1
 
@@ -73,9 +87,9 @@ class OutputFolder:
         """
         marker, checkpoint = self.path / TRAINING_FILE, self.checkpoints.latest()
         if marker.is_file():
-            old = read_json(marker)["settings"]
+            old = _settings_of(marker)
             self._require_same(old, identity, "a finished")
-            if old["max_steps"] == identity["max_steps"]:
+            if old.get("max_steps") == identity["max_steps"]:
                 return True
             # With more steps the finished run continues from its last checkpoint.
         if checkpoint is not None:

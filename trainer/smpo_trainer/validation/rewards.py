@@ -50,10 +50,10 @@ def mean_reward(spec: str, images: Sequence[np.ndarray], prompts: Sequence[str],
     """
     lines = [json.dumps({"prompt": p, "png": _png(image)}) for p, image in zip(prompts, images, strict=True)]
     scores = _run(spec, device, "\n".join(lines))
-    missing = sum(score is None for score in scores)
-    if missing or len(scores) != len(images):
-        raise UserError(f"--validation-reward {spec}: {missing} of {len(images)} validation images have no score")
-    return float(np.mean([score for score in scores if score is not None]))
+    known = [score for score in scores if score is not None]
+    if len(known) != len(images):
+        raise UserError(f"--validation-reward {spec}: {len(known)} of {len(images)} validation images have a score")
+    return float(np.mean(known))
 
 
 def _png(image_HW3: np.ndarray) -> str:
