@@ -1,4 +1,4 @@
-"""What both stages must do alike with a diffusion model.
+"""The code for diffusion models that both stages share, `smpo-pipeline` and `smpo-train`.
 
 The names below are for notebooks (docs/guide/python.md); they are imported when they are first used.
 """
@@ -30,8 +30,8 @@ __all__ = [
     "sample",
 ]
 
-# A bar for every weight file would tear our own progress bars apart; what is wrong with a checkpoint, the code that
-# loads it checks and says itself.
+# transformers' bar for every weight file would break up our own progress bars. Its warnings about checkpoints are not
+# needed: the code that loads a checkpoint checks it itself and raises an error.
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 # PEFT imports bitsandbytes where it is installed, which on some CPUs prints that it lacks a kernel it can do without.

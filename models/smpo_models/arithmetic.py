@@ -1,6 +1,6 @@
-"""Arithmetic of denoisers: which of their weights and inputs are narrow.
+"""Dtypes of a denoiser's weights and inputs.
 
-In training and for the reference, autocast computes products in a narrow type and the rest in float32.
+In training and for the reference, autocast computes products in a narrow type (bf16 or fp16) and the rest in float32.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def narrow_products(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """Cast, in place, those frozen weights that autocast casts at each use; others that are narrow become float32.
+    """Cast the frozen weights of products (linear layers, convolutions) to ``dtype``, in place.
 
-    No bit of a forward or backward under autocast changes: norms have float32 weights, and what is trained does.
-    Quantized weights stay as they are.
+    Other frozen weights that are narrow become float32. Trained weights and quantized ones stay as they are. Autocast
+    would cast the weights of products at each use, so that no bit of a forward or backward under autocast changes.
     """
     for module in denoiser.modules():
         is_product = isinstance(module, _PRODUCTS)
@@ -27,18 +27,18 @@ def narrow_products(denoiser: nn.Module, dtype: torch.dtype) -> None:
 
 
 def narrowed(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with all weights of the given type; it shares with the original those that have it already."""
+    """Return a copy with all weights in ``dtype``; those that have this dtype already are shared with the original."""
     shared = {id(parameter): parameter for parameter in denoiser.parameters() if parameter.dtype == dtype}
-    # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
+    # Not diffusers' own `to`, which warns about layers to keep in float32 even if the model names none.
     return nn.Module.to(copy.deepcopy(denoiser, shared), dtype)
 
 
 def input_dtype(denoiser: nn.Module, device: torch.device) -> torch.dtype:
-    """Return the type of a denoiser's inputs: that of its weights; under autocast, which casts them itself, float32.
+    """Return the dtype to give a denoiser its inputs in: float32 under autocast, else the dtype of its weights.
 
-    FLUX.1 rounds times to the type of its inputs, which must not depend on :func:`narrow_products`.
+    FLUX.1 rounds times to the dtype of its inputs, which must not depend on :func:`narrow_products`.
     """
-    # The meta device, on which operations are counted, knows no autocast.
+    # The meta device, on which operations are counted, has no autocast.
     casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     # Quantized weights are integers.
     return torch.float32 if casts else next(each.dtype for each in denoiser.parameters() if each.is_floating_point())

@@ -1,4 +1,4 @@
-"""The device to compute on: what is asked for, held against what torch can use here."""
+"""Choose the device to compute on: what the user asked for, checked against what torch can use here."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _DEVICES = Path("/dev")
 
 
 def choose_device(given: str | None) -> str:
-    """``cuda`` or ``cpu``: the given one, or else a GPU where torch sees one.
+    """Return ``cuda`` or ``cpu``: the given device, or by default a GPU if torch sees one.
 
     Raises:
-        UserError: neither, or one that is not to be had; or nobody asked for the CPU of a machine with a GPU.
+        UserError: the device has another name or torch cannot use it; or none is given on a machine with a GPU that
+            torch does not see.
     """
     if given not in (None, "cpu", "cuda"):
         raise UserError(f"--device {given}: cpu or cuda")
@@ -34,17 +35,17 @@ def choose_device(given: str | None) -> str:
 
 
 def default_dtype(device: str) -> Dtype:
-    """The dtype of a diffusion model where none is asked for: bf16 on GPUs, but for those that emulate it.
+    """Return the default dtype of a diffusion model: bf16 on GPUs, fp32 on CPUs and on GPUs that only emulate bf16.
 
     Args:
-        device: ``cpu`` or ``cuda``; a cluster's GPUs, where this machine has none, count as having bf16.
+        device: ``cpu`` or ``cuda``. If this machine has no GPU, those of the cluster are assumed to have bf16.
     """
     emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     return "fp32" if device == "cpu" or emulated else "bf16"
 
 
 def reward_arithmetic(device: str, dtype: str) -> AbstractContextManager[object]:
-    """Compute a reward's matrix products in ``dtype``, by autocast: weights and sensitive operations stay in float32.
+    """Return a context in which autocast computes a reward's products in ``dtype``; the rest stays in float32.
 
     Rewards that are vision-language models load their weights in it.
     """
@@ -52,7 +53,7 @@ def reward_arithmetic(device: str, dtype: str) -> AbstractContextManager[object]
 
 
 def refuse_silent_cpu() -> None:
-    """Refuse the CPU that nobody asked for where there is a GPU: hours would go by before anybody wonders.
+    """Refuse to fall back to the CPU on a machine with a GPU: the user might notice only hours later.
 
     Raises:
         UserError: the machine has an NVIDIA GPU that torch does not see, and that is not hidden on purpose.
@@ -70,12 +71,12 @@ def gpus_are_hidden() -> bool:
 
 
 def no_gpu() -> str:
-    """What torch was built for, where it sees no GPU."""
+    """Say that torch sees no GPU, and what it was built for."""
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     return f"torch {torch.__version__} ({build}) sees no GPU"
 
 
 def device_in_words(device: str) -> str:
-    """A device by its maker's name, or with its cores."""
+    """Describe a device: a GPU by its product name, a CPU by its number of cores."""
     name = torch.cuda.get_device_name(device) if device == "cuda" else f"{os.cpu_count()} cores"
     return f"{device} ({name})"

@@ -1,4 +1,4 @@
-"""What both stages need of a text-to-image diffusion model, whatever its family.
+"""The interface to a text-to-image diffusion model that both stages use, whatever its family.
 
 Shape suffixes: B batch, C h w a latent, H W an image, L D a text embedding.
 """
@@ -22,11 +22,11 @@ from smpo_schemas.shards.text_rows import TextRow, stack_rows
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is given besides latents and timesteps, one row an image.
+    """What a denoiser is given besides latents and timesteps, one row per image.
 
     Attributes:
         text_BLD: text embeddings that the denoiser attends to.
-        added: further tensors by names of the family, each [B, ...].
+        added: further tensors [B, ...], by names that the family chooses.
     """
 
     text_BLD: torch.Tensor
@@ -40,27 +40,27 @@ class Conditioning:
 class Family(ABC):
     """A loaded model. Parts that were not asked for at loading are None.
 
-    Latents have one form everywhere but inside :meth:`denoise`: [B, C, h, w], normalised as the denoiser takes them and
-    not packed into tokens.
+    Latents have the same form everywhere except inside :meth:`denoise`: [B, C, h, w], normalised as the denoiser takes
+    them and not packed into tokens.
 
     Attributes:
-        pipelines: names of the diffusers pipeline classes (``_class_name`` of ``model_index.json``) that this is for.
+        pipelines: names of the diffusers pipeline classes (``_class_name`` in ``model_index.json``) that this is for.
         denoiser_folder: the denoiser's folder in a pipeline, which is also the prefix of its layers in LoRA files.
         lora_targets: ends of the names of the denoiser's layers that a LoRA adapts; none where diffusers has no LoRA
             for it.
         idle_layers: starts of the names of layers whose output the denoiser drops: they have no gradient, for which
             data-parallel training would wait, and are not trained.
         kind: short name that the manifest records, for example ``sd15``.
-        latent_factor: pixels a latent position, along one side.
-        patch: side, in latent positions, of what is one token to the denoiser; 1 for UNets.
-        embedded_guidance: guidance scale that the denoiser is told, where it was distilled to take one; None where it
-            takes none. Set it after loading.
-        samplers: names of the samplers that images can be made with: ``model``, the class of the pipeline's own
-            scheduler; ``ddim``, its first-order steps: ``DDIM``, or ``Euler`` of flow models. Both have this name where
-            the own one takes such steps.
+        latent_factor: pixels per latent position, along one side.
+        patch: side of one of the denoiser's tokens, in latent positions; 1 for UNets.
+        embedded_guidance: guidance scale that the denoiser is given as an input, if it was distilled to take one; else
+            None. Set it after loading.
+        samplers: names of the two samplers to choose from. ``model``: the class of the pipeline's own scheduler.
+            ``ddim``: the first-order sampler, ``DDIM`` or, for flow models, ``Euler``. If the pipeline's own scheduler
+            takes first-order steps, both have the first-order name.
         guidance_calls: how the pipeline asks its denoiser for both predictions of classifier-free guidance: in one call
             with the unconditional rows first or last, or in a second call at the same timestep; ``never`` where it
-            makes no unconditional one.
+            makes no unconditional prediction.
         sampler_steps: how many steps the model is usually sampled in.
         usual_guidance: guidance scale that the model is usually sampled at, of classifier-free guidance or the embedded
             one; None where it takes neither.
@@ -69,10 +69,10 @@ class Family(ABC):
         text_modules: the frozen text encoders.
         vae: the autoencoder.
         stores_text: whether the text encoders are so large that each prompt is better encoded once (T5).
-        stored_text: reads the embeddings of B distinct prompts, a row a prompt (:mod:`smpo_schemas.shards.text_rows`)
-            on any device, in place of the text encoders. Set it after loading.
-        encodes_empty_prompt: whether the empty prompt is what the text encoders make of it, rather than the embedding
-            that the model's own pipeline guides with. They differ where that one is zeros (SDXL). Set it after loading.
+        stored_text: reads the embeddings of B distinct prompts, one row per prompt
+            (:mod:`smpo_schemas.shards.text_rows`), on any device, in place of the text encoders. Set it after loading.
+        encodes_empty_prompt: whether the empty prompt is encoded like any other, rather than as the unconditional
+            embedding that the model's own pipeline guides with, which may differ (zeros in SDXL). Set it after loading.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -101,18 +101,21 @@ class Family(ABC):
 
     @abstractmethod
     def _on_device(self, value: torch.Tensor) -> torch.Tensor:
-        """Return a tensor on the device of the parts."""
+        """Move a tensor to the device of the parts."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Return what results depend on besides weights and noise levels, as plain JSON values.
+        """Return all that results depend on besides weights and noise levels, as plain JSON values.
 
         Denoiser and VAE must be loaded. Without text encoders, :meth:`text_settings` are left out.
         """
 
     @abstractmethod
     def text_settings(self) -> dict[str, Any]:
-        """Return what encoded prompts depend on besides weights, as plain JSON values; text encoders must be loaded."""
+        """Return all that encoded prompts depend on besides weights, as plain JSON values.
+
+        The text encoders must be loaded.
+        """
 
     @abstractmethod
     def resolution(self) -> int:
@@ -170,24 +173,24 @@ class Family(ABC):
         """Return a denoiser of the model's own architecture on the meta device, without weights."""
 
     def sampling_options(self, guidance_scale: float | None, images: int) -> dict[str, Any]:  # noqa: ARG002
-        """Return the arguments that make the model's pipeline guide by this scale, and read texts as here.
+        """Return the arguments that make the model's pipeline guide by this scale, and read prompts as we do.
 
         Args:
-            guidance_scale: of classifier-free guidance, 1 is none; or what the denoiser is told; None for models that
-                take none.
-            images: of the call; some pipelines want an unconditional prompt for each.
+            guidance_scale: of classifier-free guidance, 1 is none; or the scale that the denoiser is given as an input;
+                None for models that take none.
+            images: number of images in the call; some pipelines want an unconditional prompt for each.
         """
         return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
 
     def to_pipeline(self, x_BChw: torch.Tensor) -> torch.Tensor:
-        """Return latents as the model's pipeline takes them."""
+        """Convert latents [B, C, h, w] to the form that the model's pipeline takes."""
         return x_BChw
 
     def from_pipeline(self, latents: torch.Tensor, height: int, width: int, vae: nn.Module) -> torch.Tensor:  # noqa: ARG002
-        """Return latents that the model's pipeline gives as [B, C, h, w], normalised.
+        """Convert the latents that the model's pipeline returns to [B, C, h, w], normalised.
 
         Args:
-            latents: of ``output_type="latent"``.
+            latents: the pipeline's output for ``output_type="latent"``.
             height: h.
             width: w.
             vae: of the pipeline, where its statistics normalise latents.
@@ -208,11 +211,11 @@ class Family(ABC):
         """Encode N prompts; see :meth:`encode_text`."""
 
     def encode_text(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Encode B prompts, each distinct one once, or look them up: tensors [B, ...] by names of the family.
+        """Encode B prompts, each distinct one once, or look them up: tensors [B, ...] by names that the family chooses.
 
-        ``text`` is [B, L, D]. Where its length depends on the prompt, the others end in zeros up to the longest, and
-        ``mask``, bool [B, L], is True where there is text. A prompt's rows do not depend on the others but for that
-        padding. Prompts that are longer than an encoder takes are cut, as the model's pipeline does.
+        ``text`` is [B, L, D]. If its length depends on the prompt, shorter rows are padded with zeros to the longest,
+        and ``mask``, bool [B, L], is True where there is text. Apart from that padding, a prompt's rows do not depend
+        on the other prompts. Prompts that are longer than an encoder takes are cut, as in the model's pipeline.
 
         Args:
             prompts: B texts, "" for the unconditional one.
@@ -224,9 +227,9 @@ class Family(ABC):
 
     @abstractmethod
     def longest_text(self, prompts: int) -> dict[str, torch.Tensor]:
-        """Return zeros in the place of encoded prompts of the greatest length, by names of the family.
+        """Return zeros with the names and shapes of encoded prompts of the greatest length.
 
-        Configs are enough for it. Without ``mask``: there is no padding.
+        Only configs are needed. There is no padding, and so no ``mask``.
         """
 
     @abstractmethod
@@ -261,9 +264,9 @@ class Family(ABC):
         noise schedule expects.
 
         Args:
-            denoiser: the own one, a tuned one, or one wrapped for training; ``x_BChw`` is cast to its dtype.
+            denoiser: the model's own, a tuned one, or one wrapped for training; ``x_BChw`` is cast to its dtype.
             x_BChw: noisy latents.
-            t_B: timesteps, of the noise schedule's ``timestep_dtype``.
+            t_B: timesteps, in the noise schedule's ``timestep_dtype``.
             conditioning: of the B images.
         """
 
@@ -277,7 +280,7 @@ class Family(ABC):
 
     @abstractmethod
     def decode_in_tiles(self, vae: nn.Module, side: int) -> None:
-        """Make a VAE of the model's class decode in tiles, of ``side`` latent positions along a side."""
+        """Make a VAE of the model's class decode in tiles of ``side`` x ``side`` latent positions."""
 
     @abstractmethod
     def decode(self, latents_BChw: torch.Tensor, vae: nn.Module | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 
 def fingerprint_module(*modules: nn.Module) -> str:
-    """Hex SHA-256 over the names, shapes and float32 values of all parameters and buffers, in name order.
+    """Return the hex SHA-256 over the names, shapes and float32 values of all parameters and buffers, in name order.
 
     The same weights stored as float16, bfloat16 or float32, in one file or several, have one fingerprint; hash before
     casting to a narrower type.
@@ -26,9 +26,9 @@ def fingerprint_module(*modules: nn.Module) -> str:
 
 
 def settings_of(module: Any) -> dict[str, Any]:  # noqa: ANN401  (diffusers has no types)
-    """What a diffusers module computes by besides its weights: its config, as plain JSON values.
+    """Return what a diffusers module's output depends on besides its weights: its config, as plain JSON values.
 
-    Without notes on the file that it came from, and without what is there by default: a newer library has more of it.
+    Left out are private entries, which describe the file it came from, and defaults, which newer versions add to.
     """
     # Compared when `invert` continues a run; the manifest holds fingerprints only.
     config = module.config

@@ -1,4 +1,4 @@
-"""Models by folder or hub id: whether there can be one by a name, before any library looks for it."""
+"""Check folders and hub ids of models before any library tries to load them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from smpo_common.errors import UserError
 
 
 def require_source(source: str, what: str) -> None:
-    """Refuse what is neither a folder or file nor a hub id that can be had.
+    """Refuse a source that is neither a folder or file nor a hub id that can be loaded.
 
     Args:
         source: as the user gave it.
         what: starts the error.
 
     Raises:
-        UserError: there is no such folder, and the hub has no ids like this or is not to be asked.
+        UserError: there is no such folder or file, and the source is no valid hub id, or it is not in the cache and
+            ``HF_HUB_OFFLINE`` is set.
     """
     if Path(source).exists():
         return
@@ -36,7 +37,7 @@ def require_source(source: str, what: str) -> None:
 
 
 def part_on_disk(source: str, subfolder: str) -> Path | None:
-    """Return the folder of a part of a model: of a hub id, in the cache; None where its config is not there."""
+    """Return the folder of a part of a model, for hub ids the one in the cache; None if its config is not there."""
     if Path(source).is_dir():
         return Path(source) / subfolder
     config = try_to_load_from_cache(source, f"{subfolder}/config.json")

@@ -1,4 +1,4 @@
-"""Loading a text-to-image model by hub id or folder: finds its family."""
+"""Load a text-to-image model by hub id or folder; its family is found by its pipeline class."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Loader(Protocol):
 
 
 def families() -> dict[str, type[Family]]:
-    """Every family by the pipeline class names it is for; a new file in ``smpo_models/families`` is found by itself."""
+    """Return every family by the names of its pipeline classes; new files in ``smpo_models/families`` are included."""
     found = subclasses_in(smpo_models.families, Family)  # type: ignore[type-abstract]
     return {name: family for family in found for name in getattr(family, "pipelines", ())}
 
@@ -56,7 +56,7 @@ def load_family(
 ) -> Family:
     """Load the named parts of a text-to-image model, in float32 (fingerprint first, cast then).
 
-    Without any part only configs are read, and checked.
+    Without any part, only configs are read and checked.
 
     Args:
         model: hub id, or a folder in the diffusers pipeline layout.
@@ -65,13 +65,13 @@ def load_family(
         vae: hub id or folder of a VAE in place of the model's own.
         variant: of the files of weights, for example ``fp16``.
         device: for all parts. On ``meta`` they are made from their configs alone, without weights and tokenizers.
-        denoiser_dtype: that the denoiser's products are to be cast to (:func:`smpo_models.arithmetic.narrow_products`).
-            Where its files hold no more, all its weights have this type: the same values, and so the same fingerprint,
-            in half the memory.
+        denoiser_dtype: that the caller will cast the denoiser's products to, after fingerprinting it
+            (:func:`smpo_models.arithmetic.narrow_products`). If its files hold weights of this dtype alone, they are
+            loaded in it: the same values, and so the same fingerprint, in half the memory.
         what: names the model in errors; default: ``--model`` and its name.
 
     Raises:
-        UserError: the model is missing, incomplete, or of a family that no file here is for.
+        UserError: the model is missing, incomplete, or of a family that is not supported.
     """
     what = what or f"--model {model}"
     index: dict[str, Any] = load_part(DiffusionPipeline.load_config, model, what)
@@ -99,11 +99,11 @@ def load_tuned_denoiser(family: Family, model: str, path: Path, what: str, varia
         family: the model, with the denoiser that training started from.
         model: its hub id or folder.
         path: a denoiser folder, a training run's output folder, or a LoRA file.
-        what: names it in errors.
+        what: names the LoRA in errors.
         variant: of a folder's files of weights, where it has several.
 
     Raises:
-        UserError: there is neither, or it does not fit the model.
+        UserError: the path holds neither a denoiser nor a LoRA, or what it holds does not fit the model.
     """
     lora = path if path.is_file() else path / LORA_FILE
     if not lora.is_file():
@@ -127,7 +127,7 @@ def denoiser_folder(path: Path, name: str) -> Path:
         name: ``unet`` or ``transformer``.
 
     Raises:
-        UserError: it is in neither.
+        UserError: neither folder has a config.
     """
     for folder in (path, path / name):
         if (folder / "config.json").is_file():

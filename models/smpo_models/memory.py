@@ -1,4 +1,4 @@
-"""Whether memory ran out, by what the libraries raise."""
+"""Recognise that memory ran out, by the errors that the libraries raise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 _WORDS = re.compile(
     "out of memory|MemoryError|ALLOC(ATION)?_FAILED|can't allocate memory"
-    # What cuDNN and cuBLAS say near a full card, which holds no workspace for any of their kernels, and no handle.
+    # What cuDNN and cuBLAS say on a nearly full GPU, which has no room for a kernel's workspace or for a handle.
     "|unable to find an engine|No valid execution plans|CUBLAS_STATUS_NOT_INITIALIZED",
     re.IGNORECASE,
 )
@@ -18,5 +18,5 @@ def says_out_of_memory(text: str) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, a device's or the machine's: CUDA's libraries say so in plain RuntimeErrors."""
+    """Whether memory ran out, on a device or on the host: CUDA's libraries say so in plain RuntimeErrors."""
     return says_out_of_memory(f"{type(error).__name__}: {error}")

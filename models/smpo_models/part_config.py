@@ -12,13 +12,13 @@ from smpo_common.errors import UserError
 
 
 def complete(kind: type[nn.Module], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the library's defaults for what a config leaves out, as configs that others wrote do."""
+    """Fill in the library's defaults for settings that a config leaves out, as older ones do."""
     parameters = inspect.signature(kind.__init__).parameters.values()
     return {each.name: each.default for each in parameters if each.default is not each.empty} | dict(config)
 
 
 def subfolder(name: str, inside_model: bool) -> dict[str, str]:
-    """Return the option of ``from_pretrained`` that finds a part in a model's folder; none for a folder of its own."""
+    """Return the option of ``from_pretrained`` that finds a part inside a model; empty for a part's own folder."""
     return {"subfolder": name} if inside_model else {}
 
 
@@ -26,13 +26,13 @@ def native_resolution(sample_size: int | Sequence[int] | None, latent_factor: in
     """Return the side, in pixels, of the square images that a denoiser was made for.
 
     Args:
-        sample_size: of its config: sides of its latents.
-        latent_factor: pixels a latent position, along one side.
+        sample_size: the setting in its config: the side of its latents, or both sides.
+        latent_factor: pixels per latent position, along one side.
         what: starts the error.
-        folder: of the denoiser in the model.
+        folder: the denoiser's folder in the model.
 
     Raises:
-        UserError: the config names no square.
+        UserError: the config gives no side, or two different ones.
     """
     height, width = sample_size if isinstance(sample_size, Sequence) else (sample_size, sample_size)
     if height is None or height != width:

@@ -1,4 +1,4 @@
-"""Sampling images with a model's own pipeline, from initial noise that the caller draws."""
+"""Sample images with a model's own pipeline, from initial noise that the caller draws."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from smpo_models.weights import load_part, load_weights
 from smpo_schemas.choices import SamplerChoice
 
 _OWN_NOISE = "DPMSolverSDEScheduler"
-"""The scheduler that takes no generators, one an image."""
+"""A scheduler that does not take one generator per image."""
 
 
 def load_pipeline(
@@ -40,11 +40,11 @@ def load_pipeline(
     Args:
         model: hub id or folder.
         what: names the model in errors.
-        parts: by their names in the pipeline, those that are loaded already, such as a denoiser in training.
+        parts: parts that are loaded already, such as a denoiser in training, by their names in the pipeline.
         dtype: of the other parts.
         variant: of the files of weights; None: those without one, or the only one there.
         kind: class of the pipeline; by default the one that the model names.
-        sampler: with its own scheduler, or the first-order one.
+        sampler: ``model`` for the pipeline's own scheduler, ``ddim`` for the first-order one.
 
     Raises:
         UserError: it cannot be loaded; a part lacks weights, which diffusers would draw at random; or its own scheduler
@@ -85,7 +85,7 @@ def sample(
     output_type: str = "pil",
     watch: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Any:  # noqa: ANN401  (PIL images or a tensor)
-    """Sample one image a prompt from its initial noise, on the noise's device and in its dtype.
+    """Sample one image per prompt from its initial noise, on the noise's device and in its dtype.
 
     Args:
         pipeline: from :func:`load_pipeline`.
@@ -93,8 +93,8 @@ def sample(
         prompts: B of them.
         noise_BChw: standard normal noise of the latents' shape.
         steps: of the sampler.
-        guidance_scale: of classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without.
-        generators: one an image, for what a stochastic sampler draws; None: torch's global one.
+        guidance_scale: of classifier-free guidance, 1 is none; or the input of FLUX.1-dev; None for models without.
+        generators: one per image, for what a stochastic sampler draws; None: torch's global one.
         output_type: ``pil``, or ``latent`` for normalised latents [B, C, h, w].
         watch: called after each step with its number, from 0, and the normalised latents [B, C, h, w] that it gave.
     """
@@ -124,7 +124,7 @@ def _watched(
     if watch is None:
         yield
         return
-    # Not the pipeline's own callback: not every pipeline has the same one.
+    # Not by the pipeline's own callback, which differs between pipelines.
     inner, numbers = scheduler.step, count()
 
     @functools.wraps(inner)  # pipelines read the signature
@@ -141,7 +141,7 @@ def _watched(
 
 
 def _unpacked(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return latents in the form in which a pipeline denoises them as [B, C, h, w]."""
+    """Convert latents, in whatever form the pipeline denoises them, to [B, C, h, w]."""
     if latents.ndim == 4:  # noqa: PLR2004  (B, C, h, w)
         return latents
     if latents.shape[1] == height * width:
@@ -150,7 +150,7 @@ def _unpacked(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def sampling_in_words(sampler: str, steps: int, guidance_scale: float | None) -> str:
-    """Say how images are sampled; without a sampler they are not."""
+    """Say how images were sampled; an empty ``sampler`` stands for images made elsewhere."""
     if not sampler:
         return "images made elsewhere"
     guidance = "no guidance scale" if guidance_scale is None else f"guidance scale {guidance_scale:g}"
@@ -158,6 +158,6 @@ def sampling_in_words(sampler: str, steps: int, guidance_scale: float | None) ->
 
 
 def _class_with_weights(library: str, name: str) -> Any:  # noqa: ANN401  (of either library)
-    """A class of models by the names in a pipeline's index; None for what is no model, such as a tokenizer."""
+    """Return the class that a pipeline's index names for a part; None for parts without weights, such as tokenizers."""
     found = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
     return found if inspect.isclass(found) and issubclass(found, torch.nn.Module) else None

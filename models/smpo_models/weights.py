@@ -1,4 +1,4 @@
-"""Weights by hub id or folder, for every kind of model: failures to load them become one line.
+"""Load weights by hub id or folder, for every kind of model; a failure becomes a one-line error.
 
 Nothing here imports diffusers, which takes longer to import than all that a reward model needs.
 """
@@ -21,15 +21,15 @@ from smpo_common.errors import UserError
 from smpo_models.hub import part_on_disk, require_source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By what ``--dtype`` calls them."""
+"""Dtypes by their names in ``--dtype``."""
 
 _IN_FILES = {torch.bfloat16: "BF16", torch.float16: "F16"}
-"""What safetensors files call them."""
+"""Dtypes by their names in safetensors files."""
 
 
 @contextmanager
 def loading_errors(what: str) -> Iterator[None]:
-    """Turn what the loading libraries raise for a missing or unfit model into one line."""
+    """Turn errors that the libraries raise for a missing or unsuitable model into a one-line :class:`UserError`."""
     try:
         yield
     except UserError:
@@ -42,13 +42,13 @@ def loading_errors(what: str) -> Iterator[None]:
         ImportError,  # of a package that only some models need
     ) as error:
         first, *more = str(error).strip().split("\n")
-        # torch says in the next line which weight it is that does not fit.
+        # torch's second line names the weight that does not fit.
         first += f" {more[0].strip()}" if first.endswith(":") and more else ""
         raise UserError(f"{what} cannot be loaded: {first[:300]}") from error
 
 
 def load_part(loader: Callable[..., Any], source: str | None, what: str, **options: Any) -> Any:  # noqa: ANN401
-    """``loader(source, **options)`` (a ``from_pretrained``) with errors in one line; ``what`` names the part."""
+    """Call ``loader(source, **options)`` (a ``from_pretrained``) with one-line errors; ``what`` names the part."""
     if source:
         require_source(source, what)
     with loading_errors(what):
@@ -59,15 +59,15 @@ _WEIGHTS_FILE = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?"
     r"\.(?:safetensors|bin)"
 )
-"""Both libraries' names of files of weights, whole or in several files, of a variant or of none."""
+"""File names of weights in diffusers and transformers: whole or in several files, with or without a variant."""
 
 
 def find_variant(folder: Path, wanted: str | None, what: str) -> str | None:
-    """The variant of the weights to load from a folder; None: the weights without one.
+    """Return the variant of the weights to load from a folder; None: the weights without a variant.
 
     Args:
         folder: of one part of a model.
-        wanted: the variant asked for. A folder without it gives what it has, as diffusers' pipelines do.
+        wanted: the variant asked for. If the folder lacks it, what it has is loaded, as diffusers' pipelines do.
         what: starts the error.
 
     Raises:
@@ -106,7 +106,7 @@ def holds(dtype: torch.dtype, source: str, what: str, *, variant: str | None, su
     for path in folder.glob("*.safetensors") if folder else ():
         match = _WEIGHTS_FILE.fullmatch(path.name)
         if match and match["variant"] == variant:
-            with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:  # loading will say what it is
+            with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:  # loading reports what is wrong
                 found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (no dict)
     return {name for name in found if "F" in name} == {_IN_FILES[dtype]}
 
@@ -118,7 +118,7 @@ def variant_remark(model: str, wanted: str | None) -> str | None:
         UserError: a part has several and nothing says which, or no part has the one asked for.
     """
     if not Path(model).is_dir():
-        return None  # of a hub id, the library reports what is missing
+        return None  # for a hub id, the library reports what is missing
     what = f"--model {model}"
     parts = sorted(path for path in Path(model).iterdir() if path.is_dir() and not path.name.startswith("."))
     found = {part.name: variant for part in parts if (variant := find_variant(part, wanted, what))}
@@ -170,7 +170,7 @@ def load_tokenizer(loader: Callable[..., Any], source: str, what: str, **options
     """Like :func:`load_part`, for a tokenizer.
 
     Raises:
-        UserError: it cannot be loaded, or is missing, for which the library would make one without words.
+        UserError: it cannot be loaded, or its files are missing, for which the library would make an empty vocabulary.
     """
     name = options.get("subfolder", "tokenizer")
     try:
@@ -183,7 +183,7 @@ def load_tokenizer(loader: Callable[..., Any], source: str, what: str, **options
             f"{what} cannot be loaded: its {name} has no tokenizer.json, only a SentencePiece file; "
             "pip install sentencepiece protobuf"
         ) from error
-    # T5's has a space without any words.
+    # T5's tokenizer has a space even without a vocabulary.
     if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, "\u2581"}:
         raise UserError(f"{what} cannot be loaded: its {name} is missing or has no vocabulary")
     return tokenizer

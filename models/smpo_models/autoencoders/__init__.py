@@ -1,1 +1,1 @@
-"""Autoencoders: one file a class of them, with its latents normalised as the pipelines that use it do."""
+"""Autoencoders: one file per class. Latents are normalised as the pipelines that use the class do."""

@@ -1,4 +1,4 @@
-"""What a family needs of its autoencoder: its config, and images to normalised latents and back.
+"""What a model family needs from its autoencoder: the config, encoding to normalised latents, and decoding.
 
 Shape suffixes: B batch, C h w a latent, H W an image.
 """
@@ -35,11 +35,11 @@ class Autoencoder(ABC):
 
     @abstractmethod
     def channels(self, config: Mapping[str, Any]) -> int:
-        """Return C of the latents."""
+        """Return C, the number of latent channels."""
 
     @abstractmethod
     def factor(self, config: Mapping[str, Any]) -> int:
-        """Return the pixels of a latent position, along one side."""
+        """Return how many pixels one latent position covers along each side."""
 
     @abstractmethod
     def _moments(self, vae: Any, pixels_B3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
@@ -50,18 +50,18 @@ class Autoencoder(ABC):
         """Return the images of normalised latents: [B, 3, H, W], about in [-1, 1]."""
 
     def check(self, config: Mapping[str, Any], what: str) -> None:  # noqa: B027  (most have nothing to refuse)
-        """Refuse settings that are not known.
+        """Refuse a config with settings that are not supported.
 
         Args:
-            config: complete.
+            config: of the VAE, with defaults filled in.
             what: starts the error.
 
         Raises:
-            UserError: there is one.
+            UserError: a setting is not supported.
         """
 
     def set_tile(self, vae: Any, side: int) -> None:  # noqa: ANN401, ARG002
-        """Decode in tiles from now on, of ``side`` latent positions along a side."""
+        """Make a VAE decode in tiles of ``side`` x ``side`` latent positions from now on."""
         vae.enable_tiling()
 
     def config(self, model: str, vae: str | None, channels: int, what: str) -> dict[str, Any]:
@@ -70,11 +70,11 @@ class Autoencoder(ABC):
         Args:
             model: hub id or folder.
             vae: hub id or folder of a VAE in place of the model's own.
-            channels: of the latents that the model's denoiser takes.
+            channels: number of latent channels that the model's denoiser takes.
             what: names the model in errors.
 
         Raises:
-            UserError: its latents are not those that the denoiser was trained on.
+            UserError: the VAE's latents are not those that the denoiser was trained on.
         """
         named = f"--vae {vae}" if vae else what
         found = self._read(vae or model, named, inside_model=vae is None)
@@ -122,7 +122,7 @@ class Autoencoder(ABC):
         """Return mean and standard deviation of the posterior, each [B, C, h, w]; encodes a few images at a time.
 
         Args:
-            vae: of the class.
+            vae: an instance of ``vae_class``.
             pixels_B3HW: float32 in [-1, 1], on any device.
         """
         images, device = max(1, ENCODED_PIXELS // pixels_B3HW[0, 0].numel()), next(vae.parameters()).device
@@ -131,6 +131,9 @@ class Autoencoder(ABC):
         return mean, std
 
     def decode(self, vae: nn.Module, latents_BChw: torch.Tensor) -> torch.Tensor:
-        """Return the images of normalised latents: [B, 3, H, W], clamped to [-1, 1]; with a gradient if they have."""
+        """Return the images of normalised latents: [B, 3, H, W], clamped to [-1, 1].
+
+        The result has a gradient if the latents require one.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and latents_BChw.requires_grad):
             return self._decode(vae, latents_BChw.to(next(vae.parameters()).device)).clamp(-1, 1)

@@ -1,1 +1,1 @@
-"""One file a model family; a new file here is found by itself."""
+"""One file per model family; a new file here is found automatically."""

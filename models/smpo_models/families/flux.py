@@ -46,10 +46,10 @@ class Flux(TransformerFamily):
 
     def _kind(self, config: Mapping[str, Any]) -> str:
         if not config["guidance_embeds"]:
-            # Of the pipeline's 512 tokens it was trained on 256.
+            # It was trained on 256 text tokens; the pipeline's default is 512.
             self.sampler_steps, self.usual_guidance, self._text_tokens = 4, None, 256
             return "flux1-schnell"
-        # Without guidance, the scale at which its own trajectory can be inverted.
+        # 1 is no guidance: the scale at which the model's own trajectories can be inverted.
         self.embedded_guidance = 1.0
         self.usual_guidance, self._text_tokens = 3.5, 512
         return "flux1-dev"

@@ -1,4 +1,4 @@
-"""FLUX.2-klein, the base models of 4B and 9B: a transformer over patches of latents, Qwen3.
+"""FLUX.2-klein, the base models of 4B and 9B parameters: a transformer over patches of latents, and Qwen3.
 
 Follows diffusers' ``pipeline_flux2_klein.py``. Shape suffixes: N prompts, B batch, L D a text embedding, C h w a
 latent, P tokens of the image.
@@ -29,13 +29,13 @@ _LATENT_SIDE = 64
 """Half of the pipeline's ``default_sample_size``, which counts the VAE's own latents; the config names none."""
 
 _LAYERS = (9, 18, 27)
-"""After which the states of the language model are taken."""
+"""Layers of the language model whose outputs, side by side, are the text embedding."""
 
 _VAE = Flux2Autoencoder()
 
 
 class Flux2Klein(TransformerFamily):
-    """See :class:`smpo_models.family.Family`. The denoiser takes one token a latent position, and t / 1000.
+    """See :class:`smpo_models.family.Family`. The denoiser takes one token per latent position, and t / 1000.
 
     The padding of texts is a real input: the pipeline does not mask it.
     """
@@ -48,7 +48,7 @@ class Flux2Klein(TransformerFamily):
     sampler_steps = 50
     usual_guidance = 4.0
     guidance_calls = "separate"
-    # In blocks of both streams; and the one product before attention in those of one stream.
+    # The projections of the double-stream blocks, and the fused one before attention of the single-stream blocks.
     lora_targets: ClassVar[tuple[str, ...]] = (*TransformerFamily.lora_targets, "attn.to_qkv_mlp_proj")
     _text_tokens = 512
     _same_config: ClassVar[tuple[str, ...]] = (
@@ -87,7 +87,7 @@ class Flux2Klein(TransformerFamily):
     @torch.no_grad()
     def _encode_distinct(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         tokens_NL, mask_NL = self._tokens_and_mask(0, prompts)
-        # Without the head, whose logits the pipeline computes and drops.
+        # Skip the language model's head, whose logits the pipeline computes and drops.
         output = self.text_modules[0].model(
             tokens_NL, attention_mask=mask_NL, output_hidden_states=True, use_cache=False
         )

@@ -28,11 +28,11 @@ _SYSTEM = (
 
 
 class Lumina2(TransformerFamily):
-    """See :class:`smpo_models.family.Family`. The denoiser takes 1 - t / 1000, and answers x0 - noise.
+    """See :class:`smpo_models.family.Family`. The denoiser takes 1 - t / 1000, and predicts x0 - noise.
 
-    Each prompt follows the pipeline's system prompt. The empty prompt stands for the pipeline's negative one, which has
-    none; with ``encodes_empty_prompt`` it has one as any other. Where it guides, the pipeline gives each row of the
-    prediction the norm of the conditional one; trajectories of ``invert`` follow plain guidance.
+    Each prompt follows the pipeline's system prompt. The empty prompt stands for the pipeline's negative prompt, which
+    has no system prompt; with ``encodes_empty_prompt`` it gets one like any other. With guidance, the pipeline rescales
+    each row of the prediction to the norm of the conditional one; trajectories of ``invert`` follow plain guidance.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("Lumina2Pipeline",)
@@ -56,7 +56,7 @@ class Lumina2(TransformerFamily):
         return smallest, min(self._config["axes_lens"][1:]) * self.resolution_multiple()
 
     def num_tokens(self, height: int, width: int) -> int:  # noqa: ARG002
-        """See the base class; the pipeline, which does not pack latents, takes their channels for it."""
+        """See the base class; the pipeline does not pack latents, and takes their channels for the number of tokens."""
         return self._channels
 
     def _load_text(self) -> Sequence[nn.Module]:
@@ -98,7 +98,7 @@ class Lumina2(TransformerFamily):
 
 
 class _FullTexts:
-    """Stands for a mask without padding, of which the denoiser reads the lengths: where tensors have no values."""
+    """Stands for a mask without padding, whose lengths the denoiser reads, when tensors have no values."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape

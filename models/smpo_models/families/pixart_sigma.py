@@ -23,16 +23,16 @@ from smpo_models.noise_schedules.variance_preserving import load_variance_preser
 from smpo_schemas.shards.text_rows import MASK
 
 _ALPHA_SIDE = 128
-"""Side of the latents at which a transformer takes a size by default, in diffusers."""
+"""Latent side of PixArt-Alpha: at this ``sample_size``, diffusers' transformer takes the image's size by default."""
 
 
 class PixArtSigma(TransformerFamily):
     """See :class:`smpo_models.family.Family`. The denoiser takes latents and whole timesteps as they are.
 
-    Of the output's channels the second half, where there is one, is a variance that its samplers do not use. Prompts
-    are lowered, which is what the pipeline does without ``clean_caption``: that one rewrites prompts, differently where
-    its two further packages are not installed. The pipeline's table of sizes is not used: images have the sizes that
-    they are asked for. Diffusers has no LoRA for the denoiser.
+    If the output has twice the channels, their second half is a variance that the samplers do not use. Prompts are
+    lowercased, as the pipeline does without ``clean_caption``, an option that rewrites prompts in a way that depends on
+    whether two optional packages are installed. The pipeline's table of sizes is not used: images have the size that
+    was asked for. diffusers has no LoRA for the denoiser.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline",)

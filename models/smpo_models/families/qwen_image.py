@@ -33,10 +33,10 @@ _TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 _TEMPLATE_TOKENS = 34
-"""Before the prompt, which the pipeline leaves out."""
+"""Tokens of the template before the prompt; the pipeline drops their embeddings."""
 
 _UNCONDITIONAL = " "
-"""The negative prompt of the examples in the pipeline's documentation; by default it has none, and does not guide."""
+"""The negative prompt in the examples of the pipeline's documentation. Without one, the pipeline does not guide."""
 
 _OTHER_MODELS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 """Settings of transformers that take more than noisy latents and text, as those that edit images do."""
@@ -45,8 +45,8 @@ _OTHER_MODELS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use
 class QwenImage(TransformerFamily):
     """See :class:`smpo_models.family.Family`. The denoiser takes packed latents and t / 1000.
 
-    Where it guides, the pipeline gives the prediction for each token the norm of the conditional one; trajectories of
-    ``invert`` follow plain guidance.
+    With guidance, the pipeline rescales the prediction for each token to the norm of the conditional one; trajectories
+    of ``invert`` follow plain guidance.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
@@ -67,7 +67,7 @@ class QwenImage(TransformerFamily):
                     f"{self._what}: its transformer's config sets {setting}, as models that edit images or draw layers "
                     "do; only text-to-image models are known"
                 )
-        # Of the text, which the last block does not hand on.
+        # The last block's text output is dropped, and so are the layers that only it depends on.
         last = f"transformer_blocks.{config['num_layers'] - 1}"
         self.idle_layers = (f"{last}.attn.to_add_out", f"{last}.txt_mlp")
         return "qwen-image"
@@ -97,7 +97,7 @@ class QwenImage(TransformerFamily):
         off.
         """
         tokens_NL, mask_NL = self._tokens_and_mask(0, prompts, padding="longest")
-        # Without the head, whose logits the pipeline computes and drops.
+        # Skip the language model's head, whose logits the pipeline computes and drops.
         output = self.text_modules[0].model(tokens_NL, attention_mask=mask_NL, use_cache=False)
         is_template_NL = mask_NL.cumsum(1) <= _TEMPLATE_TOKENS
         return without_padding(output.last_hidden_state, mask_NL.bool() & ~is_template_NL)
@@ -108,7 +108,7 @@ class QwenImage(TransformerFamily):
         sizes: Sequence[tuple[int, int]],
         crops: Sequence[tuple[int, int]],
     ) -> Conditioning:
-        """See the base class; without padding there is no mask, as in the pipeline: attention is faster so."""
+        """See the base class; a mask without padding is left out, as in the pipeline: attention is faster without."""
         needed = {name: value for name, value in text.items() if name != MASK or not value.all()}
         return super().conditioning(needed, sizes, crops)
 

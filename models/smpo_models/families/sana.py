@@ -26,15 +26,15 @@ from smpo_models.family_bases.transformer_family import TransformerFamily
 from smpo_schemas.shards.text_rows import MASK
 
 _MULTIPLE = 32
-"""Of sides in pixels; the pipeline takes no others, whatever its autoencoder."""
+"""The pipeline only takes sides that are multiples of this many pixels, whatever its autoencoder."""
 
 
 class Sana(TransformerFamily):
     """See :class:`smpo_models.family.Family`. The denoiser takes latents and t in [0, 1000).
 
-    Each prompt follows the pipeline's instruction to the language model, of whose embeddings the denoiser is given the
-    first and those from the last of the instruction on. The empty prompt stands for the pipeline's negative one, which
-    has no instruction; with ``encodes_empty_prompt`` it has one as any other.
+    Each prompt follows the pipeline's instruction to the language model. The denoiser is given the embeddings of the
+    first token and of all from the instruction's last token on. The empty prompt stands for the pipeline's negative
+    prompt, which has no instruction; with ``encodes_empty_prompt`` it gets one like any other.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("SanaPipeline",)
@@ -69,7 +69,7 @@ class Sana(TransformerFamily):
         return math.lcm(super().resolution_multiple(), _MULTIPLE)
 
     def sampling_options(self, guidance_scale: float | None, images: int) -> dict[str, Any]:
-        """See the base class; images have the sizes that they are asked for, whatever the pipeline's table."""
+        """See the base class; the pipeline's table of sizes is not used: images have the size that was asked for."""
         return super().sampling_options(guidance_scale, images) | {"use_resolution_binning": False}
 
     def _load_text(self) -> Sequence[nn.Module]:

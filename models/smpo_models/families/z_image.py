@@ -22,14 +22,14 @@ from smpo_models.family_bases.transformer_family import TransformerFamily, even_
 from smpo_schemas.shards.text_rows import MASK
 
 _LATENT_SIDE = 128
-"""Of the pipeline's 1024 pixels; the transformer's config names none."""
+"""Latent side of the pipeline's default 1024 pixels; the transformer's config names none."""
 
 _PATCH = 2
-"""Side of a token, in latent positions, that the pipeline takes of those that the transformer was made for."""
+"""Side of a token, in latent positions: of the transformer's ``all_patch_size``, the one that the pipeline uses."""
 
 
 class ZImage(TransformerFamily):
-    """See :class:`smpo_models.family.Family`. The denoiser takes time from noise to image, and answers x0 - noise.
+    """See :class:`smpo_models.family.Family`. The denoiser takes 1 - t / 1000, and predicts x0 - noise.
 
     Nothing in a model's folder tells Z-Image-Turbo, which was distilled to 8 steps without guidance, from Z-Image.
     """
@@ -39,7 +39,7 @@ class ZImage(TransformerFamily):
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = even_times
     guidance_calls = "conditional first"
     sampler_steps = 50
-    # 5 of the pipeline, where 0 is no guidance.
+    # The pipeline's 5: it counts no guidance as 0, we count it as 1.
     usual_guidance = 6.0
     patch = _PATCH
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -66,7 +66,7 @@ class ZImage(TransformerFamily):
         return smallest, min(self._config["axes_lens"][1:]) * self.resolution_multiple()
 
     def sampling_options(self, guidance_scale: float | None, images: int) -> dict[str, Any]:
-        """See the base class; to the pipeline, 0 is no guidance."""
+        """See the base class; the pipeline's scale for no guidance is 0, not 1."""
         return super().sampling_options(None if guidance_scale is None else guidance_scale - 1, images)
 
     def _load_text(self) -> Sequence[nn.Module]:

@@ -10,9 +10,9 @@ from torch.nn import functional
 
 
 def pooled_in_float64(encoder: Any) -> Any:  # noqa: ANN401  (transformers' CLIPTextModelWithProjection)
-    """Have the encoder compute its pooled embedding in float64, rounded once.
+    """Make the encoder compute its pooled embedding in float64, rounded once.
 
-    Float32 products of so few rows have other last bits in other batches.
+    In float32, the last bits of a product with so few rows depend on the size of the batch.
     """
     encoder.text_projection.register_forward_hook(_project)
     return encoder

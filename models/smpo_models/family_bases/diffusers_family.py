@@ -1,4 +1,4 @@
-"""What all families share whose parts lie in the folders of a diffusers pipeline.
+"""Base class of the families whose parts lie in the folders of a diffusers pipeline.
 
 Shape suffixes: B batch, C h w a latent, H W an image.
 """
@@ -49,15 +49,15 @@ _TEXT_SETTINGS = (
     "attn_logit_softcapping",
     "hidden_activation",
 )
-"""What a text encoder computes by, and its weights' shapes do not tell."""
+"""Config settings that a text encoder's output depends on and that the shapes of its weights do not show."""
 
 
 class DiffusersFamily(Family):
     """See :class:`smpo_models.family.Family`; subclasses say which classes the parts have, and how they are used.
 
     Attributes:
-        denoiser_class: of the denoiser.
-        autoencoder: of the class of the VAE.
+        denoiser_class: diffusers' class of the denoiser.
+        autoencoder: for VAEs of the family's class.
     """
 
     denoiser_class: ClassVar[type[nn.Module]]
@@ -80,7 +80,7 @@ class DiffusersFamily(Family):
         what: str,
     ) -> None:
         self._model, self._what, self._variant = model, what, variant
-        # Parts without weights are no reason to make other tensors without values.
+        # On the meta device only the parts are empty: inputs that are made here have values, and are on the CPU.
         self._is_empty = device.type == "meta"
         self._device = torch.device("cpu") if self._is_empty else device
         self.denoiser, self.vae, self.text_modules = None, None, ()
@@ -102,7 +102,7 @@ class DiffusersFamily(Family):
 
     @abstractmethod
     def _kind(self, config: Mapping[str, Any]) -> str:
-        """Return ``kind``, by the model's own denoiser config."""
+        """Return the attribute ``kind``, given the config of the model's own denoiser."""
 
     @abstractmethod
     def _load_schedule(self) -> NoiseSchedule:
@@ -110,10 +110,10 @@ class DiffusersFamily(Family):
 
     @abstractmethod
     def _load_text(self) -> Sequence[nn.Module]:
-        """Load ``_tokenizers`` and text encoders; returns the encoders."""
+        """Load the tokenizers into ``_tokenizers``, and return the text encoders."""
 
     def _latent_channels(self, config: Mapping[str, Any]) -> int:
-        """Return the channels of the latents, unpacked."""
+        """Return the number of channels of latents that are not packed."""
         return int(config["in_channels"])
 
     def _latent_side(self, config: Mapping[str, Any]) -> int | Sequence[int] | None:
@@ -219,7 +219,7 @@ class DiffusersFamily(Family):
         return self._channels, height // self.latent_factor, width // self.latent_factor
 
     def _text_limits(self) -> Sequence[int]:
-        """Return the most tokens that each tokenizer gives."""
+        """Return the maximum number of tokens of each tokenizer."""
         return [tokenizer.model_max_length for tokenizer in self._tokenizers]
 
     def cuts(self, prompt: str) -> bool:
@@ -230,7 +230,7 @@ class DiffusersFamily(Family):
         )
 
     def _as_read(self, prompt: str) -> str:
-        """Return the text that the tokenizers are given for a prompt."""
+        """Return the text that is tokenized for a prompt, for example a chat template around it."""
         return prompt
 
     def _tokens(self, number: int, prompts: Sequence[str]) -> torch.Tensor:
@@ -281,13 +281,13 @@ class DiffusersFamily(Family):
 def _encoder_settings(text: Any) -> dict[str, Any]:  # noqa: ANN401  (transformers' mixin has no type)
     config = text.config.get_text_config()
     settings = {name: getattr(config, name) for name in _TEXT_SETTINGS if hasattr(config, name)}
-    # Fingerprints do not depend on it, embeddings do.
+    # Fingerprints do not depend on the dtype, embeddings do.
     return settings if text.dtype == torch.float32 else settings | {"dtype": str(text.dtype)}
 
 
 def _tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # How the last prompts were cut and padded.
+    # Left over from the last call: how its prompts were cut and padded.
     del backend["truncation"], backend["padding"]
     settings = {"tokens": sha256_json(backend), "pad": tokenizer.pad_token_id, "length": tokenizer.model_max_length}
     # Only what differs from the usual, so that settings of earlier versions stay equal.

@@ -11,11 +11,11 @@ from smpo_schemas.shards.text_rows import MASK, TEXT, stack_rows
 
 
 def without_padding(states_NLD: torch.Tensor, mask_NL: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what :meth:`smpo_models.family.Family.encode_text` gives of padded embeddings.
+    """Return padded embeddings in the form of :meth:`smpo_models.family.Family.encode_text`.
 
     Args:
-        states_NLD: of a text encoder.
-        mask_NL: of the tokens that are no padding; bool.
+        states_NLD: output of a text encoder.
+        mask_NL: bool, True for tokens that are not padding.
     """
     return stack_rows(
         [{TEXT: states[mask], MASK: mask[mask]} for states, mask in zip(states_NLD, mask_NL, strict=True)]
@@ -23,9 +23,9 @@ def without_padding(states_NLD: torch.Tensor, mask_NL: torch.Tensor) -> dict[str
 
 
 def rows(text_BLD: torch.Tensor, mask_BL: torch.Tensor | None) -> list[torch.Tensor]:
-    """Return each row without its padding: B tensors [L, D]; without a mask there is none.
+    """Return each row without its padding: B tensors [L, D]; without a mask there is no padding.
 
-    On the meta device, where nothing is known of the mask, rows keep their padding.
+    On the meta device, where the mask has no values, rows keep their padding.
     """
     if mask_BL is None or mask_BL.is_meta:
         return list(text_BLD)

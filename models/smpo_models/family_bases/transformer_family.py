@@ -19,7 +19,7 @@ from smpo_schemas.shards.text_rows import TEXT
 
 
 def even_times(steps: int) -> np.ndarray:
-    """Return the times that FLUX.1's pipeline, and most later ones, hand to the scheduler."""
+    """Return the times (sigmas before the shift) that FLUX.1's pipeline, and most later ones, pass to the scheduler."""
     return np.linspace(1.0, 1 / steps, steps)
 
 
@@ -27,9 +27,10 @@ class TransformerFamily(DiffusersFamily):
     """See :class:`smpo_models.family.Family`.
 
     Attributes:
-        sampler_times: the times that the pipeline hands to its scheduler, by the number of steps; None: none.
-        sampler_mu: the dynamic shift that the pipeline hands over, by image tokens and steps; None: diffusers'
-            ``calculate_shift``.
+        sampler_times: the times that the pipeline passes to its scheduler, given the number of steps; None if it passes
+            none.
+        sampler_mu: the dynamic shift that the pipeline passes, given the numbers of image tokens and steps; None:
+            diffusers' ``calculate_shift``.
     """
 
     denoiser_folder: ClassVar[str] = "transformer"
@@ -48,10 +49,10 @@ class TransformerFamily(DiffusersFamily):
     sampler_times: ClassVar[Callable[[int], np.ndarray] | None] = None
     sampler_mu: ClassVar[Callable[[int, int], float] | None] = None
     _text_width: ClassVar[str] = "joint_attention_dim"
-    """The transformer's setting that is the width of text embeddings."""
+    """Name of the setting in the transformer's config that holds the width of text embeddings."""
 
     _text_tokens: int
-    """The most tokens of a prompt, as the pipeline's ``max_sequence_length`` counts them."""
+    """Maximum number of tokens of a prompt, as the pipeline's ``max_sequence_length`` counts them."""
 
     def _load_schedule(self) -> NoiseSchedule:
         kind = type(self)
@@ -67,7 +68,7 @@ class TransformerFamily(DiffusersFamily):
         }
 
     def sampling_options(self, guidance_scale: float | None, images: int) -> dict[str, Any]:
-        """See the base class; these pipelines cut and pad texts as they are told."""
+        """See the base class; these pipelines take the length to which they cut and pad prompts."""
         return super().sampling_options(guidance_scale, images) | {"max_sequence_length": self._text_tokens}
 
     def longest_text(self, prompts: int) -> dict[str, torch.Tensor]:
@@ -81,7 +82,7 @@ class TransformerFamily(DiffusersFamily):
         return self.latent_factor * self.patch
 
     def resolution_limits(self) -> tuple[int, int | None]:
-        """See the base class; below half the side that they were made for such models draw black or broken pictures."""
+        """See the base class; such models draw black or broken images below half the side that they were made for."""
         return self.resolution() // 2, None
 
     def conditioning(

@@ -76,7 +76,7 @@ def load_unet_config(model: str, what: str) -> dict[str, Any]:
         what: starts the error.
 
     Raises:
-        UserError: there is none, or it takes more than noisy latents (of an inpainting or editing model).
+        UserError: there is no UNet, or it takes more than noisy latents (that of an inpainting or editing model).
     """
     config = complete(UNet2DConditionModel, load_part(UNet2DConditionModel.load_config, model, what, subfolder="unet"))
     if config["in_channels"] != config["out_channels"]:

@@ -1,7 +1,7 @@
-"""What autograd holds between forward and backward, and at the worst moment of the backward pass.
+"""The memory that autograd holds between forward and backward, and at the peak of the backward pass.
 
 Nothing is computed: a forward on fake tensors records which storages autograd saves, and the graph that it leaves says
-in which order they are freed. The engine runs nodes by their sequence number, the latest first, so that every tensor
+in which order they are freed. The engine runs nodes by their sequence number, the highest first, so that every tensor
 lives over an interval of these numbers, and the peak is the largest sum of overlapping intervals.
 """
 
@@ -31,7 +31,7 @@ class _Storages:
         storage = tensor.untyped_storage()
         key = storage._cdata  # noqa: SLF001  (its address; there is no public identity)
         if key not in self.first:
-            self.alive.append(storage)  # or another one might get its address
+            self.alive.append(storage)  # otherwise a new storage might get the same address
             self.first[key], self.size[key] = node, storage.nbytes()
         self.first[key] = min(self.first[key], node)
 
@@ -74,11 +74,11 @@ class SavedForBackward:
         return sum(size for key, size in self._saved.size.items() if key not in self._weights)
 
     def backward_peak(self, loss: torch.Tensor, *, accumulates: bool) -> int:
-        """Return the most bytes at once in a backward pass: saved tensors, gradients on the way, and of parameters.
+        """Return the peak bytes of a backward pass: saved tensors, gradients of activations and of parameters.
 
         Args:
             loss: the end of the graph.
-            accumulates: whether gradients of an earlier micro-batch are there already.
+            accumulates: whether gradients of an earlier micro-batch are in memory already.
         """
         intervals = Intervals()
         top = next_number()
@@ -108,7 +108,7 @@ class SavedForBackward:
     @contextmanager
     def _hooks(saved: _Storages) -> Iterator[None]:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            # The node that saves it is the latest one made.
+            # The node that saves the tensor is the one made last.
             saved.add(tensor, next_number() - 1)
             return tensor
 

@@ -37,7 +37,7 @@ _IN_FLOAT32 = {
     torch.softmax,
     torch.sum,
 }
-"""What autocast computes in float32 on a GPU, but not on a CPU."""
+"""Functions that autocast computes in float32 on a GPU, but not on a CPU."""
 
 
 class GpuAutocast(TorchFunctionMode):
@@ -106,7 +106,7 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a denoiser is given: latents, timesteps, conditioning of prompts of the greatest length."""
+    """The inputs of a denoiser: latents, timesteps, and the conditioning of prompts of the greatest length."""
 
     x_RChw: torch.Tensor
     t_R: torch.Tensor
@@ -114,7 +114,7 @@ class Inputs:
 
     @classmethod
     def make(cls, family: Family, height: int, width: int, rows: int) -> Inputs:
-        """Make the inputs of images of a size in pixels."""
+        """Make the inputs for R = ``rows`` images of a size in pixels."""
         text = family.longest_text(rows)
         return cls(
             torch.zeros(rows, *family.latent_shape(height, width)),
@@ -124,6 +124,6 @@ class Inputs:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all inputs."""
         tensors = (self.x_RChw, self.t_R, self.conditioning.text_BLD, *self.conditioning.added.values())
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Gradients in a backward pass: how large each is, and from which node to which it lives."""
+"""The gradients of a backward pass: how large each is, and between which nodes it is in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch.autograd.graph import Node
 
 _START = 0
-"""Below every sequence number: what is never freed."""
+"""Below every sequence number: the end of the interval of what is never freed."""
 
 _PASSING = (
     "AddBackward",
@@ -26,13 +26,13 @@ _PASSING = (
     "UnsqueezeBackward",
     "ViewBackward",
 )
-"""Nodes that hand on the gradient which they are given, or a view of it."""
+"""Nodes that pass on the gradient that they are given, or a view of it."""
 
 _REDUCING = ("MulBackward", "DivBackward")
-"""Nodes that make the gradient of a broadcast factor at full size, and then add it up."""
+"""Nodes that make the gradient of a broadcast factor at full size before they sum it."""
 
 _Edge = tuple[Node, int]
-"""A node, and which of its outputs the gradient is of."""
+"""A node, and the index of the output that the gradient belongs to."""
 
 
 class Intervals:
@@ -42,7 +42,7 @@ class Intervals:
         self._steps: dict[int, int] = defaultdict(int)
 
     def add(self, first: int, last: int, size: int) -> None:
-        """Add what lives while the nodes from ``last`` down to ``first`` run."""
+        """Add ``size`` bytes that are in memory while the nodes from ``last`` down to ``first`` run."""
         self._steps[first] += size
         self._steps[last + 1] -= size
 
@@ -60,9 +60,9 @@ def add_gradients(intervals: Intervals, loss: torch.Tensor, *, accumulates: bool
     """Add the gradients of a backward pass from ``loss``.
 
     Args:
-        intervals: are added to.
+        intervals: that the gradients are added to.
         loss: the end of the graph.
-        accumulates: whether gradients of an earlier micro-batch are there already.
+        accumulates: whether gradients of an earlier micro-batch are in memory already.
     """
     buffers = _Buffers(intervals)
     for edge, makers in sorted(_edges(loss).items(), key=lambda item: -_number(item[0][0])):
@@ -94,9 +94,10 @@ def _edges(loss: torch.Tensor) -> dict[_Edge, list[Node]]:
 
 
 class _Buffers:
-    """Gradients on the way; what a node hands on is one buffer for both of its sides.
+    """The gradients of activations. A node that passes its gradient on has one buffer for input and output.
 
-    Each lives from the first node that makes it, the latest, to the last that takes it.
+    A buffer is in memory from the first node to run that writes it, which has the highest number, to the last that
+    reads it.
     """
 
     def __init__(self, intervals: Intervals) -> None:
@@ -105,7 +106,7 @@ class _Buffers:
         self._span: dict[_Edge, tuple[int, int]] = {}
 
     def add(self, edge: _Edge, makers: Sequence[Node]) -> None:
-        """Add a gradient; those of later nodes must be there."""
+        """Add a gradient; those of nodes with higher numbers must have been added before."""
         size, made, taken = _bytes(edge), max(map(_number, makers)), _number(edge[0])
         buffer = edge
         given = self._buffer.get((makers[0], 0))
@@ -116,13 +117,13 @@ class _Buffers:
         self._span[buffer] = min(first, taken), last
         for maker in makers:
             number = _number(maker)
-            if number != made:  # it is added to the first one
+            if number != made:  # a further gradient of the same output, which is added to the first
                 self._intervals.add(number, number, size)
             if maker.name().startswith(_REDUCING) and _bytes((maker, 0)) > size:
                 self._intervals.add(number, number, _bytes((maker, 0)))
 
     def close(self) -> None:
-        """Add all of them to the intervals."""
+        """Add all buffers to the intervals."""
         for buffer, span in self._span.items():
             self._intervals.add(*span, _bytes(buffer))
 

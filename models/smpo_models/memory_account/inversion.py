@@ -1,4 +1,4 @@
-"""What ``smpo-pipeline invert`` needs of a GPU's memory."""
+"""Calculate how much GPU memory ``smpo-pipeline invert`` needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class InversionRun:
         dtype: of the denoisers.
         holds_text: whether the text encoders are in memory (``--text live``).
         own_inverting_denoiser: whether the reference inverts.
-        encodes_images: whether images are encoded, rather than their latents known.
+        encodes_images: whether images are encoded; not needed where their latents are known.
     """
 
     height: int
@@ -43,12 +43,12 @@ class InversionMemory:
     """Bytes at the peak, by what they are for.
 
     Attributes:
-        weights: of the denoisers.
+        weights: weights of the denoisers.
         vae: weights of the VAE, in float32.
-        text_encoders: where they are held with the denoiser.
-        encoding: the most while images are encoded.
-        denoising: the most in a forward of a denoiser.
-        stored_text_encoders: weights of the text encoders, where they have a stage of their own before.
+        text_encoders: weights of the text encoders, if they are held together with the denoisers.
+        encoding: activations at the peak of encoding a batch of images.
+        denoising: activations at the peak of a denoiser's forward.
+        stored_text_encoders: weights of the text encoders, if they run in a stage of their own before.
     """
 
     weights: int
@@ -60,16 +60,16 @@ class InversionMemory:
 
     @property
     def total(self) -> int:
-        """Bytes of the GPU's memory."""
+        """Bytes of GPU memory in all."""
         inverting = self.weights + self.vae + self.text_encoders + max(self.encoding, self.denoising)
         return max(inverting, self.stored_text_encoders)
 
 
 def account_inversion(family: Family, run: InversionRun) -> InversionMemory:
-    """Account for a run.
+    """Calculate the memory of a run.
 
     Args:
-        family: with its VAE and text encoders, on the meta device; changed by it.
+        family: with its VAE and text encoders, on the meta device; the VAE's tensors are replaced by fake ones.
         run: what is inverted, and how.
     """
     dtype = DTYPES[run.dtype]
@@ -98,7 +98,7 @@ def account_inversion(family: Family, run: InversionRun) -> InversionMemory:
 
 
 def _forward(family: Family, denoiser: nn.Module, run: InversionRun, autocast: torch.dtype | None) -> int:
-    """Return the most bytes in a forward of a batch, its inputs included; under autocast where a type is given."""
+    """Return the peak bytes of a batch's forward, inputs included; under autocast if a dtype is given."""
     make_fake(denoiser)
     with LiveTensors() as live:
         inputs = Inputs.make(family, run.height, run.width, 2 * run.batch_size)
@@ -108,7 +108,7 @@ def _forward(family: Family, denoiser: nn.Module, run: InversionRun, autocast: t
 
 
 def _encode(family: Family, run: InversionRun) -> int:
-    """Return the most bytes while a batch's images are encoded."""
+    """Return the peak bytes while a batch's images are encoded."""
     if family.vae is None:
         return 0
     with LiveTensors() as live:

@@ -1,4 +1,4 @@
-"""The most bytes of tensors that are alive at once, while no graph is recorded."""
+"""Measure the peak bytes of tensors that are alive at once, while autograd records no graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights quantized as bitsandbytes does: their bytes, and stand-ins that keep what its products keep."""
+"""Weights quantized as by bitsandbytes: their bytes, and stand-in layers that save the same tensors for backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK = 64
 """Weights that share one float32 scale in nf4."""
 
 _TABLE = 4 * 16
-"""Of each layer in nf4: the 16 values that its weights can take, in float32."""
+"""Bytes of a table that each nf4 layer has: the 16 values that its weights can take, in float32."""
 
 
 def quantized_bytes(layer: nn.Linear, quantization: Quantization) -> int:
@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Linear):
     dtype: torch.dtype
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (the base class's name)
-        """See the base class; 8-bit products keep their input."""
+        """See the base class; 8-bit products save their input for the backward pass."""
         return _Product.apply(input.to(self.dtype), self.in_features, self.out_features, self.quantization == "int8")
 
 
@@ -54,7 +54,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(denoiser: nn.Module, quantization: Quantization, dtype: torch.dtype) -> int:
-    """Put such stand-ins, in place, for all linear layers but those that the denoiser's class keeps in float32.
+    """Replace all linear layers by stand-ins, in place, except those that the denoiser's class keeps in float32.
 
     Args:
         denoiser: on the meta device, frozen, without an adapter.

@@ -1,4 +1,4 @@
-"""What ``smpo-train`` needs: of a GPU's memory for an optimizer step, and of the disk for a checkpoint."""
+"""Calculate what ``smpo-train`` needs: GPU memory for an optimizer step, and disk space for a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class TrainingRun:
         height, width: of the images, in pixels.
         batch_size: states of a micro-batch, two images each.
         dtype: of products.
-        lora_rank: None: all weights are trained.
-        quantize: of the frozen weights below an adapter.
-        gradient_checkpointing: recompute each block's activations.
+        lora_rank: of the adapter; None: all weights are trained.
+        quantize: how the frozen weights below an adapter are quantized.
+        gradient_checkpointing: whether each block's activations are recomputed in the backward pass.
         accumulates: whether a step has several micro-batches.
-        optimizer: its name.
+        optimizer: name of the optimizer.
         averages: whether a moving average of the weights is kept.
         holds_text: whether the text encoders are in memory (shards without stored text).
         gpu: follow the arithmetic of a GPU; else a CPU's.
@@ -61,15 +61,15 @@ class TrainingMemory:
     """Bytes at the peak of a step, by what they are for; and of a checkpoint on disk.
 
     Attributes:
-        weights: of the denoiser, adapter included.
-        text_encoders: where they are held.
-        optimizer: its state, and the moving average.
-        gradients: of the trained weights.
-        activations: what the peak has beyond these: saved for the backward pass, and on the way in it.
-        trained: number of trained weights.
-        checkpoint: a folder of one: the trained weights in float32, the optimizer's state, with an average the weights
-            once more.
-        result: the trained model, without the optimizer's state.
+        weights: weights of the denoiser, adapter included.
+        text_encoders: weights of the text encoders, if they are held.
+        optimizer: the optimizer's state, and the moving average of the weights.
+        gradients: gradients of the trained weights.
+        activations: the rest of the peak: tensors saved for the backward pass and gradients of activations.
+        trained: number of trained weights (not bytes).
+        checkpoint: a checkpoint's folder: the trained weights in float32, the optimizer's state and, with a moving
+            average, the weights once more.
+        result: the trained weights alone.
     """
 
     weights: int
@@ -83,15 +83,15 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """Bytes of the GPU's memory."""
+        """Bytes of GPU memory in all."""
         return self.weights + self.text_encoders + self.optimizer + self.gradients + self.activations
 
 
 def account_training(family: Family, run: TrainingRun) -> TrainingMemory:
-    """Account for a run.
+    """Calculate the memory of a run.
 
     Args:
-        family: configs are enough; with the text encoders where the run holds them, on any device.
+        family: loaded without any part, or with the text encoders, on any device, if the run holds them.
         run: what is trained, and how.
     """
     dtype = DTYPES[run.dtype]
@@ -126,7 +126,7 @@ def account_training(family: Family, run: TrainingRun) -> TrainingMemory:
 
 
 def prepare_denoiser(family: Family, run: TrainingRun) -> tuple[nn.Module, int]:
-    """Return the denoiser as training has it, on the meta device; and the largest dequantized weight's bytes."""
+    """Return the denoiser as training prepares it, on the meta device; and the largest dequantized weight's bytes."""
     denoiser, temporary = family.empty_denoiser().requires_grad_(False).eval(), 0
     if run.quantize:
         temporary = quantize(denoiser, run.quantize, DTYPES[run.dtype])
@@ -134,7 +134,7 @@ def prepare_denoiser(family: Family, run: TrainingRun) -> tuple[nn.Module, int]:
         add_lora(denoiser, family.lora_targets, run.lora_rank, idle=family.idle_layers)
         for layer in denoiser.modules():
             if run.quantize and isinstance(layer, LoraLayer):
-                layer.cast_input_dtype_enabled = False  # as PEFT's adapters of quantized layers under autocast
+                layer.cast_input_dtype_enabled = False  # as in PEFT's adapters of quantized layers under autocast
     else:
         for name, parameter in denoiser.named_parameters():
             parameter.requires_grad_(not name.startswith(family.idle_layers))
@@ -143,19 +143,19 @@ def prepare_denoiser(family: Family, run: TrainingRun) -> tuple[nn.Module, int]:
 
 
 def mean_error(family: Family, denoiser: nn.Module, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mean error of a micro-batch; call it among fake tensors."""
+    """Return the mean error of a micro-batch; call it within :func:`fake_arithmetic`."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         output_RChw = family.denoise(denoiser, inputs.x_RChw, inputs.t_R, inputs.conditioning)
         return (output_RChw - inputs.x_RChw).square().mean()
 
 
 def tensor_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """Return the bytes of tensors, shared ones once."""
+    """Return the bytes of tensors; a tensor that occurs twice counts once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in {id(each): each for each in tensors}.values())
 
 
 def cast_bytes(denoiser: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bytes of trained weights of products in ``dtype``."""
+    """Return the bytes that autocast's copies of the trained weights take in ``dtype``."""
     if dtype == torch.float32:
         return 0
     products = (module for module in denoiser.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d))
@@ -166,7 +166,7 @@ def cast_bytes(denoiser: nn.Module, dtype: torch.dtype) -> int:
 def state_bytes(optimizer: OptimizerName, shape: tuple[int, ...]) -> int:
     """Return the bytes of the optimizer's state for one trained tensor in float32."""
     count = math.prod(shape)
-    if optimizer == "adafactor":  # the second moment, of matrices as sums over rows and over columns
+    if optimizer == "adafactor":  # the second moment; for matrices only its sums over rows and over columns
         return _FLOAT * (count // shape[-1] + count // shape[-2] if len(shape) > 1 else count)
     if optimizer == "adamw8bit" and count >= _EIGHT_BIT_FROM:
         return 2 * (count + _FLOAT * -(-count // _EIGHT_BIT_BLOCK))

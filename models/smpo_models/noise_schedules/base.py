@@ -15,11 +15,11 @@ import torch
 from smpo_common.errors import UserError
 
 START = -1
-"""In place of a timestep: the level where the model's own sampler ends and a trajectory begins."""
+"""Stands in place of a timestep for the noise level at which the model's own sampler ends and a trajectory begins."""
 
 
 class NoiseSchedule(ABC):
-    """x_t = a_t x0 + s_t noise, and what a model predicts of it.
+    """The levels of x_t = a_t x0 + s_t noise, and what a model's output at x_t means.
 
     All ``t_B`` are [B], of ``timestep_dtype``, below ``num_train_timesteps``; negative ones stand for :data:`START`.
     All latents are [B, C, h, w].
@@ -32,7 +32,7 @@ class NoiseSchedule(ABC):
             none below.
         sampler_steps: how many steps the sampler takes, where :meth:`timesteps_at` depends on it; else None. Set it
             after loading.
-        cuts_times: whether the sampler tells the denoiser t without its fraction.
+        cuts_times: whether the sampler rounds t down to a whole number before it gives it to the denoiser.
         prediction_type: what the denoiser predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
     """
 
@@ -55,11 +55,11 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def noise_in(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """Return the noise in x_t, estimated from the model's output at (x_t, t)."""
+        """Return the model's estimate of the noise in x_t, from its output at (x_t, t)."""
 
     @abstractmethod
     def x0_in(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """Return the x0 in x_t, estimated from the model's output at (x_t, t)."""
+        """Return the model's estimate of x0, from its output at (x_t, t)."""
 
     @abstractmethod
     def direction(self, output: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
@@ -75,9 +75,9 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def step_std(self, s_B: torch.Tensor, t_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Return the standard deviation of the noise of the sampler's stochastic step from level t to level s < t.
+        """Return the standard deviation of the noise in the sampler's stochastic step from level t to level s < t.
 
-        [B, 1, 1, 1], in the dtype and on the device of ``like``; of eta 1.
+        It is for eta = 1: [B, 1, 1, 1], in the dtype and on the device of ``like``.
         """
 
     def check_eta(self, eta: float, what: str) -> None:
@@ -88,7 +88,7 @@ class NoiseSchedule(ABC):
             what: names the model in errors.
 
         Raises:
-            UserError: it has none.
+            UserError: the sampler has no such steps.
         """
         if not 0 < eta <= 1:
             raise UserError(f"--eta {eta:g}: the steps of {what} need noise; give a number above 0, at most 1")
@@ -111,10 +111,10 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def timesteps_at(self, times: np.ndarray, tokens: int) -> Sequence[float]:
-        """Return the timesteps at the given times in [0, 1) of the sampler's clock, 0 at its lowest noise level.
+        """Return the timesteps at the given times of the sampler's clock, which is 0 at its lowest noise level.
 
         Args:
-            times: increasing, float64.
+            times: increasing, in [0, 1), float64.
             tokens: as in :meth:`grid`.
         """
 

@@ -57,13 +57,13 @@ _SHIFT = (
 class RectifiedFlow(NoiseSchedule):
     """a = 1 - sigma, s = sigma, t = T sigma; the model predicts the velocity noise - x0.
 
-    The sampler's own clock u runs evenly from 1 down to its lowest time; its scheduler shifts u to sigma: by a constant
+    The sampler's own clock u runs evenly from 1 down to its lowest time. Its scheduler shifts u to sigma: by a constant
     (``shift``), or by an amount mu that grows with the number of image tokens (``use_dynamic_shifting``, exponential or
-    linear), and with ``shift_terminal`` stretches the result so that the last of the sampler's steps has that sigma.
+    linear); with ``shift_terminal`` it stretches the result so that the last of the sampler's steps has that sigma.
     All shifting is done by diffusers' FlowMatchEulerDiscreteScheduler itself.
 
     Attributes:
-        has_stochastic_steps: whether the model's scheduler is that one, whose ``stochastic_sampling`` adds noise.
+        has_stochastic_steps: whether the model's own scheduler is that class, whose ``stochastic_sampling`` adds noise.
     """
 
     first_order: ClassVar[str] = "Euler"
@@ -84,11 +84,11 @@ class RectifiedFlow(NoiseSchedule):
         Args:
             scheduler: of the model.
             sampler_steps: how many steps the model is usually sampled in. The shift depends on it with ``mu``, and with
-                ``shift_terminal`` where the pipeline hands over times that depend on it.
-            sigmas: the times u that the model's pipeline hands to the scheduler, by the number of steps, decreasing;
-                None where it hands over none, and the scheduler takes its own.
-            mu: the dynamic shift that the model's pipeline hands over, by image tokens and steps; None: diffusers'
-                ``calculate_shift``, by tokens alone. Without ``use_dynamic_shifting`` there is none.
+                ``shift_terminal`` if the pipeline passes times that depend on it.
+            sigmas: the times u that the model's pipeline passes to the scheduler, given the number of steps,
+                decreasing; None if it passes none, and the scheduler takes its own.
+            mu: the dynamic shift that the model's pipeline passes, given the numbers of image tokens and steps; None:
+                diffusers' ``calculate_shift``, by tokens alone. Not used without ``use_dynamic_shifting``.
         """
         self.scheduler, self._sigmas = scheduler, sigmas
         self._own_mu = mu if scheduler.config["use_dynamic_shifting"] else None
@@ -118,8 +118,8 @@ class RectifiedFlow(NoiseSchedule):
     def carry(self, x_s: torch.Tensor, direction: torch.Tensor, s_B: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         """See the base class; Euler's step x_s + (sigma_t - sigma_s) v.
 
-        DDIM's step with the noise x + (1 - sigma) v has the same fixed points, but its iteration goes only a_t / a_s of
-        the way to Euler's: near pure noise it would hardly move, and have a small residual wherever it began.
+        DDIM's step with the noise x + (1 - sigma) v has the same fixed points, but one iteration of it moves only a_t /
+        a_s as far as Euler's: near pure noise it would hardly move, and have a small residual wherever it began.
         """
         _, sigma_s = self.levels(s_B, x_s)
         _, sigma_t = self.levels(t_B, x_s)
@@ -130,7 +130,7 @@ class RectifiedFlow(NoiseSchedule):
         return self.levels(s_B, like)[1]
 
     def check_eta(self, eta: float, what: str) -> None:
-        """See the base class; 1 alone, and only of the scheduler that draws so."""
+        """See the base class; only eta = 1, and only with the scheduler that has stochastic steps."""
         if not self.has_stochastic_steps:
             raise UserError(f"{what}: its scheduler, DPM-Solver, has no stochastic Euler steps")
         if eta != 1:
@@ -155,26 +155,26 @@ class RectifiedFlow(NoiseSchedule):
         return sorted(scheduler.timesteps.tolist())
 
     def timesteps_at(self, times: np.ndarray, tokens: int) -> Sequence[float]:
-        """See the base class; the clock is that before the shift.
+        """See the base class; times are on the sampler's clock before the shift.
 
-        Its lowest time is 1 / T, the lowest that such models are trained at, and with ``shift_terminal`` the sampler's
-        last, below which the stretched sigma would be negative. Each t is below T in float32, too.
+        Its lowest time is 1 / T, the lowest that such models are trained at; with ``shift_terminal`` it is the
+        sampler's last, below which the stretched sigma would be negative. Each t is below T in float32, too.
         """
         last = self._last_time(self.sampler_steps or 1)
         lowest = last if self.scheduler.config["shift_terminal"] else 1 / self.num_train_timesteps
         scheduler = copy.deepcopy(self.scheduler)
-        # The scheduler stretches by the last time that it is given.
+        # The scheduler stretches the grid so that the last time it is given has the sigma of shift_terminal.
         mu = self._mu(tokens, self.sampler_steps or 1)
         scheduler.set_timesteps(sigmas=[*(lowest + times * (1 - lowest)), last], mu=mu)
         below = np.nextafter(np.float32(self.num_train_timesteps), np.float32(0))
         return np.minimum(scheduler.timesteps[:-1].numpy(), below).tolist()
 
     def _last_time(self, steps: int) -> float:
-        """The sampler's last time before the shift, where it still evaluates the model."""
+        """Return the last time, before the shift, at which the sampler evaluates the model."""
         return float(self.scheduler.sigma_min if self._sigmas is None else self._sigmas(steps)[-1])
 
     def _mu(self, tokens: int, steps: int) -> float | None:
-        """The dynamic shift; by default linear in the number of tokens, diffusers' ``calculate_shift``."""
+        """Return the dynamic shift; by default linear in the number of tokens, as diffusers' ``calculate_shift``."""
         config = self.scheduler.config
         if self._own_mu:
             return self._own_mu(tokens, steps)
@@ -208,7 +208,7 @@ def load_rectified_flow(
         mu: see :class:`RectifiedFlow`.
 
     Raises:
-        UserError: there is none, or it is another one.
+        UserError: there is no scheduler config, or it is not that of a supported flow model.
     """
     kind, folder = FlowMatchEulerDiscreteScheduler, {"subfolder": "scheduler"}
     config = load_part(kind.load_config, model, what, **folder)
@@ -220,15 +220,15 @@ def load_rectified_flow(
 
 
 def is_flow_solver(config: Mapping[str, Any]) -> bool:
-    """Return whether a scheduler's config is that of DPM-Solver for flow models, whose first order is Euler's step."""
+    """Return whether a scheduler's config is that of DPM-Solver for flow models; its order 1 is Euler's step."""
     return config.get("_class_name") == "DPMSolverMultistepScheduler" and bool(config.get("use_flow_sigmas"))
 
 
 def _by_solver_config(config: Mapping[str, Any], what: str, sampler_steps: int) -> RectifiedFlow:
-    """Return the noise schedule of a DPM-Solver's config, which has another grid than diffusers' Euler scheduler.
+    """Return the noise schedule of a DPM-Solver's config, whose grid differs from that of diffusers' Euler scheduler.
 
     Raises:
-        UserError: it has settings that change its grid, its end or what the model predicts, or that add noise.
+        UserError: the config has settings that change the grid, its end or what the model predicts, or that add noise.
     """
     complete = {**DPMSolverMultistepScheduler().config, **config}
     for setting, value in _SOLVER.items():

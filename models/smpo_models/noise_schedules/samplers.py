@@ -1,4 +1,4 @@
-"""The samplers of a model: the scheduler that its pipeline comes with, and the first-order one of its noise levels."""
+"""A model's two samplers: its pipeline's own scheduler, and the first-order scheduler of the same noise levels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smpo_models.weights import load_part
 
 
 def own_sampler(model: str, what: str, first_order: str) -> str:
-    """Return the class name of a model's own scheduler, or ``first_order`` where it takes those steps.
+    """Return the class name of a model's own scheduler, or ``first_order`` if it takes first-order steps.
 
     Args:
         model: hub id or folder.
@@ -31,7 +31,7 @@ def own_sampler(model: str, what: str, first_order: str) -> str:
 
 
 def first_order_scheduler(scheduler: Any) -> Any:  # noqa: ANN401  (diffusers has no types)
-    """Return the first-order scheduler of the noise levels and timesteps of a pipeline's own one."""
+    """Return a first-order scheduler with the noise levels and timesteps of a pipeline's own scheduler."""
     name, config = type(scheduler).__name__, scheduler.config
     if _is_first_order(name, config):
         return scheduler

@@ -1,7 +1,7 @@
 """The stochastic step of a first-order sampler: x_s ~ N(mu, sigma^2), from level t to the lower level s.
 
-mu = (a_s / a_t) x_t + c noise with c = sqrt(s_s^2 - sigma^2) - a_s s_t / a_t (arXiv 2010.02502, eq. 12). Written with
-the estimate of x0 in place of that of the noise it holds at pure noise (a_t = 0), too:
+mu = (a_s / a_t) x_t + c noise with c = sqrt(s_s^2 - sigma^2) - a_s s_t / a_t (arXiv 2010.02502, eq. 12). Written
+with the estimate of x0 in place of that of the noise, it also holds at pure noise (a_t = 0):
 
     mu = on_state x_t + on_x0 x0,   on_state = sqrt(s_s^2 - sigma^2) / s_t,   on_x0 = a_s - a_t on_state = -c a_t / s_t
 
@@ -43,7 +43,7 @@ class Transition:
 
 @dataclass(frozen=True)
 class StochasticSteps:
-    """The steps of a sampler: from each timestep of its grid to the next lower one, from the lowest to START.
+    """A sampler's stochastic steps: from each timestep of its grid to the next lower one, from the lowest to START.
 
     Attributes:
         grid: timesteps, increasing.

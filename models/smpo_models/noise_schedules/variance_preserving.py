@@ -41,7 +41,7 @@ class VariancePreserving(NoiseSchedule):
                 f"known: {', '.join(PREDICTION_TYPES)}"
             )
         first = torch.as_tensor(scheduler.final_alpha_cumprod).double().reshape(1)
-        # The first level is kept behind the last timestep, so that START = -1 indexes it.
+        # The level of START is stored after that of the last timestep, so that the index START = -1 finds it.
         products = torch.cat([scheduler.alphas_cumprod.double(), first])
         self._a, self._s = products.sqrt(), (1 - products).sqrt()
         self.first_pure_noise = int(self._a[:-1].count_nonzero())
@@ -123,7 +123,7 @@ def load_variance_preserving(model: str, what: str) -> VariancePreserving:
         what: starts the error.
 
     Raises:
-        UserError: there is none, or it is another one.
+        UserError: there is no scheduler config, or it has no beta schedule.
     """
     kind, folder = DDIMScheduler, {"subfolder": "scheduler"}
     config = load_part(kind.load_config, model, what, **folder)
@@ -132,21 +132,21 @@ def load_variance_preserving(model: str, what: str) -> VariancePreserving:
 
 
 def ddim_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what DDIM takes otherwise than a model's own scheduler config says.
+    """Return the settings in which our DDIM scheduler differs from a model's own scheduler config.
 
-    ``clip_sample`` defaults to True and survives from schedulers that lack it; latents must not be clipped. Of
-    ``linspace`` timesteps, which the multistep solvers take, diffusers' DDIM would not step to the next one but T / n
-    below; ``trailing`` ones begin at the same timestep, and it steps from one to the next.
+    ``clip_sample`` is True by default, also for configs of schedulers that do not have it, but latents must not be
+    clipped. With ``linspace`` timesteps, which the multistep solvers use, diffusers' DDIM would step T / n down rather
+    than to the next timestep; ``trailing`` timesteps begin at the same one, and DDIM steps from each to the next.
     """
     spacing = {"timestep_spacing": "trailing"} if config.get("timestep_spacing") == "linspace" else {}
     return {"clip_sample": False, **spacing}
 
 
 def check_scheduler(config: dict[str, Any], what: str) -> None:
-    """Compare a model's own scheduler config, as it is on disk, to what a DDIM scheduler takes of it.
+    """Refuse a model's own scheduler config, as it is on disk, if it has no beta schedule.
 
     Raises:
-        UserError: its noise schedule is another one: DDIM would ignore its settings and use its own defaults.
+        UserError: it has none: DDIM would ignore its settings and use its own defaults.
     """
     name = str(config.get("_class_name"))
     if name.startswith("EDM") or "Flow" in name or not {"beta_schedule", "trained_betas", "beta_start"} & set(config):

@@ -35,7 +35,7 @@ def compose(data: CardData, title: str, introduction: str, sections: Mapping[str
 
 
 def table(columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
-    """Format a table; cells are one line each, whatever text from files they hold."""
+    """Format a Markdown table; each cell becomes one line, whatever text it holds."""
     lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
 
@@ -45,7 +45,7 @@ def _cell(value: object) -> str:
 
 
 def shared_name(place: str) -> str:
-    """Name a model or data set for others: a folder here by its last part, since its path may say too much."""
+    """Return a name to publish for a model or data set: only the last part of a local path, which may be private."""
     return Path(place).name if Path(place).is_absolute() or Path(place).exists() else place
 
 

@@ -1,4 +1,4 @@
-"""What of a training run's folder is shared, and the card that describes it."""
+"""Which files of a training run's folder are shared, and the model card that describes them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HUB_DATA = "hf://datasets/"
 def shared_files(folder: Path) -> dict[str, Path]:
     """List the trained weights, ``training.json``, the metrics and the last validation images, by path in ``folder``.
 
-    Checkpoints are not shared, nor ``config.yaml`` and TensorBoard's files, which name folders and the machine.
+    Not shared are checkpoints, ``config.yaml`` and TensorBoard's files, which name local folders and the machine.
 
     Raises:
         UserError: the folder is not a finished output of smpo-train.
@@ -50,10 +50,10 @@ def model_metadata(model: str, objective: str, *, lora: bool, shards: list[str],
     """Return the metadata by which the hub finds and shows a model.
 
     Args:
-        model: the base model; a folder is not named.
+        model: the base model; left out if it is a local folder.
         objective: name of the loss.
         lora: whether the result is an adapter.
-        shards: as given to ``--shards``; data sets on the hub are named.
+        shards: as given to ``--shards``; only data sets on the hub are named.
         license_: of the result, an identifier of the hub.
     """
     base = model if _is_hub_id(model) else None
@@ -85,7 +85,7 @@ def model_card(folder: Path, name: str, license_: str | None = None, evaluation:
         samples: Markdown with images; by default the last validation images.
 
     Raises:
-        UserError: the folder's ``training.json`` is not one.
+        UserError: the folder's ``training.json`` is damaged or of another version.
     """
     path = folder / TRAINING_FILE
     record = read_json(path)
@@ -104,7 +104,10 @@ def describe_model(
     evaluation: str = "",
     samples: str = "",
 ) -> str:
-    """The same from the content of ``training.json``, which is written last."""
+    """Describe a trained model like :func:`model_card`, given the content of ``training.json``.
+
+    A training run needs its card before it writes that file, which it does last.
+    """
     lora = (folder / LORA_FILE).is_file()
     shards = [shard["path"] for shard in record["shards"]]
     data = model_metadata(record["model"], record["objective"], lora=lora, shards=shards, license_=license_)

@@ -1,4 +1,4 @@
-"""A repository on the hub: opened before the work that it is for, so that what would stop a push is found first."""
+"""A repository on the hub. It is opened before the work starts, so that what would stop the push is found first."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Repository:
 
 
 def require_repository_name(name: str, what: str) -> None:
-    """Refuse a name that no repository has.
+    """Refuse a name that no repository can have.
 
     Args:
         name: as the user gave it.
@@ -70,7 +70,7 @@ def open_repository(name: str, kind: RepositoryKind, card: str, what: str, *, pr
     """Create a repository unless it exists, and check that it can be pushed to.
 
     Args:
-        name: ``OWNER/NAME``; a NAME alone is the token's owner's.
+        name: ``OWNER/NAME``; a NAME alone belongs to the token's owner.
         kind: ``model`` or ``dataset``.
         card: the README.md to be pushed, at least its metadata, for the hub to check.
         what: starts the error, for example ``--push-to-hub me/model``.
@@ -83,7 +83,7 @@ def open_repository(name: str, kind: RepositoryKind, card: str, what: str, *, pr
     """
     require_repository_name(name, what)
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{what}: HF_HUB_OFFLINE=1 forbids to reach the hub; unset it")
+        raise UserError(f"{what}: HF_HUB_OFFLINE=1 forbids reaching the hub; unset it")
     if get_token() is None:
         raise UserError(f"{what}: there is no token for the hub; run `hf auth login`, or set HF_TOKEN")
     hub = _hub()
@@ -111,7 +111,7 @@ def push_files(repository: Repository, files: Mapping[str, Path | str], message:
     Raises:
         UserError: the hub refuses them or cannot be reached.
     """
-    # The hub's library uploads folders: this one has links to the files.
+    # The hub's library uploads folders, so that the files are linked into a temporary one.
     with tempfile.TemporaryDirectory(prefix="smpo-push-") as staging:
         for name, content in files.items():
             target = Path(staging, name)

@@ -1,1 +1,1 @@
-"""Denoisers that were trained further: LoRAs and their formats, merged ones, a negative one beside another."""
+"""Tuned denoisers: LoRAs and their file formats, merging, and guidance by a negative model."""

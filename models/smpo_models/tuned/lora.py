@@ -1,4 +1,4 @@
-"""LoRAs of a denoiser: new ones; files of diffusers' format, or for UNets kohya's: read, checked, fused."""
+"""LoRAs of a denoiser: add a new one; read, check and fuse files in diffusers' format or, for UNets, in kohya's."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Lora:
     """The contents of a LoRA file.
 
     Attributes:
-        layers: by diffusers' names, prefix included.
-        alphas: alpha of each layer, of a file in kohya's format; else None.
-        settings: what diffusers wrote of the adapter into the file's header; None where it wrote nothing.
+        layers: tensors by diffusers' names, prefix included.
+        alphas: alpha of each layer if the file is in kohya's format; else None.
+        settings: the adapter's settings that diffusers wrote into the file's header; None if there are none.
         what: starts errors.
         prefix: start of the layers' names.
     """
@@ -56,7 +56,7 @@ def read_lora(path: Path, kind: type, config: Mapping[str, Any], what: str) -> L
     Args:
         path: the file.
         kind: class of the denoiser that it is for.
-        config: of that denoiser; a UNet's block numbers are converted by it.
+        config: of that denoiser, from which diffusers converts kohya's block numbers.
         what: starts the error.
 
     Raises:
@@ -80,8 +80,8 @@ def read_lora(path: Path, kind: type, config: Mapping[str, Any], what: str) -> L
         if prefix == _TRANSFORMER:
             named = f"otherwise than diffusers names them ({prefix}.*)"
         raise UserError(f"{what}: its layers are named {named}, first {unfit[0]}; convert it to such a format")
-    # Where the file says nothing, diffusers takes alpha to be the rank; of settings of another part it would take none,
-    # and fill in its library's defaults.
+    # Without settings, diffusers takes alpha to be the rank. Given only those of another part, it would find none for
+    # the denoiser and use PEFT's defaults.
     own = {name: value for name, value in settings.items() if name.startswith(f"{prefix}.")} or None
     return Lora(layers, alphas, own, what, prefix)
 
@@ -120,10 +120,10 @@ def check_lora(path: Path, denoiser: Any, what: str, of: str) -> None:  # noqa: 
 
 
 def fuse_lora(denoiser: Any, path: Path, what: str, of: str) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
-    """Add a LoRA file to the weights of a denoiser: alpha / rank times B A, with the alpha that the file says.
+    """Add a LoRA file to the weights of a denoiser: alpha / rank times B A, with the file's alpha.
 
     Args:
-        denoiser: is changed.
+        denoiser: is changed in place.
         path: the file.
         what: starts the error.
         of: whose denoiser it is, for the error.
@@ -137,14 +137,14 @@ def fuse_lora(denoiser: Any, path: Path, what: str, of: str) -> None:  # noqa: A
 
 
 def _add(denoiser: Any, lora: Lora, of: str) -> None:  # noqa: ANN401
-    """Attach the adapter, all of it.
+    """Attach the adapter to the denoiser.
 
     Raises:
-        UserError: the denoiser takes none, or a layer does not fit.
+        UserError: the denoiser takes no LoRA, or a layer does not fit.
     """
     if not hasattr(denoiser, "load_lora_adapter"):
         raise UserError(f"{lora.what}: diffusers has no LoRA for the denoiser of {of} ({type(denoiser).__name__})")
-    # diffusers logs what does not fit over many lines, and goes on without any of it.
+    # diffusers logs over many lines which layers do not fit, and goes on without them.
     logger = logging.getLogger("diffusers.loaders.peft")
     logger.disabled = True
     try:
@@ -172,9 +172,10 @@ def _add(denoiser: Any, lora: Lora, of: str) -> None:  # noqa: ANN401
 def add_lora(
     denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float | None = None, idle: Sequence[str] = ()
 ) -> None:
-    """Add an adapter to the layers whose names end so; untrained, it changes nothing (its B matrices are 0).
+    """Add an adapter to the layers whose names end in one of ``targets``.
 
-    The adapter is multiplied by alpha / rank, by default by 1. Layers whose names start with one of ``idle`` get none.
+    Its output is multiplied by alpha / rank, by default by 1. Before training it changes nothing: its B matrices are 0.
+    Layers whose names start with one of ``idle`` get none.
     """
     ends = tuple(f".{target}" for target in targets)
     layers = {
@@ -183,7 +184,7 @@ def add_lora(
         if name.endswith(ends) and not name.startswith(tuple(idle))
     }
     for layer in layers.values():
-        layer.float()  # PEFT rounds what it draws to their type
+        layer.float()  # PEFT rounds the adapter's initial values to the layer's dtype
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -192,4 +193,4 @@ def add_lora(
         lora_dropout=0.0,
     )
     denoiser.add_adapter(config)
-    cast_training_params(denoiser)  # PEFT gives it the dtype that products with 4 bit weights have
+    cast_training_params(denoiser)  # to float32: on 4-bit weights PEFT gives the adapter the dtype of their products

@@ -1,8 +1,8 @@
 """LoRA files for other programs than diffusers, made from diffusers' own file.
 
 ``kohya`` has the names of kohya's trainers, which most programs read, and the alpha of each layer. ``comfyui`` has what
-ComfyUI reads; where that is PEFT's names, its readers expect no alpha, and alpha / rank is in the weights. All of these
-files are also read by diffusers' ``load_lora_weights``, in which the tests load them.
+ComfyUI reads; under PEFT's names it expects no alpha, so that alpha / rank is multiplied into the weights. diffusers'
+``load_lora_weights`` reads all of these files, too; the tests load them with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TO_Q_K_V = ("attn.to_q", "attn.to_k", "attn.to_v")
 _ADD_Q_K_V = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
 _MATRICES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora.down.weight": "A", ".lora.up.weight": "B"}
-"""The matrices by the ends of their names in diffusers' files, those of transformers and those of UNets."""
+"""Which matrix a tensor is, by the end of its name in diffusers' files: two for transformers, two for UNets."""
 
 _FLUX = {
     "attn.to_out.0": "img_attn.proj",
@@ -34,10 +34,10 @@ _FLUX = {
     "attn.to_qkv_mlp_proj": "linear1",
     "attn.to_out": "linear2",
 }
-"""Layers of FLUX's blocks that are one in diffusers and where they were published, by diffusers' name."""
+"""Published names, by diffusers' names, of the layers of FLUX's blocks that correspond one to one."""
 
 _MLP_RATIO = 4
-"""Of FLUX.1: outputs of ``proj_mlp`` for each of ``attn.to_q``."""
+"""In FLUX.1: how many times as many outputs ``proj_mlp`` has as ``attn.to_q``."""
 
 
 def _kohya(layers: _Layers, alpha: float) -> _Tensors:
@@ -50,7 +50,7 @@ def _kohya(layers: _Layers, alpha: float) -> _Tensors:
 
 
 def _kohya_flux(layers: _Layers, alpha: float) -> _Tensors:
-    """Name the layers of FLUX.1 and FLUX.2 as they were published, where several of diffusers' layers are one."""
+    """Name the layers of FLUX.1 and FLUX.2 as published, with one layer in place of several of diffusers'."""
     blocks: dict[str, _Layers] = {}
     for name, matrices in layers.items():
         kind, number, layer = name.split(".", 2)
@@ -62,7 +62,7 @@ def _kohya_flux(layers: _Layers, alpha: float) -> _Tensors:
         if block.startswith("double"):
             tensors |= _fused(f"{block}.img_attn.qkv", left, _TO_Q_K_V, alpha)
             tensors |= _fused(f"{block}.txt_attn.qkv", left, _ADD_Q_K_V, alpha)
-        elif _TO_Q_K_V[0] in left:  # FLUX.1; FLUX.2 has one layer in diffusers, too
+        elif _TO_Q_K_V[0] in left:  # FLUX.1; in FLUX.2 this is one layer in diffusers, too
             rows = _MLP_RATIO * left[_TO_Q_K_V[0]][1].shape[0]
             tensors |= _fused(f"{block}.linear1", left, _TO_Q_K_V, alpha, rows_below=rows)
         tensors |= _kohya({f"{block}.{_FLUX[layer]}": matrices for layer, matrices in left.items()}, alpha)
@@ -70,9 +70,10 @@ def _kohya_flux(layers: _Layers, alpha: float) -> _Tensors:
 
 
 def _fused(name: str, layers: _Layers, parts: tuple[str, ...], alpha: float, rows_below: int = 0) -> _Tensors:
-    """Take ``parts`` out of ``layers``, as one adapter of the layer whose outputs are theirs, one below the other.
+    """Take ``parts`` out of ``layers`` and join them to one adapter, for the layer that has all their outputs in order.
 
-    Its rank is the sum of theirs. alpha grows alike, since the strength is alpha / rank.
+    Its rank is the sum of theirs, and alpha grows in proportion, since the strength is alpha / rank. ``rows_below``
+    further outputs of that layer are not changed.
     """
     downs, ups = zip(*(layers.pop(part) for part in parts), strict=True)
     up = torch.block_diag(*ups)
@@ -94,7 +95,7 @@ def _peft(prefix: str) -> Callable[[_Layers, float], _Tensors]:
 
 
 _NAMINGS: Mapping[str, Mapping[str, Callable[[_Layers, float], _Tensors]]] = {
-    # Of diffusers' names ComfyUI knows those of UNets only as they were before PEFT, but it knows kohya's.
+    # ComfyUI knows diffusers' names of UNet layers only as they were before PEFT, but it knows kohya's.
     "UNet2DConditionModel": {"kohya": _kohya, "comfyui": _kohya},
     # diffusers reads no kohya file of SD3.
     "SD3Transformer2DModel": {"comfyui": _peft("transformer")},
@@ -104,7 +105,7 @@ _NAMINGS: Mapping[str, Mapping[str, Callable[[_Layers, float], _Tensors]]] = {
     "QwenImageTransformer2DModel": {"kohya": _kohya, "comfyui": _peft("diffusion_model")},
     "ZImageTransformer2DModel": {"kohya": _kohya, "comfyui": _peft("diffusion_model")},
 }
-"""By the denoiser's class: what each format is made by."""
+"""The function that makes each format, by the denoiser's class."""
 
 
 def require_lora_format(lora_format: LoraFormat, kind: type, model: str) -> None:

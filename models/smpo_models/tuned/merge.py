@@ -1,4 +1,4 @@
-"""Merging denoisers that were tuned from one base into the negative model of Diffusion-NPO."""
+"""Merge denoisers that were tuned from one base, for example into the negative model of Diffusion-NPO."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def merge_into(base: nn.Module, tuned: Mapping[str, tuple[nn.Module, float]]) ->
     Computed in float64 as a weighted sum, so that a weight of 1 alone gives that model to the bit.
 
     Args:
-        base: float32; is changed.
-        tuned: float32 denoisers of the base's architecture with their weights, by the names that errors call them.
+        base: float32; is changed in place.
+        tuned: float32 denoisers of the base's architecture, each with its factor w, by their names in errors.
 
     Raises:
         UserError: the denoisers differ in their architecture.

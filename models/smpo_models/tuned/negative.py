@@ -1,4 +1,4 @@
-"""Classifier-free guidance with two models: a negative one predicts for the unconditional prompt (Diffusion-NPO).
+"""Classifier-free guidance with two models: a negative model predicts for the unconditional prompt (Diffusion-NPO).
 
 Shape suffixes: B batch.
 """
@@ -21,16 +21,16 @@ def guide_with_negative(
 ) -> None:
     """Make a pipeline guide away from what another denoiser predicts for the unconditional prompt.
 
-    The pipeline's own denoiser predicts for the prompts. Most pipelines then take
+    The pipeline's own denoiser predicts for the prompts. Most pipelines then compute
     negative(x, "") + scale (own(x, prompt) - negative(x, "")) (arXiv 2505.11245). Both denoisers are in memory.
 
-    A negative model with the weights of the own one leaves the pipeline as it is, to the bit.
+    If both have the same weights, the pipeline is not changed.
 
     Args:
-        pipeline: is changed.
-        family: of its model.
+        pipeline: is changed in place.
+        family: of the pipeline's model.
         negative: of the same class and architecture, on the pipeline's device and in its dtype.
-        what: names it in errors.
+        what: names the negative model in errors.
 
     Raises:
         UserError: the pipeline makes no unconditional prediction, or the denoisers differ in their architecture.
@@ -46,7 +46,7 @@ def guide_with_negative(
 
 
 def _guides(pipeline: DiffusionPipeline) -> bool | None:
-    """Whether the pipeline's present call guides; None where the pipeline does not tell (PixArt-Sigma)."""
+    """Whether the pipeline's current call uses guidance; None if the pipeline does not tell (PixArt-Sigma)."""
     return getattr(pipeline, "do_classifier_free_guidance", None)
 
 
@@ -88,7 +88,7 @@ def require_same_weights(own: nn.Module, other: nn.Module, what: str, of: str) -
 
 
 class _Pair(nn.Module):
-    """Stands in a pipeline's place of the denoiser; what is not here is the positive model's."""
+    """Takes the denoiser's place in a pipeline; attributes that it lacks are those of the positive model."""
 
     def __init__(self, positive: nn.Module, negative: nn.Module, guides: Callable[[], bool | None]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class _UnconditionalFirst(_Pair):
         latents, guides = next(iter((*args, *kwargs.values()))), self._guides()
         rows = len(latents)
         if guides is None:
-            # Guidance asks about the same latents twice.
+            # With guidance, both halves of the batch are the same latents.
             guides = rows % 2 == 0 and torch.equal(latents[: rows // 2], latents[rows // 2 :])
         if not guides:
             return self.positive(*args, **kwargs)
@@ -130,7 +130,7 @@ class _ConditionalFirst(_UnconditionalFirst):
 
 
 class _SeparateCalls(_Pair):
-    """For pipelines that ask twice at each timestep, for the prompts first; the second call may be left out."""
+    """For pipelines that call the denoiser twice per timestep, first for the prompts; the second may be left out."""
 
     _asked: float | None = None
     """Timestep of the last call, if it was for the prompts."""
@@ -138,7 +138,7 @@ class _SeparateCalls(_Pair):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         t = float(kwargs["timestep"].flatten()[0])
         unconditional = t == self._asked
-        # A call that fails, for lack of memory, ends the pipeline's: the next one begins with the prompts.
+        # If this call fails, for example for lack of memory, the pipeline's next run begins with the prompts.
         self._asked = None
         output = (self.negative if unconditional else self.positive)(*args, **kwargs)
         self._asked = None if unconditional else t
@@ -166,7 +166,7 @@ def _part(value: Any, rows: int, half: int) -> Any:  # noqa: ANN401
 
 
 def _join(first: Any, second: Any) -> Any:  # noqa: ANN401
-    """Return the rows of two outputs in one: tuples or the library's outputs of a tensor, or of a list of tensors."""
+    """Join the rows of two outputs: tuples, or the library's output classes, of a tensor or of a list of tensors."""
     one, other = first[0], second[0]
     rows = one + other if isinstance(one, list) else torch.cat([one, other])
     return (rows,) if isinstance(first, tuple) else type(first)(rows)
