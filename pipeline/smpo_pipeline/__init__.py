@@ -1,4 +1,4 @@
-"""Stages 1 and 2: score preference pairs, invert them into shards; evaluate and inspect.
+"""``smpo-pipeline``: generate and score preference pairs, invert them into shards, evaluate and inspect.
 
 The names below are for notebooks (docs/guide/python.md); they are imported when they are first used.
 """

@@ -21,11 +21,13 @@ WORTHWHILE_GAIN = 1.05
 
 
 def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
-    """On a GPU: double until memory runs out, or a batch fails otherwise; that is found again where batches count.
+    """Return the largest batch that fits on a GPU: double the size until memory runs out.
+
+    A batch that fails for another reason also ends the search; the run itself will meet that failure again.
 
     Args:
-        try_batch: makes a batch of so many, or raises as devices do that have no memory left.
-        most: no larger batch can be filled.
+        try_batch: runs a batch of the given size, and raises if memory runs out.
+        most: largest size to try.
 
     Raises:
         UserError: not even a batch of one fits.
@@ -43,7 +45,7 @@ def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
     torch.cuda.empty_cache()
     if not fitting:
         raise UserError(
-            "--batch-size auto: the device's memory does not hold a batch of one; a narrower --dtype, a smaller "
+            "--batch-size auto: the device's memory does not hold a batch of one; use a narrower --dtype, a smaller "
             "--resolution, or another device"
         )
     return fitting
@@ -52,13 +54,14 @@ def largest_that_fits(try_batch: Callable[[int], object], most: int) -> int:
 def fastest_by_doubling(
     try_batch: Callable[[int], object], most: int, clock: Callable[[], float] = time.perf_counter
 ) -> int:
-    """On a CPU, where memory is not the limit: double while that speeds the work up by :data:`WORTHWHILE_GAIN`.
+    """Return the batch size for a CPU, where memory is not the limit: double it while that pays.
 
-    A batch that fails ends this: it fails again where batches count.
+    A doubling pays if it speeds the work up by :data:`WORTHWHILE_GAIN`. A batch that fails ends the search; the run
+    itself will meet that failure again.
 
     Args:
-        try_batch: makes a batch of so many.
-        most: no larger batch can be filled.
+        try_batch: runs a batch of the given size.
+        most: largest size to try.
         clock: in seconds.
     """
 
@@ -81,5 +84,5 @@ def fastest_by_doubling(
 
 
 def choose_batch_size(try_batch: Callable[[int], object], most: int, device: str) -> int:
-    """The batch size for a device, ``cpu`` or ``cuda``."""
+    """Choose the batch size for a device, ``cpu`` or ``cuda``; see the functions above for the arguments."""
     return largest_that_fits(try_batch, most) if device == "cuda" else fastest_by_doubling(try_batch, most)

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _plan_of_generation(arguments: list[str]) -> list[str]:
-    """Make ``plan --prompts`` what it stands for: ``generate --plan`` with the same flags."""
+    """Replace ``plan --prompts ...`` by ``generate --plan`` with the same flags."""
     if arguments[:1] != ["plan"] or not any(word.partition("=")[0] == "--prompts" for word in arguments):
         return arguments
     out = [] if any(word.partition("=")[0] == "--out" for word in arguments) else ["--out", "candidates"]

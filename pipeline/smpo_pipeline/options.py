@@ -163,8 +163,8 @@ LabelsFile = Annotated[
     ExistingPathOrUrl | None,
     Flag(typed=str, metavar="FILE|URL", place=True),
     Field(
-        description="Output of `smpo-pipeline vote`: these labels replace those of the pairs. Several annotators' are "
-        "averaged, and their number counts as votes."
+        description="Output of `smpo-pipeline vote`: these labels replace those of the pairs. Labels of several "
+        "annotators are averaged, and their number counts as votes."
     ),
 ]
 Variant = Annotated[
@@ -197,7 +197,8 @@ Concurrency = Annotated[
     int | None,
     Field(
         ge=1,
-        description="Most model actors at once, each with one GPU, or on CPU one core. Default: one per GPU or core.",
+        description="Maximum number of model actors, each with one GPU, or on CPU one core. Default: one per GPU or "
+        "core.",
     ),
 ]
 RayAddress = Annotated[str | None, Field(description="Address of a Ray cluster; default: start a local one.")]

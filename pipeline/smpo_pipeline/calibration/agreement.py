@@ -44,7 +44,7 @@ class AnnotatorAgreement:
 
 
 def by_annotator(data: LabelledPairs, p_P: np.ndarray, most: int) -> dict[str, tuple[int, int]]:
-    """Count, for the ``most`` annotators with most decided labels, the labels that p orders alike and all decided."""
+    """Count the decided labels that p agrees with, and all decided labels, of the ``most`` busiest annotators."""
     decided = data.decided
     counts = Counter(name for name, is_decided in zip(data.annotators, decided, strict=True) if is_decided and name)
     names = np.array([name or "" for name in data.annotators], dtype=object)

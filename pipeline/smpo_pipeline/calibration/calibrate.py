@@ -37,9 +37,9 @@ class CalibrationResult:
         calibration: the content of ``calibration.json``.
         data: scores and labels.
         held_out: predictions and fits of the folds.
-        annotators: by name of a reward or mix, per annotator the number of labels ordered alike and of decided labels.
-            Without mixes that order pairs as another one here does (they differ in temperature only), and with the
-            chosen one of the two mixtures.
+        annotators: for each reward or mix and each annotator, the number of decided labels that it agrees with, and of
+            all decided labels. Left out are mixes that order pairs just as another one does (they differ in temperature
+            only), and the mixture that was not chosen.
         people: how people agree with each other.
     """
 

@@ -25,17 +25,17 @@ PENALTIES = (1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _BLOCK = 1 << 13
 _RISES = 2
 _SKETCH = 1 << 15
-"""Rows that the spectrum is taken from, at most: it affects the number of passes alone."""
+"""Maximum number of rows that the spectrum is computed from: it only affects the number of passes."""
 _OPTIONS = {"maxiter": 2000, "maxfun": 4000, "maxcor": 30, "ftol": 1e-14, "gtol": 1e-9}
 _FLAT = 1e-12
 """Smallest eigenvalue as a share of the largest."""
 
 _CONSTANT = 1e-6
-"""A feature with less spread than this share of its size says nothing but rounding."""
+"""A feature whose spread is below this share of its size is treated as constant: the rest is rounding."""
 
 
 Spectrum = tuple[np.ndarray, np.ndarray]
-"""Of :meth:`Objective.spectrum`."""
+"""Eigenvalues and eigenvectors, see :meth:`Objective.spectrum`."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,9 @@ class CrossFit:
 
 
 def cross_fit(rows: Rows, fold_N: np.ndarray, weigh: Callable[[np.ndarray], np.ndarray]) -> CrossFit:
-    """Fit each fold's rows by the others, with one penalty after the other until the held-out loss rises twice.
+    """Predict each fold's rows by a fit to the other folds, and choose the penalty with the lowest held-out loss.
+
+    Penalties become weaker until the held-out loss has been above its lowest value twice in a row.
 
     Args:
         rows: of all folds.

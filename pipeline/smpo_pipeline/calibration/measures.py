@@ -23,7 +23,7 @@ def log_loss(p_P: np.ndarray, label_P: np.ndarray, votes_P: np.ndarray | None = 
 
 
 def agreement(p_P: np.ndarray, label_P: np.ndarray) -> tuple[int, int]:
-    """Count the decided labels that p orders alike, and all decided labels; p = 0.5 orders none."""
+    """Count the decided labels that p agrees with, and all decided labels; p = 0.5 agrees with none."""
     return label_agreement(p_P - 0.5, label_P)
 
 

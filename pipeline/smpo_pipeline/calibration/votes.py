@@ -1,7 +1,8 @@
-"""Fit how far people's votes on a pair are to be trusted beyond their number.
+"""Fit the prior that is combined with people's votes on a pair: how many votes it counts as.
 
-Of n votes on a pair, k for image_0, the true share has a Beta(s m, s (1 - m)) prior; the likelihood of s is the
-beta-binomial's, prod B(k + s m, n - k + s (1 - m)) / B(s m, s (1 - m)) over the pairs. Shares need not be whole votes
+The true share of votes for image_0 has a Beta(s m, s (1 - m)) prior. If k of a pair's n votes are for image_0, the
+likelihood of s is the beta-binomial's: the product of B(k + s m, n - k + s (1 - m)) / B(s m, s (1 - m)) over the pairs.
+Shares need not be whole votes
 (ties count half, some data sets weigh their annotators). The probability of a single vote is m whatever s is, so pairs
 with one vote are left out. A wide normal prior on log s keeps it at its default where no pair has more.
 """

@@ -1,7 +1,7 @@
 """Embed the images and prompts of pairs: threads decode and resize, the model follows one batch behind.
 
-Units of rows are committed as they are done, so that a killed run continues. Whatever decides the embeddings names
-their folder: other pairs or another CLIP lie beside them.
+Units of rows are committed as they are done, so that a killed run continues. The name of the folder is a hash of all
+that the embeddings depend on: those of other pairs or of another CLIP are in a folder beside it.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Extractor:
 
     Attributes:
         clip: the model.
-        reward: scores each image besides; None: nothing does.
+        reward: also scores each image; None: no scores.
         stage: the command, for rejects.
-        device: of both.
+        device: of both models.
         folder: for embeddings; each set has a folder of its own in it.
         options: of the user.
     """
@@ -190,7 +190,7 @@ class _Unit:
 
     def _embed_batch(self, batch: _Batch) -> None:
         ready, reasons = _wait(batch.images)
-        # Once each, though several pairs may show an image under one prompt.
+        # Each image and prompt once, though several pairs may share them.
         keys = {
             (entry[name], entry["prompt"]) for entry in batch.entries if "reason" not in entry for name in IMAGE_IDS
         }

@@ -26,7 +26,7 @@ _SCORES = ("score_0", "score_1")
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What a frozen CLIP makes of pairs, in the order of the input.
+    """The embeddings of pairs by a frozen CLIP, in the order of the input.
 
     Attributes:
         pair_ids, prompts: of each row.

@@ -49,10 +49,10 @@ def read_image_folder(
 ) -> ImageFolder:
     """Find the images of all prompts in a folder.
 
-    They are named by the numbers of their prompt and, of several, their own: ``00012.png``, ``00012-03.png``, or
-    ``00012/samples/00003.png`` as GenEval's scorer wants them. Or ``metadata.jsonl`` or ``metadata.csv`` gives
-    ``file_name`` and ``prompt`` (or ``caption`` or ``text``) of each, as Hugging Face's image folders do. Prompts are
-    numbered from 0, in the order of the prompts; of each prompt the numbers of images only order them.
+    Images are named by the number of their prompt and, if a prompt has several, their own: ``00012.png``,
+    ``00012-03.png``, or ``00012/samples/00003.png`` as GenEval's scorer wants them. Or ``metadata.jsonl`` or
+    ``metadata.csv`` gives ``file_name`` and ``prompt`` (or ``caption`` or ``text``) of each, as in Hugging Face's image
+    folders. Prompts are numbered from 0, in the order of ``prompts``; the numbers of a prompt's images only order them.
 
     Args:
         name: its name in tables.
@@ -62,7 +62,7 @@ def read_image_folder(
         more_prompts: whether the folder may have images of other prompts, too.
 
     Raises:
-        UserError: an image is missing, or is one too many; or the folder has another layout.
+        UserError: a prompt has too few or too many images, or the folder has another layout.
     """
     given, folder = f"--images {name}={source}", Path(source)
     if not folder.is_dir():

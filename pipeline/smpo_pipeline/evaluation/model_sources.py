@@ -46,7 +46,7 @@ def parse_models(specs: Sequence[str], negatives: Sequence[str] = ()) -> list[Mo
 
 def _parse(flag: str, specs: Sequence[str]) -> list[ModelSource]:
     named = parse_names(flag, specs)
-    # The flag of a model says its name and source; another flag's is to be named in errors.
+    # In errors, a --model is named by its name and source, a model of another flag by that flag's text.
     given = {name: f"{flag} {name}={source}" for name, source in named.items()}
     return [
         find_source(name, given[name], source, flag=None if flag == "--model" else given[name])

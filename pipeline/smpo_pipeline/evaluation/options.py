@@ -32,7 +32,8 @@ class EvaluateJobOptions(Options):
     reward_dtype: Dtype = "fp32"
     """Dtype of the reward models' matrix products, like --dtype of score."""
     concurrency: Annotated[
-        int | None, Field(ge=1, description="Most models that sample at once, each with one GPU. Default: one per GPU.")
+        int | None,
+        Field(ge=1, description="Maximum number of models that sample at once, each on one GPU. Default: one per GPU."),
     ] = None
     ray_address: Annotated[
         str | None, Field(description="Address of a Ray cluster to sample on. Default: the GPUs of this machine.")

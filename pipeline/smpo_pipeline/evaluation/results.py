@@ -25,10 +25,10 @@ class Settings(FrozenModel):
     """Everything that affects the results; two evaluations with equal settings are the same evaluation.
 
     Attributes:
-        models: by name, a hash of the model's files, or its hub id; of images that were made elsewhere, a hash of them.
-            The first is the baseline.
-        rewards: by the value of ``--reward``, a hash of the model's files, or its hub id, or without a model this
-            value.
+        models: by name, a hash of the model's files, or its hub id; for images that were made elsewhere, a hash of
+            them. The first is the baseline.
+        rewards: by the value of ``--reward``, a hash of the model's files, or its hub id; the value itself if it names
+            no model.
         prompts: the prompts.
         images_per_prompt: each from its own noise.
         steps: of the sampler. Without sampled images it is 0, and sampler and dtype are blank.
@@ -64,7 +64,7 @@ class Settings(FrozenModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings as JSON values; the models as a list, since their order matters."""
-        # What had no name in earlier versions is left out where it is as it was.
+        # Settings that earlier versions did not have are left out at their defaults, so that digests stay the same.
         return {**self.model_dump(exclude_defaults=True), "models": [list(item) for item in self.models.items()]}
 
 

@@ -81,7 +81,7 @@ def run(evaluation: Evaluation, console: Console, sample: Sample) -> Results:
     console.print(_sizes(evaluation), highlight=False, soft_wrap=True)
     if evaluation.repeated:
         console.print(f"--prompts: {evaluation.repeated} rows repeat an earlier prompt, which is taken once")
-    # Before hours of sampling.
+    # Load the rewards now, so that an error is found before hours of sampling.
     rewards = [load_reward(spec, device) for spec in evaluation.settings.rewards]
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
@@ -137,7 +137,7 @@ def _pictures(evaluation: Evaluation, name: str) -> list[Picture]:
 
 
 def _files(evaluation: Evaluation, name: str) -> list[str]:
-    """List them relative to the evaluation's folder, or, if they were made elsewhere, as absolute paths."""
+    """List a model's images relative to the evaluation's folder or, if they were made elsewhere, as absolute paths."""
     out = evaluation.out
     return [str(file.relative_to(out) if file.is_relative_to(out) else file) for file in evaluation.files(name)]
 

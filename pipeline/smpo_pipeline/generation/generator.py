@@ -1,4 +1,4 @@
-"""Load a model for sampling; noise depends on seed, prompt and index alone.
+"""Load a model and sample images with it; noise depends on seed, prompt and index alone.
 
 Shape suffixes: B batch, C h w a latent.
 """
@@ -129,7 +129,7 @@ class Generator:
                 watch=watch,
             )
         side = sampling.resolution or self.family.resolution()
-        # Not the scheduler's, which of Sana's are rounded to whole numbers.
+        # Not the scheduler's own timesteps: Sana's are rounded to whole numbers.
         timesteps = sorted(
             self.family.noise_schedule.grid(sampling.steps, self.family.num_tokens(side, side)), reverse=True
         )
@@ -140,7 +140,7 @@ class Generator:
 
 
 def state_nodes(settings: GenerationSettings, prompt: str) -> list[int]:
-    """Draw which of the sampler's steps to keep the input of, increasing; by seed and prompt alone.
+    """Draw the numbers of the sampler's steps whose input is kept, increasing, from seed and prompt alone.
 
     The images of a prompt share them: both images of a pair need states at the same timesteps.
     """
@@ -151,12 +151,12 @@ def state_nodes(settings: GenerationSettings, prompt: str) -> list[int]:
 def sampling_trials(
     generator: Generator, wanted: Sequence[Wanted], settings: GenerationSettings
 ) -> Callable[[int], object]:
-    """Return what samples a batch of so many images, to choose a batch size by.
+    """Return a function that samples a batch of the given number of images, to choose a batch size with.
 
     Args:
         generator: on the device.
-        wanted: images to try it with, in turns.
-        settings: of the sampling; all steps are alike, also in memory, so that a few are enough.
+        wanted: images to sample, in turns.
+        settings: of the sampling. A few steps are enough: all take the same time and memory.
     """
     few, trials = settings.model_copy(update={"steps": min(settings.steps, _TRIAL_STEPS)}), cycle(wanted)
     return lambda size: generator.sample(list(islice(trials, size)), few)
@@ -242,7 +242,7 @@ def load_generator(
     whole, named = _whole(model, base)
     family, parts = read_configs(model, base), {}
     if model.kind != "pipeline":
-        # Not the model's own `to`, which warns of layers to keep in float32 even where it names none.
+        # Not diffusers' own `to`, which warns about layers to keep in float32 even if the model names none.
         parts[family.denoiser_folder] = nn.Module.to(load_denoiser(model, base, variant), DTYPES[dtype])
     pipeline = load_pipeline(whole, named, parts, dtype=DTYPES[dtype], variant=variant, sampler=sampler).to(device)
     denoiser: nn.Module = getattr(pipeline, family.denoiser_folder)
@@ -268,7 +268,7 @@ def load_denoiser(model: ModelSource, base: str | None, variant: str | None = No
 
 
 def _whole(model: ModelSource, base: str | None) -> tuple[str, str]:
-    """Return the whole model, the model itself or its base, and that one's name in errors."""
+    """Return the whole model (the model itself or its base), and the name of that model in errors."""
     if model.kind == "pipeline":
         return model.source, model.named
     # A model with a flag of its own (--unet, --lora) completes --model.

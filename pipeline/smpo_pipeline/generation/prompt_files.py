@@ -73,7 +73,7 @@ def _read_json_lines(path: AnyPath) -> Read:
 
 
 def _read_json(path: AnyPath) -> Read:
-    """Read a list of prompts or of objects, an object with a list for each category, or one with a list a column."""
+    """Read a list of prompts or objects, an object with a list per category, or an object with a list per column."""
     content = json.loads(_text(path))
     if isinstance(content, dict) and content and all(isinstance(value, list) for value in content.values()):
         if any(name.lower() in _COLUMNS for name in content):
@@ -163,7 +163,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _with_class_names(table: pa.Table) -> pa.Table:
-    """Replace the numbers of classes by their names, which the library datasets keeps in the file's metadata."""
+    """Replace class numbers by class names, which the ``datasets`` library keeps in the file's metadata."""
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     for name, feature in metadata.get("info", {}).get("features", {}).items():
         classes = feature.get("names") if isinstance(feature, dict) else None

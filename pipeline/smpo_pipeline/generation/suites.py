@@ -113,7 +113,7 @@ class PromptSource:
         """Return the row of each prompt in GenEval's file, which its scorer reads; None for other suites.
 
         Raises:
-            UserError: a row has not what the scorer needs.
+            UserError: a row lacks what the scorer needs.
         """
         if self.suite != "geneval":
             return None

@@ -85,9 +85,9 @@ class ImageRejectedError(Exception):
 def decode_image(data: bytes) -> Image.Image:
     """Decode an image file to upright 8-bit RGB.
 
-    The EXIF rotation is applied; transparency is composed over white; deep grey is scaled to 8 bits (Pillow's
-    conversion would clip it); CMYK, L*a*b*, palette and grey images are converted. Colour profiles are ignored, as by
-    the published preprocessing. Of an animation, the first frame is used.
+    The EXIF rotation is applied; transparency is composed over white; deep grey (of more than 8 bits) is scaled to 8
+    bits (Pillow's conversion would clip it); CMYK, L*a*b*, palette and grey images are converted. Colour profiles are
+    ignored, as by the published preprocessing. The first frame of an animation is used.
 
     Raises:
         ImageRejectedError: not an image, truncated, above a limit of this module, or grey without a known white.

@@ -52,7 +52,7 @@ class PairsSummary:
 
     Attributes:
         files, rows: number of files, and of rows in all of them.
-        layouts: number of files by layout and what it takes the columns for.
+        layouts: number of files by layout and its reading of the columns.
         rows_read: number of rows that were read.
         rejects: rows that are malformed or have an unusable image.
         labels: number of rows by label: ``image_0``, ``image_1``, ``tie``, ``soft`` (between), ``none``.
@@ -187,7 +187,7 @@ def _describe_layout(layout: Layout) -> str:
 
 
 _SAY = {"label": {"label", "chosen"}}
-"""Fields of which any says what is named."""
+"""Fields, any one of which provides the value that the key names; other values come from the field of their name."""
 
 
 def print_rejects(rejects: list[Reject], console: Console) -> None:

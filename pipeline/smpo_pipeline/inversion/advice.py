@@ -1,4 +1,4 @@
-"""Which inverted states are not to be trusted, and what to do about it."""
+"""Tell which inverted states are not to be trusted, and what to do about it."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def unsolved(band: BandHealth, settings: InversionSettings) -> bool:
 
 
 def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -> list[str]:
-    """A sentence for each timestep band whose noise ratio or residual is out of bounds, and what remedies there are.
+    """Return a sentence for each timestep band whose noise ratio or residual is out of bounds, and the remedies.
 
-    Empty where all bands are well. Training on such states went from no gain to harm while loss, margin and implicit
-    accuracy looked fine, so this is the place to find out.
+    The list is empty if all bands are in bounds. Training on states out of bounds brought no gain or did harm, while
+    loss, margin and implicit accuracy looked fine: only this check finds out.
     """
     doubted = [band for band in health if not believable(band)]
     warnings = [
@@ -86,13 +86,13 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
 
 
 def sampling_remarks(manifest: Manifest) -> list[str]:
-    """A sentence for each way in which the images' sampling was not that of the model that states are measured by."""
+    """Return a sentence for each difference between the sampling of the images and the model that measures the states."""
     told, remarks = manifest.model.embedded_guidance, []
     for scale in sorted({each.guidance_scale for each in manifest.samplings if each.guidance_scale is not None}):
         if told is None and scale != 1:
             remarks.append(
                 f"the images were sampled at guidance scale {scale:g}, so their states lie off the path of the model "
-                "without guidance, which ref_error is measured by and training trains"
+                "without guidance, which measures ref_error and is trained"
             )
         if told is not None and scale != told:
             remarks.append(
@@ -108,13 +108,13 @@ def sampling_remarks(manifest: Manifest) -> list[str]:
 
 
 def _of_generated(settings: InversionSettings) -> list[str]:
-    """Remedies where the states are those of images that `generate` made."""
+    """List the remedies if the states are those of images that `generate` made."""
     sampled = ["--source sampled (of `generate --keep states:M`)"] if settings.source == "tracked" else []
     return [*sampled, "images generated at --guidance-scale 1", "--source renoise"]
 
 
 def _against_low(settings: InversionSettings) -> list[str]:
-    """What these trajectories have not tried yet."""
+    """List the remedies for a low noise ratio that these settings do not use yet."""
     remedies = []
     if settings.solver == "ddim":
         remedies.append("ReNoise steps (--solver renoise --renoise-steps 5)")

@@ -1,4 +1,4 @@
-"""A batch of trajectories under way: what was drawn for each, and what the sources of states need of the models.
+"""A batch of trajectories in the making: what was drawn for each, and the model's outputs that sources of states use.
 
 Shape suffixes: B trajectories, R = 2B rows (both images of a trajectory, one after the other), S some of these rows, C
 h w a latent.
@@ -27,11 +27,11 @@ class PreparedPair:
     """A pair whose images are decoded, resized and cropped, or whose latents are known.
 
     Attributes:
-        pixels_2HW3: uint8, both images; with ``generated`` without colours, [2, H, W, 0].
+        pixels_2HW3: uint8, both images; with ``generated`` there are none, and the shape is [2, H, W, 0].
         size: both images' original (height, width).
         crop: both crops' (top, left) in the resized images.
         measured: whether this pair is in the sample that trajectory health is measured on.
-        generated: latents that the sampler gave, for sources that take them.
+        generated: the sampler's latents, for sources that use them.
     """
 
     pair_id: str
@@ -60,9 +60,9 @@ class Trajectory:
         pair: the pair.
         number: 0, 1, ...: which of the pair's trajectories.
         plan: timesteps.
-        flipped: both images are mirrored.
-        dropped: made under the empty prompt.
-        size, crop: what a denoiser that takes them is told of both images.
+        flipped: whether both images are mirrored.
+        dropped: whether the trajectory is made under the empty prompt.
+        size, crop: size and crop conditioning of both images, for denoisers that take it.
         stream: source of this trajectory's further randomness, by purpose.
     """
 
@@ -76,7 +76,7 @@ class Trajectory:
     stream: Callable[[str], np.random.Generator]
 
     def meta(self) -> SampleMeta:
-        """What a shard says of it."""
+        """Return the metadata that a shard stores with the trajectory."""
         return SampleMeta(
             pair_id=self.pair.pair_id,
             trajectory=self.number,
@@ -124,15 +124,15 @@ def draw_trajectory(
 
 @dataclass(frozen=True)
 class Visit:
-    """The trajectories that reach their ``index``-th node, there.
+    """The rows of a batch at the ``index``-th nodes of their trajectories, those with fewer nodes left out.
 
     Attributes:
         index: into the trajectories' ``plan.nodes``.
         rows_S: which of the batch's R rows.
         t_S: their nodes' timesteps.
         x_SChw: their states, float32.
-        origin: x_s and s that the step came from, the timestep that the inverting denoiser was asked at, and which rows
-            took a step at all; None where none did.
+        origin: x_s and s that the step came from, the timestep at which the inverting denoiser was evaluated, and which
+            rows took a step at all; None where none did.
         solved_S: the residuals at which the solver stopped, before noise of eta, NaN where no step was taken; None
             where the solver does not know them.
         noise_SChw: the noise that the states were made with, which is then their tau to the bit; None for states that
@@ -170,7 +170,7 @@ class Batch:
         self._unconditional = self._condition([""] * len(trajectories)) if guided else None
 
     def _latents(self) -> torch.Tensor:
-        """x0 of both images, rounded to what is stored, so that the trajectory begins from the very sample."""
+        """Return x0 of both images, rounded as it is stored, so that the trajectory begins at exactly the stored x0."""
         if self.settings.source in GENERATED:
             x0 = torch.from_numpy(np.concatenate([pair.latents_K2Chw[0] for pair in self.generated])).to(self.device)
         else:
@@ -179,7 +179,7 @@ class Batch:
 
     @property
     def generated(self) -> list[GeneratedPair]:
-        """What is kept of each trajectory's pair, for sources that take it."""
+        """The sampler's latents of each trajectory's pair, for sources that use them."""
         return [trajectory.pair.generated for trajectory in self.trajectories if trajectory.pair.generated]
 
     def _encode(self) -> torch.Tensor:
@@ -203,7 +203,10 @@ class Batch:
         )
 
     def rows_at(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the rows that have an ``index``-th node (int64), its timestep, and where the step to it asks: [S]."""
+        """Return the rows that have an ``index``-th node (int64), and two timesteps for each: [S].
+
+        The first is the node's, the second that at which the step to it evaluates the inverting denoiser.
+        """
         active = [(row, trajectory.plan) for row, trajectory in self._rows() if index < len(trajectory.plan.nodes)]
         return (
             self._indices([row for row, _ in active]),
@@ -212,7 +215,7 @@ class Batch:
         )
 
     def stored_at(self, index: int, rows_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions in ``rows_S`` that store their ``index``-th node, and the timestep each is used at."""
+        """Return the positions in ``rows_S`` that store their ``index``-th node, and the timestep each is used at."""
         by_row = dict(self._rows())
         kept = [
             (position, trajectory.plan.used_at[trajectory.plan.stored.index(index)])
@@ -235,11 +238,11 @@ class Batch:
         return torch.tensor(values, dtype=self.noise_schedule.timestep_dtype, device=self.device)
 
     def most_nodes(self) -> int:
-        """The number of nodes of the trajectory that has most."""
+        """Return the largest number of nodes of a trajectory."""
         return max(len(trajectory.plan.nodes) for trajectory in self.trajectories)
 
     def sampled_at(self) -> list[torch.Tensor]:
-        """Timesteps of all rows at each step of truncated sampling: [R] each."""
+        """Return the timesteps of all rows at each step of truncated sampling: [R] each."""
         steps = zip(*(trajectory.plan.sampled_at for _, trajectory in self._rows()), strict=True)
         return [self._timesteps(timesteps) for timesteps in steps]
 
@@ -257,7 +260,7 @@ class Batch:
         return self.noise_schedule.direction(self.predicted(x_SChw, t_S, rows_S), x_SChw, t_S)
 
     def noise_a_pair(self, purpose: str) -> torch.Tensor:
-        """One Gaussian noise a trajectory, the same for both images: [R, C, h, w]."""
+        """Draw one Gaussian noise per trajectory, the same for both images: [R, C, h, w]."""
         shape = (1, *self.x0_RChw.shape[1:])
         noise = [gaussian(trajectory.stream(purpose), shape).repeat(2, 1, 1, 1) for trajectory in self.trajectories]
         return torch.cat(noise).to(self.device)

@@ -1,4 +1,4 @@
-"""Settings against the model they are for, before any work starts."""
+"""Check an inversion's settings against the model, before any work starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_settings(family: Family, model: str, resolution: int | None, settings:
         raise UserError(
             f"--states {settings.states}: a trajectory of --timesteps published has one state; leave it out"
         )
-    # Refuses what no trajectory can be planned with.
+    # Raises if no trajectory can be planned with these settings.
     plan_trajectory(settings, family.noise_schedule, 0, "", 0, tokens=family.num_tokens(chosen, chosen))
     return chosen
 

@@ -44,8 +44,8 @@ class Denoisers:
         Args:
             family: the model; its denoiser is the reference that ``ref_error`` is measured with, in the arithmetic of
                 training: products in ``dtype`` by autocast, norms in float32.
-            inverting: the denoiser that makes the trajectories; usually the reference itself, also for None. All its
-                weights have ``dtype``.
+            inverting: the denoiser that makes the trajectories; None: the reference itself. All its weights are cast to
+                ``dtype``.
             dtype: as ``--dtype`` names it.
             device: cpu or cuda.
         """
@@ -57,7 +57,7 @@ class Denoisers:
         self._autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         narrow = DTYPES[dtype]
         made = inverting or self.reference
-        # Cast first: in float32 two denoisers would take twice the device's memory that they need.
+        # Cast before moving: two denoisers in float32 would take twice the device memory that they need.
         if narrow != torch.float32:
             self._autocast = partial(torch.autocast, device, narrow)
             narrow_products(self.reference, narrow)
@@ -66,7 +66,7 @@ class Denoisers:
         family.to(device)
         made.to(device)
         if narrow != torch.float32 and self.reference_inverts:
-            made = narrowed(self.reference, narrow)  # here, where it shares the weights of products
+            made = narrowed(self.reference, narrow)  # after moving, so that it shares the weights of products
         self.inverting: nn.Module = made
 
     def refer(self, x_SChw: torch.Tensor, t_S: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -97,7 +97,7 @@ def guided_output(
         output: of the denoiser under a conditioning.
         conditioning: of the prompts.
         unconditional: of the empty prompt; None for no guidance.
-        scale: of the guidance; at 0 the prompts are not asked for.
+        scale: of the guidance; at 0 the output for the prompts is not computed.
     """
     if unconditional is None:
         return output(conditioning)

@@ -97,10 +97,10 @@ def _kept_image(pair: Pair, side: int, kept: KeptLatents) -> KeptImage:
 
 
 def _noise(pair: Pair, side: int, image: KeptImage) -> tuple[int, int, Dtype]:
-    """Check that the noise is of the run that made the image.
+    """Check that the noise is that of the run that made the image.
 
     Raises:
-        PairRejectedError: it is missing, or another's.
+        PairRejectedError: the noise is missing, or is that of another run.
     """
     value: Any = pair.further[f"noise_{side}"]
     if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Is a trajectory believable: sums over a sample of pairs by timestep band, and how many of all converged.
+"""Measures of trajectory health by timestep band: sums over a sample of pairs, and how many of all states converged.
 
 Shape suffixes: S states of one image each, C h w a latent.
 """
@@ -42,7 +42,7 @@ class HealthSums:
         return self
 
     def to_lists(self) -> list[list[float]]:
-        """Plain numbers, [bands][fields]."""
+        """Return the sums as plain numbers, [bands][fields]."""
         return self._sums_BF.tolist()
 
     def add(
@@ -107,7 +107,7 @@ class HealthSums:
         np.add.at(self._sums_BF, (t_S.cpu() * NUM_BANDS // num_train_timesteps).long().numpy(), rows_SF.numpy())
 
     def bands(self, num_train_timesteps: int) -> list[BandHealth]:
-        """The measures, by band; None where a band holds no state."""
+        """Return the measures of each band; they are None where a band holds no state."""
         edges = [math.ceil(band * num_train_timesteps / NUM_BANDS) for band in range(NUM_BANDS + 1)]
         health = []
         for start, stop, values in zip(edges[:-1], edges[1:], self._sums_BF.tolist(), strict=True):

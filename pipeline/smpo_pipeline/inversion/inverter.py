@@ -1,4 +1,4 @@
-"""Shard samples from prepared pairs: trajectories, reference errors, residuals, health.
+"""Make shard samples from prepared pairs: trajectories, reference errors, residuals, health.
 
 Shape suffixes: S rows (images) that store a state at one visit, K stored states of a trajectory, C h w a latent.
 """
@@ -24,11 +24,12 @@ from smpo_schemas.reject_kinds import RejectKind
 from smpo_schemas.shards.samples import STORAGE, Sample
 
 _State = tuple[float, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of one image at one stored state: timestep, tau [C, h, w] as it is stored, reference error and residual (scalars)."""
+"""A stored state of one image: timestep, tau [C, h, w] as it is stored, and the scalars ``ref_error``, ``residual`` and
+``ref_norm``."""
 
 
 class Inverter:
-    """Makes samples, each from its pair, its trajectory's number, the settings and the seed alone."""
+    """Makes shard samples, each from its pair, its trajectory's number, the settings and the seed alone."""
 
     def __init__(
         self, family: Family, inverting_denoiser: nn.Module, settings: InversionSettings, seed: int, device: str = "cpu"
@@ -37,8 +38,8 @@ class Inverter:
 
         Args:
             family: the model; its denoiser is the reference.
-            inverting_denoiser: the denoiser that carries the images along; see :class:`Denoisers`. Only ``--source
-                renoise`` asks another than the reference.
+            inverting_denoiser: the denoiser that carries the images along; see :class:`Denoisers`. It is used by
+                ``--source renoise`` only; other sources use the reference.
             settings: of the inversion.
             seed: with the pair's id, the source of all randomness.
             device: cpu or cuda.
@@ -49,15 +50,15 @@ class Inverter:
 
     @property
     def denoisers(self) -> set[nn.Module]:
-        """The modules whose forwards it makes."""
+        """The denoisers that it runs."""
         return {self._denoisers.reference, self._denoisers.inverting}
 
     @torch.inference_mode()
     def invert(self, requests: Sequence[tuple[PreparedPair, int]]) -> tuple[list[Sample | Failure], HealthSums]:
-        """Make the given trajectories (pair, number of the trajectory) at once; their images must be of one size.
+        """Make the given trajectories (pair, number of the trajectory) in one batch; their images must be of one size.
 
         Returns:
-            For each its sample, or why there is none; and the health sums of the measured pairs.
+            For each trajectory its sample, or why there is none; and the health sums of the measured pairs.
         """
         trajectories = [
             draw_trajectory(pair, number, self._family, self._settings, self._seed) for pair, number in requests
@@ -86,7 +87,7 @@ class Inverter:
         known = visit.noise_SChw
         tau = (visit.x_SChw[positions_S] - a * x0) / s if known is None else known[positions_S]
         tau = tau.to(STORAGE[self._settings.storage])
-        # From here on the stored, rounded state: the very one that the trainer rebuilds.
+        # From here on, tau is rounded as it is stored, so that states are exactly those that the trainer rebuilds.
         measured = self._denoisers.measure(x0, tau, t_S, batch.conditioning[rows_S])
         x_t, output = measured.x_SChw, measured.output_SChw
         predicted = schedule.noise_in(output, x_t, t_S)
@@ -109,10 +110,10 @@ class Inverter:
     ) -> torch.Tensor:
         """Return ||x_t - F(x_s, d(x_t, t))|| / ||x_t|| of each state, NaN where no step was taken: float32 [S].
 
-        d is the inverting denoiser's direction, at the timestep that the step asked it at: the residual says how well
-        that step's equation was solved. It costs no evaluation where the solver knows it, nor where the inverting
-        denoiser is the reference, unguided, and the state is used at that timestep: the forward that measured
-        ``ref_error`` (``referred`` is its direction) is then this one, with its input rounded to what is stored.
+        d is the inverting denoiser's direction, at the timestep at which the step evaluated it: the residual says how
+        well that step's equation was solved. No further evaluation is needed if the solver knows the residual, nor if
+        the inverting denoiser is the unguided reference and the state is used at that timestep: then d is ``referred``,
+        the direction from the forward that measured ``ref_error``, whose input was rounded as it is stored.
         """
         residual = torch.full((len(positions_S),), torch.nan, device=batch.device)
         if visit.origin is None:
@@ -166,7 +167,7 @@ class Inverter:
 
 
 def _health_noise(batch: Batch, row: int, t: float) -> torch.Tensor:
-    """Fresh noise [C, h, w] for one image at one timestep, whatever else is in the batch."""
+    """Draw noise [C, h, w] for one image at one timestep, whatever else is in the batch."""
     stream = batch.trajectories[row // 2].stream(f"health/{row % 2}/{t}")
     return gaussian(stream, tuple(batch.x0_RChw.shape[1:]))
 
@@ -191,5 +192,5 @@ def _sample(
 
 
 def _columns(images: Sequence[list[_State]]) -> list[list[list[torch.Tensor]]]:
-    """Per stored tensor, per image, the list over its K states."""
+    """Return, for each stored tensor and each image, the list over its K states."""
     return [[[state[column] for state in states] for states in images] for column in (1, 2, 3, 4)]

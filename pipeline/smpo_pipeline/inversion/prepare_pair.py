@@ -1,4 +1,4 @@
-"""A pair for the inverter from decoded images."""
+"""Prepare a pair for the inverter from decoded images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prepare_pair(
     Args:
         prompt: what both images were made for.
         images: image_0 and image_1, upright RGB of any size.
-        sizes: heights and widths in pixels that the model takes; a pair is brought to the one that suits it.
+        sizes: (height, width) in pixels to choose from; the one nearest to the pair's aspect ratio is used.
         pair_id: with the seed, the source of the pair's randomness.
         label: P(image_0 preferred) as people gave it.
         votes: how many people the label stands for.

@@ -15,7 +15,7 @@ Request = tuple[PreparedPair, int]
 
 
 def trajectory_requests(pairs: Sequence[PreparedPair], first_trajectory: int = 0) -> Iterator[Request]:
-    """Yield trajectories of a few pairs without end; further rounds have draws of their own."""
+    """Yield trajectories of a few pairs without end; each round over the pairs has draws of its own."""
     number = first_trajectory
     while True:
         yield from ((pair, number) for pair in pairs)
@@ -23,11 +23,11 @@ def trajectory_requests(pairs: Sequence[PreparedPair], first_trajectory: int = 0
 
 
 def batches_of_one_size(requests: Sequence[Request], batch_size: Callable[[], int]) -> Iterator[list[int]]:
-    """Cut requests into batches, each of one image size: positions in ``requests``, of every size in their order.
+    """Cut requests into batches of one image size each: yield positions in ``requests``, in order within each size.
 
     Args:
         requests: of any image sizes.
-        batch_size: asked for each batch, since one may find that memory holds less.
+        batch_size: called for each batch, since the size shrinks if a batch runs out of memory.
     """
     by_size: dict[tuple[int, ...], list[int]] = {}
     for position, (pair, _) in enumerate(requests):
@@ -39,5 +39,5 @@ def batches_of_one_size(requests: Sequence[Request], batch_size: Callable[[], in
 
 
 def with_most_pixels(pairs: Sequence[PreparedPair], resolution: int) -> list[PreparedPair]:
-    """The pairs as if they were in the bucket that takes most memory, the square; what they show does not matter."""
+    """Return the pairs at the square size, whose bucket takes most memory; their pixels no longer mean anything."""
     return [replace(pair, pixels_2HW3=np.resize(pair.pixels_2HW3, (2, resolution, resolution, 3))) for pair in pairs]

@@ -2,7 +2,7 @@
 
 d is the noise for variance-preserving models (F is DDIM's step) and the velocity for flow models (F is Euler's step).
 The exact x_t is a fixed point: x_t = F(x_s, d(x_t, t)). The model is evaluated at the step's end point t; only under
-``--timesteps published`` is it told another timestep, the one that the step starts from.
+``--timesteps published`` is it evaluated at another one, where the step starts.
 
 Shape suffixes: R rows of the step, N some of them, C h w a latent.
 """
@@ -32,8 +32,8 @@ class Step:
     Attributes:
         predict: the inverting denoiser's direction.
         noise_schedule: noise levels.
-        x_s_RChw: float32, where the rows are.
-        s_R, t_R: timesteps, from and to where.
+        x_s_RChw: float32, the rows' states at level s.
+        s_R, t_R: timesteps where the step starts and ends.
     """
 
     predict: Predict
@@ -43,7 +43,7 @@ class Step:
     t_R: torch.Tensor
 
     def all_rows(self) -> torch.Tensor:
-        """0 .. R - 1."""
+        """Return the indices of all rows, 0 to R - 1."""
         return torch.arange(len(self.x_s_RChw), device=self.x_s_RChw.device)
 
     def carried(self, direction_NChw: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Step:
         return self.noise_schedule.carry(self.x_s_RChw[rows_N], direction_NChw, self.s_R[rows_N], self.t_R[rows_N])
 
     def image(self, x_NChw: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
-        """Return F(x_s, d(x, t)) of the given rows, t as the step asks at: one evaluation of the model for each."""
+        """Return F(x_s, d(x, t)) of the given rows, t where the model is evaluated: one evaluation for each row."""
         return self.carried(self.predict(x_NChw, rows_N), rows_N)
 
 
@@ -61,8 +61,8 @@ class Solution:
 
     Attributes:
         x_RChw: the rows' x_t.
-        residual_R: ||x_t - F(x_s, d(x_t, t))|| / ||x_t||, t as the step asks at, where the solver knows it without a
-            further evaluation; None where it does not.
+        residual_R: ||x_t - F(x_s, d(x_t, t))|| / ||x_t||, t where the model is evaluated; None if the solver does not
+            know it without a further evaluation.
     """
 
     x_RChw: torch.Tensor

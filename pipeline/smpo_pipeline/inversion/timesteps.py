@@ -1,4 +1,4 @@
-"""Which timesteps a trajectory visits, and which of its states are stored as what."""
+"""Plan which timesteps a trajectory visits, which of its states are stored, and at which timesteps those are used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_schemas.inversion_settings import InversionSettings
 
 _DRAWS = 64
-"""Timesteps drawn at once, of which those too low are dropped."""
+"""Number of timesteps drawn at once; those that are too low are dropped."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class TrajectoryPlan:
 
     Attributes:
         nodes: timesteps visited, strictly increasing; whole numbers where the model knows no others.
-        asked_at: the timestep that the step to each node asks the inverting denoiser at; the node's but under
-        ``published``.
+        asked_at: for each node, the timestep at which the step to it evaluates the inverting denoiser: the node's own,
+            except under ``published``.
         stored: indices into ``nodes`` of the states that are stored.
-        used_at: the timestep that each stored state is used at; its own node's but under ``published``.
+        used_at: the timestep that each stored state is used at: its node's own, except under ``published``.
         sampled_at: for ``--source truncated``: the timesteps of the sampler's steps to where x0 is estimated,
             decreasing; all nodes are above the last.
     """
@@ -59,10 +59,10 @@ def plan_trajectory(
         kept: for ``--source sampled``: the timesteps of the pair's kept states, increasing.
 
     Raises:
-        UserError: more steps than the model has room for, or none that leads anywhere.
+        UserError: the model has too few timesteps for the settings, or none that inversion can reach.
     """
     if settings.source == "sampled":
-        # The sampler's first, T of flow models, is above all that shards may have.
+        # Flow models' samplers start at T, but timesteps in shards are below T.
         below = float(np.nextafter(np.float32(schedule.num_train_timesteps), np.float32(0)))
         return _storing([min(t, below) for t in kept], settings, seed, pair_id, trajectory)
     if settings.source == "truncated":
@@ -103,7 +103,7 @@ def _storing(
 def _truncated(
     settings: InversionSettings, schedule: NoiseSchedule, stream: np.random.Generator, tokens: int
 ) -> TrajectoryPlan:
-    """Draw where the sampler begins on its grid, and timesteps above the one that it is left at: Self-NPO's code.
+    """Draw where the sampler begins on its grid, and timesteps above the one where it stops, as Self-NPO's code does.
 
     The latter are uniform in the sampler's clock, without repetition.
 
@@ -138,18 +138,18 @@ def _truncated(
 
 
 def _check_steps(settings: InversionSettings, schedule: NoiseSchedule) -> None:
-    """Check that a trajectory of so many steps has room for them.
+    """Check that the model has enough timesteps for ``--steps``.
 
     Raises:
-        UserError: it has not.
+        UserError: it has too few.
     """
     steps, last = settings.steps, schedule.first_pure_noise
     if steps >= last:
         raise UserError(f"--steps {steps}: the model has only {last} timesteps")
     if schedule.timestep_dtype.is_floating_point or settings.timesteps != "jittered":
         return
-    # About steps^3 / (6 (T - 1)^2) neighbours meet in a draw: at this bound one draw in 4.5 has none that do, at twice
-    # as many steps one in 10^5.
+    # In a draw, about steps^3 / (6 (T - 1)^2) neighbouring strata get the same timestep: at this bound one draw in 4.5
+    # has no such collision, at twice as many steps one in 10^5.
     most = int((9 * (last - 1) ** 2) ** (1 / 3))
     if steps > most and (last - 1) % steps:
         raise UserError(
@@ -162,8 +162,8 @@ def _jittered(stream: np.random.Generator, steps: int, schedule: NoiseSchedule, 
     """Draw one timestep in each of ``steps`` equal strata of the sampler's clock; over many draws, t is uniform in it.
 
     Two neighbouring strata may draw the same timestep where timesteps are whole numbers and ``steps`` does not divide
-    T - 1: the trajectory is then drawn again. Of 1000 timesteps that is so for no draw of 9 steps, 2 % of those of 50,
-    15 % of 100, 74 % of 200; and single timesteps become rarer than others, by up to 2.4 % at 50 steps, 4.5 % at 100,
+    T - 1: the trajectory is then drawn again. With 1000 timesteps this happens in no draw of 9 steps, 2 % of those of
+    50, 15 % of 100, 74 % of 200. It makes some timesteps rarer than others, by up to 2.4 % at 50 steps, 4.5 % at 100,
     8 % at 200.
     """
     while True:
@@ -174,10 +174,11 @@ def _jittered(stream: np.random.Generator, steps: int, schedule: NoiseSchedule, 
 
 
 def _published(grid: Sequence[float], step: int, t: int) -> TrajectoryPlan:
-    """The published training code, on the diffusers that it pins, 0.20.0: the first state at or above t, used at t.
+    """Plan as the published training code with the diffusers that it pins, 0.20.0: store the first state at or above t.
 
-    That DDIMInverseScheduler's timesteps are where steps start: the grid, one ``step`` down. The code takes the steps
-    that start below t and asks the model at their starts; the first is negative, and is embedded as it is.
+    The state is used at t. In that version, DDIMInverseScheduler's timesteps are where steps start: the grid, one
+    ``step`` down. The code takes the steps that start below t and evaluates the model at their starts; the first is
+    negative, and is embedded as it is.
     """
     num_nodes = 1 + sum(node < t for node in grid[:-1])
     asked_at = (grid[0] - step, *grid)[:num_nodes]

@@ -28,8 +28,8 @@ class MergeOptions(Options):
     """Output of smpo-train, or a LoRA file, that generation is to be guided towards."""
     out: Out
     negative: ExistingPath | None = None
-    """Output of smpo-train --objective npo, or a LoRA file. Without it the result is the positive model: of a LoRA, the
-    denoiser with it."""
+    """Output of smpo-train --objective npo, or a LoRA file. Without it the result is the positive model alone; for a
+    LoRA, the denoiser with the LoRA merged into it."""
     unet: ExistingPath | None = None
     """Denoiser folder that both were trained from, if it is not the model's own."""
     alpha: float = 1.0
@@ -45,7 +45,8 @@ def merge(options: MergeOptions) -> None:
     """Merge two tuned denoisers into the negative model of Diffusion-NPO (arXiv 2505.11245), or a LoRA into its model.
 
     The weights are model + alpha (positive - model) + beta (negative - model), in float32. Guide with a negative model
-    by `smpo-pipeline evaluate --negative NAME=OUT`; give any other to `--unet` of generate, invert and smpo-train.
+    by `smpo-pipeline evaluate --negative NAME=OUT`; pass any other result to `--unet` of generate, invert and
+    smpo-train.
 
     Examples:
         smpo-pipeline merge --model MODEL --positive runs/smpo --negative runs/npo --out negative

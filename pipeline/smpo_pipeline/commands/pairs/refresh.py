@@ -35,7 +35,7 @@ def refresh(options: RefreshOptions) -> None:
 
 
 def show(console: Console, info: RefreshInfo) -> None:
-    """Print what the reward was and is."""
+    """Print how well the reward did before and after."""
     columns = ("on prompts held out", "agrees with labels", "log-loss", "preferred over sample")
     table = make_table(f"tau {info.tau:.4g} {one_line(info.unit)}, l2 {info.l2:g}", columns)
     for name, measures in ((info.reward.partition("=")[0], info.before), ("refreshed", info.after)):

@@ -27,7 +27,7 @@ def vote(options: VoteOptions) -> None:
     same command continues.
 
     Examples:
-        smpo-pipeline vote --pairs data --out votes.jsonl
+        smpo-pipeline vote --pairs data --out votes.parquet
     """
     if options.out.suffix != ".parquet":
         raise UserError(f"--out {options.out}: expected a file that ends in .parquet")

@@ -14,7 +14,8 @@ def weigh(options: WeighOptions) -> None:
     """Weigh pairs by how much they look like golden ones (DoRA), for training under distribution shift.
 
     A logistic regression on the embeddings of a frozen CLIP tells golden images from the others, on prompts that it has
-    not seen; a pair's weight is the density of the golden images over that of all, the mean over its two images.
+    not seen. An image's weight is the density of golden images divided by that of all images; a pair's weight is the
+    mean over its two images.
 
     Writes a column into the Parquet files of --scores, for `smpo-train --weight-column`; weights.json (how well the
     classifiers do); and weights-rejected.parquet (pairs whose images cannot be read, which get no weight).

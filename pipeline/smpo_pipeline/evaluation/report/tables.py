@@ -58,7 +58,7 @@ def compare_by_category(results: Results, scores: Scores) -> list[Matrix]:
 
 
 def win_rates_csv(results: Results, matrices: Iterable[Matrix]) -> str:
-    """Write all comparisons, a row each; ``category`` is empty for all prompts, bounds are for a single prompt."""
+    """Write one row per comparison; ``category`` is empty for all prompts, bounds are empty for a single prompt."""
     header = ["category", "prompts", "reward", "model", "against", "training", "verdict", "won", "tied", "lost"]
     header += ["win_rate", "win_rate_low", "win_rate_high", "difference", "difference_low", "difference_high"]
     rows: list[list[Any]] = [header]

@@ -13,17 +13,17 @@ from smpo_schemas.inversion_settings import InversionSettings
 
 _SMALLEST_WEIGHT = 0.125
 _QUICK = 0.5
-"""A row whose residual shrinks at least to this share is left to go on as it does."""
+"""A row whose residual shrinks to this share of the last one, or below, is not damped."""
 
 
 def adaptive(step: Step, settings: InversionSettings) -> Solution:
-    """Iterate x <- x + w f, f = F(x_s, d(x, t)) - x, from x_s on, w = 1, until the residual is within the tolerance.
+    """Iterate x <- x + w f, with f = F(x_s, d(x, t)) - x, until the residual is within the tolerance.
 
-    A row that is there leaves the batch. A row whose f turns against the one before without having become much smaller
-    swings about its solution: the derivative of F has eigenvalues near or below -1. It is damped: w is halved, down to
-    1/8. So is a row whose residual has doubled or is no number; it goes back to its best point first. Against
-    eigenvalues above 1 no weight helps: a row that comes no nearer is given up. It keeps its best point, whose residual
-    is above the tolerance.
+    x starts at x_s, w at 1. A row that has converged leaves the batch. A row whose f points against the previous one
+    without being much smaller oscillates about its solution: the derivative of F has eigenvalues near or below -1. It
+    is damped: w is halved, down to 1/8. A row whose residual has doubled or is NaN is damped, too, after going back to
+    its best point. No w helps against eigenvalues above 1: a row that comes no nearer is given up, and keeps its best
+    point, whose residual is above the tolerance.
     """
     best, rows, x = Best(step, settings.tolerance), step.all_rows(), step.x_s_RChw
     weight_R, last_R = torch.ones_like(best.residual_R), best.residual_R.clone()

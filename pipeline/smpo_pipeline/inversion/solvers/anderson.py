@@ -12,17 +12,17 @@ from smpo_pipeline.inversion.step import Solution, Step
 from smpo_schemas.inversion_settings import InversionSettings
 
 _RIDGE = 1e-10
-"""Of the least-squares problem, relative to its trace. Float32 differences carry no more than that."""
+"""Ridge of the least-squares problem, relative to its trace: float32 differences are no more precise."""
 
 
 def anderson(step: Step, settings: InversionSettings) -> Solution:
-    """Take the step that a secant model of the last ``anderson_depth`` differences says is the solution.
+    """Iterate to the solution that a secant model of the last ``anderson_depth`` differences predicts.
 
     With g = F(x_s, d(x, t)) and f = g - x: x <- g - dG c, where c minimises ||f - dF c||. The columns of dF and dG
     are the differences between successive f and g of the same row; without any it is the plain iteration. Unlike
-    damping it converges for eigenvalues above 1 too. A row whose residual has doubled or is no number goes back to its
-    best point, forgets its differences and takes a plain step from there, each time half as long as the last one. A row
-    that comes no nearer is given up and keeps its best.
+    damping it converges for eigenvalues above 1 too. A row whose residual has doubled or is NaN goes back to its best
+    point, forgets its differences and takes a plain step from there, each time half as long as the last one. A row that
+    comes no nearer is given up and keeps its best point.
     """
     best, rows, x = Best(step, settings.tolerance), step.all_rows(), step.x_s_RChw
     history, weight_R = _History(step.x_s_RChw, settings.anderson_depth), torch.ones_like(best.residual_R)
@@ -43,7 +43,7 @@ def anderson(step: Step, settings: InversionSettings) -> Solution:
 
 
 class _History:
-    """The last differences of f and of g, row by row; zeros where there are none yet, which a ridge leaves out."""
+    """The last differences of f and of g, row by row; missing ones are zeros, which the ridge makes harmless."""
 
     def __init__(self, like_RChw: torch.Tensor, depth: int) -> None:
         shape = (len(like_RChw), depth, like_RChw[0].numel())
@@ -52,7 +52,7 @@ class _History:
         self._g_Rn = self._f_Rn.clone()
 
     def proposal(self, rows_N: torch.Tensor, x_NChw: torch.Tensor, image_NChw: torch.Tensor) -> torch.Tensor:
-        """Take a point and its image in; returns the next point [N, C, h, w]."""
+        """Add a point and its image to the history; return the next point [N, C, h, w]."""
         g = image_NChw.flatten(1)
         f = g - x_NChw.flatten(1)
         for kept, last, value in ((self._df_RDn, self._f_Rn, f), (self._dg_RDn, self._g_Rn, g)):
@@ -65,14 +65,14 @@ class _History:
         return mixed.reshape_as(x_NChw)
 
     def restart(self, rows_N: torch.Tensor, x_NChw: torch.Tensor, image_NChw: torch.Tensor) -> None:
-        """Begin anew with these rows, at the given points."""
+        """Forget the differences of these rows, and start again from the given points."""
         self._df_RDn[rows_N], self._dg_RDn[rows_N] = 0.0, 0.0
         self._g_Rn[rows_N] = image_NChw.flatten(1)
         self._f_Rn[rows_N] = (image_NChw - x_NChw).flatten(1)
 
 
 def _least_squares(df_NDn: torch.Tensor, f_Nn: torch.Tensor) -> torch.Tensor:
-    """C that minimises ||f - dF c||, row by row, float64 [N, D], by ridged normal equations."""
+    """Return the c that minimises ||f - dF c||, row by row, float64 [N, D], by ridged normal equations."""
     gram = df_NDn @ df_NDn.mT
     scale = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(gram.dtype).tiny)
     ridge = torch.diag_embed((_RIDGE * scale)[:, None].expand(-1, gram.shape[1]))

@@ -1,4 +1,4 @@
-"""The best point that a search with a residual has met so far, row by row, and whether searching on is of use.
+"""Keep the point with the smallest residual of each row's search, and tell whether to go on searching.
 
 Shape suffixes: R rows of the step, N those still searched, C h w a latent.
 """
@@ -10,15 +10,15 @@ import torch
 from smpo_pipeline.inversion.step import Solution, Step, distance
 
 GROWTH = 2.0
-"""A residual this many times a row's best sends it back there."""
+"""A row whose residual is more than this many times its best goes back to its best point."""
 
 _PATIENCE = 8
 _PROGRESS = 0.9
-"""A row that has not come below this share of its residual within so many evaluations is given up."""
+"""A row is given up if its best residual does not fall below this share of itself in ``_PATIENCE`` evaluations."""
 
 
 class Best:
-    """x, F(x_s, d(x, t)) and their distance, of the point with the smallest distance, for each row."""
+    """The best point x of each row, its image F(x_s, d(x, t)), and the distance of the two."""
 
     def __init__(self, step: Step, tolerance: float) -> None:
         self.x_RChw = step.x_s_RChw.clone()
@@ -29,7 +29,7 @@ class Best:
         self._waited_R = torch.zeros_like(self.residual_R)
 
     def update(self, rows_N: torch.Tensor, x_NChw: torch.Tensor, image_NChw: torch.Tensor) -> torch.Tensor:
-        """Take the points that are better than their rows' best; returns the points' residuals [N]."""
+        """Keep the points that are better than their rows' best; return the residuals of all points: [N]."""
         residual = distance(x_NChw, image_NChw)
         better = residual < self.residual_R[rows_N]
         rows = rows_N[better]
@@ -41,14 +41,14 @@ class Best:
         return residual
 
     def searchable(self, rows_N: torch.Tensor) -> torch.Tensor:
-        """Which rows are neither there yet nor given up: bool [N]."""
+        """Return which rows have neither converged nor been given up: bool [N]."""
         residual = self.residual_R[rows_N]
         return (residual > self._tolerance) & residual.isfinite() & (self._waited_R[rows_N] < _PATIENCE)
 
     def solution(self) -> Solution:
-        """The best point of each row. Its residual says whether it is a solution.
+        """Return the best point of each row; its residual says whether it is a solution.
 
-        A row whose first image was not finite has no such point. It gets NaN, so that its pair is rejected.
+        A row whose first image is not finite has no such point. It gets NaN, so that its pair is rejected.
         """
         none = ~self.residual_R.isfinite()
         x_RChw = self.x_RChw.masked_fill(none[:, None, None, None], torch.nan)

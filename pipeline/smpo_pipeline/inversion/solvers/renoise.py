@@ -9,7 +9,7 @@ from smpo_schemas.inversion_settings import InversionSettings, averaged_estimate
 def renoise(step: Step, settings: InversionSettings) -> Solution:
     """e_0 = d(x_s, t), e_i = d(F(x_s, e_{i-1}), t); the step is taken with the mean of the chosen e_i.
 
-    With one iteration, both averaged (the default), it is what the published SmPO code does.
+    With one iteration and both estimates averaged (the default), it is what the published SmPO code does.
     """
     averaged = averaged_estimates(settings.renoise_average, settings.renoise_steps)
     rows = step.all_rows()

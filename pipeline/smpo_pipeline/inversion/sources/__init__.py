@@ -1,4 +1,4 @@
-"""Where states come from (``--source``), one kind a file."""
+"""Sources of states (``--source``), one file each."""
 
 from __future__ import annotations
 

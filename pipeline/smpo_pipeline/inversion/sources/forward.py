@@ -19,7 +19,7 @@ def forward_visits(batch: Batch) -> Iterator[Visit]:
     streams = [trajectory.stream("forward/image" if own else "forward") for trajectory in batch.trajectories]
     shape = (2 if own else 1, *batch.x0_RChw.shape[1:])
     for stream in streams:
-        gaussian(stream, shape)  # not used: it keeps a seed's draws what they were when the start was a state, too
+        gaussian(stream, shape)  # discarded: a seed gives the same draws as when the start was still a stored state
     for index in range(batch.most_nodes()):
         noise = torch.cat([gaussian(stream, shape).expand(2, -1, -1, -1) for stream in streams]).to(batch.device)
         yield noised_visit(batch, index, noise)

@@ -16,8 +16,8 @@ from smpo_pipeline.inversion.step import Predict, Step
 def renoise_visits(batch: Batch) -> Iterator[Visit]:
     """Carry x0 along the sampling trajectory, node by node, with the solver that the settings name.
 
-    With ``--start T`` nodes up to T are reached by forward noising with one Gaussian noise a pair, and inverted from
-    there on.
+    With ``--start T``, nodes up to T are reached by forward noising with one Gaussian noise per pair; inversion goes on
+    from there.
     """
     settings, schedule = batch.settings, batch.noise_schedule
     inverted_from = settings.start if isinstance(settings.start, int) else START
@@ -49,5 +49,5 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
 
 
 def _predict_at(batch: Batch, t_R: torch.Tensor, rows_R: torch.Tensor) -> Predict:
-    """The inverting denoiser's predictions for a step of the given rows of the batch, asked at the given timesteps."""
+    """Return the inverting denoiser's predictions for a step of the given rows, evaluated at the given timesteps."""
     return lambda x_NChw, rows_N: batch.predicted_direction(x_NChw, t_R[rows_N], rows_R[rows_N])
