@@ -47,7 +47,7 @@ def default_dtype(device: str) -> Dtype:
 def reward_arithmetic(device: str, dtype: str) -> AbstractContextManager[object]:
     """Return a context in which autocast computes a reward's products in ``dtype``; the rest stays in float32.
 
-    Rewards that are vision-language models load their weights in it.
+    Rewards that are vision-language models also load their weights in ``dtype``.
     """
     return nullcontext() if dtype == "fp32" else torch.autocast(device, DTYPES[dtype])
 

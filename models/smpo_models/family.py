@@ -137,7 +137,7 @@ class Family(ABC):
             what: names the model in errors.
 
         Raises:
-            UserError: it cannot.
+            UserError: the side is too small, too large, or no multiple of what the model needs.
         """
         if side % self.resolution_multiple():
             raise UserError(f"--resolution {side}: {what} needs a multiple of {self.resolution_multiple()}")
@@ -160,7 +160,7 @@ class Family(ABC):
             what: names the model in errors.
 
         Raises:
-            UserError: it cannot.
+            UserError: diffusers has no LoRA for the denoiser.
         """
         if not self.lora_targets:
             raise UserError(

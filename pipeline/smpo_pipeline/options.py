@@ -279,12 +279,12 @@ class ColumnOptions(Options):
         return self
 
     def choices(self) -> ReadingChoices:
-        """What the flags say about reading the input."""
+        """Return what the flags say about reading the input."""
         columns = {name.removesuffix("_column"): column for name, column in self if name.endswith("_column")}
         return ReadingChoices(columns, self.layout, self.image_root, self.axis, self.min_confidence)
 
     def as_flags(self) -> list[str]:
-        """The command-line arguments that choose the same."""
+        """Return the command-line arguments that choose the same."""
         return [word for name, value in self if value is not None for word in (flag_name(name), str(value))]
 
 

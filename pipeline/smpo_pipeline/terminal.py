@@ -19,7 +19,7 @@ QUANTILE_NAMES = ("5 %", "25 %", "median", "75 %", "95 %")
 
 
 def make_table(title: str, columns: Sequence[str], text_columns: int = 1) -> Table:
-    """A table whose first ``text_columns`` are left-aligned, the others right-aligned."""
+    """Make a table whose first ``text_columns`` are left-aligned, the others right-aligned."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
         if number < text_columns:
@@ -30,7 +30,7 @@ def make_table(title: str, columns: Sequence[str], text_columns: int = 1) -> Tab
 
 
 def facts(title: str, rows: Mapping[str, str]) -> Table:
-    """A table of names and values, without a header."""
+    """Make a table of names and values, without a header."""
     table = Table(title=title, box=None, show_header=False, title_justify="left", title_style="bold", pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -77,7 +77,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def quantile_cells(values: np.ndarray) -> list[str]:
-    """The quantiles of :data:`QUANTILE_NAMES` with three digits; dashes if there are no values."""
+    """Format the quantiles of :data:`QUANTILE_NAMES` with three digits; dashes if there are no values."""
     if not len(values):
         return ["-"] * len(_QUANTILES)
     return [f"{value:.3g}" for value in np.quantile(values, _QUANTILES)]

@@ -18,8 +18,8 @@ from smpo_models.part_config import complete, subfolder
 from smpo_models.weights import load_part, load_weights
 
 ENCODED_PIXELS = 1 << 21
-"""Pixels that the VAE encodes at once, two images of 1024 or eight of 512. Its first layers keep three float32 maps of
-128 channels, 1.5 kB a pixel: all images of a batch at once would need more memory than the denoiser does."""
+"""Pixels that the VAE encodes at once: two images of 1024 x 1024, or eight of 512 x 512. Its first layers keep three
+float32 maps of 128 channels, 1.5 kB per pixel: a whole batch at once would need more memory than the denoiser does."""
 
 
 class Autoencoder(ABC):

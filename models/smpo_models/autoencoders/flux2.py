@@ -63,7 +63,7 @@ class Flux2Autoencoder(Autoencoder):
 
 
 def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
-    """Mean and standard deviation of each channel over the images that the VAE was trained on."""
+    """Return the mean and standard deviation of each channel over the images that the VAE was trained on."""
     std = (vae.bn.running_var + vae.config["batch_norm_eps"]).sqrt()
     mean, std = (value.reshape(1, -1, 1, 1).to(like.device, like.dtype) for value in (vae.bn.running_mean, std))
     return mean, std

@@ -61,6 +61,6 @@ class QwenImageAutoencoder(Autoencoder):
 
 
 def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
-    """Mean and standard deviation of each channel over the images that the denoiser was trained on."""
+    """Return the mean and standard deviation of each channel over the images that the denoiser was trained on."""
     mean, std = (like.new_tensor(vae.config[name]).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
     return mean, std

@@ -67,7 +67,7 @@ class QwenImage(TransformerFamily):
                     f"{self._what}: its transformer's config sets {setting}, as models that edit images or draw layers "
                     "do; only text-to-image models are known"
                 )
-        # The last block's text output is dropped, and so are the layers that only it depends on.
+        # The last block's text output is dropped, so that these layers have no effect.
         last = f"transformer_blocks.{config['num_layers'] - 1}"
         self.idle_layers = (f"{last}.attn.to_add_out", f"{last}.txt_mlp")
         return "qwen-image"

@@ -73,7 +73,7 @@ class StableDiffusionXL(UNetFamily):
         return Conditioning(text["text"], {"text_embeds": text["pooled"], "time_ids": origin_B4})
 
     def _added(self, x_BChw: torch.Tensor, conditioning: Conditioning) -> dict[str, torch.Tensor]:
-        """The pooled embedding, and original size, crop and target size, which is what the latents decode to."""
+        """Return the pooled embedding, and original size, crop and target size (that of the decoded latents)."""
         origin_B4 = conditioning.added["time_ids"]
         target = [side * self.latent_factor for side in x_BChw.shape[-2:]]
         target_B2 = origin_B4.new_tensor(target).expand(len(origin_B4), 2)

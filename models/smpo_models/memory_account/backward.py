@@ -64,7 +64,7 @@ class SavedForBackward:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Context of the forward."""
+        """Record the forward that runs in this context."""
         with self._hooks(self._saved):
             yield
 

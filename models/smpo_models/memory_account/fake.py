@@ -78,7 +78,7 @@ def _widened(value: Any) -> Any:  # noqa: ANN401
 
 @contextmanager
 def fake_arithmetic(*, gpu: bool = True) -> Iterator[None]:
-    """Context in which tensors are fake, and autocast follows the rules of a GPU, or of the CPU."""
+    """Make all new tensors fake in this context, and let autocast follow the rules of a GPU, or of the CPU."""
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         if gpu:

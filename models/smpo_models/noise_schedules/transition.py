@@ -37,7 +37,7 @@ class Transition:
         return self.on_state * x_t + self.on_x0 * x0
 
     def x0_of(self, x_s: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-        """Return the x0 that would have x_s as its mean: the x0 of the draw x_s as a state of a pair."""
+        """Return the x0 for which the step's mean would be x_s; pairs of steps store it for the draw x_s."""
         return (x_s - self.on_state * x_t) / self.on_x0
 
 

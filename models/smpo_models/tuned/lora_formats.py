@@ -37,7 +37,7 @@ _FLUX = {
 """Published names, by diffusers' names, of the layers of FLUX's blocks that correspond one to one."""
 
 _MLP_RATIO = 4
-"""In FLUX.1: how many times as many outputs ``proj_mlp`` has as ``attn.to_q``."""
+"""Number of outputs of ``proj_mlp`` per output of ``attn.to_q``, in FLUX.1."""
 
 
 def _kohya(layers: _Layers, alpha: float) -> _Tensors:

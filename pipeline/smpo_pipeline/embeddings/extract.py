@@ -252,7 +252,7 @@ def _wait(images: dict[str, Future[_Prepared]]) -> tuple[dict[str, _Prepared], d
 
 @cache
 def _decoders() -> SimpleQueue[Decoder]:
-    """A decoder for each core: each has a child process that a bad file may end."""
+    """Return a queue with one decoder per core; each has a child process, which a bad file may kill."""
     decoders: SimpleQueue[Decoder] = SimpleQueue()
     for _ in range(os.cpu_count() or 1):
         decoders.put(Decoder())

@@ -133,6 +133,6 @@ def _read(path: Path) -> pa.Table:
 
 
 def _vectors(column: pa.ChunkedArray) -> np.ndarray:
-    """Float32 [R, D] of a column of lists."""
+    """Return a column of lists as float32 [R, D]."""
     flat = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
     return flat.reshape(len(column), -1)

@@ -59,7 +59,7 @@ class PictureFiles:
         """Check that the folder is still claimed for these images, before a worker, which may outlive its run, writes.
 
         Raises:
-            UserError: it is not.
+            UserError: another evaluation has claimed the folder.
         """
         if self.origin() != origin:
             raise UserError(f"stopped: another evaluation was started in {self.folder}")

@@ -32,7 +32,7 @@ class Settings(FrozenModel):
         prompts: the prompts.
         images_per_prompt: each from its own noise.
         steps: of the sampler. Without sampled images it is 0, and sampler and dtype are blank.
-        guidance_scale: of classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without.
+        guidance_scale: of classifier-free guidance, 1 is none; or the input of FLUX.1-dev; None for models without.
         seed: of all noise.
         dtype: of the models, a key of :data:`smpo_models.weights.DTYPES`.
         resolution: side of the images in pixels; None: the models' native resolution.

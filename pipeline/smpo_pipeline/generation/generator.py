@@ -42,7 +42,7 @@ class Sampling(Protocol):
 
     @property
     def guidance_scale(self) -> float | None:
-        """Classifier-free guidance, 1 is none; or what FLUX.1-dev is told; None for models without."""
+        """Classifier-free guidance, 1 is none; or the input of FLUX.1-dev; None for models without."""
 
     @property
     def seed(self) -> int:
@@ -191,7 +191,7 @@ def check_sampling(
         negative: whether negative models guide.
 
     Raises:
-        UserError: they cannot.
+        UserError: a model cannot be sampled so, or the models would start from different noise.
     """
     if negative and (sampling.guidance_scale or 0) <= 1:
         raise UserError(

@@ -20,10 +20,10 @@ class SamplingOptions(Options):
     """model: the scheduler that the model comes with, such as PNDM, Euler or DPM-Solver++. ddim: DDIM's first-order
     steps, which are Euler's for flow models; inversion follows those."""
     steps: Annotated[int | None, Field(ge=1)] = None
-    """Steps per image. Default: what the model is usually sampled in, see docs/reference/families.md."""
+    """Steps per image. Default: the number in which the model is usually sampled, see docs/reference/families.md."""
     guidance_scale: Annotated[float | None, Field(ge=0)] = None
-    """Classifier-free guidance, 1 is none; of FLUX.1-dev, the guidance that the model is told. Default: what the model
-    is usually sampled at, see docs/reference/families.md. FLUX.1-schnell takes none."""
+    """Classifier-free guidance, 1 is none; for FLUX.1-dev, its guidance input. Default: the scale at which the model is
+    usually sampled, see docs/reference/families.md. FLUX.1-schnell takes none."""
     seed: int = 0
     """Seed of the initial noise. The noise of an image depends on the seed, its prompt and its number alone."""
     resolution: Annotated[int | None, Flag(metavar="PIXELS"), Field(ge=8)] = None

@@ -132,7 +132,7 @@ def _read_tsv(path: AnyPath) -> Read:
 
 
 def _of_cells(rows: Sequence[Sequence[str]], path: AnyPath) -> Read:
-    """Make columns of rows of cells, the first of which names them; blank lines are no rows, missing cells null."""
+    """Make columns from rows of cells, the first of which names them; blank lines are no rows, missing cells null."""
     if not rows:
         return [], pa.table({})
     names = [name.strip() for name in rows[0]]

@@ -47,7 +47,7 @@ class Decoder:
     """A child process that decodes, for any thread; started with the first file, and again after one has killed it."""
 
     def __init__(self, seconds: int = SECONDS) -> None:
-        """``seconds``: time limit per file."""
+        """Prepare a decoder; ``seconds`` is the time limit per file."""
         self._seconds = seconds
         self._child: subprocess.Popen[bytes] | None = None
         self._lock = Lock()
@@ -129,7 +129,7 @@ class Decoder:
 
 @cache
 def worker_decoder() -> Decoder:
-    """The decoder of this process."""
+    """Return the decoder of this process."""
     return Decoder()
 
 

@@ -20,7 +20,7 @@ class ImageStore:
     """
 
     def __init__(self, memory: int = _MEMORY) -> None:
-        """``memory``: most bytes in memory."""
+        """Make an empty store; ``memory`` is the maximum number of bytes in memory."""
         self._left = memory
         self._held: dict[int, bytes] = {}
         self._places: dict[int, tuple[int, int]] = {}

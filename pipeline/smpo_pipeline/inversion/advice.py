@@ -86,7 +86,7 @@ def health_warnings(health: Sequence[BandHealth], settings: InversionSettings) -
 
 
 def sampling_remarks(manifest: Manifest) -> list[str]:
-    """Return a sentence for each difference between the sampling of the images and the model that measures the states."""
+    """Return a sentence for each way in which images were sampled otherwise than by the model that measures states."""
     told, remarks = manifest.model.embedded_guidance, []
     for scale in sorted({each.guidance_scale for each in manifest.samplings if each.guidance_scale is not None}):
         if told is None and scale != 1:

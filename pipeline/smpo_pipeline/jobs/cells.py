@@ -1,4 +1,4 @@
-"""Arrow tables of one row, each cell of which is a list: how a unit or a chunk travels through Ray.
+"""Arrow tables of one row whose cells are lists: the form in which a unit or a chunk travels through Ray.
 
 Ray Data may split a block between any two rows, but never within one: what is in one row stays together.
 """
@@ -13,18 +13,18 @@ import pyarrow as pa
 
 
 def list_cell(values: pa.Array) -> pa.Array:
-    """A column of one row, whose cell is the list of ``values``."""
+    """Make a column of one row, whose cell is the list of ``values``."""
     return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
 
 
 def bytes_array(data: object, ends: Sequence[int] | np.ndarray) -> pa.LargeBinaryArray:
-    """Wrap a buffer as binary values, without a copy; ``ends`` are their borders: 0, then where each value ends."""
+    """Wrap a buffer as binary values, without a copy; ``ends`` holds 0, then the position where each value ends."""
     buffers = [None, pa.py_buffer(np.asarray(ends, np.int64)), pa.py_buffer(data)]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(ends) - 1, buffers)
 
 
 def cell_values(row: pa.Table, name: str) -> pa.Array:
-    """The values of a list cell of a one-row table, without a copy."""
+    """Return the values of a list cell of a one-row table, without a copy."""
     # combine_chunks copies, even a single chunk.
     return next(chunk for chunk in row[name].chunks if len(chunk)).flatten()
 

@@ -1,4 +1,4 @@
-"""Reading the input rows of a unit, for both jobs.
+"""Read the input rows of a unit, for all jobs whose input is pairs.
 
 Nothing here imports torch: decoding workers start fast and stay small.
 """
@@ -27,11 +27,11 @@ PAIR_FIELDS = (
     *FURTHER.items(),
     ("source", pa.string()),
 )
-"""Fields of a row, besides its pixels, that both jobs carry; ``source`` is ``path:row``."""
+"""Fields of a row, besides its pixels, that the jobs carry; ``source`` is ``path:row``."""
 
 
 def pair_fields(pair: Pair, source: str) -> dict[str, Any]:
-    """The values of :data:`PAIR_FIELDS`."""
+    """Return the values of :data:`PAIR_FIELDS`."""
     return {
         "pair_id": pair.pair_id,
         "prompt": pair.prompt,
@@ -56,11 +56,11 @@ def read_unit(
 
 
 def unit_sizes(units: Sequence[Sequence[RowRange]]) -> list[int]:
-    """Number of input rows of each unit."""
+    """Return the number of input rows of each unit."""
     return [sum(rows.stop - rows.start for rows in ranges) for ranges in units]
 
 
 def describe_reading(ranges: Sequence[RowRange]) -> str:
-    """Describe the reading of a unit, for the error that says that workers died of it."""
+    """Describe the reading of a unit, for the error if workers die of it."""
     parts = ", ".join(f"rows {rows.start} to {rows.stop} of {rows.path}" for rows in ranges)
     return f"reading {parts}; is the file damaged, or the workers' memory too small?"

@@ -1,4 +1,4 @@
-"""The beginning and the end of a job that makes shards: rejects, index and manifest out of its units' records."""
+"""Open and finish a job that makes shards: rejects, index and manifest are made from its units' records."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from smpo_schemas.shards.reader import ShardDirectory
 
 
 def index_part(run: Run, unit: int) -> AnyPath:
-    """The file of a unit's part of the index, until the index of all shards is written."""
+    """Return the file that holds a unit's part of the index until the index of all shards is written."""
     return run.record_path(unit).with_suffix(".parquet")
 
 
 def open_shards(run: Run, text: Run, *, overwrite: bool) -> Manifest | None:
-    """Open a run that makes shards; returns the manifest if it is finished.
+    """Open a run that makes shards; return the manifest if the run is finished.
 
     Args:
         run: of the job.
-        text: of the text stage, which a kill after the manifest may have left.
+        text: run of the text stage, whose records may be left if the job was killed after writing the manifest.
         overwrite: start over.
 
     Raises:

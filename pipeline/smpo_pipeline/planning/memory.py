@@ -1,4 +1,4 @@
-"""What `invert` and `smpo-train` need of a GPU's memory, and a checkpoint of the disk: from configs alone."""
+"""Calculate the GPU memory that `invert` and `smpo-train` need, and a checkpoint's disk space, from configs alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ GB = 10**9
 
 
 class MemoryPlan(FrozenModel):
-    """The memory account of a model, in bytes.
+    """The memory that a model needs, in bytes.
 
     Attributes:
         model, resolution, dtype: from the flags, or the model's own.
-        gpu_memory: bytes that must suffice; None where the flag is not given.
-        trajectories: of a batch of `invert`.
-        states: of a micro-batch of `smpo-train`.
+        gpu_memory: memory of the GPU; None where the flag is not given.
+        trajectories: number in a batch of `invert`.
+        states: number in a micro-batch of `smpo-train`.
         invert, train: the parts of each, by name; see :mod:`smpo_models.memory_account`.
         invert_total, train_total: the peaks.
         remedies: flags of `smpo-train` that would save memory.
@@ -46,7 +46,7 @@ class MemoryPlan(FrozenModel):
 
 
 def plan_memory(options: PlanOptions) -> MemoryPlan:
-    """Account for `invert` and `smpo-train` with the flags of `plan`.
+    """Calculate the memory of `invert` and `smpo-train` with the flags of `plan`.
 
     Raises:
         UserError: the model's configs cannot be read, or it does not know the resolution or takes no adapter.
@@ -58,7 +58,7 @@ def plan_memory(options: PlanOptions) -> MemoryPlan:
     family.check_resolution(side, models.model)
     if flags.lora_rank is not None:
         family.check_lora(flags.lora_rank, f"--model {models.model}")
-    # The account is of a GPU, also where it is asked for on a machine without one.
+    # The dtype of a GPU, even if this machine has none.
     dtype, holds_text = options.running.dtype or "bf16", options.storing.text == "live"
     train = account_training(
         family,

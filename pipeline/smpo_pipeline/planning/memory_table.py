@@ -42,7 +42,7 @@ def show_memory(console: Console, memory: MemoryPlan) -> None:
     counted = "Counted from configs, with prompts of the greatest length. Not included: CUDA's context and libraries"
     disk, result = format_bytes(train["checkpoint"]), format_bytes(train["result"])
     lines = [
-        f"{counted} (about 0.5 GB), and what the allocator cannot use. A GPU of 24 GB has 25.8 GB.",
+        f"{counted} (about 0.5 GB), and what the allocator cannot use. A GPU of 24 GB has 24 GiB, 25.8 GB.",
         f"smpo-train trains {train['trained']:,} weights; a checkpoint takes {disk} of disk, the result {result}.",
     ]
     if memory.gpu_memory is not None:

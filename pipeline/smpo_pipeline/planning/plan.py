@@ -50,8 +50,8 @@ class Projection(FrozenModel):
         device_hours: summed over devices.
         wall_hours: with ``gpus`` devices that are never idle.
         bytes, shards: size and number of the tars.
-        text_bytes: size of the stored embeddings of the prompts; 0 with ``--text live``. Other data sets are taken to
-            have as many distinct prompts a pair.
+        text_bytes: size of the stored embeddings of the prompts; 0 with ``--text live``. Larger data sets are assumed
+            to have as many distinct prompts per pair.
         dollars: device hours times the price; None without a price.
     """
 

@@ -27,8 +27,8 @@ _TEXT = 512
 def forwards(plan: TrajectoryPlan, settings: InversionSettings, *, own_inverting_denoiser: bool) -> int | None:
     """Count the forwards of a denoiser for one image of a trajectory, without those that measure health.
 
-    One per evaluation of a step (two with guidance but that of scale 0), one per stored state for ``ref_error``, and
-    one (or two) per stored state for its residual if no other forward gives it: see ``Inverter._residual``.
+    One per evaluation of a step (two with guidance, except at scale 0), one per stored state for ``ref_error``, and one
+    (or two) per stored state for its residual if no other forward gives it: see ``Inverter._residual``.
 
     Args:
         plan: the trajectory's timesteps.
@@ -55,7 +55,7 @@ def forwards(plan: TrajectoryPlan, settings: InversionSettings, *, own_inverting
 
 
 def trajectory_bytes(trajectory: Trajectory, latent: tuple[int, int, int], storage: str) -> int:
-    """Bytes of a trajectory in its tar: both members with headers and padding.
+    """Return the bytes of a trajectory in its tar: both members with headers and padding.
 
     Args:
         trajectory: as drawn; the scores of its pair matter only by their number of digits.
@@ -69,7 +69,7 @@ def trajectory_bytes(trajectory: Trajectory, latent: tuple[int, int, int], stora
 def pairs_that_fit(
     size: int, latent: tuple[int, int, int], settings: InversionSettings, schedule: NoiseSchedule
 ) -> int:
-    """Number of pairs in a tar of about ``size`` bytes, at least one; it depends on the settings alone.
+    """Return the number of pairs in a tar of about ``size`` bytes, at least one, from the settings alone.
 
     Args:
         size: bytes.
@@ -117,12 +117,12 @@ def _member(content: int) -> int:
 
 
 def num_shards(pairs: int, pairs_per_shard: int) -> int:
-    """Number of tars for some input pairs."""
+    """Return the number of tars for some input pairs."""
     return math.ceil(pairs / pairs_per_shard)
 
 
 def total_bytes(pairs: int, pairs_per_shard: int, bytes_a_pair: float) -> int:
-    """Bytes of all tars.
+    """Return the bytes of all tars.
 
     Args:
         pairs: input pairs.

@@ -1,4 +1,4 @@
-"""Human pairs and samples, as the head sees them.
+"""Turn human pairs and samples into the features and base scores that the head is fitted to.
 
 Shape suffixes: P human pairs, 2 images, S samples of a prompt, R rows of embeddings, D features.
 """
@@ -22,7 +22,7 @@ STAGE = "refresh"
 
 
 def _images(image_ND: np.ndarray, text_ND: np.ndarray, score_N: np.ndarray | None) -> Images:
-    """Return features and base scores of images: the CLIP's own cosine, where no reward scored them."""
+    """Return features and base scores of images; without ``score_N``, the base score is the CLIP's own cosine."""
     both = torch.from_numpy(image_ND).double(), torch.from_numpy(text_ND).double()
     return Images(products(*both).numpy(), cosine(*both) if score_N is None else score_N)
 
@@ -38,7 +38,7 @@ def human_images(
         scores: the table's folder.
 
     Raises:
-        UserError: there is none.
+        UserError: no pair with a decided label could be embedded.
     """
     labelled, ids_P2 = np.flatnonzero(data.labelled).tolist(), data.pairs.images_P2
     row_P, rejects = join(
@@ -68,10 +68,10 @@ def human_images(
 
 
 def draw_samples(embeddings: Embeddings, prompts: set[str], most: int, seed: int) -> dict[str, Images]:
-    """Draw at most so many of the distinct images of each prompt.
+    """Draw at most ``most`` of the distinct images of each prompt.
 
     Raises:
-        UserError: no prompt has any.
+        UserError: no prompt has an image.
     """
     places: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for row, prompt in enumerate(embeddings.prompts):

@@ -41,7 +41,7 @@ class RefreshOptions(Options):
     adversarial: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the comparisons with samples; published with 0.1."""
     samples: Annotated[int, Field(ge=1)] = 4
-    """Most samples of a prompt; published with 4."""
+    """Maximum number of samples per prompt; published with 4."""
     tau: Annotated[float | None, Field(gt=0)] = None
     """Temperature of the reward, in its unit. Default: fitted to the labels."""
     folds: Annotated[int, Field(ge=2)] = 5
@@ -49,7 +49,7 @@ class RefreshOptions(Options):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split into folds and of the draw of samples."""
     allow_worse: bool = False
-    """Write the reward even if it agrees with held-out labels more than one point less than before."""
+    """Write the reward even if its agreement with held-out labels falls by more than one percentage point."""
     labels: LabelsFile = None
     columns: ColumnOptions = ColumnOptions()
     embedding: EmbeddingOptions = EmbeddingOptions()

@@ -46,7 +46,7 @@ from smpo_schemas.scoring.refresh import (
 )
 
 _WORSE = 0.01
-"""Largest loss of held-out agreement."""
+"""Largest loss of held-out agreement that is accepted without --allow-worse."""
 
 
 def refresh(options: RefreshOptions, console: Console) -> RefreshInfo:
@@ -77,7 +77,7 @@ def refresh(options: RefreshOptions, console: Console) -> RefreshInfo:
     if fit.before.agreement - fit.after.agreement > _WORSE and not options.allow_worse:
         raise UserError(
             f"the refreshed reward agrees with {fit.after.agreement:.1%} of the held-out labels, {options.reward} with "
-            f"{fit.before.agreement:.1%}; nothing is written; reduce --adversarial, or --allow-worse"
+            f"{fit.before.agreement:.1%}; nothing is written; reduce --adversarial, or give --allow-worse"
         )
     if fit.l2 == max(PENALTIES):
         said = f"the strongest penalty does best on prompts held out: the data support no change of {options.reward}"

@@ -120,7 +120,7 @@ def _checked(kind: object, what: str) -> type[Reward]:
     """Check that a class is a complete reward whose name can be a column of the scores table.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not such a class.
     """
     if not (inspect.isclass(kind) and issubclass(kind, Reward)):
         raise UserError(f"{what} is not a subclass of smpo_pipeline.rewards.Reward")

@@ -20,7 +20,7 @@ def _mapping(value: Any) -> Flags:  # noqa: ANN401  (of a config file, or YAML t
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"a stage's flags are no YAML: {error}") from error
+            raise UserError(f"a stage's flags are not valid YAML: {error}") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(f"expected a YAML mapping of a stage's flags to values, not {value!r}")
     return value
@@ -39,8 +39,8 @@ class StagesOptions(Options):
     generate: StageFlags = Field(default_factory=dict)
     """Flags of `generate`."""
     refresh: OptionalStage = None
-    """Flags of `refresh`: fit a reward again, so that human choices stay above the round's images (APO). Then `score`
-    has the reward refreshed too. Default: not done."""
+    """Flags of `refresh`: refit a reward, so that it prefers human choices over the round's images (APO). `score` then
+    uses the reward `refreshed`, too. Default: not done."""
     score: StageFlags = Field(default_factory=dict)
     """Flags of `score`."""
     select: StageFlags = Field(default_factory=dict)
@@ -82,14 +82,15 @@ class RoundsOptions(Options):
     """The frozen model that a round's training is held to. Default: with refresh the model of the round before, else
     the base."""
     inverting: Literal["reference", "policy"] = "reference"
-    """Who inverts a round's images: the reference, or the model of the round before, which drew them."""
+    """Which model inverts a round's images: the reference, or the model of the round before, which drew them."""
     force: bool = False
     """Accept --inverting policy with --reference base, which did harm (docs/results/drift.md)."""
     stop_if_worse: Annotated[str | None, Flag(metavar="REWARD")] = None
     """Stop after a round whose model loses to that of the round before by this reward of evaluate: the 95 % interval of
     its win rate ends below 50 %. Take a reward that is not trained on."""
     launcher: Annotated[str | None, Flag(metavar="COMMAND")] = None
-    """Start training by this, for several devices: torchrun --nproc-per-node 8. Default: smpo-train alone."""
+    """Command that starts training on several devices, such as torchrun --nproc-per-node 8. Default: smpo-train
+    alone."""
     stages: StagesOptions = StagesOptions()
     dry_run: Annotated[bool, Flag(recorded=False)] = False
     """Write the stages' config files, print the commands of all rounds, and run none."""

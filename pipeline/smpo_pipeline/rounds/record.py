@@ -1,4 +1,4 @@
-"""``rounds.json``: which stages are done, of what, and how long they took."""
+"""``rounds.json``: which stages are done, from which inputs, and how long they took."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StageRecord(FrozenModel):
         command: its command line.
         inputs: SHA-256 of the files that identify what it read, by path.
         output: SHA-256 of the file that it wrote last.
-        seconds: that the command took; of an interrupted stage, when it was run last.
+        seconds: how long the command took; for an interrupted stage, the last time it ran.
     """
 
     stage: str
@@ -35,7 +35,7 @@ class RoundRecord(FrozenModel):
     """A round.
 
     Attributes:
-        settings: that decide its result.
+        settings: everything that decides its result.
         stages: the finished ones, in order.
     """
 
@@ -69,7 +69,7 @@ def read_record(out: Path) -> RoundsRecord:
 
 
 def write_record(out: Path, record: RoundsRecord) -> None:
-    """Write it at once."""
+    """Write ``rounds.json``, atomically."""
     write_json(out / ROUNDS_FILE, record.model_dump())
 
 

@@ -25,9 +25,9 @@ class Versus:
     """A round's model under one reward.
 
     Attributes:
-        mean: of its images' scores.
-        base: it against the base.
-        previous: it against the model of the round before; in round 0 against the base.
+        mean: mean score of its images.
+        base: comparison with the base.
+        previous: comparison with the model of the round before; in round 0 with the base.
     """
 
     mean: float

@@ -78,7 +78,7 @@ class Rounds:
         return record
 
     def _checked(self, record: RoundsRecord) -> RoundsRecord:
-        """Refuse other settings than those of the rounds that have begun; the record has no reason to stop any more."""
+        """Refuse other settings than those of the rounds that have begun; return the record with all rounds to run."""
         base = whole_identity(self.plan.options.base)
         settings = [round_settings(self.plan, number, base) for number in range(self.plan.options.rounds)]
         for number, (begun, now) in enumerate(zip(record.rounds, settings, strict=False)):

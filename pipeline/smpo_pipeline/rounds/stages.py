@@ -78,7 +78,7 @@ class Plan:
 
     Attributes:
         options: of ``rounds``.
-        training: what its flags mean.
+        training: what the stages must know of the flags of training.
         flags: folder of the stages' config files.
     """
 
@@ -87,7 +87,7 @@ class Plan:
     flags: Path
 
     def folder(self, number: int) -> Path:
-        """The folder of a round."""
+        """Return the folder of a round."""
         return self.options.out / round_name(number)
 
     @property
@@ -97,22 +97,22 @@ class Plan:
         return self.training.lora and "previous" in (options.start, options.held_to)
 
     def policy(self, number: int) -> Path:
-        """The folder of a round's trained model, as evaluate and the next round take it."""
-        # Within the run's folder, by whose record evaluate tells what it was trained on.
+        """Return the folder of a round's trained model, as evaluate and the next round take it."""
+        # Inside the run's folder, whose record tells evaluate what the model was trained on.
         return self.folder(number) / ("run/merged" if self.merges else "run")
 
     def prompts(self, number: int) -> Path:
-        """The file of a round's prompts."""
+        """Return the file of a round's prompts."""
         files = self.options.prompts
         return files[number if len(files) > 1 else 0]
 
     def beta(self, number: int) -> object:
-        """A round's beta, if there is one for each."""
+        """Return a round's beta, if each round has its own; else None."""
         betas = self.options.stages.train.get("beta")
         return betas[number if len(betas) > 1 else 0] if isinstance(betas, list) else None
 
     def stages(self, number: int) -> list[Stage]:
-        """The stages of a round, in order."""
+        """Return the stages of a round, in order."""
         return list(self._stages(number))
 
     def _stages(self, number: int) -> Iterator[Stage]:
@@ -220,5 +220,5 @@ class Plan:
         return self.policy(number) / (MERGED_FILE if self.merges else TRAINING_FILE)
 
     def _previous(self, number: int) -> Path | None:
-        """The last file of the round before, in the folder of its model; None in round 0."""
+        """Return the file that the round before wrote last, in its model's folder; None in round 0."""
         return self._policy_marker(number - 1) if number else None

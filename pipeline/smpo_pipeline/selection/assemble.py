@@ -184,7 +184,7 @@ class Assembly:
         self._write_decided(_WAITING * self._method.concurrency)
 
     def _write_decided(self, most: int) -> None:
-        """Write what is decided, in order, and wait until at most ``most`` prompts are not."""
+        """Write what is decided, in order, and wait until at most ``most`` prompts are undecided."""
         while self._deciding and (len(self._deciding) > most or self._deciding[0][1].done()):
             prompt, future = self._deciding.popleft()
             self._write(prompt, future.result())
@@ -201,7 +201,7 @@ class Assembly:
     def _write_pair(self, prompt: int, chosen: int, rejected: int, gap: float) -> None:
         text, ids = self._table.prompts[prompt], self._table.image_ids
         pair_id = selected_pair_id(text, ids[chosen], ids[rejected])
-        # No position may name the winner.
+        # The position of an image must not tell which one won.
         swapped = bool(named_stream(f"{self._labelling.seed}/image_0/{pair_id}").integers(2))
         images = (rejected, chosen) if swapped else (chosen, rejected)
         label = None if not self._labelling.label else float(not swapped)

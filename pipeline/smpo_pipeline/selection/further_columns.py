@@ -37,14 +37,14 @@ class ImageColumns:
 
 
 class FurtherColumns:
-    """The columns that pairs take along from the candidates' Parquet files. JSONL files' are left out.
+    """The columns that pairs take along from the candidates' Parquet files; those of JSONL files are left out.
 
     Attributes:
         types: Arrow type by name.
     """
 
     def __init__(self, columns: Mapping[AnyPath, PairColumns], taken: Collection[str]) -> None:
-        """Find them.
+        """Find the columns.
 
         Args:
             columns: of each file.

@@ -73,7 +73,7 @@ class SelectOptions(Options):
     out: OutOrUrl
     rewards: SelectRewardOptions = SelectRewardOptions()
     pairs_per_prompt: Annotated[int, Field(ge=1)] = 1
-    """Most pairs of a prompt. extremes and ranking use an image once; pareto draws different pairs."""
+    """Maximum number of pairs per prompt. extremes and ranking use an image once; pareto draws different pairs."""
     min_gap: Annotated[float | None, Field(ge=0, le=1)] = None
     """Smallest gap of a pair: the difference of the mean win rates of its images, for ranking 2 P(chosen over
     rejected) - 1. Default: above 0; for pareto any."""

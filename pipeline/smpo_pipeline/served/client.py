@@ -73,7 +73,7 @@ class JsonClient:
         )
 
     def get(self, url: str) -> Any:  # noqa: ANN401  (any JSON value)
-        """Ask what is there, once: the JSON value, or None if the server has no answer to that.
+        """Send a GET request once; return the JSON value, or None if the server does not answer with one.
 
         Raises:
             UserError: there is no server, or it refuses access.
@@ -101,8 +101,8 @@ class JsonClient:
         Args:
             url: the address.
             body: the value.
-            retried: the statuses.
-            sending: is called before each try.
+            retried: statuses that are retried.
+            sending: called before each try.
 
         Raises:
             NoAnswerError: the server has no answer to this request.

@@ -82,7 +82,7 @@ def comparison_question(prompt: str) -> str:
 
 
 def read_ratings(answer: str) -> dict[str, float]:
-    """Read a rating from 1 to 5 for each of :data:`AXES`; of several for one, the last.
+    """Read a rating from 1 to 5 for each of :data:`AXES`; if there are several, the last counts.
 
     Raises:
         UnreadableAnswerError: a rating is missing, or out of range.
@@ -95,7 +95,7 @@ def read_ratings(answer: str) -> dict[str, float]:
 
 
 def read_comparison(answer: str) -> dict[str, float]:
-    """Read the first image's share, from 0 to 1, for each of :data:`AXES`; of several for one, the last.
+    """Read the first image's share, from 0 to 1, for each of :data:`AXES`; if there are several, the last counts.
 
     Raises:
         UnreadableAnswerError: a share is missing or out of range, or two do not sum to 1.

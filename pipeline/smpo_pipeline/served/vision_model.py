@@ -58,7 +58,7 @@ class VisionAddress(Address):
         return cache
 
     def score(self, scores: Mapping[str, float]) -> float:
-        """The score of the axis, or the mean of all."""
+        """Return the score of the axis, or the mean of all."""
         return sum(scores.values()) / len(scores) if self.axis == "mean" else scores[self.axis]
 
 

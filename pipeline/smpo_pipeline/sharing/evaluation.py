@@ -20,7 +20,7 @@ def read_evaluation(folder: Path) -> Results:
     """Read a finished evaluation.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder holds no finished evaluation.
     """
     results = read_results(folder)
     if results is None:

@@ -1,7 +1,7 @@
 """Gradient guidance (TailorPO-G, arXiv 2502.01667): x+ = x - eta_t grad (r_high - r(x))^2, r_high = r(x) + delta.
 
-That is x + 2 eta_t delta grad r(x). It takes the place of x where its reward is higher. delta is 0.5, of rewards of the
-scale that CLIP's logits have: a cosine counts 100 times, which is our own reading.
+That is x + 2 eta_t delta grad r(x). It replaces x where its reward is higher. The published delta, 0.5, is for rewards
+on the scale of CLIP's logits. A cosine is multiplied by 100 to be on that scale, which is our own reading.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which draws of a step are its pair, and what a shard says of it."""
+"""Choose the two draws of a step that are its pair, and describe the pair for a shard."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from smpo_schemas.shards.samples import SampleMeta
 
 
 def step_pair_id(prompt: str, number: int, step: int) -> str:
-    """Id of the pair of a step of a prompt's ``number``-th trajectory."""
+    """Return the id of the pair from a step of a prompt's ``number``-th trajectory."""
     return hashlib.sha256(f"step\n{step}\n{number}\n{prompt}".encode()).hexdigest()[:32]
 
 
 def best_and_worst(scores_N: np.ndarray) -> tuple[int, int]:
     """Return the places of the best and the worst of N draws, in their order; draws without a score (NaN) come last.
 
-    Of equal ones the first is the best, the last the worst.
+    Among equal draws, the first is the best and the last the worst.
     """
     best = int(np.nan_to_num(scores_N, nan=-np.inf).argmax())
     worst = len(scores_N) - 1 - int(np.nan_to_num(scores_N, nan=np.inf)[::-1].argmin())

@@ -1,4 +1,4 @@
-"""The steps of a sampler that give pairs, checked against the model."""
+"""Plan the steps of a sampler that give pairs, and check them against the model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plan_steps(
     family.check_resolution(side, model)
     schedule = family.noise_schedule
     schedule.check_eta(eta, model)
-    # Pure noise of flow models, at T, as the timestep below: those that are stored are below T.
+    # Flow models' samplers start at T, but timesteps in shards are below T.
     below = float(np.nextafter(np.float32(schedule.num_train_timesteps), np.float32(0)))
     grid = [min(t, below) for t in schedule.grid(steps, family.num_tokens(side, side))]
     chosen = sorted(set(trained or range(steps, 1, -_EVERY)), reverse=True)

@@ -2,8 +2,8 @@
 
 At a trained step several x_s are drawn from one x_t. The reward of a draw is that of the image which the model expects
 from it: its estimate of x0 at x_s (Tweedie's), decoded. The best and the worst draw are a pair, and the trajectory goes
-on from the best one, or from a random one. Image i of a pair is stored as a state of x_t: with the x0 and the noise
-that would have its draw as the mean of the step.
+on from the best one, or from a random one. Each image of a pair is stored as a state at x_t: the x0 and the noise for
+which the step's mean would be its draw.
 
 Shape suffixes: B trajectories, N candidates of a step, C h w a latent.
 """
@@ -35,13 +35,13 @@ from smpo_schemas.shards.samples import STORAGE, Sample
 
 @dataclass(frozen=True)
 class _Trajectories:
-    """B trajectories under way.
+    """B trajectories in the making.
 
     Attributes:
         wanted: prompt and number of each.
         conditioning, unconditional: of the denoisers; the second is None without guidance.
-        x_BChw: where they are.
-        output_BChw: the denoiser's output there; None if it was not asked yet.
+        x_BChw: their current latents.
+        output_BChw: the denoiser's output at these; None if it is not computed yet.
     """
 
     wanted: Sequence[Wanted]
@@ -57,9 +57,9 @@ class _Candidates:
 
     Attributes:
         x_BNChw: the draws.
-        output_BNChw: the denoiser's outputs there; None at the sampler's end.
-        scores_BN: their rewards, NaN where there is none.
-        reasons: why there is none, by place in B N.
+        output_BNChw: the denoiser's outputs at the draws; None at the sampler's end.
+        scores_BN: their rewards, NaN for draws without a score.
+        reasons: why a draw has no score, by its index among the B N draws.
     """
 
     x_BNChw: torch.Tensor
@@ -75,7 +75,7 @@ class _Candidates:
 
 
 def _best(scores_BN: np.ndarray) -> list[int]:
-    """The best draw of each trajectory, the first of equal ones."""
+    """Return the best draw of each trajectory, the first of equal ones."""
     return np.nan_to_num(scores_BN, nan=-np.inf).argmax(axis=1).tolist()
 
 
@@ -117,7 +117,7 @@ class StepSampler:
 
         Args:
             wanted: prompt, and number among its prompt's trajectories, of each.
-            most_steps: end after so many steps, to find out what memory holds.
+            most_steps: stop after this many steps, to try out batch sizes.
 
         Returns:
             For each trajectory the pairs of the trained steps, the noisiest first, or why there are none.
@@ -162,7 +162,7 @@ class StepSampler:
         )
 
     def _predict(self, now: _Trajectories, x_SChw: torch.Tensor, t_S: torch.Tensor) -> torch.Tensor:
-        """The sampling denoiser's output at S = B N states, N of each trajectory, with guidance."""
+        """Return the sampling denoiser's output at S = B N states, N of each trajectory, with guidance."""
         rows = torch.arange(len(now.wanted), device=self._device).repeat_interleave(len(x_SChw) // len(now.wanted))
         return guided_output(
             lambda conditioning: self._family.denoise(self._denoisers.inverting, x_SChw, t_S, conditioning),
@@ -219,7 +219,7 @@ class StepSampler:
     def _gradient(
         self, now: _Trajectories, row: int, step: int, t_B: torch.Tensor, x_BChw: torch.Tensor
     ) -> torch.Tensor:
-        """The gradient of the reward by one trajectory's draw, through VAE and denoiser: [1, C, h, w]."""
+        """Return the reward's gradient by one trajectory's draw, through VAE and denoiser: [1, C, h, w]."""
         one = slice(row, row + 1)
         alone = replace(
             now,
@@ -241,7 +241,7 @@ class StepSampler:
         images = []
         for x0_Chw in x0_SChw:  # one at a time: a VAE needs more memory than the denoiser
             pixels_3HW = (self._family.decode(x0_Chw[None])[0] + 1) * 127.5
-            # Of latents that are not finite, any image: their pair is rejected.
+            # Latents that are not finite may give any image: their pair is rejected.
             values_HW3 = pixels_3HW.nan_to_num(0.0).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             images.append(Image.fromarray(values_HW3))
         return images

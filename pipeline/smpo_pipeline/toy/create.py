@@ -222,7 +222,7 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Hex SHA-256 over the names and bytes of all files in a folder and its subfolders."""
+    """Return the hex SHA-256 over the names and bytes of all files in a folder and its subfolders."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():

@@ -42,7 +42,7 @@ class Ballot:
     """
 
     def __init__(self, seed: int) -> None:
-        """``seed``: of the sides on which images are shown."""
+        """Make an empty ballot; ``seed`` decides the sides on which images are shown."""
         self.pairs: dict[str, BallotPair] = {}
         self.left_out: dict[str, str] = {}
         self._seed = seed
@@ -98,7 +98,7 @@ class Ballot:
             self._store.put(number, data)
 
     def image_on(self, side: Side, pair_id: str, annotator: str) -> Literal[0, 1]:
-        """Which image of a pair an annotator sees on a side: drawn by seed, pair and annotator."""
+        """Return which image of a pair an annotator sees on a side, drawn by seed, pair and annotator."""
         digest = hashlib.sha256(f"side {self._seed} {pair_id} {annotator}".encode()).digest()
         return 1 if (digest[0] % 2 == 1) == (side == "left") else 0
 

@@ -30,11 +30,11 @@ class _Views:
         self._ballot, self._votes, self._votes_per_pair = ballot, votes, votes_per_pair
 
     def next_pair(self) -> Response:
-        """The first pair that the annotator has not voted on."""
+        """Answer with the first pair that the annotator has not voted on."""
         return self._state(_name(request.args))
 
     def picture(self) -> Response:
-        """An image of a pair, by the side on which the annotator sees it."""
+        """Answer with an image of a pair, by the side on which the annotator sees it."""
         pair_id, side = request.args.get("pair"), request.args.get("side")
         if pair_id not in self._ballot.pairs or side not in get_args(Side):
             abort(404)
@@ -58,7 +58,7 @@ class _Views:
         return self._state(annotator, pair_id if pair_id in self._ballot.pairs else None)
 
     def _state(self, annotator: str, first: str | None = None) -> Response:
-        """The pair to show, ``first`` if given, the one whose pictures to load ahead, and the progress."""
+        """Answer with the pair to show (``first`` if given), the one whose pictures to load ahead, and the progress."""
         shown = [pair_id for pair_id in ([first] if first else []) if self._ballot.is_usable(pair_id)]
         for pair_id in self._ballot.pairs:
             if len(shown) > 1:
@@ -110,7 +110,7 @@ def _with_headers(response: Response) -> Response:
 
 
 def _name(given: Any) -> str:  # noqa: ANN401  (a query or parsed JSON)
-    """The annotator's name in a request; aborts the request if there is none."""
+    """Return the annotator's name in a request; abort the request if there is none."""
     name = given.get("annotator") if hasattr(given, "get") else None
     if not isinstance(name, str) or not name.strip() or len(name) > _NAME_LENGTH:
         abort(400, f"expected an annotator's name of at most {_NAME_LENGTH} characters")

@@ -73,7 +73,7 @@ class Votes:
             return pair_id
 
     def of_pair(self, pair_id: str) -> dict[str, float]:
-        """Labels of a pair by annotator."""
+        """Return the labels of a pair by annotator."""
         with self._lock:
             return dict(self._of_pair.get(pair_id, {}))
 

@@ -1,4 +1,4 @@
-"""Tell golden images from each source's, on prompts that the fit has not seen.
+"""Classify golden images against each source's images, on prompts that the fit has not seen.
 
 Shape suffixes: P pairs, 2 images, S sources, N images of all pairs (2 P), D features.
 """
@@ -18,7 +18,7 @@ from smpo_pipeline.calibration.measures import calibration_error, reliability
 from smpo_pipeline.weighing.formula import GOLDEN
 
 _NOISE = 0.02
-"""An AUC less than this above one half, or than two standard errors, says nothing."""
+"""An AUC counts as chance if it is less than this, or less than two standard errors, above one half."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ def image_weights(c_P2S: np.ndarray, source_P: np.ndarray, alpha: float, alpha_S
     """Compute w of each image, float64 [P, 2], from 0 to 1 / alpha.
 
     Args:
-        c_P2S: c of each image between the golden pairs and each source; only that of the pair's own source is used,
-            of golden pairs all.
+        c_P2S: c of each image between the golden pairs and each source. For a golden pair all are used, for others only
+            that of the pair's own source.
         source_P: number of each pair's source, :data:`GOLDEN` for golden pairs.
         alpha: share of the golden pairs.
         alpha_S: share of each source; all shares sum to 1.

@@ -16,11 +16,11 @@ class WeighOptions(Options):
     """The flags of ``weigh``."""
 
     scores: Annotated[LocalPath, FOLDER]
-    """Output directory of `smpo-pipeline score`: gets the column."""
+    """Output directory of `smpo-pipeline score`; the column is added to its table."""
     pairs: Pairs
     golden: Annotated[ExistingPath | None, FILE] = None
-    """The golden pairs, of the distribution that the model shall serve: their pair_ids, one a line, or a Parquet file
-    with a column pair_id. Or give --golden-column."""
+    """The golden pairs, those of the distribution that the model is meant for: a file with their pair_ids, one per
+    line, or a Parquet file with a column pair_id. Or give --golden-column."""
     golden_column: Annotated[str | None, Flag(metavar="NAME")] = None
     """Column of the scores table, or of --pairs by their pair_id, that is true, or 1, for golden pairs."""
     source_column: Annotated[str | None, Flag(metavar="NAME")] = None
@@ -38,7 +38,7 @@ class WeighOptions(Options):
     columns: ColumnOptions = ColumnOptions()
     embedding: EmbeddingOptions = EmbeddingOptions()
     overwrite: Overwrite = False
-    """Replace a column that weigh has not made."""
+    """Replace a column that weigh did not write."""
 
     @model_validator(mode="after")
     def _one_golden_set(self) -> Self:

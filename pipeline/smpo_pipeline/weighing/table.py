@@ -1,4 +1,4 @@
-"""Read what ``weigh`` needs of a scores table, and write its column.
+"""Read what ``weigh`` needs from a scores table, and write its column.
 
 Shape suffix: P rows of the table.
 """
@@ -31,7 +31,7 @@ from smpo_schemas.scoring.scores import (
 )
 
 OTHERS = "the others"
-"""Name of the only source where no column names any, and of pairs without a name in it."""
+"""Name of the source of pairs that no column names a source for."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def read_table(
         scores: output of ``score``.
         info: its ``scores.json``.
         pairs: files of pairs; a column that the table lacks is read from them.
-        golden: a file of pair_ids, one a line or in a Parquet file's column ``pair_id``; or
-        golden_column: a column of true and false, or of 1 and 0; null is false.
+        golden: a file of pair_ids, one per line or in a Parquet file's column ``pair_id``; or None.
+        golden_column: in place of ``golden``, a column of true and false, or of 1 and 0; null is false.
         source_column: a column that names each pair's source; None: all pairs that are not golden are one source.
 
     Raises:
@@ -137,7 +137,7 @@ def _flagged(column: str, values: Sequence[object]) -> list[bool]:
 
 
 def _require_one_class(pair_ids: Sequence[str], named: Sequence[str | None]) -> None:
-    """Refuse a pair whose rows would get different weights: training takes one weight a pair."""
+    """Refuse a pair whose rows would get different weights: training takes one weight per pair."""
     first: dict[str, str | None] = {}
     for pair_id, name in zip(pair_ids, named, strict=True):
         if first.setdefault(pair_id, name) != name:

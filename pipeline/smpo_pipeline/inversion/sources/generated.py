@@ -20,7 +20,7 @@ def tracked_visits(batch: Batch) -> Iterator[Visit]:
 
 
 def sampled_visits(batch: Batch) -> Iterator[Visit]:
-    """The states that the sampler itself went through."""
+    """Visit the states that the sampler itself went through."""
     for index in range(batch.most_nodes()):
         rows, t, _ = batch.rows_at(index)
         states = [pair.latents_K2Chw[1 + index] for pair in batch.generated if index < len(pair.timesteps)]

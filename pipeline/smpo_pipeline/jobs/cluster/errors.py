@@ -1,4 +1,4 @@
-"""Ray's errors as one line for the user."""
+"""Turn Ray's errors into one line for the user."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def unwrap_ray_errors() -> Iterator[None]:
 
 
 def _reason(error: RayError) -> str:
-    """The exception of an actor's constructor, which Ray appends to its traceback; else all of Ray's message.
+    """Return the exception of an actor's constructor, which Ray appends to its traceback; else all of Ray's message.
 
     The first line alone does not tell which actor died, where and of what.
     """
@@ -47,7 +47,7 @@ def _reason(error: RayError) -> str:
 
 
 def _user_error(error: BaseException) -> UserError | None:
-    """The UserError or storage failure in a chain of Ray's wrappers, or None if it is something else."""
+    """Return the UserError or storage failure in a chain of Ray's wrappers, or None if it is something else."""
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, UserError):

@@ -59,12 +59,12 @@ class Pool:
 
 
 def cluster_gpus() -> int:
-    """Number of GPUs of the connected cluster."""
+    """Return the number of GPUs of the connected cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 def cores_by_machine(address: str | None) -> list[int]:
-    """Cores of each living machine of the connected cluster, or of this machine if there is no ``address``."""
+    """Return the cores of each living machine of the cluster, or of this machine if there is no ``address``."""
     if not address:  # a local Ray is started with more CPU slots than there are cores
         return [os.cpu_count() or 1]
     cores = (int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
@@ -72,10 +72,10 @@ def cores_by_machine(address: str | None) -> list[int]:
 
 
 def share_gpus(wanted: Mapping[str, tuple[int, float]], num_gpus: int) -> dict[str, float]:
-    """Share GPUs out between the stages of a job, which all run at once: one that waited would wait forever.
+    """Share GPUs out between the stages of a job, which all run at once: a stage without its share would wait forever.
 
     Args:
-        wanted: for each stage its number of actors and the least share of a GPU that one needs.
+        wanted: for each stage its number of actors and the smallest share of a GPU that one needs.
         num_gpus: GPUs of the cluster.
 
     Returns:
@@ -109,7 +109,7 @@ def limit_memory(dataset: ray.data.Dataset, limit: int) -> None:
 
 
 def task_memory(unit_bytes: int, remedy: str = "a smaller --pairs-per-shard or --shard-size") -> int:
-    """Bytes of a node's memory to request for the task that decodes or encodes a unit of ``unit_bytes`` of pixels.
+    """Return the memory in bytes to request for a task that decodes or encodes a unit of ``unit_bytes`` of pixels.
 
     Raises:
         UserError: no node has that much; Ray would wait for one in silence.
@@ -125,14 +125,14 @@ def task_memory(unit_bytes: int, remedy: str = "a smaller --pairs-per-shard or -
 
 
 def model_pool(device: str, concurrency: int | None, address: str | None, weights: int, units: int) -> Pool:
-    """A pool of actors with one GPU, or one core, each; prints a line if there are fewer GPUs than actors.
+    """Make a pool of actors with one GPU, or one core, each; print a line if there are fewer GPUs than actors.
 
     Args:
         device: cpu or cuda.
-        concurrency: most actors; None: one per GPU, or per core as far as memory goes.
+        concurrency: maximum number of actors; None: one per GPU, or per core as far as memory allows.
         address: of the cluster, or None.
         weights: bytes of the model.
-        units: how many there are to make.
+        units: number of units of the job.
 
     Raises:
         UserError: there is no GPU; Ray would wait for one in silence.

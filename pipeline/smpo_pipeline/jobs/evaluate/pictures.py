@@ -18,7 +18,7 @@ from smpo_schemas.generation.candidates import GenerationSettings
 
 @dataclass(frozen=True)
 class PictureRun:
-    """The units of one model's images. They are of prompts that lack images: the files alone say what is done.
+    """The units of one model's images. They hold prompts that lack images: only the files tell what is done.
 
     Attributes:
         files: of the images.

@@ -180,6 +180,6 @@ def _as_row(unit: int, made: Mapping[int, Sequence[Sampled]], rejects: Sequence[
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> pa.LargeBinaryArray:
-    """The bytes of each array; the only copy of all of them."""
+    """Return the bytes of each array, in one buffer: the only copy that is made of them."""
     joined = np.concatenate([np.empty(0, np.uint8), *(array.reshape(-1).view(np.uint8) for array in arrays)])
     return bytes_array(joined, np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64))

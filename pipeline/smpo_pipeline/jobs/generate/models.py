@@ -38,7 +38,7 @@ class GeneratorIdentity(CandidatesModel):
         return {"parts": self.parts, "settings": self.settings}
 
     def info(self) -> CandidatesModel:
-        """The part that ``candidates.json`` holds."""
+        """Return the part that ``candidates.json`` holds."""
         return CandidatesModel(**self.model_dump(exclude={"settings"}))
 
 
@@ -120,7 +120,7 @@ def origin_of(model: GeneratorIdentity, settings: GenerationSettings) -> str:
 
 
 def weight_bytes(generator: Generator) -> int:
-    """Bytes of all weights."""
+    """Return the bytes of all weights."""
     return sum(parameter.nbytes for module in _modules(generator).values() for parameter in module.parameters())
 
 
@@ -134,7 +134,7 @@ def _parts(generator: Generator) -> dict[str, str]:
 
 
 def _settings(generator: Generator) -> dict[str, Any]:
-    """Settings of the scheduler and of diffusers' models, as JSON values."""
+    """Return the settings of the scheduler and of diffusers' models, as JSON values."""
     diffusers_parts = {
         name: part for name, part in _modules(generator).items() if hasattr(part.config, "get") and part.config
     }

@@ -128,7 +128,7 @@ class GenerateOptions(Options):
 
     @property
     def loading(self) -> Loading:
-        """How it is loaded."""
+        """What the model is loaded from."""
         return Loading(self.source, self.model, self.sampling.variant, self.sampling.sampler)
 
     @property

@@ -1,4 +1,4 @@
-"""Encode and store a unit's images: a file of candidates, and one of what is kept besides.
+"""Encode and store a unit's images: a file of candidates and, with ``--keep``, one of latents and states.
 
 Nothing here imports torch: encoding workers start fast and stay small.
 """
@@ -49,7 +49,8 @@ class Prompts:
     Attributes:
         path: their file, or what names it.
         per_unit: prompts of a unit.
-        tables: two tables with a row each: ``row``, ``prompt`` and ``reason``; further columns. Or Ray's reference.
+        tables: two tables with one row per prompt: ``row``, ``prompt`` and ``reason``; and the further columns that are
+            carried through. Or Ray's reference to them.
     """
 
     path: AnyPath | str
@@ -57,11 +58,11 @@ class Prompts:
     tables: tuple[pa.Table, pa.Table] | ray.ObjectRef
 
     def rows(self) -> pa.Table:
-        """The table of ``row``, ``prompt`` and ``reason``."""
+        """Return the table of ``row``, ``prompt`` and ``reason``."""
         return self.both()[0]
 
     def both(self) -> tuple[pa.Table, pa.Table]:
-        """Both tables."""
+        """Return both tables."""
         return self.tables if isinstance(self.tables, tuple) else ray.get(self.tables)
 
 
@@ -89,7 +90,7 @@ class Storing:
 
 
 def unit_rows(table: pa.Table, unit: int, per_unit: int) -> list[dict[str, Any]]:
-    """The rows of a unit."""
+    """Return the rows of a unit."""
     return table.slice(unit * per_unit, per_unit).to_pylist()
 
 
@@ -166,7 +167,7 @@ def _write_part(
         for index in range(0, num_images, 2)
     ]
     part = pa.Table.from_pylist(rows, schema=CANDIDATES_SCHEMA)
-    # Each prompt's values once a row.
+    # Each prompt's values, once for each of its rows.
     carried = further.slice(unit * prompts.per_unit, prompts.per_unit)
     carried = carried.take(np.repeat(places, num_images // 2)) if further.num_columns else carried
     for name in further.column_names:

@@ -177,7 +177,7 @@ class InvertActor:
             yield row["row"], row["source"], pair
 
     def _mismatch(self, scores: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
-        """Why the scores under a pair's id, if any, are not its own, or None."""
+        """Return why the scores under a pair's id, if any, are not its own; None if they are."""
         if not scores:
             return f"{RejectKind.NO_SCORE}: this pair is not in {self._options.scores} (rejected there, or not scored)"
         if scores["prompt"] != row["prompt"]:
@@ -187,7 +187,7 @@ class InvertActor:
         return None
 
     def _find_scores(self, ids: pa.Array) -> dict[str, dict[str, Any]]:
-        """The first row of the scores table for each of a unit's ids that it has."""
+        """Return the first row of the scores table for each of a unit's ids that it has."""
         if self._scores is None:
             return {}
         scored = self._scores["pair_id"]

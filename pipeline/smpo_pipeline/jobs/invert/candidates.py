@@ -64,10 +64,10 @@ def find_candidates(options: AnyOptions, files: Sequence[PairFile]) -> tuple[Any
 
 
 def _check_columns(files: Sequence[PairFile], options: InversionOptions) -> None:
-    """Check that rows say what their images were made from, image by image.
+    """Check that the pairs' rows tell the noise and the latents of each image.
 
     Raises:
-        UserError: they do not.
+        UserError: a file lacks a column, or its rows do not say which image is image_0.
     """
     source = f"--source {options.trajectory.source}"
     if options.columns.chosen_column:
@@ -84,7 +84,7 @@ def _check_columns(files: Sequence[PairFile], options: InversionOptions) -> None
 
 
 def _recorded(options: InversionOptions) -> list[AnyPath]:
-    """The folders of candidates: where the pairs lie, or those that the selection beside them was made from."""
+    """Return the folders of candidates: where the pairs lie, or those that the selection beside them was made from."""
     folders: dict[AnyPath, None] = {}
     for path in options.pairs:
         folder = path if path.is_dir() else path.parent
@@ -107,7 +107,7 @@ def _recorded(options: InversionOptions) -> list[AnyPath]:
 
 
 def check_configs(found: Found, family: Family, model: str) -> None:
-    """Compare the candidates' model with the configs of the one that inverts.
+    """Compare the model that made the candidates with the configs of ``--model``.
 
     Raises:
         UserError: it is of another family or noise schedule.
@@ -121,10 +121,10 @@ def check_configs(found: Found, family: Family, model: str) -> None:
 
 
 def check_weights(found: Found, family: Family, model: ModelIdentity) -> None:
-    """Compare the candidates' model with the loaded one.
+    """Compare the model that made the candidates with the loaded one.
 
     Raises:
-        UserError: its denoiser is neither the reference nor the inverting one, or its VAE is another.
+        UserError: its denoiser is not the inverting one (by default the reference), or its VAE is another.
     """
     for folder, candidates in found.items():
         if candidates.model.denoiser != model.inverting_denoiser:
@@ -132,7 +132,7 @@ def check_weights(found: Found, family: Family, model: ModelIdentity) -> None:
                 f"the images in {folder} were made by another denoiser than that of --model {model.id}; name it with "
                 "--unet, or with --inverting-unet if the reference is another"
             )
-        # Its fingerprint is of the weights as they were rounded for sampling. Not the model's own `to`, which warns.
+        # The candidates' fingerprint is of weights in the dtype of sampling. Not diffusers' own `to`, which warns.
         vae = nn.Module.to(copy.deepcopy(family.vae), DTYPES[candidates.dtype])
         if candidates.model.parts["vae"] != fingerprint_module(vae):
             raise UserError(

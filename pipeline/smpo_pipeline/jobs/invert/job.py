@@ -64,7 +64,7 @@ from smpo_schemas.scoring.scores import IMAGE_IDS, ScoresInfo, read_scores, read
 
 
 def invert(options: InvertOptions) -> Manifest:
-    """Make shards of all pairs, with ``scores`` of those that have some; or continue an unfinished run of the command.
+    """Make shards of all pairs (given ``scores``, of those that have some), or continue an unfinished run.
 
     Raises:
         UserError: an input, the model or the output directory cannot be used, or every pair was rejected.
@@ -166,8 +166,8 @@ def _add_stages(
     one = {"batch_size": 1, "batch_format": "pyarrow"}
     decoded = source.map_batches(prepare, num_cpus=1, memory=task_memory(unit_bytes), **one)
     made = decoded.map_batches(InvertActor, fn_constructor_kwargs=kwargs, **one, **pool.options())
-    # Units in Ray's object store: for each actor the current and the next one, and two more on their way. A MB each for
-    # what is not pixels.
+    # Units in Ray's object store: for each actor the current and the next one, and two more on their way. Each has 1 MB
+    # for what is not pixels.
     limit_memory(made, (unit_bytes + (1 << 20)) * (2 * pool.size + 2))
     return made
 
@@ -232,7 +232,7 @@ def _check_model(options: InvertOptions, found: Found) -> _Checked:
     if options.storing.shard_size is not None:
         pairs_per_shard = pairs_that_fit(options.storing.shard_size, latent, options.settings, family.noise_schedule)
     kept = kept_source(found, options)
-    # Of kept latents those that the VAE decoded, and the states.
+    # Kept latents: those that the VAE decoded, and one per state.
     content = 4 * math.prod(latent) * (1 + kept.states * options.settings.steps) if kept else 3 * _most_pixels(sizes)
     return _Checked(
         model=model,
@@ -252,7 +252,7 @@ def _most_pixels(sizes: Iterable[Size]) -> int:
 
 
 def _needed_prompts(units: Sequence[list[RowRange]], layouts: Layouts, scores: pa.Table | None) -> list[str]:
-    """The prompts of the input rows that may be inverted, and the empty one."""
+    """Return the prompts of the input rows that may be inverted, and the empty one."""
     prompts = distinct_prompts([rows for unit in units for rows in unit], layouts)
     if scores is None:
         return prompts

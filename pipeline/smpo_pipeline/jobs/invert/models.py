@@ -116,7 +116,7 @@ class ModelIdentity(ModelInfo):
         }
 
     def info(self) -> ModelInfo:
-        """The part that the manifest holds."""
+        """Return the part that the manifest holds."""
         return ModelInfo(**self.model_dump(exclude={"settings"}))
 
 

@@ -123,7 +123,7 @@ class TrajectoryOptions(Options):
 
     source: Literal["renoise", "forward", "tracked", "sampled", "truncated"] = "renoise"
     """renoise: invert along the model's sampling trajectory; forward: add Gaussian noise (Diffusion-DPO's estimate).
-    Of images that generate --keep made: tracked adds the noise that an image was made from (PNAPO), sampled takes the
+    For images from generate --keep, tracked: add the noise that an image was made from (PNAPO); sampled: take the
     sampler's own states. truncated: a few steps of the model's own sampling, for --objective selfnpo."""
     candidates: Annotated[tuple[ExistingPathOrUrl, ...], Flag(typed=list[str], metavar="DIR|URL", place=True)] = ()
     """With --source tracked or sampled: outputs of generate --keep with the pairs' latents. Default: the folder of
@@ -152,7 +152,7 @@ class TrajectoryOptions(Options):
     embedded_guidance: Annotated[float | None, Field(ge=0)] = None
     """Guidance scale that a guidance-distilled model (FLUX.1-dev) is told, here and in training. Default: 1."""
     sampler_steps: Annotated[int | None, Field(ge=1)] = None
-    """Number of sampling steps that the timesteps are for; only of flow models whose schedule depends on it
+    """Number of sampling steps that the timesteps are for; only for flow models whose schedule depends on it
     (Qwen-Image, FLUX.2-klein). Default: the model's usual number."""
     trajectories: Annotated[int, Field(ge=1)] = _DEFAULTS.trajectories
     """Trajectories per pair, each with its own random draws."""
@@ -175,7 +175,7 @@ class SolverOptions(Options):
     """For adaptive and anderson: relative residual at which a step of an image has converged; default: 1e-4 in fp32,
     3e-4 in fp16, 2e-3 in bf16."""
     max_evaluations: Annotated[int, Field(ge=1)] = _DEFAULTS.max_evaluations
-    """For adaptive and anderson: most forwards per step, converged or not."""
+    """For adaptive and anderson: maximum number of forwards per step, converged or not."""
     anderson_depth: Annotated[int, Field(ge=1, le=8)] = _DEFAULTS.anderson_depth
     """For anderson: number of previous differences it uses."""
 
@@ -187,7 +187,7 @@ class StorageOptions(Options):
 
     states: Annotated[int | None, PlainValidator(_states), Flag(typed=str)] = None
     """States to store per trajectory: a number, drawn at random, or all. Default: all; with --source truncated, which
-    has as many as are asked for, 9."""
+    makes as many as it is asked for, 9."""
     vae_latent: Literal["sample", "mode"] = "sample"
     """Latents: sample or mode of the VAE's posterior."""
     prompt_dropout: Annotated[float, Field(ge=0, le=1)] = _DEFAULTS.prompt_dropout

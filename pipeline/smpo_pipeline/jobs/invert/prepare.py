@@ -4,7 +4,7 @@ A unit travels as one row (:mod:`smpo_pipeline.jobs.cells`), whose cells have an
 are copied once, into the cell; actors read them in Ray's object store. Where ``generate`` kept latents, they take the
 place of pixels.
 
-Nothing here imports torch, but to read latents: decoding workers start fast and stay small.
+Nothing here imports torch, except to read latents: decoding workers start fast and stay small.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def prepare_row(
     run: Run,
     work_log: WorkLog,
 ) -> pa.Table:
-    """Prepare the unit that a one-row table names, as :func:`unit_row`."""
+    """Prepare the unit that a one-row table names; return it as :func:`unit_row` packs it."""
     unit = row["unit"][0].as_py()
     # Ray asks again for a committed unit whose record was lost on its way to the driver. The actor then returns the
     # record from disk, so nothing is read here.
@@ -124,7 +124,7 @@ def prepare_unit(
 
 @contextmanager
 def _loading(sizes: Sequence[Size], kept: KeptSource | None) -> Iterator[tuple[_Load, Sequence[str]]]:
-    """Yield what loads a pair, and the further columns that it needs."""
+    """Yield a function that loads a pair, and the further columns that it needs."""
     if kept is None:
         yield partial(_decode, sizes=sizes), ()
         return
@@ -146,7 +146,7 @@ def _loading(sizes: Sequence[Size], kept: KeptSource | None) -> Iterator[tuple[_
 
 
 def _decode(pair: Pair, sizes: Sequence[Size]) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Sizes and crops, and the pixels of both images at one size."""
+    """Return sizes and crops, and the pixels of both images at one size."""
     images = [Image.fromarray(worker_decoder().decode(data)) for data in (pair.image_0, pair.image_1)]
     resized, crops = resize_pair(images, sizes)
     fields = {

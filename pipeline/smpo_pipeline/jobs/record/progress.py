@@ -46,7 +46,7 @@ class Pace:
     """Speed of a job, or of a stage of it, since it was started or continued."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, noun: str = "pairs") -> None:
-        """``clock`` is in seconds; ``noun`` says what the input rows are."""
+        """Start the clock; ``clock`` is in seconds, ``noun`` says what the input rows are."""
         self._noun, self._clock, self._started = noun, clock, clock()
         self._pairs, self._model_seconds, self._actor_seconds = 0, 0.0, 0.0
 
@@ -58,7 +58,7 @@ class Pace:
         self._actor_seconds += actor
 
     def describe(self, rejected: int) -> str:
-        """Input rows per second (start-up included), the model's share of the actors' time, and rejects."""
+        """Describe input rows per second (start-up included), the model's share of the actors' time, and rejects."""
         parts = [f"{self._pairs / (self._clock() - self._started):.3g} {self._noun}/s"]
         if self._actor_seconds:
             parts.append(f"model {self._model_seconds / self._actor_seconds:.0%}")

@@ -19,14 +19,14 @@ class RejectRate:
     """Counts rows and rejects as units are committed."""
 
     def __init__(self, limit: float, out: AnyPath, noun: str = "pairs") -> None:
-        """``limit``: largest share of rejects, 0 to 1; ``out``: folder of the run; ``noun``: what a row is called."""
+        """Take the largest share of rejects, 0 to 1, the folder of the run, and what a row is called."""
         self._limit, self._out, self._noun = limit, out, noun
         self._rows = self.rejected = self._counted = 0
         self._kinds: Counter[str] = Counter()
         self._example: Reject | None = None
 
     def add(self, record: UnitRecord) -> None:
-        """Count a unit; rows that the user asked to leave out are no rejects here.
+        """Count a unit; rows that the user asked to leave out do not count as rejects.
 
         Raises:
             UserError: the share of rejects among max(rows so far, :data:`MIN_ROWS`) is above the limit.

@@ -58,11 +58,11 @@ class UnitRecord(BaseModel):
         entry: its file: ``name`` within the run's directory, ``bytes``, ``sha256``, and what the manifest lists
             besides, such as a second file as ``kept`` (``generate --keep``); None if no pair was left to write.
         health: sums of trajectory health (``invert`` only).
-        prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` only).
+        prompts_cut: pairs in its output whose prompt is longer than the text encoders take (``invert`` and ``steps``).
         committed: time of the commit in seconds since 1970, by the committing machine's clock; not in any result.
         buckets: pairs in its output by image size (``invert --buckets`` only).
-        seconds: the actor's seconds for this unit (``invert`` and ``generate``; not in any result): in the model, and
-            in all since it was ready for the unit, waiting included.
+        seconds: the actor's seconds for this unit (``generate``, ``invert`` and ``steps``; not in any result): in the
+            model, and in all since it was ready for the unit, waiting included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,7 +97,7 @@ class Units(Protocol):
 
 
 class Run:
-    """A run of ``score``, ``invert`` or ``generate`` in its output directory."""
+    """A run of a job, such as ``score`` or ``invert``, in its output directory."""
 
     def __init__(self, out: AnyPath, marker: str, identity: Mapping[str, Any]) -> None:
         """Describe a run; nothing is read or written.
@@ -169,7 +169,7 @@ class Run:
             self.out.rmdir()
 
     def record_path(self, unit: int) -> AnyPath:
-        """The file of a unit's record."""
+        """Return the file of a unit's record."""
         return self.out / _UNITS / f"{unit:06d}-{self._digest}.json"
 
     def forget(self, unit: int) -> None:
@@ -256,7 +256,7 @@ def read_identity(out: AnyPath) -> dict[str, Any] | None:
 
 
 def last_start(out: AnyPath) -> float:
-    """When the run in ``out`` was last started or continued, in seconds since 1970."""
+    """Return when the run in ``out`` was last started or continued, in seconds since 1970."""
     return (out / _IDENTITY).stat().st_mtime
 
 
@@ -279,6 +279,6 @@ def _read_record(path: AnyPath) -> UnitRecord | None:
 
 
 def describe_input(files: Sequence[PairFile], choices: ReadingChoices, limit: int | None) -> dict[str, dict[str, Any]]:
-    """The input's part of a run's identity: path, rows, bytes and digest of each file, and the flags about them."""
+    """Return the input's part of a run's identity: path, rows, bytes and digest of each file, and flags about them."""
     listing = [[str(file.path), file.rows, file.bytes, file.digest] for file in files]
     return {"input": {"files": listing, "limit": limit}, "columns": choices.given()}

@@ -29,7 +29,7 @@ class Status:
     """Progress of a run.
 
     Attributes:
-        job: ``score``, ``invert`` or ``generate``.
+        job: ``score``, ``invert``, ``generate`` or ``steps``.
         rewards: the rewards being scored, or scored (``score`` only).
         finished: whether the output is complete.
         units, units_done: number of units, and of committed ones.
@@ -40,7 +40,8 @@ class Status:
         model_share: the model's share of the actors' time in those units, 0 to 1 (not ``score``), or None.
         holder: the process that runs it, or None; on an object store a killed process is named too.
         last_commit: time of the last commit, in seconds since 1970; None if there is none, or the run is finished.
-        prompts: stored prompts and all prompts (``invert --text stored`` only), None where none are stored.
+        prompts: stored prompts and all prompts (``--text stored`` of ``invert`` and ``steps``); None where none are
+            stored.
     """
 
     job: str
@@ -117,7 +118,7 @@ def _generate_status(identity: dict[str, Any], out: AnyPath, prompts: int) -> St
 
 
 def _prompts(folder: AnyPath) -> tuple[int, int] | None:
-    """Stored prompts and all prompts of an unfinished run, None where none are stored yet."""
+    """Return the numbers of stored prompts and of all prompts of an unfinished run; None where none are stored yet."""
     identity = read_identity(folder)
     if identity is None:
         return None

@@ -56,7 +56,7 @@ class WorkLog:
         self._done.pop(unit, None)
 
     def pairs_in_progress(self) -> float:
-        """Pairs done in units that are not committed yet."""
+        """Return the number of pairs done in units that are not committed yet."""
         return sum(sum(parts.values()) for parts in self._done.values())
 
 

@@ -105,7 +105,7 @@ class _ChunkBuilder:
 def _decode(
     source: str, pair: Pair | PairRejectedError, known: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A row's entry, and its pixels by image id, empty if it is rejected; ``known`` images are not decoded again."""
+    """Return a row's entry, and its pixels by image id, none if it is rejected; ``known`` images are not decoded."""
     if isinstance(pair, PairRejectedError):
         return {"source": source, "pair_id": pair.pair_id, "reason": str(pair)}, {}
     entry = pair_fields(pair, source)
@@ -148,16 +148,16 @@ def without_images(chunk: pa.Table) -> pa.Table:
 
 
 def pair_scores(chunk: pa.Table, name: str) -> np.ndarray:
-    """float64 [P, 2]: a reward's scores of the P pairs that have images."""
+    """Return a reward's scores of the P pairs that have images: float64 [P, 2]."""
     return cell_values(chunk, f"score {name}").to_numpy()[_shown(chunk)]
 
 
 def pair_failures(chunk: pa.Table, name: str) -> list[str | None]:
-    """Why a reward has no score for a pair that has images, or None, for each of them."""
+    """Return, for each pair that has images, why the reward has no score for it, or None."""
     reasons = cell_values(chunk, f"failed {name}").to_pylist()
     return [reasons[first] or reasons[second] for first, second in _shown(chunk)]
 
 
 def _shown(chunk: pa.Table) -> np.ndarray:
-    """int64 [P, 2]: the positions of the images that the P pairs show."""
+    """Return the positions of the images that the P pairs show: int64 [P, 2]."""
     return cell_values(chunk, _SHOWN).to_numpy().reshape(-1, 2)

@@ -81,7 +81,7 @@ class UnitCollector:
 
 
 def unit_path(run: Run, unit: int) -> AnyPath:
-    """The file of a unit's rows until the whole table is written."""
+    """Return the file that holds a unit's rows until the whole table is written."""
     return run.record_path(unit).with_suffix(".parquet")
 
 
@@ -113,7 +113,7 @@ def require_current_units(run: Run) -> None:
 
 
 def unit_rejects(table: pa.Table) -> list[Reject]:
-    """The rows that are not scored, with their reasons."""
+    """Return the rows that are not scored, with their reasons."""
     rows = table.filter(pc.is_valid(table["reason"])).select(["pair_id", "source", "reason"]).to_pylist()
     return [Reject(stage=STAGE, **row) for row in rows]
 

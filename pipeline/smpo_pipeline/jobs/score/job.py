@@ -149,7 +149,7 @@ def _add_stages(
 
 
 def _specs(given: Sequence[str]) -> dict[str, str]:
-    """The values of ``--reward`` by name, folders as absolute paths: workers may have another working directory."""
+    """Return the values of ``--reward`` by name, with absolute paths: workers may have another working directory."""
     specs: dict[str, str] = {}
     for spec in given:
         reward, model = parse_reward(spec)
@@ -227,9 +227,9 @@ def _pool_sizes(given: Sequence[str], specs: Mapping[str, str]) -> dict[str, int
 
 
 def _pools(options: ScoreOptions, specs: Mapping[str, str], given: Mapping[str, int]) -> dict[str, Pool]:
-    """The actor pool of each reward. Default size: one actor per GPU; on CPU as many threads as cores."""
+    """Make the actor pool of each reward. Default size: one actor per GPU; on CPU as many threads as cores."""
     everywhere = {name: parse_reward(spec)[0].needs for name, spec in specs.items()}
-    # First: a server's answers take longest to come.
+    # Rewards on servers come first in the chain: they take longest to answer.
     pools = {name: Pool(1, 0, need.threads) for name, need in everywhere.items() if need.remote}
     needs = {name: need for name, need in everywhere.items() if not need.remote}
     if needs and options.running.device == "cuda":

@@ -30,7 +30,7 @@ class PairIds:
     def repeated(self, rows: pa.Table) -> np.ndarray:
         """Check and remember some rows.
 
-        A pair that several annotators labelled has several rows with its id, prompt and images: that is no repetition.
+        A pair that several annotators labelled has several rows with its id, prompt and images, which is allowed.
 
         Returns:
             Bool [R]: whether an earlier row, or one of these before it, has the id for another prompt or other images.
@@ -65,7 +65,7 @@ class RepeatedIds:
     """
 
     def __init__(self, limit: float) -> None:
-        """``limit``: ``--max-reject-rate``."""
+        """Take ``--max-reject-rate`` as the limit."""
         self._limit, self._ids = limit, PairIds()
         self._rows = self._repeated = 0
 

@@ -206,6 +206,6 @@ class _OldTable:
 
 
 def _keys(table: pa.Table) -> list[tuple[object, ...]]:
-    """A key for each row; rows with the same key have the same scores."""
+    """Return a key for each row; rows with the same key have the same scores."""
     columns = ("pair_id", "prompt", "label", "annotator", *IMAGE_IDS)
     return list(zip(*(table[name].to_pylist() for name in columns), strict=True))

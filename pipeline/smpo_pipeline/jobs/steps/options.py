@@ -76,9 +76,9 @@ class StepDrawOptions(Options):
     trajectories: Annotated[int, Field(ge=1)] = 1
     """Trajectories per prompt, each from noise of its own."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
-    """Classifier-free guidance of sampling, 1 is none. Training is without."""
+    """Classifier-free guidance of sampling, 1 is none. Training uses none."""
     gap: Annotated[float, Field(ge=0)] = 0.0
-    """A smaller difference of the rewards, or this one, is a tie: label 0.5, which --objective dpo leaves out."""
+    """Largest difference of the rewards that is a tie: label 0.5, which --objective dpo leaves out."""
     gradient_guidance: bool = False
     """Move the best draw of a trained step along the reward's gradient, if that raises its reward (TailorPO-G); for
     pickscore, clipscore and aesthetic, or your own reward with score_tensor. One more forward, and a backward through

@@ -1,1 +1,1 @@
-"""What rewards are made of: the networks behind them, the pixels and prompts that these take, weight files."""
+"""Parts that rewards are built from: networks, preprocessing of images and prompts, weight files."""

@@ -12,9 +12,9 @@ from smpo_common.errors import UserError
 from smpo_models.weights import load_weights, loading_errors
 
 _NUM_HEADS = 16
-"""Of both towers; the only size that the weights' shapes do not give."""
+"""Number of attention heads of both towers: the only size that the weights' shapes do not give."""
 _PROPORTIONS = (5, 4, 4)
-"""Of the widths of image tower, text tower and embedding (1280, 1024, 1024), which identify ViT-H-14."""
+"""Proportions of the widths of image tower, text tower and embedding (1280, 1024, 1024), which identify ViT-H-14."""
 
 _NAMES = {
     "logit_scale": "logit_scale",
