@@ -68,7 +68,7 @@ class Family(ABC):
         denoiser: the model's own denoiser (or the one that replaced it at loading), in evaluation mode.
         text_modules: the frozen text encoders.
         vae: the autoencoder.
-        stores_text: whether the text encoders are so large that each prompt is better encoded once (T5).
+        stores_text: whether the text encoders are so large that each prompt is better encoded once.
         stored_text: reads the embeddings of B distinct prompts, one row per prompt
             (:mod:`smpo_schemas.shards.text_rows`), on any device, in place of the text encoders. Set it after loading.
         encodes_empty_prompt: whether the empty prompt is encoded like any other, rather than as the unconditional

@@ -79,6 +79,12 @@ def absolute_model(model: str) -> str:
     return str(Path(model).absolute()) if Path(model).exists() else model
 
 
+def absolute_spec(spec: str) -> str:
+    """Make the path of a model in NAME=MODEL absolute: workers may have another working directory."""
+    name, _, model = spec.partition("=")
+    return f"{name}={absolute_model(model)}" if model else spec
+
+
 def _known_rewards(specs: tuple[str, ...]) -> tuple[str, ...]:
     from smpo_pipeline.rewards import check_reward  # noqa: PLC0415  (keeps --help quick)
 

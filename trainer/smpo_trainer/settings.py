@@ -199,7 +199,7 @@ class SafeguardOptions(Options):
 
     on_spike: OnSpike = "continue"
     """When the model's error rises suddenly, as in a run that diverges: continue with a warning; stop; or rollback, to
-    the last checkpoint of 20 steps before it (one such is kept), with half of the learning rate. Spikes are listed in
+    a checkpoint of 20 steps before it or more, which is kept, with half of the learning rate. Spikes are listed in
     OUT/spikes.jsonl."""
     spike_ratio: Annotated[float, Field(gt=1)] = 2.0
     """A spike is where, for 3 steps, the ratio of the model's error to the reference's is above this many times its

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from smpo_common.options import Flag, Options, Overwrite
 from smpo_pipeline.embeddings.options import EmbeddingOptions, Features
-from smpo_pipeline.options import FOLDER, ColumnOptions, LabelsFile, LocalPath, Out, Pairs, PathOrPattern
-
-
-def _known_reward(spec: str) -> str:
-    from smpo_pipeline.rewards import check_reward  # noqa: PLC0415  (keeps --help quick)
-
-    return check_reward(spec)
+from smpo_pipeline.options import FOLDER, ColumnOptions, LabelsFile, LocalPath, OneReward, Out, Pairs, PathOrPattern
 
 
 class RefreshOptions(Options):
     """The flags of ``refresh``."""
 
-    reward: Annotated[
-        str,
-        AfterValidator(_known_reward),
-        Flag(metavar="NAME[=MODEL]", place="named"),
-        Field(description="Reward to refresh, as for `score`."),
-    ]
+    reward: OneReward
     scores: Annotated[LocalPath, FOLDER]
     """Output directory of `smpo-pipeline score` for pairs that people labelled; its labels are used."""
     pairs: Pairs

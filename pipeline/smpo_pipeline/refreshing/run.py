@@ -25,7 +25,7 @@ from smpo_pipeline.calibration.measures import agreement, log_loss
 from smpo_pipeline.embeddings.clip import load_clip
 from smpo_pipeline.embeddings.extract import Extractor
 from smpo_pipeline.jobs.record.lock import locked
-from smpo_pipeline.options import absolute_model
+from smpo_pipeline.options import absolute_spec
 from smpo_pipeline.refreshing.comparisons import Comparisons, Images, compare
 from smpo_pipeline.refreshing.inputs import STAGE, draw_samples, human_images
 from smpo_pipeline.refreshing.options import RefreshOptions
@@ -85,9 +85,9 @@ def refresh(options: RefreshOptions, console: Console) -> RefreshInfo:
     rejects += drawn_embeddings.rejects
     info = RefreshInfo(
         schema_version=REFRESH_VERSION,
-        reward=_absolute(options.reward),
+        reward=absolute_spec(options.reward),
         fingerprint=reward.fingerprint,
-        features=_absolute(options.features) if options.features else None,
+        features=absolute_spec(options.features) if options.features else None,
         clip_fingerprint=clip.fingerprint,
         unit=reward.unit,
         head=StoredFile(name=HEAD_FILE, bytes=0, sha256=""),
@@ -146,11 +146,6 @@ def _load(options: RefreshOptions, device: str) -> tuple[Reward, ClipCosineRewar
             f"--reward {options.reward} has no CLIP of its own: give one for the head, --features clipscore"
         )
     return reward, clip
-
-
-def _absolute(spec: str) -> str:
-    name, equals, model = spec.partition("=")
-    return f"{name}={absolute_model(model)}" if equals else name
 
 
 def _fitted_tau(human: Images, label_P: np.ndarray, reward: str) -> float:

@@ -24,9 +24,9 @@ from smpo_pipeline.jobs.evaluate.pictures import PictureRun, write_pictures
 from smpo_pipeline.jobs.generate.actor import GenerateActor, SamplingWork, UnitSampler
 from smpo_pipeline.jobs.generate.models import content_of, load, weight_bytes
 from smpo_pipeline.jobs.generate.parts import Prompts, prompt_rows
-from smpo_pipeline.jobs.generate.stages import sampled, stored, unit_records
+from smpo_pipeline.jobs.generate.stages import sampled, stored
 from smpo_pipeline.jobs.record.batch_sizes import pop_batch_sizes
-from smpo_pipeline.jobs.record.run_record import UnitRecord
+from smpo_pipeline.jobs.record.run_record import UnitRecord, unit_records
 from smpo_pipeline.jobs.record.work_log import WorkLog
 
 _IMAGES_PER_UNIT = 256

@@ -33,9 +33,9 @@ from smpo_pipeline.jobs.generate.models import (
 )
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.generate.parts import Prompts, Storing, prompt_rows, write_row
-from smpo_pipeline.jobs.generate.stages import sampled, stored, unit_records
+from smpo_pipeline.jobs.generate.stages import sampled, stored
 from smpo_pipeline.jobs.record.lock import locked
-from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, unit_records
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_schemas.generation.candidates import (
     CANDIDATES_FILE,

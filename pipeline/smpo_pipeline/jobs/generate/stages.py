@@ -10,7 +10,6 @@ import ray
 
 from smpo_pipeline.jobs.cluster.pools import Pool, limit_memory, task_memory
 from smpo_pipeline.jobs.generate.actor import GenerateActor, SamplingWork
-from smpo_pipeline.jobs.record.run_record import UnitRecord
 
 _ONE: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
 
@@ -51,8 +50,3 @@ def stored(
     # Units in Ray's object store: for each actor one that is sampled and one that is encoded, and two more.
     limit_memory(written, (unit_bytes + (1 << 20)) * (2 * pool.size + 2))
     return written
-
-
-def unit_records(table: pa.Table) -> list[UnitRecord]:
-    """Read the records that the last stage yields."""
-    return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]

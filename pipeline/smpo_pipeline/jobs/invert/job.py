@@ -46,7 +46,7 @@ from smpo_pipeline.jobs.invert.prompts import distinct_prompts
 from smpo_pipeline.jobs.invert.text import store_text, text_run
 from smpo_pipeline.jobs.reading import Layouts, unit_sizes
 from smpo_pipeline.jobs.record.lock import locked
-from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, describe_input, unit_records
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.shards import assemble_manifest, open_shards
 from smpo_pipeline.planning.size import pairs_that_fit
@@ -147,7 +147,9 @@ def _invert(
         return _add_stages(source, prepare, kwargs, pool, max(sizes) * checked.pair_bytes)
 
     rate = running.max_reject_rate
-    records = run_units(run, sizes, build, _records, title="invert", address=running.ray_address, max_reject_rate=rate)
+    records = run_units(
+        run, sizes, build, unit_records, title="invert", address=running.ray_address, max_reject_rate=rate
+    )
     manifest = _finish(options, run, records, info, checked, text)
     if text:
         text_run(options).remove()
@@ -170,11 +172,6 @@ def _add_stages(
     # for what is not pixels.
     limit_memory(made, (unit_bytes + (1 << 20)) * (2 * pool.size + 2))
     return made
-
-
-def _records(table: pa.Table) -> list[UnitRecord]:
-    """Parse the records that actors return."""
-    return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]
 
 
 def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:

@@ -201,8 +201,8 @@ class StorageOptions(Options):
     """Dtype of stored latents and noise: float16 (11 bits of precision, up to 65504) or bfloat16 (8 bits)."""
     text: Literal["auto", "stored", "live"] = "auto"
     """stored: encode each distinct prompt once, before the pairs, and store its embeddings, so that neither this stage
-    nor the trainer holds the text encoders any longer. live: encode prompts where they are needed. auto: stored for
-    models with a T5 encoder."""
+    nor the trainer holds the text encoders any longer. live: encode prompts where they are needed. auto: stored,
+    except for Stable Diffusion 1.x, 2.x and XL."""
     pairs_per_shard: Annotated[int, Field(ge=1)] = 128
     """Pairs per shard; a shard is also the unit of work."""
     shard_size: Annotated[

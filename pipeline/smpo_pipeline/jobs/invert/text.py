@@ -23,7 +23,7 @@ from smpo_pipeline.jobs.faults.crashes import CrashGuard
 from smpo_pipeline.jobs.invert.models import ModelIdentity, load_text_encoders
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.invert.prompts import PROMPTS_PER_FILE, encode_batches
-from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, unit_records
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.steps.options import StepsOptions
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, StoredTextEntry, TextFile
@@ -83,10 +83,7 @@ def store_text(
             TextActor, batch_size=1, batch_format="pyarrow", fn_constructor_kwargs=kwargs, **pool.options()
         )
 
-    def records(table: pa.Table) -> list[UnitRecord]:
-        return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]
-
-    done = run_units(run, sizes, build, records, title="text", address=running.ray_address, noun="prompts")
+    done = run_units(run, sizes, build, unit_records, title="text", address=running.ray_address, noun="prompts")
     entries = [dict(record.entry or {}) for record in done]
     cut = [is_cut for entry in entries for is_cut in entry.pop("cut")]
     files = [TextFile.model_validate(entry) for entry in entries]

@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from smpo_common.errors import UserError
@@ -77,6 +78,11 @@ class UnitRecord(BaseModel):
     committed: float | None = None
     buckets: list[Bucket] = []
     seconds: tuple[float, float] | None = None
+
+
+def unit_records(table: pa.Table) -> list[UnitRecord]:
+    """Parse the records that actors return, in the column ``record``."""
+    return [UnitRecord.model_validate_json(record) for record in table["record"].to_pylist()]
 
 
 class Units(Protocol):

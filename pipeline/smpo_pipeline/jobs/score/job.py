@@ -25,7 +25,7 @@ from smpo_pipeline.jobs.score.chunks import CHUNK_BYTES, prepare_chunks
 from smpo_pipeline.jobs.score.collector import UnitCollector, require_current_units
 from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.jobs.score.table import RewardRecord, write_table
-from smpo_pipeline.options import absolute_model
+from smpo_pipeline.options import absolute_spec
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.label_file import read_labels
 from smpo_schemas.pairs import FURTHER, RowRange, layouts_of, list_pair_files, slice_files
@@ -149,13 +149,13 @@ def _add_stages(
 
 
 def _specs(given: Sequence[str]) -> dict[str, str]:
-    """Return the values of ``--reward`` by name, with absolute paths: workers may have another working directory."""
+    """Return the values of ``--reward`` by name."""
     specs: dict[str, str] = {}
     for spec in given:
-        reward, model = parse_reward(spec)
+        reward, _ = parse_reward(spec)
         if reward.name in specs:
             raise UserError(f"--reward names {reward.name} twice; a scores table has one set of columns per name")
-        specs[reward.name] = f"{spec.partition('=')[0]}={absolute_model(model)}" if model else spec
+        specs[reward.name] = absolute_spec(spec)
     return specs
 
 

@@ -19,7 +19,6 @@ from smpo_pipeline.jobs.cluster.pools import model_pool
 from smpo_pipeline.jobs.cluster.run_units import run_units
 from smpo_pipeline.jobs.cluster.session import resolve_device
 from smpo_pipeline.jobs.generate.parts import Prompts, prompt_rows
-from smpo_pipeline.jobs.generate.stages import unit_records
 from smpo_pipeline.jobs.invert.models import (
     ModelIdentity,
     choose_text,
@@ -30,13 +29,13 @@ from smpo_pipeline.jobs.invert.models import (
 )
 from smpo_pipeline.jobs.invert.text import store_text, text_run
 from smpo_pipeline.jobs.record.lock import locked
-from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
+from smpo_pipeline.jobs.record.run_record import Run, UnitRecord, unit_records
 from smpo_pipeline.jobs.record.work_log import WorkLog
 from smpo_pipeline.jobs.score.table import RewardRecord
 from smpo_pipeline.jobs.shards import assemble_manifest, open_shards
 from smpo_pipeline.jobs.steps.actor import StepsActor, StepWork
 from smpo_pipeline.jobs.steps.options import StepsOptions
-from smpo_pipeline.options import absolute_model
+from smpo_pipeline.options import absolute_spec
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_pipeline.step_pairs.gradient import gradient_delta
 from smpo_pipeline.step_pairs.plan import plan_steps
@@ -76,10 +75,9 @@ def steps(options: StepsOptions) -> Manifest:
             rejected.
     """
     running = options.running
-    kind, model = parse_reward(options.reward)
-    # Workers may have another working directory.
-    spec = f"{options.reward.partition('=')[0]}={absolute_model(model)}" if model else options.reward
-    options = options.replace(device=resolve_device(running.device, running.ray_address), reward=spec)
+    kind, _ = parse_reward(options.reward)
+    device = resolve_device(running.device, running.ray_address)
+    options = options.replace(device=device, reward=absolute_spec(options.reward))
     options.out.exists()  # fails early if the bucket does not exist
     quiet_libraries()
     options = choose_text(options)

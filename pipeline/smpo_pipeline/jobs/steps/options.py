@@ -110,7 +110,7 @@ class StepStorageOptions(Options):
     """Dtype of stored latents and noise: float16 (11 bits of precision, up to 65504) or bfloat16 (8 bits)."""
     text: Literal["auto", "stored", "live"] = "auto"
     """stored: encode each prompt once, before sampling, and store its embeddings for sampling and training. live:
-    encode prompts where they are needed. auto: stored for models with a T5 encoder."""
+    encode prompts where they are needed. auto: stored, except for Stable Diffusion 1.x, 2.x and XL."""
     prompts_per_shard: Annotated[int, Field(ge=1)] = 32
     """Prompts per shard; a shard is also the unit of work."""
 
