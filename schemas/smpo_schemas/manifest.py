@@ -18,7 +18,6 @@ MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 FLOW = "flow"
 """Prediction type of flow-matching models."""
-REJECTS_FILE = "rejected.parquet"
 TEXT_FOLDER = "text"
 
 

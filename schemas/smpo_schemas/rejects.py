@@ -12,6 +12,8 @@ from smpo_common.files import arrow_source, atomic_path, reading_parquet
 from smpo_common.store_path import AnyPath
 from smpo_schemas.frozen import FrozenModel
 
+REJECTS_FILE = "rejected.parquet"
+
 REJECT_SCHEMA = pa.schema(
     [("pair_id", pa.string()), ("source", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
 )

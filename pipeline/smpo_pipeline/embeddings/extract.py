@@ -38,11 +38,10 @@ from smpo_pipeline.rewards import Reward, checked_scores
 from smpo_pipeline.rewards.networks.clip import ClipCosineReward
 from smpo_schemas.pairs import Pair, PairRejectedError, ReadingChoices, layouts_of, list_pair_files, slice_files
 from smpo_schemas.reject_kinds import RejectKind
-from smpo_schemas.rejects import Reject, read_rejects, write_rejects
+from smpo_schemas.rejects import REJECTS_FILE, Reject, read_rejects, write_rejects
 from smpo_schemas.scoring.scores import IMAGE_IDS
 
 _UNIT_ROWS = 512
-_REJECTS = "rejected.parquet"
 _Row = tuple[str, Pair | PairRejectedError]
 
 
@@ -89,11 +88,11 @@ class Extractor:
                 records = self._embed_units(run, units, layouts, flag)
                 entries = [records[unit].entry for unit in range(len(units))]
                 write_rejects(
-                    out / _REJECTS, [reject for unit in range(len(units)) for reject in records[unit].rejects]
+                    out / REJECTS_FILE, [reject for unit in range(len(units)) for reject in records[unit].rejects]
                 )
                 write_json(out / MARKER, {"parts": [entry["name"] for entry in entries if entry]})
                 run.finish()
-        rejects = read_rejects(out / _REJECTS)
+        rejects = read_rejects(out / REJECTS_FILE)
         parts = sorted(out.glob("embeddings-*.parquet"))
         if not parts:
             raise UserError(f"{flag}: no pair could be embedded; the first: {rejects[0].source}: {rejects[0].reason}")

@@ -19,9 +19,8 @@ from smpo_pipeline.inspection.pairs import print_rejects
 from smpo_pipeline.terminal import QUANTILE_NAMES, counted, facts, make_table, percent, quantile_cells
 from smpo_schemas.labels import TIE
 from smpo_schemas.preference.minmax import minmax
-from smpo_schemas.rejects import Reject, read_rejects
+from smpo_schemas.rejects import REJECTS_FILE, Reject, read_rejects
 from smpo_schemas.scoring.scores import (
-    REJECTS_FILE,
     ScoresInfo,
     label_agreement,
     read_scores,

@@ -19,8 +19,8 @@ from smpo_pipeline.selection.report import print_selection
 from smpo_pipeline.terminal import histogram
 from smpo_schemas.generation.selection import PAIRS_FILE, SCORES_FOLDER, SelectionInfo, read_selection
 from smpo_schemas.pairs import Pair, PairRejectedError, layouts_of, list_pair_files, read_rows, slice_files
-from smpo_schemas.rejects import Reject, read_rejects
-from smpo_schemas.scoring.scores import REJECTS_FILE, read_scores, read_scores_info
+from smpo_schemas.rejects import REJECTS_FILE, Reject, read_rejects
+from smpo_schemas.scoring.scores import read_scores, read_scores_info
 
 _BINS = 10
 

@@ -12,7 +12,6 @@ from smpo_pipeline.jobs.record.run_record import Run, UnitRecord
 from smpo_schemas.inversion_settings import InversionSettings
 from smpo_schemas.manifest import (
     MANIFEST_VERSION,
-    REJECTS_FILE,
     TEXT_FOLDER,
     Manifest,
     ShardEntry,
@@ -20,7 +19,7 @@ from smpo_schemas.manifest import (
     autocast_arithmetic,
     read_manifest,
 )
-from smpo_schemas.rejects import count_reasons, write_rejects
+from smpo_schemas.rejects import REJECTS_FILE, count_reasons, write_rejects
 from smpo_schemas.shards.index import INDEX_FILE, write_index
 from smpo_schemas.shards.reader import ShardDirectory
 

@@ -33,11 +33,10 @@ from smpo_pipeline.rewards import Reward, load_reward
 from smpo_pipeline.rewards.networks.clip import ClipCosineReward, clip_of
 from smpo_schemas.frozen import StoredFile
 from smpo_schemas.pairs import ReadingChoices
-from smpo_schemas.rejects import Reject, write_rejects
+from smpo_schemas.rejects import REJECTS_FILE, Reject, write_rejects
 from smpo_schemas.scoring.refresh import (
     HEAD_FILE,
     REFRESH_FILE,
-    REFRESH_REJECTS_FILE,
     REFRESH_VERSION,
     RefreshInfo,
     RefreshMeasures,
@@ -176,6 +175,6 @@ def _write(options: RefreshOptions, info: RefreshInfo, v_D: np.ndarray, rejects:
         if (out / REFRESH_FILE).is_file() and not options.overwrite and read_refresh(out) != info:
             raise UserError(f"{out} holds another refreshed reward; use another --out, or replace it with --overwrite")
         write_bytes(out / HEAD_FILE, head)
-        write_rejects(out / REFRESH_REJECTS_FILE, rejects)
+        write_rejects(out / REJECTS_FILE, rejects)
         write_refresh(out, info)
     return info

@@ -7,7 +7,7 @@ from rich.console import Console
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.terminal import counted, facts
 from smpo_schemas.generation.selection import SelectionInfo
-from smpo_schemas.scoring.scores import REJECTS_FILE
+from smpo_schemas.rejects import REJECTS_FILE
 
 
 def print_selection(info: SelectionInfo, out: AnyPath, console: Console) -> None:

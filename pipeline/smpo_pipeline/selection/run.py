@@ -42,9 +42,9 @@ from smpo_schemas.generation.selection import (
 from smpo_schemas.pairs import PairFile, layouts_of, list_pair_files
 from smpo_schemas.preference.scales import calibrated_temperatures, refuse_unused_ranges, with_ranges
 from smpo_schemas.preference.winrate import WinRate
-from smpo_schemas.rejects import count_reasons, write_rejects
+from smpo_schemas.rejects import REJECTS_FILE, count_reasons, write_rejects
 from smpo_schemas.scoring.calibration import read_calibration
-from smpo_schemas.scoring.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo, read_scores, read_scores_info
+from smpo_schemas.scoring.scores import SCORES_FILE, ScoresInfo, read_scores, read_scores_info
 
 _OWN_FLAGS = {"dominated_only": False, "loser": "last", "judge": "rewards"}
 """Flags that only some methods use, with their defaults."""

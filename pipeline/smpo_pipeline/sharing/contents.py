@@ -10,11 +10,10 @@ from smpo_common.errors import UserError
 from smpo_models.sampling import sampling_in_words
 from smpo_models.sharing.card import shared_name
 from smpo_schemas.generation.candidates import CANDIDATES_FILE, read_candidates
-from smpo_schemas.generation.candidates import REJECTS_FILE as CANDIDATES_REJECTS
 from smpo_schemas.generation.selection import PAIRS_FILE, SCORES_FOLDER, SELECTION_FILE, read_selection
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, read_manifest
-from smpo_schemas.manifest import REJECTS_FILE as SHARDS_REJECTS
-from smpo_schemas.scoring.scores import REJECTS_FILE, SCORES_FILE, RewardStatistics, read_scores_info
+from smpo_schemas.rejects import REJECTS_FILE
+from smpo_schemas.scoring.scores import SCORES_FILE, RewardStatistics, read_scores_info
 from smpo_schemas.shards.text import TEXT_INDEX
 
 Facts = list[tuple[str, object]]
@@ -82,7 +81,7 @@ def _shards(folder: Path) -> Contents:
         totals.pairs,
         facts,
         f"smpo-train --shards DATA --model {shared_name(manifest.model.id)} --out tuned",
-        _existing(folder, names, SHARDS_REJECTS),
+        _existing(folder, names, REJECTS_FILE),
     )
 
 
@@ -141,7 +140,7 @@ def _candidates(folder: Path) -> Contents:
         sum(part.rows for part in record.parts),
         facts,
         "smpo-pipeline score --pairs DATA --reward pickscore --out scores",
-        _existing(folder, names, CANDIDATES_REJECTS),
+        _existing(folder, names, REJECTS_FILE),
     )
 
 

@@ -14,10 +14,10 @@ from smpo_common.files import Count, FileName, read_versioned, write_json
 from smpo_common.store_path import AnyPath
 from smpo_schemas.choices import Dtype
 from smpo_schemas.frozen import FrozenModel, StoredFile
+from smpo_schemas.rejects import REJECTS_FILE
 
 CANDIDATES_VERSION = 1
 CANDIDATES_FILE = "candidates.json"
-REJECTS_FILE = "rejected.parquet"
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 

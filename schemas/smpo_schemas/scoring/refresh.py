@@ -9,7 +9,6 @@ from smpo_schemas.frozen import FrozenModel, StoredFile
 REFRESH_VERSION = 1
 REFRESH_FILE = "refresh.json"
 HEAD_FILE = "head.safetensors"
-REFRESH_REJECTS_FILE = "rejected.parquet"
 
 
 class RefreshMeasures(FrozenModel):

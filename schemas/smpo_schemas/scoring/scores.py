@@ -28,7 +28,6 @@ from smpo_schemas.pairs.layout import FURTHER
 SCORES_VERSION = 1
 SCORES_FILE = "scores.json"
 PART_FILES = "scores-*.parquet"
-REJECTS_FILE = "rejected.parquet"
 REWARD_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 """Pattern of a reward's name NAME; its columns are NAME_0 and NAME_1."""
 

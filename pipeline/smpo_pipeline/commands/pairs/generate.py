@@ -11,7 +11,8 @@ from smpo_common.files import write_json
 from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.record.batch_sizes import pop_batch_sizes
 from smpo_pipeline.terminal import format_bytes, print_next
-from smpo_schemas.generation.candidates import CANDIDATES_FILE, REJECTS_FILE
+from smpo_schemas.generation.candidates import CANDIDATES_FILE
+from smpo_schemas.rejects import REJECTS_FILE
 
 if TYPE_CHECKING:
     from smpo_pipeline.planning.generation import GenerationPlan

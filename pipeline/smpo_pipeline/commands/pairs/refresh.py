@@ -7,7 +7,8 @@ from rich.console import Console
 from smpo_common.errors import one_line
 from smpo_pipeline.refreshing.options import RefreshOptions
 from smpo_pipeline.terminal import make_table, print_next
-from smpo_schemas.scoring.refresh import REFRESH_REJECTS_FILE, RefreshInfo
+from smpo_schemas.rejects import REJECTS_FILE
+from smpo_schemas.scoring.refresh import RefreshInfo
 
 
 def refresh(options: RefreshOptions) -> None:
@@ -27,7 +28,7 @@ def refresh(options: RefreshOptions) -> None:
     info = run(options, console)
     options.write(options.out)
     show(console, info)
-    rejects = f"; {info.rejected} rejected ({options.out / REFRESH_REJECTS_FILE})" if info.rejected else ""
+    rejects = f"; {info.rejected} rejected ({options.out / REJECTS_FILE})" if info.rejected else ""
     pairs = f"{info.human_pairs} human pairs and {info.comparisons} comparisons with samples{rejects}"
     console.print(f"{pairs}: {options.out}", highlight=False, soft_wrap=True)
     score = ("smpo-pipeline", "score", "--pairs", *options.candidates, "--reward", f"refreshed={options.out}")

@@ -9,7 +9,8 @@ from smpo_common.store_path import AnyPath
 from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.terminal import print_next
 from smpo_schemas.generation.candidates import CANDIDATES_FILE
-from smpo_schemas.scoring.scores import REJECTS_FILE, SCORES_FILE, ScoresInfo
+from smpo_schemas.rejects import REJECTS_FILE
+from smpo_schemas.scoring.scores import SCORES_FILE, ScoresInfo
 
 _MOST_SHOWN = 4
 """Most paths of pairs in the next command that is printed."""

@@ -41,14 +41,13 @@ from smpo_schemas.generation.candidates import (
     CANDIDATES_FILE,
     CANDIDATES_VERSION,
     NOT_CARRIED,
-    REJECTS_FILE,
     Candidates,
     CandidatesPart,
     GenerationSettings,
     read_candidates,
     write_candidates,
 )
-from smpo_schemas.rejects import count_reasons, write_rejects
+from smpo_schemas.rejects import REJECTS_FILE, count_reasons, write_rejects
 
 _PATTERNS = ("candidates-*.parquet", "latents-*.safetensors", REJECTS_FILE)
 

@@ -20,8 +20,8 @@ from smpo_pipeline.jobs.record.run_record import (
 )
 from smpo_schemas.generation.candidates import CANDIDATES_FILE, read_candidates
 from smpo_schemas.manifest import MANIFEST_FILE, TEXT_FOLDER, read_manifest
-from smpo_schemas.rejects import count_reasons, read_rejects
-from smpo_schemas.scoring.scores import REJECTS_FILE, SCORES_FILE, read_scores_info
+from smpo_schemas.rejects import REJECTS_FILE, count_reasons, read_rejects
+from smpo_schemas.scoring.scores import SCORES_FILE, read_scores_info
 
 
 @dataclass(frozen=True)

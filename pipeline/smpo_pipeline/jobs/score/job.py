@@ -29,9 +29,9 @@ from smpo_pipeline.options import absolute_spec
 from smpo_pipeline.rewards import Reward, load_reward, parse_reward
 from smpo_schemas.label_file import read_labels
 from smpo_schemas.pairs import FURTHER, RowRange, layouts_of, list_pair_files, slice_files
+from smpo_schemas.rejects import REJECTS_FILE
 from smpo_schemas.scoring.scores import (
     PART_FILES,
-    REJECTS_FILE,
     SCORES_FILE,
     SCORES_VERSION,
     ScoresInfo,

@@ -26,10 +26,9 @@ from smpo_pipeline.jobs.score.pair_ids import PairIds
 from smpo_schemas.label_file import PairVotes, with_labels
 from smpo_schemas.pairs.layout import FURTHER
 from smpo_schemas.reject_kinds import RejectKind
-from smpo_schemas.rejects import read_rejects, write_rejects
+from smpo_schemas.rejects import REJECTS_FILE, read_rejects, write_rejects
 from smpo_schemas.scoring.scores import (
     IMAGE_IDS,
-    REJECTS_FILE,
     SCORES_VERSION,
     ScoresInfo,
     ScoresPart,
