@@ -35,7 +35,7 @@ class HPDv3(Layout):
         confidence, least = row.get("confidence"), self.choices.min_confidence
         if least is not None and isinstance(confidence, (int, float)) and not confidence >= least:
             raise PairRejectedError(f"{RejectKind.LOW_CONFIDENCE}: {confidence:g} is below {least:g}")
-        counts = row.get("choice_dist")
+        counts: Any = row.get("choice_dist")
         try:
             total = float(sum(counts))
         except (TypeError, OverflowError):  # not a list of numbers, or beyond any float
