@@ -65,12 +65,7 @@ def run_training(settings: TrainSettings) -> None:
     identity = on_main(accelerator, lambda: experiment.identity(states_per_step))
     for line in [*experiment.describe(states_per_step), *remarks(experiment, states_per_step)]:
         console.say(line)
-    output = OutputFolder(
-        settings.out,
-        settings.output.checkpoints_total_limit,
-        keep_checkpoints=settings.output.keep_checkpoints,
-        reach=USUAL_STEPS if settings.safeguards.on_spike == "rollback" else 0,
-    )
+    output = _output_folder(settings)
     stopped_by = 0
     with ExitStack() as stack:
         # Only the main process writes into the folder, so it alone takes the lock.
@@ -105,6 +100,15 @@ def run_training(settings: TrainSettings) -> None:
     if repository and accelerator.is_main_process:
         # After the last collective: an upload may outlast the time that processes wait for each other.
         push_result(settings, repository, console.say)
+
+
+def _output_folder(settings: TrainSettings) -> OutputFolder:
+    return OutputFolder(
+        settings.out,
+        settings.output.checkpoints_total_limit,
+        keep_checkpoints=settings.output.keep_checkpoints,
+        reach=USUAL_STEPS if settings.safeguards.on_spike == "rollback" else 0,
+    )
 
 
 def _train(
