@@ -36,6 +36,7 @@ from benchmarks.experiments.experiment import (
 )
 from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.toy.world import captions_of
+from smpo_schemas.scoring.refresh import read_refresh
 
 CANDIDATES = 6
 HUMAN_PAIRS = 600
@@ -138,6 +139,24 @@ def seeds_of(work: Path, beta: int) -> Iterator[tuple[str, Path]]:
         yield LONG, named(work, f"long-s{seed}", train_longer(work, plain, beta, seed, 2 * STEPS))
 
 
+def refresh_rows(work: Path, beta: int) -> list[str]:
+    """Make a row for each refreshed reward: what it was chosen and measured to be."""
+    rows = []
+    for seed in SEEDS:
+        for number in (0, 1):
+            info = read_refresh(work / "rounds" / f"apo-b{beta}-s{seed}" / f"round-00{number}/refreshed")
+            before, after = info.before, info.after
+            cells = [
+                f"{info.l2:g}",
+                f"{100 * before.agreement:.1f}, {100 * after.agreement:.1f}",
+                f"{before.log_loss:.4f}, {after.log_loss:.4f}",
+                f"{100 * before.golden_over_sample:.1f}, {100 * after.golden_over_sample:.1f}",
+                f"{info.change:.4f}",
+            ]
+            rows.append(f"| {seed}, round {number} | {' | '.join(cells)} |")
+    return rows
+
+
 def write(work: Path, beta: int, selection: list[str], target: Path) -> None:
     """Evaluate all models on the test prompts and write the page."""
     models: dict[str, list[Path]] = {}
@@ -169,6 +188,15 @@ seeds, {results.num_images} images of {results.num_prompts} prompts each:
 
 {head("compared, seed by seed", "win rate % (95 %)", "difference of the true reward (95 %)")}
 {chr(10).join(comparison_row(report, models, *each) for each in COMPARED)}
+
+## What refreshing changed
+
+For each seed and round: the L2 penalty that held-out loss chose (of 0.00001 to 100); before and after the refresh, how
+often the reward agrees with held-out labels, its log-loss on them, and how often it prefers people's choices to the
+round's images; and the mean change of P(image_0 preferred):
+
+{head("seed", "L2", "agreement %", "log-loss", "choices over images %", "change")}
+{chr(10).join(refresh_rows(work, beta))}
 
 ## How beta was chosen
 
