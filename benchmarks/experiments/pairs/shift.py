@@ -3,8 +3,8 @@
 The embedded world's 600 pairs, shifted on purpose: every label of a caption with a small shape is flipped. A third of
 the pairs with a large shape is golden, known to be right and of the kind that the model shall serve; all others come
 from one source of which nothing is known. DPO on the labels as they are, on the golden pairs alone, with DoRA's loss
-(`--robust`), with its weights (`weigh`), and with both. For each, beta is chosen on validation prompts of the golden
-kind with a training seed of its own, then three other seeds are evaluated on test prompts of that kind, and of the
+(`--robust`), with its weights (`weigh`), and with both. For each, beta and learning rate are chosen on validation prompts
+of the golden kind with a training seed of its own, then three other seeds are evaluated on test prompts of that kind, and of the
 other one, under the true reward.
 
     python -m benchmarks.experiments.pairs.shift --work DIR
@@ -34,6 +34,7 @@ from smpo_schemas.scoring.weights import WeightsInfo, read_weights
 
 BETAS = (10, 30, 100, 300, 1000, 3000)
 STEPS, LR, BATCH = 80, "5e-5", 24
+SLOW_LR, SLOW_BETAS = "2e-5", (100, 300, 1000)
 TRAINING = (
     *("--max-steps", STEPS, "--batch-size", BATCH, "--warmup-steps", 5),
     *("--lr", LR, "--lr-schedule", "cosine"),
@@ -112,7 +113,18 @@ def make_ways(work: Path) -> Ways:
         "weighed": weighed,
         "both": (*robust, *weighed),
     }
-    return {name: make_settings(name, BETAS, [("--objective", "dpo", *each)], "shift") for name, each in flags.items()}
+    ways: dict[str, list[Setting]] = {}
+    for name, each in flags.items():
+        dpo = ("--objective", "dpo", *each)
+        slow = make_settings(f"{name}-slow", SLOW_BETAS, [(*dpo, "--lr", SLOW_LR)], "shift")
+        ways[name] = make_settings(name, BETAS, [dpo], "shift") + slow
+    return ways
+
+
+def in_words(setting: Setting) -> str:
+    """Write what was chosen of a setting."""
+    condition, beta = setting
+    return f"`--beta {beta} --lr {SLOW_LR if SLOW_LR in condition.flags else LR}`"
 
 
 def kind_section(work: Path, models: dict[str, list[Path]], kind: str, images: int) -> str:
@@ -145,7 +157,7 @@ def write(work: Path, weights: WeightsInfo, chosen: dict[str, Setting], selectio
 The embedded world's 600 pairs; labels of captions with a small shape are flipped. {weights.golden} of the pairs with a
 large shape are golden; the other {source.pairs} pairs are one source. `dpo` learns from all labels, `golden` from the
 golden pairs alone, `robust` with `--robust 1`, `weighed` with the weights of `weigh`, `both` with both. {STEPS} steps
-of {BATCH} pairs, lr {LR}, all weights trained. Images are drawn by 16 DDIM steps at guidance 1, by each model from the
+of {BATCH} pairs, lr {LR} unless another is named, all weights trained. Images are drawn by 16 DDIM steps at guidance 1, by each model from the
 same noise. Intervals are 95 % bootstraps over prompts (a prompt's images, of all seeds, belong together); they do not
 cover the choice of training seeds, so each seed's win rate is listed too.
 
@@ -154,7 +166,7 @@ of {source.calibration_error:.3f}; the weights count as {weights.effective_size:
 largest is {weights.max:.2f}. It can see this shift, since golden captions have large shapes only. Labels that are wrong
 at random, or for pictures that golden pairs have as often, leave no trace in images and captions.
 
-Chosen settings: {"; ".join(f"{way}: `--beta {setting[1]}`" for way, setting in chosen.items())}.
+Chosen settings: {"; ".join(f"{way}: {in_words(setting)}" for way, setting in chosen.items())}.
 
 {(chr(10) * 2).join(sections)}
 
