@@ -3,13 +3,13 @@
 The embedded world's 600 pairs, shifted on purpose: every label of a caption with a small shape is flipped. A third of
 the pairs with a large shape is golden, known to be right and of the kind that the model shall serve; all others come
 from one source of which nothing is known. DPO on the labels as they are, on the golden pairs alone, with DoRA's loss
-(`--robust`), with its weights (`weigh`), and with both. For each, beta and learning rate are chosen on validation prompts
-of the golden kind with a training seed of its own, then three other seeds are evaluated on test prompts of that kind, and of the
-other one, under the true reward.
+(`--robust`), with its weights (`weigh`), and with both. For each, beta and learning rate are chosen on validation
+prompts of the golden kind with a training seed of its own, then three other seeds are evaluated on test prompts of that
+kind, and of the other one, under the true reward.
 
     python -m benchmarks.experiments.pairs.shift --work DIR
 
-About thirty minutes on one core. An interrupted stage continues, and a finished one is kept. With --prepare it ends
+About an hour on one core. An interrupted stage continues, and a finished one is kept. With --prepare it ends
 when the pairs are weighed and inverted.
 """
 
@@ -157,9 +157,9 @@ def write(work: Path, weights: WeightsInfo, chosen: dict[str, Setting], selectio
 The embedded world's 600 pairs; labels of captions with a small shape are flipped. {weights.golden} of the pairs with a
 large shape are golden; the other {source.pairs} pairs are one source. `dpo` learns from all labels, `golden` from the
 golden pairs alone, `robust` with `--robust 1`, `weighed` with the weights of `weigh`, `both` with both. {STEPS} steps
-of {BATCH} pairs, lr {LR} unless another is named, all weights trained. Images are drawn by 16 DDIM steps at guidance 1, by each model from the
-same noise. Intervals are 95 % bootstraps over prompts (a prompt's images, of all seeds, belong together); they do not
-cover the choice of training seeds, so each seed's win rate is listed too.
+of {BATCH} pairs, lr {LR} unless another is named, all weights trained. Images are drawn by 16 DDIM steps at guidance 1,
+by each model from the same noise. Intervals are 95 % bootstraps over prompts (a prompt's images, of all seeds, belong
+together); they do not cover the choice of training seeds, so each seed's win rate is listed too.
 
 The classifier of `weigh` (image and caption, not labels) has a held-out AUC of {source.auc:.3f} and a calibration error
 of {source.calibration_error:.3f}; the weights count as {weights.effective_size:.0f} equal ones of {weights.pairs}, the
