@@ -3,9 +3,9 @@
 The embedded world's 600 pairs, shifted on purpose: every label of a caption with a small shape is flipped. A third of
 the pairs with a large shape is golden, known to be right and of the kind that the model shall serve; all others come
 from one source of which nothing is known. DPO on the labels as they are, on the golden pairs alone, with DoRA's loss
-(`--robust`), with its weights (`weigh`), and with both. For each, beta and learning rate are chosen on validation
-prompts of the golden kind with a training seed of its own, then three other seeds are evaluated on test prompts of that
-kind, and of the other one, under the true reward.
+(`--robust`), with its weights (`weigh`), with both, and without the flipped pairs, which nobody could know. For each,
+beta and learning rate are chosen on validation prompts of the golden kind with a training seed of its own, then three
+other seeds are evaluated on test prompts of that kind, and of the other one, under the true reward.
 
     python -m benchmarks.experiments.pairs.shift --work DIR
 
@@ -16,17 +16,21 @@ when the pairs are weighed and inverted.
 from __future__ import annotations
 
 import argparse
+import io
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from benchmarks.experiments.experiment import BASE, COLUMNS, TRUTH, comparison_row, head, make_world, row, run, score
 from benchmarks.experiments.objectives import SEEDS, judge, train
 from benchmarks.experiments.settings import Setting, Ways, choose, make_settings, tried_section
 from benchmarks.page import RESULTS, stamp, write_page
 from smpo_pipeline.evaluation.results import Results
+from smpo_pipeline.toy.truth import true_reward
 from smpo_pipeline.toy.world import scene_of
 from smpo_pipeline.weighing.table import write_column
 from smpo_schemas.scoring.scores import read_scores, read_scores_info
@@ -51,7 +55,7 @@ def shift_pairs(work: Path) -> tuple[Path, dict[str, float]]:
     """Write the shifted pairs; returns their file, and by pair_id 1 for golden pairs and 0 for others."""
     table = pa.concat_tables([pq.read_table(file) for file in sorted((work / "world/pairs").glob("*.parquet"))])
     prompts = table["caption"].to_pylist()
-    large = np.array([scene_of(prompt).size == KINDS[0] for prompt in prompts])
+    large = is_golden_kind(prompts)
     label = table["label_0"].to_numpy()
     pair_ids = [str(number) for number in table["ranking_id"].to_pylist()]
     columns = {
@@ -99,7 +103,39 @@ def prepare(work: Path) -> WeightsInfo:
     )
     common = ("--pairs", pairs, "--scores", scores, "--model", work / "world/model")
     run("smpo-pipeline", "invert", *common, "--out", work / "shards-shift")
+    # In a table of its own: a further column would change the one that the shards were made with.
+    oracle = work / "scores-oracle"
+    shutil.copytree(scores, oracle, dirs_exist_ok=True)
+    table = read_scores(oracle, info := read_scores_info(oracle), ["pair_id", "prompt"])
+    write_column(oracle, info, "right", is_golden_kind(table["prompt"].to_pylist()).astype(float))
     return read_weights(scores)
+
+
+def is_golden_kind(prompts: list[str]) -> np.ndarray:
+    """Whether each prompt is of the golden kind: bool [N]."""
+    return np.array([scene_of(prompt).size == KINDS[0] for prompt in prompts])
+
+
+def labels_in_words(work: Path) -> str:
+    """Compare the labels with the true reward; return a sentence."""
+    pairs = pq.read_table(work / "shifted/pairs.parquet")
+    table = read_scores(work / "scores-shift", read_scores_info(work / "scores-shift"), ["pair_id", "weight"])
+    weight = dict(zip(table["pair_id"].to_pylist(), table["weight"].to_pylist(), strict=True))
+    prompts, label_P = pairs["prompt"].to_pylist(), pairs["label"].to_numpy()
+    rewards = [
+        true_reward(
+            [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in pairs[column].to_pylist()], prompts
+        )
+        for column in ("image_0", "image_1")
+    ]
+    weight_P = np.array([weight[pair_id] for pair_id in pairs["pair_id"].to_pylist()])
+    right_P, decided_P = (rewards[0] > rewards[1]) == (label_P > 0.5), label_P != 0.5
+    plain, weighed = right_P[decided_P].mean(), np.average(right_P[decided_P], weights=weight_P[decided_P])
+    share = weight_P[is_golden_kind(prompts)].sum() / weight_P.sum()
+    return (
+        f"Of the labels {100 * plain:.0f} % agree with the true reward, {100 * weighed:.0f} % of them by weight: the "
+        f"pairs with a large\nshape have {100 * share:.0f} % of the weight."
+    )
 
 
 def make_ways(work: Path) -> Ways:
@@ -112,6 +148,7 @@ def make_ways(work: Path) -> Ways:
         "robust": robust,
         "weighed": weighed,
         "both": (*robust, *weighed),
+        "oracle": ("--scores", str(work / "scores-oracle"), "--weight-column", "right"),
     }
     ways: dict[str, list[Setting]] = {}
     for name, each in flags.items():
@@ -133,7 +170,7 @@ def kind_section(work: Path, models: dict[str, list[Path]], kind: str, images: i
     results = judge(work, report.name, flat, prompts_of(work, "test", kind), images, 1)
     rows = [row(report, way, [model.name for model in group]) for way, group in models.items()]
     compared = [comparison_row(report, models, way, "dpo") for way in models if way != "dpo"]
-    compared.append(comparison_row(report, models, "both", "golden"))
+    compared += [comparison_row(report, models, *two) for two in (("both", "golden"), ("weighed", "oracle"))]
     title = "the golden kind" if kind == KINDS[0] else "whose labels were flipped"
     return f"""## Test prompts with {kind} shapes, {title}
 
@@ -156,15 +193,17 @@ def write(work: Path, weights: WeightsInfo, chosen: dict[str, Setting], selectio
 
 The embedded world's 600 pairs; labels of captions with a small shape are flipped. {weights.golden} of the pairs with a
 large shape are golden; the other {source.pairs} pairs are one source. `dpo` learns from all labels, `golden` from the
-golden pairs alone, `robust` with `--robust 1`, `weighed` with the weights of `weigh`, `both` with both. {STEPS} steps
-of {BATCH} pairs, lr {LR} unless another is named, all weights trained. Images are drawn by 16 DDIM steps at guidance 1,
-by each model from the same noise. Intervals are 95 % bootstraps over prompts (a prompt's images, of all seeds, belong
-together); they do not cover the choice of training seeds, so each seed's win rate is listed too.
+golden pairs alone, `robust` with `--robust 1`, `weighed` with the weights of `weigh`, `both` with both, `oracle` from
+all pairs with a large shape, the others having weight 0. {STEPS} steps of {BATCH} pairs, lr {LR} unless another is
+named, all weights trained. Images are drawn by 16 DDIM steps at guidance 1, by each model from the same noise.
+Intervals are 95 % bootstraps over prompts (a prompt's images, of all seeds, belong together); they do not cover the
+choice of training seeds, so each seed's win rate is listed too.
 
 The classifier of `weigh` (image and caption, not labels) has a held-out AUC of {source.auc:.3f} and a calibration error
 of {source.calibration_error:.3f}; the weights count as {weights.effective_size:.0f} equal ones of {weights.pairs}, the
-largest is {weights.max:.2f}. It can see this shift, since golden captions have large shapes only. Labels that are wrong
-at random, or for pictures that golden pairs have as often, leave no trace in images and captions.
+largest is {weights.max:.2f}. {labels_in_words(work)}
+It can see this shift, since golden captions have large shapes only. Labels that are wrong at random, or for pictures
+that golden pairs have as often, leave no trace in images and captions.
 
 Chosen settings: {"; ".join(f"{way}: {in_words(setting)}" for way, setting in chosen.items())}.
 
