@@ -35,6 +35,7 @@ from benchmarks.experiments.experiment import (
     run,
 )
 from benchmarks.page import RESULTS, stamp, write_page
+from smpo_pipeline.calibration.logistic import PENALTIES
 from smpo_pipeline.toy.world import captions_of
 from smpo_schemas.scoring.refresh import read_refresh
 
@@ -140,7 +141,7 @@ def seeds_of(work: Path, beta: int) -> Iterator[tuple[str, Path]]:
 
 
 def refresh_rows(work: Path, beta: int) -> list[str]:
-    """Make a row for each refreshed reward: what it was chosen and measured to be."""
+    """Make a row for each refreshed reward: its chosen penalty, and measures before and after."""
     rows = []
     for seed in SEEDS:
         for number in (0, 1):
@@ -191,9 +192,9 @@ seeds, {results.num_images} images of {results.num_prompts} prompts each:
 
 ## What refreshing changed
 
-For each seed and round: the L2 penalty that held-out loss chose (of 0.00001 to 100); before and after the refresh, how
-often the reward agrees with held-out labels, its log-loss on them, and how often it prefers people's choices to the
-round's images; and the mean change of P(image_0 preferred):
+For each seed and round: the L2 penalty that held-out loss chose (of {min(PENALTIES):g} to {max(PENALTIES):g}); before
+and after the refresh, how often the reward agrees with held-out labels, its log-loss on them, and how often it prefers
+people's choices to the round's images; and the mean change of P(image_0 preferred):
 
 {head("seed", "L2", "agreement %", "log-loss", "choices over images %", "change")}
 {chr(10).join(refresh_rows(work, beta))}

@@ -3,9 +3,9 @@
 The embedded world's 600 pairs, shifted on purpose: every label of a caption with a small shape is flipped. A third of
 the pairs with a large shape is golden, known to be right and of the kind that the model shall serve; all others come
 from one source of which nothing is known. DPO on the labels as they are, on the golden pairs alone, with DoRA's loss
-(`--robust`), with its weights (`weigh`), with both, and without the flipped pairs, which nobody could know. For each,
-beta and learning rate are chosen on validation prompts of the golden kind with a training seed of its own, then three
-other seeds are evaluated on test prompts of that kind, and of the other one, under the true reward.
+(`--robust`), with its weights (`weigh`), with both, and without the flipped pairs, which are not known in practice. For
+each, beta and learning rate are chosen on validation prompts of the golden kind with a training seed of its own, then
+three other seeds are evaluated on test prompts of that kind, and of the other one, under the true reward.
 
     python -m benchmarks.experiments.pairs.shift --work DIR
 
@@ -116,7 +116,7 @@ def is_golden_kind(prompts: list[str]) -> np.ndarray:
     return np.array([scene_of(prompt).size == KINDS[0] for prompt in prompts])
 
 
-def labels_in_words(work: Path) -> str:
+def describe_labels(work: Path) -> str:
     """Compare the labels with the true reward; return a sentence."""
     pairs = pq.read_table(work / "shifted/pairs.parquet")
     table = read_scores(work / "scores-shift", read_scores_info(work / "scores-shift"), ["pair_id", "weight"])
@@ -158,8 +158,8 @@ def make_ways(work: Path) -> Ways:
     return ways
 
 
-def in_words(setting: Setting) -> str:
-    """Write what was chosen of a setting."""
+def describe_chosen(setting: Setting) -> str:
+    """Write the chosen beta and learning rate as flags."""
     condition, beta = setting
     return f"`--beta {beta} --lr {SLOW_LR if SLOW_LR in condition.flags else LR}`"
 
@@ -201,11 +201,11 @@ choice of training seeds, so each seed's win rate is listed too.
 
 The classifier of `weigh` (image and caption, not labels) has a held-out AUC of {source.auc:.3f} and a calibration error
 of {source.calibration_error:.3f}; the weights count as {weights.effective_size:.0f} equal ones of {weights.pairs}, the
-largest is {weights.max:.2f}. {labels_in_words(work)}
+largest is {weights.max:.2f}. {describe_labels(work)}
 It can see this shift, since golden captions have large shapes only. Labels that are wrong at random, or for pictures
 that golden pairs have as often, leave no trace in images and captions.
 
-Chosen settings: {"; ".join(f"{way}: {in_words(setting)}" for way, setting in chosen.items())}.
+Chosen settings: {"; ".join(f"{way}: {describe_chosen(setting)}" for way, setting in chosen.items())}.
 
 {(chr(10) * 2).join(sections)}
 

@@ -144,7 +144,7 @@ def _add(denoiser: Any, lora: Lora, of: str) -> None:  # noqa: ANN401
     """
     if not hasattr(denoiser, "load_lora_adapter"):
         raise UserError(f"{lora.what}: diffusers has no LoRA for the denoiser of {of} ({type(denoiser).__name__})")
-    # diffusers logs over many lines which layers do not fit, and goes on without them.
+    # diffusers logs over many lines which layers do not fit, and continues without them.
     logger = logging.getLogger("diffusers.loaders.peft")
     logger.disabled = True
     try:

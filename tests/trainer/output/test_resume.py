@@ -315,8 +315,12 @@ def test_checkpoint_holds_no_pickle_and_damage_is_named(
         assert "checkpoint-000003 cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("limit", [1, 3])
-def test_the_number_of_checkpoints_is_limited(train: Train, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+@pytest.mark.parametrize(
+    ("limit", "on_spike", "steps"), [(1, "continue", [5]), (3, "continue", [3, 4, 5]), (1, "rollback", [0, 5])]
+)
+def test_the_number_of_checkpoints_is_limited(
+    train: Train, monkeypatch: pytest.MonkeyPatch, limit: int, on_spike: str, steps: list[int]
+) -> None:
     kept: list[list[str]] = []
     save = Checkpoints.save
 
@@ -326,5 +330,5 @@ def test_the_number_of_checkpoints_is_limited(train: Train, monkeypatch: pytest.
         return path
 
     monkeypatch.setattr(Checkpoints, "save", look)
-    train(**OPTIONS, checkpoints_total_limit=limit)
-    assert kept[-1] == [f"checkpoint-{step:06d}" for step in range(6 - limit, 6)]
+    train(**OPTIONS, checkpoints_total_limit=limit, on_spike=on_spike)
+    assert kept[-1] == [f"checkpoint-{step:06d}" for step in steps]

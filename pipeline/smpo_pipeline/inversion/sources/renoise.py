@@ -16,7 +16,7 @@ from smpo_pipeline.inversion.step import Predict, Step
 def renoise_visits(batch: Batch) -> Iterator[Visit]:
     """Carry x0 along the sampling trajectory, node by node, with the solver that the settings name.
 
-    With ``--start T``, nodes up to T are reached by forward noising with one Gaussian noise per pair; inversion goes on
+    With ``--start T``, nodes up to T are reached by forward noising with one Gaussian noise per pair; inversion starts
     from there.
     """
     settings, schedule = batch.settings, batch.noise_schedule
