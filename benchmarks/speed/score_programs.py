@@ -187,7 +187,7 @@ def run_job(pairs: Sequence[Path], specs: Sequence[str], count: int, dtype: str,
         return watch.cost
 
 
-def make_pairs(path: Path, count: int, side: int, images_a_prompt: int = 2) -> Path:
+def make_pairs(path: Path, count: int, side: int, images_per_prompt: int = 2) -> Path:
     """Write pairs of smooth random JPEGs in Pick-a-Pic columns, with captions of 10 to 14 tokens."""
     generator = np.random.default_rng(0)
     colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
@@ -195,7 +195,7 @@ def make_pairs(path: Path, count: int, side: int, images_a_prompt: int = 2) -> P
     while len(rows) < count:
         words = [f"a {generator.choice(colours)} {generator.choice(shapes)}" for _ in range(2)]
         images = []
-        for _ in range(images_a_prompt):
+        for _ in range(images_per_prompt):
             coarse = generator.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8)
             buffer = io.BytesIO()
             Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)

@@ -82,12 +82,12 @@ def test_a_plan_is_printed_and_written_as_json(inputs, tmp_path, capfd):
     assert (own["pairs"], own["shards"], own["states"]) == (10, 3, 10 * 2 * 3)
     assert (million["pairs"], million["shards"], more["pairs"]) == (10**6, 250_000, 10**8)
     for projection in (own, million, more):
-        hours = projection["pairs"] / plan["pairs_a_second"] / 3600
+        hours = projection["pairs"] / plan["pairs_per_second"] / 3600
         assert projection["device_hours"] == pytest.approx(hours)
         assert projection["wall_hours"] == pytest.approx(hours / 4)
         assert projection["dollars"] == pytest.approx(hours * 2.5)
     rate = plan["measured_trajectories"] / plan["measured_seconds"] / 2
-    assert plan["pairs_a_second"] == pytest.approx(rate)
+    assert plan["pairs_per_second"] == pytest.approx(rate)
     for words in (
         "10 pairs at 32 x 32 pixels; cpu, fp32; batches of 4 trajectories",
         "100,000,000",

@@ -38,12 +38,12 @@ def test_the_plan_is_the_measured_rate_times_the_images(tmp_path, capfd, monkeyp
         *(("a dog", index) for index in range(2)),
     ]
     assert plan["measured_images"] == sum(map(len, measured))
-    assert plan["forwards_an_image"] == 2 * 3  # guidance asks twice
+    assert plan["forwards_per_image"] == 2 * 3  # guidance asks twice
     rate = plan["measured_images"] / plan["measured_seconds"]
     # What was encoded, and three latents in float32.
     first = [image for batch in made for _, image in batch][:32]
     size = np.mean([len(encode_image(np.asarray(each.image), "png")) for each in first]) + 3 * 4 * 4 * 8 * 8
-    assert plan["bytes_an_image"] == pytest.approx(size)
+    assert plan["bytes_per_image"] == pytest.approx(size)
     own, *larger = plan["projections"]
     assert [each["prompts"] for each in (own, *larger)] == [2, 10_000, 1_000_000]
     for each in (own, *larger):

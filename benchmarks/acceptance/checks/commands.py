@@ -39,7 +39,7 @@ def check_plan(world: World, report: Report) -> None:
     flags = ["--pairs", pairs, "--model", world.model("sd15"), "--seconds", size.plan_seconds, "--json", out]
     flags += ["--batch-size", min(size.unit, size.batches[-1]), "--steps", size.steps, "--dtype", "bf16"]
     _pipeline(world, "plan", *flags, "--device", world.device.name)
-    rate = read_json(out)["pairs_a_second"]
+    rate = read_json(out)["pairs_per_second"]
     report.note(pairs_per_second=rate)
     inverted = world.notes.get("inverted")
     report.judge("plan's rate over the actor's", inverted and rate / inverted, least=0.9, most=1.1, on_cpu=False)

@@ -166,7 +166,7 @@ def check_inversion_rate(world: World, report: Report) -> None:
     world.wait_for_others()
     best = _rates_by_batch(world, report)
     world.device.clean()
-    report.note(roofline_seconds_a_pair=best)
+    report.note(roofline_seconds_per_pair=best)
     rate = _run_actor(world, report, "sd15", world.size.unit, world.size.units, world.work / "shards-sd15")
     world.notes["inverted"] = rate
     report.judge("actor's rate against the roofline", best and rate * best, least=0.8, on_cpu=False)
@@ -188,7 +188,7 @@ def _rates_by_batch(world: World, report: Report) -> float | None:
         clock, split = _timed(world, family, inverter, few)
     report.note(**{"tf32: pairs/s": len(few) / clock, "tf32: share": _shares(split, clock)})
     _note_vae_layouts(world, report, family)
-    return _seconds_a_pair(world, family, inverter, len(pairs))
+    return _seconds_per_pair(world, family, inverter, len(pairs))
 
 
 def check_xl_inversion(world: World, report: Report) -> None:
@@ -228,7 +228,7 @@ def _note_vae_layouts(world: World, report: Report, family: Family) -> None:
 
 
 @torch.no_grad()
-def _seconds_a_pair(world: World, family: Family, inverter: Inverter, trajectories: int) -> float | None:
+def _seconds_per_pair(world: World, family: Family, inverter: Inverter, trajectories: int) -> float | None:
     """Seconds per pair at the device's rates: UNet, VAE and text encoder for a batch of SD 1.5 trajectories."""
     rows, side = 2 * trajectories, world.pixels("sd15")
     x, seen = latents(world, "sd15", rows), conditioned(world, family, "sd15", rows)

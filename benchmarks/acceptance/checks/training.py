@@ -184,7 +184,7 @@ def _judge_mfu(world: World, report: Report, record: dict[str, Any], of_pair: fl
     # MFU is logged only for known devices; any other name stands in, so that a CPU runs this code too.
     half, *_ = peaks.get(world.device.describe()["device"], next(iter(peaks.values())))
     expected = 100 * of_pair * record["states_per_second"] / (half * 1e12)
-    report.note(TFLOP_a_pair=of_pair / 1e12, mfu_percent=logged)
+    report.note(TFLOP_per_pair=of_pair / 1e12, mfu_percent=logged)
     report.judge("MFU over a hand count", logged and logged / expected, least=0.98, most=1.02, on_cpu=False)
 
 

@@ -259,7 +259,7 @@ class Batch:
         """Return the direction of :meth:`predicted` at (x, t): [S, C, h, w]."""
         return self.noise_schedule.direction(self.predicted(x_SChw, t_S, rows_S), x_SChw, t_S)
 
-    def noise_a_pair(self, purpose: str) -> torch.Tensor:
+    def noise_per_pair(self, purpose: str) -> torch.Tensor:
         """Draw one Gaussian noise per trajectory, the same for both images: [R, C, h, w]."""
         shape = (1, *self.x0_RChw.shape[1:])
         noise = [gaussian(trajectory.stream(purpose), shape).repeat(2, 1, 1, 1) for trajectory in self.trajectories]

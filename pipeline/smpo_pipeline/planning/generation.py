@@ -58,10 +58,10 @@ class GenerationPlan(FrozenModel):
     Attributes:
         device: its name.
         model, settings, batch_size, gpus, price: from the flags.
-        images_a_second: rate of one device.
+        images_per_second: rate of one device.
         measured_images, measured_seconds, warm, peak_memory: see :class:`smpo_pipeline.planning.rate.Rate`.
-        forwards_an_image: forwards of the denoiser, one per row of its batch.
-        bytes_an_image: mean size of its file, and what ``--keep`` stores.
+        forwards_per_image: forwards of the denoiser, one per row of its batch.
+        bytes_per_image: mean size of its file, and what ``--keep`` stores.
         projections: for the prompts of the file, and for more.
     """
 
@@ -71,13 +71,13 @@ class GenerationPlan(FrozenModel):
     batch_size: int
     gpus: int
     price: float | None
-    images_a_second: float
+    images_per_second: float
     measured_images: int
     measured_seconds: float
     warm: bool
     peak_memory: int | None
-    forwards_an_image: float
-    bytes_an_image: float
+    forwards_per_image: float
+    bytes_per_image: float
     projections: tuple[GenerationProjection, ...]
 
 
@@ -117,8 +117,8 @@ def plan_generation(options: GenerateOptions, console: Console) -> GenerationPla
     kept = settings.image_bytes(shape) - 3 * settings.resolution**2
     cpu = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
     measured = {
-        "images_a_second": rate.trajectories / rate.seconds,
-        "bytes_an_image": fmean(encoded) + kept,
+        "images_per_second": rate.trajectories / rate.seconds,
+        "bytes_per_image": fmean(encoded) + kept,
     }
     return GenerationPlan(
         device=torch.cuda.get_device_name() if device == "cuda" else cpu,
@@ -131,7 +131,7 @@ def plan_generation(options: GenerateOptions, console: Console) -> GenerationPla
         measured_seconds=rate.seconds,
         warm=rate.warm,
         peak_memory=rate.peak_memory,
-        forwards_an_image=rate.forwards / rate.trajectories,
+        forwards_per_image=rate.forwards / rate.trajectories,
         projections=tuple(_project(number, options, **measured) for number in (len(prompts), *_PROJECTED)),
         **measured,
     )
@@ -150,16 +150,16 @@ def _batches(prompts: Sequence[str], images_per_prompt: int, size: int) -> Itera
 
 
 def _project(
-    prompts: int, options: GenerateOptions, *, images_a_second: float, bytes_an_image: float
+    prompts: int, options: GenerateOptions, *, images_per_second: float, bytes_per_image: float
 ) -> GenerationProjection:
     images = prompts * options.sampling.images_per_prompt
-    hours, price = images / images_a_second / 3600, options.planning.price
+    hours, price = images / images_per_second / 3600, options.planning.price
     return GenerationProjection(
         prompts=prompts,
         images=images,
         device_hours=hours,
         wall_hours=hours / options.planning.gpus,
-        bytes=round(images * bytes_an_image),
+        bytes=round(images * bytes_per_image),
         files=math.ceil(prompts / options.prompts_per_file),
         dollars=None if price is None else hours * price,
     )

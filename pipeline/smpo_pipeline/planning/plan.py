@@ -72,7 +72,7 @@ class Plan(FrozenModel):
         device: its name.
         model, resolution, settings, gpus, price: from the flags.
         batch_size: trajectories per batch.
-        pairs_a_second: rate of one device.
+        pairs_per_second: rate of one device.
         measured_trajectories, measured_seconds, warm: see :class:`smpo_pipeline.planning.rate.Rate`.
         buckets: image sizes of the sampled pairs (with `--buckets`).
         usable: share of the sampled pairs that can be inverted, 0 to 1; the others are rejected.
@@ -103,7 +103,7 @@ class Plan(FrozenModel):
     usable: float
     sampled: int
     rewards: list[str]
-    pairs_a_second: float
+    pairs_per_second: float
     states_a_trajectory: float
     forwards_a_trajectory: float
     forwards_measured: bool
@@ -210,7 +210,7 @@ def _plan(options: PlanOptions, subject: _Subject, rate: Rate, batch_size: int) 
         trajectory_bytes(trajectory, family.latent_shape(*trajectory.pair.image_size), settings.storage)
         for trajectory in trajectories
     ]
-    pairs_a_second = rate.trajectories / rate.seconds / settings.trajectories
+    pairs_per_second = rate.trajectories / rate.seconds / settings.trajectories
     cpu = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
     plan = Plan(
         device=torch.cuda.get_device_name() if options.running.device == "cuda" else cpu,
@@ -227,14 +227,14 @@ def _plan(options: PlanOptions, subject: _Subject, rate: Rate, batch_size: int) 
         usable=len(sampled.pairs) / sampled.rows,
         sampled=sampled.rows,
         rewards=subject.rewards,
-        pairs_a_second=pairs_a_second,
+        pairs_per_second=pairs_per_second,
         states_a_trajectory=fmean(len(trajectory.plan.stored) for trajectory in trajectories),
         forwards_a_trajectory=2 * fmean(by_formula) if by_formula else rate.forwards / rate.trajectories,
         forwards_measured=not by_formula,
         bytes_a_trajectory=fmean(sizes),
         text=subject.text.plan(subject.text.prompts) if subject.text else None,
         peak_memory=rate.peak_memory,
-        decoding_cores=sampled.decode_seconds * pairs_a_second,
+        decoding_cores=sampled.decode_seconds * pairs_per_second,
     )
     projections = tuple(_project(count, plan, subject) for count in (sampled.total, *_PROJECTED))
     return plan.model_copy(update={"projections": projections})
@@ -246,8 +246,8 @@ def _project(count: int, plan: Plan, subject: _Subject) -> Projection:
     if subject.text:
         text = subject.text.plan(round(subject.text.prompts * count / subject.sampled.total))
     trajectories_per_pair = plan.usable * plan.settings.trajectories
-    hours = count * plan.usable / plan.pairs_a_second / 3600
-    hours += text.prompts * text.seconds_a_prompt / 3600 if text else 0
+    hours = count * plan.usable / plan.pairs_per_second / 3600
+    hours += text.prompts * text.seconds_per_prompt / 3600 if text else 0
     return Projection(
         pairs=count,
         states=round(count * trajectories_per_pair * plan.states_a_trajectory),

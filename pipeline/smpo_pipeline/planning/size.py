@@ -121,16 +121,16 @@ def num_shards(pairs: int, pairs_per_shard: int) -> int:
     return math.ceil(pairs / pairs_per_shard)
 
 
-def total_bytes(pairs: int, pairs_per_shard: int, bytes_a_pair: float) -> int:
+def total_bytes(pairs: int, pairs_per_shard: int, bytes_per_pair: float) -> int:
     """Return the bytes of all tars.
 
     Args:
         pairs: input pairs.
         pairs_per_shard: input pairs per tar; the last one may have fewer.
-        bytes_a_pair: mean over the input of a pair's :func:`trajectory_bytes`, summed over its trajectories.
+        bytes_per_pair: mean over the input of a pair's :func:`trajectory_bytes`, summed over its trajectories.
     """
     full, rest = divmod(pairs, pairs_per_shard)
-    return full * _tar(pairs_per_shard * bytes_a_pair) + (_tar(rest * bytes_a_pair) if rest else 0)
+    return full * _tar(pairs_per_shard * bytes_per_pair) + (_tar(rest * bytes_per_pair) if rest else 0)
 
 
 def _tar(content: float) -> int:

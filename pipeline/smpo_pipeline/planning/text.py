@@ -21,12 +21,12 @@ class TextPlan(FrozenModel):
     Attributes:
         prompts: distinct ones of the data set, and the empty one.
         bytes: size of all files.
-        seconds_a_prompt: measured on one device, without warm-up.
+        seconds_per_prompt: measured on one device, without warm-up.
     """
 
     prompts: int
     bytes: int
-    seconds_a_prompt: float
+    seconds_per_prompt: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class EncodedPrompts:
     def plan(self, prompts: int) -> TextPlan:
         """Plan for a number of prompts like these."""
         size = text_bytes(prompts, list(self.rows.values()), PROMPTS_PER_FILE)
-        return TextPlan(prompts=prompts, bytes=size, seconds_a_prompt=self.seconds)
+        return TextPlan(prompts=prompts, bytes=size, seconds_per_prompt=self.seconds)
 
 
 def encode_sampled(options: PlanOptions, files: Sequence[PairFile], prompts: Sequence[str]) -> EncodedPrompts:

@@ -77,8 +77,8 @@ def _show_plan(console: Console, plan: GenerationPlan) -> None:
     console.print(table)
     measured = f"measured over {plan.measured_images} images in {plan.measured_seconds:.1f} s"
     lines = [
-        f"{plan.images_a_second:.3g} images/s on one device, {measured} (VAE and text encoders included)",
-        f"per image: {plan.forwards_an_image:.4g} forwards of the denoiser, {format_bytes(plan.bytes_an_image)}",
+        f"{plan.images_per_second:.3g} images/s on one device, {measured} (VAE and text encoders included)",
+        f"per image: {plan.forwards_per_image:.4g} forwards of the denoiser, {format_bytes(plan.bytes_per_image)}",
     ]
     if plan.peak_memory is not None:
         lines.append(f"peak GPU memory: {format_bytes(plan.peak_memory)}")

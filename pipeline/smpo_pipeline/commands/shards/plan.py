@@ -79,7 +79,7 @@ def _show(console: Console, plan: Plan) -> None:
         )
     console.print(table)
     counted = "measured" if plan.forwards_measured else "exact"
-    rate = f"{plan.pairs_a_second:.3g} pairs/s on one device, measured over {plan.measured_trajectories} trajectories"
+    rate = f"{plan.pairs_per_second:.3g} pairs/s on one device, measured over {plan.measured_trajectories} trajectories"
     forwards = f"{plan.forwards_a_trajectory:.4g} forwards of the denoiser ({counted})"
     trajectory = f"{plan.states_a_trajectory:.3g} states, {forwards}"
     lines = [
@@ -88,7 +88,7 @@ def _show(console: Console, plan: Plan) -> None:
         f"decoding needs {plan.decoding_cores:.2g} CPU cores per device",
     ]
     if plan.text:
-        prompts, seconds = plan.text.prompts, plan.text.seconds_a_prompt
+        prompts, seconds = plan.text.prompts, plan.text.seconds_per_prompt
         lines.append(
             f"text: {prompts:,} prompts, each encoded and stored once in {format_bytes(plan.text.bytes)}; "
             f"{1 / seconds:.3g} prompts/s on one device"

@@ -21,7 +21,7 @@ def renoise_visits(batch: Batch) -> Iterator[Visit]:
     """
     settings, schedule = batch.settings, batch.noise_schedule
     inverted_from = settings.start if isinstance(settings.start, int) else START
-    start_noise = batch.noise_a_pair("start")
+    start_noise = batch.noise_per_pair("start")
     s_R = torch.full((len(batch.x0_RChw),), inverted_from, dtype=schedule.timestep_dtype, device=batch.device)
     x_RChw = batch.x0_RChw.clone() if settings.start == "clean" else schedule.noised(batch.x0_RChw, start_noise, s_R)
     eta_streams = [trajectory.stream("eta") for trajectory in batch.trajectories]
