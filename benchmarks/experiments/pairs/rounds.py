@@ -4,7 +4,7 @@ On the embedded world: the model draws candidates of every training prompt, pick
 the best against the worst, and once more on the tuned model's own images (`smpo-pipeline rounds`, reference: previous).
 With `refresh` pickscore is fitted again in each round, to labels of people and so that what they preferred stays above
 the model's images (APO's reward player). One round has as many steps as two. Beta is chosen for one round on the
-validation prompts with a seed of its own; then three other seeds are evaluated on the test prompts under the true
+validation prompts by the mean of three seeds; then three other seeds are evaluated on the test prompts under the true
 reward, which nothing else sees. Writes docs/results/rounds.md.
 
     python -m benchmarks.experiments.pairs.rounds --work DIR [--beta-only]
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from benchmarks.experiments.experiment import (
@@ -43,8 +44,8 @@ CANDIDATES = 6
 HUMAN_PAIRS = 600
 STEPS = 60
 BATCH = 24
-BETAS = (3, 10, 30, 100, 300)
-SELECTION_SEED = 1000
+BETAS = (10, 30, 100, 300, 1000)
+SELECTION_SEEDS = (1000, 1100, 1200)
 SEEDS = (0, 100, 200)
 """Apart, since round k has seed + k."""
 
@@ -115,17 +116,25 @@ def named(work: Path, name: str, model: Path) -> Path:
 
 
 def choose_beta(work: Path) -> tuple[int, list[str]]:
-    """Choose beta for one round on the validation prompts; returns it, and the rows of a table."""
+    """Choose beta for one round on the validation prompts, by the mean of seeds; returns it, and a table's rows."""
     make_world(work, pairs=HUMAN_PAIRS)
     first, *others = BETAS
-    out = go_round(work, "plain", SELECTION_SEED, first, 1, refresh=False)
-    models = {first: out / "round-000/run"}
-    models |= {beta: train_longer(work, out, beta, SELECTION_SEED, STEPS) for beta in others}
-    links = {beta: named(work, f"selection-b{beta}", model) for beta, model in models.items()}
-    prompts = work / "world/prompts/validation.txt"
-    results = evaluate(work / "report-selection", work / "world/model", [*links.values()], prompts, images=2)
-    gains = {beta: gain(results, link.name) for beta, link in links.items()}
-    return max(gains, key=lambda beta: gains[beta]), [f"| {beta} | {value:+.3f} |" for beta, value in gains.items()]
+    links: dict[int, list[Path]] = {beta: [] for beta in BETAS}
+    for seed in SELECTION_SEEDS:
+        out = go_round(work, "plain", seed, first, 1, refresh=False)
+        models = {first: out / "round-000/run"}
+        models |= {beta: train_longer(work, out, beta, seed, STEPS) for beta in others}
+        for beta, model in models.items():
+            links[beta].append(named(work, f"selection-b{beta}-s{seed}", model))
+    report, prompts = work / "report-selection", work / "world/prompts/validation.txt"
+    every = [link for group in links.values() for link in group]
+    results = evaluate(report, work / "world/model", every, prompts, images=2)
+    gains = {beta: [gain(results, link.name) for link in group] for beta, group in links.items()}
+    means = {beta: float(np.mean(values)) for beta, values in gains.items()}
+    rows = [
+        f"| {beta} | {means[beta]:+.3f} | {', '.join(f'{value:+.3f}' for value in gains[beta])} |" for beta in BETAS
+    ]
+    return max(BETAS, key=lambda beta: means[beta]), rows
 
 
 def seeds_of(work: Path, beta: int) -> Iterator[tuple[str, Path]]:
@@ -201,9 +210,10 @@ people's choices to the round's images; and the mean change of P(image_0 preferr
 
 ## How beta was chosen
 
-One round without refresh, a training seed of its own, the validation prompts; beta is then that of all conditions:
+One round without refresh, {len(SELECTION_SEEDS)} seeds of its own (images and training), the validation prompts. The
+largest mean gain of the true reward decides; beta is then that of all conditions:
 
-{head("beta", "gain of the true reward")}
+{head("beta", "mean gain", "each seed")}
 {chr(10).join(selection)}
 """
     write_page(target, "Rounds on the model's own images, on the embedded world", text)
