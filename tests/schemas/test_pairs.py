@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from smpo_common.errors import UserError
-from smpo_schemas.layouts import layout_of
+from smpo_schemas.generation.candidates import CANDIDATES_SCHEMA
+from smpo_schemas.generation.selection import SELECTED_SCHEMA
+from smpo_schemas.layouts import layout_of, layouts
 from smpo_schemas.pairs import (
     PICK_A_PIC,
     Pair,
@@ -55,6 +57,15 @@ def test_pick_a_pic_columns_are_known(tmp_path):
     rows = list(read_rows(RowRange(path, 2, 5), layout_of(path, column_names(path), ReadingChoices())))
     assert [source for source, _ in rows] == [f"{path}:{row}" for row in (2, 3, 4)]
     assert rows[0][1] == Pair("102", "prompt 2", b"first 2", b"second 2", 0.5, "7")
+
+
+@pytest.mark.parametrize("schema", [CANDIDATES_SCHEMA, SELECTED_SCHEMA], ids=["generate", "select"])
+@pytest.mark.parametrize("published", sorted(layouts()))
+def test_own_tables_are_read_as_such_whatever_columns_their_prompts_had(tmp_path, schema, published):
+    """The prompts of a data set with images of its own are often used for new images."""
+    names = [*schema.names, *(name for name in layouts()[published].required if name not in schema.names)]
+    columns = layout_of(tmp_path / "a.parquet", names, ReadingChoices()).columns
+    assert (columns.prompt, columns.image_0, columns.image_1, columns.chosen) == ("prompt", "image_0", "image_1", None)
 
 
 @pytest.mark.parametrize("start", range(5))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from smpo_common.discovery import subclasses_in
 from smpo_common.errors import UserError
 from smpo_common.store_path import AnyPath
+from smpo_schemas.generation.candidates import CANDIDATES_SCHEMA
+from smpo_schemas.generation.selection import SELECTED_SCHEMA
 from smpo_schemas.layouts.named_columns import NamedColumns
 from smpo_schemas.pairs.layout import FolderLayout, Layout, ReadingChoices
 
@@ -15,6 +17,9 @@ __all__ = ["find_layout", "folder_layout_of", "layout_of", "layouts"]
 
 _OF_A_PAIR = ("image_0", "image_1", "label", "votes", "chosen", "rejected")
 """Columns whose flags describe the file's layout, so that no layout is looked for."""
+
+_WRITTEN = (frozenset(CANDIDATES_SCHEMA.names), frozenset(SELECTED_SCHEMA.names))
+"""Columns of the files that ``generate`` and ``select`` write."""
 
 
 def layouts() -> dict[str, type[Layout]]:
@@ -57,6 +62,8 @@ def layout_of(path: AnyPath, names: Sequence[str], choices: ReadingChoices) -> L
             )
         return kind(path, names, choices)
     described = any(choices.columns.get(name) for name in _OF_A_PAIR)
+    # They carry the columns of their prompts, which may be those of a data set with other images of the same prompts.
+    described |= any(written <= set(names) for written in _WRITTEN)
     of_files = [kind for kind in layouts().values() if not issubclass(kind, FolderLayout)]
     matching = [] if described else [kind for kind in of_files if kind.recognises(names)]
     # The one that requires the most columns: a layout may also have all columns that another one requires.

@@ -39,7 +39,7 @@ _KNOWN_OPTIONAL = PairColumns(**{name: name for name in _OPTIONAL})
 
 
 def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path: AnyPath) -> PairColumns:
-    """Resolve a file's columns: those named by flags, else Pick-a-Pic's if the file has them, else the default names.
+    """Resolve a file's columns: those named by flags, else the default names, or Pick-a-Pic's if it has those.
 
     Args:
         names: the file's column names.
@@ -49,7 +49,8 @@ def resolve_columns(names: Sequence[str], given: Mapping[str, str | None], path:
     Raises:
         UserError: the file lacks a column that is required or named by a flag, or has it several times.
     """
-    preset = PICK_A_PIC if {PICK_A_PIC.image_0, PICK_A_PIC.image_1} <= set(names) else _KNOWN_OPTIONAL
+    own, of_pick_a_pic = ({each.image_0, each.image_1} <= set(names) for each in (_KNOWN_OPTIONAL, PICK_A_PIC))
+    preset = PICK_A_PIC if of_pick_a_pic and not own else _KNOWN_OPTIONAL
     if given.get("chosen") or given.get("rejected"):
         preset = replace(preset, image_0=None, image_1=None, label=None)
     chosen: dict[str, str | None] = {}
