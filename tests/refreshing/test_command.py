@@ -43,8 +43,10 @@ def world(tmp_path_factory):
 def refresh(world, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
-    def refresh(*flags, out=tmp_path / "out", reward=f"clipscore={world / 'clip'}", candidates=world / "candidates"):
-        data = ("--scores", world / "scores", "--pairs", world / "pairs.parquet", "--candidates", candidates)
+    def refresh(
+        *flags, out=tmp_path / "out", reward=f"clipscore={world / 'clip'}", human=world, candidates=world / "candidates"
+    ):
+        data = ("--scores", human / "scores", "--pairs", human / "pairs.parquet", "--candidates", candidates)
         how = ("--reward", reward, "--embeddings", world / "embeddings", "--device", "cpu")
         return run_here(capfd, "smpo-pipeline", "refresh", *data, *how, "--out", out, *flags)
 
@@ -112,6 +114,16 @@ def test_v_of_0_is_the_base_to_the_bit(refresh, world, tmp_path):
         np.testing.assert_array_equal(
             refreshed.score(images, PROMPTS[:4]), load_reward(base, "cpu").score(images, PROMPTS[:4])
         )
+
+
+def test_blanks_around_a_prompt_do_not_part_it_from_its_samples(refresh, world, tmp_path):
+    """`generate` has removed them."""
+    make_scores(
+        tmp_path / "scores", make_pairs(tmp_path, [(0, 1)] * PAIRS, [0.0] * PAIRS, [f" {p}\n" for p in PROMPTS])
+    )
+    done = refresh(human=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "samples of 20 of their 20 prompts" in done.stdout
 
 
 def test_a_reward_that_gets_worse_is_not_written(refresh, world, tmp_path):

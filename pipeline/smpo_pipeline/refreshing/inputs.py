@@ -30,7 +30,7 @@ def _images(image_ND: np.ndarray, text_ND: np.ndarray, score_N: np.ndarray | Non
 def human_images(
     data: LabelledPairs, embeddings: Embeddings, scores: str
 ) -> tuple[Images, list[str], np.ndarray, list[Reject]]:
-    """Return the images [P, 2], prompts and labels of the labelled pairs that could be embedded, and the others.
+    """Return the images [P, 2], stripped prompts and labels of the labelled pairs that could be embedded; the others.
 
     Args:
         data: the scores table.
@@ -64,18 +64,19 @@ def human_images(
         None if score_P2 is None else score_P2[row_P].reshape(-1),
     )
     images = Images(flat.phi.reshape(-1, 2, width), flat.score.reshape(-1, 2))
-    return images, [data.prompts[row] for row in used], data.labels_P[used], rejects
+    prompts = [data.prompts[row].strip() for row in used]  # as `generate` has them
+    return images, prompts, data.labels_P[used], rejects
 
 
 def draw_samples(embeddings: Embeddings, prompts: set[str], most: int, seed: int) -> dict[str, Images]:
-    """Draw at most ``most`` of the distinct images of each prompt.
+    """Draw at most ``most`` of the distinct images of each of some stripped prompts.
 
     Raises:
         UserError: no prompt has an image.
     """
     places: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
-    for row, prompt in enumerate(embeddings.prompts):
-        if prompt in prompts:
+    for row, given in enumerate(embeddings.prompts):
+        if (prompt := given.strip()) in prompts:
             for side in (0, 1):
                 places[prompt].setdefault(embeddings.image_ids_R2[row, side], (row, side))
     if not places:

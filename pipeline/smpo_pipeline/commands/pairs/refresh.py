@@ -29,8 +29,12 @@ def refresh(options: RefreshOptions) -> None:
     options.write(options.out)
     show(console, info)
     rejects = f"; {info.rejected} rejected ({options.out / REJECTS_FILE})" if info.rejected else ""
-    pairs = f"{info.human_pairs} human pairs and {info.comparisons} comparisons with samples{rejects}"
-    console.print(f"{pairs}: {options.out}", highlight=False, soft_wrap=True)
+    sampled = (
+        f"{info.comparisons} comparisons with samples of {info.sampled_prompts} of their {info.human_prompts} prompts"
+    )
+    console.print(
+        f"{info.human_pairs} human pairs and {sampled}{rejects}: {options.out}", highlight=False, soft_wrap=True
+    )
     score = ("smpo-pipeline", "score", "--pairs", *options.candidates, "--reward", f"refreshed={options.out}")
     print_next(console, *score, "--out", "scores-refreshed")
 
