@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from smpo_common.errors import UserError
 from smpo_pipeline.evaluation.image_folders import ImageFolder, read_image_folder
+from tests.command import run_here
 
 PROMPTS = ["a cat", "a dog"]
 
@@ -103,3 +105,20 @@ def test_wrong_tables(tmp_path: Path, row: object, words: str) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--images other=.*nothing is not a folder"):
         read(tmp_path / "nothing")
+
+
+def test_the_config_of_an_evaluation_without_models_is_taken_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in (0, 1):
+            Image.new("RGB", (8, 8), (number, 9, 9)).save(tmp_path / name / f"{number}.png")
+    flags = ("--images", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--prompts", tmp_path / "prompts.txt")
+    flags += ("--images-per-prompt", 1, "--reward", "tests.evaluation.stubs:Brightness", "--device", "cpu")
+    first = run_here(capfd, "smpo-pipeline", "evaluate", *flags, "--out", tmp_path / "report")
+    assert (first.returncode, first.stderr) == (0, "")
+    config = ("--config", tmp_path / "report/config.yaml")
+    again = run_here(capfd, "smpo-pipeline", "evaluate", *config, "--out", tmp_path / "again")
+    assert (again.returncode, again.stderr) == (0, "")

@@ -32,9 +32,10 @@ def evaluate(options: EvaluateOptions) -> None:
         from smpo_pipeline.jobs.record.lock import locked  # noqa: PLC0415
 
         # With what was chosen by default, so that the config reproduces the numbers on any machine.
-        chosen = {name: getattr(evaluation.settings, name) for name in ("dtype", "steps", "guidance_scale")}
-        options.replace(**chosen).write(evaluation.out)
+        names = ("dtype", "steps", "guidance_scale") if evaluation.models else ()
+        chosen = {name: getattr(evaluation.settings, name) for name in names}
         with locked(evaluation.out):
+            options.replace(**chosen).write(evaluation.out)
             results = run(evaluation, console, sample_model)
     print_results(results, console)
     console.print(f"report: {evaluation.out / REPORT_FILE}", highlight=False, soft_wrap=True)
