@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from smpo_schemas.generation.selection import SelectionInfo, write_selection
 from smpo_schemas.rejects import read_rejects
 from smpo_schemas.scoring.scores import read_scores, read_scores_info
 from smpo_schemas.scoring.weights import read_weights
@@ -16,6 +19,7 @@ from tests.embeddings.helpers import make_pairs, make_scores
 from tests.tiny.stable_diffusion import make_tiny_clip
 
 PAIRS = 60
+NAMES = ("prompt", "image_0", "image_1")
 GOLDEN = [number % 3 == 0 for number in range(PAIRS)]
 
 
@@ -90,7 +94,8 @@ def test_row_order_and_a_second_run_change_nothing(weigh, world, tmp_path):
     assert {path.name: path.read_bytes() for path in one.glob("*.*")} == before
     assert weigh(one, "--golden-column", "golden", "--no-normalise").returncode == 0
     raw = column(one)
-    assert read_weights(one).mean == read_weights(one).unnormalised_mean == pytest.approx(np.mean(list(raw.values())))
+    report, mean = read_weights(one), np.mean(list(raw.values()))
+    assert [report.mean, report.unnormalised_mean] == pytest.approx([mean, mean])
     scaled = {pair_id: weight * read_weights(other).unnormalised_mean for pair_id, weight in column(other).items()}
     assert raw == pytest.approx(scaled, rel=1e-5)
 
@@ -132,6 +137,43 @@ def test_pairs_that_cannot_be_read_have_no_weight(weigh, world, tmp_path):
     rejects = read_rejects(scores / "weights-rejected.parquet")
     assert [(each.pair_id, each.kind) for each in rejects] == [("p5", "image not readable"), ("p59", "images missing")]
     assert read_weights(scores).mean == pytest.approx(1)
+
+
+def test_a_kill_before_the_report_is_made_good_by_the_same_command(weigh, world, tmp_path):
+    scores = scores_of(world, tmp_path / "scores")
+    assert weigh(scores, "--golden-column", "golden").returncode == 0
+    before = {path.name: path.read_bytes() for path in scores.glob("*.*")}
+    (scores / "weights.json").unlink()
+    assert weigh(scores, "--golden-column", "golden").returncode == 0
+    assert {path.name: path.read_bytes() for path in scores.glob("*.*")} == before
+
+
+def test_a_column_of_weights_leaves_the_table_what_was_scored(weigh, world, tmp_path):
+    """So that `invert` and `select` continue on it."""
+    scores = scores_of(world, tmp_path / "scores")
+    before = [part.content for part in read_scores_info(scores).parts]
+    for flags in ((), ("--no-normalise",)):
+        assert weigh(scores, "--golden-column", "golden", *flags).returncode == 0
+        parts = read_scores_info(scores).parts
+        assert [part.content for part in parts] == before != [part.sha256 for part in parts]
+
+
+def test_of_a_selection_only_the_selected_pairs_are_weighed(weigh, world, tmp_path):
+    """Its table has the candidates, too, which are not in its pairs."""
+    scores = scores_of(world, tmp_path / "out/scores")
+    pairs = pq.read_table(world / "pairs.parquet").slice(0, 30)
+    pq.write_table(pairs, tmp_path / "pairs.parquet")
+    settings = {"by": "extremes", "rewards": {}, "pairs_per_prompt": 1, "min_gap": None, "dominated_only": False}
+    settings |= {"loser": "worst", "seed": 0, "label": True}
+    counts = dict.fromkeys(("rows", "images", "prompts", "prompts_with_pairs", "pairs"), 30)
+    info = {"schema_version": 1, "version": "0", "settings": settings, "candidates": [], "scores_sha256": "", **counts}
+    info |= {"gaps": {"min": 0, "mean": 0, "max": 0}, "rejected": 0, "reasons": {}, "pairs_sha256": ""}
+    write_selection(tmp_path / "out", SelectionInfo.model_validate(info))
+    done = weigh(scores, "--golden-column", "golden", pairs=tmp_path / "pairs.parquet")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "30 pairs, 10 golden" in done.stdout
+    assert "30 pairs weighed:" in done.stdout
+    assert [weight is None for weight in column(scores).values()] == [False] * 30 + [True] * 30
 
 
 def test_a_golden_set_like_the_others_is_called_noise(weigh, world, tmp_path):
@@ -180,5 +222,21 @@ def test_columns_of_the_pairs_serve_where_the_table_has_none(weigh, world, tmp_p
     done = weigh(scores, *flags, pairs=tmp_path / "pairs.parquet")
     assert (done.returncode, done.stderr) == (0, "")
     assert column(scores) == pytest.approx(column(expected))
+    # From JSON in a folder, in which pair_ids have another name.
+    rows = [row | {"id": row.pop("pair_id")} for row in table.select(["pair_id", "golden", "site"]).to_pylist()]
+    for number, row in enumerate(pq.read_table(world / "pairs.parquet").to_pylist()):
+        for name in ("image_0", "image_1"):
+            (tmp_path / f"{number}-{name}.png").write_bytes(row[name])
+            rows[number][name] = f"../{number}-{name}.png"
+        rows[number]["prompt"] = row["prompt"]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = make_scores(tmp_path / "again", world / "pairs.parquet", {})
+    assert weigh(again, *flags, "--pair-id-column", "id", pairs=tmp_path / "folder").returncode == 0
+    assert column(again) == pytest.approx(column(expected))
+    # A file without the column would count as not golden.
+    (tmp_path / "folder/more.jsonl").write_text(json.dumps({"id": "more", **{k: rows[0][k] for k in NAMES}}))
+    some = weigh(again, *flags, "--pair-id-column", "id", pairs=tmp_path / "folder")
+    assert_one_line(some, "--golden-column golden", "pairs.jsonl has this column", "more.jsonl does not")
     assert "golden" not in read_scores(scores, read_scores_info(scores)).column_names
     assert_one_line(weigh(scores, "--golden-column", "nothing"), "--golden-column nothing: not a column of")

@@ -66,7 +66,7 @@ def select(options: SelectOptions, console: Console) -> SelectionInfo:
         "job": "select",
         "schema_version": SELECTION_VERSION,
         **describe_input(files, choices, None),
-        "scores": sha256_file(options.scores / SCORES_FILE),
+        "scores": [part.content for part in info.parts],
         "selection": settings.model_dump(),
     }
     judge = make_judge(options.judge, mix.weights, mix.scales) if "judge" in kind.flags else None

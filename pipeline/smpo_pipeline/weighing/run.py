@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from smpo_common.errors import UserError, one_line
@@ -25,12 +24,10 @@ from smpo_pipeline.weighing.table import WeighedTable, read_table, require_free,
 from smpo_schemas.rejects import write_rejects
 from smpo_schemas.scoring.scores import read_scores_info
 from smpo_schemas.scoring.weights import (
-    WEIGHTS_FILE,
     WEIGHTS_REJECTS_FILE,
     WEIGHTS_VERSION,
     WeighedSource,
     WeightsInfo,
-    read_weights,
     write_weights,
 )
 
@@ -49,16 +46,16 @@ def weigh(options: WeighOptions, console: Console) -> WeightsInfo:
     """
     scores = options.scores
     info = read_scores_info(scores)
-    table = read_table(scores, info, options.pairs, options.golden, options.golden_column, options.source_column)
-    made = read_weights(scores).column if (scores / WEIGHTS_FILE).is_file() else None
-    columns = pq.read_schema(scores / info.parts[0].name).names
-    require_free(info, options.column, columns, made, overwrite=options.overwrite)
+    reading = options.columns.choices()
+    classes = (options.golden, options.golden_column, options.source_column)
+    table = read_table(scores, info, options.pairs, reading, *classes)
+    require_free(scores, info, options.column, overwrite=options.overwrite)
     device = choose_device(options.embedding.device)
     clip = load_clip(options.features, device)
     folder = options.embedding.embeddings or scores / ".embeddings"
     extractor = Extractor(clip, None, STAGE, device, folder, options.embedding)
     console.print(_choices(table, options, clip.model, device), highlight=False, soft_wrap=True)
-    embeddings = extractor(options.pairs, options.columns.choices())
+    embeddings = extractor(options.pairs, reading)
     rows, rejects = join(table.pair_ids, table.prompts, table.image_ids_P2, embeddings, str(scores), STAGE)
     with console.status("fitting"):
         estimate = _estimate(table, embeddings, rows, options)

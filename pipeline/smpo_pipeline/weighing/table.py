@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smpo_common.errors import UserError
-from smpo_common.files import arrow_source, atomic_path, reading_parquet, sha256_file, sha256_json
+from smpo_common.files import atomic_path, reading_parquet, sha256_file, sha256_json
 from smpo_common.store_path import AnyPath
 from smpo_pipeline.weighing.formula import GOLDEN
-from smpo_schemas.pairs import expanded
+from smpo_schemas.generation.selection import SCORES_FOLDER, SELECTION_FILE, read_selection
+from smpo_schemas.pairs import Pair, ReadingChoices, RowRange, column_names, layouts_of, list_pair_files, read_rows
+from smpo_schemas.pairs.layout import ListedLayout
 from smpo_schemas.scoring.scores import (
     ScoresInfo,
-    ScoresPart,
     image_ids,
     read_scores,
     remove_leftovers,
@@ -34,9 +35,13 @@ OTHERS = "the others"
 """Name of the source of pairs that no column names a source for."""
 
 
+_MADE = {b"made_by": b"weigh"}
+"""Metadata of the column of weights. A kill may come before ``weights.json``, which names the column too."""
+
+
 @dataclass(frozen=True)
 class WeighedTable:
-    """The rows of a scores table.
+    """The rows of a scores table, from the first; of a selection's table, those of selected pairs.
 
     Attributes:
         pair_ids, prompts: of each row.
@@ -56,6 +61,7 @@ def read_table(
     scores: Path,
     info: ScoresInfo,
     pairs: Sequence[AnyPath],
+    reading: ReadingChoices,
     golden: Path | None,
     golden_column: str | None,
     source_column: str | None,
@@ -66,6 +72,7 @@ def read_table(
         scores: output of ``score``.
         info: its ``scores.json``.
         pairs: files of pairs; a column that the table lacks is read from them.
+        reading: how they are read.
         golden: a file of pair_ids, one per line or in a Parquet file's column ``pair_id``; or None.
         golden_column: in place of ``golden``, a column of true and false, or of 1 and 0; null is false.
         source_column: a column that names each pair's source; None: all pairs that are not golden are one source.
@@ -74,9 +81,11 @@ def read_table(
         UserError: a column is missing or has other values, or a pair is in two of these classes.
     """
     table = read_scores(scores, info)
+    if scores.name == SCORES_FOLDER and (scores.parent / SELECTION_FILE).is_file():
+        table = table.slice(0, read_selection(scores.parent).pairs)  # then come all candidates
     for flag, column in (("--golden-column", golden_column), ("--source-column", source_column)):
         if column is not None and column not in table.column_names:
-            values = _of_pairs(pairs, column)
+            values = _of_pairs(pairs, reading, flag, column)
             if not values:
                 require_column(scores, info, column, flag)
             table = table.append_column(column, [[values.get(each) for each in table["pair_id"].to_pylist()]])
@@ -102,16 +111,23 @@ def read_table(
     )
 
 
-def _of_pairs(pairs: Sequence[AnyPath], column: str) -> dict[str, object]:
-    """Read a column of pairs by their pair_ids, from the Parquet files that have both."""
-    found: dict[str, object] = {}
-    for path in expanded(pairs):
-        if path.is_file() and path.suffix == ".parquet":
-            with reading_parquet(path):
-                if {"pair_id", column} <= set(pq.read_schema(arrow_source(path)).names):
-                    table = pq.read_table(arrow_source(path), columns=["pair_id", column])
-                    found |= dict(zip(table["pair_id"].to_pylist(), table[column].to_pylist(), strict=True))
-    return found
+def _of_pairs(pairs: Sequence[AnyPath], reading: ReadingChoices, flag: str, column: str) -> dict[str, object]:
+    """Read a column of pairs by their pair_ids; none if no file has it.
+
+    Raises:
+        UserError: some files have it and others do not, whose pairs would count as not golden or without a source.
+    """
+    files = list_pair_files(pairs, reading)
+    having = [file for file in files if not isinstance(file.layout, ListedLayout) and column in column_names(file.path)]
+    if having and (lacking := [file for file in files if file not in having]):
+        raise UserError(f"{flag} {column}: {having[0].path} has this column, {lacking[0].path} does not")
+    rows_of = {file.path: file.rows for file in having}
+    return {
+        pair.pair_id: pair.further[column]
+        for path, layout in layouts_of(having).items()
+        for _, pair in read_rows(RowRange(path, 0, rows_of[path]), layout, [column])
+        if isinstance(pair, Pair)
+    }
 
 
 def _listed(path: Path, pair_ids: Sequence[str]) -> list[bool]:
@@ -147,14 +163,13 @@ def _require_one_class(pair_ids: Sequence[str], named: Sequence[str | None]) -> 
             raise UserError(f"pair {pair_id} is {classes} in different rows of --scores")
 
 
-def require_free(info: ScoresInfo, column: str, existing: Sequence[str], made: str | None, *, overwrite: bool) -> None:
+def require_free(scores: Path, info: ScoresInfo, column: str, *, overwrite: bool) -> None:
     """Refuse to replace a column that ``weigh`` has not made.
 
     Args:
-        info: the table's ``scores.json``.
+        scores: the table's folder.
+        info: its ``scores.json``.
         column: to be written.
-        existing: the table's columns.
-        made: the column that an earlier run made.
         overwrite: replace any column but the table's own.
 
     Raises:
@@ -162,16 +177,20 @@ def require_free(info: ScoresInfo, column: str, existing: Sequence[str], made: s
     """
     if column in score_schema(list(info.rewards)).names:
         raise UserError(f"--column {column} is a column of every scores table; choose another name")
-    if column in existing and column != made and not overwrite:
+    with reading_parquet(scores / info.parts[0].name):
+        schema = pq.read_schema(scores / info.parts[0].name)
+    made = column not in schema.names or _MADE.items() <= (schema.field(column).metadata or {}).items()
+    if not made and not overwrite:
         raise UserError(f"--column {column} exists, and weigh did not make it; choose another name, or --overwrite")
 
 
 def write_column(scores: Path, info: ScoresInfo, column: str, weight_P: np.ndarray) -> None:
-    """Write the table with a float32 column of weights, null where NaN; it replaces the old table at once.
+    """Write the table with a float32 column of weights, null where NaN or missing; it replaces the old table at once.
 
     New parts are written beside the old ones, which go when ``scores.json`` lists the new ones. A table that has these
     weights already is left as it is.
     """
+    weight_P = np.pad(weight_P, (0, info.scored - len(weight_P)), constant_values=np.nan)
     parts, start, changed = [], 0, False
     for part in info.parts:
         path = scores / part.name
@@ -189,8 +208,9 @@ def write_column(scores: Path, info: ScoresInfo, column: str, weight_P: np.ndarr
         digest = sha256_json([part.sha256, column, hashlib.sha256(values_R.tobytes()).hexdigest()])
         name = f"scores-{len(info.rewards)}-{len(parts):06d}-{digest[:12]}.parquet"
         with atomic_path(scores / name) as temporary:
-            pq.write_table(table.add_column(place, column, values), temporary)
-            parts.append(ScoresPart(name=name, pairs=part.pairs, sha256=sha256_file(temporary)))
+            pq.write_table(table.add_column(place, pa.field(column, pa.float32(), metadata=_MADE), values), temporary)
+            hashes = {"sha256": sha256_file(temporary), "scored_sha256": part.content}
+            parts.append(part.model_copy(update={"name": name, **hashes}))
     if changed:
         info = info.model_copy(update={"parts": parts})
         write_scores_info(scores, info)

@@ -77,11 +77,18 @@ class ScoresPart(FrozenModel):
         name: file name.
         pairs: number of rows.
         sha256: hash of the file.
+        scored_sha256: hash of the file as it was scored, where `weigh` added a column since; else null.
     """
 
     name: FileName
     pairs: Count
     sha256: str
+    scored_sha256: str | None = None
+
+    @property
+    def content(self) -> str:
+        """Hash of what ``score`` wrote, which a column of weights does not change."""
+        return self.scored_sha256 or self.sha256
 
 
 class ScoresInfo(FrozenModel):

@@ -33,7 +33,7 @@ def weigh(options: WeighOptions) -> None:
         f"{report.pairs} pairs weighed{rejects}: {options.scores / WEIGHTS_FILE}", highlight=False, soft_wrap=True
     )
     train = ("smpo-train", "--shards", "SHARDS", "--model", "MODEL", "--scores", options.scores)
-    print_next(console, *train, "--weight-column", report.column, "--robust", 1, "--out", "runs/weighed")
+    print_next(console, *train, "--weight-column", report.column, "--out", "runs/weighed")
 
 
 def show(console: Console, report: WeightsInfo) -> None:

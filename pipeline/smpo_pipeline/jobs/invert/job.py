@@ -84,7 +84,7 @@ def invert(options: InvertOptions) -> Manifest:
         "job": "invert",
         "schema_version": MANIFEST_VERSION,
         **describe_input(files, choices, running.limit),
-        "scores": [part.sha256 for part in info.parts] if info else [],
+        "scores": [part.content for part in info.parts] if info else [],
         "model": checked.model.model_dump(),
         "resolution": checked.resolution,
         "inversion": options.settings.model_dump(),
