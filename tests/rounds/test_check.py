@@ -72,6 +72,21 @@ def test_too_few_prompts_and_a_reward_that_is_not_evaluated(tmp_path):
         check_stages(options, resolve)
 
 
+@pytest.mark.parametrize(
+    ("spec", "name", "other"),
+    [
+        ("judge=http://localhost:9/v1,axis=style,name=style", "style", "judge"),
+        ("http=http://localhost:9", "http", "mine"),
+        ("tests.evaluation.stubs:Brightness", "brightness", "Brightness"),
+    ],
+)
+def test_the_reward_to_stop_by_is_named_as_its_column(tmp_path, spec, name, other):
+    evaluate = {**evaluated(tmp_path), "reward": [spec, "toy-truth"]}
+    check_stages(options_of(tmp_path, stop_if_worse=name, evaluate=evaluate), resolve)
+    with pytest.raises(UserError, match=f"--stop-if-worse {other}: evaluate: reward has only {name}, toy-truth"):
+        check_stages(options_of(tmp_path, stop_if_worse=other, evaluate=evaluate), resolve)
+
+
 def test_a_refreshed_reward_may_be_the_only_one(tmp_path):
     human = {"scores": str(tmp_path), "pairs": str(tmp_path)}
     options = options_of(tmp_path, score={}, refresh={"reward": "toy-truth", **human})

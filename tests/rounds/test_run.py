@@ -153,6 +153,11 @@ def test_rounds_end_after_a_model_that_loses_to_the_one_before(tmp_path, go):
     assert record(tmp_path)["stopped"] is None
 
 
+def test_a_reward_to_stop_by_that_was_not_evaluated_is_refused(go):
+    with pytest.raises(UserError, match="--stop-if-worse style: round-000 was evaluated by toy-truth only"):
+        go(FakeRunner(), stop_if_worse="style")
+
+
 def test_the_report_compares_with_the_base_and_the_round_before(tmp_path, go):
     go(FakeRunner(WORSE))
     lines = (tmp_path / "out/rounds.md").read_text().splitlines()

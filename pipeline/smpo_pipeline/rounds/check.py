@@ -18,6 +18,7 @@ from smpo_pipeline.jobs.generate.options import GenerateOptions
 from smpo_pipeline.jobs.invert.options import InvertOptions
 from smpo_pipeline.jobs.score.options import ScoreOptions
 from smpo_pipeline.refreshing.options import RefreshOptions
+from smpo_pipeline.rewards import parse_reward
 from smpo_pipeline.rounds.options import RoundsOptions
 from smpo_pipeline.rounds.stages import Plan, Stage, Training
 from smpo_pipeline.selection.options import SelectOptions
@@ -86,10 +87,13 @@ def check_stages(options: RoundsOptions, resolve: Resolve) -> Training:
 
 
 def _check_stop(options: RoundsOptions) -> None:
+    if not options.stop_if_worse:
+        return
     rewards = (options.stages.evaluate or {}).get("reward", [])
-    names = [str(spec).partition("=")[0] for spec in (rewards if isinstance(rewards, list) else [rewards])]
-    # The name of a user's own reward, MODULE:CLASS, is known when it is loaded.
-    if options.stop_if_worse and options.stop_if_worse not in names and not any(":" in name for name in names):
+    specs = list(map(str, rewards if isinstance(rewards, list) else [rewards]))
+    # Importing rewards takes seconds: only where a class or an address (URL,name=NAME) decides the name.
+    names = [parse_reward(spec)[0].name if ":" in spec else spec.partition("=")[0] for spec in specs]
+    if options.stop_if_worse not in names:
         raise UserError(f"--stop-if-worse {options.stop_if_worse}: evaluate: reward has only {', '.join(names)}")
 
 

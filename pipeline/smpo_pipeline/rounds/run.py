@@ -125,7 +125,10 @@ class Rounds:
         reward = self.plan.options.stop_if_worse
         if reward is None:
             return None
-        versus = read_versus(self.plan, number)[reward].previous
+        found = read_versus(self.plan, number)
+        if reward not in found:
+            raise UserError(f"--stop-if-worse {reward}: {round_name(number)} was evaluated by {', '.join(found)} only")
+        versus = found[reward].previous
         if versus.verdict != "worse":
             return None
         high = 100 * (versus.win_rate.high or 0)
