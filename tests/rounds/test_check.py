@@ -52,6 +52,7 @@ def test_a_stages_flags(tmp_path, changed, parts):
         ({"inverting": "policy"}, ("--inverting policy", "did harm", "--force")),
         ({"refresh": {}, "start": "base"}, ("--start base with --reference previous",)),
         ({"reference": "previous", "start": "base"}, ("--start base with --reference previous",)),
+        ({"rounds": 2, "invert": {"source": "tracked"}}, ("--source tracked", "--reference previous")),
         ({"rounds": 3, "train": {"beta": [1, 2]}}, ("train: beta: 2 values for 3 rounds",)),
         ({"stop_if_worse": "toy-truth"}, ("--stop-if-worse toy-truth", "evaluate")),
     ],
@@ -70,6 +71,15 @@ def test_too_few_prompts_and_a_reward_that_is_not_evaluated(tmp_path):
     options = options_of(tmp_path, stop_if_worse="pickscore", evaluate=evaluated(tmp_path))
     with pytest.raises(UserError, match="--stop-if-worse pickscore: evaluate: reward has only toy-truth"):
         check_stages(options, resolve)
+
+
+def test_what_only_a_later_round_refuses_is_refused_before_the_first(tmp_path):
+    policy = {"inverting": "policy", "force": True}
+    with pytest.raises(UserError, match="invert: --inverting-unet: --source forward does not use it"):
+        check_stages(options_of(tmp_path, rounds=2, invert={"source": "forward"}, **policy), resolve)
+    sampled = {"generate": {"keep": "states:4", "sampler": "ddim"}, "invert": {"source": "sampled"}}
+    for fitting in (policy, {"reference": "previous"}, {"rounds": 1}):
+        check_stages(options_of(tmp_path, **{"rounds": 2, **sampled, **fitting}), resolve)
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,12 @@ def check_stages(options: RoundsOptions, resolve: Resolve) -> Training:
         write_flags(options, Path(folder))
         plan = Plan(options.replace(launcher=None), Training(), Path(folder))
         resolved: Mapping[str, Any] = {}
-        for number in range(options.rounds if plan.beta(0) is not None else 1):
+        # Round 1 is the first with a model before it; later ones differ from it in beta alone.
+        for number in range(options.rounds if plan.beta(0) is not None else min(options.rounds, 2)):
             for stage in plan.stages(number):
                 if stage.name == "train":
                     resolved = _parsed(stage, plan, resolve)
-                elif number == 0:
+                elif number <= 1:
                     _parsed(stage, plan, partial(_strictly, stage.name, options))
     return Training(
         lora=resolved.get("lora_rank") is not None,

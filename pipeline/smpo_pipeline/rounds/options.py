@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from smpo_common.errors import UserError
 from smpo_common.options import Flag, Options, Overwrite
 from smpo_pipeline.options import ExistingPath, ModelSource, Out
+from smpo_schemas.inversion_settings import GENERATED
 
 Flags = dict[str, Any]
 """Values of a command's flags, by their keys in a config file."""
@@ -111,6 +112,12 @@ class RoundsOptions(Options):
             )
         if self.held_to == "previous" and self.start == "base":
             raise UserError("--start base with --reference previous: training would begin away from its reference")
+        source = self.stages.invert.get("source")
+        if self.rounds > 1 and source in GENERATED and (self.held_to, self.inverting) == ("base", "reference"):
+            raise UserError(
+                f"invert: --source {source} takes latents of the model that drew the images, from round 1 on the one "
+                "before, but the base inverts; use --reference previous, or --inverting policy"
+            )
         betas = self.stages.train.get("beta")
         for key, values in {"prompts": self.prompts, "train: beta": betas if isinstance(betas, list) else ()}.items():
             if len(values) > 1 and len(values) < self.rounds:
