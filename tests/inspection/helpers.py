@@ -73,7 +73,10 @@ def make_pairs(path: Path, count: int = 10) -> Path:
 
 
 def make_scores(directory: Path, count: int = 40) -> Path:
-    """Two rewards: ``sharp`` orders 3 of 4 pairs as ``match`` does, ``match`` always as the label."""
+    """Two rewards: ``sharp`` orders 3 of 4 pairs as ``match`` does, ``match`` always as the label.
+
+    The columns ``model_0`` and ``model_1`` are no reward's.
+    """
     rng = np.random.default_rng(1)
     labels = np.array([1.0 if number % 2 else 0.0 for number in range(count)])
     gap = rng.uniform(0.05, 0.2, count) * np.where(labels == 1, 1, -1)
@@ -85,6 +88,8 @@ def make_scores(directory: Path, count: int = 40) -> Path:
             "prompt": "p",
             "label": float(labels[number]),
             "annotator": f"user-{number % 2}",
+            "model_0": "some",
+            "model_1": "other",
             **{
                 f"{name}_{side}": scores[number, side]
                 for name, scores in (("match", match), ("sharp", sharp))
@@ -94,7 +99,7 @@ def make_scores(directory: Path, count: int = 40) -> Path:
         for number in range(count)
     ]
     directory.mkdir(parents=True)
-    part = write_part(directory / "scores-000000.parquet", rows, ["match", "sharp"])
+    part = write_part(directory / "scores-000000.parquet", rows, ["match", "sharp"], ["model_0", "model_1"])
     rejects = [Reject(pair_id="x", source="a.parquet:7", stage="score", reason="image not readable: cut short")]
     write_rejects(directory / "rejected.parquet", rejects)
     statistics = {

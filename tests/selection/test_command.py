@@ -15,6 +15,7 @@ from PIL import Image
 
 from smpo_pipeline.images.image_store import ImageStore
 from smpo_pipeline.selection import run as run_module
+from smpo_pipeline.weighing.table import write_column
 from smpo_schemas.generation.selection import read_selection
 from smpo_schemas.pairs import image_id
 from smpo_schemas.preference.winrate import WinRate
@@ -259,6 +260,9 @@ def test_inspect_shows_the_selection(select, capfd, tmp_path):
 
     made = make_candidates(tmp_path / "in", PROMPTS, image=image)
     assert select(*made, tmp_path / "out").returncode == 0
+    scores = tmp_path / "out" / "scores"
+    info = read_scores_info(scores)
+    write_column(scores, info, "weight_0", np.ones(info.scored))  # not a reward
     sheet = tmp_path / "sheet.png"
     done = run_here(capfd, "smpo-pipeline", "inspect", tmp_path / "out", "--out", sheet)
     assert done.returncode == 0, done.stderr

@@ -207,7 +207,7 @@ def draw_pairs(summary: PairsSummary, path: Path, scores: Mapping[str, Mapping[s
     Args:
         summary: has the chosen pairs.
         path: the file or folder of pairs.
-        scores: by pair id, the rows of a scores table; may lack pairs.
+        scores: by pair id, the rewards' columns of a scores table; may lack pairs.
     """
     cards = [_card(pair, scores.get(pair.pair_id, {})) for pair in summary.chosen]
     subtitle = f"{len(cards)} of {summary.rows_read} pairs, evenly spaced; the preferred image is framed in green"

@@ -34,7 +34,7 @@ class SelectionSummary:
         rejects: rows and prompts that gave no pair.
         gaps: one per pair that was read.
         chosen: pairs for the contact sheet.
-        scores: rows of the scores table of these pairs, by pair_id.
+        scores: their rewards' columns of the scores table, by pair_id.
     """
 
     info: SelectionInfo
@@ -72,7 +72,9 @@ def summarise_selection(
             advance(number + 1, total)
     names = [pair.pair_id for pair in summary.chosen]
     scores = folder / SCORES_FOLDER
-    table = read_scores(scores, read_scores_info(scores))
+    info = read_scores_info(scores)
+    columns = ["pair_id", *(f"{name}_{index}" for name in info.rewards for index in range(2))]
+    table = read_scores(scores, info, columns)
     rows = table.filter(pc.is_in(table["pair_id"], pa.array(names, pa.string())))
     summary.scores = {row["pair_id"]: row for row in rows.to_pylist()}
     return summary

@@ -63,7 +63,8 @@ def _inspect_pairs(path: Path, options: InspectOptions, console: Console, target
     rows: dict[str, Any] = {}
     if options.scores:
         info = read_scores_info(options.scores)
-        rows = {row["pair_id"]: row for row in read_scores(options.scores, info).to_pylist()}
+        columns = ["pair_id", *(f"{name}_{index}" for name in info.rewards for index in range(2))]
+        rows = {row["pair_id"]: row for row in read_scores(options.scores, info, columns).to_pylist()}
     samples = 12 if options.samples is None else options.samples
     with _progress(console, "reading pairs") as advance:
         choices = options.columns.choices()
