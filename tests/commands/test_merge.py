@@ -87,3 +87,15 @@ def test_models_that_do_not_fit_are_one_line(base, tmp_path, capfd, make):
     done = merge(capfd, base, tmp_path / "merged", tuned(base, tmp_path / "smpo", 0.5), other)
     assert_one_line(done, str(other))
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "flags", "part"),
+    [("smpo", ("--overwrite",), "is also an input"), ("base", ("--overwrite",), "is also an input"), ("run", (), "unet")],
+)
+def test_denoisers_that_merge_did_not_write_are_kept(tmp_path, capfd, out, flags, part):
+    for name in ("base", "smpo", "npo", "run"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+    inputs = (tmp_path / name for name in ("base", out, "smpo", "npo"))
+    assert_one_line(merge(capfd, *inputs, *flags), f"--out {tmp_path / out} ", part)
+    assert (tmp_path / out / "unet").is_dir()

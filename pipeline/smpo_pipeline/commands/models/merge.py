@@ -13,7 +13,7 @@ from smpo_common.files import write_json
 from smpo_common.options import Flag, Options, Overwrite
 from smpo_pipeline.options import ExistingPath, ModelSource, Out, Variant
 from smpo_pipeline.terminal import print_next
-from smpo_schemas.trained_model import MERGED_FILE
+from smpo_schemas.trained_model import DENOISER_FOLDERS, MERGED_FILE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +38,7 @@ class MergeOptions(Options):
     """Weight of the negative model's difference from --model."""
     variant: Variant = None
     overwrite: Overwrite = False
-    """Replace a merged model in --out."""
+    """Replace the denoiser in --out."""
 
 
 def merge(options: MergeOptions) -> None:
@@ -51,10 +51,7 @@ def merge(options: MergeOptions) -> None:
     Examples:
         smpo-pipeline merge --model MODEL --positive runs/smpo --negative runs/npo --out negative
     """
-    if (options.out / MERGED_FILE).exists() and not options.overwrite:
-        raise UserError(
-            f"--out {options.out} holds a merged model; choose another --out, or replace it with --overwrite"
-        )
+    _check_out(options)
     from smpo_models.fingerprint import fingerprint_module  # noqa: PLC0415  (keeps --help free of torch)
     from smpo_models.loading import load_family, load_tuned_denoiser  # noqa: PLC0415
     from smpo_models.tuned.merge import merge_into  # noqa: PLC0415
@@ -81,6 +78,16 @@ def merge(options: MergeOptions) -> None:
     negative = ("--negative", f"tuned={options.out}") if options.negative else ()
     common = ("--prompts", "PROMPTS", "--reward", "pickscore", "--out", "report")
     print_next(console, "smpo-pipeline", "evaluate", *models, *negative, *common)
+
+
+def _check_out(options: MergeOptions) -> None:
+    """Refuse to replace an input, and anything else without ``--overwrite``."""
+    for path in (options.model, options.positive, options.negative, options.unet):
+        if path and Path(path).resolve() == options.out.resolve():
+            raise UserError(f"--out {options.out} is also an input; choose another --out")
+    for name in (MERGED_FILE, *DENOISER_FOLDERS):
+        if (options.out / name).exists() and not options.overwrite:
+            raise UserError(f"--out {options.out} holds {name}; choose another --out, or replace it with --overwrite")
 
 
 def _save(denoiser: Any, folder: Path) -> None:  # noqa: ANN401  (diffusers' mixin has no type)
