@@ -10,9 +10,11 @@ import time
 import pytest
 
 from smpo_common.errors import UserError
+from smpo_pipeline.rounds import children
 from smpo_pipeline.rounds.children import run_child
 from smpo_pipeline.rounds.run import Rounds
-from tests.rounds.helpers import FakeRunner, evaluated, plan_of
+from tests.command import run_here
+from tests.rounds.helpers import FakeRunner, evaluated, plan_of, write_config
 
 ROUND = ["generate", "score", "select", "invert", "smpo-train", "evaluate"]
 BOTH = [f"00{number} {stage}" for number in (0, 1) for stage in ROUND]
@@ -168,6 +170,16 @@ def test_the_report_compares_with_the_base_and_the_round_before(tmp_path, go):
     assert second[:3] == ["toy-truth", "1", "3.5"]
     assert second[4:6] == ["50.0 % (50.0 .. 50.0 %)", "0.0 % (0.0 .. 36.9 %)"]
     assert second[6] == "[report](round-001/evaluation/report.html)"
+
+
+@pytest.mark.parametrize("lora_rank", [None, 8])
+def test_a_lora_of_which_the_model_is_merged_is_not_offered_to_push(tmp_path, capfd, monkeypatch, lora_rank):
+    monkeypatch.setattr(children, "run_child", FakeRunner())
+    monkeypatch.setattr(children, "resolve_training", lambda _: {"lora_rank": lora_rank})
+    path = write_config(tmp_path, evaluate=evaluated(tmp_path))
+    done = run_here(capfd, "smpo-pipeline", "rounds", "--config", path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert ("smpo-pipeline push" in done.stdout) == (lora_rank is None)
 
 
 def test_an_evaluation_takes_over_the_images_of_the_one_before(tmp_path, go):

@@ -63,5 +63,7 @@ def _show(plan: Plan, record: RoundsRecord, console: Console) -> None:
         wins = f"{base} against the base, {previous} against the one before"
         console.print(f"round {number}, {reward}: mean {mean}, win rate {wins}")
     console.print(f"{options.out / REPORT_FILE}, with a link to each round's report")
+    if plan.merges:
+        return  # push takes outputs of smpo-train: LoRAs, of which the last alone is not the model
     evaluation = plan.folder(last) / "evaluation"
     print_next(console, "smpo-pipeline", "push", plan.folder(last) / "run", "OWNER/NAME", "--evaluation", evaluation)
