@@ -40,8 +40,10 @@ def invert(options: InvertOptions) -> None:
     train = ("smpo-train", "--shards", options.out, "--model", models.model, *flags)
     if manifest.inversion.source == "truncated":
         print_next(console, *train, "--objective", "selfnpo", "--out", "runs/selfnpo")
-    else:
+    elif manifest.rewards:
         print_next(console, *train, "--reward", *manifest.rewards, "--out", "runs/smpo")
+    else:
+        print_next(console, *train, "--objective", "dpo", "--out", "runs/dpo")
 
 
 def _show(console: Console, manifest: Manifest, out: AnyPath) -> None:
