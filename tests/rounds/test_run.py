@@ -11,6 +11,7 @@ import pytest
 
 from smpo_common.errors import UserError
 from smpo_pipeline.rounds import children
+from smpo_pipeline.rounds import run as run_module
 from smpo_pipeline.rounds.children import run_child
 from smpo_pipeline.rounds.run import Rounds
 from tests.command import run_here
@@ -170,6 +171,17 @@ def test_the_report_compares_with_the_base_and_the_round_before(tmp_path, go):
     assert second[:3] == ["toy-truth", "1", "3.5"]
     assert second[4:6] == ["50.0 % (50.0 .. 50.0 %)", "0.0 % (0.0 .. 36.9 %)"]
     assert second[6] == "[report](round-001/evaluation/report.html)"
+
+
+def test_a_kill_between_record_and_report_leaves_a_report_to_the_next_run(tmp_path, go, monkeypatch):
+    monkeypatch.setattr(run_module, "write_report", lambda _plan, number: 1 / (1 - number))
+    with pytest.raises(ZeroDivisionError):
+        go(FakeRunner())
+    monkeypatch.undo()
+    runner = FakeRunner()
+    go(runner)
+    assert not runner.ran
+    assert "(round-001/evaluation/report.html)" in (tmp_path / "out/rounds.md").read_text()
 
 
 @pytest.mark.parametrize("lora_rank", [None, 8])
