@@ -148,6 +148,13 @@ def test_votes_replace_the_pairs_labels(tmp_path):
     assert rows["0-2"] == (1.0, None, "me")
 
 
+@pytest.mark.parametrize("votes", [{}, {"other": PairVotes(1, 1, None)}])
+def test_votes_on_none_of_the_pairs_are_refused(tmp_path, votes):
+    with pytest.raises(UserError, match=f"--labels: none of its {len(votes)} pairs is in --pairs"):
+        write_table(tmp_path, commit(tmp_path, "a"), UNITS, models("a"), None, labels=votes)
+    assert not (tmp_path / "scores.json").exists()
+
+
 def test_a_kill_while_the_table_is_written_leaves_the_old_table_intact(tmp_path, monkeypatch):
     base = write_table(tmp_path, commit(tmp_path, "a"), UNITS, models("a"), None)
     before = read_scores(tmp_path, base)

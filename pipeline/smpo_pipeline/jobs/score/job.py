@@ -55,7 +55,7 @@ def score(options: ScoreOptions) -> ScoresInfo:
     specs = _specs(options.reward)
     sizes = _pool_sizes(running.concurrency, specs)
     models = {name: _describe(load_reward(spec, "cpu"), running.dtype) for name, spec in specs.items()}
-    labels = read_labels(options.labels) if options.labels else {}
+    labels = read_labels(options.labels) if options.labels else None
     identity = {
         "job": "score",
         "schema_version": SCORES_VERSION,

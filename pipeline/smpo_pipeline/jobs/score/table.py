@@ -77,14 +77,15 @@ def write_table(
         labels: of :func:`smpo_schemas.label_file.read_labels`, in place of the pairs' own.
 
     Raises:
-        UserError: no pair could be scored, or the pairs are not those of ``base``.
+        UserError: no pair could be scored, the pairs are not those of ``base``, or none of them is in ``labels``.
     """
     names = [*(base.rewards if base else ()), *rewards]
-    parts, rejects = [], []
+    parts, rejects, unseen = [], [], set(labels or ())
     old_table, ids = _OldTable(out, base, names) if base else None, PairIds()
     for number, start in enumerate(range(0, units, _UNITS_PER_PART)):
         group = range(start, min(units, start + _UNITS_PER_PART))
         rows = pa.concat_tables(read_all(lambda unit: read_unit_rows(unit_path(scoring, unit)), group))
+        unseen.difference_update(rows["pair_id"].to_pylist())
         rows = with_labels(rows, labels or {})
         if old_table:
             rows = old_table.join(rows)
@@ -100,6 +101,8 @@ def write_table(
     if not parts:
         first = f"; the first: {rejects[0].source}: {rejects[0].reason}"
         raise UserError(f"no pair could be scored, {len(rejects)} were rejected (see {out / REJECTS_FILE}){first}")
+    if labels is not None and len(unseen) == len(labels):
+        raise UserError(f"--labels: none of its {len(labels)} pairs is in --pairs")
     before = (
         {name: RewardRecord(s.model, s.fingerprint, s.unit, s.dtype) for name, s in base.rewards.items()}
         if base
