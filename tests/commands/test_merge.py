@@ -91,7 +91,11 @@ def test_models_that_do_not_fit_are_one_line(base, tmp_path, capfd, make):
 
 @pytest.mark.parametrize(
     ("out", "flags", "part"),
-    [("smpo", ("--overwrite",), "is also an input"), ("base", ("--overwrite",), "is also an input"), ("run", (), "unet")],
+    [
+        ("smpo", ("--overwrite",), "is also an input"),
+        ("base", ("--overwrite",), "is also an input"),
+        ("run", (), "unet"),
+    ],
 )
 def test_denoisers_that_merge_did_not_write_are_kept(tmp_path, capfd, out, flags, part):
     for name in ("base", "smpo", "npo", "run"):

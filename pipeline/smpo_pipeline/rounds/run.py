@@ -75,9 +75,9 @@ class Rounds:
                 self.say(why)
                 break
         write_record(self.out, record)
-        evaluated = [number for number, each in enumerate(record.rounds) if "evaluate" in {s.stage for s in each.stages}]
+        evaluated = sum(stage.stage == "evaluate" for each in record.rounds for stage in each.stages)
         if evaluated:
-            write_report(self.plan, evaluated[-1])  # a kill may have come between record and report
+            write_report(self.plan, evaluated - 1)  # a kill may have come between record and report
         return record
 
     def _checked(self, record: RoundsRecord) -> RoundsRecord:
