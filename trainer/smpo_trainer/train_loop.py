@@ -165,7 +165,7 @@ class TrainLoop:
         if self.stopped_by or ends or is_best or step % self._settings.output.save_every == 0 or step == last:
             self._save(step, log)
         if is_best:
-            on_main(self._accelerator, lambda: self._output.keep_best(step))
+            self._keep_best(step)
         if ends:
             self._console.say(
                 f"ended after step {step} of {last}: --validation-reward was highest after step {best.step}, whose "
@@ -275,8 +275,8 @@ class TrainLoop:
     def _resume(self, path: Path) -> int:
         """Restore a checkpoint and return its number of finished steps."""
         checkpoint = self._load(path)
-        if self._trainer.best.step == checkpoint.step:  # a kill may have come between the checkpoint and this copy
-            on_main(self._accelerator, lambda: self._output.keep_best(checkpoint.step))
+        if not self._trainer.best.is_kept:  # a kill came between the checkpoint and this copy
+            self._keep_best(checkpoint.step)
         settings, before = self._settings, checkpoint.identity["max_steps"]
         self._console.say(f"resuming after step {checkpoint.step} of {settings.steps.max_steps}")
         if before != settings.steps.max_steps and settings.optimizer.lr_schedule != "constant":
@@ -285,6 +285,10 @@ class TrainLoop:
                 f"from here on; the finished steps followed one of {before}"
             )
         return checkpoint.step
+
+    def _keep_best(self, step: int) -> None:
+        on_main(self._accelerator, lambda: self._output.keep_best(step))
+        self._trainer.best.is_kept = True
 
     def _save(self, step: int, log: MetricsLog | None) -> None:
         # Collective with FSDP: every process takes part in gathering the weights, the main process writes them.

@@ -12,8 +12,10 @@ import pytest
 from smpo_common.errors import UserError
 from smpo_pipeline.score_images import score_lines
 from smpo_trainer.experiment import resolve_experiment
-from smpo_trainer.output.checkpoints import Checkpoints
+from smpo_trainer.model.policy import Policy
+from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.safeguards.best_checkpoint import BestCheckpoint
+from smpo_trainer.safeguards.spikes import Spike, SpikeDetector
 from smpo_trainer.validation.rewards import mean_reward, require_reward
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, collecting, column, metrics, resolve_settings
@@ -61,26 +63,32 @@ def test_a_wrong_reward_is_one_line_before_anything_is_loaded(
 
 
 REWARDS = {0: 0.5, 1: 0.6, 2: 0.9, 3: 0.7, 4: 0.8}
+LORA = "pytorch_lora_weights.safetensors"
 
 
-@pytest.mark.slow
-def test_the_best_model_is_the_result_also_of_a_killed_run(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fall: float = 0) -> dict[str, object]:
+    """Options of a LoRA run that draws after each step; with these rewards, less ``fall`` when a step comes again."""
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     drawn: list[int] = []
 
     def reward(spec: str, images: Sequence[np.ndarray], prompts: Sequence[str], device: str) -> float:
         assert (spec, len(images), prompts, device) == (REDNESS, 1, ["a red circle"], "cpu")
-        return REWARDS[drawn[-1]]
+        return REWARDS[drawn[-1]] - fall * (drawn.count(drawn[-1]) - 1)
 
     monkeypatch.setattr("smpo_trainer.train_loop.mean_reward", reward)
     draw = "smpo_trainer.validation.images.ValidationImages.draw"
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     monkeypatch.setattr(draw, lambda _self, step: drawn.append(step) or ([image], image))
     monkeypatch.setattr("smpo_trainer.experiment.require_reward", lambda _spec: None)
-    options = {"image_prompts": tmp_path / "prompts.txt", "image_every": 1, "max_steps": 9, "save_every": 5}
-    options |= {"validation_reward": REDNESS, "validation_patience": 2, "lora_rank": 2}
+    options = {"image_prompts": tmp_path / "prompts.txt", "image_every": 1, "lora_rank": 2}
+    return options | {"validation_reward": REDNESS}
+
+
+@pytest.mark.slow
+def test_the_best_model_is_the_result_also_of_a_killed_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = drawing(tmp_path, monkeypatch) | {"max_steps": 9, "save_every": 5, "validation_patience": 2}
     weights: list[dict[str, object]] = []
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", collecting(weights))  # type: ignore[arg-type]
@@ -91,18 +99,45 @@ def test_the_best_model_is_the_result_also_of_a_killed_run(
     assert record["steps"] == 4
     assert column(whole, "validation_reward") == [0.6, 0.9, 0.7, 0.8]
     assert metrics(whole)[0]["validation_reward/start"] == 0.5
-    lora = "pytorch_lora_weights.safetensors"
-    assert (whole / lora).read_bytes() == (whole / "best" / lora).read_bytes()
-    assert (whole / lora).read_bytes() == train("two", lora_rank=2, max_steps=2).joinpath(lora).read_bytes()
+    assert (whole / LORA).read_bytes() == (whole / "best" / LORA).read_bytes()
+    assert (whole / LORA).read_bytes() == train("two", lora_rank=2, max_steps=2).joinpath(LORA).read_bytes()
     with monkeypatch.context() as patch:
         # After the checkpoint of the best step was written, before its model was kept.
         patch.setattr("smpo_trainer.output.run_folder.OutputFolder.keep_best", _die)
         with pytest.raises(AssertionError):
             train("killed", **options, on_spike="continue")
     killed = train("killed", **options)
-    assert (killed / lora).read_bytes() == (whole / lora).read_bytes()
+    assert (killed / LORA).read_bytes() == (whole / LORA).read_bytes()
     assert column(killed, "validation_reward") == column(whole, "validation_reward")
 
 
 def _die(*_: object) -> None:
     raise UserError("power cut")
+
+
+@pytest.mark.slow
+def test_the_best_model_stays_when_its_step_comes_again_after_a_rollback(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill follows the second checkpoint of step 2, which is worse than the first one."""
+    options = drawing(tmp_path, monkeypatch, fall=0.2) | {"save_every": 1, "validation_patience": 9}
+    save = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, checkpoint: Checkpoint, policy: Policy) -> Path:
+        path = save(self, checkpoint, policy)
+        if checkpoint.step == 2 and checkpoint.optimizer["spikes"]["spikes"]:
+            raise UserError("power cut")
+        return path
+
+    def first_at_4(self: SpikeDetector, record: dict[str, float]) -> Spike | None:
+        return Spike(4, error_ratio=9, usual=1) if record["step"] == 4 and not self.spikes else None
+
+    monkeypatch.setattr(SpikeDetector, "check", first_at_4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(AssertionError):
+            train("run", **options, on_spike="rollback")
+    out = train("run", **options, on_spike="rollback")
+    assert column(out, "validation_reward") == pytest.approx([0.4, 0.7, 0.5, 0.6])
+    assert json.loads((out / "training.json").read_text())["best"] == {"step": 2, "reward": 0.9}
+    assert (out / LORA).read_bytes() == train("two", lora_rank=2, max_steps=2).joinpath(LORA).read_bytes()
