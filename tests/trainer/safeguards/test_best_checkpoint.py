@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +47,28 @@ def test_images_are_scored_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPat
 
 def _lines(given: tuple[str, str]) -> tuple[str, list[str]]:
     return given[0], given[1].splitlines()
+
+
+SCORE_AT_CTRL_C = """
+import os, signal
+os.killpg(os.getpgid(os.getppid()), signal.SIGINT)
+print([7.0])
+"""
+
+TRAINER = """
+from smpo_trainer.runtime.interrupts import StopRequest
+from smpo_trainer.validation import rewards
+rewards._PROGRAM = "scorer"
+with StopRequest() as stop:
+    print(rewards._run("reward", "cpu", ""), int(stop.requested))
+"""
+
+
+def test_ctrl_c_does_not_end_the_scoring(tmp_path: Path) -> None:
+    (tmp_path / "scorer.py").write_text(SCORE_AT_CTRL_C)
+    trainer = [sys.executable, "-c", TRAINER]
+    done = subprocess.run(trainer, cwd=tmp_path, capture_output=True, text=True, check=False, start_new_session=True)
+    assert done.stdout == f"[7.0] {int(signal.SIGINT)}\n", done.stderr
 
 
 @pytest.mark.slow

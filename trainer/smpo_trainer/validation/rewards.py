@@ -63,8 +63,10 @@ def _png(image_HW3: np.ndarray) -> str:
 
 
 def _run(spec: str, device: str, lines: str) -> list[float | None]:
+    command = [sys.executable, "-m", _PROGRAM, spec, device]
+    # In a session of its own: Ctrl-C reaches all processes of a terminal, but the trainer still finishes its step.
     done = subprocess.run(  # noqa: S603  (a program of our own)
-        [sys.executable, "-m", _PROGRAM, spec, device], input=lines, capture_output=True, text=True, check=False
+        command, input=lines, capture_output=True, text=True, check=False, start_new_session=True
     )
     if done.returncode:
         said = done.stderr.strip().splitlines()
