@@ -96,12 +96,23 @@ def test_losses_without_a_reference_refuse_them(
         resolve_experiment(resolve_settings(monkeypatch, run), print)
 
 
-def test_shards_without_norms_are_refused_by_name(
-    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = with_manifest(shards, tmp_path / "old")
-    write_manifest(old, ShardDirectory(old).manifest.model_copy(update={"has_ref_norm": False}))
+@pytest.fixture
+def old(shards: Path, tmp_path: Path) -> Path:
+    """Shards without norms, by their manifest."""
+    folder = with_manifest(shards, tmp_path / "old")
+    write_manifest(folder, ShardDirectory(folder).manifest.model_copy(update={"has_ref_norm": False}))
+    return folder
 
+
+def test_norms_are_measured_in_all_states_or_in_none(train: Train, shards: Path, old: Path) -> None:
+    """Processes sum their metrics together, so each of them must have the same ones."""
+    assert "norm_growth" in metrics(train("new", max_steps=1))[0]
+    assert "norm_growth" not in metrics(train("mixed", on=[shards, old], max_steps=1))[0]
+
+
+def test_shards_without_norms_are_refused_by_name(
+    shards: Path, old: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def resolve(**options: object) -> None:
         run = arguments([shards, old], model, tmp_path / "run", norm_guard=1, **options)
         resolve_experiment(resolve_settings(monkeypatch, run), print)

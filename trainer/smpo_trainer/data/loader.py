@@ -50,7 +50,7 @@ class StateBatch:
         timestep_B: int64 (float32 for flow-matching models).
         preference_B, label_B: P(image_0 preferred) from rewards and from the annotator, float32; NaN if missing.
         weight_B: weight of the pair in the loss, float32.
-        ref_norm_B2: root mean squares of the reference's outputs, float32; None if the shards of a state have none.
+        ref_norm_B2: root mean squares of the reference's outputs, float32; None if a directory of the set has none.
     """
 
     pair_ids: list[str]
@@ -84,6 +84,8 @@ class StateDataset(Dataset[State | UserError]):
 
     def __init__(self, shards: ShardSet, table: StateTable) -> None:
         self._directories = [source.directory for source, _ in shards.places]
+        # Of all states or of none: every process must have the same metrics.
+        self._has_ref_norm = all(directory.manifest.has_ref_norm for directory in shards.directories)
         self._table = table
         self.ref_error_S2: torch.Tensor | None = None
 
@@ -127,7 +129,7 @@ class StateDataset(Dataset[State | UserError]):
             preference=float(table.preference_P[trajectory]),
             label=float(table.label_P[trajectory]),
             weight=float(table.weight_P[trajectory]),
-            ref_norm_2=state.ref_norm_2,
+            ref_norm_2=state.ref_norm_2 if self._has_ref_norm else None,
         )
 
 

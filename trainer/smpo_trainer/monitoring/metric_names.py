@@ -23,8 +23,8 @@ METRICS = {
     "error_minus_reference/rejected": "the same at the other image",
     "drift": "absolute difference of the model's and the reference's error, mean of both images",
     "budget/excess": "how far the preferred image is beyond `--budget`, in margin units; only with `--budget`",
-    "norm_growth": "norm (rms) of the model's output over the reference's, minus 1, mean of both images; where shards "
-    "have the reference's norms, and with `--reference live`",
+    "norm_growth": "norm (rms) of the model's output over the reference's, minus 1, mean of both images; where all "
+    "shards have the reference's norms, and with `--reference live`",
     "norm_guard/excess": "how far norms exceed the reference's, mean of both images; only with `--norm-guard`",
     "winner_preserving/scale": "factor of the gradient of the image that is not preferred, 0 to 1; only with "
     "`--winner-preserving`",
