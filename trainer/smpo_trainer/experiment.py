@@ -245,10 +245,26 @@ def _require_options(experiment: Experiment) -> None:
             )
         if loss.beta_decay:
             raise UserError(f"--beta {loss.beta}: beta follows the margins or --beta-decay, not both")
-    without = [s.name for s in experiment.shards.sources if not s.directory.manifest.has_ref_norm]
-    if loss.norm_guard is not None and without and experiment.settings.compute.reference != "live":
+    if loss.norm_guard is not None and experiment.settings.compute.reference != "live":
+        _require_norms(experiment, f"--norm-guard {loss.norm_guard:g}")
+
+
+def _require_norms(experiment: Experiment, flag: str) -> None:
+    """Refuse a flag if the shards do not have the norms of the run's reference.
+
+    Raises:
+        UserError: they do not.
+    """
+    quantize = experiment.settings.denoiser.quantize
+    if quantize is not None:
         raise UserError(
-            f"--norm-guard {loss.norm_guard:g}: --shards {without[0]} have no norms of the reference; make them again "
+            f"{flag}: norms in shards are those of the unquantized model; with --quantize {quantize}, give --reference "
+            "live"
+        )
+    without = [s.name for s in experiment.shards.sources if not s.directory.manifest.has_ref_norm]
+    if without:
+        raise UserError(
+            f"{flag}: --shards {without[0]} have no norms of the reference; make them again "
             "with `smpo-pipeline invert`, or give --reference live"
         )
 

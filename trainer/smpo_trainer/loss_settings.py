@@ -141,8 +141,8 @@ class LossOptions(Options):
     its own gradient alone. Default: full gradients."""
     norm_guard: Annotated[float | None, Field(gt=0), Flag(metavar="WEIGHT", identity="value")] = None
     """Penalise norms (rms) of the model's outputs above the reference's, in both images of a pair: NormGuard. The loss
-    gets WEIGHT times beta / 2 times the excess. Needs shards that have the reference's norms, or --reference live.
-    Default: no penalty."""
+    gets WEIGHT times beta / 2 times the excess. Needs shards that have the reference's norms, or --reference live,
+    as with --quantize. Default: no penalty."""
     robust: Annotated[float | None, Field(gt=0), Flag(metavar="LAMBDA", identity="value")] = None
     """Minimise LAMBDA log mean exp(loss / LAMBDA) over the states of a step in place of the mean, so that large losses
     count more: DoRA's loss, published with 1. Smaller values count them more still. Default: the mean."""

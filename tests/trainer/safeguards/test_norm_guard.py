@@ -120,3 +120,15 @@ def test_shards_without_norms_are_refused_by_name(
     with pytest.raises(UserError, match=f"^--norm-guard 1: --shards {old} have no norms of the reference; make them"):
         resolve()
     resolve(reference="live")
+
+
+def test_a_quantized_reference_has_no_stored_norms(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(**options: object) -> None:
+        run = arguments(shards, model, tmp_path / "run", norm_guard=1, quantize="nf4", lora_rank=2, **options)
+        resolve_experiment(resolve_settings(monkeypatch, run), print)
+
+    with pytest.raises(UserError, match="^--norm-guard 1: norms in shards are those of the unquantized model; with"):
+        resolve()
+    resolve(reference="live")
