@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import safetensors.torch
@@ -25,6 +27,7 @@ from tests.forking import forking_python
 from tests.trainer.conftest import Train
 from tests.trainer.helpers import arguments, column, dying_after, run_cli
 from tests.trainer.output.test_resume import ENVIRONMENT, OPTIONS, TWO_PROCESSES
+from tests.trainer.safeguards.test_spikes import SavesNothing
 
 
 @pytest.fixture
@@ -52,11 +55,8 @@ def test_files_of_a_run_without_checkpoint_are_ignored(train: Train, cut, tmp_pa
 
 
 def test_a_kill_while_a_run_finishes_leaves_no_files_behind(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(_: OutputFolder) -> None:
-        raise UserError("power cut")
-
     with monkeypatch.context() as patch:
-        patch.setattr(OutputFolder, "tidy", die)
+        patch.setattr(OutputFolder, "tidy", _die)
         with pytest.raises(AssertionError):
             train(**OPTIONS, dtype="bf16")
     out = train(**OPTIONS, dtype="bf16")
@@ -157,6 +157,45 @@ def test_fetching_ends_with_the_run(shards: Path, model: Path, tmp_path: Path, m
     monkeypatch.setattr(ShardStore, "close", lambda store: (closed.append(1), close(store)))
     status = run_cli(monkeypatch, arguments(shards, model, tmp_path / "run", **options))
     assert (status, closed) == (2 if options else 0, [1])
+
+
+def save_nothing(checkpoints: Checkpoints, step: int) -> None:
+    checkpoints.save(Checkpoint(step, {}, {}, None, {}), cast("Policy", SavesNothing()))
+
+
+@pytest.mark.parametrize("remove", [lambda saved: saved.drop_after(1), lambda saved: save_nothing(saved, 2)])
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remove: Callable[[Checkpoints], None]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step in (1, 2):
+        save_nothing(checkpoints, step)
+
+    def remove_a_part(path: Path, **_: object) -> None:
+        if path.is_dir():
+            (path / "optimizer.pt").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", remove_a_part)
+        remove(checkpoints)
+    assert all((folder / "optimizer.pt").is_file() for folder in tmp_path.glob("checkpoint-*"))
+    checkpoints.drop_leftovers()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+def test_overwriting_removes_checkpoints_before_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = OutputFolder(tmp_path, 1, keep_checkpoints=False)
+    save_nothing(output.checkpoints, 1)
+    output.reference.touch()
+    monkeypatch.setattr(OutputFolder, "_forget", _die)
+    with pytest.raises(UserError):
+        output.clear()
+    assert output.checkpoints.latest() is None
+
+
+def _die(*_: object) -> None:
+    raise UserError("power cut")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class Checkpoints:
         """Remove the checkpoints of more than ``step`` steps."""
         for folder in reversed(self._all()):
             if _step_of(folder) > step:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
 
     def save(self, checkpoint: Checkpoint, policy: Policy) -> Path:
         """Write a checkpoint of ``policy``, then remove old ones; return its folder.
@@ -90,7 +91,7 @@ class Checkpoints:
             staging.mkdir(parents=True)
             _write(staging, checkpoint, policy)
             # A folder cannot be replaced at once. After a kill in between, the checkpoint before this one is the last.
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
             staging.replace(target)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             shutil.rmtree(staging, ignore_errors=True)
@@ -115,13 +116,24 @@ class Checkpoints:
         return [*folders[: -len(late)][-1:], *late[:1]]
 
     def _drop_all_but(self, kept: Collection[Path]) -> None:
-        dropped = [folder for folder in self._all() if folder not in kept]
-        for path in [*dropped, *self._out.glob(".checkpoint-*.tmp")]:
+        for folder in self._all():
+            if folder not in kept:
+                _remove(folder)
+        for path in self._out.glob(".checkpoint-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _all(self) -> list[Path]:
         folders = [path for path in self._out.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(folders, key=_step_of)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, if there is one; after a kill it is whole, or a leftover."""
+    leftover = folder.with_name(f".{folder.name}.removed.tmp")
+    shutil.rmtree(leftover, ignore_errors=True)
+    with suppress(OSError):
+        folder.replace(leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _step_of(folder: Path) -> int:

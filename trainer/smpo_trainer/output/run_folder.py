@@ -112,15 +112,17 @@ class OutputFolder:
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
-        # training.json first: a kill in between must not leave a folder that looks finished.
-        for name in (TRAINING_FILE, CONFIG_FILE, METRICS_FILE, LORA_FILE, *EXTRA_LORA_FILES.values()):
+        # In this order: a kill in between must not leave a folder that looks finished, nor a checkpoint without its
+        # reference errors.
+        (self.path / TRAINING_FILE).unlink(missing_ok=True)
+        self.checkpoints.drop_all_but(0)
+        for name in (CONFIG_FILE, METRICS_FILE, LORA_FILE, *EXTRA_LORA_FILES.values()):
             (self.path / name).unlink(missing_ok=True)
         if own_card(self.path) is None:
             (self.path / CARD_FILE).unlink(missing_ok=True)
         self._forget()
         for name in (*DENOISER_FOLDERS, TENSORBOARD_FOLDER, WANDB_FOLDER, VALIDATION_FOLDER, BEST_FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        self.checkpoints.drop_all_but(0)
 
     def begin(self) -> None:
         """Mark the run as unfinished; it resumes from the last checkpoint, if any."""
