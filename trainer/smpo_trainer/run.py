@@ -158,6 +158,7 @@ def _train(
     summary = training_summary(experiment, policy, batching, identity, steps)
     summary |= {"best": loop.best, "warnings": loop.warnings, "metrics": last}
     on_main(accelerator, lambda: output.finish(summary, settings.sharing.license_))
+    on_main(accelerator, lambda: convert_finished(settings))  # the best model may be of a run in another format
     console.say(f"saved {settings.out / (LORA_FILE if policy.lora_rank else policy.family.denoiser_folder)}")
     console.say(f"next: {evaluation_command(experiment)}")
     return 0

@@ -158,3 +158,13 @@ def test_another_alpha_is_another_run(train: Train, capsys: pytest.CaptureFixtur
     with pytest.raises(AssertionError):
         train("run", lora_rank=2, max_steps=1, lora_alpha=1)
     assert "lora_alpha: None there, 1.0 here" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_in_another_format_is_never_older_than_the_adapter(train: Train) -> None:
+    kohya = lora_file("kohya")
+    train("run", lora_rank=2, max_steps=1, lora_format="kohya")
+    out = train("run", lora_rank=2, max_steps=2)
+    assert not (out / kohya).exists()
+    train("run", lora_rank=2, max_steps=2, lora_format="kohya")
+    whole = train("whole", lora_rank=2, max_steps=2, lora_format="kohya")
+    assert (out / kohya).read_bytes() == (whole / kohya).read_bytes()

@@ -14,6 +14,7 @@ import pytest
 
 from smpo_common.errors import UserError
 from smpo_pipeline.score_images import score_lines
+from smpo_schemas.trained_model import LORA_FILE, lora_file
 from smpo_trainer.experiment import resolve_experiment
 from smpo_trainer.model.policy import Policy
 from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints
@@ -88,7 +89,6 @@ def test_a_wrong_reward_is_one_line_before_anything_is_loaded(
 
 
 REWARDS = {0: 0.5, 1: 0.6, 2: 0.9, 3: 0.7, 4: 0.8}
-LORA = "pytorch_lora_weights.safetensors"
 
 
 def drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fall: float = 0) -> dict[str, object]:
@@ -124,15 +124,15 @@ def test_the_best_model_is_the_result_also_of_a_killed_run(
     assert record["steps"] == 4
     assert column(whole, "validation_reward") == [0.6, 0.9, 0.7, 0.8]
     assert metrics(whole)[0]["validation_reward/start"] == 0.5
-    assert (whole / LORA).read_bytes() == (whole / "best" / LORA).read_bytes()
-    assert (whole / LORA).read_bytes() == train("two", lora_rank=2, max_steps=2).joinpath(LORA).read_bytes()
+    assert (whole / LORA_FILE).read_bytes() == (whole / "best" / LORA_FILE).read_bytes()
+    assert (whole / LORA_FILE).read_bytes() == train("two", lora_rank=2, max_steps=2).joinpath(LORA_FILE).read_bytes()
     with monkeypatch.context() as patch:
         # After the checkpoint of the best step was written, before its model was kept.
         patch.setattr("smpo_trainer.output.run_folder.OutputFolder.keep_best", _die)
         with pytest.raises(AssertionError):
             train("killed", **options, on_spike="continue")
     killed = train("killed", **options)
-    assert (killed / LORA).read_bytes() == (whole / LORA).read_bytes()
+    assert (killed / LORA_FILE).read_bytes() == (whole / LORA_FILE).read_bytes()
     assert column(killed, "validation_reward") == column(whole, "validation_reward")
 
 
@@ -162,7 +162,9 @@ def test_the_best_model_stays_when_its_step_comes_again_after_a_rollback(
         patch.setattr(Checkpoints, "save", save_and_die)
         with pytest.raises(AssertionError):
             train("run", **options, on_spike="rollback")
-    out = train("run", **options, on_spike="rollback")
+    out = train("run", **options, on_spike="rollback", lora_format="kohya")
     assert column(out, "validation_reward") == pytest.approx([0.4, 0.7, 0.5, 0.6])
     assert json.loads((out / "training.json").read_text())["best"] == {"step": 2, "reward": 0.9}
-    assert (out / LORA).read_bytes() == train("two", lora_rank=2, max_steps=2).joinpath(LORA).read_bytes()
+    assert (out / LORA_FILE).read_bytes() == train("two", lora_rank=2, max_steps=2).joinpath(LORA_FILE).read_bytes()
+    assert not (out / "best" / lora_file("kohya")).exists()
+    assert (out / lora_file("kohya")).is_file()

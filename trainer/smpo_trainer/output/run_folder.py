@@ -178,6 +178,8 @@ class OutputFolder:
 
     def _copy_models(self, source: Path, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
+        for name in EXTRA_LORA_FILES.values():  # of an earlier adapter, if it was written in another format
+            (folder / name).unlink(missing_ok=True)
         for name in (*DENOISER_FOLDERS, LORA_FILE, *EXTRA_LORA_FILES.values()):
             self._copy(source / name, folder)
 
