@@ -199,8 +199,8 @@ class SafeguardOptions(Options):
 
     on_spike: OnSpike = "continue"
     """When the model's error rises suddenly, as in a run that diverges: continue with a warning; stop; or rollback, to
-    a checkpoint of 20 steps before it or more, which is kept, with half of the learning rate. Spikes are listed in
-    OUT/spikes.jsonl."""
+    a checkpoint of 20 steps before it or more, which is kept (soon after another rollback to the earliest left), with
+    half of the learning rate. Spikes are listed in OUT/spikes.jsonl."""
     spike_ratio: Annotated[float, Field(gt=1)] = 2.0
     """A spike is where, for 3 steps, the ratio of the model's error to the reference's is above this many times its
     median over the 20 steps before."""
