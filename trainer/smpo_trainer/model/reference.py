@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from smpo_common.errors import UserError
 from smpo_common.files import atomic_path
+from smpo_models.noise_schedules.base import NoiseSchedule
 from smpo_schemas.manifest import autocast_arithmetic
 from smpo_trainer.data.loader import Feed, StateBatch
 from smpo_trainer.experiment import Experiment
@@ -32,6 +33,7 @@ from smpo_trainer.objectives.base import PairBatch, implicit_margin
 from smpo_trainer.objectives.pair_loss import PairLoss
 from smpo_trainer.output.run_folder import OutputFolder
 from smpo_trainer.runtime.distributed import on_all, on_main
+from smpo_trainer.safeguards.auto_beta import AutoBeta
 
 MAX_MARGIN_NOISE = 0.1
 """Largest insignificant standard deviation of the margin's noise. Margins grow to about 1 during a run."""
@@ -113,7 +115,7 @@ def prepare_reference_errors(
     if settings.compute.reference in {"auto", "stored"}:
         _compare_arithmetic(experiment, accelerator.device, console)
     reference = _Pass(policy, feed, accelerator)
-    noise = reference.measure(experiment.pair_loss(policy.family.noise_schedule))
+    noise = reference.measure(_judging_loss(experiment, policy.family.noise_schedule))
     console.say(noise.describe())
     if settings.denoiser.quantize and settings.recomputes_reference:
         console.say(f"--quantize {settings.denoiser.quantize}: the reference errors are those of the quantized weights")
@@ -125,6 +127,15 @@ def prepare_reference_errors(
             "auto, a wider --dtype, or a smaller --beta"
         )
     return {"reference_noise/std": noise.std, "reference_noise/max": noise.max, "reference_noise/loss": noise.loss}
+
+
+def _judging_loss(experiment: Experiment, schedule: NoiseSchedule) -> PairLoss:
+    """Return the loss by which noise is judged: with ``--beta auto``, which may rise, at the published beta or more."""
+    loss = experiment.pair_loss(schedule)
+    if not isinstance(experiment.settings.loss.beta, AutoBeta):
+        return loss
+    published = experiment.objective.betas.get(experiment.shards.model.kind, 0.0)
+    return loss.with_beta(max(published, loss.objective.options.beta))
 
 
 def _compare_arithmetic(experiment: Experiment, device: torch.device, console: RunConsole) -> None:
