@@ -167,15 +167,18 @@ class TrainLoop:
         if is_best:
             self._keep_best(step)
         if ends:
-            self._console.say(
-                f"ended after step {step} of {last}: --validation-reward was highest after step {best.step}, whose "
-                "model is the result"
-            )
+            self._say_ended(step)
             return True
         if self.stopped_by:
             same = "the same command" + (" without --overwrite" if self._settings.overwrite else "")
             self._console.say(f"stopped after step {step} of {last}; run {same} again to resume")
         return bool(self.stopped_by)
+
+    def _say_ended(self, step: int) -> None:
+        self._console.say(
+            f"ended after step {step} of {self._settings.steps.max_steps}: --validation-reward was highest after step "
+            f"{self._trainer.best.step}, whose model is the result"
+        )
 
     def _check_spike(self, record: Record) -> Spike | None:
         """Look for a spike at a step; return it if the run must roll back.
@@ -277,6 +280,9 @@ class TrainLoop:
         checkpoint = self._load(path)
         if not self._trainer.best.is_kept:  # a kill came between the checkpoint and this copy
             self._keep_best(checkpoint.step)
+        if self._trainer.best.has_fallen:
+            self._say_ended(checkpoint.step)
+            return checkpoint.step
         settings, before = self._settings, checkpoint.identity["max_steps"]
         self._console.say(f"resuming after step {checkpoint.step} of {settings.steps.max_steps}")
         if before != settings.steps.max_steps and settings.optimizer.lr_schedule != "constant":

@@ -134,6 +134,11 @@ def test_the_best_model_is_the_result_also_of_a_killed_run(
     killed = train("killed", **options)
     assert (killed / LORA_FILE).read_bytes() == (whole / LORA_FILE).read_bytes()
     assert column(killed, "validation_reward") == column(whole, "validation_reward")
+    capsys.readouterr()
+    train("whole", **options | {"max_steps": 20})
+    said = capsys.readouterr().out
+    assert "ended after step 4 of 20: --validation-reward was highest after step 2, whose model is the result" in said
+    assert "resuming" not in said
 
 
 def _die(*_: object) -> None:
