@@ -240,7 +240,7 @@ class TrainLoop:
             step % self._settings.held_out.val_every and step != self._settings.steps.max_steps
         ):
             return {}
-        record = self._trainer.validate(step, self._held_out)
+        record = self._trainer.validate(self._held_out)
         self._console.say(
             f"step {step}: held-out loss {_number(record['val/loss'])}, "
             f"accuracy {_number(record['val/rewards/accuracies'])}"

@@ -68,7 +68,7 @@ class Trainer:
         """Prepare the first step."""
         settings = experiment.settings
         self._settings, self._pair_loss = settings, experiment.pair_loss(policy.family.noise_schedule)
-        self._beta = experiment.beta_controller()
+        self._beta, self._loss = experiment.beta_controller(), self._pair_loss
         self._policy, self._batching, self._accelerator = policy, batching, accelerator
         if settings.compute.gradient_checkpointing:
             policy.denoiser.enable_gradient_checkpointing()
@@ -98,7 +98,8 @@ class Trainer:
             UserError: too many steps in a row were skipped.
         """
         start, data_seconds = time.perf_counter(), 0.0
-        pair_loss, meter = self._loss_of(step + 1), StepMeter()
+        self._loss = pair_loss = self._loss_of(step + 1)
+        meter = StepMeter()
         robust = self._robust_mean()
         losses: Losses = []
         for accumulation in range(self._batching.grad_accum):
@@ -149,19 +150,17 @@ class Trainer:
         return RobustMean(loss.robust, loss.robust_form, states, self._accelerator, self._parameters)
 
     @torch.no_grad()
-    def validate(self, step: int, held_out: HeldOut) -> Record:
-        """Compute loss and metrics on held-out pairs, with the weights that would be saved; names are ``val/...``.
+    def validate(self, held_out: HeldOut) -> Record:
+        """Compute the last step's loss and metrics on held-out pairs, with the weights that would be saved.
 
-        Args:
-            step: number of finished steps, which decides beta.
-            held_out: the pairs.
+        Names are ``val/...``.
         """
-        pair_loss, meter = self._loss_of(step), StepMeter()
+        meter = StepMeter()
         with self.as_saved():
             for number in range(held_out.num_forwards):
                 # Collective with FSDP: a process with fewer batches repeats its last, so that all do as many forwards.
                 batch = held_out.batches[min(number, len(held_out.batches) - 1)].to(self._accelerator.device)
-                loss_B, metrics = self._forward(batch, pair_loss)
+                loss_B, metrics = self._forward(batch, self._loss)
                 if number < len(held_out.batches):
                     meter.add(_with_loss(loss_B, metrics))
         return {f"val/{name}": value for name, value in meter.means(self._accelerator).items()}
@@ -305,6 +304,7 @@ class Trainer:
         if "spikes" in checkpoint.optimizer:  # not in checkpoints of older versions
             self.spikes.load_state_dict(checkpoint.optimizer["spikes"])
             self.best.load_state_dict(checkpoint.optimizer["best"])
+            on_main(self._accelerator, self.spikes.write)
         on_main(self._accelerator, self._skipped.write)
 
     def scale_lr(self, factor: float) -> None:

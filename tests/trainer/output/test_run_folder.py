@@ -21,6 +21,7 @@ from smpo_trainer.model.policy import Policy
 from smpo_trainer.monitoring.metrics import MetricsLog
 from smpo_trainer.output.checkpoints import Checkpoint, Checkpoints
 from smpo_trainer.output.run_folder import OutputFolder
+from smpo_trainer.safeguards.spikes import SPIKES_FILE
 from smpo_trainer.shards.fetch import ShardStore
 from tests.command import assert_one_line, run_command
 from tests.forking import forking_python
@@ -113,6 +114,11 @@ def test_a_run_holds_its_folder(train: Train, monkeypatch: pytest.MonkeyPatch) -
     train(max_steps=1)
     assert len(refused) == 1
     assert f"is being written by another run (process {os.getpid()} on " in refused[0]
+
+
+def test_spikes_after_the_last_checkpoint_are_forgotten(train: Train, cut) -> None:
+    (cut() / SPIKES_FILE).write_text('{"step": 4}\n')
+    assert (train("run", **OPTIONS) / SPIKES_FILE).read_bytes() == b""
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 4, "lo', b'{"step": 4, "lo\n', b"\0\0\0\0\n"])

@@ -12,7 +12,7 @@ from smpo_trainer.experiment import resolve_experiment
 from smpo_trainer.objectives import find_objective
 from smpo_trainer.safeguards.auto_beta import RANGE, AutoBeta, Band, BetaController
 from tests.trainer.conftest import Train
-from tests.trainer.helpers import arguments, column, resolve_settings
+from tests.trainer.helpers import arguments, column, metrics, resolve_settings
 
 
 def plain(margins: list[float], start: float, low: float, high: float, rate: float) -> list[float]:
@@ -113,4 +113,5 @@ def test_each_step_has_the_beta_that_the_margins_before_it_gave(train: Train, ot
     assert betas[1:] == pytest.approx(plain(margins[1:3], 400, 3, 4, 1.5), rel=1e-12)
     assert betas[3] != 400
     fixed = train("fixed", beta=betas[3], **same)
-    assert column(fixed, "loss")[3] == column(out, "loss")[3]
+    for name in ("loss", "val/loss"):
+        assert metrics(fixed)[3][name] == metrics(out)[3][name]
