@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ _HUB_DATA = "hf://datasets/"
 
 
 def shared_files(folder: Path) -> dict[str, Path]:
-    """List the trained weights, ``training.json``, the metrics and the last validation images, by path in ``folder``.
+    """List the trained weights, ``training.json``, metrics and the result's validation images, by path in ``folder``.
 
     Not shared are checkpoints, ``config.yaml`` and TensorBoard's files, which name local folders and the machine.
 
     Raises:
-        UserError: the folder is not a finished output of smpo-train.
+        UserError: the folder is not a finished output of smpo-train, or its ``training.json`` is damaged.
     """
     if not (folder / TRAINING_FILE).is_file():
         raise UserError(f"{folder} has no {TRAINING_FILE}: it is not the output of `smpo-train`, or unfinished")
@@ -38,12 +39,32 @@ def shared_files(folder: Path) -> dict[str, Path]:
     ]
     if not any(path.is_file() for path in weights):
         raise UserError(f"{folder} holds no trained weights ({', '.join(DENOISER_FOLDERS)} or {LORA_FILE})")
-    others = [folder / TRAINING_FILE, folder / METRICS_FILE, *_last_images(folder)]
+    with _reading(folder / TRAINING_FILE) as record:
+        images = _images(folder, record)
+    others = [folder / TRAINING_FILE, folder / METRICS_FILE, *images]
     return {str(path.relative_to(folder)): path for path in (*weights, *others) if path.is_file()}
 
 
-def _last_images(folder: Path) -> list[Path]:
-    return sorted((folder / VALIDATION_FOLDER).glob("step-*.png"))[-1:]
+def _images(folder: Path, record: Mapping[str, Any]) -> list[Path]:
+    """Return the validation images of the result; the last ones, if they are missing."""
+    drawn = sorted((folder / VALIDATION_FOLDER).glob("step-*.png"))
+    best = record.get("best")
+    return [path for path in drawn if best and path.stem == f"step-{best['step']:06d}"] or drawn[-1:]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Yield the content of ``training.json``.
+
+    Raises:
+        UserError: it is damaged or of another version.
+    """
+    record = read_json(path)
+    try:
+        yield record
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged, or of another version of smpo-train ({reason}); train again") from None
 
 
 def model_metadata(model: str, objective: str, *, lora: bool, shards: list[str], license_: str | None) -> ModelCardData:
@@ -82,18 +103,13 @@ def model_card(folder: Path, name: str, license_: str | None = None, evaluation:
         name: the model's id on the hub, or of its folder.
         license_: of the model, an identifier of the hub.
         evaluation: Markdown with an evaluation's results.
-        samples: Markdown with images; by default the last validation images.
+        samples: Markdown with images; by default the result's validation images.
 
     Raises:
         UserError: the folder's ``training.json`` is damaged or of another version.
     """
-    path = folder / TRAINING_FILE
-    record = read_json(path)
-    try:
+    with _reading(folder / TRAINING_FILE) as record:
         return describe_model(folder, record, name, license_, evaluation, samples)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is damaged, or of another version of smpo-train ({reason}); train again") from None
 
 
 def describe_model(
@@ -114,7 +130,7 @@ def describe_model(
     base_id = str(record["model"]) if data.base_model else None
     base = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else "a model in a folder"
     what = "A LoRA for" if lora else f"The denoiser (`{_denoiser_folder(folder)}/`) of"
-    images = "".join(f"![Validation images]({VALIDATION_FOLDER}/{path.name})" for path in _last_images(folder))
+    images = "".join(f"![Validation images]({VALIDATION_FOLDER}/{path.name})" for path in _images(folder, record))
     rest = f"\n\nEvery setting is in `{TRAINING_FILE}`, every step in `{METRICS_FILE}`."
     sections = {
         "Use": _usage(folder, base_id or "BASE_MODEL", name, lora=lora),
@@ -165,7 +181,8 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         yield "learns from", "labels"
     for shard in record["shards"]:
         yield "shards", f"{shared_name(shard['path'])} (manifest.json has SHA-256 {shard['manifest_sha256'][:16]}...)"
-    yield "steps", f"{record['steps']} of {record['states_per_step']} states; {record['epochs']:.3g} epochs"
+    best = f"; this is the best by validation images, after step {record['best']['step']}" if record.get("best") else ""
+    yield "steps", f"{record['steps']} of {record['states_per_step']} states; {record['epochs']:.3g} epochs{best}"
     for name in ("optimizer", "lr", "lora_rank", "quantize", "dtype", "seed"):
         if settings.get(name) is not None:
             yield name, settings[name]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from smpo_common.errors import UserError
+from smpo_models.sharing.model_card import model_card, shared_files
 from smpo_pipeline.score_images import score_lines
 from smpo_schemas.trained_model import LORA_FILE, lora_file
 from smpo_trainer.experiment import resolve_experiment
@@ -126,6 +127,13 @@ def test_the_best_model_is_the_result_also_of_a_killed_run(
     assert metrics(whole)[0]["validation_reward/start"] == 0.5
     assert (whole / LORA_FILE).read_bytes() == (whole / "best" / LORA_FILE).read_bytes()
     assert (whole / LORA_FILE).read_bytes() == train("two", lora_rank=2, max_steps=2).joinpath(LORA_FILE).read_bytes()
+    for step in (2, 4):
+        (whole / "validation").mkdir(exist_ok=True)
+        (whole / f"validation/step-{step:06d}.png").touch()
+    card = model_card(whole, "name")
+    assert "; 0.444 epochs; this is the best by validation images, after step 2 |" in card
+    assert "(validation/step-000002.png)" in card
+    assert [name for name in shared_files(whole) if "validation" in name] == ["validation/step-000002.png"]
     with monkeypatch.context() as patch:
         # After the checkpoint of the best step was written, before its model was kept.
         patch.setattr("smpo_trainer.output.run_folder.OutputFolder.keep_best", _die)
