@@ -105,7 +105,10 @@ def test_the_pipeline_reads_the_same_products(tmp_path, pipeline, kind, shapes, 
     """alpha / rank B A x of every layer, in the names and matrices that the stock loader makes of the file."""
     layers = random_lora(shapes)
     write_diffusers_file(tmp_path, "transformer", layers)
-    assert write_lora_format(tmp_path, lora_format, kind) == tmp_path / lora_file(lora_format)
+    written = write_lora_format(tmp_path, lora_format, kind)
+    assert written == tmp_path / lora_file(lora_format)
+    (tmp_path / "any").touch()
+    assert written.stat().st_mode == (tmp_path / "any").stat().st_mode  # safetensors' own function writes 0600
     read = pipeline.lora_state_dict(tmp_path, weight_name=lora_file(lora_format))
     generator = torch.Generator().manual_seed(1)
     x = {

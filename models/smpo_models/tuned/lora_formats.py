@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from smpo_common.errors import UserError
+from smpo_common.files import write_bytes
 from smpo_models.tuned.lora import Lora, read_lora
 from smpo_schemas.trained_model import LORA_FILE, LoraFormat, lora_file
 
@@ -139,8 +140,7 @@ def write_lora_format(folder: Path, lora_format: LoraFormat, kind: type) -> Path
         The file in this format.
 
     Raises:
-        UserError: diffusers' file cannot be read.
-        OSError, SafetensorError: the new file cannot be written.
+        UserError: diffusers' file cannot be read, or the new one cannot be written.
     """
     target = folder / lora_file(lora_format)
     if lora_format != "diffusers":
@@ -150,7 +150,7 @@ def write_lora_format(folder: Path, lora_format: LoraFormat, kind: type) -> Path
         alpha = float((lora.settings or {}).get(f"{lora.prefix}.lora_alpha", rank))
         tensors = _NAMINGS[kind.__name__][lora_format](layers, alpha)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, target, {"format": "pt"})
+        write_bytes(target, safetensors.torch.save(contiguous, {"format": "pt"}))  # by save_file others cannot read it
     return target
 
 

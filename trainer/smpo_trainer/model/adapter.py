@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import nn
 
 from smpo_common.errors import UserError
@@ -44,10 +43,7 @@ def convert_finished(settings: TrainSettings) -> Path | None:
     lora_format = settings.denoiser.lora_format
     if lora_format == "diffusers" or (settings.out / lora_file(lora_format)).is_file():
         return None
-    try:
-        return write_lora_format(settings.out, lora_format, _denoiser_class(settings))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the adapter into {settings.out}: {error}") from error
+    return write_lora_format(settings.out, lora_format, _denoiser_class(settings))
 
 
 def _denoiser_class(settings: TrainSettings) -> type[nn.Module]:
