@@ -1,11 +1,11 @@
 """Two rounds on the model's own images, with and without a refreshed reward (APO), against one round.
 
 On the embedded world: the model draws candidates of every training prompt, pickscore scores them, SmPO is trained on
-the best against the worst, and once more on the tuned model's own images (`smpo-pipeline rounds`, reference: previous).
-With `refresh` pickscore is fitted again in each round, to labels of people and so that what they preferred stays above
-the model's images (APO's reward player). One round has as many steps as two. Beta is chosen for one round on the
-validation prompts by the mean of three seeds; then three other seeds are evaluated on the test prompts under the true
-reward, which nothing else sees. Writes docs/results/rounds.md.
+the best against the worst, and once more on the tuned model's own images (`smpo-pipeline rounds`), held to the model of
+the round before or to the base. With `refresh` pickscore is fitted again in each round, to labels of people and so that
+what they preferred stays above the model's images (APO's reward player). One round has as many steps as two. Beta is
+chosen for one round on the validation prompts by the mean of three seeds; then three other seeds are evaluated on the
+test prompts under the true reward, which nothing else sees. Writes docs/results/rounds.md.
 
     python -m benchmarks.experiments.pairs.rounds --work DIR [--beta-only]
 
@@ -50,11 +50,14 @@ SEEDS = (0, 100, 200)
 """Apart, since round k has seed + k."""
 
 PLAIN, REFRESHED, LONG = "without refresh", "with refresh", "one round, twice the steps"
+HELD = "without refresh, held to the base"
 SAMPLING = {"sampler": "ddim", "steps": 16, "guidance_scale": 1, "batch_size": 64}
 COMPARED = (
     (f"{PLAIN}, round 1", f"{PLAIN}, round 0"),
     (f"{REFRESHED}, round 1", f"{REFRESHED}, round 0"),
+    (f"{HELD}, round 1", f"{PLAIN}, round 0"),
     (f"{PLAIN}, round 1", LONG),
+    (f"{HELD}, round 1", LONG),
     (f"{REFRESHED}, round 1", LONG),
     (f"{REFRESHED}, round 1", f"{PLAIN}, round 1"),
 )
@@ -72,7 +75,9 @@ def training(beta: int, steps: int = STEPS) -> dict[str, Any]:
     }
 
 
-def go_round(work: Path, name: str, seed: int, beta: int, rounds: int, *, refresh: bool) -> Path:
+def go_round(
+    work: Path, name: str, seed: int, beta: int, rounds: int, *, refresh: bool = False, reference: str = "previous"
+) -> Path:
     """Run rounds; returns their folder."""
     world, out = work / "world", work / "rounds" / f"{name}-b{beta}-s{seed}"
     pickscore = f"pickscore={world / 'rewards/pickscore'}"
@@ -82,7 +87,7 @@ def go_round(work: Path, name: str, seed: int, beta: int, rounds: int, *, refres
         "prompts": str(world / "prompts/train.txt"),
         "rounds": rounds,
         "seed": seed,
-        "reference": "previous",
+        "reference": reference,
         "generate": {**SAMPLING, "images_per_prompt": CANDIDATES},
         "score": {} if refresh else {"reward": pickscore},
         "select": {"by": "extremes", "pairs_per_prompt": 2},
@@ -121,7 +126,7 @@ def choose_beta(work: Path) -> tuple[int, list[str]]:
     first, *others = BETAS
     links: dict[int, list[Path]] = {beta: [] for beta in BETAS}
     for seed in SELECTION_SEEDS:
-        out = go_round(work, "plain", seed, first, 1, refresh=False)
+        out = go_round(work, "plain", seed, first, 1)
         models = {first: out / "round-000/run"}
         models |= {beta: train_longer(work, out, beta, seed, STEPS) for beta in others}
         for beta, model in models.items():
@@ -140,12 +145,14 @@ def choose_beta(work: Path) -> tuple[int, list[str]]:
 def seeds_of(work: Path, beta: int) -> Iterator[tuple[str, Path]]:
     """Train all seeds of all conditions: yields condition and model."""
     for seed in SEEDS:
-        plain = go_round(work, "plain", seed, beta, 2, refresh=False)
+        plain = go_round(work, "plain", seed, beta, 2)
         refreshed = go_round(work, "apo", seed, beta, 2, refresh=True)
+        held = go_round(work, "held", seed, beta, 2, reference="base")
         for condition, short, out in ((PLAIN, "plain", plain), (REFRESHED, "apo", refreshed)):
             for number in (0, 1):
                 model = out / f"round-00{number}/run"
                 yield f"{condition}, round {number}", named(work, f"{short}-{number}-s{seed}", model)
+        yield f"{HELD}, round 1", named(work, f"held-1-s{seed}", held / "round-001/run")
         yield LONG, named(work, f"long-s{seed}", train_longer(work, plain, beta, seed, 2 * STEPS))
 
 
@@ -181,8 +188,9 @@ def write(work: Path, beta: int, selection: list[str], target: Path) -> None:
     text = f"""{stamp("python -m benchmarks.experiments.pairs.rounds", libraries)}
 
 The embedded world's model draws {CANDIDATES} candidates of {len(captions_of("train"))} training prompts (DDIM, 16
-steps, guidance 1) in each round; two pairs of a prompt are selected by `extremes` and inverted by the reference, the
-model of the round before. {STEPS} steps of {BATCH} pairs a round, lr 5e-5, beta {beta}, all weights trained.
+steps, guidance 1) in each round; two pairs of a prompt are selected by `extremes` and inverted by the reference: the
+model of the round before or, `held to the base`, always the base (its round 0 is that without refresh). {STEPS} steps
+of {BATCH} pairs a round, lr 5e-5, beta {beta}, all weights trained.
 `without refresh` learns from pickscore. `with refresh` learns from pickscore refreshed in each round on {HUMAN_PAIRS}
 labelled pairs and the round's candidates (`--adversarial 0.1`, 4 samples). Intervals are 95 % bootstraps over prompts
 (a prompt's images, of all seeds, belong together); they do not cover the choice of training seeds, so each seed's win
