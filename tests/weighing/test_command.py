@@ -237,6 +237,6 @@ def test_columns_of_the_pairs_serve_where_the_table_has_none(weigh, world, tmp_p
     # A file without the column would count as not golden.
     (tmp_path / "folder/more.jsonl").write_text(json.dumps({"id": "more", **{k: rows[0][k] for k in NAMES}}))
     some = weigh(again, *flags, "--pair-id-column", "id", pairs=tmp_path / "folder")
-    assert_one_line(some, "--golden-column golden", "pairs.jsonl has this column", "more.jsonl does not")
+    assert_one_line(some, "--golden-column golden", "more.jsonl has no such column")
     assert "golden" not in read_scores(scores, read_scores_info(scores)).column_names
     assert_one_line(weigh(scores, "--golden-column", "nothing"), "--golden-column nothing: not a column of")

@@ -20,7 +20,7 @@ from smpo_pipeline.terminal import histogram
 from smpo_schemas.generation.selection import PAIRS_FILE, SCORES_FOLDER, SelectionInfo, read_selection
 from smpo_schemas.pairs import Pair, PairRejectedError, layouts_of, list_pair_files, read_rows, slice_files
 from smpo_schemas.rejects import REJECTS_FILE, Reject, read_rejects
-from smpo_schemas.scoring.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info, score_columns
 
 _BINS = 10
 
@@ -73,8 +73,7 @@ def summarise_selection(
     names = [pair.pair_id for pair in summary.chosen]
     scores = folder / SCORES_FOLDER
     info = read_scores_info(scores)
-    columns = ["pair_id", *(f"{name}_{index}" for name in info.rewards for index in range(2))]
-    table = read_scores(scores, info, columns)
+    table = read_scores(scores, info, ["pair_id", *score_columns(info.rewards)])
     rows = table.filter(pc.is_in(table["pair_id"], pa.array(names, pa.string())))
     summary.scores = {row["pair_id"]: row for row in rows.to_pylist()}
     return summary

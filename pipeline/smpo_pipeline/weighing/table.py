@@ -34,7 +34,6 @@ from smpo_schemas.scoring.scores import (
 OTHERS = "the others"
 """Name of the source of pairs that no column names a source for."""
 
-
 _MADE = {b"made_by": b"weigh"}
 """Metadata of the column of weights. A kill may come before ``weights.json``, which names the column too."""
 
@@ -118,14 +117,16 @@ def _of_pairs(pairs: Sequence[AnyPath], reading: ReadingChoices, flag: str, colu
         UserError: some files have it and others do not, whose pairs would count as not golden or without a source.
     """
     files = list_pair_files(pairs, reading)
-    having = [file for file in files if not isinstance(file.layout, ListedLayout) and column in column_names(file.path)]
-    if having and (lacking := [file for file in files if file not in having]):
-        raise UserError(f"{flag} {column}: {having[0].path} has this column, {lacking[0].path} does not")
-    rows_of = {file.path: file.rows for file in having}
+    layouts, rows = layouts_of(files), {file.path: file.rows for file in files}
+    has = {path: not isinstance(kind, ListedLayout) and column in column_names(path) for path, kind in layouts.items()}
+    if not any(has.values()):
+        return {}
+    if lacking := [path for path, found in has.items() if not found]:
+        raise UserError(f"{flag} {column}: {lacking[0]} has no such column, but other files of --pairs do")
     return {
         pair.pair_id: pair.further[column]
-        for path, layout in layouts_of(having).items()
-        for _, pair in read_rows(RowRange(path, 0, rows_of[path]), layout, [column])
+        for path, layout in layouts.items()
+        for _, pair in read_rows(RowRange(path, 0, rows[path]), layout, [column])
         if isinstance(pair, Pair)
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,7 @@ def score_schema(rewards: Sequence[str], further: Sequence[str] = ()) -> pa.Sche
         rewards: their names; two float32 columns each.
         further: names of further columns of the pairs (:data:`smpo_schemas.pairs.FURTHER`).
     """
-    columns: list[tuple[str, pa.DataType]] = [
+    columns = [
         ("pair_id", pa.string()),
         ("prompt", pa.string()),
         ("label", pa.float32()),
@@ -124,10 +124,14 @@ def score_schema(rewards: Sequence[str], further: Sequence[str] = ()) -> pa.Sche
         ("annotator", pa.string()),
         *((name, pa.string()) for name in IMAGE_IDS),
         *((name, FURTHER[name]) for name in further),
+        *((name, pa.float32()) for name in score_columns(rewards)),
     ]
-    for name in rewards:
-        columns += [(f"{name}_0", pa.float32()), (f"{name}_1", pa.float32())]
     return pa.schema(columns)
+
+
+def score_columns(rewards: Iterable[str]) -> list[str]:
+    """Return the names of the columns of scores, two per reward."""
+    return [f"{name}_{index}" for name in rewards for index in (0, 1)]
 
 
 def write_part(

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from smpo_common.options import Flag, Options
 from smpo_pipeline.inspection.recognise import recognise
 from smpo_pipeline.options import FILE, FOLDER, ColumnOptions, LocalPath, OutFile
-from smpo_schemas.scoring.scores import read_scores, read_scores_info
+from smpo_schemas.scoring.scores import read_scores, read_scores_info, score_columns
 
 
 class InspectOptions(Options):
@@ -63,7 +63,7 @@ def _inspect_pairs(path: Path, options: InspectOptions, console: Console, target
     rows: dict[str, Any] = {}
     if options.scores:
         info = read_scores_info(options.scores)
-        columns = ["pair_id", *(f"{name}_{index}" for name in info.rewards for index in range(2))]
+        columns = ["pair_id", *score_columns(info.rewards)]
         rows = {row["pair_id"]: row for row in read_scores(options.scores, info, columns).to_pylist()}
     samples = 12 if options.samples is None else options.samples
     with _progress(console, "reading pairs") as advance:

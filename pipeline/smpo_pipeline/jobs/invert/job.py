@@ -60,7 +60,14 @@ from smpo_schemas.manifest import (
     write_manifest,
 )
 from smpo_schemas.pairs import RowRange, layouts_of, list_pair_files, slice_files
-from smpo_schemas.scoring.scores import IMAGE_IDS, ScoresInfo, read_scores, read_scores_info, score_tolerance
+from smpo_schemas.scoring.scores import (
+    IMAGE_IDS,
+    ScoresInfo,
+    read_scores,
+    read_scores_info,
+    score_columns,
+    score_tolerance,
+)
 
 
 def invert(options: InvertOptions) -> Manifest:
@@ -180,7 +187,7 @@ def _score_table(directory: AnyPath, info: ScoresInfo) -> pa.Table:
     Raises:
         UserError: pairs with different scores have one pair_id.
     """
-    names = [f"{name}_{index}" for name in info.rewards for index in range(2)]
+    names = score_columns(info.rewards)
     table = read_scores(directory, info, ["pair_id", "prompt", *IMAGE_IDS, *names])
     # A pair with labels of several annotators has several rows, whose scores are the same up to rounding.
     ranges = table.group_by("pair_id").aggregate([(name, kind) for name in names for kind in ("min", "max")])

@@ -36,6 +36,7 @@ from smpo_schemas.scoring.scores import (
     remove_leftovers,
     reward_scores,
     reward_statistics,
+    score_columns,
     score_schema,
     table_labels,
     write_part,
@@ -134,7 +135,7 @@ def _describe(
         scored=sum(part.pairs for part in parts),
         rejected=rejected,
     )
-    table = read_scores(out, info, ["label", *(f"{name}_{index}" for name in rewards for index in range(2))])
+    table = read_scores(out, info, ["label", *score_columns(rewards)])
     labels = table_labels(table)
     statistics = {
         name: reward_statistics(reward_scores(table, name), labels, **dataclasses.asdict(model))
@@ -167,7 +168,7 @@ class _OldTable:
         scored, reasons = self._match(rows, _keys(old))
         if scored:
             self._next += 1
-        for name in (f"{reward}_{index}" for reward in self._base.rewards for index in range(2)):
+        for name in score_columns(self._base.rewards):
             column = np.full(rows.num_rows, np.nan, dtype=np.float32)
             column[scored] = old[name].to_numpy() if scored else ()
             rows = rows.append_column(name, pa.array(column))
